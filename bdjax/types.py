@@ -1,0 +1,111 @@
+"""The few types that pass between the parts. No logic lives here.
+
+Shapes are written in trailing comments: N rows, H height, W width, C channels, K classes, M ensemble members.
+Images are NHWC and 8-bit at rest; they become float32 in [0, 1] inside the compiled step, and triggers act on that.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+Array = jax.Array
+Key = jax.Array
+"""A typed key of `jax.random.key`."""
+PyTree = Any
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images in memory."""
+
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N], in 0..num_classes-1
+    num_classes: int
+    name: str  # as a report prints it: "cifar10"
+    source: str  # where the rows came from: a path, a URL, "scikit-learn"
+    class_names: tuple[str, ...] = ()  # empty, or num_classes names
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return tuple(self.images.shape[1:])
+
+
+class TrainTest(NamedTuple):
+    """What every dataset loader returns."""
+
+    train: Dataset
+    test: Dataset
+
+
+@dataclass(frozen=True)
+class PoisonedDataset(Dataset):
+    """A dataset of which some rows carry a trigger, with the truth about each row."""
+
+    is_poisoned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]
+    original_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N]
+
+
+class Trigger(NamedTuple):
+    """A family of triggers as two pure functions, both for one image.
+
+    `init(key, image_shape) -> params` draws one instance (on the host; sizes may be data dependent);
+    `apply(params, image, label, key) -> image` puts it on a float32 [H, W, C] image in [0, 1]. `label` and `key` are for
+    triggers that depend on the class or are random per image; fixed triggers ignore them.
+    """
+
+    init: Callable[..., PyTree]
+    apply: Callable[..., Array]
+
+
+class ModelOutput(NamedTuple):
+    logits: Array  # float32 [N, K]
+    features: Mapping[str, Array]  # name -> float32 [N, h, w, c]: the taps
+    variables: PyTree  # the variables after the call; differ from those before it only if train
+
+
+class ModelApply(Protocol):
+    def __call__(
+        self,
+        variables: PyTree,
+        images: Array,  # float32 [N, H, W, C] in [0, 1]
+        *,
+        train: bool,
+        edits: Mapping[str, Callable[[Array], Array]] | None = None,
+    ) -> ModelOutput: ...
+
+
+class Model(NamedTuple):
+    """A network as two pure functions; no caller sees the layer library behind it.
+
+    `init(key, image_shape) -> variables`, a dict with "params" and "batch_stats";
+    `apply(variables, images, *, train, edits=None) -> ModelOutput`. `edits` maps the name of a tap to a function of its
+    features, put in place of them on the way to the next stage: Grad-CAM adds zeros to differentiate by, masks multiply.
+    """
+
+    init: Callable[[Key, tuple[int, int, int]], PyTree]
+    apply: ModelApply
+    num_classes: int
+    description: str  # "resnet34 width 64": what checkpoints and reports say of it
+
+
+Classifier = Callable[[np.ndarray], np.ndarray]
+"""Anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]: all that TA-KD asks of a teacher."""
+
+
+@dataclass(frozen=True)
+class DefenseResult:
+    """What a defense hands back."""
+
+    name: str
+    needs: tuple[str, ...]  # of "suspect models", "clean data", "poisoned data", "attack oracle"
+    models: Mapping[str, PyTree]  # name -> variables of the cleaned model or models
+    flags: np.ndarray | None = None  # bool [N]: rows held to be poisoned
+    scores: np.ndarray | None = None  # float [N]: the higher, the more suspect
+    log: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,25 @@
+"""Strict JAX for every test: no silent promotion of dtypes or ranks, and one compilation cache for all workers."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """The folder with the big image sets, for the tests that need one."""
+    folder = os.environ.get("BDJAX_DATA_DIR")
+    if not folder:
+        pytest.skip("BDJAX_DATA_DIR is not set: the big image sets are not here")
+    return pathlib.Path(folder)
