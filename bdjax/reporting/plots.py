@@ -1,0 +1,504 @@
+"""The plots of a report, each a function from arrays to a figure.
+
+Figures are made without pyplot, under a fixed style, so that nothing depends on what else the process draws or on the
+reader's own matplotlib settings, and the same arrays give the same bytes. Names are drawn as they are: a dollar sign in
+the name of a class is no formula.
+"""
+
+import io
+import math
+import textwrap
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from bdjax.reporting.run_folder import write_bytes_atomically
+from bdjax.reporting.tables import UNKNOWN, printable
+
+DPI = 144
+# Okabe and Ito's colours: told apart with every common form of colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+_LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709
+_INK = "#24292f"
+_FAINT = "#8c959f"
+_MATRIX_COLOURS = "magma_r"  # perceptually uniform, and light where nothing happens
+_HEAT_COLOURS = "inferno"
+_MAP_COLOURS = "viridis"
+_house_style = matplotlib.style.context(
+    [
+        "default",
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 9,
+            "text.parse_math": False,
+            "text.color": _INK,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.labelcolor": _INK,
+            "axes.edgecolor": _FAINT,
+            "axes.linewidth": 0.8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "legend.frameon": False,
+            "figure.dpi": DPI,
+            "figure.titlesize": 11,
+            "figure.titleweight": "bold",
+        },
+    ]
+)
+
+# Grids are laid out by hand, in pixels, because every pixel of an image must become the same whole number of them.
+_CELL = 132  # roughly, of the longer side of a cell
+_CELL_MAX = 256
+_GAP = 10
+_MARGIN = 16
+_LINE = 26  # the height of a line of text
+_BAR = 20  # the width of a colour bar
+
+
+@_house_style
+def matrix(
+    values: np.ndarray,  # [R, C] in 0..1, NaN where there is no number
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+    *,
+    annotate: bool = True,
+    separate_last_row: bool = False,
+    row_label: str = "",
+    column_label: str = "",
+    value_label: str = "",
+) -> Figure:
+    """Draws a matrix of rates, such as the attack success of every model under every trigger.
+
+    Args:
+        values: the rates.
+        row_names: one for each row.
+        column_names: one for each column.
+        title: what the rates are.
+        annotate: whether each cell shows its number.
+        separate_last_row: whether a rule sets the last row apart, which is then the reference that the others are
+            compared with.
+        row_label: what the rows are: "model".
+        column_label: what the columns are: "trigger".
+        value_label: what stands beside the colour bar: "ASR".
+    """
+    values = np.asarray(values, np.float64)
+    _require_shape("values", values.shape, (len(row_names), len(column_names)))
+    _require_unit_range("values", values)
+    rows, columns = values.shape
+    rotate = max((len(name) for name in column_names), default=0) > 7
+    figure = Figure(figsize=(2.6 + 0.62 * columns, 1.5 + 0.46 * rows + 0.4 * rotate), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[:].set_visible(False)
+    colours = matplotlib.colormaps[_MATRIX_COLOURS].with_extremes(bad="#e6e8eb")
+    image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    axes.set_xticks(
+        range(columns),
+        [_short(name) for name in column_names],
+        rotation=35 if rotate else 0,
+        ha="right" if rotate else "center",
+        rotation_mode="anchor" if rotate else "default",
+    )
+    axes.set_yticks(range(rows), [_short(name) for name in row_names])
+    axes.tick_params(length=0)
+    # White rules between the cells, drawn as the minor grid.
+    axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, rows - 1), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    if separate_last_row and rows > 1:
+        axes.axhline(rows - 1.5, color="white", linewidth=7)
+        axes.axhline(rows - 1.5, color=_INK, linewidth=1.2)
+    if annotate:
+        for row, column in np.ndindex(rows, columns):
+            value = values[row, column]
+            text = UNKNOWN if math.isnan(value) else f"{value:.2f}"
+            axes.text(column, row, text, ha="center", va="center", color=_text_colour(image.cmap(image.norm(value))))
+    axes.set(xlabel=column_label, ylabel=row_label)
+    bar = figure.colorbar(image, ax=axes, label=value_label, aspect=30, pad=0.02)
+    bar.outline.set_visible(False)
+    _draw_title(figure, title)
+    return figure
+
+
+@_house_style
+def image_grid(
+    images: Sequence[Sequence[np.ndarray]],  # [R, C, H, W, Ch] in 0..1, or rows of different lengths
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+    *,
+    captions: Sequence[Sequence[str]] | None = None,
+) -> Figure:
+    """Draws images in rows and columns, every pixel a square of the same size; one channel is drawn grey.
+
+    Args:
+        images: the images. Rows may be of different lengths.
+        row_names: one for each row, or none at all.
+        column_names: one for each column, or none at all.
+        title: what there is to see.
+        captions: a line under each image, arranged as the images are.
+    """
+    return _draw_grid([[_to_rgb(image) for image in row] for row in images], row_names, column_names, title, captions)
+
+
+@_house_style
+def overlay_grid(
+    images: np.ndarray,  # [R, C, H, W, Ch] in 0..1
+    heat_maps: np.ndarray,  # [R, C, H, W] in 0..1
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+    *,
+    opacity: float = 0.4,
+    grey: bool = True,
+    captions: Sequence[Sequence[str]] | None = None,
+    value_label: str = "Grad-CAM",
+) -> Figure:
+    """Draws heat maps, such as Grad-CAM's, over the images they belong to.
+
+    Args:
+        images: the images.
+        heat_maps: one for each image.
+        row_names: one for each row, or none at all.
+        column_names: one for each column, or none at all.
+        title: what there is to see.
+        opacity: the weight of the heat map over the image.
+        grey: whether the image loses its own colours first, so that every colour to be seen is heat.
+        captions: a line under each image, such as the predicted class, arranged as the images are.
+        value_label: what stands beside the colour bar.
+    """
+    colours = matplotlib.colormaps[_HEAT_COLOURS]
+    if len(images) != len(heat_maps):
+        raise ValueError(f"heat_maps has {len(heat_maps)} rows, images has {len(images)}")
+    cells = []
+    for image_row, heat_row in zip(images, heat_maps, strict=True):
+        if len(image_row) != len(heat_row):
+            raise ValueError(f"a row of heat_maps has {len(heat_row)} cells, that of images has {len(image_row)}")
+        cells.append([])
+        for image, heat in zip(image_row, heat_row, strict=True):
+            image, heat = _to_rgb(image), np.asarray(heat, np.float64)
+            _require_shape("a heat map", heat.shape, image.shape[:2])
+            _require_unit_range("heat_maps", heat, may_be_unknown=False)
+            if grey:
+                image = np.repeat((image @ _LUMINANCE)[..., None], 3, axis=-1)
+            cells[-1].append((1 - opacity) * image + opacity * colours(heat)[..., :3])
+    # The bar shows the pure colours; on the images they are mixed with what lies below.
+    return _draw_grid(cells, row_names, column_names, title, captions, bar=(_HEAT_COLOURS, value_label))
+
+
+@_house_style
+def feature_map_grid(
+    features: Mapping[str, Mapping[str, np.ndarray]],  # model -> stage -> [h, w, c]
+    title: str,
+    *,
+    channels: int = 8,
+) -> Figure:
+    """Draws the first channels, and the mean of all channels, of each stage of each model, for one image.
+
+    Rows of one stage stand together, so that models are compared line by line. Every map is scaled to its own range:
+    what is compared is where a map is active, not how much.
+
+    Args:
+        features: for each model, the features of each stage. Models have the same stages; they need not have the same
+            number of channels.
+        title: what there is to see.
+        channels: how many channels to draw.
+    """
+    models = list(features)
+    stages = list(features[models[0]])
+    for model in models:
+        if list(features[model]) != stages:
+            raise ValueError(f"model {model!r} has stages {list(features[model])}, {models[0]!r} has {stages}")
+    colours = matplotlib.colormaps[_MAP_COLOURS]
+    cells, row_names = [], []
+    shown = min(channels, max(np.shape(maps)[-1] for stage in features.values() for maps in stage.values()))
+    for stage in stages:
+        for model in models:
+            maps = np.asarray(features[model][stage], np.float64)
+            drawn = [maps.mean(axis=-1), *np.moveaxis(maps[..., :shown], -1, 0)]
+            cells.append([colours(_to_unit_range(each))[..., :3] for each in drawn])
+            row_names.append(f"{stage}\n{model}")
+    names = ["mean of all", *(f"channel {index}" for index in range(shown))]
+    return _draw_grid(cells, row_names, names, title, None, rows_per_block=len(models))
+
+
+@_house_style
+def training_curves(
+    histories: Mapping[str, Mapping[str, np.ndarray]],  # model -> metric -> [epochs] or [members, epochs]
+    title: str = "",
+    *,
+    value_label: str = "loss",
+    log_scale: bool = False,
+) -> Figure:
+    """Draws how metrics went over the epochs, a panel for each model or ensemble.
+
+    Args:
+        histories: for each model, its metrics. Of several members the mean is the line, minimum and maximum the band.
+        title: printed above all panels.
+        value_label: what the vertical axis is.
+        log_scale: whether that axis is logarithmic.
+    """
+    columns = min(3, len(histories))
+    rows = -(-len(histories) // columns)
+    figure = Figure(figsize=(0.6 + 3.3 * columns, 0.5 + 2.5 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[len(histories) :]:
+        panel.remove()
+    metrics = list(dict.fromkeys(metric for history in histories.values() for metric in history))
+    for panel, (name, history) in zip(panels, histories.items(), strict=False):
+        members = 1
+        for metric, series in history.items():
+            # A masked array keeps a member that diverged from erasing the others.
+            lines = np.ma.masked_invalid(np.atleast_2d(np.asarray(series, np.float64)))
+            members = max(members, len(lines))
+            epochs = np.arange(1, lines.shape[1] + 1)
+            colour = COLOURS[metrics.index(metric) % len(COLOURS)]
+            marker = "o" if lines.shape[1] == 1 else ""
+            panel.plot(epochs, lines.mean(axis=0), color=colour, label=_words(metric), linewidth=1.6, marker=marker)
+            if len(lines) > 1:
+                panel.fill_between(epochs, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+        panel.set_title(_short(name) + (f" ({members} members)" if members > 1 else ""))
+        panel.set(xlabel="epoch", yscale="log" if log_scale else "linear")
+        panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        panel.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.legend(loc="best")
+    for panel in panels[: len(histories) : columns]:
+        panel.set_ylabel(value_label)
+    if title:
+        _draw_title(figure, title)
+    return figure
+
+
+@_house_style
+def bars(
+    names: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],  # metric -> a mean for each name
+    errors: Mapping[str, Sequence[float | None]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draws rates side by side, such as the clean accuracy and the attack success that each defense leaves.
+
+    Args:
+        names: what is compared; the first stands on top.
+        series: for each metric, its rate in 0..1 for each name, None if unknown.
+        errors: for some metrics, half the length of each error bar, None for no bar.
+        title: what there is to see.
+    """
+    errors = errors or {}
+    for metric, values in [*series.items(), *errors.items()]:
+        _require_shape(metric, (len(values),), (len(names),))
+    thickness = 0.8 / len(series)
+    # The legend is a row of the figure like every other, so its place does not depend on the number of bars.
+    figure = Figure(figsize=(7.2, 1.1 + len(names) * (0.16 + 0.2 * len(series))), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (metric, values) in enumerate(series.items()):
+        means = np.array([np.nan if value is None else value for value in values], np.float64)
+        _require_unit_range(metric, means)
+        given = errors.get(metric, [None] * len(names))
+        spreads = np.array([0.0 if error is None else error for error in given], np.float64)
+        heights = np.arange(len(names)) + (index - (len(series) - 1) / 2) * thickness
+        colour = COLOURS[index % len(COLOURS)]
+        axes.barh(heights, np.nan_to_num(means), thickness * 0.88, color=colour, label=printable(metric))
+        has_bar = spreads > 0
+        axes.errorbar(
+            means[has_bar], heights[has_bar], xerr=spreads[has_bar], fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5
+        )
+        for height, mean, spread in zip(heights, means, spreads, strict=True):
+            text = UNKNOWN if math.isnan(mean) else f"{mean:.3f}"
+            end = 0.0 if math.isnan(mean) else mean + spread
+            axes.text(end + 0.012, height, text, va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names])
+    axes.set(ylim=(len(names) - 0.45, -0.55), xlim=(0, 1.1), xticks=np.arange(0, 1.01, 0.2))
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=len(series))
+    if title:
+        _draw_title(figure, title)
+    return figure
+
+
+@_house_style
+def to_png(figure: Figure) -> bytes:
+    """Returns the figure as a PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; that is no reason to stop a run.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "bdjax"})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Writes the figure as a PNG, atomically, and returns the path."""
+    return write_bytes_atomically(path, to_png(figure))
+
+
+def _draw_title(figure: Figure, title: str) -> None:
+    if title:
+        # Constrained layout makes room for a title's height, not for its width.
+        figure.suptitle(_wrap(title, round(figure.get_figwidth() * DPI / 1.3)), x=0.01, ha="left")
+
+
+def _draw_grid(
+    cells: list[list[np.ndarray]],  # [H, W, 3] in 0..1
+    row_names: Sequence[str],
+    column_names: Sequence[str],
+    title: str,
+    captions: Sequence[Sequence[str]] | None,
+    *,
+    bar: tuple[str, str] | None = None,  # colour map, label
+    rows_per_block: int = 0,  # a wider gap after so many rows
+) -> Figure:
+    rows, columns = len(cells), max((len(row) for row in cells), default=0)
+    if not columns:
+        raise ValueError("there are no images to draw")
+    if row_names:
+        _require_shape("row_names", (len(row_names),), (rows,))
+    if column_names:
+        _require_shape("column_names", (len(column_names),), (columns,))
+    if captions is not None and [len(row) for row in captions] != [len(row) for row in cells]:
+        raise ValueError(
+            f"captions come in rows of {[len(row) for row in captions]}, images {[len(row) for row in cells]}"
+        )
+    height, width = _cell_size(cells[0][0].shape[:2])
+    title = _short(title, 90)
+    column_lines = [_wrap(name, width + _GAP) for name in column_names]
+    row_lines = ["\n".join(_short(line, 28) for line in name.split("\n")) for name in row_names]
+    caption_lines = [[_wrap(text, width + _GAP) for text in row] for row in captions or []]
+    caption_height = _LINE * max((_line_count(text) for row in caption_lines for text in row), default=0)
+
+    down, across = height + _GAP + caption_height, width + _GAP
+    block_gap = 2 * _GAP
+    tops = [row * down + (row // rows_per_block * block_gap if rows_per_block else 0) for row in range(rows)]
+    canvas = np.ones((tops[-1] + height + caption_height, columns * across - _GAP, 3))
+    for top, row in zip(tops, cells, strict=True):
+        for column, cell in enumerate(row):
+            left = column * across
+            canvas[top : top + height, left : left + width] = _resize(cell, height, width)
+
+    left = _MARGIN + (_text_width(row_lines) + _MARGIN if row_names else 0)
+    above = _MARGIN + (_LINE + _GAP if title else 0) + _LINE * max(map(_line_count, column_lines), default=0)
+    right = _MARGIN + (2 * _MARGIN + _BAR + 90 if bar else 0)
+    grid_height, grid_width = canvas.shape[:2]
+    total_width = max(left + grid_width + right, 2 * _MARGIN + _text_width([title], weight="bold", size=11))
+    total_height = above + grid_height + _MARGIN
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI))
+    axes = _axes_at(figure, left, above, grid_width, grid_height, total_width, total_height)
+    axes.axis("off")
+    axes.imshow(canvas, interpolation="nearest", extent=(0, grid_width, grid_height, 0), aspect="auto")
+    for column, text in enumerate(column_lines):
+        axes.text(column * across + width / 2, -_GAP / 2, text, ha="center", va="bottom")
+    for top, text in zip(tops, row_lines, strict=False):
+        axes.text(-_MARGIN, top + height / 2, text, ha="right", va="center")
+    for top, row in zip(tops, caption_lines, strict=False):
+        for column, text in enumerate(row):
+            axes.text(column * across + width / 2, top + height + 3, text, ha="center", va="top", fontsize=8)
+    if bar:
+        bar_height = min(grid_height - caption_height, 3 * _CELL)
+        bar_axes = _axes_at(figure, left + grid_width + 2 * _MARGIN, above, _BAR, bar_height, total_width, total_height)
+        scale = figure.colorbar(ScalarMappable(Normalize(0, 1), bar[0]), cax=bar_axes, label=bar[1], ticks=[0, 0.5, 1])
+        scale.outline.set_visible(False)
+    if title:
+        figure.text(_MARGIN / total_width, 1 - _MARGIN / total_height, title, va="top", fontsize=11, weight="bold")
+    return figure
+
+
+def _axes_at(figure: Figure, left: int, top: int, width: int, height: int, total_width: int, total_height: int) -> Axes:
+    bottom = total_height - top - height
+    return figure.add_axes((left / total_width, bottom / total_height, width / total_width, height / total_height))
+
+
+def _cell_size(shape: tuple[int, int]) -> tuple[int, int]:
+    longer = max(shape)
+    factor = max(1, round(_CELL / longer)) if longer <= _CELL_MAX else _CELL_MAX / longer
+    return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
+
+
+def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    rows = np.arange(height) * image.shape[0] // height
+    columns = np.arange(width) * image.shape[1] // width
+    return image[rows[:, None], columns]
+
+
+def _to_rgb(image: np.ndarray) -> np.ndarray:
+    image = np.asarray(image, np.float64)
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3 or image.shape[-1] not in (1, 3) or not image.size:
+        raise ValueError(f"an image has shape {image.shape}; it should be [height, width, 1 or 3]")
+    _require_unit_range("images", image, may_be_unknown=False)
+    return np.broadcast_to(np.clip(image, 0, 1), (*image.shape[:2], 3))
+
+
+def _to_unit_range(values: np.ndarray) -> np.ndarray:
+    finite = values[np.isfinite(values)]  # a model that diverged should still get its row, in black
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    return np.clip((values - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(values), np.nan, 0.0)
+
+
+def _text_width(lines: Sequence[str], size: float = 9, weight: str = "normal") -> int:
+    """Measures in pixels, on a figure that nobody sees."""
+    figure = Figure(dpi=DPI)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        widths = [
+            figure.text(0, 0, line, fontsize=size, weight=weight).get_window_extent(renderer).width for line in lines
+        ]
+    return math.ceil(max(widths, default=0))
+
+
+def _line_count(text: str) -> int:
+    return text.count("\n") + 1 if text else 0
+
+
+def _wrap(text: str, width: int) -> str:
+    """Breaks a name into at most three lines that are so many pixels wide, more or less."""
+    lines = textwrap.wrap(printable(text), max(6, width // 11), max_lines=3, placeholder=" …")
+    return "\n".join(lines)
+
+
+def _short(text: str, length: int = 32) -> str:
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _words(name: str) -> str:
+    return printable(name.replace("_", " "))
+
+
+def _text_colour(background: tuple[float, float, float, float]) -> str:
+    # By the lightness that the eye sees, not by the value: colour maps differ in where they turn dark.
+    linear = np.asarray(background[:3]) ** 2.2
+    return "black" if linear @ _LUMINANCE > 0.2 else "white"
+
+
+def _require_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {tuple(shape)}, the names call for {tuple(expected)}")
+
+
+def _require_unit_range(name: str, values: np.ndarray, *, may_be_unknown: bool = True) -> None:
+    if not may_be_unknown and np.isnan(values).any():
+        raise ValueError(f"{name} have NaN among them; they should lie in 0..1")
+    # Rounding in float32 may lead a little out of the range.
+    if np.any(values < -1e-4) or np.any(values > 1 + 1e-4):
+        raise ValueError(f"{name} go from {np.nanmin(values):g} to {np.nanmax(values):g}; they should lie in 0..1")

@@ -1,0 +1,141 @@
+"""What a run says while it runs: a bar for the stage under way, one line for each stage that is done."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from bdjax.reporting.tables import Table, printable
+
+_SECONDS_BETWEEN_PLAIN_LINES = 30.0
+
+
+class StageProgress:
+    """The handle on a stage under way, given by `StageLog.stage`."""
+
+    def __init__(self, report: Callable[[int, str], None], detail: str) -> None:
+        self._report = report
+        self.done = 0
+        self.detail = detail  # what was done, as the stage's line prints it; may be changed while the stage runs
+        self.output = ""
+
+    def advance(self, steps: int = 1, message: str = "") -> None:
+        """Says that so many more steps are done, and how it stands, such as "loss 0.31"."""
+        self.done += steps
+        self._report(self.done, message)
+
+    def wrote(self, output: str | Path) -> None:
+        """Names the file or folder that the stage's line points to."""
+        self.output = str(output)
+
+
+class StageLog:
+    """Times the stages of a run and prints a line for each.
+
+    On a terminal the stage under way has a bar that vanishes when it is done. Elsewhere (a file, a pipe) there are only
+    plain lines, one for each stage that is done and one now and then from a long one, without control characters.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.console = console or Console()
+        self.timings: dict[str, float] = {}  # seconds; a stage that comes again adds to its own
+        self._clock = clock
+        self._has_bar = False
+
+    @contextmanager
+    def stage(
+        self, name: str, *, total: int | None = None, unit: str = "", detail: str = ""
+    ) -> Iterator[StageProgress]:
+        """Runs a stage.
+
+        Args:
+            name: what the stage is called; its seconds are kept under this name.
+            total: how many steps it has, if known.
+            unit: what a step is: "epochs".
+            detail: what the line says was done, "21 members × 30 epochs"; if empty, total and unit.
+
+        Yields:
+            The handle to say how far it is and what it wrote.
+        """
+        name = printable(name)
+        detail = detail or (f"{total} {unit}".strip() if total is not None else "")
+        start = self._clock()
+        has_failed = True
+        # One bar at a time: a stage within a stage has only its line.
+        shown = self._bar if self.console.is_terminal and not self._has_bar else self._plain_lines
+        try:
+            with shown(name, total, unit) as report:
+                progress = StageProgress(report, detail)
+                yield progress
+            has_failed = False
+        finally:
+            seconds = self._clock() - start
+            self.timings[name] = self.timings.get(name, 0.0) + seconds
+            if has_failed:
+                self.note(name, f"broke off after {format_seconds(seconds)}")
+            else:
+                written = f"   → {printable(progress.output)}" if progress.output else ""
+                self.note(name, f"{printable(progress.detail):<28} {format_seconds(seconds):>10}{written}")
+
+    def note(self, name: str, text: str) -> None:
+        """Prints one line about a stage, such as that it was done before and is skipped."""
+        self._print(f"{printable(name):<16} {text}")
+
+    @contextmanager
+    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn() if total is not None else TextColumn("{task.completed}"),
+            TextColumn(printable(unit), markup=False),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[message]}", markup=False),
+        )
+        self._has_bar = True
+        try:
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(name, total=total, message="")
+                yield lambda done, message: bar.update(task, completed=done, message=printable(message))
+        finally:
+            self._has_bar = False
+
+    @contextmanager
+    def _plain_lines(self, name: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
+        last = self._clock()
+
+        def report(done: int, message: str) -> None:
+            nonlocal last
+            if self._has_bar or self._clock() - last < _SECONDS_BETWEEN_PLAIN_LINES:
+                return
+            last = self._clock()
+            count = f"{done} of {total}" if total is not None else f"{done}"
+            self.note(name, printable(f"… {count} {unit}  {message}"))
+
+        yield report
+
+    def _print(self, line: str) -> None:
+        # Text, not a string: what comes from outside may look like rich's markup. No wrapping: a line stays a line.
+        self.console.print(Text(line.rstrip()), soft_wrap=True, highlight=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """Returns a duration for people: "0.4 s", "14.2 s", "3 min 24 s", "1 h 05 min"."""
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def timings_table(timings: Mapping[str, float], title: str = "Where the time went") -> Table:
+    """Returns the seconds of each stage, and their share of all."""
+    total = sum(timings.values())
+    rows = [(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else None) for name, seconds in timings.items()]
+    return Table(title, ("stage", "seconds", "share"), (*rows, ("all", f"{total:.1f}", "100%")))

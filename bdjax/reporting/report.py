@@ -1,0 +1,135 @@
+"""The report: one HTML file that needs nothing else, to be read, kept, printed or sent.
+
+Everything that is put into it is taken for text from outside and escaped; there is no script in the page, and its
+content security policy lets it load nothing.
+"""
+
+import base64
+import importlib.resources
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from bdjax.reporting import tables
+from bdjax.reporting.plots import DPI
+from bdjax.reporting.run_folder import to_plain
+from bdjax.reporting.tables import Table
+
+LEVELS = ("clean", "warning", "attacked", "info")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader should know who reads nothing else."""
+
+    level: str  # one of LEVELS: it gives the banner its colour and its word
+    headline: str  # one sentence
+    text: str = ""  # a few sentences; a blank line starts a paragraph
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise ValueError(f"verdict level {self.level!r} is not among {list(LEVELS)}")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with what is written under it, and what is read out to those who do not see it."""
+
+    image: Path | bytes  # a PNG file, or its bytes
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report, listed in its contents."""
+
+    title: str
+    text: str = ""  # a blank line starts a paragraph
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is printed, in the order it is printed in."""
+
+    title: str
+    verdict: Verdict
+    key_numbers: Mapping[str, str] = field(default_factory=dict)  # a few, such as "ASR of the student" -> "0.5 %"
+    facts: Table | None = None  # what each defense was given
+    sections: tuple[Section, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)  # a mapping as a value makes a group
+    timings: Table | None = None
+    reproduce: str = ""  # the command line
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, revision, hardware, source of the data
+
+
+class _Image(NamedTuple):
+    source: str  # a data URI
+    width: int  # in CSS pixels
+    height: int
+
+
+class _Group(NamedTuple):
+    name: str
+    entries: list[tuple[str, str]]
+
+
+def render(report: Report) -> str:
+    """Returns the report as one self-contained HTML page; the same report gives the same page."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        cells=tables.cells,
+        groups=_groups,
+        image=_embed,
+        number_columns=tables.number_columns,
+        paragraphs=_paragraphs,
+        styles=tables.styles,
+    )
+    source = importlib.resources.files("bdjax.reporting").joinpath("report.html.j2").read_text("utf-8")
+    return environment.from_string(source).render(report=report)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [paragraph.strip() for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def _embed(figure: Figure) -> _Image:
+    data = figure.image if isinstance(figure.image, bytes) else Path(figure.image).read_bytes()
+    if not data.startswith(_PNG_START) or len(data) < 24:
+        raise ValueError(f"the figure {figure.caption!r} is not a PNG")
+    # Width and height keep the page from jumping while it loads; the plots are drawn for print, hence the ratio.
+    width, height = (round(pixels * 96 / DPI) for pixels in struct.unpack(">II", data[16:24]))
+    return _Image(f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}", max(width, 1), max(height, 1))
+
+
+def _groups(mapping: Mapping[str, Any]) -> list[_Group]:
+    """Sorts settings into those that stand alone, which come first, and the groups."""
+    alone = [(name, _setting(value)) for name, value in mapping.items() if not isinstance(value, Mapping)]
+    groups = [
+        _Group(name, [(entry, _setting(value)) for entry, value in group.items()])
+        for name, group in mapping.items()
+        if isinstance(group, Mapping) and group
+    ]
+    return [*([_Group("", alone)] if alone else []), *groups]
+
+
+def _setting(value: Any) -> str:
+    plain = to_plain(value)
+    if plain is None:
+        return tables.UNKNOWN
+    if isinstance(plain, bool):
+        return "yes" if plain else "no"
+    if isinstance(plain, list):
+        return ", ".join(_setting(entry) for entry in plain)
+    if isinstance(plain, dict):
+        return ", ".join(f"{name}: {_setting(entry)}" for name, entry in plain.items())
+    return tables.printable(str(plain))

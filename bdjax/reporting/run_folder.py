@@ -1,0 +1,285 @@
+"""One run, one folder: the settings it was started with, its results, its checkpoints.
+
+The same command with the same folder continues the run; another command with the same folder is refused, so that no
+results end up beside settings that did not make them.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import bdjax
+from bdjax.errors import InputError
+from bdjax.reporting.tables import printable
+
+CONFIG_FILE = "config.json"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """An open run. Every write is atomic: a reader finds the old file or the new one, never half of one."""
+
+    path: Path  # absolute
+    is_new: bool  # False: the run was started before, with the same settings
+    record: Mapping[str, Any] = field(default_factory=dict)  # what config.json says
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder for checkpoints; it exists."""
+        return self.path / "checkpoints"
+
+    def file(self, name: str) -> Path:
+        """Returns the path of a file in this folder, and refuses a name that leads out of it."""
+        path = (self.path / name).resolve()
+        if not path.is_relative_to(self.path.resolve()) or path == self.path.resolve():
+            raise ValueError(f"{name!r} is not the name of a file inside the run folder")
+        return path
+
+    def write_bytes(self, name: str, data: bytes) -> Path:
+        """Writes a file atomically and returns its path."""
+        return write_bytes_atomically(self.file(name), data)
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Writes a UTF-8 file atomically and returns its path."""
+        return self.write_bytes(name, _encode(text))
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Writes a JSON file atomically and returns its path.
+
+        Args:
+            name: the name of the file.
+            value: mappings, sequences, dataclasses, arrays, paths and plain values; a NaN or an infinity is an error.
+        """
+        return self.write_text(name, _to_json(value, Path(name).stem))
+
+
+def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str] = ()) -> RunFolder:
+    """Starts a run in a folder, or continues the one that is there.
+
+    Args:
+        output: the folder; it is made if it is not there.
+        config: the experiment's settings, a dataclass instance; written verbatim to `config.json`.
+        experiment: the name of the experiment.
+        ignore: fields that do not influence any number, such as where the data lies; they may differ when it goes on.
+
+    Returns:
+        The open run.
+
+    Raises:
+        InputError: the folder cannot be used, or holds other files, or a run with other settings; nothing was changed.
+    """
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise TypeError(f"config must be a dataclass instance, not {type(config).__name__}")
+    try:
+        settings = to_plain(config, "config")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    path = Path(output).expanduser().absolute()
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{output} is a file, not a folder; choose another --output")
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise InputError(f"{output} cannot be written to; choose another --output")
+        is_new = not (path / CONFIG_FILE).exists()
+        if is_new:
+            # Hidden files are let pass: file managers leave them, and so does our own write if it is killed.
+            others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+            if others:
+                raise InputError(
+                    f"{output} holds files ({_shorten(', '.join(others))}) but no {CONFIG_FILE}, so it is no run of "
+                    "ours; choose another --output"
+                )
+            record = {"experiment": experiment, "config": settings, **describe_environment()}
+            write_bytes_atomically(path / CONFIG_FILE, _encode(_to_json(record, "config")))
+        else:
+            record = _read_record(path / CONFIG_FILE, output)
+            _require_same(record, experiment, settings, ignore, output)
+        (path / "checkpoints").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output} cannot be used ({error.strerror or error}); choose another --output") from error
+    return RunFolder(path=path, is_new=is_new, record=record)
+
+
+def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:
+    """Names a run after its settings, so that the same settings always find the same folder.
+
+    Args:
+        dataset: the name of the dataset, or where it lies.
+        preset: the name of the preset.
+        changed: the fields that deviate from the preset's defaults, with their values; not the output folder, nor
+            anything else that does not influence the numbers.
+
+    Returns:
+        "digits-quick", or "digits-quick-1a2b3c4d" if anything deviates.
+    """
+    name = f"{dataset}-{preset}"
+    slug = re.sub(r"[^\w.-]+", "-", name)[-80:].strip("-.")
+    if not changed and slug == name:
+        return name
+    # A name that had to be cut down no longer tells two datasets apart, so it goes into the digest.
+    told = json.dumps([name, to_plain(changed, "changed")], sort_keys=True)
+    return f"{slug}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+
+def describe_environment() -> dict[str, Any]:
+    """Returns the versions, the revision and the hardware that numbers of this process come from."""
+    return {
+        "versions": {
+            "bdjax": bdjax.__version__,
+            **{name: _version(name) for name in _PACKAGES},
+            "python": platform.python_version(),
+        },
+        "git_revision": git_revision(),
+        "hardware": {
+            "platform": jax.default_backend(),
+            "device_kind": jax.devices()[0].device_kind,
+            "device_count": jax.device_count(),
+            "cpu_count": os.cpu_count(),
+        },
+    }
+
+
+def git_revision() -> str | None:
+    """Returns the revision of the checkout that bdjax runs from, "-dirty" if tracked files differ, None if unknown."""
+    root = Path(bdjax.__file__).resolve().parent.parent
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An installed bdjax may lie in a virtual environment inside somebody else's checkout.
+        if Path(ask("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        return ask("describe", "--always", "--dirty", "--exclude=*") or None
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> Path:
+    """Writes a file so that an interruption at any point leaves the last good one; makes its folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def to_plain(value: Any, where: str = "value") -> Any:
+    """Turns a value into what JSON knows.
+
+    Args:
+        value: mappings, sequences, dataclasses, enumerations, arrays, paths and plain values, nested as you like.
+        where: the name of the value, for error messages.
+
+    Raises:
+        ValueError: a number is not finite; the message says which.
+        TypeError: there is something that JSON has no form for.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    elif isinstance(value, enum.Enum):
+        value = value.value
+    elif isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        value = np.asarray(value).tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}, which is not a finite number")
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no form for")
+
+
+def _to_json(value: Any, where: str) -> str:
+    return json.dumps(to_plain(value, where), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _encode(text: str) -> bytes:
+    # A file name that is not UTF-8 reaches us with lone surrogates; their escapes are valid JSON as well.
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _read_record(path: Path, output: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        readable = isinstance(record["config"], dict) and isinstance(record["experiment"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        readable = False
+    if not readable:
+        raise InputError(
+            f"{path} is not the {CONFIG_FILE} of a run; choose another --output, or remove {output} to start over"
+        )
+    return record
+
+
+def _require_same(
+    record: Mapping[str, Any], experiment: str, settings: Mapping[str, Any], ignore: Sequence[str], output: Path
+) -> None:
+    if record["experiment"] != experiment:
+        raise InputError(
+            f"{output} holds a run of {_shorten(record['experiment'])}, not of {experiment}; choose another --output"
+        )
+    old, new = _flatten(record["config"]), _flatten(settings)
+    differences = [
+        f"{name} {_show(old, name)} -> {_show(new, name)}"
+        for name in {**new, **old}
+        if (name not in old or name not in new or old[name] != new[name])
+        and not any(name == ignored or name.startswith(f"{ignored}.") for ignored in ignore)
+    ]
+    if differences:
+        raise InputError(f"{output} holds a run with other settings: {'; '.join(differences)}; choose another --output")
+
+
+def _flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        is_group = isinstance(value, dict) and value
+        flat.update(_flatten(value, f"{prefix}{name}.") if is_group else {prefix + name: value})
+    return flat
+
+
+def _show(settings: Mapping[str, Any], name: str) -> str:
+    return _shorten(json.dumps(settings[name])) if name in settings else "(absent)"
+
+
+def _shorten(text: str, length: int = 60) -> str:
+    text = printable(text)
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,149 @@
+"""One table, three forms: Markdown for a file, rich for the terminal, HTML by the report's template."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import rich.table
+from rich.cells import cell_len
+from rich.text import Text
+
+Cell = str | int | float | None
+
+UNKNOWN = "–"
+ROW_STYLES = ("", "paper", "ours")
+_NUMBER = re.compile(r"[<>≤≥≈~]? ?[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Zµ×/]{1,5})?|nan|-?inf")
+_RICH_STYLES = {"": "", "paper": "italic dim", "ours": "bold"}
+_MARKDOWN_MARKS = {"": "", "paper": "*", "ours": "**"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, before it takes a form."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]  # None is printed as "–"
+    notes: str = ""  # printed below: definitions, units, n
+    row_styles: tuple[str, ...] = ()  # one of ROW_STYLES for each row, or empty
+    decimals: int = 3  # of every float; an int keeps none
+
+    def __post_init__(self) -> None:
+        for index, row in enumerate(self.rows):
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"table {self.title!r}: row {index} has {len(row)} cells, the header has {len(self.header)}"
+                )
+        if self.row_styles and len(self.row_styles) != len(self.rows):
+            raise ValueError(
+                f"table {self.title!r}: {len(self.row_styles)} row styles for {len(self.rows)} rows; give one for each"
+            )
+        unknown = set(self.row_styles) - set(ROW_STYLES)
+        if unknown:
+            raise ValueError(f"table {self.title!r}: row styles {sorted(unknown)} are not among {list(ROW_STYLES)}")
+
+
+def printable(text: str) -> str:
+    """Returns the text as one line of printable characters.
+
+    Names come from data sets and files that nobody vetted: an escape sequence in one must not reach the terminal, nor a
+    mark that reverses the direction of writing the report.
+    """
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+
+
+def format_cell(cell: Cell, decimals: int = 3) -> str:
+    """Returns what is printed for a cell: 0.953 for a float, 21,282,122 for an int, "–" for None."""
+    if cell is None:
+        return UNKNOWN
+    if isinstance(cell, str):
+        return printable(cell)
+    if isinstance(cell, (bool, np.bool_)):
+        return "yes" if cell else "no"
+    if isinstance(cell, (int, np.integer)):
+        return f"{int(cell):,}"
+    return f"{float(cell):.{decimals}f}"
+
+
+def mean_and_spread(values: Iterable[float | None] | None, decimals: int = 3) -> str:
+    """Returns the mean and the sample standard deviation over repetitions, "0.953 ± 0.004".
+
+    Args:
+        values: one number for each repetition. None, no number at all, or a None among them: unknown, hence "–". A NaN
+            is not unknown, it is a result that went wrong, and is shown.
+        decimals: how many digits follow the point.
+
+    Returns:
+        The text; of a single value only the value, as one repetition has no spread.
+    """
+    known = [] if values is None else list(values)
+    if not known or any(value is None for value in known):
+        return UNKNOWN
+    numbers = np.asarray(known, np.float64)
+    mean = f"{numbers.mean():.{decimals}f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {numbers.std(ddof=1):.{decimals}f}"
+
+
+def cells(table: Table) -> tuple[tuple[str, ...], ...]:
+    """Returns the table's rows as they are printed."""
+    return tuple(tuple(format_cell(cell, table.decimals) for cell in row) for row in table.rows)
+
+
+def styles(table: Table) -> tuple[str, ...]:
+    """Returns the style of each row."""
+    return table.row_styles or ("",) * len(table.rows)
+
+
+def number_columns(table: Table) -> tuple[bool, ...]:
+    """Returns for each column whether it holds numbers, which are aligned right."""
+
+    def is_number(column: tuple[str, ...]) -> bool:
+        known = [text for text in column if text and text != UNKNOWN]
+        return bool(known) and all(_NUMBER.fullmatch(text) for text in known)
+
+    columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
+    return tuple(is_number(column) for column in columns)
+
+
+def to_markdown(table: Table) -> str:
+    """Returns the table in Markdown, with its columns lined up for those who read the file as it is."""
+
+    def escape(text: str) -> str:
+        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+    def mark(text: str, style: str) -> str:
+        return f"{_MARKDOWN_MARKS[style]}{escape(text)}{_MARKDOWN_MARKS[style]}" if text else ""
+
+    body = [[mark(text, style) for text in row] for row, style in zip(cells(table), styles(table), strict=True)]
+    lines = [[escape(printable(name)) for name in table.header], *body]
+    widths = [max(3, *(cell_len(line[index]) for line in lines)) for index in range(len(table.header))]
+    right = number_columns(table)
+
+    def join(line: list[str]) -> str:
+        fills = [" " * (width - cell_len(text)) for text, width in zip(line, widths, strict=True)]
+        padded = [fill + text if side else text + fill for text, fill, side in zip(line, fills, right, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * (width - 1) + ":" if side else "-" * width for width, side in zip(widths, right, strict=True)]
+    parts = [
+        f"**{escape(printable(table.title))}**" if table.title else "",
+        "\n".join([join(lines[0]), join(rule), *map(join, lines[1:])]),
+        escape(printable(table.notes)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def to_rich(table: Table) -> rich.table.Table:
+    """Returns the table for a rich console."""
+    result = rich.table.Table(
+        title=Text(printable(table.title), "bold") if table.title else None,
+        caption=Text(printable(table.notes), "dim") if table.notes else None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name, right in zip(table.header, number_columns(table), strict=True):
+        result.add_column(Text(printable(name)), justify="right" if right else "left")
+    for row, style in zip(cells(table), styles(table), strict=True):
+        result.add_row(*(Text(text) for text in row), style=_RICH_STYLES[style])
+    return result
