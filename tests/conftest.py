@@ -12,7 +12,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache"))
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
+)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

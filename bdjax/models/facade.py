@@ -1,0 +1,29 @@
+"""From a Flax module to the pure pair `Model(init, apply)`, so that no caller sees Flax."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bdjax.types import Model, ModelOutput, PyTree
+
+
+def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
+    """Wrap a module whose call is `(images, *, train, edits) -> (logits, features)`."""
+
+    def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
+        return module.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+
+    def apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
+        if not train:
+            logits, features = module.apply(variables, images, train=False, edits=edits)
+            return ModelOutput(logits, features, variables)
+        (logits, features), updated = module.apply(variables, images, train=True, edits=edits, mutable=["batch_stats"])
+        return ModelOutput(logits, features, {**variables, **updated})
+
+    return Model(init, apply, num_classes, description)
+
+
+def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:
+    """The number of trainable parameters (running statistics excluded), without allocating them."""
+    shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))

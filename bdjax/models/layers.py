@@ -1,0 +1,322 @@
+"""Layers that behave as PyTorch's do, in whichever memory layout and form is fast on the backend.
+
+A convolution can be lowered in two ways, which give the same numbers within float tolerance:
+
+- `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form, the default on accelerators.
+- `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays, the default on a CPU. There XLA's own convolution
+  collapses when it is vmapped over stacked kernels (it becomes a grouped convolution) or put inside a `lax.scan`, by
+  5 to 100 times; with the batch innermost every shift is a long contiguous copy and every reduction of batch
+  normalisation runs over contiguous memory.
+
+Parameters have one canonical form (kernels HWIO), so a checkpoint does not depend on the lowering.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+Lowering = Literal["native", "shifted"]
+
+
+def default_lowering() -> Lowering:
+    """The lowering to use where nobody has measured: shifted matrix products on a CPU, native elsewhere."""
+    return "shifted" if jax.default_backend() == "cpu" else "native"
+
+
+class Layout(NamedTuple):
+    """Where the axes of an activation lie inside a network of one lowering."""
+
+    channel_axis: int
+    spatial_axes: tuple[int, int]
+    batch_axis: int
+    from_nhwc: Callable[[jax.Array], jax.Array]
+    to_nhwc: Callable[[jax.Array], jax.Array]
+
+
+def layout_of(lowering: Lowering) -> Layout:
+    """The memory layout that goes with a lowering.
+
+    Raises:
+        ValueError: if the lowering is not known.
+    """
+    if lowering == "native":
+        return Layout(3, (1, 2), 0, lambda x: x, lambda x: x)
+    if lowering == "shifted":
+        return Layout(0, (1, 2), 3, lambda x: jnp.transpose(x, (3, 1, 2, 0)), lambda x: jnp.transpose(x, (3, 1, 2, 0)))
+    raise ValueError(f"lowering {lowering!r} is not one of 'native', 'shifted'")
+
+
+# ---- Convolutions on [C, H, W, N] as matrix products ---------------------------------------------------------------
+
+
+def _pad_spatial(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
+    zero = jnp.zeros((), x.dtype)
+    return lax.pad(x, zero, ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
+
+
+def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """[O, C] times [C, H, W, N] -> [O, H, W, N]."""
+    flat = lax.dot(matrix, x.reshape(x.shape[0], -1))
+    return flat.reshape(matrix.shape[0], *x.shape[1:])
+
+
+def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Contract everything but the leading axes: [O, ...] and [C, ...] -> [O, C]."""
+    return lax.dot_general(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1), (((1,), (1,)), ((), ())))
+
+
+def _stack_rows(x: jax.Array) -> jax.Array:
+    """The three row-shifted copies, padded by one column on both sides: [C, H, W, N] -> [3C, H, W + 2, N]."""
+    height = x.shape[1]
+    padded = _pad_spatial(x, (1, 1), (1, 1))
+    return jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=0)
+
+
+@jax.custom_vjp
+def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A 3x3 convolution, stride 1, padding 1, as one matrix product.
+
+    Rows are shifted before the product (three copies, not the nine of im2col) and columns after it (three adds), which
+    is what makes it fast: the product stays wide and the data only triples.
+
+    Args:
+        x: float [C, H, W, N].
+        kernel: float [3, 3, C, O].
+
+    Returns:
+        float [O, H, W, N].
+    """
+    return _convolve_3x3_forward(x, kernel)[0]
+
+
+def _row_column_matrix(kernel: jax.Array) -> jax.Array:
+    """[3, 3, C, O] -> [3 O, 3 C], the output's column shift and the input's row shift leading."""
+    _, _, channels, features = kernel.shape
+    return jnp.transpose(kernel, (1, 3, 0, 2)).reshape(3 * features, 3 * channels)
+
+
+def _convolve_3x3_forward(x, kernel):
+    width = x.shape[2]
+    features = kernel.shape[3]
+    products = _matmul(_row_column_matrix(kernel), _stack_rows(x))
+    y = sum(products[i * features : (i + 1) * features, :, i : i + width] for i in range(3))
+    return y, (x, kernel)
+
+
+def _convolve_3x3_backward(residuals, gradient):
+    x, kernel = residuals
+    height, width = x.shape[1], x.shape[2]
+    channels, features = kernel.shape[2:]
+    columns = jnp.concatenate([_pad_spatial(gradient, (0, 0), (i, 2 - i)) for i in range(3)], axis=0)
+    matrix_gradient = _outer(columns, _stack_rows(x)).reshape(3, features, 3, channels)
+    rows = _matmul(_row_column_matrix(kernel).T, columns)[:, :, 1 : width + 1]
+    x_gradient = sum(
+        _pad_spatial(rows[i * channels : (i + 1) * channels], (i, 2 - i), (0, 0))[:, 1 : height + 1] for i in range(3)
+    )
+    return x_gradient, jnp.transpose(matrix_gradient, (2, 0, 3, 1))
+
+
+convolve_3x3.defvjp(_convolve_3x3_forward, _convolve_3x3_backward)
+
+
+def _convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Any square convolution by im2col: [C, H, W, N] with [k, k, C, O] -> [O, H', W', N]. Used for strides above 1,
+    where the shifted form would compute columns that are thrown away."""
+    size = kernel.shape[0]
+    padded = _pad_spatial(x, (padding, padding), (padding, padding)) if padding else x
+    out_height = (padded.shape[1] - size) // stride + 1
+    out_width = (padded.shape[2] - size) // stride + 1
+    patches = [
+        padded[:, i : i + (out_height - 1) * stride + 1 : stride, j : j + (out_width - 1) * stride + 1 : stride]
+        for i in range(size)
+        for j in range(size)
+    ]
+    matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(kernel.shape[3], -1)
+    return _matmul(matrix, jnp.concatenate(patches, axis=0) if len(patches) > 1 else patches[0])
+
+
+def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowering: Lowering) -> jax.Array:
+    """A square convolution without bias, padded by `padding` on both sides as PyTorch pads.
+
+    `"SAME"` would pad a stride-2 convolution after only, and every feature map would sit half a pixel elsewhere.
+
+    Args:
+        x: float activation in the lowering's layout.
+        kernel: float [k, k, C, O].
+        stride: step in both directions.
+        padding: zeros added on each of the four sides.
+        lowering: how to compute it.
+
+    Returns:
+        The activation, in the same layout.
+    """
+    if lowering == "native":
+        pads = ((padding, padding), (padding, padding))
+        return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if kernel.shape[0] == 3 and stride == 1 and padding == 1:
+        return convolve_3x3(x, kernel)
+    return _convolve_patches(x, kernel, stride, padding)
+
+
+# ---- Batch normalisation --------------------------------------------------------------------------------------------
+
+
+def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
+    """x * factor + offset, both float [C] along `axis`: one multiply and one add per pixel."""
+    shape = tuple(x.shape[axis] if i == axis else 1 for i in range(x.ndim))
+    return x * factor.reshape(shape) + offset.reshape(shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def normalise_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, axis: int, epsilon: float):
+    """Normalise by the batch's own statistics (Ioffe & Szegedy 2015), with the gradient in its closed form.
+
+    The closed form reads the activation twice; differentiating the forward pass reads and writes it several times more.
+
+    Args:
+        x: float, any layout.
+        scale: float [C].
+        bias: float [C].
+        axis: where the C channels lie.
+        epsilon: added to the variance.
+
+    Returns:
+        (y like x, mean float [C], biased variance float [C]). No gradient flows through the statistics that are
+        returned: they only feed the running averages.
+    """
+    return _normalise_forward(x, scale, bias, axis, epsilon)[0]
+
+
+def _normalise_forward(x, scale, bias, axis, epsilon):
+    reduced = tuple(i for i in range(x.ndim) if i != axis)
+    mean = jnp.mean(x, reduced)
+    variance = jnp.mean(jnp.square(_affine(x, jnp.ones_like(mean), -mean, axis)), reduced)
+    inverse = lax.rsqrt(variance + epsilon)
+    y = _affine(x, scale * inverse, bias - mean * scale * inverse, axis)
+    return (y, mean, variance), (x, scale, mean, inverse)
+
+
+def _normalise_backward(axis, epsilon, residuals, gradients):
+    x, scale, mean, inverse = residuals
+    gradient = gradients[0]
+    reduced = tuple(i for i in range(x.ndim) if i != axis)
+    count = x.size // x.shape[axis]
+    normalised = _affine(x, inverse, -mean * inverse, axis)
+    bias_gradient = jnp.sum(gradient, reduced)
+    scale_gradient = jnp.sum(gradient * normalised, reduced)
+    factor = scale * inverse
+    x_gradient = _affine(gradient, factor, -factor * bias_gradient / count, axis)
+    x_gradient = x_gradient - _affine(normalised, factor * scale_gradient / count, jnp.zeros_like(factor), axis)
+    return x_gradient, scale_gradient, bias_gradient
+
+
+normalise_batch.defvjp(_normalise_forward, _normalise_backward)
+
+
+# ---- Flax modules --------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """PyTorch's `Conv2d(bias=False)` with the initialisation of torchvision's ResNets: normal, He et al. 2015, fan out."""
+
+    features: int
+    size: int
+    stride: int = 1
+    lowering: Lowering = "native"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[layout_of(self.lowering).channel_axis]
+        initialiser = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+        kernel = self.param("kernel", initialiser, (self.size, self.size, channels, self.features), jnp.float32)
+        return convolve(x, kernel, stride=self.stride, padding=self.size // 2, lowering=self.lowering)
+
+
+class BatchNorm(nn.Module):
+    """PyTorch's `BatchNorm2d`: epsilon 1e-5, momentum 0.1 of the new value, and the *unbiased* running variance.
+
+    Flax's own keeps the biased one and, by default, a momentum of 0.99 of the old value.
+    """
+
+    lowering: Lowering = "native"
+    epsilon: float = 1e-5
+    momentum: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        axis = layout_of(self.lowering).channel_axis
+        channels = x.shape[axis]
+        scale = self.param("scale", nn.initializers.ones, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, (channels,), jnp.float32)
+        if train:
+            y, mean, variance = normalise_batch(x, scale, bias, axis, self.epsilon)
+            if not self.is_initializing():
+                count = x.size // channels
+                unbiased = variance * (count / max(count - 1, 1))
+                running_mean.value += self.momentum * (mean - running_mean.value)
+                running_variance.value += self.momentum * (unbiased - running_variance.value)
+            return y
+        factor = scale * lax.rsqrt(running_variance.value + self.epsilon)
+        return _affine(x, factor, bias - running_mean.value * factor, axis)
+
+
+def _uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Classifier(nn.Module):
+    """Global average pooling and PyTorch's `Linear` (weights and bias uniform in ±1/sqrt(fan in))."""
+
+    num_classes: int
+    lowering: Lowering = "native"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layout = layout_of(self.lowering)
+        channels = x.shape[layout.channel_axis]
+        pooled = jnp.mean(x, layout.spatial_axes)  # [N, C] or [C, N]
+        initialiser = _uniform_fan_in(channels)
+        kernel = self.param("kernel", initialiser, (channels, self.num_classes), jnp.float32)
+        bias = self.param("bias", initialiser, (self.num_classes,), jnp.float32)
+        contracted = 0 if layout.channel_axis == 0 else 1
+        logits = lax.dot_general(pooled, kernel, (((contracted,), (0,)), ((), ())))
+        return logits + bias[None, :]
+
+
+class Taps:
+    """The named activations that callers may read and replace on the way through a network.
+
+    One is made per call of a network: `tap("stage1", x)` records x, NHWC, and returns what goes on, which is
+    `edits["stage1"](x)` where the caller gave such an edit.
+    """
+
+    def __init__(self, lowering: Lowering, edits: dict[str, Callable[[jax.Array], jax.Array]] | None):
+        self._layout = layout_of(lowering)
+        self._edits = dict(edits or {})
+        self.features: dict[str, Any] = {}
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        features = self._layout.to_nhwc(x)
+        edit = self._edits.pop(name, None)
+        if edit is not None:
+            features = edit(features)
+            x = self._layout.from_nhwc(features)
+        self.features[name] = features
+        return x
+
+    def finish(self) -> dict[str, jax.Array]:
+        """The recorded features; an edit of a tap that the network does not have is an error."""
+        if self._edits:
+            raise ValueError(f"no tap {', '.join(sorted(self._edits))}; this network has {', '.join(self.features)}")
+        return self.features
+
+
+relu = jax.nn.relu  # its gradient at 0 is 0, as PyTorch's

@@ -1,0 +1,82 @@
+"""The modified ResNets of TA-KD (Heydari & Mansouri, section 4.4, "Network Modifications").
+
+Starting from the ImageNet ResNets of He et al. (2016): the first convolution is 3x3 with stride 1 and padding 1, the
+max-pool is gone, the fourth stage is gone, and the last layer maps stage 3 to the classes. Widths are w, 2w, 4w (times 4
+with bottleneck blocks), w = 64 in the paper.
+"""
+
+import jax
+from flax import linen as nn
+
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Lowering, Taps, layout_of, relu
+
+BLOCKS = {
+    "resnet10": ("basic", (1, 1, 1)),  # not in the paper: one block a stage, for the quick presets
+    "resnet18": ("basic", (2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6)),
+    "resnet50": ("bottleneck", (3, 4, 6)),
+    "resnet101": ("bottleneck", (3, 4, 23)),
+}
+"""Name -> block type and number of blocks in each of the three stages that are left."""
+
+
+class BasicBlock(nn.Module):
+    width: int
+    stride: int
+    lowering: Lowering
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = Conv(self.width, 3, self.stride, self.lowering)(x)
+        y = relu(BatchNorm(self.lowering)(y, train=train))
+        y = Conv(self.width, 3, 1, self.lowering)(y)
+        y = BatchNorm(self.lowering)(y, train=train)
+        return relu(y + _shortcut(x, self.width, self.stride, self.lowering, train))
+
+
+class BottleneckBlock(nn.Module):
+    """The stride sits on the 3x3 convolution, as in torchvision."""
+
+    width: int
+    stride: int
+    lowering: Lowering
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = relu(BatchNorm(self.lowering)(Conv(self.width, 1, 1, self.lowering)(x), train=train))
+        y = relu(BatchNorm(self.lowering)(Conv(self.width, 3, self.stride, self.lowering)(y), train=train))
+        y = BatchNorm(self.lowering)(Conv(4 * self.width, 1, 1, self.lowering)(y), train=train)
+        return relu(y + _shortcut(x, 4 * self.width, self.stride, self.lowering, train))
+
+
+def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, train: bool) -> jax.Array:
+    """The identity, or a 1x1 convolution with batch normalisation wherever the shape changes (torchvision's rule)."""
+    if stride == 1 and x.shape[layout_of(lowering).channel_axis] == features:
+        return x
+    x = Conv(features, 1, stride, lowering, name="shortcut_conv")(x)
+    return BatchNorm(lowering, name="shortcut_norm")(x, train=train)
+
+
+class ResNet(nn.Module):
+    """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck."""
+
+    kind: str
+    blocks: tuple[int, int, int]
+    width: int
+    num_classes: int
+    lowering: Lowering
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, edits=None):
+        block = BasicBlock if self.kind == "basic" else BottleneckBlock
+        taps = Taps(self.lowering, edits)
+        x = layout_of(self.lowering).from_nhwc(images)
+        x = Conv(self.width, 3, 1, self.lowering, name="stem_conv")(x)
+        x = relu(BatchNorm(self.lowering, name="stem_norm")(x, train=train))
+        for stage, count in enumerate(self.blocks):
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                name = f"stage{stage + 1}_block{index + 1}"
+                x = block(self.width * 2**stage, stride, self.lowering, name=name)(x, train=train)
+            x = taps(f"stage{stage + 1}", x)
+        return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()

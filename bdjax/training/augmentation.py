@@ -1,0 +1,55 @@
+"""Random changes of training images, on the device, each image by its own key."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bdjax.types import Array, Key
+
+Augmentation = Literal["none", "crop", "crop_flip"]
+
+
+def pad_crop(key: Key, image: Array, padding: int) -> Array:
+    """Shift an image by up to `padding` pixels each way, zeros coming in.
+
+    Args:
+        key: for this image.
+        image: [H, W, C], any dtype.
+        padding: at least 0.
+
+    Returns:
+        [H, W, C], the same dtype.
+    """
+    padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    top, left = jax.random.randint(key, (2,), 0, 2 * padding + 1)
+    return lax.dynamic_slice(padded, (top, left, jnp.zeros_like(top)), image.shape)
+
+
+def random_flip(key: Key, image: Array) -> Array:
+    """Mirror an image left to right with probability one half."""
+    return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
+
+
+def augment(key: Key, images: Array, kind: Augmentation) -> Array:
+    """Augment a batch.
+
+    Args:
+        key: for the batch; every image gets its own from it.
+        images: [N, H, W, C].
+        kind: "none"; "crop", shifts of up to an eighth of the height (4 pixels of 32); "crop_flip", mirrored as well.
+
+    Returns:
+        [N, H, W, C], the same dtype.
+    """
+    if kind == "none":
+        return images
+    padding = max(1, images.shape[1] // 8)
+
+    def one(key: Key, image: Array) -> Array:
+        crop_key, flip_key = jax.random.split(key)
+        image = pad_crop(crop_key, image, padding)
+        return random_flip(flip_key, image) if kind == "crop_flip" else image
+
+    return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)

@@ -1,0 +1,158 @@
+"""Checkpoints: the only place that imports Orbax.
+
+Two kinds, both written to a temporary folder and renamed, so that an interrupted write leaves the last good one:
+
+- `save` / `load`: a finished tree, leaf by leaf under its own names, readable by anybody's Orbax;
+- `save_progress` / `load_progress`: where an unfinished stage stands, once per epoch, with every leaf of one dtype packed
+  into one vector. Orbax takes about 1.5 ms a leaf, and a state of many small ones should cost less than its epoch.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from bdjax.errors import InputError
+from bdjax.types import PyTree
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines a save
+
+_PROGRESS = "progress-"
+_ABOUT = "about.json"
+
+
+def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
+    """Write a finished tree; one that is already there is replaced.
+
+    Args:
+        folder: where to; `folder/tree` is an Orbax checkpoint, `folder/about.json` says what it is.
+        tree: a pytree of arrays.
+        about: JSON-able facts that a reader needs to rebuild the target: the model's name, width and classes, say.
+    """
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    # about.json is written last and makes the checkpoint complete.
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _ABOUT).unlink()
+    shutil.rmtree(folder / "tree", ignore_errors=True)
+    ocp.save(folder / "tree", jax.tree.map(_plain, tree))
+    temporary = folder / (_ABOUT + ".tmp")
+    temporary.write_text(json.dumps(dict(about), indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / _ABOUT)
+
+
+def is_complete(folder: pathlib.Path) -> bool:
+    """Whether `folder` holds a finished checkpoint."""
+    return (folder / _ABOUT).is_file() and (folder / "tree").is_dir()
+
+
+def about(folder: pathlib.Path) -> dict[str, Any]:
+    """The facts that were saved beside a tree.
+
+    Raises:
+        InputError: if the folder is not a finished checkpoint, or its about.json is not JSON.
+    """
+    if not is_complete(folder):
+        raise InputError(f"{folder}: not a finished checkpoint: it should hold tree/ and {_ABOUT}")
+    try:
+        facts = json.loads((folder / _ABOUT).read_text())
+    except ValueError as error:
+        raise InputError(f"{folder / _ABOUT}: not JSON ({error})") from None
+    if not isinstance(facts, dict):
+        raise InputError(f"{folder / _ABOUT}: should hold a JSON object, not {type(facts).__name__}")
+    return facts
+
+
+def load(folder: pathlib.Path, like: PyTree) -> PyTree:
+    """Read a finished tree onto the default device.
+
+    Args:
+        folder: what `save` was given.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`, as `jax.eval_shape` gives, of the saved structure.
+
+    Raises:
+        InputError: if the folder is not a finished checkpoint, or holds another structure or other shapes.
+    """
+    about(folder)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
+    try:
+        return ocp.load(folder.absolute() / "tree", target)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {reason}") from None
+
+
+def save_progress(folder: pathlib.Path, number: int, tree: PyTree) -> None:
+    """Write where a stage stands after `number` epochs, then drop what was written before."""
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_PROGRESS}{number:06d}"
+    if path.exists():  # left by a run that was cut off before it could go on
+        shutil.rmtree(path)
+    ocp.save(path, _pack(tree))
+    for other in folder.glob(f"{_PROGRESS}*"):
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
+    """Read the newest progress of a stage, or None if there is none.
+
+    Args:
+        folder: what `save_progress` was given.
+        like: a pytree of arrays of the saved structure.
+
+    Raises:
+        InputError: if what is there has another structure.
+    """
+    finished = sorted(path for path in folder.absolute().glob(f"{_PROGRESS}*") if path.name[len(_PROGRESS) :].isdigit())
+    if not finished:
+        return None
+    try:
+        return _unpack(ocp.load(finished[-1], _pack(like)), like)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise InputError(
+            f"{finished[-1]}: not the progress of this run ({str(error).strip().splitlines()[0][:200]}); "
+            "choose another --output or delete the folder"
+        ) from None
+
+
+def drop_progress(folder: pathlib.Path) -> None:
+    """Delete the progress of a stage that is finished, and what an interrupted write left."""
+    for path in folder.absolute().glob(f"{_PROGRESS}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _plain(leaf: Any) -> Any:
+    """Typed keys as their words: NumPy and other readers know nothing of key types."""
+    return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _pack(tree: PyTree) -> dict[str, np.ndarray]:
+    groups: dict[str, list[np.ndarray]] = {}
+    for leaf in map(np.asarray, jax.device_get([_plain(leaf) for leaf in jax.tree.leaves(tree)])):
+        groups.setdefault(leaf.dtype.name, []).append(leaf.reshape(-1))
+    return {name: np.concatenate(leaves) for name, leaves in groups.items()}
+
+
+def _unpack(packed: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
+    position = dict.fromkeys(packed, 0)
+
+    def take(leaf: Any) -> jax.Array:
+        plain = _plain(leaf)
+        name = np.dtype(plain.dtype).name
+        start = position[name]
+        position[name] = start + plain.size
+        values = jax.numpy.asarray(packed[name][start : position[name]].reshape(plain.shape))
+        return jax.random.wrap_key_data(values) if plain is not leaf else values
+
+    return jax.tree.map(take, like)

@@ -1,0 +1,214 @@
+"""Training of one network, as pure functions: a step, an epoch, an evaluation.
+
+Everything here is written for one member; `ensemble.py` stacks them. An epoch is one traced call: it shuffles, scans over
+its batches, measures the validation loss and applies the learning-rate rule, and nothing crosses to the host.
+
+Images stay where they are: one pool of uint8 images on the device is shared by all members, and a member's rows are
+indices into it. A poisoned row is a row of the pool like any other, so an attack costs memory for its poisoned rows only.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from bdjax.training.augmentation import Augmentation, augment
+from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
+from bdjax.types import Array, Key, Model, PyTree
+
+Loss = Callable[[Array, PyTree], Array]
+"""(logits [N, K], targets of those N rows) -> per-example loss [N]."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one network is trained. The defaults are those of TA-KD (Heydari & Mansouri, section 4.8)."""
+
+    epochs: int = 15
+    batch_size: int = 64
+    evaluation_batch_size: int = 128
+    learning_rate: float = 0.01
+    weight_decay: float = 0.0  # PyTorch's: L2 added to the gradient before Adam, on every parameter
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    plateau_factor: float = 0.5
+    plateau_patience: int = 2
+    plateau_threshold: float = 1e-3
+    keep_last_batch: bool = True  # train on the incomplete last batch too, as PyTorch's loader does
+    augmentation: Augmentation = "none"
+
+
+class Rows(NamedTuple):
+    """Rows of the pool with what a loss needs to know of each."""
+
+    index: Array  # int32 [n], into the pool
+    targets: dict[str, Array]  # name -> [n, ...]; "labels" int32 [n] is always there
+
+
+class TrainState(NamedTuple):
+    """All that a member needs to go on: a checkpoint of this resumes exactly."""
+
+    variables: PyTree
+    optimiser: PyTree
+    plateau: PlateauState
+    key: Key
+    epoch: Array  # int32 []: epochs done
+    history: dict[str, Array]  # name -> float32 [epochs]; zeros for epochs to come
+
+
+HISTORY = ("loss", "accuracy", "validation_loss", "learning_rate")
+
+
+def as_float(images: Array) -> Array:
+    """uint8 images to float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255.0
+
+
+def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
+    """Adam as PyTorch's, without the learning rate, which the schedule multiplies in."""
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_adam())
+
+
+def init_state(key: Key, model: Model, image_shape: tuple[int, int, int], config: TrainConfig) -> TrainState:
+    """A fresh member: its weights and its shuffles come from `key` alone."""
+    init_key, shuffle_key = jax.random.split(key)
+    return resume_from(model.init(init_key, image_shape), shuffle_key, config)
+
+
+def resume_from(variables: PyTree, key: Key, config: TrainConfig) -> TrainState:
+    """A member that starts from given weights, with a fresh optimiser: fine-tuning."""
+    return TrainState(
+        variables=variables,
+        optimiser=make_optimiser(config).init(variables["params"]),
+        plateau=init_plateau(config.learning_rate),
+        key=key,
+        epoch=jnp.asarray(0, jnp.int32),
+        history={name: jnp.zeros(config.epochs, jnp.float32) for name in HISTORY},
+    )
+
+
+def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
+    """The rate of the coming epoch: the plateau rule's, or half a cosine over the epochs."""
+    if config.schedule == "plateau":
+        return state.plateau.learning_rate
+    progress = state.epoch.astype(jnp.float32) / config.epochs
+    return config.learning_rate * 0.5 * (1 + jnp.cos(math.pi * progress))
+
+
+def make_step(model: Model, loss: Loss, config: TrainConfig) -> Callable[..., tuple[Any, dict[str, Array]]]:
+    """One gradient step of one member on one batch.
+
+    Returns:
+        `step(variables, optimiser, images, targets, learning_rate) -> ((variables, optimiser), metrics)`, with images
+        float32 [B, H, W, C] in [0, 1] and metrics the batch's summed loss and number of correct predictions.
+    """
+    optimiser = make_optimiser(config)
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array]):
+        output = model.apply({**variables, "params": params}, images, train=True)
+        losses = loss(output.logits, targets)
+        return jnp.mean(losses), (losses, output)
+
+    def step(
+        variables: PyTree, optimiser_state: PyTree, images: Array, targets: dict[str, Array], learning_rate: Array
+    ):
+        gradient, (losses, output) = jax.grad(objective, has_aux=True)(variables["params"], variables, images, targets)
+        direction, optimiser_state = optimiser.update(gradient, optimiser_state, variables["params"])
+        params = jax.tree.map(lambda p, d: p - learning_rate * d, variables["params"], direction)
+        correct = jnp.argmax(output.logits, axis=1) == targets["labels"]
+        metrics = {"loss": jnp.sum(losses), "accuracy": jnp.sum(correct.astype(jnp.float32))}
+        return ({**output.variables, "params": params}, optimiser_state), metrics
+
+    return step
+
+
+def evaluate_loss(model: Model, loss: Loss, variables: PyTree, pool: Array, rows: Rows, batch_size: int) -> Array:
+    """The mean loss over `rows` with running statistics, float32 []."""
+    losses = over_batches(
+        lambda batch: loss(model.apply(variables, as_float(pool[batch.index]), train=False).logits, batch.targets),
+        rows,
+        batch_size,
+    )
+    return jnp.mean(losses)
+
+
+def over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size: int) -> PyTree:
+    """Apply a function of a batch to all rows, in batches of at most `batch_size`, one after another.
+
+    Args:
+        function: from leaves [B, ...] to leaves [B, ...], each row on its own (no batch statistics).
+        rows: leaves [n, ...], n at least 1.
+        batch_size: at least 1.
+
+    Returns:
+        Leaves [n, ...], in the order of the rows.
+    """
+    num_rows = jax.tree.leaves(rows)[0].shape[0]
+    batch_size = min(batch_size, num_rows)
+    num_batches = -(-num_rows // batch_size)
+    # The last batch is filled up with copies of the last row, which are cut off again: one shape, one trace.
+    position = jnp.minimum(jnp.arange(num_batches * batch_size), num_rows - 1).reshape(num_batches, batch_size)
+    outputs = lax.map(lambda where: function(jax.tree.map(lambda leaf: leaf[where], rows)), position)
+    return jax.tree.map(lambda leaf: leaf.reshape(num_batches * batch_size, *leaf.shape[2:])[:num_rows], outputs)
+
+
+def make_epoch(model: Model, loss: Loss, config: TrainConfig) -> Callable[[TrainState, Rows, Rows, Array], TrainState]:
+    """A whole epoch of one member.
+
+    Returns:
+        `epoch(state, train, validation, pool) -> state`. `pool` is uint8 [P, H, W, C]. Without validation rows the
+        plateau rule judges the training loss.
+    """
+    step = make_step(model, loss, config)
+
+    def epoch(state: TrainState, train: Rows, validation: Rows, pool: Array) -> TrainState:
+        num_rows = train.index.shape[0]
+        batch_size = min(config.batch_size, num_rows)
+        epoch_key = jax.random.fold_in(state.key, state.epoch)
+        order = jax.random.permutation(epoch_key, num_rows)
+        learning_rate = learning_rate_at(state, config)
+
+        def run_batch(carry, batch):
+            number, where = batch
+            variables, optimiser_state = carry
+            images = augment(jax.random.fold_in(epoch_key, number), pool[train.index[where]], config.augmentation)
+            targets = {name: values[where] for name, values in train.targets.items()}
+            return step(variables, optimiser_state, as_float(images), targets, learning_rate)
+
+        full = num_rows // batch_size
+        carry = (state.variables, state.optimiser)
+        batches = (jnp.arange(full), order[: full * batch_size].reshape(full, batch_size))
+        carry, metrics = lax.scan(run_batch, carry, batches)
+        totals = jax.tree.map(jnp.sum, metrics)
+        seen = full * batch_size
+        if config.keep_last_batch and seen < num_rows:
+            carry, metrics = run_batch(carry, (jnp.asarray(full), order[seen:]))
+            totals = jax.tree.map(jnp.add, totals, metrics)
+            seen = num_rows
+        variables, optimiser_state = carry
+        means = jax.tree.map(lambda total: total / seen, totals)
+        if validation.index.shape[0]:
+            validation_loss = evaluate_loss(model, loss, variables, pool, validation, config.evaluation_batch_size)
+        else:
+            validation_loss = means["loss"]
+        measured = {**means, "validation_loss": validation_loss, "learning_rate": learning_rate}
+        return TrainState(
+            variables=variables,
+            optimiser=optimiser_state,
+            plateau=plateau_step(
+                state.plateau,
+                validation_loss,
+                factor=config.plateau_factor,
+                patience=config.plateau_patience,
+                threshold=config.plateau_threshold,
+            ),
+            key=state.key,
+            epoch=state.epoch + 1,
+            history={name: state.history[name].at[state.epoch].set(measured[name]) for name in HISTORY},
+        )
+
+    return epoch
