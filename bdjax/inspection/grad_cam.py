@@ -1,0 +1,99 @@
+"""Grad-CAM: where a network looks when it says a class.
+
+If a backdoor is at work the map lies on the trigger, whatever else the image shows.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from bdjax.inspection.scaling import min_max
+from bdjax.training.ensemble import Layout, default_layout, map_members
+from bdjax.types import Array, Model, PyTree
+
+
+@partial(jax.jit, static_argnames=("model", "tap"))
+def grad_cam(
+    model: Model, variables: PyTree, images: Array, classes: Array | int | None = None, *, tap: str = "stage3"
+) -> tuple[Array, Array]:
+    """Compute one heat map per image.
+
+    The weight of channel c of the features F at the tap is w_c = mean_ij d z_k / d F_ijc, with z_k the logit of the class
+    to explain; the map is relu(sum_c w_c F_c), brought to the size of the image and stretched to 0..1. Compiled once per
+    model, tap and shape of the images; whether classes are given makes one more.
+
+    Args:
+        model: the network; evaluated with running statistics, so that rows do not affect each other.
+        variables: its variables.
+        images: float32 [N, H, W, C] in [0, 1].
+        classes: int [N], the class to explain for each image, in 0..K-1; or one for all; None for the predicted ones.
+        tap: which features. The paper uses those of the last stage.
+
+    Returns:
+        heat_maps: float32 [N, H, W] in [0, 1]. All 0 where nothing speaks for the class, where the map is flat, and
+            where the network gives NaN.
+        classes: int32 [N], those explained.
+
+    Raises:
+        ValueError: if the network has no such tap.
+
+    References:
+        Selvaraju et al. 2017, Grad-CAM, equations 1-2; Heydari & Mansouri, section 4.7, equation 12.
+    """
+    num_rows, height, width = images.shape[:3]
+    features_shape = jax.eval_shape(lambda: _features_at(model, variables, images, tap))
+
+    def head(offset: Array) -> tuple[Array, Array]:
+        # Adding zeros leaves the features as they are and gives something to differentiate by.
+        output = model.apply(variables, images, train=False, edits={tap: lambda features: features + offset})
+        return output.logits, output.features[tap]
+
+    logits, pull_back, features = jax.vjp(head, jnp.zeros(features_shape.shape, features_shape.dtype), has_aux=True)
+    if classes is None:
+        classes = jnp.argmax(logits, axis=1)
+    classes = jnp.broadcast_to(jnp.asarray(classes, jnp.int32), (num_rows,))
+    # Logits of a row depend on the features of that row only, so one pull-back serves all rows.
+    (gradient,) = pull_back(jax.nn.one_hot(classes, logits.shape[1], dtype=logits.dtype))
+    weights = jnp.mean(gradient, axis=(1, 2))  # [N, c]
+    heat = jax.nn.relu(jnp.einsum("nhwc,nc->nhw", features, weights))
+    heat = jax.image.resize(heat, (num_rows, height, width), "bilinear")
+    return min_max(heat, axes=(1, 2)), classes
+
+
+@partial(jax.jit, static_argnames=("model", "tap", "layout"))
+def grad_cam_members(
+    model: Model,
+    variables: PyTree,
+    images: Array,
+    classes: Array | int | None = None,
+    *,
+    tap: str = "stage3",
+    layout: Layout | None = None,
+) -> tuple[Array, Array]:
+    """Compute `grad_cam` for every member of an ensemble on the same images.
+
+    Args:
+        model: their architecture.
+        variables: stacked [M, ...].
+        images: float32 [N, H, W, C] in [0, 1], shared by all members.
+        classes: as for `grad_cam`, shared by all members; None for what each member predicts.
+        tap: which features.
+        layout: how the members are laid out; None chooses by backend.
+
+    Returns:
+        heat_maps: float32 [M, N, H, W] in [0, 1].
+        classes: int32 [M, N].
+    """
+
+    def one(variables: PyTree, images: Array, classes: Array | int | None) -> tuple[Array, Array]:
+        return grad_cam(model, variables, images, classes, tap=tap)
+
+    return map_members(one, layout or default_layout(), num_shared=2)(variables, images, classes)
+
+
+def _features_at(model: Model, variables: PyTree, images: Array, tap: str) -> Array:
+    features = model.apply(variables, images, train=False).features
+    if tap not in features:
+        raise ValueError(f"no tap {tap!r}; this network has {', '.join(features)}")
+    return features[tap]
