@@ -1,0 +1,74 @@
+"""Where images come from: one file for each kind of source, found here by name or path.
+
+A new dataset is one new file with a loader, and one line in `DATASETS`.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from bdjax.datasets.cifar import load_cifar10, load_cifar100
+from bdjax.datasets.digits import load_digits
+from bdjax.datasets.gtsrb import load_gtsrb
+from bdjax.datasets.image_folder import load_image_folder
+from bdjax.datasets.locate import search_folders
+from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
+from bdjax.datasets.npz import load_npz
+from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
+from bdjax.datasets.tfds import load_tfds
+from bdjax.errors import InputError
+from bdjax.types import TrainTest
+
+__all__ = ["DATASETS", "load"]
+
+Loader = Callable[[tuple[Path, ...], bool], TrainTest]
+"""`loader(folders, download)`: looks in the folders in order, then fetches if it may."""
+
+DATASETS: Mapping[str, Loader] = {
+    "digits": load_digits,
+    "mnist": load_mnist,
+    "fashion_mnist": load_fashion_mnist,
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "gtsrb": load_gtsrb,
+}
+
+
+def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> TrainTest:
+    """Loads a dataset into memory.
+
+    Args:
+        name_or_path: A name in `DATASETS`; "tfds:NAME" for a prepared set of TensorFlow Datasets; a folder of images
+            with a sub-folder for each class; or an .npz file. A name goes before a folder that is called the same:
+            write "./mnist" for the folder.
+        data_dir: Where named sets are looked for first; then in $BDJAX_DATA_DIR, then in the user's cache.
+        download: Whether to fetch a named set that is nowhere, into the cache. Its checksum is verified then.
+
+    Returns:
+        The training and the test rows: images uint8 [N, H, W, C], labels int32 [N].
+
+    Raises:
+        InputError: If there is no such dataset, or a file is missing or not what it should be. One line that says what
+            is wrong and what would be right.
+    """
+    folders = search_folders(data_dir)
+    if name_or_path in DATASETS:
+        return DATASETS[name_or_path](folders, download)
+    if name_or_path.startswith(TFDS_PREFIX):
+        return load_tfds(name_or_path.removeprefix(TFDS_PREFIX), folders)
+    path = Path(name_or_path).expanduser()
+    if name_or_path and path.is_dir():  # "" would be the current folder
+        return load_image_folder(path)
+    if path.suffix == ".npz" and path.is_file():
+        return load_npz(path)
+    if name_or_path and path.exists():
+        raise InputError(f"{path}: is neither a folder of images nor an .npz file")
+    if path.suffix or len(path.parts) > 1:
+        raise InputError(f"{path}: there is no such file or folder")
+    close = difflib.get_close_matches(name_or_path.lower(), DATASETS, n=1)
+    suggestion = f" (is {close[0]} meant?)" if close else ""
+    raise InputError(
+        f"{name_or_path!r}: there is no such dataset, folder or file{suggestion}; there are {', '.join(DATASETS)}, "
+        f"{TFDS_PREFIX}NAME, a folder of images by its path, and an .npz file by its path"
+    )

@@ -1,0 +1,337 @@
+"""CIFAR-10 and CIFAR-100, from the binary and the Python version, packed or not."""
+
+import io
+import pickle
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
+from bdjax.datasets.validation import as_int32_labels, describe_rows, make_dataset, one_line
+from bdjax.errors import InputError
+from bdjax.types import Dataset, TrainTest
+
+_URLS = ("https://www.cs.toronto.edu/~kriz/",)
+_PIXEL_BYTES = 3 * 32 * 32
+_MAXIMUM_TAR_MEMBERS = 100
+_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+_CIFAR100_CLASSES = """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+    caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+    flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+    motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+    poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+    squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+    wardrobe whale willow_tree wolf woman worm
+"""
+
+
+class _Version(NamedTuple):
+    archive: str
+    folder: str
+    train_files: tuple[str, ...]
+    test_file: str
+    is_python: bool
+
+
+class _Format(NamedTuple):
+    name: str
+    num_classes: int
+    class_names: tuple[str, ...]
+    label_bytes: int  # of a binary record; the last is the label
+    label_key: bytes  # of a Python batch
+    rows_per_file: int  # the most, of a training file
+    versions: tuple[_Version, ...]
+    remote: RemoteFile
+
+
+_CIFAR10 = _Format(
+    name="cifar10",
+    num_classes=10,
+    class_names=tuple(_CIFAR10_CLASSES.split()),
+    label_bytes=1,
+    label_key=b"labels",
+    rows_per_file=10_000,
+    versions=(
+        _Version(
+            "cifar-10-binary.tar.gz",
+            "cifar-10-batches-bin",
+            tuple(f"data_batch_{batch}.bin" for batch in range(1, 6)),
+            "test_batch.bin",
+            False,
+        ),
+        _Version(
+            "cifar-10-python.tar.gz",
+            "cifar-10-batches-py",
+            tuple(f"data_batch_{batch}" for batch in range(1, 6)),
+            "test_batch",
+            True,
+        ),
+    ),
+    remote=RemoteFile("cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530", _URLS),
+)
+
+_CIFAR100 = _Format(
+    name="cifar100",
+    num_classes=100,
+    class_names=tuple(_CIFAR100_CLASSES.split()),
+    label_bytes=2,  # the coarse label, then the fine one
+    label_key=b"fine_labels",
+    rows_per_file=50_000,
+    versions=(
+        _Version("cifar-100-binary.tar.gz", "cifar-100-binary", ("train.bin",), "test.bin", False),
+        _Version("cifar-100-python.tar.gz", "cifar-100-python", ("train",), "test", True),
+    ),
+    remote=RemoteFile("cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", _URLS),
+)
+
+
+def load_cifar10(folders: Sequence[Path], download: bool) -> TrainTest:
+    """Loads CIFAR-10: [32, 32, 3], 10 classes, 50,000 and 10,000 rows.
+
+    Args:
+        folders: Where to look for the unpacked folder (`cifar-10-batches-bin`, `cifar-10-batches-py`) or the archive
+            (`cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz`), as the publisher names them.
+        download: Whether to fetch the archive if it is nowhere.
+
+    Returns:
+        The publisher's split.
+
+    Raises:
+        InputError: If the files are nowhere, incomplete, damaged, or pickles that hold more than arrays.
+    """
+    return _load(_CIFAR10, folders, download)
+
+
+def load_cifar100(folders: Sequence[Path], download: bool) -> TrainTest:
+    """Loads CIFAR-100 with its fine labels: [32, 32, 3], 100 classes, 50,000 and 10,000 rows.
+
+    Args:
+        folders: Where to look for the unpacked folder (`cifar-100-binary`, `cifar-100-python`) or the archive
+            (`cifar-100-binary.tar.gz`, `cifar-100-python.tar.gz`), as the publisher names them.
+        download: Whether to fetch the archive if it is nowhere.
+
+    Returns:
+        The publisher's split.
+
+    Raises:
+        InputError: If the files are nowhere, incomplete, damaged, or pickles that hold more than arrays.
+    """
+    return _load(_CIFAR100, folders, download)
+
+
+def read_pickle(data: bytes, where: object) -> Any:
+    """Reads a pickle that holds nothing but plain values and NumPy arrays. Runs no code that the file chooses.
+
+    Args:
+        data: The content of the file.
+        where: The file to name if something is wrong.
+
+    Returns:
+        The value; arrays are `PickledArray`.
+
+    Raises:
+        InputError: If the file asks for anything else, or is damaged.
+    """
+    try:
+        return _ArrayUnpickler(io.BytesIO(data), where).load()
+    except InputError:
+        raise
+    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+        raise InputError(f"{where}: is not an intact pickle ({one_line(error)})") from error
+
+
+class PickledArray:
+    """Stands in for `numpy.ndarray` in an unpickler: it keeps what the file says of an array and interprets nothing.
+
+    NumPy's own `__setstate__` is C code that trusts its input; this class lets `as_array` check it first.
+    """
+
+    def __init__(self, *arguments: Any):
+        self.arguments = arguments
+        self.state: Any = None
+
+    def __setstate__(self, state: Any):
+        self.state = state
+
+    def as_array(self) -> np.ndarray:
+        """Returns the array, uint8; raises ValueError if it is not a whole array of uint8 in C or Fortran order."""
+        if self.state is None:  # protocol 5: _frombuffer(content, dtype, shape, order)
+            content, dtype, shape, order = self.arguments
+        else:
+            _, shape, dtype, is_fortran, content = self.state
+            order = "F" if is_fortran else "C"
+        if not isinstance(dtype, PickledArray) or dtype.arguments[:1] not in (("u1",), (b"u1",)):
+            raise ValueError("an array is not of uint8")
+        if not isinstance(content, bytes | bytearray) or order not in ("C", "F"):
+            raise ValueError("an array's content is not bytes")
+        return np.frombuffer(bytes(content), np.uint8).reshape(shape, order=order)
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    # How Python 3 writes bytes by protocol 2, as in arrays that were pickled again for old readers.
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError("bytes are not encoded by latin1")
+    return text.encode("latin1")
+
+
+_ALLOWED_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy._core.multiarray", "_reconstruct"): PickledArray,
+    ("numpy.core.numeric", "_frombuffer"): PickledArray,
+    ("numpy._core.numeric", "_frombuffer"): PickledArray,
+    ("numpy", "ndarray"): PickledArray,
+    ("numpy", "dtype"): PickledArray,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, where: object):
+        # CIFAR's pickles are Python 2's, whose strings are bytes.
+        super().__init__(file, encoding="bytes")
+        self._where = where
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise InputError(
+                f"{self._where}: this pickle asks for {one_line(module)}.{one_line(name)}, which may run code, and was "
+                "refused; a CIFAR batch holds only NumPy arrays and lists"
+            )
+        return _ALLOWED_GLOBALS[module, name]
+
+
+def _load(cifar: _Format, folders: Sequence[Path], download: bool) -> TrainTest:
+    found = _find(cifar, folders)
+    if found is None:
+        looked_for = " or ".join(name for version in cifar.versions for name in (version.folder, version.archive))
+        if not download:
+            raise not_found(cifar.name, looked_for, folders, download_hint((cifar.remote,), folders[0], download))
+        try:
+            fetched = fetch((cifar.remote,), "")
+        except InputError as error:
+            hint = download_hint((cifar.remote,), folders[0], download, error)
+            raise not_found(cifar.name, looked_for, folders, hint) from error
+        found = cifar.versions[0], fetched[cifar.remote.file_name]
+    version, path = found
+    wanted = (*version.train_files, version.test_file)
+    files = _read_folder(path, wanted, cifar) if path.is_dir() else _read_archive(path, version, wanted, cifar)
+    return TrainTest(
+        _read_part(cifar, version, path, files, version.train_files, 50_000),
+        _read_part(cifar, version, path, files, (version.test_file,), 10_000),
+    )
+
+
+def _find(cifar: _Format, folders: Sequence[Path]) -> tuple[_Version, Path] | None:
+    for folder in folders:
+        for version in cifar.versions:
+            if (folder / version.folder).is_dir():
+                return version, folder / version.folder
+        for version in cifar.versions:
+            if (folder / version.archive).is_file():
+                return version, folder / version.archive
+    return None
+
+
+def _maximum_bytes(cifar: _Format) -> int:
+    # A Python batch also names the file that each row came from, and holds each label as a few bytes.
+    return cifar.rows_per_file * (_PIXEL_BYTES + 100)
+
+
+def _check_size(num_bytes: int, where: object, cifar: _Format) -> None:
+    if num_bytes > _maximum_bytes(cifar):
+        raise InputError(f"{where}: has {num_bytes} bytes; no file of {cifar.name} has over {_maximum_bytes(cifar)}")
+
+
+def _read_folder(folder: Path, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
+    files = {}
+    for name in wanted:
+        path = folder / name
+        try:
+            _check_size(path.stat().st_size, path, cifar)
+            files[name] = path.read_bytes()
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: is missing; {folder.name} must hold {', '.join(wanted)}") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+    return files
+
+
+def _read_archive(path: Path, version: _Version, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
+    files = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            # In the order of the archive, in memory: nothing is written to disk, whatever the members are called.
+            for position, member in enumerate(archive):
+                _check_size(member.size, f"{path}, member {one_line(member.name)}", cifar)
+                if position >= _MAXIMUM_TAR_MEMBERS:
+                    raise InputError(f"{path}: has over {_MAXIMUM_TAR_MEMBERS} members; the publisher's has 8")
+                folder, _, name = member.name.removeprefix("./").partition("/")
+                if folder == version.folder and name in wanted and member.isfile():
+                    files[name] = archive.extractfile(member).read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); fetch it again") from error
+    missing = [name for name in wanted if name not in files]
+    if missing:
+        raise InputError(f"{path}: holds no {version.folder}/{missing[0]}; it must hold {', '.join(wanted)}")
+    return files
+
+
+def _read_part(
+    cifar: _Format,
+    version: _Version,
+    path: Path,
+    files: Mapping[str, bytes],
+    names: tuple[str, ...],
+    num_published: int,
+) -> Dataset:
+    images, labels = [], []
+    for name in names:
+        where = path / name if path.is_dir() else f"{path}, member {version.folder}/{name}"
+        read = _read_python_batch if version.is_python else _read_binary_batch
+        pixels, batch_labels = read(files[name], cifar, where)
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # CIFAR has the channels first
+        labels.append(as_int32_labels(batch_labels, cifar.num_classes, where))
+    all_labels = np.concatenate(labels)
+    source = f"{path} ({describe_rows(len(all_labels), num_published)})"
+    return make_dataset(
+        np.concatenate(images), all_labels, cifar.num_classes, cifar.name, source, cifar.class_names, where=path
+    )
+
+
+def _read_binary_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.ndarray, np.ndarray]:
+    record_bytes = cifar.label_bytes + _PIXEL_BYTES
+    num_rows, rest = divmod(len(data), record_bytes)
+    if rest or not 1 <= num_rows <= cifar.rows_per_file:
+        raise InputError(
+            f"{where}: has {len(data)} bytes; 1 to {cifar.rows_per_file} records of {record_bytes} bytes would be right"
+        )
+    records = np.frombuffer(data, np.uint8).reshape(num_rows, record_bytes)
+    return records[:, cifar.label_bytes :], records[:, cifar.label_bytes - 1]
+
+
+def _read_python_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.ndarray, np.ndarray]:
+    batch = read_pickle(data, where)
+    if not isinstance(batch, dict):
+        raise InputError(f"{where}: holds a {type(batch).__name__}; a dict with data and labels would be right")
+    # A file that was pickled again by Python 3 has str keys.
+    batch = {key.encode() if isinstance(key, str) else key: value for key, value in batch.items()}
+    pixels, labels = batch.get(b"data"), batch.get(cifar.label_key)
+    try:
+        pixels = pixels.as_array()
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: data is not an intact uint8 array ({one_line(error)})") from error
+    if pixels.ndim != 2 or pixels.shape[1] != _PIXEL_BYTES or not 1 <= len(pixels) <= cifar.rows_per_file:
+        raise InputError(
+            f"{where}: data has the shape {list(pixels.shape)}; 1 to {cifar.rows_per_file} rows of {_PIXEL_BYTES} "
+            "would be right"
+        )
+    if not isinstance(labels, list) or any(type(label) is not int or abs(label) >= 1 << 31 for label in labels):
+        raise InputError(f"{where}: {cifar.label_key.decode()} is not a list of integers")
+    if len(labels) != len(pixels):
+        raise InputError(f"{where}: holds {len(pixels)} images and {len(labels)} labels; there must be as many of both")
+    return pixels, np.array(labels, np.int64)

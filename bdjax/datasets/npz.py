@@ -1,0 +1,145 @@
+"""Rows from an .npz file of NumPy, clean or poisoned."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bdjax.datasets.splits import fixed_test_split
+from bdjax.datasets.validation import as_int32_labels, as_uint8_images, make_dataset, one_line
+from bdjax.errors import InputError
+from bdjax.types import Dataset, PoisonedDataset, TrainTest
+
+_SPLIT_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+_WHOLE_NAMES = ("images", "labels")
+_POISON_NAMES = ("is_poisoned", "original_labels")
+
+
+def load_npz(path: Path) -> TrainTest:
+    """Loads an .npz file. Object arrays, which are pickles, are refused.
+
+    Args:
+        path: Holds `train_images`, `train_labels`, `test_images` and `test_labels`; or `images` and `labels`, which are
+            split 80/20 the same way every time. Images are [N, H, W] or [N, H, W, C], uint8, or float in [0, 1].
+            Optional: `num_classes` (otherwise the highest label plus 1); `is_poisoned` (bool) and `original_labels`
+            (int) for each training row, or for each row of `images`.
+
+    Returns:
+        The split set; its training part is a `PoisonedDataset` if the file has `is_poisoned`. Of `images`, only rows
+        that are not poisoned become test rows.
+
+    Raises:
+        InputError: If anything is not as said above.
+    """
+    arrays = _read_arrays(path)
+    is_whole = all(name in arrays for name in _WHOLE_NAMES)
+    if is_whole == all(name in arrays for name in _SPLIT_NAMES):
+        raise InputError(
+            f"{path}: holds {', '.join(sorted(arrays)) or 'none of the known arrays'}; it must hold either "
+            f"{', '.join(_WHOLE_NAMES)} or {', '.join(_SPLIT_NAMES)}"
+        )
+    if len([name for name in _POISON_NAMES if name in arrays]) == 1:
+        raise InputError(f"{path}: holds only one of {' and '.join(_POISON_NAMES)}; both or neither are needed")
+    num_classes = _num_classes(arrays, path)
+    if not is_whole:
+        train = _dataset(arrays, "train_images", "train_labels", num_classes, path)
+        test = _dataset(arrays, "test_images", "test_labels", num_classes, path)
+        if train.image_shape != test.image_shape:
+            raise InputError(
+                f"{path}: train_images are {list(train.image_shape)} and test_images {list(test.image_shape)}; "
+                "they must be of one shape"
+            )
+        return TrainTest(_with_poison(train, arrays, path), test)
+    return _split(_with_poison(_dataset(arrays, "images", "labels", num_classes, path), arrays, path), path)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: is a single .npy array; an .npz file that names its arrays is needed")
+            return {
+                name: file[name]
+                for name in (*_WHOLE_NAMES, *_SPLIT_NAMES, *_POISON_NAMES, "num_classes")
+                if name in file.files
+            }
+    except InputError:
+        raise
+    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
+        raise InputError(f"{path}: is not an intact .npz file of plain arrays ({one_line(error)})") from error
+
+
+def _num_classes(arrays: dict[str, np.ndarray], path: Path) -> int:
+    if "num_classes" in arrays:
+        value = arrays["num_classes"]
+        if value.shape != () or not np.issubdtype(value.dtype, np.integer):
+            raise InputError(
+                f"{path}: num_classes is {value.dtype} of the shape {list(value.shape)}; it must be an int"
+            )
+        return int(value)
+    found = [arrays[name] for name in ("labels", "train_labels", "test_labels", "original_labels") if name in arrays]
+    found = [labels for labels in found if labels.size and np.issubdtype(labels.dtype, np.integer)]
+    num_classes = 1 + max((int(labels.max()) for labels in found), default=0)
+    num_rows = sum(labels.size for labels in found)
+    if num_classes > max(num_rows, 2):
+        raise InputError(
+            f"{path}: the highest label is {num_classes - 1} though there are only {num_rows} labels; labels count from "
+            "0, and num_classes must be in the file if this is meant"
+        )
+    return num_classes
+
+
+def _dataset(arrays: dict[str, np.ndarray], images: str, labels: str, num_classes: int, path: Path) -> Dataset:
+    where = f"{path}, {images}"
+    pixels = as_uint8_images(arrays[images], where)
+    checked = as_int32_labels(arrays[labels], num_classes, f"{path}, {labels}")
+    source = f"{path} ({len(pixels):,} {images.replace('_', ' ')})"
+    return make_dataset(pixels, checked, num_classes, path.stem, source, where=where)
+
+
+def _with_poison(dataset: Dataset, arrays: dict[str, np.ndarray], path: Path) -> Dataset:
+    if "is_poisoned" not in arrays:
+        return dataset
+    is_poisoned = arrays["is_poisoned"]
+    original_labels = as_int32_labels(arrays["original_labels"], dataset.num_classes, f"{path}, original_labels")
+    if is_poisoned.dtype != bool or is_poisoned.shape != (len(dataset),):
+        raise InputError(
+            f"{path}, is_poisoned: is {is_poisoned.dtype} of the shape {list(is_poisoned.shape)}; it must be bool, one "
+            f"for each of the {len(dataset)} rows"
+        )
+    if len(original_labels) != len(dataset):
+        raise InputError(f"{path}, original_labels: has {len(original_labels)} rows; {len(dataset)} are needed")
+    wrong = ~is_poisoned & (original_labels != dataset.labels)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(
+            f"{path}, original_labels: row {row} is not poisoned, but its label is {dataset.labels[row]} and its "
+            f"original label {original_labels[row]}; they must be equal"
+        )
+    return PoisonedDataset(**vars(dataset), is_poisoned=is_poisoned, original_labels=original_labels)
+
+
+def _split(dataset: Dataset, path: Path) -> TrainTest:
+    is_poisoned = dataset.is_poisoned if isinstance(dataset, PoisonedDataset) else np.zeros(len(dataset), bool)
+    # A poisoned row in the test set would count against the clean accuracy of every model, so they all stay in training.
+    clean_rows = np.flatnonzero(~is_poisoned)
+    test_rows = clean_rows[fixed_test_split(dataset.labels[clean_rows])[1]] if len(clean_rows) else clean_rows
+    if len(test_rows) == 0:
+        raise InputError(
+            f"{path}: 20 % of the clean rows of each class, for testing, is less than one row; at least 3 rows of a "
+            "class are needed, or test_images and test_labels"
+        )
+    train_rows = np.setdiff1d(np.arange(len(dataset)), test_rows)
+    train = _take(dataset, train_rows, "train")
+    test = _take(dataset, test_rows, "test")
+    return TrainTest(train, Dataset(**{field.name: getattr(test, field.name) for field in dataclasses.fields(Dataset)}))
+
+
+def _take(dataset: Dataset, rows: np.ndarray, part: str) -> Dataset:
+    changes = {"images": dataset.images[rows], "labels": dataset.labels[rows]}
+    if isinstance(dataset, PoisonedDataset):
+        changes |= {
+            "is_poisoned": dataset.is_poisoned[rows],
+            "original_labels": dataset.original_labels[rows],
+        }
+    return dataclasses.replace(dataset, **changes, source=f"{dataset.source}, {part} rows of a fixed 80/20 split")

@@ -1,0 +1,129 @@
+"""Which rows go where: pure functions of a key, on the host, that return sorted int32 row numbers."""
+
+import math
+
+import jax
+import numpy as np
+
+from bdjax.errors import InputError
+from bdjax.types import Key
+
+FIXED_TEST_FRACTION = 0.2
+
+
+def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a set that comes without a test set, the same way every time: stratified, 20 % test.
+
+    Args:
+        labels: int [N].
+
+    Returns:
+        (training rows, test rows).
+    """
+    return stratified_split(jax.random.key(0), labels, FIXED_TEST_FRACTION)
+
+
+def stratified_split(key: Key, labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Sets a fraction of each class aside.
+
+    Args:
+        key: Decides which rows.
+        labels: int [N].
+        fraction: In [0, 1]: how much of each class to set aside, rounded to the nearest row (halves up).
+
+    Returns:
+        (the rows that stay, the rows set aside): int32, sorted, disjoint, together 0..N-1.
+
+    Raises:
+        InputError: If `fraction` is not in [0, 1].
+    """
+    _check_fraction("fraction", fraction)
+    # One permutation of all rows, then the first few of each class: a permutation for each class would be compiled
+    # for each size of class.
+    order = _permutation(key, len(labels))
+    is_set_aside = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        is_set_aside[rows[: _floor(fraction * len(rows) + 0.5)]] = True
+    return _rows_where(~is_set_aside), _rows_where(is_set_aside)
+
+
+def train_validation_rows(key: Key, rows: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Splits rows into training and validation rows at random.
+
+    Args:
+        key: Decides which rows.
+        rows: int [N], without repetition.
+        validation_fraction: In [0, 1]; 0 gives no validation rows.
+
+    Returns:
+        (training rows, validation rows): int32, sorted, disjoint, together `rows`; (1 - validation_fraction) N of them,
+        rounded down, are training rows.
+
+    Raises:
+        InputError: If `validation_fraction` is not in [0, 1].
+    """
+    _check_fraction("validation_fraction", validation_fraction)
+    rows = np.asarray(rows, np.int32)
+    num_train = _floor((1 - validation_fraction) * len(rows))
+    order = _permutation(key, len(rows))
+    return np.sort(rows[order[:num_train]]), np.sort(rows[order[num_train:]])
+
+
+def sample_rows(key: Key, num_rows: int, fraction: float) -> np.ndarray:
+    """Samples rows without repetition.
+
+    Args:
+        key: Decides which rows.
+        num_rows: How many rows there are.
+        fraction: In [0, 1].
+
+    Returns:
+        int32 [fraction * num_rows, rounded down], sorted, each in 0..num_rows-1.
+
+    Raises:
+        InputError: If `fraction` is not in [0, 1].
+    """
+    _check_fraction("fraction", fraction)
+    return np.sort(_permutation(key, num_rows)[: _floor(fraction * num_rows)])
+
+
+def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) -> np.ndarray:
+    """Samples the rows of each of several providers; two providers may hold the same row, none holds it twice.
+
+    Args:
+        key: Provider i samples by `fold_in(key, i)`, so that its rows do not depend on how many providers there are.
+        num_rows: How many rows there are.
+        num_providers: At least 1.
+        fraction: In [0, 1]: the share of the rows that each provider has.
+
+    Returns:
+        int32 [num_providers, fraction * num_rows rounded down], each line sorted.
+
+    Raises:
+        InputError: If `fraction` is not in [0, 1], or leaves a provider without rows, or there is no provider.
+    """
+    if num_providers < 1:
+        raise InputError(f"num_providers is {num_providers}; it must be at least 1")
+    rows = [sample_rows(jax.random.fold_in(key, provider), num_rows, fraction) for provider in range(num_providers)]
+    if len(rows[0]) == 0:
+        raise InputError(f"fraction {fraction} of {num_rows} rows leaves each provider without a row")
+    return np.stack(rows)
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} is {value}; it must be in 0..1")
+
+
+def _floor(count: float) -> int:
+    # 0.29 * 100 is 28.999999999999996 in binary, and 29 is what was meant.
+    return math.floor(count + 1e-9)
+
+
+def _permutation(key: Key, num_rows: int) -> np.ndarray:
+    return np.asarray(jax.random.permutation(key, num_rows), np.int32)
+
+
+def _rows_where(mask: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(mask).astype(np.int32)

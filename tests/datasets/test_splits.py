@@ -1,0 +1,111 @@
+import jax
+import numpy as np
+import pytest
+
+from bdjax.datasets.splits import (
+    fixed_test_split,
+    provider_rows,
+    sample_rows,
+    stratified_split,
+    train_validation_rows,
+)
+from bdjax.errors import InputError
+
+KEYS = [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", KEYS)
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.2, 0.5, 1.0])
+def test_stratified_split_parts_each_class(seed, fraction):
+    labels = np.repeat(np.arange(4), [5, 10, 17, 40])
+    stay, aside = stratified_split(jax.random.key(seed), labels, fraction)
+    assert stay.dtype == aside.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(np.concatenate([stay, aside])), np.arange(len(labels)))
+    assert (np.diff(stay) > 0).all() and (np.diff(aside) > 0).all()
+    expected = [int(fraction * size + 0.5) for size in (5, 10, 17, 40)]
+    np.testing.assert_array_equal(np.bincount(labels[aside], minlength=4), expected)
+
+
+def test_stratified_split_does_not_depend_on_the_names_of_the_classes():
+    labels = np.repeat(np.arange(3), 10)
+    _, aside = stratified_split(jax.random.key(0), labels, 0.3)
+    _, aside_renamed = stratified_split(jax.random.key(0), labels * 7 + 2, 0.3)
+    np.testing.assert_array_equal(aside, aside_renamed)
+
+
+def test_fixed_test_split_stays_what_it_is():
+    # If this changes, so does every result on the digits, on image folders and on .npz files.
+    train_rows, test_rows = fixed_test_split(np.arange(20) % 2)
+    assert test_rows.tolist() == [0, 1, 8, 19]
+    assert train_rows.tolist() == sorted(set(range(20)) - {0, 1, 8, 19})
+
+
+@pytest.mark.parametrize("seed", KEYS)
+@pytest.mark.parametrize(
+    ("num_rows", "validation_fraction", "num_train"),
+    [(10, 0.0, 10), (10, 0.1, 9), (10, 0.9, 1), (10, 1.0, 0), (7, 0.5, 3), (100, 0.29, 71), (1, 0.0, 1), (3, 0.2, 2)],
+)
+def test_train_validation_rows(seed, num_rows, validation_fraction, num_train):
+    rows = np.arange(num_rows) * 3 + 5
+    train, validation = train_validation_rows(jax.random.key(seed), rows, validation_fraction)
+    assert train.dtype == validation.dtype == np.int32
+    assert len(train) == num_train
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, validation])), rows)
+
+
+@pytest.mark.parametrize("seed", KEYS)
+@pytest.mark.parametrize(
+    ("num_rows", "fraction", "expected"), [(100, 0.29, 29), (10, 0.0, 0), (10, 1.0, 10), (7, 0.5, 3), (1438, 0.1, 143)]
+)
+def test_sample_rows_has_no_row_twice(seed, num_rows, fraction, expected):
+    rows = sample_rows(jax.random.key(seed), num_rows, fraction)
+    assert rows.dtype == np.int32 and rows.shape == (expected,)
+    assert len(set(rows.tolist())) == expected
+    assert all(0 <= row < num_rows for row in rows)
+
+
+def test_provider_rows_overlap_between_providers_only():
+    rows = provider_rows(jax.random.key(0), 1438, 7, 0.32)
+    assert rows.dtype == np.int32 and rows.shape == (7, 460)
+    for line in rows:
+        assert len(set(line.tolist())) == 460
+    for one in range(7):
+        for other in range(one):
+            shared = len(set(rows[one].tolist()) & set(rows[other].tolist()))
+            assert 90 < shared < 210  # 147 by chance, standard deviation 8
+
+
+def test_provider_rows_do_not_depend_on_the_number_of_providers():
+    key = jax.random.key(3)
+    np.testing.assert_array_equal(provider_rows(key, 50, 2, 0.5), provider_rows(key, 50, 5, 0.5)[:2])
+
+
+def test_same_key_same_rows_other_key_other_rows():
+    labels = np.arange(200) % 4
+    functions = [
+        lambda key: stratified_split(key, labels, 0.3)[1],
+        lambda key: train_validation_rows(key, np.arange(200), 0.3)[1],
+        lambda key: sample_rows(key, 200, 0.3),
+        lambda key: provider_rows(key, 200, 2, 0.3),
+    ]
+    for function in functions:
+        np.testing.assert_array_equal(function(jax.random.key(0)), function(jax.random.key(0)))
+        assert not np.array_equal(function(jax.random.key(0)), function(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    key = jax.random.key(0)
+    with pytest.raises(InputError, match=rf"^fraction is {fraction}; it must be in 0..1$"):
+        sample_rows(key, 10, fraction)
+    with pytest.raises(InputError, match="^fraction is"):
+        stratified_split(key, np.zeros(10, int), fraction)
+    with pytest.raises(InputError, match="^validation_fraction is"):
+        train_validation_rows(key, np.arange(10), fraction)
+
+
+def test_providers_without_rows_are_refused():
+    with pytest.raises(InputError, match="^fraction 0.05 of 10 rows leaves each provider without a row$"):
+        provider_rows(jax.random.key(0), 10, 3, 0.05)
+    with pytest.raises(InputError, match="^num_providers is 0; it must be at least 1$"):
+        provider_rows(jax.random.key(0), 10, 0, 0.5)
