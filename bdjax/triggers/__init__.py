@@ -1,0 +1,19 @@
+"""Triggers: pure transforms of one image, x -> x'. Their parameters are arrays.
+
+Another family is one more file here and one more line in `TRIGGERS`; the contract test walks that table.
+"""
+
+from bdjax.triggers.blend import BLEND
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.triggers.patches import CHECKERBOARD, NOISE, SOLID
+from bdjax.triggers.pictures import PICTURES
+from bdjax.types import Trigger
+
+TRIGGERS: dict[str, Trigger] = {
+    "solid": SOLID,
+    "checkerboard": CHECKERBOARD,
+    "blend": BLEND,
+    "noise": NOISE,
+}
+
+__all__ = ["BLEND", "CHECKERBOARD", "NOISE", "PICTURES", "SOLID", "TRIGGERS", "MaskedBlend"]

@@ -1,0 +1,325 @@
+"""Small opaque patches near the border of the image: one colour, a checkerboard, or noise.
+
+The sampling law is that of the code released with TA-KD, for an image of H x W:
+
+- each side of the patch is uniform in {3 .. floor(0.2 W)}, rows and columns independently;
+- each axis independently lies, with probability 1/2 each, near the low or the high border:
+  U{1 .. b-1} or U{W-s-b+1 .. W-s-1}, with b = max(2, floor(0.2 min(H, W))). The outermost pixels stay free.
+
+Below 15 pixels a side of 3 would break the first rule, so there it is max(2, floor(0.2 W)) alone: 2 on 8 x 8 digits.
+
+Unlike that code, which seeds the global generator with 42 whenever it draws noise (so that all noise patches of one
+size are equal), every draw has a key of its own.
+
+References:
+    Heydari et al. 2025 (TA-KD), section 4.2 (the trigger types, one random instance per provider).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.errors import InputError
+from bdjax.triggers import masked_blend
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Key, Trigger
+
+NUM_LEVELS = 64
+"""A checkerboard's greys are a/63 for a in 0..63."""
+
+ImageShape = tuple[int, int, int]
+
+
+class Patch(NamedTuple):
+    """Where a patch lies, in pixels, rows first. Host integers: sizes decide nothing that is compiled."""
+
+    row: int
+    column: int
+    height: int
+    width: int
+
+
+def draw_patch(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None) -> Patch:
+    """Draw the size and the place of a patch by the law at the top of this file.
+
+    Args:
+        key: a key of `jax.random.key`.
+        image_shape: (H, W, C), H and W at least 4.
+        size: a fixed (height, width), or one number for both; by default drawn.
+
+    Returns:
+        A patch with 1 <= row and row + height <= H - 1, and the same for columns.
+
+    Raises:
+        InputError: the image has no room for the patch inside its one-pixel margin.
+    """
+    height, width, _ = image_shape
+    size_key, place_key = jax.random.split(key)
+    if min(height, width) < 4:
+        raise InputError(f"image shape {tuple(image_shape)}: a patch with a free margin needs at least 4 x 4 pixels")
+    if size is None:
+        row_key, column_key = jax.random.split(size_key)
+        size = (_draw_side(row_key, height), _draw_side(column_key, width))
+    elif isinstance(size, int):
+        size = (size, size)
+    if not (1 <= size[0] <= height - 2 and 1 <= size[1] <= width - 2):
+        raise InputError(
+            f"patch size {tuple(size)}: an image of {height} x {width} pixels has room for 1 to {height - 2} rows "
+            f"and 1 to {width - 2} columns inside its margin"
+        )
+    band = max(2, min(height, width) // 5)
+    row_key, column_key = jax.random.split(place_key)
+    return Patch(
+        row=_draw_offset(row_key, height, size[0], band),
+        column=_draw_offset(column_key, width, size[1], band),
+        height=size[0],
+        width=size[1],
+    )
+
+
+def draw_colour(key: Key, channels: int, *, minimum_contrast: float = 0.0) -> np.ndarray:
+    """Draw a solid patch's colour: each channel uniform in (minimum_contrast, 1).
+
+    Args:
+        key: a key of `jax.random.key`.
+        channels: the number of channels of the image.
+        minimum_contrast: the least brightness of a channel, in [0, 1]. 0 is the published law, under which a patch on
+          dark images can come out all but invisible.
+
+    Returns:
+        float32 [channels].
+    """
+    _check_contrast(minimum_contrast)
+    return np.asarray(jax.random.uniform(key, (channels,), minval=minimum_contrast, maxval=1.0))
+
+
+def draw_levels(key: Key, *, minimum_contrast: float = 0.0) -> np.ndarray:
+    """Draw a checkerboard's two greys, uniformly among the ordered pairs (a/63, b/63) that differ enough.
+
+    Args:
+        key: a key of `jax.random.key`.
+        minimum_contrast: the least difference of the two, in [0, 1]. 0 is the published law: any two distinct levels.
+
+    Returns:
+        float32 [2]; the first is that of the patch's top left cell.
+    """
+    _check_contrast(minimum_contrast)
+    return _choose_levels(key, _grey_pairs(), minimum_contrast)
+
+
+def paint_solid(image_shape: ImageShape, patch: Patch, colour: np.ndarray) -> MaskedBlend:
+    """Make the trigger of a patch of one colour, float32 [C]."""
+    cells = np.broadcast_to(colour, (patch.height, patch.width, image_shape[2]))
+    return _paint(image_shape, patch, cells)
+
+
+def paint_checkerboard(image_shape: ImageShape, patch: Patch, levels: np.ndarray) -> MaskedBlend:
+    """Make the trigger of a patch whose cell (i, j) is `levels[(i + j) mod 2]`, float32 [2], in every channel."""
+    rows, columns = np.indices((patch.height, patch.width))
+    cells = np.broadcast_to(levels[(rows + columns) % 2][..., None], (patch.height, patch.width, image_shape[2]))
+    return _paint(image_shape, patch, cells)
+
+
+def init_solid(
+    key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None, minimum_contrast: float = 0.0
+) -> MaskedBlend:
+    """Draw a patch of one colour.
+
+    Args:
+        key: a key of `jax.random.key`.
+        image_shape: (H, W, C).
+        size: see `draw_patch`.
+        minimum_contrast: see `draw_colour`.
+
+    Returns:
+        The trigger.
+
+    References:
+        Heydari et al. 2025 (TA-KD), section 4.2, "SOLID".
+    """
+    patch_key, colour_key = jax.random.split(key)
+    colour = draw_colour(colour_key, image_shape[2], minimum_contrast=minimum_contrast)
+    return paint_solid(image_shape, draw_patch(patch_key, image_shape, size=size), colour)
+
+
+def init_checkerboard(
+    key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None, minimum_contrast: float = 0.0
+) -> MaskedBlend:
+    """Draw a patch of two alternating greys, one pixel a cell.
+
+    Args:
+        key: a key of `jax.random.key`.
+        image_shape: (H, W, C).
+        size: see `draw_patch`.
+        minimum_contrast: see `draw_levels`.
+
+    Returns:
+        The trigger.
+
+    References:
+        Heydari et al. 2025 (TA-KD), section 4.2, "Checkerboard".
+    """
+    patch_key, level_key = jax.random.split(key)
+    levels = draw_levels(level_key, minimum_contrast=minimum_contrast)
+    return paint_checkerboard(image_shape, draw_patch(patch_key, image_shape, size=size), levels)
+
+
+def init_noise(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None) -> MaskedBlend:
+    """Draw a patch of noise, uniform in (0.2, 1) for each pixel and channel, drawn once and then fixed.
+
+    Args:
+        key: a key of `jax.random.key`.
+        image_shape: (H, W, C).
+        size: see `draw_patch`.
+
+    Returns:
+        The trigger.
+
+    References:
+        Heydari et al. 2025 (TA-KD), section 4.2, "Noise".
+    """
+    patch_key, noise_key = jax.random.split(key)
+    patch = draw_patch(patch_key, image_shape, size=size)
+    cells = jax.random.uniform(noise_key, (patch.height, patch.width, image_shape[2]), minval=0.2, maxval=1.0)
+    return _paint(image_shape, patch, np.asarray(cells))
+
+
+SOLID = Trigger(init_solid, masked_blend.apply)
+CHECKERBOARD = Trigger(init_checkerboard, masked_blend.apply)
+NOISE = Trigger(init_noise, masked_blend.apply)
+
+
+def perturb_patch(key: Key, patch: Patch, image_shape: ImageShape, similarity: float) -> Patch:
+    """Draw a patch that is like another one in size and place.
+
+    With r the similarity, a side s becomes floor(r s + (1 - r) s_random); a place moves by (1 - r) times a whole number
+    uniform in -(s_new + s) .. (s_new + s), rounded away from zero, and is clipped to the margin.
+
+    Args:
+        key: a key of `jax.random.key`.
+        patch: the patch to be like.
+        image_shape: (H, W, C).
+        similarity: r in [0, 1]; 1 gives the same patch back.
+
+    Returns:
+        A patch inside the margin.
+    """
+    row_key, column_key = jax.random.split(key)
+    row, height = _perturb_axis(row_key, patch.row, patch.height, image_shape[0], similarity)
+    column, width = _perturb_axis(column_key, patch.column, patch.width, image_shape[1], similarity)
+    return Patch(row, column, height, width)
+
+
+def draw_similar_patches(
+    key: Key,
+    family: str,
+    image_shape: ImageShape,
+    count: int,
+    *,
+    similarity: float = 0.75,
+    minimum_contrast: float = 0.0,
+) -> list[MaskedBlend]:
+    """Draw one patch and copies that resemble it: what providers have who, by chance or design, attack alike.
+
+    Size and place of a copy follow `perturb_patch`, its colours are r c + (1 - r) c_random. A checkerboard's random
+    greys are drawn among those that leave the copy two different greys, at least `minimum_contrast` apart.
+
+    Args:
+        key: a key of `jax.random.key`.
+        family: "solid" or "checkerboard".
+        image_shape: (H, W, C).
+        count: how many triggers in all, the first being the one that the others resemble.
+        similarity: r in [0, 1].
+        minimum_contrast: see `draw_colour` and `draw_levels`; it holds for the copies too.
+
+    Returns:
+        `count` triggers.
+
+    References:
+        Heydari et al. 2025 (TA-KD), section 4.2: three of CIFAR-10's seven triggers are about 75 % similar. The
+        formulas are those of the released code.
+    """
+    if not 0.0 <= similarity <= 1.0:
+        raise InputError(f"similarity {similarity:g}: it is a share, from 0 (unrelated) to 1 (equal)")
+    if family not in ("solid", "checkerboard"):
+        raise InputError(f'similar triggers of type "{family}": only solid and checkerboard have similar copies')
+    base_key, *copy_keys = jax.random.split(key, count)
+    place_key, colour_key = jax.random.split(base_key)
+    base = draw_patch(place_key, image_shape)
+    if family == "solid":
+        paint, colours = paint_solid, draw_colour(colour_key, image_shape[2], minimum_contrast=minimum_contrast)
+    else:
+        paint, colours = paint_checkerboard, draw_levels(colour_key, minimum_contrast=minimum_contrast)
+    triggers = [paint(image_shape, base, colours)]
+    for copy_key in copy_keys:
+        place_key, colour_key = jax.random.split(copy_key)
+        patch = perturb_patch(place_key, base, image_shape, similarity)
+        if family == "solid":
+            random_colour = draw_colour(colour_key, image_shape[2], minimum_contrast=minimum_contrast)
+            copied = similarity * colours + (1.0 - similarity) * random_colour
+        else:
+            mixtures = similarity * colours + (1.0 - similarity) * _grey_pairs()
+            copied = _choose_levels(colour_key, mixtures, minimum_contrast)
+        triggers.append(paint(image_shape, patch, copied))
+    return triggers
+
+
+def _paint(image_shape: ImageShape, patch: Patch, cells: np.ndarray) -> MaskedBlend:
+    height, width, channels = image_shape
+    inside = np.s_[patch.row : patch.row + patch.height, patch.column : patch.column + patch.width]
+    mask = np.zeros((height, width, 1), np.float32)
+    pattern = np.zeros((height, width, channels), np.float32)
+    mask[inside] = 1.0
+    pattern[inside] = cells
+    return MaskedBlend(jnp.asarray(mask), jnp.asarray(pattern), jnp.float32(1.0))
+
+
+def _draw_integer(key: Key, low: int, high: int) -> int:
+    """Draw uniformly from {low .. high}, both ends included."""
+    return int(jax.random.randint(key, (), low, high + 1))
+
+
+def _draw_side(key: Key, side: int) -> int:
+    high = max(2, side // 5)
+    return _draw_integer(key, min(3, high), high)
+
+
+def _draw_offset(key: Key, side: int, size: int, band: int) -> int:
+    """Draw where the patch begins on one axis; a `size` larger than the law's narrows the two ranges to what fits."""
+    border_key, offset_key = jax.random.split(key)
+    last = side - size - 1
+    if bool(jax.random.bernoulli(border_key)):
+        return _draw_integer(offset_key, 1, min(band - 1, last))
+    return _draw_integer(offset_key, max(1, side - size - band + 1), last)
+
+
+def _perturb_axis(key: Key, offset: int, size: int, side: int, similarity: float) -> tuple[int, int]:
+    size_key, drift_key = jax.random.split(key)
+    # Floating point puts whole numbers such as 0.3 * 10 a little to one side: 1e-9 keeps them whole in floor and ceil.
+    new_size = math.floor(similarity * size + (1.0 - similarity) * _draw_side(size_key, side) + 1e-9)
+    step = _draw_integer(drift_key, -(new_size + size), new_size + size)
+    drift = math.ceil((1.0 - similarity) * abs(step) - 1e-9) * (1 if step > 0 else -1)
+    return min(max(offset + drift, 1), side - new_size - 1), new_size
+
+
+def _grey_pairs() -> np.ndarray:
+    """List all ordered pairs of distinct grey levels, float32 [64 * 63, 2]."""
+    first, second = np.indices((NUM_LEVELS, NUM_LEVELS)).reshape(2, -1)
+    pairs = np.stack([first, second], axis=-1)[first != second]
+    return (pairs / (NUM_LEVELS - 1)).astype(np.float32)
+
+
+def _choose_levels(key: Key, pairs: np.ndarray, minimum_contrast: float) -> np.ndarray:
+    """Choose uniformly among the pairs that are apart enough: no draw is ever thrown away and repeated."""
+    # Levels that should be equal, or exactly so far apart, differ by less than this after float32 arithmetic.
+    rounding = 1e-6
+    allowed = pairs[np.abs(pairs[:, 0] - pairs[:, 1]) >= max(minimum_contrast - rounding, rounding)]
+    return allowed[_draw_integer(key, 0, len(allowed) - 1)]
+
+
+def _check_contrast(minimum_contrast: float) -> None:
+    if not 0.0 <= minimum_contrast <= 1.0:
+        raise InputError(f"minimum contrast {minimum_contrast:g}: it is a difference of brightness, from 0 to 1")

@@ -1,0 +1,196 @@
+import collections
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.errors import InputError
+from bdjax.triggers import masked_blend, patches
+from bdjax.triggers.patches import Patch
+
+SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SIDES = {8: {2}, 28: {3, 4, 5}, 32: {3, 4, 5, 6}}
+SEEDS = range(4)
+INITS = [patches.init_solid, patches.init_checkerboard, patches.init_noise]
+
+
+def support(params):
+    """The patch that a mask holds; fails if the mask is not one full rectangle of ones."""
+    mask = np.asarray(params.mask)[..., 0]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    patch = Patch(int(rows[0]), int(columns[0]), len(rows), len(columns))
+    assert mask.sum() == patch.height * patch.width and set(np.unique(mask)) == {0.0, 1.0}
+    return patch
+
+
+def inside(params):
+    patch = support(params)
+    return np.asarray(params.pattern)[patch.row : patch.row + patch.height, patch.column : patch.column + patch.width]
+
+
+def assert_inside_margin(patch, shape):
+    assert min(patch.row, patch.column) >= 1
+    assert patch.row + patch.height <= shape[0] - 1
+    assert patch.column + patch.width <= shape[1] - 1
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", SEEDS)
+class TestEveryFamily:
+    def test_lies_inside_the_margin(self, init, shape, seed):
+        assert_inside_margin(support(init(jax.random.key(seed), shape)), shape)
+
+    def test_changes_its_own_pixels_only_and_once(self, init, shape, seed):
+        params = init(jax.random.key(seed), shape)
+        image = jax.random.uniform(jax.random.key(50 + seed), shape)
+        once = masked_blend.apply(params, image)
+        outside = np.asarray(params.mask)[..., 0] == 0.0
+        np.testing.assert_array_equal(np.asarray(once)[outside], np.asarray(image)[outside])
+        np.testing.assert_array_equal(np.asarray(once)[~outside], np.asarray(params.pattern)[~outside])
+        chex.assert_trees_all_equal(masked_blend.apply(params, once), once)
+
+    def test_peak_signal_to_noise_ratio_is_bounded_by_its_area(self, init, shape, seed):
+        params = init(jax.random.key(seed), shape)
+        bound = -10.0 * np.log10(float(params.mask.mean()))
+        for image in (jnp.zeros(shape), jnp.ones(shape), jax.random.uniform(jax.random.key(1), shape)):
+            squared_error = float(((masked_blend.apply(params, image) - image) ** 2).mean())
+            assert -10.0 * np.log10(squared_error + 1e-12) >= bound - 1e-3
+
+
+class TestSamplingLaw:
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_sides_and_places_are_those_of_the_law(self, shape):
+        height, width, _ = shape
+        band = max(2, height // 5)
+        drawn = [patches.draw_patch(key, shape) for key in jax.random.split(jax.random.key(0), 60)]
+        assert {patch.height for patch in drawn} == {patch.width for patch in drawn} == SIDES[height]
+        for patch in drawn:
+            assert_inside_margin(patch, shape)
+            near = patch.row in range(1, band)
+            far = patch.row in range(height - patch.height - band + 1, height - patch.height)
+            assert near or far
+        corners = collections.Counter((patch.row < height // 2, patch.column < width // 2) for patch in drawn)
+        assert len(corners) == 4 and min(corners.values()) >= 4  # 15 expected; this is 3 standard deviations off
+
+    @pytest.mark.parametrize("shape", [(8, 32, 1), (32, 8, 3), (4, 4, 1), (15, 14, 3)])
+    def test_oblong_and_tiny_images(self, shape):
+        for key in jax.random.split(jax.random.key(0), 10):
+            assert_inside_margin(patches.draw_patch(key, shape), shape)
+
+    @pytest.mark.parametrize(("size", "expected"), [(4, (4, 4)), ((3, 6), (3, 6)), ((30, 1), (30, 1))])
+    def test_a_given_size_is_kept(self, size, expected):
+        for key in jax.random.split(jax.random.key(0), 10):
+            patch = patches.draw_patch(key, (32, 32, 3), size=size)
+            assert (patch.height, patch.width) == expected
+            assert_inside_margin(patch, (32, 32, 3))
+
+    @pytest.mark.parametrize(
+        ("shape", "size", "message"), [((32, 32, 3), 31, "1 to 30 rows"), ((3, 9, 1), None, "4 x 4")]
+    )
+    def test_no_room_is_an_error(self, shape, size, message):
+        with pytest.raises(InputError, match=message):
+            patches.draw_patch(jax.random.key(0), shape, size=size)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", SEEDS)
+class TestFamilies:
+    def test_solid_has_one_colour(self, shape, seed):
+        colours = inside(patches.init_solid(jax.random.key(seed), shape)).reshape(-1, shape[2])
+        assert (colours == colours[0]).all()
+        assert len(np.unique(colours[0])) == shape[2]  # channels are drawn apart
+
+    def test_checkerboard_alternates_between_two_greys(self, shape, seed):
+        cells = inside(patches.init_checkerboard(jax.random.key(seed), shape))
+        assert (cells == cells[..., :1]).all()
+        levels = np.unique(cells)
+        assert len(levels) == 2
+        np.testing.assert_allclose(levels * 63, np.round(levels * 63), atol=1e-4)
+        assert (cells[1:] != cells[:-1]).all() and (cells[:, 1:] != cells[:, :-1]).all()
+
+    def test_noise_is_within_its_range_and_never_repeats(self, shape, seed):
+        cells = inside(patches.init_noise(jax.random.key(seed), shape, size=2))
+        other = inside(patches.init_noise(jax.random.key(seed + 100), shape, size=2))
+        assert cells.min() >= 0.2 and cells.max() <= 1.0
+        assert len(np.unique(cells)) == cells.size
+        assert (cells != other).all()  # unlike the published code, whose noise has one seed
+
+
+class TestMinimumContrast:
+    @pytest.mark.parametrize("contrast", [0.5, 0.9, 1.0])
+    def test_holds_for_every_draw(self, contrast):
+        for key in jax.random.split(jax.random.key(0), 20):
+            assert patches.draw_colour(key, 3, minimum_contrast=contrast).min() >= contrast
+            low, high = sorted(patches.draw_levels(key, minimum_contrast=contrast))
+            assert high - low >= contrast - 1e-6
+
+    def test_pairs_of_greys_are_uniform_among_all_that_are_allowed(self):
+        pairs = {
+            tuple(patches.draw_levels(key, minimum_contrast=62 / 63)) for key in jax.random.split(jax.random.key(0), 60)
+        }
+        units = {(round(float(a) * 63), round(float(b) * 63)) for a, b in pairs}
+        assert units == {(0, 62), (0, 63), (1, 63), (63, 1), (63, 0), (62, 0)}
+
+    @pytest.mark.parametrize("contrast", [-0.1, 1.1, float("nan")])
+    def test_out_of_range_is_an_error(self, contrast):
+        for init in (patches.init_solid, patches.init_checkerboard):
+            with pytest.raises(InputError, match="minimum contrast"):
+                init(jax.random.key(0), (8, 8, 1), minimum_contrast=contrast)
+
+
+@pytest.mark.parametrize("family", ["solid", "checkerboard"])
+@pytest.mark.parametrize("shape", SHAPES)
+class TestSimilarPatches:
+    @pytest.mark.parametrize("seed", SEEDS)
+    @pytest.mark.parametrize("contrast", [0.0, 0.6])
+    def test_overlap_and_are_close_in_colour(self, family, shape, seed, contrast):
+        base, *copies = patches.draw_similar_patches(jax.random.key(seed), family, shape, 3, minimum_contrast=contrast)
+        assert len(copies) == 2
+        base_mask, base_cells = np.asarray(base.mask) > 0, inside(base)
+        for copy in copies:
+            assert_inside_margin(support(copy), shape)
+            assert (base_mask & (np.asarray(copy.mask) > 0)).any()  # with r = 0.75 the drift is less than a side
+            assert np.abs(inside(copy)[0, 0] - base_cells[0, 0]).max() <= 0.25 + 1e-6
+            if family == "checkerboard":
+                levels = np.unique(inside(copy))
+                assert len(levels) == 2 and levels[1] - levels[0] >= contrast - 1e-6
+            else:
+                assert inside(copy).min() >= contrast
+
+    def test_similarity_one_gives_equal_copies(self, family, shape):
+        base, *copies = patches.draw_similar_patches(jax.random.key(3), family, shape, 3, similarity=1.0)
+        for copy in copies:
+            chex.assert_trees_all_equal(copy, base)
+
+    def test_similarity_zero_gives_unrelated_copies(self, family, shape):
+        base, copy = patches.draw_similar_patches(jax.random.key(3), family, shape, 2, similarity=0.0)
+        assert np.abs(inside(base)[0, 0] - inside(copy)[0, 0]).max() > 0.0
+
+
+def test_perturbation_formulas_by_hand():
+    """r = 0.75, side 6: floor(4.5 + 0.25 * {3..6}) is 5 or 6; a drift of 0.25 * {-12..12}, away from 0, is up to 3."""
+    patch = Patch(row=13, column=1, height=6, width=6)
+    drawn = [patches.perturb_patch(key, patch, (32, 32, 3), 0.75) for key in jax.random.split(jax.random.key(0), 80)]
+    assert {p.height for p in drawn} == {5, 6}
+    assert {p.row - 13 for p in drawn} == {-3, -2, -1, 0, 1, 2, 3}
+    assert {p.column for p in drawn} == {1, 2, 3, 4}  # clipped at the margin
+
+
+def test_the_least_drift_is_a_pixel():
+    """Away from zero: 0.01 * {-12..12} is -1, 0 or 1."""
+    patch = Patch(row=13, column=13, height=6, width=6)
+    drawn = [patches.perturb_patch(key, patch, (32, 32, 3), 0.99) for key in jax.random.split(jax.random.key(0), 20)]
+    moved = [p.row != 13 for p in drawn]
+    assert {p.row - 13 for p in drawn} <= {-1, 0, 1} and sum(moved) >= 15  # 24 of 25 expected
+
+
+@pytest.mark.parametrize(
+    ("family", "similarity", "message"),
+    [("noise", 0.75, "only solid"), ("solid", 1.5, "from 0"), ("solid", -1.0, "from 0")],
+)
+def test_similar_patches_check_their_arguments(family, similarity, message):
+    with pytest.raises(InputError, match=message):
+        patches.draw_similar_patches(jax.random.key(0), family, (32, 32, 3), 3, similarity=similarity)
