@@ -13,7 +13,7 @@ and each teacher fine-tuned on them. A defense that is no better than these has 
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from bdjax.defenses.aggregation import Aggregation
 from bdjax.training import ensemble
 from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.member import Rows, TrainConfig, TrainState, resume_from
+from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Array, Key, Model, PyTree
 
 NEEDS = ("suspect models", "clean data")
@@ -105,28 +106,84 @@ class Pupils(NamedTuple):
     alpha: np.ndarray  # float32 [M]
 
 
-def join_pupils(
-    parts: list[Pupils], model: Model, image_shape: tuple[int, int, int], key: Key
-) -> tuple[Pupils, list[slice]]:
-    """Put pupils of one architecture into one stack, initialising the fresh ones, and say where each part went."""
-    variables, where, start = [], [], 0
-    for number, part in enumerate(parts):
-        count = len(part.alpha)
-        fresh = jax.random.split(jax.random.fold_in(key, number), count)
-        variables.append(
-            ensemble.init_members(lambda one: model.init(one, image_shape), fresh)
-            if part.variables is None
-            else part.variables
-        )
-        where.append(slice(start, start + count))
-        start += count
-    joined = Pupils(
-        ensemble.join(variables),
+def make_pupils(variables: PyTree | None, clean_set: np.ndarray, told: np.ndarray, alpha: float) -> Pupils:
+    """Pupils who are told the same as all others of their seed.
+
+    Args:
+        variables: stacked [M, ...], or None for fresh networks.
+        clean_set: int [M], each pupil's seed.
+        told: float32 [seeds, rows of a clean set, K], the logits to imitate.
+        alpha: the weight of those against the labels; 0 for a baseline that is told nothing.
+    """
+    return Pupils(variables, clean_set, told[clean_set], np.full(len(clean_set), alpha, np.float32))
+
+
+def initialise(pupils: Pupils, model: Model, image_shape: tuple[int, int, int], key: Key) -> Pupils:
+    """Give fresh pupils their weights; others keep theirs."""
+    if pupils.variables is not None:
+        return pupils
+    keys = jax.random.split(key, len(pupils.alpha))
+    return pupils._replace(variables=ensemble.init_members(lambda one: model.init(one, image_shape), keys))
+
+
+def join_pupils(parts: list[Pupils]) -> Pupils:
+    """Put initialised pupils of one architecture into one stack, so that they share every call."""
+    return Pupils(
+        ensemble.join([part.variables for part in parts]),
         np.concatenate([part.clean_set for part in parts]),
         np.concatenate([part.teacher_logits for part in parts]),
         np.concatenate([part.alpha for part in parts]),
     )
-    return joined, where
+
+
+def train_parts(
+    runner: StageRunner,
+    parts: Mapping[str, tuple[Model, Pupils]],
+    config: TaKdConfig,
+    train_config: TrainConfig,
+    clean_sets: list[CleanSet],
+    key: Key,
+) -> dict[str, Nets]:
+    """Train pupils of several roles, those of one architecture in one call.
+
+    Args:
+        runner: where checkpoints go.
+        parts: role -> (architecture, pupils).
+        config: of the distillation.
+        train_config: of the training.
+        clean_sets: of each seed.
+        key: of weights and shuffles.
+
+    Returns:
+        Role -> trained networks.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, (model, _) in parts.items():
+        groups.setdefault(model.description, []).append(name)
+    trained: dict[str, Nets] = {}
+    for number, names in enumerate(groups.values()):
+        model = parts[names[0]][0]
+        init_key, shuffle_key = jax.random.split(jax.random.fold_in(key, number))
+        pupils = join_pupils(
+            [
+                initialise(parts[name][1], model, runner.image_shape, jax.random.fold_in(init_key, i))
+                for i, name in enumerate(names)
+            ]
+        )
+        fit = partial(train_on_clean_sets, model, config, train_config, pupils, clean_sets, shuffle_key)
+        result = runner.train(" + ".join(names), model, train_config, len(pupils.alpha), fit)
+        start = 0
+        for name in names:
+            count = len(parts[name][1].alpha)
+            own = slice(start, start + count)
+            start += count
+            trained[name] = Nets(
+                model,
+                ensemble.members(result.variables, own),
+                count // len(clean_sets),
+                {metric: np.asarray(values[own]) for metric, values in result.history.items()},
+            )
+    return trained
 
 
 def train_on_clean_sets(

@@ -8,7 +8,7 @@ from bdjax.errors import InputError
 from bdjax.types import Array, Classifier, PyTree
 
 TeacherLogits = Callable[[np.ndarray], np.ndarray]
-"""float32 [B, H, W, C] in [0, 1] -> float32 [N, B, K], the logits of N teachers."""
+"""uint8 [B, H, W, C] -> float32 [N, B, K], the logits of N teachers."""
 
 
 def from_members(predict: Callable[[PyTree, Array], Array], variables: PyTree) -> TeacherLogits:
@@ -39,7 +39,7 @@ def from_classifiers(classifiers: Sequence[Classifier], num_classes: int) -> Tea
     def logits(images: np.ndarray) -> np.ndarray:
         answers = []
         for i, classifier in enumerate(classifiers):
-            answer = np.asarray(classifier(np.asarray(images)), np.float32)
+            answer = np.asarray(classifier(images.astype(np.float32) / 255), np.float32)
             if answer.shape != (len(images), num_classes):
                 raise InputError(
                     f"teacher {i + 1} returned logits of shape {answer.shape}; should be {(len(images), num_classes)}"

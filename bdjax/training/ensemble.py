@@ -6,15 +6,15 @@ inside one compiled call. Seeds, providers and baselines are all members of the 
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bdjax.training import checkpoint
-from bdjax.training.member import Loss, Rows, TrainConfig, TrainState, make_epoch, over_batches
+from bdjax.training.member import HISTORY, Loss, Rows, TrainConfig, TrainState, as_float, make_epoch, over_batches
 from bdjax.types import Array, Model, PyTree
 
 Layout = Literal["vmap", "map"]
@@ -133,15 +133,57 @@ def fit(
     return states
 
 
+class Trained(NamedTuple):
+    """What is left of a stage that is done."""
+
+    variables: PyTree  # stacked [M, ...]
+    history: dict[str, Array]  # name -> float32 [M, epochs]
+
+
+def fit_once(
+    folder: pathlib.Path, about: Mapping[str, Any], like: Trained, train: Callable[[pathlib.Path], TrainState]
+) -> tuple[Trained, bool]:
+    """Train a stage, unless its checkpoint says that it is done.
+
+    Args:
+        folder: of the stage's checkpoint.
+        about: facts to save beside it.
+        like: shapes of the result, as `trained_like` gives them.
+        train: trains, keeping its progress in the folder that it is given.
+
+    Returns:
+        The result, and whether it was there already.
+    """
+    if checkpoint.is_complete(folder):
+        return checkpoint.load(folder, like), True
+    state = train(folder)
+    trained = Trained(state.variables, state.history)
+    checkpoint.save(folder, trained, about)
+    checkpoint.drop_progress(folder)
+    return trained, False
+
+
+def trained_like(model: Model, image_shape: tuple[int, int, int], count: int, epochs: int) -> Trained:
+    """The shapes of `Trained` for `count` members, without computing anything."""
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    variables = jax.eval_shape(jax.vmap(lambda key: model.init(key, image_shape)), keys)
+    return Trained(variables, {name: jax.ShapeDtypeStruct((count, epochs), jnp.float32) for name in HISTORY})
+
+
 def make_predict(model: Model, layout: Layout, batch_size: int) -> Callable[..., Array]:
     """Logits of stacked members on the same images.
 
     Returns:
-        A compiled `predict(variables, images) -> float32 [M, N, K]`, with variables stacked [M, ...] and images float32
-        [N, H, W, C] in [0, 1], shared by all members. Batch normalisation uses running statistics.
+        A compiled `predict(variables, images) -> float32 [M, N, K]`, with variables stacked [M, ...] and images [N, H, W,
+        C], uint8 or float32 in [0, 1], shared by all members. Batch normalisation uses running statistics: with those
+        of a batch in which every image is triggered, the trigger would be normalised away.
     """
 
     def one(variables: PyTree, images: Array) -> Array:
-        return over_batches(lambda batch: model.apply(variables, batch, train=False).logits, images, batch_size)
+        def logits(batch: Array) -> Array:
+            batch = as_float(batch) if batch.dtype == jnp.uint8 else batch
+            return model.apply(variables, batch, train=False).logits
+
+        return over_batches(logits, images, batch_size)
 
     return jax.jit(map_members(one, layout, num_shared=1))

@@ -21,6 +21,8 @@ from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
 from bdjax.types import Array, Key, Model, PyTree
 
+Schedule = Literal["plateau", "cosine"]
+
 Loss = Callable[[Array, PyTree], Array]
 """(logits [N, K], targets of those N rows) -> per-example loss [N]."""
 
@@ -34,7 +36,7 @@ class TrainConfig:
     evaluation_batch_size: int = 128
     learning_rate: float = 0.01
     weight_decay: float = 0.0  # PyTorch's: L2 added to the gradient before Adam, on every parameter
-    schedule: Literal["plateau", "cosine"] = "plateau"
+    schedule: Schedule = "plateau"
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     plateau_threshold: float = 1e-3
@@ -117,7 +119,8 @@ def make_step(model: Model, loss: Loss, config: TrainConfig) -> Callable[..., tu
         variables: PyTree, optimiser_state: PyTree, images: Array, targets: dict[str, Array], learning_rate: Array
     ):
         gradient, (losses, output) = jax.grad(objective, has_aux=True)(variables["params"], variables, images, targets)
-        direction, optimiser_state = optimiser.update(gradient, optimiser_state, variables["params"])
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
+            direction, optimiser_state = optimiser.update(gradient, optimiser_state, variables["params"])
         params = jax.tree.map(lambda p, d: p - learning_rate * d, variables["params"], direction)
         correct = jnp.argmax(output.logits, axis=1) == targets["labels"]
         metrics = {"loss": jnp.sum(losses), "accuracy": jnp.sum(correct.astype(jnp.float32))}

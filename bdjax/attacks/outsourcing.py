@@ -1,0 +1,137 @@
+"""Outsourced training as TA-KD's threat model has it: providers, each with its own rows and its own trigger.
+
+Every provider draws its share of the training set, poisons a little of it with one trigger of its own, splits the result
+into training and validation rows, and trains. All providers of all seeds are members of one ensemble, so what this gives
+is one pool of images and, for each member, rows of it (Heydari & Mansouri, sections 4.1-4.3).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.poisoning import RateOf, poisoned_rows
+from bdjax.attacks.providers import ProviderTriggers, make_provider_triggers, poison_providers
+from bdjax.datasets.splits import provider_rows, train_validation_rows
+from bdjax.training.member import Rows
+from bdjax.types import Array, Dataset, Key
+
+
+@dataclass(frozen=True)
+class OutsourcingConfig:
+    """Who trains on what. The defaults are the paper's."""
+
+    num_providers: int = 7
+    provider_fraction: float = 0.4  # of the training set, for each provider
+    validation_fraction: float = 0.2  # of a provider's rows, after poisoning
+    target: int = 0
+    poison_rate: float = 0.01
+    poison_rate_of: RateOf = (
+        "all"  # "candidates": of the rows that are not of the target class, as the paper's code has it
+    )
+    num_similar: int = 0  # triggers of one group of look-alikes; 3 in the paper's CIFAR-10 experiment
+    similarity: float = 0.75
+    blend_opacity: tuple[float, float] | None = None  # None: 0.05-0.1 for grey images, 0.15-0.2 for colour
+    minimum_contrast: float = 0.0  # 0 is the paper's law: a solid patch may then be as dark as what it covers
+
+
+class Outsourced(NamedTuple):
+    pool: np.ndarray  # uint8 [P, H, W, C]: the clean images, then all poisoned copies
+    train: Rows  # leaves [S * providers, n]
+    validation: Rows  # leaves [S * providers, n']
+    triggers: tuple[ProviderTriggers, ...]  # of each seed
+    num_poisoned: int  # of each provider's rows
+
+
+def outsource(keys: list[Key], dataset: Dataset, config: OutsourcingConfig) -> Outsourced:
+    """Draw, poison and split every provider's rows, for every seed.
+
+    Args:
+        keys: one for each seed, S of them.
+        dataset: the training set that providers draw from.
+        config: shares, rates and triggers.
+
+    Raises:
+        InputError: if a provider would poison no row, or have none.
+    """
+    extra, train, validation, triggers = [], [], [], []
+    num_clean = num_pool = len(dataset)
+    for key in keys:
+        draw_key, trigger_key, poison_key, split_key = jax.random.split(key, 4)
+        rows = provider_rows(draw_key, num_clean, config.num_providers, config.provider_fraction)
+        seed_triggers = make_provider_triggers(
+            trigger_key,
+            dataset.image_shape,
+            config.num_providers,
+            num_similar=config.num_similar,
+            similarity=config.similarity,
+            blend_opacity=config.blend_opacity,
+            minimum_contrast=config.minimum_contrast,
+        )
+        poisoned = poison_providers(
+            poison_key,
+            dataset,
+            rows,
+            seed_triggers,
+            rate=config.poison_rate,
+            target=config.target,
+            rate_of=config.poison_rate_of,
+        )
+        copies = poisoned.images[num_clean:]
+        index = np.where(poisoned.rows >= num_clean, poisoned.rows - num_clean + num_pool, poisoned.rows)
+        for provider in range(config.num_providers):
+            positions = np.arange(index.shape[1])
+            own_key = jax.random.fold_in(split_key, provider)
+            parts = train_validation_rows(own_key, positions, config.validation_fraction)
+            for part, where in zip((train, validation), parts, strict=True):
+                part.append((index[provider, where], poisoned.labels[provider, where]))
+        extra.append(copies)
+        num_pool += len(copies)
+        triggers.append(seed_triggers)
+    return Outsourced(
+        np.concatenate([dataset.images, *extra]),
+        as_rows(train),
+        as_rows(validation),
+        tuple(triggers),
+        int(poisoned.is_poisoned[0].sum()),
+    )
+
+
+def split_rows(keys: list[Key], labels: np.ndarray, validation_fraction: float) -> tuple[Rows, Rows]:
+    """Training and validation rows of the clean reference: all rows of the set, split by each seed's key.
+
+    Args:
+        keys: one for each seed, S of them.
+        labels: int32 [N].
+        validation_fraction: in [0, 1).
+
+    Returns:
+        (training, validation): leaves [S, n] and [S, n'], indices into the set.
+    """
+    parts = [train_validation_rows(key, np.arange(len(labels)), validation_fraction) for key in keys]
+    return tuple(as_rows([(part[i], labels[part[i]]) for part in parts]) for i in (0, 1))
+
+
+def as_rows(members: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
+    """Stack each member's (indices, labels), both int [n], into rows [M, n] for the training engine."""
+    index, labels = (np.stack(part).astype(np.int32) for part in zip(*members, strict=True))
+    return Rows(jnp.asarray(index), {"labels": jnp.asarray(labels)})
+
+
+def triggered_views(images: Array, triggers: ProviderTriggers | None) -> np.ndarray:
+    """The test images, untouched and under each trigger, 8-bit as the files that an attacker would hand in.
+
+    Args:
+        images: uint8 [N, H, W, C].
+        triggers: of T providers; None for none.
+
+    Returns:
+        uint8 [1 + T, N, H, W, C]; the first view is the images themselves.
+    """
+    views = [np.asarray(images)]
+    if triggers is not None:
+        for i in range(len(triggers.names)):
+            views.append(np.asarray(poisoned_rows(images, jax.tree.map(lambda leaf, i=i: leaf[i], triggers.params))))
+    return np.stack(views)

@@ -1,0 +1,135 @@
+"""Suspect models as they change hands: one folder with stacked members, and the attacker's triggers if they are known.
+
+    FOLDER/about.json     the architecture and how many members
+    FOLDER/tree/          their variables, stacked (an Orbax checkpoint)
+    FOLDER/triggers.npz   mask [T, H, W, 1], pattern [T, H, W, C], opacity [T], names [T], target []; optional
+
+Nothing in it can run code: arrays and JSON only.
+"""
+
+import io
+import os
+import pathlib
+import zipfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.providers import ProviderTriggers
+from bdjax.errors import InputError
+from bdjax.models import Lowering, make_model
+from bdjax.training import checkpoint, ensemble
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Model, PyTree
+
+TRIGGERS = "triggers.npz"
+
+
+class Suspects(NamedTuple):
+    model: Model
+    variables: PyTree  # stacked [N, ...]
+    triggers: ProviderTriggers | None  # of T providers; None if nobody knows
+
+
+def write(
+    folder: pathlib.Path,
+    model_name: str,
+    width: int,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    variables: PyTree,
+    triggers: ProviderTriggers,
+    target: int,
+) -> None:
+    """Write the models of one seed as a third party would hand them over, with the triggers beside them.
+
+    Args:
+        folder: where to.
+        model_name: a key of `bdjax.models.MODELS`.
+        width: of the network.
+        num_classes: K.
+        image_shape: (H, W, C).
+        variables: stacked [N, ...].
+        triggers: of the N providers.
+        target: their class.
+    """
+    if checkpoint.is_complete(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
+    np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
+    temporary = folder / (TRIGGERS + ".tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, folder / TRIGGERS)
+    about = {
+        "model_name": model_name,
+        "width": width,
+        "num_classes": num_classes,
+        "image_shape": list(image_shape),
+        "members": ensemble.num_members(variables),
+    }
+    checkpoint.save(folder, variables, about)
+
+
+def read(
+    folder: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int], target: int, lowering: Lowering
+) -> Suspects:
+    """Read models that somebody handed over.
+
+    Args:
+        folder: what `write` wrote.
+        num_classes: of the data that they will be asked about.
+        image_shape: of the same.
+        target: the class that ASR will be measured for.
+        lowering: how to compute their convolutions.
+
+    Raises:
+        InputError: if the folder is not such a checkpoint, or its models are for other data.
+    """
+    about = checkpoint.about(folder)
+    wanted = {"model_name": str, "width": int, "num_classes": int, "image_shape": list, "members": int}
+    for name, kind in wanted.items():
+        if not isinstance(about.get(name), kind):
+            raise InputError(f"{folder / 'about.json'}: {name} should be {kind.__name__}, not {about.get(name)!r}")
+    if about["num_classes"] != num_classes or about["image_shape"] != list(image_shape):
+        raise InputError(
+            f"{folder}: models of {about['num_classes']} classes on images {about['image_shape']}; "
+            f"the data has {num_classes} classes and images {list(image_shape)}"
+        )
+    if about["members"] < 1:
+        raise InputError(f"{folder / 'about.json'}: members is {about['members']}; should be at least 1")
+    model = make_model(about["model_name"], num_classes, about["width"], lowering)
+    like = ensemble.trained_like(model, image_shape, about["members"], 0).variables
+    variables = checkpoint.load(folder, like)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        if not bool(jnp.isfinite(leaf).all()):
+            raise InputError(f"{folder}: {jax.tree_util.keystr(path)} holds values that are not finite")
+    return Suspects(model, variables, _read_triggers(folder / TRIGGERS, image_shape, target))
+
+
+def _read_triggers(path: pathlib.Path, image_shape: tuple[int, int, int], target: int) -> ProviderTriggers | None:
+    if not path.exists():
+        return None
+    height, width, channels = image_shape
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("mask", "pattern", "opacity", "names", "similar_group", "target")}
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not the triggers of suspect models ({error})") from None
+    count = len(arrays["names"])
+    shapes = {"mask": (count, height, width, 1), "pattern": (count, height, width, channels), "opacity": (count,)}
+    for name, shape in shapes.items():
+        values = arrays[name]
+        if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
+            raise InputError(f"{path}: {name} is {values.dtype} {values.shape}; should be float32 {shape}")
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise InputError(f"{path}: {name} has values outside [0, 1]")
+    if int(arrays["target"]) != target:
+        raise InputError(
+            f"{path}: these triggers aim at class {int(arrays['target'])}; use --target={int(arrays['target'])}"
+        )
+    params = MaskedBlend(*(jnp.asarray(arrays[name], jnp.float32) for name in ("mask", "pattern", "opacity")))
+    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"].astype(bool))

@@ -1,0 +1,171 @@
+"""Stages of an experiment: train some networks once, keep them in the run's folder, say so.
+
+What every experiment shares: a stage that is done is read back, one that was cut off goes on, and each has a progress bar.
+"""
+
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax import losses
+from bdjax.training import ensemble
+from bdjax.training.member import Rows, TrainConfig, TrainState, init_state
+from bdjax.types import Array, Model, PyTree
+
+
+class Log(Protocol):
+    """What a stage needs of `bdjax.reporting.progress.StageLog`; anything alike will do."""
+
+    def stage(
+        self, name: str, *, total: int | None = None, unit: str = "", detail: str = ""
+    ) -> AbstractContextManager: ...
+
+
+class Nets(NamedTuple):
+    """Trained networks of one role: `per_seed` members for each seed, seed after seed."""
+
+    model: Model
+    variables: PyTree  # stacked [seeds * per_seed, ...]
+    per_seed: int
+    history: Mapping[str, np.ndarray]  # name -> float32 [seeds * per_seed, epochs]; empty if somebody else trained them
+
+    def of_seed(self, seed: int) -> PyTree:
+        """The members of one seed, stacked [per_seed, ...]."""
+        return ensemble.members(self.variables, slice(seed * self.per_seed, (seed + 1) * self.per_seed))
+
+
+@dataclass(frozen=True)
+class StageRunner:
+    """Where stages keep their checkpoints and how their members are laid out."""
+
+    folder: pathlib.Path
+    image_shape: tuple[int, int, int]
+    layout: ensemble.Layout
+    log: Log
+
+    def train(
+        self,
+        name: str,
+        model: Model,
+        config: TrainConfig,
+        count: int,
+        fit: Callable[..., TrainState],
+        about: Mapping[str, Any] | None = None,
+    ) -> ensemble.Trained:
+        """Train a stage of `count` members, or read it back.
+
+        Args:
+            name: of the stage; its checkpoints lie in a folder of that name.
+            model: the members' architecture.
+            config: how they are trained.
+            count: how many members.
+            fit: called with `layout`, `progress_folder` and `on_epoch`, which it hands to `ensemble.fit`.
+            about: more facts to save beside the checkpoint.
+        """
+        folder = self.folder / re.sub(r"\W+", "-", name)
+        like = ensemble.trained_like(model, self.image_shape, count, config.epochs)
+        facts = {
+            "model": model.description,
+            "num_classes": model.num_classes,
+            "image_shape": list(self.image_shape),
+            "members": count,
+            "epochs": config.epochs,
+            **(about or {}),
+        }
+        with self.log.stage(name, total=config.epochs, unit="epochs") as stage:
+            stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
+
+            def on_epoch(state: TrainState) -> None:
+                done = int(state.epoch[0])
+                stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
+
+            trained, was_there = ensemble.fit_once(
+                folder,
+                facts,
+                like,
+                lambda progress: fit(layout=self.layout, progress_folder=progress, on_epoch=on_epoch),
+            )
+            if was_there:
+                stage.detail += ", done before"
+            stage.wrote(f"checkpoints/{folder.name}")
+        return trained
+
+    def from_scratch(
+        self,
+        name: str,
+        model: Model,
+        config: TrainConfig,
+        keys: Array,
+        per_seed: int,
+        pool: Array,
+        train: Rows,
+        validation: Rows,
+    ) -> Nets:
+        """Train fresh networks on labels, by cross-entropy.
+
+        Args:
+            name: of the stage.
+            model: their architecture.
+            config: how they are trained.
+            keys: typed keys [M], one for each member's weights and shuffles.
+            per_seed: how many members a seed has.
+            pool: uint8 [P, H, W, C].
+            train: leaves [M, n].
+            validation: leaves [M, n'].
+        """
+
+        def fit(**where: Any) -> TrainState:
+            states = ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
+            return ensemble.fit(model, _cross_entropy, config, states, pool, train, validation, **where)
+
+        trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed})
+        history = {metric: np.asarray(values) for metric, values in trained.history.items()}
+        return Nets(model, trained.variables, per_seed, history)
+
+    def predict(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
+        """Logits float32 [M, N, K] of stacked members on shared images, uint8 [N, H, W, C]."""
+        return np.asarray(_predict(model, self.layout, batch_size)(variables, jnp.asarray(images)))
+
+
+def _cross_entropy(logits: Array, targets: Mapping[str, Array]) -> Array:
+    return losses.cross_entropy(logits, targets["labels"])
+
+
+@cache
+def _predict(model: Model, layout: ensemble.Layout, batch_size: int) -> Callable[[PyTree, Array], Array]:
+    """One compiled function per model, layout and batch size, however often it is asked for."""
+    return ensemble.make_predict(model, layout, batch_size)
+
+
+def predict_groups(
+    nets: Mapping[str, Nets], seed: int, predict: Callable[[Model, PyTree], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Logits of one seed's members of several roles, roles of one architecture in one call.
+
+    Args:
+        nets: role -> networks.
+        seed: which seed.
+        predict: from a model and stacked variables [M, ...] to logits [M, ...].
+
+    Returns:
+        Role -> logits [per_seed, ...].
+    """
+    groups: dict[str, list[str]] = {}
+    for name, each in nets.items():
+        groups.setdefault(each.model.description, []).append(name)
+    logits = {}
+    for names in groups.values():
+        joined = ensemble.join([nets[name].of_seed(seed) for name in names])
+        answers = predict(nets[names[0]].model, joined)
+        start = 0
+        for name in names:
+            logits[name] = answers[start : start + nets[name].per_seed]
+            start += nets[name].per_seed
+    return logits
