@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100, from the binary and the Python version, packed or not."""
 
+import gzip
 import io
 import pickle
 import tarfile
@@ -18,6 +19,7 @@ from bdjax.types import Dataset, TrainTest
 _URLS = ("https://www.cs.toronto.edu/~kriz/",)
 _PIXEL_BYTES = 3 * 32 * 32
 _MAXIMUM_TAR_MEMBERS = 100
+_MAXIMUM_PADDING_BYTES = 1 << 20
 _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100_CLASSES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -264,7 +266,7 @@ def _read_folder(folder: Path, wanted: tuple[str, ...], cifar: _Format) -> dict[
 def _read_archive(path: Path, version: _Version, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
     files = {}
     try:
-        with tarfile.open(path, "r:gz") as archive:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             # In the order of the archive, in memory: nothing is written to disk, whatever the members are called.
             for position, member in enumerate(archive):
                 _check_size(member.size, f"{path}, member {one_line(member.name)}", cifar)
@@ -273,6 +275,11 @@ def _read_archive(path: Path, version: _Version, wanted: tuple[str, ...], cifar:
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder == version.folder and name in wanted and member.isfile():
                     files[name] = archive.extractfile(member).read()
+            # gzip verifies its checksum at its end, which lies behind the end of the tar archive.
+            if len(stream.read(_MAXIMUM_PADDING_BYTES + 1)) > _MAXIMUM_PADDING_BYTES:
+                raise InputError(
+                    f"{path}: goes on for over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive"
+                )
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); fetch it again") from error
     missing = [name for name in wanted if name not in files]

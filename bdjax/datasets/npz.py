@@ -1,6 +1,7 @@
 """Rows from an .npz file of NumPy, clean or poisoned."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -54,17 +55,16 @@ def load_npz(path: Path) -> TrainTest:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    # Not by numpy.load, which leaves the file open if it is damaged, and hands on members that are no arrays as bytes.
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: is a single .npy array; an .npz file that names its arrays is needed")
-            return {
-                name: file[name]
-                for name in (*_WHOLE_NAMES, *_SPLIT_NAMES, *_POISON_NAMES, "num_classes")
-                if name in file.files
-            }
-    except InputError:
-        raise
+        with zipfile.ZipFile(path) as archive:
+            members = set(archive.namelist())
+            arrays = {}
+            for name in (*_WHOLE_NAMES, *_SPLIT_NAMES, *_POISON_NAMES, "num_classes"):
+                if f"{name}.npy" in members:
+                    with archive.open(f"{name}.npy") as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+            return arrays
     except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
         raise InputError(f"{path}: is not an intact .npz file of plain arrays ({one_line(error)})") from error
 

@@ -109,7 +109,7 @@ def _read(name: str, folder: Path) -> TrainTest:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder)
-    features, splits = builder.info.features, list(builder.info.splits)
+    features, splits = dict(builder.info.features.items()), list(builder.info.splits)
     if not isinstance(features.get("label"), tfds.features.ClassLabel) or "image" not in features:
         raise InputError(f"{folder}: has the features {', '.join(features)}; image and a class label are needed")
     test_split = next((split for split in ("test", "validation") if split in splits), None)

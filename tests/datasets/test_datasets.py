@@ -1,0 +1,95 @@
+import inspect
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdjax.datasets import DATASETS, load
+from bdjax.datasets.locate import DATA_DIR_VARIABLE
+from bdjax.errors import InputError
+
+
+def refused(said: str, *arguments, **keywords) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        load(*arguments, **keywords)
+
+
+def test_every_loader_has_the_same_form():
+    for loader in DATASETS.values():
+        assert list(inspect.signature(loader).parameters) == ["folders", "download"]
+
+
+@pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
+@pytest.mark.usefixtures("no_network")
+def test_every_named_set_that_is_nowhere_is_one_line(name, folder, cache, monkeypatch):
+    monkeypatch.setenv(DATA_DIR_VARIABLE, "/elsewhere")
+    for download in (True, False):
+        with pytest.raises(InputError) as caught:
+            load(name, folder, download=download)
+        message = str(caught.value)
+        assert "\n" not in message and message.startswith(f"{name}: found no ")
+        assert f" in {folder}, /elsewhere, {cache}; " in message
+        assert ("downloading failed (http" in message) == download
+        assert ": get " in message and " from http" in message and f" into {folder}" in message
+
+
+def test_digits_need_no_files():
+    train, test = load("digits", download=False)
+    assert train.num_classes == 10 and len(train) + len(test) == 1797
+
+
+def test_paths(folder):
+    np.savez(folder / "mine.npz", images=np.zeros((10, 4, 4), np.uint8), labels=np.arange(10) % 2)
+    assert load(str(folder / "mine.npz")).train.name == "mine"
+    for name in ("a", "b"):
+        (folder / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (3, 3)).save(folder / "images" / name / f"{index}.png")
+    assert load(str(folder / "images")).train.images.shape == (8, 3, 3, 3)
+
+
+def test_a_name_goes_before_a_folder(folder, monkeypatch):
+    (folder / "digits").mkdir()
+    monkeypatch.chdir(folder)
+    assert load("digits").train.source.startswith("scikit-learn")
+    with pytest.raises(InputError, match="^digits: has 0 sub-folder"):
+        load("./digits")
+
+
+def test_prepared_sets_of_tfds_are_reached(folder):
+    with pytest.raises(InputError, match="^tfds:nothing_like_it: found no prepared set in "):
+        load("tfds:nothing_like_it", folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("cifr10", " (is cifar10 meant?)"),
+        ("MNIST", " (is mnist meant?)"),
+        ("fashion-mnist", " (is fashion_mnist meant?)"),
+        ("zebra", ""),
+        ("", ""),
+    ],
+)
+def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
+    refused(
+        f"{name!r}: there is no such dataset, folder or file{suggestion}; there are digits, mnist, fashion_mnist, "
+        "cifar10, cifar100, gtsrb, tfds:NAME, a folder of images by its path, and an .npz file by its path",
+        name,
+    )
+
+
+def test_a_path_that_does_not_exist(folder):
+    for path in (folder / "nothing", pathlib.Path("nothing.npz")):
+        refused(f"{path}: there is no such file or folder", str(path))
+
+
+def test_a_file_of_another_kind(folder):
+    (folder / "set.zip").write_bytes(b"")
+    refused(f"{folder / 'set.zip'}: is neither a folder of images nor an .npz file", str(folder / "set.zip"))
+
+
+def test_a_data_dir_that_does_not_exist_is_never_passed_over():
+    refused("data_dir /not/there: there is no such folder", "digits", "/not/there")

@@ -1,0 +1,228 @@
+import io
+import pathlib
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+from bdjax.datasets.npz import load_npz
+from bdjax.errors import InputError
+from bdjax.types import Dataset, PoisonedDataset
+
+
+def rows(num_rows: int, channels: int = 3) -> np.ndarray:
+    """Row r is filled with r."""
+    return np.broadcast_to(np.arange(num_rows, dtype=np.uint8)[:, None, None, None], (num_rows, 4, 5, channels)).copy()
+
+
+def whole(**changes) -> dict[str, np.ndarray]:
+    return {"images": rows(20), "labels": np.arange(20) % 2} | changes
+
+
+def parts(**changes) -> dict[str, np.ndarray]:
+    return {
+        "train_images": rows(6),
+        "train_labels": np.array([0, 1, 2, 0, 1, 2]),
+        "test_images": rows(3),
+        "test_labels": np.array([2, 1, 0]),
+    } | changes
+
+
+def poison(num_rows: int, poisoned: list[int], original_labels: np.ndarray) -> dict[str, np.ndarray]:
+    return {"is_poisoned": np.isin(np.arange(num_rows), poisoned), "original_labels": original_labels}
+
+
+@pytest.fixture
+def path(folder) -> pathlib.Path:
+    return folder / "mine.npz"
+
+
+def test_parts_are_kept(path):
+    np.savez(path, **parts())
+    train, test = load_npz(path)
+    np.testing.assert_array_equal(train.images, rows(6))
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2] and test.labels.tolist() == [2, 1, 0]
+    assert train.labels.dtype == np.int32 and train.num_classes == 3 and train.name == "mine"
+    assert train.source == f"{path} (6 train images)" and test.source == f"{path} (3 test images)"
+    assert type(train) is Dataset
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_whole_sets_are_split(path, save):
+    save(path, **whole())
+    train, test = load_npz(path)
+    assert np.bincount(train.labels).tolist() == [8, 8] and np.bincount(test.labels).tolist() == [2, 2]
+    together = np.concatenate([train.images, test.images])[:, 0, 0, 0]
+    assert sorted(together.tolist()) == list(range(20))
+    np.testing.assert_array_equal(train.images[:, 0, 0, 0] % 2, train.labels)
+    assert test.source == f"{path} (20 images), test rows of a fixed 80/20 split"
+    np.testing.assert_array_equal(load_npz(path).test.images, test.images)
+
+
+def test_floats_and_grey_images(path):
+    np.savez(path, **whole(images=rows(20, 1)[..., 0].astype(np.float32) / 255))
+    train, test = load_npz(path)
+    assert train.images.shape == (16, 4, 5, 1) and train.images.dtype == np.uint8
+    together = np.concatenate([train.images, test.images])[:, 0, 0, 0]
+    assert sorted(together.tolist()) == list(range(20))
+
+
+def test_num_classes_of_the_file(path):
+    np.savez(path, **parts(num_classes=np.array(7)))
+    assert load_npz(path).train.num_classes == 7
+    np.savez(path, **parts(num_classes=2))
+    with pytest.raises(
+        InputError, match=f"^{re.escape(str(path))}, train_labels: row 2 has the label 2; labels must be"
+    ):
+        load_npz(path)
+
+
+def test_poisoned_parts(path):
+    labels = np.array([0, 1, 0, 0, 1, 0])
+    np.savez(path, **parts(train_labels=labels), **poison(6, [2, 5], np.array([0, 1, 2, 0, 1, 2])))
+    train, test = load_npz(path)
+    assert isinstance(train, PoisonedDataset) and type(test) is Dataset
+    assert np.flatnonzero(train.is_poisoned).tolist() == [2, 5]
+    assert train.original_labels.tolist() == [0, 1, 2, 0, 1, 2] and train.original_labels.dtype == np.int32
+    assert train.labels.tolist() == labels.tolist() and train.num_classes == 3
+
+
+def test_poisoned_rows_of_a_whole_set_all_go_to_training(path):
+    original = np.arange(20) % 2
+    labels = np.where(np.arange(20) < 10, 0, original)
+    np.savez(path, **whole(labels=labels), **poison(20, list(range(10)), original))
+    train, test = load_npz(path)
+    assert isinstance(train, PoisonedDataset) and type(test) is Dataset
+    assert train.is_poisoned.sum() == 10 and len(test) == 2 and len(train) == 18
+    assert (test.images[:, 0, 0, 0] >= 10).all()
+    np.testing.assert_array_equal(train.original_labels, train.images[:, 0, 0, 0] % 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        (
+            {"images": rows(4)},
+            ": holds images; it must hold either images, labels or train_images, train_labels, test_",
+        ),
+        ({"x": rows(4)}, ": holds none of the known arrays; it must hold either images, labels or train_images, "),
+        (
+            whole() | parts(),
+            ": holds images, labels, test_images, test_labels, train_images, train_labels; it must hold",
+        ),
+        (whole(images=rows(0), labels=np.zeros(0, int)), ", images: holds no images; at least one row is needed"),
+        (whole(images=rows(20).astype(np.int32)), ", images: images are int32; they must be uint8, or float in 0..1"),
+        (whole(images=rows(20).astype(complex)), ", images: images are complex128; they must be uint8, or float in"),
+        (whole(images=rows(20).transpose(0, 3, 1, 2)), ", images: images have the shape [20, 3, 4, 5]; they must be"),
+        (
+            whole(images=np.full((20, 4, 5), np.nan)),
+            ", images: row 0 has the pixel value nan at [0, 0, 0]; float pixels",
+        ),
+        (
+            whole(images=np.full((20, 4, 5), 255.0)),
+            ", images: row 0 has the pixel value 255.0 at [0, 0, 0]; float pixels",
+        ),
+        (whole(labels=np.arange(19) % 2), ", images: holds 20 images and 19 labels; there must be as many of both"),
+        (whole(labels=np.arange(20) % 2 - 1), ", labels: row 0 has the label -1; labels must be in 0..0"),
+        (
+            whole(labels=np.zeros(20)),
+            ", labels: labels are float64 of the shape [20]; they must be integers, one a row",
+        ),
+        (
+            whole(labels=np.eye(20, dtype=int)),
+            ", labels: labels are int64 of the shape [20, 20]; they must be integers",
+        ),
+        (whole(labels=np.zeros(20, int)), ", images: has 1 class(es); a classifier needs 2 to 1000000"),
+        (whole(labels=np.arange(20) * 10), ": the highest label is 190 though there are only 20 labels; labels count"),
+        (whole(num_classes=np.array([2])), ": num_classes is int64 of the shape [1]; it must be an int"),
+        (whole(num_classes=2.0), ": num_classes is float64 of the shape []; it must be an int"),
+        (
+            parts(test_labels=np.array([2, 1, 5])) | {"num_classes": 3},
+            ", test_labels: row 2 has the label 5; labels must",
+        ),
+        (parts(test_images=rows(3, 1)), ": train_images are [4, 5, 3] and test_images [4, 5, 1]; they must be of one"),
+        (whole(is_poisoned=np.zeros(20, bool)), ": holds only one of is_poisoned and original_labels; both or neither"),
+        (
+            whole(is_poisoned=np.zeros(20, np.uint8), original_labels=np.arange(20) % 2),
+            ", is_poisoned: is uint8 of the shape [20]; it must be bool, one for each of the 20 rows",
+        ),
+        (
+            whole(is_poisoned=np.zeros(19, bool), original_labels=np.arange(20) % 2),
+            ", is_poisoned: is bool of the shape [19]; it must be bool, one for each of the 20 rows",
+        ),
+        (whole(**poison(20, [1], np.arange(19) % 2)), ", original_labels: has 19 rows; 20 are needed"),
+        (
+            whole(**poison(20, [0, 1], np.where(np.arange(20) < 4, 1, np.arange(20) % 2))),
+            ", original_labels: row 2 is not poisoned, but its label is 0 and its original label 1; they must be equal",
+        ),
+        (
+            whole(images=rows(3), labels=np.array([0, 1, 2])),
+            ": 20 % of the clean rows of each class, for testing, is less than one row; at least 3 rows of a class are",
+        ),
+        (
+            whole(**poison(20, list(range(20)), np.arange(20) % 2)),
+            ": 20 % of the clean rows of each class, for testing",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named(path, arrays, said):
+    np.savez(path, **arrays)
+    with pytest.raises(InputError, match="^" + re.escape(f"{path}{said}")):
+        load_npz(path)
+
+
+class Hostile:
+    def __init__(self, trace: pathlib.Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.trace,)
+
+
+def test_object_arrays_are_refused_and_run_nothing(path, folder):
+    trace = folder / "owned"
+    np.savez(path, **whole(labels=np.array([Hostile(trace)] * 20, object)))
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \(Object ar"
+    ):
+        load_npz(path)
+    path.write_bytes(pickle.dumps(Hostile(trace)))  # which numpy.load would take, if it were let
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \("):
+        load_npz(path)
+    assert not trace.exists()
+
+
+def with_header(shape: str) -> bytes:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+def test_files_that_are_not_intact_are_named(path):
+    said = rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \(.+\)$"
+    np.savez_compressed(path, **whole(images=np.random.default_rng(0).integers(0, 256, (20, 9, 9), np.uint8)))
+    intact = path.read_bytes()
+    for content in (b"", b"text", intact[: len(intact) // 2], intact[:300] + bytes(20) + intact[320:]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=said):
+            load_npz(path)
+    for member in (
+        b"",
+        b"text",
+        with_header("(9, 9)") + bytes(80),
+        with_header("(99999999, 99999999999)"),
+        with_header("x"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", member)
+        with pytest.raises(InputError, match=said):
+            load_npz(path)
+
+
+def test_a_single_array_is_refused(path):
+    stream = io.BytesIO()
+    np.save(stream, rows(4))
+    path.write_bytes(stream.getvalue())
+    with pytest.raises(InputError, match=r"is not an intact .npz file of plain arrays \(File is not a zip file\)$"):
+        load_npz(path)
