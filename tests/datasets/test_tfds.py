@@ -171,7 +171,7 @@ def test_what_is_no_name_is_refused(folder, name):
         (
             "TinyTrainOnly",
             "tiny_train_only",
-            ": has the splits train, extra; train and one of test, validation are needed",
+            ": has the splits extra, train; train and one of test, validation are needed",
         ),
         ("TinyNumber", "tiny_number", ": has the features image, label; image and a class label are needed"),
         ("TinyUnlabelled", "tiny_unlabelled", ", split train: row "),
