@@ -1,0 +1,58 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from bdjax.models.facade import as_model, count_parameters
+
+
+class Centred(nn.Module):
+    """A network of five parameters whose running mean moves in training."""
+
+    @nn.compact
+    def __call__(self, images, *, train, edits=None):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (1,), jnp.float32)
+        features = images - mean.value[None, None, None, :]
+        if edits:
+            features = edits["tap"](features)
+        if train:
+            mean.value = 0.5 * mean.value + 0.5 * jnp.mean(images, (0, 1, 2))
+        scale = self.param("scale", nn.initializers.ones, (1,), jnp.float32)
+        kernel = self.param("kernel", nn.initializers.normal(), (1, 4), jnp.float32)
+        return jnp.mean(features, (1, 2)) * scale[None, :] @ kernel, {"tap": features}
+
+
+MODEL = as_model(Centred(), 4, "centred")
+
+
+def test_variables_are_plain_and_hold_the_two_collections():
+    variables = MODEL.init(jax.random.key(0), (3, 2, 1))
+    assert set(variables) == {"params", "batch_stats"}
+    assert type(variables) is type(variables["params"]) is dict
+    chex.assert_trees_all_equal(variables, MODEL.init(jax.random.key(0), (3, 2, 1)))
+    assert (MODEL.num_classes, MODEL.description) == (4, "centred")
+
+
+def test_training_returns_new_statistics_and_evaluation_the_old_ones():
+    variables = MODEL.init(jax.random.key(0), (3, 2, 1))
+    images = jnp.full((5, 3, 2, 1), 0.5)
+    trained = MODEL.apply(variables, images, train=True)
+    chex.assert_shape([trained.logits, trained.features["tap"]], [(5, 4), (5, 3, 2, 1)])
+    np.testing.assert_allclose(trained.variables["batch_stats"]["mean"], [0.25])
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], [0.0])  # the input is untouched
+    chex.assert_trees_all_equal(trained.variables["params"], variables["params"])
+    evaluated = MODEL.apply(trained.variables, images, train=False)
+    chex.assert_trees_all_equal(evaluated.variables, trained.variables)
+    np.testing.assert_allclose(evaluated.features["tap"], images - 0.25)
+
+
+def test_edits_reach_the_network_in_both_modes():
+    variables = MODEL.init(jax.random.key(0), (3, 2, 1))
+    for train in (True, False):
+        output = MODEL.apply(variables, jnp.ones((2, 3, 2, 1)), train=train, edits={"tap": lambda x: 0.0 * x})
+        np.testing.assert_array_equal(output.logits, np.zeros((2, 4)))
+
+
+def test_counting_leaves_the_statistics_out():
+    assert count_parameters(MODEL, (3, 2, 1)) == 5

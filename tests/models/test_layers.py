@@ -1,0 +1,288 @@
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from bdjax.models.layers import (
+    BatchNorm,
+    Classifier,
+    Conv,
+    Taps,
+    convolve,
+    convolve_3x3,
+    default_lowering,
+    layout_of,
+    normalise_batch,
+    relu,
+)
+
+LOWERINGS = ("native", "shifted")
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "batch_norm.npz"
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def pulled_back(function, arguments, cotangent):
+    """The value and the gradients of sum(cotangent * value), in one compiled call."""
+
+    def run(*arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, pull(jnp.asarray(cotangent))
+
+    return jax.jit(run)(*arguments)
+
+
+def assert_slope(function, arguments, cotangent):
+    """The gradient against central differences along random directions, summed in float64."""
+    _, gradients = pulled_back(function, arguments, cotangent)
+    value = jax.jit(function)
+    step = 1e-2
+    for seed in range(3):
+        directions = [draw(100 + 10 * seed + i, *each.shape) for i, each in enumerate(arguments)]
+        ahead, behind = (
+            np.asarray(value(*(x + sign * step * d for x, d in zip(arguments, directions, strict=True))), np.float64)
+            for sign in (1, -1)
+        )
+        measured = np.sum((ahead - behind) * np.asarray(cotangent, np.float64)) / (2 * step)
+        expected = sum(np.vdot(g, d) for g, d in zip(gradients, directions, strict=True))
+        np.testing.assert_allclose(expected, measured, rtol=5e-3, atol=5e-3)
+
+
+def torch_convolution(x, kernel, stride, padding):
+    """PyTorch's definition, pixel by pixel: x [N, H, W, C], kernel [k, k, C, O]."""
+    x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    size = kernel.shape[0]
+    rows, columns = ((length - size) // stride + 1 for length in x.shape[1:3])
+    y = np.zeros((len(x), rows, columns, kernel.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            window = x[:, i * stride : i * stride + size, j * stride : j * stride + size]
+            y[:, i, j] = np.einsum("nijc,ijco->no", window, kernel)
+    return y
+
+
+# ---- Convolutions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_stride_2_convolution_is_padded_on_both_sides(lowering):
+    # Window i covers pixels 2i-1 to 2i+1 under ((1, 1), (1, 1)), but 2i to 2i+2 under XLA's "SAME".
+    def windows_over(row, column):
+        layout = layout_of(lowering)
+        x = layout.from_nhwc(jnp.zeros((1, 8, 8, 1)).at[0, row, column, 0].set(1.0))
+        y = convolve(x, jnp.ones((3, 3, 1, 1)), stride=2, padding=1, lowering=lowering)
+        return {(int(i), int(j)) for i, j in np.argwhere(np.asarray(layout.to_nhwc(y))[0, :, :, 0])}
+
+    assert windows_over(0, 0) == {(0, 0)}
+    assert windows_over(3, 4) == {(1, 2), (2, 2)}
+    assert windows_over(5, 5) == {(2, 2), (2, 3), (3, 2), (3, 3)}
+    assert windows_over(7, 7) == {(3, 3)}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5)])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (5, 3)])
+def test_both_lowerings_are_pytorchs_convolution_with_the_same_gradients(size, stride, shape):
+    x, kernel = draw(0, 2, *shape, 3), draw(1, size, size, 3, 4)
+    expected = torch_convolution(np.asarray(x, np.float64), np.asarray(kernel, np.float64), stride, size // 2)
+    cotangent = draw(2, *expected.shape)
+
+    def run(lowering):
+        layout = layout_of(lowering)
+
+        def function(x, kernel):
+            y = convolve(layout.from_nhwc(x), kernel, stride=stride, padding=size // 2, lowering=lowering)
+            return layout.to_nhwc(y)
+
+        return pulled_back(function, (x, kernel), cotangent)
+
+    native, shifted = run("native"), run("shifted")
+    np.testing.assert_allclose(native[0], expected, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(shifted, native, rtol=1e-4, atol=1e-4)
+
+
+def test_the_written_gradient_of_the_3x3_convolution_is_right():
+    arguments = draw(0, 2, 4, 3, 2), draw(1, 3, 3, 2, 3)  # [C, H, W, N] and HWIO
+    cotangent = draw(2, 3, 4, 3, 2)
+    assert_slope(convolve_3x3, arguments, cotangent)
+
+    def reference(x, kernel):
+        return lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("CHWN", "HWIO", "CHWN"))
+
+    written, automatic = (pulled_back(each, arguments, cotangent) for each in (convolve_3x3, reference))
+    chex.assert_trees_all_close(written, automatic, rtol=1e-5, atol=1e-5)
+
+
+def test_the_3x3_convolution_maps_over_stacked_kernels():
+    x, kernels = draw(0, 2, 4, 3, 2), draw(1, 5, 3, 3, 2, 3)
+    gradient = jax.grad(lambda kernel: jnp.sum(jnp.square(convolve_3x3(x, kernel))))
+    alone = jax.jit(gradient)
+    stacked = jax.jit(jax.vmap(gradient))(kernels)
+    chex.assert_trees_all_close(stacked, jnp.stack([alone(kernel) for kernel in kernels]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_layouts_name_their_axes_and_go_there_and_back(lowering):
+    layout = layout_of(lowering)
+    x = draw(0, 2, 3, 4, 5)
+    inside = layout.from_nhwc(x)
+    axes = (layout.batch_axis, *layout.spatial_axes, layout.channel_axis)
+    assert tuple(inside.shape[axis] for axis in axes) == x.shape
+    chex.assert_trees_all_equal(layout.to_nhwc(inside), x)
+
+
+def test_an_unknown_lowering_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ValueError, match="'winograd' is not one of 'native', 'shifted'"):
+        layout_of("winograd")
+    assert default_lowering() in LOWERINGS
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("size", [1, 3])
+def test_convolutions_start_with_he_initialisation_over_the_fan_out(size, lowering):
+    channels, features = 32, 64
+    image = layout_of(lowering).from_nhwc(jnp.zeros((1, 4, 4, channels)))
+    module = Conv(features, size, 2, lowering)
+    kernel = np.asarray(module.init(jax.random.key(0), image)["params"]["kernel"])
+    assert kernel.shape == (size, size, channels, features)
+    deviation = (2 / (features * size**2)) ** 0.5  # fan in would give sqrt(2) times as much
+    assert kernel.std() == pytest.approx(deviation, rel=0.06)
+    assert abs(kernel.mean()) < 4 * deviation / kernel.size**0.5
+    assert np.abs(kernel).max() > 2.5 * deviation  # not truncated
+    assert layout_of(lowering).to_nhwc(module.apply({"params": {"kernel": kernel}}, image)).shape == (1, 2, 2, features)
+
+
+# ---- Batch normalisation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_batch_normalisation_is_pytorchs(lowering):
+    golden = np.load(GOLDEN)
+    layout = layout_of(lowering)
+    module = BatchNorm(lowering)
+    params = {"scale": jnp.asarray([1.5, 0.5, -1.0]), "bias": jnp.asarray([0.0, 0.25, -2.0])}
+    stats = {"mean": jnp.zeros(3), "variance": jnp.ones(3)}
+
+    @jax.jit
+    def train(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        y, updated = module.apply(variables, layout.from_nhwc(x), train=True, mutable=["batch_stats"])
+        return layout.to_nhwc(y), updated["batch_stats"]
+
+    for call in range(3):
+        before, x = stats, golden["x"][call]
+        y, stats = train(params, stats, x)
+        np.testing.assert_allclose(y, golden["y"][call], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(stats["mean"], golden["mean"][call], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stats["variance"], golden["variance"][call], rtol=1e-5, atol=1e-6)
+
+    evaluated = module.apply({"params": params, "batch_stats": stats}, layout.from_nhwc(x), train=False)
+    np.testing.assert_allclose(layout.to_nhwc(evaluated), golden["eval_y"], rtol=1e-4, atol=1e-5)
+
+    _, (by_params, by_x) = pulled_back(lambda params, x: train(params, before, x)[0], (params, x), golden["g"])
+    np.testing.assert_allclose(by_params["scale"], golden["dscale"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_params["bias"], golden["dbias"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_x, golden["dx"], rtol=1e-4, atol=2e-4)
+
+
+def naive_normalise(x, scale, bias, axis, epsilon):
+    reduced = tuple(i for i in range(x.ndim) if i != axis)
+    mean = jnp.mean(x, reduced, keepdims=True)
+    variance = jnp.mean((x - mean) ** 2, reduced, keepdims=True)
+    shape = mean.shape
+    return (x - mean) / jnp.sqrt(variance + epsilon) * scale.reshape(shape) + bias.reshape(shape)
+
+
+@pytest.mark.parametrize("axis", [0, 3])
+def test_the_written_gradient_of_batch_normalisation_is_right(axis):
+    x = 0.5 + 2.0 * draw(0, *((3, 4, 5, 2) if axis == 0 else (2, 4, 5, 3)))
+    arguments, cotangent = (x, draw(1, 3), draw(2, 3)), draw(3, *x.shape)
+
+    def closed(x, scale, bias):
+        return normalise_batch(x, scale, bias, axis, 1e-5)[0]
+
+    def naive(x, scale, bias):
+        return naive_normalise(x, scale, bias, axis, 1e-5)
+
+    written, automatic = (pulled_back(each, arguments, cotangent) for each in (closed, naive))
+    chex.assert_trees_all_close(written, automatic, rtol=1e-3, atol=1e-4)
+    assert_slope(closed, arguments, cotangent)
+
+
+def test_a_far_from_zero_activation_keeps_its_variance():
+    # E[x^2] - E[x]^2 in float32 would be off by more than the variance itself.
+    x = 1000.0 + 0.1 * draw(0, 4, 4, 4, 2)
+    _, mean, variance = normalise_batch(x, jnp.ones(2), jnp.zeros(2), 3, 1e-5)
+    np.testing.assert_allclose(variance, np.var(np.asarray(x, np.float64), (0, 1, 2)), rtol=1e-2)
+    np.testing.assert_allclose(mean, np.mean(np.asarray(x, np.float64), (0, 1, 2)), rtol=1e-6)
+
+
+def test_statistics_of_one_value_stay_finite():
+    variables = BatchNorm().init(jax.random.key(0), jnp.ones((1, 1, 1, 2)), train=False)
+    y, updated = BatchNorm().apply(variables, jnp.full((1, 1, 1, 2), 3.0), train=True, mutable=["batch_stats"])
+    chex.assert_tree_all_finite((y, updated))
+
+
+def test_initialising_leaves_the_running_statistics_neutral():
+    x = 5.0 + draw(0, 4, 3, 3, 2)
+    for train in (True, False):
+        stats = BatchNorm().init(jax.random.key(0), x, train=train)["batch_stats"]
+        chex.assert_trees_all_equal(stats, {"mean": jnp.zeros(2), "variance": jnp.ones(2)})
+
+
+# ---- The rest -------------------------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_relu_at_zero_is_zero():
+    x = jnp.asarray([-1.0, 0.0, 2.0])
+    np.testing.assert_array_equal(relu(x), [0, 0, 2])
+    np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x), [0, 0, 1])
+
+
+def test_both_lowerings_start_from_the_same_parameters():
+    for make in (lambda lowering: Conv(4, 3, 1, lowering), lambda lowering: Classifier(4, lowering)):
+        chex.assert_trees_all_equal(
+            *(
+                make(lowering).init(jax.random.key(3), layout_of(lowering).from_nhwc(jnp.zeros((2, 5, 4, 3))))
+                for lowering in LOWERINGS
+            )
+        )
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_the_classifier_starts_as_pytorchs_linear(lowering):
+    channels, classes = 25, 400
+    x = draw(0, 2, 3, 4, channels)
+    module = Classifier(classes, lowering)
+    params = module.init(jax.random.key(1), layout_of(lowering).from_nhwc(x))["params"]
+    for name, shape in (("kernel", (channels, classes)), ("bias", (classes,))):
+        values = np.asarray(params[name])
+        assert values.shape == shape
+        assert np.abs(values).max() <= channels**-0.5
+        assert values.std() == pytest.approx(channels**-0.5 / 3**0.5, rel=0.1)  # uniform up to the bound
+    logits = module.apply({"params": params}, layout_of(lowering).from_nhwc(x))
+    expected = np.asarray(x).mean((1, 2)) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_taps_record_in_nhwc_and_pass_on_what_an_edit_returns(lowering):
+    layout = layout_of(lowering)
+    x = draw(0, 2, 3, 4, 5)
+    taps = Taps(lowering, {"b": lambda features: 2.0 * features})
+    passed = [taps(name, layout.from_nhwc(x)) for name in "ab"]
+    features = taps.finish()
+    chex.assert_trees_all_equal([layout.to_nhwc(each) for each in passed], [x, 2.0 * x])
+    chex.assert_trees_all_equal(features, {"a": x, "b": 2.0 * x})
+
+
+def test_editing_a_tap_that_is_not_there_is_an_error_that_names_those_that_are():
+    taps = Taps("native", {"stage4": lambda features: features})
+    taps("stage1", jnp.zeros((1, 2, 2, 1)))
+    with pytest.raises(ValueError, match="no tap stage4; this network has stage1"):
+        taps.finish()
