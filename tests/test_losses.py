@@ -1,0 +1,183 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.losses import cross_entropy, distillation, kl_divergence
+
+DIRECTIONS = ("teacher_student", "student_teacher")
+TEACHER = jnp.asarray([[4.0, 0.0, -2.0]])
+STUDENT = jnp.asarray([[1.0, 1.0, 0.0]])
+LABEL = jnp.asarray([0], jnp.int32)
+
+
+def draw(seed, rows=6, classes=5, spread=3.0):
+    random = np.random.default_rng(seed)
+    student, teacher = jnp.asarray(spread * random.standard_normal((2, rows, classes)), jnp.float32)
+    return student, teacher, jnp.asarray(random.integers(0, classes, rows), jnp.int32)
+
+
+def softmax(x):
+    e = np.exp(np.asarray(x, np.float64) - np.max(x, axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def plain(student, teacher, labels, temperature, alpha, direction):
+    """The equations as printed, in float64."""
+    p, q = softmax(np.asarray(teacher) / temperature), softmax(np.asarray(student) / temperature)
+    if direction == "student_teacher":
+        p, q = q, p
+    divergence = np.sum(p * np.log(p / q), axis=1)
+    entropy = -np.log(softmax(student)[np.arange(len(labels)), np.asarray(labels)])
+    return alpha * temperature**2 * divergence + (1 - alpha) * entropy
+
+
+# ---- Golden values and the equations --------------------------------------------------------------------------------
+
+
+def test_golden_values():
+    def loss(alpha, direction="teacher_student"):
+        return float(distillation(STUDENT, TEACHER, LABEL, temperature=4.0, alpha=alpha, direction=direction)[0])
+
+    assert loss(1.0) == pytest.approx(2.4179408, abs=2e-6)
+    assert loss(1.0, "student_teacher") == pytest.approx(2.4407700, abs=4e-6)
+    assert loss(0.0) == pytest.approx(0.8619948, abs=1e-6)
+    assert loss(0.5) == pytest.approx(1.6399678, abs=2e-6)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_equations(seed, temperature, direction):
+    student, teacher, labels = draw(seed)
+    for alpha in (0.0, 0.3, 1.0):
+        run = partial(distillation, temperature=temperature, alpha=alpha, direction=direction)
+        compiled = jax.jit(run)(student, teacher, labels)
+        chex.assert_shape(compiled, (6,))
+        chex.assert_type(compiled, jnp.float32)
+        expected = plain(student, teacher, labels, temperature, alpha, direction)
+        np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(run(student, teacher, labels), compiled, atol=1e-5)
+
+
+def test_cross_entropy_and_divergence_do_not_overflow():
+    logits = jnp.asarray([[200.0, -200.0, 0.0], [-300.0, 300.0, 0.0]])
+    np.testing.assert_allclose(cross_entropy(logits, jnp.asarray([1, 1], jnp.int32)), [400.0, 0.0])
+    log_p = jax.nn.log_softmax(logits)
+    divergence = kl_divergence(log_p, jnp.flip(log_p, 0))
+    chex.assert_tree_all_finite(divergence)
+    np.testing.assert_allclose(divergence, [600.0, 400.0], rtol=1e-6)
+    gradient = jax.grad(
+        lambda x: jnp.sum(distillation(x, TEACHER + 0 * x, jnp.zeros(2, jnp.int32), temperature=1.0, alpha=0.5))
+    )
+    chex.assert_tree_all_finite(gradient(logits))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_divergence_is_not_negative_and_is_zero_only_between_equals(seed):
+    student, teacher, _ = draw(seed)
+    log_p, log_q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
+    assert np.all(np.asarray(kl_divergence(log_p, log_q)) > 1e-3)
+    np.testing.assert_allclose(kl_divergence(log_p, jax.nn.log_softmax(student + 7.0)), 0, atol=1e-5)
+
+
+# ---- Limits and rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_alpha_goes_from_the_labels_to_the_teacher(direction):
+    student, teacher, labels = draw(0)
+    options = {"temperature": 2.0, "direction": direction}
+    labels_only = distillation(student, teacher, labels, alpha=0.0, **options)
+    chex.assert_trees_all_close(labels_only, cross_entropy(student, labels))
+    chex.assert_trees_all_equal(labels_only, distillation(student, -teacher, labels, alpha=0.0, **options))
+    teacher_only = distillation(student, teacher, labels, alpha=1.0, **options)
+    chex.assert_trees_all_equal(teacher_only, distillation(student, teacher, (labels + 1) % 5, alpha=1.0, **options))
+    halfway = distillation(student, teacher, labels, alpha=0.5, **options)
+    chex.assert_trees_all_close(halfway, 0.5 * (labels_only + teacher_only), rtol=1e-5)
+
+
+def test_the_two_directions_differ():
+    student, teacher, labels = draw(1)
+    forward, reverse = (
+        distillation(student, teacher, labels, temperature=1.0, alpha=1.0, direction=direction)
+        for direction in DIRECTIONS
+    )
+    assert np.abs(forward - reverse).max() > 0.1
+    swapped = distillation(teacher, student, labels, temperature=1.0, alpha=1.0, direction="student_teacher")
+    chex.assert_trees_all_close(forward, swapped)
+
+
+def test_an_unknown_direction_is_an_error():
+    with pytest.raises(ValueError, match="direction 'both' is not one of 'teacher_student', 'student_teacher'"):
+        distillation(STUDENT, TEACHER, LABEL, temperature=1.0, alpha=1.0, direction="both")
+
+
+def test_each_row_may_have_its_own_alpha():
+    student, teacher, labels = draw(2)
+    alpha = jnp.linspace(0, 1, 6)
+    together = distillation(student, teacher, labels, temperature=3.0, alpha=alpha)
+    alone = [
+        distillation(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], temperature=3.0, alpha=float(alpha[i]))
+        for i in range(6)
+    ]
+    chex.assert_trees_all_close(together, jnp.concatenate(alone), rtol=1e-5)
+
+
+def test_masking_the_losses_is_losing_the_rows():
+    student, teacher, labels = draw(3, rows=9)
+    mask = np.array([1, 0, 0, 1, 1, 0, 1, 0, 1], bool)
+    kept = distillation(student[mask], teacher[mask], labels[mask], temperature=3.0, alpha=0.4)
+    chex.assert_trees_all_close(
+        distillation(student, teacher, labels, temperature=3.0, alpha=0.4)[mask], kept, rtol=1e-6
+    )
+    chex.assert_trees_all_close(
+        cross_entropy(student, labels)[mask], cross_entropy(student[mask], labels[mask]), rtol=1e-6
+    )
+
+
+# ---- Gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(direction):
+    student, _, labels = draw(4)
+
+    def gradient(student, teacher):
+        options = {"temperature": 4.0, "alpha": 1.0, "direction": direction}
+        return jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, **options)))(student)
+
+    np.testing.assert_allclose(gradient(student, student), 0, atol=1e-5)
+    np.testing.assert_allclose(gradient(student, student + 3.0), 0, atol=1e-5)  # softmax does not see a shift
+    assert np.abs(gradient(student, -student)).max() > 0.1
+
+
+def test_the_gradient_in_closed_form():
+    student, teacher, labels = draw(5)
+    gradient = jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, temperature=4.0, alpha=0.3)))(student)
+    soft = 0.3 * 4.0 * (softmax(student / 4.0) - softmax(teacher / 4.0))  # T^2 times 1/T from the chain rule
+    hard = 0.7 * (softmax(student) - np.eye(5)[labels])
+    np.testing.assert_allclose(gradient, soft + hard, atol=1e-5)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_gradient_against_finite_differences(direction):
+    student, teacher, labels = draw(6, spread=1.5)
+    gradient = np.asarray(
+        jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, temperature=2.0, alpha=0.6, direction=direction)))(
+            student
+        )
+    )
+    measured = np.zeros_like(gradient)
+    for place in np.ndindex(measured.shape):
+        nudge = np.zeros(measured.shape)
+        nudge[place] = 1e-5
+        ahead, behind = (
+            plain(np.asarray(student, np.float64) + sign * nudge, teacher, labels, 2.0, 0.6, direction).sum()
+            for sign in (1, -1)
+        )
+        measured[place] = (ahead - behind) / 2e-5
+    np.testing.assert_allclose(gradient, measured, atol=1e-4)

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+
+from bdjax.metrics import (
+    DEFINITIONS,
+    BackdoorMetrics,
+    attack_success_rate,
+    clean_accuracy,
+    deltas,
+    evaluated_rows,
+    measure,
+    robust_accuracy,
+)
+
+LABELS = np.array([0, 0, 1, 1, 2, 2, 2, 1])
+TRIGGERED = np.array([0, 1, 0, 1, 0, 2, 1, 0])
+
+
+def test_a_hand_counted_example():
+    # Target 0: six rows remain; predicted 0 in three, as their label in two.
+    assert attack_success_rate(TRIGGERED, LABELS, 0) == pytest.approx(3 / 6)
+    assert robust_accuracy(TRIGGERED, LABELS, 0) == pytest.approx(2 / 6)
+    assert clean_accuracy(TRIGGERED, LABELS) == pytest.approx(3 / 8)
+
+
+def test_target_rows_count_only_if_asked_to():
+    np.testing.assert_array_equal(evaluated_rows(LABELS, 0), LABELS != 0)
+    assert evaluated_rows(LABELS, 0, include_target=True).all()
+    assert attack_success_rate(TRIGGERED, LABELS, 0, include_target=True) == pytest.approx(4 / 8)
+    assert robust_accuracy(TRIGGERED, LABELS, 0, include_target=True) == pytest.approx(3 / 8)
+    # What is predicted for the target class's own rows is of no weight.
+    other = np.where(LABELS == 0, 2, TRIGGERED)
+    assert attack_success_rate(other, LABELS, 0) == attack_success_rate(TRIGGERED, LABELS, 0)
+    assert robust_accuracy(other, LABELS, 0) == robust_accuracy(TRIGGERED, LABELS, 0)
+
+
+def test_the_literal_divisor_is_the_whole_test_set():
+    assert robust_accuracy(TRIGGERED, LABELS, 0, divide_by_test_size=True) == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_successes_and_recoveries_are_shares_of_the_same_rows(seed):
+    random = np.random.default_rng(seed)
+    classes = int(random.integers(2, 11))
+    labels, predictions = random.integers(0, classes, (2, 50))
+    target = int(random.integers(0, classes))
+    attack, robust = (rate(predictions, labels, target) for rate in (attack_success_rate, robust_accuracy))
+    assert 0 <= attack <= 1
+    assert 0 <= robust <= 1
+    assert attack + robust <= 1 + 1e-12
+    rows = labels != target
+    wrong = np.mean((predictions[rows] != target) & (predictions[rows] != labels[rows]))
+    assert attack + robust + wrong == pytest.approx(1)
+    order = random.permutation(50)
+    assert attack_success_rate(predictions[order], labels[order], target) == pytest.approx(attack)
+
+
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_a_model_that_always_says_the_target_is_fully_attacked(target):
+    predictions = np.full(len(LABELS), target)
+    assert attack_success_rate(predictions, LABELS, target) == 1.0
+    assert robust_accuracy(predictions, LABELS, target) == 0.0
+
+
+def test_a_perfect_model_is_fully_robust():
+    assert (attack_success_rate(LABELS, LABELS, 0), robust_accuracy(LABELS, LABELS, 0)) == (0.0, 1.0)
+    # Counting the target's own rows would report an attack on it.
+    assert attack_success_rate(LABELS, LABELS, 0, include_target=True) == pytest.approx(2 / 8)
+
+
+def test_no_row_to_measure_on_is_an_error():
+    for rate in (attack_success_rate, robust_accuracy):
+        with pytest.raises(ValueError, match="every one of the 3 test rows is of the target class 4"):
+            rate(np.array([1, 2, 4]), np.array([4, 4, 4]), 4)
+
+
+def test_one_model_under_several_triggers():
+    result = measure(LABELS, np.stack([TRIGGERED, LABELS, np.zeros(8, int)]), LABELS, 0)
+    assert result.cda == 1.0
+    np.testing.assert_allclose(result.asr, [3 / 6, 0, 1])
+    np.testing.assert_allclose(result.r_acc, [2 / 6, 1, 0])
+    assert result.asr.dtype == result.r_acc.dtype == np.float64
+
+
+# ---- Differences to the clean model ---------------------------------------------------------------------------------
+
+# A clean model's ASR under seven triggers, 0.029 on average, and one teacher's ASR under its own, the third.
+CLEAN = BackdoorMetrics(
+    0.950, np.array([0.01, 0.02, 0.06, 0.03, 0.04, 0.02, 0.023]), np.array([0.9, 0.9, 0.8, 0.9, 0.7, 0.9, 0.85])
+)
+TEACHER = BackdoorMetrics(0.930, np.array([0.875]), np.array([0.115]))
+
+
+def test_the_papers_table_subtracts_the_mean_over_all_triggers():
+    found = deltas(CLEAN, TEACHER, [2])
+    assert round(found["delta_asr"], 3) == 0.846  # 0.875 - 0.029
+    assert found["delta_cda"] == pytest.approx(0.02)
+    assert found["delta_r_acc"] == pytest.approx(5.95 / 7 - 0.115)
+
+
+def test_section_4_6_has_the_same_trigger_on_both_sides():
+    found = deltas(CLEAN, TEACHER, [2])["delta_per_trigger"]
+    assert found["asr"] == pytest.approx([0.875 - 0.06])
+    assert found["r_acc"] == pytest.approx([0.8 - 0.115])
+
+
+def test_over_all_triggers_the_two_readings_agree_on_average():
+    model = BackdoorMetrics(0.9, np.linspace(0, 1, 7), np.linspace(0.5, 0, 7))
+    found = deltas(CLEAN, model)
+    for metric in ("asr", "r_acc"):
+        assert len(found["delta_per_trigger"][metric]) == 7
+        assert np.mean(found["delta_per_trigger"][metric]) == pytest.approx(found[f"delta_{metric}"])
+    same = deltas(CLEAN, CLEAN)
+    assert same["delta_cda"] == 0
+    assert same["delta_asr"] == pytest.approx(0)
+    assert same["delta_per_trigger"] == {"asr": [0.0] * 7, "r_acc": [0.0] * 7}
+
+
+def test_everything_reported_is_defined():
+    assert {*BackdoorMetrics._fields, *deltas(CLEAN, TEACHER, [2])} == set(DEFINITIONS)
