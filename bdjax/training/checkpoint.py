@@ -87,8 +87,9 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
     try:
         return ocp.load(folder.absolute() / "tree", target)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {reason}") from None
+        raise InputError(
+            f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {_first_line(error)}"
+        ) from None
 
 
 def save_progress(folder: pathlib.Path, number: int, tree: PyTree) -> None:
@@ -117,11 +118,16 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
     finished = sorted(path for path in folder.absolute().glob(f"{_PROGRESS}*") if path.name[len(_PROGRESS) :].isdigit())
     if not finished:
         return None
+    wanted = _pack(like)
     try:
-        return _unpack(ocp.load(finished[-1], _pack(like)), like)
+        packed = ocp.load(finished[-1], wanted)
+        for name, vector in wanted.items():  # Orbax gives NumPy vectors of whatever length was saved
+            if packed[name].size != vector.size:
+                raise ValueError(f"it holds {packed[name].size} {name} values, this run {vector.size}")
+        return _unpack(packed, like)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(
-            f"{finished[-1]}: not the progress of this run ({str(error).strip().splitlines()[0][:200]}); "
+            f"{finished[-1]}: not the progress of this run ({_first_line(error)}); "
             "choose another --output or delete the folder"
         ) from None
 
@@ -130,6 +136,10 @@ def drop_progress(folder: pathlib.Path) -> None:
     """Delete the progress of a stage that is finished, and what an interrupted write left."""
     for path in folder.absolute().glob(f"{_PROGRESS}*"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def _plain(leaf: Any) -> Any:
@@ -153,6 +163,6 @@ def _unpack(packed: Mapping[str, np.ndarray], like: PyTree) -> PyTree:
         start = position[name]
         position[name] = start + plain.size
         values = jax.numpy.asarray(packed[name][start : position[name]].reshape(plain.shape))
-        return jax.random.wrap_key_data(values) if plain is not leaf else values
+        return jax.random.wrap_key_data(values, impl=jax.random.key_impl(leaf)) if plain is not leaf else values
 
     return jax.tree.map(take, like)
