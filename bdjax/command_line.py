@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from bdjax.errors import InputError
+from bdjax.training import ensemble
 
 Config = TypeVar("Config")
 
@@ -86,6 +87,7 @@ def use_compilation_cache() -> None:
 def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
     """Run an experiment's main function; input that cannot be used is one line on standard error and exit status 2."""
     use_compilation_cache()
+    ensemble.use_every_core()
     try:
         main(arguments)
     except InputError as error:

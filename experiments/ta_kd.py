@@ -352,7 +352,7 @@ def load(config: Config) -> TrainTest:
     parts = []
     for number, (part, limit) in enumerate(zip(loaded, (config.train_rows, config.test_rows), strict=True)):
         if 0 < limit < len(part):
-            rows = np.sort(jax.random.permutation(jax.random.key(number), len(part))[:limit])
+            rows = np.sort(splits.permutation(jax.random.key(number), len(part))[:limit])
             part = dataclasses.replace(part, images=part.images[rows], labels=part.labels[rows])
         parts.append(part)
     train, test = parts

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.label_rules import LabelRule
+from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
 from bdjax.triggers import masked_blend
 from bdjax.types import Array, Dataset, Key, PoisonedDataset, PyTree
@@ -65,7 +66,7 @@ def select_rows(key: Key, labels: np.ndarray, rate: float, rule: LabelRule, *, r
             f"poison rate {rate:g} of {base} rows is {num_poisoned} rows, but only {len(candidates)} may be poisoned "
             f"under the rule {rule.name}; the largest rate possible is {_round_down(len(candidates) / base):g}"
         )
-    return np.asarray(jax.random.permutation(key, jnp.asarray(candidates))[:num_poisoned])
+    return candidates[permutation(key, len(candidates))[:num_poisoned]]
 
 
 @partial(jax.jit, static_argnames="trigger_apply")

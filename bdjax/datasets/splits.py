@@ -40,7 +40,7 @@ def stratified_split(key: Key, labels: np.ndarray, fraction: float) -> tuple[np.
     _check_fraction("fraction", fraction)
     # One permutation of all rows, then the first few of each class: a permutation for each class would be compiled
     # for each size of class.
-    order = _permutation(key, len(labels))
+    order = permutation(key, len(labels))
     is_set_aside = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         rows = order[labels[order] == label]
@@ -66,7 +66,7 @@ def train_validation_rows(key: Key, rows: np.ndarray, validation_fraction: float
     _check_fraction("validation_fraction", validation_fraction)
     rows = np.asarray(rows, np.int32)
     num_train = _floor((1 - validation_fraction) * len(rows))
-    order = _permutation(key, len(rows))
+    order = permutation(key, len(rows))
     return np.sort(rows[order[:num_train]]), np.sort(rows[order[num_train:]])
 
 
@@ -85,7 +85,7 @@ def sample_rows(key: Key, num_rows: int, fraction: float) -> np.ndarray:
         InputError: If `fraction` is not in [0, 1].
     """
     _check_fraction("fraction", fraction)
-    return np.sort(_permutation(key, num_rows)[: _floor(fraction * num_rows)])
+    return np.sort(permutation(key, num_rows)[: _floor(fraction * num_rows)])
 
 
 def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) -> np.ndarray:
@@ -111,6 +111,23 @@ def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) 
     return np.stack(rows)
 
 
+def permutation(key: Key, num_rows: int) -> np.ndarray:
+    """Permutes 0..num_rows-1 on the host.
+
+    `jax.random.permutation` would compile a sort for every number of rows that comes up, and there are dozens in a run;
+    here the random words are drawn for the next power of two and sorted by NumPy.
+
+    Args:
+        key: Decides the order.
+        num_rows: At least 0.
+
+    Returns:
+        int32 [num_rows].
+    """
+    words = jax.random.bits(key, (1 << max(num_rows - 1, 0).bit_length(),))
+    return np.argsort(np.asarray(words)[:num_rows], kind="stable").astype(np.int32)
+
+
 def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise InputError(f"{name} is {value}; it must be in 0..1")
@@ -119,10 +136,6 @@ def _check_fraction(name: str, value: float) -> None:
 def _floor(count: float) -> int:
     # 0.29 * 100 is 28.999999999999996 in binary, and 29 is what was meant.
     return math.floor(count + 1e-9)
-
-
-def _permutation(key: Key, num_rows: int) -> np.ndarray:
-    return np.asarray(jax.random.permutation(key, num_rows), np.int32)
 
 
 def _rows_where(mask: np.ndarray) -> np.ndarray:

@@ -231,7 +231,7 @@ def train_on_clean_sets(
         )
 
     keys = jax.random.split(key, len(pupils.alpha))
-    states = jax.vmap(lambda variables, one: resume_from(variables, one, train_config))(pupils.variables, keys)
+    states = jax.jit(jax.vmap(partial(resume_from, config=train_config)))(pupils.variables, keys)
     return ensemble.fit(
         model,
         distillation_loss(config),

@@ -208,7 +208,9 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         )
     text = f"{'; '.join(compared)}.\n\n{gain}"
     if asr["teachers"] < ATTACK_WORKS:
-        headline = f"The attack does not work here: mean ASR {asr['teachers']:.3f} under the {count} teachers' own triggers."
+        headline = (
+            f"The attack does not work here: mean ASR {asr['teachers']:.3f} under the {count} teachers' own triggers."
+        )
         return Verdict("warning", headline, text)
     worst = max(asr["aggregated"], asr["student"])
     facts = (
