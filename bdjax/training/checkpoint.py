@@ -84,8 +84,14 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
     about(folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
+    path = folder.absolute() / "tree"
     try:
-        return ocp.load(folder.absolute() / "tree", target)
+        # Compared first: Orbax finds another shape in the middle of its reads, and leaves warnings of those behind.
+        stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(f"{name} is {stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}")
+        return ocp.load(path, target)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(
             f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {_first_line(error)}"
@@ -140,6 +146,11 @@ def drop_progress(folder: pathlib.Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
 
 
 def _plain(leaf: Any) -> Any:
