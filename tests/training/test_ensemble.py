@@ -1,0 +1,268 @@
+from functools import cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.errors import InputError
+from bdjax.losses import cross_entropy
+from bdjax.training import checkpoint, ensemble
+from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+
+SHAPE = (6, 6, 1)
+POOL = jnp.asarray(np.random.default_rng(0).integers(0, 256, (30, *SHAPE)), jnp.uint8)
+CLASSES = np.random.default_rng(1).integers(0, 3, 30).astype(np.int32)
+CONFIG = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
+LAYOUTS = ("vmap", "map")
+
+
+def loss(logits, targets):
+    return cross_entropy(logits, targets["labels"])
+
+
+def draw_rows(seed, num_members, num_rows):
+    """Other rows for each member."""
+    random = np.random.default_rng(seed)
+    index = np.stack([random.permutation(30)[:num_rows] for _ in range(num_members)])
+    return Rows(jnp.asarray(index, jnp.int32), {"labels": jnp.asarray(CLASSES[index])})
+
+
+def fresh(model, seeds, config=CONFIG):
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    return ensemble.init_members(lambda key: init_state(key, model, SHAPE, config), keys)
+
+
+def fit(model, seeds, train, validation, layout, config=CONFIG, **where):
+    return ensemble.fit(
+        model, loss, config, fresh(model, seeds, config), POOL, train, validation, layout=layout, **where
+    )
+
+
+def words(states):
+    """Typed keys as their words, which NumPy can compare."""
+    return states._replace(key=jax.random.key_data(states.key))
+
+
+ROWS = draw_rows(2, 3, 10), draw_rows(3, 3, 5)
+
+
+# ---- Stacking -------------------------------------------------------------------------------------------------------
+
+
+def tree(seed):
+    random = np.random.default_rng(seed)
+    return {"a": jnp.asarray(random.random((2, 3)), jnp.float32), "b": (jnp.int32(seed), jax.random.key(seed))}
+
+
+def plain(each):
+    return {**each, "b": (each["b"][0], jax.random.key_data(each["b"][1]))}
+
+
+def test_stacking_and_back():
+    trees = [tree(seed) for seed in range(3)]
+    stacked = ensemble.stack(trees)
+    chex.assert_tree_shape_prefix(plain(stacked), (3,))
+    assert ensemble.num_members(stacked) == 3
+    for one, back, member in zip(trees, ensemble.unstack(stacked), range(3), strict=True):
+        chex.assert_trees_all_equal(plain(back), plain(one))
+        chex.assert_trees_all_equal(plain(ensemble.members(stacked, member)), plain(one))
+
+
+def test_joining_puts_stacks_one_after_another():
+    trees = [tree(seed) for seed in range(5)]
+    joined = ensemble.join([ensemble.stack(trees[:2]), ensemble.stack(trees[2:])])
+    chex.assert_trees_all_equal(plain(joined), plain(ensemble.stack(trees)))
+    chex.assert_trees_all_equal(plain(ensemble.members(joined, slice(1, 4))), plain(ensemble.stack(trees[1:4])))
+    picked = ensemble.members(joined, np.array([4, 0]))
+    chex.assert_trees_all_equal(plain(picked), plain(ensemble.stack([trees[4], trees[0]])))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mapping_a_function_over_members(layout):
+    def function(member, scale, shift):
+        assert member["x"].shape == (3,)  # one member
+        return {"y": member["x"] * scale + shift}
+
+    stacked = {"x": jnp.arange(12.0).reshape(4, 3)}
+    scales, shift = jnp.arange(4.0), jnp.asarray([1.0, 2.0, 3.0])
+    mapped = jax.jit(ensemble.map_members(function, layout, num_shared=1))(stacked, scales, shift)
+    expected = np.asarray(stacked["x"]) * np.arange(4)[:, None] + np.asarray(shift)
+    chex.assert_trees_all_close(mapped, {"y": expected})
+    doubled = ensemble.map_members(lambda x: 2 * x, layout)(scales)
+    chex.assert_trees_all_close(doubled, 2 * scales)
+
+
+def test_an_unknown_layout_is_an_error():
+    with pytest.raises(ValueError, match="layout 'pmap' is not one of 'vmap', 'map'"):
+        ensemble.map_members(lambda x: x, "pmap")
+    assert ensemble.default_layout() in LAYOUTS
+
+
+def test_a_member_is_initialised_by_its_own_key_alone(linear):
+    stacked = fresh(linear, [4, 5, 6])
+    chex.assert_tree_shape_prefix(words(stacked), (3,))
+    for member, seed in enumerate((4, 5, 6)):
+        alone = init_state(jax.random.key(seed), linear, SHAPE, CONFIG)
+        chex.assert_trees_all_close(words(ensemble.members(stacked, member)), words(alone), rtol=1e-6)
+    chex.assert_trees_all_equal(words(ensemble.members(fresh(linear, [9, 5]), 1)), words(ensemble.members(stacked, 1)))
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_agree_with_each_other_and_with_training_alone(convolutional):
+    train, validation = draw_rows(2, 2, 6), draw_rows(3, 2, 4)
+    together = {layout: fit(convolutional, [0, 1], train, validation, layout) for layout in LAYOUTS}
+    for states in together.values():
+        chex.assert_tree_shape_prefix(words(states), (2,))
+    chex.assert_trees_all_close(words(together["vmap"]), words(together["map"]), rtol=1e-4, atol=2e-5)
+
+    epoch = jax.jit(make_epoch(convolutional, loss, CONFIG))
+    start = fresh(convolutional, [0, 1])
+    for member in range(2):
+        state = ensemble.members(start, member)
+        for _ in range(CONFIG.epochs):
+            state = epoch(state, ensemble.members(train, member), ensemble.members(validation, member), POOL)
+        for states in together.values():
+            own = ensemble.members(states, member)
+            chex.assert_trees_all_close(words(own), words(state), rtol=1e-4, atol=2e-5)
+
+
+@cache
+def trained(model, layout):
+    return fit(model, [0, 1, 2], *ROWS, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_members_in_another_order_are_the_same_members(linear, layout):
+    states, (train, validation) = trained(linear, layout), ROWS
+    order = np.array([2, 0, 1])
+    permuted = fit(linear, [2, 0, 1], ensemble.members(train, order), ensemble.members(validation, order), layout)
+    chex.assert_trees_all_close(words(permuted), words(ensemble.members(states, order)), rtol=1e-5, atol=1e-6)
+    kernels = states.variables["params"]["kernel"]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_members_rows_are_its_own_affair(linear, layout):
+    states, (train, validation) = trained(linear, layout), ROWS
+    other = draw_rows(9, 3, 10)
+    changed = jax.tree.map(lambda old, new: old.at[1].set(new[1]), train, other)
+    after = fit(linear, [0, 1, 2], changed, validation, layout)
+    others = np.array([0, 2])
+    if layout == "map":
+        chex.assert_trees_all_equal(words(ensemble.members(after, others)), words(ensemble.members(states, others)))
+    else:
+        chex.assert_trees_all_close(
+            words(ensemble.members(after, others)), words(ensemble.members(states, others)), rtol=1e-6
+        )
+    before, now = (each.variables["params"]["kernel"][1] for each in (states, after))
+    assert np.abs(before - now).max() > 1e-3
+
+
+def test_training_needs_no_validation_rows(linear):
+    states = fit(linear, [0, 1], draw_rows(2, 2, 10), draw_rows(3, 2, 0), "map")
+    chex.assert_trees_all_equal(states.history["validation_loss"], states.history["loss"])
+    assert np.all(states.history["loss"] > 0)
+
+
+def test_members_and_epochs_share_one_trace(linear):
+    traces, after_epoch = [], []
+
+    def counted(logits, targets):
+        traces.append(logits.shape)
+        return loss(logits, targets)
+
+    ensemble.fit(
+        linear,
+        counted,
+        TrainConfig(epochs=3, batch_size=4, evaluation_batch_size=3),
+        fresh(linear, [0, 1, 2], TrainConfig(epochs=3)),
+        POOL,
+        *ROWS,
+        layout="map",
+        on_epoch=lambda _: after_epoch.append(len(traces)),
+    )
+    assert set(traces) == {(4, 3), (2, 3), (3, 3)}  # full batches, the last one, and validation: one member each
+    assert after_epoch[0] == after_epoch[1] == after_epoch[2]
+
+
+# ---- Going on after an interruption ---------------------------------------------------------------------------------
+
+FOUR = TrainConfig(epochs=4, batch_size=4, augmentation="crop", plateau_patience=0, plateau_threshold=0.5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_interrupted_run_ends_where_it_would_have_ended(linear, layout, tmp_path):
+    straight = fit(linear, [0, 1, 2], *ROWS, layout, FOUR)
+    assert np.any(straight.plateau.learning_rate < 0.01)
+    seen = []
+
+    def interrupt(states):
+        seen.append(int(states.epoch[0]))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(linear, [0, 1, 2], *ROWS, layout, FOUR, progress_folder=tmp_path, on_epoch=interrupt)
+    resumed = fit(linear, [0, 1, 2], *ROWS, layout, FOUR, progress_folder=tmp_path, on_epoch=interrupt)
+    assert seen == [1, 2, 3, 4]
+    chex.assert_trees_all_equal(words(resumed), words(straight))
+
+    # A finished stage is read, not run.
+    again = fit(linear, [0, 1, 2], *ROWS, layout, FOUR, progress_folder=tmp_path, on_epoch=interrupt)
+    assert seen == [1, 2, 3, 4]
+    chex.assert_trees_all_equal(words(again), words(straight))
+
+
+def test_progress_of_another_run_is_an_error(linear, tmp_path):
+    fit(linear, [0, 1, 2], *ROWS, "map", CONFIG, progress_folder=tmp_path)
+    with pytest.raises(InputError, match="progress-000002: not the progress of this run"):
+        fit(linear, [0, 1, 2], *ROWS, "map", FOUR, progress_folder=tmp_path)
+    with pytest.raises(InputError, match="progress-000002: not the progress of this run"):
+        two = draw_rows(2, 2, 10), draw_rows(3, 2, 5)
+        fit(linear, [0, 1], *two, "map", CONFIG, progress_folder=tmp_path)
+
+
+def test_a_stage_is_trained_once(linear, tmp_path):
+    folder = tmp_path / "stage"
+    like = ensemble.trained_like(linear, SHAPE, 3, CONFIG.epochs)
+    calls = []
+
+    def train(progress):
+        calls.append(progress)
+        return fit(linear, [0, 1, 2], *ROWS, "map", CONFIG, progress_folder=progress)
+
+    first, was_there = ensemble.fit_once(folder, {"model": "linear"}, like, train)
+    assert not was_there
+    chex.assert_trees_all_equal_shapes_and_dtypes(first, like)
+    chex.assert_tree_shape_prefix(first, (3,))
+    assert not list(folder.glob("progress-*"))
+    assert checkpoint.about(folder) == {"model": "linear"}
+    second, was_there = ensemble.fit_once(folder, {"model": "linear"}, like, train)
+    assert was_there
+    assert len(calls) == 1
+    chex.assert_trees_all_equal(second, first)
+    with pytest.raises(InputError, match="stage: the checkpoint does not fit"):
+        ensemble.fit_once(folder, {}, ensemble.trained_like(linear, SHAPE, 2, CONFIG.epochs), train)
+
+
+# ---- Predicting -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_predictions_are_the_models_own(convolutional, layout):
+    keys = jax.random.split(jax.random.key(0), 2)
+    variables = ensemble.init_members(lambda key: convolutional.init(key, SHAPE), keys)
+    # Off the neutral start: predictions must come from running statistics.
+    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.3, variables["batch_stats"])
+    images = POOL[:7].astype(jnp.float32) / 255
+    predict = ensemble.make_predict(convolutional, layout, batch_size=3)
+    logits = predict(variables, images)
+    chex.assert_shape(logits, (2, 7, 3))
+    for member in range(2):
+        own = convolutional.apply(ensemble.members(variables, member), images, train=False).logits
+        np.testing.assert_allclose(logits[member], own, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(predict(variables, POOL[:7]), logits, rtol=1e-5, atol=1e-6)  # 8-bit images
