@@ -226,10 +226,11 @@ def fit(
     pool = spread.replicate(pool)
     for epoch in range(first, config.epochs):
         states = run_epoch(states, train, validation, pool)
+        gathered = spread.gather(states)
         if progress_folder is not None:
-            checkpoint.save_progress(progress_folder, epoch + 1, spread.gather(states))
+            checkpoint.save_progress(progress_folder, epoch + 1, gathered)
         if on_epoch is not None:
-            on_epoch(states)
+            on_epoch(gathered)
     return spread.gather(states)
 
 

@@ -109,6 +109,51 @@ def test_a_member_is_initialised_by_its_own_key_alone(linear):
     chex.assert_trees_all_equal(words(ensemble.members(fresh(linear, [9, 5]), 1)), words(ensemble.members(stacked, 1)))
 
 
+# ---- Several devices ------------------------------------------------------------------------------------------------
+
+several_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices: JAX_NUM_CPU_DEVICES=2")
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_members_are_dealt_out_evenly(count):
+    devices = len(jax.devices())
+    spread = ensemble.spread_members(count)
+    assert 0 <= spread.padding < spread.mesh.size <= min(count, devices)
+    assert (count + spread.padding) % spread.mesh.size == 0
+    assert (count + spread.padding) // spread.mesh.size == -(-count // devices)  # none waits for another
+    tree = {"x": jnp.arange(3.0 * count).reshape(count, 3), "key": jax.random.split(jax.random.key(0), count)}
+    placed = spread.place(tree)
+    assert len(placed["x"].devices()) == spread.mesh.size
+    assert placed["x"].shape == (count + spread.padding, 3)
+    back = spread.gather(placed)
+    chex.assert_trees_all_equal(back["x"], tree["x"])
+    chex.assert_trees_all_equal(jax.random.key_data(back["key"]), jax.random.key_data(tree["key"]))
+    assert back["x"].devices() == {jax.devices()[0]}
+
+
+@several_devices
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_never_shows(linear, layout, tmp_path):
+    devices = len(jax.devices())
+    count = devices + 1
+    rows = draw_rows(2, count, 6), draw_rows(3, count, 4)
+    seen = []
+    states = fit(
+        linear, range(count), *rows, layout, progress_folder=tmp_path, on_epoch=lambda s: seen.append(s.epoch.shape)
+    )
+    assert seen == [(count,)] * 2
+    chex.assert_tree_shape_prefix(words(states), (count,))
+    chex.assert_trees_all_equal(words(checkpoint.load_progress(tmp_path, states)), words(states))
+    last = np.array([count - 1])
+    alone = fit(linear, [count - 1], ensemble.members(rows[0], last), ensemble.members(rows[1], last), layout)
+    chex.assert_trees_all_close(words(ensemble.members(states, last)), words(alone), rtol=1e-5, atol=1e-6)
+    logits = ensemble.make_predict(linear, layout, 4)(states.variables, POOL[:6])
+    chex.assert_shape(logits, (count, 6, 3))
+    np.testing.assert_allclose(
+        logits[-1:], ensemble.make_predict(linear, layout, 4)(alone.variables, POOL[:6]), atol=1e-5
+    )
+
+
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
