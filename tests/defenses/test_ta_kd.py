@@ -1,0 +1,293 @@
+import io
+from functools import cache
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bdjax import losses
+from bdjax.defenses.ta_kd import (
+    CleanSet,
+    Pupils,
+    TaKdConfig,
+    distillation_loss,
+    initialise,
+    join_pupils,
+    make_clean_set,
+    make_pupils,
+    train_on_clean_sets,
+    train_parts,
+)
+from bdjax.models.facade import as_model
+from bdjax.models.resnet import ResNet
+from bdjax.reporting.progress import StageLog
+from bdjax.training import ensemble
+from bdjax.training.augmentation import augment
+from bdjax.training.member import Rows, TrainConfig, as_float, make_epoch, resume_from
+from bdjax.training.stages import StageRunner
+
+SHAPE = (6, 6, 1)
+RANDOM = np.random.default_rng(0)
+IMAGES = RANDOM.integers(0, 256, (40, *SHAPE), dtype=np.uint8)
+LABELS = RANDOM.integers(0, 3, 40)
+# No stage at all: the stem, its normalisation and the classifier.
+MODEL = as_model(ResNet("basic", (0, 0, 0), 2, 3, "shifted"), 3, "stem of 2")
+WIDER = as_model(ResNet("basic", (0, 0, 0), 3, 3, "shifted"), 3, "stem of 3")
+TRAINING = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
+
+
+def fresh(model, count, seed=0):
+    keys = jax.random.split(jax.random.key(seed), count)
+    return ensemble.init_members(lambda key: model.init(key, SHAPE), keys)
+
+
+def clean_sets(config=None):
+    """Those of two seeds: ten training rows and three validation rows, none of them shared."""
+    rows = np.random.default_rng(1).permutation(40)[:26].reshape(2, 13)
+    return [
+        make_clean_set(jax.random.key(seed), IMAGES, LABELS, rows[seed, :10], rows[seed, 10:], config or TaKdConfig())
+        for seed in range(2)
+    ]
+
+
+def told(seed, count, size):
+    return 3.0 * np.random.default_rng(seed).standard_normal((count, size, 3)).astype(np.float32)
+
+
+# ---- Clean sets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validation", [[8, 1], []])
+def test_a_clean_set_is_views_of_the_training_rows_then_validation_rows(validation):
+    train, validation = np.array([5, 30, 2, 7]), np.array(validation, int)
+    config = TaKdConfig(augmentation="crop_flip", views=3)
+    key = jax.random.key(4)
+    clean = make_clean_set(key, IMAGES, LABELS, train, validation, config)
+    assert clean.num_train == 12
+    assert clean.images.shape == (12 + len(validation), *SHAPE)
+    assert clean.images.dtype == np.uint8
+    assert clean.labels.dtype == np.int32
+    np.testing.assert_array_equal(clean.images[:4], IMAGES[train])  # the first view is the rows themselves
+    for view in (1, 2):
+        changed = augment(jax.random.fold_in(key, view), jnp.asarray(IMAGES[train]), "crop_flip")
+        np.testing.assert_array_equal(clean.images[4 * view : 4 * view + 4], changed)
+        assert np.any(clean.images[4 * view : 4 * view + 4] != IMAGES[train])
+    assert np.any(clean.images[4:8] != clean.images[8:12])
+    np.testing.assert_array_equal(clean.images[12:], IMAGES[validation])
+    np.testing.assert_array_equal(clean.labels, np.concatenate([LABELS[train]] * 3 + [LABELS[validation]]))
+
+
+def test_by_default_a_clean_set_is_its_rows():
+    clean = make_clean_set(jax.random.key(0), IMAGES, LABELS, np.array([3, 1]), np.array([2]), TaKdConfig())
+    np.testing.assert_array_equal(clean.images, IMAGES[[3, 1, 2]])
+    assert clean.num_train == 2
+
+
+def test_the_views_come_from_the_key():
+    config = TaKdConfig(augmentation="crop", views=2)
+    one, same, other = (
+        make_clean_set(jax.random.key(seed), IMAGES, LABELS, np.arange(8), np.array([9]), config) for seed in (1, 1, 2)
+    )
+    chex.assert_trees_all_equal(one, same)
+    assert np.any(one.images != other.images)
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def train(pupils, sets, config=None, training=TRAINING, layout="map"):
+    config = config or TaKdConfig()
+    return train_on_clean_sets(MODEL, config, training, pupils, sets, jax.random.key(7), layout=layout)
+
+
+@cache
+def epoch_alone(loss):
+    """An epoch of one member; the loss's last argument is the weight of its teacher."""
+    return jax.jit(
+        lambda alpha, *arguments: make_epoch(MODEL, lambda logits, targets: loss(logits, targets, alpha), TRAINING)(
+            *arguments
+        )
+    )
+
+
+def assert_trained_alone(state, pupils, which, clean, loss):
+    """One of the trained pupils is as if trained on its clean set alone, with the key that it has among all."""
+    expected = resume_from(
+        ensemble.members(pupils.variables, which),
+        jax.random.split(jax.random.key(7), len(pupils.alpha))[which],
+        TRAINING,
+    )
+    targets = {"labels": clean.labels, "teacher_logits": pupils.teacher_logits[which]}
+
+    def rows(where):
+        values = {name: jnp.asarray(each[where]) for name, each in targets.items()}
+        return Rows(jnp.arange(len(clean.labels), dtype=jnp.int32)[where], values)
+
+    train_rows, validation_rows = rows(slice(0, clean.num_train)), rows(slice(clean.num_train, None))
+    for _ in range(TRAINING.epochs):
+        alpha = jnp.float32(pupils.alpha[which])
+        expected = epoch_alone(loss)(alpha, expected, train_rows, validation_rows, jnp.asarray(clean.images))
+    own = ensemble.members(state, which)
+    for part in ("variables", "history"):
+        chex.assert_trees_all_close(getattr(own, part), getattr(expected, part), rtol=1e-4, atol=2e-5)
+
+
+def by_labels(logits, targets, _):
+    return losses.cross_entropy(logits, targets["labels"])
+
+
+def at_temperature_2(logits, targets, alpha):
+    return losses.distillation(logits, targets["teacher_logits"], targets["labels"], temperature=2.0, alpha=alpha)
+
+
+@pytest.mark.parametrize("layout", ["map", "vmap"])
+def test_each_pupil_learns_from_its_own_clean_set_with_its_own_alpha(layout):
+    sets = clean_sets(TaKdConfig(augmentation="crop", views=2))
+    size = len(sets[0].labels)
+    pupils = Pupils(fresh(MODEL, 3), np.array([1, 0, 1]), told(2, 3, size), np.array([0.0, 0.3, 1.0], np.float32))
+    state = train(pupils, sets, TaKdConfig(temperature=2.0), layout=layout)
+    chex.assert_tree_shape_prefix(state.variables, (3,))
+    for member in range(3):
+        assert_trained_alone(state, pupils, member, sets[pupils.clean_set[member]], at_temperature_2)
+
+
+def test_without_weight_on_the_teachers_it_is_plain_training():
+    sets = clean_sets()
+    pupils = make_pupils(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 0.0)
+    state = train(pupils, sets)
+    for seed in range(2):
+        assert_trained_alone(state, pupils, seed, sets[seed], by_labels)
+
+
+def test_without_weight_on_the_labels_they_are_of_no_matter():
+    sets = clean_sets()
+    wrong = [each._replace(labels=(each.labels + 1) % 3) for each in sets]
+    pupils = make_pupils(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 1.0)
+    right, other = (train(pupils, each) for each in (sets, wrong))
+    chex.assert_trees_all_equal(right.variables, other.variables)
+    chex.assert_trees_all_equal(right.history["loss"], other.history["loss"])
+
+
+def test_a_pupil_that_is_told_what_it_says_has_nothing_to_learn():
+    clean = clean_sets()[0]._replace(num_train=13)  # no validation rows, all rows in one batch
+    variables = fresh(MODEL, 1)
+    own = MODEL.apply(ensemble.members(variables, 0), as_float(jnp.asarray(clean.images)), train=True).logits
+    training = TrainConfig(epochs=1, batch_size=13)
+
+    def first_loss(teacher_logits):
+        pupils = make_pupils(variables, np.zeros(1, int), teacher_logits, 1.0)
+        return float(train(pupils, [clean], training=training).history["loss"][0, 0])
+
+    assert abs(first_loss(np.asarray(own)[None])) < 1e-5
+    assert abs(first_loss(np.asarray(own)[None] + 5.0)) < 1e-5
+    assert first_loss(-np.asarray(own)[None]) > 0.05
+
+
+def test_training_leaves_the_pupils_as_they_were():
+    # A teacher is fine-tuned as a baseline and still needed as a teacher.
+    sets, variables = clean_sets(), fresh(MODEL, 2)
+    before = jax.tree.map(np.array, variables)
+    pupils = make_pupils(variables, np.arange(2), told(3, 2, 13), 0.5)
+    first, second = (train(pupils, sets) for _ in range(2))
+    chex.assert_trees_all_equal(variables, before)
+    chex.assert_trees_all_equal(first.variables, second.variables)
+    moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), before["params"], first.variables["params"])
+    assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_another_seeds_images_are_another_seeds_affair():
+    sets = clean_sets()
+    pupils = Pupils(fresh(MODEL, 3), np.array([0, 1, 0]), told(2, 3, 13), np.full(3, 0.5, np.float32))
+    before = train(pupils, sets)
+    after = train(pupils, [sets[0], CleanSet(255 - sets[1].images, sets[1].labels, sets[1].num_train)])
+    others = np.array([0, 2])
+    chex.assert_trees_all_equal(ensemble.members(before.variables, others), ensemble.members(after.variables, others))
+    kernels = [each.variables["params"]["stem_conv"]["kernel"][1] for each in (before, after)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
+def test_the_loss_reads_its_configuration(direction):
+    student, teacher = jnp.asarray(told(0, 2, 4))
+    labels, alpha = jnp.asarray([0, 2, 1, 1], jnp.int32), jnp.asarray([0.0, 0.2, 0.9, 1.0])
+    config = TaKdConfig(temperature=3.0, alpha=0.123, direction=direction)
+    found = distillation_loss(config)(student, {"teacher_logits": teacher, "labels": labels, "alpha": alpha})
+    expected = losses.distillation(student, teacher, labels, temperature=3.0, alpha=alpha, direction=direction)
+    chex.assert_trees_all_equal(found, expected)
+
+
+# ---- Pupils ---------------------------------------------------------------------------------------------------------
+
+
+def test_pupils_of_a_seed_are_told_the_same():
+    by_seed = told(0, 2, 5)
+    pupils = make_pupils(None, np.array([1, 1, 0]), by_seed, 0.25)
+    np.testing.assert_array_equal(pupils.teacher_logits, by_seed[[1, 1, 0]])
+    np.testing.assert_array_equal(pupils.alpha, np.full(3, 0.25, np.float32))
+    assert pupils.alpha.dtype == np.float32
+    assert pupils.variables is None
+
+
+def test_fresh_pupils_get_weights_and_others_keep_theirs():
+    pupils = make_pupils(None, np.arange(3), told(0, 3, 5), 0.5)
+    started = initialise(pupils, MODEL, SHAPE, jax.random.key(0))
+    chex.assert_tree_shape_prefix(started.variables, (3,))
+    chex.assert_trees_all_equal(started, initialise(pupils, MODEL, SHAPE, jax.random.key(0)))
+    kernels = np.asarray(started.variables["params"]["stem_conv"]["kernel"])
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+    assert initialise(started, MODEL, SHAPE, jax.random.key(1)) is started
+
+
+def test_joined_pupils_are_slices_in_their_order():
+    parts = [
+        make_pupils(fresh(MODEL, count, seed), np.arange(count) % 2, told(seed, 2, 5), alpha)
+        for seed, (count, alpha) in enumerate([(2, 0.5), (4, 0.0), (1, 1.0)])
+    ]
+    joined = join_pupils(parts)
+    start = 0
+    for part in parts:
+        own = slice(start, start + len(part.alpha))
+        start += len(part.alpha)
+        chex.assert_trees_all_equal(ensemble.members(joined.variables, own), part.variables)
+        for name in ("clean_set", "teacher_logits", "alpha"):
+            np.testing.assert_array_equal(getattr(joined, name)[own], getattr(part, name))
+    assert start == len(joined.alpha) == 7
+
+
+def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
+    sets = clean_sets()
+    runner = StageRunner(tmp_path, SHAPE, "map", StageLog(Console(file=io.StringIO())))
+    teachers = fresh(MODEL, 4, seed=5)
+    parts = {
+        "ta": (MODEL, make_pupils(None, np.arange(2), told(0, 2, 13), 0.5)),
+        "student": (WIDER, make_pupils(None, np.arange(2), told(1, 2, 13), 0.5)),
+        "fine-tuned": (MODEL, make_pupils(teachers, np.array([0, 0, 1, 1]), told(2, 2, 13), 0.0)),
+    }
+
+    def run():
+        return train_parts(runner, parts, TaKdConfig(), TRAINING, sets, jax.random.key(0))
+
+    nets = run()
+    assert {name: (each.model, each.per_seed) for name, each in nets.items()} == {
+        "ta": (MODEL, 1),
+        "student": (WIDER, 1),
+        "fine-tuned": (MODEL, 2),
+    }
+    for name, count in (("ta", 2), ("student", 2), ("fine-tuned", 4)):
+        chex.assert_tree_shape_prefix(nets[name].variables, (count,))
+        assert all(values.shape == (count, 2) for values in nets[name].history.values())
+    assert len(list(tmp_path.iterdir())) == 2  # one stage for each architecture
+    # What was fine-tuned comes from its teachers, and each role from what it is told.
+    kernels = {name: np.asarray(each.variables["params"]["classifier"]["kernel"]) for name, each in nets.items()}
+    start = np.asarray(teachers["params"]["classifier"]["kernel"])
+    assert np.abs(kernels["fine-tuned"] - start).max() < 0.12  # eight steps of at most 0.01, and a little
+    assert np.abs(kernels["fine-tuned"] - start[::-1]).max() > 0.12
+
+    again = run()
+    for name in nets:
+        chex.assert_trees_all_equal(again[name].variables, nets[name].variables)
+        chex.assert_trees_all_equal(again[name].history, nets[name].history)
+    assert runner.log.console.file.getvalue().count("done before") == 2
