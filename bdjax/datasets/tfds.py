@@ -111,10 +111,14 @@ def _read(name: str, folder: Path) -> TrainTest:
     builder = tfds.builder_from_directory(folder)
     features, splits = dict(builder.info.features.items()), list(builder.info.splits)
     if not isinstance(features.get("label"), tfds.features.ClassLabel) or "image" not in features:
-        raise InputError(f"{folder}: has the features {', '.join(sorted(features))}; image and a class label are needed")
+        raise InputError(
+            f"{folder}: has the features {', '.join(sorted(features))}; image and a class label are needed"
+        )
     test_split = next((split for split in ("test", "validation") if split in splits), None)
     if "train" not in splits or test_split is None:
-        raise InputError(f"{folder}: has the splits {', '.join(sorted(splits))}; train and one of test, validation are needed")
+        raise InputError(
+            f"{folder}: has the splits {', '.join(sorted(splits))}; train and one of test, validation are needed"
+        )
     class_names = tuple(features["label"].names)
     report_name = re.sub(r"[/:]", "_", name)
     # Image files are decoded by our own reader, which takes fewer formats.

@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from bdjax.reporting.run_folder import write_bytes_atomically
 from bdjax.reporting.tables import UNKNOWN, printable
@@ -275,6 +275,9 @@ def training_curves(
                 panel.fill_between(epochs, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
         panel.set_title(_short(name) + (f" ({members} members)" if members > 1 else ""))
         panel.set(xlabel="epoch", yscale="log" if log_scale else "linear")
+        if log_scale:  # names are never parsed as formulas here, and matplotlib writes powers of ten as formulas
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         panel.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         panel.set_axisbelow(True)
@@ -393,6 +396,14 @@ def _draw_grid(
         for column, cell in enumerate(row):
             left = column * across
             canvas[top : top + height, left : left + width] = _resize(cell, height, width)
+            # A frame of one pixel, outside: a white cell is a cell, too.
+            for edge in (
+                (slice(max(top - 1, 0), top + height + 1), slice(left + width, left + width + 1)),
+                (slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left)),
+                (slice(max(top - 1, 0), top), slice(left, left + width)),
+                (slice(top + height, top + height + 1), slice(left, left + width)),
+            ):
+                canvas[edge] = 0.85
 
     left = _MARGIN + (_text_width(row_lines) + _MARGIN if row_names else 0)
     above = _MARGIN + (_LINE + _GAP if title else 0) + _LINE * max(map(_line_count, column_lines), default=0)

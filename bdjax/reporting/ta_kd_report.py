@@ -41,7 +41,7 @@ def draw(
     results: Mapping[str, Any],
     triggers: ProviderTriggers | None,
     data: TrainTest,
-    target: int,
+    row: int,
 ) -> dict[str, Picture]:
     """Draw everything that is looked at, for the first seed.
 
@@ -50,7 +50,7 @@ def draw(
         results: of `ta_kd_results.summarise`.
         triggers: of the first seed; None if nobody knows them.
         data: the test images are looked at.
-        target: the attacker's class.
+        row: the test row that triggers, Grad-CAM and feature maps are shown on.
 
     Returns:
         File name without ending -> picture.
@@ -69,7 +69,6 @@ def draw(
     )
     if triggers is None:
         return pictures
-    row = int(np.flatnonzero(data.test.labels != target)[0])
     image = jnp.asarray(data.test.images[row], jnp.float32) / 255.0
     shown = trigger_pictures.trigger_pictures(triggers.params, image)
     columns = [f"{i + 1}: {name}" for i, name in enumerate(triggers.names)]
@@ -92,7 +91,7 @@ def draw(
     maps = {}
     for role, each in explained.items():
         name = "teacher 1" if role == "teachers" else numbers.TITLES[role]
-        taken = feature_maps.feature_maps(each.model, members(each.variables, 0), triggered[0])
+        taken = feature_maps.feature_maps(each.model, members(each.variables, 0), triggered[0], scaled=False)
         maps[name] = {tap: np.asarray(values) for tap, values in taken.items()}
     pictures["feature_maps"] = Picture(
         "What the networks see",
@@ -127,7 +126,7 @@ def _matrices(results: Mapping[str, Any], triggers: ProviderTriggers) -> dict[st
     columns = [f"{i + 1}: {name}" for i, name in enumerate(triggers.names)]
     pictures = {}
     for metric, title, says in (
-        ("asr", "ASR", "A bright diagonal is each teacher's own backdoor; a bright cell beside it is a teacher that obeys "
+        ("asr", "ASR", "The diagonal is each teacher's own backdoor; a dark cell beside it is a teacher that obeys "
          "another's trigger, which is what makes a vote fail."),
         ("r_acc", "R-ACC", "The share of triggered rows that are still recognised. Low values off the diagonal mean that the "
          "trigger hides the object, whether or not it is obeyed."),
@@ -173,8 +172,9 @@ def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str
     return Picture(
         "What the networks see",
         plots.overlay_grid(images, np.stack(heat), names, columns, "", captions=captions),
-        f"Grad-CAM at stage 3 for the predicted class, on one test image of class {label} under each trigger. First each "
-        "teacher under its own trigger, then teacher 1 under all of them, then the models of the defense.",
+        f"Grad-CAM at stage 3 for the predicted class, on a test image of class {label} under each trigger: the first "
+        "outside the target class that the student recognises without one. First each teacher under its own trigger, then "
+        "teacher 1 under all of them, then the models of the defense.",
         "Heat maps of where each model looks, under each trigger.",
     )
 

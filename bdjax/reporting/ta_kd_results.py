@@ -19,7 +19,7 @@ TITLES: Mapping[str, str] = {
     "hard vote": "hard vote",
     "aggregated": "aggregated model (TA)",
     "student": "student",
-    "alone": "student's net on the clean rows alone",
+    "alone": "student's net, clean rows only",
     "fine-tuned": "teachers, fine-tuned (mean)",
 }
 """Role -> what tables call it, in their order."""
@@ -136,7 +136,9 @@ def _one_seed(
     clean = measured["clean"][0] if "clean" in measured else None
     names = triggers.names if triggers else ()
     models = {
-        role: _memberwise(members, names, clean) if role in MEMBERWISE else _single(members[0], clean)
+        role: _memberwise(members, names, clean)
+        if role in MEMBERWISE
+        else _single(members[0], None if role == "clean" else clean)
         for role, members in measured.items()
     }
     ties = [float(np.mean(vote.is_tie)) for vote in votes]
