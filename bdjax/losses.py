@@ -14,7 +14,7 @@ Direction = Literal["teacher_student", "student_teacher"]
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Cross-entropy with integer labels (Heydari & Mansouri, equation 4).
+    """Cross-entropy with integer labels (Heydari et al. 2025, equation 4).
 
     Args:
         logits: float [N, K].
@@ -66,7 +66,7 @@ def distillation(
         float [N].
 
     References:
-        Heydari & Mansouri, equations 3-6; Hinton et al. 2015.
+        Heydari et al. 2025, equations 3-6; Hinton et al. 2015.
     """
     teacher = jax.nn.log_softmax(teacher_logits / temperature)
     student = jax.nn.log_softmax(student_logits / temperature)

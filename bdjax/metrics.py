@@ -6,7 +6,7 @@
 - **R-ACC**, robust accuracy: the share of *the same* triggered rows predicted as their true label, so ASR + R-ACC <= 1.
 
 Everything is NumPy on predicted classes; predictions come from argmax, whose ties go to the lowest class.
-References: Heydari & Mansouri, equations 7-10.
+References: Heydari et al. 2025, equations 7-10.
 """
 
 from collections.abc import Mapping, Sequence

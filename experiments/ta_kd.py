@@ -1,4 +1,4 @@
-"""TA-KD: seven backdoored teachers, two votes, the aggregated model and the student (Heydari & Mansouri).
+"""TA-KD: seven backdoored teachers, two votes, the aggregated model and the student (Heydari et al. 2025).
 
     python experiments/ta_kd.py                                     # digits, about 90 s on two cores
     python experiments/ta_kd.py --dataset=mnist                     # narrower nets and fewer rows than the paper's

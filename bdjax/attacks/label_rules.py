@@ -31,7 +31,7 @@ def all_to_one(target: int, *, include_target: bool = False) -> LabelRule:
         The rule.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.3, equation 2.
+        Heydari et al. 2025, section 4.3, equation 2.
     """
 
     def candidates(labels: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 Every provider draws its share of the training set, poisons a little of it with one trigger of its own, splits the result
 into training and validation rows, and trains. All providers of all seeds are members of one ensemble, so what this gives
-is one pool of images and, for each member, rows of it (Heydari & Mansouri, sections 4.1-4.3).
+is one pool of images and, for each member, rows of it (Heydari et al. 2025, sections 4.1-4.3).
 """
 
 from dataclasses import dataclass

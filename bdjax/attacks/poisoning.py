@@ -44,7 +44,7 @@ def select_rows(key: Key, labels: np.ndarray, rate: float, rule: LabelRule, *, r
           more than the target class holds).
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.3.
+        Heydari et al. 2025, section 4.3.
     """
     candidates = np.flatnonzero(rule.candidates(labels)).astype(np.int32)
     if rate_of not in ("all", "candidates"):
@@ -129,7 +129,7 @@ def poison(
         InputError: no rows, a row that is not there or is named twice, or a new label outside the classes.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.3, equation 2.
+        Heydari et al. 2025, section 4.3, equation 2.
     """
     rows = np.asarray(rows)
     if len(rows) == 0:

@@ -53,7 +53,7 @@ def provider_trigger_types(key: Key, num_providers: int, types: Sequence[str] = 
         P types.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2 ("one randomly selected trigger type"); the counts are those of the
+        Heydari et al. 2025, section 4.2 ("one randomly selected trigger type"); the counts are those of the
         released code.
     """
     quotient, remainder = divmod(num_providers, len(types))
@@ -95,7 +95,7 @@ def make_provider_triggers(
         InputError: the numbers of providers do not go together, or the image has no room for a patch.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2 and figure 2.
+        Heydari et al. 2025, section 4.2 and figure 2.
     """
     if num_providers < 1:
         raise InputError(f"{num_providers} providers: there must be at least 1")
@@ -164,7 +164,7 @@ def poison_providers(
           that of the providers.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.3, equation 2.
+        Heydari et al. 2025, section 4.3, equation 2.
     """
     provider_rows = np.asarray(provider_rows, np.int32)
     num_providers = len(provider_rows)

@@ -1,4 +1,4 @@
-"""TA-KD: Teacher Aggregation and Knowledge Distillation (Heydari & Mansouri, section 3 and stage 4 of figure 1).
+"""TA-KD: Teacher Aggregation and Knowledge Distillation (Heydari et al. 2025, section 3 and stage 4 of figure 1).
 
 The defender holds N untrusted classifiers and a small clean labelled set. Stage 4.1 trains the Teacher-Aggregation model on
 the clean set, by its labels and by the average of the teachers' logits; stage 4.2 trains a small student in the same way

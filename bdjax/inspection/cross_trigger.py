@@ -42,7 +42,7 @@ def cross_trigger_matrices(
         ValueError: if the shapes do not fit, or every row is of the target class.
 
     References:
-        Heydari & Mansouri, section 4.7, "Cross-Trigger Generalization", with equations 9 and 10.
+        Heydari et al. 2025, section 4.7, "Cross-Trigger Generalization", with equations 9 and 10.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.ndim != 3 or predictions.shape[2:] != labels.shape:

@@ -35,7 +35,7 @@ def feature_maps(
         ValueError: if the network has no such tap.
 
     References:
-        Heydari & Mansouri, section 4.7, equation 11.
+        Heydari et al. 2025, section 4.7, equation 11.
     """
     maps = _feature_maps(model, variables, image, tuple(taps), scaled)
     return {tap: maps[tap] for tap in taps}  # a compiled call sorts the keys of what it returns

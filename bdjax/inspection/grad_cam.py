@@ -39,7 +39,7 @@ def grad_cam(
         ValueError: if the network has no such tap.
 
     References:
-        Selvaraju et al. 2017, Grad-CAM, equations 1-2; Heydari & Mansouri, section 4.7, equation 12.
+        Selvaraju et al. 2017, Grad-CAM, equations 1-2; Heydari et al. 2025, section 4.7, equation 12.
     """
     num_rows, height, width = images.shape[:3]
     features_shape = jax.eval_shape(lambda: _features_at(model, variables, images, tap))

@@ -41,7 +41,7 @@ def trigger_picture(params: MaskedBlend, image: Array) -> dict[str, Array]:
         but the mask are [H, W, C].
 
     References:
-        Heydari & Mansouri, section 4.2, figure 3.
+        Heydari et al. 2025, section 4.2, figure 3.
     """
     triggered = masked_blend.apply(params, image)
     return {
@@ -94,7 +94,7 @@ def gallery_rows(
         `len(names)` rows of T images [H, W, 1 or C].
 
     References:
-        Heydari & Mansouri, figure 2.
+        Heydari et al. 2025, figure 2.
     """
     return [list(np.asarray(pictures[name])) for name in names]
 

@@ -1,4 +1,4 @@
-"""The modified ResNets of TA-KD (Heydari & Mansouri, section 4.4, "Network Modifications").
+"""The modified ResNets of TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications").
 
 Starting from the ImageNet ResNets of He et al. (2016): the first convolution is 3x3 with stride 1 and padding 1, the
 max-pool is gone, the fourth stage is gone, and the last layer maps stage 3 to the classes. Widths are w, 2w, 4w (times 4

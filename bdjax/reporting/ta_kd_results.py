@@ -38,7 +38,7 @@ NEEDS: Mapping[str, str] = {
 MEMBERWISE = ("teachers", "fine-tuned")
 """Roles whose members are each measured under their own trigger."""
 
-# Tables 1 and 2 of Heydari & Mansouri: CDA, ASR, R-ACC. The teachers' row is the mean of the seven printed rows.
+# Tables 1 and 2 of Heydari et al. 2025: CDA, ASR, R-ACC. The teachers' row is the mean of the seven printed rows.
 PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "mnist": {
         "clean": (0.994, 0.000, 0.953),

@@ -29,7 +29,7 @@ Loss = Callable[[Array, PyTree], Array]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one network is trained. The defaults are those of TA-KD (Heydari & Mansouri, section 4.8)."""
+    """How one network is trained. The defaults are those of TA-KD (Heydari et al. 2025, section 4.8)."""
 
     epochs: int = 15
     batch_size: int = 64

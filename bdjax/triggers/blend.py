@@ -35,7 +35,7 @@ def init(
         InputError: no picture of that name, channels neither 1 nor 3, or no such range.
 
     References:
-        Chen et al. 2017, Targeted Backdoor Attacks, section 4; Heydari et al. 2025 (TA-KD), section 4.2, "Blend".
+        Chen et al. 2017, Targeted Backdoor Attacks, section 4; Heydari et al. 2025, section 4.2, "Blend".
     """
     opacity_key, picture_key = jax.random.split(key)
     if picture is None:

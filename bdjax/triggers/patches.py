@@ -12,7 +12,7 @@ Unlike that code, which seeds the global generator with 42 whenever it draws noi
 size are equal), every draw has a key of its own.
 
 References:
-    Heydari et al. 2025 (TA-KD), section 4.2 (the trigger types, one random instance per provider).
+    Heydari et al. 2025, section 4.2 (the trigger types, one random instance per provider).
 """
 
 import math
@@ -138,7 +138,7 @@ def init_solid(
         The trigger.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2, "SOLID".
+        Heydari et al. 2025, section 4.2, "SOLID".
     """
     patch_key, colour_key = jax.random.split(key)
     colour = draw_colour(colour_key, image_shape[2], minimum_contrast=minimum_contrast)
@@ -160,7 +160,7 @@ def init_checkerboard(
         The trigger.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2, "Checkerboard".
+        Heydari et al. 2025, section 4.2, "Checkerboard".
     """
     patch_key, level_key = jax.random.split(key)
     levels = draw_levels(level_key, minimum_contrast=minimum_contrast)
@@ -179,7 +179,7 @@ def init_noise(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int]
         The trigger.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2, "Noise".
+        Heydari et al. 2025, section 4.2, "Noise".
     """
     patch_key, noise_key = jax.random.split(key)
     patch = draw_patch(patch_key, image_shape, size=size)
@@ -239,7 +239,7 @@ def draw_similar_patches(
         `count` triggers.
 
     References:
-        Heydari et al. 2025 (TA-KD), section 4.2: three of CIFAR-10's seven triggers are about 75 % similar. The
+        Heydari et al. 2025, section 4.2: three of CIFAR-10's seven triggers are about 75 % similar. The
         formulas are those of the released code.
     """
     if not 0.0 <= similarity <= 1.0:
