@@ -97,15 +97,3 @@ class Model(NamedTuple):
 
 Classifier = Callable[[np.ndarray], np.ndarray]
 """Anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]: all that TA-KD asks of a teacher."""
-
-
-@dataclass(frozen=True)
-class DefenseResult:
-    """What a defense hands back."""
-
-    name: str
-    needs: tuple[str, ...]  # of "suspect models", "clean data", "poisoned data", "attack oracle"
-    models: Mapping[str, PyTree]  # name -> variables of the cleaned model or models
-    flags: np.ndarray | None = None  # bool [N]: rows held to be poisoned
-    scores: np.ndarray | None = None  # float [N]: the higher, the more suspect
-    log: Mapping[str, Any] = field(default_factory=dict)

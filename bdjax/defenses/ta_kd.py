@@ -30,8 +30,6 @@ from bdjax.training.member import Rows, TrainConfig, TrainState, resume_from
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Array, Key, Model, PyTree
 
-NEEDS = ("suspect models", "clean data")
-
 
 @dataclass(frozen=True)
 class TaKdConfig:

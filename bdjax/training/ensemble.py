@@ -255,13 +255,15 @@ def fit_once(
     Returns:
         The result, and whether it was there already.
     """
-    if checkpoint.is_complete(folder):
-        return checkpoint.load(folder, like), True
-    state = train(folder)
-    trained = Trained(state.variables, state.history)
-    checkpoint.save(folder, trained, about)
+    was_there = checkpoint.is_complete(folder)
+    if was_there:
+        trained = checkpoint.load(folder, like)
+    else:
+        state = train(folder)
+        trained = Trained(state.variables, state.history)
+        checkpoint.save(folder, trained, about)
     checkpoint.drop_progress(folder)
-    return trained, False
+    return trained, was_there
 
 
 def trained_like(model: Model, image_shape: tuple[int, int, int], count: int, epochs: int) -> Trained:
