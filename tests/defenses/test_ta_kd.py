@@ -1,4 +1,5 @@
 import io
+import math
 from functools import cache
 
 import chex
@@ -21,21 +22,34 @@ from bdjax.defenses.ta_kd import (
     train_on_clean_sets,
     train_parts,
 )
-from bdjax.models.facade import as_model
-from bdjax.models.resnet import ResNet
 from bdjax.reporting.progress import StageLog
 from bdjax.training import ensemble
 from bdjax.training.augmentation import augment
 from bdjax.training.member import Rows, TrainConfig, as_float, make_epoch, resume_from
 from bdjax.training.stages import StageRunner
+from bdjax.types import Model, ModelOutput
 
 SHAPE = (6, 6, 1)
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (40, *SHAPE), dtype=np.uint8)
 LABELS = RANDOM.integers(0, 3, 40)
-# No stage at all: the stem, its normalisation and the classifier.
-MODEL = as_model(ResNet("basic", (0, 0, 0), 2, 3, "shifted"), 3, "stem of 2")
-WIDER = as_model(ResNet("basic", (0, 0, 0), 3, 3, "shifted"), 3, "stem of 3")
+
+
+def two_layers(width):
+    def init(key, image_shape):
+        first, second = jax.random.split(key)
+        hidden = jax.random.normal(first, (math.prod(image_shape), width))
+        return {"params": {"hidden": 0.2 * hidden, "out": jax.random.normal(second, (width, 3))}, "batch_stats": {}}
+
+    def apply(variables, images, *, train, edits=None):
+        params = variables["params"]
+        flat = images.reshape(images.shape[0], -1) - 0.5
+        return ModelOutput(jnp.tanh(flat @ params["hidden"]) @ params["out"], {}, variables)
+
+    return Model(init, apply, 3, f"two layers, {width}")
+
+
+MODEL, WIDER = two_layers(2), two_layers(3)
 TRAINING = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
 
 
@@ -205,7 +219,7 @@ def test_another_seeds_images_are_another_seeds_affair():
     after = train(pupils, [sets[0], CleanSet(255 - sets[1].images, sets[1].labels, sets[1].num_train)])
     others = np.array([0, 2])
     chex.assert_trees_all_equal(ensemble.members(before.variables, others), ensemble.members(after.variables, others))
-    kernels = [each.variables["params"]["stem_conv"]["kernel"][1] for each in (before, after)]
+    kernels = [each.variables["params"]["hidden"][1] for each in (before, after)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
@@ -236,7 +250,7 @@ def test_fresh_pupils_get_weights_and_others_keep_theirs():
     started = initialise(pupils, MODEL, SHAPE, jax.random.key(0))
     chex.assert_tree_shape_prefix(started.variables, (3,))
     chex.assert_trees_all_equal(started, initialise(pupils, MODEL, SHAPE, jax.random.key(0)))
-    kernels = np.asarray(started.variables["params"]["stem_conv"]["kernel"])
+    kernels = np.asarray(started.variables["params"]["hidden"])
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
     assert initialise(started, MODEL, SHAPE, jax.random.key(1)) is started
 
@@ -281,8 +295,8 @@ def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
         assert all(values.shape == (count, 2) for values in nets[name].history.values())
     assert len(list(tmp_path.iterdir())) == 2  # one stage for each architecture
     # What was fine-tuned comes from its teachers, and each role from what it is told.
-    kernels = {name: np.asarray(each.variables["params"]["classifier"]["kernel"]) for name, each in nets.items()}
-    start = np.asarray(teachers["params"]["classifier"]["kernel"])
+    kernels = {name: np.asarray(each.variables["params"]["out"]) for name, each in nets.items()}
+    start = np.asarray(teachers["params"]["out"])
     assert np.abs(kernels["fine-tuned"] - start).max() < 0.12  # eight steps of at most 0.01, and a little
     assert np.abs(kernels["fine-tuned"] - start[::-1]).max() > 0.12
 

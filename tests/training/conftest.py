@@ -39,8 +39,8 @@ def linear() -> Model:
 
 @pytest.fixture(scope="session", params=["native", "shifted"])
 def convolutional(request) -> Model:
-    """A ResNet of a single block."""
-    return as_model(ResNet("basic", (1, 0, 0), 2, 3, request.param), 3, f"one block, {request.param}")
+    """A ResNet without a block: convolution, batch normalisation and classifier."""
+    return as_model(ResNet("basic", (0, 0, 0), 2, 3, request.param), 3, f"stem, {request.param}")
 
 
 @pytest.fixture
