@@ -257,6 +257,7 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
         InputError: if the data, the teachers or the output folder cannot be used.
     """
     log = log or StageLog()
+    check(config)
     with log.stage("data") as stage:
         train, test = load(config)
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
@@ -269,13 +270,21 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
         handed_over = suspects.read(
             config.teachers, train.num_classes, train.image_shape, config.target, config.lowering
         )
-    folder = open_run(output_folder(config), config, experiment="ta_kd", ignore=IGNORED)
-    runner = StageRunner(folder.checkpoints, train.image_shape, config.layout, log)
-    predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
+    given = len(classifiers) or (ensemble.num_members(handed_over.variables) if handed_over else config.num_teachers)
+    if config.aggregation == "trimmed_mean" and 2 * config.trim >= given:
+        raise InputError(f"--trim {config.trim} at each end leaves none of {given} teachers' logits")
     data_key, model_key, defense_key = jax.random.split(jax.random.key(config.seed), 3)
     seeds = range(config.seeds)
     keys = [jax.random.split(jax.random.fold_in(data_key, config.seed + s), 3) for s in seeds]
     train_config, defense_train_config, defense = configurations(config)
+    # Whatever can be wrong with the settings has shown by the time that the folder is opened.
+    clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
+    is_own_attack = not (handed_over or classifiers)
+    if is_own_attack:
+        outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
+    folder = open_run(output_folder(config), config, experiment="ta_kd", ignore=IGNORED)
+    runner = StageRunner(folder.checkpoints, train.image_shape, config.layout, log)
+    predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
 
     # Stages 1 and 2: the clean reference and the suspect teachers.
     nets: dict[str, Nets] = {}
@@ -285,8 +294,7 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
         variables = ensemble.join([handed_over.variables] * config.seeds)
         nets["teachers"] = Nets(handed_over.model, variables, count, {})
         triggers = [handed_over.triggers] * config.seeds
-    elif not classifiers:
-        outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
+    elif is_own_attack:
         triggers = outsourced.triggers
         clean_rows = outsourcing.split_rows([key[1] for key in keys], train.labels, config.validation_fraction)
         pool = jnp.asarray(outsourced.pool)
@@ -302,7 +310,6 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
             suspects.write(place, config.teacher_model, config.width, *shape, own, triggers[s], config.target)
 
     # Stage 4: the defender asks the teachers about its clean rows, then trains the TA model and the student.
-    clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
     if classifiers:
         answers = [teachers.from_classifiers(classifiers, train.num_classes)] * config.seeds
     else:
@@ -362,6 +369,38 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     return results
 
 
+def check(config: Config) -> None:
+    """Refuse settings that no data could be right for.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    counts = ("seeds", "num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
+    at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
+    at_least |= dict.fromkeys(("seed", "train_rows", "test_rows", "trim", "plateau_patience"), 0)
+    at_least |= dict.fromkeys(("plateau_threshold", "defense_weight_decay"), 0)
+    for name, least in at_least.items():
+        if not getattr(config, name) >= least:
+            raise InputError(f"{flag(name)} {getattr(config, name)} is not at least {least}")
+    above_zero = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")
+    for name in (*above_zero, "auxiliary_fraction", "provider_fraction", "poison_rate"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{flag(name)} {getattr(config, name)} is not above 0")
+    shares = ("alpha", "auxiliary_fraction", "provider_fraction", "poison_rate", "similarity", "minimum_contrast")
+    for name in (*shares, "validation_fraction"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise InputError(f"{flag(name)} {getattr(config, name)} is not within 0 and 1")
+    if config.validation_fraction == 1:
+        raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on")
+    if config.seed + config.seeds > 2**31:
+        raise InputError(f"{flag('seed')} {config.seed} is not below 2**31")
+
+
+def flag(name: str) -> str:
+    """What the command line calls a field."""
+    return "--" + name.replace("_", "-")
+
+
 def load(config: Config) -> TrainTest:
     """The dataset, cut down to `train_rows` and `test_rows`; which rows stay does not depend on the seed."""
     loaded = datasets.load(config.dataset, config.data_dir)
@@ -376,6 +415,8 @@ def load(config: Config) -> TrainTest:
         raise InputError(
             f"--target {config.target} is not a class of {train.name}: it has 0 to {train.num_classes - 1}"
         )
+    if not np.any(test.labels != config.target):
+        raise InputError(f"{test.name}: each of the {len(test)} test rows is of class {config.target}, the target")
     return TrainTest(train, test)
 
 

@@ -2,7 +2,8 @@
 
     FOLDER/about.json     the architecture and how many members
     FOLDER/tree/          their variables, stacked (an Orbax checkpoint)
-    FOLDER/triggers.npz   mask [T, H, W, 1], pattern [T, H, W, C], opacity [T], names [T], target []; optional
+    FOLDER/triggers.npz   mask [N, H, W, 1], pattern [N, H, W, C], opacity [N], names [N], similar_group [N],
+                          target []; optional
 
 Nothing in it can run code: arrays and JSON only.
 """
@@ -30,7 +31,7 @@ TRIGGERS = "triggers.npz"
 class Suspects(NamedTuple):
     model: Model
     variables: PyTree  # stacked [N, ...]
-    triggers: ProviderTriggers | None  # of T providers; None if nobody knows
+    triggers: ProviderTriggers | None  # of N providers, model i's the i-th; None if nobody knows
 
 
 def write(
@@ -107,29 +108,42 @@ def read(
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not bool(jnp.isfinite(leaf).all()):
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} holds values that are not finite")
-    return Suspects(model, variables, _read_triggers(folder / TRIGGERS, image_shape, target))
+    return Suspects(model, variables, _read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
 
 
-def _read_triggers(path: pathlib.Path, image_shape: tuple[int, int, int], target: int) -> ProviderTriggers | None:
+def _read_triggers(
+    path: pathlib.Path, count: int, image_shape: tuple[int, int, int], target: int
+) -> ProviderTriggers | None:
     if not path.exists():
         return None
     height, width, channels = image_shape
+    # Not by numpy.load, which leaves the file open if it is damaged.
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("mask", "pattern", "opacity", "names", "similar_group", "target")}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            arrays = {}
+            for name in ("mask", "pattern", "opacity", "names", "similar_group", "target"):
+                with archive.open(f"{name}.npy") as member:
+                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
         raise InputError(f"{path}: not the triggers of suspect models ({error})") from None
-    count = len(arrays["names"])
-    shapes = {"mask": (count, height, width, 1), "pattern": (count, height, width, channels), "opacity": (count,)}
-    for name, shape in shapes.items():
+    shapes = {
+        "mask": ((count, height, width, 1), np.floating),
+        "pattern": ((count, height, width, channels), np.floating),
+        "opacity": ((count,), np.floating),
+        "names": ((count,), np.str_),
+        "similar_group": ((count,), np.bool_),
+        "target": ((), np.integer),
+    }
+    for name, (shape, kind) in shapes.items():
         values = arrays[name]
-        if values.shape != shape or not np.issubdtype(values.dtype, np.floating):
-            raise InputError(f"{path}: {name} is {values.dtype} {values.shape}; should be float32 {shape}")
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        if values.shape != shape or not np.issubdtype(values.dtype, kind):
+            should = f"{kind.__name__.rstrip('_')} {shape}"
+            raise InputError(f"{path}: {name} is {values.dtype} {values.shape}; should be {should}")
+        if kind is np.floating and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise InputError(f"{path}: {name} has values outside [0, 1]")
     if int(arrays["target"]) != target:
         raise InputError(
             f"{path}: these triggers aim at class {int(arrays['target'])}; use --target={int(arrays['target'])}"
         )
     params = MaskedBlend(*(jnp.asarray(arrays[name], jnp.float32) for name in ("mask", "pattern", "opacity")))
-    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"].astype(bool))
+    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"])
