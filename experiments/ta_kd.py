@@ -194,7 +194,7 @@ QUICK = {
     | _QUICK
     | {
         "width": 8,
-        "train_rows": 12_000,
+        "train_rows": 10_000,
         "test_rows": 1000,
         "epochs": 10,
         "poison_rate": 0.05,
