@@ -186,6 +186,7 @@ QUICK = {
         "train_rows": 10_000,
         "test_rows": 1000,
         "epochs": 6,
+        "learning_rate": 3e-3,  # at 0.01 the plateau rule does not get to cut within so few epochs
         "poison_rate": 0.05,
         "blend_opacity": (0.15, 0.2),
         "evaluation_batch_size": 250,
@@ -194,9 +195,10 @@ QUICK = {
     | _QUICK
     | {
         "width": 8,
-        "train_rows": 10_000,
+        "train_rows": 8000,
         "test_rows": 1000,
-        "epochs": 10,
+        "epochs": 8,
+        "learning_rate": 3e-3,
         "poison_rate": 0.05,
         "evaluation_batch_size": 250,
     },
