@@ -1,0 +1,600 @@
+"""Whole runs of the TA-KD experiment, small ones. What is measured is of no matter here; that it is all there is."""
+
+import dataclasses
+import fcntl
+import gzip
+import json
+import math
+import os
+import pathlib
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdjax import command_line
+from bdjax.errors import InputError
+from experiments import ta_kd
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+TINY = {
+    "seeds": 2,
+    "width": 2,
+    "epochs": 1,
+    "defense_epochs": 1,
+    "train_rows": 300,
+    "test_rows": 60,
+    "num_teachers": 3,
+    "batch_size": 16,
+    "clean_model": "resnet10",
+    "teacher_model": "resnet10",
+    "aggregated_model": "resnet10",
+    "student_model": "resnet10",
+}
+PICTURES = ("defenses", "training_curves", "triggers", "cross_trigger_asr", "cross_trigger_r_acc", "grad_cam")
+ROLES = ["clean", "teachers", "soft vote", "hard vote", "aggregated", "student", "alone", "fine-tuned"]
+
+
+def tiny(output: pathlib.Path, **changes: Any) -> ta_kd.Config:
+    return dataclasses.replace(ta_kd.preset("quick", "digits"), output=output, **(TINY | changes))
+
+
+def flags(output: pathlib.Path, **changes: Any) -> list[str]:
+    fields = {"preset": "quick", "dataset": "digits", "output": output} | TINY | changes
+    return shlex.split(command_line.as_flags(fields))
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    """Start the experiment as a program, as strict about types as the tests and sharing their compiled programs."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    command = [sys.executable, str(ROOT / "experiments" / "ta_kd.py"), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Finished(NamedTuple):
+    folder: pathlib.Path
+    results: dict[str, Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling takes longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished run of `tiny()`, to be read only; made by that worker of the session which asks first."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "finished-ta-kd"
+    with open(base / "finished-ta-kd.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "report.html").exists():
+            ta_kd.run(tiny(folder))
+    return Finished(folder, json.loads((folder / "results.json").read_text()))
+
+
+# ---- A whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_settings_numbers_pictures_and_models(finished):
+    folder = finished.folder
+    record = json.loads((folder / "config.json").read_text())
+    assert record["experiment"] == "ta_kd"
+    assert {name: record["config"][name] for name in TINY} == TINY
+    for name in (*PICTURES, "feature_maps"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert min(picture.size) > 100
+    seconds = json.loads((folder / "timings.json").read_text())["seconds"]
+    assert {"data", "clean", "teachers", "student + alone", "evaluation"} <= seconds.keys()
+    assert all(value > 0 for value in seconds.values())
+    for stage in ("clean", "teachers", "aggregated-fine-tuned", "student-alone"):
+        assert (folder / "checkpoints" / stage / "about.json").is_file()
+        assert not list((folder / "checkpoints" / stage).glob("progress-*"))
+    for seed in range(2):
+        place = folder / "teachers" / f"seed-{seed}"
+        assert json.loads((place / "about.json").read_text())["members"] == 3
+        assert (place / "triggers.npz").is_file()
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_every_number_is_there_and_in_range(finished):
+    results = finished.results
+    assert list(results["models"]) == ROLES
+    assert results["test_rows"] == 60 and results["target"] == 0
+    assert [len(names) for names in results["triggers"]] == [3, 3]
+    for role, model in results["models"].items():
+        assert len(model["seeds"]) == 2
+        for seed in model["seeds"]:
+            single = seed.get("members", [seed])
+            assert len(single) == (3 if role in ("teachers", "fine-tuned") else 1)
+            for numbers in (seed, *single):
+                assert all(0 <= numbers[name] <= 1 for name in ("cda", "asr", "r_acc"))
+                assert numbers["asr"] + numbers["r_acc"] <= 1 + 1e-9
+                assert ("delta_asr" in numbers) == (role != "clean")
+        for name, summary in model["summary"].items():
+            values = [seed[name] for seed in model["seeds"]]
+            assert math.isclose(summary["mean"], np.mean(values), abs_tol=1e-12)
+            assert math.isclose(summary["standard_deviation"], np.std(values, ddof=1), abs_tol=1e-12)
+    for cross in results["cross_trigger"]:
+        assert np.shape(cross["asr"]) == np.shape(cross["r_acc"]) == (4, 3)
+        assert cross["last_row_is_clean"]
+    size = results["models"]["teachers"]["parameters"]
+    assert results["models"]["hard vote"]["parameters"] == 3 * size
+    assert results["models"]["student"]["parameters"] == size > 0
+
+
+def test_the_tables_and_the_report_name_every_role(finished):
+    table = (finished.folder / "table.md").read_text()
+    for role in ROLES:
+        assert finished.results["models"][role]["title"] in table
+    assert "| teacher 3" in table and "ensemble (votes)" in table
+    page = (finished.folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(PICTURES) + 1
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)  # all that it shows, it carries
+    assert not re.search(r"<script[^>]+src|@import|url\((?!['\"]?data:)", page)
+    assert "--num-teachers=3" in page
+    assert str(finished.folder) not in page
+
+
+def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(finished.folder, again)
+    results = ta_kd.run(tiny(again))
+    assert json.loads(json.dumps(results)) == finished.results
+    assert (again / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
+    assert (again / "table.md").read_bytes() == (finished.folder / "table.md").read_bytes()
+    assert capsys.readouterr().out.count("done before") == 4
+
+
+def test_other_settings_are_not_mixed_in(finished):
+    before = contents(finished.folder)
+    with pytest.raises(InputError, match=r"holds a run with other settings: temperature 4.0 -> 2.0; "):
+        ta_kd.run(tiny(finished.folder, temperature=2.0))
+    assert contents(finished.folder) == before
+
+
+# ---- Killed ---------------------------------------------------------------------------------------------------------
+
+
+def kill_once_there(process: subprocess.Popen, folder: pathlib.Path, pattern: str) -> None:
+    while not list(folder.glob(pattern)):
+        if process.poll() is not None:
+            raise AssertionError(f"it ended before {pattern} was there: {process.communicate()[1]}")
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
+
+
+def test_a_run_that_is_killed_three_times_ends_at_the_same_numbers(tmp_path):
+    def begin(name):
+        return start(*flags(tmp_path / name, epochs=4, defense_epochs=2))
+
+    undisturbed = begin("undisturbed")
+    _, said = undisturbed.communicate()
+    assert undisturbed.returncode == 0, said
+
+    folder = tmp_path / "killed"
+    kill_once_there(begin("killed"), folder, "checkpoints/clean/progress-*")  # in the middle of writing it
+    assert not (folder / "checkpoints" / "clean" / "about.json").exists()
+    kill_once_there(begin("killed"), folder, "checkpoints/teachers/progress-00000[234]")
+    assert not (folder / "checkpoints" / "teachers" / "about.json").exists()
+    clean = contents(folder / "checkpoints" / "clean")
+    kill_once_there(begin("killed"), folder, "checkpoints/aggregated-fine-tuned/about.json")
+    assert not (folder / "results.json").exists()
+    last = begin("killed")
+    output, said = last.communicate()
+    assert last.returncode == 0, said
+    assert output.count("done before") == 3
+
+    for name in ("results.json", "table.md"):
+        assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+    assert contents(folder / "checkpoints" / "clean") == clean  # trained once
+    assert contents(folder).keys() >= {f"{name}.png" for name in PICTURES} | {"report.html"}
+    assert not list(folder.glob("checkpoints/*/progress-*"))
+
+
+# ---- Other teachers -------------------------------------------------------------------------------------------------
+
+
+def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished, tmp_path):
+    handed_over = tmp_path / "handed over"
+    shutil.copytree(finished.folder / "teachers" / "seed-0", handed_over)
+    known = ta_kd.run(tiny(tmp_path / "known", teachers=handed_over, seeds=1))
+    assert list(known["models"]) == [role for role in ROLES if role != "clean"]
+    assert known["triggers"] == finished.results["triggers"][:1]
+    # They are the teachers of that run: what is measured on them is the same.
+    for mine, theirs in zip(
+        known["models"]["teachers"]["seeds"][0]["members"],
+        finished.results["models"]["teachers"]["seeds"][0]["members"],
+        strict=True,
+    ):
+        assert all(math.isclose(mine[name], theirs[name], abs_tol=0.02) for name in ("cda", "asr", "r_acc"))
+    assert not (tmp_path / "known" / "teachers").exists()
+
+    (handed_over / "triggers.npz").unlink()
+    ta_kd.run(tiny(tmp_path / "unknown", teachers=handed_over, seeds=1))
+    unknown = json.loads((tmp_path / "unknown" / "results.json").read_text())
+    assert unknown["triggers"] == [None] and unknown["cross_trigger"] == [None]
+    for role, model in unknown["models"].items():
+        assert model["summary"]["asr"]["mean"] is None and model["summary"]["r_acc"]["mean"] is None
+        # Triggers have no part in the defense.
+        assert model["summary"]["cda"] == known["models"][role]["summary"]["cda"]
+    assert "triggers are not known" in (tmp_path / "unknown" / "report.html").read_text()
+    assert not (tmp_path / "unknown" / "triggers.png").exists()
+
+
+def test_python_functions_as_teachers(tmp_path):
+    asked = []
+
+    def by_brightness(images):
+        assert images.dtype == np.float32 and images.min() >= 0 and images.max() <= 1
+        asked.append(len(images))
+        means = images.mean(axis=(1, 2, 3))
+        return -np.abs(means[:, None] - np.linspace(0, 1, 10)) * 10  # float64: any float will do
+
+    def always_three(images):
+        return np.tile(np.eye(10, dtype=np.float32)[3], (len(images), 1))
+
+    results = ta_kd.run(tiny(tmp_path / "run", seeds=1), classifiers=[by_brightness, always_three])
+    assert list(results["models"]) == ["teachers", "soft vote", "hard vote", "aggregated", "student", "alone"]
+    assert len(results["models"]["teachers"]["seeds"][0]["members"]) == 2
+    assert results["models"]["teachers"]["parameters"] is None
+    assert asked == [45, 60]  # the clean rows once and the test rows once
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
+    with pytest.raises(InputError, match="teacher 1 returned logits of shape"):
+        ta_kd.run(tiny(tmp_path / "run", seeds=1), classifiers=[lambda images: np.zeros((len(images), 3))])
+
+
+# ---- What cannot be used --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """Run the command line; it must end with status 2 and one line that says this."""
+    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+    monkeypatch.delenv("BDJAX_DATA_DIR", raising=False)
+
+    def run(arguments: list[str], said: str) -> None:
+        with pytest.raises(SystemExit) as stop:
+            command_line.run(ta_kd.main, arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, error
+        assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n")
+        assert said in error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset": "minst"}, "there is no such dataset, folder or file (is mnist meant?)"),
+        ({"dataset": "no/such/folder"}, "there is no such file or folder"),
+        ({"preset": "fast"}, "--preset 'fast' is not one of quick, paper, strong"),
+        ({"scale": "big"}, "--scale 'big' is not one of quick, paper"),
+        ({"teacher_model": "vgg"}, "unknown model 'vgg'"),
+        ({"target": 10}, "--target 10 is not a class of digits: it has 0 to 9"),
+        ({"target": -1}, "--target -1 is not a class of digits"),
+        ({"poison_rate": 0.001}, "is less than one row"),
+        ({"poison_rate": 0.999}, "may be poisoned"),
+        ({"poison_rate": 2.0}, "--poison-rate 2.0 is not within 0 and 1"),
+        ({"auxiliary_fraction": 0.0}, "--auxiliary-fraction 0.0 is not above 0"),
+        ({"auxiliary_fraction": 0.001}, "--auxiliary-fraction 0.001 of 300 rows leaves no clean row"),
+        ({"provider_fraction": 1.5}, "--provider-fraction 1.5 is not within 0 and 1"),
+        ({"validation_fraction": 1.0}, "--validation-fraction 1 leaves no row to train on"),
+        ({"num_similar": 1}, "1 similar triggers among 3 providers"),
+        ({"num_similar": 4}, "4 similar triggers among 3 providers"),
+        ({"blend_opacity": (0.3, 0.1)}, "opacity range (0.3, 0.1)"),
+        ({"aggregation": "trimmed_mean", "trim": 2}, "--trim 2 at each end leaves none of 3 teachers' logits"),
+        ({"trim": -1}, "--trim -1 is not at least 0"),
+        ({"seeds": 0}, "--seeds 0 is not at least 1"),
+        ({"seed": -1}, "--seed -1 is not at least 0"),
+        ({"seed": 2**31}, "--seed 2147483648 is not below 2**31"),
+        ({"epochs": 0}, "--epochs 0 is not at least 1"),
+        ({"defense_epochs": -1}, "--defense-epochs -1 is not at least 1"),
+        ({"batch_size": 0}, "--batch-size 0 is not at least 1"),
+        ({"defense_batch_size": -4}, "--defense-batch-size -4 is not at least 1"),
+        ({"evaluation_batch_size": 0}, "--evaluation-batch-size 0 is not at least 1"),
+        ({"train_rows": -1}, "--train-rows -1 is not at least 0"),
+        ({"num_teachers": 0}, "--num-teachers 0 is not at least 1"),
+        ({"width": 0}, "--width 0 is not at least 1"),
+        ({"views": 0}, "--views 0 is not at least 1"),
+        ({"temperature": 0.0}, "--temperature 0.0 is not above 0"),
+        ({"temperature": math.nan}, "--temperature nan is not above 0"),
+        ({"learning_rate": math.inf}, "learning_rate is inf, which is not a finite number"),
+        ({"alpha": 1.5}, "--alpha 1.5 is not within 0 and 1"),
+        ({"alpha": -0.1}, "--alpha -0.1 is not within 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_be(refuse, tmp_path, changes, said):
+    refuse(flags(tmp_path / "run", **changes), said)
+    assert not list(tmp_path.iterdir())
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+class Hostile:
+    def __init__(self, trace: pathlib.Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.trace,)
+
+
+def truncated_mnist(folder):
+    for part, count in (("train", 40), ("t10k", 20)):
+        images, labels = np.ones((count, 28, 28), np.uint8), np.arange(count, dtype=np.uint8) % 10
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    damaged = folder / "train-images-idx3-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    return {"dataset": "mnist", "data_dir": folder}, "train-images-idx3-ubyte.gz: cannot be read"
+
+
+def hostile_cifar(folder):
+    place = folder / "cifar-10-batches-py"
+    place.mkdir()
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        (place / name).write_bytes(pickle.dumps({b"data": Hostile(folder / "owned"), b"labels": [0]}, 2))
+    return {"dataset": "cifar10", "data_dir": folder}, "data_batch_1"
+
+
+def labels_out_of_range(folder):
+    images = np.zeros((20, 8, 8), np.uint8)
+    np.savez(folder / "set.npz", images=images, labels=np.arange(20), num_classes=10)
+    return {"dataset": str(folder / "set.npz")}, "set.npz, labels: row 10 has the label 10"
+
+
+def pixels_that_are_no_numbers(folder):
+    np.savez(folder / "set.npz", images=np.full((20, 8, 8), np.nan), labels=np.arange(20) % 2)
+    return {"dataset": str(folder / "set.npz")}, "row 0 has the pixel value nan"
+
+
+def only_the_target_is_tested(folder):
+    images, labels = np.zeros((20, 8, 8), np.uint8), np.arange(20) % 2
+    np.savez(
+        folder / "set.npz", train_images=images, train_labels=labels, test_images=images[:3], test_labels=labels[:6:2]
+    )
+    return {"dataset": str(folder / "set.npz")}, "each of the 3 test rows is of class 0, the target"
+
+
+def corrupt_image(folder):
+    place = folder / "pictures"
+    for name in "ab":
+        (place / name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (8, 8)).save(place / name / f"{i}.png")
+    (place / "b" / "2.png").write_bytes((place / "b" / "2.png").read_bytes()[:40])
+    return {"dataset": str(place)}, "2.png"
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        truncated_mnist,
+        hostile_cifar,
+        labels_out_of_range,
+        pixels_that_are_no_numbers,
+        only_the_target_is_tested,
+        corrupt_image,
+    ],
+)
+def test_data_that_cannot_be_used(refuse, tmp_path, prepare):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    changes, said = prepare(folder)
+    refuse(flags(tmp_path / "run", **changes), said)
+    assert not (tmp_path / "run").exists()
+    assert not (folder / "owned").exists()
+
+
+def test_folders_that_cannot_be_used(refuse, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refuse(flags(file), "file is a file, not a folder; choose another --output")
+    refuse(flags(file / "below"), "below cannot be used (")
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "thesis.tex").write_text("mine")
+    refuse(flags(others), "others holds files (thesis.tex) but no config.json")
+    assert contents(tmp_path) == {"file": b"mine", "others/thesis.tex": b"mine"}
+
+
+def no_checkpoint(folder):
+    shutil.rmtree(folder / "tree")
+    return "not a finished checkpoint"
+
+
+def other_images(folder):
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {"image_shape": [28, 28, 1]}))
+    return "models of 10 classes on images [28, 28, 1]; the data has 10 classes and images [8, 8, 1]"
+
+
+def other_width(folder):
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {"width": 3}))
+    return "the checkpoint does not fit the model that about.json describes"
+
+
+def broken_about(folder):
+    (folder / "about.json").write_text("{")
+    return "about.json: not JSON"
+
+
+def missing_fact(folder):
+    (folder / "about.json").write_text("{}")
+    return "about.json: model_name should be str, not None"
+
+
+def triggers_of_another_shape(folder):
+    with np.load(folder / "triggers.npz") as file:
+        arrays = dict(file)
+    np.savez(folder / "triggers.npz", **(arrays | {"mask": arrays["mask"][:, :4]}))
+    return "triggers.npz: mask is float32 (3, 4, 8, 1); should be floating (3, 8, 8, 1)"
+
+
+def triggers_for_another_class(folder):
+    with np.load(folder / "triggers.npz") as file:
+        arrays = dict(file)
+    np.savez(folder / "triggers.npz", **(arrays | {"target": np.array(4)}))
+    return "these triggers aim at class 4; use --target=4"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        no_checkpoint,
+        other_images,
+        other_width,
+        broken_about,
+        missing_fact,
+        triggers_of_another_shape,
+        triggers_for_another_class,
+    ],
+)
+def test_teachers_that_cannot_be_used(refuse, finished, tmp_path, spoil):
+    folder = tmp_path / "teachers"
+    shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
+    said = spoil(folder)
+    refuse(flags(tmp_path / "run", teachers=folder), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_program_says_one_line_too(tmp_path):
+    process = start(*flags(tmp_path / "run", dataset="minst"))
+    output, error = process.communicate()
+    assert process.returncode == 2
+    assert error.startswith("error: 'minst': there is no such dataset") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Flags and presets ----------------------------------------------------------------------------------------------
+
+
+def test_help_explains_every_flag():
+    process = start("--help")
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    for field in dataclasses.fields(ta_kd.Config):
+        assert ta_kd.flag(field.name) in output
+    # What follows a field in the source is its help; none may be missing.
+    source = pathlib.Path(ta_kd.__file__).read_text()
+    for field in dataclasses.fields(ta_kd.Config):
+        assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+def test_the_paper_to_the_letter(dataset):
+    config = ta_kd.preset("paper", dataset)
+    paper = {
+        "clean_model": "resnet18",
+        "teacher_model": "resnet34",
+        "aggregated_model": "resnet34",
+        "student_model": "resnet18",
+        "width": 64,
+        "num_teachers": 7,
+        "provider_fraction": 0.4,
+        "auxiliary_fraction": 0.1,
+        "validation_fraction": 0.2,
+        "poison_rate": 0.01,
+        "poison_rate_of": "all",
+        "target": 0,
+        "num_similar": 3 if dataset.startswith("cifar") else 0,
+        "similarity": 0.75,
+        "blend_opacity": None,
+        "minimum_contrast": 0.0,
+        "train_rows": 0,
+        "test_rows": 0,
+        "epochs": 15,
+        "batch_size": 64,
+        "learning_rate": 0.01,
+        "keep_last_batch": True,
+        "evaluation_batch_size": 128,
+        "plateau_factor": 0.5,
+        "plateau_patience": 2,
+        "plateau_threshold": 1e-3,
+        "defense_epochs": 15,
+        "defense_batch_size": 64,
+        "defense_learning_rate": 0.01,
+        "defense_schedule": "plateau",
+        "defense_weight_decay": 0.0,
+        "temperature": 4.0,
+        "alpha": 0.5,
+        "direction": "teacher_student",
+        "aggregation": "mean",
+        "augmentation": "none",
+        "views": 1,
+        "vote_space": "logits",
+        "tie": "lowest",
+    }
+    assert {name: getattr(config, name) for name in paper} == paper
+
+
+DEFENDERS = {field.name for field in dataclasses.fields(ta_kd.Config) if field.name.startswith("defense_")} | {
+    "preset", "temperature", "alpha", "direction", "aggregation", "trim", "augmentation", "views"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "gtsrb", "mine.npz"])
+@pytest.mark.parametrize("scale", ["quick", "paper"])
+def test_strong_is_the_same_attack_and_another_defender(dataset, scale):
+    plain, strong = ta_kd.preset(scale, dataset), ta_kd.preset("strong", dataset, scale)
+    changed = command_line.changed_fields(strong, plain)
+    assert changed.keys() <= DEFENDERS
+    assert {"aggregation", "augmentation", "views"} <= changed.keys()
+    # A mirrored digit is no digit, and a mirrored sign may be another.
+    assert strong.augmentation == ("crop_flip" if dataset.startswith("cifar") else "crop")
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "gtsrb", "mine.npz"])
+@pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
+def test_every_preset_passes_the_check_and_its_flags_give_it_back(dataset, preset):
+    config = ta_kd.preset(preset, dataset)
+    ta_kd.check(config)
+    choosers = {"preset": None, "dataset": None, "scale": None}
+    printed = shlex.split(ta_kd.command(dataclasses.replace(config, views=3, keep_last_batch=True)))[2:]
+    assert command_line.parse(ta_kd.preset, choosers, printed) == dataclasses.replace(
+        config, views=3, keep_last_batch=True
+    )
+
+
+def test_the_same_settings_always_find_the_same_folder(tmp_path):
+    config = ta_kd.preset("quick", "digits")
+    assert ta_kd.output_folder(config) == pathlib.Path("runs/ta_kd/digits-quick")
+    other = ta_kd.output_folder(dataclasses.replace(config, alpha=0.1))
+    assert other.name.startswith("digits-quick-")
+    assert other == ta_kd.output_folder(dataclasses.replace(config, alpha=0.1, data_dir=tmp_path))
+    assert ta_kd.output_folder(dataclasses.replace(config, output=tmp_path)) == tmp_path
