@@ -1,0 +1,180 @@
+import pathlib
+import re
+import shlex
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+
+from bdjax import command_line
+from bdjax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: Literal["small", "big"] = "small"
+    """how much of everything"""
+    data_set: str = "digits"
+    """which"""
+    epochs: int = 3
+    """how long"""
+    rate: float = 1e-3
+    """how fast"""
+    shuffle: bool = True
+    """whether"""
+    verbose: bool = False
+    """likewise"""
+    opacity: tuple[float, float] | None = None
+    """from, to"""
+    output: pathlib.Path | None = None
+    """where to"""
+
+
+def defaults(preset=None, data_set=None):
+    preset = preset or "small"
+    if preset not in ("small", "big"):
+        raise InputError(f"--preset {preset!r} is not one of small, big")
+    config = Config(preset=preset, data_set=data_set or "digits")
+    return replace(config, epochs=30, opacity=(0.1, 0.2)) if preset == "big" else config
+
+
+def parse(*arguments):
+    return command_line.parse(defaults, {"preset": None, "data_set": None}, arguments, prog="test")
+
+
+def test_without_flags_everything_is_as_the_defaults_say():
+    assert parse() == Config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--preset=big", "--data-set=mine"),
+        ("--preset", "big", "--data-set", "mine"),
+        ("--data_set=mine", "--preset=big"),  # underscores are let pass, as tyro does
+        ("--rate=0.001", "--preset", "big", "--data-set=mine"),
+    ],
+)
+def test_some_flags_decide_on_the_defaults_of_the_others(arguments):
+    assert parse(*arguments) == Config(preset="big", data_set="mine", epochs=30, opacity=(0.1, 0.2))
+
+
+def test_a_flag_goes_before_the_preset_wherever_it_stands():
+    assert parse("--epochs=7", "--preset=big").epochs == parse("--preset=big", "--epochs=7").epochs == 7
+
+
+def test_the_last_of_two_equal_flags_counts():
+    assert parse("--preset=big", "--preset=small") == Config()
+
+
+def test_the_arguments_are_the_programs_own_by_default(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program", "--preset=big"])
+    assert command_line.parse(defaults, {"preset": None}).epochs == 30
+
+
+def test_a_preset_that_there_is_not():
+    with pytest.raises(InputError, match="^--preset 'huge' is not one of small, big$"):
+        parse("--preset=huge")
+
+
+@pytest.mark.parametrize("arguments", [("--epochs=many",), ("--unknown=1",), ("--preset",), ("--opacity", "0.1")])
+def test_flags_that_make_no_sense_end_with_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_help_shows_the_presets_own_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--preset=big", "--help")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"--epochs\b.*how long.*default: 30", shown)
+    assert "--data-set" in shown and "which" in shown
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(epochs=-1, rate=1e-7, shuffle=False, verbose=True),
+        Config(opacity=(0.05, 0.1), output=pathlib.Path("runs/a b; 'c'")),
+        Config(preset="big", data_set="pictures & more/", epochs=30, opacity=(0.25, 0.5), verbose=True),
+    ],
+)
+def test_flags_give_the_configuration_back(config):
+    fields = {name: value for name, value in vars(config).items() if value is not None}
+    assert parse(*shlex.split(command_line.as_flags(fields))) == config
+
+
+def test_flags_are_printed_as_one_would_type_them():
+    fields = {"data_set": "digits", "opacity": (0.1, 0.2), "shuffle": False, "verbose": True, "epochs": 3}
+    assert command_line.as_flags(fields) == "--data-set=digits --opacity 0.1 0.2 --no-shuffle --verbose --epochs=3"
+
+
+def test_changed_fields():
+    changed = Config(epochs=5, opacity=(0.1, 0.2), output=pathlib.Path("x"))
+    assert command_line.changed_fields(changed, Config()) == {
+        "epochs": 5,
+        "opacity": (0.1, 0.2),
+        "output": pathlib.Path("x"),
+    }
+    assert command_line.changed_fields(changed, Config(), ignore=("output", "opacity")) == {"epochs": 5}
+
+
+@pytest.fixture
+def settings_untouched(monkeypatch):
+    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_input_that_cannot_be_used_is_one_line_and_status_2(capsys):
+    def main(arguments):
+        raise InputError(f"{arguments[0]}: [bold]is\nnot   good[/] " + "and so on " * 30)
+
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(main, ["a file"])
+    assert stop.value.code == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert error == "error: a file: [bold]is not good[/] " + " ".join(["and so on"] * 30) + "\n"
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_an_interruption_says_how_to_go_on(capsys):
+    def main(arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(main)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted: the same command goes on from here\n"
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_a_bug_is_not_dressed_up_as_bad_input():
+    def main(arguments):
+        raise ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours"):
+        command_line.run(main)
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_main_gets_the_arguments():
+    got = []
+    command_line.run(got.append, ["--epochs=3"])
+    assert got == [["--epochs=3"]]
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    changes = {}
+    monkeypatch.setattr(command_line.jax.config, "update", changes.__setitem__)
+    command_line.use_compilation_cache()  # these tests have named a folder already
+    assert "jax_compilation_cache_dir" not in changes
+    monkeypatch.setattr(type(command_line.jax.config), "jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    command_line.use_compilation_cache()
+    assert changes["jax_compilation_cache_dir"] == str(tmp_path / "bdjax" / "compiled")
