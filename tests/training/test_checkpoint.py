@@ -162,6 +162,18 @@ def test_an_interrupted_save_is_not_complete(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(checkpoint.load(tmp_path, variables()), variables(2))
 
 
+def test_a_new_tree_is_never_seen_with_old_facts(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, variables(0), {"number": 0})
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupt)  # the last thing that is done
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, variables(1), {"number": 1})
+    assert not checkpoint.is_complete(tmp_path)
+
+
 def test_a_tree_without_its_facts_is_not_complete(tmp_path):
     checkpoint.save(tmp_path, variables(), {})
     (tmp_path / "about.json").unlink()
@@ -204,12 +216,12 @@ def test_only_the_newest_progress_is_kept(tmp_path):
 
 def test_the_newest_of_several_wins(tmp_path):
     # Killed between writing the new and deleting the old.
-    for number in (9, 10):
+    for number in (9, 12, 10, 100, 11, 3):
         checkpoint.save_progress(tmp_path / str(number), number, state(number))
         shutil.copytree(tmp_path / str(number), tmp_path / "both", dirs_exist_ok=True)
-    assert int(checkpoint.load_progress(tmp_path / "both", state()).epoch) == 10
-    checkpoint.save_progress(tmp_path / "both", 11, state(11))
-    assert [path.name for path in (tmp_path / "both").iterdir()] == ["progress-000011"]
+    assert int(checkpoint.load_progress(tmp_path / "both", state()).epoch) == 100
+    checkpoint.save_progress(tmp_path / "both", 101, state(101))
+    assert [path.name for path in (tmp_path / "both").iterdir()] == ["progress-000101"]
 
 
 def test_the_same_number_can_be_written_again(tmp_path):
