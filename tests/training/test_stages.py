@@ -7,113 +7,187 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bdjax import losses
+from bdjax.errors import InputError
 from bdjax.reporting.progress import StageLog
 from bdjax.training import checkpoint, ensemble
-from bdjax.training.member import Rows, TrainConfig
+from bdjax.training.member import Rows, TrainConfig, init_state
 from bdjax.training.stages import Nets, StageRunner, predict_groups
+from bdjax.types import Model, ModelOutput
 
-SHAPE = (4, 4, 1)
+SHAPE = (3, 3, 1)
 RANDOM = np.random.default_rng(0)
-POOL = jnp.asarray(RANDOM.integers(0, 256, (20, *SHAPE)), jnp.uint8)
-INDEX = np.stack([RANDOM.permutation(20) for _ in range(4)]).astype(np.int32)
-LABELS = RANDOM.integers(0, 3, 20).astype(np.int32)
-CONFIG = TrainConfig(epochs=2, batch_size=4)
+POOL = RANDOM.integers(0, 256, (12, *SHAPE), np.uint8)
+CONFIG = TrainConfig(epochs=3, batch_size=4, evaluation_batch_size=3)
 
 
-def rows(part):
-    return Rows(jnp.asarray(INDEX[:, part]), {"labels": jnp.asarray(LABELS[INDEX[:, part]])})
+def linear(description):
+    def init(key, image_shape):
+        return {"params": {"kernel": jax.random.normal(key, (9, 2))}, "batch_stats": {}}
+
+    def apply(variables, images, *, train, edits=None):
+        flat = images.reshape(images.shape[0], -1)
+        return ModelOutput(flat @ variables["params"]["kernel"], {}, variables)
+
+    return Model(init, apply, 2, description)
+
+
+ONE, OTHER = linear("one"), linear("other")
+
+
+def rows(count, number):
+    index = RANDOM.integers(0, 12, (count, number)).astype(np.int32)
+    return Rows(jnp.asarray(index), {"labels": jnp.asarray(index % 2)})
+
+
+TRAIN, VALIDATION = rows(4, 10), rows(4, 5)
+KEYS = jax.random.split(jax.random.key(0), 4)
+
+
+def variables(count, seed):
+    return ensemble.init_members(lambda key: ONE.init(key, SHAPE), jax.random.split(jax.random.key(seed), count))
 
 
 @pytest.fixture
 def runner(tmp_path):
-    return StageRunner(tmp_path, SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
+    return StageRunner(tmp_path / "checkpoints", SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
 
 
 def said(runner):
-    return runner.log.console.file.getvalue().splitlines()
+    return runner.log.console.file.getvalue()
 
 
-def from_scratch(runner, model, name="clean model"):
-    keys = jax.random.split(jax.random.key(0), 4)
-    return runner.from_scratch(name, model, CONFIG, keys, 2, POOL, rows(slice(0, 12)), rows(slice(12, 20)))
+def from_scratch(runner, config=CONFIG):
+    return runner.from_scratch("teachers", ONE, config, KEYS, 2, jnp.asarray(POOL), TRAIN, VALIDATION)
 
 
-def test_a_stage_is_trained_saved_and_read_back(linear, runner):
-    nets = from_scratch(runner, linear)
-    assert (nets.model, nets.per_seed) == (linear, 2)
-    chex.assert_tree_shape_prefix(nets.variables, (4,))
-    assert all(values.shape == (4, 2) for values in nets.history.values())
-    assert np.all(nets.history["loss"] > 0)
-    folder = runner.folder / "clean-model"
-    assert checkpoint.about(folder) == {
-        "model": "linear",
-        "num_classes": 3,
-        "image_shape": [4, 4, 1],
+def fit(**where):
+    def loss(logits, targets):
+        return losses.cross_entropy(logits, targets["labels"])
+
+    states = ensemble.init_members(lambda key: init_state(key, ONE, SHAPE, CONFIG), KEYS)
+    return ensemble.fit(ONE, loss, CONFIG, states, jnp.asarray(POOL), TRAIN, VALIDATION, **where)
+
+
+def test_networks_from_scratch_are_trained_by_their_labels(runner):
+    nets = from_scratch(runner)
+    assert nets.model is ONE and nets.per_seed == 2
+    expected = fit(layout="map")
+    chex.assert_trees_all_equal(nets.variables, expected.variables)
+    assert all(values.shape == (4, 3) and isinstance(values, np.ndarray) for values in nets.history.values())
+    np.testing.assert_array_equal(nets.history["loss"], expected.history["loss"])
+    about = checkpoint.about(runner.folder / "teachers")
+    assert about == {
+        "model": "one",
+        "num_classes": 2,
+        "image_shape": [3, 3, 1],
         "members": 4,
-        "epochs": 2,
+        "epochs": 3,
         "per_seed": 2,
     }
-    again = from_scratch(runner, linear)
-    chex.assert_trees_all_equal(again.variables, nets.variables)
-    chex.assert_trees_all_equal(again.history, nets.history)
-    first, second = said(runner)
-    assert "4 × linear, 2 epochs" in first
-    assert "done before" not in first
-    assert "done before" in second
-    assert "checkpoints/clean-model" in first
+    assert said(runner).startswith("teachers         4 × one, 3 epochs")
+    assert said(runner).strip().endswith("→ checkpoints/teachers")
 
 
-def test_a_stage_that_broke_off_goes_on(linear, runner, monkeypatch):
-    expected = from_scratch(runner, linear, "straight")
-    epochs = []
-
-    def interrupt(self, steps=1, message=""):
-        epochs.append(message)
-        self.done += steps
-        if len(epochs) == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("bdjax.reporting.progress.StageProgress.advance", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        from_scratch(runner, linear, "broken off")
-    assert not checkpoint.is_complete(runner.folder / "broken-off")
-    nets = from_scratch(runner, linear, "broken off")
-    chex.assert_trees_all_equal(nets.variables, expected.variables)
-    chex.assert_trees_all_equal(nets.history, expected.history)
-    assert len(epochs) == 2  # the first epoch was not run again
-    assert epochs[1] == f"loss {expected.history['loss'][:, 1].mean():.3f}"
+def test_members_of_a_seed(runner):
+    nets = from_scratch(runner)
+    for seed in range(2):
+        own = ensemble.members(nets.variables, slice(2 * seed, 2 * seed + 2))
+        chex.assert_trees_all_equal(nets.of_seed(seed), own)
 
 
-def test_predictions_are_the_members_logits(linear, runner):
-    keys = jax.random.split(jax.random.key(0), 3)
-    variables = ensemble.init_members(lambda key: linear.init(key, SHAPE), keys)
-    images = np.asarray(POOL[:7])
-    logits = runner.predict(linear, variables, images, 4)
-    assert isinstance(logits, np.ndarray)
-    for member in range(3):
-        own = linear.apply(ensemble.members(variables, member), jnp.asarray(images, jnp.float32) / 255, train=False)
-        np.testing.assert_allclose(logits[member], own.logits, rtol=1e-4, atol=1e-5)
-
-
-def test_roles_of_one_architecture_are_predicted_in_one_call(linear):
-    other = linear._replace(description="other")
-
-    def nets(model, per_seed, start):
-        # Two seeds; a member is known by its number.
-        return Nets(model, {"number": jnp.arange(start, start + 2 * per_seed)}, per_seed, {})
-
+def test_a_stage_that_is_done_is_read_and_not_trained(runner):
     calls = []
 
-    def predict(model, variables):
-        calls.append(model.description)
-        return np.asarray(variables["number"])[:, None]
+    def counted(**where):
+        calls.append(where)
+        return fit(**where)
 
-    groups = {"teachers": nets(linear, 3, 0), "student": nets(other, 1, 10), "ta": nets(linear, 1, 20)}
-    for seed, expected in (
-        (0, {"teachers": [0, 1, 2], "student": [10], "ta": [20]}),
-        (1, {"teachers": [3, 4, 5], "student": [11], "ta": [21]}),
-    ):
-        calls.clear()
-        found = predict_groups(groups, seed, predict)
-        assert {name: logits[:, 0].tolist() for name, logits in found.items()} == expected
-        assert sorted(calls) == ["linear", "other"]
+    first = runner.train("the stage + more", ONE, CONFIG, 4, counted)
+    second = runner.train("the stage + more", ONE, CONFIG, 4, counted)
+    assert len(calls) == 1
+    chex.assert_trees_all_equal(first, second)
+    assert said(runner).count("done before") == 1
+    assert [path.name for path in runner.folder.iterdir()] == ["the-stage-more"]
+
+
+def test_a_stage_is_told_where_and_how(runner):
+    told = {}
+
+    def watched(*, layout, progress_folder, on_epoch):
+        told.update(layout=layout, folder=progress_folder)
+        done = []
+
+        def both(state):
+            done.append(sorted(path.name for path in progress_folder.glob("progress-*")))
+            on_epoch(state)
+
+        state = fit(layout=layout, progress_folder=progress_folder, on_epoch=both)
+        told["progress"] = done
+        return state
+
+    runner.train("stage", ONE, CONFIG, 4, watched)
+    assert told["layout"] == "map"
+    assert told["folder"] == runner.folder / "stage"
+    assert told["progress"] == [["progress-000001"], ["progress-000002"], ["progress-000003"]]
+    assert not list(told["folder"].glob("progress-*"))  # the finished checkpoint is in their place
+
+
+def test_a_stage_that_was_cut_off_goes_on(runner):
+    class CutOff(Exception):
+        pass
+
+    epochs = []
+
+    def until_two(*, on_epoch, **where):
+        def stop(state):
+            epochs.append(int(state.epoch[0]))
+            on_epoch(state)
+            if len(epochs) == 2:
+                raise CutOff
+
+        return fit(on_epoch=stop, **where)
+
+    with pytest.raises(CutOff):
+        runner.train("stage", ONE, CONFIG, 4, until_two)
+    assert "broke off" in said(runner)
+    resumed = runner.train("stage", ONE, CONFIG, 4, until_two)
+    assert epochs == [1, 2, 3]
+    chex.assert_trees_all_equal(resumed.variables, fit(layout="map").variables)
+
+
+def test_a_stage_of_other_members_is_refused(runner):
+    runner.train("stage", ONE, CONFIG, 4, fit)
+    with pytest.raises(InputError, match="the checkpoint does not fit"):
+        runner.train("stage", ONE, CONFIG, 5, fit)
+
+
+def test_predictions_do_not_depend_on_batches(runner):
+    stacked = variables(3, 1)
+    expected = (POOL.reshape(12, 9) / 255) @ np.asarray(stacked["params"]["kernel"], np.float64)
+    for batch_size in (1, 5, 100):
+        logits = runner.predict(ONE, stacked, POOL, batch_size)
+        assert isinstance(logits, np.ndarray) and logits.dtype == np.float32
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_roles_of_one_architecture_are_asked_in_one_call(runner):
+    nets = {
+        "clean": Nets(ONE, variables(2, 0), 1, {}),
+        "student": Nets(OTHER, variables(2, 1), 1, {}),
+        "teachers": Nets(ONE, variables(6, 2), 3, {}),
+    }
+    calls = []
+
+    def predict(model, stacked):
+        calls.append((model.description, ensemble.num_members(stacked)))
+        return runner.predict(model, stacked, POOL, 5)
+
+    for seed in range(2):
+        logits = predict_groups(nets, seed, predict)
+        assert logits.keys() == nets.keys()
+        for role, each in nets.items():
+            alone = runner.predict(each.model, each.of_seed(seed), POOL, 5)
+            assert logits[role].shape == (each.per_seed, 12, 2)
+            np.testing.assert_allclose(logits[role], alone, atol=1e-6)
+    assert calls == [("one", 4), ("other", 1)] * 2

@@ -1,0 +1,195 @@
+import json
+import pathlib
+import pickle
+import re
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.attacks import suspects
+from bdjax.attacks.providers import make_provider_triggers
+from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.training import ensemble
+
+SHAPE = (8, 8, 3)
+TRIGGERS = make_provider_triggers(jax.random.key(1), SHAPE, 3, num_similar=2)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = make_model("resnet10", 4, 2)
+    return ensemble.init_members(lambda key: model.init(key, SHAPE), jax.random.split(jax.random.key(0), 3))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, variables):
+    folder = tmp_path_factory.mktemp("suspects") / "of" / "somebody"
+    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> pathlib.Path:
+    """A copy to be spoilt."""
+    return shutil.copytree(written, tmp_path / "suspects")
+
+
+def read(folder, num_classes=4, image_shape=SHAPE, target=1):
+    return suspects.read(folder, num_classes, image_shape, target, "native")
+
+
+def change_about(folder, **changes):
+    path = folder / "about.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_triggers(folder, **changes):
+    with np.load(folder / "triggers.npz") as file:
+        arrays = dict(file) | changes
+    np.savez(folder / "triggers.npz", **{name: values for name, values in arrays.items() if values is not None})
+
+
+def test_what_was_written_is_read(written, variables):
+    found = read(written)
+    assert found.model.description == "resnet10 width 2"
+    chex.assert_trees_all_equal(found.variables, variables)
+    chex.assert_trees_all_equal(found.triggers.params, TRIGGERS.params)
+    assert found.triggers.names == TRIGGERS.names
+    np.testing.assert_array_equal(found.triggers.similar_group, TRIGGERS.similar_group)
+    images = jnp.zeros((2, *SHAPE))
+    one = found.model.apply(ensemble.members(found.variables, 2), images, train=False).logits
+    own = make_model("resnet10", 4, 2).apply(ensemble.members(variables, 2), images, train=False).logits
+    np.testing.assert_allclose(one, own, atol=1e-5)
+
+
+def test_what_is_complete_is_not_written_again(folder, variables):
+    before = (folder / "triggers.npz").stat().st_mtime_ns, (folder / "about.json").stat().st_mtime_ns
+    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    assert before == ((folder / "triggers.npz").stat().st_mtime_ns, (folder / "about.json").stat().st_mtime_ns)
+
+
+def test_what_was_cut_off_is_written_anew(folder, variables):
+    (folder / "about.json").unlink()
+    (folder / "triggers.npz").write_bytes(b"half")
+    with pytest.raises(InputError, match="not a finished checkpoint"):
+        read(folder)
+    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    chex.assert_trees_all_equal(read(folder).triggers.params, TRIGGERS.params)
+
+
+def test_triggers_need_not_be_known(folder, variables):
+    (folder / "triggers.npz").unlink()
+    found = read(folder)
+    assert found.triggers is None
+    chex.assert_trees_all_equal(found.variables, variables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_name": 3}, "about.json: model_name should be str, not 3"),
+        ({"width": "2"}, "about.json: width should be int, not '2'"),
+        ({"members": None}, "about.json: members should be int, not None"),
+        ({"members": 0}, "about.json: members is 0; should be at least 1"),
+        ({"members": -1}, "about.json: members is -1; should be at least 1"),
+        ({"members": 2}, "the checkpoint does not fit the model that about.json describes"),
+        ({"width": 3}, "the checkpoint does not fit the model that about.json describes"),
+        ({"width": 0}, "width 0 must be at least 1"),
+        ({"model_name": "resnet18"}, "the checkpoint does not fit the model that about.json describes"),
+        ({"model_name": "nn.Sequential"}, "unknown model 'nn.Sequential'"),
+        ({"num_classes": 5}, "models of 5 classes on images [8, 8, 3]; the data has 4 classes and images [8, 8, 3]"),
+        ({"image_shape": [8, 8, 1]}, "models of 4 classes on images [8, 8, 1]; the data has 4"),
+        ({"image_shape": "8x8"}, "about.json: image_shape should be list, not '8x8'"),
+    ],
+)
+def test_what_about_json_must_say(folder, changes, said):
+    change_about(folder, **changes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        read(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_about_json_must_be_an_object(folder, text):
+    (folder / "about.json").write_text(text)
+    with pytest.raises(InputError, match="about.json"):
+        read(folder)
+
+
+def test_weights_must_be_finite(tmp_path, variables):
+    broken = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), variables)
+    suspects.write(tmp_path / "broken", "resnet10", 2, 4, SHAPE, broken, TRIGGERS, 1)
+    with pytest.raises(InputError, match="holds values that are not finite"):
+        read(tmp_path / "broken")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    with pytest.raises(InputError, match="not a finished checkpoint"):
+        read(tmp_path / "absent")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "about.json").write_text("{}")
+    with pytest.raises(InputError, match="model_name should be str"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mask": None}, "not the triggers of suspect models ("),
+        ({"mask": np.zeros((3, 8, 4, 1), np.float32)}, "mask is float32 (3, 8, 4, 1); should be floating (3, 8, 8, 1)"),
+        ({"pattern": np.zeros((3, 8, 8, 3), np.uint8)}, "pattern is uint8 (3, 8, 8, 3); should be floating"),
+        ({"opacity": np.full(3, np.nan)}, "opacity has values outside [0, 1]"),
+        ({"opacity": np.full(3, 1.5)}, "opacity has values outside [0, 1]"),
+        ({"opacity": np.full(2, 0.5)}, "opacity is float64 (2,); should be floating (3,)"),
+        ({"names": np.array("solid")}, "names is <U5 (); should be str (3,)"),
+        ({"names": np.zeros(3)}, "names is float64 (3,); should be str (3,)"),
+        ({"similar_group": np.zeros(1, bool)}, "similar_group is bool (1,); should be bool (3,)"),
+        ({"target": np.array([1, 2])}, "target is int64 (2,); should be integer ()"),
+        ({"target": np.array(1.0)}, "target is float64 (); should be integer ()"),
+        ({"target": np.array(2)}, "these triggers aim at class 2; use --target=2"),
+    ],
+)
+def test_what_triggers_must_be(folder, changes, said):
+    change_triggers(folder, **changes)
+    with pytest.raises(InputError, match=re.escape(said)):
+        read(folder)
+
+
+def test_there_is_one_trigger_for_each_model(folder):
+    arrays = {name: np.asarray(leaf)[:2] for name, leaf in TRIGGERS.params._asdict().items()}
+    change_triggers(folder, **arrays, names=np.array(TRIGGERS.names[:2]), similar_group=TRIGGERS.similar_group[:2])
+    with pytest.raises(InputError, match=re.escape("mask is float32 (2, 8, 8, 1); should be floating (3, 8, 8, 1)")):
+        read(folder)
+
+
+class Hostile:
+    def __init__(self, trace: pathlib.Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.trace,)
+
+
+def test_triggers_run_nothing(folder, tmp_path):
+    trace = tmp_path / "owned"
+    change_triggers(folder, names=np.array([Hostile(trace)] * 3, object))
+    with pytest.raises(InputError, match="not the triggers of suspect models"):
+        read(folder)
+    for content in (pickle.dumps(Hostile(trace)), b"", b"PK\x03\x04"):
+        (folder / "triggers.npz").write_bytes(content)
+        with pytest.raises(InputError, match="not the triggers of suspect models"):
+            read(folder)
+    assert not trace.exists()
+
+
+def test_damaged_triggers(folder):
+    path = folder / "triggers.npz"
+    intact = path.read_bytes()
+    for content in (intact[: len(intact) // 2], intact[:400] + bytes([7] * 20) + intact[420:]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not the triggers of suspect models"):
+            read(folder)

@@ -1,0 +1,235 @@
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from bdjax.attacks.providers import make_provider_triggers
+from bdjax.reporting import ta_kd_results
+from bdjax.reporting.tables import cells
+
+LABELS = np.array([0, 1, 2, 1, 2], np.int32)
+TRIGGERS = make_provider_triggers(jax.random.key(0), (8, 8, 1), 2)._replace(names=("solid", "noise"))
+
+
+def logits(classes, strength=1.0):
+    """Logits that name these classes, int [members, views, N]."""
+    return strength * np.eye(3, dtype=np.float32)[np.asarray(classes)]
+
+
+# Views: the untouched rows, under trigger 1, under trigger 2. Rows 1 to 4 count for ASR, whose target is 0.
+CLEAN = logits([[[0, 1, 2, 1, 2], [0, 1, 2, 1, 0], [0, 1, 2, 1, 2]]])
+TEACHERS = logits(
+    [
+        [[0, 1, 2, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 0, 2]],  # the first obeys its own trigger
+        [[0, 1, 2, 2, 1], [0, 1, 2, 1, 2], [0, 0, 0, 0, 2]],
+    ]
+)
+STUDENT = logits([[[0, 1, 2, 1, 2], [1, 1, 2, 1, 0], [0, 1, 1, 0, 0]]])
+ANSWERS = {"teachers": TEACHERS, "aggregated": STUDENT, "student": STUDENT, "alone": STUDENT, "fine-tuned": TEACHERS}
+CHOICES = {"target": 0, "vote_space": "logits", "tie": "lowest"}
+
+
+def summarise(answers=None, triggers=(TRIGGERS,), **changes):
+    answers = answers or [{"clean": CLEAN} | ANSWERS]
+    return ta_kd_results.summarise(answers, LABELS, triggers, {"student": 12, "soft vote": 50}, **(CHOICES | changes))
+
+
+def test_each_teacher_is_measured_under_its_own_trigger():
+    (seed,) = summarise()["models"]["teachers"]["seeds"]
+    first, second = seed["members"]
+    assert (first["cda"], first["asr"], first["r_acc"], first["trigger"]) == (0.8, 1.0, 0.0, "solid")
+    assert (second["cda"], second["asr"], second["r_acc"], second["trigger"]) == (0.6, 0.75, 0.25, "noise")
+    for name, value in {"cda": 0.7, "asr": 0.875, "r_acc": 0.125}.items():
+        assert math.isclose(seed[name], value)
+
+
+def test_differences_are_to_the_clean_references_means():
+    models = summarise()["models"]
+    (clean,) = models["clean"]["seeds"]
+    assert (clean["cda"], clean["asr"], clean["r_acc"]) == (1.0, 0.125, 0.875)
+    assert not any(name.startswith("delta") for name in clean)
+    first, second = models["teachers"]["seeds"][0]["members"]
+    for member, deltas in ((first, (0.2, 0.875, 0.875)), (second, (0.4, 0.625, 0.625))):
+        np.testing.assert_allclose([member[f"delta_{name}"] for name in ("cda", "asr", "r_acc")], deltas)
+    # With the same trigger on both sides.
+    assert first["delta_per_trigger"] == {"asr": [0.75], "r_acc": [0.75]}
+    assert second["delta_per_trigger"] == {"asr": [0.75], "r_acc": [0.75]}
+    teachers = models["teachers"]["seeds"][0]
+    np.testing.assert_allclose([teachers[f"delta_{name}"] for name in ("cda", "asr", "r_acc")], [0.3, 0.75, 0.75])
+
+
+def test_a_single_model_is_measured_under_all_triggers():
+    (student,) = summarise()["models"]["student"]["seeds"]
+    assert student["cda"] == 1.0
+    assert student["per_trigger"] == {"asr": [0.25, 0.5], "r_acc": [0.75, 0.25]}
+    assert (student["asr"], student["r_acc"]) == (0.375, 0.5)
+    assert (student["delta_cda"], student["delta_asr"], student["delta_r_acc"]) == (0.0, 0.25, 0.375)
+
+
+def test_votes_and_their_ties():
+    results = summarise()
+    (hard,) = results["models"]["hard vote"]["seeds"]
+    # Two teachers tie wherever they differ, and the lowest class wins: untouched 0 1 2 1 1, then all 0, then 0 0 0 0 2.
+    assert hard["cda"] == 0.8
+    assert hard["per_trigger"] == {"asr": [1.0, 0.75], "r_acc": [0.0, 0.25]}
+    assert results["ties"] == [{"clean": 0.2, "triggered": [0.8, 0.4]}]
+
+    sure = np.concatenate([TEACHERS[:1], 5 * TEACHERS[1:]])  # the second teacher is surer of what it says
+    answers = [{"clean": CLEAN} | ANSWERS | {"teachers": sure}]
+    models = summarise(answers, tie="soft")["models"]
+    for vote in ("soft vote", "hard vote"):
+        (seed,) = models[vote]["seeds"]
+        assert seed["cda"] == 0.6
+        assert seed["per_trigger"] == {"asr": [0.0, 0.75], "r_acc": [1.0, 0.25]}
+
+
+def test_the_soft_votes_space():
+    # Raw logits let one loud teacher decide; probabilities count it once.
+    quiet = logits(np.tile([0, 1, 2, 1, 2], (2, 3, 1)), 4.0)
+    loud = logits(np.ones((1, 3, 5), int), 50.0)
+    answers = [ANSWERS | {"teachers": np.concatenate([quiet, loud])}]
+    for space, cda in (("logits", 0.4), ("probabilities", 1.0)):
+        models = summarise(answers, [None], vote_space=space)["models"]
+        assert models["soft vote"]["seeds"][0]["cda"] == cda
+        assert models["hard vote"]["seeds"][0]["cda"] == 1.0
+
+
+def test_which_trigger_fires_on_which_model():
+    (cross,) = summarise()["cross_trigger"]
+    assert cross["asr"] == [[1.0, 0.25], [0.0, 0.75], [0.25, 0.0]]
+    assert cross["r_acc"] == [[0.0, 0.75], [1.0, 0.25], [0.75, 1.0]]
+    assert cross["last_row_is_clean"]
+
+
+def test_without_a_clean_reference_there_are_no_differences():
+    results = summarise([ANSWERS])
+    assert "clean" not in results["models"]
+    assert not results["cross_trigger"][0]["last_row_is_clean"] and len(results["cross_trigger"][0]["asr"]) == 2
+    for model in results["models"].values():
+        assert set(model["summary"]) == {"cda", "asr", "r_acc"}
+
+
+def test_without_triggers_nothing_is_said_of_attacks():
+    answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
+    results = summarise(answers, [None])
+    assert results["triggers"] == [None] and results["cross_trigger"] == [None]
+    assert results["ties"] == [{"clean": 0.2, "triggered": []}]
+    for model in results["models"].values():
+        assert model["summary"]["asr"]["mean"] is model["summary"]["r_acc"]["mean"] is None
+        assert 0 <= model["summary"]["cda"]["mean"] <= 1
+        assert model["seeds"][0]["asr"] is None
+    rows = dict((row[0], row[1:]) for row in cells(ta_kd_results.defense_table(results, "mine")))
+    assert rows["student"] == ("1.000", "–", "–", "–", "–", "–")
+    json.dumps(results, allow_nan=False)
+
+
+def test_means_and_spreads_over_seeds():
+    worse = {"clean": CLEAN} | ANSWERS | {"student": TEACHERS[1:]}
+    results = summarise([{"clean": CLEAN} | ANSWERS, worse], [TRIGGERS, TRIGGERS])
+    summary = results["models"]["student"]["summary"]["cda"]
+    assert summary["seeds"] == 2
+    assert math.isclose(summary["mean"], 0.8)
+    assert math.isclose(summary["standard_deviation"], np.std([1.0, 0.6], ddof=1))
+    assert summarise()["models"]["student"]["summary"]["cda"]["standard_deviation"] is None
+    rows = dict((row[0], row[1:]) for row in cells(ta_kd_results.defense_table(results, "mine")))
+    assert rows["student"][0] == "0.800 ± 0.283"
+    assert rows["clean reference"][3:] == ("–", "–", "–")
+
+
+def test_results_are_plain_numbers_of_known_roles():
+    results = summarise()
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert list(results["models"]) == list(ta_kd_results.TITLES) == list(ta_kd_results.NEEDS)
+    assert (results["test_rows"], results["target"], results["triggers"]) == (5, 0, [["solid", "noise"]])
+    assert results["models"]["student"]["parameters"] == 12
+    assert results["models"]["alone"]["parameters"] is None
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_the_papers_rows_stand_beside_ours(dataset):
+    table = ta_kd_results.defense_table(summarise(), dataset)
+    rows = cells(table)
+    printed = [row for row in rows if row[0].startswith("the paper's ")]
+    assert len(printed) == 6
+    for row, style in zip(rows, table.row_styles, strict=True):
+        assert (style == "paper") == row[0].startswith("the paper's ")
+        assert (style == "ours") == (row[0] in ("aggregated model (TA)", "student"))
+    own = [row[0] for row in rows]
+    for name in (row[0].removeprefix("the paper's ") for row in printed):
+        assert own.index(f"the paper's {name}") == own.index(name) + 1
+
+
+def test_no_paper_has_other_data():
+    assert not any(row[0].startswith("the paper's") for row in cells(ta_kd_results.defense_table(summarise(), "mine")))
+
+
+# Table 1 of the paper: CDA, ASR, R-ACC and the three differences of each of its seven teachers.
+TABLE_1 = {
+    "mnist": [
+        (0.993, 1.000, 0.000, 0.001, 1.000, 0.953),
+        (0.993, 1.000, 0.000, 0.001, 1.000, 0.953),
+        (0.989, 0.999, 0.001, 0.005, 0.999, 0.952),
+        (0.991, 1.000, 0.000, 0.003, 1.000, 0.953),
+        (0.989, 1.000, 0.000, 0.005, 1.000, 0.953),
+        (0.984, 0.999, 0.001, 0.010, 0.999, 0.952),
+        (0.993, 1.000, 0.000, 0.001, 1.000, 0.953),
+    ],
+    "cifar10": [
+        (0.729, 0.875, 0.105, 0.124, 0.846, 0.662),
+        (0.788, 0.764, 0.203, 0.065, 0.735, 0.564),
+        (0.758, 0.995, 0.003, 0.095, 0.966, 0.764),
+        (0.755, 0.793, 0.167, 0.098, 0.764, 0.600),
+        (0.774, 0.970, 0.026, 0.079, 0.941, 0.741),
+        (0.758, 0.975, 0.024, 0.095, 0.946, 0.743),
+        (0.776, 0.968, 0.027, 0.077, 0.939, 0.740),
+    ],
+}
+# Table 2: the three differences.
+TABLE_2 = {
+    "mnist": {
+        "soft vote": (-0.001, 0.172, 0.129),
+        "hard vote": (-0.001, 0.056, 0.014),
+        "aggregated": (0.005, 0.001, -0.033),
+        "student": (0.005, 0.001, -0.033),
+    },
+    "cifar10": {
+        "soft vote": (0.014, 0.091, 0.071),
+        "hard vote": (0.022, 0.022, -0.002),
+        "aggregated": (0.167, -0.003, 0.164),
+        "student": (0.185, 0.025, 0.185),
+    },
+}
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_the_papers_rows_agree_with_its_tables(dataset):
+    # To the last digit that is printed, or one beside it: the paper rounds before and after it subtracts.
+    printed = ta_kd_results.PAPER[dataset]
+    np.testing.assert_allclose(printed["teachers"], np.mean(TABLE_1[dataset], axis=0)[:3], atol=0.00051)
+    rows = {row[0]: row for row in ta_kd_results.defense_table(summarise(), dataset).rows}
+    for role, deltas in TABLE_2[dataset].items():
+        row = rows[f"the paper's {ta_kd_results.TITLES[role]}"]
+        assert row[1:4] == printed[role]
+        np.testing.assert_allclose(row[4:], deltas, atol=0.0011)
+    teachers = rows[f"the paper's {ta_kd_results.TITLES['teachers']}"]
+    np.testing.assert_allclose(teachers[4:], np.mean(TABLE_1[dataset], axis=0)[3:], atol=0.0011)
+
+
+def test_the_table_of_teachers():
+    rows = cells(ta_kd_results.teacher_table(summarise()))
+    assert rows == (
+        ("clean reference", "mean over all", "1.000", "0.125", "0.875", "–", "–", "–"),
+        ("teacher 1", "solid", "0.800", "1.000", "0.000", "0.200", "0.875", "0.875"),
+        ("teacher 2", "noise", "0.600", "0.750", "0.250", "0.400", "0.625", "0.625"),
+    )
+    answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
+    unknown = cells(ta_kd_results.teacher_table(summarise(answers, [None])))
+    assert unknown[0] == ("teacher 1", "–", "0.800", *("–",) * 5)
+
+
+def test_the_table_of_sizes_and_of_needs():
+    assert cells(ta_kd_results.size_table(summarise())) == (("ensemble (votes)", "50"), ("student", "12"))
+    needs = dict(ta_kd_results.needs_table(summarise()).rows)
+    assert needs["hard vote"] == "suspect models" and needs["student's net, clean rows only"] == "clean rows"
