@@ -120,7 +120,7 @@ def test_without_triggers_nothing_is_said_of_attacks():
         assert model["summary"]["asr"]["mean"] is model["summary"]["r_acc"]["mean"] is None
         assert 0 <= model["summary"]["cda"]["mean"] <= 1
         assert model["seeds"][0]["asr"] is None
-    rows = dict((row[0], row[1:]) for row in cells(ta_kd_results.defense_table(results, "mine")))
+    rows = {row[0]: row[1:] for row in cells(ta_kd_results.defense_table(results, "mine"))}
     assert rows["student"] == ("1.000", "–", "–", "–", "–", "–")
     json.dumps(results, allow_nan=False)
 
@@ -133,7 +133,7 @@ def test_means_and_spreads_over_seeds():
     assert math.isclose(summary["mean"], 0.8)
     assert math.isclose(summary["standard_deviation"], np.std([1.0, 0.6], ddof=1))
     assert summarise()["models"]["student"]["summary"]["cda"]["standard_deviation"] is None
-    rows = dict((row[0], row[1:]) for row in cells(ta_kd_results.defense_table(results, "mine")))
+    rows = {row[0]: row[1:] for row in cells(ta_kd_results.defense_table(results, "mine"))}
     assert rows["student"][0] == "0.800 ± 0.283"
     assert rows["clean reference"][3:] == ("–", "–", "–")
 
