@@ -1,4 +1,7 @@
-"""Strict JAX for every test: no silent promotion of dtypes or ranks, and one compilation cache for all workers."""
+"""Strict JAX for every test: no silent promotion of dtypes or ranks, two devices, one compilation cache for all workers.
+
+Tests compile much and compute little, so most of the compiler's optimisations are off.
+"""
 
 import os
 import pathlib
@@ -6,12 +9,14 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
 )

@@ -112,7 +112,7 @@ def test_a_member_is_initialised_by_its_own_key_alone(linear):
 
 # ---- Several devices ------------------------------------------------------------------------------------------------
 
-several_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices: JAX_NUM_CPU_DEVICES=2")
+several_devices = pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices; conftest.py makes them")
 
 
 @pytest.mark.parametrize("count", range(1, 8))

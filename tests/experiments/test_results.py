@@ -1,0 +1,38 @@
+"""The README's tables are those that runs wrote: experiments/results/ holds what each run left."""
+
+import json
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+RUNS = sorted(path.parent for path in (ROOT / "experiments" / "results").rglob("table.md"))
+
+
+def _first_table(text: str) -> list[str]:
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    end = next((i for i in range(start, len(lines)) if not lines[i].startswith("|")), len(lines))
+    return lines[start:end]
+
+
+def test_there_are_results() -> None:
+    assert RUNS
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_readme_prints_the_table_of_the_run(run: pathlib.Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    table = "\n".join(_first_table((run / "table.md").read_text()))
+    assert table in readme, f"README.md does not print the first table of {run.relative_to(ROOT)}/table.md"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_table_agrees_with_the_numbers_and_the_settings(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())["config"]
+    table = (run / "table.md").read_text()
+    for model in results["models"].values():
+        summary = model["summary"]["cda"]
+        assert summary["seeds"] == config["seeds"]
+        assert f"{summary['mean']:.3f}" in table
