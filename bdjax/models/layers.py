@@ -70,11 +70,11 @@ def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
     return lax.dot_general(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1), (((1,), (1,)), ((), ())))
 
 
-def _stack_rows(x: jax.Array) -> jax.Array:
-    """The three row-shifted copies, padded by one column on both sides: [C, H, W, N] -> [3C, H, W + 2, N]."""
-    height = x.shape[1]
-    padded = _pad_spatial(x, (1, 1), (1, 1))
-    return jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=0)
+def _shift(x: jax.Array, rows: int, columns: int) -> jax.Array:
+    """y[:, h, w] = x[:, h + rows, w + columns], zero where that is outside; each shift is -1, 0 or 1."""
+    zero = jnp.zeros((), x.dtype)
+    pads = tuple((max(-shift, 0) - max(shift, 0), max(shift, 0) - max(-shift, 0), 0) for shift in (rows, columns))
+    return lax.pad(x, zero, ((0, 0, 0), *pads, (0, 0, 0)))
 
 
 @jax.custom_vjp
@@ -100,24 +100,23 @@ def _row_column_matrix(kernel: jax.Array) -> jax.Array:
     return jnp.transpose(kernel, (1, 3, 0, 2)).reshape(3 * features, 3 * channels)
 
 
+def _stack_rows(x: jax.Array) -> jax.Array:
+    """[C, H, W, N] -> [3C, H, W, N]."""
+    return jnp.concatenate([_shift(x, i - 1, 0) for i in range(3)], axis=0)
+
+
 def _convolve_3x3_forward(x, kernel):
-    width = x.shape[2]
-    features = kernel.shape[3]
-    products = _matmul(_row_column_matrix(kernel), _stack_rows(x))
-    y = sum(products[i * features : (i + 1) * features, :, i : i + width] for i in range(3))
-    return y, (x, kernel)
+    products = jnp.split(_matmul(_row_column_matrix(kernel), _stack_rows(x)), 3)
+    return sum(_shift(products[i], 0, i - 1) for i in range(3)), (x, kernel)
 
 
 def _convolve_3x3_backward(residuals, gradient):
     x, kernel = residuals
-    height, width = x.shape[1], x.shape[2]
     channels, features = kernel.shape[2:]
-    columns = jnp.concatenate([_pad_spatial(gradient, (0, 0), (i, 2 - i)) for i in range(3)], axis=0)
+    columns = jnp.concatenate([_shift(gradient, 0, 1 - i) for i in range(3)], axis=0)
     matrix_gradient = _outer(columns, _stack_rows(x)).reshape(3, features, 3, channels)
-    rows = _matmul(_row_column_matrix(kernel).T, columns)[:, :, 1 : width + 1]
-    x_gradient = sum(
-        _pad_spatial(rows[i * channels : (i + 1) * channels], (i, 2 - i), (0, 0))[:, 1 : height + 1] for i in range(3)
-    )
+    rows = jnp.split(_matmul(_row_column_matrix(kernel).T, columns), 3)
+    x_gradient = sum(_shift(rows[i], 1 - i, 0) for i in range(3))
     return x_gradient, jnp.transpose(matrix_gradient, (2, 0, 3, 1))
 
 
