@@ -1,14 +1,19 @@
 """Layers that behave as PyTorch's do, in whichever memory layout and form is fast on the backend.
 
-A convolution can be lowered in two ways, which give the same numbers within float tolerance:
+A convolution can be lowered in three ways, which give the same numbers within float tolerance:
 
-- `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form, the default on accelerators.
-- `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays, the default on a CPU. There XLA's own convolution
-  collapses when it is vmapped over stacked kernels (it becomes a grouped convolution) or put inside a `lax.scan`, by
-  5 to 100 times; with the batch innermost every shift is a long contiguous copy and every reduction of batch
-  normalisation runs over contiguous memory.
+- `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form, the usual one on accelerators.
+- `"patches"`: NHWC too, as one product of the pixels' neighbourhoods with the kernel; vmapped over stacked kernels it is
+  a batched product, where the native form becomes a grouped convolution.
+- `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays, the usual one on a CPU. There the gradients of XLA's
+  own convolution collapse by 5 to 100 times when it is vmapped or put inside a `lax.scan`; with the batch innermost
+  every shift is a long contiguous copy and every reduction of batch normalisation runs over contiguous memory.
 
-Parameters have one canonical form (kernels HWIO), so a checkpoint does not depend on the lowering.
+Which is fastest is measured, not known: see `bdjax/training/probe.py`. Parameters have one canonical form (float32,
+kernels HWIO), so a checkpoint depends neither on the lowering nor on the dtype that is computed in.
+
+Activations may be bfloat16: layers compute in the dtype of what comes in, with float32 parameters, float32 statistics of
+batch normalisation and float32 logits.
 """
 
 from collections.abc import Callable
@@ -20,7 +25,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-Lowering = Literal["native", "shifted"]
+Lowering = Literal["native", "patches", "shifted"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 def default_lowering() -> Lowering:
@@ -44,11 +50,11 @@ def layout_of(lowering: Lowering) -> Layout:
     Raises:
         ValueError: if the lowering is not known.
     """
-    if lowering == "native":
+    if lowering in ("native", "patches"):
         return Layout(3, (1, 2), 0, lambda x: x, lambda x: x)
     if lowering == "shifted":
         return Layout(0, (1, 2), 3, lambda x: jnp.transpose(x, (3, 1, 2, 0)), lambda x: jnp.transpose(x, (3, 1, 2, 0)))
-    raise ValueError(f"lowering {lowering!r} is not one of 'native', 'shifted'")
+    raise ValueError(f"lowering {lowering!r} is not one of 'native', 'patches', 'shifted'")
 
 
 # ---- Convolutions on [C, H, W, N] as matrix products ---------------------------------------------------------------
@@ -123,20 +129,32 @@ def _convolve_3x3_backward(residuals, gradient):
 convolve_3x3.defvjp(_convolve_3x3_forward, _convolve_3x3_backward)
 
 
-def _convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _patches(x: jax.Array, size: int, stride: int, padding: int, channel_axis: int) -> jax.Array:
+    """The k*k neighbours of every output pixel on the channel axis (im2col), rows of the kernel leading."""
+    around = (padding, padding, 0)
+    padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), around, around, (0, 0, 0))) if padding else x
+    height, width = ((length - size) // stride * stride + 1 for length in padded.shape[1:3])
+    taken = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(taken, axis=channel_axis) if len(taken) > 1 else taken[0]
+
+
+def _convolve_batch_minor(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """Any square convolution by im2col: [C, H, W, N] with [k, k, C, O] -> [O, H', W', N]. Used for strides above 1,
     where the shifted form would compute columns that are thrown away."""
-    size = kernel.shape[0]
-    padded = _pad_spatial(x, (padding, padding), (padding, padding)) if padding else x
-    out_height = (padded.shape[1] - size) // stride + 1
-    out_width = (padded.shape[2] - size) // stride + 1
-    patches = [
-        padded[:, i : i + (out_height - 1) * stride + 1 : stride, j : j + (out_width - 1) * stride + 1 : stride]
-        for i in range(size)
-        for j in range(size)
-    ]
     matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(kernel.shape[3], -1)
-    return _matmul(matrix, jnp.concatenate(patches, axis=0) if len(patches) > 1 else patches[0])
+    return _matmul(matrix, _patches(x, kernel.shape[0], stride, padding, channel_axis=0))
+
+
+# ---- Convolutions on [N, H, W, C] ----------------------------------------------------------------------------------
+
+
+@partial(
+    jax.checkpoint, static_argnums=(2, 3)
+)  # the backward pass makes the patches again: they are k*k times the input
+def _convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Any square convolution by im2col: [N, H, W, C] with [k, k, C, O] -> [N, H', W', O]."""
+    patches = _patches(x, kernel.shape[0], stride, padding, channel_axis=3)
+    return lax.dot_general(patches, kernel.reshape(-1, kernel.shape[3]), (((3,), (0,)), ((), ())))
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowering: Lowering) -> jax.Array:
@@ -157,9 +175,11 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowe
     if lowering == "native":
         pads = ((padding, padding), (padding, padding))
         return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if lowering == "patches":
+        return _convolve_patches(x, kernel, stride, padding)
     if kernel.shape[0] == 3 and stride == 1 and padding == 1:
         return convolve_3x3(x, kernel)
-    return _convolve_patches(x, kernel, stride, padding)
+    return _convolve_batch_minor(x, kernel, stride, padding)
 
 
 # ---- Batch normalisation --------------------------------------------------------------------------------------------
@@ -178,7 +198,7 @@ def normalise_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, axis: int, 
     The closed form reads the activation twice; differentiating the forward pass reads and writes it several times more.
 
     Args:
-        x: float, any layout.
+        x: float32 or bfloat16, any layout; statistics are float32 in either case.
         scale: float [C].
         bias: float [C].
         axis: where the C channels lie.
@@ -193,25 +213,26 @@ def normalise_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, axis: int, 
 
 def _normalise_forward(x, scale, bias, axis, epsilon):
     reduced = tuple(i for i in range(x.ndim) if i != axis)
-    mean = jnp.mean(x, reduced)
-    variance = jnp.mean(jnp.square(_affine(x, jnp.ones_like(mean), -mean, axis)), reduced)
+    exact = x.astype(scale.dtype)
+    mean = jnp.mean(exact, reduced)
+    variance = jnp.mean(jnp.square(_affine(exact, jnp.ones_like(mean), -mean, axis)), reduced)
     inverse = lax.rsqrt(variance + epsilon)
-    y = _affine(x, scale * inverse, bias - mean * scale * inverse, axis)
-    return (y, mean, variance), (x, scale, mean, inverse)
+    y = _affine(exact, scale * inverse, bias - mean * scale * inverse, axis)
+    return (y.astype(x.dtype), mean, variance), (x, scale, mean, inverse)
 
 
 def _normalise_backward(axis, epsilon, residuals, gradients):
     x, scale, mean, inverse = residuals
-    gradient = gradients[0]
+    gradient = gradients[0].astype(scale.dtype)
     reduced = tuple(i for i in range(x.ndim) if i != axis)
     count = x.size // x.shape[axis]
-    normalised = _affine(x, inverse, -mean * inverse, axis)
+    normalised = _affine(x.astype(scale.dtype), inverse, -mean * inverse, axis)
     bias_gradient = jnp.sum(gradient, reduced)
     scale_gradient = jnp.sum(gradient * normalised, reduced)
     factor = scale * inverse
     x_gradient = _affine(gradient, factor, -factor * bias_gradient / count, axis)
     x_gradient = x_gradient - _affine(normalised, factor * scale_gradient / count, jnp.zeros_like(factor), axis)
-    return x_gradient, scale_gradient, bias_gradient
+    return x_gradient.astype(x.dtype), scale_gradient, bias_gradient
 
 
 normalise_batch.defvjp(_normalise_forward, _normalise_backward)
@@ -233,7 +254,7 @@ class Conv(nn.Module):
         channels = x.shape[layout_of(self.lowering).channel_axis]
         initialiser = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         kernel = self.param("kernel", initialiser, (self.size, self.size, channels, self.features), jnp.float32)
-        return convolve(x, kernel, stride=self.stride, padding=self.size // 2, lowering=self.lowering)
+        return convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=self.size // 2, lowering=self.lowering)
 
 
 class BatchNorm(nn.Module):
@@ -263,7 +284,7 @@ class BatchNorm(nn.Module):
                 running_variance.value += self.momentum * (unbiased - running_variance.value)
             return y
         factor = scale * lax.rsqrt(running_variance.value + self.epsilon)
-        return _affine(x, factor, bias - running_mean.value * factor, axis)
+        return _affine(x.astype(scale.dtype), factor, bias - running_mean.value * factor, axis).astype(x.dtype)
 
 
 def _uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
@@ -281,7 +302,7 @@ class Classifier(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         layout = layout_of(self.lowering)
         channels = x.shape[layout.channel_axis]
-        pooled = jnp.mean(x, layout.spatial_axes)  # [N, C] or [C, N]
+        pooled = jnp.mean(x.astype(jnp.float32), layout.spatial_axes)  # [N, C] or [C, N]
         initialiser = _uniform_fan_in(channels)
         kernel = self.param("kernel", initialiser, (channels, self.num_classes), jnp.float32)
         bias = self.param("bias", initialiser, (self.num_classes,), jnp.float32)
@@ -293,7 +314,7 @@ class Classifier(nn.Module):
 class Taps:
     """The named activations that callers may read and replace on the way through a network.
 
-    One is made per call of a network: `tap("stage1", x)` records x, NHWC, and returns what goes on, which is
+    One is made per call of a network: `tap("stage1", x)` records x, float32 NHWC, and returns what goes on, which is
     `edits["stage1"](x)` where the caller gave such an edit.
     """
 
@@ -303,11 +324,11 @@ class Taps:
         self.features: dict[str, Any] = {}
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
-        features = self._layout.to_nhwc(x)
+        features = self._layout.to_nhwc(x).astype(jnp.float32)
         edit = self._edits.pop(name, None)
         if edit is not None:
             features = edit(features)
-            x = self._layout.from_nhwc(features)
+            x = self._layout.from_nhwc(features).astype(x.dtype)
         self.features[name] = features
         return x
 

@@ -8,7 +8,7 @@ with bottleneck blocks), w = 64 in the paper.
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import BatchNorm, Classifier, Conv, Lowering, Taps, layout_of, relu
+from bdjax.models.layers import BatchNorm, Classifier, ComputeDtype, Conv, Lowering, Taps, layout_of, relu
 
 BLOCKS = {
     "resnet10": ("basic", (1, 1, 1)),  # not in the paper: one block a stage, for the quick presets
@@ -65,12 +65,13 @@ class ResNet(nn.Module):
     width: int
     num_classes: int
     lowering: Lowering
+    compute_dtype: ComputeDtype = "float32"
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
         block = BasicBlock if self.kind == "basic" else BottleneckBlock
         taps = Taps(self.lowering, edits)
-        x = layout_of(self.lowering).from_nhwc(images)
+        x = layout_of(self.lowering).from_nhwc(images.astype(self.compute_dtype))
         x = Conv(self.width, 3, 1, self.lowering, name="stem_conv")(x)
         x = relu(BatchNorm(self.lowering, name="stem_norm")(x, train=train))
         for stage, count in enumerate(self.blocks):

@@ -1,4 +1,5 @@
 import pathlib
+from typing import get_args
 
 import chex
 import jax
@@ -11,6 +12,7 @@ from bdjax.models.layers import (
     BatchNorm,
     Classifier,
     Conv,
+    Lowering,
     Taps,
     convolve,
     convolve_3x3,
@@ -20,7 +22,7 @@ from bdjax.models.layers import (
     relu,
 )
 
-LOWERINGS = ("native", "shifted")
+LOWERINGS = get_args(Lowering)
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "batch_norm.npz"
 
 
@@ -87,7 +89,7 @@ def test_a_stride_2_convolution_is_padded_on_both_sides(lowering):
 
 @pytest.mark.parametrize("shape", [(8, 8), (7, 5)])
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2), (5, 3)])
-def test_both_lowerings_are_pytorchs_convolution_with_the_same_gradients(size, stride, shape):
+def test_all_lowerings_are_pytorchs_convolution_with_the_same_gradients(size, stride, shape):
     x, kernel = draw(0, 2, *shape, 3), draw(1, size, size, 3, 4)
     expected = torch_convolution(np.asarray(x, np.float64), np.asarray(kernel, np.float64), stride, size // 2)
     cotangent = draw(2, *expected.shape)
@@ -101,9 +103,55 @@ def test_both_lowerings_are_pytorchs_convolution_with_the_same_gradients(size, s
 
         return pulled_back(function, (x, kernel), cotangent)
 
-    native, shifted = run("native"), run("shifted")
+    native, *others = (run(lowering) for lowering in LOWERINGS)
     np.testing.assert_allclose(native[0], expected, rtol=1e-5, atol=1e-5)
-    chex.assert_trees_all_close(shifted, native, rtol=1e-4, atol=1e-4)
+    for other in others:
+        chex.assert_trees_all_close(other, native, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_in_bfloat16_only_activations_are_rounded(lowering):
+    layout = layout_of(lowering)
+    x = draw(0, 4, 6, 6, 3)
+    conv, norm, classifier = Conv(4, 3, 1, lowering), BatchNorm(lowering), Classifier(3, lowering)
+
+    def run(x):
+        x = layout.from_nhwc(x)
+        kernels = conv.init(jax.random.key(0), x)
+        inner = conv.apply(kernels, x)
+        statistics = norm.init(jax.random.key(1), inner, train=False)
+        y, updated = norm.apply(statistics, inner, train=True, mutable=["batch_stats"])
+        weights = classifier.init(jax.random.key(2), y)
+        return (kernels, statistics, weights), (inner, y), (updated, classifier.apply(weights, y))
+
+    parameters, activations, kept = run(x.astype(jnp.bfloat16))
+    exact_parameters, exact_activations, exact_kept = run(x)
+    chex.assert_trees_all_equal(parameters, exact_parameters)
+    assert {leaf.dtype for leaf in activations} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((parameters, kept))} == {jnp.dtype("float32")}
+    # 8 bits of mantissa: 0.4 % of each factor.
+    as_float = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), activations)
+    chex.assert_trees_all_close((as_float, kept), (exact_activations, exact_kept), atol=0.04)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_gradients_in_bfloat16_point_where_the_exact_ones_do(lowering):
+    layout = layout_of(lowering)
+    x, target = draw(0, 4, 6, 6, 3), draw(3, 4, 6, 6, 4)
+
+    def loss(params, dtype):
+        y = convolve(
+            layout.from_nhwc(x.astype(dtype)), params["kernel"].astype(dtype), stride=1, padding=1, lowering=lowering
+        )
+        y = normalise_batch(y, params["scale"], params["bias"], layout.channel_axis, 1e-5)[0]
+        return jnp.mean(jnp.square(layout.to_nhwc(relu(y)).astype(jnp.float32) - target))
+
+    params = {"kernel": draw(1, 3, 3, 3, 4), "scale": 1 + 0.1 * draw(4, 4), "bias": 0.1 * draw(5, 4)}
+    exact, rounded = (jax.grad(loss)(params, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    for name, gradient in rounded.items():
+        assert gradient.dtype == jnp.float32
+        cosine = jnp.vdot(gradient, exact[name]) / jnp.linalg.norm(gradient) / jnp.linalg.norm(exact[name])
+        assert cosine > 0.999, name
 
 
 def test_the_written_gradient_of_the_3x3_convolution_is_right():
@@ -137,7 +185,7 @@ def test_layouts_name_their_axes_and_go_there_and_back(lowering):
 
 
 def test_an_unknown_lowering_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="'winograd' is not one of 'native', 'shifted'"):
+    with pytest.raises(ValueError, match="'winograd' is not one of 'native', 'patches', 'shifted'"):
         layout_of("winograd")
     assert default_lowering() in LOWERINGS
 
@@ -244,7 +292,7 @@ def test_the_gradient_of_relu_at_zero_is_zero():
     np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x), [0, 0, 1])
 
 
-def test_both_lowerings_start_from_the_same_parameters():
+def test_all_lowerings_start_from_the_same_parameters():
     for make in (lambda lowering: Conv(4, 3, 1, lowering), lambda lowering: Classifier(4, lowering)):
         chex.assert_trees_all_equal(
             *(

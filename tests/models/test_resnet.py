@@ -1,6 +1,7 @@
 """The golden arrays are PyTorch's; how they were made is in tests/golden/README.md."""
 
 import pathlib
+from typing import get_args
 
 import chex
 import jax
@@ -10,13 +11,13 @@ import pytest
 
 from bdjax import losses
 from bdjax.errors import InputError
-from bdjax.models import MODELS, count_parameters, make_model
+from bdjax.models import MODELS, Lowering, count_parameters, make_model
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
 from bdjax.training.member import TrainConfig, as_float, make_optimiser, make_step
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-LOWERINGS = ("native", "shifted")
+LOWERINGS = get_args(Lowering)
 
 
 def torch_state(arrays, name):
