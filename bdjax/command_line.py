@@ -13,12 +13,14 @@ import tyro
 from rich.console import Console
 
 from bdjax.errors import InputError
-from bdjax.training import ensemble
+from bdjax.training import ensemble, processes
 
 Config = TypeVar("Config")
 
 FAILED = 2
 """Exit status when the input cannot be used."""
+LOST = 1
+"""Exit status when another process has failed or is gone."""
 
 
 def parse(
@@ -35,7 +37,7 @@ def parse(
         defaults: from the choosers' values to the configuration that the flags start from; raises InputError.
         choosers: name of a flag that decides on defaults -> its own default.
         arguments: the command line without the program's name; None for that of the process.
-        texts: `prog` and `description` for the help text.
+        texts: `prog` and `description` for the help text, which tells of `run`'s own flags as well.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = dict(choosers)
@@ -47,6 +49,7 @@ def parse(
                 value = arguments[position + 1]
             chosen[name] = value
     default = defaults(**chosen)
+    texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
     return tyro.cli(type(default), default=default, args=arguments, **texts)
 
 
@@ -85,14 +88,32 @@ def use_compilation_cache() -> None:
 
 
 def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
-    """Run an experiment's main function; input that cannot be used is one line on standard error and exit status 2."""
+    """Run an experiment's main function; input that cannot be used is one line on standard error and exit status 2.
+
+    Flags about processes (`processes.HELP`) are taken out of the command line first: every experiment has them.
+    """
     use_compilation_cache()
     ensemble.use_every_core()
     try:
+        others, arguments = processes.take_flags(sys.argv[1:] if arguments is None else arguments)
+        if others is not None:
+            processes.start(others)
         main(arguments)
     except InputError as error:
-        Console(stderr=True).print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+        processes.report_failure(error)
+        _print_error(error)
         raise SystemExit(FAILED) from None
-    except KeyboardInterrupt:
+    except processes.ProcessError as error:
+        _print_error(f"{error}; the same command goes on from here, with any number of processes")
+        raise SystemExit(LOST) from None
+    except KeyboardInterrupt as error:
+        processes.report_failure(error)
         Console(stderr=True).print("interrupted: the same command goes on from here", style="yellow")
         raise SystemExit(130) from None
+    except Exception as error:
+        processes.report_failure(error)
+        raise
+
+
+def _print_error(error: object) -> None:
+    Console(stderr=True).print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from bdjax.reporting.tables import Table, printable
+from bdjax.training import processes
 
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0
 
@@ -37,11 +38,12 @@ class StageLog:
     """Times the stages of a run and prints a line for each.
 
     On a terminal the stage under way has a bar that vanishes when it is done. Elsewhere (a file, a pipe) there are only
-    plain lines, one for each stage that is done and one now and then from a long one, without control characters.
+    plain lines, one for each stage that is done and one now and then from a long one, without control characters. Of
+    several processes the primary alone prints.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.console = console or Console()
+        self.console = console or Console(quiet=not processes.is_primary())
         self.timings: dict[str, float] = {}  # seconds; a stage that comes again adds to its own
         self._clock = clock
         self._has_bar = False

@@ -25,6 +25,7 @@ import numpy as np
 import bdjax
 from bdjax.errors import InputError
 from bdjax.reporting.tables import printable
+from bdjax.training import processes
 
 CONFIG_FILE = "config.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -32,7 +33,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run. Every write is atomic: a reader finds the old file or the new one, never half of one."""
+    """An open run. Every write is atomic: a reader finds the old file or the new one, never half of one.
+
+    With several processes the primary alone writes.
+    """
 
     path: Path  # absolute
     is_new: bool  # False: the run was started before, with the same settings
@@ -52,7 +56,8 @@ class RunFolder:
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Writes a file atomically and returns its path."""
-        return write_bytes_atomically(self.file(name), data)
+        path = self.file(name)
+        return write_bytes_atomically(path, data) if processes.is_primary() else path
 
     def write_text(self, name: str, text: str) -> Path:
         """Writes a UTF-8 file atomically and returns its path."""
@@ -89,6 +94,13 @@ def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str
         settings = to_plain(config, "config")
     except ValueError as error:
         raise InputError(str(error)) from error
+    opened = _open(output, settings, experiment, list(ignore))
+    return RunFolder(path=Path(opened["path"]), is_new=opened["is_new"], record=opened["record"])
+
+
+@processes.by_primary
+def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Sequence[str]) -> dict[str, Any]:
+    """Makes or checks the folder, and returns what a `RunFolder` is made of."""
     path = Path(output).expanduser().absolute()
     try:
         if path.exists() and not path.is_dir():
@@ -113,7 +125,7 @@ def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str
         (path / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{output} cannot be used ({error.strerror or error}); choose another --output") from error
-    return RunFolder(path=path, is_new=is_new, record=record)
+    return {"path": os.fspath(path), "is_new": is_new, "record": record}
 
 
 def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:

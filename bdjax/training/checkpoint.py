@@ -5,6 +5,9 @@ Two kinds, both written to a temporary folder and renamed, so that an interrupte
 - `save` / `load`: a finished tree, leaf by leaf under its own names, readable by anybody's Orbax;
 - `save_progress` / `load_progress`: where an unfinished stage stands, once per epoch, with every leaf of one dtype packed
   into one vector. Orbax takes about 1.5 ms a leaf, and a state of many small ones should cost less than its epoch.
+
+With several processes all of them call each function; the primary alone writes (Orbax sees to it for what it writes, and
+has all processes wait for each other), and every one reads for itself.
 """
 
 import contextlib
@@ -21,12 +24,24 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from bdjax.errors import InputError
+from bdjax.training import processes
 from bdjax.types import PyTree
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines a save
 
 _PROGRESS = "progress-"
 _ABOUT = "about.json"
+
+
+def _by_itself() -> contextlib.AbstractContextManager:
+    """Let each process read alone: Orbax would have it wait for all others."""
+    if processes.count() == 1:
+        return contextlib.nullcontext()
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"bdjax-{me}"
+    )
+    return ocp.Context(multiprocessing_options=options)
 
 
 def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
@@ -38,17 +53,30 @@ def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
         about: JSON-able facts that a reader needs to rebuild the target: the model's name, width and classes, say.
     """
     folder = folder.absolute()
+    _make_room(folder)
+    tree = jax.tree.map(_plain, tree)
+    # Orbax takes no arrays of one process's own devices where there are several processes.
+    ocp.save(folder / "tree", tree if processes.count() == 1 else jax.device_get(tree))
+    _complete(folder, dict(about))
+
+
+@processes.by_primary
+def _make_room(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # about.json is written last and makes the checkpoint complete.
     with contextlib.suppress(FileNotFoundError):
         (folder / _ABOUT).unlink()
     shutil.rmtree(folder / "tree", ignore_errors=True)
-    ocp.save(folder / "tree", jax.tree.map(_plain, tree))
+
+
+@processes.by_primary
+def _complete(folder: pathlib.Path, facts: dict[str, Any]) -> None:
     temporary = folder / (_ABOUT + ".tmp")
-    temporary.write_text(json.dumps(dict(about), indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / _ABOUT)
 
 
+@processes.by_primary
 def is_complete(folder: pathlib.Path) -> bool:
     """Whether `folder` holds a finished checkpoint."""
     return (folder / _ABOUT).is_file() and (folder / "tree").is_dir()
@@ -82,16 +110,17 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
         InputError: if the folder is not a finished checkpoint, or holds another structure or other shapes.
     """
     about(folder)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
     path = folder.absolute() / "tree"
     try:
-        # Compared first: Orbax finds another shape in the middle of its reads, and leaves warnings of those behind.
-        stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                raise ValueError(f"{name} is {stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}")
-        return ocp.load(path, target)
+        with _by_itself():
+            # Compared first: Orbax finds another shape in the middle of its reads, and leaves warnings of those behind.
+            stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
+            for name in sorted(stored.keys() | wanted.keys()):
+                if stored.get(name) != wanted.get(name):
+                    raise ValueError(f"{name} is {stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}")
+            return ocp.load(path, target)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(
             f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {_first_line(error)}"
@@ -100,15 +129,17 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
 
 def save_progress(folder: pathlib.Path, number: int, tree: PyTree) -> None:
     """Write where a stage stands after `number` epochs, then drop what was written before."""
-    folder = folder.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_PROGRESS}{number:06d}"
+    path = folder.absolute() / f"{_PROGRESS}{number:06d}"
+    _make_room_for_progress(path)
+    ocp.save(path, _pack(tree))
+    drop_progress(folder, but=path)
+
+
+@processes.by_primary
+def _make_room_for_progress(path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # left by a run that was cut off before it could go on
         shutil.rmtree(path)
-    ocp.save(path, _pack(tree))
-    for other in folder.glob(f"{_PROGRESS}*"):
-        if other != path:
-            shutil.rmtree(other, ignore_errors=True)
 
 
 def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
@@ -121,27 +152,36 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
     Raises:
         InputError: if what is there has another structure.
     """
-    finished = sorted(path for path in folder.absolute().glob(f"{_PROGRESS}*") if path.name[len(_PROGRESS) :].isdigit())
-    if not finished:
+    newest = _newest_progress(folder)
+    if newest is None:
         return None
+    path = folder.absolute() / newest
     wanted = _pack(like)
     try:
-        packed = ocp.load(finished[-1], wanted)
+        with _by_itself():
+            packed = ocp.load(path, wanted)
         for name, vector in wanted.items():  # Orbax gives NumPy vectors of whatever length was saved
             if packed[name].size != vector.size:
                 raise ValueError(f"it holds {packed[name].size} {name} values, this run {vector.size}")
         return _unpack(packed, like)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(
-            f"{finished[-1]}: not the progress of this run ({_first_line(error)}); "
-            "choose another --output or delete the folder"
+            f"{path}: not the progress of this run ({_first_line(error)}); choose another --output or delete the folder"
         ) from None
 
 
-def drop_progress(folder: pathlib.Path) -> None:
-    """Delete the progress of a stage that is finished, and what an interrupted write left."""
+@processes.by_primary
+def _newest_progress(folder: pathlib.Path) -> str | None:
+    found = (path.name for path in folder.absolute().glob(f"{_PROGRESS}*"))
+    return max((name for name in found if name[len(_PROGRESS) :].isdigit()), default=None)
+
+
+@processes.by_primary
+def drop_progress(folder: pathlib.Path, but: pathlib.Path | None = None) -> None:
+    """Delete the progress of a stage that is finished, and what an interrupted write left; `but` stays."""
     for path in folder.absolute().glob(f"{_PROGRESS}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path != but:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:
