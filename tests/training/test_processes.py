@@ -1,0 +1,195 @@
+"""Two processes on this machine, each a whole interpreter: few of them, and tiny networks."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small_run
+
+from bdjax import command_line
+from bdjax.errors import InputError
+from bdjax.reporting.progress import StageProgress
+from bdjax.training import processes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TIMEOUT = 120
+"""Seconds; all of these are done in a few, but the machine may be busy."""
+
+# ---- Flags ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        ("--coordinator=host:1234 --processes=4 --process=3", ("host:1234", 4, 3)),
+        ("--process 0 --processes 1 --coordinator [::1]:80", ("[::1]:80", 1, 0)),
+        ("--distributed", (None, None, None)),
+    ],
+)
+def test_flags_about_processes_are_taken_out(arguments, flags):
+    words = arguments.split()
+    assert processes.take_flags(["--epochs=3", *words, "--out", "x"]) == (flags, ["--epochs=3", "--out", "x"])
+    assert processes.take_flags(["--epochs=3"]) == (None, ["--epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--coordinator=host:1", "--processes and --process missing"),
+        ("--processes=2 --process=1", "--coordinator missing"),
+        ("--coordinator=host:1 --processes=2 --process", "--process '' is not a whole number"),
+        ("--coordinator=host:1 --processes=two --process=1", "--processes 'two' is not a whole number"),
+        ("--coordinator=host:1 --processes=2 --process=2", "--process 2 is not below --processes 2"),
+        ("--coordinator=host --processes=2 --process=1", "--coordinator 'host' is not HOST:PORT"),
+        ("--coordinator=host:99999 --processes=2 --process=1", "--coordinator 'host:99999' is not HOST:PORT"),
+        ("--distributed --process=1", "leave out --process"),
+    ],
+)
+def test_flags_that_make_no_sense_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
+    with pytest.raises(InputError, match=re.escape(message)):
+        processes.take_flags(arguments.split())
+    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
+    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(print, arguments.split())
+    assert stop.value.code == command_line.FAILED
+    output, error = capsys.readouterr()
+    assert output == "" and error.count("\n") == 1 and message in error
+
+
+# ---- One process ----------------------------------------------------------------------------------------------------
+
+
+def test_alone_nobody_is_waited_for():
+    calls = []
+
+    @processes.by_primary
+    def function(value):
+        calls.append(value)
+        return value
+
+    assert processes.count() == 1 and processes.is_primary()
+    processes.barrier("here")
+    assert processes.exchange("here", "text") == ["text"]
+    assert function(calls) is calls and len(calls) == 1
+
+
+# ---- Two processes --------------------------------------------------------------------------------------------------
+
+
+def start(devices: int, *arguments: str) -> subprocess.Popen:
+    """Start `small_run.py` as a program, as strict as the tests and sharing their compiled programs."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, small_run.__file__, str(devices), *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(*programs: subprocess.Popen) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each; none outlives the test."""
+    try:
+        told = [program.communicate(timeout=TIMEOUT) for program in programs]
+        return [(program.returncode, *each) for program, each in zip(programs, told, strict=True)]
+    finally:
+        for program in programs:
+            program.kill()
+
+
+def run_two(devices: int, *arguments: str) -> list[tuple[int, str, str]]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"--coordinator=localhost:{free.getsockname()[1]}"
+    return finish(*(start(devices, *arguments, where, "--processes=2", f"--process={i}") for i in range(2)))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    small_run.main([f"--output={folder / 'run'}", f"--seen={folder}"])
+    return folder
+
+
+def assert_same(alone: pathlib.Path, folder: pathlib.Path, count: int) -> None:
+    expected = np.load(alone / "0.npz")
+    for process in range(count):
+        seen = np.load(folder / f"{process}.npz")
+        for name, values in expected.items():
+            np.testing.assert_array_equal(seen[name], values)
+    results = [json.loads((each / "run" / "results.json").read_text()) for each in (alone, folder)]
+    assert results[0] == results[1]
+    files = [sorted(path.name for path in (each / "run").iterdir()) for each in (alone, folder)]
+    assert files[0] == files[1]
+    assert not list((folder / "run").rglob("progress-*"))
+
+
+def test_two_processes_end_where_one_does(alone, tmp_path):
+    arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
+    (status, output, error), (other_status, other_output, other_error) = run_two(1, *arguments)
+    assert status == other_status == 0, error + other_error
+    assert_same(alone, tmp_path, 2)
+    assert "4 epochs" in output and "finished" in output
+    assert "epochs" not in other_output and "finished" not in other_output  # but what Gloo says of itself
+
+    # A finished run is read by both, and one with other settings refused by both.
+    written = (tmp_path / "run" / "config.json").read_bytes()
+    ended = run_two(1, f"--output={tmp_path / 'run'}", "--epochs=5")
+    assert [status for status, _, _ in ended] == [command_line.FAILED] * 2
+    for _, _, error in ended:
+        assert "holds a run with other settings: epochs 4 -> 5" in error and "Traceback" not in error
+    assert (tmp_path / "run" / "config.json").read_bytes() == written
+
+
+def test_what_two_processes_left_one_goes_on_with(alone, tmp_path):
+    arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
+    ended = run_two(1, *arguments, "--kill-after=2")
+    assert all(status < 0 for status, _, _ in ended), ended
+    assert -signal.SIGKILL in [status for status, _, _ in ended]
+    assert [path.name for path in (tmp_path / "run").rglob("progress-*")] == ["progress-000002"]
+    small_run.main(arguments)
+    assert_same(alone, tmp_path, 1)
+
+
+def test_what_one_process_left_two_with_two_devices_go_on_with(alone, tmp_path, monkeypatch):
+    arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
+
+    def interrupt(progress: StageProgress, steps: int, message: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(StageProgress, "advance", interrupt)
+        small_run.main(arguments)
+    assert [path.name for path in (tmp_path / "run").rglob("progress-*")] == ["progress-000001"]
+    ended = run_two(2, *arguments)
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert_same(alone, tmp_path, 2)
+
+
+def test_if_one_process_fails_the_other_says_so(tmp_path):
+    (status, _, error), (other_status, _, other_error) = run_two(1, f"--output={tmp_path / 'run'}", "--fail-in=1")
+    assert other_status == command_line.FAILED
+    assert other_error == "error: this process cannot go on\n"
+    assert status == command_line.LOST
+    assert error.startswith("error: process 1 failed: this process cannot go on; the same command goes on")
+    assert "Traceback" not in error
+
+
+def test_without_a_cluster_there_is_none_to_ask(tmp_path):
+    ((status, output, error),) = finish(start(1, "--distributed", f"--output={tmp_path / 'run'}"))
+    assert status == command_line.FAILED
+    assert output == "" and error.startswith("error: --distributed: no cluster that JAX knows of")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
