@@ -1,0 +1,234 @@
+"""One device or eight: the same members with the same numbers, and a run that moves from one to the other goes on.
+
+The number of devices is fixed when JAX starts. Run as a program with a number, this file trains on that many CPU devices
+and writes what came out; the tests compare.
+
+"The same" is to float32's rounding: members are exactly alike only if they go through the same program, and how many a
+device has is part of that. XLA takes a loop over a single member apart, and lays eight side by side out in other loops
+than one.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import typing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.losses import cross_entropy
+from bdjax.models.facade import as_model
+from bdjax.models.resnet import ResNet
+from bdjax.training import ensemble
+from bdjax.training.member import Rows, TrainConfig, TrainState, init_state, make_epoch
+from bdjax.types import Model
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SHAPE = (6, 6, 1)
+IMAGES = np.random.default_rng(0).integers(0, 256, (30, *SHAPE)).astype(np.uint8)
+LAYOUTS = typing.get_args(ensemble.Layout)
+COUNTS = (5, 8, 11)  # of eight devices: three are left over; each has one; six have two, one of them a copy
+CONFIG = TrainConfig(epochs=2, batch_size=5, evaluation_batch_size=5)
+MOVED = TrainConfig(epochs=6, batch_size=5, evaluation_batch_size=5, plateau_patience=0, plateau_threshold=0.5)
+STOPS = {1: 2, 8: 4, 3: 6}  # number of devices -> the epoch after which the run that moves leaves them
+
+
+# ---- The program ----------------------------------------------------------------------------------------------------
+
+
+def loss(logits, targets):
+    return cross_entropy(logits, targets["labels"])
+
+
+def stem() -> Model:
+    """A ResNet without a block. The native convolution takes the least time to compile."""
+    return as_model(ResNet("basic", (0, 0, 0), 2, 3, "native"), 3, "convolution, normalisation and classifier")
+
+
+def draw_rows(seeds, count: int) -> Rows:
+    """A member's rows come from its seed alone."""
+    index = np.stack([np.random.default_rng(seed).permutation(len(IMAGES))[:count] for seed in seeds]).astype(np.int32)
+    return Rows(jnp.asarray(index), {"labels": jnp.asarray(index % 3)})
+
+
+def named(tree) -> dict[str, np.ndarray]:
+    """Copies of all leaves by name, keys as their words."""
+
+    def plain(leaf):
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.array(jax.random.key_data(leaf) if is_key else leaf)
+
+    return {jax.tree_util.keystr(where): plain(leaf) for where, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+class Stop(Exception):
+    pass
+
+
+class Program:
+    """What runs on a number of devices, into files in `folder`."""
+
+    def __init__(self, devices: int, folder: pathlib.Path):
+        self.devices = devices
+        self.folder = folder
+        self.model = stem()
+
+    def fit(self, seeds, config: TrainConfig, layout: str, **how) -> TrainState:
+        keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+        states = ensemble.init_members(lambda key: init_state(key, self.model, SHAPE, config), keys)
+        shared = jnp.asarray(IMAGES), draw_rows(seeds, 10), draw_rows([seed + 100 for seed in seeds], 5)
+        before = named((states, shared))
+        fitted = ensemble.fit(self.model, loss, config, states, *shared, layout=layout, **how)
+        # Only the states may have been given up, and then they are gone, not overwritten.
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(shared))
+        after = named((jax.tree.map(lambda leaf: None if leaf.is_deleted() else leaf, states), shared))
+        for name, values in after.items():
+            assert np.array_equal(values, before[name]), f"fit wrote into its argument {name}"
+        return fitted
+
+    def move(self) -> None:
+        """Go on with the run that other devices began, until it leaves these."""
+        progress = self.folder / "moving"
+        fit = partial(self.fit, range(5), MOVED, "vmap")
+
+        def leave(state: TrainState) -> None:
+            if state.epoch[0] == STOPS[self.devices]:
+                raise Stop
+
+        def copy(state: TrainState) -> None:
+            if state.epoch[0] == STOPS[self.devices]:
+                shutil.copytree(self.folder / "staying", progress)
+
+        if self.devices == 1:
+            self.write("stayed", fit(progress_folder=self.folder / "staying", on_epoch=copy))
+        elif STOPS[self.devices] < MOVED.epochs:
+            with pytest.raises(Stop):
+                fit(progress_folder=progress, on_epoch=leave)
+        else:
+            self.write("moved", fit(progress_folder=progress))
+
+    def compare(self) -> None:
+        for layout in LAYOUTS:
+            predict = ensemble.make_predict(self.model, layout, 4)
+            strangers = [member if member % 3 == 0 else member + 50 for member in range(COUNTS[-1])]
+            runs = {str(count): range(count) for count in COUNTS}
+            if self.devices > 1:
+                runs["strangers"] = strangers
+            for name, seeds in runs.items():
+                state = self.fit(seeds, CONFIG, layout)
+                logits = predict(state.variables, jnp.asarray(IMAGES[:7]))
+                self.write(f"{layout}-{name}-on-{self.devices}", {"state": state, "logits": logits})
+
+    def write(self, name: str, tree) -> None:
+        np.savez(self.folder / f"{name}.npz", **named(tree))
+
+
+def run_on(devices: int, folder: pathlib.Path) -> None:
+    jax.config.update("jax_num_cpu_devices", devices)
+    assert len(jax.devices()) == devices
+    program = Program(devices, folder)
+    program.move()
+    if devices != 3:
+        program.compare()
+
+
+# ---- The tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> pathlib.Path:
+    """The files of all numbers of devices."""
+    folder = tmp_path_factory.mktemp("devices")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+    }
+    for devices in STOPS:
+        command = [sys.executable, __file__, str(devices), str(folder)]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr[-3000:]
+    return folder
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
+
+
+def assert_same_but_for_rounding(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype, name
+        if values.dtype == np.float32:
+            scale = float(np.abs(values).max())
+            np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-5 * scale, err_msg=name)
+        else:
+            np.testing.assert_array_equal(found[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eight_devices_equal_one(outcomes, layout, count):
+    one, eight = (read(outcomes / f"{layout}-{count}-on-{devices}.npz") for devices in (1, 8))
+    assert one["['logits']"].shape == (count, 7, 3)
+    assert len({member.tobytes() for member in one["['logits']"]}) == count  # members differ
+    assert_same_but_for_rounding(eight, one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_member_among_others_on_other_devices_is_the_same_member(outcomes, layout):
+    among_eleven = read(outcomes / f"{layout}-{COUNTS[-1]}-on-8.npz")
+    for count in COUNTS[:-1]:
+        fewer = read(outcomes / f"{layout}-{count}-on-8.npz")
+        assert_same_but_for_rounding({name: values[:count] for name, values in among_eleven.items()}, fewer)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_other_members_leave_no_trace(outcomes, layout):
+    friends, strangers = (read(outcomes / f"{layout}-{name}-on-8.npz") for name in (COUNTS[-1], "strangers"))
+    for name, values in friends.items():  # the same program: not a bit may differ
+        np.testing.assert_array_equal(strangers[name][::3], values[::3], err_msg=name)
+    assert np.all(np.any(strangers["['logits']"][1::3] != friends["['logits']"][1::3], axis=(1, 2)))
+
+
+def test_a_run_that_moves_from_one_device_to_eight_and_then_to_three_ends_where_it_would_have_ended(outcomes):
+    stayed, moved = read(outcomes / "stayed.npz"), read(outcomes / "moved.npz")
+    assert np.all(moved[".epoch"] == MOVED.epochs)
+    assert np.all(moved[".history['loss']"] > 0)  # of all epochs, wherever they were
+    assert np.any(moved[".plateau.learning_rate"] < MOVED.learning_rate)
+    assert_same_but_for_rounding(moved, stayed)
+    # What was done before it moved was carried over as it was.
+    for name in ("loss", "accuracy", "validation_loss", "learning_rate"):
+        before = slice(0, STOPS[1])
+        np.testing.assert_array_equal(moved[f".history['{name}']"][:, before], stayed[f".history['{name}']"][:, before])
+
+
+@pytest.mark.parametrize("donate", [True, False])
+def test_an_epoch_gives_up_the_states_that_were_placed_and_nothing_else(donate):
+    # Whether `fit` leaves its own arguments alone, on one, three and eight devices, is asserted in `Program.fit`.
+    model, seeds = stem(), range(3)
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+    states = ensemble.init_members(lambda key: init_state(key, model, SHAPE, CONFIG), keys)
+    spread = ensemble.spread_members(len(seeds))
+    placed, train, validation = (spread.place(tree) for tree in (states, draw_rows(seeds, 10), draw_rows(seeds, 5)))
+    pool = spread.replicate(jnp.asarray(IMAGES))
+    before = named((states, train, validation, pool))
+    epoch = make_epoch(model, loss, CONFIG)
+    ensemble.compile_members(epoch, "map", spread, num_shared=1, donate=donate)(placed, train, validation, pool)
+    assert {leaf.is_deleted() for leaf in jax.tree.leaves(placed)} == {donate}
+    after = named((states, train, validation, pool))  # fails if one was given up
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values, err_msg=name)
+
+
+if __name__ == "__main__":
+    run_on(int(sys.argv[1]), pathlib.Path(sys.argv[2]))

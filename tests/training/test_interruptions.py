@@ -1,0 +1,254 @@
+"""A run that is killed at random moments, again and again, ends bit for bit where an undisturbed one ends.
+
+Run as a program, this file is the run that is killed: three members of a small model, which train for some seconds and
+spend most of that time in writing their progress.
+"""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.training import ensemble
+from bdjax.training.member import Rows, TrainConfig, init_state
+from bdjax.types import Model, ModelOutput
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SEED = int(os.environ.get("BDJAX_INTERRUPTION_SEED", "0"))  # a failure says which it was; others are worth a try
+SHAPE = (6, 6, 1)
+MEMBERS = 3
+# The rate falls a few times, each epoch ends with an incomplete batch, and images are cut anew by the shuffle's key.
+CONFIG = TrainConfig(
+    epochs=120, batch_size=8, plateau_patience=4, plateau_threshold=0.02, plateau_factor=0.8, augmentation="crop"
+)
+
+
+# ---- The run --------------------------------------------------------------------------------------------------------
+
+
+def regression() -> Model:
+    """Softmax regression with running statistics. Without Flax, whose import takes as long as all the training."""
+
+    def init(key, image_shape):
+        size = int(np.prod(image_shape))
+        return {
+            "params": {"kernel": 0.1 * jax.random.normal(key, (size, 3)), "bias": jnp.zeros(3)},
+            "batch_stats": {"mean": jnp.zeros(size)},
+        }
+
+    def apply(variables, images, *, train, edits=None):
+        flat = images.reshape(images.shape[0], -1)
+        mean = jnp.mean(flat, axis=0) if train else variables["batch_stats"]["mean"]
+        params = variables["params"]
+        logits = (flat - mean[None]) @ params["kernel"] + params["bias"][None]
+        if train:
+            variables = {**variables, "batch_stats": {"mean": 0.9 * variables["batch_stats"]["mean"] + 0.1 * mean}}
+        return ModelOutput(logits, {}, variables)
+
+    return Model(init, apply, 3, "regression")
+
+
+def cross_entropy(logits, targets):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets["labels"][:, None], axis=1)[:, 0]
+
+
+def draw_rows(random_numbers: np.random.Generator, count: int) -> Rows:
+    index = np.stack([random_numbers.permutation(40)[:count] for _ in range(MEMBERS)]).astype(np.int32)
+    return Rows(jnp.asarray(index), {"labels": jnp.asarray(index % 3)})
+
+
+def write_leaves(path: pathlib.Path, tree) -> None:
+    """All leaves by name; the file is there as a whole or not at all."""
+    leaves = {jax.tree_util.keystr(where): leaf for where, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    temporary = path.with_suffix(".unfinished.npz")
+    np.savez(temporary, **{name: np.asarray(leaf) for name, leaf in leaves.items()})
+    os.replace(temporary, path)
+
+
+def train_to_the_end(output: pathlib.Path) -> None:
+    """One stage, as an experiment runs it; says on standard output where it stands."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    model, random_numbers = regression(), np.random.default_rng(5)
+    pool = jnp.asarray(random_numbers.integers(0, 256, (40, *SHAPE)), jnp.uint8)
+    train, validation = draw_rows(random_numbers, 20), draw_rows(random_numbers, 10)
+    keys = jax.random.split(jax.random.key(7), MEMBERS)
+
+    def run(progress: pathlib.Path):
+        print("training", flush=True)
+        state = ensemble.fit(
+            model,
+            cross_entropy,
+            CONFIG,
+            ensemble.init_members(lambda key: init_state(key, model, SHAPE, CONFIG), keys),
+            pool,
+            train,
+            validation,
+            layout="vmap",
+            progress_folder=progress,
+            on_epoch=lambda state: print("epoch", state.epoch[0], flush=True),
+        )
+        write_leaves(output / "state.npz", state._replace(key=jax.random.key_data(state.key)))
+        return state
+
+    like = ensemble.trained_like(model, SHAPE, MEMBERS, CONFIG.epochs)
+    trained, was_there = ensemble.fit_once(output / "stage", {"model": model.description}, like, run)
+    write_leaves(output / "trained.npz", trained)
+    time.sleep(0.2)  # whoever saw the checkpoint and wants to kill may be slow
+    print("finished, trained before" if was_there else "finished", flush=True)
+
+
+# ---- What kills it --------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """One run after another on one folder. What they said is kept for the message of a failure."""
+
+    def __init__(self, output: pathlib.Path, compiled: pathlib.Path):
+        self.output = output
+        self.compiled = compiled
+        self.story: list[str] = []
+        self.epochs_done = 0
+        self.process: subprocess.Popen | None = None
+        self.output.mkdir()
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None:
+            self.process.kill()  # it lives only after a failure
+            self.process.stdout.close()
+            self.process.wait()
+
+    def start(self) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            # A folder of their own: a kill while JAX writes to it would leave half a program to the other tests.
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+            "JAX_NUMPY_RANK_PROMOTION": "raise",
+        }
+        command = [sys.executable, __file__, str(self.output)]
+        with open(self.output / "errors.txt", "a") as errors:
+            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.said_nothing_yet = True
+
+    def follow(self, line: str) -> None:
+        """Note what a run says; it must go on exactly where the last one was stopped."""
+        if line.startswith("epoch "):
+            number = int(line.split()[1])
+            # The last run may have saved one epoch more than it lived to tell.
+            most = self.epochs_done + (2 if self.said_nothing_yet else 1)
+            assert self.epochs_done < number <= most, f"epoch {number} after {self.epochs_done}\n{self.told()}"
+            self.epochs_done, self.said_nothing_yet = number, False
+
+    def read_until(self, beginning: str) -> None:
+        for line in self.process.stdout:
+            self.follow(line)
+            if line.startswith(beginning):
+                return
+        raise AssertionError(f"it ended before it said {beginning!r}\n{self.told()}")
+
+    def wait_for(self, pattern: str) -> None:
+        while not any((self.output / "stage").glob(pattern)):
+            assert self.process.poll() is None, f"it ended before {pattern} was there\n{self.told()}"
+            time.sleep(0.0002)
+
+    def end(self) -> int:
+        """Let the process end; returns its exit status."""
+        for line in self.process.communicate()[0].splitlines():
+            self.follow(line)
+        return self.process.returncode
+
+    def kill(self, moment: str) -> list[str]:
+        """Returns the names of what the stage's folder holds after it."""
+        self.process.kill()
+        assert self.end() == -9, f"it had ended before it was killed {moment}\n{self.told()}"
+        stage = self.output / "stage"
+        left = sorted(path.name for path in stage.iterdir()) if stage.exists() else []
+        self.story.append(f"killed {moment}, epoch {self.epochs_done} was done, leaving {left}")
+        return left
+
+    def told(self) -> str:
+        errors = (self.output / "errors.txt").read_text()
+        return "\n".join([f"BDJAX_INTERRUPTION_SEED={SEED}", *self.story, errors[-3000:]])
+
+
+def assert_same_files(one: pathlib.Path, other: pathlib.Path, message: str) -> None:
+    for name in ("state.npz", "trained.npz"):
+        with np.load(one / name) as expected, np.load(other / name) as found:
+            assert sorted(found.files) == sorted(expected.files)
+            for leaf in expected.files:
+                assert found[leaf].dtype == expected[leaf].dtype, leaf
+                assert found[leaf].tobytes() == expected[leaf].tobytes(), f"{name}: {leaf} differs\n{message}"
+
+
+def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed_one_ends(tmp_path):
+    with (
+        Runs(tmp_path / "undisturbed", tmp_path / "compiled") as undisturbed,
+        Runs(tmp_path / "killed", tmp_path / "compiled") as runs,
+    ):
+        undisturbed.start()
+        undisturbed.read_until("epoch")
+        began = time.perf_counter()
+        undisturbed.read_until("finished")
+        epoch_seconds = (time.perf_counter() - began) / CONFIG.epochs  # 20 ms, say; the moments are drawn in these
+        assert undisturbed.end() == 0, undisturbed.told()
+        assert undisturbed.epochs_done == CONFIG.epochs
+
+        draw = random.Random(SEED)
+        kinds = ["at first"] * 4 + ["between"] * 6 + ["writing"] * 10
+        draw.shuffle(kinds)
+        half_written = 0
+        for kind in kinds:
+            runs.start()
+            runs.read_until("training")
+            if kind == "at first":  # reading the last progress, compiling, perhaps in the first epochs
+                delay = draw.uniform(0, 20 * epoch_seconds)
+                moment = f"{delay:.3f} s after it began"
+            else:
+                epochs = draw.randint(1, 3)
+                for _ in range(epochs):
+                    runs.read_until("epoch")
+                if kind == "between":  # anywhere in an epoch
+                    delay = draw.uniform(0, 1.5 * epoch_seconds)
+                    moment = f"{delay:.4f} s after {epochs} epochs"
+                else:
+                    runs.wait_for("progress-*tmp*")
+                    delay = draw.uniform(0, epoch_seconds)
+                    moment = f"{delay:.4f} s after it began to write, after {epochs} epochs"
+            time.sleep(delay)
+            left = runs.kill(moment)
+            if kind != "at first":  # what was left then may have been left by the run before
+                half_written += any("tmp" in name for name in left)
+        assert len(runs.story) == 20
+        assert half_written >= 2, f"hardly a kill fell into a write\n{runs.told()}"
+
+        # Two more, where a stage ends: while the finished checkpoint is written, and before its progress is dropped.
+        runs.start()
+        runs.wait_for("tree*")
+        runs.kill("when the checkpoint was begun")
+        assert (runs.output / "state.npz").exists()
+        runs.start()
+        runs.wait_for("about.json")
+        runs.kill("when the checkpoint was complete")
+
+        runs.start()
+        runs.read_until("finished, trained before")
+        assert runs.end() == 0, runs.told()
+        assert_same_files(undisturbed.output, runs.output, runs.told())
+        assert runs.epochs_done == CONFIG.epochs
+        left = sorted(path.name for path in (runs.output / "stage").iterdir())
+        assert left == ["about.json", "tree"], runs.told()
+
+
+if __name__ == "__main__":
+    train_to_the_end(pathlib.Path(sys.argv[1]))
