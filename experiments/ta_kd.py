@@ -29,12 +29,12 @@ from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
 from bdjax.errors import InputError
-from bdjax.models import Lowering, count_parameters, default_lowering, make_model
+from bdjax.models import ComputeDtype, Lowering, count_parameters, make_model
 from bdjax.reporting import ta_kd_report, ta_kd_results
 from bdjax.reporting.progress import StageLog
 from bdjax.reporting.run_folder import default_name, open_run, to_plain
 from bdjax.reporting.tables import to_rich
-from bdjax.training import ensemble
+from bdjax.training import ensemble, probe, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner, predict_groups
@@ -150,10 +150,14 @@ class Config:
     tie: Tie = "lowest"
     """who wins a tied hard vote: the lowest class (the paper's code; the target 0 wins ties), or the higher soft vote"""
 
-    layout: ensemble.Layout = "vmap"
-    """how members are laid out in a compiled call"""
-    lowering: Lowering = "native"
-    """how convolutions are computed"""
+    layout: ensemble.Layout | Literal["auto"] = "auto"
+    """how members are laid out in a compiled call; auto measures what is fastest here, once"""
+    lowering: Lowering | Literal["auto"] = "auto"
+    """how convolutions are computed; likewise"""
+    compute_dtype: ComputeDtype = "float32"
+    """of activations and products; parameters, statistics and losses are float32 in any case"""
+    member_group: int = 0
+    """train at most so many members in one call; 0 for as many as fit into memory"""
 
 
 # What each preset changes from the paper's settings, which are the dataclass's defaults.
@@ -214,6 +218,8 @@ FLIPPABLE = ("cifar10", "cifar100")
 
 IGNORED = ("data_dir", "output")
 """Fields that do not influence any number."""
+ENGINE_FILE = "engine.json"
+"""The run's layout and lowering, so that it goes on with those that it began with."""
 
 
 def preset(preset: str | None = None, dataset: str | None = None, scale: str | None = None) -> Config:
@@ -238,8 +244,7 @@ def preset(preset: str | None = None, dataset: str | None = None, scale: str | N
         dataset=dataset,
         preset=preset,
         scale=scale,
-        layout=ensemble.default_layout(),
-        lowering=default_lowering(),
+        compute_dtype="float32" if on_cpu else "bfloat16",
     )
     return dataclasses.replace(base, **changes)
 
@@ -263,14 +268,35 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     with log.stage("data") as stage:
         train, test = load(config)
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
+    with log.stage("probe", detail="nothing to choose") as stage:
+        engine = probe.choose(
+            probe.Shape(
+                train.image_shape,
+                config.width,
+                config.batch_size,
+                config.num_teachers * config.seeds,
+                config.compute_dtype,
+            ),
+            config.layout,
+            config.lowering,
+            remembered=output_folder(config) / ENGINE_FILE,
+            say=partial(setattr, stage, "detail"),
+        )
     models = {
-        role: make_model(getattr(config, f"{role}_model"), train.num_classes, config.width, config.lowering)
+        role: make_model(
+            getattr(config, f"{role}_model"), train.num_classes, config.width, engine.lowering, config.compute_dtype
+        )
         for role in ("clean", "teacher", "aggregated", "student")
     }
     handed_over = None
     if config.teachers:
         handed_over = suspects.read(
-            config.teachers, train.num_classes, train.image_shape, config.target, config.lowering
+            config.teachers,
+            train.num_classes,
+            train.image_shape,
+            config.target,
+            engine.lowering,
+            config.compute_dtype,
         )
     given = len(classifiers) or (ensemble.num_members(handed_over.variables) if handed_over else config.num_teachers)
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= given:
@@ -285,7 +311,8 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     if is_own_attack:
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
     folder = open_run(output_folder(config), config, experiment="ta_kd", ignore=IGNORED)
-    runner = StageRunner(folder.checkpoints, train.image_shape, config.layout, log)
+    folder.write_json(ENGINE_FILE, probe.record(engine))
+    runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
 
     # Stages 1 and 2: the clean reference and the suspect teachers.
@@ -360,11 +387,13 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
     results = ta_kd_results.summarise(logits, test.labels, triggers, sizes, **choices)
     folder.write_json("results.json", results)
+    if not processes.is_primary():
+        return results
     with log.stage("pictures"):
         recognised = np.argmax(logits[0]["student"][0, 0], axis=1) == test.labels
         shown = int(np.argmax(recognised & (test.labels != config.target)))
         pictures = ta_kd_report.draw(nets, results, triggers[0], TrainTest(train, test), shown)
-    settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED}
+    settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
     ta_kd_report.write(folder, settings, results, pictures, log.timings, TrainTest(train, test), command(config))
     log.console.print(to_rich(ta_kd_results.defense_table(results, train.name)))
     log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
@@ -379,7 +408,7 @@ def check(config: Config) -> None:
     """
     counts = ("seeds", "num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
     at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
-    at_least |= dict.fromkeys(("seed", "train_rows", "test_rows", "trim", "plateau_patience"), 0)
+    at_least |= dict.fromkeys(("seed", "train_rows", "test_rows", "trim", "plateau_patience", "member_group"), 0)
     at_least |= dict.fromkeys(("plateau_threshold", "defense_weight_decay"), 0)
     for name, least in at_least.items():
         if not getattr(config, name) >= least:

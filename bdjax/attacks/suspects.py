@@ -20,8 +20,8 @@ import numpy as np
 
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.errors import InputError
-from bdjax.models import Lowering, make_model
-from bdjax.training import checkpoint, ensemble
+from bdjax.models import ComputeDtype, Lowering, make_model
+from bdjax.training import checkpoint, ensemble, processes
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Model, PyTree
 
@@ -58,13 +58,7 @@ def write(
     """
     if checkpoint.is_complete(folder):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
-    np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
-    temporary = folder / (TRIGGERS + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, folder / TRIGGERS)
+    _write_triggers(folder, triggers, target)
     about = {
         "model_name": model_name,
         "width": width,
@@ -75,8 +69,24 @@ def write(
     checkpoint.save(folder, variables, about)
 
 
+@processes.by_primary
+def _write_triggers(folder: pathlib.Path, triggers: ProviderTriggers, target: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
+    np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
+    temporary = folder / (TRIGGERS + ".tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, folder / TRIGGERS)
+
+
 def read(
-    folder: pathlib.Path, num_classes: int, image_shape: tuple[int, int, int], target: int, lowering: Lowering
+    folder: pathlib.Path,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    target: int,
+    lowering: Lowering,
+    compute_dtype: ComputeDtype = "float32",
 ) -> Suspects:
     """Read models that somebody handed over.
 
@@ -86,6 +96,7 @@ def read(
         image_shape: of the same.
         target: the class that ASR will be measured for.
         lowering: how to compute their convolutions.
+        compute_dtype: of their activations.
 
     Raises:
         InputError: if the folder is not such a checkpoint, or its models are for other data.
@@ -102,7 +113,7 @@ def read(
         )
     if about["members"] < 1:
         raise InputError(f"{folder / 'about.json'}: members is {about['members']}; should be at least 1")
-    model = make_model(about["model_name"], num_classes, about["width"], lowering)
+    model = make_model(about["model_name"], num_classes, about["width"], lowering, compute_dtype)
     like = ensemble.trained_like(model, image_shape, about["members"], 0).variables
     variables = checkpoint.load(folder, like)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):

@@ -12,11 +12,10 @@ Two baselines share the calls, as members with alpha = 0: the student's architec
 and each teacher fine-tuned on them. A defense that is no better than these has not earned its teachers.
 """
 
-import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,10 +190,7 @@ def train_on_clean_sets(
     pupils: Pupils,
     clean_sets: list[CleanSet],
     key: Key,
-    *,
-    layout: ensemble.Layout,
-    progress_folder: pathlib.Path | None = None,
-    on_epoch: Callable[[TrainState], None] | None = None,
+    **how: Any,
 ) -> TrainState:
     """Train all pupils of one architecture in one call.
 
@@ -205,9 +201,7 @@ def train_on_clean_sets(
         pupils: with variables.
         clean_sets: of each seed, all of one size.
         key: of the shuffles.
-        layout: how members are laid out.
-        progress_folder: where to keep the state between epochs.
-        on_epoch: called after each epoch.
+        how: keyword arguments of `ensemble.fit`, `layout` at least.
 
     Returns:
         The stacked final state, in the pupils' order.
@@ -238,7 +232,5 @@ def train_on_clean_sets(
         pool,
         rows(slice(0, num_train)),
         rows(slice(num_train, size)),
-        layout=layout,
-        progress_folder=progress_folder,
-        on_epoch=on_epoch,
+        **how,
     )

@@ -2,16 +2,20 @@
 
 A stacked tree has one more leading axis, of M members, on every leaf. What is done for each member is written for one
 (`member.py`) and laid out here: `"vmap"` runs the members side by side in every operation, `"map"` one after another
-inside one compiled call. Seeds, providers and baselines are all members of the same axis.
+inside one compiled call, `"unrolled"` likewise but with a copy of the program for each, which a compiler may overlap. Seeds,
+providers and baselines are all members of the same axis.
 
 Over several devices the members are dealt out first, since they have nothing to tell each other. The cores of a CPU count
 as devices too (`use_every_core`): two members on a core each are more than twice as fast as one after the other on both.
+Members that do not fit into memory together are trained in groups (`memory.py`).
 """
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,11 +24,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from bdjax.training import checkpoint
+from bdjax.errors import InputError
+from bdjax.training import checkpoint, memory, processes
 from bdjax.training.member import HISTORY, Loss, Rows, TrainConfig, TrainState, as_float, make_epoch, over_batches
 from bdjax.types import Array, Model, PyTree
 
-Layout = Literal["vmap", "map"]
+Layout = Literal["vmap", "map", "unrolled"]
 
 # For what is run once or takes no time: compiling a tree's initialisation with all optimisations takes five times as long
 # as without, and one call for a whole tree saves a hundred small ones.
@@ -63,7 +68,16 @@ def map_members(function: Callable[..., PyTree], layout: Layout, num_shared: int
             return lax.map(lambda mine: function(*mine, *arguments[own:]), arguments[:own])
 
         return in_turn
-    raise ValueError(f"layout {layout!r} is not one of 'vmap', 'map'")
+    if layout == "unrolled":
+
+        def written_out(*arguments):
+            own = len(arguments) - num_shared
+            each = [jax.tree.map(itemgetter(i), arguments[:own]) for i in range(num_members(arguments[:own]))]
+            outputs = [function(*mine, *arguments[own:]) for mine in each]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+        return written_out
+    raise ValueError(f"layout {layout!r} is not one of 'vmap', 'map', 'unrolled'")
 
 
 def use_every_core() -> None:
@@ -93,19 +107,26 @@ class Spread(NamedTuple):
 
         if self.padding:
             tree = members(tree, np.minimum(np.arange(self.count + self.padding), self.count - 1))
+        sharding = NamedSharding(self.mesh, PartitionSpec("members"))
+        if processes.spans(self.mesh):
+            return processes.put(tree, sharding)
         if self.mesh.size > 1 and jax.default_backend() == "cpu":
             # NumPy cuts arrays for the cores at once; JAX would compile a cut for every shape.
             tree = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), tree)
         # The copy is ours: what is placed may be donated.
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec("members")), may_alias=False)
+        return jax.device_put(tree, sharding, may_alias=False)
 
     def replicate(self, tree: PyTree) -> PyTree:
         """What all members share onto every device."""
-        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return processes.put(tree, sharding) if processes.spans(self.mesh) else jax.device_put(tree, sharding)
 
     def gather(self, tree: PyTree) -> PyTree:
         """Placed leaves back to [M, ...] on the first device."""
-        tree = jax.device_put(tree, SingleDeviceSharding(self.mesh.devices.flat[0]))
+        if processes.spans(self.mesh):
+            tree = processes.fetch(tree, self.mesh)
+        else:
+            tree = jax.device_put(tree, SingleDeviceSharding(self.mesh.devices.flat[0]))
         return members(tree, slice(0, self.count)) if self.padding else tree
 
 
@@ -113,7 +134,8 @@ def spread_members(count: int) -> Spread:
     """Deal `count` members out over all devices, or over fewer if that leaves each with as many."""
     devices = jax.devices()
     each = -(-count // len(devices))
-    used = -(-count // each)
+    # Each process takes part in every call, so all devices are used where there are several.
+    used = -(-count // each) if processes.count() == 1 else len(devices)
     return Spread(count, Mesh(np.array(devices[:used]), ("members",)), used * each - count)
 
 
@@ -194,6 +216,8 @@ def fit(
     validation: Rows,
     *,
     layout: Layout,
+    group_size: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
     progress_folder: pathlib.Path | None = None,
     on_epoch: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
@@ -206,32 +230,93 @@ def fit(
         model: their architecture.
         loss: per example.
         config: how they are trained.
-        states: stacked [M, ...]; consumed, its buffers are reused.
+        states: stacked [M, ...]; a copy of them is trained.
         pool: uint8 [P, H, W, C], shared.
         train: rows of each member, leaves [M, n, ...].
         validation: likewise [M, n', ...]; n' may be 0.
         layout: how the members are laid out.
+        group_size: how many members share a call; None for as many as are estimated to fit into memory.
+        say: told in one line if the members are split into groups.
         progress_folder: where to keep the state between epochs.
-        on_epoch: called after each epoch with the stacked state.
+        on_epoch: called after each epoch with the stacked state, whose buffers the next epoch may reuse.
 
     Returns:
         The stacked final state.
+
+    Raises:
+        InputError: if not even one member fits into memory.
     """
     if progress_folder is not None:
         states = checkpoint.load_progress(progress_folder, states) or states
-    first = int(states.epoch[0])
-    spread = spread_members(num_members(states))
+    count, first = num_members(states), int(states.epoch[0])
+    if group_size is None:
+        group_size = _group_that_fits(model, loss, config, states, pool, train, validation, layout, say)
+    groups = _groups(count, group_size)
+    spread = spread_members(len(groups[0]))
     run_epoch = compile_members(make_epoch(model, loss, config), layout, spread, num_shared=1, donate=True)
-    states, train, validation = (spread.place(tree) for tree in (states, train, validation))
     pool = spread.replicate(pool)
-    for epoch in range(first, config.epochs):
-        states = run_epoch(states, train, validation, pool)
-        gathered = spread.gather(states)
-        if progress_folder is not None:
-            checkpoint.save_progress(progress_folder, epoch + 1, gathered)
-        if on_epoch is not None:
-            on_epoch(gathered)
-    return spread.gather(states)
+    if len(groups) == 1:
+        states, train, validation = (spread.place(tree) for tree in (states, train, validation))
+    else:  # on the host, and a group at a time on the devices
+        states, train, validation = (_on_host(tree) for tree in (states, train, validation))
+    with _advice_if_out_of_memory():
+        for epoch in range(first, config.epochs):
+            if len(groups) == 1:
+                states = run_epoch(states, train, validation, pool)
+            else:
+                states = _in_groups(run_epoch, spread, groups, count, states, train, validation, pool)
+            if progress_folder is None and on_epoch is None:
+                continue
+            gathered = spread.gather(states) if len(groups) == 1 else states
+            if progress_folder is not None:
+                checkpoint.save_progress(progress_folder, epoch + 1, gathered)
+            if on_epoch is not None:
+                on_epoch(gathered)
+        return spread.gather(states) if len(groups) == 1 else jax.tree.map(jnp.asarray, states)
+
+
+def _group_that_fits(model, loss, config, states, pool, train, validation, layout, say) -> int:
+    count = num_members(states)
+    need = memory.estimate(model, loss, config, states, pool, train, validation)
+    limit = memory.available()
+    group = memory.largest_group(need, limit, count, jax.device_count(), one_at_a_time=layout == "map")
+    if group < count:
+        say(memory.describe(need, limit, count, group))
+    return group
+
+
+def _groups(count: int, size: int) -> list[np.ndarray]:
+    """Members 0 to count - 1 in as few groups of at most `size` as there can be, all of one length: the last member is
+    repeated in the last group, since another shape would be compiled again."""
+    size = -(-count // -(-count // min(max(size, 1), count)))
+    return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), tree)
+
+
+def _in_groups(run_epoch, spread: Spread, groups: Sequence[np.ndarray], count: int, states, *rows_and_pool) -> PyTree:
+    *rows, pool = rows_and_pool
+    done = []
+    for group in groups:
+        mine = [spread.place(jax.tree.map(itemgetter(group), tree)) for tree in (states, *rows)]
+        done.append(_on_host(spread.gather(run_epoch(*mine, pool))))
+
+    def put_together(*leaves):
+        return (jnp if _is_key(leaves[0]) else np).concatenate(leaves)[:count]
+
+    return jax.tree.map(put_together, *done)
+
+
+@contextlib.contextmanager
+def _advice_if_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise InputError(f"the device ran out of memory: {memory.ADVICE}") from error
 
 
 class Trained(NamedTuple):

@@ -49,6 +49,7 @@ class StageRunner:
     image_shape: tuple[int, int, int]
     layout: ensemble.Layout
     log: Log
+    group_size: int | None = None  # how many members share a call; None for as many as fit
 
     def train(
         self,
@@ -66,7 +67,7 @@ class StageRunner:
             model: the members' architecture.
             config: how they are trained.
             count: how many members.
-            fit: called with `layout`, `progress_folder` and `on_epoch`, which it hands to `ensemble.fit`.
+            fit: called with keyword arguments that it hands to `ensemble.fit`.
             about: more facts to save beside the checkpoint.
         """
         folder = self.folder / re.sub(r"\W+", "-", name)
@@ -86,11 +87,12 @@ class StageRunner:
                 done = int(state.epoch[0])
                 stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
 
+            def say(line: str) -> None:
+                stage.detail += f"; {line}"
+
+            how = {"layout": self.layout, "group_size": self.group_size, "say": say, "on_epoch": on_epoch}
             trained, was_there = ensemble.fit_once(
-                folder,
-                facts,
-                like,
-                lambda progress: fit(layout=self.layout, progress_folder=progress, on_epoch=on_epoch),
+                folder, facts, like, lambda progress: fit(**how, progress_folder=progress)
             )
             if was_there:
                 stage.detail += ", done before"

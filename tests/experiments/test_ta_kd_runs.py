@@ -28,6 +28,8 @@ from experiments import ta_kd
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TINY = {
+    "layout": "map",
+    "lowering": "shifted",
     "seeds": 2,
     "width": 2,
     "epochs": 1,

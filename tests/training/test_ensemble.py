@@ -1,5 +1,6 @@
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import chex
 import jax
@@ -16,7 +17,7 @@ SHAPE = (6, 6, 1)
 POOL = jnp.asarray(np.random.default_rng(0).integers(0, 256, (30, *SHAPE)), jnp.uint8)
 CLASSES = np.random.default_rng(1).integers(0, 3, 30).astype(np.int32)
 CONFIG = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
-LAYOUTS = ("vmap", "map")
+LAYOUTS = get_args(ensemble.Layout)
 
 
 def loss(logits, targets):
@@ -96,7 +97,7 @@ def test_mapping_a_function_over_members(layout):
 
 
 def test_an_unknown_layout_is_an_error():
-    with pytest.raises(ValueError, match="layout 'pmap' is not one of 'vmap', 'map'"):
+    with pytest.raises(ValueError, match="layout 'pmap' is not one of 'vmap', 'map', 'unrolled'"):
         ensemble.map_members(lambda x: x, "pmap")
     assert ensemble.default_layout() in LAYOUTS
 
@@ -314,3 +315,68 @@ def test_predictions_are_the_models_own(convolutional, layout):
         )
         np.testing.assert_allclose(logits[member], own, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(predict(variables, POOL[:7]), logits, rtol=1e-5, atol=1e-6)  # 8-bit images
+
+
+# ---- Groups ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group_size", [1, 3, 4])
+def test_members_in_groups_end_where_they_end_together(linear, layout, group_size, tmp_path):
+    rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
+    together = fit(linear, range(5), *rows, layout, group_size=5)
+    seen = []
+    grouped = fit(
+        linear,
+        range(5),
+        *rows,
+        layout,
+        group_size=group_size,
+        progress_folder=tmp_path,
+        on_epoch=lambda states: seen.append(states.epoch.shape),
+    )
+    assert seen == [(5,), (5,)]
+    chex.assert_trees_all_close(words(grouped), words(together), rtol=1e-5, atol=1e-6)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(grouped))
+    # What was kept of the grouped run is a run's progress like any other.
+    again = fit(linear, range(5), *rows, layout, group_size=5, progress_folder=tmp_path)
+    chex.assert_trees_all_equal(words(again), words(grouped))
+
+
+def test_members_that_do_not_fit_are_split_and_it_is_said(linear, monkeypatch):
+    rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
+    states = fresh(linear, range(5))
+    need = ensemble.memory.estimate(linear, loss, CONFIG, states, POOL, *rows)
+    calls, said = [], []
+    compile_members = ensemble.compile_members
+
+    def watched(function, layout, spread, **how):
+        calls.append(spread.count)
+        return compile_members(function, layout, spread, **how)
+
+    monkeypatch.setattr(ensemble, "compile_members", watched)
+    monkeypatch.setattr(ensemble.memory, "available", lambda: need.total(1, 1))  # one on each of two devices
+    split = fit(linear, range(5), *rows, "map", say=said.append)
+    assert calls == [2]
+    (line,) = said
+    assert line.startswith("5 members in groups of 2: a member takes about ")
+    monkeypatch.undo()
+    chex.assert_trees_all_close(words(split), words(fit(linear, range(5), *rows, "map")), rtol=1e-5, atol=1e-6)
+
+
+def test_a_device_that_runs_out_of_memory_is_an_error_with_advice(linear, monkeypatch):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(ensemble, "compile_members", lambda *arguments, **how: fail)
+    with pytest.raises(InputError, match="the device ran out of memory: take a smaller --batch-size"):
+        fit(linear, range(3), *ROWS, "map")
+
+
+def test_other_errors_of_a_device_are_passed_on(linear, monkeypatch):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(ensemble, "compile_members", lambda *arguments, **how: fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        fit(linear, range(3), *ROWS, "map")

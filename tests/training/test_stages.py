@@ -114,8 +114,9 @@ def test_a_stage_that_is_done_is_read_and_not_trained(runner):
 def test_a_stage_is_told_where_and_how(runner):
     told = {}
 
-    def watched(*, layout, progress_folder, on_epoch):
-        told.update(layout=layout, folder=progress_folder)
+    def watched(*, layout, group_size, progress_folder, on_epoch, say):
+        told.update(layout=layout, folder=progress_folder, group_size=group_size)
+        say("in groups, say")
         done = []
 
         def both(state):
@@ -127,7 +128,8 @@ def test_a_stage_is_told_where_and_how(runner):
         return state
 
     runner.train("stage", ONE, CONFIG, 4, watched)
-    assert told["layout"] == "map"
+    assert (told["layout"], told["group_size"]) == ("map", None)
+    assert "3 epochs; in groups, say" in said(runner)
     assert told["folder"] == runner.folder / "stage"
     assert told["progress"] == [["progress-000001"], ["progress-000002"], ["progress-000003"]]
     assert not list(told["folder"].glob("progress-*"))  # the finished checkpoint is in their place

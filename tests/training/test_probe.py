@@ -1,0 +1,111 @@
+import json
+from typing import get_args
+
+import jax
+import pytest
+
+from bdjax.models import Lowering
+from bdjax.training import ensemble, probe
+from bdjax.training.probe import Choice, Shape
+
+SHAPE = Shape((4, 4, 1), width=2, batch_size=16, members=12)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+class Stopwatch:
+    """Made-up seconds, and a list of what was timed."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.timed = []
+
+    def __call__(self, choice, shape):
+        self.timed.append((choice, shape.batch_size, shape.members))
+        return self.seconds.get(tuple(choice), 1.0)
+
+
+def test_what_is_given_is_taken_without_a_look():
+    stopwatch, said = Stopwatch({}), []
+    assert probe.choose(SHAPE, "vmap", "patches", say=said.append, measure=stopwatch) == ("vmap", "patches")
+    assert not stopwatch.timed and not said and not probe.cache_file().exists()
+
+
+def test_the_fastest_wins_and_is_remembered_by_everybody():
+    stopwatch, said = Stopwatch({("vmap", "shifted"): 0.002, ("map", "shifted"): 0.5}), []
+    best = probe.choose(SHAPE, say=said.append, measure=stopwatch)
+    assert best == Choice("vmap", "shifted")
+    assert said[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms, ")
+    again = Stopwatch({})
+    assert probe.choose(SHAPE, say=said.append, measure=again) == best
+    assert not again.timed
+    assert "as measured before" in said[1] and str(probe.cache_file()) in said[1]
+
+
+def test_each_shape_is_measured():
+    assert probe.choose(SHAPE, measure=Stopwatch({("vmap", "native"): 0.1})) == ("vmap", "native")
+    other = Stopwatch({("map", "patches"): 0.1})
+    assert probe.choose(Shape((4, 4, 1), 2, 16, 3), measure=other) == ("map", "patches")
+    assert probe.choose(Shape((4, 4, 1), 2, 16, 12, "bfloat16"), measure=other) == ("map", "patches")
+    assert probe.choose(SHAPE, measure=Stopwatch({})) == ("vmap", "native")
+
+
+def test_hopeless_lowerings_are_only_tried_on_few_rows_and_few_members():
+    usual = ensemble.default_layout()
+    stopwatch = Stopwatch({(usual, "native"): 3.1})
+    assert probe.choose(SHAPE, measure=stopwatch).lowering != "native"
+    few = [choice for choice, batch_size, _ in stopwatch.timed if batch_size == 2]
+    whole = [choice for choice, batch_size, _ in stopwatch.timed if batch_size == 16]
+    assert len(few) + len(whole) == len(stopwatch.timed)
+    assert few == [Choice(usual, lowering) for lowering in get_args(Lowering)]
+    assert sorted(whole) == [(layout, lowering) for layout in ("map", "vmap") for lowering in ("patches", "shifted")]
+    assert {members for *_, members in stopwatch.timed} == {4 * jax.device_count()}
+
+
+@pytest.mark.parametrize(("members", "is_tried"), [(2, True), (6, True), (7, False)])
+def test_unrolled_is_tried_where_it_compiles_in_no_time(members, is_tried):
+    assert jax.device_count() == 2
+    stopwatch = Stopwatch({})
+    probe.choose(Shape((4, 4, 1), 2, 16, members), measure=stopwatch)
+    assert any(choice.layout == "unrolled" for choice, *_ in stopwatch.timed) == is_tried
+    assert probe.choose(Shape((4, 4, 1), 2, 16, members), "unrolled", measure=Stopwatch({})).layout == "unrolled"
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path):
+    began = tmp_path / "engine.json"
+    began.write_text(json.dumps(probe.record(Choice("vmap", "patches"))))
+    stopwatch, said = Stopwatch({("map", "shifted"): 0.1}), []
+    assert probe.choose(SHAPE, remembered=began, say=said.append, measure=stopwatch) == ("vmap", "patches")
+    assert not stopwatch.timed and said == ["vmap/patches, as this run began"]
+    # A flag goes before it.
+    assert probe.choose(SHAPE, "map", remembered=began, measure=stopwatch) == ("map", "shifted")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"choice": 3}', '{"choice": ["map", "winograd"]}', '{"choice": [["map"], {}]}', "\xff"]
+)
+def test_a_file_that_is_no_choice_is_passed_over(tmp_path, text):
+    broken = tmp_path / "engine.json"
+    broken.write_bytes(text.encode("latin-1"))
+    probe.cache_file().parent.mkdir(parents=True)
+    probe.cache_file().write_bytes(text.encode("latin-1"))
+    stopwatch = Stopwatch({("map", "shifted"): 0.1})
+    assert probe.choose(SHAPE, remembered=broken, measure=stopwatch) == ("map", "shifted")
+    again = Stopwatch({})
+    assert probe.choose(SHAPE, measure=again) == ("map", "shifted")
+    assert not again.timed
+
+
+def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert probe.choose(SHAPE, measure=Stopwatch({("map", "shifted"): 0.1})) == ("map", "shifted")
+
+
+@pytest.mark.parametrize("choice", [("map", "native"), ("vmap", "patches"), ("unrolled", "shifted")])
+def test_combinations_are_really_run(choice):
+    seconds = probe.time_combination(Choice(*choice), Shape((2, 2, 1), 2, 2, 3, "bfloat16"))
+    assert 0 < seconds < 60
+    assert probe.time_combination(Choice(*choice), Shape((1, 1, 1), 2, 2, 3)) > 0
