@@ -1,0 +1,90 @@
+"""The engine's contenders: whole epochs as `ensemble.fit` runs them, without what it does between epochs."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax import losses
+from bdjax.models import make_model
+from bdjax.training import ensemble
+from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+
+
+class Training:
+    """M members' epochs in one compiled call each, over uint8 images that stay on the device."""
+
+    def __init__(self, spec: Mapping[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
+        """Take a worker's specification, images uint8 [n, H, W, C] and labels int32 [n]."""
+        ensemble.use_every_core()
+        model = make_model(spec["model"], spec["num_classes"], spec["width"], spec["lowering"], spec["compute_dtype"])
+        # A factor of 1 keeps the learning rate where it is, as PyTorch's stays: labels are noise and every epoch is bad.
+        config = TrainConfig(
+            epochs=1, batch_size=spec["batch_size"], learning_rate=spec["learning_rate"], plateau_factor=1.0
+        )
+        self.images = spec["members"] * len(labels)
+        spread = ensemble.spread_members(spec["members"])
+
+        def loss(logits: jax.Array, targets: dict[str, jax.Array]) -> jax.Array:
+            return losses.cross_entropy(logits, targets["labels"])
+
+        def rows(count: int) -> Rows:
+            index = np.tile(np.arange(count, dtype=np.int32), (spec["members"], 1))
+            return spread.place(Rows(index, {"labels": np.asarray(labels, np.int32)[index]}))
+
+        keys = jax.random.split(jax.random.key(0), spec["members"])
+        shape = images.shape[1:]
+        self.states = spread.place(ensemble.init_members(lambda key: init_state(key, model, shape, config), keys))
+        self.shared = (rows(len(labels)), rows(0), spread.replicate(jnp.asarray(images)))
+        self.run = ensemble.compile_members(
+            make_epoch(model, loss, config), spec["layout"], spread, num_shared=1, donate=True
+        )
+        jax.block_until_ready((self.states, self.shared))
+
+    def compile(self) -> float:
+        """Trace and compile; returns the seconds."""
+        start = time.perf_counter()
+        self.run = self.run.lower(self.states, *self.shared).compile()
+        return time.perf_counter() - start
+
+    def epoch(self) -> int:
+        """Train all members on every row once and return the number of images, M n."""
+        self.states = jax.block_until_ready(self.run(self.states, *self.shared))
+        return self.images
+
+    def peak_bytes(self) -> int | None:
+        """The most that was allocated on a GPU; None on a CPU, where the process is what counts."""
+        return peak_bytes()
+
+
+class Matmul:
+    """A large square product, for the peak that everything else is a share of."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.size = spec["size"] if jax.default_backend() == "cpu" else spec["size_on_gpu"]
+        self.matrix = jax.random.normal(jax.random.key(0), (self.size, self.size)).astype(spec["compute_dtype"])
+        self.run = jax.jit(jnp.matmul)
+
+    def compile(self) -> float:
+        """Trace and compile; returns the seconds."""
+        start = time.perf_counter()
+        self.run = self.run.lower(self.matrix, self.matrix).compile()
+        return time.perf_counter() - start
+
+    def epoch(self) -> int:
+        """Multiply once and return the floating-point operations."""
+        jax.block_until_ready(self.run(self.matrix, self.matrix))
+        return 2 * self.size**3
+
+    def peak_bytes(self) -> int | None:
+        """Of no interest."""
+        return None
+
+
+def peak_bytes() -> int | None:
+    """The most that this process has had on its busiest device; None where the device does not count."""
+    counts = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
+    return max((count.get("peak_bytes_in_use", 0) for count in counts), default=0) or None

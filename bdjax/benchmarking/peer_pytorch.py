@@ -1,0 +1,183 @@
+"""The networks of `bdjax/models/resnet.py` in PyTorch, trained as its users train: one model after another.
+
+PyTorch is an extra of the benchmark alone (`pip install -e '.[bench]'`), so this file is imported where one of these
+contenders runs and nowhere else; and it imports nothing of JAX, whose memory would count as PyTorch's.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+FORMS = ("contiguous", "channels-last", "compiled", "compiled-graphs")
+"""The last two are channels-last as well; graphs are CUDA's."""
+
+
+class Block(nn.Module):
+    """A basic or a bottleneck block; the names of its layers are those of our own."""
+
+    def __init__(self, kind: str, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        shapes = (
+            [(channels, width, 3, stride), (width, width, 3, 1)]
+            if kind == "basic"
+            else [(channels, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
+        )
+        self.features = shapes[-1][1]
+        self.convs = nn.ModuleList(_convolution(*shape) for shape in shapes)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(shape[1]) for shape in shapes)
+        self.has_shortcut = stride != 1 or channels != self.features
+        if self.has_shortcut:
+            self.shortcut_conv = _convolution(channels, self.features, 1, stride)
+            self.shortcut_norm = nn.BatchNorm2d(self.features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        last = len(self.convs) - 1
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(y))
+            if index < last:
+                y = functional.relu(y, inplace=True)
+        shortcut = self.shortcut_norm(self.shortcut_conv(x)) if self.has_shortcut else x
+        return functional.relu(y + shortcut, inplace=True)
+
+
+class ResNet(nn.Module):
+    """float [N, C, H, W] in [0, 1] -> logits [N, K]."""
+
+    def __init__(self, kind: str, blocks: tuple[int, ...], width: int, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.stem_conv = _convolution(channels, width, 3, 1)
+        self.stem_norm = nn.BatchNorm2d(width)
+        features = width
+        stages = []
+        for stage, count in enumerate(blocks):
+            for index in range(count):
+                stages.append(Block(kind, features, width * 2**stage, 2 if stage > 0 and index == 0 else 1))
+                features = stages[-1].features
+        self.blocks = nn.Sequential(*stages)
+        self.classifier = nn.Linear(features, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem_norm(self.stem_conv(x)), inplace=True)
+        return self.classifier(self.blocks(x).mean((2, 3)))
+
+
+def _convolution(channels: int, features: int, size: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, features, size, stride, size // 2, bias=False)
+
+
+def find_device(threads: int) -> torch.device:
+    """The GPU if there is one, with the settings that are fastest; else the CPU with so many threads."""
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32, JAX's own default
+        return torch.device("cuda")
+    torch.set_num_threads(threads)
+    return torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was told; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Training:
+    """One model's epochs over uint8 images that stay on the device.
+
+    Adam is the fused one, PyTorch's fastest. Nothing but the step itself is computed: no running loss, no accuracy.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], images: Any, labels: Any) -> None:
+        """Take a worker's specification (`contenders.describe`), images uint8 [n, H, W, C] and labels int32 [n]."""
+        form = spec["form"]
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
+        self.device = find_device(spec["threads"])
+        if form == "compiled-graphs" and self.device.type != "cuda":
+            raise RuntimeError("CUDA graphs need a GPU")
+        torch.manual_seed(0)
+        self.batch_size = spec["batch_size"]
+        # Rows of channels-last images are gathered as NHWC and turned for nothing: an NCHW view of them is channels-last.
+        self.is_channels_last = form != "contiguous"
+        pool = torch.from_numpy(images)
+        self.pool = (pool if self.is_channels_last else pool.permute(0, 3, 1, 2).contiguous()).to(self.device)
+        self.labels = torch.from_numpy(labels).long().to(self.device)
+        network = ResNet(spec["kind"], spec["blocks"], spec["width"], spec["num_classes"], images.shape[3])
+        network = network.to(
+            self.device, memory_format=torch.channels_last if self.is_channels_last else torch.contiguous_format
+        )
+        self.network = network.train()
+        self.optimiser = torch.optim.Adam(network.parameters(), lr=spec["learning_rate"], fused=True)
+        is_half = spec["compute_dtype"] == "bfloat16"
+        self.precision = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if is_half else nullcontext
+        self.loss = self._loss
+        if form.startswith("compiled"):
+            self.loss = torch.compile(self._loss, mode="reduce-overhead" if form == "compiled-graphs" else None)
+
+    def _loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.is_channels_last:
+            images = images.permute(0, 3, 1, 2)
+        with self.precision():
+            logits = self.network(images.float().div(255.0))
+        return functional.cross_entropy(logits.float(), labels)
+
+    def step(self, rows: torch.Tensor) -> None:
+        """One step of Adam on these rows of the pool, int64 [B]."""
+        loss = self.loss(self.pool[rows], self.labels[rows])
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+
+    def compile(self) -> float:
+        """Seconds that the first step takes longer than a later one."""
+        rows = torch.arange(self.batch_size, device=self.device)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            self.step(rows)
+            synchronize(self.device)
+            seconds.append(time.perf_counter() - start)
+        return max(0.0, seconds[0] - seconds[-1])
+
+    def epoch(self) -> int:
+        """Train on every row once, in a new order, and return the number of images."""
+        order = torch.randperm(len(self.labels), device=self.device)
+        for rows in order.split(self.batch_size):
+            self.step(rows)
+        synchronize(self.device)
+        return len(self.labels)
+
+    def peak_bytes(self) -> int | None:
+        """The most that was allocated on a GPU; None on a CPU, where the process is what counts."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+class Matmul:
+    """A large square product, for the peak that everything else is a share of."""
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        self.device = find_device(spec["threads"])
+        self.size = spec["size_on_gpu"] if self.device.type == "cuda" else spec["size"]
+        dtype = getattr(torch, spec["compute_dtype"])
+        self.matrix = torch.randn(self.size, self.size, device=self.device).to(dtype)
+
+    def compile(self) -> float:
+        """Multiply once, so that libraries are loaded."""
+        self.epoch()
+        return 0.0
+
+    def epoch(self) -> int:
+        """Multiply once and return the floating-point operations."""
+        torch.mm(self.matrix, self.matrix)
+        synchronize(self.device)
+        return 2 * self.size**3
+
+    def peak_bytes(self) -> int | None:
+        """Of no interest."""
+        return None

@@ -1,0 +1,345 @@
+"""How fast the ensemble engine trains: every layout and lowering, one member at a time, and PyTorch, taking turns.
+
+    python experiments/bench_ensemble.py                    # minutes on two cores; on a GPU the preset gpu
+    python experiments/bench_ensemble.py --preset=full      # the whole grid: hours on a CPU
+    python experiments/bench_ensemble.py --members 7 --shapes 8x8x1 --widths 8 --forms 'map-*' alone 'pytorch-*'
+
+PyTorch is optional (`pip install -e '.[bench]'`); without it the table says so. The same command continues a run that was cut
+off, setting by setting. Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from bdjax import command_line
+from bdjax.benchmarking import interleave, operations, report, settings
+from bdjax.errors import InputError
+from bdjax.models import MODELS, ComputeDtype
+from bdjax.reporting import plots
+from bdjax.reporting.progress import StageLog
+from bdjax.reporting.run_folder import RunFolder, default_name, open_run
+from bdjax.reporting.tables import Table, to_markdown, to_rich
+
+Preset = Literal["quick", "full", "gpu"]
+
+
+class Family(NamedTuple):
+    shape: str
+    width: int
+    members: tuple[int, ...]
+
+
+MEMBERS = (1, 2, 4, 7, 14, 35)
+MOST_MEMBERS = 35
+GRIDS: dict[str, tuple[Family, ...]] = {
+    "quick": (Family("8x8x1", 8, MEMBERS), Family("28x28x1", 16, (2, 7)), Family("32x32x3", 16, (2, 7))),
+    "full": tuple(
+        Family(shape, width, MEMBERS) for shape in ("8x8x1", "28x28x1", "32x32x3") for width in (8, 16, 32, 64)
+    ),
+    "gpu": (Family("32x32x3", 64, (7,)),),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a benchmark; `--preset` decides what the others default to."""
+
+    preset: Preset = "quick"
+    """quick: two cores; full: the whole grid; gpu: the paper's ResNet-34 at full width"""
+    members: tuple[int, ...] = ()
+    """members of the ensemble, 1 to 35; by default the preset's for each network"""
+    widths: tuple[int, ...] = ()
+    """channels of the first stage; this or --shapes makes a full grid of both"""
+    shapes: tuple[str, ...] = ()
+    """height x width x channels of the images, such as 32x32x3"""
+    compute_dtype: tuple[ComputeDtype, ...] = ("float32",)
+    """of activations and products, in the engine and (by autocast) in PyTorch"""
+    model: str = "resnet18"
+    """the network"""
+    batch_size: int = 64
+    """of every step"""
+    rows: int = 512
+    """images of an epoch, for each member, a multiple of the batch size; 0: 8 batches at 8x8, 2 above"""
+    rounds: int = 5
+    """how often each contender has its turn"""
+    seconds_per_turn: float = 1.0
+    """a turn is whole epochs, until so much time is over"""
+    time_limit: float = 60.0
+    """seconds that a contender's first epoch may take before it is stopped and reported as slower"""
+    compile_limit: float = 300.0
+    """seconds that a contender may take to compile"""
+    forms: tuple[str, ...] = ()
+    """contenders, with wildcards: map-*, alone, pytorch-compiled; a ! in front leaves out; by default all"""
+    output: pathlib.Path | None = None
+    """the run's folder; by default runs/bench_ensemble/<preset>"""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        "rows": 0,
+        "seconds_per_turn": 0.5,
+        "time_limit": 6.0,
+        "compile_limit": 120.0,
+        "forms": ("!pytorch-compiled-one-thread",),  # half a minute for each network, and half as fast as per-core
+    },
+    "full": {},
+    "gpu": {"model": "resnet34", "rows": 2048, "compute_dtype": ("float32", "bfloat16")},
+}
+IGNORED = ("output",)
+"""Fields that do not influence any number."""
+
+
+def preset(preset: str | None = None) -> Config:
+    """The configuration that a preset starts from.
+
+    Raises:
+        InputError: if there is no such preset.
+    """
+    preset = preset or ("quick" if jax.default_backend() == "cpu" else "gpu")
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}")
+    return Config(preset=preset, **PRESETS[preset])
+
+
+def check(config: Config) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    for count in config.members:
+        if not 1 <= count <= MOST_MEMBERS:
+            raise InputError(f"--members {count} is not within 1 and {MOST_MEMBERS}")
+    for width in config.widths:
+        if width < 1:
+            raise InputError(f"--widths {width} is not at least 1")
+    for shape in config.shapes:
+        parse_shape(shape)
+    for name, least in {"batch_size": 2, "rows": 0, "rounds": 1}.items():
+        if getattr(config, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is not at least {least}")
+    if config.rows % config.batch_size:
+        # An incomplete last batch is a program of its own, which nobody here is asked for.
+        raise InputError(f"--rows {config.rows} is not a multiple of --batch-size {config.batch_size}")
+    for name in ("seconds_per_turn", "time_limit", "compile_limit"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name):g} is not above 0")
+    if config.model not in MODELS:
+        raise InputError(f"--model {config.model!r} is not one of {', '.join(MODELS)}")
+    if not config.compute_dtype:
+        raise InputError("--compute-dtype needs a value: float32, bfloat16 or both")
+    known = settings.all_forms(has_gpu())
+    for pattern in config.forms:
+        if not settings.choose(known, [pattern.removeprefix("!")]):
+            raise InputError(f"--forms {pattern!r} matches none of {', '.join(known)}")
+    if not settings.choose(known, config.forms):
+        raise InputError(f"--forms {' '.join(config.forms)} leaves no contender")
+
+
+def has_gpu() -> bool:
+    """Whether contenders will run on an accelerator."""
+    return jax.default_backend() != "cpu"
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """The (H, W, C) of "32x32x3"."""
+    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}x[1-9]\d{0,3}", text):
+        raise InputError(f"--shapes {text!r} is not height x width x channels, such as 32x32x3")
+    height, width, channels = map(int, text.split("x"))
+    return height, width, channels
+
+
+def grid(config: Config) -> list[settings.Setting]:
+    """All settings; those of a family one after another, fewest members first."""
+    families = GRIDS[config.preset]
+    if config.shapes or config.widths:
+        shapes = config.shapes or dict.fromkeys(family.shape for family in families)
+        widths = config.widths or dict.fromkeys(family.width for family in families)
+        members = tuple(sorted({count for family in families for count in family.members}))
+        families = tuple(Family(shape, width, members) for shape in shapes for width in widths)
+    found = {}
+    for dtype in config.compute_dtype:
+        for family in families:
+            shape = parse_shape(family.shape)
+            rows = config.rows or config.batch_size * (8 if shape[0] * shape[1] <= 64 else 2)
+            for count in sorted(config.members or family.members):
+                setting = settings.Setting(config.model, shape, family.width, dtype, count, rows, config.batch_size)
+                found[setting] = None  # a flag given twice is no second setting
+    return list(found)
+
+
+def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
+    """Measure every contender at every setting.
+
+    Args:
+        config: all settings.
+        log: where progress goes; by default the terminal.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: if the settings or the output folder cannot be used.
+    """
+    log = log or StageLog()
+    check(config)
+    forms = settings.choose(settings.all_forms(has_gpu()), config.forms)
+    schedule = interleave.Schedule(config.rounds, config.seconds_per_turn, config.time_limit, config.compile_limit)
+    folder = open_run(output_folder(config), config, experiment="bench_ensemble", ignore=IGNORED)
+    results = read_results(folder)
+    for dtype in config.compute_dtype:
+        if dtype not in results["peak"]:
+            with log.stage(f"peak {dtype}") as stage:
+                results["peak"][dtype] = peak = measure_peak(dtype, schedule)
+                stage.detail = f"{(peak['operations_per_second'] or 0) / 1e9:,.0f} GFLOP/s"
+            folder.write_json("results.json", results)
+    todo = []
+    for setting in grid(config):
+        if any(entry["setting"] == setting.key for entry in results["settings"]):
+            log.note(setting.name, "done before")
+        else:
+            todo.append(setting)
+    with interleave.Stable() as stable:
+        for number, setting in enumerate(todo):
+            following = [
+                settings.describe(each, form)
+                for each in todo[number + 1 : number + 2]
+                for form in settings.that_fit(each, forms)
+            ]
+            with log.stage(setting.name, total=len(forms) * config.rounds, unit="turns") as stage:
+                entry = measure(stable, setting, forms, schedule, results["settings"], following, stage.advance)
+                stage.detail = _best(entry)
+            results["settings"].append(entry)
+            write(folder, results)
+    write(folder, results)
+    for table in tables(results):
+        # In a pipe rich would squeeze twelve columns into eighty letters.
+        shown = to_rich(table) if log.console.is_terminal else to_markdown(table)
+        log.console.print(shown, highlight=False, markup=False, soft_wrap=not log.console.is_terminal)
+    log.console.print(f"tables: {folder.path / 'table.md'}", highlight=False, soft_wrap=True)
+    return results
+
+
+def measure(
+    stable: interleave.Stable,
+    setting: settings.Setting,
+    forms: Sequence[str],
+    schedule: interleave.Schedule,
+    before: Sequence[Mapping[str, Any]],
+    following: Sequence[Mapping[str, Any]],
+    on_turn: Callable[[int, str], None],
+) -> dict[str, Any]:
+    """Measure all contenders at one setting.
+
+    A contender that was too slow with fewer members of the same network is not started: it would be too slow again.
+
+    Args:
+        stable: the contenders that are alive.
+        setting: what they have in common.
+        forms: their names.
+        schedule: how long each turn is.
+        before: the entries of the settings that were measured so far.
+        following: specifications of the contenders at the next setting.
+        on_turn: as `Stable.race` calls it.
+
+    Returns:
+        An entry of results.json's "settings".
+    """
+    forms = settings.that_fit(setting, forms)
+    known = {form: slow for form in forms if (slow := slower_before(setting, form, before))}
+    running = {form: settings.describe(setting, form) for form in forms if form not in known}
+    raced = stable.race(running, schedule, on_turn=on_turn, keep=following)
+    contenders = {}
+    for form in forms:
+        outcome = raced[form] if form in raced else known[form]
+        images = settings.models_at_once(setting, form) * setting.rows
+        if outcome["status"] == "slow":
+            outcome |= {"limit": schedule.time_limit, "images_per_second_below": images / schedule.time_limit}
+        elif outcome["status"] == "slow to compile":
+            outcome |= {"limit": schedule.compile_limit}
+        contenders[form] = outcome
+    counted = operations.training_operations(setting.model, settings.NUM_CLASSES, setting.width, setting.shape)
+    return {"setting": setting.key, "operations_per_image": counted, "contenders": contenders}
+
+
+def slower_before(setting: settings.Setting, form: str, before: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """What is known of a contender that was too slow at a smaller setting; None if nothing is."""
+    for entry in before:
+        smaller = settings.Setting(**entry["setting"] | {"shape": tuple(entry["setting"]["shape"])})
+        outcome = entry["contenders"].get(form)
+        is_smaller = smaller.family == setting.family and smaller.members < setting.members
+        if outcome and is_smaller and outcome["status"].startswith("slow") and not outcome["turns"]:
+            count = smaller.members
+            known_from = outcome.get("known_from") or f"{count} member{'s' if count > 1 else ''}"
+            return {"status": outcome["status"], "turns": [], "known_from": known_from}
+    return None
+
+
+def measure_peak(compute_dtype: str, schedule: interleave.Schedule) -> dict[str, Any]:
+    """Operations per second of the fastest large square product, whichever library's; None if none has run."""
+    specs = {library: settings.describe_matmul(library, compute_dtype) for library in ("jax", "pytorch")}
+    # A peak is the best of many single products: a mean would be what the machine's other users leave of it.
+    schedule = dataclasses.replace(schedule, rounds=4 * schedule.rounds, seconds_per_turn=0.0)
+    with interleave.Stable() as stable:
+        outcomes = stable.race(specs, schedule)
+    fastest = {library: max(report.rates(each), default=0.0) for library, each in outcomes.items()}
+    library = max(fastest, key=fastest.__getitem__)
+    return {"operations_per_second": fastest[library] or None, "library": library, "contenders": outcomes}
+
+
+def _best(entry: Mapping[str, Any]) -> str:
+    name = report.fastest(entry["contenders"], lambda _: True)
+    return f"{name} {report.rate_of(entry['contenders'][name]).median:,.0f} images/s" if name else "nobody finished"
+
+
+def read_results(folder: RunFolder) -> dict[str, Any]:
+    """What was measured before the run was cut off."""
+    path = folder.file("results.json")
+    if not path.exists():
+        return {"peak": {}, "settings": []}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}); remove it to measure anew") from error
+
+
+def tables(results: Mapping[str, Any]) -> tuple[Table, Table]:
+    """The short table and the long one."""
+    return report.summary_table(results), report.details_table(results)
+
+
+def write(folder: RunFolder, results: Mapping[str, Any]) -> None:
+    """Write the numbers, the tables and the picture of what has been measured so far."""
+    folder.write_json("results.json", results)
+    folder.write_text("table.md", "\n\n".join(map(to_markdown, tables(results))))
+    if results["settings"]:
+        plots.save(report.throughput(results), folder.file("throughput.png"))
+
+
+def output_folder(config: Config) -> pathlib.Path:
+    """`--output`, or a name that the same settings always give."""
+    if config.output:
+        return config.output
+    changed = command_line.changed_fields(config, preset(config.preset), IGNORED)
+    name = default_name("bench", config.preset, changed).removeprefix("bench-")
+    return pathlib.Path("runs") / "bench_ensemble" / name
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read the flags and run."""
+    # This process asks JAX what hardware there is, and must leave the memory to the contenders.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    texts = {"prog": "bench_ensemble.py", "description": __doc__.splitlines()[0]}
+    return run(command_line.parse(preset, {"preset": None}, arguments, **texts))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
