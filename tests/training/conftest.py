@@ -2,11 +2,13 @@
 
 import gc
 import warnings
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from bdjax.models import Lowering
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
 from bdjax.types import Model, ModelOutput
@@ -37,7 +39,7 @@ def linear() -> Model:
     return Model(init, apply, 3, "linear")
 
 
-@pytest.fixture(scope="session", params=["native", "shifted"])
+@pytest.fixture(scope="session", params=get_args(Lowering))
 def convolutional(request) -> Model:
     """A ResNet without a block: convolution, batch normalisation and classifier."""
     return as_model(ResNet("basic", (0, 0, 0), 2, 3, request.param), 3, f"stem, {request.param}")

@@ -10,6 +10,9 @@ import pytest
 
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
+from bdjax.models import Lowering
+from bdjax.models.facade import as_model
+from bdjax.models.resnet import ResNet
 from bdjax.training import checkpoint, ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
 
@@ -48,6 +51,7 @@ def words(states):
 
 
 ROWS = draw_rows(2, 3, 10), draw_rows(3, 3, 5)
+ROWS_OF_TWO = draw_rows(2, 2, 8), draw_rows(3, 2, 3)
 
 
 # ---- Stacking -------------------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def test_padding_never_shows(linear, layout, tmp_path):
 
 
 def test_layouts_agree_with_each_other_and_with_training_alone(convolutional):
-    train, validation = draw_rows(2, 2, 8), draw_rows(3, 2, 3)
+    train, validation = ROWS_OF_TWO
     together = {layout: fit(convolutional, [0, 1], train, validation, layout) for layout in LAYOUTS}
     for states in together.values():
         chex.assert_tree_shape_prefix(words(states), (2,))
@@ -175,6 +179,18 @@ def test_layouts_agree_with_each_other_and_with_training_alone(convolutional):
         for states in together.values():
             own = ensemble.members(states, member)
             chex.assert_trees_all_close(words(own), words(state), rtol=1e-4, atol=2e-5)
+
+
+def test_every_layout_and_lowering_trains_to_the_same_numbers():
+    """A stem, a block with a stride and its shortcut, and the classifier."""
+    config = replace(CONFIG, learning_rate=1e-3)  # training multiplies differences of rounding
+    ends = {}
+    for lowering in get_args(Lowering):
+        model = as_model(ResNet("basic", (0, 1, 0), 2, 3, lowering), 3, lowering)
+        for layout in LAYOUTS:
+            ends[lowering, layout] = fit(model, [0, 1], ROWS_OF_TWO[0], draw_rows(3, 2, 0), layout, config)
+    for end in ends.values():
+        chex.assert_trees_all_close(words(end), words(ends["native", "vmap"]), rtol=1e-3, atol=1e-4)
 
 
 @cache
