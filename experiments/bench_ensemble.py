@@ -1,8 +1,8 @@
 """How fast the ensemble engine trains: every layout and lowering, one member at a time, and PyTorch, taking turns.
 
-    python experiments/bench_ensemble.py                    # minutes on two cores; on a GPU the preset gpu
+    python experiments/bench_ensemble.py                    # half an hour on two cores; on a GPU the preset gpu
     python experiments/bench_ensemble.py --preset=full      # the whole grid: hours on a CPU
-    python experiments/bench_ensemble.py --members 7 --shapes 8x8x1 --widths 8 --forms 'map-*' alone 'pytorch-*'
+    python experiments/bench_ensemble.py --members 7 --shapes 8x8x1 --widths 8 --forms 'map-*' alone '!*-native'
 
 PyTorch is optional (`pip install -e '.[bench]'`); without it the table says so. The same command continues a run that was cut
 off, setting by setting. Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).

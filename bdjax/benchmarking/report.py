@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bdjax.benchmarking import settings
 from bdjax.reporting.plots import COLOURS, _draw_title, _house_style
@@ -246,7 +246,7 @@ def throughput(results: Mapping[str, Any]) -> Figure:
         panel.set(xlabel="members", xscale="log", yscale="log")
         panel.set_xticks(members, [str(count) for count in members])
         panel.set_xlim(members[0] / 1.2, members[-1] * 1.2)
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.xaxis.set_minor_locator(NullLocator())
         # Names are never parsed as formulas here, and matplotlib writes powers of ten as formulas.
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         panel.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
@@ -255,7 +255,10 @@ def throughput(results: Mapping[str, Any]) -> Figure:
     for panel in panels[: len(families) : columns]:
         panel.set_ylabel("images trained on per second")
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 + columns)
+        # A contender without a place in the first panel still stands where its kind stands.
+        order = dict.fromkeys((*settings.all_forms(has_gpu=False), *settings.all_forms(has_gpu=True)))
+        names = [name for name in order if name in handles]
+        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=2 + columns)
     _draw_title(figure, "Throughput of training, all members together")
     return figure
 
