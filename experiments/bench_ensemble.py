@@ -40,7 +40,7 @@ class Family(NamedTuple):
 MEMBERS = (1, 2, 4, 7, 14, 35)
 MOST_MEMBERS = 35
 GRIDS: dict[str, tuple[Family, ...]] = {
-    "quick": (Family("8x8x1", 8, MEMBERS), Family("28x28x1", 16, (2, 7)), Family("32x32x3", 16, (2, 7))),
+    "quick": (Family("8x8x1", 8, (1, 2, 7, 14, 35)), Family("28x28x1", 16, (2, 7)), Family("32x32x3", 16, (2, 7))),
     "full": tuple(
         Family(shape, width, MEMBERS) for shape in ("8x8x1", "28x28x1", "32x32x3") for width in (8, 16, 32, 64)
     ),
@@ -67,7 +67,7 @@ class Config:
     batch_size: int = 64
     """of every step"""
     rows: int = 512
-    """images of an epoch, for each member, a multiple of the batch size; 0: 8 batches at 8x8, 2 above"""
+    """images of an epoch, for each member, a multiple of the batch size"""
     rounds: int = 5
     """how often each contender has its turn"""
     seconds_per_turn: float = 1.0
@@ -84,10 +84,10 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {
-        "rows": 0,
+        "rounds": 3,
         "seconds_per_turn": 0.5,
-        "time_limit": 6.0,
-        "compile_limit": 120.0,
+        "time_limit": 8.0,
+        "compile_limit": 30.0,
         "forms": ("!pytorch-compiled-one-thread",),  # half a minute for each network, and half as fast as per-core
     },
     "full": {},
@@ -123,7 +123,7 @@ def check(config: Config) -> None:
             raise InputError(f"--widths {width} is not at least 1")
     for shape in config.shapes:
         parse_shape(shape)
-    for name, least in {"batch_size": 2, "rows": 0, "rounds": 1}.items():
+    for name, least in {"batch_size": 2, "rows": 1, "rounds": 1}.items():
         if getattr(config, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is not at least {least}")
     if config.rows % config.batch_size:
@@ -169,9 +169,8 @@ def grid(config: Config) -> list[settings.Setting]:
     for dtype in config.compute_dtype:
         for family in families:
             shape = parse_shape(family.shape)
-            rows = config.rows or config.batch_size * (8 if shape[0] * shape[1] <= 64 else 2)
             for count in sorted(config.members or family.members):
-                setting = settings.Setting(config.model, shape, family.width, dtype, count, rows, config.batch_size)
+                setting = settings.Setting(config.model, shape, family.width, dtype, count, config.rows, config.batch_size)
                 found[setting] = None  # a flag given twice is no second setting
     return list(found)
 

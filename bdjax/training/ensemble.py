@@ -11,6 +11,7 @@ Members that do not fit into memory together are trained in groups (`memory.py`)
 """
 
 import contextlib
+import ctypes
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from bdjax.training.member import HISTORY, Loss, Rows, TrainConfig, TrainState, 
 from bdjax.types import Array, Model, PyTree
 
 Layout = Literal["vmap", "map", "unrolled"]
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 # For what is run once or takes no time: compiling a tree's initialisation with all optimisations takes five times as long
 # as without, and one call for a whole tree saves a hundred small ones.
@@ -84,6 +87,16 @@ def use_every_core() -> None:
     """Make each core of the CPU a device of its own. To be called before anything is computed; harmless on a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", cores or 1)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed. By default each call's large buffers go back to the kernel and come again page by page,
+    zeroed, at the next: a tenth of the time of a short epoch. Elsewhere than on glibc nothing changes."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        set_option = ctypes.CDLL("libc.so.6").mallopt
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
+            set_option(option, value)
 
 
 def num_members(tree: PyTree) -> int:
@@ -163,7 +176,9 @@ def compile_members(
 
     # A core that is a device of its own gains nothing from sharing each small product with the others.
     on_cores = jax.default_backend() == "cpu" and spread.mesh.size > 1
-    options = {"xla_cpu_multi_thread_eigen": False} if on_cores else None
+    options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if on_cores else {}
+    if jax.default_backend() == "cpu":
+        options["xla_cpu_prefer_vector_width"] = 512  # a sixth faster on small networks; harmless without AVX-512
     return jax.jit(everywhere, donate_argnums=0 if donate else (), compiler_options=options)
 
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-RUNS = sorted(path.parent for path in (ROOT / "experiments" / "results").rglob("table.md"))
+RUNS = sorted(path.parent for path in (ROOT / "experiments" / "results" / "ta_kd").rglob("table.md"))
 
 
 def _first_table(text: str) -> list[str]:
