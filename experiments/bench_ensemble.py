@@ -170,7 +170,9 @@ def grid(config: Config) -> list[settings.Setting]:
         for family in families:
             shape = parse_shape(family.shape)
             for count in sorted(config.members or family.members):
-                setting = settings.Setting(config.model, shape, family.width, dtype, count, config.rows, config.batch_size)
+                setting = settings.Setting(
+                    config.model, shape, family.width, dtype, count, config.rows, config.batch_size
+                )
                 found[setting] = None  # a flag given twice is no second setting
     return list(found)
 

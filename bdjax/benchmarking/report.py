@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from bdjax.benchmarking import settings
-from bdjax.reporting.plots import COLOURS, _draw_title, _house_style
+from bdjax.reporting.plots import COLOURS, draw_title, house_style
 from bdjax.reporting.tables import Cell, Table
 
 Outcome = Mapping[str, Any]
@@ -220,7 +220,7 @@ def _line_style(name: str) -> dict[str, Any]:
     return {"color": COLOURS[3 + number % 3], "linestyle": _DASHES[dashes], "marker": ("P", "X", "*", "p")[number]}
 
 
-@_house_style
+@house_style
 def throughput(results: Mapping[str, Any]) -> Figure:
     """Images per second against members, a panel for each family of settings, a line for each contender.
 
@@ -259,7 +259,7 @@ def throughput(results: Mapping[str, Any]) -> Figure:
         order = dict.fromkeys((*settings.all_forms(has_gpu=False), *settings.all_forms(has_gpu=True)))
         names = [name for name in order if name in handles]
         figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=2 + columns)
-    _draw_title(figure, "Throughput of training, all members together")
+    draw_title(figure, "Throughput of training, all members together")
     return figure
 
 

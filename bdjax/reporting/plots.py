@@ -35,7 +35,8 @@ _FAINT = "#8c959f"
 _MATRIX_COLOURS = "magma_r"  # perceptually uniform, and light where nothing happens
 _HEAT_COLOURS = "inferno"
 _MAP_COLOURS = "viridis"
-_house_style = matplotlib.style.context(
+# A decorator for whatever draws a figure of a report.
+house_style = matplotlib.style.context(
     [
         "default",
         {
@@ -70,7 +71,7 @@ _LINE = 26  # the height of a line of text
 _BAR = 20  # the width of a colour bar
 
 
-@_house_style
+@house_style
 def matrix(
     values: np.ndarray,  # [R, C] in 0..1, NaN where there is no number
     row_names: Sequence[str],
@@ -132,11 +133,11 @@ def matrix(
     axes.set(xlabel=column_label, ylabel=row_label)
     bar = figure.colorbar(image, ax=axes, label=value_label, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
-    _draw_title(figure, title)
+    draw_title(figure, title)
     return figure
 
 
-@_house_style
+@house_style
 def image_grid(
     images: Sequence[Sequence[np.ndarray]],  # [R, C, H, W, Ch] in 0..1, or rows of different lengths
     row_names: Sequence[str],
@@ -157,7 +158,7 @@ def image_grid(
     return _draw_grid([[_to_rgb(image) for image in row] for row in images], row_names, column_names, title, captions)
 
 
-@_house_style
+@house_style
 def overlay_grid(
     images: np.ndarray,  # [R, C, H, W, Ch] in 0..1
     heat_maps: np.ndarray,  # [R, C, H, W] in 0..1
@@ -202,7 +203,7 @@ def overlay_grid(
     return _draw_grid(cells, row_names, column_names, title, captions, bar=(_HEAT_COLOURS, value_label))
 
 
-@_house_style
+@house_style
 def feature_map_grid(
     features: Mapping[str, Mapping[str, np.ndarray]],  # model -> stage -> [h, w, c]
     title: str,
@@ -238,7 +239,7 @@ def feature_map_grid(
     return _draw_grid(cells, row_names, names, title, None, rows_per_block=len(models))
 
 
-@_house_style
+@house_style
 def training_curves(
     histories: Mapping[str, Mapping[str, np.ndarray]],  # model -> metric -> [epochs] or [members, epochs]
     title: str = "",
@@ -285,11 +286,11 @@ def training_curves(
     for panel in panels[: len(histories) : columns]:
         panel.set_ylabel(value_label)
     if title:
-        _draw_title(figure, title)
+        draw_title(figure, title)
     return figure
 
 
-@_house_style
+@house_style
 def bars(
     names: Sequence[str],
     series: Mapping[str, Sequence[float | None]],  # metric -> a mean for each name
@@ -334,11 +335,11 @@ def bars(
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=len(series))
     if title:
-        _draw_title(figure, title)
+        draw_title(figure, title)
     return figure
 
 
-@_house_style
+@house_style
 def to_png(figure: Figure) -> bytes:
     """Returns the figure as a PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
@@ -354,7 +355,8 @@ def save(figure: Figure, path: Path) -> Path:
     return write_bytes_atomically(path, to_png(figure))
 
 
-def _draw_title(figure: Figure, title: str) -> None:
+def draw_title(figure: Figure, title: str) -> None:
+    """Puts a title on top of a figure, in as many lines as its width needs; nothing if it is empty."""
     if title:
         # Constrained layout makes room for a title's height, not for its width.
         figure.suptitle(_wrap(title, round(figure.get_figwidth() * DPI / 1.3)), x=0.01, ha="left")

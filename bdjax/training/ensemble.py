@@ -11,7 +11,6 @@ Members that do not fit into memory together are trained in groups (`memory.py`)
 """
 
 import contextlib
-import ctypes
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,6 @@ from bdjax.training.member import HISTORY, Loss, Rows, TrainConfig, TrainState, 
 from bdjax.types import Array, Model, PyTree
 
 Layout = Literal["vmap", "map", "unrolled"]
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
 
 # For what is run once or takes no time: compiling a tree's initialisation with all optimisations takes five times as long
 # as without, and one call for a whole tree saves a hundred small ones.
@@ -87,16 +84,6 @@ def use_every_core() -> None:
     """Make each core of the CPU a device of its own. To be called before anything is computed; harmless on a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", cores or 1)
-    _keep_freed_memory()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed. By default each call's large buffers go back to the kernel and come again page by page,
-    zeroed, at the next: a tenth of the time of a short epoch. Elsewhere than on glibc nothing changes."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        set_option = ctypes.CDLL("libc.so.6").mallopt
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
-            set_option(option, value)
 
 
 def num_members(tree: PyTree) -> int:

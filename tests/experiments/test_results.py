@@ -5,8 +5,13 @@ import pathlib
 
 import pytest
 
+from bdjax.benchmarking import report
+from bdjax.reporting.tables import to_markdown
+
 ROOT = pathlib.Path(__file__).parents[2]
-RUNS = sorted(path.parent for path in (ROOT / "experiments" / "results" / "ta_kd").rglob("table.md"))
+RESULTS = ROOT / "experiments" / "results"
+RUNS = sorted(path.parent for path in (RESULTS / "ta_kd").rglob("table.md"))
+BENCHMARKS = sorted(path.parent for path in (RESULTS / "bench_ensemble").rglob("table.md"))
 
 
 def _first_table(text: str) -> list[str]:
@@ -17,10 +22,10 @@ def _first_table(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert RUNS
+    assert RUNS and BENCHMARKS
 
 
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", RUNS + BENCHMARKS, ids=lambda run: run.name)
 def test_the_readme_prints_the_table_of_the_run(run: pathlib.Path) -> None:
     readme = (ROOT / "README.md").read_text()
     table = "\n".join(_first_table((run / "table.md").read_text()))
@@ -36,3 +41,10 @@ def test_the_table_agrees_with_the_numbers_and_the_settings(run: pathlib.Path) -
         summary = model["summary"]["cda"]
         assert summary["seeds"] == config["seeds"]
         assert f"{summary['mean']:.3f}" in table
+
+
+@pytest.mark.parametrize("run", BENCHMARKS, ids=lambda run: run.name)
+def test_a_benchmarks_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    made = to_markdown(report.summary_table(results))
+    assert _first_table(made) == _first_table((run / "table.md").read_text())
