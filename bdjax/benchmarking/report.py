@@ -258,7 +258,10 @@ def throughput(results: Mapping[str, Any]) -> Figure:
         # A contender without a place in the first panel still stands where its kind stands.
         order = dict.fromkeys((*settings.all_forms(has_gpu=False), *settings.all_forms(has_gpu=True)))
         names = [name for name in order if name in handles]
-        figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=2 + columns)
+        # Names are up to 33 letters long: two of them, small, are as wide as a panel.
+        figure.legend(
+            [handles[name] for name in names], names, loc="outside lower center", ncols=1 + columns, fontsize="small"
+        )
     draw_title(figure, "Throughput of training, all members together")
     return figure
 
