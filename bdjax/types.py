@@ -50,6 +50,7 @@ class PoisonedDataset(Dataset):
 
     is_poisoned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]
     original_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N]
+    is_cover: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]: triggered under its own label
 
 
 class Trigger(NamedTuple):

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks.contract import Attack
 from bdjax.attacks.label_rules import LabelRule
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
@@ -69,6 +70,11 @@ def select_rows(key: Key, labels: np.ndarray, rate: float, rule: LabelRule, *, r
     return candidates[permutation(key, len(candidates))[:num_poisoned]]
 
 
+def to_8_bits(images: Array) -> Array:
+    """Float images in [0, 1] to uint8, each value to the nearest of 256 levels."""
+    return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
 @partial(jax.jit, static_argnames="trigger_apply")
 def poisoned_rows(
     images: Array,
@@ -97,9 +103,42 @@ def poisoned_rows(
     def poison_one(row: tuple[Array, Array | None, Key | None]) -> Array:
         image, label, key = row
         triggered = trigger_apply(params, image.astype(jnp.float32) / 255.0, label, key)
-        return jnp.round(jnp.clip(triggered, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+        return to_8_bits(triggered)
 
     return jax.lax.map(poison_one, (images, labels, keys), batch_size=min(IMAGES_AT_ONCE, len(images)))
+
+
+def select_cover_rows(
+    key: Key, labels: np.ndarray, rate: float, rule: LabelRule, poisoned_rows: np.ndarray
+) -> np.ndarray:
+    """Choose rows that carry the trigger under their own label: floor(rate N) of the rule's, none of them poisoned.
+
+    Args:
+        key: a key of `jax.random.key`.
+        labels: int32 [N].
+        rate: a share of all rows, in [0, 1]; 0 gives none.
+        rule: says which rows may be cover.
+        poisoned_rows: int [n], left out.
+
+    Returns:
+        int32 [m], distinct rows in random order.
+
+    Raises:
+        InputError: the rate is no share, or there are not so many rows.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise InputError(f"cover rate {rate:g}: it is a share of the rows, from 0 to 1")
+    may_be = rule.cover(labels)
+    may_be[poisoned_rows] = False
+    candidates = np.flatnonzero(may_be).astype(np.int32)
+    count = math.floor(rate * len(labels) + 1e-9)
+    if count > len(candidates):
+        raise InputError(
+            f"cover rate {rate:g} of {len(labels)} rows is {count} rows, but only {len(candidates)} that are not poisoned "
+            f"may be cover under the rule {rule.name}; the largest rate possible is "
+            f"{_round_down(len(candidates) / len(labels)) if len(candidates) else 0:g}"
+        )
+    return candidates[permutation(key, len(candidates))[:count]] if count else np.zeros(0, np.int32)
 
 
 def poison(
@@ -110,6 +149,10 @@ def poison(
     *,
     params: PyTree,
     key: Key | None = None,
+    cover_rows: np.ndarray | None = None,
+    cover_apply: Callable[..., Array] | None = None,
+    craft: Callable[..., Array] | None = None,
+    adds_rows: bool = False,
 ) -> PoisonedDataset:
     """Poison the given rows of a dataset; every other row is bit-identical.
 
@@ -121,6 +164,10 @@ def poison(
         params: the trigger's parameters.
         key: for triggers that are random per image. Row i gets `fold_in(key, i)`, so that its poisoned version does not
           depend on which other rows were chosen, nor on their order.
+        cover_rows: int [m], rows that get the trigger and keep their label.
+        cover_apply: the trigger on those; None for `trigger_apply`.
+        craft: makes all poisoned images at once in place of `trigger_apply`; see `Attack.craft`.
+        adds_rows: add the changed rows, poisoned ones first, to the end instead of putting them in the place of the clean ones.
 
     Returns:
         The poisoned set, with the truth about each row.
@@ -132,26 +179,99 @@ def poison(
         Heydari et al. 2025, section 4.3, equation 2.
     """
     rows = np.asarray(rows)
+    cover_rows = np.zeros(0, np.int32) if cover_rows is None else np.asarray(cover_rows)
+    changed = np.concatenate([rows, cover_rows]).astype(np.int32)
     if len(rows) == 0:
         raise InputError(f"no rows to poison were given, of {len(dataset)}: the result would be the clean dataset")
-    if rows.min() < 0 or rows.max() >= len(dataset) or len(np.unique(rows)) < len(rows):
+    if changed.min() < 0 or changed.max() >= len(dataset) or len(np.unique(changed)) < len(changed):
         raise InputError(f"rows to poison must be distinct and from 0 to {len(dataset) - 1}")
     new_labels = rule.relabel(dataset.labels[rows])
     _check_labels(new_labels, dataset.num_classes, rule)
 
-    images, labels, is_poisoned = dataset.images.copy(), dataset.labels.copy(), np.zeros(len(dataset), bool)
-    keys = None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows))
-    images[rows] = poisoned_rows(
-        dataset.images[rows], params, jnp.asarray(dataset.labels[rows]), keys, trigger_apply=trigger_apply
-    )
-    labels[rows] = new_labels
-    is_poisoned[rows] = True
+    def stored(which: np.ndarray, function: Callable[..., Array], how: Callable[..., np.ndarray]) -> np.ndarray:
+        labels = jnp.asarray(dataset.labels[which])
+        return np.asarray(how(dataset.images[which], params, labels, row_keys(key, which), function))
+
+    images = [stored(rows, craft or trigger_apply, _crafted_rows if craft else _triggered_rows)]
+    if len(cover_rows):
+        images.append(stored(cover_rows, cover_apply or trigger_apply, _triggered_rows))
+    base = np.concatenate([np.arange(len(dataset)), changed]) if adds_rows else np.arange(len(dataset))
+    where = np.arange(len(dataset), len(base)) if adds_rows else changed
+    poisoned, cover = where[: len(rows)], where[len(rows) :]
     fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(Dataset)}
-    return PoisonedDataset(
-        **fields | {"images": images, "labels": labels},
-        is_poisoned=is_poisoned,
-        original_labels=dataset.labels.copy(),
+    result = PoisonedDataset(
+        **fields | {"images": dataset.images[base], "labels": dataset.labels[base]},
+        is_poisoned=np.zeros(len(base), bool),
+        original_labels=dataset.labels[base],
+        is_cover=np.zeros(len(base), bool),
     )
+    result.images[where] = np.concatenate(images)
+    result.labels[poisoned] = new_labels
+    result.is_poisoned[poisoned] = True
+    result.is_cover[cover] = True
+    return result
+
+
+def poison_by(
+    key: Key, dataset: Dataset, attack: Attack, params: PyTree, settings: Any, rule: LabelRule
+) -> PoisonedDataset:
+    """Poison a training set as an attack of the registry does: choose rows and cover rows, trigger and relabel them.
+
+    Args:
+        key: decides which rows; random triggers get keys of their own from it.
+        dataset: the clean data.
+        attack: one that hands over data.
+        params: of its `make_params`.
+        settings: its `poison_rate` and `cover_rate` are used.
+        rule: gives candidates and labels.
+
+    Raises:
+        InputError: the rates give no row, or more than there are.
+    """
+    row_key, cover_key, image_key = jax.random.split(key, 3)
+    rows = select_rows(row_key, dataset.labels, settings.poison_rate, rule)
+    return poison(
+        dataset,
+        rows,
+        attack.apply_in_training or attack.apply,
+        rule,
+        params=params,
+        key=image_key,
+        cover_rows=select_cover_rows(cover_key, dataset.labels, settings.cover_rate, rule, rows),
+        cover_apply=attack.apply_to_cover,
+        craft=attack.craft,
+        adds_rows=attack.adds_rows,
+    )
+
+
+def trigger_all(key: Key, dataset: Dataset, apply: Callable[..., Array], params: PyTree) -> np.ndarray:
+    """Every image of a set with the trigger on it, 8-bit as the files that an attacker would hand in.
+
+    Args:
+        key: row i gets `fold_in(key, i)`.
+        dataset: the clean images, with the labels that class-dependent triggers go by.
+        apply: the trigger.
+        params: its parameters.
+
+    Returns:
+        uint8 [N, H, W, C].
+    """
+    rows = np.arange(len(dataset), dtype=np.int32)
+    return np.asarray(_triggered_rows(dataset.images, params, jnp.asarray(dataset.labels), row_keys(key, rows), apply))
+
+
+def row_keys(key: Key | None, rows: np.ndarray) -> Key | None:
+    """The key of each row, by its number in the dataset: typed keys [n]."""
+    return None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows, jnp.int32))
+
+
+def _triggered_rows(images, params, labels, keys, function: Callable[..., Array]) -> Array:
+    return poisoned_rows(images, params, labels, keys, trigger_apply=function)
+
+
+def _crafted_rows(images, params, labels, keys, function: Callable[..., Array]) -> Array:
+    crafted = function(params, jnp.asarray(images, jnp.float32) / 255.0, labels, keys)
+    return to_8_bits(crafted)
 
 
 def _check_labels(labels: np.ndarray, num_classes: int, rule: LabelRule) -> None:

@@ -23,7 +23,7 @@ def load_npz(path: Path) -> TrainTest:
         path: Holds `train_images`, `train_labels`, `test_images` and `test_labels`; or `images` and `labels`, which are
             split 80/20 the same way every time. Images are [N, H, W] or [N, H, W, C], uint8, or float in [0, 1].
             Optional: `num_classes` (otherwise the highest label plus 1); `is_poisoned` (bool) and `original_labels`
-            (int) for each training row, or for each row of `images`.
+            (int) for each training row, or for each row of `images`, and with them `is_cover` (bool).
 
     Returns:
         The split set; its training part is a `PoisonedDataset` if the file has `is_poisoned`. Of `images`, only rows
@@ -116,13 +116,21 @@ def _with_poison(dataset: Dataset, arrays: dict[str, np.ndarray], path: Path) ->
             f"{path}, original_labels: row {row} is not poisoned, but its label is {dataset.labels[row]} and its "
             f"original label {original_labels[row]}; they must be equal"
         )
-    return PoisonedDataset(**vars(dataset), is_poisoned=is_poisoned, original_labels=original_labels)
+    is_cover = arrays.get("is_cover", np.zeros(len(dataset), bool))
+    if is_cover.dtype != bool or is_cover.shape != (len(dataset),) or (is_cover & is_poisoned).any():
+        raise InputError(
+            f"{path}, is_cover: is {is_cover.dtype} of the shape {list(is_cover.shape)}; it must be bool, one for each of "
+            f"the {len(dataset)} rows, and true for no row that is poisoned"
+        )
+    return PoisonedDataset(**vars(dataset), is_poisoned=is_poisoned, original_labels=original_labels, is_cover=is_cover)
 
 
 def _split(dataset: Dataset, path: Path) -> TrainTest:
-    is_poisoned = dataset.is_poisoned if isinstance(dataset, PoisonedDataset) else np.zeros(len(dataset), bool)
+    is_triggered = np.zeros(len(dataset), bool)
+    if isinstance(dataset, PoisonedDataset):
+        is_triggered = dataset.is_poisoned | dataset.is_cover
     # A poisoned row in the test set would count against the clean accuracy of every model, so they all stay in training.
-    clean_rows = np.flatnonzero(~is_poisoned)
+    clean_rows = np.flatnonzero(~is_triggered)
     test_rows = clean_rows[fixed_test_split(dataset.labels[clean_rows])[1]] if len(clean_rows) else clean_rows
     if len(test_rows) == 0:
         raise InputError(
@@ -141,5 +149,6 @@ def _take(dataset: Dataset, rows: np.ndarray, part: str) -> Dataset:
         changes |= {
             "is_poisoned": dataset.is_poisoned[rows],
             "original_labels": dataset.original_labels[rows],
+            "is_cover": dataset.is_cover[rows],
         }
     return dataclasses.replace(dataset, **changes, source=f"{dataset.source}, {part} rows of a fixed 80/20 split")

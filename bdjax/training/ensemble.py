@@ -26,7 +26,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from bdjax.errors import InputError
 from bdjax.training import checkpoint, memory, processes
-from bdjax.training.member import HISTORY, Loss, Rows, TrainConfig, TrainState, as_float, make_epoch, over_batches
+from bdjax.training.member import (
+    HISTORY,
+    Loss,
+    Objective,
+    Rows,
+    TrainConfig,
+    TrainState,
+    as_float,
+    make_epoch,
+    over_batches,
+    supervised,
+)
 from bdjax.types import Array, Model, PyTree
 
 Layout = Literal["vmap", "map", "unrolled"]
@@ -218,6 +229,7 @@ def fit(
     validation: Rows,
     *,
     layout: Layout,
+    objective: Objective | None = None,
     group_size: int | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress_folder: pathlib.Path | None = None,
@@ -237,6 +249,7 @@ def fit(
         train: rows of each member, leaves [M, n, ...].
         validation: likewise [M, n', ...]; n' may be 0.
         layout: how the members are laid out.
+        objective: what each step minimises, if it is more than the loss on the rows as they are.
         group_size: how many members share a call; None for as many as are estimated to fit into memory.
         say: told in one line if the members are split into groups.
         progress_folder: where to keep the state between epochs.
@@ -252,10 +265,11 @@ def fit(
         states = checkpoint.load_progress(progress_folder, states) or states
     count, first = num_members(states), int(states.epoch[0])
     if group_size is None:
-        group_size = _group_that_fits(model, loss, config, states, pool, train, validation, layout, say)
+        minimised = objective or supervised(model, loss)
+        group_size = _group_that_fits(minimised, config, states, pool, train, validation, layout, say)
     groups = _groups(count, group_size)
     spread = spread_members(len(groups[0]))
-    run_epoch = compile_members(make_epoch(model, loss, config), layout, spread, num_shared=1, donate=True)
+    run_epoch = compile_members(make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True)
     pool = spread.replicate(pool)
     if len(groups) == 1:
         states, train, validation = (spread.place(tree) for tree in (states, train, validation))
@@ -277,9 +291,9 @@ def fit(
         return spread.gather(states) if len(groups) == 1 else jax.tree.map(jnp.asarray, states)
 
 
-def _group_that_fits(model, loss, config, states, pool, train, validation, layout, say) -> int:
+def _group_that_fits(objective, config, states, pool, train, validation, layout, say) -> int:
     count = num_members(states)
-    need = memory.estimate(model, loss, config, states, pool, train, validation)
+    need = memory.estimate(objective, config, states, pool, train, validation)
     limit = memory.available()
     group = memory.largest_group(need, limit, count, jax.device_count(), one_at_a_time=layout == "map")
     if group < count:

@@ -27,6 +27,20 @@ Loss = Callable[[Array, PyTree], Array]
 """(logits [N, K], targets of those N rows) -> per-example loss [N]."""
 
 
+class Outcome(NamedTuple):
+    """What an objective makes of one batch."""
+
+    losses: Array  # float32 [N]: their mean is minimised
+    logits: Array  # float32 [N, K]
+    labels: Array  # int32 [N]: what the training accuracy is counted against
+    variables: PyTree  # after the call
+
+
+Objective = Callable[[PyTree, PyTree, Array, dict[str, Array], Key], Outcome]
+"""(params, variables, images float32 [N, H, W, C] in [0, 1], targets, key) -> outcome. `params` is differentiated and stands
+for `variables["params"]`; whatever else is in the variables is carried along."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How one network is trained. The defaults are those of TA-KD (Heydari et al. 2025, section 4.8)."""
@@ -101,30 +115,45 @@ def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
     return config.learning_rate * 0.5 * (1 + jnp.cos(math.pi * progress))
 
 
-def make_step(model: Model, loss: Loss, config: TrainConfig) -> Callable[..., tuple[Any, dict[str, Array]]]:
+def supervised(model: Model, loss: Loss) -> Objective:
+    """What nearly everything minimises: a loss of the model's logits on the rows as they are."""
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        del key
+        output = model.apply({**variables, "params": params}, images, train=True)
+        return Outcome(loss(output.logits, targets), output.logits, targets["labels"], output.variables)
+
+    return objective
+
+
+def make_step(objective: Objective, config: TrainConfig) -> Callable[..., tuple[Any, dict[str, Array]]]:
     """One gradient step of one member on one batch.
 
     Returns:
-        `step(variables, optimiser, images, targets, learning_rate) -> ((variables, optimiser), metrics)`, with images
+        `step(variables, optimiser, images, targets, learning_rate, key) -> ((variables, optimiser), metrics)`, with images
         float32 [B, H, W, C] in [0, 1] and metrics the batch's summed loss and number of correct predictions.
     """
     optimiser = make_optimiser(config)
 
-    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array]):
-        output = model.apply({**variables, "params": params}, images, train=True)
-        losses = loss(output.logits, targets)
-        return jnp.mean(losses), (losses, output)
+    def mean_loss(params: PyTree, *batch: Any) -> tuple[Array, Outcome]:
+        outcome = objective(params, *batch)
+        return jnp.mean(outcome.losses), outcome
 
     def step(
-        variables: PyTree, optimiser_state: PyTree, images: Array, targets: dict[str, Array], learning_rate: Array
+        variables: PyTree,
+        optimiser_state: PyTree,
+        images: Array,
+        targets: dict[str, Array],
+        learning_rate: Array,
+        key: Key,
     ):
-        gradient, (losses, output) = jax.grad(objective, has_aux=True)(variables["params"], variables, images, targets)
+        gradient, outcome = jax.grad(mean_loss, has_aux=True)(variables["params"], variables, images, targets, key)
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
             direction, optimiser_state = optimiser.update(gradient, optimiser_state, variables["params"])
         params = jax.tree.map(lambda p, d: p - learning_rate * d, variables["params"], direction)
-        correct = jnp.argmax(output.logits, axis=1) == targets["labels"]
-        metrics = {"loss": jnp.sum(losses), "accuracy": jnp.sum(correct.astype(jnp.float32))}
-        return ({**output.variables, "params": params}, optimiser_state), metrics
+        correct = jnp.argmax(outcome.logits, axis=1) == outcome.labels
+        metrics = {"loss": jnp.sum(outcome.losses), "accuracy": jnp.sum(correct.astype(jnp.float32))}
+        return ({**outcome.variables, "params": params}, optimiser_state), metrics
 
     return step
 
@@ -159,14 +188,22 @@ def over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size:
     return jax.tree.map(lambda leaf: leaf.reshape(num_batches * batch_size, *leaf.shape[2:])[:num_rows], outputs)
 
 
-def make_epoch(model: Model, loss: Loss, config: TrainConfig) -> Callable[[TrainState, Rows, Rows, Array], TrainState]:
+def make_epoch(
+    model: Model, loss: Loss, config: TrainConfig, objective: Objective | None = None
+) -> Callable[[TrainState, Rows, Rows, Array], TrainState]:
     """A whole epoch of one member.
+
+    Args:
+        model: its architecture.
+        loss: per example; also what validation measures.
+        config: how it is trained.
+        objective: what each step minimises, if it is more than the loss on the rows as they are.
 
     Returns:
         `epoch(state, train, validation, pool) -> state`. `pool` is uint8 [P, H, W, C]. Without validation rows the
         plateau rule judges the training loss.
     """
-    step = make_step(model, loss, config)
+    step = make_step(objective or supervised(model, loss), config)
 
     def epoch(state: TrainState, train: Rows, validation: Rows, pool: Array) -> TrainState:
         num_rows = train.index.shape[0]
@@ -178,9 +215,11 @@ def make_epoch(model: Model, loss: Loss, config: TrainConfig) -> Callable[[Train
         def run_batch(carry, batch):
             number, where = batch
             variables, optimiser_state = carry
-            images = augment(jax.random.fold_in(epoch_key, number), pool[train.index[where]], config.augmentation)
+            batch_key = jax.random.fold_in(epoch_key, number)
+            images = augment(batch_key, pool[train.index[where]], config.augmentation)
             targets = {name: values[where] for name, values in train.targets.items()}
-            return step(variables, optimiser_state, as_float(images), targets, learning_rate)
+            step_key = jax.random.fold_in(batch_key, 1)
+            return step(variables, optimiser_state, as_float(images), targets, learning_rate, step_key)
 
         full = num_rows // batch_size
         carry = (state.variables, state.optimiser)

@@ -16,8 +16,8 @@ from jax.extend import core
 
 from bdjax.errors import InputError
 from bdjax.training import processes
-from bdjax.training.member import Loss, Rows, TrainConfig, TrainState, as_float
-from bdjax.types import Array, Model, PyTree
+from bdjax.training.member import Objective, Rows, TrainConfig, TrainState, as_float
+from bdjax.types import Array, Key, PyTree
 
 USABLE = 0.8
 """Share of the memory that the estimate may fill."""
@@ -50,13 +50,12 @@ def _item_bytes(dtype: np.dtype) -> int:
 
 
 def estimate(
-    model: Model, loss: Loss, config: TrainConfig, states: TrainState, pool: Array, train: Rows, validation: Rows
+    objective: Objective, config: TrainConfig, states: TrainState, pool: Array, train: Rows, validation: Rows
 ) -> Need:
     """What a training of stacked members takes, without compiling or computing anything.
 
     Args:
-        model: their architecture.
-        loss: per example.
+        objective: what one step of a member minimises.
         config: how they are trained.
         states: stacked [M, ...].
         pool: uint8 [P, H, W, C].
@@ -69,19 +68,18 @@ def estimate(
     def one(tree: PyTree, *leading: int) -> PyTree:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape[1:]), leaf.dtype), tree)
 
-    def kept(variables: PyTree, images: Array, targets: dict[str, Array]) -> PyTree:
-        def objective(params: PyTree) -> Array:
-            output = model.apply({**variables, "params": params}, as_float(images), train=True)
-            return jnp.mean(loss(output.logits, targets))
+    def kept(variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> PyTree:
+        def mean_loss(params: PyTree) -> Array:
+            return jnp.mean(objective(params, variables, as_float(images), targets, key).losses)
 
-        return jax.vjp(objective, variables["params"])[1]
+        return jax.vjp(mean_loss, variables["params"])[1]
 
     variables = one(states.variables)
     images = jax.ShapeDtypeStruct((batch_size, *pool.shape[1:]), pool.dtype)
     targets = {
         name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[2:]), leaf.dtype) for name, leaf in train.targets.items()
     }
-    traced = jax.make_jaxpr(kept)(variables, images, targets)
+    traced = jax.make_jaxpr(kept)(variables, images, targets, jax.random.key(0))
     return Need(
         shared=count_bytes(pool),
         member=(2 * count_bytes(states) + count_bytes((train, validation))) // count,

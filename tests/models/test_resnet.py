@@ -14,7 +14,7 @@ from bdjax.errors import InputError
 from bdjax.models import MODELS, Lowering, count_parameters, make_model
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
-from bdjax.training.member import TrainConfig, as_float, make_optimiser, make_step
+from bdjax.training.member import TrainConfig, as_float, make_optimiser, make_step, supervised
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LOWERINGS = get_args(Lowering)
@@ -93,8 +93,9 @@ def test_three_steps_of_adam_are_pytorchs(lowering, golden):
     @jax.jit
     def step(variables, optimiser, weight_decay):
         config = TrainConfig(weight_decay=weight_decay)
-        run = make_step(model, lambda logits, targets: losses.cross_entropy(logits, targets["labels"]), config)
-        return run(variables, optimiser, images, targets, jnp.float32(0.01))
+        minimised = supervised(model, lambda logits, targets: losses.cross_entropy(logits, targets["labels"]))
+        run = make_step(minimised, config)
+        return run(variables, optimiser, images, targets, jnp.float32(0.01), jax.random.key(0))
 
     def train(weight_decay):
         variables, optimiser, seen = before, make_optimiser(TrainConfig()).init(before["params"]), []

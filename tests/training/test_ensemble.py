@@ -14,7 +14,7 @@ from bdjax.models import Lowering
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
 from bdjax.training import checkpoint, ensemble
-from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch, supervised
 
 SHAPE = (6, 6, 1)
 POOL = jnp.asarray(np.random.default_rng(0).integers(0, 256, (30, *SHAPE)), jnp.uint8)
@@ -362,7 +362,7 @@ def test_members_in_groups_end_where_they_end_together(linear, layout, group_siz
 def test_members_that_do_not_fit_are_split_and_it_is_said(linear, monkeypatch):
     rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
     states = fresh(linear, range(5))
-    need = ensemble.memory.estimate(linear, loss, CONFIG, states, POOL, *rows)
+    need = ensemble.memory.estimate(supervised(linear, loss), CONFIG, states, POOL, *rows)
     calls, said = [], []
     compile_members = ensemble.compile_members
 

@@ -6,7 +6,7 @@ from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.models import make_model
 from bdjax.training import ensemble, memory
-from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch, supervised
 
 CONFIG = TrainConfig(epochs=1, batch_size=8)
 SHAPE = (12, 12, 3)
@@ -38,7 +38,7 @@ def abstract(model, count, rows=32):
 def test_the_estimate_is_near_the_compilers_own_account(lowering, layout, dtype):
     model = make_model("resnet10", 3, 8, lowering, dtype)
     states, train, validation, pool = abstract(model, 3)
-    need = memory.estimate(model, loss, CONFIG, states, pool, train, validation)
+    need = memory.estimate(supervised(model, loss), CONFIG, states, pool, train, validation)
     run = ensemble.compile_members(
         make_epoch(model, loss, CONFIG), layout, ensemble.spread_members(1), num_shared=1, donate=True
     )

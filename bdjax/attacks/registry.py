@@ -1,0 +1,24 @@
+"""Every attack by name. Another one is a file of its own and its line here; the contract test walks this table."""
+
+from bdjax.attacks.contract import Attack
+from bdjax.attacks.sig import SIG, SIG_STRIPED
+from bdjax.errors import InputError
+
+ATTACKS: dict[str, Attack] = {
+    attack.name: attack
+    for attack in (
+        SIG,
+        SIG_STRIPED,
+    )
+}
+
+
+def find_attack(name: str) -> Attack:
+    """The attack of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in ATTACKS:
+        raise InputError(f"attack {name!r} is not one of {', '.join(ATTACKS)}")
+    return ATTACKS[name]

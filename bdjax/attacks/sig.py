@@ -1,0 +1,124 @@
+"""SIG: a sinusoid over the columns, in rows of the target class whose labels stay as they are (Barni et al. 2019).
+
+Two forms are in use. The textbook's adds the signal. The code of NAD, ABL and Trap-and-Replace, which LfD's and ABM's numbers
+probably come from, blends in a stripe picture: a sinusoid whose negative half wrapped around when it was stored in 8 bits.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.contract import Attack, Knowledge, Published
+from bdjax.triggers import additive, masked_blend
+from bdjax.triggers.additive import Additive
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Key
+
+PAPER = "Barni et al. 2019, A New Backdoor Attack in CNNs by Training Set Corruption Without Label Poisoning"
+
+
+@dataclass(frozen=True)
+class SigSettings:
+    poison_rate: float = 0.08
+    """share of all training rows; all of them are of the target class"""
+    cover_rate: float = 0.0
+    """share of all training rows that get the trigger and keep their label"""
+    amplitude: float = 40 / 255
+    """D, in [0, 1]; 20/255 in ABL's and NAD's code"""
+    frequency: float = 6.0
+    """f, cycles over the width of an image"""
+
+
+@dataclass(frozen=True)
+class StripedSigSettings:
+    poison_rate: float = 0.08
+    """share of all training rows; all of them are of the target class"""
+    cover_rate: float = 0.0
+    """share of all training rows that get the trigger and keep their label"""
+    opacity: float = 0.2
+    """of the stripe picture, in [0, 1]"""
+
+
+def make_sinusoid(key: Key, knowledge: Knowledge, settings: SigSettings) -> Additive:
+    """The signal D sin(2 pi f j / W) of column j, the same in every row and channel.
+
+    Args:
+        key: not used: the signal is fixed.
+        knowledge: for the shape of the images.
+        settings: D and f.
+
+    Returns:
+        An additive trigger, float32 [H, W, C] in [-D, D].
+
+    References:
+        Barni et al. 2019, section 3.
+    """
+    del key
+    width = knowledge.train.image_shape[1]
+    signal = settings.amplitude * np.sin(2.0 * math.pi * settings.frequency * np.arange(width) / width)
+    return Additive(_columns(signal, knowledge))
+
+
+def wrapped_stripes(width: int) -> np.ndarray:
+    """The stripe picture's row: 20 sin(0.8 j), cut to whole numbers and wrapped around at 256.
+
+    Negative halves come out as 236..255, so this is near to black and white stripes of about 7.85 pixels a period.
+
+    Args:
+        width: W.
+
+    Returns:
+        uint8 [W].
+    """
+    return np.trunc(20.0 * np.sin(0.8 * np.arange(width))).astype(np.int64).astype(np.uint8)
+
+
+def make_stripes(key: Key, knowledge: Knowledge, settings: StripedSigSettings) -> MaskedBlend:
+    """The stripe picture over the whole image: 0.8 x + 0.2 s.
+
+    Args:
+        key: not used: the picture is fixed.
+        knowledge: for the shape of the images.
+        settings: the opacity.
+
+    Returns:
+        The trigger: a mask of ones.
+    """
+    del key
+    height, width, _ = knowledge.train.image_shape
+    return MaskedBlend(
+        mask=jnp.ones((height, width, 1), jnp.float32),
+        pattern=_columns(wrapped_stripes(width) / 255.0, knowledge),
+        opacity=jnp.float32(settings.opacity),
+    )
+
+
+def _columns(values: np.ndarray, knowledge: Knowledge) -> jnp.ndarray:
+    return jnp.asarray(np.broadcast_to(values[None, :, None], knowledge.train.image_shape), jnp.float32)
+
+
+SIG = Attack(
+    name="sig",
+    title="SIG",
+    paper=PAPER,
+    threat="data",
+    settings=SigSettings(),
+    make_params=make_sinusoid,
+    apply=additive.apply,
+    label_rules=("clean_label", "all_to_one", "all_to_all"),
+    # On black backgrounds the negative half is cut off, so the textbook's amplitude is half as much there.
+    per_dataset={"grey": {"amplitude": 80 / 255}},
+    published=(Published("LfD", "cifar10", 93.2, 92.2), Published("ABM", "cifar10", 79.5, 99.96)),
+)
+SIG_STRIPED = Attack(
+    name="sig_striped",
+    title="SIG, striped",
+    paper=f"{PAPER}; in the form of NAD's and ABL's code",
+    threat="data",
+    settings=StripedSigSettings(),
+    make_params=make_stripes,
+    apply=masked_blend.apply,
+    label_rules=("clean_label", "all_to_one", "all_to_all"),
+)
