@@ -43,6 +43,52 @@ def clean_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(predictions == labels))
 
 
+class AttackMetrics(NamedTuple):
+    """One model under one trigger whose success a label rule defines. Every share is of the rows that it names."""
+
+    cda: float
+    asr: float  # of the victims, predicted as what the attacker wants
+    r_acc: float  # of the victims, predicted as their true label
+    asr_with_target: float | None  # of the victims and the rows of the target class; None if there is no one target
+    r_acc_with_target: float | None
+    spill: float | None  # of all other triggered rows, predicted as the target; None if there are none
+
+
+def measure_attack(
+    clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray, victims: np.ndarray, wanted: np.ndarray
+) -> AttackMetrics:
+    """CDA, ASR and R-ACC where the attacker's class may differ from row to row.
+
+    Args:
+        clean: int [N], predictions on untouched images.
+        triggered: int [N], predictions on the same images with the trigger.
+        labels: int [N], true labels.
+        victims: bool [N], the rows that count.
+        wanted: int [N], what the attacker wants of each.
+
+    Raises:
+        ValueError: if there is no victim.
+    """
+    if not victims.any():
+        raise ValueError(f"none of the {len(labels)} test rows is one that the attack is measured on")
+
+    def share(hits: np.ndarray, rows: np.ndarray) -> float:
+        return float(np.mean(hits[rows]))
+
+    targets = np.unique(wanted[victims])
+    with_target = victims | (labels == targets[0])
+    others = ~with_target
+    one_target = len(targets) == 1
+    return AttackMetrics(
+        cda=clean_accuracy(clean, labels),
+        asr=share(triggered == wanted, victims),
+        r_acc=share(triggered == labels, victims),
+        asr_with_target=share(triggered == targets[0], with_target) if one_target else None,
+        r_acc_with_target=share(triggered == labels, with_target) if one_target else None,
+        spill=share(triggered == targets[0], others) if one_target and others.any() else None,
+    )
+
+
 def evaluated_rows(labels: np.ndarray, target: int, *, include_target: bool = False) -> np.ndarray:
     """The rows that ASR and R-ACC are measured on (equation 8): bool [N].
 

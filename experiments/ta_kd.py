@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import command_line, datasets, losses
+from bdjax import command_line, experiment, losses
 from bdjax.attacks import outsourcing, suspects
 from bdjax.attacks.poisoning import RateOf
 from bdjax.attacks.providers import ProviderTriggers
@@ -29,12 +29,13 @@ from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
 from bdjax.errors import InputError
-from bdjax.models import ComputeDtype, Lowering, count_parameters, make_model
+from bdjax.experiment import IGNORED, ExperimentConfig, check_ranges, choose_engine, flag, load, open_folder
+from bdjax.models import count_parameters, make_model
 from bdjax.reporting import ta_kd_report, ta_kd_results
 from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import default_name, open_run, to_plain
+from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import to_rich
-from bdjax.training import ensemble, probe, processes
+from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner, predict_groups
@@ -44,31 +45,17 @@ Preset = Literal["quick", "paper", "strong"]
 Scale = Literal["quick", "paper"]
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(ExperimentConfig):
     """Every setting of a TA-KD run; `--preset` and `--dataset` decide what the others default to."""
 
-    dataset: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, gtsrb, tfds:NAME, or the path of an image folder or an .npz"""
     preset: Preset = "paper"
     """quick: minutes on two cores; paper: to the letter, for a GPU; strong: the same attack, a better defender"""
     scale: Scale = "paper"
     """the size of nets, rows and epochs that the strong preset starts from"""
-    seeds: int = 3
-    """how many seeds are trained, as members of the same calls; tables show mean and standard deviation"""
-    seed: int = 0
-    """the first seed"""
-    data_dir: pathlib.Path | None = None
-    """where datasets lie; then BDJAX_DATA_DIR, then a cache that they are fetched into"""
-    output: pathlib.Path | None = None
-    """the run's folder; by default runs/ta_kd/<dataset>-<preset>"""
     teachers: pathlib.Path | None = None
     """a checkpoint folder of stacked teachers, as a run writes to teachers/seed-0; no attack is trained then"""
 
-    train_rows: int = 0
-    """use only so many training rows, drawn once; 0 for all"""
-    test_rows: int = 0
-    """use only so many test rows, drawn once; 0 for all"""
     auxiliary_fraction: float = 0.1
     """the defender's clean set, as a share of the training rows"""
     validation_fraction: float = 0.2
@@ -78,8 +65,6 @@ class Config:
     """providers, each with a trigger of its own"""
     provider_fraction: float = 0.4
     """each provider's share of the training rows; providers overlap"""
-    target: int = 0
-    """the attacker's class"""
     poison_rate: float = 0.01
     """share of each provider's rows that it poisons"""
     poison_rate_of: RateOf = "all"
@@ -150,15 +135,6 @@ class Config:
     tie: Tie = "lowest"
     """who wins a tied hard vote: the lowest class (the paper's code; the target 0 wins ties), or the higher soft vote"""
 
-    layout: ensemble.Layout | Literal["auto"] = "auto"
-    """how members are laid out in a compiled call; auto measures what is fastest here, once"""
-    lowering: Lowering | Literal["auto"] = "auto"
-    """how convolutions are computed; likewise"""
-    compute_dtype: ComputeDtype = "float32"
-    """of activations and products; parameters, statistics and losses are float32 in any case"""
-    member_group: int = 0
-    """train at most so many members in one call; 0 for as many as fit into memory"""
-
 
 # What each preset changes from the paper's settings, which are the dataclass's defaults.
 PAPER = {"cifar10": {"num_similar": 3}, "cifar100": {"num_similar": 3}}
@@ -216,11 +192,6 @@ STRONG: dict[str, Any] = {
 FLIPPABLE = ("cifar10", "cifar100")
 """Sets of natural images, where a mirrored picture is of the same class."""
 
-IGNORED = ("data_dir", "output")
-"""Fields that do not influence any number."""
-ENGINE_FILE = "engine.json"
-"""The run's layout and lowering, so that it goes on with those that it began with."""
-
 
 def preset(preset: str | None = None, dataset: str | None = None, scale: str | None = None) -> Config:
     """The configuration that a preset starts from.
@@ -265,23 +236,10 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     """
     log = log or StageLog()
     check(config)
-    with log.stage("data") as stage:
-        train, test = load(config)
-        stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
-    with log.stage("probe", detail="nothing to choose") as stage:
-        engine = probe.choose(
-            probe.Shape(
-                train.image_shape,
-                config.width,
-                config.batch_size,
-                config.num_teachers * config.seeds,
-                config.compute_dtype,
-            ),
-            config.layout,
-            config.lowering,
-            remembered=output_folder(config) / ENGINE_FILE,
-            say=partial(setattr, stage, "detail"),
-        )
+    train, test = load(config, log)
+    output = output_folder(config)
+    members = config.num_teachers * config.seeds
+    engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
     models = {
         role: make_model(
             getattr(config, f"{role}_model"), train.num_classes, config.width, engine.lowering, config.compute_dtype
@@ -310,8 +268,7 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     is_own_attack = not (handed_over or classifiers)
     if is_own_attack:
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
-    folder = open_run(output_folder(config), config, experiment="ta_kd", ignore=IGNORED)
-    folder.write_json(ENGINE_FILE, probe.record(engine))
+    folder = open_folder("ta_kd", output, config, engine)
     runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
 
@@ -406,49 +363,15 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the flag.
     """
-    counts = ("seeds", "num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
+    counts = ("num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
     at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
-    at_least |= dict.fromkeys(("seed", "train_rows", "test_rows", "trim", "plateau_patience", "member_group"), 0)
-    at_least |= dict.fromkeys(("plateau_threshold", "defense_weight_decay"), 0)
-    for name, least in at_least.items():
-        if not getattr(config, name) >= least:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not at least {least}")
-    above_zero = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")
-    for name in (*above_zero, "auxiliary_fraction", "provider_fraction", "poison_rate"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not above 0")
-    shares = ("alpha", "auxiliary_fraction", "provider_fraction", "poison_rate", "similarity", "minimum_contrast")
-    for name in (*shares, "validation_fraction"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not within 0 and 1")
+    at_least |= dict.fromkeys(("trim", "plateau_patience", "plateau_threshold", "defense_weight_decay"), 0)
+    rates = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")
+    fractions = ("auxiliary_fraction", "provider_fraction", "poison_rate")
+    shares = ("alpha", *fractions, "similarity", "minimum_contrast", "validation_fraction")
+    check_ranges(config, at_least=at_least, above_zero=(*rates, *fractions), shares=shares)
     if config.validation_fraction == 1:
         raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on")
-    if config.seed + config.seeds > 2**31:
-        raise InputError(f"{flag('seed')} {config.seed} is not below 2**31")
-
-
-def flag(name: str) -> str:
-    """What the command line calls a field."""
-    return "--" + name.replace("_", "-")
-
-
-def load(config: Config) -> TrainTest:
-    """The dataset, cut down to `train_rows` and `test_rows`; which rows stay does not depend on the seed."""
-    loaded = datasets.load(config.dataset, config.data_dir)
-    parts = []
-    for number, (part, limit) in enumerate(zip(loaded, (config.train_rows, config.test_rows), strict=True)):
-        if 0 < limit < len(part):
-            rows = np.sort(splits.permutation(jax.random.key(number), len(part))[:limit])
-            part = dataclasses.replace(part, images=part.images[rows], labels=part.labels[rows])
-        parts.append(part)
-    train, test = parts
-    if not 0 <= config.target < train.num_classes:
-        raise InputError(
-            f"--target {config.target} is not a class of {train.name}: it has 0 to {train.num_classes - 1}"
-        )
-    if not np.any(test.labels != config.target):
-        raise InputError(f"{test.name}: each of the {len(test)} test rows is of class {config.target}, the target")
-    return TrainTest(train, test)
 
 
 def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKdConfig]:
@@ -494,18 +417,17 @@ def clean_set(config: Config, defense: ta_kd.TaKdConfig, train: Dataset, key: Ke
 
 def output_folder(config: Config) -> pathlib.Path:
     """`--output`, or a name that the same settings always give."""
-    if config.output:
-        return config.output
-    default = preset(config.preset, config.dataset, config.scale)
-    changed = command_line.changed_fields(config, default, IGNORED)
-    return pathlib.Path("runs") / "ta_kd" / default_name(pathlib.Path(config.dataset).stem, config.preset, changed)
+    return experiment.output_folder("ta_kd", config, _default(config), config.preset)
 
 
 def command(config: Config) -> str:
     """The command that makes this run again, wherever its data lies."""
-    changed = command_line.changed_fields(config, preset(config.preset, config.dataset, config.scale), IGNORED)
-    flags = {"dataset": config.dataset, "preset": config.preset, "scale": config.scale, **changed}
-    return "python experiments/ta_kd.py " + command_line.as_flags(flags)
+    chosen = {"dataset": config.dataset, "preset": config.preset, "scale": config.scale}
+    return experiment.command("ta_kd", config, _default(config), **chosen)
+
+
+def _default(config: Config) -> Config:
+    return preset(config.preset, config.dataset, config.scale)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -212,23 +212,83 @@ def poison(
     return result
 
 
-def poison_by(
-    key: Key, dataset: Dataset, attack: Attack, params: PyTree, settings: Any, rule: LabelRule
-) -> PoisonedDataset:
+class Part(NamedTuple):
+    """One attack as it is used on one dataset."""
+
+    attack: Attack
+    settings: Any  # its `poison_rate` and `cover_rate` are used
+    rule: LabelRule
+
+
+def poison_by(key: Key, dataset: Dataset, part: Part, params: PyTree) -> PoisonedDataset:
     """Poison a training set as an attack of the registry does: choose rows and cover rows, trigger and relabel them.
 
     Args:
         key: decides which rows; random triggers get keys of their own from it.
         dataset: the clean data.
-        attack: one that hands over data.
+        part: the attack, its settings and the rule.
         params: of its `make_params`.
-        settings: its `poison_rate` and `cover_rate` are used.
-        rule: gives candidates and labels.
 
     Raises:
         InputError: the rates give no row, or more than there are.
     """
+    return _poison_free_rows(key, dataset, part, params, np.ones(len(dataset), bool))
+
+
+def poison_by_several(
+    key: Key, dataset: Dataset, parts: Sequence[Part], params: Sequence[PyTree]
+) -> tuple[PoisonedDataset, list[np.ndarray]]:
+    """Poison one training set with several triggers, no row with two of them.
+
+    Clean-label attacks choose first: their rows all come from one class.
+
+    Args:
+        key: as in `poison_by`; a single part gives what `poison_by` gives.
+        dataset: the clean data.
+        parts: the attacks.
+        params: of each.
+
+    Returns:
+        The poisoned set, and for each part the rows that it poisoned, int32.
+
+    Raises:
+        InputError: as `poison_by`, of the rows that are still free.
+
+    References:
+        ABM, section V: BadNets with Blend, CBA, SIG or Refool.
+    """
+    order = sorted(range(len(parts)), key=lambda number: not _keeps_labels(parts[number].rule, dataset.labels))
+    is_free = np.ones(len(dataset), bool)
+    current: Dataset = dataset
+    original = dataset.labels
+    is_poisoned, is_cover = np.zeros(len(dataset), bool), np.zeros(len(dataset), bool)
+    rows: list[np.ndarray] = [np.zeros(0, np.int32)] * len(parts)
+    for step, number in enumerate(order):
+        own_key = key if len(parts) == 1 else jax.random.fold_in(key, step)
+        poisoned = _poison_free_rows(own_key, current, parts[number], params[number], is_free)
+        rows[number] = np.flatnonzero(poisoned.is_poisoned).astype(np.int32)
+        added = len(poisoned) - len(current)
+        original = np.concatenate([original, poisoned.original_labels[len(current) :]])
+        is_poisoned = np.concatenate([is_poisoned, np.zeros(added, bool)]) | poisoned.is_poisoned
+        is_cover = np.concatenate([is_cover, np.zeros(added, bool)]) | poisoned.is_cover
+        is_free = ~(is_poisoned | is_cover)
+        current = poisoned
+    fields = {field.name: getattr(current, field.name) for field in dataclasses.fields(Dataset)}
+    return PoisonedDataset(**fields, is_poisoned=is_poisoned, original_labels=original, is_cover=is_cover), rows
+
+
+def _keeps_labels(rule: LabelRule, labels: np.ndarray) -> bool:
+    candidates = labels[rule.candidates(labels)]
+    return np.array_equal(rule.relabel(candidates), candidates)
+
+
+def _poison_free_rows(key: Key, dataset: Dataset, part: Part, params: PyTree, is_free: np.ndarray) -> PoisonedDataset:
+    attack, settings, rule = part
     row_key, cover_key, image_key = jax.random.split(key, 3)
+    rule = rule._replace(
+        candidates=lambda labels: part.rule.candidates(labels) & is_free,
+        cover=lambda labels: part.rule.cover(labels) & is_free,
+    )
     rows = select_rows(row_key, dataset.labels, settings.poison_rate, rule)
     return poison(
         dataset,

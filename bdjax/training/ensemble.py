@@ -209,14 +209,14 @@ def unstack(tree: PyTree) -> list[PyTree]:
     return [members(tree, i) for i in range(num_members(tree))]
 
 
-def init_members(init: Callable[[Array], PyTree], keys: Array) -> PyTree:
-    """Initialise stacked members, each from its own key alone.
+def init_members(init: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
+    """Initialise stacked members, each from its own part of what is given alone.
 
     Args:
-        init: from a key to one member's tree.
-        keys: typed keys [M].
+        init: from a key, or whatever else a member begins with, to its tree.
+        stacked: typed keys [M], or trees of leaves [M, ...].
     """
-    return _run_once(jax.vmap(init))(keys)
+    return _run_once(jax.vmap(init))(*stacked)
 
 
 def fit(
@@ -371,15 +371,26 @@ def trained_like(model: Model, image_shape: tuple[int, int, int], count: int, ep
     """The shapes of `Trained` for `count` members, without computing anything."""
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
     variables = jax.eval_shape(jax.vmap(lambda key: model.init(key, image_shape)), keys)
-    return Trained(variables, {name: jax.ShapeDtypeStruct((count, epochs), jnp.float32) for name in HISTORY})
+    return Trained(variables, history_like(count, epochs))
 
 
-def make_predict(model: Model, layout: Layout, batch_size: int) -> Callable[..., Array]:
-    """Logits of stacked members on the same images.
+def history_like(count: int, epochs: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of `Trained.history`."""
+    return {name: jax.ShapeDtypeStruct((count, epochs), jnp.float32) for name in HISTORY}
+
+
+def make_predict(model: Model, layout: Layout, batch_size: int, *, own_images: bool = False) -> Callable[..., Array]:
+    """Logits of stacked members, on the same images or each on its own.
+
+    Args:
+        model: their architecture.
+        layout: how they are laid out.
+        batch_size: images at once.
+        own_images: whether the images have a member axis.
 
     Returns:
         A compiled `predict(variables, images) -> float32 [M, N, K]`, with variables stacked [M, ...] and images [N, H, W,
-        C], uint8 or float32 in [0, 1], shared by all members. Batch normalisation uses running statistics: with those
+        C] or [M, N, H, W, C], uint8 or float32 in [0, 1]. Batch normalisation uses running statistics: with those
         of a batch in which every image is triggered, the trigger would be normalised away.
     """
 
@@ -393,10 +404,11 @@ def make_predict(model: Model, layout: Layout, batch_size: int) -> Callable[...,
     @cache
     def compiled(count: int) -> tuple[Spread, Callable[..., Array]]:
         spread = spread_members(count)
-        return spread, compile_members(one, layout, spread, num_shared=1)
+        return spread, compile_members(one, layout, spread, num_shared=0 if own_images else 1)
 
     def predict(variables: PyTree, images: Array) -> Array:
         spread, run = compiled(num_members(variables))
-        return spread.gather(run(spread.place(variables), spread.replicate(images)))
+        placed = spread.place(images) if own_images else spread.replicate(images)
+        return spread.gather(run(spread.place(variables), placed))
 
     return predict

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
 from bdjax.training import ensemble
-from bdjax.training.member import Rows, TrainConfig, TrainState, init_state
+from bdjax.training.member import Objective, Rows, TrainConfig, TrainState, init_state, resume_from
 from bdjax.types import Array, Model, PyTree
 
 
@@ -59,6 +60,7 @@ class StageRunner:
         count: int,
         fit: Callable[..., TrainState],
         about: Mapping[str, Any] | None = None,
+        like: ensemble.Trained | None = None,
     ) -> ensemble.Trained:
         """Train a stage of `count` members, or read it back.
 
@@ -69,9 +71,10 @@ class StageRunner:
             count: how many members.
             fit: called with keyword arguments that it hands to `ensemble.fit`.
             about: more facts to save beside the checkpoint.
+            like: the shapes of the result, if its variables are not just the model's.
         """
         folder = self.folder / re.sub(r"\W+", "-", name)
-        like = ensemble.trained_like(model, self.image_shape, count, config.epochs)
+        like = like or ensemble.trained_like(model, self.image_shape, count, config.epochs)
         facts = {
             "model": model.description,
             "num_classes": model.num_classes,
@@ -123,17 +126,72 @@ class StageRunner:
             validation: leaves [M, n'].
         """
 
+        def begin() -> TrainState:
+            return ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
+
         def fit(**where: Any) -> TrainState:
-            states = ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
-            return ensemble.fit(model, _cross_entropy, config, states, pool, train, validation, **where)
+            return ensemble.fit(model, _cross_entropy, config, begin(), pool, train, validation, **where)
 
         trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed})
-        history = {metric: np.asarray(values) for metric, values in trained.history.items()}
-        return Nets(model, trained.variables, per_seed, history)
+        return Nets(model, trained.variables, per_seed, _as_numpy(trained.history))
+
+    def from_variables(
+        self,
+        name: str,
+        model: Model,
+        config: TrainConfig,
+        variables: PyTree,
+        keys: Array,
+        per_seed: int,
+        pool: Array,
+        train: Rows,
+        objective: Objective | None = None,
+    ) -> Nets:
+        """Go on training given networks: fine-tuning, or a training that minimises more than the labels' cross-entropy.
+
+        Args:
+            name: of the stage.
+            model: their architecture.
+            config: how they are trained.
+            variables: stacked [M, ...]; whatever the objective needs beside the model's own is among them.
+            keys: typed keys [M], one for each member's shuffles.
+            per_seed: how many members a seed has.
+            pool: uint8 [P, H, W, C].
+            train: leaves [M, n]; no row is held back for validation.
+            objective: what a step minimises; None for cross-entropy.
+        """
+        none = jax.tree.map(lambda leaf: leaf[:, :0], train)
+        leaves, structure = jax.tree.flatten(variables)
+
+        def as_leaves(tree: PyTree) -> dict[str, Array]:
+            # A checkpoint knows dictionaries of arrays; an attack's parameters may be of any type.
+            return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+        def fit(**where: Any) -> TrainState:
+            states = ensemble.init_members(lambda tree, key: resume_from(tree, key, config), variables, keys)
+            state = ensemble.fit(model, _cross_entropy, config, states, pool, train, none, objective=objective, **where)
+            return state._replace(variables=as_leaves(state.variables))
+
+        like = ensemble.Trained(
+            jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), as_leaves(leaves)),
+            ensemble.history_like(len(keys), config.epochs),
+        )
+        trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed}, like)
+        restored = structure.unflatten([trained.variables[number] for number in sorted(trained.variables)])
+        return Nets(model, restored, per_seed, _as_numpy(trained.history))
 
     def predict(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Logits float32 [M, N, K] of stacked members on shared images, uint8 [N, H, W, C]."""
         return np.asarray(_predict(model, self.layout, batch_size)(variables, jnp.asarray(images)))
+
+    def predict_own(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
+        """Logits float32 [M, N, K] of stacked members, each on its own images, uint8 [M, N, H, W, C]."""
+        run = _predict(model, self.layout, batch_size, own_images=True)
+        return np.asarray(run(variables, jnp.asarray(images)))
+
+
+def _as_numpy(history: Mapping[str, Array]) -> dict[str, np.ndarray]:
+    return {metric: np.asarray(values) for metric, values in history.items()}
 
 
 def _cross_entropy(logits: Array, targets: Mapping[str, Array]) -> Array:
@@ -141,9 +199,11 @@ def _cross_entropy(logits: Array, targets: Mapping[str, Array]) -> Array:
 
 
 @cache
-def _predict(model: Model, layout: ensemble.Layout, batch_size: int) -> Callable[[PyTree, Array], Array]:
+def _predict(
+    model: Model, layout: ensemble.Layout, batch_size: int, own_images: bool = False
+) -> Callable[[PyTree, Array], Array]:
     """One compiled function per model, layout and batch size, however often it is asked for."""
-    return ensemble.make_predict(model, layout, batch_size)
+    return ensemble.make_predict(model, layout, batch_size, own_images=own_images)
 
 
 def predict_groups(

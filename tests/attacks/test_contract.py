@@ -11,7 +11,7 @@ import pytest
 
 from bdjax.attacks.contract import CLEAN_MODEL, CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import LABEL_RULES, make_rule
-from bdjax.attacks.poisoning import poison_by, trigger_all
+from bdjax.attacks.poisoning import Part, poison_by, trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.errors import InputError
 from bdjax.models import make_model
@@ -23,6 +23,9 @@ CLASSES, PER_CLASS, TARGET = 10, 20, 1
 SMALL: dict[str, dict] = {
     "sig": {},
     "sig_striped": {},
+    "wanet": {},
+    "blended": {},
+    "blended_picture": {},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 
@@ -144,7 +147,7 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         rule = make_rule(rule_name, TARGET, CLASSES)
         count = int(settings.poison_rate * len(clean))
         num_cover = int(settings.cover_rate * len(clean))
-        poisoned = poison_by(jax.random.key(4), clean, attack, params, settings, rule)
+        poisoned = poison_by(jax.random.key(4), clean, Part(attack, settings, rule), params)
         assert poisoned.is_poisoned.sum() == count and poisoned.is_cover.sum() == num_cover
         assert not (poisoned.is_poisoned & poisoned.is_cover).any()
         assert len(poisoned) == len(clean) + (count + num_cover if attack.adds_rows else 0)
@@ -158,11 +161,11 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         if rule_name == "clean_label":
             np.testing.assert_array_equal(poisoned.labels, originals)
         chex.assert_type(poisoned.images, np.uint8)
-        again = poison_by(jax.random.key(4), clean, attack, params, settings, rule)
+        again = poison_by(jax.random.key(4), clean, Part(attack, settings, rule), params)
         np.testing.assert_array_equal(again.images, poisoned.images)
         np.testing.assert_array_equal(again.labels, poisoned.labels)
         if rule.candidates(clean.labels).sum() > count:
-            other = poison_by(jax.random.key(40), clean, attack, params, settings, rule)
+            other = poison_by(jax.random.key(40), clean, Part(attack, settings, rule), params)
             assert not np.array_equal(other.images, poisoned.images) or not np.array_equal(
                 other.labels, poisoned.labels
             )
