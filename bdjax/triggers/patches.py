@@ -1,6 +1,6 @@
-"""Small opaque patches near the border of the image: one colour, a checkerboard, or noise.
+"""Small opaque patches near the border of the image: given pixels in a given place; or one colour, a checkerboard or noise.
 
-The sampling law is that of the code released with TA-KD, for an image of H x W:
+The sampling law of the last three is that of the code released with TA-KD, for an image of H x W:
 
 - each side of the patch is uniform in {3 .. floor(0.2 W)}, rows and columns independently;
 - each axis independently lies, with probability 1/2 each, near the low or the high border:
@@ -16,6 +16,7 @@ References:
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,9 @@ from bdjax.types import Key, Trigger
 
 NUM_LEVELS = 64
 """A checkerboard's greys are a/63 for a in 0..63."""
+
+GRID_TILE = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
+"""The 3 x 3 tile of BadNets' grid and of the clean-label attack's corners: 4 white cells, and 5 painted black."""
 
 ImageShape = tuple[int, int, int]
 
@@ -110,17 +114,84 @@ def draw_levels(key: Key, *, minimum_contrast: float = 0.0) -> np.ndarray:
     return _choose_levels(key, _grey_pairs(), minimum_contrast)
 
 
+def in_corner(
+    image_shape: ImageShape, size: int | tuple[int, int], margin: int = 0, *, top: bool = False, left: bool = False
+) -> Patch:
+    """Place a patch by a corner of the image, the bottom right one unless said otherwise.
+
+    Args:
+        image_shape: (H, W, C).
+        size: (height, width), or one number for both, in pixels.
+        margin: how many pixels stay free between the patch and the two borders.
+        top: by the top border.
+        left: by the left border.
+
+    Returns:
+        The place.
+
+    Raises:
+        InputError: the image is too small.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    last_row, last_column = image_shape[0] - height - margin, image_shape[1] - width - margin
+    if min(height, width) < 1 or margin < 0 or min(last_row, last_column) < 0:
+        raise InputError(
+            f"a patch of {height} x {width} pixels with a margin of {margin} does not fit into an image of "
+            f"{image_shape[0]} x {image_shape[1]} pixels"
+        )
+    return Patch(margin if top else last_row, margin if left else last_column, height, width)
+
+
+def paint(
+    image_shape: ImageShape, patch: Patch, cells: np.ndarray, *, is_set: np.ndarray | None = None, opacity: float = 1.0
+) -> MaskedBlend:
+    """Make the trigger that shows given pixels in a given place.
+
+    Args:
+        image_shape: (H, W, C).
+        patch: the place, inside the image.
+        cells: float [h, w, C] in [0, 1], the patch's pixels, or what broadcasts to them.
+        is_set: bool [h, w], the cells that are painted, by default all; the image shows through the others.
+        opacity: of the set cells, in [0, 1].
+
+    Returns:
+        The trigger: a mask of 0 and 1.
+    """
+    inside = np.s_[patch.row : patch.row + patch.height, patch.column : patch.column + patch.width]
+    mask = np.zeros((*image_shape[:2], 1), np.float32)
+    pattern = np.zeros(image_shape, np.float32)
+    mask[inside] = 1.0 if is_set is None else is_set[..., None]
+    pattern[inside] = cells
+    return MaskedBlend(jnp.asarray(mask), jnp.asarray(pattern), jnp.float32(opacity))
+
+
+def overlay(triggers: Sequence[MaskedBlend]) -> MaskedBlend:
+    """Put opaque triggers on one image as one: where several have a cell, the last is seen.
+
+    Args:
+        triggers: of masks of 0 and 1 and opacity 1, as from `paint`.
+
+    Returns:
+        One trigger that does what they do one after the other.
+    """
+    mask, pattern, opacity = triggers[0]
+    for upper in triggers[1:]:
+        mask = jnp.maximum(mask, upper.mask)
+        pattern = masked_blend.apply(upper, pattern)
+    return MaskedBlend(mask, pattern, opacity)
+
+
 def paint_solid(image_shape: ImageShape, patch: Patch, colour: np.ndarray) -> MaskedBlend:
     """Make the trigger of a patch of one colour, float32 [C]."""
     cells = np.broadcast_to(colour, (patch.height, patch.width, image_shape[2]))
-    return _paint(image_shape, patch, cells)
+    return paint(image_shape, patch, cells)
 
 
 def paint_checkerboard(image_shape: ImageShape, patch: Patch, levels: np.ndarray) -> MaskedBlend:
     """Make the trigger of a patch whose cell (i, j) is `levels[(i + j) mod 2]`, float32 [2], in every channel."""
     rows, columns = np.indices((patch.height, patch.width))
     cells = np.broadcast_to(levels[(rows + columns) % 2][..., None], (patch.height, patch.width, image_shape[2]))
-    return _paint(image_shape, patch, cells)
+    return paint(image_shape, patch, cells)
 
 
 def init_solid(
@@ -184,7 +255,7 @@ def init_noise(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int]
     patch_key, noise_key = jax.random.split(key)
     patch = draw_patch(patch_key, image_shape, size=size)
     cells = jax.random.uniform(noise_key, (patch.height, patch.width, image_shape[2]), minval=0.2, maxval=1.0)
-    return _paint(image_shape, patch, np.asarray(cells))
+    return paint(image_shape, patch, np.asarray(cells))
 
 
 SOLID = Trigger(init_solid, masked_blend.apply)
@@ -265,16 +336,6 @@ def draw_similar_patches(
             copied = _choose_levels(colour_key, mixtures, minimum_contrast)
         triggers.append(paint(image_shape, patch, copied))
     return triggers
-
-
-def _paint(image_shape: ImageShape, patch: Patch, cells: np.ndarray) -> MaskedBlend:
-    height, width, channels = image_shape
-    inside = np.s_[patch.row : patch.row + patch.height, patch.column : patch.column + patch.width]
-    mask = np.zeros((height, width, 1), np.float32)
-    pattern = np.zeros((height, width, channels), np.float32)
-    mask[inside] = 1.0
-    pattern[inside] = cells
-    return MaskedBlend(jnp.asarray(mask), jnp.asarray(pattern), jnp.float32(1.0))
 
 
 def _draw_integer(key: Key, low: int, high: int) -> int:

@@ -115,8 +115,7 @@ def draw(name: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     height, width, channels = image_shape
     if name not in PICTURES:
         raise InputError(f'picture "{name}": there is none of that name, only {", ".join(sorted(PICTURES))}')
-    if channels not in (1, 3):
-        raise InputError(f"image shape {tuple(image_shape)}: pictures are drawn for 1 or 3 channels")
+    _check_channels(channels)
     samples = SAMPLES_PER_PIXEL
     y, x = np.meshgrid(
         (np.arange(height * samples) + 0.5) / (height * samples),
@@ -124,10 +123,30 @@ def draw(name: str, image_shape: tuple[int, int, int]) -> np.ndarray:
         indexing="ij",
     )
     colours = PICTURES[name](x, y)
-    picture = colours.reshape(height, samples, width, samples, 3).mean(axis=(1, 3))
-    if channels == 1:
-        picture = (picture @ LUMA)[..., None]
-    return picture.astype(np.float32)
+    return to_channels(colours.reshape(height, samples, width, samples, 3).mean(axis=(1, 3)), channels)
+
+
+def to_channels(colours: np.ndarray, channels: int) -> np.ndarray:
+    """Colours as images of so many channels hold them.
+
+    Args:
+        colours: RGB, float [..., 3] in [0, 1].
+        channels: 1 (greyscale, by luma) or 3.
+
+    Returns:
+        float32 [..., channels].
+
+    Raises:
+        InputError: the channels are neither 1 nor 3.
+    """
+    _check_channels(channels)
+    colours = np.asarray(colours)
+    return (colours if channels == 3 else (colours @ LUMA)[..., None]).astype(np.float32)
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise InputError(f"images of {channels} channels: colours are defined for 1 or 3 channels")
 
 
 def _layers(background: np.ndarray, *layers: tuple[np.ndarray, list[float]]) -> np.ndarray:

@@ -194,3 +194,32 @@ def test_the_least_drift_is_a_pixel():
 def test_similar_patches_check_their_arguments(family, similarity, message):
     with pytest.raises(InputError, match=message):
         patches.draw_similar_patches(jax.random.key(0), family, (32, 32, 3), 3, similarity=similarity)
+
+
+class TestGivenPlaces:
+    @pytest.mark.parametrize(
+        ("top", "left", "corner"), [(False, False, (28, 28)), (True, False, (1, 28)), (False, True, (28, 1))]
+    )
+    def test_corners_keep_the_margin(self, top, left, corner):
+        assert patches.in_corner((32, 32, 3), 3, 1, top=top, left=left) == Patch(*corner, 3, 3)
+
+    def test_what_does_not_fit_is_refused(self):
+        assert patches.in_corner((8, 8, 1), (8, 7)) == Patch(0, 1, 8, 7)
+        for size, margin in [((9, 3), 0), (8, 1), (0, 0), (3, -1)]:
+            with pytest.raises(InputError, match="does not fit into an image of 8 x 8"):
+                patches.in_corner((8, 8, 1), size, margin)
+
+    def test_only_set_cells_change(self):
+        cells, is_set = np.full((2, 2, 1), 0.25), np.array([[True, False], [False, True]])
+        params = patches.paint((8, 8, 1), Patch(3, 4, 2, 2), cells, is_set=is_set, opacity=0.5)
+        changed = np.argwhere(np.asarray(masked_blend.apply(params, jnp.ones((8, 8, 1)))[..., 0]) != 1.0)
+        np.testing.assert_array_equal(changed, [[3, 4], [4, 5]])
+        assert masked_blend.apply(params, jnp.ones((8, 8, 1)))[3, 4, 0] == 0.625
+
+    def test_overlay_is_one_after_the_other(self):
+        shape = (8, 8, 3)
+        lower = patches.paint(shape, Patch(1, 1, 4, 4), np.full((4, 4, 3), 0.2))
+        upper = patches.paint(shape, Patch(3, 3, 3, 3), patches.GRID_TILE[..., None])
+        image = jax.random.uniform(jax.random.key(0), shape)
+        in_turn = masked_blend.apply(upper, masked_blend.apply(lower, image))
+        chex.assert_trees_all_equal(masked_blend.apply(patches.overlay([lower, upper]), image), in_turn)

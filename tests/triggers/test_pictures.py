@@ -53,3 +53,11 @@ def test_unknown_pictures_and_channels_are_errors():
         pictures.draw("dog", (8, 8, 1))
     with pytest.raises(InputError, match="1 or 3 channels"):
         pictures.draw("cat", (8, 8, 2))
+
+
+def test_colours_in_grey_images_are_luma():
+    colours = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    np.testing.assert_allclose(pictures.to_channels(colours, 1), [[1.0], [0.587], [0.886]], rtol=1e-6)
+    np.testing.assert_array_equal(pictures.to_channels(colours, 3), colours)
+    with pytest.raises(InputError, match="1 or 3 channels"):
+        pictures.to_channels(colours, 2)
