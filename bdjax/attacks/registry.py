@@ -1,7 +1,9 @@
 """Every attack by name. Another one is a file of its own and its line here; the contract test walks this table."""
 
+from bdjax.attacks.blended import BLENDED, BLENDED_PICTURE
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.sig import SIG, SIG_STRIPED
+from bdjax.attacks.wanet import WANET
 from bdjax.errors import InputError
 
 ATTACKS: dict[str, Attack] = {
@@ -9,6 +11,9 @@ ATTACKS: dict[str, Attack] = {
     for attack in (
         SIG,
         SIG_STRIPED,
+        WANET,
+        BLENDED,
+        BLENDED_PICTURE,
     )
 }
 
