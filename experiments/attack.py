@@ -61,6 +61,8 @@ class Config(ExperimentConfig):
     """share of all training rows, of each trigger; by default each attack's own"""
     change: tuple[str, ...] = ()
     """settings of an attack, as name=value, or attack.name=value where several are run"""
+    costly_seeds: int = 0
+    """how many of the seeds attacks get whose trigger is trained or whose attacker trains; 0 for all"""
     save_poisoned: bool = True
     """write the first seed's poisoned training sets"""
 
@@ -149,12 +151,12 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     train, test = data
     plans = make_plans(config, train)
     output = output_folder(config)
-    members = len(plans) * config.seeds
+    seeds_of = {plan.name: num_seeds(config, plan) for plan in plans}
+    members = sum(seeds_of.values())
     engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
     model = make_model(config.model, train.num_classes, config.width, engine.lowering, config.compute_dtype)
     clean_key, attack_key, victim_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
-    seeds = range(config.seeds)
-    keys = [jax.random.fold_in(attack_key, config.seed + s) for s in seeds]
+    keys = [jax.random.fold_in(attack_key, config.seed + s) for s in range(config.seeds)]
     folder = open_folder("attack", output, config, engine)
     runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
     from_scratch = train_config(config, config.epochs, config.learning_rate)
@@ -165,7 +167,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     prepared: list[Prepared] = []
     with log.stage("triggers", total=members, unit="victims") as stage:
         for plan in plans:
-            for s in seeds:
+            for s in range(seeds_of[plan.name]):
                 known = CleanModel(model, ensemble.members(clean.variables, s))
                 prepared.append(prepare(keys[s], plan, train, config.target, s, known))
                 stage.advance(1, plan.name)
@@ -222,6 +224,12 @@ def make_plans(config: Config, train: Dataset) -> list[Plan]:
     ]
 
 
+def num_seeds(config: Config, plan: Plan) -> int:
+    """How many seeds an attack is run with."""
+    is_costly = any(part.attack.trigger_is_trained or part.attack.control for part in plan.parts)
+    return min(config.seeds, config.costly_seeds or config.seeds) if is_costly else config.seeds
+
+
 def check(config: Config) -> None:
     """Refuse settings that no data could be right for.
 
@@ -230,7 +238,7 @@ def check(config: Config) -> None:
     """
     counts = ("width", "epochs", "controlled_epochs", "fine_tuning_epochs", "batch_size", "evaluation_batch_size")
     rates = ("learning_rate", "fine_tuning_learning_rate")
-    check_ranges(config, at_least={**dict.fromkeys(counts, 1), "weight_decay": 0}, above_zero=rates)
+    check_ranges(config, at_least={**dict.fromkeys(counts, 1), "weight_decay": 0, "costly_seeds": 0}, above_zero=rates)
 
 
 def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConfig:

@@ -9,6 +9,7 @@ from bdjax.metrics import (
     deltas,
     evaluated_rows,
     measure,
+    measure_attack,
     robust_accuracy,
 )
 
@@ -118,3 +119,32 @@ def test_over_all_triggers_the_two_readings_agree_on_average():
 
 def test_everything_reported_is_defined():
     assert {*BackdoorMetrics._fields, *deltas(CLEAN, TEACHER, [2])} == set(DEFINITIONS)
+
+
+class TestMeasureAttack:
+    CLEAN = np.array([0, 0, 1, 0, 2, 2, 2, 1])
+
+    def test_agrees_with_the_rates_of_one_target(self):
+        measured = measure_attack(self.CLEAN, TRIGGERED, LABELS, LABELS != 0, np.zeros(8, int))
+        assert measured.cda == pytest.approx(7 / 8)
+        assert measured.asr == attack_success_rate(TRIGGERED, LABELS, 0)
+        assert measured.r_acc == robust_accuracy(TRIGGERED, LABELS, 0)
+        assert measured.asr_with_target == attack_success_rate(TRIGGERED, LABELS, 0, include_target=True)
+        assert measured.r_acc_with_target == robust_accuracy(TRIGGERED, LABELS, 0, include_target=True)
+        assert measured.spill is None
+
+    def test_all_to_all_counts_every_row_and_has_no_one_target(self):
+        measured = measure_attack(self.CLEAN, TRIGGERED, LABELS, np.ones(8, bool), (LABELS + 1) % 3)
+        # Wanted 1 1 2 2 0 0 0 2, triggered 0 1 0 1 0 2 1 0.
+        assert measured.asr == pytest.approx(2 / 8)
+        assert measured.asr_with_target is None and measured.r_acc_with_target is None and measured.spill is None
+
+    def test_spill_is_measured_on_the_rows_that_are_not_attacked(self):
+        measured = measure_attack(self.CLEAN, TRIGGERED, LABELS, LABELS == 1, np.where(LABELS == 1, 0, LABELS))
+        assert measured.asr == pytest.approx(2 / 3)  # rows of class 1: 0, 1, 0
+        assert measured.asr_with_target == pytest.approx(3 / 5)
+        assert measured.spill == pytest.approx(1 / 3)  # rows of class 2: 0, 2, 1
+
+    def test_no_victim_is_an_error(self):
+        with pytest.raises(ValueError, match="none of the 8 test rows"):
+            measure_attack(self.CLEAN, TRIGGERED, LABELS, np.zeros(8, bool), LABELS)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks import all_to_all, all_to_one, clean_label, label_map
+from bdjax.attacks.label_rules import LABEL_RULES, make_rule, source_specific
 from bdjax.errors import InputError
 
 LABELS = np.array([0, 1, 2, 3, 2, 0], np.int32)
@@ -48,3 +49,52 @@ def test_rules_are_pure_and_keep_the_dtype(rule):
     assert relabelled is not LABELS and rule.name
     np.testing.assert_array_equal(LABELS, before)
     assert rule.relabel(LABELS[:0]).shape == (0,)
+
+
+def test_victims_and_what_is_wanted_of_them():
+    np.testing.assert_array_equal(all_to_one(2, include_target=True).victims(LABELS), LABELS != 2)
+    np.testing.assert_array_equal(clean_label(2).victims(LABELS), LABELS != 2)
+    np.testing.assert_array_equal(clean_label(2).wanted(LABELS), [2] * 6)
+    assert all_to_all(4).victims(LABELS).all()
+    np.testing.assert_array_equal(all_to_all(4).wanted(LABELS), [1, 2, 3, 0, 3, 1])
+    np.testing.assert_array_equal(label_map({3: 0}).victims(LABELS), LABELS == 3)
+
+
+def test_cover_rows_keep_their_label_and_are_of_the_cover_classes():
+    rule = source_specific([1], 0, [2])
+    np.testing.assert_array_equal(rule.candidates(LABELS), LABELS == 1)
+    np.testing.assert_array_equal(rule.cover(LABELS), LABELS == 2)
+    np.testing.assert_array_equal(rule.relabel(LABELS), [0, 0, 2, 3, 2, 0])
+
+
+@pytest.mark.parametrize(("sources", "cover"), [([], [2]), ([0], [2]), ([1, 2], [2])])
+def test_sources_that_overlap_are_refused(sources, cover):
+    with pytest.raises(InputError, match="source"):
+        source_specific(sources, 0, cover)
+
+
+@pytest.mark.parametrize("name", sorted(LABEL_RULES))
+@pytest.mark.parametrize(("target", "num_classes"), [(0, 10), (9, 10), (1, 43), (1, 4), (2, 3)])
+def test_every_rule_of_the_table_fits_any_target(name, target, num_classes):
+    rule = make_rule(name, target, num_classes)
+    labels = np.arange(num_classes, dtype=np.int32)
+    assert rule.candidates(labels).any() and rule.victims(labels).any() and rule.name
+    for relabelled in (rule.relabel(labels), rule.wanted(labels)):
+        assert relabelled.dtype == np.int32 and relabelled.min() >= 0 and relabelled.max() < num_classes
+    # What is wanted of a victim is never what it is anyway.
+    assert (rule.wanted(labels) != labels)[rule.victims(labels)].all()
+
+
+def test_tact_has_the_classes_of_its_toolbox():
+    rule = make_rule("source_specific", 0, 10)
+    labels = np.arange(10)
+    assert np.flatnonzero(rule.candidates(labels)).tolist() == [1]
+    assert np.flatnonzero(rule.cover(labels)).tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "reason"), [("all_to_none", 0, "not one of"), ("all_to_one", 10, "not a class")]
+)
+def test_what_is_not_there_is_refused(name, target, reason):
+    with pytest.raises(InputError, match=reason):
+        make_rule(name, target, 10)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from bdjax.attacks import all_to_all, all_to_one, clean_label, label_map, poison, poisoned_rows, select_rows
-from bdjax.attacks.poisoning import IMAGES_AT_ONCE
+from bdjax.attacks.label_rules import source_specific
+from bdjax.attacks.poisoning import IMAGES_AT_ONCE, Part, poison_by, poison_by_several, select_cover_rows
+from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.errors import InputError
 from bdjax.triggers import TRIGGERS, masked_blend
 from bdjax.types import Dataset, PoisonedDataset
@@ -188,3 +190,92 @@ def test_one_compilation_serves_all_triggers_of_a_shape():
     images = make_dataset((8, 8, 1), 4).images
     for name in sorted(TRIGGERS):
         poisoned_rows(images, TRIGGERS[name].init(jax.random.key(0), (8, 8, 1)), trigger_apply=apply)
+
+
+def negative(params, image, label, key):
+    return 1.0 - image
+
+
+def half(params, image, label, key):
+    return 0.5 * image
+
+
+class TestCoverRows:
+    def test_are_of_the_rule_and_never_poisoned(self):
+        labels = make_dataset().labels
+        rule = source_specific([1], 0, [5, 7])
+        rows = select_rows(jax.random.key(0), labels, 0.05, rule)
+        cover = select_cover_rows(jax.random.key(1), labels, 0.1, rule, rows)
+        assert len(cover) == 10 and np.isin(labels[cover], [5, 7]).all()
+        everyone = select_cover_rows(jax.random.key(1), labels, 0.9, all_to_one(0), np.arange(10))
+        assert sorted(everyone) == list(range(10, 100))
+
+    def test_more_than_there_are_is_an_error(self):
+        rule = source_specific([1], 0, [5, 7])
+        with pytest.raises(InputError, match=r"only 20 that are not poisoned .* possible is 0\.2$"):
+            select_cover_rows(jax.random.key(1), make_dataset().labels, 0.21, rule, np.zeros(0, int))
+
+    def test_get_the_trigger_and_keep_their_label(self):
+        clean = make_dataset()
+        poisoned = poison(
+            clean,
+            np.array([1, 11]),
+            negative,
+            all_to_one(0),
+            params=(),
+            cover_rows=np.array([5]),
+            cover_apply=half,
+        )
+        np.testing.assert_array_equal(poisoned.images[[1, 11]], 255 - clean.images[[1, 11]])
+        np.testing.assert_allclose(poisoned.images[5].astype(int), clean.images[5] / 2, atol=0.51)
+        assert poisoned.labels[[1, 11, 5]].tolist() == [0, 0, 5]
+        assert np.flatnonzero(poisoned.is_poisoned).tolist() == [1, 11]
+        assert np.flatnonzero(poisoned.is_cover).tolist() == [5]
+
+
+def test_added_rows_leave_the_clean_ones_as_they_are():
+    clean = make_dataset()
+    poisoned = poison(
+        clean, np.array([3, 1]), negative, all_to_one(0), params=(), cover_rows=np.array([5]), adds_rows=True
+    )
+    assert len(poisoned) == 103
+    np.testing.assert_array_equal(poisoned.images[:100], clean.images)
+    np.testing.assert_array_equal(poisoned.images[100:], 255 - clean.images[[3, 1, 5]])
+    assert poisoned.labels[100:].tolist() == [0, 0, 5] and poisoned.original_labels[100:].tolist() == [3, 1, 5]
+    assert poisoned.is_poisoned[100:].tolist() == [True, True, False]
+    assert poisoned.is_cover[100:].tolist() == [False, False, True]
+
+
+def test_crafted_rows_are_made_together():
+    def mean_of_all(params, images, labels, keys):
+        return jnp.broadcast_to(jnp.mean(images, axis=0), images.shape)
+
+    clean = make_dataset()
+    poisoned = poison(clean, np.array([1, 2]), negative, all_to_one(0), params=(), craft=mean_of_all)
+    np.testing.assert_array_equal(poisoned.images[1], poisoned.images[2])
+    np.testing.assert_allclose(poisoned.images[1], clean.images[[1, 2]].mean(axis=0), atol=0.51)
+
+
+class TestHybrid:
+    def parts(self):
+        attack = SIG.__class__(**{**vars(SIG), "apply": negative})
+        other = SIG.__class__(**{**vars(SIG_STRIPED), "apply": half, "adds_rows": True})
+        return (Part(other, other.settings, all_to_one(3)), Part(attack, attack.settings, clean_label(3)))
+
+    def test_no_row_carries_two_triggers_and_each_gets_its_count(self):
+        clean = make_dataset()
+        poisoned, rows = poison_by_several(jax.random.key(0), clean, self.parts(), ((), ()))
+        added, in_place = rows
+        assert len(added) == len(in_place) == 8 and not set(added) & set(in_place)
+        assert len(poisoned) == 108 and (added >= 100).all()
+        assert (clean.labels[in_place] == 3).all() and poisoned.labels[added].tolist() == [3] * 8
+        assert poisoned.is_poisoned.sum() == 16
+        np.testing.assert_array_equal(poisoned.images[in_place], 255 - clean.images[in_place])
+        np.testing.assert_array_equal(poisoned.original_labels[:100], clean.labels)
+
+    def test_one_part_is_what_it_is_alone(self):
+        clean, part = make_dataset(), self.parts()[1]
+        several, rows = poison_by_several(jax.random.key(0), clean, [part], [()])
+        alone = poison_by(jax.random.key(0), clean, part, ())
+        np.testing.assert_array_equal(several.images, alone.images)
+        np.testing.assert_array_equal(np.flatnonzero(alone.is_poisoned), rows[0])

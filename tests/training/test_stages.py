@@ -11,7 +11,7 @@ from bdjax import losses
 from bdjax.errors import InputError
 from bdjax.reporting.progress import StageLog
 from bdjax.training import checkpoint, ensemble
-from bdjax.training.member import Rows, TrainConfig, init_state
+from bdjax.training.member import Outcome, Rows, TrainConfig, init_state, resume_from
 from bdjax.training.stages import Nets, StageRunner, predict_groups
 from bdjax.types import Model, ModelOutput
 
@@ -61,12 +61,13 @@ def from_scratch(runner, config=CONFIG):
     return runner.from_scratch("teachers", ONE, config, KEYS, 2, jnp.asarray(POOL), TRAIN, VALIDATION)
 
 
-def fit(**where):
-    def loss(logits, targets):
-        return losses.cross_entropy(logits, targets["labels"])
+def cross_entropy(logits, targets):
+    return losses.cross_entropy(logits, targets["labels"])
 
+
+def fit(**where):
     states = ensemble.init_members(lambda key: init_state(key, ONE, SHAPE, CONFIG), KEYS)
-    return ensemble.fit(ONE, loss, CONFIG, states, jnp.asarray(POOL), TRAIN, VALIDATION, **where)
+    return ensemble.fit(ONE, cross_entropy, CONFIG, states, jnp.asarray(POOL), TRAIN, VALIDATION, **where)
 
 
 def test_networks_from_scratch_are_trained_by_their_labels(runner):
@@ -193,3 +194,34 @@ def test_roles_of_one_architecture_are_asked_in_one_call(runner):
             assert logits[role].shape == (each.per_seed, 12, 2)
             np.testing.assert_allclose(logits[role], alone, atol=1e-6)
     assert calls == [("one", 4), ("other", 1)] * 2
+
+
+def test_training_goes_on_from_given_networks_with_whatever_they_carry(runner):
+    carried = {**variables(4, 7), "attack": (jnp.arange(4.0),)}
+
+    def objective(params, trained, images, targets, key):
+        logits = ONE.apply({**trained, "params": params}, images, train=True).logits
+        shift = trained["attack"][0] * jnp.float32(0.0)
+        return Outcome(losses.cross_entropy(logits, targets["labels"]) + shift, logits, targets["labels"], trained)
+
+    pool, none = jnp.asarray(POOL), jax.tree.map(lambda leaf: leaf[:, :0], TRAIN)
+    nets = runner.from_variables("controlled", ONE, CONFIG, carried, KEYS, 2, pool, TRAIN, objective)
+    plain = runner.from_variables("fine-tuned", ONE, CONFIG, variables(4, 7), KEYS, 2, pool, TRAIN)
+    states = ensemble.init_members(lambda tree, key: resume_from(tree, key, CONFIG), variables(4, 7), KEYS)
+    expected = ensemble.fit(ONE, cross_entropy, CONFIG, states, pool, TRAIN, none, layout="map")
+    chex.assert_trees_all_equal(plain.variables, expected.variables)
+    chex.assert_trees_all_close(nets.variables["params"], expected.variables["params"], atol=1e-6)
+    np.testing.assert_array_equal(nets.variables["attack"][0], np.arange(4.0))
+    again = runner.from_variables("controlled", ONE, CONFIG, carried, KEYS, 2, pool, TRAIN, objective)
+    assert "done before" in said(runner)
+    chex.assert_trees_all_equal(again.variables, nets.variables)
+
+
+def test_each_member_may_be_asked_about_images_of_its_own(runner):
+    stacked = variables(3, 1)
+    images = RANDOM.integers(0, 256, (3, 5, *SHAPE), np.uint8)
+    own = runner.predict_own(ONE, stacked, images, batch_size=2)
+    assert own.shape == (3, 5, 2)
+    for i in range(3):
+        shared = runner.predict(ONE, ensemble.members(stacked, slice(i, i + 1)), images[i], batch_size=2)
+        np.testing.assert_allclose(own[i], shared[0], rtol=1e-6)
