@@ -1,19 +1,39 @@
 """Every attack by name. Another one is a file of its own and its line here; the contract test walks this table."""
 
+from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
+from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
 from bdjax.attacks.blended import BLENDED, BLENDED_PICTURE
+from bdjax.attacks.bpp import BPP
 from bdjax.attacks.contract import Attack
+from bdjax.attacks.label_flip import LABEL_FLIP
+from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
 from bdjax.attacks.sig import SIG, SIG_STRIPED
+from bdjax.attacks.vbd_triggers import VBD_ATTACKS
 from bdjax.attacks.wanet import WANET
 from bdjax.errors import InputError
 
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
+        SOLID,
+        CHECKERBOARD,
+        NOISE,
+        PROVIDER_BLEND,
+        ADAPTIVE_BLEND,
+        ADAPTIVE_PATCH,
+        LABEL_FLIP,
+        BADNETS,
+        BADNETS_WHITE,
+        BADNETS_GRID,
+        BADNETS_ALL_TO_ALL,
+        TACT,
+        *VBD_ATTACKS,
         SIG,
         SIG_STRIPED,
         WANET,
         BLENDED,
         BLENDED_PICTURE,
+        BPP,
     )
 }
 

@@ -21,11 +21,34 @@ SHAPES = [(28, 28, 1), (32, 32, 3)]
 CLASSES, PER_CLASS, TARGET = 10, 20, 1
 
 SMALL: dict[str, dict] = {
+    "solid": {},
+    "checkerboard": {},
+    "noise": {},
+    "provider_blend": {},
+    "adaptive_blend": {},
+    "adaptive_patch": {},
+    "label_flip": {},
+    "badnets": {},
+    "badnets_white": {},
+    "badnets_grid": {},
+    "badnets_all_to_all": {},
+    "tact": {},
+    "white_square": {},
+    "green_square": {},
+    "white_grid": {},
+    "color_grid": {},
+    "small_kitty": {},
+    "big_kitty": {},
+    "white_square_all_to_all": {},
+    "green_square_all_to_all": {},
+    "white_grid_all_to_all": {},
+    "color_grid_all_to_all": {},
     "sig": {},
     "sig_striped": {},
     "wanet": {},
     "blended": {},
     "blended_picture": {},
+    "bpp": {},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 

@@ -1,0 +1,177 @@
+"""BppAttack: fewer levels of brightness, optionally with dithering (Wang et al. 2022).
+
+The attacker trains the model. Beside quantised rows with its label it shows rows with the quantisation error of *another*
+image added, under their own label, so that the model has to learn the quantisation itself and not its noise. As a data
+attack, where all rows are made once, the same two kinds of row go into the set.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bdjax.attacks import batch_poisoning
+from bdjax.attacks.contract import Attack, Knowledge, Published
+from bdjax.datasets.splits import permutation
+from bdjax.errors import InputError
+from bdjax.types import Array, Key
+
+
+@dataclass(frozen=True)
+class BppSettings:
+    poison_rate: float = 0.1
+    """share of the rows that are quantised and get the attacker's label, as in ABM and BackdoorBench; the authors' code
+    has 0.2. Of each batch, where the attacker trains"""
+    cover_rate: float = 0.1
+    """share of the rows that get another image's quantisation error and keep their label; 0.2 in the authors' code"""
+    levels: int = 8
+    """m, of each channel: 8 in the authors' configuration, 32 in their command for CIFAR-10"""
+    dither: bool = False
+    """spread each pixel's error over its neighbours (Floyd & Steinberg); in the paper, but off in the authors' code"""
+    bank: int = 512
+    """at most so many training images lend their quantisation errors"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bpp:
+    """One quantisation."""
+
+    levels: Array  # float32 [], m
+    residuals: Array  # float32 [n, H, W, C] in [-1, 1]: q(x) - x of some training images
+    dither: bool = field(metadata={"static": True})
+
+
+def quantise(image: Array, levels: Array | float) -> Array:
+    """Each value to the nearest of m even levels: round(x (m - 1)) / (m - 1), halves to the even level.
+
+    Args:
+        image: float32, any shape, in [0, 1].
+        levels: m, at least 2.
+
+    Returns:
+        float32, same shape, in [0, 1].
+
+    References:
+        Wang et al. 2022, section 4.1.
+    """
+    return jnp.round(image * (levels - 1)) / (levels - 1)
+
+
+def dither(image: Array, levels: Array | float) -> Array:
+    """Quantise in reading order, each pixel's error passed on to those that are still to come.
+
+    7/16 of it goes right, 3/16, 5/16 and 1/16 to the three below; what would leave the image is lost.
+
+    Args:
+        image: float32 [H, W, C] in [0, 1].
+        levels: m, at least 2.
+
+    Returns:
+        float32 [H, W, C] in [0, 1].
+
+    References:
+        Floyd & Steinberg 1976, An Adaptive Algorithm for Spatial Greyscale; Wang et al. 2022, section 4.1.
+    """
+    _, width, channels = image.shape
+
+    def run_row(above: Array, row: Array) -> tuple[Array, Array]:
+        # above: the errors of the row above, with a 0 on either side
+        from_above = (above[:-2] + 5 * above[1:-1] + 3 * above[2:]) / 16
+
+        def run_pixel(left: Array, pixel: Array) -> tuple[Array, tuple[Array, Array]]:
+            value = pixel + 7 / 16 * left
+            # Errors that have piled up may lead beyond black or white.
+            level = jnp.clip(quantise(value, levels), 0.0, 1.0)
+            return value - level, (level, value - level)
+
+        _, (quantised, errors) = lax.scan(run_pixel, jnp.zeros(channels, image.dtype), row + from_above)
+        return jnp.pad(errors, ((1, 1), (0, 0))), quantised
+
+    return lax.scan(run_row, jnp.zeros((width + 2, channels), image.dtype), image)[1]
+
+
+def make_quantisation(key: Key, knowledge: Knowledge, settings: BppSettings) -> Bpp:
+    """Take down the quantisation errors of some training images.
+
+    The authors' code collects those of five augmented passes over the training set.
+
+    Args:
+        key: decides which images.
+        knowledge: the training images.
+        settings: m, dithering and how many images.
+
+    Returns:
+        The quantisation.
+
+    Raises:
+        InputError: fewer than 2 levels, or no image for the bank.
+
+    References:
+        Wang et al. 2022, section 4.2.
+    """
+    if settings.levels < 2 or settings.bank < 1:
+        raise InputError(
+            f"Bpp: levels {settings.levels} must be 2 or more and the bank of {settings.bank} images 1 or more"
+        )
+    rows = np.sort(permutation(key, len(knowledge.train))[: settings.bank])
+    images = jnp.asarray(knowledge.train.images[rows], jnp.float32) / 255.0
+    levels = jnp.float32(settings.levels)
+    how = jax.jit(jax.vmap(dither if settings.dither else quantise, in_axes=(0, None)))
+    return Bpp(levels, how(images, levels) - images, settings.dither)
+
+
+def apply(params: Bpp, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
+    """Quantise one image.
+
+    Args:
+        params: one quantisation.
+        image: float32 [H, W, C] in [0, 1].
+        label: not used; the trigger is the same for every class.
+        key: not used; nothing is random.
+
+    Returns:
+        float32 [H, W, C] in [0, 1], at most m different values.
+    """
+    del label, key
+    return dither(image, params.levels) if params.dither else quantise(image, params.levels)
+
+
+def apply_negative(params: Bpp, image: Array, label: Array | None, key: Key) -> Array:
+    """Add the quantisation error of another image: clip(x + q(x_k) - x_k).
+
+    Args:
+        params: one quantisation.
+        image: float32 [H, W, C] in [0, 1].
+        label: not used.
+        key: decides whose error.
+
+    Returns:
+        float32 [H, W, C] in [0, 1].
+
+    References:
+        Wang et al. 2022, section 4.2; the form is that of the authors' code, without a contrastive loss.
+    """
+    del label
+    which = jax.random.randint(key, (), 0, params.residuals.shape[0])
+    return jnp.clip(image + params.residuals[which], 0.0, 1.0)
+
+
+BPP = Attack(
+    name="bpp",
+    title="Bpp",
+    paper="Wang et al. 2022, BppAttack: Stealthy and Efficient Trojan Attacks against Deep Neural Networks via Image "
+    "Quantization and Contrastive Adversarial Learning",
+    threat="training",
+    settings=BppSettings(),
+    make_params=make_quantisation,
+    apply=apply,
+    apply_to_cover=apply_negative,
+    label_rules=("all_to_one", "all_to_all"),
+    control=batch_poisoning.fixed_trigger(apply, apply_negative),
+    # Digits are nearly black and white as they are: only the greys at their edges can show the quantisation.
+    per_dataset={"grey": {"levels": 2}, "digits": {"levels": 3}},
+    published=(Published("ABM", "cifar10", 79.2, 99.9), Published("ABM", "gtsrb", 80.5, 99.9)),
+)
