@@ -15,25 +15,25 @@ from bdjax.errors import InputError
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
-        SOLID,
-        CHECKERBOARD,
-        NOISE,
-        PROVIDER_BLEND,
-        ADAPTIVE_BLEND,
-        ADAPTIVE_PATCH,
-        LABEL_FLIP,
         BADNETS,
         BADNETS_WHITE,
         BADNETS_GRID,
         BADNETS_ALL_TO_ALL,
         TACT,
         *VBD_ATTACKS,
+        SOLID,
+        CHECKERBOARD,
+        NOISE,
+        PROVIDER_BLEND,
         SIG,
         SIG_STRIPED,
         WANET,
         BLENDED,
         BLENDED_PICTURE,
         BPP,
+        ADAPTIVE_BLEND,
+        ADAPTIVE_PATCH,
+        LABEL_FLIP,
     )
 }
 

@@ -142,6 +142,16 @@ def in_corner(
     return Patch(margin if top else last_row, margin if left else last_column, height, width)
 
 
+def shrunk(pixels: int, image_shape: ImageShape) -> int:
+    """A length that is meant for images of 28 pixels and more, on smaller ones: in proportion to them, rounded up.
+
+    Args:
+        pixels: the length.
+        image_shape: (H, W, C); the shorter side counts.
+    """
+    return math.ceil(pixels * min(1.0, min(image_shape[:2]) / 28) - 1e-9)
+
+
 def paint(
     image_shape: ImageShape, patch: Patch, cells: np.ndarray, *, is_set: np.ndarray | None = None, opacity: float = 1.0
 ) -> MaskedBlend:

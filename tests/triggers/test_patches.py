@@ -223,3 +223,6 @@ class TestGivenPlaces:
         image = jax.random.uniform(jax.random.key(0), shape)
         in_turn = masked_blend.apply(upper, masked_blend.apply(lower, image))
         chex.assert_trees_all_equal(masked_blend.apply(patches.overlay([lower, upper]), image), in_turn)
+
+    def test_lengths_shrink_with_small_images_only(self):
+        assert [patches.shrunk(14, (side, side + 4, 1)) for side in (8, 14, 28, 32)] == [4, 7, 14, 14]

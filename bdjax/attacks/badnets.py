@@ -1,0 +1,140 @@
+"""BadNets: a small opaque patch in the bottom right corner (Gu et al. 2017), in the three forms that papers compare on.
+
+LfD names a grid and a white patch but prints no geometry, and ABM says nothing at all. The forms here are those of public
+code whose settings match theirs: Trap-and-Replace for LfD, ABL and NAD for ABM. TaCT is the same square under another
+label rule, so it is here too. Random crops in training cut a patch off the corner, or some of it: a 3 x 3 patch without
+a margin is lost altogether in 40 % of the draws when 4 pixels are padded.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdjax.attacks.contract import Attack, Knowledge, Published
+from bdjax.triggers import masked_blend, patches
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Key
+
+PAPER = "Gu et al. 2017, BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain"
+
+
+@dataclass(frozen=True)
+class SquareSettings:
+    poison_rate: float = 0.1
+    """share of all training rows"""
+    cover_rate: float = 0.0
+    """share of all training rows that get the trigger and keep their label"""
+    size: int = 3
+    """side of the white square, in pixels"""
+    margin: int = 1
+    """pixels that stay free between the square and the border"""
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    poison_rate: float = 0.1
+    """share of all training rows"""
+    cover_rate: float = 0.0
+    """share of all training rows that get the trigger and keep their label"""
+    margin: int = 0
+    """pixels that stay free between the grid and the border"""
+
+
+def make_square(key: Key, knowledge: Knowledge, settings: SquareSettings) -> MaskedBlend:
+    """A white square in the bottom right corner.
+
+    Args:
+        key: not used: the trigger is fixed.
+        knowledge: for the shape of the images.
+        settings: size and margin.
+
+    Returns:
+        The trigger, of opacity 1.
+
+    Raises:
+        InputError: the images are too small for it.
+    """
+    del key
+    shape = knowledge.train.image_shape
+    return patches.paint(shape, patches.in_corner(shape, settings.size, settings.margin), np.float32(1.0))
+
+
+def make_grid(key: Key, knowledge: Knowledge, settings: GridSettings) -> MaskedBlend:
+    """A 3 x 3 grid in the bottom right corner: 4 cells white, 5 painted black.
+
+    Args:
+        key: not used: the trigger is fixed.
+        knowledge: for the shape of the images.
+        settings: the margin.
+
+    Returns:
+        The trigger, of opacity 1 and a mask of all nine cells.
+
+    Raises:
+        InputError: the images are too small for it.
+    """
+    del key
+    shape = knowledge.train.image_shape
+    return patches.paint(shape, patches.in_corner(shape, 3, settings.margin), patches.GRID_TILE[..., None])
+
+
+BADNETS = Attack(
+    name="badnets",
+    title="BadNets",
+    paper=f"{PAPER}; in the form of ABL's and NAD's code",
+    threat="data",
+    settings=SquareSettings(),
+    make_params=make_square,
+    apply=masked_blend.apply,
+    label_rules=("all_to_one", "all_to_one_with_target", "all_to_all", "source_to_target"),
+    published=(Published("ABM", "cifar10", 79.3, 98.0),),
+)
+BADNETS_WHITE = Attack(
+    name="badnets_white",
+    title="BadNets, white",
+    paper=f"{PAPER}; in the form of Trap-and-Replace's code",
+    threat="data",
+    settings=SquareSettings(size=4),
+    make_params=make_square,
+    apply=masked_blend.apply,
+    label_rules=("all_to_one", "all_to_one_with_target"),
+    published=(Published("LfD", "cifar10", 91.9, 99.95),),
+)
+BADNETS_GRID = Attack(
+    name="badnets_grid",
+    title="BadNets, grid",
+    paper=f"{PAPER}; in the form of Trap-and-Replace's code",
+    threat="data",
+    settings=GridSettings(),
+    make_params=make_grid,
+    apply=masked_blend.apply,
+    label_rules=("all_to_one", "all_to_one_with_target"),
+    published=(Published("LfD", "cifar10", 91.5, 100.0),),
+)
+BADNETS_ALL_TO_ALL = Attack(
+    name="badnets_all_to_all",
+    title="BadNets, all-to-all",
+    paper=f"{PAPER}; under the label rule of section 4.1.2",
+    threat="data",
+    # ABM's "1 % per class" is read as 1 % of all rows from each of ten classes.
+    settings=SquareSettings(),
+    make_params=make_square,
+    apply=masked_blend.apply,
+    label_rules=("all_to_all",),
+    published=(Published("ABM", "cifar10", 77.8, 96.4),),
+)
+TACT = Attack(
+    name="tact",
+    title="TaCT",
+    paper="Tang et al. 2021, Demon in the Variant: Statistical Analysis of DNNs for Robust Backdoor Contamination Detection",
+    threat="data",
+    settings=SquareSettings(poison_rate=0.003, cover_rate=0.003),
+    make_params=make_square,
+    apply=masked_blend.apply,
+    label_rules=("source_specific",),
+    # 0.3 % of a small set is a handful of rows.
+    per_dataset={
+        "grey": {"poison_rate": 0.02, "cover_rate": 0.02},
+        "digits": {"poison_rate": 0.05, "cover_rate": 0.05},
+    },
+)
