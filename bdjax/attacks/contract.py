@@ -116,9 +116,9 @@ def settings_for(attack: Attack, dataset: Dataset, changes: Mapping[str, Any] | 
     for name, value in (changes or {}).items():
         if name not in fields:
             raise InputError(f"attack {attack.name} has no setting {name!r}; it has {', '.join(fields)}")
-        if isinstance(fields[name], bool) != isinstance(value, bool) or (
-            isinstance(fields[name], (int, str)) and not isinstance(value, type(fields[name]))
-        ):
+        kinds = (int, float) if type(fields[name]) is float else type(fields[name])
+        is_number = isinstance(fields[name], (int, float)) and not isinstance(fields[name], bool)
+        if fields[name] is not None and (not isinstance(value, kinds) or (is_number and isinstance(value, bool))):
             raise InputError(
                 f"attack {attack.name}: {name} {value!r} is not of the kind of its default {fields[name]!r}"
             )

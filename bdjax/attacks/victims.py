@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax.attacks.contract import CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by_several, trigger_all
+from bdjax.attacks.poisoning import Part, poison_by_several, select_rows, trigger_all
 from bdjax.attacks.registry import find_attack
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
@@ -65,7 +65,8 @@ def make_plan(
         changes: attack -> setting -> value.
 
     Raises:
-        InputError: no such attack, rule, setting or class; or parts that cannot share a training set.
+        InputError: no such attack, rule, setting or class; a rate that the set does not allow; or parts that cannot share
+          a training set.
     """
     parts = []
     for part_name in name.split("+"):
@@ -82,6 +83,9 @@ def make_plan(
         parts.append(Part(attack, settings_for(attack, dataset, own), rule))
     if len(parts) > 1 and any(part.attack.control or part.attack.starts_from_clean_model for part in parts):
         raise InputError(f"attack {name}: only attacks that poison data for a training from scratch can share a set")
+    for part in parts:
+        if not part.attack.control:  # rates that cannot be show before anything is trained
+            select_rows(jax.random.key(0), dataset.labels, part.settings.poison_rate, part.rule)
     return Plan(name, tuple(parts))
 
 

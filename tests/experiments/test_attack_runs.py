@@ -1,0 +1,148 @@
+"""experiments/attack.py from the command line to the files that it leaves."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bdjax import command_line
+from bdjax.attacks.registry import ATTACKS
+from bdjax.datasets.npz import load_npz
+from bdjax.errors import InputError
+from bdjax.reporting import attack_results
+from bdjax.types import PoisonedDataset
+from experiments import attack
+
+TINY: dict[str, Any] = {
+    "attack": "badnets,ckd,wanet,badnets+sig",
+    "seeds": 2,
+    "costly_seeds": 1,
+    "width": 2,
+    "train_rows": 300,
+    "test_rows": 60,
+    "epochs": 2,
+    "controlled_epochs": 1,
+    "fine_tuning_epochs": 1,
+    "layout": "map",
+    "lowering": "shifted",
+    "change": ("ckd.trigger_epochs=1",),
+}
+
+
+def tiny(output: pathlib.Path, **changes: Any) -> attack.Config:
+    return dataclasses.replace(attack.preset("quick", "digits"), output=output, **(TINY | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling takes longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("attack") / "run"
+    attack.run(tiny(folder))
+    return folder
+
+
+class TestRun:
+    """In one class, and so by one worker: the run is made once."""
+
+    def test_leaves_numbers_of_every_attack_and_seed(self, finished):
+        results = json.loads((finished / "results.json").read_text())
+        names = [(each["attack"], each["with"]) for each in results["attacks"]]
+        assert names == [("badnets", []), ("ckd", []), ("wanet", []), ("badnets", ["sig"]), ("sig", ["badnets"])]
+        assert [len(each["by_seed"]) for each in results["attacks"]] == [2, 1, 1, 2, 2]
+        assert results["seeds"] == [0, 1] and results["test_rows"] == 60
+        for each in results["attacks"]:
+            assert set(each["summary"]) == set(attack_results.DEFINITIONS)
+            for row in each["by_seed"]:
+                assert 0 <= row["asr"] <= 1 and 0 <= row["cda"] <= 1 and row["psnr"] > 0 and row["ssim"] <= 1
+                assert row["asr"] + row["r_acc"] <= 1 + 1e-9
+
+    def test_leaves_a_table_pictures_and_a_report(self, finished):
+        table = (finished / "table.md").read_text()
+        assert "| BadNets" in table and "SIG, beside BadNets" in table and "no attack" in table
+        for name in ("gallery.png", "success.png", "report.html", "timings.json", "engine.json", "config.json"):
+            assert (finished / name).stat().st_size > 0
+        report = (finished / "report.html").read_text()
+        assert "<img" in report and "Gallery" in report and "python experiments/attack.py" in report
+
+    def test_leaves_poisoned_sets_that_any_framework_reads(self, finished):
+        assert sorted(path.name for path in (finished / "poisoned").iterdir()) == [
+            "badnets+sig.npz",
+            "badnets.npz",
+            "ckd.npz",
+        ]
+        with np.load(finished / "poisoned" / "badnets.npz") as arrays:
+            assert arrays["images"].shape == (300, 8, 8, 1) and arrays["images"].dtype == np.uint8
+            is_poisoned = arrays["is_poisoned"]
+            assert (arrays["labels"][is_poisoned] == 1).all() and (arrays["original_labels"][is_poisoned] != 1).all()
+        data = load_npz(finished / "poisoned" / "badnets.npz")
+        assert isinstance(data.train, PoisonedDataset) and data.train.is_poisoned.sum() == is_poisoned.sum()
+
+    def test_repeated_gives_the_same_numbers(self, finished):
+        before = (finished / "results.json").read_bytes()
+        attack.run(tiny(finished))
+        assert (finished / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attack": "goodnets"}, "'goodnets' is not one of"),
+        ({"attack": "badnets+wanet"}, "from scratch can share a set"),
+        ({"attack": "sig", "label_rule": "source_specific"}, "sig goes with the label rules clean_label"),
+        ({"attack": "sig", "poison_rate": 0.5}, "largest rate possible"),
+        ({"attack": "sig", "poison_rate": 0.0}, "poison rate 0"),
+        ({"attack": "sig", "change": ("loudness=3",)}, "no setting 'loudness'"),
+        ({"attack": "sig", "change": ("amplitude",)}, "is not name=value"),
+        ({"attack": "sig,badnets", "change": ("amplitude=1",)}, "attack.name=value"),
+        ({"attack": "sig", "change": ("wanet.size=1",)}, "not among those that are run"),
+        ({"attack": "sig", "change": ("amplitude='loud'",)}, "amplitude 'loud' is not of the kind"),
+        ({"target": 10}, "--target 10 is not a class of digits"),
+        ({"epochs": 0}, "--epochs 0 is not at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(tmp_path, changes, reason):
+    with pytest.raises(InputError, match=reason) as raised:
+        attack.run(tiny(tmp_path / "run", **({"change": ()} | changes)))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_gives_the_settings_again(tmp_path):
+    config = tiny(tmp_path)
+    words = shlex.split(attack.command(config))
+    assert words[:2] == ["python", "experiments/attack.py"]
+    parsed = command_line.parse(attack.preset, {"preset": None, "dataset": None}, words[2:])
+    assert dataclasses.replace(parsed, output=config.output) == config
+
+
+def test_all_is_every_attack_and_the_hybrids():
+    config = attack.preset("quick", "mnist")
+    data = attack.load(dataclasses.replace(attack.preset("quick", "digits"), seeds=1), _Silent())
+    plans = attack.make_plans(dataclasses.replace(config, attack="badnets"), data.train)
+    assert [plan.name for plan in plans] == ["badnets"]
+    assert set(attack.HYBRIDS) <= {f"{first}+{second}" for first in ATTACKS for second in ATTACKS}
+
+
+class _Silent:
+    """A log that says nothing."""
+
+    def stage(self, name, **how):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
