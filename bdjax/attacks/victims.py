@@ -243,7 +243,7 @@ def _train_controlled(
     return [(classifier, (params,), nets.history) for classifier, params in ended]
 
 
-class Tested(NamedTuple):
+class Trial(NamedTuple):
     """One victim under one of its triggers."""
 
     victim: Victim
@@ -256,7 +256,7 @@ class Tested(NamedTuple):
 
 def put_to_the_test(
     key: Key, runner: StageRunner, victims: Sequence[Victim], clean: Nets, data: TrainTest, batch_size: int
-) -> Iterator[list[Tested]]:
+) -> Iterator[list[Trial]]:
     """Measure the victims of one plan after the other, each under each of its triggers, and the clean network with them.
 
     Args:
@@ -298,7 +298,7 @@ def put_to_the_test(
                 against = test.labels, rows, wanted
                 measured = measure_attack(victim_predictions[position], answers[i], *against)
                 reference = measure_attack(clean_predictions[victim.prepared.seed], answers[len(members) + i], *against)
-                tested.append(Tested(victim, part, measured, reference, cover[i], views[i]))
+                tested.append(Trial(victim, part, measured, reference, cover[i], views[i]))
         yield tested
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.victims import Tested
+from bdjax.attacks.victims import Trial
 from bdjax.inspection.trigger_pictures import magnified_difference
 from bdjax.reporting import attack_results as numbers
 from bdjax.reporting import plots, report, tables
@@ -21,7 +21,7 @@ IMAGES_OF_ONE = 6
 """How many rows of images the gallery of a single attack has."""
 
 
-def gallery(tested: Sequence[Sequence[Tested]], data: TrainTest) -> list[tuple[list[list[np.ndarray]], list[str]]]:
+def gallery(tested: Sequence[Sequence[Trial]], data: TrainTest) -> list[tuple[list[list[np.ndarray]], list[str]]]:
     """Rows of images for each attack, of the first seed: what the victim trained on, and what it is tried with.
 
     Args:
@@ -48,12 +48,12 @@ def gallery(tested: Sequence[Sequence[Tested]], data: TrainTest) -> list[tuple[l
     return [(rows[i : i + ROWS_PER_PICTURE], names[i : i + ROWS_PER_PICTURE]) for i in blocks]
 
 
-def _row_name(one: Tested) -> str:
+def _row_name(one: Trial) -> str:
     plan = one.victim.prepared.plan
     return one.part.attack.title + ("" if len(plan.parts) == 1 else f"\n(in {plan.title})")
 
 
-def _poisoned_pairs(one: Tested, train: Dataset, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _poisoned_pairs(one: Trial, train: Dataset, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Training rows before and after; blank where there is no such row."""
     prepared = one.victim.prepared
     blank = np.ones((*train.image_shape[:2], 1), np.float32)
@@ -66,7 +66,7 @@ def _poisoned_pairs(one: Tested, train: Dataset, count: int) -> list[tuple[np.nd
     return [(_as_float(train.images[row]), image) for row, image in zip(rows, after, strict=True)]
 
 
-def _test_pairs(one: Tested, test: Dataset, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _test_pairs(one: Trial, test: Dataset, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     rows = np.flatnonzero(one.part.rule.victims(test.labels))
     changed = rows[np.any(one.triggered[rows] != test.images[rows], axis=(1, 2, 3))]
     rows = np.resize(changed if len(changed) else rows, count)
@@ -109,7 +109,7 @@ def write(
     folder: RunFolder,
     settings: Mapping[str, Any],
     results: Mapping[str, Any],
-    tested: Sequence[Sequence[Tested]],
+    tested: Sequence[Sequence[Trial]],
     timings: Mapping[str, float],
     data: TrainTest,
     reproduce: str,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.attacks.victims import Tested
+from bdjax.attacks.victims import Trial
 from bdjax.inspection.similarity import psnr, ssim
 from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import Cell, Table, mean_and_spread
@@ -30,7 +30,7 @@ COMPARED_IMAGES = 200
 """How many victim rows PSNR and SSIM are averaged over."""
 
 
-def summarise(tested: Sequence[Sequence[Tested]], images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, Any]:
+def summarise(tested: Sequence[Sequence[Trial]], images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, Any]:
     """Numbers of all attacks.
 
     Args:
@@ -58,7 +58,7 @@ def summarise(tested: Sequence[Sequence[Tested]], images: np.ndarray, labels: np
     }
 
 
-def _one_attack(seeds: Sequence[Tested], images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def _one_attack(seeds: Sequence[Trial], images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     part, plan = seeds[0].part, seeds[0].victim.prepared.plan
     victims = np.flatnonzero(part.rule.victims(labels))[:COMPARED_IMAGES]
     rows = []
@@ -191,6 +191,6 @@ def needs_table(results: Mapping[str, Any]) -> Table:
     return Table("What each attacker has", ("attack", "needs", "trigger", "victim", "poisoned rows", "paper"), rows)
 
 
-def settings_table(tested: Sequence[Sequence[Tested]]) -> Mapping[str, Mapping[str, Any]]:
+def settings_table(tested: Sequence[Sequence[Trial]]) -> Mapping[str, Mapping[str, Any]]:
     """Attack -> setting -> value, for the report's list of settings."""
     return {one.part.attack.name: dataclasses.asdict(one.part.settings) for plan in tested for one in plan}
