@@ -15,7 +15,7 @@ import ast
 import dataclasses
 import io
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,7 +149,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     check(config)
     data = load(config, log)
     train, test = data
-    plans = make_plans(config, train)
+    plans, left_out = make_plans(config, train)
     output = output_folder(config)
     seeds_of = {plan.name: num_seeds(config, plan) for plan in plans}
     members = sum(seeds_of.values())
@@ -166,11 +166,17 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     clean = runner.from_scratch("clean", model, from_scratch, clean_keys, 1, jnp.asarray(train.images), *rows)
     prepared: list[Prepared] = []
     with log.stage("triggers", total=members, unit="victims") as stage:
+        known = [CleanModel(model, ensemble.members(clean.variables, s)) for s in range(config.seeds)]
         for plan in plans:
-            for s in range(seeds_of[plan.name]):
-                known = CleanModel(model, ensemble.members(clean.variables, s))
-                prepared.append(prepare(keys[s], plan, train, config.target, s, known))
-                stage.advance(1, plan.name)
+            try:
+                for s in range(seeds_of[plan.name]):
+                    prepared.append(prepare(keys[s], plan, train, config.target, s, known[s]))
+                    stage.advance(1, plan.name)
+            except InputError as error:
+                if config.attack != "all":
+                    raise
+                left_out[plan.name] = str(error)
+        stage.detail = left_out_text(left_out)
     fine_tuning = train_config(config, config.fine_tuning_epochs, config.fine_tuning_learning_rate)
     controlled = train_config(config, config.controlled_epochs, config.learning_rate)
     victims = train_victims(victim_key, runner, prepared, train, clean, from_scratch, fine_tuning, controlled)
@@ -179,7 +185,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
         for one in put_to_the_test(test_key, runner, victims, clean, data, config.evaluation_batch_size):
             tested.append(one)
             stage.advance(1, one[0].victim.prepared.plan.name)
-    results = attack_results.summarise(tested, test.images, test.labels, config.seed)
+    results = attack_results.summarise(tested, test.images, test.labels, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -194,11 +200,40 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     return results
 
 
-def make_plans(config: Config, train: Dataset) -> list[Plan]:
-    """Every attack of the run, in the order of the registry or of the command line."""
+def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, str]]:
+    """Every attack of the run, in the order of the registry or of the command line.
+
+    Returns:
+        The plans; and for `--attack=all`, which attacks the dataset does not allow -> why.
+
+    Raises:
+        InputError: if an attack that was named cannot be run, or a change is of none that is.
+    """
+    is_all = config.attack == "all"
+    names = [*ATTACKS, *HYBRIDS] if is_all else list(dict.fromkeys(config.attack.split(",")))
+    changes = read_changes(config.change, names)
+    plans, left_out = [], {}
+    how = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
+    for name in names:
+        try:
+            plans.append(make_plan(name, train, config.target, **how))
+        except InputError as error:
+            if not is_all:
+                raise
+            left_out[name] = str(error)
+    if not plans:
+        raise InputError(f"no attack fits: {left_out_text(left_out)}")
+    return plans, left_out
+
+
+def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read attack.name=value, or name=value where one attack is run: attack -> name -> value.
+
+    Raises:
+        InputError: if a text is neither, or of an attack that is not run.
+    """
     changes: dict[str, dict[str, Any]] = {}
-    names = [*ATTACKS, *HYBRIDS] if config.attack == "all" else list(dict.fromkeys(config.attack.split(",")))
-    for text in config.change:
+    for text in texts:
         name, equals, value = text.partition("=")
         attack, _, setting = name.rpartition(".")
         if not equals or not setting or (not attack and (len(names) > 1 or "+" in names[0])):
@@ -208,20 +243,15 @@ def make_plans(config: Config, train: Dataset) -> list[Plan]:
         except (ValueError, SyntaxError):
             parsed = value
         changes.setdefault(attack or names[0], {})[setting] = parsed
-    known = {part for name in names for part in name.split("+")}
-    if unknown := sorted(changes.keys() - known):
+    run = {part for name in names for part in name.split("+")}
+    if unknown := sorted(changes.keys() - run):
         raise InputError(f"--change of {unknown[0]}: that attack is not among those that are run")
-    return [
-        make_plan(
-            name,
-            train,
-            config.target,
-            label_rule=config.label_rule,
-            poison_rate=config.poison_rate,
-            changes=changes,
-        )
-        for name in names
-    ]
+    return changes
+
+
+def left_out_text(left_out: Mapping[str, str]) -> str:
+    """One line on the attacks that the dataset does not allow."""
+    return "; ".join(f"{name} left out: {reason}" for name, reason in left_out.items())
 
 
 def num_seeds(config: Config, plan: Plan) -> int:

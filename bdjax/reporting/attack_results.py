@@ -30,7 +30,13 @@ COMPARED_IMAGES = 200
 """How many victim rows PSNR and SSIM are averaged over."""
 
 
-def summarise(tested: Sequence[Sequence[Trial]], images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, Any]:
+def summarise(
+    tested: Sequence[Sequence[Trial]],
+    images: np.ndarray,
+    labels: np.ndarray,
+    seed: int,
+    left_out: Mapping[str, str] = {},
+) -> dict[str, Any]:
     """Numbers of all attacks.
 
     Args:
@@ -38,6 +44,7 @@ def summarise(tested: Sequence[Sequence[Trial]], images: np.ndarray, labels: np.
         images: uint8 [N, H, W, C], the untouched test set.
         labels: int32 [N].
         seed: the number of the first.
+        left_out: attack -> why the dataset does not allow it.
 
     Returns:
         A tree of plain numbers, the same for the same inputs; the content of results.json.
@@ -55,6 +62,7 @@ def summarise(tested: Sequence[Sequence[Trial]], images: np.ndarray, labels: np.
         "seeds": [seed + number for number in sorted(clean)],
         "clean_cda": [clean[number] for number in sorted(clean)],
         "attacks": attacks,
+        "left_out": dict(left_out),
     }
 
 
@@ -146,6 +154,8 @@ def attack_table(results: Mapping[str, Any], dataset: str) -> Table:
         f"rows. Works: mean ASR at least {WORKS:g}; partly: at least {WORKS_PARTLY:g}. PSNR in dB."
         + (" The papers' columns are CDA / ASR in percent, each with its own network and schedule." if printed else "")
     )
+    if results["left_out"]:
+        notes += " Left out: " + "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items()) + "."
     return Table("Attacks", header + (("the papers'",) if printed else ()), tuple(rows), notes)
 
 

@@ -15,7 +15,7 @@ from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.npz import load_npz
 from bdjax.errors import InputError
 from bdjax.reporting import attack_results
-from bdjax.types import PoisonedDataset
+from bdjax.types import Dataset, PoisonedDataset
 from experiments import attack
 
 TINY: dict[str, Any] = {
@@ -127,22 +127,13 @@ def test_the_command_gives_the_settings_again(tmp_path):
     assert dataclasses.replace(parsed, output=config.output) == config
 
 
-def test_all_is_every_attack_and_the_hybrids():
-    config = attack.preset("quick", "mnist")
-    data = attack.load(dataclasses.replace(attack.preset("quick", "digits"), seeds=1), _Silent())
-    plans = attack.make_plans(dataclasses.replace(config, attack="badnets"), data.train)
-    assert [plan.name for plan in plans] == ["badnets"]
-    assert set(attack.HYBRIDS) <= {f"{first}+{second}" for first in ATTACKS for second in ATTACKS}
-
-
-class _Silent:
-    """A log that says nothing."""
-
-    def stage(self, name, **how):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
+def test_all_is_every_attack_and_the_hybrids_and_says_what_does_not_fit():
+    labels = (np.arange(400) % 10).astype(np.int32)
+    data = Dataset(np.zeros((400, 28, 28, 1), np.uint8), labels, 10, "mnist", "a test")
+    config = dataclasses.replace(attack.preset("quick", "mnist"), attack="all")
+    plans, left_out = attack.make_plans(config, data)
+    assert [plan.name for plan in plans] == [*ATTACKS, *attack.HYBRIDS] and not left_out
+    few = dataclasses.replace(data, images=data.images[:30], labels=labels[:30])
+    plans, left_out = attack.make_plans(config, few)
+    assert "tact" in left_out and "less than one row" in left_out["tact"] and plans
+    assert "tact left out: " in attack.left_out_text(left_out)
