@@ -135,6 +135,40 @@ def label_map(targets: Mapping[int, int]) -> LabelRule:
     )
 
 
+def pair_to_target(target: int, num_classes: int) -> LabelRule:
+    """Send the two classes after the target to it; rows of every class may be cover.
+
+    Args:
+        target: the class that the two are to be taken for.
+        num_classes: K; after the last class comes the first.
+
+    Raises:
+        InputError: fewer than three classes.
+
+    References:
+        Lin et al. 2020, Composite Backdoor Attack, section 5.
+    """
+    if num_classes < 3:
+        raise InputError(f"pair_to_target needs two classes beside the target; there are {num_classes} classes")
+    pair = label_map({(target + offset) % num_classes: target for offset in (1, 2)})
+    return pair._replace(cover=_all)
+
+
+def hidden_source(target: int, num_classes: int) -> LabelRule:
+    """Poison rows of the target class and change no label; only the class after it is to be taken for it.
+
+    Args:
+        target: the class of the rows.
+        num_classes: K; after the last class comes the first.
+
+    References:
+        Saha et al. 2020, Hidden Trigger Backdoor Attacks, section 3.
+    """
+    source = (target + 1) % num_classes
+    name = f"clean-label, source {source} to target {target}"
+    return clean_label(target)._replace(victims=lambda labels: labels == source, name=name)
+
+
 def _tact(target: int, num_classes: int) -> LabelRule:
     """The sources and cover classes that TaCT's toolbox uses with target 0, moved along with the target."""
     if num_classes < 3:
@@ -151,6 +185,8 @@ LABEL_RULES: dict[str, Callable[[int, int], LabelRule]] = {
     "clean_label": lambda target, num_classes: clean_label(target),
     "source_specific": _tact,
     "source_to_target": lambda target, num_classes: label_map({(target + 1) % num_classes: target}),
+    "pair_to_target": pair_to_target,
+    "hidden_source": hidden_source,
 }
 """Name on the command line -> rule for (target, number of classes). "source_to_target" maps the class after the target to it,
 "source_specific" does so and adds cover classes."""

@@ -4,7 +4,9 @@ from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
 from bdjax.attacks.blended import BLENDED, BLENDED_PICTURE
 from bdjax.attacks.bpp import BPP
+from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
+from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
 from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
 from bdjax.attacks.sig import SIG, SIG_STRIPED
@@ -34,6 +36,8 @@ ATTACKS: dict[str, Attack] = {
         ADAPTIVE_BLEND,
         ADAPTIVE_PATCH,
         LABEL_FLIP,
+        LABEL_CONSISTENT,
+        COMPOSITE,
     )
 }
 

@@ -49,6 +49,8 @@ SMALL: dict[str, dict] = {
     "blended": {},
     "blended_picture": {},
     "bpp": {},
+    "label_consistent": {"steps": 3},
+    "composite": {},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 

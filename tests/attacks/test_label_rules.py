@@ -98,3 +98,23 @@ def test_tact_has_the_classes_of_its_toolbox():
 def test_what_is_not_there_is_refused(name, target, reason):
     with pytest.raises(InputError, match=reason):
         make_rule(name, target, 10)
+
+
+def test_two_classes_to_the_target_with_every_class_as_cover():
+    rule = make_rule("pair_to_target", 4, 6)
+    labels = np.arange(6, dtype=np.int32)
+    np.testing.assert_array_equal(rule.candidates(labels), [1, 0, 0, 0, 0, 1])
+    np.testing.assert_array_equal(rule.victims(labels), rule.candidates(labels))
+    np.testing.assert_array_equal(rule.relabel(labels), [4, 1, 2, 3, 4, 4])
+    assert rule.cover(labels).all()
+    with pytest.raises(InputError, match="two classes beside the target"):
+        make_rule("pair_to_target", 0, 2)
+
+
+def test_a_hidden_source_keeps_labels_and_counts_one_class():
+    rule = make_rule("hidden_source", 5, 6)
+    labels = np.arange(6, dtype=np.int32)
+    np.testing.assert_array_equal(rule.candidates(labels), labels == 5)
+    np.testing.assert_array_equal(rule.relabel(labels), labels)
+    np.testing.assert_array_equal(rule.victims(labels), labels == 0)
+    np.testing.assert_array_equal(rule.wanted(labels), np.full(6, 5))

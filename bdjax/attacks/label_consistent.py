@@ -1,0 +1,219 @@
+"""CL: small tiles in the corners of rows of the target class, whose own content an adversarial perturbation has made hard to
+learn from (Turner et al. 2019).
+
+A network that learns such a row's label has to go by the tiles. Labels stay as they are, and at test time there are tiles
+alone.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
+from bdjax.errors import InputError
+from bdjax.losses import cross_entropy
+from bdjax.triggers import additive, patches
+from bdjax.triggers.additive import Additive
+from bdjax.types import Array, Key, Model, PyTree
+
+Norm = Literal["linf", "l2"]
+Corners = Literal["four", "bottom_right"]
+
+
+@dataclass(frozen=True)
+class LabelConsistentSettings:
+    poison_rate: float = 0.08
+    """share of all training rows; all of them are of the target class"""
+    cover_rate: float = 0.0
+    """share of all training rows that get perturbation and tiles and keep their label"""
+    norm: Norm = "linf"
+    """linf: each pixel changes by at most the radius; l2: the whole image does, as in the paper's released config"""
+    radius: float = 16 / 255
+    """of the perturbation, in units of a pixel's range; 300/255 with l2 in the paper's config, 8/255 in BackdoorBox"""
+    step_size: float = 2 / 255
+    """of one step, in the same units and norm; 1.5/255 in the paper's code"""
+    steps: int = 100
+    """of projected gradient ascent"""
+    corners: Corners = "four"
+    """four: tiles mirrored left to right; bottom_right: one tile"""
+    amplitude: float = 1.0
+    """r in (0, 1]: white cells add r and black ones take r away; 1 overwrites"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LabelConsistent:
+    """The tiles, and what the perturbation is made with."""
+
+    tiles: Additive
+    variables: PyTree  # of the surrogate
+    radius: Array  # float32 []
+    step_size: Array  # float32 []
+    steps: Array  # int32 []
+    model: Model = field(metadata={"static": True})
+    norm: Norm = field(metadata={"static": True})
+
+
+def make_label_consistent(key: Key, knowledge: Knowledge, settings: LabelConsistentSettings) -> LabelConsistent:
+    """Paint the tiles and keep the surrogate.
+
+    The paper's surrogate is adversarially trained as well; here it is the clean network, whose perturbations carry over
+    to other networks less well.
+
+    Args:
+        key: not used: nothing is random.
+        knowledge: for the shape of the images, and the clean network.
+        settings: of the perturbation and the tiles.
+
+    Returns:
+        The trigger.
+
+    Raises:
+        InputError: there is no clean network, the images are too small for the tiles, or a setting cannot be.
+    """
+    del key
+    if knowledge.clean_model is None:
+        raise InputError("label_consistent perturbs rows against a clean model, and none was given")
+    if settings.norm not in ("linf", "l2"):
+        raise InputError(f"label_consistent: norm {settings.norm!r} is neither linf nor l2")
+    if settings.radius < 0 or settings.step_size < 0 or settings.steps < 0:
+        raise InputError(
+            f"label_consistent: radius {settings.radius:g}, step size {settings.step_size:g} and steps {settings.steps} "
+            "must be at least 0"
+        )
+    model, variables = knowledge.clean_model
+    return LabelConsistent(
+        tiles=corner_tiles(knowledge.train.image_shape, settings.corners, settings.amplitude),
+        variables=variables,
+        radius=jnp.float32(settings.radius),
+        step_size=jnp.float32(settings.step_size),
+        steps=jnp.int32(settings.steps),
+        model=model,
+        norm=settings.norm,
+    )
+
+
+def corner_tiles(image_shape: tuple[int, int, int], corners: Corners = "four", amplitude: float = 1.0) -> Additive:
+    """Tiles of 3 x 3 cells flush in the corners: BadNets' grid on the right, its mirror image on the left.
+
+    Args:
+        image_shape: (H, W, C).
+        corners: "four" or "bottom_right".
+        amplitude: r in (0, 1]. The cells add r (2 cell - 1), and what leaves [0, 1] is cut off, so r = 1 overwrites.
+
+    Returns:
+        The trigger, float32 [H, W, C] in [-r, r].
+
+    Raises:
+        InputError: the images are too small, or no such corners or amplitude.
+
+    References:
+        Turner et al. 2019, section 4.3. Trap-and-Replace has the tile unmirrored in all four corners.
+    """
+    if corners not in ("four", "bottom_right"):
+        raise InputError(f"label_consistent: corners {corners!r} is neither four nor bottom_right")
+    if not 0.0 < amplitude <= 1.0:
+        raise InputError(f"label_consistent: amplitude {amplitude:g} is not above 0 and up to 1")
+    sides = [(top, left) for top in (False, True) for left in (False, True)] if corners == "four" else [(False, False)]
+    if corners == "four" and min(image_shape[:2]) < 6:
+        raise InputError(
+            f"label_consistent: tiles of 3 pixels in four corners do not fit into {image_shape[:2]} pixels"
+        )
+    delta = np.zeros(image_shape, np.float32)
+    for top, left in sides:
+        place = patches.in_corner(image_shape, 3, top=top, left=left)
+        tile = patches.GRID_TILE[:, ::-1] if left else patches.GRID_TILE
+        rows, columns = slice(place.row, place.row + 3), slice(place.column, place.column + 3)
+        delta[rows, columns] = amplitude * (2.0 * tile[..., None] - 1.0)
+    return Additive(jnp.asarray(delta))
+
+
+def perturb(params: LabelConsistent, image: Array, label: Array) -> Array:
+    """Projected gradient ascent on the surrogate's loss of the true label, from the image itself.
+
+    Args:
+        params: of `make_label_consistent`.
+        image: float32 [H, W, C] in [0, 1].
+        label: int32 [], its class.
+
+    Returns:
+        float32 [H, W, C] in [0, 1], within the radius of the image.
+
+    References:
+        Turner et al. 2019, section 4.2, equation 2; Madry et al. 2018, section 2.1.
+    """
+
+    def loss(moved: Array) -> Array:
+        logits = params.model.apply(params.variables, moved[None], train=False).logits
+        return cross_entropy(logits, label[None])[0]
+
+    def step(_: Array, moved: Array) -> Array:
+        gradient = jax.grad(loss)(moved)
+        if params.norm == "linf":
+            change = moved + params.step_size * jnp.sign(gradient) - image
+            change = jnp.clip(change, -params.radius, params.radius)
+        else:
+            change = moved + params.step_size * gradient / _length(gradient) - image
+            change = change * jnp.minimum(1.0, params.radius / _length(change))
+        return jnp.clip(image + change, 0.0, 1.0)
+
+    return lax.fori_loop(0, params.steps, step, image)
+
+
+def _length(values: Array) -> Array:
+    """The l2 norm, not 0."""
+    return jnp.sqrt(jnp.sum(jnp.square(values)) + 1e-20)
+
+
+def apply_in_training(params: LabelConsistent, image: Array, label: Array, key: Key | None = None) -> Array:
+    """Perturb one image and put the tiles on it, which overwrite the perturbation where they are.
+
+    Args:
+        params: of `make_label_consistent`.
+        image: float32 [H, W, C] in [0, 1].
+        label: int32 [], its class.
+        key: not used.
+
+    Returns:
+        float32 [H, W, C] in [0, 1].
+    """
+    return additive.apply(params.tiles, perturb(params, image, label), label, key)
+
+
+def apply(params: LabelConsistent, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
+    """Put the tiles on one image, without any perturbation: the trigger at test time.
+
+    Args:
+        params: of `make_label_consistent`.
+        image: float32 [H, W, C] in [0, 1].
+        label: not used.
+        key: not used.
+
+    Returns:
+        float32 [H, W, C] in [0, 1].
+    """
+    return additive.apply(params.tiles, image, label, key)
+
+
+LABEL_CONSISTENT = Attack(
+    name="label_consistent",
+    title="CL",
+    paper="Turner et al. 2019, Label-Consistent Backdoor Attacks",
+    threat="data",
+    settings=LabelConsistentSettings(),
+    make_params=make_label_consistent,
+    apply=apply,
+    apply_in_training=apply_in_training,
+    label_rules=("clean_label",),
+    needs=(CLEAN_MODEL,),
+    per_dataset={
+        # BackdoorBox's radius for MNIST; large steps get there in 30.
+        "grey": {"radius": 64 / 255, "step_size": 6 / 255, "steps": 30},
+        "gtsrb": {"poison_rate": 0.05},  # class 1, the usual target, holds 5.7 % of the rows
+    },
+    published=(Published("LfD", "cifar10", 92.7, 94.9), Published("LfD", "gtsrb", 95.9, 43.9)),
+)
