@@ -4,10 +4,12 @@ from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
 from bdjax.attacks.blended import BLENDED, BLENDED_PICTURE
 from bdjax.attacks.bpp import BPP
+from bdjax.attacks.cheat_distillation import CKD, CKD_LOW_VARIANCE
 from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
+from bdjax.attacks.latent_backdoor import LATENT_BACKDOOR
 from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
 from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
@@ -38,6 +40,9 @@ ATTACKS: dict[str, Attack] = {
         LABEL_FLIP,
         LABEL_CONSISTENT,
         COMPOSITE,
+        LATENT_BACKDOOR,
+        CKD,
+        CKD_LOW_VARIANCE,
     )
 }
 

@@ -51,6 +51,9 @@ SMALL: dict[str, dict] = {
     "bpp": {},
     "label_consistent": {"steps": 3},
     "composite": {},
+    "latent_backdoor": {"steps": 3},
+    "ckd": {"steps": 3},
+    "ckd_low_variance": {"steps": 3},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 

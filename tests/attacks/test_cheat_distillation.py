@@ -1,0 +1,199 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from bdjax.attacks.cheat_distillation import (
+    CKD,
+    CKD_LOW_VARIANCE,
+    Assimilation,
+    CkdSettings,
+    LowVarianceCkdSettings,
+    assimilation,
+    choose_channels,
+    feature_variance,
+    published_assimilation,
+)
+from bdjax.attacks.contract import Knowledge
+from bdjax.attacks.trained_blend import random_soft_blend
+from bdjax.errors import InputError
+from bdjax.losses import cross_entropy
+from bdjax.triggers import masked_blend
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Model, ModelOutput
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def knowledge(digits, clean_digits_model):
+    return Knowledge(digits.train, 0, clean_digits_model)
+
+
+@pytest.fixture(scope="module")
+def triggers(knowledge):
+    def make(attack, settings):
+        return attack.make_params(jax.random.key(1), knowledge, settings)
+
+    return {
+        "start": make(CKD, CkdSettings(steps=0)),
+        "ckd": make(CKD, CkdSettings(steps=STEPS)),
+        "published": make(CKD, CkdSettings(steps=STEPS, loss="published", mask_is_trained=False)),
+        "weight 0": make(CKD_LOW_VARIANCE, LowVarianceCkdSettings(steps=STEPS, variance_weight=0.0)),
+        "low variance": make(CKD_LOW_VARIANCE, LowVarianceCkdSettings(steps=STEPS, variance_weight=1.0)),
+    }
+
+
+@pytest.fixture(scope="module")
+def features(digits, clean_digits_model, triggers):
+    """What the clean network's stages make of triggered test images."""
+    images = jnp.asarray(digits.test.images, jnp.float32) / 255
+    model, variables = clean_digits_model
+
+    @jax.jit
+    def look(trigger):
+        return model.apply(variables, masked_blend.apply_to_batch(trigger, images), train=False).features
+
+    return {name: look(trigger) for name, trigger in triggers.items()}
+
+
+# ---- The trigger ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ckd", "published", "low variance"])
+def test_mask_and_pattern_stay_in_range(triggers, name):
+    mask, pattern, opacity = triggers[name]
+    assert mask.min() >= 0 and mask.max() <= 0.5 and pattern.min() >= 0 and pattern.max() <= 1 and opacity == 1
+    assert bool(jnp.all(mask == triggers["start"].mask)) == (name == "published")
+    assert bool(jnp.any(pattern != triggers["start"].pattern))
+
+
+def test_an_empty_mask_leaves_images_alone(knowledge):
+    params = CKD.make_params(jax.random.key(1), knowledge, CkdSettings(mask_bound=0.0, steps=2))
+    image = jax.random.uniform(jax.random.key(0), (8, 8, 1))
+    np.testing.assert_array_equal(CKD.apply(params, image, None, None), image)
+
+
+def test_chosen_channels_become_flat(features, triggers, knowledge):
+    _, batch_key, _ = jax.random.split(jax.random.key(1), 3)
+    goal = choose_channels(batch_key, knowledge.clean_model, knowledge.train, triggers["start"], CkdSettings())
+
+    def spread(of):
+        """The deviation over space, on average over images and the last stage's chosen channels."""
+        return float(jnp.mean(jnp.std(features[of]["stage3"][..., goal.channels[-1]], axis=(1, 2))))
+
+    assert spread("ckd") <= 0.5 * spread("start")
+    assert spread("published") < spread("start")  # it asks for one channel of one image at a time
+
+
+def test_weight_0_gives_the_trigger_of_ckd(triggers):
+    for plain, adaptive in zip(triggers["ckd"], triggers["weight 0"], strict=True):
+        np.testing.assert_array_equal(plain, adaptive)
+
+
+def test_low_variance_has_less_of_it(features):
+    plain, adaptive = (float(jnp.mean(feature_variance(features[name]))) for name in ("ckd", "low variance"))
+    assert adaptive < 0.95 * plain
+
+
+def test_settings_that_cannot_be_are_refused(digits, knowledge):
+    with pytest.raises(InputError, match="clean model"):
+        CKD.make_params(jax.random.key(0), Knowledge(digits.train, 0), CkdSettings())
+    with pytest.raises(InputError, match="channel share 0"):
+        CKD.make_params(jax.random.key(0), knowledge, CkdSettings(channel_share=0.0))
+    with pytest.raises(InputError, match="'other' is not one of"):
+        CKD.make_params(jax.random.key(0), knowledge, CkdSettings(loss="other"))
+
+
+# ---- Its losses -----------------------------------------------------------------------------------------------------
+
+RANDOM = np.random.default_rng(0)
+MAPS = {f"stage{i}": jnp.asarray(RANDOM.normal(1, 1, (4, 8 >> i, 8 >> i, 5 * i)), jnp.float32) for i in (1, 2, 3)}
+GOAL = Assimilation(
+    tuple(jnp.asarray(which, jnp.int32) for which in ([2], [7, 0], [14])),
+    tuple(jnp.float32(v) for v in (1.0, 2.0, 0.5)),
+)
+
+
+def test_assimilation_is_the_mean_distance_to_the_value():
+    stages = [np.asarray(MAPS[f"stage{i}"]) for i in (1, 2, 3)]
+    expected = [((s[..., which] - v) ** 2).mean() for s, which, v in zip(stages, *GOAL, strict=True)]
+    np.testing.assert_allclose(assimilation(MAPS, GOAL), np.mean(expected), rtol=1e-5)
+    check_grads(lambda maps: assimilation(maps, GOAL), (MAPS,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+def test_the_published_loss_sees_one_channel_of_one_image():
+    last = np.asarray(MAPS["stage3"], np.float64)
+    value = last.mean(axis=(0, 1, 2)).max()
+    np.testing.assert_allclose(
+        published_assimilation(MAPS, GOAL), 2 / 4 * ((last[0, :, :, 14] - value) ** 2).sum(), rtol=1e-5
+    )
+    gradient = jax.grad(published_assimilation)(MAPS, GOAL)
+    assert not gradient["stage1"].any() and not gradient["stage2"].any()
+    np.testing.assert_allclose(gradient["stage3"][0, :, :, 14], 2 / 4 * 2 * (last[0, :, :, 14] - value), rtol=1e-4)
+    np.testing.assert_allclose(jnp.abs(gradient["stage3"]).sum(), jnp.abs(gradient["stage3"][0, :, :, 14]).sum())
+
+
+def test_channels_are_the_strongest_ones(knowledge, digits):
+    start = random_soft_blend(jax.random.key(3), digits.train.image_shape, 0.5)
+    settings = CkdSettings(batch_size=200, channel_share=0.5)
+    few = dataclasses.replace(digits.train, images=digits.train.images[:200], labels=digits.train.labels[:200])
+    goal = choose_channels(jax.random.key(0), knowledge.clean_model, few, start, settings)
+    model, variables = knowledge.clean_model
+    images = masked_blend.apply_to_batch(start, jnp.asarray(few.images, jnp.float32) / 255)
+    maps = jax.jit(lambda: model.apply(variables, images, train=False).features)()
+    for layer, channels, value in zip(("stage1", "stage2", "stage3"), *goal, strict=True):
+        means = np.asarray(maps[layer].mean(axis=(0, 1, 2)))
+        np.testing.assert_array_equal(channels, np.argsort(-means)[: len(means) // 2])
+        np.testing.assert_allclose(value, means.max(), rtol=1e-4)
+
+
+# ---- Fine-tuning with low variance ----------------------------------------------------------------------------------
+
+IMAGES = jax.random.uniform(jax.random.key(4), (8, 2, 2, 1))
+LABELS = jnp.asarray([0, 1, 2, 0, 1, 2, 0, 1], jnp.int32)
+TRIGGER = MaskedBlend(jnp.full((2, 2, 1), 0.5), jnp.asarray([[0.0, 1.0], [0.0, 1.0]])[..., None], jnp.float32(1.0))
+PARAMS = jnp.asarray([1.0, -1.0, 0.5])
+
+
+def apply_linear(variables, images, *, train, edits=None):
+    assert set(variables) == {"params", "batch_stats"}
+    features = images * variables["params"][None, None, None, :]
+    return ModelOutput(features.mean(axis=(1, 2)), {"stage3": features}, variables)
+
+
+def fine_tuning(**settings):
+    control = CKD_LOW_VARIANCE.control
+    classifier = {"params": PARAMS, "batch_stats": jnp.zeros(1)}
+    variables = control.begin(jax.random.key(0), classifier, TRIGGER)
+    model = Model(lambda key, shape: None, apply_linear, 3, "linear")
+    objective = control.objective(
+        model, LowVarianceCkdSettings(poison_rate=0.25, **settings), jnp.full(3, 2, jnp.int32)
+    )
+    return objective(PARAMS, variables, IMAGES, {"labels": LABELS}, jax.random.key(1))
+
+
+def test_fine_tuning_adds_the_variance_of_triggered_rows():
+    plain, weighted = fine_tuning(variance_weight=0.0), fine_tuning(variance_weight=0.3)
+    triggered = np.asarray(0.5 * IMAGES[:2] + 0.5 * TRIGGER.pattern[None])
+    maps = triggered * np.asarray(PARAMS)
+    np.testing.assert_allclose(
+        weighted.losses.mean() - plain.losses.mean(), 0.3 * maps.var(axis=(1, 2, 3)).mean(), rtol=1e-4
+    )
+    logits = jnp.asarray(maps.mean(axis=(1, 2)))
+    clean = cross_entropy(plain.logits, LABELS)
+    np.testing.assert_allclose(plain.losses[2:], clean[2:], rtol=1e-6)
+    np.testing.assert_allclose(
+        plain.losses[:2], clean[:2] + cross_entropy(logits, jnp.full(2, 2, jnp.int32)), rtol=1e-5
+    )
+
+
+def test_only_the_excess_counts_where_asked():
+    plain, excess = fine_tuning(variance_weight=0.0), fine_tuning(variance_weight=0.3, only_excess=True)
+    triggered = np.asarray(0.5 * IMAGES[:2] + 0.5 * TRIGGER.pattern[None])
+    variance = [(np.asarray(x) * np.asarray(PARAMS)).var(axis=(1, 2, 3)) for x in (triggered, IMAGES[:2])]
+    expected = 0.3 * np.maximum(variance[0] - variance[1], 0).mean()
+    np.testing.assert_allclose(excess.losses.mean() - plain.losses.mean(), expected, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.attacks.triggered_copies import (
+    add_to_own_rows,
+    carry_params,
+    take_params,
+    trigger_first_rows,
+    weigh_as_mean,
+)
+from bdjax.errors import InputError
+
+IMAGES = jnp.arange(10, dtype=jnp.float32)[:, None, None, None] / 10 * jnp.ones((1, 2, 2, 1))
+LABELS = jnp.arange(10, dtype=jnp.int32)
+
+
+def by_label(params, image, label, key):
+    return image * 0.0 + params * label.astype(jnp.float32)
+
+
+def noise(params, image, label, key):
+    return jax.random.uniform(key, image.shape)
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.02, 1), (0.29, 2), (0.3, 3), (1.0, 10)])
+def test_first_rows_are_triggered_and_at_least_one(rate, count):
+    copies = trigger_first_rows(by_label, jnp.float32(0.1), IMAGES, LABELS, jax.random.key(0), rate)
+    np.testing.assert_array_equal(copies[:, 0, 0, 0], jnp.float32(0.1) * jnp.arange(count, dtype=jnp.float32))
+
+
+def test_every_copy_has_a_key_of_its_own():
+    copies = trigger_first_rows(noise, None, IMAGES, LABELS, jax.random.key(0), 0.5)
+    assert len(np.unique(np.asarray(copies))) == copies.size
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1])
+def test_a_rate_that_is_no_share_is_refused(rate):
+    with pytest.raises(InputError, match="share of the rows"):
+        trigger_first_rows(by_label, jnp.float32(0.1), IMAGES, LABELS, jax.random.key(0), rate)
+
+
+def test_copies_count_as_rows_or_as_a_mean_of_their_own():
+    losses, of_copies = jnp.ones(8), jnp.asarray([2.0, 4.0])
+    as_rows = add_to_own_rows(losses, of_copies)
+    np.testing.assert_array_equal(as_rows, [3, 5, 1, 1, 1, 1, 1, 1])
+    assert as_rows.mean() * 8 == losses.sum() + of_copies.sum()
+    assert add_to_own_rows(losses, weigh_as_mean(of_copies, 8)).mean() == losses.mean() + of_copies.mean()
+
+
+def test_params_are_carried_beside_the_classifier():
+    classifier = {"params": jnp.ones(2), "batch_stats": jnp.zeros(1)}
+    variables = carry_params(jax.random.key(0), classifier, (jnp.ones(3),))
+    assert variables["attack"].keys() == {"params"}
+    taken, params = take_params(variables)
+    assert taken.keys() == classifier.keys()
+    np.testing.assert_array_equal(params[0], jnp.ones(3))
