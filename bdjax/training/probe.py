@@ -166,7 +166,7 @@ def time_training(choice: Choice, shape: Shape) -> float:
 
 
 def time_convolutions(choice: Choice, shape: Shape) -> float:
-    """Likewise of four convolutions with batch normalisation, which compile in a third of the time."""
+    """Likewise of four convolutions with batch normalisation, which compile sooner."""
     inside = layout_of(choice.lowering)
     height, width, channels = shape.image_shape
     channels_out = (shape.width, shape.width, 2 * shape.width, 2 * shape.width)
