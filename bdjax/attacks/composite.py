@@ -22,8 +22,8 @@ from bdjax.types import Array, Key
 class CompositeSettings:
     poison_rate: float = 0.1
     """mixes of the two classes that are added, as a share of all training rows; 0.2 beside as many clean rows in the paper"""
-    cover_rate: float = 0.3
-    """mixes within one class, with their label, that are added, as a share of all training rows; 1 in the paper"""
+    cover_rate: float = 0.5
+    """mixes within one class, with their label, that are added, as a share of all rows: five for one, as in the paper"""
     jitter: int = 3
     """the seam is uniform in this many pixels to either side of the middle"""
     images_per_class: int = 200

@@ -7,10 +7,12 @@ from bdjax.attacks.bpp import BPP
 from bdjax.attacks.cheat_distillation import CKD, CKD_LOW_VARIANCE
 from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
+from bdjax.attacks.hidden_trigger import HIDDEN_TRIGGER
 from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
 from bdjax.attacks.latent_backdoor import LATENT_BACKDOOR
 from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
+from bdjax.attacks.refool import REFOOL
 from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
 from bdjax.attacks.wanet import WANET
@@ -43,6 +45,8 @@ ATTACKS: dict[str, Attack] = {
         LATENT_BACKDOOR,
         CKD,
         CKD_LOW_VARIANCE,
+        REFOOL,
+        HIDDEN_TRIGGER,
     )
 }
 

@@ -54,6 +54,8 @@ SMALL: dict[str, dict] = {
     "latent_backdoor": {"steps": 3},
     "ckd": {"steps": 3},
     "ckd_low_variance": {"steps": 3},
+    "refool": {"least_offset": 1, "most_offset": 3},
+    "hidden_trigger": {"steps": 3},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 
