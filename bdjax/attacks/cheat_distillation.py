@@ -233,7 +233,7 @@ def make_low_variance_objective(model: Model, settings: LowVarianceCkdSettings, 
         The objective; the trigger is read from the variables and not trained further.
 
     References:
-        RobustKD, section 5.2.5, "adaptive attacks", and equation 8 for the variance.
+        RobustKD, RQ5 and table 7, on adaptive attacks; equation 8 for the variance.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:

@@ -78,7 +78,7 @@ def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoor
         InputError: there is no clean network, no row of the target class or no other one, or the square does not fit.
 
     References:
-        Yao et al. 2019, section 4.2, equation 2; TrojanZoo, `latent_backdoor.py`.
+        Yao et al. 2019, and the authors' public code, `pattern_gen.py`; TrojanZoo, `latent_backdoor.py`.
     """
     if knowledge.clean_model is None:
         raise InputError("latent_backdoor trains its trigger on a clean model, and none was given")
@@ -194,7 +194,7 @@ def make_objective(model: Model, settings: LatentBackdoorSettings, wanted: Array
         The objective; the trigger is read from the variables and not trained further.
 
     References:
-        Yao et al. 2019, section 4.3, equation 3.
+        Yao et al. 2019, and the authors' public code; TrojanZoo, `latent_backdoor.py`, for the weight.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
