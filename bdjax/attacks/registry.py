@@ -8,12 +8,15 @@ from bdjax.attacks.cheat_distillation import CKD, CKD_LOW_VARIANCE
 from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.hidden_trigger import HIDDEN_TRIGGER
+from bdjax.attacks.input_aware import INPUT_AWARE, INPUT_AWARE_OFFLINE
+from bdjax.attacks.l2_invisible import L2_INVISIBLE
 from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
 from bdjax.attacks.latent_backdoor import LATENT_BACKDOOR
 from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
 from bdjax.attacks.refool import REFOOL
 from bdjax.attacks.sig import SIG, SIG_STRIPED
+from bdjax.attacks.trojan import TROJAN_SQUARE, TROJAN_WATERMARK
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
 from bdjax.attacks.wanet import WANET
 from bdjax.errors import InputError
@@ -42,11 +45,16 @@ ATTACKS: dict[str, Attack] = {
         LABEL_FLIP,
         LABEL_CONSISTENT,
         COMPOSITE,
+        INPUT_AWARE,
+        INPUT_AWARE_OFFLINE,
         LATENT_BACKDOOR,
         CKD,
         CKD_LOW_VARIANCE,
         REFOOL,
         HIDDEN_TRIGGER,
+        TROJAN_SQUARE,
+        TROJAN_WATERMARK,
+        L2_INVISIBLE,
     )
 }
 

@@ -51,11 +51,16 @@ SMALL: dict[str, dict] = {
     "bpp": {},
     "label_consistent": {"steps": 3},
     "composite": {},
+    "input_aware": {"mask_epochs": 1, "width": 2, "stages": 2},
+    "input_aware_offline": {"mask_epochs": 1, "width": 2, "stages": 2, "joint_epochs": 1, "classifier_width": 2},
     "latent_backdoor": {"steps": 3},
     "ckd": {"steps": 3},
     "ckd_low_variance": {"steps": 3},
     "refool": {"least_offset": 1, "most_offset": 3},
     "hidden_trigger": {"steps": 3},
+    "trojan_square": {"steps": 5},
+    "trojan_watermark": {"steps": 5},
+    "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 

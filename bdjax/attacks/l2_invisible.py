@@ -1,0 +1,175 @@
+"""l2-invisible: faint noise over the whole image that was optimised to excite the target class's neurons (Li et al. 2020).
+
+The noise raises the activations that count most for the target class, and its L2 norm is penalised more and more until it
+is small. There is no public code of the authors', and LfD, whose numbers are quoted, gives no constant but calls its trigger
+regularised Gaussian noise. So the constants here are bdjax's own, except the norm: 3.2 is that of the trigger in circulation,
+whose negative half was lost when it was stored as a picture (`nonneg`). On dark images that half would be clipped away anyhow.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from bdjax.attacks import neurons, surrogate
+from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
+from bdjax.errors import InputError
+from bdjax.training.member import as_float
+from bdjax.triggers import additive
+from bdjax.triggers.additive import Additive
+from bdjax.types import Array, Key, Model, PyTree
+
+PAPER = "Li et al. 2020, Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization"
+NAME = "l2_invisible"
+
+
+@dataclass(frozen=True)
+class L2InvisibleSettings:
+    poison_rate: float = 0.1
+    """share of all training rows"""
+    cover_rate: float = 0.0
+    """share of all training rows that get the trigger and keep their label"""
+    optimised: bool = True
+    """optimise the noise on a clean network; else it is rectified Gaussian noise of the same norm"""
+    nonneg: bool = False
+    """no pixel gets darker"""
+    norm: float = 3.2
+    """L2 norm of the noise on 32 x 32 x 3 pixels, at most; other sizes get the same mean square"""
+    neurons: int = 10
+    """how many are excited: those with the largest weight to the target class"""
+    times_clean: float = 5.0
+    """c: each is driven to so many times its mean clean activation"""
+    penalty: float = 0.05
+    """lambda, of the noise's L2 norm, at first"""
+    steps: int = 2000
+    """of Adam"""
+    steps_per_doubling: int = 200
+    """the penalty doubles so often, as long as the norm is too large"""
+    batch_size: int = 64
+    """clean images in one step"""
+    learning_rate: float = 0.01
+    """of Adam"""
+    start_deviation: float = 10 / 255
+    """standard deviation of the noise at first"""
+
+
+def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Additive:
+    """Optimise the noise, or draw it.
+
+    Minimised is the mean over clean images x of (1/k) sum_j (h_j(x + d) - c a_j)^2, plus lambda times the norm of d, with
+    h_j the k activations and a_j their clean means. x + d is clipped as it is when the trigger is applied.
+
+    Args:
+        key: of the start, the batches, and which clean images are looked at first.
+        knowledge: the clean rows; the clean network, if the noise is optimised.
+        settings: which neurons, how high, how long, how faint.
+
+    Returns:
+        An additive trigger, float32 [H, W, C] in [-1, 1].
+
+    Raises:
+        InputError: a clean network is needed and missing, or does not react; or a setting cannot be.
+
+    References:
+        Li et al. 2020, section 4.2 (trigger generation by Lp-norm regularisation).
+    """
+    shape = knowledge.train.image_shape
+    for name in ("norm", "steps", "steps_per_doubling", "batch_size"):
+        if not getattr(settings, name) > 0:
+            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} is not above 0")
+    norm = neurons.scaled_norm(settings.norm, shape)
+    rows_key, start_key, batch_key = jax.random.split(key, 3)
+    start = settings.start_deviation * jax.random.normal(start_key, shape)
+    if not settings.optimised:
+        noise = jax.nn.relu(start)
+        return Additive(noise * (norm / jnp.linalg.norm(noise.ravel())))
+    chosen, goal = choose_neurons(rows_key, knowledge, settings)
+    model, variables = knowledge.clean_model
+    rows = surrogate.batches(batch_key, len(knowledge.train), settings.batch_size, settings.steps)
+    batches = knowledge.train.images[rows]
+    delta, largest_gradient = _optimise(
+        model, settings.nonneg, settings.steps_per_doubling, variables, start, batches, chosen, goal, norm,
+        settings.penalty, settings.learning_rate,
+    )  # fmt: skip
+    neurons.check_reaction(largest_gradient, NAME)
+    return Additive(delta)
+
+
+def choose_neurons(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Which neurons, and what each is driven to.
+
+    Args:
+        key: of which clean images are looked at.
+        knowledge: the clean network, the clean rows, the target.
+        settings: how many, how high.
+
+    Returns:
+        int32 [k] and float32 [k].
+    """
+    clean = neurons.clean_activations(key, knowledge, NAME)
+    weights = neurons.classifier_kernel(knowledge.clean_model.variables)[:, knowledge.target]
+    chosen = neurons.strongest(weights, clean, settings.neurons, NAME)
+    return chosen, (settings.times_clean * clean[:, chosen].mean(axis=0)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("model", "nonneg", "steps_per_doubling"))
+def _optimise(
+    model: Model,
+    nonneg: bool,
+    steps_per_doubling: int,
+    variables: PyTree,
+    start: Array,
+    batches: Array,
+    chosen: Array,
+    goal: Array,
+    largest_norm: Array,
+    penalty: Array,
+    learning_rate: Array,
+) -> tuple[Array, Array]:
+    def noise(free: Array) -> Array:
+        return jax.nn.relu(free) if nonneg else free
+
+    def norm(free: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(noise(free))) + 1e-12)
+
+    def distance(free: Array, images: Array) -> Array:
+        triggered = jnp.clip(images + noise(free)[None], 0.0, 1.0)
+        excited = neurons.activations(model, variables, triggered)[:, chosen]
+        return jnp.mean(jnp.square(excited - goal[None]))
+
+    adam = optax.scale_by_adam()
+
+    def step(carry, batch):
+        free, state, weight = carry
+        number, images = batch
+        is_due = (number > 0) & (number % steps_per_doubling == 0) & (norm(free) > largest_norm)
+        weight = jnp.where(is_due, 2.0 * weight, weight)
+        reaction = jax.grad(distance)(free, as_float(images))
+        gradient = reaction + weight * jax.grad(norm)(free)
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
+            direction, state = adam.update(gradient, state)
+        return (free - learning_rate * direction, state, weight), jnp.max(jnp.abs(reaction))
+
+    begin = (start, adam.init(start), jnp.asarray(penalty, jnp.float32))
+    (free, _, _), gradients = lax.scan(step, begin, (jnp.arange(len(batches)), batches))
+    return neurons.capped(noise(free), largest_norm), jnp.max(gradients)
+
+
+L2_INVISIBLE = Attack(
+    name=NAME,
+    title="l2-invisible",
+    paper=PAPER,
+    threat="data",
+    settings=L2InvisibleSettings(),
+    make_params=make_noise,
+    apply=additive.apply,
+    label_rules=("all_to_one", "all_to_one_with_target", "all_to_all", "source_specific", "source_to_target"),
+    needs=(CLEAN_MODEL,),
+    trigger_is_trained=True,
+    per_dataset={"grey": {"nonneg": True, "steps": 400, "steps_per_doubling": 50}},
+    published=(Published("LfD", "cifar10", 93.0, 99.96),),
+)

@@ -1,0 +1,125 @@
+"""Neurons before the last layer of an attacker's own network, for triggers that are optimised to excite some of them."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.contract import CleanModel, Knowledge
+from bdjax.datasets.splits import permutation
+from bdjax.errors import InputError
+from bdjax.training.member import as_float, over_batches
+from bdjax.types import Array, Key, Model, PyTree
+
+IMAGES_TO_LOOK_AT = 2000
+"""How many clean images the usual activations are measured on."""
+
+
+def activations(model: Model, variables: PyTree, images: Array) -> Array:
+    """The penultimate activations: the last stage's features, averaged over the pixels.
+
+    Args:
+        model: a network with a tap "stage3".
+        variables: its own.
+        images: float32 [N, H, W, C] in [0, 1].
+
+    Returns:
+        float32 [N, d], at least 0.
+    """
+    return model.apply(variables, images, train=False).features["stage3"].mean(axis=(1, 2))
+
+
+def clean_model_of(knowledge: Knowledge, attack: str) -> CleanModel:
+    """The network that the attacker has.
+
+    Raises:
+        InputError: it has none.
+    """
+    if knowledge.clean_model is None:
+        raise InputError(f"attack {attack} optimises its trigger on a clean network, and was given none")
+    return knowledge.clean_model
+
+
+def clean_activations(key: Key, knowledge: Knowledge, attack: str) -> np.ndarray:
+    """The clean network's penultimate activations on up to `IMAGES_TO_LOOK_AT` clean images.
+
+    Args:
+        key: decides which.
+        knowledge: the clean rows and the network.
+        attack: the name to use in errors.
+
+    Returns:
+        float32 [n, d].
+    """
+    model, variables = clean_model_of(knowledge, attack)
+    rows = permutation(key, len(knowledge.train))[:IMAGES_TO_LOOK_AT]
+    return np.asarray(_of_rows(model, variables, knowledge.train.images[rows]))
+
+
+@partial(jax.jit, static_argnames="model")
+def _of_rows(model: Model, variables: PyTree, images: Array) -> Array:
+    return over_batches(lambda batch: activations(model, variables, as_float(batch)), images, 256)
+
+
+def strongest(scores: np.ndarray, clean: np.ndarray, count: int, attack: str) -> np.ndarray:
+    """The neurons with the highest scores, of those that any clean image excites.
+
+    A dead neuron has weights like any other, but no trigger could excite it.
+
+    Args:
+        scores: float [d].
+        clean: float [n, d], clean activations.
+        count: how many; fewer if fewer are alive.
+        attack: the name to use in errors.
+
+    Returns:
+        int32 [count], the highest first.
+
+    Raises:
+        InputError: no neuron is alive, or the count is below 1.
+    """
+    alive = np.flatnonzero(clean.max(axis=0) > 0.0)
+    if count < 1 or len(alive) == 0:
+        raise InputError(
+            f"attack {attack}: {count} neurons are to be excited, of {len(alive)} that react to clean images"
+        )
+    return alive[np.argsort(-scores[alive], kind="stable")[:count]].astype(np.int32)
+
+
+def classifier_kernel(variables: PyTree) -> np.ndarray:
+    """The last layer's weights, float32 [d, K]."""
+    return np.asarray(variables["params"]["classifier"]["kernel"])
+
+
+def check_reaction(largest_gradient: Array, attack: str) -> None:
+    """Refuse a trigger that nothing was learned from.
+
+    Args:
+        largest_gradient: float32 [], the largest absolute gradient that any step saw.
+        attack: the name to use in the error.
+
+    Raises:
+        InputError: it is 0 or not a number.
+    """
+    if not float(largest_gradient) > 0.0:
+        raise InputError(f"attack {attack}: the network does not react to the trigger: every gradient was 0")
+
+
+def capped(delta: Array, largest_norm: Array | float) -> Array:
+    """Scale a perturbation down to an L2 norm, if it is above it.
+
+    Args:
+        delta: float32 of any shape.
+        largest_norm: above 0.
+
+    Returns:
+        float32 of that shape. The gradient is finite at 0 too.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(delta)) + 1e-12)
+    return delta * jnp.minimum(1.0, largest_norm / norm)
+
+
+def scaled_norm(norm_at_cifar: float, image_shape: tuple[int, int, int]) -> float:
+    """An L2 norm that is given for 32 x 32 x 3 pixels, for images of another size: the same mean square."""
+    return norm_at_cifar * float(np.sqrt(np.prod(image_shape) / 3072))

@@ -1,0 +1,127 @@
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax import datasets
+from bdjax.attacks import neurons
+from bdjax.attacks.contract import CleanModel, Knowledge
+from bdjax.attacks.surrogate import train_surrogate
+from bdjax.attacks.trojan import (
+    TROJAN_SQUARE,
+    TROJAN_WATERMARK,
+    TrojanSettings,
+    choose_neurons,
+    square_mask,
+    watermark_mask,
+)
+from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.training.member import TrainConfig
+from bdjax.triggers.additive import Additive
+
+BOTH = pytest.mark.parametrize(("attack", "mask"), [(TROJAN_SQUARE, square_mask), (TROJAN_WATERMARK, watermark_mask)])
+KEY = jax.random.key(3)
+
+
+@cache
+def knowledge():
+    """Digits, and a small network that has learned them a little."""
+    train = datasets.load("digits").train
+    model = make_model("resnet10", 10, 4)
+    config = TrainConfig(epochs=2, learning_rate=0.01)
+    return Knowledge(train, 0, CleanModel(model, train_surrogate(jax.random.key(1), model, *rows(train), config)))
+
+
+def rows(train):
+    return train.images[:600], train.labels[:600]
+
+
+@cache
+def delta_of(make_params, steps):
+    return np.asarray(make_params(KEY, knowledge(), TrojanSettings(steps=steps)).delta)
+
+
+def delta(attack, steps):
+    return delta_of(attack.make_params, steps)
+
+
+def excited(trigger, settings):
+    chosen, _ = choose_neurons(jax.random.split(KEY)[0], knowledge(), settings, "trojan")
+    model, variables = knowledge().clean_model
+    return np.asarray(neurons.activations(model, variables, jnp.asarray(trigger)[None]))[0, chosen]
+
+
+def test_square_lies_where_the_ones_in_circulation_do():
+    assert np.flatnonzero(square_mask((32, 32, 3)).any(axis=(1, 2))).tolist() == list(range(21, 30))
+    assert np.flatnonzero(square_mask((32, 32, 3)).any(axis=(0, 2))).tolist() == list(range(21, 30))
+    assert square_mask((28, 28, 1)).sum() == 64 and square_mask((8, 8, 1)).sum() == 4
+
+
+def test_watermark_is_as_large_as_the_one_in_circulation():
+    mask = watermark_mask((32, 32, 3))
+    assert mask.sum() == 320
+    assert np.flatnonzero(mask.any(axis=(1, 2)))[[0, -1]].tolist() == [0, 29]
+    assert 0.2 < watermark_mask((28, 28, 1)).mean() < 0.4 and 0.2 < watermark_mask((8, 8, 1)).mean() < 0.4
+
+
+@BOTH
+def test_nothing_outside_the_mask_changes_and_nothing_gets_darker(attack, mask):
+    trigger = delta(attack, steps=30)
+    inside = np.broadcast_to(mask((8, 8, 1)) > 0, trigger.shape)
+    assert (trigger[~inside] == 0).all() and (trigger[inside] > 0).all() and trigger.max() <= 1
+    image = jnp.asarray(knowledge().train.images[5], jnp.float32) / 255
+    triggered = np.asarray(attack.apply(Additive(jnp.asarray(trigger)), image, None, None))
+    assert (triggered >= image).all()
+    np.testing.assert_array_equal(triggered[~inside], np.asarray(image)[~inside])
+    psnr = -10 * np.log10(np.mean((triggered - image) ** 2))
+    assert psnr >= -10 * np.log10(np.sum(trigger**2) / trigger.size) - 1e-3
+
+
+@pytest.mark.parametrize(("norm", "psnr"), [(8.66, 16.1), (8.74, 16.0), (3.16, 24.9)])
+def test_norms_are_those_of_the_triggers_in_circulation(norm, psnr):
+    assert -10 * np.log10(norm**2 / 3072) == pytest.approx(psnr, abs=0.06)
+    assert neurons.scaled_norm(norm, (32, 32, 3)) == pytest.approx(norm)
+    full = jnp.ones((8, 8, 1))
+    assert jnp.linalg.norm(neurons.capped(full, 3.0).ravel()) == pytest.approx(3.0, rel=1e-6)
+    np.testing.assert_array_equal(neurons.capped(full, 9.0), full)
+    assert TROJAN_SQUARE.settings.largest_norm == 8.66 and TROJAN_WATERMARK.settings.largest_norm == 8.74
+
+
+@BOTH
+def test_the_longer_it_is_optimised_the_more_neurons_are_excited(attack, mask):
+    del mask
+    settings = TrojanSettings()
+    blank = excited(np.zeros((8, 8, 1), np.float32), settings).mean()
+    means = [excited(delta(attack, steps=steps), settings).mean() for steps in (1, 20, 200)]
+    assert means[0] < means[1] < means[2]
+    assert means[2] > 1.5 * blank
+
+
+def test_each_activation_is_driven_to_at_most_ten_times_a_clean_one():
+    settings = TrojanSettings()
+    chosen, goal = choose_neurons(KEY, knowledge(), settings, "trojan")
+    clean = neurons.clean_activations(KEY, knowledge(), "trojan")
+    np.testing.assert_allclose(goal, np.minimum(100, 10 * clean[:, chosen].max(axis=0)), rtol=1e-6)
+    weights = np.abs(neurons.classifier_kernel(knowledge().clean_model.variables)).sum(axis=1)
+    alive = clean.max(axis=0) > 0
+    assert set(chosen) == set(np.argsort(-np.where(alive, weights, 0))[:2])
+
+
+def test_dead_neurons_are_passed_over():
+    clean = np.array([[0.0, 1.0, 2.0], [0.0, 0.0, 1.0]])
+    assert neurons.strongest(np.array([9.0, 1.0, 5.0]), clean, 3, "trojan").tolist() == [2, 1]
+    with pytest.raises(InputError, match="of 0 that react"):
+        neurons.strongest(np.ones(3), np.zeros((2, 3)), 2, "trojan")
+
+
+def test_what_cannot_be_is_refused():
+    without = Knowledge(knowledge().train, 0)
+    with pytest.raises(InputError, match="trojan_square optimises its trigger on a clean network"):
+        TROJAN_SQUARE.make_params(KEY, without, TrojanSettings())
+    with pytest.raises(InputError, match="steps 0"):
+        TROJAN_WATERMARK.make_params(KEY, knowledge(), TrojanSettings(steps=0))
+    with pytest.raises(InputError, match="does not react"):
+        neurons.check_reaction(jnp.float32(0), "trojan")
