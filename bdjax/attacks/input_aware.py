@@ -1,0 +1,441 @@
+"""Input-Aware Dynamic: one network draws a pattern for each image, another says where it goes (Nguyen & Tran 2020).
+
+The attacker trains the classifier and the pattern network together. Rows that carry the pattern of *another* image keep
+their label, so a trigger works on its own image only. The mask network is trained before and then left alone.
+
+LfD and ABL use the attack offline: the attacker trains the three networks for itself, throws the classifier away and
+hands over rows. `input_aware_offline` is that.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from bdjax.attacks.batch_poisoning import shares
+from bdjax.attacks.contract import Attack, Knowledge, Published, TrainingControl
+from bdjax.datasets.splits import permutation
+from bdjax.errors import InputError
+from bdjax.losses import cross_entropy
+from bdjax.models import default_lowering, generators, make_model
+from bdjax.models.generators import Generator
+from bdjax.training import ensemble
+from bdjax.training.member import Objective, Outcome, Rows, TrainConfig, as_float, resume_from
+from bdjax.types import Array, Key, Model, PyTree
+
+PAPER = "Nguyen & Tran 2020, Input-Aware Dynamic Backdoor Attack"
+MASK_BATCH = 128
+TINY = 1e-7
+
+
+@dataclass(frozen=True)
+class InputAwareSettings:
+    poison_rate: float = 0.1
+    """share of the rows with a trigger of their own and the attacker's label; of each batch, where the attacker trains"""
+    cover_rate: float = 0.1
+    """share of the rows with the trigger of another image and their own label"""
+    width: int = 32
+    """channels of the two networks' first stage: 16 in the paper for MNIST"""
+    stages: int = 3
+    """halvings of the size in the two networks: 2 in the paper for MNIST"""
+    density: float = 0.032
+    """how much of the image a mask may cover for free"""
+    density_weight: float = 100.0
+    """of what a mask covers beyond that"""
+    diversity_weight: float = 1.0
+    """of how alike the patterns of different images are"""
+    mask_epochs: int = 25
+    """passes over the rows that train the mask network"""
+    mask_learning_rate: float = 0.01
+    """Adam's, a tenth and a hundredth of it after 40 % and 80 % of the steps"""
+    rows: int = 0
+    """train the attacker's own networks on at most so many rows; 0 for all"""
+    donors: int = 128
+    """training images whose triggers other images get, outside of the attacker's training"""
+
+
+@dataclass(frozen=True)
+class InputAwareOfflineSettings(InputAwareSettings):
+    cover_rate: float = 0.0
+    """share of the rows that are handed over with the trigger of another image and their own label"""
+    joint_poison_rate: float = 0.1
+    """share of each batch with the trigger and the target, while the attacker trains for itself"""
+    joint_cover_rate: float = 0.1
+    """share of each batch with the trigger of another image"""
+    joint_epochs: int = 25
+    """passes of that training, with a cosine schedule: the paper has 600 and BackdoorBench 100"""
+    joint_learning_rate: float = 0.01
+    """Adam's, of the classifier and of the pattern network"""
+    classifier_width: int = 16
+    """channels of the first stage of the ResNet-10 that is thrown away"""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InputAware:
+    """A pair of networks."""
+
+    pattern: PyTree  # variables of the network that draws
+    mask: PyTree  # variables of the network that says where
+    donors: Array  # uint8 [n, H, W, C]
+    pattern_network: Generator = field(metadata={"static": True})
+    mask_network: Generator = field(metadata={"static": True})
+
+
+def threshold(mask: Array) -> Array:
+    """Push a mask towards 0 and 1: 0.018 at 0.4, 0.5 at 0.5, 0.982 at 0.6.
+
+    Args:
+        mask: float32, any shape, in (0, 1).
+
+    Returns:
+        float32, same shape, in (0, 1).
+    """
+    return jnp.tanh(20 * mask - 10) / (2 + TINY) + 0.5
+
+
+def distance(first: Array, second: Array) -> Array:
+    """The root of the mean squared difference of each pair of images.
+
+    Args:
+        first: float32 [N, H, W, C].
+        second: float32 [N, H, W, C].
+
+    Returns:
+        float32 [N], at least 1e-6, so that two equal images have a gradient.
+    """
+    return jnp.sqrt(jnp.mean(jnp.square(first - second), axis=(1, 2, 3)) + 1e-12)
+
+
+def diversity_loss(images: tuple[Array, Array], made: tuple[Array, Array]) -> Array:
+    """How much less different images' patterns (or masks) differ than the images themselves.
+
+    The reference measures images with their mean and deviation normalised. That changes nothing for patterns, which it
+    normalises too, and gives this term two (MNIST) to four times the weight for masks.
+
+    Args:
+        images: two batches float32 [N, H, W, C].
+        made: what was made of each, float32 [N, H, W, C'].
+
+    Returns:
+        float32 [].
+
+    References:
+        Nguyen & Tran 2020, section 4.3, the diversity loss.
+    """
+    return jnp.mean(distance(*images) / (distance(*made) + TINY))
+
+
+def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -> InputAware:
+    """Train the mask network and draw a pattern network, which is trained with the classifier.
+
+    Masks are to be small and to differ between images. Images are paired with their neighbours in the shuffled batch; the
+    reference shuffles a second time, which takes a second pass through the network.
+
+    Args:
+        key: decides initial weights, shuffles and donors.
+        knowledge: the training images.
+        settings: networks, losses and epochs.
+
+    Returns:
+        The pair; the pattern network is not trained yet.
+
+    Raises:
+        InputError: a width, a number of stages, of epochs or of donors that cannot be, or images too small to be halved
+            so often.
+
+    References:
+        Nguyen & Tran 2020, sections 4.2 and 4.3.
+    """
+    shape = knowledge.train.image_shape
+    least = {"width": 1, "stages": 1, "mask_epochs": 1, "rows": 0, "donors": 1}
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise InputError(f"Input-Aware: {name} {getattr(settings, name)} is not at least {value}")
+    if min(shape[:2]) < 2**settings.stages:
+        raise InputError(f"Input-Aware: {shape[0]}x{shape[1]} images cannot be halved {settings.stages} times")
+    row_key, donor_key, pattern_key, mask_key, train_key = jax.random.split(key, 5)
+    images = knowledge.train.images[_own_rows(row_key, knowledge, settings)]
+    mask_network = Generator(1, settings.width, settings.stages, default_lowering())
+    pattern_network = dataclasses.replace(mask_network, channels=shape[2])
+    init = jax.jit(generators.init, static_argnums=(0, 2))
+    donors = np.sort(permutation(donor_key, len(knowledge.train))[: settings.donors])
+    return InputAware(
+        init(pattern_network, pattern_key, shape),
+        _train_mask(train_key, mask_network, init(mask_network, mask_key, shape), jnp.asarray(images), settings),
+        jnp.asarray(knowledge.train.images[donors]),
+        pattern_network,
+        mask_network,
+    )
+
+
+def _own_rows(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -> np.ndarray:
+    count = len(knowledge.train)
+    return np.sort(permutation(key, count)[: settings.rows]) if 0 < settings.rows < count else np.arange(count)
+
+
+def _train_mask(
+    key: Key, network: Generator, variables: PyTree, pool: Array, settings: InputAwareSettings
+) -> dict[str, PyTree]:
+    batch_size = min(MASK_BATCH, len(pool))
+    batches = len(pool) // batch_size
+    steps = batches * settings.mask_epochs
+    falls = {int(0.4 * steps): 0.1, int(0.8 * steps): 0.1}
+    rate = optax.piecewise_constant_schedule(settings.mask_learning_rate, falls)
+    optimiser = optax.adam(rate, b1=0.5, b2=0.9)
+
+    def loss(params: PyTree, variables: PyTree, images: Array) -> tuple[Array, PyTree]:
+        made, variables = generators.generate(network, {**variables, "params": params}, images, train=True)
+        masks = threshold(made)
+        too_much = jnp.mean(jax.nn.relu(masks - settings.density))
+        pairs = (images, jnp.roll(images, 1, axis=0)), (masks, jnp.roll(masks, 1, axis=0))
+        return settings.density_weight * too_much + diversity_loss(*pairs), variables
+
+    def step(state: tuple[PyTree, PyTree], where: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        variables, memory = state
+        gradient, variables = jax.grad(loss, has_aux=True)(variables["params"], variables, as_float(pool[where]))
+        with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
+            update, memory = optimiser.update(gradient, memory)
+            params = optax.apply_updates(variables["params"], update)
+        return ({**variables, "params": params}, memory), None
+
+    @jax.jit
+    def run(key: Key, variables: PyTree) -> PyTree:
+        def epoch(state: tuple[PyTree, PyTree], key: Key) -> tuple[tuple[PyTree, PyTree], None]:
+            order = jax.random.permutation(key, len(pool))[: batches * batch_size]
+            return lax.scan(step, state, order.reshape(batches, batch_size))
+
+        keys = jax.random.split(key, settings.mask_epochs)
+        return lax.scan(epoch, (variables, optimiser.init(variables["params"])), keys)[0][0]
+
+    return run(key, variables)
+
+
+def apply(params: InputAware, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
+    """Give an image its own trigger: x (1 - m(x)) + m(x) g(x).
+
+    Args:
+        params: a pair of networks.
+        image: float32 [H, W, C] in [0, 1].
+        label: not used; the networks see the image alone.
+        key: not used; nothing is random.
+
+    Returns:
+        float32 [H, W, C] in [0, 1], each value between the image's and the pattern's.
+
+    References:
+        Nguyen & Tran 2020, section 4.1.
+    """
+    del label, key
+    return _blend(image, *_trigger_of(params, image))
+
+
+def apply_foreign(params: InputAware, image: Array, label: Array | None, key: Key) -> Array:
+    """Give an image the trigger of another one, which the model must not fall for.
+
+    Args:
+        params: a pair of networks.
+        image: float32 [H, W, C] in [0, 1].
+        label: not used.
+        key: decides which donor's trigger.
+
+    Returns:
+        float32 [H, W, C] in [0, 1].
+
+    References:
+        Nguyen & Tran 2020, section 4.3, the cross-trigger mode.
+    """
+    del label
+    which = jax.random.randint(key, (), 0, params.donors.shape[0])
+    return _blend(image, *_trigger_of(params, as_float(params.donors[which])))
+
+
+def _trigger_of(params: InputAware, image: Array) -> tuple[Array, Array]:
+    """(pattern [H, W, C], mask [H, W, 1]) of one image."""
+    pattern, _ = generators.generate(params.pattern_network, params.pattern, image[None], train=False)
+    return pattern[0], _masks(params, image[None])[0]
+
+
+def _masks(params: InputAware, images: Array) -> Array:
+    return threshold(generators.generate(params.mask_network, params.mask, images, train=False)[0])
+
+
+def _blend(image: Array, pattern: Array, mask: Array) -> Array:
+    return image * (1.0 - mask) + mask * pattern
+
+
+def make_objective(model: Model, settings: InputAwareSettings, wanted: Array) -> Objective:
+    """Classifier and pattern network together: cross-entropy on all rows plus the diversity of the patterns.
+
+    Both are trained by the classifier's optimiser. The reference has SGD for the one and Adam with momenta 0.5 and 0.9
+    for the other, whose gradients it never sets back to 0; here they are what they are. The pattern network sees the
+    triggered rows and their donors, which are rows from further on in the batch, as one batch of its own.
+
+    Args:
+        model: the classifier.
+        settings: rates and the weight of diversity.
+        wanted: int32 [K], the label that a poisoned row of each class gets.
+
+    Returns:
+        The objective; each row's loss has the whole diversity term in it, so that their mean has it once.
+
+    References:
+        Nguyen & Tran 2020, section 4.3, algorithm 1.
+    """
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        del key
+        attack, statistics = variables["attack"]["params"], variables["batch_stats"]
+        classifier, pattern_variables = (
+            {"params": params[name], "batch_stats": statistics[name]} for name in ("classifier", "pattern")
+        )
+        count = shares(images.shape[0], settings.poison_rate, settings.cover_rate)
+        own, end = images[: count.poisoned], count.poisoned + count.cover
+        donors = jnp.roll(images, -end, axis=0)[: max(count)]
+        patterns, pattern_variables = generators.generate(
+            attack.pattern_network, pattern_variables, jnp.concatenate([own, donors]), train=True
+        )
+        masks = _masks(attack, jnp.concatenate([own, donors]))
+        of_donors = slice(count.poisoned, end)
+        shown = jnp.concatenate(
+            [
+                _blend(own, patterns[: count.poisoned], masks[: count.poisoned]),
+                _blend(images[count.poisoned : end], patterns[of_donors], masks[of_donors]),
+                images[end:],
+            ]
+        )
+        labels = targets["labels"]
+        labels = jnp.concatenate([wanted[labels[: count.poisoned]], labels[count.poisoned :]])
+        output = model.apply(classifier, shown, train=True)
+        diversity = diversity_loss(
+            (own, donors[: count.poisoned]),
+            (patterns[: count.poisoned], patterns[count.poisoned : 2 * count.poisoned]),
+        )
+        after = {
+            "params": params,
+            "batch_stats": {
+                "classifier": output.variables["batch_stats"],
+                "pattern": pattern_variables["batch_stats"],
+            },
+            "attack": variables["attack"],
+        }
+        losses = cross_entropy(output.logits, labels) + settings.diversity_weight * diversity
+        return Outcome(losses, output.logits, labels, after)
+
+    return objective
+
+
+def begin(key: Key, classifier: PyTree, params: InputAware) -> dict[str, Any]:
+    """Let the pattern network be trained beside the classifier.
+
+    Args:
+        key: not used: the params have a network to start from.
+        classifier: its variables.
+        params: of `make_networks`.
+
+    Returns:
+        Variables of both, and under "attack" what is not trained.
+    """
+    del key
+    together = {
+        kind: {"classifier": classifier[kind], "pattern": params.pattern[kind]} for kind in ("params", "batch_stats")
+    }
+    return {**together, "attack": {"params": dataclasses.replace(params, pattern=None)}}
+
+
+def end(variables: PyTree) -> tuple[PyTree, InputAware]:
+    """The inverse of `begin`: (classifier's variables, params with the pattern network as it is now)."""
+    classifier, pattern = (
+        {kind: variables[kind][name] for kind in ("params", "batch_stats")} for name in ("classifier", "pattern")
+    )
+    return classifier, dataclasses.replace(variables["attack"]["params"], pattern=pattern)
+
+
+def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSettings) -> InputAware:
+    """Train all three networks as the attacker would for itself, with all-to-one labels, and keep two of them.
+
+    Args:
+        key: decides everything.
+        knowledge: the training rows and the target.
+        settings: of both trainings.
+
+    Returns:
+        The pair of networks, from now on fixed.
+
+    Raises:
+        InputError: as `make_networks`; a width of the classifier or a number of epochs below 1.
+
+    References:
+        Nguyen & Tran 2020, section 4.3; Li et al. 2021 (ABL) for the use offline.
+    """
+    if settings.joint_epochs < 1:
+        raise InputError(f"Input-Aware: joint_epochs {settings.joint_epochs} is not at least 1")
+    network_key, row_key, classifier_key, fit_key = jax.random.split(key, 4)
+    params = make_networks(network_key, knowledge, settings)
+    data = knowledge.train
+    model = make_model("resnet10", data.num_classes, settings.classifier_width)
+    config = TrainConfig(
+        epochs=settings.joint_epochs,
+        batch_size=MASK_BATCH,
+        learning_rate=settings.joint_learning_rate,
+        schedule="cosine",
+    )
+    joint = dataclasses.replace(settings, poison_rate=settings.joint_poison_rate, cover_rate=settings.joint_cover_rate)
+    wanted = jnp.full(data.num_classes, knowledge.target, jnp.int32)
+    classifier = jax.jit(model.init, static_argnums=1)(classifier_key, data.image_shape)
+    states = ensemble.stack([resume_from(begin(classifier_key, classifier, params), fit_key, config)])
+    rows = _own_rows(row_key, knowledge, settings)
+    nothing = Rows(jnp.zeros((1, 0), jnp.int32), {"labels": jnp.zeros((1, 0), jnp.int32)})
+    trained = ensemble.fit(
+        model,
+        cross_entropy,
+        config,
+        states,
+        jnp.asarray(data.images[rows]),
+        Rows(jnp.arange(len(rows), dtype=jnp.int32)[None], {"labels": jnp.asarray(data.labels[rows])[None]}),
+        nothing,
+        layout="map",
+        objective=make_objective(model, joint, wanted),
+    )
+    return end(ensemble.members(trained.variables, 0))[1]
+
+
+SMALL_NETWORKS = {"width": 8, "stages": 2, "mask_epochs": 5, "rows": 2500}
+
+INPUT_AWARE = Attack(
+    name="input_aware",
+    title="Input-Aware",
+    paper=PAPER,
+    threat="training",
+    settings=InputAwareSettings(),
+    make_params=make_networks,
+    apply=apply,
+    apply_to_cover=apply_foreign,
+    label_rules=("all_to_one", "all_to_all"),
+    trigger_is_trained=True,
+    control=TrainingControl(make_objective, begin, end),
+    per_dataset={"grey": SMALL_NETWORKS, "digits": {"mask_epochs": 15}},
+)
+INPUT_AWARE_OFFLINE = Attack(
+    name="input_aware_offline",
+    title="Input-Aware, offline",
+    paper=f"{PAPER}; with the networks trained beforehand, as in LfD and ABL",
+    threat="data",
+    settings=InputAwareOfflineSettings(),
+    make_params=make_offline,
+    apply=apply,
+    apply_to_cover=apply_foreign,
+    label_rules=("all_to_one", "all_to_all"),
+    needs=("all training rows",),
+    trigger_is_trained=True,
+    per_dataset={
+        "grey": {**SMALL_NETWORKS, "joint_epochs": 8, "classifier_width": 8},
+        "digits": {"mask_epochs": 15, "joint_epochs": 30},
+    },
+    published=(Published("LfD", "cifar10", 92.7, 99.95),),
+)

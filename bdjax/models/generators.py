@@ -1,0 +1,118 @@
+"""Encoder-decoders that turn an image into another one of the same size: the generators of Input-Aware Dynamic.
+
+Stages of two 3x3 convolutions and a max-pool lead down, as many of an upsampling and two convolutions lead up, and nothing
+leads across (no U-net). Each convolution is followed by batch normalisation, also the last one, which has no ReLU but a tanh.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bdjax.models.layers import BatchNorm, Conv, Lowering, layout_of, relu
+from bdjax.types import Array, Key, PyTree
+
+MOMENTUM = 0.05
+"""Of the running statistics, as in the code released with Input-Aware Dynamic."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Which network: everything that shapes depend on. Equal values make equal networks, so it can be a static argument."""
+
+    channels: int
+    """of the image that comes out"""
+    width: int
+    """channels of the first stage; each further one has twice as many. 16 in the paper for MNIST, 32 for colour"""
+    stages: int
+    """halvings of the size, at least 1: 2 in the paper for MNIST, 3 for colour"""
+    lowering: Lowering
+    """how convolutions are computed"""
+
+
+def init(generator: Generator, key: Key, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
+    """Fresh variables.
+
+    Args:
+        generator: which network.
+        key: a key of `jax.random.key`.
+        image_shape: (H, W, C) of what goes in.
+
+    Returns:
+        A dict with "params" and "batch_stats".
+    """
+    return _EncoderDecoder(generator).init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+
+
+def generate(generator: Generator, variables: PyTree, images: Array, *, train: bool) -> tuple[Array, PyTree]:
+    """Turn each image into one of its own.
+
+    Args:
+        generator: which network.
+        variables: of `init`.
+        images: float32 [N, H, W, C] in [0, 1].
+        train: whether to normalise by the batch's statistics and to update the running ones.
+
+    Returns:
+        (float32 [N, H, W, channels] in (0, 1), the variables after the call).
+    """
+    module = _EncoderDecoder(generator)
+    if not train:
+        return module.apply(variables, images, train=False), variables
+    made, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+    return made, {**variables, **updated}
+
+
+class _EncoderDecoder(nn.Module):
+    generator: Generator
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        generator = self.generator
+        lowering = generator.lowering
+
+        def convolve(x: jax.Array, features: int) -> jax.Array:
+            return BatchNorm(lowering, momentum=MOMENTUM)(Conv(features, 3, 1, lowering)(x), train=train)
+
+        layout = layout_of(lowering)
+        x = layout.from_nhwc(images)
+        sizes, widths = [], [generator.width * 2**stage for stage in range(generator.stages)]
+        for width in widths:
+            x = relu(convolve(relu(convolve(x, width)), width))
+            sizes.append(x.shape[1:3])
+            x = _max_pool(x, layout.spatial_axes)
+        x = relu(convolve(x, widths[-1]))
+        for stage in reversed(range(generator.stages)):
+            x = _upsample(x, sizes[stage], layout.spatial_axes)
+            x = relu(convolve(x, widths[stage]))
+            x = convolve(x, widths[stage - 1] if stage else generator.channels)
+            x = relu(x) if stage else x
+        # A hair narrower than 0 to 1, so that neither is reached where tanh rounds to 1.
+        return 0.5 + 0.5 * jnp.tanh(layout.to_nhwc(x)) / (1 + 1e-6)
+
+
+def _max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The largest of each 2x2 pixels; an odd last row or column is left out.
+
+    Two maxima of slices: XLA's pooling has a gradient that is slow on a CPU.
+    """
+    for axis in axes:
+        even = x.shape[axis] // 2 * 2
+        first, second = (jax.lax.slice_in_dim(x, start, even, 2, axis) for start in (0, 1))
+        x = jnp.maximum(first, second)
+    return x
+
+
+def _upsample(x: jax.Array, size: tuple[int, int], axes: tuple[int, int]) -> jax.Array:
+    """Bilinear, edges of pixels aligned: PyTorch's default."""
+    for axis, length in zip(axes, size, strict=True):
+        if length != 2 * x.shape[axis]:
+            x = jax.image.resize(x, (*x.shape[:axis], length, *x.shape[axis + 1 :]), "linear", antialias=False)
+            continue
+        first, last = (jax.lax.slice_in_dim(x, start, start + 1, axis=axis) for start in (0, x.shape[axis] - 1))
+        before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)], axis)
+        after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, x.shape[axis], axis=axis), last], axis)
+        doubled = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
+        x = doubled.reshape(*x.shape[:axis], length, *x.shape[axis + 1 :])
+    return x
