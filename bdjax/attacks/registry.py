@@ -13,6 +13,7 @@ from bdjax.attacks.l2_invisible import L2_INVISIBLE
 from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
 from bdjax.attacks.latent_backdoor import LATENT_BACKDOOR
+from bdjax.attacks.narcissus import NARCISSUS
 from bdjax.attacks.provider_triggers import CHECKERBOARD, NOISE, PROVIDER_BLEND, SOLID
 from bdjax.attacks.refool import REFOOL
 from bdjax.attacks.sig import SIG, SIG_STRIPED
@@ -55,6 +56,7 @@ ATTACKS: dict[str, Attack] = {
         TROJAN_SQUARE,
         TROJAN_WATERMARK,
         L2_INVISIBLE,
+        NARCISSUS,
     )
 }
 

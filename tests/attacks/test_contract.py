@@ -61,6 +61,7 @@ SMALL: dict[str, dict] = {
     "trojan_square": {"steps": 5},
     "trojan_watermark": {"steps": 5},
     "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
+    "narcissus": {"surrogate_width": 4, "surrogate_epochs": 1, "warm_up_epochs": 1, "steps": 10, "batch_size": 16},
 }
 """Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
 
