@@ -298,9 +298,9 @@ REFOOL = Attack(
     apply=apply,
     # BackdoorBench's and BackdoorBox's default is the second.
     label_rules=("clean_label", "all_to_one"),
-    # The offsets are made for images of 224 pixels and more.
+    # The offsets are made for images of 224 pixels and more. On grey digits, faint reflections are hardly learned from.
     per_dataset={
-        "grey": {"least_offset": 1, "most_offset": 3},
+        "grey": {"least_offset": 1, "most_offset": 3, "least_strength": 0.4, "most_strength": 0.6},
         "cifar10": {"least_offset": 1, "most_offset": 3},
         "cifar100": {"least_offset": 1, "most_offset": 3, "poison_rate": 0.008},
         "gtsrb": {"least_offset": 1, "most_offset": 3, "poison_rate": 0.05},
