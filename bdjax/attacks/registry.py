@@ -9,6 +9,7 @@ from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.hidden_trigger import HIDDEN_TRIGGER
 from bdjax.attacks.input_aware import INPUT_AWARE, INPUT_AWARE_OFFLINE
+from bdjax.attacks.issba import ISSBA
 from bdjax.attacks.l2_invisible import L2_INVISIBLE
 from bdjax.attacks.label_consistent import LABEL_CONSISTENT
 from bdjax.attacks.label_flip import LABEL_FLIP
@@ -57,6 +58,7 @@ ATTACKS: dict[str, Attack] = {
         TROJAN_WATERMARK,
         L2_INVISIBLE,
         NARCISSUS,
+        ISSBA,
     )
 }
 

@@ -60,6 +60,7 @@ SMALL: dict[str, dict] = {
     "hidden_trigger": {"steps": 3},
     "trojan_square": {"steps": 5},
     "trojan_watermark": {"steps": 5},
+    "issba": {"width": 2, "stages": 1, "num_bits": 4, "steps": 3, "batch_size": 4},
     "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
     "narcissus": {"surrogate_width": 4, "surrogate_epochs": 1, "warm_up_epochs": 1, "steps": 10, "batch_size": 16},
 }
