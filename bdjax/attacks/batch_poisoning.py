@@ -6,6 +6,7 @@ epoch to epoch, which no attacker who only hands over rows could do.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,27 @@ def change_rows(function: Apply, params: PyTree, images: Array, labels: Array, k
     return jax.vmap(function, in_axes=(None, 0, 0, 0))(params, images, labels, keys)
 
 
+def carry_params(key: Key, variables: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
+    """Put a trigger that is not trained further beside the classifier: `TrainingControl.begin`.
+
+    Args:
+        key: not used: nothing is drawn.
+        variables: the classifier's.
+        params: the trigger's.
+
+    Returns:
+        The member's variables. The params lie in a dict of their own, as networks expect of a collection.
+    """
+    del key
+    return {**variables, "attack": {"params": params}}
+
+
+def take_params(variables: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], PyTree]:
+    """The inverse of `carry_params`, (classifier's variables, params): `TrainingControl.end`."""
+    classifier = {name: values for name, values in variables.items() if name != "attack"}
+    return classifier, variables["attack"]["params"]
+
+
 def fixed_trigger(poison: Apply, cover: Apply) -> TrainingControl:
     """Train with a trigger that does not learn: cross-entropy on batches that are poisoned as described above.
 
@@ -84,7 +106,7 @@ def fixed_trigger(poison: Apply, cover: Apply) -> TrainingControl:
 
     def objective(model: Model, settings: Any, wanted: Array) -> Objective:
         def evaluate(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
-            classifier, attack = _end(variables)
+            classifier, attack = take_params(variables)
             count = shares(images.shape[0], settings.poison_rate, settings.cover_rate)
             first, second = slice(0, count.poisoned), slice(count.poisoned, count.poisoned + count.cover)
             labels = targets["labels"]
@@ -103,14 +125,4 @@ def fixed_trigger(poison: Apply, cover: Apply) -> TrainingControl:
 
         return evaluate
 
-    return TrainingControl(objective, _begin, _end)
-
-
-def _begin(key: Key, classifier: PyTree, params: PyTree) -> PyTree:
-    del key
-    # In a dict of its own, as networks expect of each kind of variable.
-    return {**classifier, "attack": {"params": params}}
-
-
-def _end(variables: PyTree) -> tuple[PyTree, PyTree]:
-    return {name: variables[name] for name in ("params", "batch_stats")}, variables["attack"]["params"]
+    return TrainingControl(objective, carry_params, take_params)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bdjax.attacks.batch_poisoning import carry_params, take_params
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, CleanModel, Knowledge, Published, TrainingControl
 from bdjax.attacks.trained_blend import Descent, TriggerLoss, random_soft_blend, train_blend
-from bdjax.attacks.triggered_copies import add_to_own_rows, carry_params, take_params, trigger_first_rows, weigh_as_mean
+from bdjax.attacks.triggered_copies import add_to_own_rows, trigger_first_rows, weigh_as_mean
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.training.member import Objective, Outcome, as_float, over_batches

@@ -26,6 +26,7 @@ from bdjax.errors import InputError
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
+        # Fixed triggers in rows of the training set.
         BADNETS,
         BADNETS_WHITE,
         BADNETS_GRID,
@@ -36,29 +37,32 @@ ATTACKS: dict[str, Attack] = {
         CHECKERBOARD,
         NOISE,
         PROVIDER_BLEND,
-        SIG,
-        SIG_STRIPED,
-        WANET,
         BLENDED,
         BLENDED_PICTURE,
-        BPP,
         ADAPTIVE_BLEND,
         ADAPTIVE_PATCH,
-        LABEL_FLIP,
-        LABEL_CONSISTENT,
         COMPOSITE,
-        INPUT_AWARE,
-        INPUT_AWARE_OFFLINE,
-        LATENT_BACKDOOR,
-        CKD,
-        CKD_LOW_VARIANCE,
+        LABEL_FLIP,
+        # Under the rows' own labels.
+        SIG,
+        SIG_STRIPED,
         REFOOL,
+        LABEL_CONSISTENT,
+        NARCISSUS,
         HIDDEN_TRIGGER,
+        # Triggers that are trained.
         TROJAN_SQUARE,
         TROJAN_WATERMARK,
         L2_INVISIBLE,
-        NARCISSUS,
         ISSBA,
+        INPUT_AWARE_OFFLINE,
+        # By whoever trains the model.
+        INPUT_AWARE,
+        WANET,
+        BPP,
+        LATENT_BACKDOOR,
+        CKD,
+        CKD_LOW_VARIANCE,
     )
 }
 

@@ -3,35 +3,12 @@
 `batch_poisoning.py` is for attackers whose poisoned rows take the place of the clean ones.
 """
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 
 from bdjax.attacks.batch_poisoning import change_rows, shares
 from bdjax.attacks.contract import Apply
 from bdjax.errors import InputError
 from bdjax.types import Array, Key, PyTree
-
-
-def carry_params(key: Key, variables: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
-    """Put a trigger that is not trained further beside the classifier: `TrainingControl.begin`.
-
-    Args:
-        key: not used: nothing is drawn.
-        variables: the classifier's.
-        params: the trigger's.
-
-    Returns:
-        The member's variables. The params lie in a dict of their own, as networks expect of a collection.
-    """
-    del key
-    return {**variables, "attack": {"params": params}}
-
-
-def take_params(variables: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], PyTree]:
-    """The inverse of `carry_params`, (classifier's variables, params): `TrainingControl.end`."""
-    classifier = {name: values for name, values in variables.items() if name != "attack"}
-    return classifier, variables["attack"]["params"]
 
 
 def trigger_first_rows(apply: Apply, params: PyTree, images: Array, labels: Array, key: Key, rate: float) -> Array:

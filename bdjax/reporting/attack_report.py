@@ -98,7 +98,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         text += f"\n\nThese triggers fool a clean network, too, so their success is not all due to a backdoor: {named}."
     if len(attacks) == 1:
         asr = attacks[0]["summary"]["asr"]["mean"]
-        said = {"yes": "works", "partly": "works partly", "no": "does not work"}[numbers.verdict_word(asr)]
+        said = {"yes": "works", "partly": "works partly", "no": "does not work"}[numbers.verdict_word(attacks[0])]
         level = "attacked" if asr >= numbers.WORKS else "warning"
         return Verdict(level, f"{attacks[0]['title']} {said} here: mean ASR {asr:.3f}.", text)
     level = "attacked" if working == len(attacks) else "warning"

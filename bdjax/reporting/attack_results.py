@@ -118,8 +118,11 @@ def _cell(attack: Mapping[str, Any], name: str, decimals: int = 3) -> str:
     return mean_and_spread([row[name] for row in attack["by_seed"]], decimals)
 
 
-def verdict_word(asr: float) -> str:
-    """What tables say of a mean ASR."""
+def verdict_word(attack: Mapping[str, Any]) -> str | None:
+    """What tables say of an attack's mean ASR; None of one that has no trigger, whose ASR is plain confusion."""
+    if attack["summary"]["psnr"]["mean"] is None:
+        return None
+    asr = attack["summary"]["asr"]["mean"]
     return "yes" if asr >= WORKS else "partly" if asr >= WORKS_PARTLY else "no"
 
 
@@ -139,7 +142,7 @@ def attack_table(results: Mapping[str, Any], dataset: str) -> Table:
             *(_cell(attack, name) for name in ("cda", "asr", "r_acc", "clean_asr")),
             _cell(attack, "psnr", 1),
             _cell(attack, "ssim"),
-            verdict_word(attack["summary"]["asr"]["mean"]),
+            verdict_word(attack),
         )
         if printed:
             own = [each for each in attack["published"] if each["dataset"] == dataset]

@@ -79,3 +79,12 @@ def test_every_changed_row_has_a_key_of_its_own():
 
     changed = batch_poisoning.change_rows(noisy, None, IMAGES[:3], LABELS[:3], jax.random.key(0))
     assert len(np.unique(np.asarray(changed))) == changed.size
+
+
+def test_params_are_carried_beside_the_classifier():
+    classifier = {"params": jnp.ones(2), "batch_stats": jnp.zeros(1)}
+    variables = batch_poisoning.carry_params(jax.random.key(0), classifier, (jnp.ones(3),))
+    assert variables["attack"].keys() == {"params"}
+    taken, params = batch_poisoning.take_params(variables)
+    assert taken.keys() == classifier.keys()
+    np.testing.assert_array_equal(params[0], jnp.ones(3))

@@ -5,8 +5,6 @@ import pytest
 
 from bdjax.attacks.triggered_copies import (
     add_to_own_rows,
-    carry_params,
-    take_params,
     trigger_first_rows,
     weigh_as_mean,
 )
@@ -47,12 +45,3 @@ def test_copies_count_as_rows_or_as_a_mean_of_their_own():
     np.testing.assert_array_equal(as_rows, [3, 5, 1, 1, 1, 1, 1, 1])
     assert as_rows.mean() * 8 == losses.sum() + of_copies.sum()
     assert add_to_own_rows(losses, weigh_as_mean(of_copies, 8)).mean() == losses.mean() + of_copies.mean()
-
-
-def test_params_are_carried_beside_the_classifier():
-    classifier = {"params": jnp.ones(2), "batch_stats": jnp.zeros(1)}
-    variables = carry_params(jax.random.key(0), classifier, (jnp.ones(3),))
-    assert variables["attack"].keys() == {"params"}
-    taken, params = take_params(variables)
-    assert taken.keys() == classifier.keys()
-    np.testing.assert_array_equal(params[0], jnp.ones(3))

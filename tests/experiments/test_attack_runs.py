@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
     "fine_tuning_epochs": 1,
     "layout": "map",
     "lowering": "shifted",
-    "change": ("ckd.trigger_epochs=1",),
+    "change": ("ckd.steps=5",),
 }
 
 

@@ -73,7 +73,8 @@ def test_the_other_tables_have_a_row_for_each_attack(results):
 
 @pytest.mark.parametrize(("asr", "word"), [(0.9, "yes"), (0.899, "partly"), (0.5, "partly"), (0.49, "no")])
 def test_words(asr, word):
-    assert verdict_word(asr) == word
+    assert verdict_word({"summary": {"asr": {"mean": asr}, "psnr": {"mean": 20.0}}}) == word
+    assert verdict_word({"summary": {"asr": {"mean": asr}, "psnr": {"mean": None}}}) is None
 
 
 def test_verdict_names_what_fails_and_what_fools_a_clean_network(results):
