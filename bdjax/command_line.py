@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -38,6 +39,9 @@ def parse(
         choosers: name of a flag that decides on defaults -> its own default.
         arguments: the command line without the program's name; None for that of the process.
         texts: `prog` and `description` for the help text, which tells of `run`'s own flags as well.
+
+    Raises:
+        InputError: a flag of several values is given more than once, or `defaults` raises it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     chosen = dict(choosers)
@@ -49,8 +53,19 @@ def parse(
                 value = arguments[position + 1]
             chosen[name] = value
     default = defaults(**chosen)
+    for name, count in Counter(_flags(arguments)).items():
+        if count > 1 and isinstance(
+            getattr(default, name, None), tuple
+        ):  # the last would replace the others in silence
+            raise InputError(f"--{name.replace('_', '-')} is given {count} times; all its values follow one flag")
     texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
     return tyro.cli(type(default), default=default, args=arguments, **texts)
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """The names of the fields that flags are given for."""
+    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
+    return [flag.removeprefix("--").replace("-", "_") for flag in flags]
 
 
 def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:

@@ -67,6 +67,12 @@ def test_the_last_of_two_equal_flags_counts():
     assert parse("--preset=big", "--preset=small") == Config()
 
 
+def test_a_flag_of_several_values_is_given_once():
+    assert parse("--preset=big", "--opacity", "0.3", "0.4").opacity == (0.3, 0.4)
+    with pytest.raises(InputError, match="^--opacity is given 2 times; all its values follow one flag$"):
+        parse("--preset=big", "--opacity", "0.3", "0.4", "--opacity", "0.5", "0.6")
+
+
 def test_the_arguments_are_the_programs_own_by_default(monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", "--preset=big"])
     assert command_line.parse(defaults, {"preset": None}).epochs == 30

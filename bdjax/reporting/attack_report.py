@@ -79,11 +79,10 @@ def _as_float(image: np.ndarray) -> np.ndarray:
 
 def verdict(results: Mapping[str, Any]) -> Verdict:
     """Say in words what the numbers say."""
-    attacks = results["attacks"]
-    words = {
-        word: [a for a in attacks if numbers.verdict_word(a["summary"]["asr"]["mean"]) == word]
-        for word in ("yes", "partly", "no")
-    }
+    attacks = [attack for attack in results["attacks"] if numbers.verdict_word(attack) is not None]
+    if not attacks:
+        return Verdict("info", "No trigger was put on any image, so there is no attack success to measure.")
+    words = {word: [a for a in attacks if numbers.verdict_word(a) == word] for word in ("yes", "partly", "no")}
     working = len(words["yes"])
     clean = float(np.mean(results["clean_cda"]))
     costs = [clean - attack["summary"]["cda"]["mean"] for attack in attacks]
