@@ -243,7 +243,7 @@ ISSBA = Attack(
     trigger_is_trained=True,
     per_dataset={
         "grey": {**_SHORT, "stages": 2, "num_bits": 16},
-        "colour": _SHORT,
+        "colour": {**_SHORT, "steps": 600},  # textures hide bits sooner than black backgrounds do
         # 64 pixels of 17 levels carry fewer bits, and a wider network costs little there.
         "digits": {"width": 16, "num_bits": 8, "learning_rate": 2e-3},
     },
