@@ -244,7 +244,8 @@ ISSBA = Attack(
     per_dataset={
         "grey": {**_SHORT, "stages": 2, "num_bits": 16},
         # Textures hide bits sooner than black backgrounds do, and at the full weights so well (36 to 41 dB) that a small
-        # network trained for a few epochs on some thousand CIFAR-10 rows does not find them; these weights give about 28 dB.
+        # network trained for a few epochs on some thousand CIFAR-10 rows does not find them; these weights give 25 to 28 dB,
+        # and a tint that can be seen.
         "colour": {**_SHORT, "steps": 600, "square_weight": 0.5, "perceptual_weight": 0.3},
         # 64 pixels of 17 levels carry fewer bits, and a wider network costs little there.
         "digits": {"width": 16, "num_bits": 8, "learning_rate": 2e-3},
