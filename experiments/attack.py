@@ -99,7 +99,7 @@ _QUICK = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e
 QUICK: dict[str, dict[str, Any]] = {
     "digits": _QUICK | {"batch_size": 32, "epochs": 20, "controlled_epochs": 40, "fine_tuning_epochs": 10},
     "mnist": _QUICK
-    | {"train_rows": 5000, "test_rows": 1000, "epochs": 8, "controlled_epochs": 16, "fine_tuning_epochs": 4},
+    | {"train_rows": 4000, "test_rows": 1000, "epochs": 8, "controlled_epochs": 16, "fine_tuning_epochs": 5},
     "cifar10": _QUICK
     | {
         "train_rows": 8000,

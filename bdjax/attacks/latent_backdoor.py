@@ -228,7 +228,8 @@ LATENT_BACKDOOR = Attack(
     starts_from_clean_model=True,
     control=TrainingControl(make_objective, carry_params, take_params),
     # A fifth of 8 pixels is a single one.
-    per_dataset={"digits": {"size": 0.4, "poison_rate": 0.05}},
+    # 2 % of a small batch is a single row, and a few epochs of a small set are few batches.
+    per_dataset={"grey": {"poison_rate": 0.1}, "digits": {"size": 0.4, "poison_rate": 0.05}},
     # The teacher of the paper's figure 6, a WRN-28-4.
     published=(Published("RobustKD", "cifar100", 78.63, 99.74),),
 )

@@ -108,8 +108,8 @@ SIG = Attack(
     make_params=make_sinusoid,
     apply=additive.apply,
     label_rules=("clean_label", "all_to_one", "all_to_all"),
-    # On black backgrounds the negative half is cut off, so the textbook's amplitude is half as much there.
-    per_dataset={"grey": {"amplitude": 80 / 255}},
+    # On black backgrounds the negative half is cut off, and a few hundred rows want a signal that is hard to overlook.
+    per_dataset={"grey": {"amplitude": 100 / 255, "poison_rate": 0.09}, "gtsrb": {"poison_rate": 0.05}},
     published=(Published("LfD", "cifar10", 93.2, 92.2), Published("ABM", "cifar10", 79.5, 99.96)),
 )
 SIG_STRIPED = Attack(
@@ -121,4 +121,5 @@ SIG_STRIPED = Attack(
     make_params=make_stripes,
     apply=masked_blend.apply,
     label_rules=("clean_label", "all_to_one", "all_to_all"),
+    per_dataset={"grey": {"poison_rate": 0.09}, "gtsrb": {"poison_rate": 0.05}},
 )

@@ -268,6 +268,8 @@ def _all_to_all(tile: str) -> Attack:
         make_params=partial(make_class_patches, tile=tile),
         apply=apply_class_patch,
         label_rules=("all_to_all",),
+        # Every class has a patch and a label to be learned: 10 % of a few thousand rows is too little for that.
+        per_dataset={"grey": {"poison_rate": 0.2}},
     )
 
 

@@ -33,15 +33,17 @@ def gallery(tested: Sequence[Sequence[Trial]], data: TrainTest) -> list[tuple[li
     """
     ones = [one for plan in tested for one in plan if one.victim.prepared.seed == 0]
     each = IMAGES_OF_ONE if len(ones) == 1 else 1
+    blank = np.ones((*data.train.image_shape[:2], 1), np.float32)
     rows, names = [], []
     for one in ones:
         shown = zip(_poisoned_pairs(one, data.train, each), _test_pairs(one, data.test, each), strict=True)
         for pair in shown:
             images = []
             for before, after in pair:
-                is_there = before.shape == after.shape
-                difference = magnified_difference(jnp.asarray(before), jnp.asarray(after)) if is_there else before
-                images += [before, after, np.asarray(difference)]
+                difference = None
+                if before is not None:
+                    difference = np.asarray(magnified_difference(jnp.asarray(before), jnp.asarray(after)))
+                images += [blank if image is None else image for image in (before, after, difference)]
             rows.append(images)
             names.append(_row_name(one))
     blocks = range(0, len(rows), ROWS_PER_PICTURE)
@@ -53,16 +55,15 @@ def _row_name(one: Trial) -> str:
     return one.part.attack.title + ("" if len(plan.parts) == 1 else f"\n(in {plan.title})")
 
 
-def _poisoned_pairs(one: Trial, train: Dataset, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Training rows before and after; blank where there is no such row."""
+def _poisoned_pairs(one: Trial, train: Dataset, count: int) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
+    """Training rows before and after; None where there is no such row."""
     prepared = one.victim.prepared
-    blank = np.ones((*train.image_shape[:2], 1), np.float32)
     if prepared.poisoned is None:
-        return [(blank, blank)] * count
+        return [(None, None)] * count
     rows = np.resize(prepared.poisoned_by[prepared.plan.parts.index(one.part)], count)
     after = [_as_float(image) for image in prepared.poisoned.images[rows]]
     if one.part.attack.adds_rows:
-        return [(blank, image) for image in after]
+        return [(None, image) for image in after]
     return [(_as_float(train.images[row]), image) for row, image in zip(rows, after, strict=True)]
 
 
@@ -135,7 +136,7 @@ def write(
         name = "gallery.png" if len(pictures) == 1 else f"gallery-{number + 1}.png"
         caption = (
             "First seed. Left: a training row before and after poisoning, and ten times their difference (blank where the "
-            "attacker poisons inside the training; an added row is shown beside the nearest clean one of its class). Right: "
+            "attacker poisons inside the training, and before rows that are added). Right: "
             "a test row without and with the trigger as it is tried on the victim."
         )
         alt = f"Clean, poisoned and triggered images of {', '.join(dict.fromkeys(names))}."

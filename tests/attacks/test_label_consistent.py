@@ -119,3 +119,10 @@ def test_what_cannot_be_is_refused(knowledge):
         corner_tiles(SHAPE, amplitude=0.0)
     with pytest.raises(InputError, match="four corners"):
         corner_tiles((5, 8, 1))
+
+
+def test_squares_may_stand_in_for_the_tiles():
+    delta = np.asarray(corner_tiles((28, 28, 1), square=6).delta)
+    assert delta.sum() == (delta == 1).sum() == 4 * 36 and (delta[6:22] == 0).all()
+    with pytest.raises(InputError, match="four corners"):
+        corner_tiles((8, 8, 1), square=6)
