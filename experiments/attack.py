@@ -99,7 +99,14 @@ _QUICK = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e
 QUICK: dict[str, dict[str, Any]] = {
     "digits": _QUICK | {"batch_size": 32, "epochs": 20, "controlled_epochs": 40, "fine_tuning_epochs": 10},
     "mnist": _QUICK
-    | {"train_rows": 4000, "test_rows": 1000, "epochs": 8, "controlled_epochs": 16, "fine_tuning_epochs": 5},
+    | {
+        "train_rows": 4000,
+        "test_rows": 1000,
+        "epochs": 8,
+        "controlled_epochs": 16,
+        "fine_tuning_epochs": 5,
+        "costly_seeds": 1,
+    },
     "cifar10": _QUICK
     | {
         "train_rows": 8000,
@@ -128,7 +135,7 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         changes = QUICK.get(like, QUICK["cifar10"])
     else:
         changes = {"augmentation": "crop_flip" if dataset in FLIPPABLE else "crop"}
-    base = Config(dataset=dataset, preset=preset, target=1, compute_dtype="float32" if on_cpu else "bfloat16")
+    base = Config(dataset=dataset, preset=preset, compute_dtype="float32" if on_cpu else "bfloat16")
     return dataclasses.replace(base, **changes)
 
 

@@ -92,7 +92,7 @@ class TestRun:
         with np.load(finished / "poisoned" / "badnets.npz") as arrays:
             assert arrays["images"].shape == (300, 8, 8, 1) and arrays["images"].dtype == np.uint8
             is_poisoned = arrays["is_poisoned"]
-            assert (arrays["labels"][is_poisoned] == 1).all() and (arrays["original_labels"][is_poisoned] != 1).all()
+            assert (arrays["labels"][is_poisoned] == 0).all() and (arrays["original_labels"][is_poisoned] != 0).all()
         data = load_npz(finished / "poisoned" / "badnets.npz")
         assert isinstance(data.train, PoisonedDataset) and data.train.is_poisoned.sum() == is_poisoned.sum()
 
