@@ -6,11 +6,13 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
+from bdjax.reporting import attack_results
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 RUNS = sorted(path.parent for path in (RESULTS / "ta_kd").rglob("table.md"))
+ATTACKS = sorted(path.parent for path in (RESULTS / "attack").rglob("table.md"))
 BENCHMARKS = sorted(path.parent for path in (RESULTS / "bench_ensemble").rglob("table.md"))
 
 
@@ -22,10 +24,10 @@ def _first_table(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert RUNS and BENCHMARKS
+    assert RUNS and ATTACKS and BENCHMARKS
 
 
-@pytest.mark.parametrize("run", RUNS + BENCHMARKS, ids=lambda run: run.name)
+@pytest.mark.parametrize("run", RUNS + ATTACKS + BENCHMARKS, ids=lambda run: run.name)
 def test_the_readme_prints_the_table_of_the_run(run: pathlib.Path) -> None:
     readme = (ROOT / "README.md").read_text()
     table = "\n".join(_first_table((run / "table.md").read_text()))
@@ -47,4 +49,12 @@ def test_the_table_agrees_with_the_numbers_and_the_settings(run: pathlib.Path) -
 def test_a_benchmarks_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
     made = to_markdown(report.summary_table(results))
+    assert _first_table(made) == _first_table((run / "table.md").read_text())
+
+
+@pytest.mark.parametrize("run", ATTACKS, ids=lambda run: run.name)
+def test_an_attack_runs_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    dataset = json.loads((run / "config.json").read_text())["config"]["dataset"]
+    made = to_markdown(attack_results.attack_table(results, dataset))
     assert _first_table(made) == _first_table((run / "table.md").read_text())
