@@ -86,8 +86,9 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     words = {word: [a for a in attacks if numbers.verdict_word(a) == word] for word in ("yes", "partly", "no")}
     working = len(words["yes"])
     clean = float(np.mean(results["clean_cda"]))
-    costs = [clean - attack["summary"]["cda"]["mean"] for attack in attacks]
-    text = f"The clean networks have CDA {clean:.3f}; the attacks cost between {min(costs):+.3f} and {max(costs):+.3f} of it."
+    reached = [attack["summary"]["cda"]["mean"] for attack in attacks]
+    victims = f"from {min(reached):.3f} to {max(reached):.3f}" if len(reached) > 1 else f"{reached[0]:.3f}"
+    text = f"The clean networks have CDA {clean:.3f}, the victims {victims}."
     for word, title in (("partly", "Partly"), ("no", "Not")):
         if words[word]:
             named = ", ".join(f"{a['title']} ({a['summary']['asr']['mean']:.2f})" for a in words[word])
@@ -154,10 +155,10 @@ def write(
         else f"{results['attacks'][0]['title']} on {data.train.name}",
         verdict=verdict(results),
         key_numbers=_key_numbers(results),
-        facts=others[1],
         sections=(
             Section("Results", "", (table, others[0]), (success,)),
             Section("Gallery", "", (), tuple(figures)),
+            Section("What each attacker has", "", (others[1],)),
         ),
         settings={**settings, **numbers.settings_table(tested)},
         timings=timings_table(timings),
