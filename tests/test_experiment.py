@@ -1,0 +1,74 @@
+import contextlib
+import dataclasses
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from bdjax import experiment
+from bdjax.errors import InputError
+from bdjax.experiment import ExperimentConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ExperimentConfig):
+    epochs: int = 3
+    share: float = 0.5
+
+
+class Silent:
+    """A log that says nothing."""
+
+    @contextlib.contextmanager
+    def stage(self, name, **how):
+        yield Silent()
+
+
+def check(**changes):
+    config = dataclasses.replace(Config(), **changes)
+    experiment.check_ranges(config, at_least={"epochs": 1}, above_zero=("share",), shares=("share",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"seeds": 0}, "--seeds 0 is not at least 1"),
+        ({"train_rows": -1}, "--train-rows -1 is not at least 0"),
+        ({"member_group": -1}, "--member-group -1 is not at least 0"),
+        ({"epochs": 0}, "--epochs 0 is not at least 1"),
+        ({"share": 0.0}, "--share 0.0 is not above 0"),
+        ({"share": 1.5}, "--share 1.5 is not within 0 and 1"),
+        ({"share": float("nan")}, "--share nan is not above 0"),
+        ({"seed": 2**31}, "is not below"),
+    ],
+)
+def test_settings_that_no_data_could_be_right_for(changes, reason):
+    check()
+    with pytest.raises(InputError, match=reason):
+        check(**changes)
+
+
+def test_fewer_rows_are_the_same_rows_whatever_the_seed():
+    first, second = (experiment.load(Config(train_rows=50, test_rows=20, seed=seed), Silent()) for seed in (0, 7))
+    assert len(first.train) == 50 and len(first.test) == 20
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+    np.testing.assert_array_equal(first.test.labels, second.test.labels)
+
+
+def test_a_target_that_the_data_does_not_have():
+    with pytest.raises(InputError, match="--target 10 is not a class of digits: it has 0 to 9"):
+        experiment.load(Config(target=10), Silent())
+
+
+def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it():
+    default, changed = Config(), Config(epochs=5, data_dir=pathlib.Path("/somewhere"))
+    plain = experiment.output_folder("attack", default, default, "quick")
+    assert plain == pathlib.Path("runs/attack/digits-quick")
+    named = experiment.output_folder("attack", changed, default, "quick")
+    assert named != plain and named.name.startswith("digits-quick-")
+    own = dataclasses.replace(changed, output=pathlib.Path("mine"))
+    assert experiment.output_folder("attack", own, default, "quick") == pathlib.Path("mine")
+    assert experiment.command("attack", own, default, preset="quick") == (
+        "python experiments/attack.py --preset=quick --epochs=5"
+    )
