@@ -109,10 +109,10 @@ QUICK: dict[str, dict[str, Any]] = {
     },
     "cifar10": _QUICK
     | {
-        "train_rows": 8000,
+        "train_rows": 6000,
         "test_rows": 1000,
-        "epochs": 12,
-        "controlled_epochs": 16,
+        "epochs": 10,
+        "controlled_epochs": 12,
         "fine_tuning_epochs": 4,
         "seeds": 1,
     },

@@ -82,6 +82,7 @@ class Attack:
     label_rules: tuple[str, ...] = ("all_to_one",)  # keys of LABEL_RULES, the default first
     needs: tuple[str, ...] = ()  # what the attacker has besides rows: "clean model", "all training rows"
     trigger_is_trained: bool = False
+    changes_images: bool = True  # False: labels are all that it changes
     adds_rows: bool = False  # poisoned rows are added to the clean ones instead of taking their place
     starts_from_clean_model: bool = False  # the victim is fine-tuned, not trained from scratch
     control: TrainingControl | None = None

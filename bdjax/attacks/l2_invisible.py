@@ -96,7 +96,12 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
         settings.penalty, settings.learning_rate,
     )  # fmt: skip
     neurons.check_reaction(largest_gradient, NAME)
-    return Additive(delta)
+    reached = jnp.linalg.norm(delta.ravel())
+    if not float(reached) > 1e-6:
+        raise InputError(
+            f"attack {NAME}: nothing was left of the noise; a smaller penalty than {settings.penalty:g} leaves more"
+        )
+    return Additive(delta * (norm / reached))
 
 
 def choose_neurons(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -130,33 +135,35 @@ def _optimise(
     penalty: Array,
     learning_rate: Array,
 ) -> tuple[Array, Array]:
-    def noise(free: Array) -> Array:
-        return jax.nn.relu(free) if nonneg else free
+    def project(noise: Array) -> Array:
+        # Not a rectifier inside the loss: a pixel at 0 would have no gradient, and all of them may get there.
+        return jnp.maximum(noise, 0.0) if nonneg else noise
 
-    def norm(free: Array) -> Array:
-        return jnp.sqrt(jnp.sum(jnp.square(noise(free))) + 1e-12)
+    def norm(noise: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(noise)) + 1e-12)
 
-    def distance(free: Array, images: Array) -> Array:
-        triggered = jnp.clip(images + noise(free)[None], 0.0, 1.0)
+    def distance(noise: Array, images: Array) -> Array:
+        triggered = jnp.clip(images + noise[None], 0.0, 1.0)
         excited = neurons.activations(model, variables, triggered)[:, chosen]
         return jnp.mean(jnp.square(excited - goal[None]))
 
     adam = optax.scale_by_adam()
 
     def step(carry, batch):
-        free, state, weight = carry
+        noise, state, weight = carry
         number, images = batch
-        is_due = (number > 0) & (number % steps_per_doubling == 0) & (norm(free) > largest_norm)
+        is_due = (number > 0) & (number % steps_per_doubling == 0) & (norm(noise) > largest_norm)
         weight = jnp.where(is_due, 2.0 * weight, weight)
-        reaction = jax.grad(distance)(free, as_float(images))
-        gradient = reaction + weight * jax.grad(norm)(free)
+        reaction = jax.grad(distance)(noise, as_float(images))
+        gradient = reaction + weight * jax.grad(norm)(noise)
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
             direction, state = adam.update(gradient, state)
-        return (free - learning_rate * direction, state, weight), jnp.max(jnp.abs(reaction))
+        return (project(noise - learning_rate * direction), state, weight), jnp.max(jnp.abs(reaction))
 
+    start = project(start)
     begin = (start, adam.init(start), jnp.asarray(penalty, jnp.float32))
-    (free, _, _), gradients = lax.scan(step, begin, (jnp.arange(len(batches)), batches))
-    return neurons.capped(noise(free), largest_norm), jnp.max(gradients)
+    (noise, _, _), gradients = lax.scan(step, begin, (jnp.arange(len(batches)), batches))
+    return noise, jnp.max(gradients)
 
 
 L2_INVISIBLE = Attack(

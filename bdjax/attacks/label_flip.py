@@ -48,6 +48,7 @@ LABEL_FLIP = Attack(
     title="Label flip",
     paper="Biggio et al. 2011, Support Vector Machines Under Adversarial Label Noise",
     threat="data",
+    changes_images=False,
     settings=LabelFlipSettings(),
     make_params=make_nothing,
     apply=apply,

@@ -126,7 +126,7 @@ def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_
         clean_model: what attackers have who need one.
 
     Raises:
-        InputError: rates that do not fit the set, or an attack that does not fit the images.
+        InputError: rates that do not fit the set, an attack that does not fit the images, or a trigger that changes nothing.
     """
     make_key, poison_key = jax.random.split(key_of(key, plan.name))
     params = []
@@ -137,6 +137,12 @@ def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_
     if plan.control:
         return Prepared(plan, seed, tuple(params), None, ())
     poisoned, rows = poison_by_several(poison_key, train, plan.parts, params)
+    for part, own in zip(plan.parts, rows, strict=True):
+        is_in_place = part.attack.changes_images and not part.attack.adds_rows
+        if is_in_place and np.array_equal(poisoned.images[own], train.images[own]):
+            raise InputError(
+                f"attack {part.attack.name}: its trigger changes no pixel of the {len(own)} rows it is put on"
+            )
     return Prepared(plan, seed, tuple(params), poisoned, tuple(rows))
 
 

@@ -97,6 +97,11 @@ def test_attackers_who_train_have_no_poisoned_set(clean):
     assert isinstance(first, Prepared) and first.poisoned is None and first.poisoned_by == ()
 
 
+def test_a_trigger_that_changes_nothing_is_an_error(clean):
+    with pytest.raises(InputError, match="changes no pixel of the 12 rows"):
+        prepare_all(clean, ["sig"], changes={"sig": {"amplitude": 0.0}}, poison_rate=0.08)
+
+
 def test_keys_are_of_the_name_alone():
     keys = [jax.random.key_data(key_of(jax.random.key(0), name)).tolist() for name in ("sig", "sig", "badnets")]
     assert keys[0] == keys[1] != keys[2]
