@@ -284,7 +284,7 @@ NARCISSUS = Attack(
             "steps": 300,
             "batch_size": 64,
         },
-        "digits": {"surrogate_rate": 0.003, "steps": 600},
+        "digits": {"bound": 32 / 255, "surrogate_rate": 0.003, "steps": 600},
     },
     published=(Published("ABM", "cifar10", 81.3, 100.0),),
 )

@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "fine_tuning_epochs": 1,
     "layout": "map",
     "lowering": "shifted",
-    "change": ("ckd.steps=5",),
+    "change": ("ckd.steps=5", "sig.poison_rate=0.05"),
 }
 
 
