@@ -61,7 +61,8 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
     """Optimise the noise, or draw it.
 
     Minimised is the mean over clean images x of (1/k) sum_j (h_j(x + d) - c a_j)^2, plus lambda times the norm of d, with
-    h_j the k activations and a_j their clean means. x + d is clipped as it is when the trigger is applied.
+    h_j the k activations and a_j their clean means. x + d is clipped as it is when the trigger is applied, and what comes
+    out is scaled to the norm of the settings exactly, up as well as down.
 
     Args:
         key: of the start, the batches, and which clean images are looked at first.
