@@ -38,7 +38,7 @@ class L2InvisibleSettings:
     nonneg: bool = False
     """no pixel gets darker"""
     norm: float = 3.2
-    """L2 norm of the noise on 32 x 32 x 3 pixels, at most; other sizes get the same mean square"""
+    """L2 norm of the noise on 32 x 32 x 3 pixels; other sizes get the same mean square"""
     neurons: int = 10
     """how many are excited: those with the largest weight to the target class"""
     times_clean: float = 5.0
