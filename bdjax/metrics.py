@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from sklearn.metrics import roc_auc_score
 
 DEFINITIONS: Mapping[str, str] = {
     "cda": "clean data accuracy: share of untouched test rows predicted as their label (higher is better)",
@@ -87,6 +88,40 @@ def measure_attack(
         r_acc_with_target=share(triggered == labels, with_target) if one_target else None,
         spill=share(triggered == targets[0], others) if one_target and others.any() else None,
     )
+
+
+class DetectionMetrics(NamedTuple):
+    """What flags and scores of training rows are worth. None where there is nothing to measure."""
+
+    flagged: float | None  # share of all rows that are flagged; on a clean set, the false-alarm rate
+    precision: float | None  # share of the flagged rows that are poisoned
+    recall: float | None  # share of the poisoned rows that are flagged
+    f1: float | None  # 0 if nothing is flagged
+    auc: float | None  # chance that a poisoned row's score is above a clean one's, ties counting half
+
+
+def measure_detection(
+    flags: np.ndarray | None, scores: np.ndarray | None, is_poisoned: np.ndarray | None
+) -> DetectionMetrics:
+    """Precision, recall, F1 and AUC of a detector of poisoned rows.
+
+    Args:
+        flags: bool [n], or None of a method that only scores.
+        scores: float [n], higher for rows that are more suspicious; or None of one that only flags.
+        is_poisoned: bool [n], the truth; None where nobody knows it.
+    """
+    flagged = None if flags is None else float(np.mean(flags))
+    if is_poisoned is None or not is_poisoned.any():
+        return DetectionMetrics(flagged, None, None, None, None)
+    precision = recall = f1 = auc = None
+    if flags is not None:
+        hits = int(np.sum(flags & is_poisoned))
+        precision = hits / int(flags.sum()) if flags.any() else None
+        recall = hits / int(is_poisoned.sum())
+        f1 = 2 * hits / int(flags.sum() + is_poisoned.sum())
+    if scores is not None and not is_poisoned.all():
+        auc = float(roc_auc_score(is_poisoned, scores))
+    return DetectionMetrics(flagged, precision, recall, f1, auc)
 
 
 def evaluated_rows(labels: np.ndarray, target: int, *, include_target: bool = False) -> np.ndarray:

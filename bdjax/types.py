@@ -96,5 +96,18 @@ class Model(NamedTuple):
     description: str  # "resnet34 width 64": what checkpoints and reports say of it
 
 
+class DefenseResult(NamedTuple):
+    """What a defense makes of M suspects (training sets or models), for each of them on a leading axis."""
+
+    model: (
+        Model  # the defended classifier; a detector at test time answers K, one more than the classes, for "rejected"
+    )
+    variables: PyTree  # stacked [M, ...]
+    flags: np.ndarray | None = None  # bool [M, n]: training rows that it takes for poisoned, isolates or leaves out
+    scores: np.ndarray | None = None  # float32 [M, n]: the higher, the more suspicious the training row
+    facts: Mapping[str, np.ndarray] = {}  # name -> float [M]: numbers of its own that a report shows
+    pictures: Mapping[str, np.ndarray] = {}  # name -> float32 [M, k, H, W, C] in [0, 1]: what it found, to look at
+
+
 Classifier = Callable[[np.ndarray], np.ndarray]
 """Anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]: all that TA-KD asks of a teacher."""

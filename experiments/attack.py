@@ -11,7 +11,6 @@ the same numbers. Everything is written to one folder (`--output`, by default be
 the gallery, and each poisoned training set as an .npz with images, labels, is_poisoned, original_labels and is_cover.
 """
 
-import ast
 import dataclasses
 import io
 import pathlib
@@ -35,6 +34,7 @@ from bdjax.reporting import attack_report, attack_results
 from bdjax.reporting.progress import StageLog
 from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.settings import read_value
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
@@ -245,11 +245,7 @@ def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[s
         attack, _, setting = name.rpartition(".")
         if not equals or not setting or (not attack and (len(names) > 1 or "+" in names[0])):
             raise InputError(f"--change {text!r} is not name=value, or attack.name=value where several attacks are run")
-        try:
-            parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed = value
-        changes.setdefault(attack or names[0], {})[setting] = parsed
+        changes.setdefault(attack or names[0], {})[setting] = read_value(value)
     run = {part for name in names for part in name.split("+")}
     if unknown := sorted(changes.keys() - run):
         raise InputError(f"--change of {unknown[0]}: that attack is not among those that are run")

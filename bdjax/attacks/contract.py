@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from bdjax.errors import InputError
+from bdjax.settings import changed
 from bdjax.training.member import Objective
 from bdjax.types import Array, Dataset, Key, Model, PyTree
 
@@ -113,14 +113,4 @@ def settings_for(attack: Attack, dataset: Dataset, changes: Mapping[str, Any] | 
     settings = dataclasses.replace(
         attack.settings, **{**attack.per_dataset.get(kind, {}), **attack.per_dataset.get(dataset.name, {})}
     )
-    fields = {field.name: getattr(attack.settings, field.name) for field in dataclasses.fields(attack.settings)}
-    for name, value in (changes or {}).items():
-        if name not in fields:
-            raise InputError(f"attack {attack.name} has no setting {name!r}; it has {', '.join(fields)}")
-        kinds = (int, float) if type(fields[name]) is float else type(fields[name])
-        is_number = isinstance(fields[name], (int, float)) and not isinstance(fields[name], bool)
-        if fields[name] is not None and (not isinstance(value, kinds) or (is_number and isinstance(value, bool))):
-            raise InputError(
-                f"attack {attack.name}: {name} {value!r} is not of the kind of its default {fields[name]!r}"
-            )
-    return dataclasses.replace(settings, **(changes or {}))
+    return changed(f"attack {attack.name}", settings, changes or {})

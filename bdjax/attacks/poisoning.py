@@ -304,6 +304,32 @@ def _poison_free_rows(key: Key, dataset: Dataset, part: Part, params: PyTree, is
     )
 
 
+def pooled(clean: Dataset, sets: Sequence[Dataset | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put training sets that share their clean images into one pool.
+
+    Args:
+        clean: the images that they share.
+        sets: each poisoned from `clean`, or None for `clean` as it is; all of one length.
+
+    Returns:
+        The pool, uint8 [P, H, W, C]: the clean images, then the changed ones of each set; and of each set its rows'
+        numbers in the pool, int32 [M, n], and their labels, int32 [M, n].
+    """
+    images, index, labels = [clean.images], [], []
+    start = len(clean)
+    for one in sets:
+        one = clean if one is None else one
+        own = np.arange(len(one), dtype=np.int32)
+        if isinstance(one, PoisonedDataset):
+            changed = np.flatnonzero(one.is_poisoned | one.is_cover)
+            own[changed] = start + np.arange(len(changed))
+            start += len(changed)
+            images.append(one.images[changed])
+        index.append(own)
+        labels.append(one.labels)
+    return np.concatenate(images), np.stack(index), np.stack(labels).astype(np.int32)
+
+
 def trigger_all(key: Key, dataset: Dataset, apply: Callable[..., Array], params: PyTree) -> np.ndarray:
     """Every image of a set with the trigger on it, 8-bit as the files that an attacker would hand in.
 

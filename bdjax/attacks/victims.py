@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax.attacks.contract import CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by_several, select_rows, trigger_all
+from bdjax.attacks.poisoning import Part, poison_by_several, pooled, select_rows, trigger_all
 from bdjax.attacks.registry import find_attack
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
@@ -202,23 +202,8 @@ def train_victims(
 
 
 def _pool(train: Dataset, ones: Sequence[Prepared]) -> tuple[jax.Array, Rows]:
-    """The clean images once, then every victim's poisoned ones; and each victim's rows of that."""
-    images, index, labels = [train.images], [], []
-    start = len(train)
-    for one in ones:
-        if one.poisoned is None:
-            index.append(np.arange(len(train)))
-            labels.append(train.labels)
-            continue
-        changed = np.flatnonzero(one.poisoned.is_poisoned | one.poisoned.is_cover)
-        own = np.arange(len(one.poisoned))
-        own[changed] = start + np.arange(len(changed))
-        start += len(changed)
-        images.append(one.poisoned.images[changed])
-        index.append(own)
-        labels.append(one.poisoned.labels)
-    rows = Rows(jnp.asarray(np.stack(index), jnp.int32), {"labels": jnp.asarray(np.stack(labels), jnp.int32)})
-    return jnp.asarray(np.concatenate(images)), rows
+    pool, index, labels = pooled(train, [one.poisoned for one in ones])
+    return jnp.asarray(pool), Rows(jnp.asarray(index), {"labels": jnp.asarray(labels)})
 
 
 def _train_controlled(

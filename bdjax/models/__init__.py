@@ -4,12 +4,12 @@ from collections.abc import Callable
 from functools import partial
 
 from bdjax.errors import InputError
-from bdjax.models.facade import as_model, count_parameters
+from bdjax.models.facade import as_model, count_parameters, embedding
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.models.resnet import BLOCKS, ResNet
 from bdjax.types import Model
 
-__all__ = ["MODELS", "ComputeDtype", "Lowering", "count_parameters", "default_lowering", "make_model"]
+__all__ = ["MODELS", "ComputeDtype", "Lowering", "count_parameters", "default_lowering", "embedding", "make_model"]
 
 
 def _resnet(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> Model:

@@ -1,5 +1,7 @@
 """From a Flax module to the pure pair `Model(init, apply)`, so that no caller sees Flax."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -27,3 +29,15 @@ def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:
     """The number of trainable parameters (running statistics excluded), without allocating them."""
     shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def embedding(features: Mapping[str, jax.Array]) -> jax.Array:
+    """What a network's last layer sees: its last tap, averaged over the pixels.
+
+    Args:
+        features: of `Model.apply`, in the order of the network.
+
+    Returns:
+        float32 [N, d].
+    """
+    return jnp.mean(list(features.values())[-1], axis=(1, 2))

@@ -37,19 +37,20 @@ def augment(key: Key, images: Array, kind: Augmentation) -> Array:
 
     Args:
         key: for the batch; every image gets its own from it.
-        images: [N, H, W, C].
+        images: [N, H, W, C], or [N, V, H, W, C]: the V views of an image change alike.
         kind: "none"; "crop", shifts of up to an eighth of the height (4 pixels of 32); "crop_flip", mirrored as well.
 
     Returns:
-        [N, H, W, C], the same dtype.
+        The same shape and dtype.
     """
     if kind == "none":
         return images
-    padding = max(1, images.shape[1] // 8)
+    padding = max(1, images.shape[-3] // 8)
 
     def one(key: Key, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
         image = pad_crop(crop_key, image, padding)
         return random_flip(flip_key, image) if kind == "crop_flip" else image
 
-    return jax.vmap(one)(jax.random.split(key, images.shape[0]), images)
+    change = one if images.ndim == 4 else jax.vmap(one, in_axes=(None, 0))
+    return jax.vmap(change)(jax.random.split(key, images.shape[0]), images)

@@ -21,7 +21,8 @@ from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
 from bdjax.types import Array, Key, Model, PyTree
 
-Schedule = Literal["plateau", "cosine"]
+Schedule = Literal["plateau", "cosine", "constant", "steps"]
+Optimiser = Literal["adam", "sgd"]
 
 Loss = Callable[[Array, PyTree], Array]
 """(logits [N, K], targets of those N rows) -> per-example loss [N]."""
@@ -50,7 +51,13 @@ class TrainConfig:
     evaluation_batch_size: int = 128
     learning_rate: float = 0.01
     weight_decay: float = 0.0  # PyTorch's: L2 added to the gradient before Adam, on every parameter
+    optimiser: Optimiser = "adam"
+    momentum: float = 0.9  # of SGD, as PyTorch's: the gradient is added in full
+    nesterov: bool = False
     schedule: Schedule = "plateau"
+    steps: tuple[
+        tuple[int, float], ...
+    ] = ()  # of "steps": (epoch, learning rate from it on); before the first, learning_rate
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     plateau_threshold: float = 1e-3
@@ -61,7 +68,7 @@ class TrainConfig:
 class Rows(NamedTuple):
     """Rows of the pool with what a loss needs to know of each."""
 
-    index: Array  # int32 [n], into the pool
+    index: Array  # int32 [n], into the pool; or [n, V]: V views of each row, which an objective gets as [N, V, H, W, C]
     targets: dict[str, Array]  # name -> [n, ...]; "labels" int32 [n] is always there
 
 
@@ -85,8 +92,14 @@ def as_float(images: Array) -> Array:
 
 
 def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam as PyTorch's, without the learning rate, which the schedule multiplies in."""
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), optax.scale_by_adam())
+    """Adam or SGD as PyTorch's, without the learning rate, which the schedule multiplies in."""
+    if config.optimiser == "adam":
+        direction = optax.scale_by_adam()
+    elif config.optimiser == "sgd":
+        direction = optax.trace(config.momentum, config.nesterov)
+    else:
+        raise ValueError(f"optimiser {config.optimiser!r} is not one of 'adam', 'sgd'")
+    return optax.chain(optax.add_decayed_weights(config.weight_decay), direction)
 
 
 def init_state(key: Key, model: Model, image_shape: tuple[int, int, int], config: TrainConfig) -> TrainState:
@@ -108,9 +121,16 @@ def resume_from(variables: PyTree, key: Key, config: TrainConfig) -> TrainState:
 
 
 def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
-    """The rate of the coming epoch: the plateau rule's, or half a cosine over the epochs."""
+    """The rate of the coming epoch: the plateau rule's, half a cosine over the epochs, steps, or always the same."""
     if config.schedule == "plateau":
         return state.plateau.learning_rate
+    if config.schedule in ("constant", "steps"):
+        rate = jnp.asarray(config.learning_rate, jnp.float32)
+        for first_epoch, later in config.steps if config.schedule == "steps" else ():
+            rate = jnp.where(state.epoch >= first_epoch, later, rate)
+        return rate
+    if config.schedule != "cosine":
+        raise ValueError(f"schedule {config.schedule!r} is not one of 'plateau', 'cosine', 'constant', 'steps'")
     progress = state.epoch.astype(jnp.float32) / config.epochs
     return config.learning_rate * 0.5 * (1 + jnp.cos(math.pi * progress))
 

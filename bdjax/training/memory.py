@@ -75,7 +75,7 @@ def estimate(
         return jax.vjp(mean_loss, variables["params"])[1]
 
     variables = one(states.variables)
-    images = jax.ShapeDtypeStruct((batch_size, *pool.shape[1:]), pool.dtype)
+    images = jax.ShapeDtypeStruct((batch_size, *train.index.shape[2:], *pool.shape[1:]), pool.dtype)
     targets = {
         name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[2:]), leaf.dtype) for name, leaf in train.targets.items()
     }

@@ -17,7 +17,16 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.training import ensemble
-from bdjax.training.member import Objective, Rows, TrainConfig, TrainState, init_state, resume_from
+from bdjax.training.member import (
+    Objective,
+    Rows,
+    TrainConfig,
+    TrainState,
+    as_float,
+    init_state,
+    over_batches,
+    resume_from,
+)
 from bdjax.types import Array, Model, PyTree
 
 
@@ -188,6 +197,37 @@ class StageRunner:
         """Logits float32 [M, N, K] of stacked members, each on its own images, uint8 [M, N, H, W, C]."""
         run = _predict(model, self.layout, batch_size, own_images=True)
         return np.asarray(run(variables, jnp.asarray(images)))
+
+    def per_row(
+        self, function: Callable[..., PyTree], variables: PyTree, rows: Rows, pool: Array, batch_size: int
+    ) -> PyTree:
+        """Compute something for every member's own rows of the pool.
+
+        Args:
+            function: (variables of a member, images float32 [B, H, W, C] in [0, 1], targets) -> leaves [B, ...], each row on
+                its own. One function, whatever closure made it, is compiled once: define it outside of loops.
+            variables: stacked [M, ...].
+            rows: leaves [M, n, ...].
+            pool: uint8 [P, H, W, C].
+            batch_size: rows at once.
+
+        Returns:
+            NumPy leaves [M, n, ...].
+        """
+        spread = ensemble.spread_members(len(rows.index))
+        run = _per_row(function, self.layout, batch_size, spread)
+        placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
+        return jax.tree.map(np.asarray, spread.gather(run(*placed)))
+
+
+@cache
+def _per_row(function: Callable[..., PyTree], layout: ensemble.Layout, batch_size: int, spread: ensemble.Spread):
+    def one(variables: PyTree, rows: Rows, pool: Array) -> PyTree:
+        return over_batches(
+            lambda batch: function(variables, as_float(pool[batch.index]), batch.targets), rows, batch_size
+        )
+
+    return ensemble.compile_members(one, layout, spread, num_shared=1)
 
 
 def _as_numpy(history: Mapping[str, Array]) -> dict[str, np.ndarray]:

@@ -1,0 +1,23 @@
+"""Every defense of suspect training sets by name. Another one is a file of its own and its line here."""
+
+from bdjax.defenses.contract import Defense
+from bdjax.defenses.undefended import UNDEFENDED
+from bdjax.errors import InputError
+
+DEFENSES: dict[str, Defense] = {
+    defense.name: defense
+    for defense in (
+        UNDEFENDED,
+    )
+}  # fmt: skip
+
+
+def find_defense(name: str) -> Defense:
+    """The defense of that name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in DEFENSES:
+        raise InputError(f"defense {name!r} is not one of {', '.join(DEFENSES)}")
+    return DEFENSES[name]

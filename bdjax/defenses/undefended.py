@@ -1,0 +1,28 @@
+"""No defense: the network that plain training on the suspect rows gives. What every other row of a table is held against."""
+
+from dataclasses import dataclass
+
+from bdjax.defenses.contract import Defense, Given
+from bdjax.types import DefenseResult
+
+
+@dataclass(frozen=True)
+class UndefendedSettings:
+    """Nothing to choose: the run's own recipe."""
+
+
+def run(given: Given, settings: UndefendedSettings) -> DefenseResult:
+    """Hand the attacked networks on."""
+    del settings
+    return DefenseResult(given.attacked.model, given.attacked.variables)
+
+
+UNDEFENDED = Defense(
+    name="none",
+    title="no defense",
+    paper="plain training",
+    stage="in training",
+    needs=("training set",),
+    settings=UndefendedSettings(),
+    run=run,
+)

@@ -1,0 +1,55 @@
+"""Settings of attacks and defenses: frozen dataclasses of the papers' values, changed by name and checked."""
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bdjax.errors import InputError
+
+
+def changed(owner: str, settings: Any, changes: Mapping[str, Any]) -> Any:
+    """Change some fields of a settings dataclass.
+
+    Args:
+        owner: whose settings they are, as a message says it: "attack sig".
+        settings: a frozen dataclass.
+        changes: field -> value, of the kind of the field's current value (an int will do for a float).
+
+    Raises:
+        InputError: a change of something that is not there, or to a value of another kind.
+    """
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    for name, value in changes.items():
+        if name not in fields:
+            raise InputError(f"{owner} has no setting {name!r}; it has {', '.join(fields)}")
+        default = fields[name]
+        kinds = (int, float) if type(default) is float else type(default)
+        is_number = isinstance(default, (int, float)) and not isinstance(default, bool)
+        if default is not None and (not isinstance(value, kinds) or (is_number and isinstance(value, bool))):
+            raise InputError(f"{owner}: {name} {value!r} is not of the kind of its default {default!r}")
+    return dataclasses.replace(settings, **changes)
+
+
+def read_value(text: str) -> Any:
+    """A value as it is written on a command line: a number, True, a tuple; anything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def read_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """Read an attack or a defense with settings of its own: "lfd:alpha=0.5:beta=0" -> ("lfd", {"alpha": 0.5, "beta": 0}).
+
+    Raises:
+        InputError: if a part after the name is not name=value, or a name comes twice.
+    """
+    name, *parts = text.split(":")
+    changes: dict[str, Any] = {}
+    for part in parts:
+        setting, equals, value = part.partition("=")
+        if not equals or not setting or setting in changes:
+            raise InputError(f"{text!r}: {part!r} should be a setting and its value, as in name:setting=value, once")
+        changes[setting] = read_value(value)
+    return name, changes

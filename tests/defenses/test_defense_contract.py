@@ -1,0 +1,82 @@
+"""What every defense owes its callers, checked on each entry of the registry."""
+
+import dataclasses
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from bdjax.defenses.comparison import defend, read_defense
+from bdjax.defenses.registry import DEFENSES, find_defense
+from bdjax.errors import InputError
+
+SMALL: dict[str, str] = {
+    "none": "none",
+}
+"""Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
+
+_results: dict = {}
+
+
+@pytest.fixture(params=sorted(DEFENSES))
+def tried(request, suspects):
+    name = request.param
+    if name not in _results:
+        before = jax.tree.map(np.array, suspects.given.attacked.variables)
+        variant = read_defense(SMALL[name], "quick", "digits")
+        _results[name] = (variant, *defend(suspects.given, suspects.suspects, variant, suspects.views), before)
+    return _results[name]
+
+
+def test_every_defense_is_in_the_table():
+    assert SMALL.keys() == DEFENSES.keys()
+
+
+def test_settings_are_frozen_and_each_field_is_documented():
+    for defense in DEFENSES.values():
+        assert dataclasses.is_dataclass(defense.settings) and type(defense.settings).__dataclass_params__.frozen
+        assert defense.needs and defense.paper and defense.title
+
+
+def test_result_has_a_row_for_each_suspect(tried, suspects):
+    variant, result, measured, _ = tried
+    num, rows = suspects.given.index.shape
+    assert all(leaf.shape[0] == num for leaf in jax.tree.leaves(result.variables))
+    chex.assert_tree_all_finite(result.variables)
+    if result.flags is not None:
+        assert result.flags.shape == (num, rows) and result.flags.dtype == bool
+    if result.scores is not None:
+        assert result.scores.shape == (num, rows) and np.isfinite(result.scores).all()
+    for values in result.facts.values():
+        assert np.shape(values) == (num,) and np.isfinite(values).all()
+    for picture in result.pictures.values():
+        assert len(picture) == num and picture.min() >= 0 and picture.max() <= 1
+    assert [one.suspect for one in measured] == suspects.suspects
+    assert all(0 <= one.cda <= 1 for one in measured) and measured[0].asr is not None and measured[1].asr is None
+    if "training set" not in variant.defense.needs:
+        assert result.flags is None and result.scores is None
+
+
+def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):
+    _, result, _, _ = tried
+    one = jax.tree.map(lambda leaf: leaf[0], result.variables)
+    images = suspects.test.images[:4].astype(np.float32) / 255
+    apply = jax.jit(lambda variables, images: result.model.apply(variables, images, train=False))
+    together = apply(one, images)
+    assert together.logits.shape[0] == 4 and together.logits.shape[1] in (10, 11)
+    chex.assert_trees_all_equal(together.variables, one)
+    alone = np.concatenate([apply(one, image[None]).logits for image in images])
+    np.testing.assert_allclose(alone, together.logits, rtol=1e-3, atol=1e-3)
+
+
+def test_attacked_networks_are_left_alone(tried, suspects):
+    before = tried[-1]
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, suspects.given.attacked.variables))
+
+
+def test_unknown_names_and_settings_are_refused_in_one_line():
+    with pytest.raises(InputError, match="is not one of none"):
+        find_defense("nothing")
+    with pytest.raises(InputError, match="has no setting 'colour'"):
+        read_defense("none:colour=1", "quick", "digits")
