@@ -89,6 +89,7 @@ class Given:
         *,
         variables: PyTree | None = None,
         objective: Objective | None = None,
+        loss_cap: float = 0.0,
     ) -> Nets:
         """Train a network for each of the M suspects, or read back those of a stage that is done.
 
@@ -100,13 +101,14 @@ class Given:
             rows: leaves [M, n', ...]; without a target "weight" each row counts alike.
             variables: where to start; None for fresh networks.
             objective: what a step minimises; None for the mean of weight times cross-entropy.
+            loss_cap: without an objective, above what cross-entropy no row's loss is raised any more; 0 for no such bound.
         """
         if variables is None:
             variables = self.begin(stage, model)
         if objective is None:
             ones = jnp.ones(rows.targets["labels"].shape, jnp.float32)
             rows = rows._replace(targets={"weight": ones, **rows.targets})
-            objective = weighted_cross_entropy(model)
+            objective = weighted_cross_entropy(model, loss_cap)
         keys = self.keys_for(f"{stage}: shuffles")
         return self.runner.from_variables(stage, model, config, variables, keys, 1, self.pool, rows, objective)
 
@@ -133,13 +135,22 @@ def labelled(index: np.ndarray, labels: np.ndarray) -> Rows:
 
 
 @cache
-def weighted_cross_entropy(model: Model) -> Objective:
-    """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight ascends."""
+def weighted_cross_entropy(model: Model, loss_cap: float = 0.0) -> Objective:
+    """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight ascends.
+
+    Args:
+        model: the network.
+        loss_cap: rows of negative weight whose cross-entropy is above it have no gradient: without a bound an ascent
+            ends in overflow. 0 for none.
+    """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
         output = model.apply({**variables, "params": params}, images, train=True)
-        weighted = targets["weight"] * losses.cross_entropy(output.logits, targets["labels"])
+        loss, weight = losses.cross_entropy(output.logits, targets["labels"]), targets["weight"]
+        if loss_cap:
+            loss = jnp.where(weight < 0, jnp.minimum(loss, loss_cap), loss)
+        weighted = weight * loss
         return Outcome(weighted, output.logits, targets["labels"], output.variables)
 
     return objective

@@ -1,6 +1,7 @@
 """Every defense of suspect training sets by name. Another one is a file of its own and its line here."""
 
 from bdjax.defenses.contract import Defense
+from bdjax.defenses.lfd import LFD
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
 
@@ -8,6 +9,7 @@ DEFENSES: dict[str, Defense] = {
     defense.name: defense
     for defense in (
         UNDEFENDED,
+        LFD,
     )
 }  # fmt: skip
 

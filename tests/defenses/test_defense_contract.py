@@ -13,6 +13,7 @@ from bdjax.errors import InputError
 
 SMALL: dict[str, str] = {
     "none": "none",
+    "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 
