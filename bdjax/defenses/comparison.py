@@ -242,6 +242,14 @@ class Tried(NamedTuple):
         return float(np.mean([one.r_acc for one in self.metrics])) if self.metrics else None
 
 
+class Comparison(NamedTuple):
+    """One defense on suspects that were members of one call: what a report shows."""
+
+    variant: DefenseVariant
+    result: DefenseResult  # of M suspects
+    tried: list[Tried]  # M, in the same order
+
+
 class TriggeredViews(NamedTuple):
     """The test images of each suspect under each of its triggers."""
 
