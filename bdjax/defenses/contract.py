@@ -134,6 +134,12 @@ def labelled(index: np.ndarray, labels: np.ndarray) -> Rows:
     return Rows(jnp.asarray(index, jnp.int32), {"labels": jnp.asarray(labels, jnp.int32)})
 
 
+def fingerprint(**settings: Any) -> str:
+    """Eight hexadecimal digits of what a stage depends on, for its name where the settings are too many to spell out."""
+    told = ", ".join(f"{name}={settings[name]!r}" for name in sorted(settings))
+    return f"{zlib.crc32(told.encode()):08x}"
+
+
 @cache
 def weighted_cross_entropy(model: Model, loss_cap: float = 0.0) -> Objective:
     """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight ascends.

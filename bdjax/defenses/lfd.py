@@ -20,7 +20,7 @@ from typing import Literal
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult
 
@@ -35,7 +35,9 @@ class LfdSettings:
     teacher_epochs: int = 5  # "a few"; figure 2 is drawn at the fifth
     alpha: float = 0.15  # share of all rows, those of the lowest loss, that are taken for candidates
     beta: float = 1e-3  # how strong the ascent on candidates is against the descent on all others
-    weighting: str = "weighted ascent"  # equation 6; "ascent": equation 5; "drop": candidates count 0; "plain": all count 1
+    weighting: str = (
+        "weighted ascent"  # equation 6; "ascent": equation 5; "drop": candidates count 0; "plain": all count 1
+    )
     loss_cap: float = 0.0  # of a candidate's loss, above which it is no longer raised; 0 for none
     max_percentile: float = 100.0  # of the teacher's losses, taken for their maximum: 100 is the maximum itself
 
@@ -90,7 +92,7 @@ def train_teacher(given: Given, name: str, epochs: int) -> Nets:
         epochs: how many.
     """
     config = given.config(epochs=epochs, schedule="constant", augmentation="none", weight_decay=0.0)
-    return given.train(f"lfd: teacher {name}, {epochs} epochs", given.make_model(name), config, given.all_rows())
+    return given.train(f"lfd teacher {name}, {epochs} epochs", given.make_model(name), config, given.all_rows())
 
 
 def teacher_losses(given: Given, teacher: Nets) -> np.ndarray:
@@ -104,7 +106,7 @@ def run(given: Given, settings: LfdSettings) -> DefenseResult:
     weights = np.stack([row_weights(own, settings) for own in losses])
     rows = given.all_rows()
     rows = rows._replace(targets={**rows.targets, "weight": jnp.asarray(weights)})
-    stage = "lfd: student " + ", ".join(f"{name} {value}" for name, value in vars(settings).items())
+    stage = f"lfd student {fingerprint(**vars(settings))}"
     student = given.train(stage, given.make_model(), given.recipe, rows, loss_cap=settings.loss_cap)
     thresholds = np.array([threshold(own, settings.alpha) for own in losses])
     return DefenseResult(

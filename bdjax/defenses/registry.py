@@ -1,5 +1,6 @@
 """Every defense of suspect training sets by name. Another one is a file of its own and its line here."""
 
+from bdjax.defenses.abm import ABM
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.undefended import UNDEFENDED
@@ -10,6 +11,7 @@ DEFENSES: dict[str, Defense] = {
     for defense in (
         UNDEFENDED,
         LFD,
+        ABM,
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ from bdjax.errors import InputError
 
 SMALL: dict[str, str] = {
     "none": "none",
+    "abm": "abm:epochs=2:student_epochs=2:isolation_rate=0.1",
     "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""

@@ -1,0 +1,201 @@
+"""NBAB: find a stronger backdoor with a weaker one of one's own (ABM, Chen et al. 2024, section IV-A, algorithm 1).
+
+The defender plants a backdoor into the suspect rows: a small white square that leads to a class of its own, number K. The
+verification network learns it along with everything else, but weakly, since features of stamped images are pulled to those
+of the same images without the stamp (equation 2; see `bdjax/attacks/suppression.py`). Then *every* row is stamped. Where the
+square is all there is to see, the answer is K; where the attacker's trigger is there too, it drowns the square. So rows
+that are not answered by K are suspicious.
+
+The paper leaves open how many rows are stamped in training (here a tenth, balanced over the given labels), which layer is
+aligned (here what the last one sees), how a distance is scaled (the mean over features) and how the suspicious rows become
+1 % of the set (here: those first whose margin for K is lowest, rows that failed the test before all others).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.suppression import suppressed_cross_entropy
+from bdjax.defenses.contract import Given, fingerprint
+from bdjax.training.member import Rows
+from bdjax.training.stages import Nets
+
+Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(uint8 images [N, H, W, C], labels [N]) -> the same with the defender's trigger."""
+CHUNK = 4096
+"""Rows of each member that are stamped at a time."""
+
+
+@dataclass(frozen=True)
+class NbabSettings:
+    """The paper's values for CIFAR-10; its optimiser's rate and batch are those of the code that it builds on."""
+
+    alpha: float = 1000.0  # weight of the alignment; 2000 on GTSRB
+    epochs: int = 10
+    learning_rate: float = 0.01
+    optimiser: str = "sgd"  # or "adam"
+    weight_decay: float = 1e-4
+    implant_rate: float = 0.1  # share of all rows that are stamped for training
+    patch_size: int = 2  # of the white square in the upper left; 16 on the ImageNet subset
+    trigger: str = "patch"  # "attacker": the attacker's own, the worst case of appendix E, which takes an oracle
+    weak_by: str = "alignment"  # "cover": instead, appendix A: some stamped rows keep their label
+    cover_rate: float = 0.2  # of "cover": share of the stamped rows that keep their label
+
+
+class Verified(NamedTuple):
+    """What the verification networks say of every row."""
+
+    margins: np.ndarray  # float32 [M, n]: logit of class K minus the highest other, stamped; below 0 the row fails
+    implant_success: np.ndarray  # float64 [M]: share of the stamped training rows that are answered by K
+    clean_accuracy: np.ndarray  # float64 [M]: share of all rows, unstamped, that get their given label
+    nets: Nets  # the verification networks, K + 1 classes
+    predictions: np.ndarray  # int [M, n]: of the stamped rows
+
+
+def white_patch(size: int) -> Stamp:
+    """The defender's square: `size` pixels each way in the upper left, white."""
+
+    def stamp(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        del labels
+        stamped = images.copy()
+        stamped[:, :size, :size] = 255
+        return stamped
+
+    return stamp
+
+
+def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Generator) -> np.ndarray:
+    """Rows to stamp, as many of each given label as their share, at least one: int32 [m], sorted.
+
+    Args:
+        labels: int [n], as given.
+        rate: share of all rows.
+        generator: decides which.
+    """
+    total = max(1, round(rate * len(labels)))
+    order = generator.permutation(len(labels))
+    by_label = np.concatenate([order[labels[order] == label] for label in np.unique(labels)])
+    # Evenly spaced places in rows sorted by label are balanced over the labels, and of a fixed number.
+    places = (np.arange(total) * len(labels)) // total
+    return np.sort(by_label[places]).astype(np.int32)
+
+
+def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
+    """Train a verification network on each suspect, and put every row to the test.
+
+    Args:
+        given: the suspects.
+        settings: of the planted backdoor.
+        number: which of several verification networks: each has its own weights and its own implants.
+
+    Raises:
+        ValueError: if `trigger` or `weak_by` is not known.
+    """
+    if settings.trigger not in ("patch", "attacker") or settings.weak_by not in ("alignment", "cover"):
+        raise ValueError(f"trigger {settings.trigger!r} or weak_by {settings.weak_by!r} is not known")
+    num_members, num_rows = given.index.shape
+    stamps = [_stamp_of(given, settings, member) for member in range(num_members)]
+    pool = np.asarray(given.pool)
+    implants = np.stack(
+        [
+            choose_implants(own, settings.implant_rate, np.random.default_rng((number, member)))
+            for member, own in enumerate(given.labels)
+        ]
+    )
+    num_implants = implants.shape[1]
+    stamped = [
+        stamp(pool[index[rows]], labels[rows])
+        for stamp, index, labels, rows in zip(stamps, given.index, given.labels, implants, strict=True)
+    ]
+    where = len(pool) + np.arange(num_members * num_implants, dtype=np.int32).reshape(num_members, num_implants)
+    source = np.take_along_axis(given.index, implants, axis=1)
+    new_labels, alpha = np.full(implants.shape, given.num_classes, np.int32), settings.alpha
+    if settings.weak_by == "cover":
+        num_covers, alpha = round(settings.cover_rate * num_implants), 0.0
+        # Evenly spread, so that covers are balanced over the labels as all implants are.
+        covers = (np.arange(num_covers) * num_implants) // max(num_covers, 1)
+        new_labels[:, covers] = np.take_along_axis(given.labels, implants[:, covers], axis=1)
+    # What an attacker who weakens its own backdoor does, it does wherever its rows are learnt.
+    own_suppression = np.zeros((num_members, num_rows), np.float32) if given.suppression is None else given.suppression
+    partner = given.index if given.partner is None else np.where(own_suppression > 0, given.partner, given.index)
+    rows = Rows(
+        jnp.asarray(
+            np.stack([np.concatenate([given.index, where], 1), np.concatenate([partner, source], 1)], -1), jnp.int32
+        ),
+        {
+            "labels": jnp.asarray(np.concatenate([given.labels, new_labels], 1), jnp.int32),
+            "suppression": jnp.asarray(
+                np.concatenate([own_suppression, np.full(implants.shape, alpha, np.float32)], 1), jnp.float32
+            ),
+        },
+    )
+    model = given.make_model(num_classes=given.num_classes + 1)
+    config = given.config(
+        epochs=settings.epochs,
+        optimiser=settings.optimiser,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        schedule="constant",
+        augmentation="none",
+    )
+    stage = f"nbab {fingerprint(number=number, **vars(settings))}"
+    larger = dataclasses.replace(given, pool=jnp.asarray(np.concatenate([pool, *stamped])))
+    nets = larger.train(stage, model, config, rows, objective=suppressed_cross_entropy(model))
+    logits = stamped_logits(given, nets, stamps)
+    predictions = np.argmax(logits, -1)
+    plain = np.argmax(given.logits(model, nets.variables, given.all_rows()), -1)
+    return Verified(
+        margins=logits[..., -1] - logits[..., :-1].max(-1),
+        implant_success=np.mean(np.take_along_axis(predictions, implants, 1) == given.num_classes, axis=1),
+        clean_accuracy=np.mean(plain == given.labels, axis=1),
+        nets=nets,
+        predictions=predictions,
+    )
+
+
+def _stamp_of(given: Given, settings: NbabSettings, member: int) -> Stamp:
+    own = given.own_triggers[member] if settings.trigger == "attacker" and given.own_triggers else None
+    return own or white_patch(settings.patch_size)  # where there is no attacker there is no trigger to share
+
+
+def stamped_logits(given: Given, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
+    """What networks say of every row with the defender's trigger on it: float32 [M, n, K + 1].
+
+    Args:
+        given: the suspects.
+        nets: one network for each.
+        stamps: likewise.
+    """
+    pool, answers = np.asarray(given.pool), []
+    for start in range(0, given.index.shape[1], CHUNK):
+        images = np.stack(
+            [
+                stamp(pool[index[start : start + CHUNK]], labels[start : start + CHUNK])
+                for stamp, index, labels in zip(stamps, given.index, given.labels, strict=True)
+            ]
+        )
+        batch_size = given.recipe.evaluation_batch_size
+        answers.append(given.runner.predict_own(nets.model, nets.variables, images, batch_size))
+    return np.concatenate(answers, axis=1)
+
+
+def isolate(margins: np.ndarray, rate: float) -> np.ndarray:
+    """The rows that look most poisoned: those that fail the test by most, and, if too few fail, those that pass by least.
+
+    Args:
+        margins: float [M, n], below 0 where a row fails.
+        rate: share of all rows to isolate.
+
+    Returns:
+        bool [M, n], ceil(rate n) of each member.
+    """
+    count = math.ceil(rate * margins.shape[1] - 1e-9)
+    order = np.argsort(margins, axis=1, kind="stable")[:, :count]
+    flags = np.zeros(margins.shape, bool)
+    np.put_along_axis(flags, order, True, axis=1)
+    return flags
