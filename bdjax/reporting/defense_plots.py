@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from bdjax.reporting.plots import COLOURS, draw_title, house_style
 from bdjax.reporting.tables import printable
 
-MARKERS = "osD^vP*X<>ph"
+MARKERS = "osD^vPX<>ph"
 _FAINT = "#e6e8eb"
 
 
@@ -41,7 +41,10 @@ def trade_off(
         if common.any():
             mean = success[number, common].mean(), clean_accuracy[number, common].mean()
             axes.scatter(*mean, s=90, edgecolors="white", linewidths=0.8, label=printable(name), zorder=3, **how)
-    axes.set(xlabel="ASR (lower is better)", ylabel="CDA (higher is better)", xlim=(-0.03, 1.03))
+    values = clean_accuracy[known] if known.any() else np.array([1.0])
+    # At least so much of the axis that differences of a point or two look as small as they are.
+    low, high = min(values.min(), values.max() - 0.2) - 0.02, values.max() + 0.02
+    axes.set(xlabel="ASR (lower is better)", ylabel="CDA (higher is better)", xlim=(-0.03, 1.03), ylim=(low, high))
     axes.grid(color=_FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
     if common.any():
@@ -56,7 +59,6 @@ class Scores(NamedTuple):
     name: str
     scores: np.ndarray  # float [n]
     is_poisoned: np.ndarray | None  # bool [n]; None if nobody knows
-    flags: np.ndarray | None = None  # bool [n]: what the defense makes of the scores
 
 
 @house_style

@@ -245,11 +245,11 @@ def _key_numbers(results: Mapping[str, Any], about: Sequence[str]) -> dict[str, 
     plain = numbers.undefended(results)
     names = [one["attack"] for one in results["attacks"]]
     cells = [[numbers.find(results, name, which) for which in (plain, shown[0]["defense"])] for name in names]
+    known = [pair for pair in cells if None not in [numbers.mean_of(cell, "asr") for cell in pair]]
     result = {}
     for what, label in (("asr", "ASR"), ("cda", "CDA")):
-        pairs = [[numbers.mean_of(cell, what) for cell in pair] for pair in cells]
-        pairs = [pair for pair in pairs if None not in pair]
-        if pairs:
+        pairs = [[numbers.mean_of(cell, what) for cell in pair] for pair in known or cells]
+        if pairs and not any(None in pair for pair in pairs):
             before, after = np.mean(pairs, axis=0)
             result |= {f"mean {label} without": f"{before:.3f}", f"mean {label} with": f"{after:.3f}"}
     return result or counts
@@ -379,7 +379,7 @@ def score_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[
         for comparison, number, one in _first_seed(group):
             _, scores = _of(comparison, number)
             if scores is not None:
-                panels.append(defense_plots.Scores(one.suspect.attack.title, scores, one.suspect.is_poisoned))
+                panels.append(defense_plots.Scores(numbers.set_title(one.suspect), scores, one.suspect.is_poisoned))
         if not panels:
             continue
         title = group[0].variant.title
@@ -413,7 +413,7 @@ def suspicious_figures(folder: RunFolder, comparisons: Sequence[Comparison], tra
                 line = rows[start : start + per_line]
                 images.append([one.suspect.dataset.images[row].astype(np.float32) / 255 for row in line])
                 captions.append([_caption(one.suspect, train, row) for row in line])
-                names.append("" if start else one.suspect.attack.title)
+                names.append("" if start else numbers.set_title(one.suspect))
         if not images:
             continue
         title = group[0].variant.title
@@ -451,7 +451,7 @@ def picture_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> lis
                 own = comparison.result.pictures.get(kind)
                 if own is not None and len(own[number]):
                     images.append(list(np.asarray(own[number])[:IMAGES_PER_LINE]))
-                    names.append(one.suspect.attack.title)
+                    names.append(numbers.set_title(one.suspect))
             if not images:
                 continue
             figure = plots.image_grid(images[:MOST_SETS], names[:MOST_SETS], (), f"{title}: {kind}")

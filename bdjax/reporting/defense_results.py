@@ -87,7 +87,7 @@ def _one_attack(ones: Sequence[Tried], seed: int) -> dict[str, Any]:
     return {
         "attack": attack.name,
         "base": read_variant(attack.name)[0],
-        "title": attack.title,
+        "title": set_title(ordered[0]),
         "target": attack.target if parts else None,
         "suppression": attack.suppression,
         "parts": [
@@ -105,6 +105,14 @@ def _one_attack(ones: Sequence[Tried], seed: int) -> dict[str, Any]:
         "num_poisoned": [int(one.is_poisoned.sum()) for one in ordered] if is_known else None,
         "num_covers": [one.num_covers for one in ordered] if is_known else None,
     }
+
+
+def set_title(suspect: Suspect) -> str:
+    """What a training set is called: its attack, "no attack" if it is known to be clean, and otherwise what it is."""
+    if suspect.attack.plan is not None:
+        return suspect.attack.title
+    is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
+    return "no attack" if is_clean else "rows as they came"
 
 
 def _one_defense(variant: DefenseVariant) -> dict[str, Any]:
@@ -243,8 +251,10 @@ def main_table(results: Mapping[str, Any], second: str = "asr") -> Table:
         notes += " A single seed has no spread: small differences mean nothing."
     if len(common) > 1 and len(common) < len(results["attacks"]):
         notes += f" The last row is over those attacks that have {label} under every defense."
-    if any(not attack["parts"] for attack in results["attacks"]):
-        notes += f" Without an attack of this run's own nobody knows a trigger, so {label} is unknown ({UNKNOWN})."
+    if any(is_clean(attack) for attack in results["attacks"]):
+        notes += f" A clean training set has no trigger and so no {label}."
+    if any(not attack["parts"] and not is_clean(attack) for attack in results["attacks"]):
+        notes += f" Of rows as they came this run knows no trigger, so their {label} is unknown."
     return Table(
         f"CDA / {label}",
         ("training set", *(one["title"] for one in defenses)),

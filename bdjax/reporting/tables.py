@@ -100,7 +100,9 @@ def number_columns(table: Table) -> tuple[bool, ...]:
 
     def is_number(column: tuple[str, ...]) -> bool:
         known = [text for text in column if text and text != UNKNOWN]
-        return bool(known) and all(_NUMBER.fullmatch(text) for text in known)
+        return bool(known) and all(
+            _NUMBER.fullmatch(part) for text in known for part in text.split(" / ") if part != UNKNOWN
+        )
 
     columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
     return tuple(is_number(column) for column in columns)

@@ -64,6 +64,8 @@ def test_columns_of_numbers_are_found():
     units = Table("", ("a", "b", "c", "d"), (("14.2 s", "−3 %", "7 teachers", None), ("1e-05", "< 0.01", "3", None)))
     assert number_columns(units) == (True, True, False, False)
     assert number_columns(Table("", ("a", "b"), ())) == (False, False)
+    pairs = Table("", ("a", "b"), (("0.953 / 0.012", "yes / no"), ("0.9 / –", "0.9 / no")))
+    assert number_columns(pairs) == (True, False)
 
 
 def test_markdown_has_aligned_columns():

@@ -1,0 +1,363 @@
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from bdjax.defenses.comparison import Comparison, DefenseVariant, Suspect, Tried, read_attack
+from bdjax.defenses.contract import Defense
+from bdjax.defenses.undefended import UNDEFENDED, UndefendedSettings
+from bdjax.metrics import AttackMetrics, measure_detection
+from bdjax.reporting import defense_report
+from bdjax.reporting import defense_results as numbers
+from bdjax.reporting.report import Section
+from bdjax.reporting.run_folder import open_run
+from bdjax.reporting.tables import Table, to_markdown
+from bdjax.types import Dataset, DefenseResult, PoisonedDataset, TrainTest
+
+ROWS = 40
+IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 1)).astype(np.uint8)
+LABELS = (np.arange(ROWS) % 4).astype(np.int32)
+TRAIN = Dataset(IMAGES, LABELS, 4, "cifar10", "a test", ("cat", "dog", "cow", "hen"))
+IS_POISONED = np.isin(np.arange(ROWS), [1, 2, 5, 6])
+POISONED = PoisonedDataset(IMAGES, LABELS, 4, "cifar10", "a test", (), IS_POISONED, LABELS, np.zeros(ROWS, bool))
+ALPHA = {"alpha": 0.5}
+
+
+@dataclass(frozen=True)
+class Settings:
+    alpha: float = 0.1
+    """a share"""
+
+
+NONE = DefenseVariant("none", UNDEFENDED, UndefendedSettings())
+LFD = DefenseVariant(
+    "lfd:alpha=0.5",
+    Defense("lfd", "LfD", "Li et al.", "in training", ("training set", "clean rows"), Settings(), run=lambda *_: None),
+    Settings(0.5),
+)
+ABL = DefenseVariant(
+    "abl",
+    Defense("abl", "ABL", "Li et al.", "in training", ("training set", "number of poisons"), Settings(), run=print),
+    Settings(),
+)
+
+
+def suspect(attack, seed=0, truth=True):
+    """Badnets-like sets have the four rows above; "none" none, and None as its truth is one that nobody knows."""
+    variant = read_attack(attack, TRAIN, 0)
+    if variant.plan is None:
+        return Suspect(variant, seed, TRAIN, (), np.zeros(ROWS, bool) if truth else None)
+    return Suspect(variant, seed, POISONED, ((),) * len(variant.plan.parts), IS_POISONED)
+
+
+def under(asr, cda):
+    return AttackMetrics(cda, asr, 1 - asr, asr, 1 - asr, None)
+
+
+def tried(attack, variant, cda, *asr, seed=0, flags=None, scores=None, truth=True, facts=None, seconds=2.0):
+    one = suspect(attack, seed, truth)
+    detection = measure_detection(flags, scores, one.is_poisoned)
+    return Tried(one, variant, cda, tuple(under(each, cda) for each in asr), detection, facts or {}, seconds)
+
+
+SCORES = np.where(IS_POISONED, 2.0, 0.0) + np.arange(ROWS) / 100
+FLAGS = np.isin(np.arange(ROWS), [1, 2, 5, 7])
+
+
+def everything():
+    ones = []
+    for seed in (0, 1):
+        ones += [
+            tried("badnets", NONE, 0.9, 0.98, seed=seed),
+            tried("badnets+sig", NONE, 0.92, 1.0, 0.6, seed=seed),
+            tried("blended", NONE, 0.91, 0.3, seed=seed),
+            tried("none", NONE, 0.95 - 0.01 * seed, seed=seed),
+            tried(
+                "badnets", LFD, 0.88 + 0.02 * seed, 0.02, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}
+            ),
+            tried("badnets+sig", LFD, 0.85, 0.1, 0.5, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+            tried("blended", LFD, 0.9, 0.01, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+            tried("none", LFD, 0.9 + 0.01 * seed, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+        ]
+    return ones
+
+
+@pytest.fixture(scope="module")
+def results():
+    return numbers.summarise(everything(), 100, 5, {"issba": "no room"})
+
+
+def line(table, *starts):
+    """The row of a table whose first cells are these."""
+    (found,) = [row for row in table.rows if row[: len(starts)] == starts]
+    return found
+
+
+def test_results_are_plain_and_the_same_whenever_a_run_is_repeated(results):
+    again = [one._replace(seconds=99.0) for one in everything()]
+    assert json.dumps(numbers.summarise(again, 100, 5, {"issba": "no room"})) == json.dumps(results)
+
+
+def test_numbers_and_their_spread(results):
+    assert results["seeds"] == [5, 6] and results["test_rows"] == 100
+    cell = numbers.find(results, "badnets", "lfd:alpha=0.5")
+    assert cell["summary"]["cda"]["mean"] == pytest.approx(0.89)
+    assert cell["summary"]["cda"]["standard_deviation"] == pytest.approx(np.std([0.88, 0.9], ddof=1))
+    assert [row["seed"] for row in cell["by_seed"]] == [5, 6]
+    assert cell["summary"]["precision"]["mean"] == pytest.approx(0.75) and cell["facts"]["kept"]["mean"] == 36.0
+    badnets, hybrid, _, clean = results["attacks"]
+    assert badnets["num_rows"] == [ROWS, ROWS] and badnets["num_poisoned"] == [4, 4] and badnets["target"] == 0
+    assert hybrid["base"] == "badnets+sig" and len(hybrid["parts"]) == 2
+    assert clean["num_poisoned"] == [0, 0] and clean["target"] is None and numbers.is_clean(clean)
+    lfd = results["defenses"][1]
+    assert (lfd["base"], lfd["title"], lfd["settings"]) == ("lfd", "LfD (alpha 0.5)", ALPHA)
+
+
+def test_success_of_a_hybrid_is_the_mean_over_its_triggers_and_each_has_a_row_of_its_own(results):
+    assert numbers.mean_of(numbers.find(results, "badnets+sig", "none"), "asr") == pytest.approx(0.8)
+    table = numbers.trigger_table(results)
+    assert [row[1] for row in table.rows] == ["BadNets", "BadNets", "SIG", "SIG"]
+    assert [row[3] for row in table.rows] == [
+        "1.000 ± 0.000",
+        "0.100 ± 0.000",
+        "0.600 ± 0.000",
+        "0.500 ± 0.000",
+    ]
+    alone = numbers.summarise([tried("badnets", NONE, 0.9, 1.0)], 100, 0)
+    assert numbers.trigger_table(alone) is None
+
+
+def test_main_table(results):
+    table = numbers.main_table(results)
+    assert table.header == ("training set", "no defense", "LfD (alpha 0.5)")
+    assert line(table, "BadNets")[1:] == ("0.900 / 0.980", "0.890 / 0.020")
+    assert line(table, "no attack")[1:] == ("0.945 / –", "0.905 / –")
+    mean_before, mean_after = np.mean([0.98, 0.8, 0.3]), np.mean([0.02, 0.3, 0.01])
+    assert line(table, "mean of 3 attacks")[1:] == (f"0.910 / {mean_before:.3f}", f"0.880 / {mean_after:.3f}")
+    assert "over 2 seeds, 100 test rows" in table.notes and "issba (no room)" in table.notes
+    assert "CDA 0.014" in table.notes  # the largest deviation, of LfD on badnets
+    assert "A clean training set has no trigger and so no ASR" in table.notes and "as they came" not in table.notes
+    assert line(numbers.main_table(results, "r_acc"), "BadNets")[2] == "0.890 / 0.980"
+
+
+def test_the_mean_is_over_attacks_that_every_defense_was_tried_on():
+    ones = [
+        *(tried(attack, NONE, 0.9, 1.0) for attack in ("badnets", "blended", "sig")),
+        tried("badnets", LFD, 0.8, 0.2),
+        tried("blended", LFD, 0.6, 0.0),
+    ]
+    table = numbers.main_table(numbers.summarise(ones, 10, 0))
+    assert line(table, "mean of 2 attacks") == ("mean of 2 attacks", "0.900 / 1.000", "0.700 / 0.100")
+    assert line(table, "SIG")[2] is None and "those attacks that have ASR under every defense" in table.notes
+    assert "A single seed has no spread" in table.notes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "cda", "expected"),
+    [
+        (0.9, 0.1, 0.9, True),
+        (0.9, 0.27, 0.9, True),
+        (0.9, 0.28, 0.9, False),
+        (0.5, 0.1, 0.81, True),
+        (0.9, 0.0, 0.79, False),
+        (0.49, 0.0, 0.9, None),
+    ],
+)
+def test_a_defense_works_as_the_definition_says(before, after, cda, expected):
+    ones = [tried("badnets", NONE, 0.9, before), tried("badnets", LFD, cda, after)]
+    assert numbers.works(numbers.summarise(ones, 10, 0), "badnets", LFD.name) is expected
+
+
+def test_detection_and_false_alarms(results):
+    row = line(numbers.detection_table(results), "BadNets")
+    auc = float(np.mean(SCORES[IS_POISONED][:, None] > SCORES[~IS_POISONED][None]))
+    assert row[1:3] == (0.1, "LfD (alpha 0.5)") and auc == 1
+    assert row[3:] == ("0.100 ± 0.000", "0.750 ± 0.000", "0.750 ± 0.000", "0.750 ± 0.000", "1.000 ± 0.000")
+    clean = line(numbers.detection_table(results), "no attack")
+    assert clean[1] == 0 and clean[3:] == ("0.100 ± 0.000", None, None, None, None)
+    table = numbers.false_alarm_table(results)
+    assert line(table, "LfD (alpha 0.5)")[1:] == ("0.905 ± 0.007", "-0.040 ± 0.014", "0.100 ± 0.000")
+    assert line(table, "no defense")[2:] == (None, "–")
+    poisoned = numbers.summarise([tried("badnets", NONE, 0.9, 1.0)], 10, 0)
+    assert numbers.detection_table(poisoned) is None and numbers.false_alarm_table(poisoned) is None
+
+
+def test_who_was_given_what():
+    ones = [tried("badnets", variant, 0.9, 1.0) for variant in (NONE, LFD, ABL)]
+    table = numbers.needs_table(numbers.summarise(ones, 10, 0))
+    assert table.header == ("defense", "when", "training set", "clean rows", "number of poisons", "paper")
+    assert line(table, "LfD (alpha 0.5)")[2:5] == ("yes", "yes", None)
+    assert line(table, "ABL")[2:5] == ("yes", None, "yes") and "Number of poisons: no defender has that" in table.notes
+
+
+def test_beside_the_papers(results):
+    table = numbers.published_table(results, "cifar10")
+    rows = {(row[0], row[1], row[-1]): row[2:6] for row in table.rows}
+    ours, papers, asr, success = rows["Blended, random pixels", "LfD (alpha 0.5)", "LfD Table 1"]
+    assert (papers, success) == (92.43, 3.38) and (ours, asr) == (pytest.approx(90), pytest.approx(1))
+    assert rows["no attack", "no defense", "ABM Table III"][1::2] == (82.91, None)
+    assert not any("+" in row[0] for row in table.rows)
+    assert numbers.published_table(results, "mnist") is None
+
+
+def test_a_suppressed_attack_is_not_the_papers():
+    ones = [tried("badnets:suppression=10", NONE, 0.9, 1.0)]
+    assert numbers.published_table(numbers.summarise(ones, 10, 0), "cifar10") is None
+
+
+def test_what_failed_in_the_paper_says_so():
+    abl = tried("narcissus", ABL, 0.9, 1.0)
+    table = numbers.published_table(numbers.summarise([abl], 10, 0), "gtsrb")
+    assert [row[2:] for row in table.rows] == [(90, "fail", 100, "fail", "ABM Table III")]
+
+
+def test_times(results):
+    table = numbers.time_table(results, {"none": 4.0, "lfd:alpha=0.5": 10.0}, "On two cores.")
+    assert table.rows == (("no defense", "4.00", None), ("LfD (alpha 0.5)", "10.00", "2.50 ×"))
+    assert table.notes.endswith("On two cores.")
+    assert numbers.time_table(results, {}) is None
+
+
+def test_facts_and_rows(results):
+    assert line(numbers.facts_table(results), "LfD (alpha 0.5)", "BadNets")[2:] == ("kept", "36.000 ± 0.000")
+    assert line(numbers.rows_table(results), "BadNets")[1:] == ("all-to-one, target 0", ROWS, 4, 0, None, "5, 6")
+
+
+def unknown():
+    ones = [tried("none", NONE, 0.9, truth=False), tried("none", LFD, 0.8, truth=False, flags=FLAGS, scores=SCORES)]
+    return numbers.summarise(ones, 10, 0)
+
+
+def test_rows_of_ones_own_have_no_success_and_no_false_alarms():
+    own = unknown()
+    assert own["attacks"][0]["num_poisoned"] is None
+    table = numbers.main_table(own)
+    assert line(table, "rows as they came")[1:] == ("0.900 / –", "0.800 / –") and "ASR is unknown" in table.notes
+    assert numbers.false_alarm_table(own) is None
+    assert line(numbers.detection_table(own), "rows as they came")[1:] == (
+        None,
+        "LfD (alpha 0.5)",
+        "0.100",
+        *[None] * 4,
+    )
+    said = defense_report.verdict(own)
+    assert said.level == "info" and "Nobody told this run" in said.headline
+    assert "LfD (alpha 0.5): CDA 0.800 (0.900 without defense), 10.0 % of the rows flagged." in said.text
+
+
+def test_verdict_says_what_works_and_what_does_not(results):
+    said = defense_report.verdict(results)
+    assert said.level == "warning" and said.headline == "LfD (alpha 0.5) works against 1 of 2 backdoors."
+    assert "mean ASR 0.890 becomes 0.160, mean CDA 0.910 becomes 0.870" in said.text
+    assert "Not against: BadNets + SIG (ASR 0.30, CDA 0.85)." in said.text
+    assert "does not work even without defense (mean ASR): Blended, random pixels (0.30)" in said.text
+    assert "On the clean training set, where no defense has CDA 0.945: LfD (alpha 0.5) has CDA 0.905" in said.text
+    assert "One seed" not in said.text
+
+
+@pytest.mark.parametrize(
+    ("lfd", "abl", "about", "level", "headline"),
+    [
+        (0.0, 0.0, (), "clean", "2 of 2 defenses work against 1 backdoor."),
+        (0.0, 0.9, (), "warning", "1 of 2 defenses work against 1 backdoor."),
+        (0.9, 0.9, (), "attacked", "0 of 2 defenses work against 1 backdoor."),
+        (0.0, 0.9, ("lfd:alpha=0.5",), "clean", "LfD (alpha 0.5) works against the backdoor."),
+        (0.0, 0.9, ("abl",), "attacked", "ABL works against 0 of 1 backdoor."),
+    ],
+)
+def test_every_outcome_has_its_words(lfd, abl, about, level, headline):
+    ones = [tried("badnets", NONE, 0.9, 1.0), tried("badnets", LFD, 0.9, lfd), tried("badnets", ABL, 0.9, abl)]
+    said = defense_report.verdict(numbers.summarise(ones, 10, 0), about)
+    assert (said.level, said.headline) == (level, headline) and "One seed only" in said.text
+
+
+def test_without_an_attack_that_works_there_is_nothing_to_say():
+    ones = [tried("badnets", NONE, 0.9, 0.2), tried("badnets", LFD, 0.9, 0.0)]
+    said = defense_report.verdict(numbers.summarise(ones, 10, 0))
+    assert said.level == "info" and "so there is nothing to remove" in said.headline and "BadNets (0.20)" in said.text
+    clean = numbers.summarise([tried("none", NONE, 0.9), tried("none", LFD, 0.9, flags=FLAGS)], 10, 0)
+    assert defense_report.verdict(clean).headline.startswith("The training set is clean")
+
+
+def comparisons(names, variants=(NONE, LFD), truth=True):
+    made = []
+    for variant in variants:
+        found = {} if variant is NONE else {"flags": FLAGS, "scores": SCORES}
+        ones = []
+        for name in names:
+            success = [] if name == "none" else [0.5] * len(name.split("+"))
+            ones += [tried(name, variant, 0.9, *success, seed=seed, truth=truth, **found) for seed in (0, 1)]
+        num = len(ones)
+        if variant is NONE:
+            result = DefenseResult(None, {})
+        else:
+            pictures = {"reversed trigger": np.random.default_rng(0).random((num, 3, 8, 8, 1)).astype(np.float32)}
+            flags, scores = np.tile(FLAGS, (num, 1)), np.tile(SCORES, (num, 1)).astype(np.float32)
+            result = DefenseResult(None, {}, flags, scores, {}, pictures)
+        made.append(Comparison(variant, result, ones))
+    return made
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+
+@pytest.mark.parametrize("names", [("badnets",), ("badnets", "badnets+sig", "none")])
+def test_the_report_is_complete(tmp_path, names):
+    made = comparisons(names)
+    measured = numbers.summarise([one for each in made for one in each.tried], 10, 0)
+    folder = open_run(tmp_path / "run", Config(), experiment="lfd")
+    extra = Section("Curves of its own", "", (Table("Its own table", ("a",), ((1,),)),))
+    timings = {"no defense": 8.0, "lfd": 5.0}
+    defense_report.write(
+        folder, {"seed": 0}, measured, made, timings, TrainTest(TRAIN, TRAIN), "python x.py", extra_sections=[extra]
+    )
+    page = (folder.path / "report.html").read_text("utf-8")
+    for text in (
+        "Curves of its own",
+        "Who was given what",
+        "Detection of poisoned rows",
+        "python x.py",
+        "LfD (alpha 0.5)",
+    ):
+        assert text in page
+    assert page.count("<img") == 5
+    markdown = (folder.path / "table.md").read_text("utf-8")
+    assert "Its own table" in markdown and ("Hybrid attacks" in markdown) == (len(names) > 1)
+    assert to_markdown(numbers.main_table(measured)) in markdown
+    each = {name: f"scores/lfd-alpha=0.5/{name}.csv" for name in names}
+    assert sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*.csv")) == sorted(each.values())
+    assert json.loads((folder.path / "timings.json").read_text()) == {"seconds": timings}
+    assert f"{8 / 2 / len(names):.2f}" in page  # of plain training, for one of the suspects
+
+
+def test_scores_files():
+    text = defense_report.scores_csv(suspect("badnets"), FLAGS, SCORES)
+    rows = [entry.split(",") for entry in text.splitlines()]
+    assert rows[0] == ["row", "label", "score", "flagged", "is_poisoned"] and len(rows) == 1 + ROWS
+    assert rows[6] == ["5", "1", "2.05", "1", "1"] and rows[8] == ["7", "3", "0.07", "1", "0"]
+    unknown = defense_report.scores_csv(suspect("none", truth=False), None, SCORES)
+    assert unknown.splitlines()[2] == "1,1,2.01,,"
+
+
+def test_pictures_are_of_the_rows_that_the_defense_suspects(monkeypatch, tmp_path):
+    seen = {}
+
+    def grid(images, row_names, column_names, title, *, captions=None):
+        seen.update(images=images, names=row_names, captions=captions)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(defense_report.plots, "image_grid", grid)
+    folder = open_run(tmp_path / "run", Config(), experiment="lfd")
+    with pytest.raises(KeyboardInterrupt):
+        defense_report.suspicious_figures(folder, comparisons(("badnets",)), TRAIN)
+    first = [cell for row in seen["captions"] for cell in row]
+    # Flagged are 1, 2, 5 and 7, of which 7 is clean and has the lowest score; 6 is poisoned and was missed.
+    assert first[:5] == ["dog: poisoned", "cow: poisoned", "dog: poisoned", "hen: clean", "cow: poisoned"]
+    assert len(first) == 24 and not any(seen["names"])
+    np.testing.assert_array_equal(seen["images"][0][0], IMAGES[5].astype(np.float32) / 255)
+    with pytest.raises(KeyboardInterrupt):
+        defense_report.suspicious_figures(folder, comparisons(("none",), truth=False), TRAIN)
+    assert seen["captions"][0][0] == "dog"
