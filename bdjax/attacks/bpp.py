@@ -2,9 +2,11 @@
 
 The attacker trains the model. Beside quantised rows with its label it shows rows with the quantisation error of *another*
 image added, under their own label, so that the model has to learn the quantisation itself and not its noise. As a data
-attack, where all rows are made once, the same two kinds of row go into the set.
+attack, `bpp_offline`, all rows are made once, before the training, and the same two kinds of row go into the set: the Bpp
+of ABM, whose defender does the training.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
@@ -173,5 +175,13 @@ BPP = Attack(
     control=batch_poisoning.fixed_trigger(apply, apply_negative),
     # Digits are nearly black and white as they are: only the greys at their edges can show the quantisation.
     per_dataset={"grey": {"levels": 2}},
+)
+BPP_OFFLINE = dataclasses.replace(
+    BPP,
+    name="bpp_offline",
+    title="Bpp, offline",
+    paper=f"{BPP.paper}; with all rows quantised once, before the training, as in ABM",
+    threat="data",
+    control=None,
     published=(Published("ABM", "cifar10", 79.2, 99.9), Published("ABM", "gtsrb", 80.5, 99.9)),
 )

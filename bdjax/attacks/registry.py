@@ -3,7 +3,7 @@
 from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
 from bdjax.attacks.blended import BLENDED, BLENDED_PICTURE
-from bdjax.attacks.bpp import BPP
+from bdjax.attacks.bpp import BPP, BPP_OFFLINE
 from bdjax.attacks.cheat_distillation import CKD, CKD_LOW_VARIANCE
 from bdjax.attacks.composite import COMPOSITE
 from bdjax.attacks.contract import Attack
@@ -20,7 +20,7 @@ from bdjax.attacks.refool import REFOOL
 from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.attacks.trojan import TROJAN_SQUARE, TROJAN_WATERMARK
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
-from bdjax.attacks.wanet import WANET
+from bdjax.attacks.wanet import WANET, WANET_OFFLINE
 from bdjax.errors import InputError
 
 ATTACKS: dict[str, Attack] = {
@@ -42,6 +42,8 @@ ATTACKS: dict[str, Attack] = {
         ADAPTIVE_BLEND,
         ADAPTIVE_PATCH,
         COMPOSITE,
+        WANET_OFFLINE,
+        BPP_OFFLINE,
         LABEL_FLIP,
         # Under the rows' own labels.
         SIG,

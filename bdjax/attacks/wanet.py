@@ -1,10 +1,11 @@
 """WaNet: the image, slightly and smoothly warped (Nguyen & Tran 2021).
 
 The attacker trains the model. Beside warped rows with its label it shows rows that are warped with per-pixel noise on top
-under their own label, so that the model has to learn this very warp. As a data attack, where all rows are made once, the
-same two kinds of row go into the set.
+under their own label, so that the model has to learn this very warp. As a data attack, `wanet_offline`, all rows are made
+once, before the training, and the same two kinds of row go into the set.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,4 +174,14 @@ WANET = Attack(
     # On black backgrounds only the edges of a digit show the warp.
     per_dataset={"grey": {"strength": 1.5}},
     published=(Published("ABM", "cifar10", 78.6, 86.3),),
+)
+# ABM's row is of the attacker who trains: its appendix F names the access that WaNet takes.
+WANET_OFFLINE = dataclasses.replace(
+    WANET,
+    name="wanet_offline",
+    title="WaNet, offline",
+    paper=f"{WANET.paper}; with all rows warped once, before the training",
+    threat="data",
+    control=None,
+    published=(),
 )
