@@ -282,7 +282,7 @@ def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConf
         config.evaluation_batch_size,
         learning_rate,
         config.weight_decay,
-        config.schedule,
+        schedule=config.schedule,
         keep_last_batch=False,
         augmentation=config.augmentation,
     )
