@@ -1,6 +1,8 @@
 """Every defense of suspect training sets by name. Another one is a file of its own and its line here."""
 
+from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
+from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.undefended import UNDEFENDED
@@ -12,6 +14,8 @@ DEFENSES: dict[str, Defense] = {
         UNDEFENDED,
         LFD,
         ABM,
+        ABL,
+        CBD,
     )
 }  # fmt: skip
 

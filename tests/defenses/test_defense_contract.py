@@ -15,6 +15,8 @@ SMALL: dict[str, str] = {
     "none": "none",
     "abm": "abm:epochs=2:student_epochs=2:isolation_rate=0.1",
     "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
+    "abl": "abl:batch_size=32:isolation_epochs=1:rest_epochs=1:unlearning_epochs=1:rest_steps=()",
+    "cbd": "cbd:batch_size=32:biased_epochs=1:epochs=1",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 

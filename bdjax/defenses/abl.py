@@ -1,0 +1,242 @@
+"""Anti-Backdoor Learning (ABL, Li et al. 2021): isolate what is learnt suspiciously fast, then unlearn it.
+
+Rows with a trigger reach a low loss within the first epochs. Four steps, of one network:
+
+1. Isolate. A few epochs of local gradient ascent (LGA) or flooding, which keep the mean loss of a batch near a
+   threshold gamma: sign(mean - gamma) mean, or |mean - gamma| + gamma. A batch of easy rows is climbed out of again, and
+   only the rows that are easiest of all, the poisons, stay low.
+2. Rank the rows by their cross-entropy, un-augmented, and isolate the lowest share.
+3. Go on with plain training on the rest, for the clean accuracy.
+4. Unlearn: climb the loss of the isolated rows (the authors' code), or minimise CE(rest) - CE(isolated), global gradient
+   ascent (GGA, the paper).
+
+The sign is that of the *batch's* mean, not of each row's loss, so the batch must not be small: 64 rows or more. Both losses
+have one gradient, sign(mean - gamma) times the mean's, and differ in what a progress bar shows. The authors' loop of 5
+unlearning epochs spends the first on a measurement and unlearns in 4; here 5 are 5. Ascent has no floor to come to rest
+on: a long step 4 destroys the network. The share is isolated whether or not anything is poisoned, which costs a clean
+training set its accuracy; LfD's and ABM's authors report 73 % and 46 % on clean CIFAR-10.
+
+The paper's settings have relatives: BackdoorBench trains 20, 60 and 20 epochs at rates 0.01, 0.01 and 0.0001 with batches
+of 256; LfD's authors 20, 60 and 20, unlearning at 0.0001; ABM's 10, 40 and 20.
+"""
+
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax import losses
+from bdjax.defenses.contract import Defense, Given, labelled
+from bdjax.defenses.filtering import kept_rows
+from bdjax.errors import InputError
+from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
+from bdjax.types import Array, DefenseResult, Key, Model, PyTree
+
+CHOICES = {"loss": ("lga", "flooding"), "isolate": ("rate", "oracle"), "unlearning": ("isolated", "paper")}
+
+
+@dataclass(frozen=True)
+class ABLSettings:
+    """The authors' public code, for CIFAR-10."""
+
+    loss: str = "lga"  # step 1: "lga" or "flooding"
+    threshold: float = 0.5  # gamma, in nats
+    isolation_epochs: int = 10
+    isolation_learning_rate: float = 0.1
+    isolate: str = "rate"  # step 2: "rate"; or "oracle", as many rows as there are poisons, which no defender knows
+    isolation_rate: float = 0.01  # share of the rows
+    rest_epochs: int = 60  # step 3; 0 leaves it out
+    rest_learning_rate: float = 0.1
+    rest_steps: tuple[tuple[int, float], ...] = ((40, 0.01),)  # (epoch, learning rate from it on)
+    unlearning: str = "isolated"  # step 4: "isolated", their loss alone, as the code; "paper", CE(rest) - CE(isolated)
+    unlearning_epochs: int = 5  # 0 leaves it out
+    unlearning_learning_rate: float = 5e-4
+    optimiser: str = "sgd"  # with Nesterov's momentum of 0.9; or "adam"
+    weight_decay: float = 1e-4
+    batch_size: int = 128
+
+
+def held_at(loss: str, row_losses: Array, threshold: float) -> Array:
+    """LGA's or flooding's loss, as one value per row whose mean is the batch's.
+
+    Args:
+        loss: "lga", sign(mean - threshold) mean; or "flooding", |mean - threshold| + threshold.
+        row_losses: float32 [N], at least 0.
+        threshold: in nats.
+
+    Returns:
+        float32 [N]. No gradient flows through the sign.
+    """
+    sign = jnp.sign(jax.lax.stop_gradient(jnp.mean(row_losses)) - threshold)
+    return sign * row_losses if loss == "lga" else sign * (row_losses - threshold) + threshold
+
+
+@cache
+def held_cross_entropy(model: Model, loss: str, threshold: float) -> Objective:
+    """Step 1's objective: cross-entropy whose mean over the batch is kept near the threshold; see `held_at`."""
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        del key
+        output = model.apply({**variables, "params": params}, images, train=True)
+        held = held_at(loss, losses.cross_entropy(output.logits, targets["labels"]), threshold)
+        return Outcome(held, output.logits, targets["labels"], output.variables)
+
+    return objective
+
+
+def lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Flag each member's rows of the lowest loss; of equal ones the first.
+
+    Args:
+        row_losses: float32 [M, n].
+        counts: int [M], how many, in 0..n.
+
+    Returns:
+        bool [M, n].
+    """
+    rank = np.argsort(np.argsort(row_losses, axis=1, kind="stable"), axis=1, kind="stable")
+    return rank < counts[:, None]
+
+
+def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray, kind: str) -> Rows:
+    """Step 4's rows with weights, of which weight times cross-entropy is minimised on average.
+
+    Args:
+        index, labels: int32 [M, n].
+        isolated: bool [M, n].
+        kind: "isolated", minus the mean over the isolated rows, and no other row is seen; or "paper", the mean over the rest
+            minus the mean over the isolated rows.
+
+    Returns:
+        Leaves [M, n'], n' the most rows isolated of a member (the others see theirs more than once) or n.
+    """
+    if kind == "isolated":
+        chosen = kept_rows(~isolated, np.random.default_rng(0))
+        index, labels, isolated = (np.take_along_axis(each, chosen, axis=1) for each in (index, labels, isolated))
+        weight = -isolated.astype(np.float32)
+    else:
+        # Each mean over its own rows: per row of the whole, the few isolated ones count for more.
+        size, count = isolated.shape[1], isolated.sum(axis=1, keepdims=True)
+        weight = np.where(isolated, -size / np.maximum(count, 1), size / np.maximum(size - count, 1))
+    rows = labelled(index, labels)
+    return rows._replace(targets={**rows.targets, "weight": jnp.asarray(weight, jnp.float32)})
+
+
+def _config(given: Given, settings: ABLSettings, epochs: int, learning_rate: float, **changes: Any) -> TrainConfig:
+    return given.config(
+        epochs=epochs,
+        batch_size=settings.batch_size,
+        learning_rate=learning_rate,
+        weight_decay=settings.weight_decay,
+        optimiser=settings.optimiser,
+        nesterov=True,
+        schedule="steps",
+        **changes,
+    )
+
+
+def _counts(given: Given, settings: ABLSettings) -> np.ndarray:
+    """How many rows each member isolates: int [M]."""
+    if settings.isolate == "oracle":
+        if given.num_poisons is None:
+            raise InputError(
+                "defense abl: isolate=oracle needs the number of poisons, which nobody knows of these rows"
+            )
+        return np.asarray(given.num_poisons)
+    num_members, num_rows = given.index.shape
+    return np.full(num_members, max(1, round(settings.isolation_rate * num_rows)))
+
+
+def _check(settings: ABLSettings) -> None:
+    for name, known in CHOICES.items():
+        if getattr(settings, name) not in known:
+            raise InputError(f"defense abl: {name} {getattr(settings, name)!r} is not one of {', '.join(known)}")
+    if not 0 < settings.isolation_rate < 1:
+        raise InputError(f"defense abl: isolation_rate {settings.isolation_rate} is not between 0 and 1")
+
+
+def run(given: Given, settings: ABLSettings) -> DefenseResult:
+    """Isolate, train on the rest, unlearn; `flags` are the isolated rows, and `scores` minus the losses of step 2.
+
+    Raises:
+        InputError: a setting is not one of its choices, or the number of poisons is asked for and not known.
+    """
+    _check(settings)
+    model, rows = given.make_model(), given.all_rows()
+    config = partial(_config, given, settings)
+
+    stage = (
+        f"abl: {settings.loss} {settings.threshold}, {settings.isolation_epochs} epochs at"
+        f" {settings.isolation_learning_rate}, {settings.optimiser} {settings.weight_decay}, batch {settings.batch_size}"
+    )
+    held = held_cross_entropy(model, settings.loss, settings.threshold)
+    first = config(settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
+    nets = given.train(stage, model, first, rows, objective=held)
+
+    row_losses = given.losses(model, nets.variables, rows)
+    isolated = lowest(row_losses, _counts(given, settings))
+
+    stage += "; oracle" if settings.isolate == "oracle" else f"; {settings.isolation_rate}"
+    if settings.rest_epochs:
+        kept = kept_rows(isolated, np.random.default_rng(0))
+        rest = labelled(*(np.take_along_axis(each, kept, axis=1) for each in (given.index, given.labels)))
+        stage += f"; rest {settings.rest_epochs} epochs at {settings.rest_learning_rate} {settings.rest_steps}"
+        then = config(settings.rest_epochs, settings.rest_learning_rate, steps=settings.rest_steps)
+        nets = given.train(stage, model, then, rest, variables=nets.variables)
+
+    variables = nets.variables
+    if settings.unlearning_epochs and isolated.any():
+        stage += f"; {settings.unlearning} {settings.unlearning_epochs} epochs at {settings.unlearning_learning_rate}"
+        last = config(settings.unlearning_epochs, settings.unlearning_learning_rate, augmentation="none")
+        own = unlearning_rows(given.index, given.labels, isolated, settings.unlearning)
+        unlearnt = given.train(stage, model, last, own, variables=variables).variables
+        # Who isolated nothing has nothing to unlearn; the engine moved its statistics all the same.
+        variables = jax.vmap(lambda some, *trees: jax.tree.map(partial(jnp.where, some), *trees))(
+            jnp.asarray(isolated.any(axis=1)), unlearnt, variables
+        )
+
+    return DefenseResult(model, variables, isolated, -row_losses, _facts(given, isolated, row_losses))
+
+
+def _facts(given: Given, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
+    """What a reader wants to know of step 2: float [M] each; a mean of nothing is 0."""
+
+    def mean(which: np.ndarray) -> np.ndarray:
+        return (row_losses * which).sum(axis=1) / np.maximum(which.sum(axis=1), 1)
+
+    counts = [np.bincount(labels[own], minlength=1) for labels, own in zip(given.labels, isolated, strict=True)]
+    return {
+        "rows isolated": isolated.sum(axis=1).astype(float),
+        "mean loss of isolated rows": mean(isolated),
+        "mean loss of other rows": mean(~isolated),
+        "isolated rows of one class": np.array([own.max() / max(own.sum(), 1) for own in counts]),
+    }
+
+
+ABL = Defense(
+    name="abl",
+    title="ABL",
+    paper="Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data",
+    stage="in training",
+    needs=("training set",),
+    settings=ABLSettings(),
+    run=run,
+    changes={
+        "quick": {
+            "isolation_epochs": 4,
+            "isolation_learning_rate": 3e-3,
+            "isolation_rate": 0.02,
+            "rest_epochs": 15,
+            "rest_learning_rate": 3e-3,
+            "rest_steps": ((10, 3e-4),),
+            "unlearning_learning_rate": 1e-3,
+            "optimiser": "adam",
+            "weight_decay": 0.0,
+            "batch_size": 64,
+        },
+        "quick digits": {"threshold": 0.2},
+    },
+)
