@@ -5,6 +5,7 @@ their attacks, so what a defense costs in compiling it costs once.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -66,9 +67,9 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
         return AttackVariant(text, None, target, 0.0)
     own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
-    if not isinstance(own_target, int) or not 0 <= own_target < train.num_classes:
+    if type(own_target) is not int or not 0 <= own_target < train.num_classes:
         raise InputError(f"{text!r}: target {own_target!r} is not a class: there are 0 to {train.num_classes - 1}")
-    if not isinstance(suppression, (int, float)) or suppression < 0:
+    if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
         raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
     each = dict.fromkeys(name.split("+"), changes) if changes else {}
     plan = make_plan(name, train, own_target, label_rule=rule, changes=each)

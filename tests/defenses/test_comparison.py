@@ -1,0 +1,306 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.attacks.suppression import suppressed_cross_entropy
+from bdjax.datasets.npz import load_npz
+from bdjax.defenses.comparison import (
+    Suspect,
+    TriggeredViews,
+    defend,
+    group_by_size,
+    make_given,
+    make_suspect,
+    make_views,
+    measure,
+    read_attack,
+    read_defense,
+    suspect_keys,
+)
+from bdjax.errors import InputError
+from bdjax.training.member import TrainConfig
+from bdjax.training.stages import Nets
+from bdjax.types import Dataset, DefenseResult, Model, PoisonedDataset
+
+CLASSES, ROWS, SHAPE = 4, 40, (8, 8, 1)
+IMAGES = np.random.default_rng(0).integers(0, 200, (ROWS, *SHAPE)).astype(np.uint8)
+LABELS = (np.arange(ROWS) % CLASSES).astype(np.int32)
+TRAIN = Dataset(IMAGES, LABELS, CLASSES, "mine", "a test")
+TACT = "tact:poison_rate=0.1:cover_rate=0.1"  # an attack with cover rows
+
+
+class TestReadAttack:
+    def test_none_is_the_training_set_as_it_is(self):
+        attack = read_attack("none", TRAIN, 2)
+        assert (attack.plan, attack.suppression, attack.title) == (None, 0.0, "no attack")
+
+    def test_name_and_settings(self):
+        attack = read_attack("badnets:poison_rate=0.2:target=3:suppression=20", TRAIN, 0)
+        (part,) = attack.plan.parts
+        assert part.settings.poison_rate == 0.2 and part.rule.name == "all-to-one, target 3"
+        assert (attack.target, attack.suppression) == (3, 20.0) and isinstance(attack.suppression, float)
+        assert attack.title == "BadNets (poison rate 0.2, target 3, suppression 20)"
+        assert read_attack("badnets", TRAIN, 1).target == 1
+
+    def test_label_rule(self):
+        assert read_attack("sig:label_rule=all_to_one", TRAIN, 0).plan.parts[0].rule.name == "all-to-one, target 0"
+        assert read_attack("sig", TRAIN, 0).plan.parts[0].rule.name == "clean-label, target 0"
+
+    def test_settings_of_a_hybrid_go_to_each_part(self):
+        plan = read_attack("badnets+blended:poison_rate=0.05:target=1", TRAIN, 0).plan
+        assert [part.settings.poison_rate for part in plan.parts] == [0.05, 0.05]
+        assert {part.rule.name for part in plan.parts} == {"all-to-one, target 1"}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("nothing", "'nothing' is not one of"),
+            ("none:target=1", "none has no settings"),
+            ("badnets:colour=1", "has no setting 'colour'"),
+            ("badnets:poison_rate", "should be a setting and its value"),
+            ("badnets:target=4", "target 4 is not a class: there are 0 to 3"),
+            ("badnets:target=-1", "target -1 is not a class"),
+            ("badnets:target=cat", "target 'cat' is not a class"),
+            ("badnets:target=True", "target True is not a class"),
+            ("badnets:suppression=-1", "suppression -1 is not a number"),
+            ("badnets:suppression=much", "suppression 'much' is not a number"),
+            ("badnets:suppression=1e999", "suppression inf is not a number"),
+            ("badnets:suppression=True", "suppression True is not a number"),
+            ("badnets:label_rule=clean_label", "goes with the label rules"),
+            ("badnets:poison_rate=0.001", "rate"),
+            ("wanet", "poisons inside a training of its own"),
+            ("hidden_trigger", "fine-tunes a clean model"),
+            ("badnets+wanet", "can share a set"),
+        ],
+    )
+    def test_errors_are_one_line(self, text, message):
+        with pytest.raises(InputError, match="^[^\n]*$") as raised:
+            read_attack(text, TRAIN, 0)
+        assert message in str(raised.value)
+
+
+def test_defenses_keep_the_name_that_they_were_given():
+    variant = read_defense("none", "quick", "digits")
+    assert (variant.name, variant.title, variant.defense.name) == ("none", "no defense", "none")
+    with pytest.raises(InputError, match="is not one of"):
+        read_defense("nothing", "quick", "digits")
+    with pytest.raises(InputError, match="has no setting 'alpha'"):
+        read_defense("none:alpha=1", "quick", "digits")
+
+
+def suspect(text, seed=0, train=TRAIN, is_clean=True):
+    return make_suspect(jax.random.key(seed), read_attack(text, train, 0), train, seed, None, is_clean)
+
+
+class TestMakeSuspect:
+    def test_a_clean_set_has_no_poisoned_row(self):
+        one = suspect("none")
+        assert one.dataset is TRAIN and one.parts == () and one.num_covers == 0
+        np.testing.assert_array_equal(one.is_poisoned, np.zeros(ROWS, bool))
+
+    def test_of_rows_that_somebody_handed_over_nobody_knows(self):
+        assert suspect("none", is_clean=False).is_poisoned is None
+
+    @pytest.mark.parametrize("is_clean", [True, False])
+    def test_a_file_that_tells_the_truth_is_believed(self, tmp_path, is_clean):
+        truth = np.arange(ROWS) % 5 == 1
+        labels = np.where(truth, 0, LABELS)
+        arrays = {"train_images": IMAGES, "train_labels": labels, "test_images": IMAGES, "test_labels": LABELS}
+        told = {"is_poisoned": truth, "original_labels": LABELS}
+        for name, more, expected in (("silent", {}, np.zeros(ROWS, bool)), ("told", told, truth)):
+            np.savez(tmp_path / f"{name}.npz", **arrays, **more)
+            train = load_npz(tmp_path / f"{name}.npz").train
+            known = suspect("none", train=train, is_clean=is_clean).is_poisoned
+            if name == "silent" and not is_clean:
+                assert known is None
+            else:
+                np.testing.assert_array_equal(known, expected)
+
+    def test_an_attack_poisons_and_says_what(self):
+        one = suspect("badnets:poison_rate=0.2")
+        assert one.is_poisoned.sum() == 8 and (one.dataset.labels[one.is_poisoned] == 0).all()
+        np.testing.assert_array_equal(one.dataset.images[~one.is_poisoned], IMAGES[~one.is_poisoned])
+        assert suspect(TACT).num_covers > 0
+
+    def test_seeds_differ_and_repeat(self):
+        texts = [suspect("badnets", seed).is_poisoned for seed in (0, 0, 1)]
+        np.testing.assert_array_equal(texts[0], texts[1])
+        assert (texts[0] != texts[2]).any()
+
+    def test_added_rows_have_no_partner(self):
+        with pytest.raises(InputError, match="adds rows, which have no partner"):
+            suspect("composite:suppression=10")
+
+
+def test_suspects_of_one_size_are_one_group():
+    longer = Dataset(np.concatenate([IMAGES, IMAGES[:2]]), np.concatenate([LABELS, LABELS[:2]]), CLASSES, "", "")
+    ones = [Suspect(read_attack("none", TRAIN, 0), 0, data, (), None) for data in (TRAIN, longer, TRAIN, longer)]
+    assert list(group_by_size(ones)) == [[0, 2], [1, 3]]
+
+
+def test_a_suspects_key_does_not_depend_on_the_others():
+    badnets, other, none = suspect("badnets"), suspect("badnets", 1), suspect("none")
+    together = suspect_keys(jax.random.key(0), [badnets, none, other])
+    alone = suspect_keys(jax.random.key(0), [other, badnets])
+    data = [np.asarray(jax.random.key_data(keys)) for keys in (together, alone)]
+    np.testing.assert_array_equal(data[0][[2, 0]], data[1])
+    assert len(np.unique(data[0], axis=0)) == 3 and together.shape == (3,)
+
+
+class Recorded:
+    """A runner that trains nothing and says what it was asked for."""
+
+    image_shape = SHAPE
+
+    def from_variables(self, stage, model, config, variables, keys, per_seed, pool, rows, objective):
+        self.asked = SimpleNamespace(stage=stage, config=config, pool=np.asarray(pool), rows=rows, objective=objective)
+        return Nets(model, variables, per_seed, {})
+
+
+TINY = Model(lambda key, shape: {"params": jax.random.normal(key, (2,))}, lambda *_, **__: None, CLASSES, "tiny")
+RECIPE = TrainConfig(epochs=1, batch_size=8)
+
+
+def given_for(suspects, clean=None):
+    runner = Recorded()
+    keys = suspect_keys(jax.random.key(0), suspects)
+    return make_given(suspects, keys, TRAIN, clean, lambda *_: TINY, RECIPE, runner), runner.asked
+
+
+class TestMakeGiven:
+    def test_each_member_has_its_own_rows(self):
+        suspects = [suspect("badnets:poison_rate=0.2"), suspect("none"), suspect(TACT)]
+        clean = Dataset(IMAGES[:6] + 50, LABELS[:6], CLASSES, "", "")
+        given, asked = given_for(suspects, clean)
+        for number, one in enumerate(suspects):
+            np.testing.assert_array_equal(np.asarray(given.pool)[given.index[number]], one.dataset.images)
+            np.testing.assert_array_equal(given.labels[number], one.dataset.labels)
+            np.testing.assert_array_equal(np.asarray(given.pool)[given.clean_index[number]], clean.images)
+            np.testing.assert_array_equal(given.clean_labels[number], clean.labels)
+        assert (given.num_poisons == [one.is_poisoned.sum() for one in suspects]).all()
+        assert asked.stage == "no defense" and asked.config == RECIPE
+        np.testing.assert_array_equal(asked.rows.index, given.index)
+        np.testing.assert_array_equal(asked.rows.targets["weight"], np.ones_like(given.labels, np.float32))
+        assert given.suppression is None and given.attacked.variables["params"].shape == (3, 2)
+
+    def test_what_nobody_knows_no_oracle_is_told(self):
+        given, _ = given_for([suspect("badnets"), suspect("none", is_clean=False)])
+        assert given.num_poisons is None
+        with pytest.raises(ValueError, match="no clean rows"):
+            given.clean_rows()
+
+    def test_an_adaptive_attackers_rows_have_partners_without_the_trigger(self):
+        suspects = [suspect("badnets:suppression=20"), suspect("badnets")]
+        given, asked = given_for(suspects)
+        np.testing.assert_array_equal(given.suppression[0], 20.0 * suspects[0].is_poisoned)
+        assert not given.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
+        assert asked.rows.index.shape == (2, ROWS, 2) and asked.rows.targets["suppression"].shape == (2, ROWS)
+        for number, one in enumerate(suspects):
+            learnt, partner = np.moveaxis(asked.pool[np.asarray(asked.rows.index)[number]], 1, 0)
+            np.testing.assert_array_equal(learnt, one.dataset.images)
+            np.testing.assert_array_equal(partner, IMAGES)
+
+    def test_oracles_get_the_trigger_of_each_attack_and_none_of_a_clean_set(self):
+        one = suspect("badnets")
+        given, _ = given_for([one, suspect("none")])
+        shown, _ = given.own_triggers
+        test = Dataset(IMAGES, LABELS, CLASSES, "", "")
+        ((expected,),) = make_views(jax.random.key(5), [one], test).triggered
+        np.testing.assert_array_equal(shown(IMAGES, LABELS), expected)
+        assert given.own_triggers[1] is None
+
+
+def read_pixel(model, variables, images, batch_size):
+    """Member m says (first pixel + variables[m]) mod K of an image, each member of the same or of its own images."""
+    del model, batch_size
+    images = np.broadcast_to(images, (len(variables), *images.shape[-4:]))
+    classes = (images[:, :, 0, 0, 0].astype(int) + np.asarray(variables)[:, None]) % CLASSES
+    return np.eye(CLASSES, dtype=np.float32)[classes]
+
+
+def showing(*classes):
+    """Images whose first pixels are these."""
+    images = np.zeros((len(classes), *SHAPE), np.uint8)
+    images[:, 0, 0, 0] = classes
+    return images
+
+
+class TestMeasure:
+    """Member 0 is a hybrid and right about the first pixel; member 1 has no trigger and is always one class off."""
+
+    test = Dataset(showing(0, 1, 2, 3, 1, 2), np.array([0, 1, 2, 3, 1, 1], np.int32), CLASSES, "", "")
+    views = TriggeredViews(test, ((showing(0, 0, 0, 3, 0, 1), showing(0, 1, 2, 3, 0, 1)), ()))
+    variables = jnp.array([0, 1])
+    runner = SimpleNamespace(predict=read_pixel, predict_own=read_pixel)
+    given = SimpleNamespace(runner=runner, recipe=RECIPE)
+
+    @pytest.fixture
+    def suspects(self):
+        one = suspect("badnets+sig:poison_rate=0.1")
+        return [one._replace(is_poisoned=np.arange(ROWS) < 4), suspect("none")]
+
+    @pytest.fixture
+    def result(self):
+        flags = np.zeros((2, ROWS), bool)
+        flags[:, 2:7] = True
+        scores = np.tile(-np.arange(ROWS, dtype=np.float32), (2, 1))
+        facts = {"kept": np.array([35.0, 36.0])}
+        return DefenseResult(TINY, self.variables, flags, scores, facts)
+
+    def test_by_hand(self, suspects, result):
+        variant = read_defense("none", "quick", "digits")
+        hybrid, clean = measure(self.given, result, suspects, variant, self.views, 1.5)
+        assert hybrid.cda == pytest.approx(5 / 6) and clean.cda == 0
+        badnets, sig = hybrid.metrics
+        # Rows 1 to 5 are no 0s. Under the first trigger they are seen as 0, 0, 3, 0, 1: three successes, rows 3 and 5 right.
+        assert (badnets.asr, badnets.r_acc) == (pytest.approx(3 / 5), pytest.approx(2 / 5))
+        # Under the second as 1, 2, 3, 0, 1: one success, four right.
+        assert (sig.asr, sig.r_acc) == (pytest.approx(1 / 5), pytest.approx(4 / 5))
+        assert (hybrid.asr, hybrid.r_acc) == (pytest.approx(2 / 5), pytest.approx(3 / 5))
+        assert clean.metrics == () and clean.asr is None and clean.r_acc is None
+        # Flagged are rows 2 to 6, poisoned 0 to 3, and scores fall from row to row.
+        assert hybrid.detection == (5 / ROWS, 2 / 5, 2 / 4, pytest.approx(4 / 9), 1.0)
+        assert clean.detection == (5 / ROWS, None, None, None, None)
+        assert [dict(one.facts) for one in (hybrid, clean)] == [{"kept": 35.0}, {"kept": 36.0}]
+        assert hybrid.seconds == 1.5 and hybrid.suspect is suspects[0] and hybrid.variant is variant
+
+    def test_a_detector_at_test_time_may_reject(self, suspects, result):
+        """Rejected rows are neither right nor successes."""
+
+        def reject(*arguments):
+            logits = read_pixel(*arguments)
+            return np.concatenate([logits, 2 * logits[..., :1]], -1)  # everything that looks like a 0
+
+        given = SimpleNamespace(runner=SimpleNamespace(predict=reject, predict_own=reject), recipe=RECIPE)
+        hybrid, _ = measure(given, result, suspects, read_defense("none", "quick", "digits"), self.views, 0.0)
+        assert hybrid.cda == pytest.approx(4 / 6) and [one.asr for one in hybrid.metrics] == [0, 0]
+        assert hybrid.metrics[0].r_acc == pytest.approx(2 / 5)
+
+    def test_seconds_are_shared_by_the_suspects_of_a_call(self, suspects, result, monkeypatch):
+        clock = iter([10.0, 16.0])
+        monkeypatch.setattr("bdjax.defenses.comparison.time.perf_counter", lambda: next(clock))
+        variant = read_defense("none", "quick", "digits")
+        shown = variant._replace(defense=SimpleNamespace(name="none", title="", run=lambda given, settings: result))
+        same, tried = defend(self.given, suspects, shown, self.views)
+        assert same is result and [one.seconds for one in tried] == [3.0, 3.0]
+
+
+def test_views_are_the_same_whenever_they_are_made():
+    test = Dataset(IMAGES[:10], LABELS[:10], CLASSES, "", "")
+    ones = [suspect("badnets"), suspect("none"), suspect("badnets+sig:poison_rate=0.1")]
+    views, again = (make_views(jax.random.key(0), ones, test) for _ in range(2))
+    assert [len(each) for each in views.triggered] == [1, 0, 2]
+    for one, other in zip(jax.tree.leaves(views.triggered), jax.tree.leaves(again.triggered), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert (views.triggered[0][0] != test.images).any() and views.triggered[0][0].dtype == np.uint8
+
+
+def test_the_truth_of_a_poisoned_file_is_that_of_the_file():
+    truth = np.arange(ROWS) < 3
+    own = PoisonedDataset(IMAGES, LABELS, CLASSES, "", "", (), truth, LABELS, np.arange(ROWS) == 5)
+    one = suspect("none", train=own, is_clean=False)
+    np.testing.assert_array_equal(one.is_poisoned, truth)
+    assert one.num_covers == 1
