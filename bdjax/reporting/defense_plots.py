@@ -94,10 +94,9 @@ def score_histograms(panels: Sequence[Scores], title: str = "", *, bins: int = 4
         low, high = ends[:, 0].min(), ends[:, 1].max()
         edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
         for name, (values, colour) in groups.items():
-            weights = np.full(len(values), 1 / len(values))
-            inside = np.clip(values, edges[0], edges[-1])
-            _, _, patches = axes.hist(inside, edges, weights=weights, color=colour, alpha=0.6, label=name)
-            drawn.setdefault(name, patches)
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+            steps = axes.stairs(counts / len(values), edges, fill=True, color=colour, alpha=0.6, label=name)
+            drawn.setdefault(name, steps)
         axes.set_title(printable(panel.name)[:40])
         axes.grid(axis="y", color=_FAINT, linewidth=0.8)
         axes.set_axisbelow(True)

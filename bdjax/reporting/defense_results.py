@@ -251,6 +251,8 @@ def main_table(results: Mapping[str, Any], second: str = "asr") -> Table:
         notes += " A single seed has no spread: small differences mean nothing."
     if len(common) > 1 and len(common) < len(results["attacks"]):
         notes += f" The last row is over those attacks that have {label} under every defense."
+    if any(one["stage"] == "at test time" for one in defenses):
+        notes += " A test row that a defense rejects is neither right nor a success: it lowers CDA, ASR and R-ACC."
     if any(is_clean(attack) for attack in results["attacks"]):
         notes += f" A clean training set has no trigger and so no {label}."
     if any(not attack["parts"] and not is_clean(attack) for attack in results["attacks"]):

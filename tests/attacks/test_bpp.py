@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks.bpp import BPP, BppSettings, apply, apply_negative, dither, quantise
+from bdjax.attacks.bpp import BPP, BPP_OFFLINE, BppSettings, apply, apply_negative, dither, quantise
 from bdjax.attacks.contract import Knowledge
+from bdjax.attacks.label_rules import all_to_one
+from bdjax.attacks.poisoning import Part, poison_by
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -114,3 +116,20 @@ def test_the_bank_has_at_most_as_many_images_as_there_are():
 def test_settings_that_cannot_be_are_refused(settings):
     with pytest.raises(InputError, match="levels"):
         quantisation(**settings)
+
+
+def test_offline_all_rows_are_quantised_once_and_cover_rows_get_anothers_error():
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    data = Dataset(images, (np.arange(40) % 4).astype(np.int32), 4, "none", "none")
+    part = Part(BPP_OFFLINE, BppSettings(), all_to_one(0))
+    params = BPP_OFFLINE.make_params(jax.random.key(0), Knowledge(data, 0), part.settings)
+    poisoned = poison_by(jax.random.key(1), data, part, params)
+    assert poisoned.is_poisoned.sum() == poisoned.is_cover.sum() == 4
+    levels = np.round(np.arange(8) / 7 * 255)
+    assert np.isin(poisoned.images[poisoned.is_poisoned], levels).all()
+    cover = poisoned.images[poisoned.is_cover]
+    change = np.abs(cover.astype(int) - images[poisoned.is_cover])
+    # Half a level of 255 / 7, and up to one for storing the result in 8 bits.
+    assert not np.isin(cover, levels).all((1, 2, 3)).any() and 10 < change.max() <= 255 / 14 + 1
+    np.testing.assert_array_equal(poisoned.labels[poisoned.is_cover], data.labels[poisoned.is_cover])
+    assert (poisoned.labels[poisoned.is_poisoned] == 0).all() and BPP_OFFLINE.control is None

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.contract import Knowledge
-from bdjax.attacks.wanet import WANET, WaNetSettings, apply, apply_with_noise, bicubic_matrix
+from bdjax.attacks.label_rules import all_to_one
+from bdjax.attacks.poisoning import Part, poison_by, trigger_all
+from bdjax.attacks.wanet import WANET, WANET_OFFLINE, WaNetSettings, apply, apply_with_noise, bicubic_matrix
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -114,3 +116,20 @@ def test_noise_is_at_most_half_a_pixel_more_and_differs_by_key():
 def test_one_control_point_is_refused():
     with pytest.raises(InputError, match="1 control points"):
         warp((8, 8, 1), control_points=1)
+
+
+def test_offline_all_rows_are_warped_once_and_cover_rows_with_noise():
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+    data = Dataset(images, (np.arange(40) % 4).astype(np.int32), 4, "none", "none")
+    part = Part(WANET_OFFLINE, WaNetSettings(strength=1.5), all_to_one(0))
+    params = WANET_OFFLINE.make_params(jax.random.key(0), Knowledge(data, 0), part.settings)
+    poisoned = poison_by(jax.random.key(1), data, part, params)
+    assert poisoned.is_poisoned.sum() == 4 and poisoned.is_cover.sum() == 8
+    warped = trigger_all(jax.random.key(2), data, apply, params)
+    np.testing.assert_array_equal(poisoned.images[poisoned.is_poisoned], warped[poisoned.is_poisoned])
+    cover = poisoned.images[poisoned.is_cover]
+    assert all(
+        (own != other[poisoned.is_cover]).any((1, 2, 3)).all() for own, other in ((cover, warped), (cover, images))
+    )
+    np.testing.assert_array_equal(poisoned.labels[poisoned.is_cover], data.labels[poisoned.is_cover])
+    assert (poisoned.labels[poisoned.is_poisoned] == 0).all() and WANET_OFFLINE.control is None

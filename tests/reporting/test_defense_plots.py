@@ -27,7 +27,7 @@ def test_trade_off_without_a_common_attack_has_no_means():
 
 
 def heights(axes):
-    return [np.array([patch.get_height() for patch in container]) for container in axes.containers]
+    return [steps.get_data().values for steps in axes.patches]
 
 
 def test_histograms_are_shares_of_each_group_outliers_included():
@@ -35,8 +35,8 @@ def test_histograms_are_shares_of_each_group_outliers_included():
     is_poisoned = np.arange(321) >= 301
     figure = score_histograms([Scores("one", scores, is_poisoned), Scores("two", scores, None)], "LfD", bins=10)
     first, second = figure.axes
-    assert [sum(each) for each in heights(first)] == [pytest.approx(1)] * 2 and len(first.containers) == 2
-    assert first.get_xlim()[1] < 4 and len(second.containers) == 1
+    assert [sum(each) for each in heights(first)] == [pytest.approx(1)] * 2 and len(first.patches) == 2
+    assert first.get_xlim()[1] < 4 and len(second.patches) == 1
     assert heights(first)[1][:5].sum() == 0 and sum(heights(second)[0]) == pytest.approx(1)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "poisoned", "rows"]
 
@@ -44,7 +44,7 @@ def test_histograms_are_shares_of_each_group_outliers_included():
 def test_histograms_of_scores_that_are_all_alike_and_of_clean_sets():
     panel = Scores("clean", np.ones(5), np.zeros(5, bool))
     figure = score_histograms([panel])
-    assert sum(heights(figure.axes[0])[0]) == pytest.approx(1) and len(figure.axes[0].containers) == 1
+    assert sum(heights(figure.axes[0])[0]) == pytest.approx(1) and len(figure.axes[0].patches) == 1
 
 
 def test_most_suspicious():
