@@ -1,6 +1,5 @@
 """What every experiment shares beside its stages: the settings of a run, how data and engine follow from them, its folder."""
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +104,7 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
         for number, (part, limit) in enumerate(zip(loaded, (config.train_rows, config.test_rows), strict=True)):
             if 0 < limit < len(part):
                 rows = np.sort(splits.permutation(jax.random.key(number), len(part))[:limit])
-                part = dataclasses.replace(part, images=part.images[rows], labels=part.labels[rows])
+                part = splits.take(part, rows)
             parts.append(part)
         train, test = parts
         if not 0 <= config.target < train.num_classes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.datasets.splits import fixed_test_split
+from bdjax.datasets.splits import fixed_test_split, take
 from bdjax.datasets.validation import as_int32_labels, as_uint8_images, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, PoisonedDataset, TrainTest
@@ -144,11 +144,4 @@ def _split(dataset: Dataset, path: Path) -> TrainTest:
 
 
 def _take(dataset: Dataset, rows: np.ndarray, part: str) -> Dataset:
-    changes = {"images": dataset.images[rows], "labels": dataset.labels[rows]}
-    if isinstance(dataset, PoisonedDataset):
-        changes |= {
-            "is_poisoned": dataset.is_poisoned[rows],
-            "original_labels": dataset.original_labels[rows],
-            "is_cover": dataset.is_cover[rows],
-        }
-    return dataclasses.replace(dataset, **changes, source=f"{dataset.source}, {part} rows of a fixed 80/20 split")
+    return dataclasses.replace(take(dataset, rows), source=f"{dataset.source}, {part} rows of a fixed 80/20 split")

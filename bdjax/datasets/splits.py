@@ -1,14 +1,28 @@
 """Which rows go where: pure functions of a key, on the host, that return sorted int32 row numbers."""
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.types import Key
+from bdjax.types import Dataset, Key
 
 FIXED_TEST_FRACTION = 0.2
+
+
+def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
+    """Some rows of a dataset, with all that is known of them.
+
+    Args:
+        dataset: clean or poisoned.
+        rows: int [n].
+    """
+    per_row = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
+    return dataclasses.replace(
+        dataset, **{name: getattr(dataset, name)[rows] for name in per_row if hasattr(dataset, name)}
+    )
 
 
 def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

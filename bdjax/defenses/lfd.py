@@ -15,14 +15,18 @@ is mostly to leave the alpha n easiest rows out and to weigh the others by diffi
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.losses import cross_entropy
+from bdjax.training.member import Objective, Outcome
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult
+from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 Weighting = Literal["weighted ascent", "ascent", "drop", "plain"]
 
@@ -98,6 +102,65 @@ def train_teacher(given: Given, name: str, epochs: int) -> Nets:
 def teacher_losses(given: Given, teacher: Nets) -> np.ndarray:
     """The teacher's cross-entropy of each row, un-augmented and with running statistics: float32 [M, n]."""
     return given.losses(teacher.model, teacher.variables, given.all_rows())
+
+
+@cache
+def recording_cross_entropy(model: Model, epochs: int, batches: int) -> Objective:
+    """Cross-entropy that keeps every loss in the member's variables: "recorded" float32 [epochs, n], "batch" int32 [].
+
+    Targets have each row's number in the training set, "row". What is kept of an epoch is what the network made of a row
+    when its turn came, as training curves have it.
+    """
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        del key
+        own = {name: value for name, value in variables.items() if name not in ("recorded", "batch")}
+        output = model.apply({**own, "params": params}, images, train=True)
+        loss = cross_entropy(output.logits, targets["labels"])
+        recorded = variables["recorded"].at[variables["batch"] // batches, targets["row"]].set(lax.stop_gradient(loss))
+        after = {**output.variables, "recorded": recorded, "batch": variables["batch"] + 1}
+        return Outcome(loss, output.logits, targets["labels"], after)
+
+    return objective
+
+
+def loss_history(given: Given, name: str | None, epochs: int) -> np.ndarray:
+    """Every row's loss in every epoch of a network trained as teachers are: what figures 1, 2 and 6 are drawn from.
+
+    Args:
+        given: the suspects.
+        name: of the network; None for the undefended one's.
+        epochs: how many.
+
+    Returns:
+        float32 [M, epochs, n]; NaN for rows that an epoch left out with its incomplete last batch.
+    """
+    model = given.make_model(name)
+    config = given.config(epochs=epochs, schedule="constant", augmentation="none", weight_decay=0.0)
+    members, num_rows = given.index.shape
+    rows = given.all_rows()
+    rows = rows._replace(targets={**rows.targets, "row": jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (members, 1))})
+    batch_size = min(config.batch_size, num_rows)
+    batches = -(-num_rows // batch_size) if config.keep_last_batch else num_rows // batch_size
+    stage = f"losses of {model.description}, {epochs} epochs"
+    start = {
+        **given.begin(stage, model),
+        "recorded": jnp.full((members, epochs, num_rows), jnp.nan, jnp.float32),
+        "batch": jnp.zeros(members, jnp.int32),
+    }
+    objective = recording_cross_entropy(model, epochs, batches)
+    nets = given.train(stage, model, config, rows, variables=start, objective=objective)
+    return np.asarray(nets.variables["recorded"])
+
+
+def above_clean_mean(losses: np.ndarray, is_poisoned: np.ndarray) -> int:
+    """How many poisoned rows a loss threshold at the clean rows' mean would miss (figure 2).
+
+    Args:
+        losses: float [n]; NaN for rows that do not count.
+        is_poisoned: bool [n].
+    """
+    return int(np.sum(losses[is_poisoned] > np.nanmean(losses[~is_poisoned])))
 
 
 def run(given: Given, settings: LfdSettings) -> DefenseResult:

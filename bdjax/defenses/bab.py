@@ -1,0 +1,67 @@
+"""BAB: Backdoor Against Backdoor, several verification networks vote on every row (Chen et al. 2023, AISafety workshop).
+
+The forerunner of NBAB (`nbab.py`): each of ten verification networks has learnt a backdoor of the defender's own, on implants
+of its own, and nothing keeps it weak. A row is thrown out if, with the defender's trigger on it, some of the networks do not
+answer the defender's class; the classifier is then trained from scratch on the rest.
+
+Only the paper's front matter could be had; this is what ABM's authors say of it. They do not say how many networks must
+object. One is what the clean accuracy that ABM's table prints for BAB suggests (77 % of 83 %); half of them is the default.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.filtering import retrain_without
+from bdjax.defenses.nbab import NbabSettings, verify
+from bdjax.types import DefenseResult
+
+
+@dataclass(frozen=True)
+class BabSettings(NbabSettings):
+    """ABM's settings for BAB; those of the planted backdoor are NBAB's, without its alignment."""
+
+    alpha: float = 0.0
+    networks: int = 10
+    objections: int = 0  # how many networks must object to a row; 0 for half of them, rounded up
+
+
+def count_objections(given: Given, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
+    """How many verification networks do not answer the defender's class.
+
+    Returns:
+        Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], which orders equal counts.
+    """
+    nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
+    margins = np.stack([verify(given, nbab, number).margins for number in range(settings.networks)])
+    return np.sum(margins < 0, axis=0), margins.min(axis=0)
+
+
+def run(given: Given, settings: BabSettings) -> DefenseResult:
+    """Vote, leave out what was objected to, train anew."""
+    objections, margins = count_objections(given, settings)
+    flags = objections >= (settings.objections or math.ceil(settings.networks / 2))
+    nets = retrain_without(given, f"bab: retrained {fingerprint(**vars(settings))}", flags)
+    # A count is worth more than any margin.
+    squeezed = -margins / (1 + np.abs(margins))
+    return DefenseResult(
+        nets.model,
+        nets.variables,
+        flags=flags,
+        scores=(objections + 0.5 * squeezed).astype(np.float32),
+        facts={"rows objected to by any": (objections > 0).mean(axis=1)},
+    )
+
+
+BAB = Defense(
+    name="bab",
+    title="BAB",
+    paper="Chen et al. 2023, BAB: A novel algorithm for training clean model based on poisoned data",
+    stage="in training",
+    needs=("training set",),
+    settings=BabSettings(),
+    run=run,
+    changes={"quick": {"optimiser": "adam", "learning_rate": 3e-3, "networks": 3, "epochs": 6}},
+)

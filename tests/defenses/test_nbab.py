@@ -1,0 +1,93 @@
+"""NBAB: which rows are stamped, what is asked of the network, which rows are isolated."""
+
+import jax
+import numpy as np
+import pytest
+
+from bdjax.defenses import nbab
+from bdjax.defenses.nbab import NbabSettings, choose_implants, isolate, verify, white_patch
+
+SMALL = NbabSettings(alpha=0.0, epochs=3, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
+
+
+def test_patch_is_white_in_the_upper_left_and_nowhere_else():
+    images = np.random.default_rng(0).integers(0, 200, (3, 8, 8, 1), np.uint8)
+    stamped = white_patch(2)(images, np.zeros(3, np.int32))
+    assert (stamped[:, :2, :2] == 255).all()
+    stamped[:, :2, :2] = images[:, :2, :2]
+    np.testing.assert_array_equal(stamped, images)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.33, 1.0])
+def test_implants_are_distinct_and_balanced_over_labels(rate):
+    labels = np.random.default_rng(1).integers(0, 10, 1000).astype(np.int32)
+    labels[:300] = 7
+    rows = choose_implants(labels, rate, np.random.default_rng(0))
+    assert len(rows) == round(rate * 1000) == len(np.unique(rows))
+    wanted = rate * np.bincount(labels, minlength=10)
+    assert np.abs(np.bincount(labels[rows], minlength=10) - wanted).max() <= 1
+    other = choose_implants(labels, rate, np.random.default_rng(1))
+    assert rate == 1.0 or not np.array_equal(rows, other)
+
+
+def test_isolation_takes_the_lowest_margins_first():
+    margins = np.array([[3.0, -1.0, 2.0, -5.0], [1.0, 1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(isolate(margins, 0.5), [[False, True, False, True], [True, True, False, False]])
+    np.testing.assert_array_equal(isolate(margins, 0.01).sum(axis=1), [1, 1])
+    assert isolate(margins, 1.0).all()
+
+
+def test_the_own_trigger_is_learnt_beside_the_task(given):
+    verified = verify(given, SMALL)
+    members, num_rows = given.index.shape
+    assert verified.margins.shape == (members, num_rows)
+    assert verified.nets.model.num_classes == given.num_classes + 1
+    assert (verified.implant_success > 0.5).all() and (verified.clean_accuracy > 0.3).all()
+    np.testing.assert_array_equal(verified.margins > 0, verified.predictions == given.num_classes)
+
+
+def test_all_rows_are_stamped_in_order_however_many_at_a_time(given, monkeypatch):
+    whole = verify(given, SMALL).margins
+    monkeypatch.setattr(nbab, "CHUNK", 50)
+    np.testing.assert_allclose(verify(given, SMALL).margins, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_alignment_pulls_stamped_features_to_clean_ones(given):
+    def distance(alpha):
+        settings = NbabSettings(**{**vars(SMALL), "alpha": alpha})
+        nets = verify(given, settings).nets
+        rows = given.all_rows()
+        plain = given.embeddings(nets.model, nets.variables, rows)
+        pool = np.asarray(given.pool)
+        stamped = np.stack([white_patch(2)(pool[index], index) for index in given.index])
+        images = stamped[:, :32].astype(np.float32) / 255
+        apply = jax.jit(lambda v, x: nets.model.apply(v, x, train=False).features)
+        moved = []
+        for member in range(len(stamped)):
+            features = apply(jax.tree.map(lambda leaf, i=member: leaf[i], nets.variables), images[member])
+            moved.append(np.mean(list(features.values())[-1], axis=(1, 2)))
+        return np.mean(np.square(np.stack(moved) - plain[:, :32])) / np.mean(np.square(plain))
+
+    assert distance(30.0) < 0.5 * distance(0.0)
+
+
+def test_cover_rows_keep_their_labels(given, monkeypatch):
+    seen = {}
+    train = type(given).train
+
+    def spy(self, stage, model, config, rows, **how):
+        seen["rows"] = rows
+        return train(self, stage, model, config, rows, **how)
+
+    monkeypatch.setattr(type(given), "train", spy)
+    settings = NbabSettings(**{**vars(SMALL), "weak_by": "cover", "cover_rate": 0.25, "alpha": 5.0})
+    verify(given, settings)
+    num_rows = given.index.shape[1]
+    new = np.asarray(seen["rows"].targets["labels"])[:, num_rows:]
+    assert (np.sum(new != given.num_classes, axis=1) == round(0.25 * new.shape[1])).all()
+    assert not np.any(seen["rows"].targets["suppression"])
+
+
+def test_unknown_choices_are_refused(given):
+    with pytest.raises(ValueError, match="not known"):
+        verify(given, NbabSettings(trigger="mine"))
