@@ -4,7 +4,11 @@ from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
 from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
+from bdjax.defenses.fine_pruning import FINE_PRUNING
+from bdjax.defenses.fine_tuning import FINE_TUNING
+from bdjax.defenses.ft_sam import FT_SAM
 from bdjax.defenses.lfd import LFD
+from bdjax.defenses.nad import NAD
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
 
@@ -16,6 +20,10 @@ DEFENSES: dict[str, Defense] = {
         ABM,
         ABL,
         CBD,
+        FINE_TUNING,
+        FINE_PRUNING,
+        NAD,
+        FT_SAM,
     )
 }  # fmt: skip
 

@@ -17,6 +17,10 @@ SMALL: dict[str, str] = {
     "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
     "abl": "abl:batch_size=32:isolation_epochs=1:rest_epochs=1:unlearning_epochs=1:rest_steps=()",
     "cbd": "cbd:batch_size=32:biased_epochs=1:epochs=1",
+    "fine_tuning": "fine_tuning:epochs=2",
+    "fine_pruning": "fine_pruning:held_out=0.25:epochs=2",
+    "nad": "nad:teacher_epochs=1:epochs=1",
+    "ft_sam": "ft_sam:epochs=1",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 

@@ -1,0 +1,257 @@
+"""Fine-pruning (Liu et al. 2018): drop the channels that clean images leave idle, then fine-tune what is left.
+
+The idea is that a backdoor lives in channels that fire for the trigger alone. The channels of the last tap, which is what
+the classifier averages and reads, are ordered by their mean over clean rows; those with the least go first, a few at a time,
+for as long as the accuracy stays within a tolerance of what it was. Fine-tuning on the clean rows follows, with the mask in
+place: a dropped channel stays dropped.
+
+What public code gets wrong, and this does not: it stops by the accuracy on *test* images; one channel fewer is dropped than
+was counted; the "last good" network is another name of the one that goes on being pruned, so the over-pruned one is
+fine-tuned; and the mask sits on the classifier's columns, where the features that everything else sees stay as they were.
+
+Here some of the clean rows are held out of the ordering, for the stopping rule alone: a share of each class, so with a share
+of a fifth at least one row of every class that has three. The fine-tuning, after which nothing is chosen any more, has all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
+from bdjax.errors import InputError
+from bdjax.training.member import Rows
+from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
+
+
+@dataclass(frozen=True)
+class FinePruningSettings:
+    step: float = 0.01
+    """share of the channels that go at a time; one channel at least"""
+    tolerance: float = 0.1
+    """r: pruning goes on while the held-out accuracy is at least (1 - r) of the unpruned network's"""
+    held_out: float = 0.2
+    """share of the clean rows that the stopping rule judges by, and the ordering does not see"""
+    epochs: int = 100
+    """of fine-tuning; 0 for pruning alone"""
+    batch_size: int = 256
+    """or all clean rows, if they are fewer"""
+    learning_rate: float = 0.01
+    """of SGD with momentum 0.9, at the start of half a cosine"""
+    weight_decay: float = 5e-4
+    """L2, on every parameter"""
+
+
+def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Divide each member's rows into those that order the channels and those that are held out, class by class.
+
+    The number held out is the same for all members, whatever their labels.
+
+    Args:
+        labels: int32 [M, c].
+        share: of the rows to hold out, in (0, 1).
+
+    Returns:
+        Row numbers int32 [M, c - k] and [M, k], k = share c rounded, both disjoint and together 0..c-1.
+
+    Raises:
+        InputError: if one of the two would be empty.
+    """
+    count = labels.shape[1]
+    num_held = round(share * count)
+    if not 0 < num_held < count:
+        raise InputError(f"fine-pruning: held_out {share} of {count} clean rows leaves one side without rows")
+    order = []
+    for number, own in enumerate(labels):
+        shuffled = np.random.default_rng(number).permutation(count)
+        # A row's place within its class, from 0 to 1: the first k by place are about the same share of every class.
+        place = np.empty(count)
+        for label in np.unique(own):
+            rows = shuffled[own[shuffled] == label]
+            place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+        order.append(shuffled[np.argsort(place[shuffled], kind="stable")])
+    order = np.stack(order).astype(np.int32)
+    return order[:, num_held:], order[:, :num_held]
+
+
+def pruned_counts(num_channels: int, step: float) -> np.ndarray:
+    """How many channels are gone after each step: int [S], from 0 to one fewer than all, which would leave no features."""
+    at_a_time = max(1, round(step * num_channels))
+    return np.arange(0, num_channels, at_a_time)
+
+
+def cumulative_masks(activation: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Masks that drop the least active channels.
+
+    Args:
+        activation: float [C], each channel's mean over clean rows; of equal ones the first goes first.
+        counts: int [S], how many go.
+
+    Returns:
+        float32 [S, C]: row s is 0 for exactly counts[s] channels, and 1 for the others.
+    """
+    rank = np.argsort(np.argsort(activation, kind="stable"), kind="stable")
+    return (rank[None, :] >= counts[:, None]).astype(np.float32)
+
+
+def last_good(accuracy: np.ndarray, tolerance: float) -> int:
+    """The step before the first whose accuracy is below (1 - tolerance) times the first's: an index into `accuracy` [S]."""
+    is_bad = accuracy < (1 - tolerance) * accuracy[0] - 1e-9  # rounding is no loss of accuracy
+    return int(np.argmax(is_bad)) - 1 if is_bad.any() else len(accuracy) - 1
+
+
+def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> str:
+    """The name of the tap that the classifier reads, without computing anything.
+
+    Args:
+        model: a network.
+        variables: of one member.
+        image_shape: (H, W, C).
+    """
+    names: list[str] = []
+
+    def call(variables: PyTree, images: Array) -> None:
+        # A dictionary that leaves a traced function comes out sorted; the order of the network is known in here only.
+        names.extend(model.apply(variables, images, train=False).features)
+
+    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return names[-1]
+
+
+@cache
+def pruned_model(model: Model, tap: str) -> Model:
+    """The network with a mask on the channels of one tap.
+
+    Args:
+        model: the network.
+        tap: which.
+
+    Returns:
+        A model whose variables hold a "mask" too, float32 [C], which no training changes.
+    """
+
+    def init(key: Array, image_shape: tuple[int, int, int]) -> PyTree:
+        variables = model.init(key, image_shape)
+        features = jax.eval_shape(
+            lambda: model.apply(variables, jnp.zeros((1, *image_shape), jnp.float32), train=False).features[tap]
+        )
+        return {**variables, "mask": jnp.ones(features.shape[-1], jnp.float32)}
+
+    def apply(
+        variables: PyTree, images: Array, *, train: bool, edits: dict[str, Callable[[Array], Array]] | None = None
+    ) -> ModelOutput:
+        edits = dict(edits or {})
+        edit = edits.get(tap, lambda features: features)
+        mask = variables["mask"]
+        edits[tap] = lambda features: edit(features * mask[None, None, None, :])
+        network = {name: value for name, value in variables.items() if name != "mask"}
+        output = model.apply(network, images, train=train, edits=edits)
+        return output._replace(variables={**output.variables, "mask": mask})
+
+    return Model(init, apply, model.num_classes, f"{model.description}, pruned")
+
+
+@cache
+def row_hits(model: Model, tap: str) -> Callable[..., Array]:
+    """For `Given.per_row`: whether each row is answered rightly under each of S masks.
+
+    Returns:
+        A function of the variables {"network": ..., "masks": float32 [S, C]} to bool [B, S].
+    """
+
+    def hits(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
+        network = variables["network"]
+        features = model.apply(network, images, train=False).features[tap]
+
+        def under(mask: Array) -> Array:
+            # The edit ignores what the network computes up to the tap, so the compiler leaves that out: a mask costs no
+            # more than what comes after the tap.
+            masked = features * mask[None, None, None, :]
+            logits = model.apply(network, images, train=False, edits={tap: lambda _: masked}).logits
+            return jnp.argmax(logits, axis=1) == targets["labels"]
+
+        return jax.lax.map(under, variables["masks"]).T
+
+    return hits
+
+
+def prune(given: Given, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find out which channels of each attacked network go.
+
+    Args:
+        given: the suspects.
+        settings: `step`, `tolerance` and `held_out` are read.
+
+    Returns:
+        The masks, float32 [M, C]; and the held-out accuracy before and after, float [M] each, in [0, 1].
+    """
+    model, variables = given.attacked.model, given.attacked.variables
+    all_rows = given.clean_rows()
+    ordering, held = split_rows(np.asarray(all_rows.targets["labels"]), settings.held_out)
+
+    def take(rows: np.ndarray) -> Rows:
+        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, jnp.asarray(rows), axis=1), all_rows)
+
+    activation = given.embeddings(model, variables, take(ordering)).mean(axis=1)
+    counts = pruned_counts(activation.shape[1], settings.step)
+    masks = np.stack([cumulative_masks(one, counts) for one in activation])
+    tap = _last_tap(given)
+    tried = given.per_row(row_hits(model, tap), {"network": variables, "masks": jnp.asarray(masks)}, take(held))
+    accuracy = tried.mean(axis=1)
+    best = np.array([last_good(one, settings.tolerance) for one in accuracy])
+    members = np.arange(len(best))
+    return masks[members, best], accuracy[:, 0], accuracy[members, best]
+
+
+def _last_tap(given: Given) -> str:
+    one = jax.tree.map(lambda leaf: leaf[0], given.attacked.variables)
+    return last_tap(given.attacked.model, one, given.runner.image_shape)
+
+
+def run(given: Given, settings: FinePruningSettings) -> DefenseResult:
+    """Prune the attacked networks, then fine-tune them with their masks.
+
+    Raises:
+        InputError: if there are too few clean rows to hold some out.
+    """
+    masks, before, after = prune(given, settings)
+    model = pruned_model(given.attacked.model, _last_tap(given))
+    config = cosine_sgd(
+        given,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    variables = {**given.attacked.variables, "mask": jnp.asarray(masks)}
+    tuned = tune(given, f"fine-pruning {fingerprint(**vars(settings))}", model, config, variables)
+    return DefenseResult(
+        model,
+        tuned,
+        facts={
+            "channels pruned": (masks == 0).sum(axis=1),
+            "of channels": np.full(len(masks), masks.shape[1]),
+            "held-out accuracy before": before,
+            "held-out accuracy pruned": after,
+            "weight change": weight_change(given.attacked.variables["params"], tuned["params"]),
+        },
+    )
+
+
+FINE_PRUNING = Defense(
+    name="fine_pruning",
+    title="FP",
+    paper="Liu et al. 2018, Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks",
+    stage="after training",
+    needs=("attacked model", "clean rows"),
+    settings=FinePruningSettings(),
+    run=run,
+    changes={
+        "quick": {"epochs": 30, "batch_size": 32, "learning_rate": 0.05},
+        "quick digits": {"learning_rate": 0.2},
+    },
+)

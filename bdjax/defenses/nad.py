@@ -1,0 +1,227 @@
+"""NAD, neural attention distillation (Li et al. 2021): the fine-tuned network shows the attacked one where to look.
+
+A *teacher* is the attacked network after some fine-tuning on clean rows. The *student* starts from the attacked network
+again, and is trained on the same rows by their labels and so that its attention maps, at several depths, are the teacher's:
+
+    a(F) = sum over channels of |F_c|^p,   CE + sum over taps of beta_l MSE(a_s / ||a_s||_2, a_t / ||a_t||_2)
+
+The norm is over the pixels of one image, the mean square over them as well. Both see the same augmented batch; the teacher
+is frozen, with running statistics.
+
+What public code gets wrong, and this does not: taking "every child but the last" of a network for taps ends *after* the
+global pooling, where a map is a single pixel, which is 1 for both networks whatever they see, and a third of the loss is
+constant. The taps here are feature maps.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from bdjax import losses
+from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.fine_tuning import tune, weight_change
+from bdjax.training.member import Objective, Outcome
+from bdjax.types import Array, DefenseResult, Key, Model, PyTree
+
+
+@dataclass(frozen=True)
+class NadSettings:
+    betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
+    """weights of the attention losses of the network's last taps, in its order; with fewer taps the last few count"""
+    power: float = 2.0
+    """p, of the attention maps"""
+    teacher_epochs: int = 10
+    """of fine-tuning, by labels alone"""
+    epochs: int = 20
+    """of the student"""
+    batch_size: int = 64
+    """or all clean rows, if they are fewer"""
+    learning_rate: float = 0.1
+    """of SGD with Nesterov momentum 0.9, for teacher and student, in the first epochs"""
+    steps: tuple[tuple[int, float], ...] = ((2, 0.01), (20, 1e-4))
+    """(epoch, learning rate from it on)"""
+    weight_decay: float = 1e-4
+    """L2, on every parameter"""
+    cutout: int = 3
+    """side in pixels of a square that is blacked out in every image, beside the run's augmentation; 0 for none"""
+
+
+def cutout(key: Key, images: Array, side: int) -> Array:
+    """Black out a square at a random place of each image (DeVries and Taylor 2017); over the edge, a part of it.
+
+    Args:
+        key: for the batch.
+        images: float32 [N, H, W, C].
+        side: in pixels; 0 for none.
+    """
+    if side == 0:
+        return images
+    num, height, width, _ = images.shape
+    row_key, column_key = jax.random.split(key)
+
+    def is_inside(key: Key, length: int) -> Array:
+        start = jax.random.randint(key, (num, 1), 0, length) - side // 2
+        where = jnp.arange(length)[None, :]
+        return (where >= start) & (where < start + side)
+
+    hole = is_inside(row_key, height)[:, :, None] & is_inside(column_key, width)[:, None, :]
+    return jnp.where(hole[..., None], 0.0, images)
+
+
+def attention_map(features: Array, power: float) -> Array:
+    """Where a network looks: the sum over channels of |F|^p, each image's map scaled to norm 1 (equation 2).
+
+    Args:
+        features: float32 [N, h, w, C].
+        power: p.
+
+    Returns:
+        float32 [N, h, w], at least 0; all 0 for an image with no features at all.
+    """
+    attention = jnp.sum(jnp.abs(features) ** power, axis=3)
+    # The smallest of floors under the root: its gradient is infinite at 0, and a whole map may be 0.
+    norm = jnp.sqrt(jnp.sum(jnp.square(attention), axis=(1, 2), keepdims=True) + 1e-24)
+    return attention / (norm + 1e-6)
+
+
+def attention_loss(student: Array, teacher: Array, power: float) -> Array:
+    """The mean square difference of two attention maps (equation 3).
+
+    Args:
+        student: float32 [N, h, w, C].
+        teacher: float32 [N, h, w, C']; the number of channels may differ.
+        power: p.
+
+    Returns:
+        float32 [N].
+    """
+    return jnp.mean(jnp.square(attention_map(student, power) - attention_map(teacher, power)), axis=(1, 2))
+
+
+def distillation_loss(
+    student: Sequence[Array], teacher: Sequence[Array], betas: tuple[float, ...], power: float
+) -> Array:
+    """The attention losses of several taps, weighted (equation 4 without the cross-entropy).
+
+    Args:
+        student: features of each tap, in the order of the network. Those of a single pixel have no attention, and are left
+            out.
+        teacher: likewise.
+        betas: weights of the last taps that are left; if there are fewer, the last weights count.
+        power: p.
+
+    Returns:
+        float32 [N].
+    """
+    maps = [pair for pair in zip(student, teacher, strict=True) if pair[0].shape[1] * pair[0].shape[2] > 1]
+    count = min(len(betas), len(maps))
+    total = jnp.zeros(student[0].shape[0], jnp.float32)
+    for beta, (of_student, of_teacher) in zip(betas[len(betas) - count :], maps[len(maps) - count :], strict=True):
+        total += beta * attention_loss(of_student, of_teacher, power)
+    return total
+
+
+@cache
+def on_labels(model: Model, hole: int) -> Objective:
+    """What the teacher minimises: cross-entropy, on images with `hole` pixels' square cut out."""
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        output = model.apply({**variables, "params": params}, cutout(key, images, hole), train=True)
+        loss = losses.cross_entropy(output.logits, targets["labels"])
+        return Outcome(loss, output.logits, targets["labels"], output.variables)
+
+    return objective
+
+
+@cache
+def attention_distillation(model: Model, betas: tuple[float, ...], power: float, hole: int) -> Objective:
+    """What the student minimises (equation 4).
+
+    Args:
+        model: of both.
+        betas: see `NadSettings`.
+        power: likewise.
+        hole: `cutout`, likewise.
+
+    Returns:
+        An objective whose variables hold the frozen teacher's as "teacher".
+    """
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        images = cutout(key, images, hole)
+        teacher = model.apply(variables["teacher"], images, train=False)
+        own = {name: value for name, value in variables.items() if name != "teacher"}
+        student = model.apply({**own, "params": params}, images, train=True)
+        attention = distillation_loss(list(student.features.values()), list(teacher.features.values()), betas, power)
+        loss = losses.cross_entropy(student.logits, targets["labels"]) + attention
+        return Outcome(loss, student.logits, targets["labels"], {**student.variables, "teacher": variables["teacher"]})
+
+    return objective
+
+
+def run(given: Given, settings: NadSettings) -> DefenseResult:
+    """Fine-tune teachers, then let them guide students that start from the attacked networks."""
+    model, attacked = given.attacked.model, given.attacked.variables
+    config = given.config(
+        epochs=settings.teacher_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        optimiser="sgd",
+        momentum=0.9,
+        nesterov=True,
+        schedule="steps",
+        steps=settings.steps,
+    )
+    # Variants that differ in the student alone share their teachers.
+    of_student = ("betas", "power", "epochs")
+    shared = {name: value for name, value in vars(settings).items() if name not in of_student}
+    teachers = tune(
+        given,
+        f"NAD teacher {fingerprint(**shared)}",
+        model,
+        config,
+        attacked,
+        on_labels(model, settings.cutout),
+    )
+    student = tune(
+        given,
+        f"NAD student {fingerprint(**vars(settings))}",
+        model,
+        dataclasses.replace(config, epochs=settings.epochs),
+        {**attacked, "teacher": teachers},
+        attention_distillation(model, settings.betas, settings.power, settings.cutout),
+    )
+    variables = {name: value for name, value in student.items() if name != "teacher"}
+    facts = {
+        "teacher's weight change": weight_change(attacked["params"], teachers["params"]),
+        "weight change": weight_change(attacked["params"], variables["params"]),
+    }
+    return DefenseResult(model, variables, facts=facts)
+
+
+NAD = Defense(
+    name="nad",
+    title="NAD",
+    paper="Li et al. 2021, Neural Attention Distillation: Erasing Backdoor Triggers from Deep Neural Networks",
+    stage="after training",
+    needs=("attacked model", "clean rows"),
+    settings=NadSettings(),
+    run=run,
+    changes={
+        "quick": {"batch_size": 32},
+        # The mean square of maps of norm 1 is 16 times as large with 8x8 pixels as with 32x32, so the betas are that much
+        # smaller; a black square of 3x3 would hide a seventh of a digit; and two steps an epoch want more of them.
+        "quick digits": {
+            "betas": (30.0, 60.0, 60.0),
+            "cutout": 0,
+            "teacher_epochs": 30,
+            "epochs": 30,
+            "steps": ((20, 0.01),),
+        },
+    },
+)
