@@ -1,26 +1,25 @@
 """Networks by name. Adding one is a file here and a line in `MODELS`."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+
+from flax import linen as nn
 
 from bdjax.errors import InputError
+from bdjax.models import lenet, mobilenet_v2, resnet, vgg, wide_resnet
 from bdjax.models.facade import as_model, count_parameters, embedding
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
-from bdjax.models.resnet import BLOCKS, ResNet
 from bdjax.types import Model
 
 __all__ = ["MODELS", "ComputeDtype", "Lowering", "count_parameters", "default_lowering", "embedding", "make_model"]
 
-
-def _resnet(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> Model:
-    kind, blocks = BLOCKS[name]
-    module = ResNet(kind, blocks, width, num_classes, lowering, compute_dtype)
-    return as_model(module, num_classes, f"{name} width {width}")
-
-
-MODELS: dict[str, Callable[[int, int, Lowering, ComputeDtype], Model]] = {
-    name: partial(_resnet, name) for name in BLOCKS
+MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = {
+    **resnet.NETWORKS,
+    **vgg.NETWORKS,
+    **mobilenet_v2.NETWORKS,
+    **lenet.NETWORKS,
+    **wide_resnet.NETWORKS,
 }
+"""Name -> (number of classes, width, lowering, dtype) -> module."""
 
 
 def make_model(
@@ -32,10 +31,17 @@ def make_model(
 ) -> Model:
     """Build a network.
 
+    All take images of any size from 8x8 pixels on, with any number of channels. All record their taps as "stage1", "stage2"
+    and so on, in the order of the network, and the last of them, averaged over its pixels, is what the last layer sees
+    (`embedding`); that layer's parameters are `variables["params"]["classifier"]`, a kernel [d, K] and a bias [K].
+
     Args:
         name: a key of `MODELS`.
         num_classes: K.
-        width: channels of the first stage; 64 is the papers' size.
+        width: 64 is the papers' size, whatever the network. A ResNet has so many channels in its first stage; any other
+            network has width / 64 times its usual channels, rounded and at least 1. What a network was made small by stays
+            as it is: of `resnet_s1` and `resnet_s` only the stem is scaled, of `vgg_s` only the one wide layer, and of
+            `mobilenet_v2_s` and `lenet` nothing.
         lowering: how convolutions are computed; None chooses by backend (`default_lowering`).
         compute_dtype: of activations and products; parameters, statistics and logits are float32 in any case.
 
@@ -46,4 +52,5 @@ def make_model(
         raise InputError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
     if width < 1 or num_classes < 2:
         raise InputError(f"model {name}: width {width} must be at least 1 and classes {num_classes} at least 2")
-    return MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
+    module = MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
+    return as_model(module, num_classes, f"{name} width {width}")

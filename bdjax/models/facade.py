@@ -13,7 +13,8 @@ def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
     """Wrap a module whose call is `(images, *, train, edits) -> (logits, features)`."""
 
     def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
-        return module.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)
+        # A network without normalisation has no statistics of its own.
+        return {"batch_stats": {}, **module.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)}
 
     def apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
         if not train:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bdjax.models.layers import BatchNorm, Conv, Lowering, layout_of, relu
+from bdjax.models.layers import BatchNorm, Conv, Lowering, layout_of, max_pool, relu
 from bdjax.types import Array, Key, PyTree
 
 MOMENTUM = 0.05
@@ -81,7 +81,7 @@ class _EncoderDecoder(nn.Module):
         for width in widths:
             x = relu(convolve(relu(convolve(x, width)), width))
             sizes.append(x.shape[1:3])
-            x = _max_pool(x, layout.spatial_axes)
+            x = max_pool(x, layout.spatial_axes)
         x = relu(convolve(x, widths[-1]))
         for stage in reversed(range(generator.stages)):
             x = _upsample(x, sizes[stage], layout.spatial_axes)
@@ -90,18 +90,6 @@ class _EncoderDecoder(nn.Module):
             x = relu(x) if stage else x
         # A hair narrower than 0 to 1, so that neither is reached where tanh rounds to 1.
         return 0.5 + 0.5 * jnp.tanh(layout.to_nhwc(x)) / (1 + 1e-6)
-
-
-def _max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The largest of each 2x2 pixels; an odd last row or column is left out.
-
-    Two maxima of slices: XLA's pooling has a gradient that is slow on a CPU.
-    """
-    for axis in axes:
-        even = x.shape[axis] // 2 * 2
-        first, second = (jax.lax.slice_in_dim(x, start, even, 2, axis) for start in (0, 1))
-        x = jnp.maximum(first, second)
-    return x
 
 
 def _upsample(x: jax.Array, size: tuple[int, int], axes: tuple[int, int]) -> jax.Array:

@@ -34,6 +34,11 @@ def default_lowering() -> Lowering:
     return "shifted" if jax.default_backend() == "cpu" else "native"
 
 
+def scale_channels(channels: int, width: int) -> int:
+    """A layer's channels in a network of some width, where 64 is the papers' size: rounded, and at least 1."""
+    return max(1, round(channels * width / 64))
+
+
 class Layout(NamedTuple):
     """Where the axes of an activation lie inside a network of one lowering."""
 
@@ -182,13 +187,63 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowe
     return _convolve_batch_minor(x, kernel, stride, padding)
 
 
+def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:
+    """A convolution of every channel with a kernel of its own, padded as PyTorch pads to keep the size at stride 1.
+
+    A sum of shifted multiples, whatever the lowering: there is no sum over channels that a matrix product could do, XLA
+    fuses the terms, and nothing becomes a grouped convolution when it is vmapped over stacked kernels.
+
+    Args:
+        x: float activation in the lowering's layout.
+        kernel: float [k, k, 1, C], k odd.
+        stride: step in both directions.
+        lowering: says which axis is which.
+
+    Returns:
+        The activation, in the same layout.
+    """
+    layout = layout_of(lowering)
+    size = kernel.shape[0]
+    around = (size // 2, size // 2, 0)
+    pads = tuple(around if axis in layout.spatial_axes else (0, 0, 0) for axis in range(4))
+    padded = lax.pad(x, jnp.zeros((), x.dtype), pads)
+    height, width = ((x.shape[axis] - 1) // stride * stride + 1 for axis in layout.spatial_axes)
+    # Rows and columns are axes 1 and 2 of both layouts.
+    return sum(
+        padded[:, i : i + height : stride, j : j + width : stride] * _along(kernel[i, j, 0], layout.channel_axis)
+        for i in range(size)
+        for j in range(size)
+    )
+
+
+def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The largest of each 2x2 pixels; an odd last row or column is left out, as in PyTorch.
+
+    Two maxima of slices: XLA's pooling has a gradient that is slow on a CPU. Equal pixels share the gradient, which PyTorch
+    gives to the first of them.
+
+    Args:
+        x: float, any layout; at least two pixels along both axes.
+        axes: where rows and columns lie.
+    """
+    for axis in axes:
+        even = x.shape[axis] // 2 * 2
+        first, second = (lax.slice_in_dim(x, start, even, 2, axis) for start in (0, 1))
+        x = jnp.maximum(first, second)
+    return x
+
+
+def _along(values: jax.Array, axis: int) -> jax.Array:
+    """[C] as an array of four axes that broadcasts along one of them."""
+    return values.reshape(tuple(values.size if i == axis else 1 for i in range(4)))
+
+
 # ---- Batch normalisation --------------------------------------------------------------------------------------------
 
 
 def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
     """x * factor + offset, both float [C] along `axis`: one multiply and one add per pixel."""
-    shape = tuple(x.shape[axis] if i == axis else 1 for i in range(x.ndim))
-    return x * factor.reshape(shape) + offset.reshape(shape)
+    return x * _along(factor, axis) + _along(offset, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -241,20 +296,47 @@ normalise_batch.defvjp(_normalise_forward, _normalise_backward)
 # ---- Flax modules --------------------------------------------------------------------------------------------------
 
 
+_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
 class Conv(nn.Module):
-    """PyTorch's `Conv2d(bias=False)` with the initialisation of torchvision's ResNets: normal, He et al. 2015, fan out."""
+    """PyTorch's `Conv2d`, initialised as in torchvision's ResNets and VGGs: normal, He et al. 2015, fan out; bias 0."""
 
     features: int
     size: int
+    stride: int = 1
+    lowering: Lowering = "native"
+    padding: int | None = None
+    """on each of the four sides; None for half the kernel's size, which keeps the image's at stride 1"""
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channel_axis = layout_of(self.lowering).channel_axis
+        shape = (self.size, self.size, x.shape[channel_axis], self.features)
+        kernel = self.param("kernel", _he_fan_out, shape, jnp.float32)
+        padding = self.size // 2 if self.padding is None else self.padding
+        y = convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=padding, lowering=self.lowering)
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        return y + _along(bias.astype(x.dtype), channel_axis)
+
+
+class DepthwiseConv(nn.Module):
+    """PyTorch's `Conv2d(C, C, 3, padding=1, groups=C, bias=False)`, initialised as in torchvision's MobileNetV2.
+
+    That is normal, fan out; PyTorch counts all C channels as fan out, although each output has one input.
+    """
+
     stride: int = 1
     lowering: Lowering = "native"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channels = x.shape[layout_of(self.lowering).channel_axis]
-        initialiser = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-        kernel = self.param("kernel", initialiser, (self.size, self.size, channels, self.features), jnp.float32)
-        return convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=self.size // 2, lowering=self.lowering)
+        kernel = self.param("kernel", _he_fan_out, (3, 3, 1, channels), jnp.float32)
+        return convolve_depthwise(x, kernel.astype(x.dtype), stride=self.stride, lowering=self.lowering)
 
 
 class BatchNorm(nn.Module):
@@ -290,6 +372,27 @@ class BatchNorm(nn.Module):
 def _uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
     bound = fan_in**-0.5
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+    """A fully connected layer between others: PyTorch's `Linear` (weights and bias uniform in ±1/sqrt(fan in)).
+
+    Whatever the lowering, pixels are flattened in the order of NHWC, and what comes out is an activation of one pixel in the
+    lowering's layout, which may go on to a tap, to another such layer or to the `Classifier`.
+    """
+
+    features: int
+    lowering: Lowering = "native"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layout = layout_of(self.lowering)
+        flat = layout.to_nhwc(x).reshape(x.shape[layout.batch_axis], -1)
+        initialiser = _uniform_fan_in(flat.shape[1])
+        kernel = self.param("kernel", initialiser, (flat.shape[1], self.features), jnp.float32)
+        bias = self.param("bias", initialiser, (self.features,), jnp.float32)
+        y = lax.dot(flat, kernel.astype(x.dtype)) + bias.astype(x.dtype)[None, :]
+        return layout.from_nhwc(y[:, None, None, :])
 
 
 class Classifier(nn.Module):
@@ -340,3 +443,4 @@ class Taps:
 
 
 relu = jax.nn.relu  # its gradient at 0 is 0, as PyTorch's
+relu6 = jax.nn.relu6

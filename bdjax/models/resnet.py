@@ -1,9 +1,17 @@
-"""The modified ResNets of TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications").
+"""ResNets of three stages (the modified ones of TA-KD), of four stages (the usual ones for CIFAR), and very small ones.
 
-Starting from the ImageNet ResNets of He et al. (2016): the first convolution is 3x3 with stride 1 and padding 1, the
-max-pool is gone, the fourth stage is gone, and the last layer maps stage 3 to the classes. Widths are w, 2w, 4w (times 4
-with bottleneck blocks), w = 64 in the paper.
+Starting from the ImageNet ResNets of He et al. (2016), the first convolution is 3x3 with stride 1 and padding 1, and the
+max-pool is gone. Stage s is 2^(s-1) times as wide as the first, w = 64 channels (times 4 with bottleneck blocks).
+
+- TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications") leaves out the fourth stage as well.
+- `*_cifar` keep it: the ResNet-18 and -34 that most papers train on CIFAR-10.
+- `resnet_s1`, `resnet_s` and `resnet_s2` are the low-capacity networks of Learning from Distinction (appendix A.3): four
+  stages of one block. What defines the first two is how few neurons those have, so there `width` scales the stem alone. The
+  paper does not give the stem, and says that blocks and neurons are what it changed of ResNet-18: its 64 channels stay.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import jax
 from flax import linen as nn
@@ -16,8 +24,14 @@ BLOCKS = {
     "resnet34": ("basic", (3, 4, 6)),
     "resnet50": ("bottleneck", (3, 4, 6)),
     "resnet101": ("bottleneck", (3, 4, 23)),
+    "resnet18_cifar": ("basic", (2, 2, 2, 2)),
+    "resnet34_cifar": ("basic", (3, 4, 6, 3)),
+    "resnet_s2": ("basic", (1, 1, 1, 1)),
 }
-"""Name -> block type and number of blocks in each of the three stages that are left."""
+"""Name -> block type and number of blocks in each stage."""
+
+NEURONS = {"resnet_s1": (1, 1, 1, 1), "resnet_s": (2, 2, 2, 4)}
+"""Name -> channels of the only block in each stage."""
 
 
 class BasicBlock(nn.Module):
@@ -58,14 +72,17 @@ def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, trai
 
 
 class ResNet(nn.Module):
-    """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck."""
+    """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck;
+    and stage4 [N, H/8, W/8, 8w'] where there is one."""
 
     kind: str
-    blocks: tuple[int, int, int]
+    blocks: tuple[int, ...]
     width: int
     num_classes: int
     lowering: Lowering
     compute_dtype: ComputeDtype = "float32"
+    stage_widths: tuple[int, ...] | None = None
+    """of every stage, in the place of w, 2w, 4w and so on"""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
@@ -74,10 +91,27 @@ class ResNet(nn.Module):
         x = layout_of(self.lowering).from_nhwc(images.astype(self.compute_dtype))
         x = Conv(self.width, 3, 1, self.lowering, name="stem_conv")(x)
         x = relu(BatchNorm(self.lowering, name="stem_norm")(x, train=train))
-        for stage, count in enumerate(self.blocks):
+        widths = self.stage_widths or [self.width * 2**stage for stage in range(len(self.blocks))]
+        for stage, (count, width) in enumerate(zip(self.blocks, widths, strict=True)):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = block(self.width * 2**stage, stride, self.lowering, name=name)(x, train=train)
+                x = block(width, stride, self.lowering, name=name)(x, train=train)
             x = taps(f"stage{stage + 1}", x)
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
+
+
+def _usual(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:
+    return ResNet(*BLOCKS[name], width, num_classes, lowering, compute_dtype)
+
+
+def _very_small(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:
+    neurons = NEURONS[name]
+    return ResNet("basic", (1,) * len(neurons), width, num_classes, lowering, compute_dtype, neurons)
+
+
+NETWORKS: dict[str, Callable[[int, int, Lowering, ComputeDtype], ResNet]] = {
+    **{name: partial(_usual, name) for name in BLOCKS},
+    **{name: partial(_very_small, name) for name in NEURONS},
+}
+"""Name -> (number of classes, width, lowering, dtype) -> module."""

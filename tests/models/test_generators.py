@@ -65,12 +65,6 @@ def test_upsampling_is_bilinear(shape, axes):
     np.testing.assert_allclose(generators._upsample(x, size, axes), expected, atol=1e-6)
 
 
-def test_pooling_takes_the_largest_of_four():
-    x = jax.random.normal(jax.random.key(0), (2, 4, 7, 3))
-    expected = np.asarray(x)[:, :, :6].reshape(2, 2, 2, 3, 2, 3).max(axis=(2, 4))
-    np.testing.assert_array_equal(generators._max_pool(x, (1, 2)), expected)
-
-
 def test_a_row_in_evaluation_does_not_depend_on_its_batch():
     network = Generator(1, 4, 1, "shifted")
     variables = init(network, jax.random.key(0), (8, 8, 1))

@@ -12,14 +12,19 @@ from bdjax.models.layers import (
     BatchNorm,
     Classifier,
     Conv,
+    Dense,
+    DepthwiseConv,
     Lowering,
     Taps,
     convolve,
     convolve_3x3,
+    convolve_depthwise,
     default_lowering,
     layout_of,
+    max_pool,
     normalise_batch,
     relu,
+    scale_channels,
 )
 
 LOWERINGS = get_args(Lowering)
@@ -205,6 +210,57 @@ def test_convolutions_start_with_he_initialisation_over_the_fan_out(size, loweri
     assert layout_of(lowering).to_nhwc(module.apply({"params": {"kernel": kernel}}, image)).shape == (1, 2, 2, features)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (7, 5), (1, 2)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_convolution_is_pytorchs_of_every_channel_alone(stride, shape):
+    x, kernel = draw(0, 2, *shape, 3), draw(1, 3, 3, 1, 3)
+    each = [
+        torch_convolution(np.asarray(x, np.float64)[..., c : c + 1], np.asarray(kernel)[..., c : c + 1], stride, 1)
+        for c in range(3)
+    ]
+    expected = np.concatenate(each, axis=3)
+    cotangent = draw(2, *expected.shape)
+
+    def reference(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        pads = ((1, 1), (1, 1))
+        return lax.conv_general_dilated(
+            x, kernel, (stride, stride), pads, dimension_numbers=numbers, feature_group_count=3
+        )
+
+    def shifted(lowering):
+        layout = layout_of(lowering)
+
+        def function(x, kernel):
+            return layout.to_nhwc(convolve_depthwise(layout.from_nhwc(x), kernel, stride=stride, lowering=lowering))
+
+        return pulled_back(function, (x, kernel), cotangent)
+
+    grouped = pulled_back(reference, (x, kernel), cotangent)
+    np.testing.assert_allclose(grouped[0], expected, rtol=1e-5, atol=1e-5)
+    for lowering in ("native", "shifted"):
+        chex.assert_trees_all_close(shifted(lowering), grouped, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_convolution_may_have_a_bias_and_no_padding(lowering):
+    layout = layout_of(lowering)
+    x, module = draw(0, 2, 7, 6, 3), Conv(4, 5, 1, lowering, 0, bias=True)
+    params = module.init(jax.random.key(0), layout.from_nhwc(x))["params"]
+    np.testing.assert_array_equal(params["bias"], np.zeros(4))
+    params = {**params, "bias": draw(1, 4)}
+    y = layout.to_nhwc(module.apply({"params": params}, layout.from_nhwc(x)))
+    expected = torch_convolution(np.asarray(x), np.asarray(params["kernel"]), 1, 0) + np.asarray(params["bias"])
+    assert y.shape == (2, 3, 2, 4)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_depthwise_convolution_starts_as_in_torchvision():
+    params = DepthwiseConv().init(jax.random.key(0), jnp.zeros((1, 4, 4, 300)))["params"]
+    assert params["kernel"].shape == (3, 3, 1, 300)
+    assert np.std(params["kernel"]) == pytest.approx((2 / (300 * 9)) ** 0.5, rel=0.06)
+
+
 # ---- Batch normalisation --------------------------------------------------------------------------------------------
 
 
@@ -292,8 +348,31 @@ def test_the_gradient_of_relu_at_zero_is_zero():
     np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x), [0, 0, 1])
 
 
+@pytest.mark.parametrize("axes", [(1, 2), (0, 2)])
+def test_pooling_takes_the_largest_of_four(axes):
+    x = draw(0, 4, 4, 7, 4)
+    expected = np.stack(
+        [
+            np.asarray(x).take(range(i, 4, 2), axes[0]).take(range(j, j + 5, 2), axes[1])
+            for i in range(2)
+            for j in range(2)
+        ]
+    ).max(axis=0)
+    np.testing.assert_array_equal(max_pool(x, axes), expected)
+
+
+def test_channels_are_scaled_by_the_width_of_which_64_is_the_papers():
+    scaled = [scale_channels(channels, width) for channels, width in ((512, 64), (512, 4), (100, 8), (16, 1), (3, 128))]
+    assert scaled == [512, 32, 12, 1, 6]
+
+
 def test_all_lowerings_start_from_the_same_parameters():
-    for make in (lambda lowering: Conv(4, 3, 1, lowering), lambda lowering: Classifier(4, lowering)):
+    for make in (
+        lambda lowering: Conv(4, 3, 1, lowering),
+        lambda lowering: DepthwiseConv(1, lowering),
+        lambda lowering: Dense(4, lowering),
+        lambda lowering: Classifier(4, lowering),
+    ):
         chex.assert_trees_all_equal(
             *(
                 make(lowering).init(jax.random.key(3), layout_of(lowering).from_nhwc(jnp.zeros((2, 5, 4, 3))))
@@ -316,6 +395,21 @@ def test_the_classifier_starts_as_pytorchs_linear(lowering):
     logits = module.apply({"params": params}, layout_of(lowering).from_nhwc(x))
     expected = np.asarray(x).mean((1, 2)) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_fully_connected_layer_flattens_pixels_in_the_order_of_nhwc(lowering):
+    layout = layout_of(lowering)
+    x, module = draw(0, 5, 2, 3, 4), Dense(200, lowering)
+    params = module.init(jax.random.key(1), layout.from_nhwc(x))["params"]
+    for name, shape in (("kernel", (24, 200)), ("bias", (200,))):
+        values = np.asarray(params[name])
+        assert values.shape == shape
+        assert np.abs(values).max() <= 24**-0.5
+        assert values.std() == pytest.approx(24**-0.5 / 3**0.5, rel=0.1)
+    y = layout.to_nhwc(module.apply({"params": params}, layout.from_nhwc(x)))
+    expected = np.asarray(x).reshape(5, 24) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+    np.testing.assert_allclose(y, expected[:, None, None, :], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)

@@ -1,0 +1,333 @@
+"""Every network of `MODELS`: its size, and what all the rest relies on of it.
+
+Most is asked of the smallest networks of each family alone; deeper ones are made of the same blocks. Parameters are drawn at
+random here, so that nothing is neutral.
+"""
+
+from functools import cache
+from typing import get_args
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.models import MODELS, Lowering, count_parameters, embedding, make_model
+from bdjax.models.mobilenet_v2 import InvertedResidual
+from bdjax.models.wide_resnet import PreActivationBlock
+
+LOWERINGS = get_args(Lowering)
+SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2")
+NEW_FAMILIES = SMALLEST[2:]  # ResNets are held against PyTorch's, in every lowering, by tests of their own
+DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
+TAPS = dict.fromkeys(MODELS, 3) | {
+    **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
+    **dict.fromkeys(("vgg11", "vgg16", "vgg_s"), 5),
+    "mobilenet_v2": 8,
+}
+SHAPE, K = (8, 8, 1), 3
+IMAGES = jnp.asarray(np.random.default_rng(0).random((3, *SHAPE)), jnp.float32)
+
+
+@cache
+def variables_of(name, seed=0, width=2):
+    """Random parameters and statistics of a sensible size."""
+    shapes = jax.eval_shape(lambda key: make_model(name, K, width).init(key, SHAPE), jax.random.key(0))
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        noise = random.standard_normal(leaf.shape)
+        if kind == "kernel":
+            noise *= (2 / np.prod(leaf.shape[:-1])) ** 0.5
+        elif kind in ("scale", "variance"):
+            noise = np.exp(0.3 * noise)
+        else:
+            noise *= 0.3
+        return jnp.asarray(noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def names_of(name):
+    return [f"stage{number + 1}" for number in range(TAPS[name])]
+
+
+def shapes_of(model, image, *, train=False, rows=5):
+    """The shapes of the variables and of an output, of which nothing is computed."""
+
+    def run(key, images):
+        variables = model.init(key, image)
+        return variables, model.apply(variables, images, train=train)
+
+    return jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((rows, *image), jnp.float32))
+
+
+# ---- Sizes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ten_classes", "forty_three"),
+    [
+        ("resnet18_cifar", 11_173_962, 11_190_891),
+        ("resnet34_cifar", 21_282_122, 21_299_051),
+        ("resnet_s1", 2_606, 2_672),
+        ("resnet_s", 3_658, 3_823),
+        ("resnet_s2", 4_903_242, 4_920_171),
+        ("vgg11", 9_231_114, None),
+        ("vgg16", 14_728_266, None),
+        ("vgg_s", 181_434, 198_363),
+        ("mobilenet_v2", 2_296_922, None),
+        ("mobilenet_v2_s", 942, None),
+        ("lenet", 62_006, None),
+        ("wrn_10_2", 303_706, 307_963),
+        ("wrn_16_1", 175_066, 177_211),
+        ("wrn_16_2", 691_674, 695_931),
+        ("wrn_16_4", 2_748_890, 2_757_371),
+        ("wrn_28_2", 1_467_610, 1_471_867),
+        ("wrn_28_4", 5_849_050, 5_857_531),
+        ("wrn_40_1", 563_930, 566_075),
+        ("wrn_40_2", 2_243_546, 2_247_803),
+    ],
+)
+def test_parameters_at_32x32x3(name, ten_classes, forty_three):
+    # Printed in papers: WRN-16-2 0.70M, -16-4 2.77M and -28-4 5.87M with 100 classes. VGG-11, -16 and MobileNetV2 have as many
+    # parameters as the usual ports to CIFAR-10.
+    assert count_parameters(make_model(name, 10), (32, 32, 3)) == ten_classes
+    if forty_three:
+        assert count_parameters(make_model(name, 43), (32, 32, 3)) == forty_three
+
+
+def test_other_images_and_other_numbers_of_classes():
+    count = {
+        (name, classes, shape): count_parameters(make_model(name, classes), shape)
+        for name, classes, shape in [
+            ("resnet18_cifar", 100, (32, 32, 3)),
+            ("wrn_16_2", 100, (32, 32, 3)),
+            ("wrn_16_2", 10, (28, 28, 1)),
+            ("lenet", 10, (28, 28, 1)),
+            ("lenet", 10, (8, 8, 1)),
+        ]
+    }
+    dense = 64 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10  # LeNet of 2x2 pixels of 16 channels
+    assert list(count.values()) == [11_220_132, 703_284, 691_674 - 288, 61_706, 6 * 26 + 16 * 151 + dense]
+
+
+def test_capacities_are_in_the_order_of_the_papers():
+    names = ("resnet_s1", "resnet_s", "resnet_s2", "resnet18_cifar")
+    for width in (64, 8):
+        counts = [count_parameters(make_model(name, 10, width), (32, 32, 3)) for name in names]
+        assert counts == sorted(set(counts)), width
+
+
+def test_what_makes_a_network_small_does_not_grow_with_the_width():
+    def channels(name, width):
+        _, output = shapes_of(make_model(name, 10, width), (32, 32, 3))
+        return [each.shape[3] for each in output.features.values()]
+
+    for width in (4, 128):
+        assert channels("resnet_s1", width) == [1, 1, 1, 1]
+        assert channels("resnet_s", width) == [2, 2, 2, 4]
+        assert channels("vgg_s", width) == [4, 8, 16, 32, 8 * width]
+        assert channels("mobilenet_v2_s", width) == [8, 8, 16]
+        assert channels("lenet", width) == [6, 16, 84]
+        assert channels("resnet_s2", width) == [width, 2 * width, 4 * width, 8 * width]
+        assert channels("vgg11", width) == [width, 2 * width, 4 * width, 8 * width, 8 * width]
+        assert channels("wrn_10_2", width) == [width // 2, width, 2 * width]
+    assert channels("mobilenet_v2", 32) == [8, 12, 16, 32, 48, 80, 160, 640]
+    assert channels("wrn_16_1", 1) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEP])
+def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
+    sides = {
+        "resnet": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
+        "wrn": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
+        "vgg": {8: (4, 2, 1, 1, 1), 28: (14, 7, 3, 1, 1), 32: (16, 8, 4, 2, 1)},
+        "mobilenet": {8: (8, 2, 2), 28: (28, 7, 7), 32: (32, 8, 8)},
+        "lenet": {8: (4, 2, 1), 28: (14, 5, 1), 32: (14, 5, 1)},
+    }[name.split("_")[0].rstrip("0123456789")]
+    for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
+        variables, output = shapes_of(make_model(name, 10, 2), image, train=image[0] != 28)
+        assert set(variables) == {"params", "batch_stats"}
+        assert output.logits.shape == (5, 10)
+        assert list(output.features) == names_of(name)
+        expected = [(5, side, side) for side in sides[image[0]][: TAPS[name]]]
+        assert [each.shape[:3] for each in output.features.values()] == expected
+        chex.assert_trees_all_equal_shapes_and_dtypes(output.variables, variables)
+
+
+# ---- What the rest relies on ----------------------------------------------------------------------------------------
+
+
+@cache
+def run_members(name):
+    """(stacked variables, images, factors of the taps) -> logits and features of each member, in one compiled call."""
+    model = make_model(name, K, 2, "native")
+
+    def one(variables, images, factors):
+        edits = {tap: lambda x, tap=tap: factors[tap] * x for tap in factors}
+        output = model.apply(variables, images, train=False, edits=edits)
+        return output.logits, output.features
+
+    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network(name):
+    model = make_model(name, K, 2, "native")
+    assert (model.num_classes, model.description) == (K, f"{name} width 2")
+    members = [variables_of(name, seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    ones = {tap: jnp.float32(1.0) for tap in names_of(name)}
+    logits, features = run_members(name)(stacked, IMAGES, ones)
+
+    assert list(features) == names_of(name)
+    assert logits.shape == (2, 3, K) and logits.dtype == jnp.float32
+    assert all(np.all(np.isfinite(each)) and np.ptp(each) > 0.01 for each in (logits, *features.values()))
+
+    # The last tap, averaged over its pixels, is what the last layer sees.
+    for i, member in enumerate(members):
+        last = member["params"]["classifier"]
+        seen = embedding(jax.tree.map(lambda each, i=i: each[i], features))
+        expected = np.asarray(seen, np.float64) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
+        np.testing.assert_allclose(logits[i], expected, rtol=1e-4, atol=1e-4)
+
+    # An edit of the last tap reaches the last layer, one of the first reaches everything after it and nothing else.
+    *_, last = ones
+    silent, _ = run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)})
+    bias = np.asarray(stacked["params"]["classifier"]["bias"])
+    np.testing.assert_allclose(silent, np.broadcast_to(bias[:, None], silent.shape), atol=1e-6)
+    _, changed = run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)})
+    np.testing.assert_allclose(changed["stage1"], 2 * features["stage1"], rtol=1e-5, atol=1e-6)
+    assert all(np.abs(changed[tap] - features[tap]).max() > 1e-4 for tap in names_of(name)[1:])
+
+    if name in SMALLEST:  # members one after another, not compiled, nothing edited
+        for i, member in enumerate(members):
+            output = model.apply(member, IMAGES, train=False)
+            chex.assert_trees_all_close(
+                (output.logits, output.features), (logits[i], jax.tree.map(lambda each, i=i: each[i], features)),
+                rtol=1e-3, atol=1e-4,
+            )  # fmt: skip
+            chex.assert_trees_all_equal(output.variables, member)
+
+
+@pytest.mark.parametrize("name", NEW_FAMILIES)
+def test_an_edit_of_an_unknown_tap_is_an_error(name):
+    model = make_model(name, K, 2)
+    with pytest.raises(ValueError, match=rf"no tap stage9; this network has {', '.join(names_of(name))}(\n|$)"):
+        jax.eval_shape(
+            lambda variables: model.apply(variables, IMAGES, train=False, edits={"stage9": lambda x: x}),
+            variables_of(name),
+        )
+
+
+@pytest.mark.parametrize("name", NEW_FAMILIES)
+def test_all_lowerings_are_the_same_network(name):
+    def run(lowering):
+        model = make_model(name, K, 4, lowering)
+
+        @jax.jit
+        def trained(variables):
+            def loss(params):
+                output = model.apply({**variables, "params": params}, IMAGES, train=True)
+                return jnp.sum(jnp.square(output.logits)), output
+
+            (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+            return output, gradient
+
+        return trained(variables_of(name, width=4))
+
+    (output, gradient), *others = (run(lowering) for lowering in LOWERINGS)
+    before = variables_of(name, width=4)
+    chex.assert_trees_all_equal(output.variables["params"], before["params"])
+    for new, old in zip(
+        jax.tree.leaves(output.variables["batch_stats"]), jax.tree.leaves(before["batch_stats"]), strict=True
+    ):
+        assert np.all(new != old)
+    assert bool(before["batch_stats"]) == (name != "lenet")
+    for other, other_gradient in others:
+        chex.assert_trees_all_close(other, output, rtol=1e-3, atol=1e-3)
+        # Statistics of a batch of few pixels magnify rounding.
+        scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+        chex.assert_trees_all_close(other_gradient, gradient, rtol=1e-2, atol=2e-4 * scale)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("name", SMALLEST)
+def test_only_activations_are_bfloat16(name, lowering):
+    _, output = shapes_of(make_model(name, K, 2, lowering, "bfloat16"), SHAPE, train=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_logits_in_bfloat16_are_near_the_exact_ones(name):
+    run = jax.jit(lambda v: make_model(name, K, 2, "native", "bfloat16").apply(v, IMAGES, train=False).logits)
+    stacked = jax.tree.map(lambda leaf: leaf[None], variables_of(name))
+    exact, _ = run_members(name)(stacked, IMAGES, {tap: jnp.float32(1.0) for tap in names_of(name)})
+    rounded = run(variables_of(name))
+    assert np.any(rounded != exact[0])
+    np.testing.assert_allclose(rounded, exact[0], atol=0.05 * np.abs(exact).max())
+
+
+# ---- Blocks, written out --------------------------------------------------------------------------------------------
+
+
+def draw_like(shapes, seed):
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 + random.random(leaf.shape), jnp.float32), shapes)
+
+
+def normalised(x, variables, name):
+    params, stats = variables["params"][name], variables["batch_stats"][name]
+    return (x - stats["mean"]) / np.sqrt(stats["variance"] + 1e-5) * params["scale"] + params["bias"]
+
+
+def convolved(x, kernel, stride, groups=1):
+    padding = 2 * [2 * [kernel.shape[0] // 2]]
+    numbers = ("NHWC", "HWIO", "NHWC")
+    x = jnp.asarray(x, jnp.float32)
+    return np.asarray(
+        jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=numbers, feature_group_count=groups
+        )
+    )
+
+
+def block_and_input(block, channels):
+    x = np.random.default_rng(5).standard_normal((2, 4, 4, channels)).astype(np.float32)
+    shapes = jax.eval_shape(lambda key: block.init(key, jnp.asarray(x), train=False), jax.random.key(0))
+    variables = draw_like(shapes, 6)
+    y = jax.jit(lambda x: block.apply(variables, x, train=False))(jnp.asarray(x))
+    variables = jax.tree.map(np.asarray, variables)
+    params = {name: layer.get("kernel") for name, layer in variables["params"].items()}
+    return x, variables, params, np.asarray(y)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (2, 1), (2, 2), (3, 2)])
+def test_a_pre_activation_block_shares_its_first_activation_with_a_projecting_shortcut(channels, stride):
+    x, variables, params, y = block_and_input(PreActivationBlock(3, stride, "native"), channels)
+    ready = np.maximum(normalised(x, variables, "BatchNorm_0"), 0)
+    inner = normalised(convolved(ready, params["Conv_0"], stride), variables, "BatchNorm_1")
+    expected = convolved(np.maximum(inner, 0), params["Conv_1"], 1)
+    is_identity = (channels, stride) == (3, 1)
+    assert is_identity == ("shortcut_conv" not in params)
+    expected = expected + (x if is_identity else convolved(ready, params["shortcut_conv"], stride))
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("projects", [False, True])
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (2, 1), (3, 2)])
+def test_an_inverted_residual_has_a_linear_end(channels, stride, projects):
+    x, variables, params, y = block_and_input(InvertedResidual(5, 3, stride, projects, "native"), channels)
+    inner = np.clip(normalised(convolved(x, params["expand_conv"], 1), variables, "expand_norm"), 0, 6)
+    inner = normalised(convolved(inner, params["filter_conv"], stride, groups=5), variables, "filter_norm")
+    assert inner.max() > 6
+    expected = normalised(convolved(np.clip(inner, 0, 6), params["project_conv"], 1), variables, "project_norm")
+    if stride == 1 and channels == 3:
+        expected = expected + x
+    elif stride == 1 and projects:
+        expected = expected + normalised(convolved(x, params["shortcut_conv"], 1), variables, "shortcut_norm")
+    assert ("shortcut_conv" in params) == (stride == 1 and channels == 2 and projects)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
