@@ -225,3 +225,42 @@ def test_each_member_may_be_asked_about_images_of_its_own(runner):
     for i in range(3):
         shared = runner.predict(ONE, ensemble.members(stacked, slice(i, i + 1)), images[i], batch_size=2)
         np.testing.assert_allclose(own[i], shared[0], rtol=1e-6)
+
+
+def test_something_of_every_row_of_every_member_is_a_loop_over_both(runner):
+    traces = []
+
+    def function(variables, images, targets):
+        traces.append(images.shape)
+        logits = ONE.apply(variables, images, train=False).logits
+        return {"loss": cross_entropy(logits, targets), "pixels": images.reshape(len(images), -1)}
+
+    stacked, pool = variables(4, 5), jnp.asarray(POOL)
+    made = runner.per_row(function, stacked, TRAIN, pool, 4)
+    assert all(isinstance(each, np.ndarray) and each.dtype == np.float32 for each in made.values())
+    assert (made["loss"].shape, made["pixels"].shape) == ((4, 10), (4, 10, 9))
+    count = len(traces)
+    for i in range(4):
+        index, kernel = np.asarray(TRAIN.index[i]), np.asarray(stacked["params"]["kernel"][i], np.float64)
+        pixels = POOL[index].reshape(10, 9) / 255
+        np.testing.assert_allclose(made["pixels"][i], pixels, rtol=1e-6)
+        logits = pixels @ kernel
+        expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(10), TRAIN.targets["labels"][i]]
+        np.testing.assert_allclose(made["loss"][i], expected, atol=1e-5)
+
+    # Other networks and other rows in the same shapes: nothing is traced again. Another batch size is another program.
+    again = runner.per_row(function, variables(4, 6), TRAIN._replace(index=TRAIN.index[::-1]), pool, 4)
+    assert len(traces) == count and set(traces) == {(4, *SHAPE)}
+    assert np.abs(again["loss"] - made["loss"]).max() > 1e-3
+    alone = runner.per_row(function, stacked, TRAIN, pool, 100)
+    assert len(traces) > count and traces[-1] == (10, *SHAPE)
+    chex.assert_trees_all_close(alone, made, atol=1e-6)
+
+
+def test_a_function_of_a_row_gets_all_its_views(runner):
+    def brightness(variables, images, targets):
+        return jnp.mean(images, axis=(2, 3, 4))
+
+    index = jnp.stack([TRAIN.index, TRAIN.index[:, ::-1]], axis=2)
+    made = runner.per_row(brightness, variables(4, 5), TRAIN._replace(index=index), jnp.asarray(POOL), 4)
+    np.testing.assert_allclose(made, POOL[np.asarray(index)].mean(axis=(3, 4, 5)) / 255, rtol=1e-5)
