@@ -252,6 +252,6 @@ FINE_PRUNING = Defense(
     run=run,
     changes={
         "quick": {"epochs": 30, "batch_size": 32, "learning_rate": 0.05},
-        "quick digits": {"learning_rate": 0.2},
+        "quick digits": {"learning_rate": 0.15},
     },
 )
