@@ -10,6 +10,7 @@ from bdjax.metrics import (
     evaluated_rows,
     measure,
     measure_attack,
+    measure_detection,
     robust_accuracy,
 )
 
@@ -148,3 +149,48 @@ class TestMeasureAttack:
     def test_no_victim_is_an_error(self):
         with pytest.raises(ValueError, match="none of the 8 test rows"):
             measure_attack(self.CLEAN, TRIGGERED, LABELS, np.zeros(8, bool), LABELS)
+
+
+class TestMeasureDetection:
+    # Rows 0 to 3 are poisoned; rows 0, 1 and 4 are flagged.
+    POISONED = np.array([True] * 4 + [False] * 6)
+    FLAGS = np.array([True, True, False, False, True, False, False, False, False, False])
+    SCORES = np.array([0.9, 0.8, 0.1, 0.5, 0.7, 0.2, 0.5, 0.0, 0.0, 0.3])
+
+    def test_a_hand_counted_example(self):
+        found = measure_detection(self.FLAGS, self.SCORES, self.POISONED)
+        assert found.flagged == pytest.approx(3 / 10)
+        assert found.precision == pytest.approx(2 / 3)
+        assert found.recall == pytest.approx(2 / 4)
+        assert found.f1 == pytest.approx(4 / 7)
+        # Of 24 pairs, 0.9 and 0.8 win six each, 0.5 wins four and ties once, and 0.1 wins two.
+        assert found.auc == pytest.approx(18.5 / 24)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_agrees_with_counting_every_pair(self, seed):
+        random = np.random.default_rng(seed)
+        truth, flags = random.uniform(size=(2, 60)) < [[0.3], [0.4]]
+        scores = random.integers(0, 8, 60) / 8  # with ties
+        found = measure_detection(flags, scores, truth)
+        pairs = [(one > other) + 0.5 * (one == other) for one in scores[truth] for other in scores[~truth]]
+        assert found.auc == pytest.approx(np.mean(pairs))
+        assert found.f1 == pytest.approx(2 / (1 / found.precision + 1 / found.recall))
+
+    def test_no_flag_at_all_is_worth_nothing(self):
+        found = measure_detection(np.zeros(10, bool), None, self.POISONED)
+        assert found == (0.0, None, 0.0, 0.0, None)
+
+    def test_perfect_and_inverted(self):
+        assert measure_detection(self.POISONED, self.POISONED.astype(float), self.POISONED)[1:] == (1, 1, 1, 1)
+        assert measure_detection(~self.POISONED, -self.POISONED.astype(float), self.POISONED)[1:] == (0, 0, 0, 0)
+
+    def test_a_clean_set_or_an_unknown_one_has_false_alarms_only(self):
+        for truth in (np.zeros(10, bool), None):
+            assert measure_detection(self.FLAGS, self.SCORES, truth) == (0.3, None, None, None, None)
+            assert measure_detection(None, None, truth) == (None,) * 5
+
+    def test_what_is_not_there_is_not_measured(self):
+        assert measure_detection(None, self.SCORES, self.POISONED) == (None, None, None, None, pytest.approx(18.5 / 24))
+        assert measure_detection(self.FLAGS, None, self.POISONED).auc is None
+        # Without a clean row there is no pair to compare.
+        assert measure_detection(self.FLAGS, self.SCORES, np.ones(10, bool)).auc is None

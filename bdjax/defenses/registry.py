@@ -2,6 +2,7 @@
 
 from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
+from bdjax.defenses.activation_clustering import ACTIVATION_CLUSTERING
 from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.fine_pruning import FINE_PRUNING
@@ -9,6 +10,8 @@ from bdjax.defenses.fine_tuning import FINE_TUNING
 from bdjax.defenses.ft_sam import FT_SAM
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.nad import NAD
+from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
+from bdjax.defenses.strip import STRIP
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
 
@@ -24,6 +27,9 @@ DEFENSES: dict[str, Defense] = {
         FINE_PRUNING,
         NAD,
         FT_SAM,
+        ACTIVATION_CLUSTERING,
+        SPECTRAL_SIGNATURES,
+        STRIP,
     )
 }  # fmt: skip
 

@@ -21,6 +21,9 @@ SMALL: dict[str, str] = {
     "fine_pruning": "fine_pruning:held_out=0.25:epochs=2",
     "nad": "nad:teacher_epochs=1:epochs=1",
     "ft_sam": "ft_sam:epochs=1",
+    "activation_clustering": "activation_clustering",
+    "spectral_signatures": "spectral_signatures",
+    "strip": "strip:num_overlays=8",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 

@@ -1,0 +1,221 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score, silhouette_samples
+
+from bdjax.defenses.activation_clustering import (
+    ACTIVATION_CLUSTERING,
+    ActivationClusteringSettings,
+    find_clusters,
+    is_poisoned,
+    reclassify,
+    reduce_dimensions,
+    run,
+    split_class,
+)
+from bdjax.errors import InputError
+from bdjax.training.stages import Nets
+
+SETTINGS = ActivationClusteringSettings()
+DIMENSIONS = 32
+
+
+def one_group(seed, rows=200):
+    return np.random.default_rng(seed).standard_normal((rows, DIMENSIONS)).astype(np.float32)
+
+
+def nine_to_one(seed, rows=200, apart=12.0):
+    """Two round groups in one class, and which rows are of the tenth part."""
+    random = np.random.default_rng(seed)
+    minority = random.permutation(rows) < rows // 10
+    direction = random.standard_normal(DIMENSIONS)
+    direction *= apart / np.linalg.norm(direction)
+    return (one_group(seed + 100, rows) + np.outer(minority, direction)).astype(np.float32), minority
+
+
+def training_set(seed, classes=3):
+    """Three classes, the last of which has a minority."""
+    groups = [one_group(seed + label) for label in range(classes - 1)]
+    poisoned, minority = nine_to_one(seed)
+    labels = np.repeat(np.arange(classes), 200).astype(np.int32)
+    truth = np.concatenate([np.zeros(200 * (classes - 1), bool), minority])
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return np.concatenate([*groups, poisoned])[order], labels[order], truth[order]
+
+
+# ---- One class ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["pca", "ica"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_minority_of_nine_to_one_is_found(reduction, seed):
+    rows, minority = nine_to_one(seed)
+    # FastICA scales every direction to the same variance, so the groups must lie further apart for k-means to see them.
+    split = split_class(rows, reduction, 10 if reduction == "pca" else 2)
+    np.testing.assert_array_equal(split.in_smaller, minority)
+    assert split.share == pytest.approx(0.1) and split.silhouette > 0.3
+    assert (split.scores[minority] > 0).all() and (split.scores[~minority] < 0).all()
+    assert np.abs(split.scores).max() <= 1
+
+
+def test_one_group_splits_about_evenly_and_scores_low():
+    split, (rows, _) = split_class(one_group(0), "pca", 10), nine_to_one(0)
+    assert split.share > 0.35 and split.silhouette < 0.15
+    assert split.scores.max() < 0.1 * split_class(rows, "pca", 10).scores.max()
+
+
+@pytest.mark.parametrize("reduction", ["pca", "ica"])
+@pytest.mark.parametrize("make", [one_group, lambda seed: nine_to_one(seed)[0]])
+def test_the_order_of_the_rows_is_of_no_weight(reduction, make):
+    for seed in range(3):
+        rows, order = make(seed), np.random.default_rng(seed).permutation(200)
+        split, shuffled = split_class(rows, reduction, 10), split_class(rows[order], reduction, 10)
+        np.testing.assert_array_equal(shuffled.in_smaller, split.in_smaller[order])
+        np.testing.assert_allclose(shuffled.scores, split.scores[order], atol=1e-5)
+
+
+def test_the_silhouette_coefficient_is_that_of_the_reduced_rows():
+    rows, _ = nine_to_one(1)
+    split = split_class(rows, "pca", 10)
+    expected = silhouette_samples(reduce_dimensions(rows, "pca", 10), split.in_smaller).mean()
+    assert split.silhouette == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("reduction", ["pca", "ica"])
+def test_no_more_dimensions_than_the_rows_have(reduction):
+    assert reduce_dimensions(one_group(0), reduction, 10).shape == (200, 10)
+    assert reduce_dimensions(one_group(0, 4), reduction, 10).shape == (4, 3)  # four points span three directions
+    flat = one_group(0)
+    flat[:, 3:] = 0  # channels that no row excites
+    reduced = reduce_dimensions(flat, reduction, 10)
+    assert reduced.shape == (200, 3) and np.isfinite(reduced).all()
+    if reduction == "ica":
+        np.testing.assert_allclose(reduced.std(axis=0), 1, rtol=1e-3)
+    else:  # a rotation: distances are as they were
+        np.testing.assert_allclose(
+            np.linalg.norm(reduced[0] - reduced[1]), np.linalg.norm(flat[0] - flat[1]), rtol=1e-5
+        )
+
+
+def test_classes_too_small_or_all_alike_are_not_split():
+    for rows in (one_group(0, 1), one_group(0, 2), np.ones((20, 4), np.float32)):
+        assert split_class(rows, "pca", 10) is None
+    labels = np.array([0] * 20 + [1] * 2)
+    flags, scores, clearest = find_clusters(np.ones((22, 4), np.float32), labels, SETTINGS)
+    assert not flags.any() and not scores.any() and clearest == 0
+
+
+# ---- A training set -------------------------------------------------------------------------------------------------
+
+
+def test_rules_decide_which_smaller_clusters_are_poisoned():
+    rows, labels, truth = training_set(0)
+    flags = {
+        rule: find_clusters(rows, labels, dataclasses.replace(SETTINGS, rule=rule))[0]
+        for rule in ("smaller", "relative_size", "silhouette")
+    }
+    for rule in ("relative_size", "silhouette"):
+        np.testing.assert_array_equal(flags[rule], truth)
+    # The first rule takes the smaller half of the two clean classes as well.
+    np.testing.assert_array_equal(flags["smaller"] & (labels == 2), truth)
+    for label in (0, 1):
+        assert 0.35 < flags["smaller"][labels == label].mean() <= 0.5
+
+
+def test_the_thresholds_of_the_rules():
+    split = split_class(nine_to_one(0)[0], "pca", 10)._replace(share=0.3, silhouette=0.2)
+    for rule, changes, expected in (
+        ("smaller", {"largest_share": 0.0}, True),
+        ("relative_size", {}, True),
+        ("relative_size", {"largest_share": 0.3}, False),
+        ("silhouette", {}, True),
+        ("silhouette", {"smallest_silhouette": 0.2}, False),
+        ("silhouette", {"largest_share": 0.3}, False),
+    ):
+        assert is_poisoned(split, dataclasses.replace(SETTINGS, rule=rule, **changes)) == expected
+
+
+def test_scores_rank_poisons_above_all_classes_and_flags_follow_the_rows():
+    rows, labels, truth = training_set(1)
+    flags, scores, clearest = find_clusters(rows, labels, SETTINGS)
+    assert flags.dtype == bool and scores.dtype == np.float32
+    assert roc_auc_score(truth, scores) == 1.0
+    assert clearest == pytest.approx(split_class(rows[labels == 2], "pca", 10).silhouette)
+    order = np.random.default_rng(5).permutation(len(labels))
+    shuffled, shuffled_scores, _ = find_clusters(rows[order], labels[order], SETTINGS)
+    np.testing.assert_array_equal(shuffled, flags[order])
+    np.testing.assert_allclose(shuffled_scores, scores[order], atol=1e-5)
+
+
+def test_a_cluster_that_others_take_for_another_class_is_poisoned():
+    labels = np.array([0] * 6 + [1] * 6 + [2] * 4)
+    flags = np.array([True] * 5 + [False] + [True] * 5 + [False] + [False] * 4)
+    # Class 0's cluster: its label three times, class 1 twice. Class 1's: its label once, class 2 three times.
+    predictions = np.array([0, 0, 0, 1, 1, 2] + [1, 2, 2, 2, 0, 0] + [0] * 4)
+    np.testing.assert_array_equal(reclassify(flags, labels, predictions, 1.0), flags & (labels == 1))
+    np.testing.assert_array_equal(reclassify(flags, labels, predictions, 1.5), flags)  # 3 / 2 is not above 1.5
+    np.testing.assert_array_equal(reclassify(flags, labels, predictions, 0.3), flags & False)
+    assert flags.sum() == 10  # what was given is left as it is
+
+
+def test_a_cluster_predicted_as_its_label_alone_is_legitimate():
+    labels, flags = np.zeros(4, int), np.ones(4, bool)
+    assert not reclassify(flags, labels, np.zeros(4, int), 1.0).any()
+    assert reclassify(flags, labels, np.ones(4, int), 1.0).all()
+
+
+# ---- As a defense ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(given, suspects):
+    rows = given.all_rows()
+    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, rows)
+    assert embeddings.shape[:2] == given.index.shape
+    other = dataclasses.replace(given, recipe=given.config(evaluation_batch_size=37))
+    again = other.embeddings(given.attacked.model, given.attacked.variables, rows)
+    for one, two, labels in zip(embeddings, again, given.labels, strict=True):
+        first, second = (find_clusters(own, labels, SETTINGS)[0] for own in (one, two))
+        np.testing.assert_array_equal(first, second)
+
+
+def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(given, monkeypatch):
+    stages, sizes = [], []
+
+    def train(self, stage, model, config, rows):
+        """Fresh networks, which take nearly everything for one class."""
+        stages.append(stage)
+        sizes.append(rows.index.shape[1])
+        return Nets(model, self.begin("fresh", model), 1, {})
+
+    monkeypatch.setattr(type(given), "train", train)
+    result = run(given, dataclasses.replace(SETTINGS, rule="exclusionary"))
+    assert len(set(stages)) == 2  # or the second would read back the first
+    assert sizes[0] < sizes[1] < given.index.shape[1]
+    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
+    for i, labels in enumerate(given.labels):
+        smaller, scores, clearest = find_clusters(embeddings[i], labels, SETTINGS)
+        assert (result.flags[i] <= smaller).all() and 0 < result.flags[i].sum() < smaller.sum()
+        # A cluster is flagged as a whole, or not at all.
+        whole = [np.unique(result.flags[i][smaller & (labels == label)]) for label in range(10)]
+        assert all(len(one) == 1 for one in whole)
+        assert result.facts["classes with a flagged cluster"][i] == sum(one[0] for one in whole)
+        np.testing.assert_allclose(result.scores[i], scores)
+        assert result.facts["largest silhouette"][i] == pytest.approx(clearest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "larger"}, "rule 'larger' is not one of smaller"),
+        ({"reduction": "tsne"}, "reduction 'tsne' is not one of pca, ica"),
+        ({"dimensions": 0}, "dimensions 0 is not at least 1"),
+    ],
+)
+def test_settings_that_cannot_be(given, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(given, dataclasses.replace(SETTINGS, **changes))
+
+
+def test_it_says_what_it_needs():
+    assert ACTIVATION_CLUSTERING.needs == ("training set", "attacked model")

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from bdjax.defenses.filtering import kept_rows, retrain_without
+
+
+def draw(seed, members=4, rows=30):
+    random = np.random.default_rng(seed)
+    return random.uniform(size=(members, rows)) < random.uniform(0, 0.9, (members, 1))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_every_kept_row_is_there_and_no_flagged_one(seed):
+    flags = draw(seed)
+    rows = kept_rows(flags, np.random.default_rng(0))
+    assert rows.dtype == np.int32
+    assert rows.shape == (4, (~flags).sum(axis=1).max())
+    for own, kept in zip(flags, rows, strict=True):
+        np.testing.assert_array_equal(np.unique(kept), np.flatnonzero(~own))
+        # Filled up evenly: no row comes twice more than another.
+        counts = np.bincount(kept, minlength=len(own))[~own]
+        assert counts.max() - counts.min() <= 1
+
+
+def test_a_member_that_keeps_the_most_sees_each_row_once():
+    flags = np.array([[True, False, False, True], [True, True, False, True]])
+    rows = kept_rows(flags, np.random.default_rng(0))
+    np.testing.assert_array_equal(rows, [[1, 2], [2, 2]])
+
+
+def test_nothing_flagged_keeps_everything():
+    np.testing.assert_array_equal(kept_rows(np.zeros((2, 3), bool), np.random.default_rng(0)), [[0, 1, 2]] * 2)
+
+
+def test_a_member_whose_rows_are_all_flagged_keeps_them_all():
+    flags = np.array([[True] * 4, [True, True, True, False]])
+    rows = kept_rows(flags, np.random.default_rng(0))
+    np.testing.assert_array_equal(rows, [[0, 1, 2, 3], [3, 3, 3, 3]])
+    assert flags[0].all()  # what was given is left as it is
+
+
+def test_flagged_rows_are_not_trained_on(given, monkeypatch):
+    """What goes into the training are the images and labels of the kept rows."""
+    seen = {}
+
+    def train(self, stage, model, config, rows):
+        seen.update(stage=stage, model=model, config=config, rows=rows)
+        return "trained"
+
+    monkeypatch.setattr(type(given), "train", train)
+    flags = np.zeros(given.index.shape, bool)
+    flags[0, ::2] = True
+    assert retrain_without(given, "a stage", flags) == "trained"
+    index, labels = np.asarray(seen["rows"].index), np.asarray(seen["rows"].targets["labels"])
+    assert seen["stage"] == "a stage" and seen["config"] == given.recipe
+    assert index.shape == labels.shape == given.index.shape  # the second member keeps all its rows
+    pairs = set(zip(index[0].tolist(), labels[0].tolist(), strict=True))
+    assert pairs == set(zip(given.index[0, 1::2].tolist(), given.labels[0, 1::2].tolist(), strict=True))
+    np.testing.assert_array_equal(index[1], given.index[1])
+    np.testing.assert_array_equal(labels[1], given.labels[1])
