@@ -68,7 +68,9 @@ def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
     level = "clean" if all(won == every for won in wins) else "warning" if any(wins) else "attacked"
     count = f"{every} backdoor{'s' if every > 1 else ''}"
     if len(defenses) == 1:
-        said = f"works against {wins[0]} of {count}" if every > 1 or not wins[0] else "works against the backdoor"
+        said = f"works against {wins[0]} of {count}"
+        if every == 1:
+            said = "works against the backdoor" if wins[0] else "does not work against the backdoor"
         headline = f"{defenses[0]['title']} {said}."
     else:
         all_won = sum(won == every for won in wins)
@@ -180,7 +182,8 @@ def write(
         extra_sections: of the experiment's own, after the results.
     """
     name = data.train.name
-    times = numbers.time_table(results, seconds_of(comparisons, timings) if seconds is None else seconds)
+    seconds = seconds_of(comparisons, timings) if seconds is None else seconds
+    times = numbers.time_table(results, seconds, is_whole=folder.is_new)
     main = [numbers.main_table(results), numbers.published_table(results, name)]
     detection = [numbers.detection_table(results), numbers.false_alarm_table(results)]
     details = [

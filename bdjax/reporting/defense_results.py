@@ -385,9 +385,9 @@ def needs_table(results: Mapping[str, Any]) -> Table:
         (one["title"], one["stage"], *("yes" if name in one["needs"] else None for name in names), one["paper"])
         for one in results["defenses"]
     )
-    notes = (
-        "Attacked model: the network that plain training on the suspect rows gave. Clean rows: some known to be clean."
-    )
+    notes = "Attacked model: the network that plain training on the suspect rows gave."
+    if "clean rows" in names:
+        notes += " Clean rows: some that are known to be clean."
     if any(name in ORACLES for name in names):
         notes += f" {' and '.join(name for name in names if name in ORACLES).capitalize()}: no defender has that."
     return Table("Who was given what", ("defense", "when", *names, "paper"), rows, notes)
@@ -443,7 +443,9 @@ def published_table(results: Mapping[str, Any], dataset: str) -> Table | None:
     return Table("Beside the papers", header, tuple(rows), notes, decimals=2)
 
 
-def time_table(results: Mapping[str, Any], seconds: Mapping[str, float], notes: str = "") -> Table | None:
+def time_table(
+    results: Mapping[str, Any], seconds: Mapping[str, float], notes: str = "", is_whole: bool = True
+) -> Table | None:
     """Seconds of each defense for one suspect; None if none was timed.
 
     Args:
@@ -451,6 +453,7 @@ def time_table(results: Mapping[str, Any], seconds: Mapping[str, float], notes: 
         seconds: defense variant -> seconds of its calls divided by the suspects that shared them. For no defense: of the
             plain training.
         notes: what else a reader must know.
+        is_whole: whether the run was made in one go. If not, stages were read back, and ratios would mean nothing.
     """
     plain = seconds.get(undefended(results) or "")
     rows: list[tuple[Cell, ...]] = []
@@ -458,15 +461,17 @@ def time_table(results: Mapping[str, Any], seconds: Mapping[str, float], notes: 
         own = seconds.get(one["defense"])
         if own is None:
             continue
-        ratio = None if not plain or one["base"] == NO_DEFENSE else f"{own / plain:.2f} ×"
+        ratio = None if not plain or not is_whole or one["base"] == NO_DEFENSE else f"{own / plain:.2f} ×"
         rows.append((one["title"], f"{own:.2f}", ratio))
     if not rows:
         return None
     included = (
         "Wall time of this very process, compiling included and shared by all suspects of a call. No defense: the plain "
-        "training, which a defense that starts from the attacked model needs on top. Stages that were read back from an "
-        "earlier start of the run, or that another defense had already trained, cost next to nothing here."
+        "training, which a defense that starts from the attacked model needs on top. Stages that another defense had "
+        "already trained cost next to nothing here."
     )
+    if not is_whole:
+        included += " This run was continued: what an earlier start had trained is not in these seconds."
     header = ("defense", "seconds per training set", "× no defense")
     return Table("Time", header, tuple(rows), included + (f" {notes}" if notes else ""))
 

@@ -217,6 +217,8 @@ def test_times(results):
     assert table.rows == (("no defense", "4.00", None), ("LfD (alpha 0.5)", "10.00", "2.50 ×"))
     assert table.notes.endswith("On two cores.")
     assert numbers.time_table(results, {}) is None
+    continued = numbers.time_table(results, {"none": 0.1, "lfd:alpha=0.5": 10.0}, is_whole=False)
+    assert [row[2] for row in continued.rows] == [None, None] and "was continued" in continued.notes
 
 
 def test_facts_and_rows(results):
@@ -263,7 +265,7 @@ def test_verdict_says_what_works_and_what_does_not(results):
         (0.0, 0.9, (), "warning", "1 of 2 defenses work against 1 backdoor."),
         (0.9, 0.9, (), "attacked", "0 of 2 defenses work against 1 backdoor."),
         (0.0, 0.9, ("lfd:alpha=0.5",), "clean", "LfD (alpha 0.5) works against the backdoor."),
-        (0.0, 0.9, ("abl",), "attacked", "ABL works against 0 of 1 backdoor."),
+        (0.0, 0.9, ("abl",), "attacked", "ABL does not work against the backdoor."),
     ],
 )
 def test_every_outcome_has_its_words(lfd, abl, about, level, headline):
