@@ -3,13 +3,16 @@
 from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
 from bdjax.defenses.activation_clustering import ACTIVATION_CLUSTERING
+from bdjax.defenses.anp import ANP
 from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.fine_pruning import FINE_PRUNING
 from bdjax.defenses.fine_tuning import FINE_TUNING
 from bdjax.defenses.ft_sam import FT_SAM
+from bdjax.defenses.i_bau import I_BAU
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.nad import NAD
+from bdjax.defenses.neural_cleanse import NEURAL_CLEANSE
 from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
 from bdjax.defenses.strip import STRIP
 from bdjax.defenses.undefended import UNDEFENDED
@@ -30,6 +33,9 @@ DEFENSES: dict[str, Defense] = {
         ACTIVATION_CLUSTERING,
         SPECTRAL_SIGNATURES,
         STRIP,
+        ANP,
+        I_BAU,
+        NEURAL_CLEANSE,
     )
 }  # fmt: skip
 

@@ -24,6 +24,9 @@ SMALL: dict[str, str] = {
     "activation_clustering": "activation_clustering",
     "spectral_signatures": "spectral_signatures",
     "strip": "strip:num_overlays=8",
+    "neural_cleanse": "neural_cleanse:epochs=4:repair_epochs=1",
+    "anp": "anp:iterations=4",
+    "i_bau": "i_bau:rounds=1:terms=1",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 
