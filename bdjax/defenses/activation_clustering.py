@@ -242,6 +242,6 @@ ACTIVATION_CLUSTERING = Defense(
     needs=("training set", "attacked model"),
     settings=ActivationClusteringSettings(),
     run=run,
-    # Of the 32 channels that the small network's last layer sees, few are about any one class.
+    # Tells 90 and 93 % of a target class right where half and a quarter of it are BadNets' (10 principal components: 77, 73).
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},
 )
