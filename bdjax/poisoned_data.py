@@ -283,7 +283,7 @@ def usable_defenses(
     variants, left_out = [], {}
     for text in texts:
         variant = read_defense(text, config.preset, config.dataset)
-        if clean is None and "clean rows" in variant.defense.needs:
+        if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
             left_out[text] = "needs clean rows, and there are none: give --clean-data"
         else:
             variants.append(variant)

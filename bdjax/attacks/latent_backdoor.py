@@ -21,6 +21,7 @@ from bdjax.attacks.trained_blend import Descent, TriggerLoss, random_soft_blend,
 from bdjax.attacks.triggered_copies import add_to_own_rows, trigger_first_rows, weigh_as_mean
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
+from bdjax.models import embedding
 from bdjax.training.member import Objective, Outcome, as_float, over_batches
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
@@ -55,8 +56,8 @@ class LatentTrigger(NamedTuple):
 
 
 def pooled_features(output: ModelOutput) -> Array:
-    """What the last layer of the network sees: stage 3, averaged over space, float32 [N, d]."""
-    return output.features["stage3"].mean(axis=(1, 2))
+    """What the last layer of the network sees, float32 [N, d]."""
+    return embedding(output.features)
 
 
 def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoorSettings) -> LatentTrigger:

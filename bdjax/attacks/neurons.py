@@ -9,6 +9,7 @@ import numpy as np
 from bdjax.attacks.contract import CleanModel, Knowledge
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
+from bdjax.models import embedding
 from bdjax.training.member import as_float, over_batches
 from bdjax.types import Array, Key, Model, PyTree
 
@@ -17,17 +18,17 @@ IMAGES_TO_LOOK_AT = 2000
 
 
 def activations(model: Model, variables: PyTree, images: Array) -> Array:
-    """The penultimate activations: the last stage's features, averaged over the pixels.
+    """The penultimate activations: the last tap's features, averaged over the pixels.
 
     Args:
-        model: a network with a tap "stage3".
+        model: any network.
         variables: its own.
         images: float32 [N, H, W, C] in [0, 1].
 
     Returns:
         float32 [N, d], at least 0.
     """
-    return model.apply(variables, images, train=False).features["stage3"].mean(axis=(1, 2))
+    return embedding(model.apply(variables, images, train=False).features)
 
 
 def clean_model_of(knowledge: Knowledge, attack: str) -> CleanModel:

@@ -227,6 +227,7 @@ ABL = Defense(
     paper="Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data",
     stage="in training",
     needs=("training set",),
+    oracles=lambda settings: ("number of poisons",) if settings.isolate == "oracle" else (),
     settings=ABLSettings(),
     run=run,
     changes={

@@ -196,12 +196,18 @@ class Defense:
     needs: tuple[Need, ...]
     settings: Any
     run: Callable[[Given, Any], DefenseResult]  # (given, settings) -> result
+    oracles: Callable[[Any], tuple[Need, ...]] | None = None
+    """(settings) -> what some settings need beside `needs`, and no defender has."""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Changes of the settings by preset ("quick", "strong") and by dataset ("gtsrb"), and by both ("quick digits")."""
 
     def __post_init__(self) -> None:
         for one in self.changes.values():
             changed(f"defense {self.name}", self.settings, one)
+
+    def needs_with(self, settings: Any) -> tuple[Need, ...]:
+        """All that the defense needs with these settings."""
+        return self.needs + (self.oracles(settings) if self.oracles else ())
 
 
 def settings_for(defense: Defense, preset: str, dataset: str, changes: Mapping[str, Any] | None = None) -> Any:

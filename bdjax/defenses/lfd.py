@@ -14,7 +14,7 @@ is mostly to leave the alpha n easiest rows out and to weigh the others by diffi
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -24,8 +24,7 @@ from jax import lax
 
 from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.losses import cross_entropy
-from bdjax.training.member import Objective, Outcome
-from bdjax.training.stages import Nets
+from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 Weighting = Literal["weighted ascent", "ascent", "drop", "plain"]
@@ -37,6 +36,8 @@ class LfdSettings:
 
     teacher: str = "resnet_s"  # any network; the lower its capacity, the better it tells
     teacher_epochs: int = 5  # "a few"; figure 2 is drawn at the fifth
+    teacher_learning_rate: float = 0.0  # Adam's, as of an undefended network; 0 for its very rate
+    teachers: int = 1  # the paper's; the mean loss of several depends less on how a tiny network happened to start
     alpha: float = 0.15  # share of all rows, those of the lowest loss, that are taken for candidates
     beta: float = 1e-3  # how strong the ascent on candidates is against the descent on all others
     weighting: str = (
@@ -87,21 +88,29 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
     return np.where(is_candidate, settings.beta * (losses - gamma) / highest, descent).astype(np.float32)
 
 
-def train_teacher(given: Given, name: str, epochs: int) -> Nets:
-    """Stage 1: plain training for a few epochs, from scratch, without augmentation and at one learning rate.
+def teacher_config(given: Given, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
+    """How stage 1 trains: plainly, for a few epochs, without augmentation and at one learning rate, by Adam."""
+    config = given.config(epochs=epochs, optimiser="adam", schedule="constant", augmentation="none", weight_decay=0.0)
+    return replace(config, learning_rate=learning_rate) if learning_rate else config
+
+
+def teacher_losses(given: Given, settings: LfdSettings) -> np.ndarray:
+    """Stage 1: train the teacher from scratch, and take its cross-entropy of each row.
 
     Args:
         given: the suspects.
-        name: of the network; the undefended one's to see what its capacity does.
-        epochs: how many.
+        settings: `teacher`, its epochs and rate, and `teachers` are read.
+
+    Returns:
+        float32 [M, n], un-augmented and with running statistics; the mean over several teachers.
     """
-    config = given.config(epochs=epochs, schedule="constant", augmentation="none", weight_decay=0.0)
-    return given.train(f"lfd teacher {name}, {epochs} epochs", given.make_model(name), config, given.all_rows())
-
-
-def teacher_losses(given: Given, teacher: Nets) -> np.ndarray:
-    """The teacher's cross-entropy of each row, un-augmented and with running statistics: float32 [M, n]."""
-    return given.losses(teacher.model, teacher.variables, given.all_rows())
+    config = teacher_config(given, settings.teacher_epochs, settings.teacher_learning_rate)
+    model, rows, told = given.make_model(settings.teacher), given.all_rows(), []
+    for number in range(settings.teachers):
+        stage = f"lfd teacher {settings.teacher}, {settings.teacher_epochs} epochs at {config.learning_rate}, {number}"
+        nets = given.train(stage, model, config, rows)
+        told.append(given.losses(nets.model, nets.variables, rows))
+    return np.mean(told, axis=0)
 
 
 @cache
@@ -136,7 +145,7 @@ def loss_history(given: Given, name: str | None, epochs: int) -> np.ndarray:
         float32 [M, epochs, n]; NaN for rows that an epoch left out with its incomplete last batch.
     """
     model = given.make_model(name)
-    config = given.config(epochs=epochs, schedule="constant", augmentation="none", weight_decay=0.0)
+    config = teacher_config(given, epochs)
     members, num_rows = given.index.shape
     rows = given.all_rows()
     rows = rows._replace(targets={**rows.targets, "row": jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (members, 1))})
@@ -165,7 +174,7 @@ def above_clean_mean(losses: np.ndarray, is_poisoned: np.ndarray) -> int:
 
 def run(given: Given, settings: LfdSettings) -> DefenseResult:
     """Train the teacher, weigh the rows, train the student as an undefended network is trained."""
-    losses = teacher_losses(given, train_teacher(given, settings.teacher, settings.teacher_epochs))
+    losses = teacher_losses(given, settings)
     weights = np.stack([row_weights(own, settings) for own in losses])
     rows = given.all_rows()
     rows = rows._replace(targets={**rows.targets, "weight": jnp.asarray(weights)})

@@ -4,6 +4,7 @@ from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
 from bdjax.defenses.activation_clustering import ACTIVATION_CLUSTERING
 from bdjax.defenses.anp import ANP
+from bdjax.defenses.bab import BAB
 from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.fine_pruning import FINE_PRUNING
@@ -24,6 +25,7 @@ DEFENSES: dict[str, Defense] = {
         UNDEFENDED,
         LFD,
         ABM,
+        BAB,
         ABL,
         CBD,
         FINE_TUNING,

@@ -123,7 +123,7 @@ def _one_defense(variant: DefenseVariant) -> dict[str, Any]:
         "title": variant.title,
         "paper": defense.paper,
         "stage": defense.stage,
-        "needs": list(defense.needs),
+        "needs": list(defense.needs_with(variant.settings)),
         "settings": to_plain(variant.settings),
     }
 

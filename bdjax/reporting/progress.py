@@ -44,9 +44,10 @@ class StageLog:
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.console = console or Console(quiet=not processes.is_primary())
-        self.timings: dict[str, float] = {}  # seconds; a stage that comes again adds to its own
+        self.timings: dict[str, float] = {}  # seconds, without those of stages within; a stage that comes again adds
         self._clock = clock
         self._has_bar = False
+        self._inner: list[float] = []  # of each stage under way, the outermost first: seconds of the stages within it
 
     @contextmanager
     def stage(
@@ -66,6 +67,7 @@ class StageLog:
         name = printable(name)
         detail = detail or (f"{total} {unit}".strip() if total is not None else "")
         start = self._clock()
+        self._inner.append(0.0)
         has_failed = True
         # One bar at a time: a stage within a stage has only its line.
         shown = self._bar if self.console.is_terminal and not self._has_bar else self._plain_lines
@@ -76,7 +78,9 @@ class StageLog:
             has_failed = False
         finally:
             seconds = self._clock() - start
-            self.timings[name] = self.timings.get(name, 0.0) + seconds
+            self.timings[name] = self.timings.get(name, 0.0) + seconds - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += seconds
             if has_failed:
                 self.note(name, f"broke off after {format_seconds(seconds)}")
             else:

@@ -13,6 +13,7 @@ from bdjax.errors import InputError
 
 SMALL: dict[str, str] = {
     "none": "none",
+    "bab": "bab:epochs=2:networks=1",
     "abm": "abm:epochs=2:student_epochs=2:isolation_rate=0.1",
     "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
     "abl": "abl:batch_size=32:isolation_epochs=1:rest_epochs=1:unlearning_epochs=1:rest_steps=()",

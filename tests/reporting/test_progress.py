@@ -63,6 +63,19 @@ def test_timings_add_up_when_a_name_repeats():
     assert list(log.timings) == ["teachers", "evaluation"]
 
 
+def test_a_stage_within_a_stage_is_counted_once():
+    log, stream, clock = make_log()
+    with log.stage("defense"):
+        clock.now += 1.0
+        with log.stage("teacher"):
+            clock.now += 4.0
+        clock.now += 2.0
+        with log.stage("student"):
+            clock.now += 8.0
+    assert log.timings == {"teacher": 4.0, "student": 8.0, "defense": 3.0}
+    assert "15.0 s" in stream.getvalue()  # the line has all of it
+
+
 def test_a_stage_that_breaks_off_says_so_and_passes_the_error_on():
     log, stream, clock = make_log()
     with pytest.raises(RuntimeError, match="diverged"), log.stage("teachers", total=30):

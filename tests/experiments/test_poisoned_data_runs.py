@@ -1,0 +1,148 @@
+"""experiments/lfd.py and experiments/abm.py from the command line to the files that they leave."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from bdjax import poisoned_data
+from bdjax.attacks.registry import ATTACKS
+from bdjax.datasets.digits import load_digits
+from bdjax.defenses.comparison import read_attack, read_defense
+from bdjax.errors import InputError
+from bdjax.reporting.progress import StageLog
+from bdjax.training import checkpoint
+from experiments import abm, lfd
+
+TINY: dict[str, Any] = {
+    "seeds": 1,
+    "width": 2,
+    "train_rows": 240,
+    "test_rows": 40,
+    "epochs": 2,
+    "layout": "map",
+    "lowering": "shifted",
+    "attacks": "badnets:poison_rate=0.2,none",
+}
+LFD, ABM = "lfd:teacher=resnet10:teacher_epochs=1", "abm:epochs=1:student_epochs=1:isolation_rate=0.1"
+
+
+def tiny(experiment, output: pathlib.Path, **changes: Any) -> poisoned_data.Config:
+    defenses = {"lfd": LFD, "abm": f"{ABM},fine_tuning:epochs=1"}[experiment.EXPERIMENT.name]
+    start = experiment.preset("quick", "digits")
+    return dataclasses.replace(start, output=output, **({"defenses": defenses} | TINY | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling takes longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def abm_run(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("runs") / "abm"
+    poisoned_data.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
+    return folder
+
+
+def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
+    results = json.loads((abm_run / "results.json").read_text())
+    assert [one["defense"] for one in results["defenses"]] == ["none", ABM, "fine_tuning:epochs=1"]
+    assert [one["attack"] for one in results["attacks"]] == ["badnets:poison_rate=0.2", "none"]
+    for name in ("table.md", "report.html", "verification.png", "timings.json"):
+        assert (abm_run / name).stat().st_size > 0
+    report = (abm_run / "report.html").read_text()
+    assert "python experiments/abm.py" in report and "Where the verification network looks" in report
+    scores = sorted((abm_run / "scores").rglob("*.csv"))
+    assert len(scores) == 2 and len(scores[0].read_text().splitlines()) > 200
+    saved = sorted((abm_run / "models").glob("*/*"))
+    assert len(saved) == 2 and checkpoint.about(saved[0])["num_classes"] == 10
+
+
+def test_a_repeated_run_ends_at_the_same_numbers(abm_run, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(abm_run, folder)
+    (folder / "results.json").unlink()
+    removed = next(folder.glob("checkpoints/abm-student-*"))
+    shutil.rmtree(removed)
+    poisoned_data.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
+    assert (folder / "results.json").read_bytes() == (abm_run / "results.json").read_bytes()
+
+
+def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
+    data = load_digits((), False).train
+    path = tmp_path / "own.npz"
+    np.savez(path, images=data.images[:300], labels=data.labels[:300])
+    start = lfd.preset("quick", str(path))
+    assert start.attacks == "none" and start.seeds == 1
+    changes = {name: value for name, value in TINY.items() if name not in ("attacks", "train_rows", "test_rows")}
+    config = dataclasses.replace(start, output=tmp_path / "run", defenses=f"{LFD},nad", **changes)
+    results = poisoned_data.run(config, lfd.EXPERIMENT, StageLog())
+    assert list(results["left_out"]) == ["nad"] and "--clean-data" in results["left_out"]["nad"]
+    assert results["attacks"][0]["num_poisoned"] is None
+    assert all(one["asr"]["mean"] is None for one in (cell["summary"] for cell in results["measured"]))
+    assert len(list((tmp_path / "run" / "scores").rglob("none.csv"))) == 1
+    assert "Nobody told this run" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study": "figure99"}, "--study 'figure99' is not one of"),
+        ({"study": "alpha", "attacks": "none"}, "settles attacks and defenses itself"),
+        ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
+        ({"attacks": "wanet"}, "poisons inside a training of its own"),
+        ({"attacks": "sig:colour=1"}, "has no setting 'colour'"),
+        ({"defenses": "prayer"}, "is not one of none"),
+        ({"model": "transformer"}, "unknown model 'transformer'"),
+        ({"clean_share": 0.01}, "too few"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        poisoned_data.run(tiny(lfd, tmp_path / "run", **changes), lfd.EXPERIMENT, StageLog())
+    assert not (tmp_path / "run").exists()
+
+
+def test_poisoned_rows_are_not_poisoned_again(tmp_path):
+    data = load_digits((), False).train
+    poisoned = np.arange(300) < 30
+    path = tmp_path / "poisoned.npz"
+    arrays = {"images": data.images[:300], "labels": data.labels[:300], "original_labels": data.labels[:300]}
+    np.savez(path, **arrays, is_poisoned=poisoned)
+    config = dataclasses.replace(tiny(lfd, tmp_path / "run"), dataset=str(path), train_rows=0, test_rows=0)
+    with pytest.raises(InputError, match="30 rows are poisoned already"):
+        poisoned_data.run(config, lfd.EXPERIMENT, StageLog())
+
+
+@pytest.mark.parametrize("experiment", [lfd, abm], ids=["lfd", "abm"])
+def test_every_study_names_attacks_and_defenses_that_are_there(experiment):
+    train = load_digits((), False).train
+    for study in experiment.STUDIES.values():
+        for text in study.defenses.split(","):
+            read_defense(text, "paper", "cifar10")
+        for text in study.attacks.split(","):
+            name = text.split(":")[0]
+            if name not in ("none", "refool", "narcissus") and all(part in ATTACKS for part in name.split("+")):
+                attack = read_attack(text, train, 0)
+                assert attack.name == text
+            else:
+                assert name == "none" or set(name.split("+")) <= set(ATTACKS)
+
+
+@pytest.mark.parametrize("experiment", [lfd, abm], ids=["lfd", "abm"])
+@pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
+def test_presets_exist_for_every_set(experiment, preset):
+    for dataset in ("digits", "mnist", "cifar10", "gtsrb"):
+        config = experiment.preset(preset, dataset)
+        poisoned_data.check(config, experiment.EXPERIMENT)
+    with pytest.raises(InputError, match="is not one of quick, paper, strong"):
+        experiment.preset("fast", "digits")
