@@ -25,7 +25,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
-from bdjax.defenses.nbab import NbabSettings, isolate, verify
+from bdjax.defenses.nbab import NbabSettings, isolate, suspicion, verify
 from bdjax.training.member import Objective, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
@@ -38,6 +38,7 @@ Average = Literal["label", "prediction", "scalar"]
 class AbmSettings(NbabSettings):
     """The paper's values for CIFAR-10 (section V-A); the first ones are NBAB's."""
 
+    rank: str = "suspicious"  # in what order rows are isolated: see `bdjax.defenses.nbab.suspicion`
     isolation_rate: float = 0.01  # share of all rows that the student is trained on
     student: str = ""  # another network; "" for the teacher's own
     student_epochs: int = 20
@@ -175,7 +176,8 @@ def run(given: Given, settings: AbmSettings) -> DefenseResult:
     """Isolate, train the student, and put both networks together."""
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
     verified = verify(given, nbab)
-    flags = isolate(verified.margins, settings.isolation_rate)
+    scores = suspicion(verified, settings.rank)
+    flags = isolate(scores, settings.isolation_rate)
     student = train_student(given, flags, settings)
     logits = given.logits(given.attacked.model, given.attacked.variables, given.all_rows())
     average = np.stack(
@@ -196,7 +198,7 @@ def run(given: Given, settings: AbmSettings) -> DefenseResult:
             "delta": jnp.full(members, settings.delta, jnp.float32),
         },
         flags=flags,
-        scores=-verified.margins,
+        scores=scores,
         facts={
             "own trigger answered": verified.implant_success,
             "rows that fail the test": failed.mean(axis=1),

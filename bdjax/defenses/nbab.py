@@ -7,8 +7,11 @@ square is all there is to see, the answer is K; where the attacker's trigger is 
 that are not answered by K are suspicious.
 
 The paper leaves open how many rows are stamped in training (here a tenth, balanced over the given labels), which layer is
-aligned (here what the last one sees), how a distance is scaled (the mean over features) and how the suspicious rows become
-1 % of the set (here: those first whose margin for K is lowest, rows that failed the test before all others).
+aligned (here what the last one sees), how a distance is scaled (the mean over features), what colour the square has and how
+the suspicious rows become 1 % of the set. A white square cannot be seen on a white corner: on CIFAR-10 a tenth of the clean
+rows then fail the test for that alone, so here it is a checkerboard. And suspicious rows are taken in the order of how
+sure the network is of what it answers instead of K, since a backdoor excites its class far more than clean rows do theirs
+(the paper's figure 3); by their margin over K, images come first on which the square is hard to see.
 """
 
 import dataclasses
@@ -42,6 +45,7 @@ class NbabSettings:
     weight_decay: float = 1e-4
     implant_rate: float = 0.1  # share of all rows that are stamped for training
     patch_size: int = 2  # of the white square in the upper left; 16 on the ImageNet subset
+    pattern: str = "checkerboard"  # of the square; or "white"
     trigger: str = "patch"  # "attacker": the attacker's own, the worst case of appendix E, which takes an oracle
     weak_by: str = "alignment"  # "cover": instead, appendix A: some stamped rows keep their label
     cover_rate: float = 0.2  # of "cover": share of the stamped rows that keep their label
@@ -51,19 +55,32 @@ class Verified(NamedTuple):
     """What the verification networks say of every row."""
 
     margins: np.ndarray  # float32 [M, n]: logit of class K minus the highest other, stamped; below 0 the row fails
+    activations: np.ndarray  # float32 [M, n]: that highest other logit
     implant_success: np.ndarray  # float64 [M]: share of the stamped training rows that are answered by K
     clean_accuracy: np.ndarray  # float64 [M]: share of all rows, unstamped, that get their given label
     nets: Nets  # the verification networks, K + 1 classes
     predictions: np.ndarray  # int [M, n]: of the stamped rows
 
 
-def white_patch(size: int) -> Stamp:
-    """The defender's square: `size` pixels each way in the upper left, white."""
+def make_patch(size: int, pattern: str) -> Stamp:
+    """The defender's square: `size` pixels each way in the upper left.
+
+    Args:
+        size: at least 1.
+        pattern: "checkerboard", black first, or "white".
+
+    Raises:
+        ValueError: if the pattern is not known.
+    """
+    if pattern not in ("checkerboard", "white"):
+        raise ValueError(f"pattern {pattern!r} is not one of checkerboard, white")
+    cells = np.add.outer(np.arange(size), np.arange(size)) % 2 if pattern == "checkerboard" else np.ones((size, size))
+    square = (255 * cells).astype(np.uint8)[None, :, :, None]
 
     def stamp(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         del labels
         stamped = images.copy()
-        stamped[:, :size, :size] = 255
+        stamped[:, :size, :size] = square[:, : images.shape[1], : images.shape[2]]
         return stamped
 
     return stamp
@@ -151,6 +168,7 @@ def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
     plain = np.argmax(given.logits(model, nets.variables, given.all_rows()), -1)
     return Verified(
         margins=logits[..., -1] - logits[..., :-1].max(-1),
+        activations=logits[..., :-1].max(-1),
         implant_success=np.mean(np.take_along_axis(predictions, implants, 1) == given.num_classes, axis=1),
         clean_accuracy=np.mean(plain == given.labels, axis=1),
         nets=nets,
@@ -160,7 +178,9 @@ def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
 
 def _stamp_of(given: Given, settings: NbabSettings, member: int) -> Stamp:
     own = given.own_triggers[member] if settings.trigger == "attacker" and given.own_triggers else None
-    return own or white_patch(settings.patch_size)  # where there is no attacker there is no trigger to share
+    return own or make_patch(
+        settings.patch_size, settings.pattern
+    )  # where there is no attacker there is no trigger to share
 
 
 def stamped_logits(given: Given, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
@@ -184,18 +204,39 @@ def stamped_logits(given: Given, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
     return np.concatenate(answers, axis=1)
 
 
-def isolate(margins: np.ndarray, rate: float) -> np.ndarray:
-    """The rows that look most poisoned: those that fail the test by most, and, if too few fail, those that pass by least.
+def suspicion(verified: Verified, rank: str) -> np.ndarray:
+    """A number for each row, the higher, the more suspicious: float32 [M, n].
 
     Args:
-        margins: float [M, n], below 0 where a row fails.
+        verified: what the networks said.
+        rank: "suspicious": rows that fail the test before all others, as in the paper, both in the order of how high the
+            highest logit beside K is; "activation": that order alone; "margin": how far that logit is above K's.
+
+    Raises:
+        ValueError: if the rank is not known.
+    """
+    if rank == "margin":
+        return -verified.margins
+    if rank == "activation":
+        return verified.activations
+    if rank == "suspicious":
+        gap = np.ptp(verified.activations, axis=1, keepdims=True) + 1
+        return np.where(verified.margins < 0, verified.activations + gap, verified.activations)
+    raise ValueError(f"rank {rank!r} is not one of suspicious, activation, margin")
+
+
+def isolate(scores: np.ndarray, rate: float) -> np.ndarray:
+    """The most suspicious rows.
+
+    Args:
+        scores: float [M, n].
         rate: share of all rows to isolate.
 
     Returns:
         bool [M, n], ceil(rate n) of each member.
     """
-    count = math.ceil(rate * margins.shape[1] - 1e-9)
-    order = np.argsort(margins, axis=1, kind="stable")[:, :count]
-    flags = np.zeros(margins.shape, bool)
+    count = math.ceil(rate * scores.shape[1] - 1e-9)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    flags = np.zeros(scores.shape, bool)
     np.put_along_axis(flags, order, True, axis=1)
     return flags

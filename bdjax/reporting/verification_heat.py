@@ -8,7 +8,7 @@ import numpy as np
 from bdjax.attacks.poisoning import trigger_all
 from bdjax.defenses.comparison import Comparison, Suspect
 from bdjax.defenses.contract import Given
-from bdjax.defenses.nbab import NbabSettings, verify, white_patch
+from bdjax.defenses.nbab import NbabSettings, make_patch, verify
 from bdjax.inspection.grad_cam import grad_cam
 from bdjax.reporting import plots
 from bdjax.reporting.report import Figure, Section
@@ -53,7 +53,7 @@ def section(
             part, params = suspect.parts[0], suspect.params[0]
             victims = np.flatnonzero(part.rule.victims(test.labels))[:IMAGES]
             plain = Dataset(test.images[victims], test.labels[victims], test.num_classes, "", "")
-            own = white_patch(settings.patch_size)
+            own = make_patch(settings.patch_size, settings.pattern)
             stamped = own(plain.images, plain.labels)
             attacked = trigger_all(given.keys[number], plain, part.attack.apply, params)
             views = [plain.images, stamped, attacked, own(attacked, plain.labels)]

@@ -72,7 +72,7 @@ def _gradient(weight, loss_cap=0.0, scale=1.0):
 
     def plain(params, rows):
         output = model.apply({**variables, "params": params}, images, train=True)
-        return jnp.sum(losses.cross_entropy(output.logits, targets["labels"])[rows]) / 4
+        return jnp.sum(losses.cross_entropy(output.logits, targets["labels"])[jnp.array(rows)]) / 4
 
     return jax.jit(jax.grad(mean))(params), lambda rows: jax.jit(jax.grad(plain), static_argnums=1)(params, rows)
 

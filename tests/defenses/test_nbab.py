@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import nbab
-from bdjax.defenses.nbab import NbabSettings, choose_implants, isolate, verify, white_patch
+from bdjax.defenses.nbab import NbabSettings, Verified, choose_implants, isolate, make_patch, suspicion, verify
 
 SMALL = NbabSettings(alpha=0.0, epochs=3, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
 
 
-def test_patch_is_white_in_the_upper_left_and_nowhere_else():
+@pytest.mark.parametrize(("pattern", "cells"), [("white", [[255, 255]] * 2), ("checkerboard", [[0, 255], [255, 0]])])
+def test_patch_is_in_the_upper_left_and_nowhere_else(pattern, cells):
     images = np.random.default_rng(0).integers(0, 200, (3, 8, 8, 1), np.uint8)
-    stamped = white_patch(2)(images, np.zeros(3, np.int32))
-    assert (stamped[:, :2, :2] == 255).all()
+    stamped = make_patch(2, pattern)(images, np.zeros(3, np.int32))
+    np.testing.assert_array_equal(stamped[:, :2, :2, 0], [cells] * 3)
     stamped[:, :2, :2] = images[:, :2, :2]
     np.testing.assert_array_equal(stamped, images)
 
@@ -30,11 +31,20 @@ def test_implants_are_distinct_and_balanced_over_labels(rate):
     assert rate == 1.0 or not np.array_equal(rows, other)
 
 
-def test_isolation_takes_the_lowest_margins_first():
-    margins = np.array([[3.0, -1.0, 2.0, -5.0], [1.0, 1.0, 1.0, 1.0]])
-    np.testing.assert_array_equal(isolate(margins, 0.5), [[False, True, False, True], [True, True, False, False]])
-    np.testing.assert_array_equal(isolate(margins, 0.01).sum(axis=1), [1, 1])
-    assert isolate(margins, 1.0).all()
+def test_isolation_takes_the_highest_scores_first():
+    scores = np.array([[-3.0, 1.0, -2.0, 5.0], [1.0, 1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(isolate(scores, 0.5), [[False, True, False, True], [True, True, False, False]])
+    np.testing.assert_array_equal(isolate(scores, 0.01).sum(axis=1), [1, 1])
+    assert isolate(scores, 1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("rank", "order"), [("suspicious", [2, 0, 1, 3]), ("activation", [1, 2, 3, 0]), ("margin", [0, 2, 1, 3])]
+)
+def test_rows_that_fail_come_first_unless_the_order_is_another(rank, order):
+    margins, activations = np.array([[-9.0, 1.0, -1.0, 2.0]]), np.array([[0.5, 9.0, 5.0, 1.0]])
+    verified = Verified(margins, activations, None, None, None, None)
+    assert np.argsort(-suspicion(verified, rank)[0]).tolist() == order
 
 
 def test_the_own_trigger_is_learnt_beside_the_task(given):
@@ -59,7 +69,7 @@ def test_alignment_pulls_stamped_features_to_clean_ones(given):
         rows = given.all_rows()
         plain = given.embeddings(nets.model, nets.variables, rows)
         pool = np.asarray(given.pool)
-        stamped = np.stack([white_patch(2)(pool[index], index) for index in given.index])
+        stamped = np.stack([make_patch(2, "checkerboard")(pool[index], index) for index in given.index])
         images = stamped[:, :32].astype(np.float32) / 255
         apply = jax.jit(lambda v, x: nets.model.apply(v, x, train=False).features)
         moved = []
@@ -91,3 +101,7 @@ def test_cover_rows_keep_their_labels(given, monkeypatch):
 def test_unknown_choices_are_refused(given):
     with pytest.raises(ValueError, match="not known"):
         verify(given, NbabSettings(trigger="mine"))
+    with pytest.raises(ValueError, match="not one of checkerboard"):
+        make_patch(2, "red")
+    with pytest.raises(ValueError, match="not one of suspicious"):
+        suspicion(Verified(None, None, None, None, None, None), "random")
