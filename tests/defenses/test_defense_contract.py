@@ -90,6 +90,16 @@ def test_attacked_networks_are_left_alone(tried, suspects):
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, suspects.given.attacked.variables))
 
 
+@pytest.mark.parametrize(
+    ("text", "oracle"), [("abl:isolate=oracle", "number of poisons"), ("abm:trigger=attacker", "attacker's trigger")]
+)
+def test_settings_that_take_an_oracle_say_so(text, oracle):
+    variant = read_defense(text, "paper", "cifar10")
+    assert oracle in variant.defense.needs_with(variant.settings)
+    plain = read_defense(text.split(":")[0], "paper", "cifar10")
+    assert oracle not in plain.defense.needs_with(plain.settings)
+
+
 def test_unknown_names_and_settings_are_refused_in_one_line():
     with pytest.raises(InputError, match="is not one of none"):
         find_defense("nothing")
