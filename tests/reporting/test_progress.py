@@ -111,7 +111,7 @@ def test_on_a_terminal_the_bar_is_gone_at_the_end():
     assert "12/30" in text
     assert "loss [red]0.31" in text
     assert "data             1,437 rows" in text
-    assert log.timings == {"evaluation": 1.0, "teachers": 2.0}
+    assert log.timings == {"evaluation": 1.0, "teachers": 1.0}
     last = text.rstrip("\n").splitlines()[-1]
     assert "2.0 s" in last
     assert "━" not in last
