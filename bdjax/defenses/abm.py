@@ -219,6 +219,7 @@ ABM = Defense(
     run=run,
     changes={
         "gtsrb": {"alpha": 2000.0},
+        "strong": {"rank": "activation"},
         # A hundredth of a few thousand rows is one batch: as many steps take more epochs. And so small a network loses its
         # own backdoor at 1000.
         "quick": {
