@@ -281,8 +281,10 @@ def usable_defenses(
 ) -> tuple[list[DefenseVariant], dict[str, str]]:
     """Every defense of the run, and which ones it cannot have -> why."""
     variants, left_out = [], {}
+    # Without an accelerator strong runs have the small networks of quick ones.
+    is_small = config.preset == "strong" and jax.default_backend() == "cpu"
     for text in texts:
-        variant = read_defense(text, config.preset, config.dataset)
+        variant = read_defense(text, "quick strong" if is_small else config.preset, config.dataset)
         if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
             left_out[text] = "needs clean rows, and there are none: give --clean-data"
         else:

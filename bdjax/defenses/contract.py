@@ -213,10 +213,12 @@ class Defense:
 def settings_for(defense: Defense, preset: str, dataset: str, changes: Mapping[str, Any] | None = None) -> Any:
     """The defense's settings: the paper's, then those for the dataset, the preset and both, then `changes`.
 
+    The preset "quick strong" is both, one after the other: strong settings at a small scale.
+
     Raises:
         InputError: a change of something that the defense does not have, or to a value of another kind.
     """
     owner, settings = f"defense {defense.name}", defense.settings
-    for one in (dataset, preset, f"{preset} {dataset}"):
+    for one in (dataset, *(name for each in preset.split() for name in (each, f"{each} {dataset}"))):
         settings = changed(owner, settings, defense.changes.get(one, {}))
     return changed(owner, settings, changes or {})

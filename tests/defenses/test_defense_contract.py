@@ -100,6 +100,12 @@ def test_settings_that_take_an_oracle_say_so(text, oracle):
     assert oracle not in plain.defense.needs_with(plain.settings)
 
 
+def test_strong_settings_come_after_those_of_the_small_scale():
+    settings = read_defense("abm", "quick strong", "digits").settings
+    assert settings.rank == "activation" and settings.alpha == read_defense("abm", "quick", "digits").settings.alpha
+    assert read_defense("abm", "strong", "cifar10").settings.alpha == 1000.0
+
+
 def test_unknown_names_and_settings_are_refused_in_one_line():
     with pytest.raises(InputError, match="is not one of none"):
         find_defense("nothing")
