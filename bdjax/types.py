@@ -96,6 +96,15 @@ class Model(NamedTuple):
     description: str  # "resnet34 width 64": what checkpoints and reports say of it
 
 
+class Detection(NamedTuple):
+    """What a detector says of the rows of M suspect training sets."""
+
+    flags: np.ndarray  # bool [M, n]: rows that it takes for poisoned
+    scores: np.ndarray  # float32 [M, n]: the higher, the more suspicious
+    facts: Mapping[str, np.ndarray] = {}  # as `DefenseResult` has them
+    pictures: Mapping[str, np.ndarray] = {}
+
+
 class DefenseResult(NamedTuple):
     """What a defense makes of M suspects (training sets or models), for each of them on a leading axis."""
 

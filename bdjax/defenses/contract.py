@@ -23,7 +23,7 @@ from bdjax.settings import changed
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Array, DefenseResult, Key, Model, PyTree
+from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
 
 Need = Literal["training set", "attacked model", "clean rows", "number of poisons", "attacker's trigger"]
 """training set: the suspect rows. attacked model: the network that plain training on them gave. clean rows: some that are
@@ -196,8 +196,13 @@ class Defense:
     needs: tuple[Need, ...]
     settings: Any
     run: Callable[[Given, Any], DefenseResult]  # (given, settings) -> result
+    detect: Callable[[Given, Any], Detection] | None = None
+    """(given, settings) -> which rows are poisoned, without the training that follows: of those that look for them."""
     oracles: Callable[[Any], tuple[Need, ...]] | None = None
     """(settings) -> what some settings need beside `needs`, and no defender has."""
+    check: Callable[[Any], None] | None = None
+    """(settings) -> nothing, or an InputError of one line that names the setting which cannot be, and says what would be
+    right. `comparison.read_defense` calls it before anything is trained."""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Changes of the settings by preset ("quick", "strong") and by dataset ("gtsrb"), and by both ("quick digits")."""
 

@@ -4,6 +4,7 @@ import numpy as np
 
 from bdjax.defenses.contract import Given, labelled
 from bdjax.training.stages import Nets
+from bdjax.types import DefenseResult, Detection
 
 
 def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -41,3 +42,15 @@ def retrain_without(given: Given, stage: str, flags: np.ndarray) -> Nets:
     rows = kept_rows(flags, np.random.default_rng(0))
     index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
     return given.train(stage, given.make_model(), given.recipe, labelled(index, labels))
+
+
+def retrained(given: Given, stage: str, found: Detection) -> DefenseResult:
+    """What a detector amounts to as a defense: networks trained on the rows that it did not flag.
+
+    Args:
+        given: the suspects.
+        stage: as `retrain_without` has it.
+        found: what was detected.
+    """
+    nets = retrain_without(given, stage, found.flags)
+    return DefenseResult(nets.model, nets.variables, *found)
