@@ -2,7 +2,8 @@
 
 import ast
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bdjax.errors import InputError
@@ -29,6 +30,44 @@ def changed(owner: str, settings: Any, changes: Mapping[str, Any]) -> Any:
         if default is not None and (not isinstance(value, kinds) or (is_number and isinstance(value, bool))):
             raise InputError(f"{owner}: {name} {value!r} is not of the kind of its default {default!r}")
     return dataclasses.replace(settings, **changes)
+
+
+def check_values(
+    owner: str,
+    settings: Any,
+    *,
+    choices: Mapping[str, Iterable[str]] = {},
+    at_least: Mapping[str, float] = {},
+    above: Mapping[str, float] = {},
+    at_most: Mapping[str, float] = {},
+    below: Mapping[str, float] = {},
+) -> None:
+    """Refuse settings that cannot be; a field may have a lower and an upper bound.
+
+    Args:
+        owner: whose settings they are, as a message says it: "defense abl".
+        settings: a dataclass.
+        choices: field -> the values that it may have.
+        at_least, above, at_most, below: field -> its bound.
+
+    Raises:
+        InputError: one line that names the first such setting, and says what would be right.
+    """
+    for name, known in choices.items():
+        if getattr(settings, name) not in known:
+            raise InputError(f"{owner}: {name} {getattr(settings, name)!r} is not one of {', '.join(known)}")
+    bounds = (
+        ("at least", operator.ge, at_least),
+        ("above", operator.gt, above),
+        ("at most", operator.le, at_most),
+        ("below", operator.lt, below),
+    )
+    for name in dict.fromkeys(name for _, _, fields in bounds for name in fields):
+        own = [(said, holds, fields[name]) for said, holds, fields in bounds if name in fields]
+        value = getattr(settings, name)
+        if not all(holds(value, bound) for _, holds, bound in own):
+            wanted = " and ".join(f"{said} {bound:g}" for said, _, bound in own)
+            raise InputError(f"{owner}: {name} {value!r} is not {wanted}")
 
 
 def read_value(text: str) -> Any:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from bdjax.errors import InputError
-from bdjax.settings import changed, read_value, read_variant
+from bdjax.settings import changed, check_values, read_value, read_variant
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,26 @@ def test_a_setting_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(InputError) as caught:
         changed("attack sig", SOME, {"rat": 1.0})
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"choices": {"name": ("median", "mode")}}, "name 'mean' is not one of median, mode"),
+        ({"at_least": {"epochs": 6}}, "epochs 5 is not at least 6"),
+        ({"above": {"rate": 0.1}, "at_most": {"rate": 1}}, "rate 0.1 is not above 0.1 and at most 1"),
+        ({"at_least": {"rate": 0}, "below": {"rate": 0.1}}, "rate 0.1 is not at least 0 and below 0.1"),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused_with_what_would_be_right(wanted, message):
+    with pytest.raises(InputError) as caught:
+        check_values("defense some", SOME, **wanted)
+    assert str(caught.value) == f"defense some: {message}"
+
+
+def test_values_at_their_bounds_are_fine():
+    check_values("it", SOME, choices={"name": ("mean",)}, at_least={"epochs": 5, "rate": 0.1}, at_most={"rate": 0.1})
+    check_values("it", SOME, above={"rate": 0.0}, below={"rate": 0.11})
 
 
 @pytest.mark.parametrize(

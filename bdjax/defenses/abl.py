@@ -33,10 +33,16 @@ from bdjax import losses
 from bdjax.defenses.contract import Defense, Given, labelled
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
-from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
+from bdjax.settings import check_values
+from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
-CHOICES = {"loss": ("lga", "flooding"), "isolate": ("rate", "oracle"), "unlearning": ("isolated", "paper")}
+CHOICES = {
+    "loss": ("lga", "flooding"),
+    "isolate": ("rate", "oracle"),
+    "unlearning": ("isolated", "paper"),
+    "optimiser": Optimiser.__args__,
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,22 @@ class ABLSettings:
     optimiser: str = "sgd"  # with Nesterov's momentum of 0.9; or "adam"
     weight_decay: float = 1e-4
     batch_size: int = 128
+
+
+def check(settings: ABLSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        "defense abl",
+        settings,
+        choices=CHOICES,
+        above={"isolation_rate": 0},
+        at_least={"isolation_epochs": 1, "rest_epochs": 0, "unlearning_epochs": 0, "batch_size": 1, "loss_cap": 0},
+        below={"isolation_rate": 1},
+    )
 
 
 def held_at(loss: str, row_losses: Array, threshold: float) -> Array:
@@ -152,21 +174,13 @@ def _counts(given: Given, settings: ABLSettings) -> np.ndarray:
     return np.full(num_members, max(1, round(settings.isolation_rate * num_rows)))
 
 
-def _check(settings: ABLSettings) -> None:
-    for name, known in CHOICES.items():
-        if getattr(settings, name) not in known:
-            raise InputError(f"defense abl: {name} {getattr(settings, name)!r} is not one of {', '.join(known)}")
-    if not 0 < settings.isolation_rate < 1:
-        raise InputError(f"defense abl: isolation_rate {settings.isolation_rate} is not between 0 and 1")
-
-
 def run(given: Given, settings: ABLSettings) -> DefenseResult:
     """Isolate, train on the rest, unlearn; `flags` are the isolated rows, and `scores` minus the losses of step 2.
 
     Raises:
-        InputError: a setting is not one of its choices, or the number of poisons is asked for and not known.
+        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
     """
-    _check(settings)
+    check(settings)
     model, rows = given.make_model(), given.all_rows()
     config = partial(_config, given, settings)
 
@@ -230,6 +244,7 @@ ABL = Defense(
     oracles=lambda settings: ("number of poisons",) if settings.isolate == "oracle" else (),
     settings=ABLSettings(),
     run=run,
+    check=check,
     changes={
         "quick": {
             "isolation_epochs": 12,

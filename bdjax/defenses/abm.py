@@ -25,8 +25,10 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
-from bdjax.defenses.nbab import NbabSettings, isolate, suspicion, verify
-from bdjax.training.member import Objective, Outcome
+from bdjax.defenses.nbab import RANKS, NbabSettings, check_planting, isolate, suspicion, verify
+from bdjax.models import MODELS
+from bdjax.settings import check_values
+from bdjax.training.member import Objective, Optimiser, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
@@ -48,6 +50,29 @@ class AbmSettings(NbabSettings):
     average: str = "label"  # over what A is taken: rows of a given label, of a predicted one, or one number for all
     gamma: float = 0.8  # 1 on the ImageNet subset
     delta: float = 2.5
+
+
+def check(settings: AbmSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_planting("defense abm", settings)
+    check_values(
+        "defense abm",
+        settings,
+        choices={
+            "rank": RANKS,
+            "distance": Distance.__args__,
+            "average": Average.__args__,
+            "student_optimiser": Optimiser.__args__,
+            **({"student": MODELS} if settings.student else {}),
+        },
+        above={"isolation_rate": 0, "student_learning_rate": 0},
+        at_least={"student_epochs": 1},
+        below={"isolation_rate": 1},
+    )
 
 
 def corrected(teacher: Array, student: Array, average: Array, *, gamma: float | Array, delta: float | Array) -> Array:
@@ -217,6 +242,7 @@ ABM = Defense(
     oracles=lambda settings: ("attacker's trigger",) if settings.trigger == "attacker" else (),
     settings=AbmSettings(),
     run=run,
+    check=check,
     changes={
         "gtsrb": {"alpha": 2000.0},
         "strong": {"rank": "activation"},

@@ -31,7 +31,7 @@ from sklearn.metrics import silhouette_score
 
 from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.filtering import retrain_without
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.types import DefenseResult
 
 NAME = "activation_clustering"
@@ -58,6 +58,16 @@ class ActivationClusteringSettings:
     threshold: float = 1.0
     """of exclusionary: a cluster is poisoned unless its label is predicted for more than so many times as many rows of it as
     the most frequent other class"""
+
+
+def check(settings: ActivationClusteringSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    choices = {"reduction": REDUCTIONS, "rule": RULES}
+    check_values(f"defense {NAME}", settings, choices=choices, at_least={"dimensions": 1})
 
 
 class Split(NamedTuple):
@@ -203,11 +213,7 @@ def run(given: Given, settings: ActivationClusteringSettings) -> DefenseResult:
     References:
         Chen et al. 2018, algorithm 1 and section 5.
     """
-    for name, known in (("reduction", REDUCTIONS), ("rule", RULES)):
-        if getattr(settings, name) not in known:
-            raise InputError(f"defense {NAME}: {name} {getattr(settings, name)!r} is not one of {', '.join(known)}")
-    if settings.dimensions < 1:
-        raise InputError(f"defense {NAME}: dimensions {settings.dimensions} is not at least 1")
+    check(settings)
     rows = given.all_rows()
     embeddings = given.embeddings(given.attacked.model, given.attacked.variables, rows)
     found = [find_clusters(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
@@ -242,6 +248,7 @@ ACTIVATION_CLUSTERING = Defense(
     needs=("training set", "attacked model"),
     settings=ActivationClusteringSettings(),
     run=run,
+    check=check,
     # Where a half and a quarter of a class are BadNets', its two clusters are 90 and 93 % pure; 77 and 73 % of PCA to 10.
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},
 )

@@ -26,7 +26,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given, labelled
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
@@ -58,6 +58,21 @@ class AnpSettings:
     """above 0: instead, the highest threshold (to 0.9, by 0.05) that costs no more accuracy on the clean rows than this"""
     zero_bias: bool = False
     """whether a pruned channel loses its bias too"""
+
+
+def check(settings: AnpSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        "defense anp",
+        settings,
+        at_least={"iterations": 1, "batch_size": 1, "epsilon": 0, "alpha": 0},
+        above={"learning_rate": 0},
+        at_most={"alpha": 1},
+    )
 
 
 def channel_scales(params: PyTree) -> Channels:
@@ -226,8 +241,7 @@ def run(given: Given, settings: AnpSettings) -> DefenseResult:
     Raises:
         InputError: a setting that cannot be.
     """
-    if settings.iterations < 1 or settings.epsilon < 0 or not 0 <= settings.alpha <= 1:
-        raise InputError("defense anp: iterations must be at least 1, epsilon at least 0 and alpha in [0, 1]")
+    check(settings)
     model, network = given.attacked.model, given.attacked.variables
     masks = learn_masks(given, settings)
 
@@ -266,5 +280,6 @@ ANP = Defense(
     needs=("attacked model", "clean rows"),
     settings=AnpSettings(),
     run=run,
+    check=check,
     changes={"quick": {"iterations": 200, "batch_size": 64, "accuracy_loss": 0.1}},
 )

@@ -15,7 +15,8 @@ import numpy as np
 
 from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.defenses.filtering import retrain_without
-from bdjax.defenses.nbab import NbabSettings, verify
+from bdjax.defenses.nbab import NbabSettings, check_planting, verify
+from bdjax.settings import check_values
 from bdjax.types import DefenseResult
 
 
@@ -26,6 +27,17 @@ class BabSettings(NbabSettings):
     alpha: float = 0.0
     networks: int = 10
     objections: int = 0  # how many networks must object to a row; 0 for half of them, rounded up
+
+
+def check(settings: BabSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_planting("defense bab", settings)
+    check_values("defense bab", settings, at_least={"networks": 1, "objections": 0})
+    check_values("defense bab", settings, at_most={"objections": settings.networks})
 
 
 def count_objections(given: Given, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -63,5 +75,6 @@ BAB = Defense(
     needs=("training set",),
     settings=BabSettings(),
     run=run,
+    check=check,
     changes={"quick": {"optimiser": "adam", "learning_rate": 3e-3, "networks": 3, "epochs": 6}},
 )

@@ -29,8 +29,9 @@ import optax
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given
 from bdjax.models import embedding
+from bdjax.settings import check_values
 from bdjax.training import ensemble
-from bdjax.training.member import Objective, Outcome, TrainConfig
+from bdjax.training.member import Objective, Optimiser, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 POWER_ITERATIONS = 5
@@ -52,6 +53,16 @@ class CBDSettings:
     disentangle_weight: float = 0.01
     critic_learning_rate: float = 0.2  # of Adam
     critic_decay_epochs: int = 20  # after each so many the critic's rate is a tenth
+
+
+def check(settings: CBDSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    counts = ("biased_epochs", "epochs", "batch_size", "critic_decay_epochs")
+    check_values("defense cbd", settings, choices={"optimiser": Optimiser.__args__}, at_least=dict.fromkeys(counts, 1))
 
 
 def row_weights(biased_losses: Array, own_losses: Array) -> Array:
@@ -268,6 +279,7 @@ CBD = Defense(
     needs=("training set",),
     settings=CBDSettings(),
     run=run,
+    check=check,
     changes={
         "quick": {
             # At this size the classes are learnt as fast as a trigger: a longer start weighs clean rows down as much.

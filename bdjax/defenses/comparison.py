@@ -98,11 +98,14 @@ def read_defense(text: str, preset: str, dataset: str) -> DefenseVariant:
     """Settle a defense as the command line writes it.
 
     Raises:
-        InputError: no such defense or setting.
+        InputError: no such defense or setting, or a value that the setting cannot have.
     """
     name, changes = read_variant(text)
     defense = find_defense(name)
-    return DefenseVariant(text, defense, settings_for(defense, preset, dataset, changes))
+    settings = settings_for(defense, preset, dataset, changes)
+    if defense.check:
+        defense.check(settings)
+    return DefenseVariant(text, defense, settings)
 
 
 class Suspect(NamedTuple):

@@ -32,7 +32,7 @@ from jax import lax
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import (
     HISTORY,
@@ -68,6 +68,20 @@ class IBauSettings:
     """of a batch's rows that carry the perturbation in the network's step; at least one does"""
     learning_rate: float = 1e-4
     """of Adam, for the network; the authors' code has 0.001"""
+
+
+def check(settings: IBauSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        "defense i_bau",
+        settings,
+        at_least={"rounds": 1, "batch_size": 1, "passes": 1, "terms": 0, "norm_bound": 0, "share": 0},
+        at_most={"share": 1},
+    )
 
 
 def hyper_gradient(
@@ -188,10 +202,7 @@ def run(given: Given, settings: IBauSettings) -> DefenseResult:
     Raises:
         InputError: a setting that cannot be.
     """
-    if min(settings.rounds, settings.passes) < 1 or min(settings.terms, settings.norm_bound) < 0:
-        raise InputError("defense i_bau: rounds and passes must be at least 1, terms and norm_bound at least 0")
-    if not 0 <= settings.share <= 1:
-        raise InputError(f"defense i_bau: share {settings.share:g} is not in [0, 1]")
+    check(settings)
     model, rows = given.attacked.model, given.clean_rows()
     num, num_rows = rows.index.shape
     config = TrainConfig(
@@ -232,6 +243,7 @@ I_BAU = Defense(
     needs=("attacked model", "clean rows"),
     settings=IBauSettings(),
     run=run,
+    check=check,
     changes={
         "quick": {"batch_size": 32, "learning_rate": 1e-3},
         # Few rows make few steps, and on so small an image only a short perturbation is like a trigger. The loss is so

@@ -24,6 +24,8 @@ from jax import lax
 
 from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.losses import cross_entropy
+from bdjax.models import MODELS
+from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
@@ -45,6 +47,22 @@ class LfdSettings:
     )
     loss_cap: float = 0.0  # of a candidate's loss, above which it is no longer raised; 0 for none
     max_percentile: float = 100.0  # of the teacher's losses, taken for their maximum: 100 is the maximum itself
+
+
+def check(settings: LfdSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        "defense lfd",
+        settings,
+        choices={"weighting": Weighting.__args__, "teacher": MODELS},
+        above={"alpha": 0, "teacher_learning_rate": 0, "max_percentile": 0},
+        at_least={"teacher_epochs": 1, "teachers": 1, "beta": 0, "loss_cap": 0},
+        at_most={"alpha": 1, "max_percentile": 100},
+    )
 
 
 def threshold(losses: np.ndarray, alpha: float) -> float:
@@ -71,8 +89,9 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
         taken for the maximum: those are cut off at 1).
 
     Raises:
-        ValueError: if the weighting is not known.
+        InputError: a setting that cannot be.
     """
+    check(settings)
     gamma = threshold(losses, settings.alpha)
     is_candidate = losses <= gamma
     if settings.weighting == "plain":
@@ -81,8 +100,6 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
         return np.where(is_candidate, 0, 1).astype(np.float32)
     if settings.weighting == "ascent":
         return np.where(is_candidate, -1, 1).astype(np.float32)
-    if settings.weighting != "weighted ascent":
-        raise ValueError(f"weighting {settings.weighting!r} is not one of {', '.join(Weighting.__args__)}")
     highest = np.percentile(losses, settings.max_percentile)
     descent = np.minimum(losses / highest, 1)
     return np.where(is_candidate, settings.beta * (losses - gamma) / highest, descent).astype(np.float32)
@@ -203,6 +220,7 @@ LFD = Defense(
     needs=("training set",),
     settings=LfdSettings(),
     run=run,
+    check=check,
     changes={
         "gtsrb": {"alpha": 0.2, "beta": 3e-3},
         # At an eighth of the width a teacher's stem is so narrow that one in a few learns nothing of the trigger.

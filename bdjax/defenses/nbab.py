@@ -25,13 +25,17 @@ import numpy as np
 
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.defenses.contract import Given, fingerprint
-from bdjax.training.member import Rows
+from bdjax.settings import check_values
+from bdjax.training.member import Optimiser, Rows
 from bdjax.training.stages import Nets
 
 Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(uint8 images [N, H, W, C], labels [N]) -> the same with the defender's trigger."""
 CHUNK = 4096
 """Rows of each member that are stamped at a time."""
+PATTERNS = ("checkerboard", "white")
+RANKS = ("suspicious", "activation", "margin")
+"""Orders that rows may be isolated in: see `suspicion`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,31 @@ class NbabSettings:
     trigger: str = "patch"  # "attacker": the attacker's own, the worst case of appendix E, which takes an oracle
     weak_by: str = "alignment"  # "cover": instead, appendix A: some stamped rows keep their label
     cover_rate: float = 0.2  # of "cover": share of the stamped rows that keep their label
+
+
+def check_planting(owner: str, settings: NbabSettings) -> None:
+    """Refuse settings of the planted backdoor that cannot be.
+
+    Args:
+        owner: whose they are, as a message says it: "defense abm".
+        settings: those.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        owner,
+        settings,
+        choices={
+            "pattern": PATTERNS,
+            "trigger": ("patch", "attacker"),
+            "weak_by": ("alignment", "cover"),
+            "optimiser": Optimiser.__args__,
+        },
+        at_least={"alpha": 0, "epochs": 1, "patch_size": 1, "cover_rate": 0},
+        above={"learning_rate": 0, "implant_rate": 0},
+        at_most={"implant_rate": 1, "cover_rate": 1},
+    )
 
 
 class Verified(NamedTuple):
@@ -72,8 +101,8 @@ def make_patch(size: int, pattern: str) -> Stamp:
     Raises:
         ValueError: if the pattern is not known.
     """
-    if pattern not in ("checkerboard", "white"):
-        raise ValueError(f"pattern {pattern!r} is not one of checkerboard, white")
+    if pattern not in PATTERNS:
+        raise ValueError(f"pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
     cells = np.add.outer(np.arange(size), np.arange(size)) % 2 if pattern == "checkerboard" else np.ones((size, size))
     square = (255 * cells).astype(np.uint8)[None, :, :, None]
 
@@ -111,10 +140,9 @@ def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
         number: which of several verification networks: each has its own weights and its own implants.
 
     Raises:
-        ValueError: if `trigger` or `weak_by` is not known.
+        InputError: a setting that cannot be.
     """
-    if settings.trigger not in ("patch", "attacker") or settings.weak_by not in ("alignment", "cover"):
-        raise ValueError(f"trigger {settings.trigger!r} or weak_by {settings.weak_by!r} is not known")
+    check_planting("nbab", settings)
     num_members, num_rows = given.index.shape
     stamps = [_stamp_of(given, settings, member) for member in range(num_members)]
     pool = np.asarray(given.pool)
@@ -222,7 +250,7 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
     if rank == "suspicious":
         gap = np.ptp(verified.activations, axis=1, keepdims=True) + 1
         return np.where(verified.margins < 0, verified.activations + gap, verified.activations)
-    raise ValueError(f"rank {rank!r} is not one of suspicious, activation, margin")
+    raise ValueError(f"rank {rank!r} is not one of {', '.join(RANKS)}")
 
 
 def isolate(scores: np.ndarray, rate: float) -> np.ndarray:

@@ -29,7 +29,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
@@ -71,6 +71,22 @@ class NeuralCleanseSettings:
     """of SGD"""
     repair_share: float = 0.2
     """of the rows of a batch that carry a trigger of a flagged class"""
+
+
+def check(settings: NeuralCleanseSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    counts = ("epochs", "batch_size", "repair_epochs", "repair_batch_size")
+    check_values(
+        "defense neural_cleanse",
+        settings,
+        at_least={**dict.fromkeys(counts, 1), "repair_share": 0},
+        above={"success": 0, "weight_factor": 1},
+        at_most={"success": 1, "repair_share": 1},
+    )
 
 
 class Triggers(NamedTuple):
@@ -360,10 +376,7 @@ def run(given: Given, settings: NeuralCleanseSettings) -> DefenseResult:
     Raises:
         InputError: a setting that cannot be.
     """
-    if not 0 < settings.success <= 1 or not 0 <= settings.repair_share <= 1 or settings.weight_factor <= 1:
-        raise InputError(
-            "defense neural_cleanse: success must be in (0, 1], repair_share in [0, 1] and weight_factor above 1"
-        )
+    check(settings)
     triggers = find_triggers(given, settings)
     norms = triggers.masks.sum(axis=(2, 3, 4))
     index, flagged = anomaly_index(norms), flag_classes(norms, settings.threshold)
@@ -390,5 +403,6 @@ NEURAL_CLEANSE = Defense(
     needs=("attacked model", "clean rows"),
     settings=NeuralCleanseSettings(),
     run=run,
+    check=check,
     changes={"quick": {"batch_size": 32, "repair_batch_size": 32, "repair_epochs": 20}},
 )

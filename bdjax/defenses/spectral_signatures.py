@@ -22,7 +22,7 @@ import numpy as np
 
 from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.filtering import retrain_without
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.types import DefenseResult
 
 NAME = "spectral_signatures"
@@ -41,6 +41,22 @@ class SpectralSignaturesSettings:
     poison_rate: float = 0.01
     """assumed share of all rows that are poisoned; the paper knows it, and has 500 of 50,000. No more than half of a class is
     left out: a higher rate would leave nothing of the other classes"""
+
+
+def check(settings: SpectralSignaturesSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        f"defense {NAME}",
+        settings,
+        choices={"rule": ("percentile", "poison_rate")},
+        at_least={"percentile": 0, "poison_rate": 0},
+        at_most={"percentile": 100},
+        below={"poison_rate": 1},
+    )
 
 
 def spectral_scores(embeddings: np.ndarray) -> np.ndarray:
@@ -116,12 +132,7 @@ def run(given: Given, settings: SpectralSignaturesSettings) -> DefenseResult:
     References:
         Tran et al. 2018, algorithm 1.
     """
-    if settings.rule not in ("percentile", "poison_rate"):
-        raise InputError(f"defense {NAME}: rule {settings.rule!r} is neither percentile nor poison_rate")
-    if not 0 <= settings.percentile <= 100:
-        raise InputError(f"defense {NAME}: percentile {settings.percentile:g} is not from 0 to 100")
-    if not 0 <= settings.poison_rate < 1:
-        raise InputError(f"defense {NAME}: poison_rate {settings.poison_rate:g} is not from 0 to below 1")
+    check(settings)
     embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
     found = [find_poisons(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
     flags, scores, largest = (np.stack(each) for each in zip(*found, strict=True))
@@ -139,4 +150,5 @@ SPECTRAL_SIGNATURES = Defense(
     needs=("training set", "attacked model"),
     settings=SpectralSignaturesSettings(),
     run=run,
+    check=check,
 )

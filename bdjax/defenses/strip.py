@@ -25,6 +25,7 @@ from jax import lax
 
 from bdjax.defenses.contract import Defense, Given, labelled
 from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.training.member import as_float
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
@@ -45,6 +46,23 @@ class StripSettings:
     """convex: (1 - weight) x + weight x'; sum: x + weight x', which may leave the range of pixels, as in public code"""
     weight: float = 0.5
     """of the image that is laid over; sums in the paper's code have 1"""
+
+
+def check(settings: StripSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    check_values(
+        f"defense {NAME}",
+        settings,
+        choices={"mode": MODES},
+        at_least={"num_overlays": 2, "false_rejection_rate": 0},
+        above={"weight": 0},
+        at_most={"weight": 1},
+        below={"false_rejection_rate": 1},
+    )
 
 
 def mix(images: Array, overlay: Array, mode: str, weight: float) -> Array:
@@ -177,16 +195,7 @@ def run(given: Given, settings: StripSettings) -> DefenseResult:
     References:
         Gao et al. 2019, section 5.
     """
-    if settings.mode not in MODES:
-        raise InputError(f"defense {NAME}: mode {settings.mode!r} is not one of {', '.join(MODES)}")
-    if settings.num_overlays < 2:
-        raise InputError(f"defense {NAME}: num_overlays {settings.num_overlays} is not at least 2")
-    if not 0 <= settings.false_rejection_rate < 1:
-        raise InputError(
-            f"defense {NAME}: false_rejection_rate {settings.false_rejection_rate:g} is not from 0 to below 1"
-        )
-    if not 0 < settings.weight <= 1:
-        raise InputError(f"defense {NAME}: weight {settings.weight:g} is not above 0 and at most 1")
+    check(settings)
     rows, network = given.clean_rows(), given.attacked
     num_clean = rows.index.shape[1]
     if num_clean < 2:
@@ -214,6 +223,7 @@ STRIP = Defense(
     needs=("attacked model", "clean rows"),
     settings=StripSettings(),
     run=run,
+    check=check,
     changes={
         "quick": {"num_overlays": 20},
         # At half its brightness a patch of a few pixels is no trigger any more; on black, a sum keeps it whole, as in the

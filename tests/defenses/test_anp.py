@@ -188,5 +188,5 @@ def test_masks_of_all_suspects_are_learned_and_pruned(given):
 
 def test_settings_that_cannot_be_are_refused(given):
     for change in ({"iterations": 0}, {"epsilon": -0.1}, {"alpha": 2.0}):
-        with pytest.raises(InputError, match="defense anp"):
+        with pytest.raises(InputError, match=f"defense anp: {next(iter(change))} "):
             run(given, dataclasses.replace(AnpSettings(), **change))

@@ -31,6 +31,21 @@ SMALL: dict[str, str] = {
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 
+REFUSED: dict[str, str] = {
+    "lfd": "lfd:weighting=heavy",
+    "abm": "abm:average=all",
+    "bab": "bab:networks=0",
+    "abl": "abl:isolation_rate=1.0",
+    "cbd": "cbd:optimiser=newton",
+    "activation_clustering": "activation_clustering:rule=larger",
+    "spectral_signatures": "spectral_signatures:percentile=101",
+    "strip": "strip:mode=product",
+    "neural_cleanse": "neural_cleanse:success=0.0",
+    "anp": "anp:alpha=2.0",
+    "i_bau": "i_bau:share=2.0",
+}
+"""A setting that cannot be, of each defense that checks its own."""
+
 _results: dict = {}
 
 
@@ -104,6 +119,54 @@ def test_strong_settings_come_after_those_of_the_small_scale():
     settings = read_defense("abm", "quick strong", "digits").settings
     assert settings.rank == "activation" and settings.alpha == read_defense("abm", "quick", "digits").settings.alpha
     assert read_defense("abm", "strong", "cifar10").settings.alpha == 1000.0
+
+
+def test_every_defense_that_checks_its_settings_is_among_those_refused():
+    assert REFUSED.keys() == {defense.name for defense in DEFENSES.values() if defense.check}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *REFUSED.values(),
+        "lfd:alpha=0",
+        "lfd:alpha=1.1",
+        "lfd:teacher=transformer",
+        "lfd:teachers=0",
+        "abm:distance=soft",
+        "abm:pattern=red",
+        "abm:trigger=mine",
+        "abm:weak_by=hope",
+        "abm:rank=random",
+        "abm:isolation_rate=0",
+        "abm:isolation_rate=1",
+        "abm:patch_size=0",
+        "abm:epochs=0",
+        "abm:student=transformer",
+        "abm:student_optimiser=newton",
+        "bab:pattern=red",
+        "bab:networks=3:objections=4",
+        "abl:loss=hinge",
+        "abl:optimiser=newton",
+        "anp:epsilon=-0.1",
+        "i_bau:rounds=0",
+        "neural_cleanse:weight_factor=1",
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_trains(text):
+    name, *_, last = text.split(":")
+    setting, value = last.split("=")
+    with pytest.raises(InputError, match=r"^[^\n]* is not (one of|at least|above|at most|below) [^\n]+$") as raised:
+        read_defense(text, "quick", "digits")
+    assert str(raised.value).startswith(f"defense {name}: {setting} ")
+    assert value in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper", "strong", "quick strong"])
+@pytest.mark.parametrize("dataset", ["digits", "mnist", "cifar10", "gtsrb"])
+def test_the_settings_of_every_preset_pass_their_own_check(preset, dataset):
+    for name in DEFENSES:
+        read_defense(name, preset, dataset)
 
 
 def test_unknown_names_and_settings_are_refused_in_one_line():

@@ -137,5 +137,5 @@ def test_all_suspects_play_in_one_call(given):
 
 def test_settings_that_cannot_be_are_refused(given):
     for change in ({"rounds": 0}, {"passes": 0}, {"terms": -1}, {"norm_bound": -1.0}, {"share": 2.0}):
-        with pytest.raises(InputError, match="defense i_bau"):
+        with pytest.raises(InputError, match=f"defense i_bau: {next(iter(change))} "):
             run(given, dataclasses.replace(IBauSettings(), **change))

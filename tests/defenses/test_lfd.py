@@ -9,6 +9,7 @@ import pytest
 from bdjax import losses
 from bdjax.defenses.contract import weighted_cross_entropy
 from bdjax.defenses.lfd import LfdSettings, above_clean_mean, loss_history, row_weights, threshold
+from bdjax.errors import InputError
 from tests.defenses.conftest import small_model
 
 GOLDEN_LOSSES = np.array([0.1, 0.2, 1.0, 2.0])
@@ -28,7 +29,7 @@ def test_ablations(weighting, expected):
 
 
 def test_unknown_weighting_is_refused():
-    with pytest.raises(ValueError, match="'weighted ascent'|weighted ascent"):
+    with pytest.raises(InputError, match="weighting 'none' is not one of weighted ascent, ascent, drop, plain"):
         row_weights(GOLDEN_LOSSES, LfdSettings(weighting="none"))
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from bdjax.defenses import nbab
 from bdjax.defenses.nbab import NbabSettings, Verified, choose_implants, isolate, make_patch, suspicion, verify
+from bdjax.errors import InputError
 
 SMALL = NbabSettings(alpha=0.0, epochs=3, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
 
@@ -99,7 +100,7 @@ def test_cover_rows_keep_their_labels(given, monkeypatch):
 
 
 def test_unknown_choices_are_refused(given):
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(InputError, match="nbab: trigger 'mine' is not one of patch, attacker"):
         verify(given, NbabSettings(trigger="mine"))
     with pytest.raises(ValueError, match="not one of checkerboard"):
         make_patch(2, "red")

@@ -210,5 +210,5 @@ def test_unlearning_stamps_flagged_classes_under_true_labels():
 
 def test_settings_that_cannot_be_are_refused(given):
     for change in ({"success": 0.0}, {"repair_share": 2.0}, {"weight_factor": 1.0}):
-        with pytest.raises(InputError, match="neural_cleanse"):
+        with pytest.raises(InputError, match=f"defense neural_cleanse: {next(iter(change))} "):
             run(given, dataclasses.replace(SETTINGS, **change))

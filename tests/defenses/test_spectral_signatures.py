@@ -121,9 +121,9 @@ def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(given):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "top"}, "rule 'top' is neither percentile nor poison_rate"),
-        ({"percentile": 101.0}, "percentile 101 is not from 0 to 100"),
-        ({"poison_rate": 1.0}, "poison_rate 1 is not from 0 to below 1"),
+        ({"rule": "top"}, "rule 'top' is not one of percentile, poison_rate"),
+        ({"percentile": 101.0}, "percentile 101.0 is not at least 0 and at most 100"),
+        ({"poison_rate": 1.0}, "poison_rate 1.0 is not at least 0 and below 1"),
     ],
 )
 def test_settings_that_cannot_be(given, changes, message):

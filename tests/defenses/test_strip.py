@@ -209,8 +209,8 @@ def test_all_clean_rows_where_there_are_fewer_than_overlays(given):
     [
         ({"mode": "product"}, "mode 'product' is not one of convex, sum"),
         ({"num_overlays": 1}, "num_overlays 1 is not at least 2"),
-        ({"false_rejection_rate": 1.0}, "false_rejection_rate 1 is not from 0 to below 1"),
-        ({"weight": 0.0}, "weight 0 is not above 0"),
+        ({"false_rejection_rate": 1.0}, "false_rejection_rate 1.0 is not at least 0 and below 1"),
+        ({"weight": 0.0}, "weight 0.0 is not above 0 and at most 1"),
     ],
 )
 def test_settings_that_cannot_be(given, changes, message):

@@ -102,6 +102,7 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
         ({"attacks": "wanet"}, "poisons inside a training of its own"),
         ({"attacks": "sig:colour=1"}, "has no setting 'colour'"),
         ({"defenses": "prayer"}, "is not one of none"),
+        ({"defenses": "lfd:alpha=2.0"}, "defense lfd: alpha 2.0 is not above 0 and at most 1"),
         ({"model": "transformer"}, "unknown model 'transformer'"),
         ({"clean_share": 0.01}, "too few"),
     ],
