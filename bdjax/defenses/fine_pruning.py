@@ -24,6 +24,7 @@ import numpy as np
 from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
 from bdjax.errors import InputError
+from bdjax.models import last_tap
 from bdjax.training.member import Rows
 from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
 
@@ -102,24 +103,6 @@ def last_good(accuracy: np.ndarray, tolerance: float) -> int:
     """The step before the first whose accuracy is below (1 - tolerance) times the first's: an index into `accuracy` [S]."""
     is_bad = accuracy < (1 - tolerance) * accuracy[0] - 1e-9  # rounding is no loss of accuracy
     return int(np.argmax(is_bad)) - 1 if is_bad.any() else len(accuracy) - 1
-
-
-def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> str:
-    """The name of the tap that the classifier reads, without computing anything.
-
-    Args:
-        model: a network.
-        variables: of one member.
-        image_shape: (H, W, C).
-    """
-    names: list[str] = []
-
-    def call(variables: PyTree, images: Array) -> None:
-        # A dictionary that leaves a traced function comes out sorted; the order of the network is known in here only.
-        names.extend(model.apply(variables, images, train=False).features)
-
-    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return names[-1]
 
 
 @cache
@@ -220,13 +203,7 @@ def run(given: Given, settings: FinePruningSettings) -> DefenseResult:
     """
     masks, before, after = prune(given, settings)
     model = pruned_model(given.attacked.model, _last_tap(given))
-    config = cosine_sgd(
-        given,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    config = cosine_sgd(given, settings)
     variables = {**given.attacked.variables, "mask": jnp.asarray(masks)}
     tuned = tune(given, f"fine-pruning {fingerprint(**vars(settings))}", model, config, variables)
     return DefenseResult(

@@ -9,6 +9,7 @@ run's own. Batch normalisation runs in training mode, so its statistics become t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,21 +31,19 @@ class FineTuningSettings:
     """L2, on every parameter"""
 
 
-def cosine_sgd(given: Given, *, epochs: int, batch_size: int, learning_rate: float, weight_decay: float) -> TrainConfig:
+def cosine_sgd(given: Given, settings: Any) -> TrainConfig:
     """What fine-tuning, fine-pruning and FT-SAM share: SGD with momentum 0.9 on half a cosine.
 
     Args:
         given: the suspects, whose recipe says what is not said here: augmentation, the incomplete last batch.
-        epochs: over the rows; 0 leaves the networks as they are.
-        batch_size: rows of a step, or all if they are fewer.
-        learning_rate: of the first epoch.
-        weight_decay: L2, on every parameter.
+        settings: a defense's; `epochs` (0 leaves the networks as they are), `batch_size`, `learning_rate` (of the first
+            epoch) and `weight_decay` are read.
     """
     return given.config(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
         optimiser="sgd",
         momentum=0.9,
         nesterov=False,
@@ -103,13 +102,7 @@ def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
 
 def run(given: Given, settings: FineTuningSettings) -> DefenseResult:
     """Train the attacked networks on the clean rows."""
-    config = cosine_sgd(
-        given,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    config = cosine_sgd(given, settings)
     attacked = given.attacked
     variables = tune(given, f"fine-tuning {fingerprint(**vars(settings))}", attacked.model, config, attacked.variables)
     change = weight_change(attacked.variables["params"], variables["params"])

@@ -107,13 +107,7 @@ def sharpness_aware(model: Model, rho: float, label_smoothing: float) -> Objecti
 
 def run(given: Given, settings: FtSamSettings) -> DefenseResult:
     """Fine-tune the attacked networks on the clean rows with sharpness-aware minimisation."""
-    config = cosine_sgd(
-        given,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
+    config = cosine_sgd(given, settings)
     attacked = given.attacked
     variables = tune(
         given,

@@ -6,11 +6,20 @@ from flax import linen as nn
 
 from bdjax.errors import InputError
 from bdjax.models import lenet, mobilenet_v2, resnet, vgg, wide_resnet
-from bdjax.models.facade import as_model, count_parameters, embedding
+from bdjax.models.facade import as_model, count_parameters, embedding, last_tap
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
 
-__all__ = ["MODELS", "ComputeDtype", "Lowering", "count_parameters", "default_lowering", "embedding", "make_model"]
+__all__ = [
+    "MODELS",
+    "ComputeDtype",
+    "Lowering",
+    "count_parameters",
+    "default_lowering",
+    "embedding",
+    "last_tap",
+    "make_model",
+]
 
 MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = {
     **resnet.NETWORKS,

@@ -42,3 +42,21 @@ def embedding(features: Mapping[str, jax.Array]) -> jax.Array:
         float32 [N, d].
     """
     return jnp.mean(list(features.values())[-1], axis=(1, 2))
+
+
+def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> str:
+    """The name of the tap that the classifier reads, without computing anything.
+
+    Args:
+        model: a network.
+        variables: of one member.
+        image_shape: (H, W, C).
+    """
+    names: list[str] = []
+
+    def call(variables: PyTree, images: jax.Array) -> None:
+        # A dictionary that leaves a traced function comes out sorted; the order of the network is known in here only.
+        names.extend(model.apply(variables, images, train=False).features)
+
+    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return names[-1]

@@ -10,6 +10,7 @@ from bdjax.defenses.comparison import Comparison, Suspect
 from bdjax.defenses.contract import Given
 from bdjax.defenses.nbab import NbabSettings, make_patch, verify
 from bdjax.inspection.grad_cam import grad_cam
+from bdjax.models import last_tap
 from bdjax.reporting import plots
 from bdjax.reporting.report import Figure, Section
 from bdjax.reporting.run_folder import RunFolder
@@ -58,7 +59,7 @@ def section(
             attacked = trigger_all(given.keys[number], plain, part.attack.apply, params)
             views = [plain.images, stamped, attacked, own(attacked, plain.labels)]
             member = ensemble.members(nets.variables, number)
-            tap = _last_tap(nets.model, member, plain.images)
+            tap = last_tap(nets.model, member, test.image_shape)
             heats = [grad_cam(nets.model, member, jnp.asarray(each, jnp.float32) / 255, tap=tap) for each in views]
             for i in range(len(victims)):
                 rows.append(np.stack([each[i].astype(np.float32) / 255 for each in views]))
@@ -76,10 +77,6 @@ def section(
         "works where, with both triggers on the image, the attacker's decides."
     )
     return (Section("Where the verification network looks", "", (), (Figure(path, caption, caption),)),)
-
-
-def _last_tap(model, variables, images: np.ndarray) -> str:
-    return list(model.apply(variables, jnp.asarray(images[:1], jnp.float32) / 255, train=False).features)[-1]
 
 
 def _answer(label: int, num_classes: int) -> str:

@@ -9,7 +9,6 @@ from bdjax.defenses.fine_pruning import (
     FinePruningSettings,
     cumulative_masks,
     last_good,
-    last_tap,
     prune,
     pruned_counts,
     pruned_model,
@@ -122,10 +121,6 @@ def test_the_last_step_within_the_tolerance_is_kept_not_the_first_beyond(accurac
 def masked(mask, variables=VARIABLES, **how):
     how = {"train": False, **how}
     return pruned_model(MODEL, "apple").apply({**variables, "mask": jnp.asarray(mask, jnp.float32)}, IMAGES, **how)
-
-
-def test_the_last_tap_is_the_network_s_not_the_alphabet_s():
-    assert last_tap(MODEL, VARIABLES, (4, 4, 1)) == "apple"
 
 
 @pytest.mark.parametrize("train", [False, True])

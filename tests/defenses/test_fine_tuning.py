@@ -42,7 +42,7 @@ def test_without_clean_rows_it_does_not_start(given):
 
 def test_the_recipe_is_sgd_on_half_a_cosine_and_else_the_run_s_own(given):
     own = dataclasses.replace(given, recipe=dataclasses.replace(given.recipe, augmentation="crop_flip"))
-    config = cosine_sgd(own, epochs=100, batch_size=256, learning_rate=0.01, weight_decay=5e-4)
+    config = cosine_sgd(own, FineTuningSettings(epochs=100, batch_size=256, learning_rate=0.01, weight_decay=5e-4))
     assert (config.optimiser, config.momentum, config.nesterov) == ("sgd", 0.9, False)
     assert (config.epochs, config.batch_size, config.weight_decay) == (100, 256, 5e-4)
     assert (config.augmentation, config.keep_last_batch) == ("crop_flip", given.recipe.keep_last_batch)

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bdjax.models.facade import as_model, count_parameters
+from bdjax.models.facade import as_model, count_parameters, last_tap
+from bdjax.types import Model, ModelOutput
 
 
 class Centred(nn.Module):
@@ -56,3 +57,14 @@ def test_edits_reach_the_network_in_both_modes():
 
 def test_counting_leaves_the_statistics_out():
     assert count_parameters(MODEL, (3, 2, 1)) == 5
+
+
+def test_the_last_tap_is_the_network_s_not_the_alphabet_s_and_nothing_is_computed():
+    assert last_tap(MODEL, MODEL.init(jax.random.key(0), (3, 2, 1)), (3, 2, 1)) == "tap"
+
+    def apply(variables, images, *, train, edits=None):
+        assert isinstance(images, jax.core.Tracer) and images.shape == (1, 4, 4, 1)
+        return ModelOutput(images, {"zebra": images, "apple": images + variables["shift"]}, variables)
+
+    two_taps = Model(lambda key, shape: {}, apply, 3, "two taps")
+    assert last_tap(two_taps, {"shift": jnp.ones((), jnp.float32)}, (4, 4, 1)) == "apple"
