@@ -6,7 +6,6 @@ table or figure as a choice of attacks and defenses) and their own figures.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import datasets, experiment
+from bdjax import command_line, datasets, experiment
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
@@ -53,6 +52,19 @@ from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
 
 Preset = Literal["quick", "paper", "strong"]
 ALL = "all"
+FLIPPABLE = ("cifar10", "cifar100")
+"""Sets of natural images, where a mirrored picture is of the same class."""
+
+_QUICK = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
+QUICK_SETS: dict[str, dict[str, Any]] = {
+    "digits": _QUICK | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
+    "mnist": _QUICK | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
+    "cifar10": _QUICK
+    | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
+}
+"""What quick runs have on two cores, by dataset."""
+LIKE = {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
+"""Sets that quick runs treat as another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +111,41 @@ class Config(ExperimentConfig):
     """images at once in tests"""
 
 
+def start_from(
+    preset: str | None,
+    dataset: str | None,
+    always: Mapping[str, Any],
+    paper: Mapping[str, Any],
+    *,
+    defenses_of_own_rows: str,
+) -> Config:
+    """The configuration that a preset starts from.
+
+    Args:
+        preset: its name; None for quick on a CPU, and paper on anything else.
+        dataset: its name or path; None for the digits.
+        always: field -> value, whatever the preset.
+        paper: the same at the paper's size, which strong runs have as well where there is an accelerator.
+        defenses_of_own_rows: for data at a path, which is not attacked, and of which no clean rows are known.
+
+    Raises:
+        InputError: if there is no such preset.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    preset = preset or ("quick" if on_cpu else "paper")
+    dataset = dataset or "digits"
+    if preset not in Preset.__args__:
+        raise InputError(f"--preset {preset!r} is not one of {', '.join(Preset.__args__)}")
+    if preset == "paper" or (preset == "strong" and not on_cpu):
+        sized = {**paper, "compute_dtype": "float32" if on_cpu else "bfloat16"}
+    else:
+        sized = QUICK_SETS.get(LIKE.get(dataset, dataset), QUICK_SETS["digits"] | {"attacks": NO_ATTACK})
+    own = {}
+    if dataset not in datasets.DATASETS and not dataset.startswith("tfds:"):
+        own = {"attacks": NO_ATTACK, "seeds": 1, "defenses": defenses_of_own_rows}
+    return Config(dataset=dataset, preset=preset, **{**always, **sized, **own})
+
+
 class Study(NamedTuple):
     """One of a paper's tables or figures."""
 
@@ -129,6 +176,29 @@ class Experiment(NamedTuple):
     default: Callable[[str, str], Config]  # (preset, dataset) -> what flags start from
     studies: Mapping[str, Study]
     sections: Callable[[Context], Sequence[Section]]
+
+
+def run_from_flags(
+    one: Experiment, about: str, arguments: Sequence[str] | None = None, log: StageLog | None = None
+) -> dict[str, Any]:
+    """Read the flags of an experiment and run it.
+
+    Args:
+        one: the experiment.
+        about: one line on it, for --help, which tells of its studies as well.
+        arguments: the command line; None for that of the process.
+        log: where progress goes; by default the terminal.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: as `run`.
+    """
+    studies = "; ".join(f"{name}: {study.about}" for name, study in one.studies.items())
+    choosers = {"preset": None, "dataset": None}
+    texts = {"prog": f"{one.name}.py", "description": f"{about} Studies: {studies}."}
+    return run(command_line.parse(one.default, choosers, arguments, **texts), one, log)
 
 
 def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -368,8 +438,3 @@ def command(config: Config, one: Experiment) -> str:
     """The command that makes this run again, wherever its data lies."""
     default = one.default(config.preset, config.dataset)
     return experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset)
-
-
-def output_folder(config: Config, one: Experiment) -> pathlib.Path:
-    """`--output`, or a name that the same settings always give."""
-    return experiment.output_folder(one.name, config, one.default(config.preset, config.dataset), config.preset)

@@ -12,11 +12,8 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from bdjax import command_line, datasets
-from bdjax.errors import InputError
-from bdjax.poisoned_data import Config, Context, Experiment, Study, run
+from bdjax import command_line
+from bdjax.poisoned_data import FLIPPABLE, Config, Context, Experiment, Study, run_from_flags, start_from
 from bdjax.reporting import loss_gap
 from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
@@ -56,40 +53,22 @@ OTHER_FAMILIES = ("vgg_s", "vgg11", "lenet", "mobilenet_v2_s", "mobilenet_v2")
 GAP_NETWORKS = ("resnet_s", "resnet18_cifar")
 """Whose losses every run draws: figures 1 and 2."""
 
-_QUICK = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
-_QUICK_SETS: dict[str, dict[str, Any]] = {
-    "digits": _QUICK | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
-    "mnist": _QUICK | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
-    "cifar10": _QUICK
-    | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
-}
-FLIPPABLE = ("cifar10", "cifar100")
-"""Sets of natural images, where a mirrored picture is of the same class."""
-
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
-    """The configuration that a preset starts from.
-
-    Raises:
-        InputError: if there is no such preset.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    preset = preset or ("quick" if on_cpu else "paper")
-    dataset = dataset or "digits"
-    if preset not in ("quick", "paper", "strong"):
-        raise InputError(f"--preset {preset!r} is not one of quick, paper, strong")
-    base: dict[str, Any] = {"defenses": DEFENSES, "target": 0}
-    if preset == "paper" or not on_cpu:
-        # Section 5 and appendix A.1; the target is class 1 on CIFAR-10 and GTSRB.
-        base |= {"model": "resnet18_cifar", "width": 64, "epochs": 80, "batch_size": 128, "learning_rate": 1e-3}
-        base |= {"augmentation": "crop_flip" if dataset in FLIPPABLE else "crop", "target": 1}
-        base |= {"attacks": STUDIES["table1"].attacks, "compute_dtype": "float32" if on_cpu else "bfloat16"}
-    else:
-        like = {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}.get(dataset, dataset)
-        base |= _QUICK_SETS.get(like, _QUICK_SETS["digits"] | {"attacks": "none"})
-    if dataset not in datasets.DATASETS and not dataset.startswith("tfds:"):
-        base |= {"attacks": "none", "seeds": 1, "defenses": "activation_clustering,abl,lfd"}
-    return Config(dataset=dataset, preset=preset, **base)
+    """The configuration that a preset starts from: see `start_from`."""
+    # Section 5 and appendix A.1; the target is class 1 on CIFAR-10 and GTSRB.
+    paper = {
+        "model": "resnet18_cifar",
+        "width": 64,
+        "epochs": 80,
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "augmentation": "crop_flip" if dataset in FLIPPABLE else "crop",
+        "target": 1,
+        "attacks": STUDIES["table1"].attacks,
+    }
+    always = {"defenses": DEFENSES, "target": 0}
+    return start_from(preset, dataset, always, paper, defenses_of_own_rows="activation_clustering,abl,lfd")
 
 
 def sections(context: Context) -> Sequence[Section]:
@@ -103,10 +82,7 @@ EXPERIMENT = Experiment("lfd", "Learning from Distinction", "lfd", preset, STUDI
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    studies = "; ".join(f"{name}: {study.about}" for name, study in STUDIES.items())
-    choosers = {"preset": None, "dataset": None}
-    description = f"{__doc__.splitlines()[0]} Studies: {studies}."
-    return run(command_line.parse(preset, choosers, arguments, prog="lfd.py", description=description), EXPERIMENT, log)
+    return run_from_flags(EXPERIMENT, __doc__.splitlines()[0], arguments, log)
 
 
 if __name__ == "__main__":

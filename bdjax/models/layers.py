@@ -65,11 +65,6 @@ def layout_of(lowering: Lowering) -> Layout:
 # ---- Convolutions on [C, H, W, N] as matrix products ---------------------------------------------------------------
 
 
-def _pad_spatial(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) -> jax.Array:
-    zero = jnp.zeros((), x.dtype)
-    return lax.pad(x, zero, ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
-
-
 def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
     """[O, C] times [C, H, W, N] -> [O, H, W, N]."""
     flat = lax.dot(matrix, x.reshape(x.shape[0], -1))

@@ -147,3 +147,36 @@ def test_presets_exist_for_every_set(experiment, preset):
         poisoned_data.check(config, experiment.EXPERIMENT)
     with pytest.raises(InputError, match="is not one of quick, paper, strong"):
         experiment.preset("fast", "digits")
+
+
+@pytest.mark.parametrize("experiment", [lfd, abm], ids=["lfd", "abm"])
+def test_the_command_line_starts_from_the_preset_of_the_set(experiment, monkeypatch):
+    read = []
+    monkeypatch.setattr(poisoned_data, "run", lambda config, one, log: read.append((config, one)))
+    experiment.main(["--dataset=cifar100", "--preset", "quick", "--seeds=5"])
+    ((config, one),) = read
+    assert one is experiment.EXPERIMENT
+    assert config == dataclasses.replace(experiment.preset("quick", "cifar100"), seeds=5)
+    like = dataclasses.replace(experiment.preset("quick", "cifar10"), dataset="cifar100", seeds=5)
+    assert config == like and config.train_rows == 6000
+
+
+@pytest.mark.parametrize(
+    ("backend", "preset", "expected"),
+    [("cpu", None, "quick"), ("gpu", None, "paper"), ("gpu", "quick", "quick"), ("cpu", "paper", "paper")],
+)
+def test_a_preset_is_of_its_own_size_and_the_device_decides_where_none_is_named(backend, preset, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = lfd.preset(preset, "cifar10")
+    assert (config.preset, config.width) == (expected, {"quick": 8, "paper": 64}[expected])
+
+
+@pytest.mark.parametrize(("backend", "width"), [("cpu", 8), ("gpu", 64)])
+def test_strong_runs_are_of_the_size_that_the_device_can_bear(backend, width, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert lfd.preset("strong", "cifar10").width == width
+
+
+def test_only_what_is_natural_is_flipped_at_the_paper_s_size():
+    found = {name: lfd.preset("paper", name).augmentation for name in ("cifar10", "cifar100", "gtsrb", "mnist")}
+    assert found == {"cifar10": "crop_flip", "cifar100": "crop_flip", "gtsrb": "crop", "mnist": "crop"}
