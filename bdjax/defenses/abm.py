@@ -238,7 +238,7 @@ ABM = Defense(
     title="ABM",
     paper="Chen et al. 2024, Anti-Backdoor Model: A Novel Algorithm to Remove Backdoors in a Non-Invasive Way",
     stage="in training",
-    needs=("training set",),
+    needs=("training set", "attacked model"),
     oracles=lambda settings: ("attacker's trigger",) if settings.trigger == "attacker" else (),
     settings=AbmSettings(),
     run=run,

@@ -106,7 +106,12 @@ def test_attacked_networks_are_left_alone(tried, suspects):
 
 
 @pytest.mark.parametrize(
-    ("text", "oracle"), [("abl:isolate=oracle", "number of poisons"), ("abm:trigger=attacker", "attacker's trigger")]
+    ("text", "oracle"),
+    [
+        ("abl:isolate=oracle", "number of poisons"),
+        ("abm:trigger=attacker", "attacker's trigger"),
+        ("bab:trigger=attacker", "attacker's trigger"),
+    ],
 )
 def test_settings_that_take_an_oracle_say_so(text, oracle):
     variant = read_defense(text, "paper", "cifar10")
