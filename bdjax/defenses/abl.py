@@ -253,7 +253,7 @@ ABL = Defense(
             "rest_epochs": 15,
             "rest_learning_rate": 0.01,
             "rest_steps": ((10, 1e-3),),
-            # The few isolated rows of a small set, alone in their batches, would replace the running statistics.
+            # So that the few isolated rows of a small set are not alone in the batches that set running statistics.
             "unlearning": "paper",
             "unlearning_learning_rate": 3e-3,
             "loss_cap": 5.0,

@@ -249,6 +249,6 @@ ACTIVATION_CLUSTERING = Defense(
     settings=ActivationClusteringSettings(),
     run=run,
     check=check,
-    # Where a half and a quarter of a class are BadNets', its two clusters are 90 and 93 % pure; 77 and 73 % of PCA to 10.
+    # As in the paper FastICA, to fewer dimensions than its 10: a class of the digits has few rows to fit them to.
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},
 )

@@ -282,7 +282,7 @@ CBD = Defense(
     check=check,
     changes={
         "quick": {
-            # At this size the classes are learnt as fast as a trigger: a longer start weighs clean rows down as much.
+            # At this size a trigger may have little lead over the classes: a short start is meant to keep f_B from those.
             "biased_epochs": 2,
             "epochs": 20,
             "learning_rate": 3e-3,

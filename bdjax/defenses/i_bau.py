@@ -16,9 +16,8 @@ Batch normalisation uses running statistics throughout, as in the authors' code.
 here the batch at hand. There the perturbed share of a batch is 1 % of its rows rounded down, which is none for a batch of
 fewer than 100; here it is at least one row. Perturbed images are not clipped to [0, 1] in either.
 
-The paper bounds delta's norm; the authors' code does not (a bound of 10 is commented out) and relies on one short pass. On
-small images a few steps at its rate lead far outside of what an image can be, to where nothing resembles a trigger, so
-there is a `norm_bound` to choose.
+The paper bounds delta's norm; the authors' code does not (a bound of 10 is commented out) and relies on one short pass.
+Without a bound a few steps at its rate may lead far outside of what an image can be, so there is a `norm_bound` to choose.
 """
 
 from collections.abc import Callable
@@ -246,8 +245,8 @@ I_BAU = Defense(
     check=check,
     changes={
         "quick": {"batch_size": 32, "learning_rate": 1e-3},
-        # Few rows make few steps, and on so small an image only a short perturbation is like a trigger. The loss is so
-        # curved that the series diverges at a fixed-point rate of 0.1.
+        # Few rows make few steps, and on so small an image a short perturbation should be more like a trigger. A smaller
+        # fixed-point rate is meant to keep the step a contraction where the loss is more curved, so that the series ends.
         "quick digits": {
             "rounds": 15,
             "passes": 5,

@@ -8,8 +8,8 @@ that are not answered by K are suspicious.
 
 The paper leaves open how many rows are stamped in training (here a tenth, balanced over the given labels), which layer is
 aligned (here what the last one sees), how a distance is scaled (the mean over features), what colour the square has and how
-the suspicious rows become 1 % of the set. A white square cannot be seen on a white corner: on CIFAR-10 a tenth of the clean
-rows then fail the test for that alone, so here it is a checkerboard. And suspicious rows are taken in the order of how
+the suspicious rows become 1 % of the set. A white square cannot be seen on a white corner, where a clean row would fail the
+test for that alone, so here it is a checkerboard. And suspicious rows are taken in the order of how
 sure the network is of what it answers instead of K, since a backdoor excites its class far more than clean rows do theirs
 (the paper's figure 3); by their margin over K, images come first on which the square is hard to see.
 """

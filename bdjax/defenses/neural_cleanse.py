@@ -13,10 +13,9 @@ A member here is one suspect, which holds one copy of the network and searches t
 each with a lambda, a best trigger and an early stop of its own. Epochs are passes over the clean rows, and lambda changes
 between them.
 
-Differences from public code: a widely used version unlearns with the mask itself, at an opacity of 0.2, where the pattern
-should be, and only for the first class it flagged; it searches on the suspect training set. Here the pattern is stamped, for
-every class flagged, on rows drawn anew in each batch, and only clean rows are used. Adam's first moment decays by 0.9 as
-everywhere in bdjax, not by 0.5.
+What implementations differ in: here the unlearning stamps the pattern through its mask, for every class flagged, on rows
+drawn anew in each batch; search and unlearning use clean rows only; and Adam's first moment decays by 0.9 as everywhere in
+bdjax, not by 0.5.
 """
 
 from dataclasses import dataclass
