@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from flax import linen as nn
 
 from bdjax.errors import InputError
-from bdjax.models import lenet, mobilenet_v2, resnet, vgg, wide_resnet
+from bdjax.models import lenet, mobilenet_v2, preact_resnet, resnet, vgg, wide_resnet
 from bdjax.models.facade import as_model, count_parameters, embedding, last_tap
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
@@ -27,6 +27,7 @@ MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = 
     **mobilenet_v2.NETWORKS,
     **lenet.NETWORKS,
     **wide_resnet.NETWORKS,
+    **preact_resnet.NETWORKS,
 }
 """Name -> (number of classes, width, lowering, dtype) -> module."""
 

@@ -23,6 +23,7 @@ NEW_FAMILIES = SMALLEST[2:]  # ResNets are held against PyTorch's, in every lowe
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
+    **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
     **dict.fromkeys(("vgg11", "vgg16", "vgg_s"), 5),
     "mobilenet_v2": 8,
 }
@@ -89,6 +90,8 @@ def shapes_of(model, image, *, train=False, rows=5):
         ("wrn_28_4", 5_849_050, 5_857_531),
         ("wrn_40_1", 563_930, 566_075),
         ("wrn_40_2", 2_243_546, 2_247_803),
+        ("preact_resnet18", 11_171_146, 11_188_075),
+        ("preact_resnet18_final_norm", 11_172_170, None),
     ],
 )
 def test_parameters_at_32x32x3(name, ten_classes, forty_three):
@@ -104,6 +107,7 @@ def test_other_images_and_other_numbers_of_classes():
         (name, classes, shape): count_parameters(make_model(name, classes), shape)
         for name, classes, shape in [
             ("resnet18_cifar", 100, (32, 32, 3)),
+            ("preact_resnet18", 200, (64, 64, 3)),
             ("wrn_16_2", 100, (32, 32, 3)),
             ("wrn_16_2", 10, (28, 28, 1)),
             ("lenet", 10, (28, 28, 1)),
@@ -111,7 +115,7 @@ def test_other_images_and_other_numbers_of_classes():
         ]
     }
     dense = 64 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10  # LeNet of 2x2 pixels of 16 channels
-    assert list(count.values()) == [11_220_132, 703_284, 691_674 - 288, 61_706, 6 * 26 + 16 * 151 + dense]
+    assert list(count.values()) == [11_220_132, 11_268_616, 703_284, 691_674 - 288, 61_706, 6 * 26 + 16 * 151 + dense]
 
 
 def test_capacities_are_in_the_order_of_the_papers():
@@ -135,6 +139,7 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
     assert channels("resnet_s2", width) == [width, 2 * width, 4 * width, 8 * width]
     assert channels("vgg11", width) == [width, 2 * width, 4 * width, 8 * width, 8 * width]
     assert channels("wrn_10_2", width) == [width // 2, width, 2 * width]
+    assert channels("preact_resnet18", width) == [width, 2 * width, 4 * width, 8 * width]
     assert channels("mobilenet_v2", 32) == [8, 12, 16, 32, 48, 80, 160, 640]
     assert channels("wrn_16_1", 1) == [1, 1, 1]
 
@@ -143,6 +148,7 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
         "resnet": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
+        "preact": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
         "wrn": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
         "vgg": {8: (4, 2, 1, 1, 1), 28: (14, 7, 3, 1, 1), 32: (16, 8, 4, 2, 1)},
         "mobilenet": {8: (8, 2, 2), 28: (28, 7, 7), 32: (32, 8, 8)},
@@ -156,6 +162,12 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         expected = [(5, side, side) for side in sides[image[0]][: TAPS[name]]]
         assert [each.shape[:3] for each in output.features.values()] == expected
         chex.assert_trees_all_equal_shapes_and_dtypes(output.variables, variables)
+
+
+def test_images_of_tiny_imagenet():
+    _, output = shapes_of(make_model("preact_resnet18", 200, 2), (64, 64, 3), train=True)
+    assert output.logits.shape == (5, 200)
+    assert [each.shape[1:3] for each in output.features.values()] == [(side, side) for side in (64, 32, 16, 8)]
 
 
 # ---- What the rest relies on ----------------------------------------------------------------------------------------
@@ -211,6 +223,22 @@ def test_every_network(name):
                 rtol=1e-3, atol=1e-4,
             )  # fmt: skip
             chex.assert_trees_all_equal(output.variables, member)
+
+
+def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
+    ones = {tap: jnp.float32(1.0) for tap in names_of("preact_resnet18")}
+    plain, final = variables_of("preact_resnet18"), variables_of("preact_resnet18_final_norm")
+    assert final["params"].keys() - plain["params"].keys() == {"last_norm"}
+    neutral = {"params": {"last_norm": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}}
+    neutral["batch_stats"] = {"last_norm": {"mean": jnp.zeros(16), "variance": jnp.ones(16) - 1e-5}}
+    final = {kind: {**plain[kind], **neutral[kind]} for kind in neutral}
+    (_, before), (_, after) = (
+        run_members(name)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables), IMAGES, ones)
+        for name, variables in (("preact_resnet18", plain), ("preact_resnet18_final_norm", final))
+    )
+    assert before["stage4"].min() < -0.1
+    np.testing.assert_allclose(after["stage4"], np.maximum(before["stage4"], 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(after["stage3"], before["stage3"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NEW_FAMILIES)
