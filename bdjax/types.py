@@ -27,6 +27,9 @@ class Dataset:
     name: str  # as a report prints it: "cifar10"
     source: str  # where the rows came from: a path, a URL, "scikit-learn"
     class_names: tuple[str, ...] = ()  # empty, or num_classes names
+    # Each row's file, relative to the folder or archive that the rows came from, with "/" between its parts; empty where
+    # rows have no files of their own. Given by name only, so that `PoisonedDataset` may add fields by position.
+    files: tuple[str, ...] = field(default=(), kw_only=True)  # empty, or N names
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -199,8 +199,10 @@ def poison(
     where = np.arange(len(dataset), len(base)) if adds_rows else changed
     poisoned, cover = where[: len(rows)], where[len(rows) :]
     fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(Dataset)}
+    # Rows that were added are in no file, and names for some rows only would be misread.
+    files = () if adds_rows else dataset.files
     result = PoisonedDataset(
-        **fields | {"images": dataset.images[base], "labels": dataset.labels[base]},
+        **fields | {"images": dataset.images[base], "labels": dataset.labels[base], "files": files},
         is_poisoned=np.zeros(len(base), bool),
         original_labels=dataset.labels[base],
         is_cover=np.zeros(len(base), bool),

@@ -75,6 +75,7 @@ _CLASS_NAMES = (
 
 class _Row(NamedTuple):
     where: str
+    file: str  # relative to the folder, or to the archive that holds it
     label: int
     read: Callable[[], bytes]
 
@@ -117,7 +118,7 @@ def _load_unpacked(root: Path) -> TrainTest:
     training_rows = []
     for class_folder in sorted(path for path in (root / training_folder).iterdir() if path.is_dir()):
         label = _class_of_folder(class_folder.name, class_folder)
-        training_rows += [_Row(str(path), label, partial(_read, path)) for path in sorted(class_folder.glob("*.ppm"))]
+        training_rows += [_row_of_file(path, root, label) for path in sorted(class_folder.glob("*.ppm"))]
 
     table = next((path for path in (root / _TEST_LABELS, root / "GTSRB" / _TEST_LABELS) if path.is_file()), None)
     if table is None:
@@ -127,11 +128,15 @@ def _load_unpacked(root: Path) -> TrainTest:
         path = root / _TEST_FOLDER / file_name
         if not path.is_file():
             raise InputError(f"{path}: is missing, though {table.name} has a row for it")
-        test_rows.append(_Row(str(path), label, partial(_read, path)))
+        test_rows.append(_row_of_file(path, root, label))
     return TrainTest(
         _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder]),
         _decode(test_rows, table, root, _NUM_TEST_ROWS),
     )
+
+
+def _row_of_file(path: Path, root: Path, label: int) -> _Row:
+    return _Row(str(path), path.relative_to(root).as_posix(), label, partial(_read, path))
 
 
 def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> TrainTest:
@@ -143,7 +148,7 @@ def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> Tr
                 match = re.fullmatch(r"GTSRB/(?:Training|Final_Training/Images)/(\d+)/[\w-]+\.ppm", name)
                 if match:
                     where = f"{path}, member {name}"
-                    rows.append(_Row(where, _class_of_folder(match[1], where), partial(archive.read, info)))
+                    rows.append(_Row(where, name, _class_of_folder(match[1], where), partial(archive.read, info)))
             train = _decode(rows, path, path, _TRAINING_FOLDERS["GTSRB/Training"])
         path = table_path
         with zipfile.ZipFile(table_path) as archive:
@@ -159,7 +164,7 @@ def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> Tr
                 name = f"{_TEST_FOLDER}/{file_name}"
                 if name not in members:
                     raise InputError(f"{path}: holds no {name}, though {table_path.name} has a row for it")
-                rows.append(_Row(f"{path}, member {name}", label, partial(archive.read, members[name])))
+                rows.append(_Row(f"{path}, member {name}", name, label, partial(archive.read, members[name])))
             return TrainTest(train, _decode(rows, path, path, _NUM_TEST_ROWS))
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         # RuntimeError is what zipfile raises on a member that needs a password.
@@ -221,4 +226,5 @@ def _decode(rows: list[_Row], where: object, source: Path, num_published: int) -
         images[index] = read_pixels(row.read(), row.where, size=RESIZED)
     labels = np.array([row.label for row in rows])
     described = f"{source} ({describe_rows(len(rows), num_published)})"
-    return make_dataset(images, labels, len(_CLASS_NAMES), "gtsrb", described, _CLASS_NAMES, where=where)
+    files = [row.file for row in rows]
+    return make_dataset(images, labels, len(_CLASS_NAMES), "gtsrb", described, _CLASS_NAMES, where=where, files=files)

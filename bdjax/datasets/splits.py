@@ -20,9 +20,9 @@ def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
         rows: int [n].
     """
     per_row = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
-    return dataclasses.replace(
-        dataset, **{name: getattr(dataset, name)[rows] for name in per_row if hasattr(dataset, name)}
-    )
+    taken = {name: getattr(dataset, name)[rows] for name in per_row if hasattr(dataset, name)}
+    files = tuple(dataset.files[row] for row in np.arange(len(dataset))[rows]) if dataset.files else ()
+    return dataclasses.replace(dataset, **taken, files=files)
 
 
 def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +35,17 @@ def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         (training rows, test rows).
     """
     return stratified_split(jax.random.key(0), labels, FIXED_TEST_FRACTION)
+
+
+def take_part(dataset: Dataset, rows: np.ndarray, part: str) -> Dataset:
+    """The rows of one part of `fixed_test_split`, with a `source` that says so.
+
+    Args:
+        dataset: clean or poisoned.
+        rows: int [n].
+        part: "train" or "test".
+    """
+    return dataclasses.replace(take(dataset, rows), source=f"{dataset.source}, {part} rows of a fixed 80/20 split")
 
 
 def stratified_split(key: Key, labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """What every reader checks before its rows become a `Dataset`: one line says which file, which row, and what is right."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bdjax.errors import InputError
@@ -88,6 +90,7 @@ def make_dataset(
     class_names: tuple[str, ...] = (),
     *,
     where: object,
+    files: Sequence[str] = (),
 ) -> Dataset:
     """Builds a dataset out of rows that nothing has been checked of.
 
@@ -99,6 +102,7 @@ def make_dataset(
         source: Where the rows came from, for reports.
         class_names: Empty, or one name a class.
         where: The file to name if something is wrong.
+        files: Empty, or the file of each row.
 
     Returns:
         The dataset.
@@ -113,6 +117,10 @@ def make_dataset(
     images = as_uint8_images(images, where)
     if labels.ndim == 1 and len(labels) != len(images):
         raise InputError(f"{where}: holds {len(images)} images and {len(labels)} labels; there must be as many of both")
+    if len(files) not in (0, len(images)):
+        raise InputError(
+            f"{where}: names {len(files)} files for {len(images)} images; there must be one for each, or none"
+        )
     return Dataset(
         images=np.ascontiguousarray(images),
         labels=as_int32_labels(labels, num_classes, where),
@@ -120,4 +128,5 @@ def make_dataset(
         name=name,
         source=source,
         class_names=tuple(class_names),
+        files=tuple(files),
     )

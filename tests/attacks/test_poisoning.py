@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import chex
@@ -244,6 +245,19 @@ def test_added_rows_leave_the_clean_ones_as_they_are():
     assert poisoned.labels[100:].tolist() == [0, 0, 5] and poisoned.original_labels[100:].tolist() == [3, 1, 5]
     assert poisoned.is_poisoned[100:].tolist() == [True, True, False]
     assert poisoned.is_cover[100:].tolist() == [False, False, True]
+
+
+def test_rows_keep_their_files_unless_some_are_added():
+    clean = dataclasses.replace(make_dataset(), files=tuple(f"{row}.png" for row in range(100)))
+    assert poison(clean, np.array([3, 1]), negative, all_to_one(0), params=()).files == clean.files
+    assert poison(clean, np.array([3, 1]), negative, all_to_one(0), params=(), adds_rows=True).files == ()
+    in_place = Part(SIG.__class__(**{**vars(SIG), "apply": negative}), SIG.settings, clean_label(3))
+    adding = in_place._replace(attack=SIG.__class__(**{**vars(in_place.attack), "adds_rows": True}))
+    both = (in_place, in_place._replace(rule=clean_label(4)))
+    assert poison_by_several(jax.random.key(0), clean, both, ((), ()))[0].files == clean.files
+    for parts in ((in_place, adding), (adding, in_place)):
+        parts = (parts[0], parts[1]._replace(rule=clean_label(4)))
+        assert poison_by_several(jax.random.key(0), clean, parts, ((), ()))[0].files == ()
 
 
 def test_crafted_rows_are_made_together():

@@ -56,6 +56,13 @@ def check(train, test):
     assert train.images.shape == (4, 32, 32, 3) and train.images.dtype == np.uint8
     assert train.images[:, 3, 30].tolist() == [[10, 11, 12], [20, 21, 22], [30, 31, 32], [40, 41, 42]]
     assert train.labels.tolist() == [0, 0, 1, 42] and train.labels.dtype == np.int32
+    assert ["/".join(file.split("/")[-2:]) for file in train.files] == [
+        "00000/00000.ppm",
+        "00000/00001_00002.ppm",
+        "00001/00000.ppm",
+        "00042/00000.ppm",
+    ]
+    assert test.files == ("GTSRB/Final_Test/Images/00000.ppm", "GTSRB/Final_Test/Images/00001.ppm")
     assert test.images[:, 3, 30].tolist() == [[50, 51, 52], [60, 61, 62]] and test.labels.tolist() == [16, 1]
     assert train.num_classes == 43 and train.class_names[14] == "stop" and len(set(train.class_names)) == 43
 
@@ -65,6 +72,7 @@ def test_the_unpacked_folder_is_read(folder, subfolder):
     write_files(folder / subfolder, published_files())
     train, test = load_gtsrb([folder], False)
     check(train, test)
+    assert all((folder / subfolder / file).is_file() for file in train.files + test.files)
     assert train.source == f"{folder / subfolder} (4 of 26,640 rows)"
     assert test.source == f"{folder / subfolder} (2 of 12,630 rows)"
 

@@ -7,11 +7,39 @@ from bdjax.datasets.splits import (
     provider_rows,
     sample_rows,
     stratified_split,
+    take,
     train_validation_rows,
 )
 from bdjax.errors import InputError
+from bdjax.types import Dataset, PoisonedDataset
 
 KEYS = [0, 1, 2]
+
+
+def whole(files: tuple[str, ...] = ()) -> PoisonedDataset:
+    """Four rows that differ in everything that rows have."""
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None]
+    labels, is_poisoned, is_cover = np.array([0, 1, 0, 1], np.int32), np.arange(4) == 1, np.arange(4) == 3
+    return PoisonedDataset(images, labels, 2, "set", "here", ("a", "b"), is_poisoned, 1 - labels, is_cover, files=files)
+
+
+@pytest.mark.parametrize("rows", [np.array([3, 1]), np.array([False, True, False, True])])
+def test_take_keeps_what_is_known_of_each_row(rows):
+    files = ("b/0.png", "b/1.png", "a/2.png", "a/3.png")
+    taken = take(whole(files), rows)
+    numbers = np.arange(4)[rows]
+    assert isinstance(taken, PoisonedDataset) and taken.images[:, 0, 0, 0].tolist() == numbers.tolist()
+    assert taken.files == tuple(files[number] for number in numbers)
+    assert taken.labels.tolist() == [1, 1] and taken.original_labels.tolist() == [0, 0]
+    assert taken.is_poisoned.tolist() == (numbers == 1).tolist() and taken.is_cover.tolist() == (numbers == 3).tolist()
+    assert (taken.num_classes, taken.name, taken.source, taken.class_names) == (2, "set", "here", ("a", "b"))
+
+
+def test_take_of_rows_without_files():
+    assert take(whole(), np.array([3, 1])).files == ()
+    clean = Dataset(np.zeros((3, 1, 1, 1), np.uint8), np.zeros(3, np.int32), 2, "", "", (), files=("x", "y", "z"))
+    taken = take(clean, np.array([2]))
+    assert type(taken) is Dataset and taken.files == ("z",)
 
 
 @pytest.mark.parametrize("seed", KEYS)

@@ -16,6 +16,9 @@ def test_make_dataset():
     assert dataset.labels.dtype == np.int32 and dataset.labels.tolist() == [0, 1, 2]
     assert (dataset.num_classes, dataset.name, dataset.source) == (3, "set", "here")
     assert dataset.class_names == ("a", "b", "c") and dataset.image_shape == (4, 5, 3)
+    assert dataset.files == ()
+    named = make_dataset(IMAGES, LABELS, 3, "set", "here", where="file", files=["x/1.png", "x/2.png", "y/1.png"])
+    assert named.files == ("x/1.png", "x/2.png", "y/1.png")
 
 
 def test_grey_images_get_a_channel():
@@ -83,6 +86,7 @@ def test_labels_of_another_form_are_refused(labels, said):
         ({"num_classes": 1}, "file: has 1 class(es); a classifier needs 2 to 1000000"),
         ({"num_classes": 10**12}, "file: has 1000000000000 class(es); a classifier needs 2 to 1000000"),
         ({"class_names": ("a", "b")}, "file: names 2 classes; there must be 3"),
+        ({"files": ("a", "b")}, "file: names 2 files for 3 images; there must be one for each, or none"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changes, said):
