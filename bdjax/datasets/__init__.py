@@ -11,16 +11,16 @@ from pathlib import Path
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.digits import load_digits
 from bdjax.datasets.gtsrb import load_gtsrb
-from bdjax.datasets.image_folder import load_image_folder
+from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
 from bdjax.datasets.locate import search_folders
 from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
-from bdjax.datasets.npz import load_npz
+from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
 from bdjax.datasets.tfds import load_tfds
 from bdjax.errors import InputError
-from bdjax.types import TrainTest
+from bdjax.types import Dataset, TrainTest
 
-__all__ = ["DATASETS", "load"]
+__all__ = ["DATASETS", "load", "load_suspect"]
 
 Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 """`loader(folders, download)`: looks in the folders in order, then fetches if it may."""
@@ -52,16 +52,51 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
         InputError: If there is no such dataset, or a file is missing or not what it should be. One line that says what
             is wrong and what would be right.
     """
+    published = _load_published(name_or_path, data_dir, download)
+    if published is not None:
+        return published
+    path = _existing_path(name_or_path)
+    return load_image_folder(path) if path.is_dir() else load_npz(path)
+
+
+def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
+    """Loads every row that somebody handed over for training, to be looked at for poison.
+
+    `load` sets a fifth of the rows aside for testing where a set comes without a split; here those are looked at as well.
+
+    Args:
+        name_or_path: As for `load`.
+        data_dir: As for `load`.
+        download: As for `load`.
+
+    Returns:
+        The training part of a set by name, of a folder that has `train`, and of an .npz with `train_images`; of any other
+        folder or .npz all rows, in its order. A `PoisonedDataset` where an .npz tells which rows are poisoned.
+
+    Raises:
+        InputError: As `load`; a folder may have `train` without a test part, and any number of images a class.
+    """
+    published = _load_published(name_or_path, data_dir, download)
+    if published is not None:
+        return published.train
+    path = _existing_path(name_or_path)
+    return load_suspect_image_folder(path) if path.is_dir() else load_suspect_npz(path)
+
+
+def _load_published(name: str, data_dir: str | os.PathLike | None, download: bool) -> TrainTest | None:
     folders = search_folders(data_dir)
-    if name_or_path in DATASETS:
-        return DATASETS[name_or_path](folders, download)
-    if name_or_path.startswith(TFDS_PREFIX):
-        return load_tfds(name_or_path.removeprefix(TFDS_PREFIX), folders)
+    if name in DATASETS:
+        return DATASETS[name](folders, download)
+    if name.startswith(TFDS_PREFIX):
+        return load_tfds(name.removeprefix(TFDS_PREFIX), folders)
+    return None
+
+
+def _existing_path(name_or_path: str) -> Path:
+    """The path of a folder or of an .npz file."""
     path = Path(name_or_path).expanduser()
-    if name_or_path and path.is_dir():  # "" would be the current folder
-        return load_image_folder(path)
-    if path.suffix == ".npz" and path.is_file():
-        return load_npz(path)
+    if name_or_path and (path.is_dir() or (path.suffix == ".npz" and path.is_file())):  # "" would be the current folder
+        return path
     if name_or_path and path.exists():
         raise InputError(f"{path}: is neither a folder of images nor an .npz file")
     if path.suffix or len(path.parts) > 1:

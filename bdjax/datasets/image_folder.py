@@ -1,17 +1,32 @@
 """Any folder of image files with one sub-folder for each class."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from bdjax.datasets.decoding import ImageHeader, common_size, read_header, read_pixels
-from bdjax.datasets.splits import fixed_test_split
+from bdjax.datasets.decoding import common_size, read_header, read_pixels
+from bdjax.datasets.splits import fixed_test_split, take_part
 from bdjax.datasets.validation import make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
 _MAXIMUM_FILE_BYTES = 1 << 28
+
+
+class _Part(NamedTuple):
+    prefix: str  # of its files' names: "train/", "test/", "val/", or "" for a folder without parts
+    folder: Path
+    classes: dict[str, list[Path]]  # each class's files
+
+
+class _Form(NamedTuple):
+    """What the images of all parts are brought to."""
+
+    size: tuple[int, int]  # (height, width)
+    is_grey: bool
+    note: str  # for `source`
 
 
 def load_image_folder(path: Path) -> TrainTest:
@@ -23,28 +38,53 @@ def load_image_folder(path: Path) -> TrainTest:
 
     Returns:
         The folder's own split, or a fixed stratified 80/20 one. Images are [H, W, 1] if every one is grey, otherwise
-        [H, W, 3]; if they differ in size, all are resized to 32x32 and `source` says so.
+        [H, W, 3]; if they differ in size, all are resized to 32x32 and `source` says so. `files` is relative to `path`.
 
     Raises:
         InputError: If there are not at least two classes with images, the test classes are not among those of training,
             or an image cannot be read.
     """
+    parts = _parts(path)
+    if len(parts) == 1 and parts[0].prefix:
+        raise InputError(f"{path}: has train/ but neither test/ nor val/; with both, they are the split")
+    form = _common_form(parts)
+    datasets = [_read_part(path, part, parts[0], form) for part in parts]
+    return TrainTest(*datasets) if len(datasets) == 2 else _split(datasets[0])
+
+
+def load_suspect_image_folder(path: Path) -> Dataset:
+    """Loads every image of a folder that was meant for training.
+
+    Args:
+        path: As for `load_image_folder`; or it holds `train` alone.
+
+    Returns:
+        What is in `train`, as `load_image_folder` gives it, or else all rows: the classes by name, the files of each by
+        name.
+
+    Raises:
+        InputError: As `load_image_folder`, but for how many images a class needs: here, one.
+    """
+    parts = _parts(path)
+    return _read_part(path, parts[0], parts[0], _common_form(parts))
+
+
+def _parts(path: Path) -> list[_Part]:
+    """Finds the training part, or the whole folder, and then the test part, if there is one."""
     subfolders = {folder.name: folder for folder in _subfolders(path)}
     test = subfolders.get("test", subfolders.get("val"))
-    if "train" in subfolders and test is None and len(subfolders) == 1:
-        raise InputError(f"{path}: has train/ but neither test/ nor val/; with both, they are the split")
-    if "train" not in subfolders or test is None:
-        files = _class_files(path)
-        class_names = _checked_class_names(path, files)
-        (dataset,) = _read_parts(path, [("", path, files)], class_names)
-        return _split(dataset)
-    train_files, test_files = _class_files(subfolders["train"]), _class_files(test)
-    class_names = _checked_class_names(subfolders["train"], train_files)
-    unknown = sorted(set(test_files) - set(train_files))
+    if "train" not in subfolders or (test is None and len(subfolders) > 1):  # a class may be called so
+        return [_Part("", path, _training_classes(path))]
+    train = _Part("train/", subfolders["train"], _training_classes(subfolders["train"]))
+    if test is None:
+        return [train]
+    test_classes = _class_files(test)
+    if not test_classes:
+        raise InputError(f"{test}: has no sub-folders; one is needed for each class")
+    unknown = sorted(set(test_classes) - set(train.classes))
     if unknown:
-        raise InputError(f"{test / unknown[0]}: is a class that {subfolders['train']} does not have")
-    parts = [("train/", subfolders["train"], train_files), (f"{test.name}/", test, test_files)]
-    return TrainTest(*_read_parts(path, parts, class_names))
+        raise InputError(f"{test / unknown[0]}: is a class that {train.folder} does not have")
+    return [train, _Part(f"{test.name}/", test, test_classes)]
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -60,36 +100,42 @@ def _class_files(path: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def _checked_class_names(path: Path, files: dict[str, list[Path]]) -> tuple[str, ...]:
-    if len(files) < 2:
-        raise InputError(f"{path}: has {len(files)} sub-folder(s) of images; at least 2 are needed, one for each class")
-    return tuple(sorted(files))
-
-
-def _read_parts(
-    path: Path, parts: list[tuple[str, Path, dict[str, list[Path]]]], class_names: tuple[str, ...]
-) -> list[Dataset]:
-    # Two passes, so that the size and the number of channels are those that suit every image of every part.
-    headers: list[ImageHeader] = []
-    for _, folder, files in parts:
-        if not files:
-            raise InputError(f"{folder}: has no sub-folders; one is needed for each class")
-        headers += [read_header(_read(file), file) for class_files in files.values() for file in class_files]
-    grey = all(header.is_grey for header in headers)
-    size, note = common_size(headers)
-
-    datasets = []
-    for prefix, folder, files in parts:
-        rows = [(file, class_names.index(name)) for name, class_files in files.items() for file in class_files]
-        images = np.empty((len(rows), *size, 1 if grey else 3), np.uint8)
-        for index, (file, _) in enumerate(rows):
-            images[index] = read_pixels(_read(file), file, size=size, grey=grey)
-        labels = np.array([label for _, label in rows])
-        source = f"{path}{'/' + prefix if prefix else ''} ({len(rows):,} images{note})"
-        datasets.append(
-            make_dataset(images, labels, len(class_names), path.resolve().name, source, class_names, where=folder)
+def _training_classes(path: Path) -> dict[str, list[Path]]:
+    classes = _class_files(path)
+    if len(classes) < 2:
+        raise InputError(
+            f"{path}: has {len(classes)} sub-folder(s) of images; at least 2 are needed, one for each class"
         )
-    return datasets
+    return classes
+
+
+def _common_form(parts: list[_Part]) -> _Form:
+    headers = [
+        read_header(_read(file), file)
+        for part in parts
+        for class_files in part.classes.values()
+        for file in class_files
+    ]
+    size, note = common_size(headers)
+    return _Form(size, all(header.is_grey for header in headers), note)
+
+
+def _read_part(path: Path, part: _Part, train: _Part, form: _Form) -> Dataset:
+    class_names = tuple(train.classes)  # sorted
+    rows = [(file, class_names.index(name)) for name, class_files in part.classes.items() for file in class_files]
+    images = np.empty((len(rows), *form.size, 1 if form.is_grey else 3), np.uint8)
+    for index, (file, _) in enumerate(rows):
+        images[index] = read_pixels(_read(file), file, size=form.size, grey=form.is_grey)
+    return make_dataset(
+        images,
+        np.array([label for _, label in rows]),
+        len(class_names),
+        path.resolve().name,
+        f"{path}{'/' + part.prefix if part.prefix else ''} ({len(rows):,} images{form.note})",
+        class_names,
+        where=part.folder,
+        files=[file.relative_to(path).as_posix() for file, _ in rows],
+    )
 
 
 def _split(dataset: Dataset) -> TrainTest:
@@ -98,20 +144,7 @@ def _split(dataset: Dataset) -> TrainTest:
         raise InputError(
             f"{dataset.source}: 20 % of each class, for testing, is less than one image; give each class at least 3"
         )
-    return TrainTest(
-        *(
-            make_dataset(
-                dataset.images[rows],
-                dataset.labels[rows],
-                dataset.num_classes,
-                dataset.name,
-                f"{dataset.source}, {part} rows of a fixed 80/20 split",
-                dataset.class_names,
-                where=dataset.source,
-            )
-            for part, rows in zip(("train", "test"), rows_of_parts, strict=True)
-        )
-    )
+    return TrainTest(*(take_part(dataset, *each) for each in zip(rows_of_parts, ("train", "test"), strict=True)))
 
 
 def _read(path: Path) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bdjax.datasets.splits import fixed_test_split, take
+from bdjax.datasets.splits import fixed_test_split, take_part
 from bdjax.datasets.validation import as_int32_labels, as_uint8_images, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, PoisonedDataset, TrainTest
@@ -32,41 +32,64 @@ def load_npz(path: Path) -> TrainTest:
     Raises:
         InputError: If anything is not as said above.
     """
-    arrays = _read_arrays(path)
-    is_whole = all(name in arrays for name in _WHOLE_NAMES)
-    if is_whole == all(name in arrays for name in _SPLIT_NAMES):
+    arrays, num_classes = _read_arrays(path)
+    train = _training_rows(arrays, num_classes, path)
+    if _is_whole(arrays):
+        return _split(train, path)
+    test = _dataset(arrays, "test_images", "test_labels", num_classes, path)
+    if train.image_shape != test.image_shape:
+        raise InputError(
+            f"{path}: train_images are {list(train.image_shape)} and test_images {list(test.image_shape)}; "
+            "they must be of one shape"
+        )
+    return TrainTest(train, test)
+
+
+def load_suspect_npz(path: Path) -> Dataset:
+    """Loads every row of an .npz file that was meant for training.
+
+    Args:
+        path: As for `load_npz`.
+
+    Returns:
+        `train_images`, or all of `images` in the order of the file; a `PoisonedDataset` if the file has `is_poisoned`.
+
+    Raises:
+        InputError: As `load_npz`, but for how many rows a class needs: here, none.
+    """
+    return _training_rows(*_read_arrays(path), path)
+
+
+def _training_rows(arrays: dict[str, np.ndarray], num_classes: int, path: Path) -> Dataset:
+    images, labels = _WHOLE_NAMES if _is_whole(arrays) else _SPLIT_NAMES[:2]
+    return _with_poison(_dataset(arrays, images, labels, num_classes, path), arrays, path)
+
+
+def _is_whole(arrays: dict[str, np.ndarray]) -> bool:
+    return all(name in arrays for name in _WHOLE_NAMES)
+
+
+def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Reads either all of `_WHOLE_NAMES` or all of `_SPLIT_NAMES`, what else there is, and the number of classes."""
+    # Not by numpy.load, which leaves the file open if it is damaged, and hands on members that are no arrays as bytes.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = set(archive.namelist())
+            arrays = {}
+            for name in (*_WHOLE_NAMES, *_SPLIT_NAMES, *_POISON_NAMES, "is_cover", "num_classes"):
+                if f"{name}.npy" in members:
+                    with archive.open(f"{name}.npy") as member:
+                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
+        raise InputError(f"{path}: is not an intact .npz file of plain arrays ({one_line(error)})") from error
+    if _is_whole(arrays) == all(name in arrays for name in _SPLIT_NAMES):
         raise InputError(
             f"{path}: holds {', '.join(sorted(arrays)) or 'none of the known arrays'}; it must hold either "
             f"{', '.join(_WHOLE_NAMES)} or {', '.join(_SPLIT_NAMES)}"
         )
     if len([name for name in _POISON_NAMES if name in arrays]) == 1:
         raise InputError(f"{path}: holds only one of {' and '.join(_POISON_NAMES)}; both or neither are needed")
-    num_classes = _num_classes(arrays, path)
-    if not is_whole:
-        train = _dataset(arrays, "train_images", "train_labels", num_classes, path)
-        test = _dataset(arrays, "test_images", "test_labels", num_classes, path)
-        if train.image_shape != test.image_shape:
-            raise InputError(
-                f"{path}: train_images are {list(train.image_shape)} and test_images {list(test.image_shape)}; "
-                "they must be of one shape"
-            )
-        return TrainTest(_with_poison(train, arrays, path), test)
-    return _split(_with_poison(_dataset(arrays, "images", "labels", num_classes, path), arrays, path), path)
-
-
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    # Not by numpy.load, which leaves the file open if it is damaged, and hands on members that are no arrays as bytes.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = set(archive.namelist())
-            arrays = {}
-            for name in (*_WHOLE_NAMES, *_SPLIT_NAMES, *_POISON_NAMES, "num_classes"):
-                if f"{name}.npy" in members:
-                    with archive.open(f"{name}.npy") as member:
-                        arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-            return arrays
-    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
-        raise InputError(f"{path}: is not an intact .npz file of plain arrays ({one_line(error)})") from error
+    return arrays, _num_classes(arrays, path)
 
 
 def _num_classes(arrays: dict[str, np.ndarray], path: Path) -> int:
@@ -138,10 +161,8 @@ def _split(dataset: Dataset, path: Path) -> TrainTest:
             "class are needed, or test_images and test_labels"
         )
     train_rows = np.setdiff1d(np.arange(len(dataset)), test_rows)
-    train = _take(dataset, train_rows, "train")
-    test = _take(dataset, test_rows, "test")
-    return TrainTest(train, Dataset(**{field.name: getattr(test, field.name) for field in dataclasses.fields(Dataset)}))
-
-
-def _take(dataset: Dataset, rows: np.ndarray, part: str) -> Dataset:
-    return dataclasses.replace(take(dataset, rows), source=f"{dataset.source}, {part} rows of a fixed 80/20 split")
+    test = take_part(dataset, test_rows, "test")
+    return TrainTest(
+        take_part(dataset, train_rows, "train"),
+        Dataset(**{field.name: getattr(test, field.name) for field in dataclasses.fields(Dataset)}),
+    )

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import DATASETS, load
+from bdjax.datasets import DATASETS, load, load_suspect
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
 
 
 def refused(said: str, *arguments, **keywords) -> None:
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
-        load(*arguments, **keywords)
+    for function in (load, load_suspect):
+        with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+            function(*arguments, **keywords)
 
 
 def test_every_loader_has_the_same_form():
@@ -43,11 +44,22 @@ def test_digits_need_no_files():
 def test_paths(folder):
     np.savez(folder / "mine.npz", images=np.zeros((10, 4, 4), np.uint8), labels=np.arange(10) % 2)
     assert load(str(folder / "mine.npz")).train.name == "mine"
+    assert load_suspect(str(folder / "mine.npz")).labels.tolist() == [0, 1] * 5
     for name in ("a", "b"):
         (folder / "images" / name).mkdir(parents=True)
         for index in range(5):
             Image.new("RGB", (3, 3)).save(folder / "images" / name / f"{index}.png")
     assert load(str(folder / "images")).train.images.shape == (8, 3, 3, 3)
+    assert load_suspect(str(folder / "images")).images.shape == (10, 3, 3, 3)
+
+
+def test_of_a_named_set_the_training_part_is_suspect(folder):
+    suspect, train = load_suspect("digits", folder), load("digits").train
+    assert suspect.source == train.source and np.array_equal(suspect.images, train.images)
+    with pytest.raises(InputError, match="^mnist: found no .*; downloading is switched off: "):
+        load_suspect("mnist", folder, download=False)
+    with pytest.raises(InputError, match="^tfds:nothing_like_it: found no prepared set in "):
+        load_suspect("tfds:nothing_like_it", folder)
 
 
 def test_a_name_goes_before_a_folder(folder, monkeypatch):

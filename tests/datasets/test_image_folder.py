@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets.image_folder import load_image_folder
+from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
 from bdjax.errors import InputError
 
 
@@ -28,6 +28,10 @@ def test_a_folder_of_classes_is_split_the_same_way_every_time(folder):
     assert np.bincount(train.labels).tolist() == [8, 8, 8] and np.bincount(test.labels).tolist() == [2, 2, 2]
     for part in (train, test):
         np.testing.assert_array_equal(part.images[:, 0, 0, 0] // 100, np.array([1, 2, 0])[part.labels])
+        assert part.files == tuple(
+            f"{part.class_names[label]}/{level:03d}.png"
+            for level, label in zip(part.images[:, 0, 0, 0], part.labels, strict=True)
+        )
     levels = np.concatenate([train.images[:, 2, 2, 0], test.images[:, 2, 2, 0]])
     assert sorted(levels) == sorted([*range(10), *range(100, 110), *range(200, 210)])
     assert train.source == f"{folder} (30 images), train rows of a fixed 80/20 split"
@@ -44,6 +48,8 @@ def test_the_folders_own_split_is_kept(folder, test_name):
     assert train.labels.tolist() == [0, 0, 0, 1] and train.images[:, 0, 0, 0].tolist() == [1, 2, 3, 4]
     assert test.labels.tolist() == [1, 1] and test.images[:, 0, 0, 0].tolist() == [5, 6]
     assert test.class_names == ("a", "b")
+    assert train.files == ("train/a/001.png", "train/a/002.png", "train/a/003.png", "train/b/004.png")
+    assert test.files == (f"{test_name}/b/005.png", f"{test_name}/b/006.png")
     assert train.source == f"{folder}/train/ (4 images)" and test.source == f"{folder}/{test_name}/ (2 images)"
 
 
@@ -76,6 +82,46 @@ def test_each_kind_of_file_is_read(folder, suffix):
     write_images(folder / "test" / "a", [100], suffix=suffix)
     train, _ = load_image_folder(folder)
     np.testing.assert_allclose(train.images[:, 2, 2, 0].astype(int), [100, 200], atol=3)
+
+
+def test_every_image_of_a_folder_without_parts_is_suspect(folder):
+    write_images(folder / "b", [7])
+    write_images(folder / "a", [3, 1, 2])
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.images[:, 0, 0, 0].tolist() == [1, 2, 3, 7] and suspect.labels.tolist() == [0, 0, 0, 1]
+    assert suspect.files == ("a/001.png", "a/002.png", "a/003.png", "b/007.png")
+    assert suspect.source == f"{folder} (4 images)" and suspect.class_names == ("a", "b")
+
+
+def test_of_a_folder_with_parts_the_training_part_is_suspect(folder):
+    write_images(folder / "train" / "a", [1], mode="L")
+    write_images(folder / "train" / "b", [2], mode="L")
+    alone = load_suspect_image_folder(folder)
+    assert alone.images.shape == (2, 5, 6, 1) and alone.source == f"{folder}/train/ (2 images)"
+    # The form is common to both parts, so that a row is the same whichever function read it.
+    write_images(folder / "test" / "a", [3], size=(8, 8))
+    suspect, train = load_suspect_image_folder(folder), load_image_folder(folder).train
+    assert suspect.images.shape == (2, 32, 32, 3)
+    np.testing.assert_array_equal(suspect.images, train.images)
+    assert (suspect.source, suspect.files) == (train.source, train.files)
+    assert suspect.files == ("train/a/001.png", "train/b/002.png")
+
+
+def test_suspect_images_that_cannot_be_used_are_refused(folder):
+    write_images(folder / "a", [1])
+    with pytest.raises(InputError, match=re.escape(f"{folder}: has 1 sub-folder(s) of images; at least 2 are needed")):
+        load_suspect_image_folder(folder)
+    write_images(folder / "b", [2])
+    (folder / "b" / "002.png").write_bytes(b"")
+    with pytest.raises(InputError, match="^" + re.escape(f"{folder / 'b' / '002.png'}: cannot be read as an image; ")):
+        load_suspect_image_folder(folder)
+
+
+def test_a_class_may_be_called_train(folder):
+    for name in ("bus", "train"):
+        write_images(folder / name, range(1, 6))
+    assert load_image_folder(folder).train.class_names == ("bus", "train")
+    assert load_suspect_image_folder(folder).labels.tolist() == [0] * 5 + [1] * 5
 
 
 def refused(folder: pathlib.Path, said: str) -> None:

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from bdjax.datasets.npz import load_npz
+from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.errors import InputError
 from bdjax.types import Dataset, PoisonedDataset
 
@@ -98,6 +98,47 @@ def test_poisoned_rows_of_a_whole_set_all_go_to_training(path):
     assert train.is_poisoned.sum() == 10 and len(test) == 2 and len(train) == 18
     assert (test.images[:, 0, 0, 0] >= 10).all()
     np.testing.assert_array_equal(train.original_labels, train.images[:, 0, 0, 0] % 2)
+
+
+def test_rows_with_a_trigger_and_their_own_label_are_known_and_go_to_training(path):
+    labels, is_cover = np.arange(20) % 2, np.arange(20) >= 10
+    np.savez(path, **whole(is_cover=is_cover), **poison(20, [3], labels))
+    train, test = load_npz(path)
+    assert np.flatnonzero(train.is_cover[train.images[:, 0, 0, 0] >= 10]).size == 10 == train.is_cover.sum()
+    assert len(test) == 2 and (test.images[:, 0, 0, 0] < 10).all()
+
+
+def test_every_row_of_a_whole_set_is_suspect(path):
+    original = np.arange(20) % 2
+    labels, is_cover = np.where(np.arange(20) == 4, 1, original), np.arange(20) == 9
+    np.savez(path, **whole(labels=labels, is_cover=is_cover), **poison(20, [4], original))
+    suspect = load_suspect_npz(path)
+    np.testing.assert_array_equal(suspect.images, rows(20))
+    assert isinstance(suspect, PoisonedDataset) and suspect.labels.tolist() == labels.tolist()
+    assert np.flatnonzero(suspect.is_poisoned).tolist() == [4] and np.flatnonzero(suspect.is_cover).tolist() == [9]
+    assert suspect.original_labels.tolist() == original.tolist()
+    assert suspect.source == f"{path} (20 images)" and suspect.files == ()
+    np.savez(path, **whole(images=rows(3), labels=np.array([0, 1, 2])))  # too few to set any aside
+    assert type(load_suspect_npz(path)) is Dataset and len(load_suspect_npz(path)) == 3
+
+
+def test_of_parts_the_training_part_is_suspect(path):
+    np.savez(path, **parts(test_labels=np.array([2, 1, 3])), **poison(6, [], np.array([0, 1, 2, 0, 1, 2])))
+    suspect, train = load_suspect_npz(path), load_npz(path).train
+    np.testing.assert_array_equal(suspect.images, rows(6))
+    assert isinstance(suspect, PoisonedDataset) and suspect.num_classes == train.num_classes == 4
+    assert (suspect.labels.tolist(), suspect.source) == (train.labels.tolist(), train.source)
+    np.savez(path, images=rows(4), **parts())  # no labels for those
+    assert len(load_suspect_npz(path)) == len(load_npz(path).train) == 6
+
+
+def test_suspect_rows_that_cannot_be_used_are_refused(path):
+    np.savez(path, **whole(labels=np.zeros(20)))
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}, labels: labels are float64 of the shape"):
+        load_suspect_npz(path)
+    np.savez(path, images=rows(4))
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: holds images; it must hold either images, labels"):
+        load_suspect_npz(path)
 
 
 @pytest.mark.parametrize(
