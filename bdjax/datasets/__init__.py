@@ -17,6 +17,7 @@ from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
 from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
 from bdjax.datasets.tfds import load_tfds
+from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest
 
@@ -32,6 +33,7 @@ DATASETS: Mapping[str, Loader] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "gtsrb": load_gtsrb,
+    "tiny_imagenet": load_tiny_imagenet,
 }
 
 

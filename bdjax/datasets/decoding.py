@@ -41,13 +41,13 @@ def read_header(data: bytes, where: object) -> ImageHeader:
         return ImageHeader((image.height, image.width), image.mode == "L")
 
 
-def read_pixels(data: bytes, where: object, *, size: tuple[int, int], grey: bool = False) -> np.ndarray:
+def read_pixels(data: bytes, where: object, *, size: tuple[int, int] | None, grey: bool = False) -> np.ndarray:
     """Decodes an image and resizes it (bilinear, whole frame) if it is not of the size asked for.
 
     Args:
         data: The content of a PNG, JPEG, PPM, BMP or WebP file.
         where: The file to name if something is wrong.
-        size: (height, width) to return.
+        size: (height, width) to return; None for the image's own.
         grey: One channel instead of three.
 
     Returns:
@@ -63,7 +63,7 @@ def read_pixels(data: bytes, where: object, *, size: tuple[int, int], grey: bool
             image = image.convert("L" if grey else "RGB")
         except Exception as error:  # Pillow's decoders raise all sorts on damaged files
             raise InputError(f"{where}: is damaged ({one_line(error)}); a whole image file is needed") from error
-        height, width = size
+        height, width = size or (image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image, np.uint8).reshape(height, width, -1)

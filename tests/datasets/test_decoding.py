@@ -25,6 +25,7 @@ def test_lossless_formats_give_the_pixels(pixels, image_format):
     data = encoded(Image.fromarray(pixels), image_format)
     assert read_header(data, "file") == ImageHeader((5, 7), False)
     np.testing.assert_array_equal(read_pixels(data, "file", size=(5, 7)), pixels)
+    np.testing.assert_array_equal(read_pixels(data, "file", size=None), pixels)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "WEBP"])
