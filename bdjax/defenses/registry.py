@@ -3,6 +3,7 @@
 from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
 from bdjax.defenses.activation_clustering import ACTIVATION_CLUSTERING
+from bdjax.defenses.agpd import AGPD
 from bdjax.defenses.anp import ANP
 from bdjax.defenses.bab import BAB
 from bdjax.defenses.cbd import CBD
@@ -34,6 +35,7 @@ DEFENSES: dict[str, Defense] = {
         FT_SAM,
         ACTIVATION_CLUSTERING,
         SPECTRAL_SIGNATURES,
+        AGPD,
         STRIP,
         ANP,
         I_BAU,

@@ -1,0 +1,463 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.spatial.distance import jensenshannon
+
+from bdjax.defenses.agpd import (
+    AGPD,
+    AgpdSettings,
+    Class,
+    anomaly_indices,
+    choose_clean,
+    closeness,
+    cosines,
+    detect,
+    find_poisons,
+    find_targets,
+    grow,
+    js_distance,
+    last_round,
+    look_at_class,
+    row_gradients,
+    run,
+)
+from bdjax.errors import InputError
+from bdjax.types import Model, ModelOutput
+
+SETTINGS = AgpdSettings()
+CLASSES, CHANNELS = 10, 24
+ROWS, CLEAN_ROWS = 320, 64  # of the suspects
+
+
+def spread(random, direction, rows, noise=0.15):
+    """Gradients of different lengths around one direction."""
+    own = direction + noise * random.standard_normal((rows, len(direction)))
+    return (random.uniform(0.5, 2.0, (rows, 1)) * own).astype(np.float32)
+
+
+def planted(seed=0, target=3, rows=150, poisons=60, channels=CHANNELS):
+    """Ten classes of one direction each, the target class with a second one; and clean rows of all."""
+    random = np.random.default_rng(seed)
+    gradients, labels, is_poisoned, clean = [], [], [], []
+    for label in range(CLASSES):
+        direction, other = random.uniform(0.2, 1.0, channels), random.uniform(-1.0, 1.0, channels)
+        gradients.append(spread(random, direction, rows))
+        clean.append(spread(random, direction, 10))
+        labels += [label] * rows
+        is_poisoned += [False] * rows
+        if label == target:
+            gradients.append(spread(random, other, poisons))
+            labels += [label] * poisons
+            is_poisoned += [True] * poisons
+    order = random.permutation(len(labels))
+    clean_rows = {label: np.arange(10) + 10 * label for label in range(CLASSES)}
+    return (
+        np.concatenate(gradients)[order],
+        np.array(labels, np.int32)[order],
+        np.array(is_poisoned)[order],
+        np.concatenate(clean),
+        clean_rows,
+    )
+
+
+def found_in(gradients, labels, clean, clean_rows, **changes):
+    return find_poisons([gradients], labels, [clean], clean_rows, dataclasses.replace(SETTINGS, **changes))
+
+
+# ---- Gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_networks(given):
+    """What `detect` sees: predictions [M, n + c] and gradients [M, n + c, channels] of each tap, of all rows and the clean."""
+    rows = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), given.all_rows(), given.clean_rows())
+    return given.per_row(row_gradients(given.attacked.model), given.attacked.variables, rows)
+
+
+def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(given, of_networks):
+    predictions, gradients = of_networks
+    assert [each.shape for each in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (4, 8, 16)]
+    assert all(each.dtype == np.float32 for each in gradients)
+    member, model, count = 1, given.attacked.model, 6
+    variables = jax.tree.map(lambda leaf: leaf[member], given.attacked.variables)
+    images = given.pool[given.index[member, :count]].astype(jnp.float32) / 255
+    labels = jnp.asarray(given.labels[member, :count])
+
+    @jax.jit
+    def forward(step):
+        edits = {"stage3": lambda tap: tap + jnp.where(tap > 0, step[None, None, None], 0.0)}
+        output = model.apply(variables, images, train=False, edits=edits)
+        return output.logits, output.features["stage3"]
+
+    logits, features = forward(jnp.zeros(16))
+    np.testing.assert_array_equal(predictions[member, :count], logits.argmax(-1))
+    # After the last tap all is linear, so that a wide step is exact.
+    for channel in (0, 5, 15):
+        change = forward(0.1 * jax.nn.one_hot(channel, 16))[0] - logits
+        expected = change[jnp.arange(count), labels] / 0.1 / (features.shape[1] * features.shape[2])
+        np.testing.assert_allclose(gradients[2][member, :count, channel], expected, rtol=1e-2, atol=1e-4)
+
+
+CURVED = Model(
+    init=lambda key, shape: {"params": {}, "batch_stats": {}},
+    apply=lambda variables, images, *, train, edits=None: _curved(images, edits or {}),
+    num_classes=3,
+    description="a curved toy",
+)
+
+
+def _curved(images, edits):
+    same = lambda tap: tap  # noqa: E731
+    first = edits.get("stage1", same)(images - 0.5)  # of either sign: not a ReLU's
+    second = edits.get("stage10", same)(jax.nn.relu(first) ** 2)
+    last = edits.get("stage2", same)(jnp.sin(second))
+    return ModelOutput(
+        jnp.mean(last, axis=(1, 2)) ** 3 * 1000, {"stage1": first, "stage10": second, "stage2": last}, {}
+    )
+
+
+CURVED_GRADIENTS = jax.jit(row_gradients(CURVED))
+
+
+def test_gradients_by_finite_differences_where_nothing_is_linear_and_taps_in_the_order_of_the_network():
+    images = jax.random.uniform(jax.random.key(0), (4, 5, 5, 3))
+    labels = jnp.array([0, 2, 1, 2], jnp.int32)
+    _, gradients = CURVED_GRADIENTS({}, images, {"labels": labels})
+    features, step = _curved(images, {}).features, 1e-2
+    for number, tap in enumerate(features):
+        passed = jnp.ones_like(features[tap]) if tap == "stage1" else (features[tap] > 0).astype(jnp.float32)
+        for channel in range(3):
+            shift = step * passed * jax.nn.one_hot(channel, 3)[None, None, None]
+            up, down = (
+                _curved(images, {tap: lambda one, s=sign * shift: one + s}).logits[jnp.arange(4), labels]
+                for sign in (1.0, -1.0)
+            )
+            expected = (up - down) / (2 * step) / 25
+            np.testing.assert_allclose(gradients[number][:, channel], expected, rtol=0.05, atol=2e-3)
+    assert float(jnp.abs(gradients[0]).max()) > 0.05
+
+
+def test_what_does_not_pass_the_relu_does_not_count():
+    images = jnp.full((2, 4, 4, 3), 0.9).at[1, :2].set(0.1)  # of the second row, half is cut off
+    _, gradients = CURVED_GRADIENTS({}, images, {"labels": jnp.zeros(2, jnp.int32)})
+    features = _curved(images, {}).features
+    plain = 1000 * 3 * jnp.mean(features["stage2"], axis=(1, 2)) ** 2 / 16
+    np.testing.assert_allclose(gradients[2][0, 0], plain[0, 0], rtol=1e-4)
+    np.testing.assert_allclose(gradients[2][1, 0], plain[1, 0] / 2, rtol=1e-4)
+    np.testing.assert_array_equal(gradients[2][:, 1:], 0)  # the logit of class 0 is that of channel 0
+
+
+def test_jit_says_the_same_and_each_row_is_on_its_own(given):
+    images, labels = jax.random.uniform(jax.random.key(1), (4, 5, 5, 3)), jnp.array([1, 2, 0, 1], jnp.int32)
+    together = CURVED_GRADIENTS({}, images, {"labels": labels})
+    chex.assert_trees_all_close(row_gradients(CURVED)({}, images, {"labels": labels}), together, rtol=1e-4, atol=1e-6)
+    alone = CURVED_GRADIENTS({}, images[2:3], {"labels": labels[2:3]})
+    chex.assert_trees_all_close(alone, jax.tree.map(lambda leaf: leaf[2:3], together), rtol=1e-4, atol=1e-6)
+    # Each call would compile anew if it were another one.
+    assert row_gradients(given.attacked.model) is row_gradients(given.attacked.model)
+
+
+# ---- Which classes --------------------------------------------------------------------------------------------------
+
+
+def test_cosines_by_hand_and_of_nothing():
+    rows = np.array([[3, 4], [-1, 0], [0, 0]], np.float32)
+    np.testing.assert_allclose(cosines(rows, np.array([2.0, 0.0])), [0.6, -1, 0])
+    assert not cosines(rows, np.zeros(2)).any()
+
+
+def test_gap_by_hand():
+    # To r = (1, 0): 1, 0.6, 0; to b = (0, 2): 0, 0.8. So the differences are 1 and -0.2, of three rows.
+    gradients, clean = np.array([[1, 0], [3, 4], [0, 2]], np.float32), np.array([[2, 1], [2, -1]], np.float32)
+    one = look_at_class(5, np.array([10, 11, 12]), gradients, clean)
+    assert one.base == 2 and one.gap == pytest.approx(np.sqrt(1.04 / 3))
+    # With two rows for b, their mean is (1.5, 3), and the first row alone is left.
+    two = look_at_class(5, np.array([10, 11, 12]), gradients, clean, 0.7)
+    assert two.base == 2 and two.gap == pytest.approx((1 - 1.5 / np.sqrt(11.25)) / np.sqrt(3))
+
+
+def test_rows_without_a_gradient_are_not_looked_at():
+    gradients = np.array([[0, 0], [1, 0], [3, 4], [0, 2]], np.float32)
+    one = look_at_class(0, np.array([4, 5, 6, 7]), gradients, np.array([[1, 0]], np.float32))
+    np.testing.assert_array_equal(one.rows, [5, 6, 7])
+    assert one.base == 2 and one.gap == pytest.approx(np.sqrt(1.04 / 3))
+    assert look_at_class(0, np.arange(2), gradients[:2], np.array([[1, 0]], np.float32)) is None
+    assert look_at_class(0, np.arange(4), gradients, np.zeros((1, 2), np.float32)) is None
+
+
+def test_anomaly_indices_by_hand():
+    # Median 3, absolute deviations 2, 1, 0, 1, 7: MAD 1.
+    np.testing.assert_allclose(anomaly_indices([1, 2, 3, 4, 10]), [0, 0, 0, 1 / 1.4826, 7 / 1.4826], rtol=1e-5)
+    assert not anomaly_indices([0.4, 0.4, 0.4]).any() and not anomaly_indices([0.7]).any()
+
+
+def classes_of(*gaps):
+    return [Class(label, np.arange(3), np.ones(2), 0, gap) for label, gap in enumerate(gaps)]
+
+
+def test_the_layer_is_that_of_the_largest_index():
+    steady = (0.10, 0.11, 0.12, 0.13, 0.14)
+    layers = [classes_of(*steady, 0.4), classes_of(*steady, 0.9), [], classes_of(*steady, 0.15)]
+    targets = find_targets(layers, SETTINGS)
+    assert targets.layer == 1 and [one.label for one in targets.classes] == [5] and not targets.by_gap
+    assert targets.largest_anomaly == anomaly_indices((*steady, 0.9))[5] > np.exp(2)
+
+
+def test_where_every_class_is_a_target_the_gap_decides_in_one_of_the_last_layers():
+    layers = [classes_of(*(0.9,) * 4), classes_of(0.31, 0.33, 0.35, 0.2), classes_of(0.31, 0.05, 0.1, 0.2)]
+    targets = find_targets(layers, SETTINGS)  # the first layer is not one of the last two
+    assert targets.layer == 1 and [one.label for one in targets.classes] == [0, 1, 2] and targets.by_gap
+    assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=1)).layer == 2
+    assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=7)).layer == 0
+    for changes in ({"last_layers": 0}, {"wide_gap": 0.95}):
+        nothing = find_targets(layers, dataclasses.replace(SETTINGS, **changes))
+        assert nothing.layer == -1 and not nothing.classes and not nothing.by_gap
+
+
+# ---- Which rows -----------------------------------------------------------------------------------------------------
+
+
+def test_closeness_is_between_0_and_1():
+    random = np.random.default_rng(0)
+    scores = closeness(random.uniform(-1, 1, 500), random.uniform(-1, 1, 500))
+    assert scores.min() >= 0 and scores.max() <= 1
+    np.testing.assert_allclose(
+        closeness(np.array([1.0, 0.0, 0.5, 1.0]), np.array([0.0, 1.0, 0.5, 1.0])), [0, 1, 0.5, 0.5]
+    )
+
+
+def test_js_distance_is_that_of_scipy():
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        p, q = random.integers(0, 5, (2, 30))
+        assert js_distance(p, q) == pytest.approx(jensenshannon(p, q), abs=1e-7)
+    assert js_distance(p, 3 * p) == pytest.approx(0, abs=1e-7)
+    assert js_distance(np.array([1, 0]), np.array([0, 4])) == pytest.approx(np.sqrt(np.log(2)))
+    assert js_distance(p, np.zeros(30)) == 1
+
+
+def grown(gradients, reference, base, tau, bins):
+    """The same as it is written down: row by row, round by round."""
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    taken, left, distances = [[base]], [i for i in range(len(gradients)) if i != base], []
+
+    def scores():
+        centre = gradients[sum(taken, [])].mean(axis=0)
+        values = []
+        for i in left:
+            poisoned, clean = 1 - cosine(gradients[i], centre), 1 - cosine(gradients[i], reference)
+            values.append(poisoned / (poisoned + clean))
+        return np.array(values)
+
+    before = np.histogram(scores(), bins, (0, 1))[0]
+    while left:
+        own = scores()
+        stretched = (own - own.min()) / (np.ptp(own) or 1.0)
+        taken.append([i for i, each in zip(left, stretched, strict=True) if each <= tau])
+        left = [i for i, each in zip(left, stretched, strict=True) if each > tau]
+        after = np.histogram(own[stretched > tau], bins, (0, 1))[0]
+        distances.append(jensenshannon(before, after) if left else 1.0)
+        before = after
+    rounds = np.zeros(len(gradients), int)
+    for number, rows in enumerate(taken):
+        rounds[rows] = number
+    return rounds, np.array(distances)
+
+
+def test_growth_is_as_it_is_written_down():
+    gradients, labels, _, clean, clean_rows = planted(1, rows=40, poisons=15)
+    own, reference = gradients[labels == 3], clean[clean_rows[3]].mean(axis=0)
+    base = int(np.argmin(cosines(own, reference)))
+    rounds, distances = grow(own, reference, base, 0.05, 99)
+    expected_rounds, expected_distances = grown(own.astype(np.float64), reference, base, 0.05, 99)
+    np.testing.assert_array_equal(rounds, expected_rounds)
+    np.testing.assert_allclose(distances, expected_distances, atol=1e-6)
+    assert len(distances) > 10 and rounds.min() == 0 and rounds.max() == len(distances)
+    assert (np.bincount(rounds) > 0).all() and np.sum(rounds == 0) == 1
+
+
+def test_rows_of_two_directions_are_taken_one_direction_after_the_other():
+    gradients = np.array([[0, 1]] * 4 + [[1, 0]] * 6, np.float32)
+    rounds, distances = grow(gradients, np.array([1.0, 0.0]), 1, 0.05, 99)
+    np.testing.assert_array_equal(rounds, [1, 0, 1, 1] + [2] * 6)
+    # What is left after the last round is nothing, which is as far as it can be from something.
+    assert len(distances) == 2 and distances[1] == 1 and 0 < distances[0] < 1
+
+
+def test_rows_that_are_all_alike_are_one_round():
+    rounds, distances = grow(np.ones((5, 3), np.float32), np.ones(3), 2, 0.05, 99)
+    np.testing.assert_array_equal(rounds, [1, 1, 0, 1, 1])
+    np.testing.assert_array_equal(distances, [1])
+
+
+def test_a_single_row_is_taken_before_the_first_round():
+    rounds, distances = grow(np.ones((1, 3), np.float32), np.ones(3), 0, 0.05, 99)
+    np.testing.assert_array_equal(rounds, [0])
+    assert last_round(distances, 10, 5.0) == 0
+
+
+def test_the_stop_is_before_the_steady_window():
+    distances = np.array([0.5, 0.3, 0.6, 0.4] + [0.1] * 10 + [0.5, 1.0])
+    assert last_round(distances, 10, 5.0) == 4  # the rounds 1 to 4 are before it
+    # Small is not enough where it jumps: the mean of the first three is smaller, their spread is not.
+    assert last_round(np.array([0.0, 0.0, 0.3, 0.2, 0.2, 0.2]), 3, 0.0) == 0
+    assert last_round(np.array([0.0, 0.0, 0.3, 0.2, 0.2, 0.2]), 3, 5.0) == 3
+
+
+def test_poisons_that_the_first_round_takes_are_kept():
+    # Counting the first row as a round of its own would stop at it.
+    assert last_round(np.array([0.6] + [0.1] * 12), 10, 5.0) == 1
+
+
+def test_a_histogram_that_is_steady_from_the_start_leaves_the_first_row_alone():
+    assert last_round(np.array([0.1] * 10 + [0.5, 1.0]), 10, 5.0) == 0
+
+
+def test_fewer_rounds_than_a_window():
+    assert last_round(np.array([0.3, 0.6, 0.1, 0.2, 1.0]), 10, 5.0) == 2  # the distance falls by 0.5 after the second
+    assert last_round(np.array([0.2, 0.3, 1.0]), 10, 5.0) == 0  # it never falls
+    assert last_round(np.array([1.0]), 10, 5.0) == 0
+    assert last_round(np.zeros(0), 10, 5.0) == 0
+
+
+# ---- Together -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_of_two_directions_is_found_with_its_rows(seed):
+    gradients, labels, is_poisoned, clean, clean_rows = planted(seed)
+    flags, scores, facts = found_in(gradients, labels, clean, clean_rows)
+    assert flags.dtype == bool and scores.dtype == np.float32
+    assert facts["target classes"] == 1 and facts["largest J"] > np.exp(2) and facts["layer"] == 1
+    assert not facts["found by its gap alone"] and not facts["classes without a clean row"]
+    assert (labels[flags] == 3).all()
+    assert np.mean(is_poisoned[flags]) > 0.9 and np.mean(flags[is_poisoned]) > 0.9
+    assert scores[is_poisoned].min() > scores[~is_poisoned].max()
+    assert scores.max() <= 1 and not scores[labels != 3].any()
+
+
+def test_the_layer_that_shows_it_is_chosen():
+    gradients, labels, is_poisoned, clean, clean_rows = planted()
+    sure = np.eye(CLASSES, CHANNELS, dtype=np.float32)[labels]  # all of a class point the same way
+    clean_sure = np.repeat(np.eye(CLASSES, CHANNELS, dtype=np.float32), 10, axis=0)
+    _, _, facts = find_poisons([sure, gradients, sure], labels, [clean_sure, clean, clean_sure], clean_rows, SETTINGS)
+    assert facts["layer"] == 2 and facts["target classes"] == 1
+
+
+def test_a_homogeneous_set_flags_nothing():
+    for seed in range(4):
+        gradients, labels, _, clean, clean_rows = planted(seed, target=None)
+        flags, scores, facts = found_in(gradients, labels, clean, clean_rows)
+        assert not flags.any() and not scores.any()
+        assert facts["target classes"] == facts["layer"] == 0 and 0 < facts["largest J"] < np.exp(2)
+
+
+def test_order_and_length_are_of_no_weight():
+    gradients, labels, _, clean, clean_rows = planted()
+    order = np.random.default_rng(5).permutation(len(labels))
+    flags, scores, _ = found_in(gradients, labels, clean, clean_rows)
+    again, again_scores, _ = found_in(8 * gradients[order], labels[order], 8 * clean, clean_rows)
+    np.testing.assert_array_equal(again, flags[order])
+    np.testing.assert_allclose(again_scores, scores[order], rtol=1e-4, atol=1e-6)
+
+
+def test_a_class_without_a_clean_row_is_passed_over_and_counted():
+    gradients, labels, is_poisoned, clean, clean_rows = planted()
+    rest = {label: rows for label, rows in clean_rows.items() if label != 7}
+    flags, _, facts = found_in(gradients, labels, clean, rest)
+    assert facts["classes without a clean row"] == 1 and facts["target classes"] == 1
+    assert np.mean(is_poisoned[flags]) > 0.9
+    rest = {label: rows for label, rows in clean_rows.items() if label != 3}  # the target class itself
+    flags, _, facts = found_in(gradients, labels, clean, rest)
+    assert not flags.any() and facts["classes without a clean row"] == 1
+    flags, scores, facts = found_in(gradients, labels, clean, {})
+    assert not flags.any() and not scores.any() and facts["classes without a clean row"] == CLASSES
+
+
+def test_narrow_layers_are_passed_over():
+    gradients, labels, _, clean, clean_rows = planted()
+    flags, _, facts = found_in(gradients[:, :1], labels, clean[:, :1], clean_rows)
+    assert not flags.any() and facts["largest J"] == facts["layer"] == 0
+    flags, _, _ = found_in(gradients[:, :1], labels, clean[:, :1], clean_rows, narrowest=1, wide_gap=0.01)
+    assert np.isfinite(flags).all()  # of one channel, all cosines are 1 or -1: nothing to be said, but nothing fails
+
+
+def test_clean_rows_are_those_that_the_network_gets_right_and_no_more_than_asked_for():
+    labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
+    predictions = np.array([0, 1, 0, 1, 1, 0], np.int32)
+    chosen = choose_clean(labels, predictions, np.array([4, 5, 2, 1, 0, 3]), 1)
+    assert {label: rows.tolist() for label, rows in chosen.items()} == {0: [2], 1: [4]}
+    chosen = choose_clean(labels, predictions, np.arange(6), 10)
+    assert {label: rows.tolist() for label, rows in chosen.items()} == {0: [0, 2], 1: [3, 4]}
+
+
+# ---- As a defense ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_are_those_of_each_members_own_gradients(given, of_networks):
+    found = detect(given, dataclasses.replace(SETTINGS, anomaly=0.5))
+    assert found.flags.shape == found.scores.shape == given.index.shape and found.flags.any()
+    predictions, gradients = of_networks
+    for member, labels in enumerate(given.labels):
+        own, clean = np.split(gradients[2][member], [ROWS])  # the taps before it have 4 and 8 channels
+        # Of 64 clean digits no class has more than ten that are right: all of them count, in any order.
+        right = given.clean_labels[member] == predictions[member, ROWS:]
+        known = np.unique(given.clean_labels[member][right])
+        gaps = [
+            look_at_class(
+                label, np.flatnonzero(labels == label), own[labels == label],
+                clean[right & (given.clean_labels[member] == label)],
+            ).gap
+            for label in known
+        ]  # fmt: skip
+        anomalies = anomaly_indices(gaps)
+        assert found.facts["largest J"][member] == pytest.approx(anomalies.max(), rel=1e-4)
+        assert found.facts["layer"][member] == 3
+        assert found.facts["classes without a clean row"][member] == 10 - len(known)
+        assert found.facts["target classes"][member] == np.sum(anomalies > 0.5)
+        np.testing.assert_array_equal(np.unique(labels[found.flags[member]]), known[anomalies > 0.5])
+
+
+def test_the_networks_are_trained_without_what_is_flagged(given, monkeypatch):
+    seen = {}
+
+    def without(given, stage, flags):
+        seen.update(stage=stage, flags=flags)
+        return given.attacked
+
+    monkeypatch.setattr("bdjax.defenses.filtering.retrain_without", without)
+    result = run(given, SETTINGS)
+    found = detect(given, SETTINGS)
+    np.testing.assert_array_equal(seen["flags"], found.flags)
+    np.testing.assert_array_equal(result.flags, found.flags)
+    np.testing.assert_array_equal(result.scores, found.scores)
+    before = seen["stage"]
+    run(given, dataclasses.replace(SETTINGS, tau=0.1))
+    assert seen["stage"] != before  # or it would be read back
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tau": 0.0}, "tau 0.0 is not above 0 and below 1"),
+        ({"base_share": 1.0}, "base_share 1.0 is not at least 0 and below 1"),
+        ({"clean_per_class": 0}, "clean_per_class 0 is not at least 1"),
+        ({"window": 0}, "window 0 is not at least 1"),
+        ({"bins": 1}, "bins 1 is not at least 2"),
+        ({"wide_gap": 0.0}, "wide_gap 0.0 is not above 0"),
+    ],
+)
+def test_settings_that_cannot_be(given, changes, message):
+    with pytest.raises(InputError, match=message):
+        detect(given, dataclasses.replace(SETTINGS, **changes))
+
+
+def test_it_says_what_it_is_given():
+    assert AGPD.needs == ("training set", "attacked model", "clean rows") and AGPD.detect is detect
