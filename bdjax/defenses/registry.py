@@ -15,6 +15,7 @@ from bdjax.defenses.i_bau import I_BAU
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.nad import NAD
 from bdjax.defenses.neural_cleanse import NEURAL_CLEANSE
+from bdjax.defenses.scan import SCAN
 from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
 from bdjax.defenses.strip import STRIP
 from bdjax.defenses.undefended import UNDEFENDED
@@ -35,6 +36,7 @@ DEFENSES: dict[str, Defense] = {
         FT_SAM,
         ACTIVATION_CLUSTERING,
         SPECTRAL_SIGNATURES,
+        SCAN,
         AGPD,
         STRIP,
         ANP,
