@@ -23,7 +23,7 @@ of 256; LfD's authors 20, 60 and 20, unlearning at 0.0001; ABM's 10, 40 and 20.
 
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,8 @@ from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
-from bdjax.types import Array, DefenseResult, Key, Model, PyTree
+from bdjax.training.stages import Nets
+from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
 
 CHOICES = {
     "loss": ("lga", "flooding"),
@@ -174,28 +175,54 @@ def _counts(given: Given, settings: ABLSettings) -> np.ndarray:
     return np.full(num_members, max(1, round(settings.isolation_rate * num_rows)))
 
 
-def run(given: Given, settings: ABLSettings) -> DefenseResult:
-    """Isolate, train on the rest, unlearn; `flags` are the isolated rows, and `scores` minus the losses of step 2.
+class Isolated(NamedTuple):
+    """What steps 1 and 2 leave."""
 
-    Raises:
-        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
-    """
+    stage: str  # what was trained so far, for the names of the next stages
+    nets: Nets  # after step 1
+    row_losses: np.ndarray  # float32 [M, n]
+    flags: np.ndarray  # bool [M, n]
+
+
+def _isolate(given: Given, settings: ABLSettings) -> Isolated:
     check(settings)
     model, rows = given.make_model(), given.all_rows()
-    config = partial(_config, given, settings)
-
     stage = (
         f"abl: {settings.loss} {settings.threshold}, {settings.isolation_epochs} epochs at"
         f" {settings.isolation_learning_rate}, {settings.optimiser} {settings.weight_decay}, batch {settings.batch_size}"
     )
     held = held_cross_entropy(model, settings.loss, settings.threshold)
-    first = config(settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
+    first = _config(given, settings, settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
     nets = given.train(stage, model, first, rows, objective=held)
-
     row_losses = given.losses(model, nets.variables, rows)
-    isolated = lowest(row_losses, _counts(given, settings))
-
+    flags = lowest(row_losses, _counts(given, settings))
     stage += "; oracle" if settings.isolate == "oracle" else f"; {settings.isolation_rate}"
+    return Isolated(stage, nets, row_losses, flags)
+
+
+def _detection(given: Given, found: Isolated) -> Detection:
+    return Detection(found.flags, -found.row_losses, _facts(given, found.flags, found.row_losses))
+
+
+def detect(given: Given, settings: ABLSettings) -> Detection:
+    """Steps 1 and 2: `flags` are the isolated rows, and `scores` minus the losses of step 2.
+
+    Raises:
+        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
+    """
+    return _detection(given, _isolate(given, settings))
+
+
+def run(given: Given, settings: ABLSettings) -> DefenseResult:
+    """Isolate as `detect` does, train on the rest, unlearn.
+
+    Raises:
+        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
+    """
+    found = _isolate(given, settings)
+    stage, nets, isolated = found.stage, found.nets, found.flags
+    model, config = nets.model, partial(_config, given, settings)
+
     if settings.rest_epochs:
         kept = kept_rows(isolated, np.random.default_rng(0))
         rest = labelled(*(np.take_along_axis(each, kept, axis=1) for each in (given.index, given.labels)))
@@ -217,7 +244,7 @@ def run(given: Given, settings: ABLSettings) -> DefenseResult:
             jnp.asarray(isolated.any(axis=1)), unlearnt, variables
         )
 
-    return DefenseResult(model, variables, isolated, -row_losses, _facts(given, isolated, row_losses))
+    return DefenseResult(model, variables, *_detection(given, found))
 
 
 def _facts(given: Given, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
@@ -244,6 +271,7 @@ ABL = Defense(
     oracles=lambda settings: ("number of poisons",) if settings.isolate == "oracle" else (),
     settings=ABLSettings(),
     run=run,
+    detect=detect,
     check=check,
     changes={
         "quick": {

@@ -30,9 +30,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 
 from bdjax.defenses.contract import Defense, Given
-from bdjax.defenses.filtering import retrain_without
+from bdjax.defenses.filtering import retrain_without, retrained
 from bdjax.settings import check_values
-from bdjax.types import DefenseResult
+from bdjax.types import DefenseResult, Detection
 
 NAME = "activation_clustering"
 RULES = ("smaller", "relative_size", "silhouette", "exclusionary")
@@ -197,15 +197,25 @@ def reclassify(flags: np.ndarray, labels: np.ndarray, predictions: np.ndarray, t
     return flags
 
 
-def run(given: Given, settings: ActivationClusteringSettings) -> DefenseResult:
-    """Split every class in two, leave the poisoned clusters out, and train on the rest.
+def _stage(settings: ActivationClusteringSettings) -> str:
+    """The name of what is trained without the smaller clusters, or without those of them that a rule takes for poisoned."""
+    stage = f"activation clustering: {settings.reduction} {settings.dimensions}, {settings.rule}"
+    if settings.rule in ("relative_size", "silhouette"):
+        stage += f" {settings.largest_share:g}"
+    if settings.rule == "silhouette":
+        stage += f" {settings.smallest_silhouette:g}"
+    return stage
+
+
+def detect(given: Given, settings: ActivationClusteringSettings) -> Detection:
+    """Split every class in two, and flag the poisoned clusters; the rule exclusionary trains a network to tell which they are.
 
     Args:
         given: the suspects; used are their training sets and attacked networks.
         settings: how.
 
     Returns:
-        The retrained networks, with flags and scores of all rows.
+        Flags and scores of all rows.
 
     Raises:
         InputError: a setting that cannot be.
@@ -218,26 +228,32 @@ def run(given: Given, settings: ActivationClusteringSettings) -> DefenseResult:
     embeddings = given.embeddings(given.attacked.model, given.attacked.variables, rows)
     found = [find_clusters(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
     flags, scores, clearest = (np.stack(each) for each in zip(*found, strict=True))
-    stage = f"activation clustering: {settings.reduction} {settings.dimensions}, {settings.rule}"
-    if settings.rule in ("relative_size", "silhouette"):
-        stage += f" {settings.largest_share:g}"
-    if settings.rule == "silhouette":
-        stage += f" {settings.smallest_silhouette:g}"
     if settings.rule == "exclusionary":
-        without = retrain_without(given, f"{stage}, smaller clusters left out", flags)
+        without = retrain_without(given, f"{_stage(settings)}, smaller clusters left out", flags)
         predictions = np.argmax(given.logits(without.model, without.variables, rows), axis=-1)
         flags = np.stack(
             [reclassify(*own, settings.threshold) for own in zip(flags, given.labels, predictions, strict=True)]
         )
-        stage += f" {settings.threshold:g}"
-    nets = retrain_without(given, stage, flags)
     facts = {
         "classes with a flagged cluster": np.array(
             [len(np.unique(labels[own])) for labels, own in zip(given.labels, flags, strict=True)]
         ),
         "largest silhouette": clearest,
     }
-    return DefenseResult(nets.model, nets.variables, flags, scores, facts)
+    return Detection(flags, scores, facts)
+
+
+def run(given: Given, settings: ActivationClusteringSettings) -> DefenseResult:
+    """`detect`, and train on what is left.
+
+    Raises:
+        InputError: a setting that cannot be.
+    """
+    found = detect(given, settings)
+    stage = _stage(settings)
+    if settings.rule == "exclusionary":
+        stage += f" {settings.threshold:g}"
+    return retrained(given, stage, found)
 
 
 ACTIVATION_CLUSTERING = Defense(
@@ -248,6 +264,7 @@ ACTIVATION_CLUSTERING = Defense(
     needs=("training set", "attacked model"),
     settings=ActivationClusteringSettings(),
     run=run,
+    detect=detect,
     check=check,
     # As in the paper FastICA, to fewer dimensions than its 10: a class of the digits has few rows to fit them to.
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 
 from bdjax.defenses.contract import Defense, Given
-from bdjax.defenses.filtering import retrain_without
+from bdjax.defenses.filtering import retrained
 from bdjax.settings import check_values
-from bdjax.types import DefenseResult
+from bdjax.types import DefenseResult, Detection
 
 NAME = "spectral_signatures"
 BEYOND = 1.5  # the paper leaves out half as many again as there may be poisons
@@ -116,15 +116,15 @@ def find_poisons(
     return flags, scores, largest
 
 
-def run(given: Given, settings: SpectralSignaturesSettings) -> DefenseResult:
-    """Flag the far end of every class, and train on what is left.
+def detect(given: Given, settings: SpectralSignaturesSettings) -> Detection:
+    """Flag the far end of every class.
 
     Args:
         given: the suspects; used are their training sets and attacked networks.
         settings: the rule.
 
     Returns:
-        The retrained networks, with flags and scores of all rows.
+        Flags and scores of all rows.
 
     Raises:
         InputError: a setting that cannot be.
@@ -136,10 +136,19 @@ def run(given: Given, settings: SpectralSignaturesSettings) -> DefenseResult:
     embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
     found = [find_poisons(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
     flags, scores, largest = (np.stack(each) for each in zip(*found, strict=True))
-    told = f"{settings.rule} {getattr(settings, settings.rule):g}"
-    nets = retrain_without(given, f"spectral signatures: {told}", flags)
     facts = {"rows left out": flags.sum(axis=1), "largest share of variance in one direction": largest}
-    return DefenseResult(nets.model, nets.variables, flags, scores, facts)
+    return Detection(flags, scores, facts)
+
+
+def run(given: Given, settings: SpectralSignaturesSettings) -> DefenseResult:
+    """`detect`, and train on what is left.
+
+    Raises:
+        InputError: a setting that cannot be.
+    """
+    found = detect(given, settings)
+    told = f"{settings.rule} {getattr(settings, settings.rule):g}"
+    return retrained(given, f"spectral signatures: {told}", found)
 
 
 SPECTRAL_SIGNATURES = Defense(
@@ -150,5 +159,6 @@ SPECTRAL_SIGNATURES = Defense(
     needs=("training set", "attacked model"),
     settings=SpectralSignaturesSettings(),
     run=run,
+    detect=detect,
     check=check,
 )

@@ -92,6 +92,19 @@ def test_result_has_a_row_for_each_suspect(tried, suspects):
         assert result.flags is None and result.scores is None
 
 
+@pytest.mark.parametrize("tried", sorted(one.name for one in DEFENSES.values() if one.detect), indirect=True)
+def test_what_is_detected_alone_is_what_the_defense_goes_by(tried, suspects):
+    variant, result, *_ = tried
+    stages = set(suspects.given.runner.folder.iterdir())
+    found = variant.defense.detect(suspects.given, variant.settings)
+    assert set(suspects.given.runner.folder.iterdir()) == stages  # both read the same checkpoints
+    np.testing.assert_array_equal(found.flags, result.flags)
+    np.testing.assert_allclose(found.scores, result.scores, rtol=1e-6)
+    for name, values in found.facts.items():
+        np.testing.assert_allclose(values, result.facts[name], rtol=1e-6)
+    assert "training set" in variant.defense.needs
+
+
 def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):
     _, result, _, _ = tried
     one = jax.tree.map(lambda leaf: leaf[0], result.variables)

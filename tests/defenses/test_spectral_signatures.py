@@ -5,6 +5,7 @@ import pytest
 
 from bdjax.defenses.spectral_signatures import (
     SpectralSignaturesSettings,
+    detect,
     find_poisons,
     most_suspicious,
     run,
@@ -108,7 +109,7 @@ def test_the_variance_in_one_direction_is_that_of_the_first_principal_component(
 
 
 def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(given):
-    result = run(dataclasses.replace(given, recipe=given.config(epochs=1)), PERCENTILE)
+    result = detect(given, PERCENTILE)
     embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
     flags, scores, _ = find_poisons(embeddings[1], given.labels[1], PERCENTILE)
     np.testing.assert_array_equal(result.flags[1], flags)
