@@ -159,6 +159,8 @@ def make_given(
     make_model: Callable[..., Model],
     recipe: TrainConfig,
     runner: StageRunner,
+    *,
+    train_plainly: bool = True,
 ) -> Given:
     """Put suspects with equally many rows together, and train a network on each plainly.
 
@@ -170,6 +172,7 @@ def make_given(
         make_model: see `Given`.
         recipe: how plain training goes.
         runner: trains and evaluates.
+        train_plainly: whether that is needed: without it nothing may ask for the attacked networks.
     """
     pool, index, labels = pooled(train, [one.dataset for one in suspects])
     clean_index = clean_labels = None
@@ -205,6 +208,8 @@ def make_given(
         num_poisons=None if any(one is None for one in truth) else np.array([int(one.sum()) for one in truth]),
         own_triggers=tuple(_first_trigger(one) for one in suspects),
     )
+    if not train_plainly:
+        return given
     attacked = given.train("no defense", model, recipe, rows, objective=objective)
     return dataclasses.replace(given, attacked=attacked)
 

@@ -1,0 +1,626 @@
+"""VBD: variance-based defense (Aseervatham et al. 2025). Which rows are poisoned, and what does the trigger look like?
+
+1. Three networks too simple for the classes are trained on most of the suspect rows. Of the rest, the rows of each class that
+   they are surest of are taken for malicious.
+2. to 4. A class whose surest and least sure rows use their most important pixel differently is suspicious; its trigger is taken
+   out, and kept if it works on rows of other classes. That is `bdjax/defenses/vbd_patterns.py`, network by network; of several
+   patterns of one class, the one of the least accurate network and the most success is kept.
+5. A detector of each pattern learns from gradient images: g(x; c) of rows of other classes as they are (0) and with the
+   pattern blended in at random opacities (1); later also of the rows of class c themselves, by its own answers.
+6. Rows of class c that its detector answers 1 on are flagged.
+7. A clean network is trained without the flagged rows, or with new labels for them.
+
+Everything is done for M suspect training sets at once, and a detector is a member of a call like any other.
+
+What the paper leaves open or its code does otherwise: algorithm 3 prints that the rows with y != c are removed; they are what
+it trains on. The opacities are U(0.1, 1) in the paper and U(0.2, 1) in the code. Rows of all the training set train the
+detectors in the code, those of the detection split in the text. A row goes to the detector of its own class here, as in the
+code (the text sends every row to every detector). Pseudo-labels are renewed whenever a row comes by rather than once an epoch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bdjax.datasets import splits
+from bdjax.defenses import vbd_patterns
+from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
+from bdjax.defenses.filtering import retrained
+from bdjax.defenses.vbd_patterns import Candidate
+from bdjax.errors import InputError
+from bdjax.models import MODELS
+from bdjax.models.simple_cnn import FLATTENED, LAYERS, make_pattern_detector, network_name
+from bdjax.settings import check_values
+from bdjax.training import ensemble
+from bdjax.training.member import Objective, Outcome, Rows
+from bdjax.training.stages import Nets
+from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
+
+LEAST_CHECKED = 100
+"""Rows that a pattern is checked on where a tenth of the detection split is fewer; ours, for small sets."""
+SCALE_ROWS = 1000
+"""Rows whose pixels say by how much standardising would divide."""
+CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
+"""How many share a call, which bounds memory where there are hundreds of classes."""
+
+
+@dataclass(frozen=True)
+class VBDSettings:
+    """The values of the paper, and of its code where the paper gives none."""
+
+    networks: str = "64P+10-10P+16-16P"
+    """the simple networks, by their layers, with + between them; see `bdjax/models/simple_cnn.py`"""
+    detect_share: float = 0.2
+    """of the rows, held back from training the simple networks"""
+    epochs: int = 20
+    """of the simple networks"""
+    batch_size: int = 256
+    """256 for CIFAR-10, 64 for Tiny ImageNet"""
+    learning_rate: float = 0.01
+    """of SGD, throughout"""
+    weight_decay: float = 5e-4
+    """of the simple networks"""
+    rows_per_class: int = 20
+    """N: rows of a class taken for malicious, and as many for clean"""
+    least_rows: int = 5
+    """a class with fewer of either is not tested"""
+    p_value: float = 0.01
+    """below which a class is suspicious"""
+    pixel_rule: Literal["paper", "code"] = "paper"
+    """whether the most important pixel is that of the channels' mean gradient, or of the largest single entry"""
+    check_share: float = 0.1
+    """of the held-back rows, that a pattern is checked on"""
+    least_success: float = 0.33
+    """of a pattern in that check"""
+    votes: int = 1
+    """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
+    accuracy_weight: float = 0.6
+    """alpha of the score by which one of several patterns of a class is chosen"""
+    detector_rows: Literal["all", "held_back"] = "all"
+    """which rows train the detectors: all, as in the code, or the held-back ones, as in the text"""
+    detector_epochs: int = 20
+    """of a detector"""
+    detector_batch_size: int = 256
+    """rows of other classes in a step; as many of the class itself are added later"""
+    detector_learning_rate: float = 0.01
+    """of SGD, throughout"""
+    dropout: float = 0.5
+    """of what the detector's last layer sees"""
+    least_opacity: float = 0.1
+    """of the patterns that a detector learns from; the largest is 1"""
+    first_labelling: int = 5
+    """epoch, from 0, in which the rows of the class get their first pseudo-labels"""
+    last_labelling: int = 11
+    """epoch in which they get their last"""
+    least_accuracy: float = 0.75
+    """of a detector in training; one below it is not used"""
+    clean_model: Literal["suppress", "relabel"] = "suppress"
+    """of flagged rows: leave them out, or train on them with the simple network's second-best class as label"""
+
+
+class Analysis(NamedTuple):
+    """All that VBD finds about M suspects, with J networks and K classes."""
+
+    flags: np.ndarray  # bool [M, n]
+    scores: np.ndarray  # float32 [M, n]: the detector's probability; 0 for rows of a class without one
+    accuracies: np.ndarray  # float64 [M, J]: of the simple networks, in the last epoch of their training
+    p_values: np.ndarray  # float64 [M, J, K]
+    success: np.ndarray  # float64 [M, J, K]: of the candidate pattern in the check; 0 where there was none
+    network: np.ndarray  # int [M, K]: whose pattern is kept, or -1
+    masks: np.ndarray  # bool [M, K, H, W]: of the pattern that is kept
+    patterns: np.ndarray  # float32 [M, K, H, W, C] in [0, 1], zero outside the mask
+    detector_accuracies: np.ndarray  # float64 [M, K]; 0 where there is no pattern
+    new_labels: np.ndarray  # int32 [M, n]: second-best class of flagged rows, the label of others
+
+    @property
+    def is_poisoned_class(self) -> np.ndarray:
+        """Classes with a pattern: bool [M, K]."""
+        return self.network >= 0
+
+
+class Pattern(NamedTuple):
+    """One pattern that a detector is to be trained for."""
+
+    member: int
+    label: int
+    network: int
+
+
+def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cut one set in two, each class in the same proportion.
+
+    Args:
+        key: of the order within the classes.
+        labels: int32 [n].
+        share: of the second part.
+
+    Returns:
+        Row numbers, int32 [n1] and [n2]. The sizes depend on n alone, so that sets with other labels fit into the same
+        call; a start of the second part is again cut in proportion.
+    """
+    order = splits.permutation(key, len(labels))
+    rank = np.empty(len(labels))
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        rank[own] = (np.arange(len(own)) + 0.5) / len(own)
+    order = order[np.argsort(rank[order], kind="stable")]
+    count = round(share * len(labels))
+    return np.sort(order[count:]), order[:count]
+
+
+def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
+    """Stage 1: each simple network on its suspect's rows, int [M, n'] into the training set."""
+    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
+    config = given.config(
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimiser="sgd",
+        momentum=0.9,
+        nesterov=False,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        schedule="constant",
+        augmentation="none",
+        keep_last_batch=False,
+    )
+    told = (
+        f"{settings.epochs} epochs, batch {settings.batch_size}, rate {settings.learning_rate:g}, decay "
+        f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
+    )
+    return [
+        given.train(f"vbd: {layers}, {told}", given.make_model(network_name(layers)), config, labelled(index, labels))
+        for layers in settings.networks.split("+")
+    ]
+
+
+def find_candidates(given: Given, settings: VBDSettings, nets: Nets, held_back: np.ndarray) -> list[list[Candidate]]:
+    """Stages 2 and 3 with one network: a candidate for each suspect and class.
+
+    Args:
+        given: the suspects.
+        settings: how.
+        nets: the network, of each suspect.
+        held_back: int [M, d], rows of the training sets.
+    """
+    index, labels = (np.take_along_axis(each, held_back, axis=1) for each in (given.index, given.labels))
+    logits = given.logits(nets.model, nets.variables, labelled(index, labels))
+    found: list[list[Candidate]] = [[] for _ in index]
+    # Gradients are as large as images, and there may be hundreds of classes.
+    for start in range(0, given.num_classes, CLASSES_AT_ONCE):
+        classes = np.arange(start, start + CLASSES_AT_ONCE) % given.num_classes  # of one shape for every turn
+        rows = [
+            [vbd_patterns.select_rows(*own, label, settings.rows_per_class) for label in classes]
+            for own in zip(logits, labels, strict=True)
+        ]
+        gradients = _gradients(given, nets, index, rows, classes, settings.rows_per_class)
+        for member, of_member in enumerate(rows):
+            for place in range(min(CLASSES_AT_ONCE, given.num_classes - start)):
+                surest, least_sure = of_member[place]
+                if min(len(surest), len(least_sure)) < settings.least_rows:
+                    found[member].append(vbd_patterns.no_candidate(given.runner.image_shape))
+                    continue
+                found[member].append(
+                    vbd_patterns.find_candidate(
+                        _pixels(given, index[member, surest]),
+                        gradients[member, place, 0, : len(surest)],
+                        gradients[member, place, 1, : len(least_sure)],
+                        p_value=settings.p_value,
+                        pixel_rule=settings.pixel_rule,
+                    )
+                )
+    return found
+
+
+def _gradients(given: Given, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int) -> np.ndarray:
+    """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]: of those that there are."""
+    which = np.zeros((len(index), len(classes), 2, count), np.int64)
+    for member, of_member in enumerate(rows):
+        for place, parts in enumerate(of_member):
+            for part, own in enumerate(parts):
+                which[member, place, part, : len(own)] = own
+    wanted = np.broadcast_to(classes[:, None, None], which.shape).reshape(len(index), -1)
+    chosen = np.take_along_axis(index, which.reshape(len(index), -1), axis=1)
+    function = vbd_patterns.row_margin_gradients(nets.model)
+    gradients = given.per_row(function, nets.variables, _of_class(chosen, wanted))
+    return gradients.reshape(*which.shape, *gradients.shape[2:])
+
+
+def _pixels(given: Given, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(given.pool[jnp.asarray(rows)], np.float32) / 255
+
+
+def _of_class(index: np.ndarray, classes: np.ndarray) -> Rows:
+    return Rows(jnp.asarray(index, jnp.int32), {"class": jnp.asarray(classes, jnp.int32)})
+
+
+def check_candidates(
+    given: Given, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
+) -> np.ndarray:
+    """Stage 4 with one network: how often each candidate turns a row of another class, at full opacity.
+
+    Args:
+        given: the suspects.
+        settings: how.
+        nets: the network that found them.
+        held_back: int [M, d], in the order of `split_rows`.
+        found: of each suspect and class.
+
+    Returns:
+        float64 [M, K]; 0 where there is no candidate.
+    """
+    count = min(max(round(settings.check_share * held_back.shape[1]), LEAST_CHECKED), held_back.shape[1])
+    index, labels = (np.take_along_axis(each, held_back[:, :count], axis=1) for each in (given.index, given.labels))
+    success = np.zeros((len(index), given.num_classes))
+    for start in range(0, given.num_classes, CLASSES_AT_ONCE):
+        classes = np.arange(start, start + CLASSES_AT_ONCE) % given.num_classes
+        of_classes = [[of_member[label] for label in classes] for of_member in found]
+        if not any(one.mask.any() for of_member in of_classes for one in of_member):
+            continue
+        variables = {
+            "network": nets.variables,
+            "masks": jnp.asarray([[one.mask[..., None] for one in each] for each in of_classes], jnp.float32),
+            "patterns": jnp.asarray([[one.pattern for one in each] for each in of_classes]),
+        }
+        wanted = np.tile(np.repeat(np.arange(CLASSES_AT_ONCE), count), (len(index), 1))
+        rows = _of_class(np.tile(index, (1, CLASSES_AT_ONCE)), wanted)
+        answers = given.per_row(vbd_patterns.row_patched_answers(nets.model), variables, rows)
+        answers = answers.reshape(len(index), CLASSES_AT_ONCE, count)
+        for member, of_member in enumerate(of_classes):
+            for place in range(min(CLASSES_AT_ONCE, given.num_classes - start)):
+                others = labels[member] != classes[place]
+                if of_member[place].mask.any() and others.any():
+                    success[member, classes[place]] = np.mean(answers[member, place, others] == classes[place])
+    return success
+
+
+def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSettings) -> np.ndarray:
+    """Whose pattern of each class is kept (section 3.3.8).
+
+    Args:
+        accuracies: float [M, J].
+        success: float [M, J, K].
+        settings: the threshold, the votes and the weight.
+
+    Returns:
+        int [M, K]: a network, or -1 where too few have a pattern that works.
+    """
+    works = success >= settings.least_success
+    score = vbd_patterns.pair_score(accuracies[:, :, None], success, settings.accuracy_weight)
+    best = np.argmax(np.where(works, score, -np.inf), axis=1)
+    return np.where(works.sum(axis=1) >= settings.votes, best, -1)
+
+
+@cache
+def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch: int) -> Objective:
+    """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the class's own rows.
+
+    `params` is the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", what gradients
+    are multiplied by ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps".
+    A row is a pair of views: a row of another class, and one of the class itself, whose number is targets["own"]. The losses
+    of both are one example's loss; accuracy is counted on the rows of other classes alone.
+    """
+    detector = make_pattern_detector()
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        opacity_key, dropout_key = jax.random.split(key)
+        count = len(images)
+        others, own = images[:, 0], images[:, 1]
+        is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
+        opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
+        patched = vbd_patterns.blend(others, variables["mask"], variables["pattern"], opacity)
+        others = jnp.where(is_patched[:, None, None, None], patched, others)
+        inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
+
+        def drop(flat: Array) -> Array:
+            kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
+            return jnp.where(kept, flat / (1 - settings.dropout), 0)
+
+        learnt = detector.apply(_weights(params), inputs, train=True, edits={FLATTENED: drop}).logits[:, 0]
+        told = detector.apply(_weights(jax.lax.stop_gradient(params)), inputs[count:], train=False).logits[:, 0]
+
+        epoch = variables["steps"] // batches_per_epoch
+        has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
+        is_labelling = (epoch >= settings.first_labelling) & (epoch <= settings.last_labelling)
+        pseudo_labels, which = variables["pseudo_labels"], targets["own"]
+        wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
+        entropies = optax.sigmoid_binary_cross_entropy(learnt, wanted)
+        losses = (entropies[:count] + has_labels * entropies[count:]) / (1 + has_labels)
+        renewed = pseudo_labels.at[which].set((told >= 0).astype(jnp.float32))
+        variables = {
+            **variables,
+            "pseudo_labels": jnp.where(is_labelling, renewed, pseudo_labels),
+            "steps": variables["steps"] + 1,
+        }
+        logits = jnp.stack([jnp.zeros_like(learnt), learnt], axis=1)[:count]
+        return Outcome(losses, logits, is_patched.astype(jnp.int32), variables)
+
+    return objective
+
+
+def _weights(params: PyTree) -> PyTree:
+    return {"params": params, "batch_stats": {}}
+
+
+def scaled_gradients(network: Model, variables: PyTree, images: Array) -> Array:
+    """What a detector sees of images: g for its class, as if pixels were standardised. It is a constant to its training."""
+    classes = jnp.full(len(images), variables["class"])
+    gradients = vbd_patterns.margin_gradients(network, variables["network"], images, classes)
+    return jax.lax.stop_gradient(gradients * variables["scale"])
+
+
+@cache
+def row_detections(network: Model) -> Callable[..., Array]:
+    """For `StageRunner.per_row`: the probability that a row carries the pattern, float32 [B]."""
+    detector = make_pattern_detector()
+
+    def probabilities(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
+        del targets
+        inputs = scaled_gradients(network, variables, images)
+        return jax.nn.sigmoid(detector.apply(_weights(variables["params"]), inputs, train=False).logits[:, 0])
+
+    return probabilities
+
+
+def train_detectors(
+    given: Given,
+    settings: VBDSettings,
+    nets: Nets,
+    patterns: list[Pattern],
+    found: list[list[Candidate]],
+    rows: np.ndarray,
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Stages 5 and 6 for patterns of one network: a detector for each, and what it says of the rows of its class.
+
+    Args:
+        given: the suspects.
+        settings: how.
+        nets: the network, of each suspect.
+        patterns: of which suspects and classes.
+        found: the candidates of this network.
+        rows: int [M, r], rows of the training sets to train on.
+
+    Returns:
+        For each pattern: the rows of its class, int [n_c]; the probability of each, float32 [n_c]; and the detector's accuracy
+        in the last epoch of its training.
+    """
+    per_epoch = round(rows.shape[1] * (given.num_classes - 1) / given.num_classes)
+    batch_size = min(settings.detector_batch_size, per_epoch)
+    pairs, own_counts, scales = [], [], []
+    for one in patterns:
+        labels = given.labels[one.member, rows[one.member]]
+        others, own = rows[one.member, labels != one.label], rows[one.member, labels == one.label]
+        number = np.arange(per_epoch)
+        # As many rows of other classes as a balanced set has; those of the class itself go round.
+        pairs.append(
+            np.stack([given.index[one.member, other[number % len(other)]] for other in (others, own)], axis=-1)
+        )
+        own_counts.append(len(own))
+        sample = given.index[one.member, rows[one.member, :SCALE_ROWS]]
+        scales.append(_pixels(given, sample).std(axis=(0, 1, 2)))
+    own = np.stack([np.arange(per_epoch) % count for count in own_counts])
+    targets = {"labels": jnp.zeros(own.shape, jnp.int32), "own": jnp.asarray(own, jnp.int32)}
+    members = np.array([one.member for one in patterns])
+    candidates = [found[one.member][one.label] for one in patterns]
+    keys = given.keys_for("vbd: detectors")
+    keys = jnp.stack([jax.random.fold_in(keys[one.member], one.label) for one in patterns])
+    init_keys, shuffle_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+    detector = make_pattern_detector()
+    variables = {
+        "params": ensemble.init_members(lambda key: detector.init(key, given.runner.image_shape)["params"], init_keys),
+        "network": ensemble.members(nets.variables, members),
+        "mask": jnp.asarray([one.mask[..., None] for one in candidates], jnp.float32),
+        "pattern": jnp.asarray([one.pattern for one in candidates]),
+        "class": jnp.asarray([one.label for one in patterns], jnp.int32),
+        "scale": jnp.asarray(np.stack(scales), jnp.float32),
+        "pseudo_labels": jnp.zeros((len(patterns), max(own_counts)), jnp.float32),
+        "steps": jnp.zeros(len(patterns), jnp.int32),
+    }
+    config = given.config(
+        epochs=settings.detector_epochs,
+        batch_size=batch_size,
+        optimiser="sgd",
+        momentum=0.9,
+        nesterov=False,
+        learning_rate=settings.detector_learning_rate,
+        weight_decay=0.0,
+        schedule="constant",
+        augmentation="none",
+        keep_last_batch=False,
+    )
+    told = fingerprint(settings=settings, patterns=patterns, masks=[one.mask.tobytes() for one in candidates])
+    trained = given.runner.from_variables(
+        f"vbd: detectors of {nets.model.description} {told}",
+        detector,
+        config,
+        variables,
+        shuffle_keys,
+        1,
+        given.pool,
+        Rows(jnp.asarray(np.stack(pairs), jnp.int32), targets),
+        detector_objective(nets.model, settings, per_epoch // batch_size),
+    )
+    of_class = [np.flatnonzero(given.labels[one.member] == one.label) for one in patterns]
+    longest = max(len(each) for each in of_class)
+    padded = np.stack(
+        [given.index[one.member, np.resize(each, longest)] for one, each in zip(patterns, of_class, strict=True)]
+    )
+    said = given.runner.per_row(
+        row_detections(nets.model),
+        trained.variables,
+        _of_class(padded, np.zeros_like(padded)),
+        given.pool,
+        given.recipe.evaluation_batch_size,
+    )
+    accuracies = trained.history["accuracy"][:, -1]
+    return [(each, said[number, : len(each)], float(accuracies[number])) for number, each in enumerate(of_class)]
+
+
+def analyse(given: Given, settings: VBDSettings) -> Analysis:
+    """Stages 1 to 6.
+
+    Args:
+        given: the suspects; used are their training sets alone.
+        settings: how.
+
+    Returns:
+        All that is found.
+
+    Raises:
+        InputError: a setting that cannot be.
+
+    References:
+        Aseervatham et al. 2025, algorithm 1 and section 3.3.8.
+    """
+    check(settings)
+    keys = given.keys_for("vbd: split")
+    parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(given.labels)]
+    training, held_back = (np.stack(each) for each in zip(*parts, strict=True))
+    nets = train_networks(given, settings, training)
+    found = [find_candidates(given, settings, one, held_back) for one in nets]
+    success = np.stack(
+        [check_candidates(given, settings, one, held_back, own) for one, own in zip(nets, found, strict=True)], axis=1
+    )
+    accuracies = np.stack([one.history["accuracy"][:, -1] for one in nets], axis=1).astype(np.float64)
+    network = choose_networks(accuracies, success, settings)
+
+    num, num_rows = given.labels.shape
+    height, width, channels = given.runner.image_shape
+    masks = np.zeros((num, given.num_classes, height, width), bool)
+    patterns = np.zeros((num, given.num_classes, height, width, channels), np.float32)
+    detector_accuracies = np.zeros((num, given.num_classes))
+    scores = np.zeros((num, num_rows), np.float32)
+    flags, new_labels = np.zeros((num, num_rows), bool), given.labels.copy()
+    everything = np.tile(np.arange(num_rows), (num, 1))
+    for number, one in enumerate(nets):
+        kept = [Pattern(int(m), int(c), number) for m, c in np.argwhere(network == number)]
+        for start in range(0, len(kept), PATTERNS_AT_ONCE):
+            some = kept[start : start + PATTERNS_AT_ONCE]
+            rows = held_back if settings.detector_rows == "held_back" else everything
+            told = train_detectors(given, settings, one, some, found[number], rows)
+            for pattern, (where, probabilities, accuracy) in zip(some, told, strict=True):
+                member, label = pattern.member, pattern.label
+                masks[member, label] = found[number][member][label].mask
+                patterns[member, label] = found[number][member][label].pattern
+                detector_accuracies[member, label] = accuracy
+                scores[member, where] = probabilities
+                if accuracy >= settings.least_accuracy:
+                    flags[member, where] = probabilities >= 0.5
+        if kept:
+            new_labels = _second_best(given, one, network == number, flags, new_labels)
+    return Analysis(
+        flags=flags,
+        scores=scores,
+        accuracies=accuracies,
+        p_values=np.array([[[one.p_value for one in of_member] for of_member in own] for own in found]).swapaxes(0, 1),
+        success=success,
+        network=network,
+        masks=masks,
+        patterns=patterns,
+        detector_accuracies=detector_accuracies,
+        new_labels=new_labels,
+    )
+
+
+def _second_best(given: Given, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Give flagged rows of the classes that a network has, bool [M, K], the class it finds most likely beside their own."""
+    logits = given.logits(nets.model, nets.variables, given.all_rows()).copy()
+    np.put_along_axis(logits, given.labels[..., None], -np.inf, axis=2)
+    chosen = flags & np.take_along_axis(is_own, given.labels, axis=1)
+    return np.where(chosen, np.argmax(logits, axis=2), labels).astype(np.int32)
+
+
+def to_detection(analysis: Analysis) -> Detection:
+    """What every detector says: flags, scores, and a few numbers and pictures of its own."""
+    found = analysis.is_poisoned_class
+    facts = {
+        "classes with a pattern": found.sum(axis=1),
+        "smallest p-value": analysis.p_values.min(axis=(1, 2)),
+        "best success of a pattern": analysis.success.max(axis=(1, 2)),
+        "mean accuracy of the simple networks": analysis.accuracies.mean(axis=1),
+    }
+    # The same number of pictures for every suspect: of the classes that any has a pattern of.
+    shown = np.flatnonzero(found.any(axis=0))
+    pictures = {}
+    if len(shown):
+        names = ", ".join(map(str, shown))
+        pictures[f"patterns of classes {names}"] = analysis.patterns[:, shown]
+        pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
+    return Detection(analysis.flags, analysis.scores, facts, pictures)
+
+
+def detect(given: Given, settings: VBDSettings) -> Detection:
+    """`analyse`, as every detector answers."""
+    return to_detection(analyse(given, settings))
+
+
+def run(given: Given, settings: VBDSettings) -> DefenseResult:
+    """Stage 7 too: networks trained without the flagged rows, or with other labels for them.
+
+    Args:
+        given: the suspects; used are their training sets alone.
+        settings: how.
+
+    Returns:
+        The clean networks, with flags, scores and the patterns of all rows.
+
+    Raises:
+        InputError: as `analyse`.
+    """
+    analysis = analyse(given, settings)
+    stage = f"vbd: {settings.clean_model} {fingerprint(settings=settings)}"
+    if settings.clean_model == "suppress":
+        return retrained(given, stage, to_detection(analysis))
+    rows = labelled(given.index, analysis.new_labels)
+    nets = given.train(stage, given.make_model(), given.recipe, rows)
+    return DefenseResult(nets.model, nets.variables, *to_detection(analysis))
+
+
+def check(settings: VBDSettings) -> None:
+    """Refuse settings that cannot be.
+
+    Raises:
+        InputError: naming the setting.
+    """
+    for layers in settings.networks.split("+"):
+        if network_name(layers) not in MODELS:
+            raise InputError(f"defense vbd: networks {layers!r} is not one of {', '.join(LAYERS)}")
+    counts = ("epochs", "batch_size", "rows_per_class", "detector_epochs", "detector_batch_size", "votes")
+    shares = ("detect_share", "check_share", "p_value")
+    within = ("least_success", "accuracy_weight", "least_opacity", "least_accuracy")
+    check_values(
+        "defense vbd",
+        settings,
+        choices={
+            "pixel_rule": ("paper", "code"),
+            "detector_rows": ("all", "held_back"),
+            "clean_model": ("suppress", "relabel"),
+        },
+        above=dict.fromkeys((*shares, "learning_rate", "detector_learning_rate"), 0),
+        below=dict.fromkeys((*shares, "dropout"), 1),
+        at_least={
+            **dict.fromkeys(counts, 1),
+            **dict.fromkeys((*within, "dropout", "weight_decay", "first_labelling", "last_labelling"), 0),
+            "least_rows": 2,
+            "detector_batch_size": 2,
+        },
+        at_most=dict.fromkeys(within, 1) | {"votes": len(settings.networks.split("+"))},
+    )
+
+
+VBD = Defense(
+    name="vbd",
+    title="VBD",
+    paper="Aseervatham et al. 2025, Variance-Based Defense Against Blended Backdoor Attacks",
+    stage="before training",
+    needs=("training set",),
+    settings=VBDSettings(),
+    run=run,
+    detect=detect,
+    check=check,
+)

@@ -1,0 +1,205 @@
+"""VBD, stages 2 to 4 (Aseervatham et al. 2025): is a class poisoned, and what is its trigger?
+
+Given a network too simple to learn the classes well, and the rows of a class that it is surest of, a trigger shows in three
+ways: a few pixels dominate the gradient, they do so on those rows and not on the class's others, and they hardly vary.
+
+    psi(x, c) = z_c - max_{k != c} z_k          g(x) = d psi / d x                    (equations 5 and 6, on logits)
+    (i*, j*) = argmax |mean over channels of the mean g|,   I(x) = max over channels |g(x)_{i* j*}|       (7 and 8)
+
+Class c is suspicious if I is distributed differently on its surest and its least sure rows (Kolmogorov-Smirnov). Its mask
+keeps what the gradient says matters and the variance says is constant (algorithm 2), and its pattern is the mean image there.
+
+All of this is small and data dependent, so it is NumPy on the host. `bdjax/defenses/vbd.py` has the other stages.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage, stats
+from skimage.filters import threshold_otsu
+
+from bdjax.types import Array, Model, PyTree
+
+BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16
+"""The paper says Gaussian; its code uses this one."""
+
+
+class Candidate(NamedTuple):
+    """What one network says of one class."""
+
+    p_value: float  # of the two-sample test; 1 where there were too few rows to test
+    pixel: tuple[int, int]  # (i*, j*)
+    mask: np.ndarray  # bool [H, W]; empty if the class is not suspicious or nothing is left
+    pattern: np.ndarray  # float32 [H, W, C] in [0, 1], zero outside the mask
+
+
+def margin(logits: Array, classes: Array) -> Array:
+    """psi: how far the logit of a class is above the largest other one.
+
+    Args:
+        logits: float32 [N, K].
+        classes: int32 [N].
+
+    Returns:
+        float32 [N].
+    """
+    is_own = jax.nn.one_hot(classes, logits.shape[1], dtype=bool)
+    own = jnp.sum(jnp.where(is_own, logits, 0), axis=1)
+    return own - jnp.max(jnp.where(is_own, -jnp.inf, logits), axis=1)
+
+
+def margin_gradients(model: Model, variables: PyTree, images: Array, classes: Array) -> Array:
+    """g of each image: float32 [N, H, W, C]. The network is evaluated with running statistics.
+
+    Args:
+        model: the network f_s.
+        variables: its own, not stacked.
+        images: float32 [N, H, W, C] in [0, 1].
+        classes: int32 [N], the class c of each.
+    """
+
+    def total(images: Array) -> Array:
+        return jnp.sum(margin(model.apply(variables, images, train=False).logits, classes))
+
+    return jax.grad(total)(images)
+
+
+@cache
+def row_margin_gradients(model: Model):
+    """For `Given.per_row`: g of each row for the class in its targets."""
+    return lambda variables, images, targets: margin_gradients(model, variables, images, targets["class"])
+
+
+@cache
+def row_patched_answers(model: Model):
+    """For `Given.per_row`: what the network answers once a row is patched, at full opacity, with the pattern of the class in
+    its targets. The variables hold the "network", "masks" float32 [K, H, W, 1] and "patterns" float32 [K, H, W, C]."""
+
+    def answers(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
+        which = targets["class"]
+        patched = blend(images, variables["masks"][which], variables["patterns"][which], 1.0)
+        return jnp.argmax(model.apply(variables["network"], patched, train=False).logits, axis=1)
+
+    return answers
+
+
+def blend(images: Array, mask: Array, pattern: Array, opacity: Array | float) -> Array:
+    """Equation 1: x (1 - m) + (1 - alpha) x m + alpha m p, of shapes that broadcast."""
+    return images * (1 - opacity * mask) + opacity * mask * pattern
+
+
+def select_rows(logits: np.ndarray, labels: np.ndarray, label: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The estimated malicious rows of a class, and its potentially clean ones (sections 3.3.1 and 3.3.2).
+
+    Args:
+        logits: float32 [n, K], of the rows that detection looks at.
+        labels: int32 [n].
+        label: c.
+        count: N, how many of each at most.
+
+    Returns:
+        Row numbers, int [n1] and [n2]: the surest of those labelled c and predicted c, and, of the other rows labelled c,
+        those with the lowest probability of c. Probabilities are compared by their logarithm, which does not saturate.
+    """
+    rows = np.flatnonzero(labels == label)
+    own = logits[rows].astype(np.float64)
+    sure = own[:, label] - np.logaddexp.reduce(own, axis=1)
+    order = np.argsort(-sure, kind="stable")
+    is_predicted = np.argmax(own, axis=1) == label
+    surest = order[is_predicted[order]][:count]
+    others = order[~np.isin(order, surest)][::-1][:count]
+    return rows[surest], rows[others]
+
+
+def min_max(values: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """Scale to [0, 1]; what does not vary becomes 0."""
+    low, high = values.min(axis=axis, keepdims=True), values.max(axis=axis, keepdims=True)
+    return (values - low) / np.maximum(high - low, 1e-12)
+
+
+def otsu(values: np.ndarray) -> np.ndarray:
+    """Binarise: bool of the same shape, the values above the threshold that leaves the least variance within both parts.
+
+    Values are scaled to 0..255 and rounded before, as the paper's code does.
+
+    Args:
+        values: float, any shape; if all are equal none is above.
+
+    References:
+        Otsu 1979.
+    """
+    grey = np.round(255 * min_max(values)).astype(np.uint8)
+    return grey > threshold_otsu(grey) if grey.any() else np.zeros(values.shape, bool)
+
+
+def gradient_mask(gradient: np.ndarray) -> np.ndarray:
+    """Where the mean gradient, float [H, W, C], is large, and the pixels next to that: bool [H, W] (algorithm 2)."""
+    size = np.linalg.norm(gradient.astype(np.float64), axis=-1)
+    return otsu(ndimage.correlate(min_max(size), BLUR, mode="mirror"))
+
+
+def variance_image(images: np.ndarray) -> np.ndarray:
+    """V: how much each pixel varies over images [n, H, W, C]: float64 [H, W] in [0, 1] (equations 3 and 4)."""
+    return min_max(images.astype(np.float64).var(axis=0), axis=(0, 1)).mean(axis=-1)
+
+
+def most_important_pixel(gradient: np.ndarray, rule: str) -> tuple[int, ...]:
+    """(i*, j*) of the mean gradient, float [H, W, C].
+
+    Args:
+        gradient: the mean of g.
+        rule: "paper" for equation 7; "code" for the largest single entry, as (i*, j*, channel).
+    """
+    size = np.abs(gradient.mean(axis=-1)) if rule == "paper" else np.abs(gradient)
+    return tuple(int(i) for i in np.unravel_index(np.argmax(size), size.shape))
+
+
+def importance(gradients: np.ndarray, pixel: tuple[int, ...]) -> np.ndarray:
+    """I of each row, float [n], from gradients [n, H, W, C]: equation 8, or the one entry if a channel is named."""
+    values = np.abs(gradients[(slice(None), *pixel)])
+    return values.max(axis=-1) if values.ndim > 1 else values
+
+
+def find_candidate(
+    malicious: np.ndarray,
+    malicious_gradients: np.ndarray,
+    clean_gradients: np.ndarray,
+    *,
+    p_value: float,
+    pixel_rule: str = "paper",
+) -> Candidate:
+    """Test one class, and take out its trigger if it is suspicious.
+
+    Args:
+        malicious: float32 [n, H, W, C] in [0, 1], the rows that the network is surest of.
+        malicious_gradients: float32 [n, H, W, C], their g.
+        clean_gradients: float32 [n', H, W, C], g of the rows that it is least sure of.
+        p_value: below which the class is suspicious.
+        pixel_rule: see `most_important_pixel`.
+
+    Returns:
+        The candidate; its mask is empty if the class is not suspicious.
+    """
+    gradient = malicious_gradients.mean(axis=0)
+    pixel = most_important_pixel(gradient, pixel_rule)
+    compared = (importance(gradients, pixel) for gradients in (malicious_gradients, clean_gradients))
+    found = float(stats.ks_2samp(*compared, method="exact").pvalue)
+    shape = malicious.shape[1:]
+    mask = np.zeros(shape[:2], bool)
+    if found < p_value:
+        mask = otsu(gradient_mask(gradient) * (1 - variance_image(malicious)))
+    pattern = np.where(mask[..., None], malicious.mean(axis=0), 0).astype(np.float32)
+    return Candidate(found, pixel[:2], mask, pattern)
+
+
+def no_candidate(image_shape: tuple[int, int, int]) -> Candidate:
+    """Of a class with too few rows to say anything."""
+    return Candidate(1.0, (0, 0), np.zeros(image_shape[:2], bool), np.zeros(image_shape, np.float32))
+
+
+def pair_score(accuracy: np.ndarray, success: np.ndarray, weight: float) -> np.ndarray:
+    """How good a network and its pattern are together: weight (1 - acc) + (1 - weight) asr (section 3.3.8)."""
+    return weight * (1 - accuracy) + (1 - weight) * success

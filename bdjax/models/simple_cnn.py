@@ -1,0 +1,216 @@
+"""The deliberately simple networks of the variance-based defense (VBD): too small to learn the classes well, large enough for
+a trigger.
+
+A network is named as its paper's code names it, by its layers: "10-10P" is two convolutions of 10 channels, the second with a
+2x2 max-pool after it. Each layer is a 3x3 convolution without padding or bias, batch normalisation and ReLU; then all
+pixels are flattened into one fully connected layer, which so can tell where in the image something was. The detector of
+a pattern is one such layer without normalisation, with a single logit.
+
+Nothing standardises the pixels: an unpadded convolution without bias followed by normalisation cannot tell a shift of its
+input, or a scale that all channels share, and the published constants differ by 7 % between channels.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from bdjax.models.facade import as_model
+from bdjax.models.layers import (
+    BatchNorm,
+    Classifier,
+    ComputeDtype,
+    Conv,
+    Lowering,
+    Taps,
+    default_lowering,
+    he_fan_out,
+    layout_of,
+    max_pool,
+    relu,
+)
+from bdjax.types import Model
+
+LAYERS = ("64P", "10-10P", "16-16P", "16P", "4-4P", "8-8P")
+"""The first three are the paper's ensemble; the others are for 8x8 pixels."""
+FLATTENED = "flattened"
+"""The tap of all pixels, float32 [N, 1, 1, d], in the order of NHWC: what the last layer sees."""
+
+
+def read_layers(text: str) -> tuple[tuple[int, bool], ...]:
+    """(channels, whether a max-pool follows) of each layer: "10-10P" -> ((10, False), (10, True)).
+
+    Raises:
+        ValueError: the text is not of that form.
+    """
+    layers = []
+    for part in text.split("-"):
+        number = part.removesuffix("P")
+        if not number.isdecimal() or not int(number):
+            raise ValueError(f"{text!r}: {part!r} is not a number of channels, with a P after it for a max-pool")
+        layers.append((int(number), part != number))
+    return tuple(layers)
+
+
+# ---- The first layer on a CPU --------------------------------------------------------------------------------------
+
+IMAGES_AT_ONCE = 16
+
+
+class ConvKernel(nn.Module):
+    """The parameters of a 3x3 `Conv` without the convolution: float32 [3, 3, channels, features]."""
+
+    features: int
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("kernel", he_fan_out, (3, 3, self.channels, self.features), jnp.float32)
+
+
+class FoldedNorm(nn.Module):
+    """`BatchNorm` of maps that are not there yet: from their statistics to (factor, offset), float32 [features] each."""
+
+    features: int
+    epsilon: float = BatchNorm.epsilon
+    momentum: float = BatchNorm.momentum
+
+    @nn.compact
+    def __call__(self, moments: Callable[[], tuple[jax.Array, jax.Array, int]], *, train: bool):
+        """From what gives each map's mean and biased variance, and over how many numbers they are; only asked in training."""
+        scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,), jnp.float32)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, (self.features,), jnp.float32)
+        mean, variance = running_mean.value, running_variance.value
+        if train:
+            mean, variance, count = moments()
+            if not self.is_initializing():
+                unbiased = lax.stop_gradient(variance) * (count / max(count - 1, 1))
+                running_mean.value += self.momentum * (lax.stop_gradient(mean) - running_mean.value)
+                running_variance.value += self.momentum * (unbiased - running_variance.value)
+        factor = scale * lax.rsqrt(variance + self.epsilon)
+        return factor, bias - mean * factor
+
+
+def first_layer(images: jax.Array, features: int, pool: bool, *, train: bool) -> jax.Array:
+    """A network's first layer: `Conv`, `BatchNorm`, ReLU and max-pool in one, a few images at a time.
+
+    Nearly all the work of a simple network is on the maps of its first layer, which no cache holds. Images are small beside
+    them, and the statistics of the maps follow from those of the images: with m the mean of all 3x3 neighbourhoods and S the
+    mean of their products, the map of a kernel w has the mean w m and the variance w S w - (w m)^2. So the statistics are
+    known before there is any map, and maps are made, used and forgotten a few images at a time; the gradient makes them
+    again. That takes half as long as layer after layer.
+
+    Parameters and statistics are those of the two layers that it stands for.
+
+    Args:
+        images: float32 [N, H, W, C].
+        features: of the convolution.
+        pool: whether a max-pool follows.
+        train: whether to normalise by these images' statistics.
+
+    Returns:
+        The activation, float32 [features, h, w, N].
+    """
+    kernel = ConvKernel(features, images.shape[3], name="stage1_conv")()
+    matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(features, -1)
+    count, at_once = len(images), min(IMAGES_AT_ONCE, len(images))
+    padding = -count % at_once  # images of zeros, which add nothing to any sum
+    filled = jnp.concatenate([images, jnp.zeros((padding, *images.shape[1:]), images.dtype)])
+    groups = filled.reshape(-1, at_once, *images.shape[1:])
+
+    def moments() -> tuple[jax.Array, jax.Array, int]:
+        number = count * (images.shape[1] - 2) * (images.shape[2] - 2)
+        sums, products = lax.map(_moments, groups)
+        mean = matrix @ (sums.sum(axis=0) / number)
+        square = jnp.sum((matrix @ (products.sum(axis=0) / number)) * matrix, axis=1)
+        return mean, jnp.maximum(square - jnp.square(mean), 0), number
+
+    factor, offset = FoldedNorm(features, name="stage1_norm")(moments, train=train)
+    folded = matrix * factor[:, None]
+    maps = lax.map(lambda group: _maps(folded, offset, group, pool), groups)  # [groups, features, h, w, at once]
+    return jnp.moveaxis(maps, 0, 3).reshape(*maps.shape[1:4], -1)[..., :count]
+
+
+def _neighbourhoods(images: jax.Array) -> jax.Array:
+    """[n, H, W, C] -> [9 C, H - 2, W - 2, n]: a kernel's rows leading, then its columns, then the channels."""
+    x = jnp.transpose(images, (3, 1, 2, 0))
+    height, width = x.shape[1] - 2, x.shape[2] - 2
+    return jnp.concatenate([x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)])
+
+
+def _moments(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums over all neighbourhoods, [9 C], and over their products, [9 C, 9 C]."""
+    near = _neighbourhoods(images)
+    near = near.reshape(near.shape[0], -1)
+    return near.sum(axis=1), lax.dot_general(near, near, (((1,), (1,)), ((), ())))
+
+
+@partial(jax.checkpoint, static_argnums=3)
+def _maps(matrix: jax.Array, offset: jax.Array, images: jax.Array, pool: bool) -> jax.Array:
+    near = _neighbourhoods(images)
+    maps = lax.dot(matrix, near.reshape(near.shape[0], -1)).reshape(-1, *near.shape[1:])
+    maps = relu(maps + offset[:, None, None, None])
+    return max_pool(maps, (1, 2)) if pool else maps
+
+
+class SimpleCNN(nn.Module):
+    """Taps: stage1, stage2 ... after each layer (and its pool), and `FLATTENED`."""
+
+    layers: tuple[tuple[int, bool], ...]
+    num_classes: int
+    lowering: Lowering
+    compute_dtype: ComputeDtype = "float32"
+    normalise: bool = True
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool, edits=None):
+        taps = Taps(self.lowering, edits)
+        layout = layout_of(self.lowering)
+        is_folded = self.lowering == "shifted" and self.normalise and self.compute_dtype == "float32"
+        x = None if is_folded else layout.from_nhwc(images.astype(self.compute_dtype))
+        for number, (channels, pool) in enumerate(self.layers, start=1):
+            if number == 1 and is_folded:
+                x = first_layer(images, channels, pool, train=train)
+            else:
+                x = Conv(channels, 3, 1, self.lowering, padding=0, name=f"stage{number}_conv")(x)
+                if self.normalise:
+                    x = BatchNorm(self.lowering, name=f"stage{number}_norm")(x, train=train)
+                x = relu(x)
+                x = max_pool(x, layout.spatial_axes) if pool else x
+            x = taps(f"stage{number}", x)
+        flat = layout.to_nhwc(x).reshape(x.shape[layout.batch_axis], 1, 1, -1)
+        x = taps(FLATTENED, layout.from_nhwc(flat))
+        return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
+
+
+def make_pattern_detector(lowering: Lowering | None = None) -> Model:
+    """The detector of one pattern: "32P" without normalisation, and one logit: `apply` gives logits float32 [N, 1].
+
+    Dropout, which its paper has before the last layer, is an edit of the tap `FLATTENED`.
+
+    Args:
+        lowering: how convolutions are computed; None chooses by backend.
+    """
+    module = SimpleCNN(read_layers("32P"), 1, lowering or default_lowering(), normalise=False)
+    return as_model(module, 1, "pattern detector 32P")
+
+
+def _simple(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype, *, layers: str) -> SimpleCNN:
+    del width  # the name says all channels
+    return SimpleCNN(read_layers(layers), num_classes, lowering, compute_dtype)
+
+
+def network_name(layers: str) -> str:
+    """What `MODELS` calls a network: "10-10P" -> "vbd_10_10p"."""
+    return f"vbd_{layers.lower().replace('-', '_')}"
+
+
+NETWORKS: dict[str, Callable[[int, int, Lowering, ComputeDtype], SimpleCNN]] = {
+    network_name(layers): partial(_simple, layers=layers) for layers in LAYERS
+}
+"""Name -> (number of classes, width, lowering, dtype) -> module."""
