@@ -195,14 +195,16 @@ def works(results: Mapping[str, Any], attack: str, defense: str) -> bool | None:
     return is_gone and mean_of(cell, "cda") >= mean_of(before, "cda") - CDA_LOSS
 
 
-def _seeds_text(results: Mapping[str, Any]) -> str:
+def seeds_text(results: Mapping[str, Any]) -> str:
+    """Over how many seeds the means are: "3 seeds"."""
     counts = sorted({len(one["seeds"]) for one in results["attacks"]})
     if len(counts) == 1:
         return f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
     return f"{counts[0]} to {counts[-1]} seeds"
 
 
-def _has_spread(results: Mapping[str, Any]) -> bool:
+def has_spread(results: Mapping[str, Any]) -> bool:
+    """Whether any training set comes with several seeds."""
     return any(len(one["seeds"]) > 1 for one in results["attacks"])
 
 
@@ -241,13 +243,13 @@ def main_table(results: Mapping[str, Any], second: str = "asr") -> Table:
         ]
         for name in ("cda", second)
     }
-    notes = f"CDA / {label}, mean over {_seeds_text(results)}, {results['test_rows']:,} test rows."
+    notes = f"CDA / {label}, mean over {seeds_text(results)}, {results['test_rows']:,} test rows."
     if spreads[second]:
         notes += (
             f" Largest standard deviation over seeds in any cell: CDA {max(spreads['cda']):.3f}, {label} "
             f"{max(spreads[second]):.3f}; each cell's own is in the table of every number."
         )
-    if not _has_spread(results):
+    if not has_spread(results):
         notes += " A single seed has no spread: small differences mean nothing."
     if len(common) > 1 and len(common) < len(results["attacks"]):
         notes += f" The last row is over those attacks that have {label} under every defense."
@@ -299,7 +301,7 @@ def detail_table(results: Mapping[str, Any]) -> Table:
             )
         )
     notes = (
-        f"Mean{' ± standard deviation' if _has_spread(results) else ''} over {_seeds_text(results)}. Works: "
+        f"Mean{' ± standard deviation' if has_spread(results) else ''} over {seeds_text(results)}. Works: "
         f"{DEFINITIONS['works']}; {UNKNOWN} where there is no backdoor to remove (ASR without defense unknown or below "
         f"{ATTACK_WORKS:g})."
     )
@@ -343,7 +345,7 @@ def detection_table(results: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     notes = (
-        f"Of training rows; mean{' ± standard deviation' if _has_spread(results) else ''} over {_seeds_text(results)}. "
+        f"Of training rows; mean{' ± standard deviation' if has_spread(results) else ''} over {seeds_text(results)}. "
         f"Poisoned, flagged: shares of all rows; cover rows count as clean. AUC: {DEFINITIONS['auc']} (0.5 is chance). "
         f"{UNKNOWN}: nothing poisoned, nobody knows, or a seed in which nothing is flagged. A defense may flag few rows on "
         "purpose (isolation): then recall is low by design."
@@ -370,8 +372,8 @@ def false_alarm_table(results: Mapping[str, Any]) -> Table | None:
     if not rows:
         return None
     notes = (
-        f"On the clean training set, mean{' ± standard deviation' if _has_spread(results) else ''} over "
-        f"{_seeds_text(results)}. Difference: CDA minus that of no defense on the same seed. Every flagged row is a false "
+        f"On the clean training set, mean{' ± standard deviation' if has_spread(results) else ''} over "
+        f"{seeds_text(results)}. Difference: CDA minus that of no defense on the same seed. Every flagged row is a false "
         f"alarm; {UNKNOWN}: the defense flags no rows."
     )
     return Table("False alarms", ("defense", "CDA", "difference", "flagged"), tuple(rows), notes)
