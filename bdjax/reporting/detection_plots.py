@@ -1,8 +1,220 @@
-"""The plots that a report on detectors of poisoned rows has: what they find, how well, and why a row was flagged."""
+"""The plots that a report on detectors of poisoned rows has: how well they find them, and why a row was flagged."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from bdjax.reporting.defense_plots import MARKERS
+from bdjax.reporting.plots import COLOURS, draw_title, house_style, image_grid
+from bdjax.reporting.tables import printable
 
 RED = (255, 0, 0)
+GREY = 0.5
+"""What shows where a trigger is transparent."""
+SIDE = 160
+"""Pixels that a picture of `trigger_grid` is wide, more or less."""
+COLUMNS = ("true trigger", "found trigger", "its mask", "a flagged row", "where it is")
+_FAINT = "#e6e8eb"
+_LINES = ("-", "--", ":", "-.")
+
+
+class FoundPattern(NamedTuple):
+    """A trigger that a detector extracted, and the true one where it is known."""
+
+    attack: str  # what to call it: "white square 50 %"
+    seed: int
+    label: int  # the class that the trigger was found of
+    pattern: np.ndarray  # float32 [H, W, C] in [0, 1]
+    mask: np.ndarray  # bool [H, W]
+    success: float  # share of rows of other classes that it turns
+    network: str  # whose it is
+    true_pattern: np.ndarray | None  # float32 [H, W, C] in [0, 1]
+    true_mask: np.ndarray | None  # float32 [H, W]: how opaque the true trigger is
+    example: np.ndarray | None  # uint8 [H, W, C], a row that was flagged for it
+    is_true_class: bool | None  # whether the attack sends rows to that class
+
+    @property
+    def overlap(self) -> float | None:
+        """Intersection over union of the found and the true mask; None if that is not known."""
+        if self.true_mask is None:
+            return None
+        is_set = np.asarray(self.true_mask) > 0
+        union = np.sum(is_set | self.mask)
+        return float(np.sum(is_set & self.mask) / union) if union else 0.0
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All there is to say, in parts: what it is of, how well it works, what it has of the true one."""
+        said = "" if self.is_true_class is not False else ": a false alarm"
+        parts = [f"{self.attack}, target {self.label}{said}", f"success {self.success:.2f}"]
+        if self.overlap is not None and self.is_true_class is not False:
+            parts.append(f"IoU of masks {self.overlap:.2f}")
+        return (*parts, f"network {self.network}, seed {self.seed}")
+
+    @property
+    def caption(self) -> str:
+        """The same as one line."""
+        first, *others = self.lines
+        return f"{first}: {', '.join(others)}"
+
+
+class Curve(NamedTuple):
+    """One receiver operating characteristic."""
+
+    title: str
+    fpr: np.ndarray  # float [k]: share of the clean rows above each threshold
+    tpr: np.ndarray  # float [k]: share of the poisoned rows
+    auc: float
+
+
+class Line(NamedTuple):
+    """F1 of one detector against something."""
+
+    title: str
+    x: Sequence[float]
+    mean: Sequence[float]  # in percent
+    spread: Sequence[float | None]  # over seeds; None of a single one
+    is_paper: bool = False  # drawn dashed and without the spread
+
+
+@house_style
+def roc(curves: Sequence[Curve], title: str = "") -> Figure:
+    """Draws what share of the poisoned rows is found at what share of false alarms.
+
+    The horizontal axis is square-rooted: rows are many, and it is small rates that a detector can be used at.
+
+    Args:
+        curves: one for each training set, or each detector.
+        title: what there is to see.
+    """
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    for number, one in enumerate(curves):
+        style = _LINES[number // len(COLOURS) % len(_LINES)]
+        name = f"{printable(one.title)}: {one.auc:.3f}"
+        axes.plot(one.fpr, one.tpr, color=COLOURS[number % len(COLOURS)], linestyle=style, linewidth=1.6, label=name)
+    chance = np.linspace(0, 1, 101)
+    axes.plot(chance, chance, color="#8c959f", linewidth=0.8, linestyle=":")
+    axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
+    axes.set(xlabel="share of clean rows flagged", ylabel="share of poisoned rows flagged")
+    axes.set(xlim=(0, 1), ylim=(-0.01, 1.02), xticks=(0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.grid(color=_FAINT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if curves:
+        figure.legend(loc="outside right upper", title="AUC", fontsize=8)
+    draw_title(figure, title)
+    return figure
+
+
+@house_style
+def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -> Figure:
+    """Draws F1 against a rate on a logarithmic axis, such as the opacity or the poisoning rate, with bars for the spread.
+
+    Args:
+        values: for each panel its lines, x in 0..1 above 0 and F1 in percent. Equal titles have equal colours.
+        x_label: what x is a share of, in percent: "opacity".
+        title: what there is to see.
+    """
+    columns = min(2, len(values))
+    rows = -(-len(values) // columns)
+    figure = Figure(figsize=(0.8 + 3.6 * columns, 0.9 + 2.7 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for panel in panels[len(values) :]:
+        panel.remove()
+    titles = list(dict.fromkeys(one.title for lines in values.values() for one in lines if not one.is_paper))
+    drawn: dict[str, object] = {}
+    for axes, (name, lines) in zip(panels, values.items(), strict=False):
+        for one in lines:
+            number = titles.index(one.title) if one.title in titles else len(titles)
+            told = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6}
+            x = 100 * np.asarray(one.x, np.float64)
+            if one.is_paper:
+                (line,) = axes.plot(x, one.mean, linestyle=":", marker=".", alpha=0.7, **told)
+                drawn.setdefault(f"{one.title}, paper", line)
+                continue
+            spread = np.array([0.0 if value is None else value for value in one.spread])
+            marker = MARKERS[number % len(MARKERS)]
+            bars = axes.errorbar(
+                x, one.mean, yerr=spread if spread.any() else None, marker=marker, markersize=4.5, capsize=2.5, **told
+            )
+            drawn.setdefault(one.title, bars)
+        every = sorted({100 * float(x) for one in lines for x in one.x})
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(every))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_title(printable(name))
+        axes.set(xlabel=f"{x_label} (%)", ylim=(-3, 105))
+        axes.grid(color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+    for axes in panels[: len(values) : columns]:
+        axes.set_ylabel("F1 (%)")
+    names = [printable(name) for name in drawn]
+    figure.legend(drawn.values(), names, loc="outside lower center", ncols=min(4, len(names)))
+    draw_title(figure, title)
+    return figure
+
+
+def trigger_grid(found: Sequence[FoundPattern], title: str = "") -> Figure:
+    """Draws found triggers beside the true ones, and where they lie on a row that was flagged (figure 5 of the VBD paper).
+
+    Args:
+        found: a line for each.
+        title: what there is to see.
+    """
+    cells = [[*_pictures(one)] for one in found]
+    captions = [
+        [
+            "" if one.true_pattern is not None else "not known",
+            "",
+            f"{int(one.mask.sum()):,} pixel{'s' if one.mask.sum() != 1 else ''}",
+            "" if one.example is not None else "none is flagged",
+            "",
+        ]
+        for one in found
+    ]
+    names = ["\n".join(line for part in one.lines for line in textwrap.wrap(part, 28)) for one in found]
+    return image_grid(cells, names, COLUMNS, title, captions=captions)
+
+
+def _pictures(one: FoundPattern) -> list[np.ndarray]:
+    """The cells of a line, all enlarged alike so that a thin line is drawn as it is."""
+    scale = max(1, round(SIDE / max(one.mask.shape)))
+    blank = np.ones((*one.mask.shape, 3))
+    true = blank if one.true_pattern is None or one.true_mask is None else on_grey(one.true_pattern, one.true_mask)
+    plain = [true, on_grey(one.pattern, one.mask), blank * one.mask[..., None]]
+    example = blank if one.example is None else _rgb(one.example / 255)
+    outlined = np.ones((scale * len(blank), scale * blank.shape[1], 3))
+    if one.example is not None:
+        outlined = outline(one.example, one.mask, scale) / 255
+    return [*(_enlarge(each, scale) for each in [*plain, example]), outlined]
+
+
+def on_grey(pattern: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A trigger on the grey that stands for what it lets through.
+
+    Args:
+        pattern: float [H, W, C] in [0, 1], of 1 or 3 channels.
+        mask: [H, W], bool, or how opaque each pixel is in [0, 1].
+
+    Returns:
+        float64 [H, W, 3] in [0, 1].
+    """
+    share = np.asarray(mask, np.float64)[..., None]
+    return np.clip(share * _rgb(pattern) + (1 - share) * GREY, 0, 1)
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.asarray(image, np.float64), (*image.shape[:2], 3))
+
+
+def _enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
 
 
 def outline(image: np.ndarray, mask: np.ndarray, scale: int) -> np.ndarray:
@@ -24,8 +236,8 @@ def outline(image: np.ndarray, mask: np.ndarray, scale: int) -> np.ndarray:
     """
     if image.ndim != 3 or image.shape[2] not in (1, 3) or mask.shape != image.shape[:2] or scale < 1:
         raise ValueError(f"an image of shape {image.shape} and a mask of shape {mask.shape} at scale {scale}")
-    large = np.repeat(np.repeat(np.broadcast_to(image, (*image.shape[:2], 3)), scale, axis=0), scale, axis=1)
-    inside = np.repeat(np.repeat(mask.astype(bool), scale, axis=0), scale, axis=1)
+    large = _enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), scale)
+    inside = _enlarge(mask.astype(bool), scale)
     width = max(1, scale // 8)
     around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, width), (2 * width + 1, 2 * width + 1))
     large[inside & ~around.all(axis=(2, 3))] = RED

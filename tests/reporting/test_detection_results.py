@@ -1,0 +1,316 @@
+import numpy as np
+import pytest
+
+from bdjax.defenses.comparison import Comparison, DefenseVariant, Suspect, Tried, read_attack
+from bdjax.defenses.contract import Defense
+from bdjax.defenses.published_detection import ALL_TO_ALL, ALL_TO_ONE
+from bdjax.defenses.undefended import UndefendedSettings
+from bdjax.metrics import measure_detection
+from bdjax.reporting import defense_results as numbers
+from bdjax.reporting import detection_report
+from bdjax.reporting import detection_results as detected
+from bdjax.reporting.detection_plots import FoundPattern
+from bdjax.reporting.report import Section
+from bdjax.reporting.run_folder import open_run
+from bdjax.types import Dataset, Detection, PoisonedDataset
+
+ROWS = 200
+IMAGES = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 3)).astype(np.uint8)
+LABELS = (np.arange(ROWS) % 4).astype(np.int32)
+TRAIN = Dataset(IMAGES, LABELS, 4, "cifar10", "a test", ("cat", "dog", "cow", "hen"))
+IS_POISONED = np.arange(ROWS) < 20
+IS_COVER = np.zeros(ROWS, bool)
+POISONED = PoisonedDataset(IMAGES, LABELS, 4, "cifar10", "a test", (), IS_POISONED, LABELS, IS_COVER)
+FOUND = "classes with a pattern"
+
+
+def variant(name, title, *needs):
+    defense = Defense(
+        name, title, "a paper", "before training", ("training set", *needs), UndefendedSettings(), run=print
+    )
+    return DefenseVariant(name, defense, UndefendedSettings())
+
+
+VBD, SCAN, ABL = (
+    variant("vbd", "VBD"),
+    variant("scan", "SCAn", "clean rows"),
+    variant("abl", "ABL", "number of poisons"),
+)
+
+
+def flags(hits, false=0):
+    """So many of the 20 poisoned rows, and of the clean ones."""
+    return (np.arange(ROWS) < hits) | (np.arange(ROWS) >= ROWS - false)
+
+
+def f1(hits, false=0):
+    return 2 * hits / (hits + false + 20)
+
+
+def suspect(attack, seed=0):
+    read = read_attack(attack, TRAIN, 1)
+    if read.plan is None:
+        return Suspect(read, seed, TRAIN, (), np.zeros(ROWS, bool))
+    return Suspect(read, seed, POISONED, ((),) * len(read.plan.parts), IS_POISONED)
+
+
+def tried(attack, defense, own_flags, seed=0, facts=None):
+    one = suspect(attack, seed)
+    detection = measure_detection(own_flags, own_flags.astype(float), one.is_poisoned)
+    return Tried(one, defense, None, (), detection, facts or {}, 2.0)
+
+
+def summarise(*ones):
+    return numbers.summarise(ones, 0, 3)
+
+
+def line(table, *starts):
+    (found,) = [row for row in table.rows if row[: len(starts)] == starts]
+    return found[len(starts) :]
+
+
+@pytest.fixture(scope="module")
+def results():
+    ones = []
+    for seed in (0, 1):
+        ones += [
+            tried("white_square", VBD, flags(20 - 10 * seed), seed, {FOUND: 1.0, "smallest p-value": 0.0}),
+            tried("white_square", SCAN, flags(20), seed),
+            tried("big_kitty", VBD, flags(20), seed, {FOUND: 2.0, "smallest p-value": 0.0}),
+            tried("big_kitty", SCAN, flags(0), seed),
+            tried("white_square:opacity=0.1", VBD, flags(10), seed, {FOUND: 1.0}),
+            tried("white_square:opacity=0.1", SCAN, flags(20), seed),
+            tried("big_kitty:opacity=0.1", VBD, flags(20), seed, {FOUND: 1.0}),
+            tried("big_kitty:opacity=0.1", SCAN, flags(20), seed),
+            tried("white_square:opacity=0.5", VBD, flags(20), seed, {FOUND: 1.0}),
+            tried("white_square:opacity=0.5", SCAN, flags(20), seed),
+            tried("white_square_all_to_all:opacity=0.2", VBD, flags(20, 5), seed, {FOUND: 4.0}),
+            tried("white_square_all_to_all:opacity=0.2", SCAN, flags(0), seed),
+            tried("white_square:poison_rate=0.01", VBD, flags(20, 20), seed, {FOUND: 1.0}),
+            tried("none", VBD, flags(0, 4 * seed), seed, {FOUND: 0.0 + seed}),
+            tried("none", SCAN, flags(0, 2), seed),
+        ]
+    return summarise(*ones)
+
+
+def test_the_grid_is_the_papers():
+    names = [
+        "white_square",
+        "white_square:poison_rate=0.1",
+        "white_square:opacity=0.2:target=2",
+        "white_square_all_to_all",
+        "white_square:opacity=0.3",
+        "white_square:poison_rate=0.05",
+        "white_square:cover_rate=0.1",
+        "white_square:suppression=1",
+        "white_square:label_rule=all_to_one",
+        "white_square+big_kitty",
+        "badnets",
+        "none",
+    ]
+    results = summarise(*(tried(name, VBD, flags(1)) for name in names))
+    assert [one["attack"] for one in detected.grid(results)] == names[:4]
+    assert [one["attack"] for one in detected.grid(results, (ALL_TO_ALL,), (1.0,))] == ["white_square_all_to_all"]
+    assert detected.calibration_table(results).rows[-1][0] == "no attack"
+    assert len(detected.calibration_table(results).rows) == len(names) - 4
+
+
+def test_f1_by_trigger_beside_the_paper(results):
+    table = detected.f1_table(results, ALL_TO_ONE, "cifar10")
+    assert table.header == ("trigger", "VBD", "VBD, paper", "SCAn", "SCAn, paper")
+    spread = 100 * np.std([1, f1(10)], ddof=1)
+    own = f"{50 * (1 + f1(10)):.2f} ± {spread:.2f}"
+    assert line(table, "White square") == (own, "97.46 ± 0.31", "100.00 ± 0.00", "97.86 ± 0.12")
+    assert line(table, "Big kitty") == ("100.00 ± 0.00", "99.87 ± 0.20", "0.00 ± 0.00", "100.00 ± 0.00")
+    # Of the mean, the spread is that of the seeds' means: half the one above.
+    mean = f"{100 * (3 + f1(10)) / 4:.2f} ± {spread / 2:.2f}"
+    assert line(table, "mean of 2 triggers") == (mean, "99.30 ± 0.10", "50.00 ± 0.00", "99.64 ± 0.02")
+    assert table.row_styles == ("", "", "ours") and "over 2 seeds" in table.notes and "200 rows" in table.notes
+    assert "10 % of them poisoned" in table.notes and "over its 6 triggers" in table.notes
+    assert detected.f1_table(results, ALL_TO_ALL, "cifar10") is None
+    assert detected.f1_table(results, ALL_TO_ONE, "digits").header == ("trigger", "VBD", "SCAn")
+    assert "paper" not in detected.f1_table(results, ALL_TO_ONE, "digits").notes.lower()
+
+
+def test_single_triggers_that_are_blended_have_no_number_in_the_paper(results):
+    table = detected.f1_table(results, ALL_TO_ONE, "cifar10", 0.1)
+    assert line(table, "Big kitty") == ("100.00 ± 0.00", None, "100.00 ± 0.00", None)
+    assert line(table, "mean of 2 triggers")[1] == "93.34 ± 1.08"
+    assert table.title == "F1, all-to-one, opacity 10 %"
+
+
+def test_blended(results):
+    table = detected.blended_table(results, ALL_TO_ONE, "cifar10")
+    tenth = 100 * (1 + f1(10)) / 2
+    assert line(table, "10 %") == (2, f"{tenth:.2f} ± 0.00", "93.34 ± 1.08", "100.00 ± 0.00", "92.80 ± 6.14")
+    assert line(table, "50 %")[0] == 1 and len(table.rows) == 3  # nothing at 20 %
+    assert line(table, "mean")[:3] == (3, f"{(2 * tenth + 100) / 3:.2f} ± 0.00", "96.29 ± 0.72")
+    (row,) = detected.blended_table(results, ALL_TO_ALL, "tiny_imagenet").rows
+    assert row == ("20 %", 1, f"{100 * f1(20, 5):.2f} ± 0.00", "9.15 ± 4.93", "0.00 ± 0.00", "0.00 ± 0.00")
+
+
+def test_summary(results):
+    table = detected.summary_table(results, "cifar10")
+    assert [row[:2] for row in table.rows] == [
+        ("all-to-one, full opacity", 2),
+        ("all-to-one, blended", 3),
+        ("all-to-all, blended", 1),
+        ("all", 6),
+    ]
+    every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
+    assert line(table, "all")[1].startswith(f"{every:.2f} ±") and line(table, "all")[2] == "89.58 ± 0.54"
+    assert line(table, "all-to-all, blended")[2] == "73.31 ± 0.80"
+
+
+def test_means_are_over_what_every_detector_was_tried_on():
+    results = summarise(
+        tried("white_square", VBD, flags(20)),
+        tried("big_kitty", VBD, flags(0)),
+        tried("green_square", VBD, flags(10)),
+        tried("white_square", SCAN, flags(10)),
+        tried("big_kitty", SCAN, flags(10)),
+    )
+    table = detected.f1_table(results, ALL_TO_ONE, "digits")
+    assert line(table, "Green square") == (f"{100 * f1(10):.2f}", None)
+    assert line(table, "mean of 2 triggers") == ("50.00", f"{100 * f1(10):.2f}")
+    assert "that every detector was tried on" in table.notes
+    assert "Only settings" in detected.summary_table(results, "digits").notes
+
+
+def test_sets_with_other_seeds_have_a_mean_without_spread():
+    results = summarise(
+        tried("white_square", VBD, flags(20), 0),
+        tried("white_square", VBD, flags(0), 1),
+        tried("big_kitty", VBD, flags(20), 2),
+    )
+    mean = detected.f1_of(results, results["attacks"], "vbd")
+    assert mean.mean == pytest.approx(75) and mean.spread is None and mean.count == 2
+    assert detected.f1_of(results, [], "vbd") is None and detected.f1_of(results, results["attacks"], "scan") is None
+
+
+def test_clean_sets_and_other_rates(results):
+    table = detected.calibration_table(results)
+    assert table.header[-1] == FOUND and len(table.rows) == 3
+    clean = line(table, "no attack", 0.0, "VBD")
+    spread = np.std([0, 0.02], ddof=1)
+    assert clean == (f"0.0100 ± {spread:.4f}", "2 ± 3", "–", "–", "–", "–", "0.5 ± 0.7")
+    assert line(table, "no attack", 0.0, "SCAn")[-1] == "–"
+    rare = line(table, "White square (poison rate 0.01)", 0.1, "VBD")
+    assert rare[2:5] == ("0.500 ± 0.000", "1.000 ± 0.000", f"{f1(20, 20):.3f} ± 0.000")
+    assert detected.calibration_table(summarise(tried("white_square", VBD, flags(3)))) is None
+
+
+def test_evidence(results):
+    table = detected.evidence_table(results)
+    assert table.header == ("training set", "defense", FOUND)  # the p-value is in the table of every fact
+    assert line(table, "Big kitty", "VBD") == ("2.0 ± 0.0",)
+    assert all(row[1] == "VBD" for row in table.rows) and len(table.rows) == 8
+    assert detected.evidence_table(summarise(tried("white_square", SCAN, flags(3)))) is None
+
+
+def test_nothing_to_show():
+    none = variant("none", "no defense")
+    results = summarise(Tried(suspect("white_square"), none, None, (), measure_detection(None, None, None), {}, 0.0))
+    assert detected.detectors(results) == [] and detected.summary_table(results, "cifar10") is None
+    assert detected.f1_table(results, ALL_TO_ONE, "cifar10") is None
+    assert detected.blended_table(results, ALL_TO_ONE, "cifar10") is None
+    assert detected.calibration_table(results) is detected.evidence_table(results) is None
+    assert detection_report.verdict(results).level == "info"
+
+
+def test_verdict(results):
+    said = detection_report.verdict(results, ("vbd",))
+    every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
+    assert said.headline == f"VBD finds the poisoned rows with a mean F1 of {every:.1f} % on 6 training sets."
+    assert said.level == "warning" and "On none of them is F1 below 50 %." in said.text
+    assert "VBD flags 1.00 % of the rows of no attack" in said.text
+    assert f"SCAn: mean F1 66.7 %, where VBD has {every:.1f} % on the same 6 training sets; fails on 2." in said.text
+    assert "given: training set, clean rows. On the clean set it flags 1.00 %." in said.text
+    other = detection_report.verdict(results, ("scan",))
+    assert other.level == "warning"
+    assert other.headline.endswith("66.7 %, and fails on 2 of 6 training sets.")
+    assert "Big kitty (0.0 %), White square, all-to-all (opacity 0.2) (0.0 %)" in other.text
+
+
+@pytest.mark.parametrize(("hits", "level"), [(20, "clean"), (15, "warning"), (5, "attacked")])
+def test_levels(hits, level):
+    results = summarise(tried("badnets", VBD, flags(hits)), tried("badnets", ABL, flags(10)))
+    said = detection_report.verdict(results, ("vbd",))
+    assert said.level == level and "1 of the training sets with poisoned rows" in said.text
+    assert "number of poisons (no defender has that)" in said.text and "One seed only" in said.text
+    assert "nothing is known of false alarms" in said.text
+
+
+def test_verdict_of_a_clean_run():
+    said = detection_report.verdict(summarise(tried("none", VBD, flags(0, 2))), ("vbd",))
+    assert said.level == "info" and "VBD flags 1.00 %" in said.text
+
+
+def comparisons():
+    names = ["white_square", "white_square:opacity=0.5", "none", "white_square:poison_rate=0.01", "badnets+sig"]
+    result = []
+    for defense in (VBD, SCAN):
+        ones = [tried(name, defense, flags(15, 3), seed, {FOUND: 1.0}) for name in names for seed in (0, 1)]
+        noise = np.random.default_rng(1).random((len(ones), ROWS)).astype(np.float32)
+        result.append(Comparison(defense, Detection(np.stack([flags(15, 3)] * len(ones)), noise + flags(15, 3)), ones))
+    return result
+
+
+def test_sets_that_are_drawn_are_spread_out():
+    every = comparisons()
+    results = summarise(*(one for each in every for one in each.tried))
+    vbd, scan = detection_report.spread_out(results, every, 3)
+    assert [one.suspect.attack.name for one in vbd.tried] == ["white_square", "none", "badnets+sig"]
+    assert {one.suspect.seed for one in scan.tried} == {0}
+    np.testing.assert_array_equal(scan.result.scores, every[1].result.scores[[0, 4, 8]])
+    assert len(detection_report.spread_out(results, every)[0].tried) == 5
+
+
+def pattern(attack, label=1, known=True):
+    mask = np.zeros((8, 8), bool)
+    mask[5:, 5:] = True
+    true = (np.ones((8, 8, 3), np.float32), np.roll(mask, 1, 1).astype(np.float32), IMAGES[0], label == 1)
+    return FoundPattern(
+        attack, 3, label, IMAGES[1] / 255, mask, 0.98, "64P", *(true if known else (None, None, None, None))
+    )
+
+
+def test_patterns_that_are_drawn_are_of_many_attacks():
+    found = [pattern("a", number) for number in range(3)] + [pattern("b"), pattern("c")]
+    chosen = detection_report.choose_patterns(found, 4)
+    assert [(one.attack, one.label) for one in chosen] == [("a", 0), ("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_report(tmp_path):
+    folder = open_run(tmp_path / "run", UndefendedSettings(), experiment="vbd")
+    every = comparisons()
+    results = summarise(*(one for each in every for one in each.tried))
+    found = [pattern("white square", label, known) for label in (1, 2) for known in (True, False)] * 2
+    detection_report.write(
+        folder,
+        {"dataset": "cifar10"},
+        results,
+        every,
+        {"no defense": 1.0},
+        TRAIN,
+        "python -m experiments.vbd",
+        found,
+        about=("vbd",),
+        extra_sections=(Section("Of my own", "said <here>"),),
+    )
+    page = (folder.path / "report.html").read_text()
+    for title in ("Results", "Clean sets and other settings", "Of my own", "What was found", "Scores", "Details"):
+        assert title in page
+    assert "said &lt;here&gt;" in page and "VBD, paper" in page and "target 2: a false alarm" in page
+    names = {path.name for path in folder.path.glob("*.png")}
+    assert names == {
+        "f1-by-opacity.png",
+        "f1-by-poisoning-rate.png",
+        "triggers-1.png",
+        "triggers-2.png",
+        *(f"{kind}-{name}.png" for kind in ("roc", "scores") for name in ("vbd", "scan")),
+        "suspicious-vbd.png",
+    }
+    table = (folder.path / "table.md").read_text()
+    assert "**F1, all-to-one, full opacity**" in table and "**Who was given what**" in table
+    assert (folder.path / "timings.json").exists()
