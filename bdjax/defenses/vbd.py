@@ -35,7 +35,7 @@ from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_patterns import Candidate
 from bdjax.errors import InputError
 from bdjax.models import MODELS
-from bdjax.models.simple_cnn import FLATTENED, LAYERS, make_pattern_detector, network_name
+from bdjax.models.simple_cnn import LAYERS, flatten, last_layer, make_pattern_detector, network_name
 from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
@@ -87,7 +87,9 @@ class VBDSettings:
     detector_epochs: int = 20
     """of a detector"""
     detector_batch_size: int = 256
-    """rows of other classes in a step; as many of the class itself are added later"""
+    """rows of other classes in a step"""
+    own_rows: float = 1.0
+    """rows of the class itself that are added to a step once they have pseudo-labels, for each of those; at most 1"""
     detector_learning_rate: float = 0.01
     """of SGD, throughout"""
     dropout: float = 0.5
@@ -302,35 +304,35 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
 
     `params` is the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", what gradients
     are multiplied by ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps".
-    A row is a pair of views: a row of another class, and one of the class itself, whose number is targets["own"]. The losses
-    of both are one example's loss; accuracy is counted on the rows of other classes alone.
+    A row is a pair of views: a row of another class, and one of the class itself, whose number is targets["own"]. Accuracy is
+    counted on the rows of other classes alone.
     """
     detector = make_pattern_detector()
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         opacity_key, dropout_key = jax.random.split(key)
         count = len(images)
-        others, own = images[:, 0], images[:, 1]
+        own_count = max(1, round(settings.own_rows * count))
+        others, own, which = images[:, 0], images[:own_count, 1], targets["own"][:own_count]
         is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
         opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
         patched = vbd_patterns.blend(others, variables["mask"], variables["pattern"], opacity)
         others = jnp.where(is_patched[:, None, None, None], patched, others)
         inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
-
-        def drop(flat: Array) -> Array:
-            kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
-            return jnp.where(kept, flat / (1 - settings.dropout), 0)
-
-        learnt = detector.apply(_weights(params), inputs, train=True, edits={FLATTENED: drop}).logits[:, 0]
-        told = detector.apply(_weights(jax.lax.stop_gradient(params)), inputs[count:], train=False).logits[:, 0]
+        flat = flatten(detector.apply(_weights(params), inputs, train=True).features)
+        is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
+        learnt = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
+        told = last_layer(params, flat[count:])[:, 0]  # compared with 0 alone: no gradient
 
         epoch = variables["steps"] // batches_per_epoch
         has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
         is_labelling = (epoch >= settings.first_labelling) & (epoch <= settings.last_labelling)
-        pseudo_labels, which = variables["pseudo_labels"], targets["own"]
+        pseudo_labels = variables["pseudo_labels"]
         wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
         entropies = optax.sigmoid_binary_cross_entropy(learnt, wanted)
-        losses = (entropies[:count] + has_labels * entropies[count:]) / (1 + has_labels)
+        # The mean over all rows of the step, told as one loss for each row of other classes.
+        of_own = jnp.sum(entropies[count:]) / count
+        losses = (entropies[:count] + has_labels * of_own) / (1 + has_labels * own_count / count)
         renewed = pseudo_labels.at[which].set((told >= 0).astype(jnp.float32))
         variables = {
             **variables,
@@ -601,7 +603,7 @@ def check(settings: VBDSettings) -> None:
             "detector_rows": ("all", "held_back"),
             "clean_model": ("suppress", "relabel"),
         },
-        above=dict.fromkeys((*shares, "learning_rate", "detector_learning_rate"), 0),
+        above=dict.fromkeys((*shares, "learning_rate", "detector_learning_rate", "own_rows"), 0),
         below=dict.fromkeys((*shares, "dropout"), 1),
         at_least={
             **dict.fromkeys(counts, 1),
@@ -609,7 +611,7 @@ def check(settings: VBDSettings) -> None:
             "least_rows": 2,
             "detector_batch_size": 2,
         },
-        at_most=dict.fromkeys(within, 1) | {"votes": len(settings.networks.split("+"))},
+        at_most=dict.fromkeys((*within, "own_rows"), 1) | {"votes": len(settings.networks.split("+"))},
     )
 
 

@@ -10,7 +10,7 @@ Nothing standardises the pixels: an unpadded convolution without bias followed b
 input, or a scale that all channels share, and the published constants differ by 7 % between channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
@@ -32,7 +32,7 @@ from bdjax.models.layers import (
     max_pool,
     relu,
 )
-from bdjax.types import Model
+from bdjax.types import Model, PyTree
 
 LAYERS = ("64P", "10-10P", "16-16P", "16P", "4-4P", "8-8P")
 """The first three are the paper's ensemble; the others are for 8x8 pixels."""
@@ -96,8 +96,8 @@ class FoldedNorm(nn.Module):
         return factor, bias - mean * factor
 
 
-def first_layer(images: jax.Array, features: int, pool: bool, *, train: bool) -> jax.Array:
-    """A network's first layer: `Conv`, `BatchNorm`, ReLU and max-pool in one, a few images at a time.
+def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool, train: bool) -> jax.Array:
+    """A network's first layer: `Conv`, `BatchNorm` if any, ReLU and max-pool in one, a few images at a time.
 
     Nearly all the work of a simple network is on the maps of its first layer, which no cache holds. Images are small beside
     them, and the statistics of the maps follow from those of the images: with m the mean of all 3x3 neighbourhoods and S the
@@ -111,6 +111,7 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, train: bool) ->
         images: float32 [N, H, W, C].
         features: of the convolution.
         pool: whether a max-pool follows.
+        normalise: whether there is a batch normalisation.
         train: whether to normalise by these images' statistics.
 
     Returns:
@@ -130,8 +131,10 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, train: bool) ->
         square = jnp.sum((matrix @ (products.sum(axis=0) / number)) * matrix, axis=1)
         return mean, jnp.maximum(square - jnp.square(mean), 0), number
 
-    factor, offset = FoldedNorm(features, name="stage1_norm")(moments, train=train)
-    folded = matrix * factor[:, None]
+    folded, offset = matrix, jnp.zeros(features, jnp.float32)
+    if normalise:
+        factor, offset = FoldedNorm(features, name="stage1_norm")(moments, train=train)
+        folded = matrix * factor[:, None]
     maps = lax.map(lambda group: _maps(folded, offset, group, pool), groups)  # [groups, features, h, w, at once]
     return jnp.moveaxis(maps, 0, 3).reshape(*maps.shape[1:4], -1)[..., :count]
 
@@ -171,11 +174,11 @@ class SimpleCNN(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
         taps = Taps(self.lowering, edits)
         layout = layout_of(self.lowering)
-        is_folded = self.lowering == "shifted" and self.normalise and self.compute_dtype == "float32"
+        is_folded = self.lowering == "shifted" and self.compute_dtype == "float32"
         x = None if is_folded else layout.from_nhwc(images.astype(self.compute_dtype))
         for number, (channels, pool) in enumerate(self.layers, start=1):
             if number == 1 and is_folded:
-                x = first_layer(images, channels, pool, train=train)
+                x = first_layer(images, channels, pool, normalise=self.normalise, train=train)
             else:
                 x = Conv(channels, 3, 1, self.lowering, padding=0, name=f"stage{number}_conv")(x)
                 if self.normalise:
@@ -191,13 +194,28 @@ class SimpleCNN(nn.Module):
 def make_pattern_detector(lowering: Lowering | None = None) -> Model:
     """The detector of one pattern: "32P" without normalisation, and one logit: `apply` gives logits float32 [N, 1].
 
-    Dropout, which its paper has before the last layer, is an edit of the tap `FLATTENED`.
+    The dropout that its paper has before the last layer is its trainer's: see `last_layer`.
 
     Args:
         lowering: how convolutions are computed; None chooses by backend.
     """
     module = SimpleCNN(read_layers("32P"), 1, lowering or default_lowering(), normalise=False)
     return as_model(module, 1, "pattern detector 32P")
+
+
+def flatten(features: Mapping[str, jax.Array]) -> jax.Array:
+    """All that the last layer sees, float32 [N, d], of the features of a call."""
+    return features[FLATTENED].reshape(len(features[FLATTENED]), -1)
+
+
+def last_layer(params: PyTree, flat: jax.Array) -> jax.Array:
+    """Logits, float32 [N, K], of flattened features, for those who change these on the way.
+
+    Args:
+        params: the network's.
+        flat: float32 [N, d].
+    """
+    return flat @ params["classifier"]["kernel"] + params["classifier"]["bias"][None, :]
 
 
 def _simple(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype, *, layers: str) -> SimpleCNN:
