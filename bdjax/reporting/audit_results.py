@@ -235,7 +235,7 @@ def _rest(results: Mapping[str, Any]) -> list[str]:
         if every["poisoned"]:
             told.append(
                 f"Which rows are poisoned is known here: {every['hits']:,} of {every['poisoned']:,} poisoned rows are flagged, "
-                f"and {every['flagged'] - every['hits']:,} not poisoned."
+                f"and {every['flagged'] - every['hits']:,} of {every['rows'] - every['poisoned']:,} others."
             )
         else:
             told.append("Here it is known that no row is poisoned" + (": a false alarm." if every["flagged"] else "."))
@@ -335,4 +335,6 @@ def truth_table(results: Mapping[str, Any]) -> Table | None:
         for one in results["detection"]
     ]
     header = ("class", "rows", "poisoned", "flagged", "both", "precision", "recall", "F1", "AUC")
-    return Table("Against the truth", header, tuple(rows), "Rows with a trigger under their own label count as clean.")
+    return Table(
+        "What the flags are worth", header, tuple(rows), "Rows with a trigger under their own label count as clean."
+    )

@@ -202,7 +202,7 @@ def test_known_truth_is_told():
     every, bees, dogs = results["detection"]
     assert (every["precision"], every["recall"], every["f1"], every["hits"]) == (0.75, 0.75, 0.75, 3)
     assert (bees["class"], bees["recall"], dogs["class"], dogs["recall"]) == (1, 0.0, 3, 1.0)
-    assert "3 of 4 poisoned rows are flagged, and 1 not poisoned." in results["verdict"]["text"]
+    assert "3 of 4 poisoned rows are flagged, and 1 of 36 others." in results["verdict"]["text"]
     assert truth_table(results).rows[2][:5] == ("Class 3 (dog)", 10, 3, 4, 3)
     assert truth_table(summarise(dataset(), analysis(), SETTINGS)) is None
 
