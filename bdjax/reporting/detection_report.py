@@ -3,6 +3,8 @@
 No network is trained without the flagged rows here: what is reported is how well the flags fit.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,9 +58,9 @@ def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
     told = [(one, _of_detector(results, one, sets or results["attacks"])) for one in shown]
     told = [(one, measured) for one, measured in told if measured]
     paragraphs = [_found(one, measured, where) for one, measured in told]
+    paragraphs += [f"{one['title']} is given: {_given(one)}." for one in shown]
     paragraphs += _false_alarms(results, shown)
     paragraphs += [text for one in others if (text := _beside(results, one, shown[0], sets or results["attacks"]))]
-    paragraphs += [f"{one['title']} is given: {_given(one)}." for one in shown]
     if len(results["seeds"]) == 1:
         paragraphs.append("One seed only: small differences mean nothing.")
     text = "\n\n".join(paragraphs)
@@ -112,10 +114,11 @@ def _false_alarms(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]
         for one in shown:
             flagged = numbers.mean_of(numbers.find(results, attack["attack"], one["defense"]), "flagged")
             if flagged is not None:
-                told.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {detected.title_of(attack)}")
+                name = detected.title_of(attack).replace("no attack", "the clean training set", 1)
+                told.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
     if not told:
         return ["No clean training set was tried, so nothing is known of false alarms on one."]
-    return [f"Where nothing is poisoned: {'; '.join(told)}. Every one is a false alarm."]
+    return [f"False alarms: {'; '.join(told)}."]
 
 
 def _beside(results: Mapping[str, Any], one: Mapping[str, Any], shown: Mapping[str, Any], sets: Sequence) -> str | None:
@@ -124,10 +127,9 @@ def _beside(results: Mapping[str, Any], one: Mapping[str, Any], shown: Mapping[s
     if not both:
         return None
     theirs, ours = (_of_detector(results, each, both) for each in (one, shown))
-    count = f"{len(both)} training set{'s' if len(both) > 1 else ''}"
     text = (
-        f"{one['title']}: mean F1 {_mean(theirs):.1f} %, where {shown['title']} has {_mean(ours):.1f} % on the same {count}; "
-        f"fails on {len(_failed(theirs))}. It is given: {_given(one)}."
+        f"{one['title']}: mean F1 {_mean(theirs):.1f} % on {len(both)} training set{'s' if len(both) > 1 else ''} where "
+        f"{shown['title']} has {_mean(ours):.1f} %; fails on {len(_failed(theirs))}. It is given: {_given(one)}."
     )
     flagged = [
         numbers.mean_of(numbers.find(results, attack["attack"], one["defense"]), "flagged")
@@ -199,15 +201,17 @@ def write(
     sections = [Section("Results", "", tuple(main), tuple(f1_figures(folder, results, name)))]
     if others:
         sections.append(
-            Section("Clean sets and other settings", "", tuple(others), tuple(_rate_figures(folder, results)))
+            Section("Beside the paper's settings", "", tuple(others), tuple(_rate_figures(folder, results)))
         )
     sections += extra_sections
-    if evidence or triggers:
-        sections.append(Section("What was found", "", tuple(evidence), tuple(triggers)))
+    if triggers:
+        sections.append(Section("Found triggers", "", (), tuple(triggers)))
+    if evidence:
+        sections.append(Section("What the flags rest on", "", tuple(evidence)))
     curves = [*roc_figures(folder, chosen), *score_figures(folder, chosen)]
     if curves:
         count = len({one.suspect.attack.name for each in chosen for one in each.tried})
-        text = f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken evenly from the table of them."
+        text = f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken from all over the table of them."
         sections.append(Section("Scores", text, (), tuple(curves)))
     suspicious = suspicious_figures(folder, shown, train)
     if suspicious:
@@ -253,13 +257,19 @@ def _key_numbers(results: Mapping[str, Any], about: Sequence[str]) -> dict[str, 
         measured = _of_detector(results, one, detected.grid(results) or results["attacks"])
         if measured:
             means[f"mean F1, {one['title']}"] = f"{_mean(measured):.1f} %"
+        flagged = numbers.mean_of(numbers.find(results, numbers.NO_DEFENSE, one["defense"]), "flagged")
+        if flagged is not None:
+            means[f"flagged on a clean set, {one['title']}"] = f"{100 * flagged:.2f} %"
     return means | counts
 
 
 def spread_out(
     results: Mapping[str, Any], comparisons: Sequence[Comparison], most: int = MOST_SETS
 ) -> list[Comparison]:
-    """The first seed of some training sets alone, evenly taken from all; clean ones are last to be left out.
+    """The first seed of some training sets alone, taken from all over the run; clean ones are last to be left out.
+
+    Runs go through opacities within triggers, or the other way round. A step that has no divisor in common with the number of
+    sets meets all of both.
 
     Args:
         results: of `defense_results.summarise`.
@@ -270,8 +280,10 @@ def spread_out(
     clean = [one["attack"] for one in results["attacks"] if one["attack"] in first and numbers.is_clean(one)][:most]
     others = [one["attack"] for one in results["attacks"] if one["attack"] in first and one["attack"] not in clean]
     room = min(most - len(clean), len(others))
-    taken = {others[i] for i in np.linspace(0, len(others) - 1, room).round().astype(int)} if room > 0 else set()
-    kept = taken.union(clean)
+    kept = set(clean)
+    if room > 0:
+        step = next(s for s in itertools.count(math.ceil(len(others) / room)) if math.gcd(s, len(others)) == 1)
+        kept |= {others[number * step % len(others)] for number in range(room)}
     chosen = []
     for each in comparisons:
         which = [

@@ -119,12 +119,12 @@ def test_f1_by_trigger_beside_the_paper(results):
     table = detected.f1_table(results, ALL_TO_ONE, "cifar10")
     assert table.header == ("trigger", "VBD", "VBD, paper", "SCAn", "SCAn, paper")
     spread = 100 * np.std([1, f1(10)], ddof=1)
-    own = f"{50 * (1 + f1(10)):.2f} ± {spread:.2f}"
-    assert line(table, "White square") == (own, "97.46 ± 0.31", "100.00 ± 0.00", "97.86 ± 0.12")
-    assert line(table, "Big kitty") == ("100.00 ± 0.00", "99.87 ± 0.20", "0.00 ± 0.00", "100.00 ± 0.00")
+    own = f"{50 * (1 + f1(10)):.1f} ± {spread:.1f}"
+    assert line(table, "White square") == (own, "97.5 ± 0.3", "100.0 ± 0.0", "97.9 ± 0.1")
+    assert line(table, "Big kitty") == ("100.0 ± 0.0", "99.9 ± 0.2", "0.0 ± 0.0", "100.0 ± 0.0")
     # Of the mean, the spread is that of the seeds' means: half the one above.
-    mean = f"{100 * (3 + f1(10)) / 4:.2f} ± {spread / 2:.2f}"
-    assert line(table, "mean of 2 triggers") == (mean, "99.30 ± 0.10", "50.00 ± 0.00", "99.64 ± 0.02")
+    mean = f"{100 * (3 + f1(10)) / 4:.1f} ± {spread / 2:.1f}"
+    assert line(table, "mean of 2 triggers") == (mean, "99.3 ± 0.1", "50.0 ± 0.0", "99.6 ± 0.0")
     assert table.row_styles == ("", "", "ours") and "over 2 seeds" in table.notes and "200 rows" in table.notes
     assert "10 % of them poisoned" in table.notes and "over its 6 triggers" in table.notes
     assert detected.f1_table(results, ALL_TO_ALL, "cifar10") is None
@@ -134,32 +134,32 @@ def test_f1_by_trigger_beside_the_paper(results):
 
 def test_single_triggers_that_are_blended_have_no_number_in_the_paper(results):
     table = detected.f1_table(results, ALL_TO_ONE, "cifar10", 0.1)
-    assert line(table, "Big kitty") == ("100.00 ± 0.00", None, "100.00 ± 0.00", None)
-    assert line(table, "mean of 2 triggers")[1] == "93.34 ± 1.08"
+    assert line(table, "Big kitty") == ("100.0 ± 0.0", None, "100.0 ± 0.0", None)
+    assert line(table, "mean of 2 triggers")[1] == "93.3 ± 1.1"
     assert table.title == "F1, all-to-one, opacity 10 %"
 
 
 def test_blended(results):
     table = detected.blended_table(results, ALL_TO_ONE, "cifar10")
     tenth = 100 * (1 + f1(10)) / 2
-    assert line(table, "10 %") == (2, f"{tenth:.2f} ± 0.00", "93.34 ± 1.08", "100.00 ± 0.00", "92.80 ± 6.14")
+    assert line(table, "10 %") == (2, f"{tenth:.1f} ± 0.0", "93.3 ± 1.1", "100.0 ± 0.0", "92.8 ± 6.1")
     assert line(table, "50 %")[0] == 1 and len(table.rows) == 3  # nothing at 20 %
-    assert line(table, "mean")[:3] == (3, f"{(2 * tenth + 100) / 3:.2f} ± 0.00", "96.29 ± 0.72")
+    assert line(table, "mean")[:3] == (3, f"{(2 * tenth + 100) / 3:.1f} ± 0.0", "96.3 ± 0.7")
     (row,) = detected.blended_table(results, ALL_TO_ALL, "tiny_imagenet").rows
-    assert row == ("20 %", 1, f"{100 * f1(20, 5):.2f} ± 0.00", "9.15 ± 4.93", "0.00 ± 0.00", "0.00 ± 0.00")
+    assert row == ("20 %", 1, f"{100 * f1(20, 5):.1f} ± 0.0", "9.2 ± 4.9", "0.0 ± 0.0", "0.0 ± 0.0")
 
 
 def test_summary(results):
     table = detected.summary_table(results, "cifar10")
     assert [row[:2] for row in table.rows] == [
-        ("all-to-one, full opacity", 2),
+        ("all-to-one, full", 2),
         ("all-to-one, blended", 3),
         ("all-to-all, blended", 1),
         ("all", 6),
     ]
     every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
-    assert line(table, "all")[1].startswith(f"{every:.2f} ±") and line(table, "all")[2] == "89.58 ± 0.54"
-    assert line(table, "all-to-all, blended")[2] == "73.31 ± 0.80"
+    assert line(table, "all")[1].startswith(f"{every:.1f} ±") and line(table, "all")[2] == "89.6 ± 0.5"
+    assert line(table, "all-to-all, blended")[2] == "73.3 ± 0.8"
 
 
 def test_means_are_over_what_every_detector_was_tried_on():
@@ -171,8 +171,8 @@ def test_means_are_over_what_every_detector_was_tried_on():
         tried("big_kitty", SCAN, flags(10)),
     )
     table = detected.f1_table(results, ALL_TO_ONE, "digits")
-    assert line(table, "Green square") == (f"{100 * f1(10):.2f}", None)
-    assert line(table, "mean of 2 triggers") == ("50.00", f"{100 * f1(10):.2f}")
+    assert line(table, "Green square") == (f"{100 * f1(10):.1f}", None)
+    assert line(table, "mean of 2 triggers") == ("50.0", f"{100 * f1(10):.1f}")
     assert "that every detector was tried on" in table.notes
     assert "Only settings" in detected.summary_table(results, "digits").notes
 
@@ -196,7 +196,7 @@ def test_clean_sets_and_other_rates(results):
     assert clean == (f"0.0100 ± {spread:.4f}", "2 ± 3", "–", "–", "–", "–", "0.5 ± 0.7")
     assert line(table, "no attack", 0.0, "SCAn")[-1] == "–"
     rare = line(table, "White square (poison rate 0.01)", 0.1, "VBD")
-    assert rare[2:5] == ("0.500 ± 0.000", "1.000 ± 0.000", f"{f1(20, 20):.3f} ± 0.000")
+    assert rare[2:5] == ("0.50 ± 0.00", "1.00 ± 0.00", f"{f1(20, 20):.2f} ± 0.00")
     assert detected.calibration_table(summarise(tried("white_square", VBD, flags(3)))) is None
 
 
@@ -223,8 +223,8 @@ def test_verdict(results):
     every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
     assert said.headline == f"VBD finds the poisoned rows with a mean F1 of {every:.1f} % on 6 training sets."
     assert said.level == "warning" and "On none of them is F1 below 50 %." in said.text
-    assert "VBD flags 1.00 % of the rows of no attack" in said.text
-    assert f"SCAn: mean F1 66.7 %, where VBD has {every:.1f} % on the same 6 training sets; fails on 2." in said.text
+    assert "False alarms: VBD flags 1.00 % of the rows of the clean training set." in said.text
+    assert f"SCAn: mean F1 66.7 % on 6 training sets where VBD has {every:.1f} %; fails on 2." in said.text
     assert "given: training set, clean rows. On the clean set it flags 1.00 %." in said.text
     other = detection_report.verdict(results, ("scan",))
     assert other.level == "warning"
@@ -264,6 +264,13 @@ def test_sets_that_are_drawn_are_spread_out():
     assert {one.suspect.seed for one in scan.tried} == {0}
     np.testing.assert_array_equal(scan.result.scores, every[1].result.scores[[0, 4, 8]])
     assert len(detection_report.spread_out(results, every)[0].tried) == 5
+    triggers, opacities = ("white_square", "big_kitty", "small_kitty"), (0.1, 0.2, 0.5, 1)
+    ones = [tried(f"{name}:opacity={opacity}", VBD, flags(3)) for name in triggers for opacity in opacities]
+    every = [Comparison(VBD, Detection(np.zeros((12, ROWS), bool), np.zeros((12, ROWS))), ones)]
+    (some,) = detection_report.spread_out(summarise(*ones), every, 4)
+    settings = [one.suspect.attack.plan.parts[0] for one in some.tried]
+    assert {one.settings.opacity for one in settings} == set(opacities)
+    assert {one.attack.name for one in settings} == set(triggers)
 
 
 def pattern(attack, label=1, known=True):
@@ -299,7 +306,14 @@ def test_report(tmp_path):
         extra_sections=(Section("Of my own", "said <here>"),),
     )
     page = (folder.path / "report.html").read_text()
-    for title in ("Results", "Clean sets and other settings", "Of my own", "What was found", "Scores", "Details"):
+    for title in (
+        "Results",
+        "Clean sets and other settings",
+        "Of my own",
+        "Found triggers",
+        "Scores",
+        "What the flags rest on",
+    ):
         assert title in page
     assert "said &lt;here&gt;" in page and "VBD, paper" in page and "target 2: a false alarm" in page
     names = {path.name for path in folder.path.glob("*.png")}
