@@ -176,6 +176,10 @@ def next_steps(results: Mapping[str, Any]) -> list[str]:
             f"cleaned/ has copies of {cleaned['copied']:,} of the {cleaned['rows']:,} files that are not flagged."
         )
         told += _not_copied(cleaned)
+    emptied = [one for one in results["classes"] if one["rows"] and one["flagged"] == one["rows"]]
+    if emptied:
+        names = ", ".join(map(numbers.title_of, emptied[:MOST_REASONS])) + (" ..." if emptied[MOST_REASONS:] else "")
+        told.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
     if results["flagged"]:
         text = "flagged.csv lists the flagged rows, the most suspicious first; kept.csv all others; rows.csv every row."
         told.append(text)

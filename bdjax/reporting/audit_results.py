@@ -20,6 +20,10 @@ WEAK_SUCCESS = 0.5
 """A pattern that turns a smaller share of other rows is weak evidence; ours, above the paper's least success."""
 WEAK_SHARE = 0.005
 """So is one that fewer of its class's rows carry; ours."""
+ALMOST_ALL, CROWDED = 0.9, 2.0
+"""So is one that more of its class's rows carry than the first, unless the class has more rows than the second times the median
+class; ours. Poisoned rows with a wrong label come on top of the class's own. So where nothing would be left of a class of
+ordinary size, the pattern is more likely what its pictures have in common: on clean digits that happens."""
 MOST_OF_A_CLASS = 0.5
 """A class that loses more than this share of its rows is pointed out."""
 MOST_NAMED, MOST_LISTED = 4, 40
@@ -91,6 +95,7 @@ def _one_class(
         name: float(rate) if p_values[name] < settings.p_value else None
         for name, rate in zip(networks, analysis.success[0, :, number], strict=True)
     }
+    usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
     one = {
         "class": number,
         "name": dataset.class_names[number] if dataset.class_names else "",
@@ -103,12 +108,12 @@ def _one_class(
         "mask_pixels": int(analysis.masks[0, number].sum()) if found else None,
         "detector_accuracy": float(analysis.detector_accuracies[0, number]) if found else None,
     }
-    against = _against(one, settings) if found else []
+    against = _against(one, settings, usual) if found else []
     return one | {"finding": (WEAK if against else TRIGGER) if found else NONE, "against": against}
 
 
-def _against(one: Mapping[str, Any], settings: VBDSettings) -> list[str]:
-    """What makes the pattern of a class weak evidence."""
+def _against(one: Mapping[str, Any], settings: VBDSettings, usual: float) -> list[str]:
+    """What makes the pattern of a class weak evidence, where classes usually have so many rows."""
     told = []
     if one["detector_accuracy"] < settings.least_accuracy:
         told.append(
@@ -116,6 +121,10 @@ def _against(one: Mapping[str, Any], settings: VBDSettings) -> list[str]:
         )
     elif one["flagged"] < WEAK_SHARE * one["rows"] or not one["flagged"]:
         told.append(f"{one['flagged'] or 'none'} of its {one['rows']:,} rows {_are(one['flagged'])} flagged")
+    elif one["flagged"] > ALMOST_ALL * one["rows"] and one["rows"] <= CROWDED * usual:
+        told.append(
+            f"{one['flagged']:,} of its {one['rows']:,} rows are flagged, as if the pattern were what the class looks like"
+        )
     if one["pattern_success"] < WEAK_SUCCESS:
         told.append(f"its pattern turns {_percent(one['pattern_success'])} of other rows")
     return told

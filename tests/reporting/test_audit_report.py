@@ -324,6 +324,11 @@ def test_what_to_do_next_depends_on_the_finding(tmp_path):
         assert ("flagged.csv lists" in steps[-1]) == found.flags.any()
 
 
+def test_a_class_that_would_be_gone_is_pointed_out(tmp_path):
+    steps = audit_report.next_steps(write(tmp_path, found=analysis(tuple(range(6, ROWS)))))
+    assert any(text.startswith("Every row is flagged of class 1: without them the class is gone.") for text in steps)
+
+
 def test_many_classes_are_all_in_the_folder_but_not_all_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(audit_report, "MOST_CLASSES", 1)
     found = analysis()

@@ -102,6 +102,23 @@ def test_why_evidence_is_weak():
     assert "(its detector has accuracy 0.70, below 0.75, and is not used)" in said(accuracy=0.7)["text"]
 
 
+def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
+    told = said(flagged=10)
+    assert told["level"] == "warning" and "(10 of its 10 rows are flagged, as if the pattern were" in told["text"]
+    assert said(flagged=9)["level"] == "attacked"
+
+
+def test_almost_all_of_a_class_may_be_poisoned_if_it_has_too_many_rows():
+    # Dirty-label poison of many classes' rows comes on top of one class, and outnumbers it.
+    base = analysis(found=())
+    for size, level in ((30, "attacked"), (10, "warning")):
+        labels = np.repeat([0, 1, 2, 3], [size, 5, 5, ROWS - size - 10]).astype(np.int32)
+        given = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
+        given = given._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
+        given.p_values[0, 1, 0], given.success[0, 1, 0] = 1e-4, 0.9
+        assert summarise(dataset(labels=labels), given, SETTINGS)["verdict"]["level"] == level
+
+
 def test_one_certain_class_among_weak_ones_is_the_one_that_is_named():
     given = analysis(found=(1, 3))
     given.success[0, 1, 1] = 0.4
