@@ -487,7 +487,8 @@ def suspicious_figures(folder: RunFolder, dataset: Dataset, analysis: Analysis) 
     if not len(rows):
         return []
     lines = [rows[start : start + PER_LINE] for start in range(0, len(rows), PER_LINE)]
-    names = numbers.names_of(dataset)
+    # Digits have classes that are called 0 to 9.
+    names = [numbers.class_title(i) if name == str(i) else name for i, name in enumerate(numbers.names_of(dataset))]
     scale = _drawn_scale(dataset, 176)
     images = [[enlarge(dataset.images[row], scale).astype(np.float32) / 255 for row in line] for line in lines]
     captions = [[f"{_row_name(dataset, row)}: {names[dataset.labels[row]]}" for row in line] for line in lines]
@@ -503,4 +504,4 @@ def _drawn_scale(dataset: Dataset, side: int) -> int:
 
 
 def _row_name(dataset: Dataset, row: int) -> str:
-    return PurePosixPath(dataset.files[row]).name if dataset.files else f"row {int(row):,}"
+    return PurePosixPath(dataset.files[row]).name if dataset.files else f"row {int(row)}"

@@ -359,3 +359,13 @@ def test_a_cleaned_file_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match="cleaned.npz: cannot be written"):
         write(tmp_path)
     assert not (tmp_path / ".cleaned.npz.tmp").exists()
+
+
+def test_suspicious_rows_are_captioned_with_what_the_owner_calls_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(audit_report.plots, "image_grid", lambda *_, captions: drawn.extend(captions[0]))
+    monkeypatch.setattr(audit_report.plots, "save", lambda _, path: path)
+    folder, files = RunFolder(tmp_path, is_new=True), tuple(f"bee/{row}.png" for row in range(ROWS))
+    for rows in (dataset(), dataset(class_names=("0", "1")), dataset(class_names=("ant", "bee"), files=files)):
+        audit_report.suspicious_figures(folder, rows, analysis())
+    assert drawn[::6] == ["row 10: class 1", "row 10: class 1", "10.png: bee"]
