@@ -18,6 +18,7 @@ from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.poisoning import Part, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import Plan, key_of, make_plan, prepare
+from bdjax.datasets import splits
 from bdjax.defenses.contract import Defense, Given, labelled, settings_for
 from bdjax.defenses.registry import find_defense
 from bdjax.errors import InputError
@@ -25,7 +26,7 @@ from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measu
 from bdjax.settings import read_variant
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Dataset, DefenseResult, Key, Model, PoisonedDataset, PyTree
+from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PoisonedDataset, PyTree
 
 NO_ATTACK = "none"
 """The training set as it is: a clean one for false alarms, or one that somebody handed over."""
@@ -38,14 +39,15 @@ class AttackVariant(NamedTuple):
     plan: Plan | None  # None for none
     target: int
     suppression: float  # alpha of an attacker who weakens its backdoor where the defender trains; 0 for none
+    label_noise: float = (
+        0.0  # share of the rows that have a random wrong label before anything else, by nobody's intention
+    )
 
     @property
     def title(self) -> str:
-        if self.plan is None:
-            return "no attack"
         _, changes = read_variant(self.name)
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        return self.plan.title + (f" ({told})" if told else "")
+        return (self.plan.title if self.plan else "no attack") + (f" ({told})" if told else "")
 
 
 def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
@@ -53,7 +55,8 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
 
     Args:
         text: a name, or several with + between them, and then settings: "sig:amplitude=0.3:target=4". Beside the attack's
-            own there are `target`, `label_rule` and `suppression`; the settings of a hybrid go to each of its parts.
+            own there are `target`, `label_rule`, `suppression` and `label_noise` (none has only this); the settings of a
+            hybrid go to each of its parts.
         train: the training set.
         target: the attacker's class where the text names none.
 
@@ -61,10 +64,13 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
         InputError: no such attack or setting, or an attack that hands over no training set.
     """
     name, changes = read_variant(text)
+    noise = changes.pop("label_noise", 0.0)
+    if type(noise) not in (int, float) or not 0 <= noise <= 1:
+        raise InputError(f"{text!r}: label_noise {noise!r} is not a share from 0 to 1")
     if name == NO_ATTACK:
         if changes:
-            raise InputError(f"{text!r}: {NO_ATTACK} has no settings")
-        return AttackVariant(text, None, target, 0.0)
+            raise InputError(f"{text!r}: {NO_ATTACK} has no settings but label_noise")
+        return AttackVariant(text, None, target, 0.0, float(noise))
     own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(own_target) is not int or not 0 <= own_target < train.num_classes:
@@ -77,7 +83,7 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
         raise InputError(f"attack {name} poisons inside a training of its own: there is no training set to defend")
     if any(part.attack.starts_from_clean_model for part in plan.parts):
         raise InputError(f"attack {name} fine-tunes a clean model: its training set poisons no network from scratch")
-    return AttackVariant(text, plan, own_target, float(suppression))
+    return AttackVariant(text, plan, own_target, float(suppression), float(noise))
 
 
 class DefenseVariant(NamedTuple):
@@ -142,6 +148,8 @@ def make_suspect(
     Raises:
         InputError: as `bdjax.attacks.victims.prepare`.
     """
+    if attack.label_noise:
+        train = with_label_noise(jax.random.fold_in(key, 0), train, attack.label_noise)
     if attack.plan is None:
         known = train.is_poisoned if isinstance(train, PoisonedDataset) else np.zeros(len(train), bool)
         return Suspect(attack, seed, train, (), known if is_clean or isinstance(train, PoisonedDataset) else None)
@@ -149,6 +157,16 @@ def make_suspect(
     if attack.suppression and len(prepared.poisoned) != len(train):
         raise InputError(f"attack {attack.name}: adds rows, which have no partner without the trigger to stay close to")
     return Suspect(attack, seed, prepared.poisoned, prepared.params, prepared.poisoned.is_poisoned)
+
+
+def with_label_noise(key: Key, dataset: Dataset, share: float) -> Dataset:
+    """Give some rows, share of them all rounded down, a label drawn evenly from the others."""
+    row_key, label_key = jax.random.split(key)
+    rows = splits.sample_rows(row_key, len(dataset), share)
+    shifts = np.asarray(jax.random.randint(label_key, rows.shape, 1, dataset.num_classes))
+    labels = dataset.labels.copy()
+    labels[rows] = (labels[rows] + shifts) % dataset.num_classes
+    return dataclasses.replace(dataset, labels=labels)
 
 
 def make_given(
@@ -234,7 +252,7 @@ class Tried(NamedTuple):
 
     suspect: Suspect
     variant: DefenseVariant
-    cda: float
+    cda: float | None  # None of a detector alone
     metrics: tuple[AttackMetrics, ...]  # under each of the suspect's triggers; empty where none is known
     detection: DetectionMetrics
     facts: Mapping[str, float]
@@ -255,7 +273,7 @@ class Comparison(NamedTuple):
     """One defense on suspects that were members of one call: what a report shows."""
 
     variant: DefenseVariant
-    result: DefenseResult  # of M suspects
+    result: DefenseResult | Detection  # of M suspects
     tried: list[Tried]  # M, in the same order
 
 
@@ -301,6 +319,23 @@ def defend(
     result = variant.defense.run(given, variant.settings)
     seconds = (time.perf_counter() - start) / len(suspects)
     return result, measure(given, result, suspects, variant, views, seconds)
+
+
+def judge(found: Detection, suspects: Sequence[Suspect], variant: DefenseVariant, seconds: float) -> list[Tried]:
+    """What the flags and scores of a detector are worth, for every suspect; nothing is trained, so there is no CDA.
+
+    Args:
+        found: of M suspects.
+        suspects: the same with the truth.
+        variant: the detector.
+        seconds: that it took for one of them.
+    """
+    tried = []
+    for i, one in enumerate(suspects):
+        detection = measure_detection(found.flags[i], found.scores[i], one.is_poisoned)
+        facts = {name: float(values[i]) for name, values in found.facts.items()}
+        tried.append(Tried(one, variant, None, (), detection, facts, seconds))
+    return tried
 
 
 def measure(

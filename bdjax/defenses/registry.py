@@ -19,6 +19,7 @@ from bdjax.defenses.scan import SCAN
 from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
 from bdjax.defenses.strip import STRIP
 from bdjax.defenses.undefended import UNDEFENDED
+from bdjax.defenses.vbd import VBD
 from bdjax.errors import InputError
 
 DEFENSES: dict[str, Defense] = {
@@ -38,6 +39,7 @@ DEFENSES: dict[str, Defense] = {
         SPECTRAL_SIGNATURES,
         SCAN,
         AGPD,
+        VBD,
         STRIP,
         ANP,
         I_BAU,

@@ -34,8 +34,8 @@ from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_patterns import Candidate
 from bdjax.errors import InputError
-from bdjax.models import MODELS
-from bdjax.models.simple_cnn import LAYERS, flatten, last_layer, make_pattern_detector, network_name
+from bdjax.models import MODELS, embedding
+from bdjax.models.simple_cnn import LAYERS, last_layer, make_pattern_detector, network_name
 from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
@@ -319,7 +319,7 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
         patched = vbd_patterns.blend(others, variables["mask"], variables["pattern"], opacity)
         others = jnp.where(is_patched[:, None, None, None], patched, others)
         inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
-        flat = flatten(detector.apply(_weights(params), inputs, train=True).features)
+        flat = embedding(detector.apply(_weights(params), inputs, train=True).features)
         is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
         learnt = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
         told = last_layer(params, flat[count:])[:, 0]  # compared with 0 alone: no gradient
@@ -625,4 +625,24 @@ VBD = Defense(
     run=run,
     detect=detect,
     check=check,
+    changes={
+        "quick": {
+            "networks": "64P+10-10P",
+            "epochs": 8,
+            "batch_size": 64,
+            "detector_rows": "held_back",
+            "detector_batch_size": 64,
+            "own_rows": 0.25,
+        },
+        "quick digits": {
+            "networks": "16P+4-4P+8-8P",
+            "epochs": 20,
+            "batch_size": 32,
+            "rows_per_class": 8,
+            "least_rows": 4,
+            "detector_rows": "all",
+            "detector_batch_size": 32,
+        },
+        "tiny_imagenet": {"batch_size": 64, "detector_batch_size": 64},
+    },
 )

@@ -10,7 +10,7 @@ Nothing standardises the pixels: an unpadded convolution without bias followed b
 input, or a scale that all channels share, and the published constants differ by 7 % between channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -36,8 +36,6 @@ from bdjax.types import Model, PyTree
 
 LAYERS = ("64P", "10-10P", "16-16P", "16P", "4-4P", "8-8P")
 """The first three are the paper's ensemble; the others are for 8x8 pixels."""
-FLATTENED = "flattened"
-"""The tap of all pixels, float32 [N, 1, 1, d], in the order of NHWC: what the last layer sees."""
 
 
 def read_layers(text: str) -> tuple[tuple[int, bool], ...]:
@@ -162,7 +160,8 @@ def _maps(matrix: jax.Array, offset: jax.Array, images: jax.Array, pool: bool) -
 
 
 class SimpleCNN(nn.Module):
-    """Taps: stage1, stage2 ... after each layer (and its pool), and `FLATTENED`."""
+    """Taps: stage1, stage2 ... after each layer and its pool, and as the last stage all pixels, [N, 1, 1, d] in the order of
+    NHWC."""
 
     layers: tuple[tuple[int, bool], ...]
     num_classes: int
@@ -187,7 +186,7 @@ class SimpleCNN(nn.Module):
                 x = max_pool(x, layout.spatial_axes) if pool else x
             x = taps(f"stage{number}", x)
         flat = layout.to_nhwc(x).reshape(x.shape[layout.batch_axis], 1, 1, -1)
-        x = taps(FLATTENED, layout.from_nhwc(flat))
+        x = taps(f"stage{len(self.layers) + 1}", layout.from_nhwc(flat))
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
 
 
@@ -203,13 +202,8 @@ def make_pattern_detector(lowering: Lowering | None = None) -> Model:
     return as_model(module, 1, "pattern detector 32P")
 
 
-def flatten(features: Mapping[str, jax.Array]) -> jax.Array:
-    """All that the last layer sees, float32 [N, d], of the features of a call."""
-    return features[FLATTENED].reshape(len(features[FLATTENED]), -1)
-
-
 def last_layer(params: PyTree, flat: jax.Array) -> jax.Array:
-    """Logits, float32 [N, K], of flattened features, for those who change these on the way.
+    """Logits, float32 [N, K], of an `embedding`, for those who change it on the way.
 
     Args:
         params: the network's.

@@ -112,7 +112,7 @@ def set_title(suspect: Suspect) -> str:
     if suspect.attack.plan is not None:
         return suspect.attack.title
     is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
-    return "no attack" if is_clean else "rows as they came"
+    return suspect.attack.title if is_clean else "rows as they came"
 
 
 def _one_defense(variant: DefenseVariant) -> dict[str, Any]:
