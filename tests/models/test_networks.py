@@ -18,13 +18,14 @@ from bdjax.models.mobilenet_v2 import InvertedResidual
 from bdjax.models.wide_resnet import PreActivationBlock
 
 LOWERINGS = get_args(Lowering)
-SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2")
+SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p")
 NEW_FAMILIES = SMALLEST[2:]  # ResNets are held against PyTorch's, in every lowering, by tests of their own
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
     **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
     **dict.fromkeys(("vgg11", "vgg16", "vgg_s"), 5),
+    **dict.fromkeys(("vbd_64p", "vbd_16p"), 2),
     "mobilenet_v2": 8,
 }
 SHAPE, K = (8, 8, 1), 3
@@ -153,6 +154,9 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         "vgg": {8: (4, 2, 1, 1, 1), 28: (14, 7, 3, 1, 1), 32: (16, 8, 4, 2, 1)},
         "mobilenet": {8: (8, 2, 2), 28: (28, 7, 7), 32: (32, 8, 8)},
         "lenet": {8: (4, 2, 1), 28: (14, 5, 1), 32: (14, 5, 1)},
+        "vbd": {8: (3, 1), 28: (13, 1), 32: (15, 1)}
+        if TAPS[name] == 2
+        else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
     }[name.split("_")[0].rstrip("0123456789")]
     for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
         variables, output = shapes_of(make_model(name, 10, 2), image, train=image[0] != 28)
