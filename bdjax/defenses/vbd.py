@@ -316,7 +316,7 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
         others, own, which = images[:, 0], images[:own_count, 1], targets["own"][:own_count]
         is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
         opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
-        patched = vbd_patterns.blend(others, variables["mask"], variables["pattern"], opacity)
+        patched = vbd_patterns.blend(others, variables["mask"][None], variables["pattern"][None], opacity)
         others = jnp.where(is_patched[:, None, None, None], patched, others)
         inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
         flat = embedding(detector.apply(_weights(params), inputs, train=True).features)
@@ -353,7 +353,7 @@ def scaled_gradients(network: Model, variables: PyTree, images: Array) -> Array:
     """What a detector sees of images: g for its class, as if pixels were standardised. It is a constant to its training."""
     classes = jnp.full(len(images), variables["class"])
     gradients = vbd_patterns.margin_gradients(network, variables["network"], images, classes)
-    return jax.lax.stop_gradient(gradients * variables["scale"])
+    return jax.lax.stop_gradient(gradients * variables["scale"][None, None, None])
 
 
 @cache
