@@ -102,11 +102,11 @@ def select_rows(logits: np.ndarray, labels: np.ndarray, label: int, count: int) 
 
     Returns:
         Row numbers, int [n1] and [n2]: the surest of those labelled c and predicted c, and, of the other rows labelled c,
-        those with the lowest probability of c. Probabilities are compared by their logarithm, which does not saturate.
+        those with the lowest probability of c. Probabilities are compared by their log-odds, which do not saturate.
     """
     rows = np.flatnonzero(labels == label)
     own = logits[rows].astype(np.float64)
-    sure = own[:, label] - np.logaddexp.reduce(own, axis=1)
+    sure = own[:, label] - np.logaddexp.reduce(np.delete(own, label, axis=1), axis=1)
     order = np.argsort(-sure, kind="stable")
     is_predicted = np.argmax(own, axis=1) == label
     surest = order[is_predicted[order]][:count]
