@@ -48,6 +48,8 @@ from bdjax.reporting.tables import to_rich
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
 
+NOT_USED = ("clean_share", "clean_data", "save_models")
+"""Settings of a run with defenses that one with detectors does not have."""
 FILES = "outcomes"
 """The folder, in that of the run, with what came out of each few suspects."""
 
@@ -57,6 +59,16 @@ class Config(poisoned_data.Config):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to. Of the settings of plain training
     (model to augmentation) nothing is used unless a detector needs the attacked network."""
 
+    target: int = 0
+    """the class that attacks of the first seed aim at; those of each further seed aim at the next class"""
+    defenses: str = "vbd"
+    """detectors likewise: vbd,scan:threshold=10"""
+    clean_share: float = 0.05
+    """not used: see clean_per_class"""
+    clean_data: str = ""
+    """not used: see clean_per_class"""
+    save_models: bool = True
+    """not used: no defended network is trained"""
     clean_per_class: int = 10
     """test rows of each class for detectors that need clean rows; 0 leaves those detectors out"""
     suspects_at_once: int = 10
@@ -99,6 +111,9 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     log = log or StageLog()
     poisoned_data.check(config, one)
     experiment.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
+    for name in NOT_USED:
+        if getattr(config, name) != getattr(Config, name):
+            raise InputError(f"{experiment.flag(name)} has no effect here; leave it out")
     attacks, texts = poisoned_data.chosen(config, one)
     texts = [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
     is_own = config.dataset not in datasets.DATASETS and not config.dataset.startswith("tfds:")
@@ -126,19 +141,25 @@ def run_grid(
     config: Config, one: Experiment, attacks: Sequence[str], texts: Sequence[str], log: StageLog
 ) -> dict[str, Any]:
     """Every attack and seed before every detector."""
-    train, test = load(config, log)
-    clean = take_per_class(test, config.clean_per_class)
     variants, left_out = [], {}
     for variant in read_detectors(config, texts):
-        if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
+        if needs_clean_rows(variant) and not config.clean_per_class:
             left_out[variant.name] = "needs clean rows: give --clean-per-class"
         else:
             variants.append(variant)
+    if not variants:
+        told = "; ".join(f"{name} {why}" for name, why in left_out.items())
+        raise InputError(
+            f"--defenses {','.join(texts) or NO_ATTACK}: no detector is left" + (f" ({told})" if told else "")
+        )
+    train, test = load(config, log)
+    clean = take_per_class(test, config.clean_per_class) if any(map(needs_clean_rows, variants)) else None
     wanted = [
         (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes), seed)
         for text in attacks
         for seed in range(config.seeds)
     ]
+    check_attacks([attack for attack, _ in wanted], train)
     default = one.default(config.preset, config.dataset)
     output = experiment.output_folder(one.name, config, default, config.preset)
     members = min(config.suspects_at_once, len(wanted))
@@ -184,6 +205,28 @@ def run_grid(
     log.console.print(to_rich(defense_results.detection_table(results)))
     log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
     return results
+
+
+def needs_clean_rows(variant: DefenseVariant) -> bool:
+    """Whether a detector cannot do without rows that are known to be clean."""
+    return "clean rows" in variant.defense.needs_with(variant.settings)
+
+
+def check_attacks(attacks: Sequence[AttackVariant], train: Dataset) -> None:
+    """Refuse attacks whose sets cannot be members of one call, or that there is no network for.
+
+    Raises:
+        InputError: naming the attack, or the rows that are poisoned already.
+    """
+    if isinstance(train, PoisonedDataset) and train.is_poisoned.any():
+        raise InputError(
+            f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned already; use --attacks={NO_ATTACK}"
+        )
+    for attack in attacks:
+        for part in attack.plan.parts if attack.plan else ():
+            if part.attack.adds_rows or part.attack.needs_clean_model:
+                why = "adds rows" if part.attack.adds_rows else "needs a network that was trained on clean rows"
+                raise InputError(f"attack {attack.name} {why}, which this grid has no place for")
 
 
 def network_maker(config: Config, num_classes: int, engine: Any) -> Callable[..., Model]:
@@ -335,7 +378,7 @@ def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Pat
         arrays[f"seconds {number}"] = np.float64(comparison.tried[0].seconds)
         arrays[f"fact names {number}"] = np.array(list(comparison.result.facts), np.str_)
         facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
-        arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), -1)
+        arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.tried))
     for number, one in enumerate(outcome.found):
         for field, value in one._asdict().items():
             if value is not None:

@@ -56,8 +56,10 @@ _QUICK_SETS: dict[str, dict[str, Any]] = {
     "mnist": {"train_rows": 10000, "attacks": "white_square,white_grid:opacity=0.5,none", "seeds": 2},
     "cifar10": {
         "train_rows": 10000,
+        "epochs": 6,
         "attacks": "white_square,color_grid:opacity=0.5,none",
         "seeds": 2,
+        "suspects_at_once": 12,
     },
 }
 
@@ -97,7 +99,8 @@ EXPERIMENT = Experiment("vbd", "Variance-based defense", "vbd", preset, STUDIES)
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
     studies = "; ".join(f"{name}: {study.about}" for name, study in STUDIES.items())
-    description = f"{__doc__.splitlines()[0]} Studies: {studies}."
+    what = "Rows at a path are audited as they are, unless --attacks says otherwise; other sets are poisoned first."
+    description = f"{__doc__.splitlines()[0]} {what} Studies: {studies}."
     choosers = {"preset": None, "dataset": None}
     config = command_line.parse(preset, choosers, arguments, prog="vbd.py", description=description)
     return detection.run(config, EXPERIMENT, log)

@@ -62,8 +62,10 @@ class VBDSettings:
     """of the simple networks"""
     batch_size: int = 256
     """256 for CIFAR-10, 64 for Tiny ImageNet"""
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    """of the simple networks; SGD has momentum 0.9"""
     learning_rate: float = 0.01
-    """of SGD, throughout"""
+    """of the simple networks, throughout"""
     weight_decay: float = 5e-4
     """of the simple networks"""
     rows_per_class: int = 20
@@ -162,7 +164,7 @@ def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> lis
     config = given.config(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
-        optimiser="sgd",
+        optimiser=settings.optimiser,
         momentum=0.9,
         nesterov=False,
         learning_rate=settings.learning_rate,
@@ -172,7 +174,7 @@ def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> lis
         keep_last_batch=False,
     )
     told = (
-        f"{settings.epochs} epochs, batch {settings.batch_size}, rate {settings.learning_rate:g}, decay "
+        f"{settings.epochs} epochs, batch {settings.batch_size}, {settings.optimiser} {settings.learning_rate:g}, decay "
         f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
     )
     return [
@@ -599,6 +601,7 @@ def check(settings: VBDSettings) -> None:
         "defense vbd",
         settings,
         choices={
+            "optimiser": ("sgd", "adam"),
             "pixel_rule": ("paper", "code"),
             "detector_rows": ("all", "held_back"),
             "clean_model": ("suppress", "relabel"),
@@ -628,11 +631,14 @@ VBD = Defense(
     changes={
         "quick": {
             "networks": "64P+10-10P",
-            "epochs": 8,
+            "epochs": 5,
             "batch_size": 64,
             "detector_rows": "held_back",
+            "detector_epochs": 8,
             "detector_batch_size": 64,
             "own_rows": 0.25,
+            "first_labelling": 3,
+            "last_labelling": 6,
         },
         "quick digits": {
             "networks": "16P+4-4P+8-8P",
@@ -641,7 +647,10 @@ VBD = Defense(
             "rows_per_class": 8,
             "least_rows": 4,
             "detector_rows": "all",
+            "detector_epochs": 20,
             "detector_batch_size": 32,
+            "first_labelling": 5,
+            "last_labelling": 11,
         },
         "tiny_imagenet": {"batch_size": 64, "detector_batch_size": 64},
     },

@@ -4,6 +4,7 @@ Beside report.html and table.md there is a scores file for each defense and trai
 whoever owns the rows can sort and remove them with any tool.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ MOST_SETS = 12
 """Of how many training sets pictures and histograms are drawn."""
 IMAGES_PER_LINE = 8
 """Of a single training set, and of what a defense found."""
+LONGEST_NAME = 100
+"""Bytes that a variant's name may have in that of a file, which may have 255."""
 
 
 def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
@@ -297,8 +300,13 @@ def _of(comparison: Comparison, number: int) -> tuple[np.ndarray | None, np.ndar
 
 
 def file_name(text: str) -> str:
-    """A variant's name as a file may be called: "lfd:alpha=0.5" -> "lfd-alpha=0.5"."""
-    return re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "unnamed"
+    """A variant's name as a file may be called: "lfd:alpha=0.5" -> "lfd-alpha=0.5"; a long one is cut, and still its own."""
+    name = re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "unnamed"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return (
+        name.encode()[: LONGEST_NAME - 9].decode(errors="ignore") + "-" + hashlib.sha256(text.encode()).hexdigest()[:8]
+    )
 
 
 def write_scores(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[str]:
