@@ -399,7 +399,8 @@ def read_outcome(
     if not file.exists():
         return None
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # From memory: of a damaged file numpy.load leaves the handle open.
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             arrays = dict(arrays)
         suspects = [_suspect(arrays, number, *each) for number, each in enumerate(wanted)]
         comparisons = [_comparison(arrays, number, variant, suspects) for number, variant in enumerate(variants)]

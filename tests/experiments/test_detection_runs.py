@@ -1,0 +1,454 @@
+"""experiments/vbd.py from the command line to the files that it leaves: a grid of poisoned sets, and an audit of own rows."""
+
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from bdjax import detection, poisoned_data
+from bdjax.datasets import DATASETS
+from bdjax.defenses.comparison import Comparison, Suspect, judge, read_attack, read_defense
+from bdjax.detection import Outcome
+from bdjax.errors import InputError
+from bdjax.reporting.defense_report import file_name
+from bdjax.reporting.detection_plots import FoundPattern
+from bdjax.reporting.progress import StageLog
+from bdjax.reporting.run_folder import RunFolder
+from bdjax.types import Dataset, Detection
+from experiments import vbd
+
+CLASSES, PER_CLASS, SIDE = 4, 125, 12
+TARGET = 3
+"""The class that the planted trigger is on."""
+VBD = (
+    "vbd:networks=4-4P:batch_size=32:epochs=6:rows_per_class=10:least_rows=4:detect_share=0.3:p_value=0.4:least_success=0.9"
+    ":detector_batch_size=32:detector_epochs=6:detector_learning_rate=0.2:dropout=0.0:least_opacity=0.9:own_rows=0.5"
+    ":first_labelling=1:last_labelling=6:least_accuracy=0.6"
+)
+"""Lenient with patterns, so that a planted one is found in 500 rows."""
+SQUARE, CLEAN, NOISY = "white_square:poison_rate=0.2", "none", "none:label_noise=0.2"
+ENGINE = ("--layout=map", "--lowering=shifted", "--width=4", "--batch-size=32", "--epochs=1")
+GRID = (*ENGINE, f"--attacks={SQUARE},{CLEAN},{NOISY}", f"--defenses={VBD}", "--seeds=2", "--suspects-at-once=3")
+DETECTED = ("flagged", "precision", "recall", "f1", "auc", "facts")
+
+
+class Interrupted(StageLog):
+    """A user who presses Ctrl-C as soon as a stage of this name is done."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(quiet().console)
+        self._name = name
+
+    @contextmanager
+    def stage(self, name: str, **how: Any):
+        with super().stage(name, **how) as progress:
+            yield progress
+        if self._name in name:
+            raise KeyboardInterrupt
+
+
+def quiet() -> StageLog:
+    return StageLog(Console(file=io.StringIO()))
+
+
+def run(arguments: Sequence[str], log: StageLog | None = None) -> dict[str, Any]:
+    return vbd.main(list(arguments), log or quiet())
+
+
+def make_rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Dim noise, uint8 [n, 12, 12, 3], with one quarter a little brighter, which says the class: int [n]."""
+    rng = np.random.default_rng(seed)
+    labels = np.tile(np.arange(CLASSES), PER_CLASS)
+    images = rng.integers(60, 120, (len(labels), SIDE, SIDE, 3))
+    half = SIDE // 2
+    for image, label in zip(images, labels, strict=True):
+        above, left = np.array(divmod(int(label), 2)) * half
+        image[above : above + half, left : left + half] += rng.integers(0, 16)
+    return images.astype(np.uint8), labels
+
+
+def poisoned_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The same with a white square on every fifth row, labelled as the target: images, labels, truth, original labels."""
+    images, original = make_rows()
+    rows = np.arange(0, len(images), 5)
+    images[rows, -3:, -3:] = 255
+    labels = original.copy()
+    labels[rows] = TARGET
+    return images, labels, np.isin(np.arange(len(images)), rows), original
+
+
+def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
+    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = folder / f"kind-{label}" / f"{row:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    return folder
+
+
+def hashes(folder: pathlib.Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def cells(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(attack, detector, seed) -> what was measured."""
+    return {
+        (cell["attack"], cell["defense"], one["seed"]): {name: one[name] for name in DETECTED}
+        for cell in results["measured"]
+        for one in cell["by_seed"]
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling takes longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def own_rows(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("data") / "own.npz"
+    images, labels = make_rows()
+    np.savez(path, images=images, labels=labels)
+    return path
+
+
+@pytest.fixture(scope="module")
+def grid(own_rows, tmp_path_factory) -> pathlib.Path:
+    """A finished grid of two groups of three suspects."""
+    folder = tmp_path_factory.mktemp("runs") / "grid"
+    run([f"--dataset={own_rows}", f"--output={folder}", *GRID])
+    return folder
+
+
+@pytest.fixture
+def copied(grid, own_rows, tmp_path) -> tuple[pathlib.Path, list[str]]:
+    """A copy of the finished grid, and the arguments that it was made with."""
+    folder = tmp_path / "grid"
+    shutil.copytree(grid, folder)
+    return folder, [f"--dataset={own_rows}", f"--output={folder}", *GRID]
+
+
+@pytest.fixture(scope="module")
+def folder_audit(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, list[str], dict[str, str]]:
+    """An audit of a poisoned folder: the run, the folder, the arguments, and what the folder was before."""
+    place = tmp_path_factory.mktemp("audit")
+    images, labels, _, _ = poisoned_rows()
+    pictures = write_folder(place / "pictures", images, labels)
+    before = hashes(pictures)
+    arguments = [*ENGINE, f"--dataset={pictures}", f"--output={place / 'run'}", f"--defenses={VBD}", "--copy-files"]
+    run(arguments)
+    return place / "run", pictures, arguments, before
+
+
+# ---- A grid ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_leaves_numbers_tables_a_report_and_what_came_out_of_each_group(grid):
+    results = json.loads((grid / "results.json").read_text())
+    assert [one["attack"] for one in results["attacks"]] == [SQUARE, CLEAN, NOISY]
+    assert [one["defense"] for one in results["defenses"]] == [VBD]
+    assert results["seeds"] == [0, 1] and results["left_out"] == {}
+    assert results["attacks"][0]["num_poisoned"] == [80, 80] and results["attacks"][1]["num_poisoned"] == [0, 0]
+    assert len(cells(results)) == 6
+    assert "| vbd" in (grid / "table.md").read_text().lower()
+    report = (grid / "report.html").read_text()
+    assert "python experiments/vbd.py" in report and "Variance-based defense on own" in report
+    names = ["suspects-0000.npz", "suspects-0003.npz"]
+    assert sorted(path.name for path in (grid / detection.FILES).iterdir()) == names
+    assert not list((grid / "checkpoints").iterdir()), "checkpoints of groups that are done are of no use"
+
+
+def test_settings_as_long_as_these_still_make_names_of_files(grid):
+    assert len(VBD) > 250 and file_name("lfd:alpha=0.5") == "lfd-alpha=0.5"
+    assert len(file_name(VBD)) == 100 and file_name(VBD) != file_name(f"{VBD}:votes=1")
+    assert (grid / f"roc-{file_name(VBD)}.png").exists()
+
+
+def test_a_planted_trigger_is_found_in_the_class_that_the_attack_aims_at(grid):
+    measured = cells(json.loads((grid / "results.json").read_text()))
+    found = [measured[SQUARE, VBD, seed]["facts"]["poisoned classes found"] for seed in (0, 1)]
+    assert sum(found) >= 1
+    assert max(measured[SQUARE, VBD, seed]["f1"] for seed in (0, 1)) > 0.5
+    assert measured[CLEAN, VBD, 0]["f1"] is None and measured[CLEAN, VBD, 0]["facts"]["poisoned classes"] == 0
+
+
+def test_the_class_that_an_attack_aims_at_goes_with_the_seed(grid):
+    with np.load(grid / detection.FILES / "suspects-0000.npz") as arrays:
+        for number in (0, 1):  # the seeds of the first attack
+            is_poisoned = arrays[f"is_poisoned {number}"]
+            assert is_poisoned.sum() == 80
+            assert set(arrays[f"labels {number}"][is_poisoned]) == {number}
+
+
+def test_a_repeated_grid_trains_nothing_and_ends_at_the_same_bytes(copied):
+    folder, arguments = copied
+    results, log = (folder / "results.json").read_bytes(), quiet()
+    (folder / "results.json").unlink()
+    run(arguments, log)
+    assert (folder / "results.json").read_bytes() == results
+    assert not any("poisoning" in name or name.startswith("vbd") for name in log.timings)
+
+
+def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copied):
+    folder, arguments = copied
+    results = (folder / "results.json").read_bytes()
+    first, second = sorted((folder / detection.FILES).iterdir())
+    arrays, untouched = dict(np.load(second)), first.read_bytes()
+    second.unlink()
+    (folder / "results.json").unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(arguments, Interrupted("vbd: 4-4P"))
+    assert not second.exists() and not (folder / "results.json").exists()
+    log = quiet()
+    run(arguments, log)
+    assert (folder / "results.json").read_bytes() == results
+    assert first.read_bytes() == untouched
+    assert [name for name in log.timings if "poisoning" in name] == ["suspects-0003: poisoning"]
+    again = dict(np.load(second))
+    assert again.keys() == arrays.keys()
+    for name in arrays.keys() - {"seconds 0"}:
+        np.testing.assert_array_equal(again[name], arrays[name], err_msg=name)
+
+
+def test_a_damaged_outcome_is_one_line_that_names_it(copied):
+    folder, arguments = copied
+    file = folder / detection.FILES / "suspects-0003.npz"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError, match="suspects-0003.npz: is damaged .*; remove it") as error:
+        run(arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_path):
+    """And detectors that need clean rows are left out where there are none."""
+    arguments = [*ENGINE, f"--attacks={SQUARE}", f"--defenses={VBD},scan", "--seeds=2", "--suspects-at-once=1"]
+    folder = tmp_path / "run"
+    results = run([f"--dataset={own_rows}", f"--output={folder}", *arguments, "--clean-per-class=0"])
+    expected = cells(json.loads((grid / "results.json").read_text()))
+    assert cells(results) == {key: expected[key] for key in cells(results)} and len(cells(results)) == 2
+    flags = [np.load(folder / detection.FILES / f"suspects-000{number}.npz")["flags 0"] for number in (0, 1)]
+    together = np.load(grid / detection.FILES / "suspects-0000.npz")["flags 0"]
+    np.testing.assert_array_equal(np.concatenate(flags), together[:2])
+    assert list(results["left_out"]) == ["scan"] and "--clean-per-class" in results["left_out"]["scan"]
+
+
+def test_competitors_get_clean_rows_and_a_network(tmp_path):
+    arguments = [f"--attacks={SQUARE},{CLEAN}", "--defenses=scan,agpd", "--seeds=1", "--train-rows=200"]
+    own = ("--dataset=digits", "--preset=quick", "--model=resnet10", f"--output={tmp_path / 'run'}")
+    results = run([*own, *ENGINE, *arguments, "--clean-per-class=5"])
+    assert {key[:2] for key in cells(results)} == {
+        (attack, name) for attack in (SQUARE, CLEAN) for name in ("scan", "agpd")
+    }
+    assert results["left_out"] == {} and all(one["auc"] is not None for _, one in cells(results).items() if one["f1"])
+    assert "clean rows" in results["defenses"][0]["needs"]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--defenses=nad"], "defense nad does not say which rows are poisoned"),
+        (["--defenses=none"], "--defenses none: no detector is left"),
+        (
+            ["--defenses=scan", "--clean-per-class=0"],
+            r"--defenses scan: no detector is left \(scan needs clean rows: give --clean",
+        ),
+        (["--defenses=scan", "--clean-per-class=1000"], "--clean-per-class 1000: a class of .* has only"),
+        (["--defenses=vbd:networks=8-9P"], "networks '8-9P' is not one of"),
+        (["--attacks=composite"], "attack composite adds rows"),
+        (["--attacks=label_consistent"], "attack label_consistent needs a network that was trained on clean rows"),
+        (["--attacks=white_square:opacity=0.0"], "opacity 0"),
+        (["--attacks=none:label_noise=2"], "label_noise 2 is not a share"),
+        (["--suspects-at-once=0"], "--suspects-at-once 0 is not at least 1"),
+        (["--study=table9"], "--study 'table9' is not one of grid, table1"),
+        (["--study=table1", "--attacks=none"], "--study table1 settles attacks and defenses itself"),
+        (["--clean-data=digits"], "--clean-data has no effect here"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(arguments, message, tmp_path):
+    start = ["--dataset=digits", "--preset=quick", "--train-rows=200", f"--output={tmp_path / 'run'}", *ENGINE]
+    with pytest.raises(InputError, match=message) as error:
+        run([*start, *arguments])
+    assert "\n" not in str(error.value)
+
+
+def test_rows_that_are_poisoned_already_are_not_poisoned_again(tmp_path):
+    images, labels, is_poisoned, original = poisoned_rows()
+    path = tmp_path / "known.npz"
+    np.savez(path, images=images, labels=labels, is_poisoned=is_poisoned, original_labels=original)
+    with pytest.raises(InputError, match="100 rows are poisoned already; use --attacks=none"):
+        run([f"--dataset={path}", f"--output={tmp_path / 'run'}", *GRID])
+
+
+def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
+    images, labels = make_rows()
+    train = Dataset(images[:40], labels[:40], CLASSES, "own", "")
+    is_poisoned = np.arange(40) % 10 == 0
+    plain, attacked = read_attack(NOISY, train, 0), read_attack(SQUARE, train, 1)
+    suspects = [Suspect(plain, 0, train, (), np.zeros(40, bool)), Suspect(attacked, 1, train, (), is_poisoned)]
+    rng = np.random.default_rng(0)
+    variants = [read_defense(text, "quick", "digits") for text in ("scan", "spectral_signatures")]
+    comparisons = []
+    for variant, facts in zip(variants, ({"largest": np.array([1.5, 1 / 3])}, {}), strict=True):  # some have no facts
+        found = Detection(rng.random((2, 40)) < 0.3, rng.random((2, 40)).astype(np.float32), facts)
+        comparisons.append(Comparison(variant, found, judge(found, suspects, variant, 0.1)))
+    pattern = rng.random((SIDE, SIDE, 3)).astype(np.float32)
+    mask = np.zeros((SIDE, SIDE), bool)
+    mask[0, 0] = True
+    common = {"attack": "White square", "seed": 1, "pattern": pattern, "mask": mask, "success": 0.1, "network": "4-4P"}
+    found = [
+        FoundPattern(**common, label=1, true_pattern=pattern, true_mask=mask, example=images[0], is_true_class=True),
+        FoundPattern(**common, label=2, true_pattern=None, true_mask=None, example=None, is_true_class=False),
+    ]
+    file = detection.write_outcome(RunFolder(tmp_path, True), "outcomes/x.npz", Outcome(comparisons, found))
+    read = detection.read_outcome(file, [(plain, 0), (attacked, 1)], variants)
+    for before, after in zip(comparisons, read.comparisons, strict=True):
+        assert [one[1:] for one in before.tried] == [one[1:] for one in after.tried]
+        np.testing.assert_array_equal(before.result.scores, after.result.scores)
+    assert [one.suspect.num_covers for one in read.comparisons[0].tried] == [0, 0]
+    for before, after in zip(found, read.found, strict=True):
+        for name, value in before._asdict().items():
+            got = getattr(after, name)
+            assert type(got) is type(value) and np.array_equal(got, value), name
+
+
+# ---- Presets and studies --------------------------------------------------------------------------------------------
+
+
+def test_every_study_can_be_read():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (1000, 32, 32, 3)).astype(np.uint8)
+    train = Dataset(images, np.tile(np.arange(10, dtype=np.int32), 100), 10, "cifar10", "")
+    for name, study in vbd.STUDIES.items():
+        texts = study.attacks.split(",")
+        assert [read_attack(text, train, 9).name for text in texts] == texts and len(set(texts)) == len(texts), name
+        for preset in ("quick", "paper", "strong"):
+            config = vbd.preset(preset, "cifar10")
+            variants = detection.read_detectors(config, study.defenses.split(","))
+            assert all(variant.defense.detect for variant in variants)
+
+
+def test_the_paper_s_grid_is_eighty_settings_of_five_seeds():
+    grid = vbd.STUDIES["grid"].attacks.split(",")
+    all_to_all = [text for text in grid if "_all_to_all" in text]
+    assert (len(grid), len(all_to_all), len(set(grid))) == (40, 16, 40)
+    assert sorted(grid) == sorted(
+        text for name in ("table1", "table2", "table3", "table4") for text in vbd.STUDIES[name].attacks.split(",")
+    )
+    for dataset in ("cifar10", "tiny_imagenet"):
+        config = vbd.preset("paper", dataset)
+        assert config.attacks.split(",") == grid and config.seeds == 5
+        assert config.defenses == vbd.STUDIES["grid"].defenses
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
+def test_presets_exist_for_every_set(preset, dataset):
+    config = vbd.preset(preset, dataset)
+    poisoned_data.check(config, vbd.EXPERIMENT)
+    assert (config.preset, config.dataset) == (preset, dataset)
+    _, texts = poisoned_data.chosen(config, vbd.EXPERIMENT)
+    assert detection.read_detectors(config, [text for text in texts if text != "none"])
+
+
+def test_own_rows_are_audited_and_other_presets_are_refused():
+    config = vbd.preset("quick", "photos/")
+    assert (config.attacks, config.defenses, config.seeds) == ("none", "vbd", 1)
+    with pytest.raises(InputError, match="is not one of quick, paper, strong"):
+        vbd.preset("fast", "digits")
+
+
+def test_help_tells_of_studies_and_own_flags(capsys):
+    with pytest.raises(SystemExit) as ended:
+        vbd.main(["--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    for part in ("VBD: which rows", "grid: table 5", "--clean-per-class", "--suspects-at-once", "--copy-files"):
+        assert part in told
+
+
+# ---- An audit -------------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
+    folder, _, _, _ = folder_audit
+    images, labels, is_poisoned, _ = poisoned_rows()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["rows"] == len(images) and results["detection"] is None
+    assert results["verdict"]["level"] == "attacked" and results["classes"][TARGET]["finding"] == "trigger"
+    flagged = (folder / "flagged.csv").read_text().splitlines()
+    kept = (folder / "kept.csv").read_text().splitlines()
+    assert len(flagged) - 1 == results["flagged"] and len(flagged) + len(kept) - 2 == len(images)
+    names = [line.split(",")[1].strip('"') for line in flagged[1:]]
+    hits = [is_poisoned[int(pathlib.Path(name).stem)] for name in names]
+    assert np.mean(hits) > 0.6 and sum(hits) > 0.5 * is_poisoned.sum()
+    assert {pathlib.Path(name).parent.name for name in names} >= {f"kind-{TARGET}"}
+    trigger = folder / "triggers" / f"class-{TARGET}-trigger.png"
+    opacity = np.asarray(Image.open(trigger))[..., 3] > 0
+    corner = opacity[-opacity.shape[0] // 4 :, -opacity.shape[1] // 4 :]
+    assert corner.all() and opacity.mean() < 0.6, "the pattern is where the planted one is, and not everywhere"
+    assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
+    report = (folder / "report.html").read_text()
+    assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
+
+
+def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(folder_audit):
+    folder, pictures, _, before = folder_audit
+    assert hashes(pictures) == before
+    kept = (folder / "kept.csv").read_text().splitlines()[1:]
+    names = {line.split(",")[1].strip('"') for line in kept}
+    assert hashes(folder / "cleaned") == {name: before[name] for name in names}
+
+
+def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
+    folder, pictures, arguments, before = folder_audit
+    results = (folder / "results.json").read_bytes()
+    run(arguments)
+    assert (folder / "results.json").read_bytes() == results
+    assert hashes(pictures) == before
+
+
+def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
+    pictures = write_folder(tmp_path / "pictures", *make_rows())
+    strict = VBD.replace("p_value=0.4", "p_value=1e-09")
+    run_folder = tmp_path / "run"
+    results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
+    assert results["verdict"]["level"] == "clean" and results["flagged"] == 0
+    assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
+    assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
+    assert "No class has a trigger that this method can find" in (run_folder / "report.html").read_text()
+
+
+def test_an_audit_of_rows_whose_truth_is_known_says_what_the_flags_are_worth(tmp_path):
+    images, labels, is_poisoned, original = poisoned_rows()
+    path = tmp_path / "known.npz"
+    np.savez(path, images=images, labels=labels, is_poisoned=is_poisoned, original_labels=original)
+    before = path.read_bytes()
+    results = run([*ENGINE, f"--dataset={path}", f"--output={tmp_path / 'run'}", f"--defenses={VBD}"])
+    measured = results["detection"][0]
+    assert measured["poisoned"] == 100 and measured["recall"] > 0.5 and measured["precision"] > 0.6
+    assert "precision" in (tmp_path / "run" / "report.html").read_text()
+    with np.load(tmp_path / "run" / "cleaned.npz") as cleaned:
+        assert len(cleaned["labels"]) == 500 - results["flagged"]
+        np.testing.assert_array_equal(cleaned["images"], images[cleaned["row"]])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("defenses", ["scan", "vbd,scan", "vbd,vbd:votes=2", "none"])
+def test_an_audit_is_by_the_experiment_s_own_detector(own_rows, tmp_path, defenses):
+    with pytest.raises(InputError, match="an audit of .* is by vbd alone"):
+        run([*ENGINE, f"--dataset={own_rows}", f"--output={tmp_path / 'run'}", f"--defenses={defenses}"])
+    assert not (tmp_path / "run").exists()
