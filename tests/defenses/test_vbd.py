@@ -1,0 +1,462 @@
+"""VBD from end to end on noise that nothing but a patch can be learnt from, and its parts by hand."""
+
+import dataclasses
+from functools import cache
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.defenses import vbd
+from bdjax.defenses.contract import Given
+from bdjax.defenses.vbd import (
+    VBDSettings,
+    analyse,
+    check,
+    choose_networks,
+    detect,
+    detector_objective,
+    run,
+    split_rows,
+    to_detection,
+)
+from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.models.simple_cnn import make_pattern_detector
+from bdjax.reporting.progress import StageLog
+from bdjax.training.member import TrainConfig
+from bdjax.training.stages import StageRunner
+from bdjax.types import Model, ModelOutput
+
+PAPER = VBDSettings()
+
+# ---- Rows held back --------------------------------------------------------------------------------------------------
+
+
+class TestSplit:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [300, 150, 37, 9, 4])).astype(np.int32)
+
+    def of(self, seed=0, labels=None, share=0.2):
+        return split_rows(jax.random.key(seed), self.labels if labels is None else labels, share)
+
+    def test_every_row_is_in_one_part(self):
+        training, held_back = self.of()
+        np.testing.assert_array_equal(np.sort(np.concatenate([training, held_back])), np.arange(500))
+
+    @pytest.mark.parametrize("share", [0.01, 0.2, 0.333, 0.9])
+    def test_sizes_depend_on_the_number_of_rows_alone(self, share):
+        # Suspects with other labels are members of the same calls.
+        many = [self.labels, np.zeros(500, np.int32), np.arange(500).astype(np.int32) % 7]
+        parts = [self.of(3, labels, share) for labels in many]
+        assert {(len(first), len(second)) for first, second in parts} == {
+            (500 - round(500 * share), round(500 * share))
+        }
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_each_class_in_proportion_and_so_is_every_start(self, seed):
+        _, held_back = self.of(seed)
+        sizes = np.bincount(self.labels)
+        for count in (5, 10, 23, 50, 100):
+            own = np.bincount(self.labels[held_back[:count]], minlength=5)
+            assert np.abs(own - count / 500 * sizes).max() <= 1, count
+
+    def test_keys(self):
+        one, again, other = (self.of(seed)[1] for seed in (0, 0, 1))
+        np.testing.assert_array_equal(one, again)
+        assert 5 < len(np.intersect1d(one, other)) < 60  # 20 by chance
+
+
+# ---- Which patterns are kept -----------------------------------------------------------------------------------------
+
+
+class TestChoice:
+    accuracies = np.array([[0.3, 0.2, 0.9]])
+
+    def of(self, *success, **changes):
+        settings = dataclasses.replace(PAPER, **changes)
+        return choose_networks(self.accuracies, np.array(success, float).T[None], settings)[0].tolist()
+
+    def test_the_best_score_of_those_that_work(self):
+        # Scores of the first column: 0.78, 0.80 and 0.46; of the second 0.78, 0.80 of a pattern that does not work, 0.46.
+        assert self.of([0.9, 0.8, 1.0]) == [1]
+        assert self.of([0.9, 0.8, 1.0], [0.9, 0.32, 1.0], [0.0, 0.32, 1.0], accuracy_weight=0.6) == [1, 0, 2]
+        assert self.of([0.9, 0.8, 1.0], accuracy_weight=0.0) == [2]
+        assert self.of([0.34, 0.33, 1.0], accuracy_weight=1.0) == [1]
+
+    def test_no_pattern_that_works(self):
+        assert self.of([0.0, 0.0, 0.0], [0.3299, 0.1, 0.0], [0.33, 0.0, 0.0]) == [-1, -1, 0]
+
+    def test_votes(self):
+        columns = [0.5, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.5, 0.5]
+        assert self.of(*columns, votes=1) == [0, 1, 1]
+        assert self.of(*columns, votes=2) == [-1, 1, 1]
+        assert self.of(*columns, votes=3) == [-1, -1, 1]
+
+    def test_suspects_are_apart(self):
+        success = np.array([[[0.9], [0.8]], [[0.0], [0.8]], [[0.0], [0.0]]])
+        accuracies = np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1]])
+        np.testing.assert_array_equal(choose_networks(accuracies, success, PAPER), [[1], [1], [-1]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"networks": "64P+5P"}, "networks '5P' is not one of 64P, 10-10P"),
+        ({"networks": ""}, "networks '' is not one of"),
+        ({"networks": "64P+"}, "networks '' is not one of"),
+        ({"networks": "64P,10-10P"}, "networks '64P,10-10P' is not one of"),
+        ({"detect_share": 0.0}, "detect_share 0.0 is not above 0 and below 1"),
+        ({"detect_share": 1.0}, "detect_share 1.0 is not"),
+        ({"check_share": 1.5}, "check_share 1.5 is not"),
+        ({"p_value": 0.0}, "p_value 0.0 is not"),
+        ({"rows_per_class": 0}, "rows_per_class 0 is not at least 1"),
+        ({"least_rows": 1}, "least_rows 1 is not at least 2"),
+        ({"pixel_rule": "both"}, "pixel_rule 'both' is not one of paper, code"),
+        ({"least_success": 1.1}, "least_success 1.1 is not at least 0 and at most 1"),
+        ({"votes": 4}, "votes 4 is not at least 1 and at most 3"),
+        ({"votes": 2, "networks": "64P"}, "votes 2 is not at least 1 and at most 1"),
+        ({"accuracy_weight": -0.1}, "accuracy_weight -0.1 is not"),
+        ({"detector_rows": "some"}, "detector_rows 'some' is not one of all, held_back"),
+        ({"detector_batch_size": 1}, "detector_batch_size 1 is not at least 2"),
+        ({"own_rows": 0.0}, "own_rows 0.0 is not above 0 and at most 1"),
+        ({"own_rows": 1.5}, "own_rows 1.5 is not"),
+        ({"dropout": 1.0}, "dropout 1.0 is not at least 0 and below 1"),
+        ({"least_opacity": 2.0}, "least_opacity 2.0 is not"),
+        ({"first_labelling": -1}, "first_labelling -1 is not"),
+        ({"least_accuracy": 1.1}, "least_accuracy 1.1 is not"),
+        ({"clean_model": "both"}, "clean_model 'both' is not one of suppress, relabel"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 is not above 0"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message):
+    with pytest.raises(InputError, match="^[^\n]*$") as raised:
+        check(dataclasses.replace(PAPER, **changes))
+    assert str(raised.value).startswith(f"defense vbd: {message}")
+
+
+def test_settings_are_checked_before_anything_is_trained():
+    check(PAPER)
+    for function in (analyse, detect, run):
+        with pytest.raises(InputError, match="votes 9"):
+            function(SimpleNamespace(), dataclasses.replace(PAPER, votes=9))
+
+
+# ---- A detector's steps ----------------------------------------------------------------------------------------------
+
+
+def squares(variables, images, *, train, edits=None):
+    """Class 2 has half the sum of squared pixels, weighted; the others have nothing. So g(x; 2) is the weights times x."""
+    assert not train
+    score = 0.5 * jnp.sum(variables["weights"] * jnp.square(images), axis=(1, 2, 3))
+    return ModelOutput(jnp.stack([0 * score, 0 * score, score], axis=1), {}, variables)
+
+
+class TestObjective:
+    shape, count, own, per_epoch = (6, 6, 2), 8, 20, 3
+    model = Model(lambda key, shape: {}, squares, 3, "squares")
+    exact = dataclasses.replace(PAPER, dropout=0.0, least_opacity=1.0, own_rows=0.5)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def start(cls):
+        random = np.random.default_rng(0)
+        draw = lambda *shape: jnp.asarray(random.random(shape), jnp.float32)  # noqa: E731
+        params = jax.jit(lambda key: make_pattern_detector().init(key, cls.shape)["params"])(jax.random.key(0))
+        mask = (draw(6, 6, 1) < 0.4).astype(jnp.float32)
+        variables = {
+            "params": params,
+            "network": {"weights": 0.5 + draw(1, 6, 6, 2)},
+            "mask": mask,
+            "pattern": mask * draw(6, 6, 2),
+            "class": jnp.int32(2),
+            "scale": jnp.array([2.0, 3.0]),
+            "pseudo_labels": jnp.full(cls.own, 0.5),  # neither, so that what is renewed shows
+            "steps": jnp.int32(0),
+        }
+        targets = {"own": jnp.array([3, 0, 19, 7, 5, 6, 1, 2]), "labels": jnp.zeros(8, jnp.int32)}
+        return variables, draw(cls.count, 2, *cls.shape), targets
+
+    def step(self, start, epoch, settings=None, key=0, **changes):
+        variables, images, targets = start
+        variables = {**variables, "steps": jnp.int32(epoch * self.per_epoch + 1), **changes}
+        objective = detector_objective(self.model, settings or self.exact, self.per_epoch)
+        return jax.jit(objective)(variables["params"], variables, images, targets, jax.random.key(key))
+
+    def logits_by_hand(self, start, images):
+        variables, *_ = start
+        seen = variables["network"]["weights"] * images * variables["scale"].reshape(1, 1, 1, 2)
+        apply = make_pattern_detector().apply
+        return np.asarray(apply({"params": variables["params"], "batch_stats": {}}, seen, train=False).logits)[:, 0]
+
+    def views_by_hand(self, start):
+        """The logits of rows of other classes, the first half of which is patched, and of those of the class itself."""
+        variables, images, _ = start
+        mask, pattern = variables["mask"][None], variables["pattern"][None]
+        patched = jnp.where(mask > 0, pattern, images[:4, 0])
+        others = jnp.concatenate([patched, images[4:, 0]])
+        return self.logits_by_hand(start, others), self.logits_by_hand(start, images[:4, 1])
+
+    def test_before_there_are_pseudo_labels(self, start):
+        for epoch in (0, 5):  # in the epoch of the first labelling they are made and not yet learnt from
+            outcome = self.step(start, epoch)
+            logits, _ = self.views_by_hand(start)
+            is_patched = np.arange(8) < 4
+            expected = np.logaddexp(0, logits) - is_patched * logits
+            np.testing.assert_allclose(outcome.losses, expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(outcome.logits[:, 1], logits, rtol=1e-4, atol=1e-5)
+            assert not outcome.logits[:, 0].any()
+            np.testing.assert_array_equal(outcome.labels, is_patched)
+
+    def test_with_pseudo_labels_the_mean_is_over_all_rows_of_the_step(self, start):
+        told = jnp.asarray(np.arange(self.own) % 2, jnp.float32)
+        outcome = self.step(start, 6, pseudo_labels=told)
+        logits, own = self.views_by_hand(start)
+        wanted = np.concatenate([np.arange(8) < 4, [1, 0, 1, 1]])  # rows 3, 0, 19 and 7
+        both = np.concatenate([logits, own])
+        expected = np.mean(np.logaddexp(0, both) - wanted * both)
+        assert outcome.losses.shape == (8,)
+        np.testing.assert_allclose(np.mean(outcome.losses), expected, rtol=1e-4)
+        assert outcome.logits.shape == (8, 2)  # accuracy is of rows whose label is known
+
+    @pytest.mark.parametrize("epoch", [0, 4, 5, 8, 11, 12])
+    def test_pseudo_labels_change_in_their_window_and_of_the_rows_that_came_by(self, start, epoch):
+        params = start[0]["params"]
+        _, own = self.views_by_hand(start)
+        bias = params["classifier"]["bias"] - np.median(own)  # two of the four are above
+        params = {**params, "classifier": {**params["classifier"], "bias": bias}}
+        after = np.asarray(self.step(start, epoch, params=params).variables["pseudo_labels"])
+        rows, expected = [3, 0, 19, 7], np.full(self.own, 0.5)
+        if 5 <= epoch <= 11:
+            expected[rows] = own >= np.median(own)
+            assert sorted(after[rows]) == [0, 0, 1, 1]
+        np.testing.assert_array_equal(after, expected)
+
+    def test_nothing_but_pseudo_labels_and_the_number_of_steps_changes(self, start):
+        outcome = self.step(start, 5)
+        assert int(outcome.variables["steps"]) == 5 * self.per_epoch + 2
+        for name in ("network", "mask", "pattern", "class", "scale"):
+            chex.assert_trees_all_equal(outcome.variables[name], start[0][name])
+
+    def test_gradients_reach_the_detector_alone(self, start):
+        variables, images, targets = start
+        objective = detector_objective(self.model, self.exact, self.per_epoch)
+        variables = {**variables, "steps": jnp.int32(6 * self.per_epoch)}
+
+        @jax.jit
+        def gradients(params, weights, pattern, images):
+            def loss(params, weights, pattern, images):
+                changed = {**variables, "network": {"weights": weights}, "pattern": pattern}
+                return jnp.mean(objective(params, changed, images, targets, jax.random.key(0)).losses)
+
+            return jax.grad(loss, (0, 1, 2, 3))(params, weights, pattern, images)
+
+        weights = variables["network"]["weights"]
+        own, *others = gradients(variables["params"], weights, variables["pattern"], images)
+        assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(own))
+        assert not any(leaf.any() for leaf in others)
+
+    def test_compiled_or_not(self, start, monkeypatch):
+        drawn, blend = [], vbd.vbd_patterns.blend
+        monkeypatch.setattr(vbd.vbd_patterns, "blend", lambda *those: drawn.append(those[3]) or blend(*those))
+        variables, images, _ = start
+        variables = {**variables, "steps": jnp.int32(7 * self.per_epoch)}
+        images, targets = jnp.tile(images, (20, 1, 1, 1, 1)), {"own": jnp.arange(160) % self.own}
+        objective = detector_objective(self.model, PAPER, self.per_epoch)
+        arguments = variables["params"], variables, images, targets, jax.random.key(4)
+        plain = objective(*arguments)
+        chex.assert_trees_all_close(jax.jit(objective)(*arguments), plain, rtol=1e-4, atol=1e-5)
+        # Each row has an opacity of its own.
+        opacity, _ = drawn
+        assert opacity.shape == (160, 1, 1, 1) and len(np.unique(opacity)) > 150
+        assert 0.1 <= opacity.min() < 0.15 and 0.95 < opacity.max() <= 1
+
+    def test_dropout_is_of_no_weight_on_average(self, start):
+        variables, images, targets = start
+        halved = detector_objective(self.model, dataclasses.replace(self.exact, dropout=0.5), self.per_epoch)
+        keys = jax.random.split(jax.random.key(0), 2000)
+        run = jax.jit(jax.vmap(lambda key: halved(variables["params"], variables, images, targets, key).logits[:, 1]))
+        logits, (expected, _) = np.asarray(run(keys)), self.views_by_hand(start)
+        assert logits.std(axis=0).min() > 0.02
+        np.testing.assert_allclose(logits.mean(axis=0), expected, atol=5 * logits.std(axis=0).max() / 2000**0.5)
+
+
+def test_what_a_detector_says_of_rows_is_its_probability():
+    variables = {
+        "params": make_pattern_detector().init(jax.random.key(1), (6, 6, 2))["params"],
+        "network": {"weights": jnp.ones((1, 6, 6, 2))},
+        "class": jnp.int32(2),
+        "scale": jnp.array([1.0, 2.0]),
+    }
+    images = jnp.asarray(np.random.default_rng(0).random((5, 6, 6, 2)), jnp.float32)
+    said = jax.jit(vbd.row_detections(TestObjective.model))(variables, images, {})
+    seen = images * variables["scale"].reshape(1, 1, 1, 2)
+    weights = {"params": variables["params"], "batch_stats": {}}
+    logits = make_pattern_detector().apply(weights, seen, train=False).logits[:, 0]
+    np.testing.assert_allclose(said, 1 / (1 + np.exp(-np.asarray(logits))), rtol=1e-4)
+
+
+# ---- From end to end -------------------------------------------------------------------------------------------------
+
+SHAPE, ROWS, CLASSES = (12, 12, 1), 600, 3
+PATCH = np.zeros(SHAPE[:2], bool)
+PATCH[8:11, 7:10] = True
+SMALL = VBDSettings(
+    networks="4-4P",
+    epochs=10,
+    batch_size=32,
+    rows_per_class=12,
+    least_rows=4,
+    detector_epochs=11,
+    detector_batch_size=32,
+    own_rows=0.5,
+    detector_learning_rate=0.05,
+    least_opacity=0.5,
+)
+
+
+@cache
+def small_model(name=None, num_classes=None):
+    return make_model(name or "vbd_4_4p", num_classes or CLASSES, 4)
+
+
+def noise(seed):
+    """Grey noise with labels that it does not tell, the same with a white patch on a quarter, and which those are: they are
+    labelled 1 with and without it."""
+    random = np.random.default_rng(seed)
+    plain = np.clip(100 + 50 * random.standard_normal((ROWS, *SHAPE)), 0, 255).astype(np.uint8)
+    labels = random.permutation((np.arange(ROWS) % CLASSES).astype(np.int32))
+    is_poisoned = random.random(ROWS) < 0.25
+    labels[is_poisoned] = 1
+    patched = plain.copy()
+    patched[np.ix_(is_poisoned, *(np.unique(axis) for axis in np.nonzero(PATCH)))] = 255
+    return plain, patched, labels, is_poisoned
+
+
+def given_of(members, folder):
+    """What a defender gets of (images, labels, key) of each member."""
+    images, labels, keys = zip(*members, strict=True)
+    return Given(
+        pool=jnp.asarray(np.concatenate(images)),
+        index=np.arange(len(members) * ROWS, dtype=np.int32).reshape(len(members), ROWS),
+        labels=np.stack(labels),
+        num_classes=CLASSES,
+        keys=jnp.stack([jax.random.key(key) for key in keys]),
+        make_model=small_model,
+        recipe=TrainConfig(epochs=2, batch_size=32, evaluation_batch_size=200, keep_last_batch=False),
+        runner=StageRunner(folder, SHAPE, "map", StageLog()),
+        attacked=None,
+    )
+
+
+class Noise:
+    """Member 0 has a trigger; member 1 has the same rows and labels, and none."""
+
+    def __init__(self, folder):
+        plain, patched, self.labels, self.is_poisoned = noise(2)
+        self.given = given_of([(patched, self.labels, 0), (plain, self.labels, 1)], folder / "together")
+        self.analysis = analyse(self.given, SMALL)
+        # The same suspect beside another one, and as the second of two.
+        other, _, labels, _ = noise(1)
+        swapped = given_of([(other, labels, 2), (patched, self.labels, 0)], folder / "swapped")
+        self.swapped = analyse(swapped, SMALL)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return Noise(tmp_path_factory.mktemp("noise"))
+
+
+class TestAnalysis:
+    def test_the_poisoned_class_and_no_other_has_a_pattern(self, found):
+        analysis = found.analysis
+        np.testing.assert_array_equal(analysis.network, [[-1, 0, -1], [-1, -1, -1]])
+        np.testing.assert_array_equal(analysis.is_poisoned_class, analysis.network == 0)
+        assert analysis.p_values.shape == (2, 1, CLASSES) and analysis.p_values[0, 0, 1] < SMALL.p_value
+        assert analysis.success[0, 0, 1] > 0.9 and analysis.detector_accuracies[0, 1] > 0.9
+
+    def test_the_mask_is_where_the_patch_is(self, found):
+        mask, pattern = found.analysis.masks[0, 1], found.analysis.patterns[0, 1]
+        assert (mask & PATCH).sum() / (mask | PATCH).sum() > 0.5
+        assert pattern[mask & PATCH].min() > 0.95 and not pattern[~mask].any()
+
+    def test_its_rows_are_flagged(self, found):
+        flags, truth = found.analysis.flags[0], found.is_poisoned
+        assert not flags[found.labels != 1].any()  # a row of another class cannot have been given this label
+        assert 2 * (flags & truth).sum() / (flags.sum() + truth.sum()) > 0.9
+        scores = found.analysis.scores[0]
+        np.testing.assert_array_equal(flags, scores >= 0.5)
+        assert not scores[found.labels != 1].any() and scores.max() <= 1
+
+    def test_nothing_is_found_where_there_is_nothing(self, found):
+        for name in ("flags", "scores", "masks", "patterns", "detector_accuracies"):
+            assert not getattr(found.analysis, name)[1].any(), name
+        np.testing.assert_array_equal(found.analysis.new_labels[1], found.labels)
+
+    def test_a_suspect_does_not_depend_on_the_others(self, found):
+        mine, again = (
+            jax.tree.map(lambda leaf, i=i: leaf[i], one) for i, one in enumerate((found.analysis, found.swapped))
+        )
+        chex.assert_trees_all_close(again, mine, rtol=1e-3, atol=1e-3)
+        assert not found.swapped.flags[0].any()
+
+    def test_new_labels_are_of_flagged_rows(self, found):
+        flags, new = found.analysis.flags[0], found.analysis.new_labels[0]
+        np.testing.assert_array_equal(new != found.labels, flags)
+        assert new.dtype == np.int32 and set(new[flags]) <= {0, 2}
+
+    def test_it_repeats_from_checkpoints_and_says_what_it_found(self, found):
+        stages = set(found.given.runner.folder.iterdir())
+        detection = detect(found.given, SMALL)
+        assert set(found.given.runner.folder.iterdir()) == stages
+        np.testing.assert_array_equal(detection.flags, found.analysis.flags)
+        assert detection.facts["classes with a pattern"].tolist() == [1, 0]
+        pattern, mask = detection.pictures.values()
+        assert list(detection.pictures) == ["patterns of classes 1", "masks of classes 1"]
+        np.testing.assert_array_equal(pattern, found.analysis.patterns[:, [1]])
+        np.testing.assert_array_equal(mask[..., 0], found.analysis.masks[:, [1]])
+
+    def test_no_pictures_of_nothing(self, found):
+        clean = jax.tree.map(lambda leaf: leaf[1:], found.analysis)
+        assert to_detection(clean).pictures == {}
+
+    @pytest.mark.parametrize("accuracy", [0.749, 0.75])
+    def test_a_detector_that_did_not_learn_flags_nothing(self, found, monkeypatch, accuracy):
+        rows = np.flatnonzero(found.labels == 1)
+        told = [(rows, np.linspace(0, 1, len(rows)).astype(np.float32), accuracy)]
+        monkeypatch.setattr(vbd, "train_detectors", lambda *those: told)
+        analysis = analyse(found.given, SMALL)
+        np.testing.assert_array_equal(analysis.scores[0, rows], told[0][1])
+        np.testing.assert_array_equal(analysis.flags[0], (analysis.scores[0] >= 0.5) & (accuracy >= 0.75))
+        np.testing.assert_array_equal(analysis.new_labels[0] != found.labels, analysis.flags[0])
+
+
+class Recorded:
+    """A runner that trains nothing and remembers the rows that it was to train on."""
+
+    image_shape = SHAPE
+
+    def from_variables(self, stage, model, config, variables, keys, per_seed, pool, rows, objective):
+        self.rows, self.config = jax.tree.map(np.asarray, rows), config
+        return SimpleNamespace(model=model, variables=variables)
+
+
+@pytest.mark.parametrize("clean_model", ["suppress", "relabel"])
+def test_the_clean_network_does_without_flagged_rows_or_with_new_labels(found, monkeypatch, clean_model):
+    monkeypatch.setattr(vbd, "analyse", lambda given, settings: found.analysis)
+    runner = Recorded()
+    given = dataclasses.replace(found.given, runner=runner)
+    result = run(given, dataclasses.replace(SMALL, clean_model=clean_model))
+    index, labels = runner.rows.index, runner.rows.targets["labels"]
+    assert runner.config == given.recipe
+    flags, analysis = found.analysis.flags, found.analysis
+    if clean_model == "relabel":
+        np.testing.assert_array_equal(index, given.index)
+        np.testing.assert_array_equal(labels, analysis.new_labels)
+    else:
+        assert set(index[0]) == set(given.index[0][~flags[0]]) and set(index[1]) == set(given.index[1])
+        np.testing.assert_array_equal(labels, found.labels[index % ROWS])
+    np.testing.assert_array_equal(result.flags, flags)
+    assert result.pictures and result.facts.keys() == to_detection(analysis).facts.keys()
