@@ -12,6 +12,7 @@ from bdjax.defenses.comparison import (
     TriggeredViews,
     defend,
     group_by_size,
+    judge,
     make_given,
     make_suspect,
     make_views,
@@ -19,11 +20,12 @@ from bdjax.defenses.comparison import (
     read_attack,
     read_defense,
     suspect_keys,
+    with_label_noise,
 )
 from bdjax.errors import InputError
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Nets
-from bdjax.types import Dataset, DefenseResult, Model, PoisonedDataset
+from bdjax.types import Dataset, DefenseResult, Detection, Model, PoisonedDataset
 
 CLASSES, ROWS, SHAPE = 4, 40, (8, 8, 1)
 IMAGES = np.random.default_rng(0).integers(0, 200, (ROWS, *SHAPE)).astype(np.uint8)
@@ -45,6 +47,15 @@ class TestReadAttack:
         assert attack.title == "BadNets (poison rate 0.2, target 3, suppression 20)"
         assert read_attack("badnets", TRAIN, 1).target == 1
 
+    def test_label_noise_is_a_setting_of_any_attack_and_of_none(self):
+        none = read_attack("none:label_noise=0.1", TRAIN, 2)
+        assert (none.plan, none.label_noise, none.suppression) == (None, 0.1, 0.0)
+        assert none.title == "no attack (label noise 0.1)"
+        badnets = read_attack("badnets:label_noise=1:poison_rate=0.2", TRAIN, 0)
+        assert badnets.label_noise == 1.0 and isinstance(badnets.label_noise, float)
+        assert badnets.plan.parts[0].settings.poison_rate == 0.2 and badnets.title.startswith("BadNets (label noise 1")
+        assert read_attack("badnets", TRAIN, 0).label_noise == read_attack("none", TRAIN, 0).label_noise == 0
+
     def test_label_rule(self):
         assert read_attack("sig:label_rule=all_to_one", TRAIN, 0).plan.parts[0].rule.name == "all-to-one, target 0"
         assert read_attack("sig", TRAIN, 0).plan.parts[0].rule.name == "clean-label, target 0"
@@ -58,7 +69,14 @@ class TestReadAttack:
         ("text", "message"),
         [
             ("nothing", "'nothing' is not one of"),
-            ("none:target=1", "none has no settings"),
+            ("none:target=1", "none has no settings but label_noise"),
+            ("none:label_noise=0.1:target=1", "none has no settings but label_noise"),
+            ("none:label_noise=-0.1", "label_noise -0.1 is not a share from 0 to 1"),
+            ("badnets:label_noise=1.1", "label_noise 1.1 is not a share from 0 to 1"),
+            ("badnets:label_noise=nan", "label_noise 'nan' is not a share from 0 to 1"),
+            ("badnets:label_noise=1e999", "label_noise inf is not a share from 0 to 1"),
+            ("badnets:label_noise=some", "label_noise 'some' is not a share from 0 to 1"),
+            ("badnets:label_noise=True", "label_noise True is not a share from 0 to 1"),
             ("badnets:colour=1", "has no setting 'colour'"),
             ("badnets:poison_rate", "should be a setting and its value"),
             ("badnets:target=4", "target 4 is not a class: there are 0 to 3"),
@@ -133,6 +151,55 @@ class TestMakeSuspect:
     def test_added_rows_have_no_partner(self):
         with pytest.raises(InputError, match="adds rows, which have no partner"):
             suspect("composite:suppression=10")
+
+
+class TestLabelNoise:
+    @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 4), (0.12, 4), (1.0, 40)])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_so_many_rows_have_another_label(self, share, count, seed):
+        before = LABELS.copy()
+        noisy = with_label_noise(jax.random.key(seed), TRAIN, share)
+        assert (noisy.labels != before).sum() == count
+        assert noisy.labels.dtype == np.int32 and noisy.labels.min() >= 0 and noisy.labels.max() < CLASSES
+        np.testing.assert_array_equal(LABELS, before)
+        assert noisy.images is TRAIN.images and (noisy.name, noisy.num_classes) == (TRAIN.name, CLASSES)
+
+    def test_every_other_label_is_as_likely(self):
+        many = Dataset(np.zeros((4000, 1, 1, 1), np.uint8), np.arange(4000, dtype=np.int32) % CLASSES, CLASSES, "", "")
+        noisy = with_label_noise(jax.random.key(0), many, 1.0)
+        table = np.zeros((CLASSES, CLASSES), int)
+        np.add.at(table, (many.labels, noisy.labels), 1)
+        assert not np.diag(table).any()
+        others = table[~np.eye(CLASSES, dtype=bool)]
+        assert others.sum() == 4000 and np.abs(others - 4000 / 12).max() < 4 * (4000 / 12) ** 0.5
+
+    def test_keys(self):
+        labels = [with_label_noise(jax.random.key(seed), TRAIN, 0.5).labels for seed in (0, 0, 1)]
+        np.testing.assert_array_equal(labels[0], labels[1])
+        assert (labels[0] != labels[2]).any()
+
+    def test_a_clean_set_with_wrong_labels_is_still_clean(self):
+        one = suspect("none:label_noise=0.1")
+        assert (one.dataset.labels != LABELS).sum() == 4 and not one.is_poisoned.any()
+        np.testing.assert_array_equal(one.dataset.images, IMAGES)
+        assert suspect("none:label_noise=0.1", is_clean=False).is_poisoned is None
+
+    def test_an_attack_poisons_a_set_with_wrong_labels_and_is_told_alone(self):
+        noisy, plain = suspect("badnets:poison_rate=0.2:label_noise=0.3"), suspect("badnets:poison_rate=0.2")
+        assert noisy.is_poisoned.sum() == plain.is_poisoned.sum() == 8
+        assert (noisy.dataset.labels[noisy.is_poisoned] == 0).all()
+        clean = ~noisy.is_poisoned
+        np.testing.assert_array_equal(noisy.dataset.images[clean], IMAGES[clean])
+        assert 4 <= (noisy.dataset.labels[clean] != LABELS[clean]).sum() <= 12
+        # What the attacker found is not what is right.
+        assert (noisy.dataset.original_labels != LABELS).sum() == 12
+
+    def test_a_file_that_tells_the_truth_keeps_it(self):
+        truth = np.arange(ROWS) < 3
+        own = PoisonedDataset(IMAGES, LABELS, CLASSES, "", "", (), truth, LABELS, np.arange(ROWS) == 5)
+        one = suspect("none:label_noise=0.2", train=own)
+        np.testing.assert_array_equal(one.is_poisoned, truth)
+        assert (one.dataset.labels != LABELS).sum() == 8 and one.num_covers == 1
 
 
 def test_suspects_of_one_size_are_one_group():
@@ -286,6 +353,42 @@ class TestMeasure:
         shown = variant._replace(defense=SimpleNamespace(name="none", title="", run=lambda given, settings: result))
         same, tried = defend(self.given, suspects, shown, self.views)
         assert same is result and [one.seconds for one in tried] == [3.0, 3.0]
+
+
+class TestJudge:
+    flags = np.zeros((2, ROWS), bool)
+    flags[:, 2:7] = True
+    scores = np.tile(-np.arange(ROWS, dtype=np.float32), (2, 1))
+    found = Detection(flags, scores, {"classes with a pattern": np.array([1, 0])})
+
+    def test_by_hand(self):
+        one = suspect("badnets+sig:poison_rate=0.1")._replace(is_poisoned=np.arange(ROWS) < 4)
+        suspects = [one, suspect("none", is_clean=False)]
+        variant = read_defense("agpd", "quick", "digits")
+        poisoned, unknown = judge(self.found, suspects, variant, 2.5)
+        detection = poisoned.detection
+        # Five rows are flagged, two of the four poisoned among them; and the poisoned ones have the highest scores.
+        assert (detection.precision, detection.recall) == (pytest.approx(2 / 5), pytest.approx(2 / 4))
+        assert detection.f1 == pytest.approx(4 / 9) and detection.auc == 1
+        assert unknown.detection.precision is None and unknown.detection.auc is None
+        assert [each.facts for each in (poisoned, unknown)] == [
+            {"classes with a pattern": 1.0},
+            {"classes with a pattern": 0.0},
+        ]
+        assert all(type(value) is float for each in (poisoned, unknown) for value in each.facts.values())
+        for each, expected in zip((poisoned, unknown), suspects, strict=True):
+            assert each.suspect is expected and each.variant is variant and each.seconds == 2.5
+            assert each.cda is None and each.metrics == () and each.asr is None and each.r_acc is None
+
+    def test_it_is_what_the_same_flags_are_worth_to_a_defense(self):
+        suspects = [suspect("badnets:poison_rate=0.2"), suspect("none")]
+        variant = read_defense("none", "quick", "digits")
+        result = DefenseResult(TINY, TestMeasure.variables, *self.found)
+        views = TriggeredViews(TestMeasure.test, ((TestMeasure.test.images,), ()))
+        measured = measure(TestMeasure.given, result, suspects, variant, views, 1.0)
+        judged = judge(self.found, suspects, variant, 1.0)
+        assert [each.detection for each in judged] == [each.detection for each in measured]
+        assert [each.facts for each in judged] == [each.facts for each in measured]
 
 
 def test_views_are_the_same_whenever_they_are_made():
