@@ -300,7 +300,7 @@ def test_what_a_detector_says_of_rows_is_its_probability():
 
 # ---- From end to end -------------------------------------------------------------------------------------------------
 
-SHAPE, ROWS, CLASSES = (12, 12, 1), 600, 3
+SHAPE, ROWS, CLASSES = (12, 12, 1), 420, 3
 PATCH = np.zeros(SHAPE[:2], bool)
 PATCH[8:11, 7:10] = True
 SMALL = VBDSettings(
@@ -309,7 +309,7 @@ SMALL = VBDSettings(
     batch_size=32,
     rows_per_class=12,
     least_rows=4,
-    detector_epochs=11,
+    detector_epochs=9,
     detector_batch_size=32,
     own_rows=0.5,
     detector_learning_rate=0.05,
@@ -355,11 +355,11 @@ class Noise:
     """Member 0 has a trigger; member 1 has the same rows and labels, and none."""
 
     def __init__(self, folder):
-        plain, patched, self.labels, self.is_poisoned = noise(2)
+        plain, patched, self.labels, self.is_poisoned = noise(5)
         self.given = given_of([(patched, self.labels, 0), (plain, self.labels, 1)], folder / "together")
         self.analysis = analyse(self.given, SMALL)
         # The same suspect beside another one, and as the second of two.
-        other, _, labels, _ = noise(1)
+        other, _, labels, _ = noise(4)
         swapped = given_of([(other, labels, 2), (patched, self.labels, 0)], folder / "swapped")
         self.swapped = analyse(swapped, SMALL)
 
