@@ -198,7 +198,7 @@ def run_grid(
         log.timings,
         train,
         experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
-        [each for outcome in outcomes for each in outcome.found],
+        [each._replace(seed=config.seed + each.seed) for outcome in outcomes for each in outcome.found],
         f"{one.title} on {train.name}",
         [variant.name for variant in variants if variant.defense.name == one.own],
     )
@@ -229,12 +229,13 @@ def check_attacks(attacks: Sequence[AttackVariant], train: Dataset) -> None:
                 raise InputError(f"attack {attack.name} {why}, which this grid has no place for")
 
 
-def network_maker(config: Config, num_classes: int, engine: Any) -> Callable[..., Model]:
+def network_maker(config: Config, own_classes: int, engine: Any) -> Callable[..., Model]:
     """What `Given.make_model` is for this run."""
 
-    def make_network(name: str | None = None, other_classes: int | None = None) -> Model:
-        classes = other_classes or num_classes
-        return make_model(name or config.model, classes, config.width, engine.lowering, config.compute_dtype)
+    def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
+        return make_model(
+            name or config.model, num_classes or own_classes, config.width, engine.lowering, config.compute_dtype
+        )
 
     make_network()
     return make_network

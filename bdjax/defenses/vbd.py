@@ -533,10 +533,21 @@ def analyse(given: Given, settings: VBDSettings) -> Analysis:
 
 def _second_best(given: Given, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Give flagged rows of the classes that a network has, bool [M, K], the class it finds most likely beside their own."""
-    logits = given.logits(nets.model, nets.variables, given.all_rows()).copy()
-    np.put_along_axis(logits, given.labels[..., None], -np.inf, axis=2)
-    chosen = flags & np.take_along_axis(is_own, given.labels, axis=1)
-    return np.where(chosen, np.argmax(logits, axis=2), labels).astype(np.int32)
+    flagged = [
+        np.flatnonzero(own & flags)
+        for own, flags in zip(np.take_along_axis(is_own, given.labels, 1), flags, strict=True)
+    ]
+    longest = max(map(len, flagged))
+    if not longest:
+        return labels
+    padded = np.stack([np.resize(rows, longest) if len(rows) else np.zeros(longest, int) for rows in flagged])
+    rows = labelled(*(np.take_along_axis(each, padded, axis=1) for each in (given.index, given.labels)))
+    logits = np.array(given.logits(nets.model, nets.variables, rows))
+    np.put_along_axis(logits, np.asarray(rows.targets["labels"])[..., None], -np.inf, axis=2)
+    labels = labels.copy()
+    for member, own in enumerate(flagged):
+        labels[member, own] = np.argmax(logits[member, : len(own)], axis=1)
+    return labels
 
 
 def to_detection(analysis: Analysis) -> Detection:

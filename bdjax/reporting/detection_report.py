@@ -84,7 +84,7 @@ def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
 
 def _of_detector(results: Mapping[str, Any], one: Mapping[str, Any], attacks: Sequence) -> list[tuple[str, float]]:
     """(title, mean F1 in percent) of each training set that F1 is known of."""
-    found = ((detected.title_of(each), detected.f1_of(results, [each], one["defense"])) for each in attacks)
+    found = ((each["title"], detected.f1_of(results, [each], one["defense"])) for each in attacks)
     return [(title, f1.mean) for title, f1 in found if f1 is not None]
 
 
@@ -114,7 +114,7 @@ def _false_alarms(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]
         for one in shown:
             flagged = numbers.mean_of(numbers.find(results, attack["attack"], one["defense"]), "flagged")
             if flagged is not None:
-                name = detected.title_of(attack).replace("no attack", "the clean training set", 1)
+                name = attack["title"].replace("no attack", "the clean training set", 1)
                 told.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
     if not told:
         return ["No clean training set was tried, so nothing is known of false alarms on one."]

@@ -283,15 +283,6 @@ def summary_table(results: Mapping[str, Any], dataset: str) -> Table | None:
     return Table("F1, mean over the settings", header, tuple(rows), notes, styles)
 
 
-def title_of(attack: Mapping[str, Any]) -> str:
-    """What a training set is called, with whatever its name says beside."""
-    name, changes = read_variant(attack["attack"])
-    if attack["parts"] or not changes:
-        return attack["title"]
-    told = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in changes.items())
-    return f"{attack['title']} ({told})"
-
-
 def calibration_table(results: Mapping[str, Any]) -> Table | None:
     """What detectors do outside of the paper's grid: on clean sets, at other poisoning rates; None if the run stays within."""
     rows: list[tuple[Cell, ...]] = []
@@ -314,7 +305,7 @@ def calibration_table(results: Mapping[str, Any]) -> Table | None:
                 for name, decimals in (("flagged", 4), ("precision", 2), ("recall", 2), ("f1", 2), ("auc", 3))
             ]
             found = (mean_and_spread([row["facts"].get(FOUND) for row in cell["by_seed"]], 1),) if has_patterns else ()
-            name = title_of(attack)
+            name = attack["title"]
             rows.append((name, share, one["title"], measured[0], mean_and_spread(counts, 0), *measured[1:], *found))
     if not rows:
         return None
@@ -348,7 +339,7 @@ def evidence_table(results: Mapping[str, Any]) -> Table | None:
     names = [name for name in EVIDENCE if any(name in cell["facts"] for _, cell in cells)]
     rows = tuple(
         (
-            title_of(attack),
+            attack["title"],
             titles[cell["defense"]],
             *(
                 mean_and_spread([row["facts"].get(name) for row in cell["by_seed"]], 1 if "classes" in name else 2)
