@@ -60,6 +60,8 @@ class VBDSettings:
     """of the rows, held back from training the simple networks"""
     epochs: int = 20
     """of the simple networks"""
+    least_steps: int = 0
+    """of their training: small sets get more epochs"""
     batch_size: int = 256
     """256 for CIFAR-10, 64 for Tiny ImageNet"""
     optimiser: Literal["sgd", "adam"] = "sgd"
@@ -88,6 +90,8 @@ class VBDSettings:
     """which rows train the detectors: all, as in the code, or the held-back ones, as in the text"""
     detector_epochs: int = 20
     """of a detector"""
+    least_detector_steps: int = 0
+    """of its training: few rows get more epochs"""
     detector_batch_size: int = 256
     """rows of other classes in a step"""
     own_rows: float = 1.0
@@ -158,11 +162,18 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
     return np.sort(order[count:]), order[:count]
 
 
+def epochs_for(epochs: int, least_steps: int, num_rows: int, batch_size: int) -> int:
+    """The epochs that are asked for, or as many more as so many steps need."""
+    steps = max(num_rows // min(batch_size, num_rows), 1)
+    return max(epochs, -(-least_steps // steps))
+
+
 def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
     """Stage 1: each simple network on its suspect's rows, int [M, n'] into the training set."""
     index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
+    epochs = epochs_for(settings.epochs, settings.least_steps, rows.shape[1], settings.batch_size)
     config = given.config(
-        epochs=settings.epochs,
+        epochs=epochs,
         batch_size=settings.batch_size,
         optimiser=settings.optimiser,
         momentum=0.9,
@@ -174,7 +185,7 @@ def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> lis
         keep_last_batch=False,
     )
     told = (
-        f"{settings.epochs} epochs, batch {settings.batch_size}, {settings.optimiser} {settings.learning_rate:g}, decay "
+        f"{epochs} epochs, batch {settings.batch_size}, {settings.optimiser} {settings.learning_rate:g}, decay "
         f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
     )
     return [
@@ -426,7 +437,7 @@ def train_detectors(
         "steps": jnp.zeros(len(patterns), jnp.int32),
     }
     config = given.config(
-        epochs=settings.detector_epochs,
+        epochs=epochs_for(settings.detector_epochs, settings.least_detector_steps, per_epoch, batch_size),
         batch_size=batch_size,
         optimiser="sgd",
         momentum=0.9,
@@ -607,6 +618,14 @@ def check(settings: VBDSettings) -> None:
             raise InputError(f"defense vbd: networks {layers!r} is not one of {', '.join(LAYERS)}")
     counts = ("epochs", "batch_size", "rows_per_class", "detector_epochs", "detector_batch_size", "votes")
     shares = ("detect_share", "check_share", "p_value")
+    not_negative = (
+        "dropout",
+        "weight_decay",
+        "first_labelling",
+        "last_labelling",
+        "least_steps",
+        "least_detector_steps",
+    )
     within = ("least_success", "accuracy_weight", "least_opacity", "least_accuracy")
     check_values(
         "defense vbd",
@@ -621,7 +640,7 @@ def check(settings: VBDSettings) -> None:
         below=dict.fromkeys((*shares, "dropout"), 1),
         at_least={
             **dict.fromkeys(counts, 1),
-            **dict.fromkeys((*within, "dropout", "weight_decay", "first_labelling", "last_labelling"), 0),
+            **dict.fromkeys((*within, *not_negative), 0),
             "least_rows": 2,
             "detector_batch_size": 2,
         },
@@ -643,9 +662,11 @@ VBD = Defense(
         "quick": {
             "networks": "64P+10-10P",
             "epochs": 5,
+            "least_steps": 600,
             "batch_size": 64,
             "detector_rows": "held_back",
             "detector_epochs": 8,
+            "least_detector_steps": 200,
             "detector_batch_size": 64,
             "own_rows": 0.25,
             "first_labelling": 3,
