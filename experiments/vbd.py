@@ -61,6 +61,7 @@ _QUICK_SETS: dict[str, dict[str, Any]] = {
         "seeds": 2,
         "suspects_at_once": 12,
     },
+    "tiny_imagenet": {"train_rows": 20000, "attacks": "white_square,color_grid:opacity=0.5,none", "seeds": 2},
 }
 
 

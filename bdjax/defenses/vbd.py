@@ -7,45 +7,37 @@
    patterns of one class, the one of the least accurate network and the most success is kept.
 5. A detector of each pattern learns from gradient images: g(x; c) of rows of other classes as they are (0) and with the
    pattern blended in at random opacities (1); later also of the rows of class c themselves, by its own answers.
-6. Rows of class c that its detector answers 1 on are flagged.
+6. Rows of class c that its detector answers 1 on are flagged. These two are `bdjax/defenses/vbd_detector.py`.
 7. A clean network is trained without the flagged rows, or with new labels for them.
 
 Everything is done for M suspect training sets at once, and a detector is a member of a call like any other.
 
-What the paper leaves open or its code does otherwise: algorithm 3 prints that the rows with y != c are removed; they are what
-it trains on. The opacities are U(0.1, 1) in the paper and U(0.2, 1) in the code. Rows of all the training set train the
-detectors in the code, those of the detection split in the text. A row goes to the detector of its own class here, as in the
-code (the text sends every row to every detector). Pseudo-labels are renewed whenever a row comes by rather than once an epoch.
+What the paper leaves open or its code does otherwise: rows of all the training set train the detectors in the code, those of
+the detection split in the text. A row goes to the detector of its own class here, as in the code (the text sends every row to
+every detector).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns
 from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
 from bdjax.defenses.filtering import retrained
+from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate
 from bdjax.errors import InputError
-from bdjax.models import MODELS, embedding
-from bdjax.models.simple_cnn import LAYERS, last_layer, make_pattern_detector, network_name
+from bdjax.models import MODELS
+from bdjax.models.simple_cnn import LAYERS, network_name
 from bdjax.settings import check_values
-from bdjax.training import ensemble
-from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.training.stages import Nets
-from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
+from bdjax.types import DefenseResult, Detection, Key
 
 LEAST_CHECKED = 100
 """Rows that a pattern is checked on where a tenth of the detection split is fewer; ours, for small sets."""
-SCALE_ROWS = 1000
-"""Rows whose pixels say by how much standardising would divide."""
 CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
 """How many share a call, which bounds memory where there are hundreds of classes."""
 
@@ -132,14 +124,6 @@ class Analysis(NamedTuple):
         return self.network >= 0
 
 
-class Pattern(NamedTuple):
-    """One pattern that a detector is to be trained for."""
-
-    member: int
-    label: int
-    network: int
-
-
 def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Cut one set in two, each class in the same proportion.
 
@@ -160,12 +144,6 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
     order = order[np.argsort(rank[order], kind="stable")]
     count = round(share * len(labels))
     return np.sort(order[count:]), order[:count]
-
-
-def epochs_for(epochs: int, least_steps: int, num_rows: int, batch_size: int) -> int:
-    """The epochs that are asked for, or as many more as so many steps need."""
-    steps = max(num_rows // min(batch_size, num_rows), 1)
-    return max(epochs, -(-least_steps // steps))
 
 
 def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
@@ -222,7 +200,7 @@ def find_candidates(given: Given, settings: VBDSettings, nets: Nets, held_back: 
                     continue
                 found[member].append(
                     vbd_patterns.find_candidate(
-                        _pixels(given, index[member, surest]),
+                        pixels(given, index[member, surest]),
                         gradients[member, place, 0, : len(surest)],
                         gradients[member, place, 1, : len(least_sure)],
                         p_value=settings.p_value,
@@ -242,16 +220,8 @@ def _gradients(given: Given, nets: Nets, index: np.ndarray, rows: list, classes:
     wanted = np.broadcast_to(classes[:, None, None], which.shape).reshape(len(index), -1)
     chosen = np.take_along_axis(index, which.reshape(len(index), -1), axis=1)
     function = vbd_patterns.row_margin_gradients(nets.model)
-    gradients = given.per_row(function, nets.variables, _of_class(chosen, wanted))
+    gradients = given.per_row(function, nets.variables, of_class(chosen, wanted))
     return gradients.reshape(*which.shape, *gradients.shape[2:])
-
-
-def _pixels(given: Given, rows: np.ndarray) -> np.ndarray:
-    return np.asarray(given.pool[jnp.asarray(rows)], np.float32) / 255
-
-
-def _of_class(index: np.ndarray, classes: np.ndarray) -> Rows:
-    return Rows(jnp.asarray(index, jnp.int32), {"class": jnp.asarray(classes, jnp.int32)})
 
 
 def check_candidates(
@@ -283,7 +253,7 @@ def check_candidates(
             "patterns": jnp.asarray([[one.pattern for one in each] for each in of_classes]),
         }
         wanted = np.tile(np.repeat(np.arange(CLASSES_AT_ONCE), count), (len(index), 1))
-        rows = _of_class(np.tile(index, (1, CLASSES_AT_ONCE)), wanted)
+        rows = of_class(np.tile(index, (1, CLASSES_AT_ONCE)), wanted)
         answers = given.per_row(vbd_patterns.row_patched_answers(nets.model), variables, rows)
         answers = answers.reshape(len(index), CLASSES_AT_ONCE, count)
         for member, of_member in enumerate(of_classes):
@@ -309,171 +279,6 @@ def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSe
     score = vbd_patterns.pair_score(accuracies[:, :, None], success, settings.accuracy_weight)
     best = np.argmax(np.where(works, score, -np.inf), axis=1)
     return np.where(works.sum(axis=1) >= settings.votes, best, -1)
-
-
-@cache
-def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch: int) -> Objective:
-    """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the class's own rows.
-
-    `params` is the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", what gradients
-    are multiplied by ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps".
-    A row is a pair of views: a row of another class, and one of the class itself, whose number is targets["own"]. Accuracy is
-    counted on the rows of other classes alone.
-    """
-    detector = make_pattern_detector()
-
-    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
-        opacity_key, dropout_key = jax.random.split(key)
-        count = len(images)
-        own_count = max(1, round(settings.own_rows * count))
-        others, own, which = images[:, 0], images[:own_count, 1], targets["own"][:own_count]
-        is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
-        opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
-        patched = vbd_patterns.blend(others, variables["mask"][None], variables["pattern"][None], opacity)
-        others = jnp.where(is_patched[:, None, None, None], patched, others)
-        inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
-        flat = embedding(detector.apply(_weights(params), inputs, train=True).features)
-        is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
-        learnt = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
-        told = last_layer(params, flat[count:])[:, 0]  # compared with 0 alone: no gradient
-
-        epoch = variables["steps"] // batches_per_epoch
-        has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
-        is_labelling = (epoch >= settings.first_labelling) & (epoch <= settings.last_labelling)
-        pseudo_labels = variables["pseudo_labels"]
-        wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
-        entropies = optax.sigmoid_binary_cross_entropy(learnt, wanted)
-        # The mean over all rows of the step, told as one loss for each row of other classes.
-        of_own = jnp.sum(entropies[count:]) / count
-        losses = (entropies[:count] + has_labels * of_own) / (1 + has_labels * own_count / count)
-        renewed = pseudo_labels.at[which].set((told >= 0).astype(jnp.float32))
-        variables = {
-            **variables,
-            "pseudo_labels": jnp.where(is_labelling, renewed, pseudo_labels),
-            "steps": variables["steps"] + 1,
-        }
-        logits = jnp.stack([jnp.zeros_like(learnt), learnt], axis=1)[:count]
-        return Outcome(losses, logits, is_patched.astype(jnp.int32), variables)
-
-    return objective
-
-
-def _weights(params: PyTree) -> PyTree:
-    return {"params": params, "batch_stats": {}}
-
-
-def scaled_gradients(network: Model, variables: PyTree, images: Array) -> Array:
-    """What a detector sees of images: g for its class, as if pixels were standardised. It is a constant to its training."""
-    classes = jnp.full(len(images), variables["class"])
-    gradients = vbd_patterns.margin_gradients(network, variables["network"], images, classes)
-    return jax.lax.stop_gradient(gradients * variables["scale"][None, None, None])
-
-
-@cache
-def row_detections(network: Model) -> Callable[..., Array]:
-    """For `StageRunner.per_row`: the probability that a row carries the pattern, float32 [B]."""
-    detector = make_pattern_detector()
-
-    def probabilities(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
-        del targets
-        inputs = scaled_gradients(network, variables, images)
-        return jax.nn.sigmoid(detector.apply(_weights(variables["params"]), inputs, train=False).logits[:, 0])
-
-    return probabilities
-
-
-def train_detectors(
-    given: Given,
-    settings: VBDSettings,
-    nets: Nets,
-    patterns: list[Pattern],
-    found: list[list[Candidate]],
-    rows: np.ndarray,
-) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Stages 5 and 6 for patterns of one network: a detector for each, and what it says of the rows of its class.
-
-    Args:
-        given: the suspects.
-        settings: how.
-        nets: the network, of each suspect.
-        patterns: of which suspects and classes.
-        found: the candidates of this network.
-        rows: int [M, r], rows of the training sets to train on.
-
-    Returns:
-        For each pattern: the rows of its class, int [n_c]; the probability of each, float32 [n_c]; and the detector's accuracy
-        in the last epoch of its training.
-    """
-    per_epoch = round(rows.shape[1] * (given.num_classes - 1) / given.num_classes)
-    batch_size = min(settings.detector_batch_size, per_epoch)
-    pairs, own_counts, scales = [], [], []
-    for one in patterns:
-        labels = given.labels[one.member, rows[one.member]]
-        others, own = rows[one.member, labels != one.label], rows[one.member, labels == one.label]
-        number = np.arange(per_epoch)
-        # As many rows of other classes as a balanced set has; those of the class itself go round.
-        pairs.append(
-            np.stack([given.index[one.member, other[number % len(other)]] for other in (others, own)], axis=-1)
-        )
-        own_counts.append(len(own))
-        sample = given.index[one.member, rows[one.member, :SCALE_ROWS]]
-        scales.append(_pixels(given, sample).std(axis=(0, 1, 2)))
-    own = np.stack([np.arange(per_epoch) % count for count in own_counts])
-    targets = {"labels": jnp.zeros(own.shape, jnp.int32), "own": jnp.asarray(own, jnp.int32)}
-    members = np.array([one.member for one in patterns])
-    candidates = [found[one.member][one.label] for one in patterns]
-    keys = given.keys_for("vbd: detectors")
-    keys = jnp.stack([jax.random.fold_in(keys[one.member], one.label) for one in patterns])
-    init_keys, shuffle_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    detector = make_pattern_detector()
-    variables = {
-        "params": ensemble.init_members(lambda key: detector.init(key, given.runner.image_shape)["params"], init_keys),
-        "network": ensemble.members(nets.variables, members),
-        "mask": jnp.asarray([one.mask[..., None] for one in candidates], jnp.float32),
-        "pattern": jnp.asarray([one.pattern for one in candidates]),
-        "class": jnp.asarray([one.label for one in patterns], jnp.int32),
-        "scale": jnp.asarray(np.stack(scales), jnp.float32),
-        "pseudo_labels": jnp.zeros((len(patterns), max(own_counts)), jnp.float32),
-        "steps": jnp.zeros(len(patterns), jnp.int32),
-    }
-    config = given.config(
-        epochs=epochs_for(settings.detector_epochs, settings.least_detector_steps, per_epoch, batch_size),
-        batch_size=batch_size,
-        optimiser="sgd",
-        momentum=0.9,
-        nesterov=False,
-        learning_rate=settings.detector_learning_rate,
-        weight_decay=0.0,
-        schedule="constant",
-        augmentation="none",
-        keep_last_batch=False,
-    )
-    told = fingerprint(settings=settings, patterns=patterns, masks=[one.mask.tobytes() for one in candidates])
-    trained = given.runner.from_variables(
-        f"vbd: detectors of {nets.model.description} {told}",
-        detector,
-        config,
-        variables,
-        shuffle_keys,
-        1,
-        given.pool,
-        Rows(jnp.asarray(np.stack(pairs), jnp.int32), targets),
-        detector_objective(nets.model, settings, per_epoch // batch_size),
-    )
-    of_class = [np.flatnonzero(given.labels[one.member] == one.label) for one in patterns]
-    longest = max(len(each) for each in of_class)
-    padded = np.stack(
-        [given.index[one.member, np.resize(each, longest)] for one, each in zip(patterns, of_class, strict=True)]
-    )
-    said = given.runner.per_row(
-        row_detections(nets.model),
-        trained.variables,
-        _of_class(padded, np.zeros_like(padded)),
-        given.pool,
-        given.recipe.evaluation_batch_size,
-    )
-    accuracies = trained.history["accuracy"][:, -1]
-    return [(each, said[number, : len(each)], float(accuracies[number])) for number, each in enumerate(of_class)]
 
 
 def analyse(given: Given, settings: VBDSettings) -> Analysis:

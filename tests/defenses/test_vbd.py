@@ -18,11 +18,11 @@ from bdjax.defenses.vbd import (
     check,
     choose_networks,
     detect,
-    detector_objective,
     run,
     split_rows,
     to_detection,
 )
+from bdjax.defenses.vbd_detector import detector_objective, row_detections
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.models.simple_cnn import make_pattern_detector
@@ -291,7 +291,7 @@ def test_what_a_detector_says_of_rows_is_its_probability():
         "scale": jnp.array([1.0, 2.0]),
     }
     images = jnp.asarray(np.random.default_rng(0).random((5, 6, 6, 2)), jnp.float32)
-    said = jax.jit(vbd.row_detections(TestObjective.model))(variables, images, {})
+    said = jax.jit(row_detections(TestObjective.model))(variables, images, {})
     seen = images * variables["scale"].reshape(1, 1, 1, 2)
     weights = {"params": variables["params"], "batch_stats": {}}
     logits = make_pattern_detector().apply(weights, seen, train=False).logits[:, 0]
