@@ -84,18 +84,20 @@ def _one_attack(ones: Sequence[Tried], seed: int) -> dict[str, Any]:
     ordered = [suspects[number] for number in sorted(suspects)]
     is_known = all(one.is_poisoned is not None for one in ordered)
     parts = attack.plan.parts if attack.plan else ()
+    targets = list(dict.fromkeys(one.attack.target for one in ordered))
+    by_seed = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(str, targets[1:]))}"
     return {
         "attack": attack.name,
         "base": read_variant(attack.name)[0],
         "title": set_title(ordered[0]),
-        "target": attack.target if parts else None,
+        "target": (targets[0] if len(targets) == 1 else targets) if parts else None,
         "suppression": attack.suppression,
         "parts": [
             {
                 "attack": part.attack.name,
                 "title": part.attack.title,
                 "paper": part.attack.paper,
-                "label_rule": part.rule.name,
+                "label_rule": part.rule.name + (by_seed if "target" in part.rule.name else ""),
                 "settings": to_plain(part.settings),
             }
             for part in parts
