@@ -361,6 +361,6 @@ def evidence_table(results: Mapping[str, Any]) -> Table | None:
         "Mean over seeds, ± standard deviation where there are several. Classes with a pattern: those that a trigger was "
         "extracted of and kept."
     )
-    if "true classes found" in names:
-        notes += " True classes are those that the attack sends rows to; others are false."
+    if "poisoned classes" in names:
+        notes += " Poisoned classes: those that the attack sends rows to."
     return Table("Classes and triggers found", ("training set", "defense", *names), rows, notes)

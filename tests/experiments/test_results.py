@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attack_results, defense_results
+from bdjax.reporting import attack_results, defense_results, detection_results
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -14,6 +14,7 @@ RESULTS = ROOT / "experiments" / "results"
 RUNS = sorted(path.parent for path in (RESULTS / "ta_kd").rglob("table.md"))
 ATTACKS = sorted(path.parent for path in (RESULTS / "attack").rglob("table.md"))
 DEFENSES = sorted(path.parent for name in ("lfd", "abm") for path in (RESULTS / name).rglob("table.md"))
+DETECTIONS = sorted(path.parent for path in (RESULTS / "vbd").rglob("table.md"))
 BENCHMARKS = sorted(path.parent for path in (RESULTS / "bench_ensemble").rglob("table.md"))
 
 
@@ -25,10 +26,12 @@ def _first_table(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert RUNS and ATTACKS and DEFENSES and BENCHMARKS
+    assert RUNS and ATTACKS and DEFENSES and DETECTIONS and BENCHMARKS
 
 
-@pytest.mark.parametrize("run", RUNS + ATTACKS + DEFENSES + BENCHMARKS, ids=lambda run: "/".join(run.parts[-2:]))
+@pytest.mark.parametrize(
+    "run", RUNS + ATTACKS + DEFENSES + DETECTIONS + BENCHMARKS, ids=lambda run: "/".join(run.parts[-2:])
+)
 def test_the_readme_prints_the_table_of_the_run(run: pathlib.Path) -> None:
     readme = (ROOT / "README.md").read_text()
     table = "\n".join(_first_table((run / "table.md").read_text()))
@@ -66,3 +69,11 @@ def test_a_comparisons_table_is_what_its_report_makes_of_the_numbers(run: pathli
     results = json.loads((run / "results.json").read_text())
     made = to_markdown(defense_results.main_table(results))
     assert _first_table(made) == _first_table((run / "table.md").read_text())
+
+
+@pytest.mark.parametrize("run", DETECTIONS, ids=lambda run: "/".join(run.parts[-2:]))
+def test_a_detection_runs_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    dataset = json.loads((run / "config.json").read_text())["config"]["dataset"]
+    made = detection_results.summary_table(results, dataset) or detection_results.calibration_table(results)
+    assert _first_table(to_markdown(made)) == _first_table((run / "table.md").read_text())

@@ -158,7 +158,9 @@ def test_summary(results):
         ("all", 6),
     ]
     every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
-    assert line(table, "all")[1].startswith(f"{every:.1f} ±") and line(table, "all")[2] is None  # the paper has no mean over these six
+    assert (
+        line(table, "all")[1].startswith(f"{every:.1f} ±") and line(table, "all")[2] is None
+    )  # the paper has no mean over these six
     assert line(table, "all-to-all, blended")[2] == "73.3 ± 0.8"
 
 
