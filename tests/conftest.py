@@ -30,3 +30,16 @@ def data_dir() -> pathlib.Path:
     if not folder:
         pytest.skip("BDJAX_DATA_DIR is not set: the big image sets are not here")
     return pathlib.Path(folder)
+
+
+MOST_MAPS = 25_000
+"""Memory maps of a process from which on its compiled programs are dropped: each has several, and Linux allows 65,530."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs():
+    """A worker of the whole suite compiles thousands of programs, and would crash at the limit of maps."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
