@@ -45,6 +45,7 @@ from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.reporting.progress import StageLog
 from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.training import processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
 
@@ -183,12 +184,15 @@ def run_grid(
             given = make_given(suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network)
             outcome = detect_all(given, suspects, variants, train, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
-            shutil.rmtree(place, ignore_errors=True)
+            if processes.is_primary():
+                shutil.rmtree(place, ignore_errors=True)
         outcomes.append(outcome)
     comparisons = [each for outcome in outcomes for each in outcome.comparisons]
     tried = [each for comparison in comparisons for each in comparison.tried]
     results = defense_results.summarise(tried, 0, config.seed, left_out)
     folder.write_json("results.json", results)
+    if not processes.is_primary():
+        return results
     settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
     detection_report.write(
         folder,

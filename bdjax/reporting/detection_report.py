@@ -1,6 +1,7 @@
 """A trial of detectors of poisoned rows as something to look at: the verdict in words, F1 beside the paper's, found triggers.
 
-No network is trained without the flagged rows here: what is reported is how well the flags fit.
+No network is trained without the flagged rows here: what is reported is how well the flags fit. Suspects come without their
+images, of which a grid has too many to keep; the flagged rows to look at are those beside the found triggers.
 """
 
 import itertools
@@ -16,13 +17,7 @@ from bdjax.defenses.published_detection import BLENDED, DATASETS, FULL, TRIGGERS
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
-from bdjax.reporting.defense_report import (
-    MOST_SETS,
-    file_name,
-    score_figures,
-    seconds_of,
-    suspicious_figures,
-)
+from bdjax.reporting.defense_report import MOST_SETS, file_name, score_figures, seconds_of
 from bdjax.reporting.detection_plots import Curve, FoundPattern, Line
 from bdjax.reporting.progress import timings_table
 from bdjax.reporting.report import Figure, Section, Verdict
@@ -195,8 +190,6 @@ def write(
     folder.write_json("timings.json", {"seconds": dict(timings)})
 
     chosen = spread_out(results, comparisons)
-    names = {one["defense"] for one in detected.detectors(results)}
-    shown = [one for one in chosen if one.variant.name in about or not names & set(about)]
     triggers = trigger_figures(folder, found)
     sections = [Section("Results", "", tuple(main), tuple(f1_figures(folder, results, name)))]
     if others:
@@ -213,9 +206,6 @@ def write(
         count = len({one.suspect.attack.name for each in chosen for one in each.tried})
         text = f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken from all over the table of them."
         sections.append(Section("Scores", text, (), tuple(curves)))
-    suspicious = suspicious_figures(folder, shown, train)
-    if suspicious:
-        sections.append(Section("The most suspicious rows", "", (), tuple(suspicious)))
     sections.append(Section("Training sets", "", (sets,)))
     sections.append(Section("Details", "", tuple(details)))
     if times:

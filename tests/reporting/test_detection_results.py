@@ -325,7 +325,6 @@ def test_report(tmp_path):
         "triggers-1.png",
         "triggers-2.png",
         *(f"{kind}-{name}.png" for kind in ("roc", "scores") for name in ("vbd", "scan")),
-        "suspicious-vbd.png",
     }
     table = (folder.path / "table.md").read_text()
     assert "**F1, all-to-one, full opacity**" in table and "**Who was given what**" in table
