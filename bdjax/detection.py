@@ -49,14 +49,12 @@ from bdjax.training import processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
 
-NOT_USED = ("clean_share", "clean_data", "save_models")
-"""Settings of a run with defenses that one with detectors does not have."""
 FILES = "outcomes"
 """The folder, in that of the run, with what came out of each few suspects."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(poisoned_data.Config):
+class Config(poisoned_data.SuspectConfig):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to. Of the settings of plain training
     (model to augmentation) nothing is used unless a detector needs the attacked network."""
 
@@ -64,12 +62,6 @@ class Config(poisoned_data.Config):
     """the class that attacks of the first seed aim at; those of each further seed aim at the next class"""
     defenses: str = "vbd"
     """detectors likewise: vbd,scan:threshold=10"""
-    clean_share: float = 0.05
-    """not used: see clean_per_class"""
-    clean_data: str = ""
-    """not used: see clean_per_class"""
-    save_models: bool = True
-    """not used: no defended network is trained"""
     clean_per_class: int = 10
     """test rows of each class for detectors that need clean rows; 0 leaves those detectors out"""
     suspects_at_once: int = 10
@@ -112,9 +104,6 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     log = log or StageLog()
     poisoned_data.check(config, one)
     experiment.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
-    for name in NOT_USED:
-        if getattr(config, name) != getattr(Config, name):
-            raise InputError(f"{experiment.flag(name)} has no effect here; leave it out")
     attacks, texts = poisoned_data.chosen(config, one)
     texts = [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
     is_own = config.dataset not in datasets.DATASETS and not config.dataset.startswith("tfds:")

@@ -8,7 +8,7 @@ table or figure as a choice of attacks and defenses) and their own figures.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
 
 Preset = Literal["quick", "paper", "strong"]
 ALL = "all"
+Settings = TypeVar("Settings", bound="SuspectConfig")
 FLIPPABLE = ("cifar10", "cifar100")
 """Sets of natural images, where a mirrored picture is of the same class."""
 
@@ -68,8 +69,8 @@ LIKE = {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
-    """Every setting of a run; `--preset` and `--dataset` decide what the others default to."""
+class SuspectConfig(ExperimentConfig):
+    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
 
     preset: Preset = "paper"
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
@@ -80,12 +81,6 @@ class Config(ExperimentConfig):
     """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry"""
     study: str = ""
     """one of the paper's tables or figures, instead of attacks and defenses"""
-    clean_share: float = 0.05
-    """share of the training rows that is held back, unpoisoned, for defenses that need clean rows"""
-    clean_data: str = ""
-    """clean rows for them from elsewhere: a dataset's name or path"""
-    save_models: bool = True
-    """write the first seed's defended networks of the experiment's own defense"""
 
     model: str = "resnet18_cifar"
     """the network that is to be trained on the suspect rows"""
@@ -111,6 +106,18 @@ class Config(ExperimentConfig):
     """images at once in tests"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Config(SuspectConfig):
+    """Every setting of a run of defenses."""
+
+    clean_share: float = 0.05
+    """share of the training rows that is held back, unpoisoned, for defenses that need clean rows"""
+    clean_data: str = ""
+    """clean rows for them from elsewhere: a dataset's name or path"""
+    save_models: bool = True
+    """write the first seed's defended networks of the experiment's own defense"""
+
+
 def start_from(
     preset: str | None,
     dataset: str | None,
@@ -118,7 +125,8 @@ def start_from(
     paper: Mapping[str, Any],
     *,
     defenses_of_own_rows: str,
-) -> Config:
+    kind: type[Settings] = Config,
+) -> Settings:
     """The configuration that a preset starts from.
 
     Args:
@@ -126,6 +134,7 @@ def start_from(
         dataset: its name or path; None for the digits.
         always: field -> value, whatever the preset.
         paper: the same at the paper's size, which strong runs have as well where there is an accelerator.
+        kind: the configuration's class.
         defenses_of_own_rows: for data at a path, which is not attacked, and of which no clean rows are known.
 
     Raises:
@@ -143,7 +152,7 @@ def start_from(
     own = {}
     if dataset not in datasets.DATASETS and not dataset.startswith("tfds:"):
         own = {"attacks": NO_ATTACK, "seeds": 1, "defenses": defenses_of_own_rows}
-    return Config(dataset=dataset, preset=preset, **{**always, **sized, **own})
+    return kind(dataset=dataset, preset=preset, **{**always, **sized, **own})
 
 
 class Study(NamedTuple):
@@ -217,6 +226,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     """
     log = log or StageLog()
     check(config, one)
+    check_ranges(config, shares=("clean_share",))
     attack_texts, defense_texts = chosen(config, one)
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data
@@ -283,7 +293,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     return results
 
 
-def check(config: Config, one: Experiment) -> None:
+def check(config: SuspectConfig, one: Experiment) -> None:
     """Refuse settings that no data could be right for.
 
     Raises:
@@ -291,12 +301,12 @@ def check(config: Config, one: Experiment) -> None:
     """
     counts = ("width", "epochs", "batch_size", "evaluation_batch_size")
     at_least = {**dict.fromkeys(counts, 1), "weight_decay": 0}
-    check_ranges(config, at_least=at_least, above_zero=("learning_rate",), shares=("clean_share",))
+    check_ranges(config, at_least=at_least, above_zero=("learning_rate",))
     if config.study and config.study not in one.studies:
         raise InputError(f"--study {config.study!r} is not one of {', '.join(one.studies)}")
 
 
-def chosen(config: Config, one: Experiment) -> tuple[list[str], list[str]]:
+def chosen(config: SuspectConfig, one: Experiment) -> tuple[list[str], list[str]]:
     """The attacks and defenses of the run, as texts, each once.
 
     Raises:
@@ -398,7 +408,7 @@ def told(tried: Sequence[Tried]) -> str:
     return text + (f", ASR {np.mean(asr):.3f}" if asr else "")
 
 
-def train_config(config: Config) -> TrainConfig:
+def train_config(config: SuspectConfig) -> TrainConfig:
     """How an undefended network of this run trains. Incomplete last batches are left out: their own shape would double
     compiling."""
     return TrainConfig(

@@ -86,12 +86,10 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "seeds": 5,
     }
     always = {"defenses": "vbd", "schedule": "cosine"}
-    base = start_from(preset, dataset, always, paper, defenses_of_own_rows="vbd")
-    own = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    is_named = dataset in (None, *LIKE, *_QUICK_SETS)
-    if base.preset == "quick" and is_named:
-        own |= _QUICK_SETS[LIKE.get(base.dataset, base.dataset)]
-    return Config(**own)
+    base = start_from(preset, dataset, always, paper, defenses_of_own_rows="vbd", kind=Config)
+    if base.preset == "quick" and dataset in (None, *LIKE, *_QUICK_SETS):
+        return dataclasses.replace(base, **_QUICK_SETS[LIKE.get(base.dataset, base.dataset)])
+    return base
 
 
 EXPERIMENT = Experiment("vbd", "Variance-based defense", "vbd", preset, STUDIES)

@@ -275,7 +275,6 @@ def test_competitors_get_clean_rows_and_a_network(tmp_path):
         (["--suspects-at-once=0"], "--suspects-at-once 0 is not at least 1"),
         (["--study=table9"], "--study 'table9' is not one of grid, table1"),
         (["--study=table1", "--attacks=none"], "--study table1 settles attacks and defenses itself"),
-        (["--clean-data=digits"], "--clean-data has no effect here"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message, tmp_path):
