@@ -68,10 +68,22 @@ class Trigger(NamedTuple):
     apply: Callable[..., Array]
 
 
+class GroupEnd(NamedTuple):
+    """Where a group of blocks ends, which is where features are distilled: before the ReLU that comes next."""
+
+    output: Array  # float32 [N, h, w, C']: what the group hands on
+    before_relu: (
+        Array  # float32 [N, h, w, C]: the same once it stands before a ReLU, after whatever normalisation lies between
+    )
+    mean: Array  # float32 [C]: of each channel of that, as the normalisation's shift has it
+    deviation: Array  # float32 [C], at least 0: likewise the standard deviation, by its scale
+
+
 class ModelOutput(NamedTuple):
     logits: Array  # float32 [N, K]
     features: Mapping[str, Array]  # name -> float32 [N, h, w, c]: the taps
     variables: PyTree  # the variables after the call; differ from those before it only if train
+    groups: Mapping[str, GroupEnd] = {}  # "group1", "group2", ...; empty for a network that has no such groups
 
 
 class ModelApply(Protocol):
@@ -90,7 +102,8 @@ class Model(NamedTuple):
 
     `init(key, image_shape) -> variables`, a dict with "params" and "batch_stats";
     `apply(variables, images, *, train, edits=None) -> ModelOutput`. `edits` maps the name of a tap to a function of its
-    features, put in place of them on the way to the next stage: Grad-CAM adds zeros to differentiate by, masks multiply.
+    features, put in place of them on the way to the next stage: Grad-CAM adds zeros to differentiate by, masks multiply. The
+    name of a group does the same to that group's output.
     """
 
     init: Callable[[Key, tuple[int, int, int]], PyTree]

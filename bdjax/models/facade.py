@@ -10,7 +10,7 @@ from bdjax.types import Model, ModelOutput, PyTree
 
 
 def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
-    """Wrap a module whose call is `(images, *, train, edits) -> (logits, features)`."""
+    """Wrap a module whose call is `(images, *, train, edits) -> (logits, Recorded)`."""
 
     def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
         # A network without normalisation has no statistics of its own.
@@ -18,10 +18,10 @@ def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
 
     def apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
         if not train:
-            logits, features = module.apply(variables, images, train=False, edits=edits)
-            return ModelOutput(logits, features, variables)
-        (logits, features), updated = module.apply(variables, images, train=True, edits=edits, mutable=["batch_stats"])
-        return ModelOutput(logits, features, {**variables, **updated})
+            logits, recorded = module.apply(variables, images, train=False, edits=edits)
+            return ModelOutput(logits, recorded.features, variables, recorded.groups)
+        (logits, recorded), updated = module.apply(variables, images, train=True, edits=edits, mutable=["batch_stats"])
+        return ModelOutput(logits, recorded.features, {**variables, **updated}, recorded.groups)
 
     return Model(init, apply, num_classes, description)
 

@@ -18,12 +18,14 @@ batch normalisation and float32 logits.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+
+from bdjax.types import GroupEnd
 
 Lowering = Literal["native", "patches", "shifted"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -413,32 +415,58 @@ class Classifier(nn.Module):
         return logits + bias[None, :]
 
 
+class Recorded(NamedTuple):
+    """What a network recorded on the way through."""
+
+    features: dict[str, jax.Array]
+    groups: dict[str, GroupEnd]
+
+
 class Taps:
     """The named activations that callers may read and replace on the way through a network.
 
     One is made per call of a network: `tap("stage1", x)` records x, float32 NHWC, and returns what goes on, which is
-    `edits["stage1"](x)` where the caller gave such an edit.
+    `edits["stage1"](x)` where the caller gave such an edit. The ends of groups, for distillation, are recorded in two
+    steps, since what normalises a group's output may be part of the next one: `tap.group("group1", x)` does the same for a
+    group's output, and `tap.before_relu("group1", y, norm)` adds what stands before the next ReLU.
     """
 
     def __init__(self, lowering: Lowering, edits: dict[str, Callable[[jax.Array], jax.Array]] | None):
         self._layout = layout_of(lowering)
         self._edits = dict(edits or {})
-        self.features: dict[str, Any] = {}
+        self._outputs: dict[str, jax.Array] = {}
+        self.features: dict[str, jax.Array] = {}
+        self.groups: dict[str, GroupEnd] = {}
 
     def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        self.features[name], x = self._edited(name, x)
+        return x
+
+    def group(self, name: str, x: jax.Array) -> jax.Array:
+        """Record a group's output, and return what goes on."""
+        self._outputs[name], x = self._edited(name, x)
+        return x
+
+    def before_relu(self, name: str, x: jax.Array, norm: "BatchNorm") -> None:
+        """Record what becomes of a group's output before the next ReLU; `norm` is the last normalisation before that."""
+        scale, bias = (norm.get_variable("params", each) for each in ("scale", "bias"))
+        values = self._layout.to_nhwc(x).astype(jnp.float32)
+        self.groups[name] = GroupEnd(self._outputs.pop(name), values, bias, jnp.abs(scale))
+
+    def _edited(self, name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = self._layout.to_nhwc(x).astype(jnp.float32)
         edit = self._edits.pop(name, None)
         if edit is not None:
             features = edit(features)
             x = self._layout.from_nhwc(features).astype(x.dtype)
-        self.features[name] = features
-        return x
+        return features, x
 
-    def finish(self) -> dict[str, jax.Array]:
-        """The recorded features; an edit of a tap that the network does not have is an error."""
+    def finish(self) -> Recorded:
+        """What was recorded; an edit of a tap or a group that the network does not have is an error."""
         if self._edits:
-            raise ValueError(f"no tap {', '.join(sorted(self._edits))}; this network has {', '.join(self.features)}")
-        return self.features
+            known = ", ".join([*self.features, *self.groups])
+            raise ValueError(f"no tap {', '.join(sorted(self._edits))}; this network has {known}")
+        return Recorded(self.features, self.groups)
 
 
 relu = jax.nn.relu  # its gradient at 0 is 0, as PyTorch's

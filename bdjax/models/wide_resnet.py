@@ -33,8 +33,14 @@ class PreActivationBlock(nn.Module):
     lowering: Lowering
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        ready = relu(BatchNorm(self.lowering)(x, train=train))
+    def __call__(
+        self, x: jax.Array, *, train: bool, on_first_norm: Callable[[jax.Array, BatchNorm], None] | None = None
+    ) -> jax.Array:
+        norm = BatchNorm(self.lowering)
+        ready = norm(x, train=train)
+        if on_first_norm:
+            on_first_norm(ready, norm)
+        ready = relu(ready)
         y = Conv(self.width, 3, self.stride, self.lowering)(ready)
         y = relu(BatchNorm(self.lowering)(y, train=train))
         y = Conv(self.width, 3, 1, self.lowering)(y)
@@ -45,7 +51,10 @@ class PreActivationBlock(nn.Module):
 
 class WideResNet(nn.Module):
     """Taps: stage1 [N, H, W, 16k] and stage2 [N, H/2, W/2, 32k] are what the first two groups hand on, sums that are neither
-    normalised nor rectified; stage3 [N, H/4, W/4, 64k] is what the third gives after the last normalisation and ReLU."""
+    normalised nor rectified; stage3 [N, H/4, W/4, 64k] is what the third gives after the last normalisation and ReLU.
+
+    Groups: group1 to group3, each with its sum as the output, and that sum after the next group's first normalisation, or
+    the last one, before the ReLU."""
 
     stem: int
     widths: tuple[int, int, int]
@@ -63,9 +72,16 @@ class WideResNet(nn.Module):
             for index in range(self.blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = PreActivationBlock(width, stride, self.lowering, name=name)(x, train=train)
+                starts_group = stage > 0 and index == 0
+                on_first_norm = partial(taps.before_relu, f"group{stage}") if starts_group else None
+                block = PreActivationBlock(width, stride, self.lowering, name=name)
+                x = block(x, train=train, on_first_norm=on_first_norm)
+            x = taps.group(f"group{stage + 1}", x)
             if stage == len(self.widths) - 1:
-                x = relu(BatchNorm(self.lowering, name="last_norm")(x, train=train))
+                norm = BatchNorm(self.lowering, name="last_norm")
+                x = norm(x, train=train)
+                taps.before_relu(f"group{stage + 1}", x, norm)
+                x = relu(x)
             x = taps(f"stage{stage + 1}", x)
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
 
