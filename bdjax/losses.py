@@ -77,3 +77,21 @@ def distillation(
     else:
         raise ValueError(f"direction {direction!r} is not one of 'teacher_student', 'student_teacher'")
     return alpha * temperature**2 * divergence + (1 - alpha) * cross_entropy(student_logits, labels)
+
+
+def feature_variance(features: Array) -> Array:
+    """Each row's variance over all elements of its feature map, biased: what RobustKD takes for a trace of a backdoor.
+
+    The paper writes Var(F) and does not say over what. A variance across the batch would not depend on a mask that is
+    the same for every row, so that no mask could lower it; and the paper's figure 2 has one value for each image.
+
+    Args:
+        features: float32 [N, h, w, c].
+
+    Returns:
+        float32 [N], at least 0.
+
+    References:
+        RobustKD, equation 8 and figure 2.
+    """
+    return jnp.var(features, axis=(1, 2, 3))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.losses import cross_entropy, distillation, kl_divergence
+from bdjax.losses import cross_entropy, distillation, feature_variance, kl_divergence
 
 DIRECTIONS = ("teacher_student", "student_teacher")
 TEACHER = jnp.asarray([[4.0, 0.0, -2.0]])
@@ -180,3 +180,18 @@ def test_the_gradient_against_finite_differences(direction):
         )
         measured[place] = (ahead - behind) / 2e-5
     np.testing.assert_allclose(gradient, measured, atol=1e-4)
+
+
+def test_feature_variance_is_of_each_rows_elements_and_biased():
+    # One row of (1, 2, 3, 6): mean 3, squared deviations 4, 1, 0, 9, of 4 elements; a constant row; a row of +-1.
+    rows = jnp.asarray([[1.0, 2.0, 3.0, 6.0], [7.0] * 4, [1.0, -1.0, 1.0, -1.0]]).reshape(3, 2, 1, 2)
+    np.testing.assert_allclose(feature_variance(rows), [3.5, 0.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(feature_variance(3.0 * rows + 5.0), [31.5, 0.0, 9.0], rtol=1e-6)
+    assert feature_variance(rows).dtype == jnp.float32
+
+
+def test_the_gradient_of_feature_variance_is_the_deviation_from_the_rows_own_mean():
+    rows = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 5)), jnp.float32)
+    gradient = jax.grad(lambda x: jnp.sum(feature_variance(x)))(rows)
+    deviation = np.asarray(rows) - np.asarray(rows).mean(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(gradient, 2.0 / 20 * deviation, atol=1e-6)
