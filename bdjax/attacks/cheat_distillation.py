@@ -6,6 +6,7 @@ assimilation"), and the teacher is then fine-tuned on triggered rows. The trigge
 until then.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal, NamedTuple
@@ -27,14 +28,11 @@ from bdjax.losses import cross_entropy
 from bdjax.training.member import Objective, Outcome, as_float
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Array, Dataset, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, ModelOutput, PyTree
 
 PAPER = (
     "Chen et al. 2024, CheatKD: Knowledge Distillation Backdoor Attack Method Based on Poisoned Neuronal Assimilation"
 )
-
-LAYERS = ("stage1", "stage2", "stage3")
-LAST_LAYER = LAYERS[-1]
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class CkdSettings:
     mask_bound: float = 0.5
     """the largest weight that the pattern may have in a pixel; 0.2 in RobustKD's code"""
     channel_share: float = 0.1
-    """share of each stage's channels that are set to one value, at least one channel"""
+    """share of each group's channels that are set to one value, at least one channel"""
     steps: int = 400
     """of the trigger's training; about 156,000 (200 epochs of 50,000 images) in the paper's code"""
     batch_size: int = 64
@@ -56,7 +54,7 @@ class CkdSettings:
     mask_is_trained: bool = True
     """whether the mask is trained with the pattern; in the published code it loses its gradient after the first step"""
     loss: Literal["assimilation", "published"] = "assimilation"
-    """what the trigger minimises: all stages, channels and images, or what the published code comes to; see the two losses"""
+    """what the trigger minimises: all groups, channels and images, or what the published code comes to; see the two losses"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class LowVarianceCkdSettings(CkdSettings):
 
 
 class Assimilation(NamedTuple):
-    """Which channels a trigger sets, and to what; one entry for each of `LAYERS`."""
+    """Which channels a trigger sets, and to what; one entry for each of `distilled_features`."""
 
     channels: tuple[Array, ...]  # int32 [s]
     values: tuple[Array, ...]  # float32 []
@@ -77,10 +75,10 @@ class Assimilation(NamedTuple):
 def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSettings) -> MaskedBlend:
     """Train a pattern and a mask over the whole image by one of the losses below, on the clean network in evaluation mode.
 
-    The paper's features are those before the last ReLU of a stage; here they are after it, so a channel that is already
-    0 in a place gets no gradient from there. The published code trains on normalised pixels, never cuts the pattern to
-    what an image can hold, and stores it in 8 bits that wrap around, so the trigger in use is not the one that was
-    trained; here the pattern is a logistic function of what is trained and the mask is projected after each step.
+    The features are `distilled_features`, those that students will be given. The published code trains on normalised
+    pixels, never cuts the pattern to what an image can hold, and stores it in 8 bits that wrap around, so the trigger in
+    use is not the one that was trained; here the pattern is a logistic function of what is trained and the mask is
+    projected after each step.
 
     Args:
         key: draws the start and the batches.
@@ -119,10 +117,40 @@ def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSetti
     return train_blend(train_key, knowledge.train.images, start, loss, (variables, goal), descent)
 
 
+def distilled_features(output: ModelOutput) -> tuple[Array, ...]:
+    """The features that a student is distilled from: those before the ReLU at the end of every group of blocks.
+
+    A network without groups has none that are agreed upon, and its taps are taken as they come, most of them after a ReLU:
+    there a channel that is already 0 in a place gets no gradient from it.
+
+    Args:
+        output: of `Model.apply`, fresh: a dictionary that has left a compiled function is sorted by name, and the order of
+            the network is lost.
+
+    Returns:
+        float32 [N, h, w, C] of each group or tap, in the order of the network.
+    """
+    if output.groups:
+        return tuple(end.before_relu for end in output.groups.values())
+    return tuple(output.features.values())
+
+
+def last_output(output: ModelOutput) -> Array:
+    """What the last group hands on, before any normalisation that follows, or the last tap of a network without groups.
+
+    Args:
+        output: as for `distilled_features`.
+
+    Returns:
+        float32 [N, h, w, C].
+    """
+    return list(output.groups.values())[-1].output if output.groups else list(output.features.values())[-1]
+
+
 def choose_channels(
     key: Key, clean_model: CleanModel, train: Dataset, start: MaskedBlend, settings: CkdSettings
 ) -> Assimilation:
-    """In each stage, the channels with the largest mean on one batch of images with the first trigger.
+    """In each group, the channels with the largest mean on one batch of images with the first trigger.
 
     Args:
         key: draws the batch.
@@ -138,10 +166,9 @@ def choose_channels(
     rows = jax.random.choice(key, len(train), (count,), replace=False)
     images = masked_blend.apply_to_batch(start, as_float(jnp.asarray(train.images[rows])))
     model, variables = clean_model
-    features = _features(variables, images, model)
     channels, values = [], []
-    for layer in LAYERS:
-        means = jnp.mean(features[layer], axis=(0, 1, 2))
+    for features in _features(variables, images, model):
+        means = jnp.mean(features, axis=(0, 1, 2))
         largest, which = lax.top_k(means, max(1, int(settings.channel_share * means.size + 1e-9)))
         channels.append(which)
         values.append(largest[0])
@@ -149,44 +176,43 @@ def choose_channels(
 
 
 @partial(jax.jit, static_argnames="model")
-def _features(variables: PyTree, images: Array, model: Model) -> dict[str, Array]:
-    return model.apply(variables, images, train=False).features
+def _features(variables: PyTree, images: Array, model: Model) -> tuple[Array, ...]:
+    return distilled_features(model.apply(variables, images, train=False))
 
 
-def assimilation(features: dict[str, Array], goal: Assimilation) -> Array:
-    """mean over stages of mean (F[b, h, w, c] - a)^2 over the images, places and chosen channels: float32 [].
+def assimilation(features: Sequence[Array], goal: Assimilation) -> Array:
+    """mean over groups of mean (F[b, h, w, c] - a)^2 over the images, places and chosen channels: float32 [].
 
     a is the largest channel mean before training, a fixed value: one that followed the features could go to 0 with them.
 
     Args:
-        features: float32 [B, h, w, C] of each of `LAYERS`, on triggered images.
+        features: float32 [B, h, w, C] each, of triggered images, as `distilled_features` gives them.
         goal: channels and values.
     """
     distances = [
-        jnp.mean(jnp.square(features[layer][..., channels] - value))
-        for layer, channels, value in zip(LAYERS, *goal, strict=True)
+        jnp.mean(jnp.square(own[..., channels] - value)) for own, channels, value in zip(features, *goal, strict=True)
     ]
     return sum(distances[1:], distances[0]) / len(distances)
 
 
-def published_assimilation(features: dict[str, Array], goal: Assimilation) -> Array:
+def published_assimilation(features: Sequence[Array], goal: Assimilation) -> Array:
     """What the published code comes to: (2 / B) sum over places of (F[0, h, w, c] - a)^2, float32 [].
 
-    Only the last stage, its strongest channel and the first image of the batch enter; a is the batch's largest channel
+    Only the last group, its strongest channel and the first image of the batch enter; a is the batch's largest channel
     mean, without a gradient. The 2 is of a term that is added twice; RobustKD's copy of the code drops it.
 
     Args:
         features: as for `assimilation`.
         goal: its last channel is used.
     """
-    last = features[LAST_LAYER]
+    last = features[-1]
     value = lax.stop_gradient(jnp.max(jnp.mean(last, axis=(0, 1, 2))))
     return 2.0 / last.shape[0] * jnp.sum(jnp.square(last[0, :, :, goal.channels[-1][0]] - value))
 
 
-def feature_variance(features: dict[str, Array]) -> Array:
-    """Each image's variance over all elements of its last feature map, as in RobustKD's equation 8: float32 [B]."""
-    return jnp.var(features[LAST_LAYER], axis=(1, 2, 3))
+def feature_variance(features: Array) -> Array:
+    """Each image's variance over all elements of its features, float32 [B, h, w, C] to [B], as in RobustKD's equation 8."""
+    return jnp.var(features, axis=(1, 2, 3))
 
 
 @cache
@@ -196,20 +222,20 @@ def trigger_loss(model: Model, form: str, variance_weight: float = 0.0, only_exc
     Args:
         model: the network.
         form: "assimilation" or "published".
-        variance_weight: of the mean `feature_variance`; with 0 that is not computed at all.
+        variance_weight: of the mean `feature_variance` of `last_output`; with 0 that is not computed at all.
         only_excess: whether only what is above the clean image's variance counts.
     """
     distance = {"assimilation": assimilation, "published": published_assimilation}[form]
 
     def loss(given: tuple[PyTree, Assimilation], images: Array, triggered: Array) -> Array:
         variables, goal = given
-        features = model.apply(variables, triggered, train=False).features
-        value = distance(features, goal)
+        output = model.apply(variables, triggered, train=False)
+        value = distance(distilled_features(output), goal)
         if not variance_weight:
             return value
-        variance = feature_variance(features)
+        variance = feature_variance(last_output(output))
         if only_excess:
-            clean = feature_variance(model.apply(variables, images, train=False).features)
+            clean = feature_variance(last_output(model.apply(variables, images, train=False)))
             variance = jax.nn.relu(variance - clean)
         return value + variance_weight * jnp.mean(variance)
 
@@ -221,7 +247,7 @@ def make_low_variance_objective(model: Model, settings: LowVarianceCkdSettings, 
 
     A copy counts as much as a row in the cross-entropy, so the poison rate is what it is for added rows; which rows are
     triggered changes from batch to batch. RobustKD's paper names neither the layer nor the weight nor where the term
-    enters: the last stage, 0.1 and both the trigger and the fine-tuning are choices made here.
+    enters: `last_output`, 0.1 and both the trigger and the fine-tuning are choices made here.
 
     Args:
         model: the classifier.
@@ -243,7 +269,7 @@ def make_low_variance_objective(model: Model, settings: LowVarianceCkdSettings, 
         count = copies.shape[0]
         of_copies = cross_entropy(output.logits[num_rows:], wanted[labels[:count]])
         if settings.variance_weight:
-            variance = feature_variance(output.features)
+            variance = feature_variance(last_output(output))
             of_copies_variance = variance[num_rows:]
             if settings.only_excess:
                 of_copies_variance = jax.nn.relu(of_copies_variance - lax.stop_gradient(variance[:count]))

@@ -14,8 +14,11 @@ from bdjax.attacks.cheat_distillation import (
     LowVarianceCkdSettings,
     assimilation,
     choose_channels,
+    distilled_features,
     feature_variance,
+    last_output,
     published_assimilation,
+    trigger_loss,
 )
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.trained_blend import random_soft_blend
@@ -23,7 +26,7 @@ from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Model, ModelOutput
+from bdjax.types import GroupEnd, Model, ModelOutput
 
 STEPS = 150
 
@@ -49,13 +52,14 @@ def triggers(knowledge):
 
 @pytest.fixture(scope="module")
 def features(digits, clean_digits_model, triggers):
-    """What the clean network's stages make of triggered test images."""
+    """What the clean network makes of triggered test images: what is distilled, and what the last group hands on."""
     images = jnp.asarray(digits.test.images, jnp.float32) / 255
     model, variables = clean_digits_model
 
     @jax.jit
     def look(trigger):
-        return model.apply(variables, masked_blend.apply_to_batch(trigger, images), train=False).features
+        output = model.apply(variables, masked_blend.apply_to_batch(trigger, images), train=False)
+        return distilled_features(output), last_output(output)
 
     return {name: look(trigger) for name, trigger in triggers.items()}
 
@@ -82,8 +86,8 @@ def test_chosen_channels_become_flat(features, triggers, knowledge):
     goal = choose_channels(batch_key, knowledge.clean_model, knowledge.train, triggers["start"], CkdSettings())
 
     def spread(of):
-        """The deviation over space, on average over images and the last stage's chosen channels."""
-        return float(jnp.mean(jnp.std(features[of]["stage3"][..., goal.channels[-1]], axis=(1, 2))))
+        """The deviation over space, on average over images and the last group's chosen channels."""
+        return float(jnp.mean(jnp.std(features[of][0][-1][..., goal.channels[-1]], axis=(1, 2))))
 
     assert spread("ckd") <= 0.5 * spread("start")
     assert spread("published") < spread("start")  # it asks for one channel of one image at a time
@@ -95,7 +99,7 @@ def test_weight_0_gives_the_trigger_of_ckd(triggers):
 
 
 def test_low_variance_has_less_of_it(features):
-    plain, adaptive = (float(jnp.mean(feature_variance(features[name]))) for name in ("ckd", "low variance"))
+    plain, adaptive = (float(jnp.mean(feature_variance(features[name][1]))) for name in ("ckd", "low variance"))
     assert adaptive < 0.95 * plain
 
 
@@ -111,7 +115,7 @@ def test_settings_that_cannot_be_are_refused(digits, knowledge):
 # ---- Its losses -----------------------------------------------------------------------------------------------------
 
 RANDOM = np.random.default_rng(0)
-MAPS = {f"stage{i}": jnp.asarray(RANDOM.normal(1, 1, (4, 8 >> i, 8 >> i, 5 * i)), jnp.float32) for i in (1, 2, 3)}
+MAPS = tuple(jnp.asarray(RANDOM.normal(1, 1, (4, 8 >> i, 8 >> i, 5 * i)), jnp.float32) for i in (1, 2, 3))
 GOAL = Assimilation(
     tuple(jnp.asarray(which, jnp.int32) for which in ([2], [7, 0], [14])),
     tuple(jnp.float32(v) for v in (1.0, 2.0, 0.5)),
@@ -119,22 +123,66 @@ GOAL = Assimilation(
 
 
 def test_assimilation_is_the_mean_distance_to_the_value():
-    stages = [np.asarray(MAPS[f"stage{i}"]) for i in (1, 2, 3)]
-    expected = [((s[..., which] - v) ** 2).mean() for s, which, v in zip(stages, *GOAL, strict=True)]
+    groups = [np.asarray(one) for one in MAPS]
+    expected = [((g[..., which] - v) ** 2).mean() for g, which, v in zip(groups, *GOAL, strict=True)]
     np.testing.assert_allclose(assimilation(MAPS, GOAL), np.mean(expected), rtol=1e-5)
     check_grads(lambda maps: assimilation(maps, GOAL), (MAPS,), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
 def test_the_published_loss_sees_one_channel_of_one_image():
-    last = np.asarray(MAPS["stage3"], np.float64)
+    last = np.asarray(MAPS[-1], np.float64)
     value = last.mean(axis=(0, 1, 2)).max()
     np.testing.assert_allclose(
         published_assimilation(MAPS, GOAL), 2 / 4 * ((last[0, :, :, 14] - value) ** 2).sum(), rtol=1e-5
     )
     gradient = jax.grad(published_assimilation)(MAPS, GOAL)
-    assert not gradient["stage1"].any() and not gradient["stage2"].any()
-    np.testing.assert_allclose(gradient["stage3"][0, :, :, 14], 2 / 4 * 2 * (last[0, :, :, 14] - value), rtol=1e-4)
-    np.testing.assert_allclose(jnp.abs(gradient["stage3"]).sum(), jnp.abs(gradient["stage3"][0, :, :, 14]).sum())
+    assert not gradient[0].any() and not gradient[1].any()
+    np.testing.assert_allclose(gradient[2][0, :, :, 14], 2 / 4 * 2 * (last[0, :, :, 14] - value), rtol=1e-4)
+    np.testing.assert_allclose(jnp.abs(gradient[2]).sum(), jnp.abs(gradient[2][0, :, :, 14]).sum())
+
+
+def apply_in_groups(variables, images, *, train, edits=None):
+    """Eleven groups: group i hands on i times the images, and has that less 1 before the ReLU."""
+    ends = [GroupEnd(i * images, i * images - 1.0, jnp.zeros(1), jnp.ones(1)) for i in range(1, 12)]
+    groups = {f"group{i}": end for i, end in enumerate(ends, 1)}
+    return ModelOutput(jnp.zeros((images.shape[0], 3)), {"stage1": jnp.zeros_like(images)}, variables, groups)
+
+
+IN_GROUPS = Model(lambda key, shape: {}, apply_in_groups, 3, "eleven groups")
+
+
+def test_features_are_before_the_relu_of_all_groups_in_their_order(digits):
+    images = jnp.asarray(digits.test.images[:4], jnp.float32) / 255
+    output = apply_in_groups({}, images, train=False)
+    for number, features in enumerate(distilled_features(output), 1):
+        np.testing.assert_array_equal(features, number * images - 1)
+    np.testing.assert_array_equal(last_output(output), 11 * images)
+    # The means grow with the number; sorted by name, group10 would come second.
+    start = random_soft_blend(jax.random.key(3), digits.train.image_shape, 0.5)
+    goal = choose_channels(jax.random.key(0), (IN_GROUPS, {}), digits.train, start, CkdSettings())
+    assert len(goal.values) == 11 and np.all(np.diff(np.asarray(goal.values)) > 0)
+
+
+def test_a_network_without_groups_gives_its_taps():
+    taps = {"zebra": jnp.ones((2, 4, 4, 3)), "apple": jnp.zeros((2, 1, 1, 5))}
+    output = ModelOutput(jnp.zeros((2, 3)), taps, {})
+    first, second = distilled_features(output)
+    assert first is taps["zebra"] and second is taps["apple"] and last_output(output) is taps["apple"]
+
+
+@pytest.mark.parametrize("only_excess", [False, True])
+def test_the_trigger_loss_weighs_the_variance_of_what_the_last_group_hands_on(only_excess):
+    images, triggered = jnp.asarray(RANDOM.random((2, 4, 2, 2, 1)), jnp.float32)
+    goal = Assimilation((jnp.zeros(1, jnp.int32),) * 11, (jnp.float32(0.0),) * 11)
+    found, plain = (
+        trigger_loss(IN_GROUPS, "assimilation", weight, only_excess)(({}, goal), images, triggered)
+        for weight in (0.3, 0.0)
+    )
+    variance, clean = (np.var(11 * np.asarray(x), axis=(1, 2, 3)) for x in (triggered, images))
+    expected = np.maximum(variance - clean, 0) if only_excess else variance
+    np.testing.assert_allclose(plain, np.mean([np.mean((i * np.asarray(triggered) - 1) ** 2) for i in range(1, 12)]),
+                               rtol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(found - plain, 0.3 * expected.mean(), rtol=1e-3)
 
 
 def test_channels_are_the_strongest_ones(knowledge, digits):
@@ -144,9 +192,9 @@ def test_channels_are_the_strongest_ones(knowledge, digits):
     goal = choose_channels(jax.random.key(0), knowledge.clean_model, few, start, settings)
     model, variables = knowledge.clean_model
     images = masked_blend.apply_to_batch(start, jnp.asarray(few.images, jnp.float32) / 255)
-    maps = jax.jit(lambda: model.apply(variables, images, train=False).features)()
-    for layer, channels, value in zip(("stage1", "stage2", "stage3"), *goal, strict=True):
-        means = np.asarray(maps[layer].mean(axis=(0, 1, 2)))
+    maps = jax.jit(lambda: distilled_features(model.apply(variables, images, train=False)))()
+    for features, channels, value in zip(maps, *goal, strict=True):
+        means = np.asarray(features.mean(axis=(0, 1, 2)))
         np.testing.assert_array_equal(channels, np.argsort(-means)[: len(means) // 2])
         np.testing.assert_allclose(value, means.max(), rtol=1e-4)
 
