@@ -24,7 +24,7 @@ from bdjax.attacks.triggered_copies import (
     weigh_as_mean,
 )
 from bdjax.errors import InputError
-from bdjax.losses import cross_entropy
+from bdjax.losses import cross_entropy, feature_variance
 from bdjax.training.member import Objective, Outcome, as_float
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
@@ -208,11 +208,6 @@ def published_assimilation(features: Sequence[Array], goal: Assimilation) -> Arr
     last = features[-1]
     value = lax.stop_gradient(jnp.max(jnp.mean(last, axis=(0, 1, 2))))
     return 2.0 / last.shape[0] * jnp.sum(jnp.square(last[0, :, :, goal.channels[-1][0]] - value))
-
-
-def feature_variance(features: Array) -> Array:
-    """Each image's variance over all elements of its features, float32 [B, h, w, C] to [B], as in RobustKD's equation 8."""
-    return jnp.var(features, axis=(1, 2, 3))
 
 
 @cache

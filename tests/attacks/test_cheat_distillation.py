@@ -15,7 +15,6 @@ from bdjax.attacks.cheat_distillation import (
     assimilation,
     choose_channels,
     distilled_features,
-    feature_variance,
     last_output,
     published_assimilation,
     trigger_loss,
@@ -23,7 +22,7 @@ from bdjax.attacks.cheat_distillation import (
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.trained_blend import random_soft_blend
 from bdjax.errors import InputError
-from bdjax.losses import cross_entropy
+from bdjax.losses import cross_entropy, feature_variance
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import GroupEnd, Model, ModelOutput
