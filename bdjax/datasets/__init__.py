@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.digits import load_digits
+from bdjax.datasets.flowers17 import load_flowers17
 from bdjax.datasets.gtsrb import load_gtsrb
 from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
 from bdjax.datasets.locate import search_folders
@@ -34,6 +35,7 @@ DATASETS: Mapping[str, Loader] = {
     "cifar100": load_cifar100,
     "gtsrb": load_gtsrb,
     "tiny_imagenet": load_tiny_imagenet,
+    "flowers17": load_flowers17,
 }
 
 

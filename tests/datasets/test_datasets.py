@@ -88,7 +88,8 @@ def test_prepared_sets_of_tfds_are_reached(folder):
 def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
     refused(
         f"{name!r}: there is no such dataset, folder or file{suggestion}; there are digits, mnist, fashion_mnist, "
-        "cifar10, cifar100, gtsrb, tiny_imagenet, tfds:NAME, a folder of images by its path, and an .npz file by its path",
+        "cifar10, cifar100, gtsrb, tiny_imagenet, flowers17, tfds:NAME, a folder of images by its path, and an .npz file by "
+        "its path",
         name,
     )
 
