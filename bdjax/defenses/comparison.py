@@ -8,7 +8,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from bdjax.attacks.poisoning import Part, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import Plan, key_of, make_plan, prepare
 from bdjax.datasets import splits
+from bdjax.defenses import chain
 from bdjax.defenses.contract import Defense, Given, labelled, settings_for
 from bdjax.defenses.registry import find_defense
 from bdjax.errors import InputError
@@ -29,7 +30,9 @@ from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PoisonedDataset, PyTree
 
 NO_ATTACK = "none"
-"""The training set as it is: a clean one for false alarms, or one that somebody handed over."""
+"""The training set as it is: a clean one for false alarms, or one that somebody handed over. Of models, a clean one."""
+CLEAN_TEACHER = "clean teacher"
+"""What that is called, of models."""
 
 
 class AttackVariant(NamedTuple):
@@ -42,15 +45,20 @@ class AttackVariant(NamedTuple):
     label_noise: float = (
         0.0  # share of the rows that have a random wrong label before anything else, by nobody's intention
     )
+    label: str = ""  # what a table calls it, if its own name says too little
 
     @property
     def title(self) -> str:
+        if self.label:
+            return self.label
         _, changes = read_variant(self.name)
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
         return (self.plan.title if self.plan else "no attack") + (f" ({told})" if told else "")
 
 
-def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
+def read_attack(
+    text: str, train: Dataset, target: int, *, hands_over: Literal["training set", "model"] = "training set"
+) -> AttackVariant:
     """Settle an attack as the command line writes it.
 
     Args:
@@ -59,18 +67,24 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
             hybrid go to each of its parts.
         train: the training set.
         target: the attacker's class where the text names none.
+        hands_over: what the defender gets of the attacker. Where that is a model, attacks that train it, or start from a
+            clean one, are welcome; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
 
     Raises:
-        InputError: no such attack or setting, or an attack that hands over no training set.
+        InputError: no such attack or setting, or an attack that hands over no training set where one is needed.
     """
     name, changes = read_variant(text)
+    for setting in ("label_noise", "suppression"):
+        if hands_over == "model" and setting in changes:
+            raise InputError(f"{text!r}: {setting} is of training sets that are handed over; here models are")
     noise = changes.pop("label_noise", 0.0)
     if type(noise) not in (int, float) or not 0 <= noise <= 1:
         raise InputError(f"{text!r}: label_noise {noise!r} is not a share from 0 to 1")
     if name == NO_ATTACK:
         if changes:
-            raise InputError(f"{text!r}: {NO_ATTACK} has no settings but label_noise")
-        return AttackVariant(text, None, target, 0.0, float(noise))
+            settings = "" if hands_over == "model" else " but label_noise"
+            raise InputError(f"{text!r}: {NO_ATTACK} has no settings{settings}")
+        return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if hands_over == "model" else "")
     own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(own_target) is not int or not 0 <= own_target < train.num_classes:
@@ -79,6 +93,9 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
         raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
     each = dict.fromkeys(name.split("+"), changes) if changes else {}
     plan = make_plan(name, train, own_target, label_rule=rule, changes=each)
+    if hands_over == "model":
+        # Variants of one attack are attacks of their own, which are trained apart.
+        return AttackVariant(text, plan._replace(name=text), own_target, 0.0)
     if plan.control:
         raise InputError(f"attack {name} poisons inside a training of its own: there is no training set to defend")
     if any(part.attack.starts_from_clean_model for part in plan.parts):
@@ -89,29 +106,46 @@ def read_attack(text: str, train: Dataset, target: int) -> AttackVariant:
 class DefenseVariant(NamedTuple):
     """One defense with its settings, as the command line names it."""
 
-    name: str  # "lfd", "lfd:alpha=0.5"
+    name: str  # "lfd", "lfd:alpha=0.5", "fine_tuning:epochs=5+fkd"
     defense: Defense
     settings: Any
 
     @property
     def title(self) -> str:
+        if chain.LINK in self.name:  # its title has the settings of each part
+            return self.defense.title
         _, changes = read_variant(self.name)
         told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
         return self.defense.title + (f" ({told})" if told else "")
 
 
-def read_defense(text: str, preset: str, dataset: str) -> DefenseVariant:
+def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any] = {}) -> DefenseVariant:
     """Settle a defense as the command line writes it.
 
+    Args:
+        text: a name and then settings: "lfd:alpha=0.5"; or several such with + between them, each of which gets what the one
+            before made of the suspects: "fine_tuning:epochs=5+fkd".
+        preset: of the run.
+        dataset: likewise.
+        common: settings of the run for each defense that has them, and does not say otherwise in its text.
+
     Raises:
-        InputError: no such defense or setting, or a value that the setting cannot have.
+        InputError: no such defense or setting, a value that the setting cannot have, or parts that cannot follow each other.
     """
-    name, changes = read_variant(text)
-    defense = find_defense(name)
-    settings = settings_for(defense, preset, dataset, changes)
-    if defense.check:
-        defense.check(settings)
-    return DefenseVariant(text, defense, settings)
+    parts = []
+    for one in text.split(chain.LINK):
+        name, changes = read_variant(one)
+        defense = find_defense(name)
+        fields = {field.name for field in dataclasses.fields(defense.settings)}
+        own = {setting: value for setting, value in common.items() if setting in fields}
+        settings = settings_for(defense, preset, dataset, {**own, **changes})
+        if defense.check:
+            defense.check(settings)
+        parts.append(DefenseVariant(one, defense, settings))
+    if len(parts) == 1:
+        return parts[0]
+    linked = chain.make_chain([chain.Part(one.defense, one.settings, one.title) for one in parts])
+    return DefenseVariant(text, linked, linked.settings)
 
 
 class Suspect(NamedTuple):
@@ -224,7 +258,8 @@ def make_given(
         suppression=suppression,
         partner=partner,
         num_poisons=None if any(one is None for one in truth) else np.array([int(one.sum()) for one in truth]),
-        own_triggers=tuple(_first_trigger(one) for one in suspects),
+        own_triggers=tuple(first_trigger(one) for one in suspects),
+        own_rules=tuple(one.parts[0].rule if one.parts else None for one in suspects),
     )
     if not train_plainly:
         return given
@@ -236,7 +271,9 @@ def _is_poisoned(suspect: Suspect) -> np.ndarray:
     return np.zeros(len(suspect.dataset), bool) if suspect.is_poisoned is None else suspect.is_poisoned
 
 
-def _first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+def first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """A suspect's trigger for `Given.own_triggers`: (uint8 [n, H, W, C], labels int32 [n]) -> the same with it; None if
+    there is none."""
     if not suspect.parts:
         return None
 

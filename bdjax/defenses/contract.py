@@ -51,7 +51,8 @@ class Given:
     num_poisons: np.ndarray | None = None  # int [M], for oracles
     own_triggers: tuple[
         Callable[[np.ndarray], np.ndarray], ...
-    ] = ()  # of each member: uint8 images -> triggered; likewise
+    ] = ()  # of each member: (uint8 images, labels) -> triggered; likewise
+    own_rules: tuple[Any, ...] = ()  # of each member: the `LabelRule` of that trigger; likewise
 
     def keys_for(self, stage: str) -> Key:
         """Keys of a stage's own, typed [M]: what else is run does not change them."""

@@ -10,11 +10,13 @@ from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.fine_pruning import FINE_PRUNING
 from bdjax.defenses.fine_tuning import FINE_TUNING
+from bdjax.defenses.fkd import FKD
 from bdjax.defenses.ft_sam import FT_SAM
 from bdjax.defenses.i_bau import I_BAU
 from bdjax.defenses.lfd import LFD
 from bdjax.defenses.nad import NAD
 from bdjax.defenses.neural_cleanse import NEURAL_CLEANSE
+from bdjax.defenses.robust_kd import ROBUST_KD
 from bdjax.defenses.scan import SCAN
 from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
 from bdjax.defenses.strip import STRIP
@@ -44,6 +46,8 @@ DEFENSES: dict[str, Defense] = {
         ANP,
         I_BAU,
         NEURAL_CLEANSE,
+        FKD,
+        ROBUST_KD,
     )
 }  # fmt: skip
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from flax import linen as nn
 
 from bdjax.errors import InputError
-from bdjax.models import lenet, mobilenet_v2, preact_resnet, resnet, simple_cnn, vgg, wide_resnet
-from bdjax.models.facade import as_model, count_parameters, embedding, last_tap
+from bdjax.models import lenet, mobilenet_v2, preact_resnet, pyramid_net, resnet, simple_cnn, vgg, wide_resnet
+from bdjax.models.facade import as_model, count_parameters, embedding, group_shapes, last_tap
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
 
@@ -17,6 +17,7 @@ __all__ = [
     "count_parameters",
     "default_lowering",
     "embedding",
+    "group_shapes",
     "last_tap",
     "make_model",
 ]
@@ -27,6 +28,7 @@ MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = 
     **mobilenet_v2.NETWORKS,
     **lenet.NETWORKS,
     **wide_resnet.NETWORKS,
+    **pyramid_net.NETWORKS,
     **simple_cnn.NETWORKS,
     **preact_resnet.NETWORKS,
 }
@@ -50,9 +52,9 @@ def make_model(
         name: a key of `MODELS`.
         num_classes: K.
         width: 64 is the papers' size, whatever the network. A ResNet has so many channels in its first stage; any other
-            network has width / 64 times its usual channels, rounded and at least 1. What a network was made small by stays
-            as it is: of `resnet_s1` and `resnet_s` only the stem is scaled, of `vgg_s` only the one wide layer, and of
-            `mobilenet_v2_s`, `lenet` and the networks of VBD nothing.
+            network, and `resnet56`, whose usual ones are 16, has width / 64 times its usual channels, rounded and at least 1.
+            What a network was made small by stays as it is: of `resnet_s1` and `resnet_s` only the stem is scaled, of `vgg_s`
+            only the one wide layer, and of `mobilenet_v2_s`, `lenet` and the networks of VBD nothing.
         lowering: how convolutions are computed; None chooses by backend (`default_lowering`).
         compute_dtype: of activations and products; parameters, statistics and logits are float32 in any case.
 

@@ -60,3 +60,23 @@ def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int])
 
     jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return names[-1]
+
+
+def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The groups of a network in its order, each with the shapes (h, w, C) of its output and of what stands before the ReLU.
+
+    Nothing is computed; a network without groups has none.
+
+    Args:
+        model: a network.
+        image_shape: (H, W, C).
+    """
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+    def call(key: jax.Array) -> None:
+        images = jnp.zeros((1, *image_shape), jnp.float32)
+        for name, end in model.apply(model.init(key, image_shape), images, train=False).groups.items():
+            shapes[name] = end.output.shape[1:], end.before_relu.shape[1:]
+
+    jax.eval_shape(call, jax.random.key(0))
+    return shapes

@@ -199,13 +199,31 @@ def over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size:
     Returns:
         Leaves [n, ...], in the order of the rows.
     """
+    num_rows, position = _batches(rows, batch_size)
+    outputs = lax.map(lambda where: function(jax.tree.map(lambda leaf: leaf[where], rows)), position)
+    return jax.tree.map(lambda leaf: leaf.reshape(position.size, *leaf.shape[2:])[:num_rows], outputs)
+
+
+def mean_over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size: int) -> PyTree:
+    """The mean over rows of what `over_batches` gives, a batch's outputs at a time: leaves [...]."""
+    num_rows, position = _batches(rows, batch_size)
+    counts = jnp.arange(position.size).reshape(position.shape) < num_rows
+
+    def total(batch: tuple[Array, Array]) -> PyTree:
+        where, count = batch
+        outputs = function(jax.tree.map(lambda leaf: leaf[where], rows))
+        return jax.tree.map(lambda leaf: jnp.tensordot(count.astype(leaf.dtype), leaf, 1), outputs)
+
+    return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0) / num_rows, lax.map(total, (position, counts)))
+
+
+def _batches(rows: PyTree, batch_size: int) -> tuple[int, Array]:
+    """How many rows there are, and their positions int32 [batches, batch size]. The last batch is filled up with copies of the
+    last row, which are not to count: one shape, one trace."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     batch_size = min(batch_size, num_rows)
     num_batches = -(-num_rows // batch_size)
-    # The last batch is filled up with copies of the last row, which are cut off again: one shape, one trace.
-    position = jnp.minimum(jnp.arange(num_batches * batch_size), num_rows - 1).reshape(num_batches, batch_size)
-    outputs = lax.map(lambda where: function(jax.tree.map(lambda leaf: leaf[where], rows)), position)
-    return jax.tree.map(lambda leaf: leaf.reshape(num_batches * batch_size, *leaf.shape[2:])[:num_rows], outputs)
+    return num_rows, jnp.minimum(jnp.arange(num_batches * batch_size), num_rows - 1).reshape(num_batches, batch_size)
 
 
 def make_epoch(

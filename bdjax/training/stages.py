@@ -24,6 +24,7 @@ from bdjax.training.member import (
     TrainState,
     as_float,
     init_state,
+    mean_over_batches,
     over_batches,
     resume_from,
 )
@@ -219,13 +220,28 @@ class StageRunner:
         placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
         return jax.tree.map(np.asarray, spread.gather(run(*placed)))
 
+    def mean(
+        self, function: Callable[..., PyTree], variables: PyTree, rows: Rows, pool: Array, batch_size: int
+    ) -> PyTree:
+        """The mean over every member's own rows of what `per_row` would give, without keeping that: leaves [M, ...]."""
+        spread = ensemble.spread_members(len(rows.index))
+        run = _per_row(function, self.layout, batch_size, spread, is_mean=True)
+        placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
+        return jax.tree.map(np.asarray, spread.gather(run(*placed)))
+
 
 @cache
-def _per_row(function: Callable[..., PyTree], layout: ensemble.Layout, batch_size: int, spread: ensemble.Spread):
+def _per_row(
+    function: Callable[..., PyTree],
+    layout: ensemble.Layout,
+    batch_size: int,
+    spread: ensemble.Spread,
+    is_mean: bool = False,
+):
+    over = mean_over_batches if is_mean else over_batches
+
     def one(variables: PyTree, rows: Rows, pool: Array) -> PyTree:
-        return over_batches(
-            lambda batch: function(variables, as_float(pool[batch.index]), batch.targets), rows, batch_size
-        )
+        return over(lambda batch: function(variables, as_float(pool[batch.index]), batch.targets), rows, batch_size)
 
     return ensemble.compile_members(one, layout, spread, num_shared=1)
 

@@ -31,6 +31,8 @@ SMALL: dict[str, str] = {
     "neural_cleanse": "neural_cleanse:epochs=4:repair_epochs=1",
     "anp": "anp:iterations=4",
     "i_bau": "i_bau:rounds=1:terms=1",
+    "fkd": "fkd:student=resnet10:epochs=1",
+    "robust_kd": "robust_kd:student=resnet10:epochs=1:mask_epochs=1:thresholds=(0.1,)",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 
@@ -49,6 +51,8 @@ REFUSED: dict[str, str] = {
     "neural_cleanse": "neural_cleanse:success=0.0",
     "anp": "anp:alpha=2.0",
     "i_bau": "i_bau:share=2.0",
+    "fkd": "fkd:divisor=0.0",
+    "robust_kd": "robust_kd:form=subtracted",
 }
 """A setting that cannot be, of each defense that checks its own."""
 

@@ -1,0 +1,421 @@
+"""RobustKD: masks that lower the variance of a suspect teacher's features, and then FKD from those (Chen et al. 2024).
+
+The paper observes that backdoored networks have features of larger variance than clean ones. Before distillation it learns,
+for each group of blocks, a tensor p of the size of one image's features, which is added with a weight m to what the group
+hands on, whatever the image (equation 7, section 4.2):
+
+    F'_l = F_l + m p_l
+
+Masks are cumulative: F'_1 goes on to the second group, whose output gets p_2, and so on. All of the teacher is frozen, and the
+masks alone minimise, on clean rows, the labels' cross-entropy and the variance of the last group's masked output (equations 8
+to 10); they start as the mean features. FKD then takes the masked features for the teacher's.
+
+What the paper leaves open:
+- Over what the variance is taken. p is the same for all images, so at the last group the variance *across images* does not
+  depend on it at all, and its gradient is zero; only the variance over one image's elements can be lowered. That is the
+  default, and the others are there to see.
+- What m is. The text fixes it at 0.2, finds 0.1 best in its figure 4, and its algorithm 1 stops on the student's ASR, which no
+  defender knows. Here the defender chooses: of some thresholds, the one with the least variance among those that cost the
+  masked teacher at most a point of accuracy on clean rows that were held out. The paper's way is there as an oracle.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax import losses
+from bdjax.datasets import splits
+from bdjax.defenses import fkd
+from bdjax.defenses.contract import Defense, Given, Need, fingerprint
+from bdjax.defenses.distillation import Teachers
+from bdjax.errors import InputError
+from bdjax.models import group_shapes
+from bdjax.training import ensemble
+from bdjax.training.member import Objective, Outcome, Rows
+from bdjax.training.stages import Nets
+from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
+
+Form = Literal["added", "mixed", "elementwise"]
+MaskLoss = Literal["both", "cross_entropy", "variance"]
+Axes = Literal["elements", "all", "batch"]
+Select = Literal["validation", "fixed", "oracle"]
+
+
+@dataclass(frozen=True)
+class RobustKdSettings(fkd.FkdSettings):
+    epochs: int = 300
+    """of distillation"""
+    batch_size: int = 64
+    """of masks and students; or all clean rows, if they are fewer"""
+    select: Select = "validation"
+    """who chooses m: validation (least variance at an allowed loss of accuracy), fixed (`threshold`), or oracle, as the paper's
+    algorithm 1: the student with the highest accuracy and the lowest ASR, which only the attacker can measure"""
+    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.6)
+    """m, to choose from"""
+    threshold: float = 0.2
+    """m, where it is fixed"""
+    validation_share: float = 0.1
+    """of the clean rows: held out from the masks' training, to choose m by"""
+    allowed_drop: float = 0.01
+    """of the masked teacher's accuracy on those rows"""
+    form: Form = "added"
+    """added: F + m p (equation 7); mixed: (1 - m) F + m p (equation 15); elementwise: F + m relu(tanh(v)) p, v trained too"""
+    loss: MaskLoss = "both"
+    """what the masks minimise: cross-entropy and variance, or one of them"""
+    variance_axes: Axes = "elements"
+    """over what the variance is: each image's elements, all of a batch's, or the batch (no gradient for the last mask)"""
+    variance_weight: float = 1.0
+    """of the variance beside the cross-entropy"""
+    layers: int = 0
+    """how many groups have a mask, counted from the last one; 0 for all"""
+    mask_epochs: int = 40
+    """of the masks' training"""
+    mask_learning_rate: float = 1e-3
+    """of Adam there (the paper does not name the optimiser)"""
+
+
+Mask = dict[str, Array]
+"""One group's: "pattern" float32 [h, w, C], and "gate" of the same shape where the form is elementwise."""
+
+
+def put_on(features: Array, mask: Mask, threshold: Array, form: Form) -> Array:
+    """F', a group's masked output (equations 7 and 15).
+
+    Args:
+        features: float32 [N, h, w, C].
+        mask: of the group.
+        threshold: m, float32 [].
+        form: see `RobustKdSettings`.
+
+    Returns:
+        float32 [N, h, w, C]; with m = 0, the features themselves.
+    """
+    weighted = threshold * mask["pattern"][None]
+    if form == "added":
+        return features + weighted
+    if form == "mixed":
+        return (1.0 - threshold) * features + weighted
+    if form == "elementwise":
+        return features + jax.nn.relu(jnp.tanh(mask["gate"]))[None] * weighted
+    raise ValueError(f"form {form!r} is not one of {', '.join(Form.__args__)}")
+
+
+@cache
+def masked(teacher: Model, form: Form) -> Model:
+    """A network with masks: its variables hold the network's as "network", and "masks" and "threshold" (float32 []) beside.
+
+    Its output is the network's own with masked groups: logits, taps and groups all follow from those.
+
+    Args:
+        teacher: its architecture; it has groups.
+        form: of the masks.
+    """
+
+    def apply(variables: PyTree, images: Array, *, train: bool, edits=None) -> ModelOutput:
+        edits = dict(edits or {})
+        for name, mask in variables["masks"].items():
+            after = edits.get(name, lambda features: features)
+            put = partial(put_on, mask=mask, threshold=variables["threshold"], form=form)
+            edits[name] = lambda features, put=put, after=after: after(put(features))
+        output = teacher.apply(variables["network"], images, train=train, edits=edits)
+        return output._replace(variables={**variables, "network": output.variables})
+
+    def init(key: Key, image_shape: tuple[int, int, int]) -> PyTree:
+        return {"network": teacher.init(key, image_shape), "masks": {}, "threshold": jnp.zeros((), jnp.float32)}
+
+    return Model(init, apply, teacher.num_classes, f"{teacher.description}, masked ({form})")
+
+
+def variance(features: Array, axes: Axes) -> Array:
+    """The biased variance of features (equation 8): of each image's elements, of all of a batch's, or across the batch.
+
+    Args:
+        features: float32 [N, h, w, C].
+        axes: see `RobustKdSettings`.
+
+    Returns:
+        float32 [N]; one value N times where it is of the whole batch.
+    """
+    if axes == "elements":
+        return losses.feature_variance(features)
+    if axes == "all":
+        return jnp.full(features.shape[0], jnp.var(features))
+    if axes == "batch":
+        return jnp.full(features.shape[0], jnp.mean(jnp.var(features, axis=0)))
+    raise ValueError(f"variance axes {axes!r} is not one of {', '.join(Axes.__args__)}")
+
+
+def last_output(output: ModelOutput) -> Array:
+    """What the last group hands on, float32 [N, h, w, C]."""
+    return list(output.groups.values())[-1].output
+
+
+@cache
+def mask_objective(teacher: Model, form: Form, loss: MaskLoss, axes: Axes, weight: float) -> Objective:
+    """What the masks minimise (equation 10), on a frozen network with running statistics.
+
+    Args:
+        teacher: its architecture.
+        form: of the masks.
+        loss: see `RobustKdSettings`.
+        axes: of the variance.
+        weight: of the variance.
+
+    Returns:
+        An objective whose `params` are the masks, and whose variables are those of `masked` beside.
+    """
+    model = masked(teacher, form)
+
+    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+        del key
+        frozen = {"network": variables["network"], "threshold": variables["threshold"], "masks": params}
+        output = model.apply(frozen, images, train=False)
+        total = jnp.zeros(images.shape[0], jnp.float32)
+        if loss != "variance":
+            total += losses.cross_entropy(output.logits, targets["labels"])
+        if loss != "cross_entropy":
+            total += weight * variance(last_output(output), axes)
+        return Outcome(total, output.logits, targets["labels"], variables)
+
+    return objective
+
+
+@cache
+def group_outputs(teacher: Model) -> Callable[..., PyTree]:
+    """For `StageRunner.mean`: each group's output."""
+    return lambda variables, images, targets: {
+        name: end.output for name, end in teacher.apply(variables, images, train=False).groups.items()
+    }
+
+
+@cache
+def judge_row(teacher: Model) -> Callable[..., PyTree]:
+    """For `StageRunner.mean`: whether a row is classified as its label says, and the variance of its last group's output."""
+
+    def judge(variables: PyTree, images: Array, targets: dict[str, Array]) -> dict[str, Array]:
+        output = teacher.apply(variables, images, train=False)
+        correct = (jnp.argmax(output.logits, axis=1) == targets["labels"]).astype(jnp.float32)
+        return {"accuracy": correct, "variance": variance(last_output(output), "elements")}
+
+    return judge
+
+
+def repeat(tree: PyTree, count: int) -> PyTree:
+    """Stacked members [M, ...], each `count` times in a row: [M count, ...]."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
+
+
+def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[float, ...], rows: Rows) -> Teachers:
+    """Learn masks for each suspect and each threshold, all as members of one call.
+
+    Args:
+        given: M suspects.
+        settings: of the masks.
+        thresholds: T of them.
+        rows: clean rows, leaves [M, n].
+
+    Returns:
+        M T masked networks: all thresholds of the first suspect, then of the second.
+
+    Raises:
+        InputError: the network has no groups, or fewer than are to be masked.
+    """
+    teacher, attacked = given.attacked.model, given.attacked.variables
+    names = list(group_shapes(teacher, given.runner.image_shape))
+    if not names:
+        raise InputError(f"{teacher.description} has no groups to mask: take a WRN, a ResNet or a PyramidNet")
+    if settings.layers > len(names):
+        raise InputError(f"layers {settings.layers}: {teacher.description} has {len(names)} groups")
+    names = names[len(names) - (settings.layers or len(names)) :]
+    batch_size = given.recipe.evaluation_batch_size
+    means = given.runner.mean(group_outputs(teacher), attacked, rows, given.pool, batch_size)
+    masks = {name: {"pattern": jnp.asarray(means[name])} for name in names}
+    if settings.form == "elementwise":
+        masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
+    count = len(thresholds)
+    own = jnp.tile(jnp.asarray(thresholds, jnp.float32), len(given.index))
+    variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": own}
+    config = given.config(
+        epochs=settings.mask_epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.mask_learning_rate,
+        weight_decay=0.0,
+        optimiser="adam",
+        schedule="constant",
+    )
+    of_masks = ("form", "loss", "variance_axes", "variance_weight", "layers", "mask_epochs", "mask_learning_rate")
+    told = {name: getattr(settings, name) for name in (*of_masks, "batch_size", "validation_share")}
+    nets = given.runner.from_variables(
+        f"RobustKD masks {fingerprint(**told, thresholds=thresholds)}",
+        teacher,
+        config,
+        variables,
+        repeat(given.keys_for("RobustKD: shuffles of masks"), count),
+        1,
+        given.pool,
+        repeat(rows, count),
+        mask_objective(teacher, settings.form, settings.loss, settings.variance_axes, settings.variance_weight),
+    )
+    trained = {"network": nets.variables["network"], "threshold": own, "masks": nets.variables["params"]}
+    return Teachers(masked(teacher, settings.form), trained)
+
+
+def split_rows(given: Given, share: float) -> tuple[Rows, Rows]:
+    """Each suspect's clean rows, without and with a share of them that is held out: leaves [M, n - h] and [M, h]."""
+    rows = given.clean_rows()
+    held_out, kept = [], []
+    for key in given.keys_for("RobustKD: held-out rows"):
+        order = splits.permutation(key, rows.index.shape[1])
+        count = max(1, round(share * len(order)))
+        held_out.append(np.sort(order[:count]))
+        kept.append(np.sort(order[count:]))
+
+    def take(which: list[np.ndarray]) -> Rows:
+        which = jnp.asarray(np.stack(which))
+        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, which, axis=1), rows)
+
+    return take(kept), take(held_out)
+
+
+def choose_by_validation(accuracy: np.ndarray, variances: np.ndarray, plain: np.ndarray, allowed: float) -> np.ndarray:
+    """The threshold of least variance among those that cost at most the allowed accuracy; if all cost more, the one that
+    costs least.
+
+    Args:
+        accuracy: float [M, T], of masked networks.
+        variances: float [M, T], likewise.
+        plain: float [M], accuracy without masks.
+        allowed: by how much it may fall.
+
+    Returns:
+        int [M].
+    """
+    is_allowed = accuracy >= plain[:, None] - allowed - 1e-9
+    least = np.argmin(np.where(is_allowed, variances, np.inf), axis=1)
+    return np.where(is_allowed.any(axis=1), least, np.argmax(accuracy, axis=1))
+
+
+def choose_by_oracle(
+    given: Given, settings: RobustKdSettings, teachers: Teachers, kept: Rows, held_out: Rows
+) -> np.ndarray:
+    """The threshold whose student has the largest accuracy minus ASR on the held-out rows (algorithm 1): int [M]."""
+    num = len(settings.thresholds)
+    many = repeated(given, num)
+    students = fkd.run_from(many, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
+    index, labels = np.asarray(held_out.index), np.asarray(held_out.targets["labels"])
+    pool = np.asarray(given.pool)
+    plain = np.concatenate([pool[own] for own in index for _ in range(num)]).reshape(
+        len(index) * num, -1, *pool.shape[1:]
+    )
+    triggered = plain.copy()
+    for i, trigger in enumerate(given.own_triggers):
+        if trigger is not None:
+            triggered[i * num : (i + 1) * num] = trigger(pool[index[i]], labels[i])[None]
+    batch_size = given.recipe.evaluation_batch_size
+    clean, backdoor = (
+        np.argmax(given.runner.predict_own(students.model, students.variables, images, batch_size), -1)
+        for images in (plain, triggered)
+    )
+    gain = (clean.reshape(len(index), num, -1) == labels[:, None, :]).mean(-1)
+    for i, rule in enumerate(given.own_rules):
+        if rule is not None:
+            victims, wanted = rule.victims(labels[i]), rule.wanted(labels[i])
+            succeeded = backdoor.reshape(len(index), num, -1)[i] == wanted[None, :]
+            gain[i] -= succeeded[:, victims].mean(-1)
+    return np.argmax(gain, axis=1)
+
+
+def repeated(given: Given, count: int) -> Given:
+    """Each suspect `count` times in a row: what is trained from them are members of one call."""
+
+    def several(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else np.repeat(values, count, axis=0)
+
+    return dataclasses.replace(
+        given,
+        index=several(given.index),
+        labels=several(given.labels),
+        keys=repeat(given.keys, count),
+        attacked=Nets(given.attacked.model, repeat(given.attacked.variables, count), 1, {}),
+        clean_index=several(given.clean_index),
+        clean_labels=several(given.clean_labels),
+    )
+
+
+def detoxify(given: Given, settings: RobustKdSettings) -> tuple[Teachers, dict[str, np.ndarray]]:
+    """The first half of the method: masked networks, with the threshold chosen.
+
+    Returns:
+        M masked networks; and what a report tells of them, float [M] each.
+    """
+    thresholds = (settings.threshold,) if settings.select == "fixed" else settings.thresholds
+    num, batch_size = len(thresholds), given.recipe.evaluation_batch_size
+    kept, held_out = split_rows(given, settings.validation_share)
+    teachers = train_masks(given, settings, thresholds, kept)
+    how = {"pool": given.pool, "batch_size": batch_size}
+    plain = given.runner.mean(judge_row(given.attacked.model), given.attacked.variables, held_out, **how)
+    after = given.runner.mean(judge_row(teachers.model), teachers.variables, repeat(held_out, num), **how)
+    accuracy, variances = (after[name].reshape(-1, num) for name in ("accuracy", "variance"))
+    if settings.select == "oracle":
+        chosen = choose_by_oracle(given, settings, teachers, kept, held_out)
+    else:
+        chosen = choose_by_validation(accuracy, variances, plain["accuracy"], settings.allowed_drop)
+    where = np.arange(len(chosen)) * num + chosen
+    of_chosen = np.arange(len(chosen)), chosen
+    facts = {
+        "mask threshold": np.asarray(thresholds)[chosen],
+        "teacher's accuracy on held-out clean rows": plain["accuracy"],
+        "masked teacher's": accuracy[of_chosen],
+        "feature variance": plain["variance"],
+        "masked feature variance": variances[of_chosen],
+    }
+    return Teachers(teachers.model, ensemble.members(teachers.variables, where)), facts
+
+
+def run(given: Given, settings: RobustKdSettings) -> DefenseResult:
+    """Learn masks, choose their threshold, distil."""
+    teachers, facts = detoxify(given, settings)
+    return fkd.run_from(given, "RobustKD", settings, teachers)._replace(facts=facts)
+
+
+def oracles(settings: RobustKdSettings) -> tuple[Need, ...]:
+    """Algorithm 1 needs what only the attacker has."""
+    return ("attacker's trigger",) if settings.select == "oracle" else ()
+
+
+def check(settings: RobustKdSettings) -> None:
+    """Refuse what cannot be."""
+    fkd.check(settings)
+    for name, kind in (("select", Select), ("form", Form), ("loss", MaskLoss), ("variance_axes", Axes)):
+        if getattr(settings, name) not in kind.__args__:
+            raise InputError(f"{name} {getattr(settings, name)!r} is not one of {', '.join(kind.__args__)}")
+    each = settings.thresholds or (-1.0,)
+    if not all(0 <= one < np.inf for one in (*each, settings.threshold)):
+        raise InputError(f"thresholds {settings.thresholds} and threshold {settings.threshold:g} must be at least 0")
+    if not 0 < settings.validation_share < 1:
+        raise InputError(f"validation_share {settings.validation_share:g} must be above 0 and below 1")
+    if settings.mask_epochs < 1 or not settings.mask_learning_rate > 0 or settings.layers < 0:
+        raise InputError(
+            f"mask_epochs {settings.mask_epochs} must be at least 1, mask_learning_rate {settings.mask_learning_rate:g} "
+            f"above 0, layers {settings.layers} at least 0"
+        )
+
+
+ROBUST_KD = Defense(
+    name="robust_kd",
+    title="RobustKD",
+    paper="Chen et al. 2024, Robust Knowledge Distillation Based on Feature Variance Against Backdoored Teacher Model",
+    stage="after training",
+    needs=("attacked model", "clean rows"),
+    settings=RobustKdSettings(),
+    run=run,
+    check=check,
+    oracles=oracles,
+    changes={"quick": {**fkd.QUICK, "mask_epochs": 20}, "quick digits": fkd.QUICK_DIGITS},
+)
