@@ -464,8 +464,10 @@ class Taps:
     def finish(self) -> Recorded:
         """What was recorded; an edit of a tap or a group that the network does not have is an error."""
         if self._edits:
-            known = ", ".join([*self.features, *self.groups])
-            raise ValueError(f"no tap {', '.join(sorted(self._edits))}; this network has {known}")
+            groups = f"; and groups {', '.join(self.groups)}" if self.groups else ""
+            raise ValueError(
+                f"no tap {', '.join(sorted(self._edits))}; this network has {', '.join(self.features)}{groups}"
+            )
         return Recorded(self.features, self.groups)
 
 

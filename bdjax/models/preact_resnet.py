@@ -18,7 +18,11 @@ from bdjax.models.wide_resnet import PreActivationBlock
 
 class PreActResNet(nn.Module):
     """Taps: stage1 [N, H, W, w], stage2 [N, H/2, W/2, 2w], stage3 [N, H/4, W/4, 4w] and stage4 [N, H/8, W/8, 8w], sums that
-    are neither normalised nor rectified; stage4 is both with `has_final_norm`."""
+    are neither normalised nor rectified; stage4 is both with `has_final_norm`.
+
+    Groups: group1 to group3, each with its sum as the output, and that sum after the next group's first normalisation, before
+    the ReLU; and group4, before the final normalisation's ReLU, with `has_final_norm` alone, since without it nothing is
+    normalised or rectified after the last sum (which is the tap stage4)."""
 
     blocks: tuple[int, ...]
     width: int
@@ -36,9 +40,18 @@ class PreActResNet(nn.Module):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = PreActivationBlock(self.width * 2**stage, stride, self.lowering, name=name)(x, train=train)
-            if self.has_final_norm and stage == len(self.blocks) - 1:
-                x = relu(BatchNorm(self.lowering, name="last_norm")(x, train=train))
+                starts_group = stage > 0 and index == 0
+                on_first_norm = partial(taps.before_relu, f"group{stage}") if starts_group else None
+                block = PreActivationBlock(self.width * 2**stage, stride, self.lowering, name=name)
+                x = block(x, train=train, on_first_norm=on_first_norm)
+            is_last = stage == len(self.blocks) - 1
+            if not is_last or self.has_final_norm:
+                x = taps.group(f"group{stage + 1}", x)
+            if is_last and self.has_final_norm:
+                norm = BatchNorm(self.lowering, name="last_norm")
+                x = norm(x, train=train)
+                taps.before_relu(f"group{stage + 1}", x, norm)
+                x = relu(x)
             x = taps(f"stage{stage + 1}", x)
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
 

@@ -8,6 +8,8 @@ max-pool is gone. Stage s is 2^(s-1) times as wide as the first, w = 64 channels
 - `resnet_s1`, `resnet_s` and `resnet_s2` are the low-capacity networks of Learning from Distinction (appendix A.3): four
   stages of one block. What defines the first two is how few neurons those have, so there `width` scales the stem alone. The
   paper does not give the stem, and says that blocks and neurons are what it changed of ResNet-18: its 64 channels stay.
+- `resnet56` is the one that He et al. made for CIFAR-10 (section 4.2): three stages of nine basic blocks with 16, 32 and 64
+  channels; here its shortcuts are projections where the shape changes, their option B, as in all others of this file.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,17 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import BatchNorm, Classifier, ComputeDtype, Conv, Lowering, Taps, layout_of, relu
+from bdjax.models.layers import (
+    BatchNorm,
+    Classifier,
+    ComputeDtype,
+    Conv,
+    Lowering,
+    Taps,
+    layout_of,
+    relu,
+    scale_channels,
+)
 
 BLOCKS = {
     "resnet10": ("basic", (1, 1, 1)),  # not in the paper: one block a stage, for the quick presets
@@ -33,6 +45,9 @@ BLOCKS = {
 NEURONS = {"resnet_s1": (1, 1, 1, 1), "resnet_s": (2, 2, 2, 4)}
 """Name -> channels of the only block in each stage."""
 
+OnSum = Callable[[jax.Array, BatchNorm], jax.Array]
+"""(a block's sum before its last ReLU, the last normalisation on its main path) -> what takes the sum's place."""
+
 
 class BasicBlock(nn.Module):
     width: int
@@ -40,12 +55,14 @@ class BasicBlock(nn.Module):
     lowering: Lowering
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, on_sum: OnSum | None = None) -> jax.Array:
         y = Conv(self.width, 3, self.stride, self.lowering)(x)
         y = relu(BatchNorm(self.lowering)(y, train=train))
         y = Conv(self.width, 3, 1, self.lowering)(y)
-        y = BatchNorm(self.lowering)(y, train=train)
-        return relu(y + _shortcut(x, self.width, self.stride, self.lowering, train))
+        norm = BatchNorm(self.lowering)
+        y = norm(y, train=train)
+        y = y + _shortcut(x, self.width, self.stride, self.lowering, train)
+        return relu(on_sum(y, norm) if on_sum else y)
 
 
 class BottleneckBlock(nn.Module):
@@ -56,11 +73,13 @@ class BottleneckBlock(nn.Module):
     lowering: Lowering
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, on_sum: OnSum | None = None) -> jax.Array:
         y = relu(BatchNorm(self.lowering)(Conv(self.width, 1, 1, self.lowering)(x), train=train))
         y = relu(BatchNorm(self.lowering)(Conv(self.width, 3, self.stride, self.lowering)(y), train=train))
-        y = BatchNorm(self.lowering)(Conv(4 * self.width, 1, 1, self.lowering)(y), train=train)
-        return relu(y + _shortcut(x, 4 * self.width, self.stride, self.lowering, train))
+        norm = BatchNorm(self.lowering)
+        y = norm(Conv(4 * self.width, 1, 1, self.lowering)(y), train=train)
+        y = y + _shortcut(x, 4 * self.width, self.stride, self.lowering, train)
+        return relu(on_sum(y, norm) if on_sum else y)
 
 
 def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, train: bool) -> jax.Array:
@@ -73,7 +92,11 @@ def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, trai
 
 class ResNet(nn.Module):
     """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck;
-    and stage4 [N, H/8, W/8, 8w'] where there is one."""
+    and stage4 [N, H/8, W/8, 8w'] where there is one.
+
+    Groups: one for every stage, of the same shape as its tap, which is the ReLU of it: the sum at the end of the stage's last
+    block, as output and as what stands before the ReLU. Its mean and deviation are by the last normalisation of that block,
+    which leaves out what the shortcut adds (Heo et al. 2019 in their code)."""
 
     kind: str
     blocks: tuple[int, ...]
@@ -96,9 +119,17 @@ class ResNet(nn.Module):
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = block(width, stride, self.lowering, name=name)(x, train=train)
+                on_sum = partial(_record, taps, f"group{stage + 1}") if index == count - 1 else None
+                x = block(width, stride, self.lowering, name=name)(x, train=train, on_sum=on_sum)
             x = taps(f"stage{stage + 1}", x)
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
+
+
+def _record(taps: Taps, group: str, x: jax.Array, norm: BatchNorm) -> jax.Array:
+    """Nothing lies between the end of a group and the ReLU."""
+    x = taps.group(group, x)
+    taps.before_relu(group, x, norm)
+    return x
 
 
 def _usual(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:
@@ -110,8 +141,14 @@ def _very_small(name: str, num_classes: int, width: int, lowering: Lowering, com
     return ResNet("basic", (1,) * len(neurons), width, num_classes, lowering, compute_dtype, neurons)
 
 
+def _resnet56(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:
+    widths = tuple(scale_channels(channels, width) for channels in (16, 32, 64))
+    return ResNet("basic", (9, 9, 9), widths[0], num_classes, lowering, compute_dtype, widths)
+
+
 NETWORKS: dict[str, Callable[[int, int, Lowering, ComputeDtype], ResNet]] = {
     **{name: partial(_usual, name) for name in BLOCKS},
     **{name: partial(_very_small, name) for name in NEURONS},
+    "resnet56": _resnet56,
 }
 """Name -> (number of classes, width, lowering, dtype) -> module."""

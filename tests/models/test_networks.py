@@ -15,12 +15,14 @@ import pytest
 
 from bdjax.models import MODELS, Lowering, count_parameters, embedding, make_model
 from bdjax.models.mobilenet_v2 import InvertedResidual
+from bdjax.models.pyramid_net import PyramidBlock, PyramidBottleneck
 from bdjax.models.wide_resnet import PreActivationBlock
 
 LOWERINGS = get_args(Lowering)
-SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p")
+SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
 NEW_FAMILIES = SMALLEST[2:]  # ResNets are held against PyTorch's, in every lowering, by tests of their own
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
+DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
     **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
@@ -93,14 +95,33 @@ def shapes_of(model, image, *, train=False, rows=5):
         ("wrn_40_2", 2_243_546, 2_247_803),
         ("preact_resnet18", 11_171_146, 11_188_075),
         ("preact_resnet18_final_norm", 11_172_170, None),
+        ("resnet56", 855_770, 857_915),
+        ("pyramidnet_20_12", 84_765, 85_722),
+        ("pyramidnet_11_24", 54_202, 59_515),
     ],
 )
 def test_parameters_at_32x32x3(name, ten_classes, forty_three):
-    # Printed in papers: WRN-16-2 0.70M, -16-4 2.77M and -28-4 5.87M with 100 classes. VGG-11, -16 and MobileNetV2 have as many
-    # parameters as the usual ports to CIFAR-10.
+    # VGG-11, -16 and MobileNetV2 have as many parameters as the usual ports to CIFAR-10.
     assert count_parameters(make_model(name, 10), (32, 32, 3)) == ten_classes
     if forty_three:
         assert count_parameters(make_model(name, 43), (32, 32, 3)) == forty_three
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("wrn_16_2", 703_284),
+        ("wrn_16_4", 2_772_020),
+        ("wrn_28_2", 1_479_220),
+        ("wrn_28_4", 5_872_180),
+        ("resnet56", 861_620),
+        ("pyramidnet_110_84", 3_913_536),
+        ("pyramidnet_200_240", 26_844_952),
+    ],
+)
+def test_parameters_of_teachers_and_students_of_a_hundred_classes(name, parameters):
+    # Printed in papers on distillation: 0.70M, 2.77M, 1.47M, 5.87M, 0.86M, 3.91M, 26.84M.
+    assert count_parameters(make_model(name, 100), (32, 32, 3)) == parameters
 
 
 def test_other_images_and_other_numbers_of_classes():
@@ -109,14 +130,13 @@ def test_other_images_and_other_numbers_of_classes():
         for name, classes, shape in [
             ("resnet18_cifar", 100, (32, 32, 3)),
             ("preact_resnet18", 200, (64, 64, 3)),
-            ("wrn_16_2", 100, (32, 32, 3)),
             ("wrn_16_2", 10, (28, 28, 1)),
             ("lenet", 10, (28, 28, 1)),
             ("lenet", 10, (8, 8, 1)),
         ]
     }
     dense = 64 * 120 + 120 + 120 * 84 + 84 + 84 * 10 + 10  # LeNet of 2x2 pixels of 16 channels
-    assert list(count.values()) == [11_220_132, 11_268_616, 703_284, 691_674 - 288, 61_706, 6 * 26 + 16 * 151 + dense]
+    assert list(count.values()) == [11_220_132, 11_268_616, 691_674 - 288, 61_706, 6 * 26 + 16 * 151 + dense]
 
 
 def test_capacities_are_in_the_order_of_the_papers():
@@ -143,9 +163,13 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
     assert channels("preact_resnet18", width) == [width, 2 * width, 4 * width, 8 * width]
     assert channels("mobilenet_v2", 32) == [8, 12, 16, 32, 48, 80, 160, 640]
     assert channels("wrn_16_1", 1) == [1, 1, 1]
+    assert channels("resnet56", width) == [32, 64, 128]
+    assert channels("pyramidnet_20_12", width) == [40, 48, 56]
+    assert channels("pyramidnet_11_24", 16) == [4 * 6, 4 * 8, 4 * 10]
+    assert channels("pyramidnet_11_24", 1) == [4, 4, 4]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEP])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEP + DEEPEST])
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
         "resnet": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
@@ -153,6 +177,7 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         "wrn": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
         "vgg": {8: (4, 2, 1, 1, 1), 28: (14, 7, 3, 1, 1), 32: (16, 8, 4, 2, 1)},
         "mobilenet": {8: (8, 2, 2), 28: (28, 7, 7), 32: (32, 8, 8)},
+        "pyramidnet": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
         "lenet": {8: (4, 2, 1), 28: (14, 5, 1), 32: (14, 5, 1)},
         "vbd": {8: (3, 1), 28: (13, 1), 32: (15, 1)}
         if TAPS[name] == 2
@@ -190,7 +215,7 @@ def run_members(name):
     return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEPEST])
 def test_every_network(name):
     model = make_model(name, K, 2, "native")
     assert (model.num_classes, model.description) == (K, f"{name} width 2")
@@ -248,7 +273,10 @@ def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
 @pytest.mark.parametrize("name", NEW_FAMILIES)
 def test_an_edit_of_an_unknown_tap_is_an_error(name):
     model = make_model(name, K, 2)
-    with pytest.raises(ValueError, match=rf"no tap stage9; this network has {', '.join(names_of(name))}(\n|$)"):
+    with pytest.raises(
+        ValueError,
+        match=rf"no tap stage9; this network has {', '.join(names_of(name))}(; and groups group1, .*)?(\n|$)",
+    ):
         jax.eval_shape(
             lambda variables: model.apply(variables, IMAGES, train=False, edits={"stage9": lambda x: x}),
             variables_of(name),
@@ -327,8 +355,8 @@ def convolved(x, kernel, stride, groups=1):
     )
 
 
-def block_and_input(block, channels):
-    x = np.random.default_rng(5).standard_normal((2, 4, 4, channels)).astype(np.float32)
+def block_and_input(block, channels, size=(4, 4)):
+    x = np.random.default_rng(5).standard_normal((2, *size, channels)).astype(np.float32)
     shapes = jax.eval_shape(lambda key: block.init(key, jnp.asarray(x), train=False), jax.random.key(0))
     variables = draw_like(shapes, 6)
     y = jax.jit(lambda x: block.apply(variables, x, train=False))(jnp.asarray(x))
@@ -362,4 +390,37 @@ def test_an_inverted_residual_has_a_linear_end(channels, stride, projects):
     elif stride == 1 and projects:
         expected = expected + normalised(convolved(x, params["shortcut_conv"], 1), variables, "shortcut_norm")
     assert ("shortcut_conv" in params) == (stride == 1 and channels == 2 and projects)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def widened(x, channels, stride):
+    """PyramidNet's shortcut: means of what there is of 2x2 pixels, and channels of zeros."""
+    rows, columns = (-(-length // stride) for length in x.shape[1:3])
+    y = np.zeros((len(x), rows, columns, channels))
+    for i in range(rows):
+        for j in range(columns):
+            window = x[:, stride * i : stride * (i + 1), stride * j : stride * (j + 1)]
+            y[:, i, j, : x.shape[3]] = window.mean((1, 2))
+    return y
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 3)])
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (4, 1), (3, 2)])
+def test_a_pyramid_block_has_a_relu_between_its_convolutions_only(channels, stride, size):
+    x, variables, params, y = block_and_input(PyramidBlock(4, stride, "native"), channels, size)
+    inner = convolved(normalised(x, variables, "BatchNorm_0"), params["Conv_0"], stride)
+    inner = np.maximum(normalised(inner, variables, "BatchNorm_1"), 0)
+    expected = normalised(convolved(inner, params["Conv_1"], 1), variables, "BatchNorm_2")
+    assert len(params) == 5
+    np.testing.assert_allclose(y, expected + widened(x, 4, stride), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("channels", "stride"), [(3, 1), (8, 2)])
+def test_a_pyramid_bottleneck_has_its_stride_on_the_3x3_convolution(channels, stride):
+    x, variables, params, y = block_and_input(PyramidBottleneck(2, stride, "native"), channels, (5, 4))
+    inner = convolved(normalised(x, variables, "BatchNorm_0"), params["Conv_0"], 1)
+    inner = convolved(np.maximum(normalised(inner, variables, "BatchNorm_1"), 0), params["Conv_1"], stride)
+    inner = convolved(np.maximum(normalised(inner, variables, "BatchNorm_2"), 0), params["Conv_2"], 1)
+    assert [params[f"Conv_{i}"].shape[0] for i in range(3)] == [1, 3, 1] and len(params) == 7
+    expected = normalised(inner, variables, "BatchNorm_3") + widened(x, 8, stride)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
