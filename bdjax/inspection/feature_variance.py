@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from bdjax.errors import InputError
 from bdjax.losses import feature_variance
-from bdjax.training.ensemble import num_members
+from bdjax.training.ensemble import members, num_members
 from bdjax.training.member import Rows
 from bdjax.training.stages import StageRunner
 from bdjax.types import Array, Model, PyTree
@@ -100,6 +100,47 @@ def measure_variances(
     rows = Rows(index, {"labels": jnp.zeros(index.shape, jnp.int32)})
     found = runner.per_row(row_variances(model), variables, rows, pool, batch_size)
     return [{place: values[i] for place, values in found.items()} for i in range(count)]
+
+
+def measure_suspects(
+    runner: StageRunner,
+    model: Model,
+    kinds: Sequence[tuple[str, int]],
+    variables: PyTree,
+    images: np.ndarray,
+    triggered: np.ndarray,
+    clean: Mapping[str, PyTree],
+    batch_size: int,
+) -> list[Measured]:
+    """Measure backdoored networks and clean ones, of one architecture and on the same images.
+
+    Args:
+        runner: lays them out.
+        model: the architecture.
+        kinds: of M backdoored networks, the name of the attack and the number of the seed.
+        variables: of those, stacked [M, ...].
+        images: uint8 [n, H, W, C].
+        triggered: uint8 [M, n, H, W, C]: the same images under each one's trigger.
+        clean: name of a kind without a backdoor -> networks of seeds 0, 1, ..., stacked. The first kind is the reference.
+        batch_size: images at once.
+
+    Returns:
+        The clean ones, then the backdoored ones.
+
+    Raises:
+        InputError: the groups of the architecture are not known.
+    """
+    found = [
+        Measured(kind, seed, False, values)
+        for kind, own in clean.items()
+        for seed, values in enumerate(measure_variances(runner, model, own, images, batch_size))
+    ]
+    references = members(next(iter(clean.values())), np.array([seed for _, seed in kinds]))
+    columns = [
+        measure_variances(runner, model, networks, on, batch_size)
+        for networks, on in ((variables, images), (variables, triggered), (references, triggered))
+    ]
+    return found + [Measured(*kind, True, *values) for kind, *values in zip(kinds, *columns, strict=True)]
 
 
 def last_place(places: Iterable[str]) -> str:

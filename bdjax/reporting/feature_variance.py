@@ -3,10 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from bdjax.datasets.splits import sample_rows
+from bdjax.defenses.comparison import Suspect, TriggeredViews
 from bdjax.inspection.feature_variance import (
     CLAIMED_RATIO,
     Measured,
@@ -14,6 +18,7 @@ from bdjax.inspection.feature_variance import (
     answer_triggered,
     compare,
     last_place,
+    measure_suspects,
 )
 from bdjax.reporting import plots
 from bdjax.reporting.defense_plots import MARKERS
@@ -21,11 +26,78 @@ from bdjax.reporting.plots import COLOURS, draw_title, house_style
 from bdjax.reporting.report import Figure, Section
 from bdjax.reporting.run_folder import RunFolder
 from bdjax.reporting.tables import Table, mean_and_spread, printable
+from bdjax.training.ensemble import members, num_members
+from bdjax.training.member import Rows, TrainConfig
+from bdjax.training.stages import Nets, StageRunner
+from bdjax.types import Dataset, Key, PyTree
 
 FILE = "feature-variance.png"
+NUMBERS = "feature_variance.json"
+TRAINED_ON = "clean, trained on"
+NUM_IMAGES = 100
+"""How many images are looked at, as in the paper."""
 _FAINT = "#e6e8eb"
 _WIDE = 20.0
 """The largest over the smallest value from which on an axis is logarithmic."""
+
+
+def of_suspects(
+    key: Key,
+    folder: RunFolder,
+    runner: StageRunner,
+    suspects: Sequence[Suspect],
+    variables: PyTree,
+    clean: Nets,
+    fine_tuning: TrainConfig,
+    train: Dataset,
+    views: TriggeredViews,
+    batch_size: int,
+) -> tuple[Section, ...]:
+    """Measure suspect networks beside the clean one of each seed, and beside that trained on for as long as some attackers do.
+
+    The numbers are written to `NUMBERS` in the folder of the run.
+
+    Args:
+        key: draws the images that are looked at, and the order of rows in that training.
+        folder: of the run.
+        runner: trains and evaluates.
+        suspects: M of them; those without a known trigger are passed over, clean ones among them.
+        variables: stacked [M, ...].
+        clean: one clean network of the same architecture for each seed.
+        fine_tuning: how attackers train who start from those.
+        train: the clean training set.
+        views: the test images under the suspects' triggers.
+        batch_size: images at once.
+
+    Returns:
+        As `section`; none without a known trigger.
+
+    Raises:
+        InputError: the groups of the architecture are not known.
+    """
+    which = [number for number, own in enumerate(views.triggered) if own]
+    if not which:
+        return ()
+    rows_key, train_key = jax.random.split(key)
+    count = num_members(clean.variables)
+    rows = np.tile(np.arange(len(train), dtype=np.int32), (count, 1))
+    all_rows = Rows(jnp.asarray(rows), {"labels": jnp.asarray(train.labels[rows])})
+    pool, keys = jnp.asarray(train.images), jax.random.split(train_key, count)
+    trained_on = runner.from_variables(TRAINED_ON, clean.model, fine_tuning, clean.variables, keys, 1, pool, all_rows)
+    looked_at = sample_rows(rows_key, len(views.test), min(1.0, NUM_IMAGES / len(views.test)))
+    measured = measure_suspects(
+        runner,
+        clean.model,
+        [(suspects[number].attack.title, suspects[number].seed) for number in which],
+        members(variables, np.array(which)),
+        views.test.images[looked_at],
+        np.stack([views.triggered[number][0][looked_at] for number in which]),
+        {"clean": clean.variables, TRAINED_ON: trained_on.variables},
+        batch_size,
+    )
+    sections, numbers = section(folder, measured)
+    folder.write_json(NUMBERS, numbers)
+    return sections
 
 
 def section(
