@@ -8,9 +8,8 @@ needs for that and trains with the student, such as the layers that bring featur
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from bdjax import losses
 from bdjax.defenses.contract import Given, fingerprint
 from bdjax.errors import InputError
 from bdjax.training import ensemble
@@ -37,6 +36,11 @@ class StudentSettings:
     teacher_statistics: Statistics = "running"
     """what the teacher normalises by: what it came with, or each batch's own (as FKD's public code, by leaving the teacher in
     training mode; its running statistics are not changed here)"""
+
+
+QUICK = {"epochs": 15, "batch_size": 64}
+QUICK_DIGITS = {"epochs": 40, "batch_size": 64}
+"""What small runs change, whatever the method."""
 
 
 class Teachers(NamedTuple):
@@ -87,7 +91,8 @@ def distil(
     method: Method,
     teachers: Teachers | None = None,
     rows: Rows | None = None,
-    **depends_on: Any,
+    student: Model | None = None,
+    role: str = "students",
 ) -> DefenseResult:
     """Train a student for each suspect.
 
@@ -98,27 +103,27 @@ def distil(
         method: what it minimises.
         teachers: whom it learns from; None for the attacked networks.
         rows: leaves [M, n]; None for all clean rows.
-        depends_on: what else the result depends on, for the checkpoints' name.
+        student: its architecture; None for that of the settings.
+        role: students of one role have the same first weights and batches, whatever their method.
 
     Returns:
         The students.
     """
     teachers = teachers or Teachers(given.attacked.model, given.attacked.variables)
-    student = given.make_model(settings.student)
-    start = given.begin("students", student)
-    beside = ensemble.init_members(method.init, given.keys_for("students: beside")) if method.init else {}
+    student = student or given.make_model(settings.student)
+    start = given.begin(role, student)
+    beside = ensemble.init_members(method.init, given.keys_for(f"{role}: beside")) if method.init else {}
     variables = {
         "params": {"student": start["params"], "beside": beside},
         "batch_stats": start["batch_stats"],
         "teacher": teachers.variables,
     }
-    told = fingerprint(**{**vars(settings), **depends_on})
     nets = given.runner.from_variables(
-        f"{name} {settings.student} {told}",
+        f"{name} {student.description.split()[0]} {fingerprint(**vars(settings))}",
         student,
         student_config(given, settings),
         variables,
-        given.keys_for("students: shuffles"),
+        given.keys_for(f"{role}: shuffles"),
         1,
         given.pool,
         given.clean_rows() if rows is None else rows,
@@ -161,9 +166,3 @@ def check_student(settings: StudentSettings) -> None:
         raise InputError(f"drops {settings.drops}: they are shares of the epochs, above 0 and below 1, in order")
     if settings.teacher_statistics not in Statistics.__args__:
         raise InputError(f"teacher_statistics {settings.teacher_statistics!r} is not one of running, batch")
-
-
-def on_labels(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
-    """A method's loss that does without the teacher: the labels' cross-entropy."""
-    del beside, teacher
-    return losses.cross_entropy(student.logits, labels)

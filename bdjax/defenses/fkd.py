@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.scipy import stats
 
 from bdjax import losses
+from bdjax.defenses import distillation
 from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.distillation import Method, StudentSettings, Teachers, check_student, distil
 from bdjax.errors import InputError
@@ -182,8 +183,8 @@ def run(given: Given, settings: FkdSettings) -> DefenseResult:
     return run_from(given, "FKD", settings)
 
 
-QUICK_DIGITS = {"epochs": 40, "batch_size": 64, "divisor": 10.0}
-QUICK = {"epochs": 15, "batch_size": 64, "divisor": 100.0}
+QUICK = {**distillation.QUICK, "divisor": 100.0}
+QUICK_DIGITS = {**distillation.QUICK_DIGITS, "divisor": 10.0}
 
 FKD = Defense(
     name="fkd",

@@ -5,6 +5,7 @@ from bdjax.defenses.abm import ABM
 from bdjax.defenses.activation_clustering import ACTIVATION_CLUSTERING
 from bdjax.defenses.agpd import AGPD
 from bdjax.defenses.anp import ANP
+from bdjax.defenses.attention_transfer import ATTENTION_TRANSFER
 from bdjax.defenses.bab import BAB
 from bdjax.defenses.cbd import CBD
 from bdjax.defenses.contract import Defense
@@ -14,12 +15,14 @@ from bdjax.defenses.fkd import FKD
 from bdjax.defenses.ft_sam import FT_SAM
 from bdjax.defenses.i_bau import I_BAU
 from bdjax.defenses.lfd import LFD
+from bdjax.defenses.logit_distillation import LOGIT_DISTILLATION
 from bdjax.defenses.nad import NAD
 from bdjax.defenses.neural_cleanse import NEURAL_CLEANSE
 from bdjax.defenses.robust_kd import ROBUST_KD
 from bdjax.defenses.scan import SCAN
 from bdjax.defenses.spectral_signatures import SPECTRAL_SIGNATURES
 from bdjax.defenses.strip import STRIP
+from bdjax.defenses.ta_kd_student import TA_KD_STUDENT
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.defenses.vbd import VBD
 from bdjax.errors import InputError
@@ -48,6 +51,9 @@ DEFENSES: dict[str, Defense] = {
         NEURAL_CLEANSE,
         FKD,
         ROBUST_KD,
+        LOGIT_DISTILLATION,
+        ATTENTION_TRANSFER,
+        TA_KD_STUDENT,
     )
 }  # fmt: skip
 

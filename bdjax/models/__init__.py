@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from bdjax.errors import InputError
 from bdjax.models import lenet, mobilenet_v2, preact_resnet, pyramid_net, resnet, simple_cnn, vgg, wide_resnet
-from bdjax.models.facade import as_model, count_parameters, embedding, group_shapes, last_tap
+from bdjax.models.facade import as_model, count_parameters, embedding, group_shapes, last_tap, tap_shapes
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
 
@@ -20,6 +20,7 @@ __all__ = [
     "group_shapes",
     "last_tap",
     "make_model",
+    "tap_shapes",
 ]
 
 MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = {

@@ -52,14 +52,17 @@ def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int])
         variables: of one member.
         image_shape: (H, W, C).
     """
-    names: list[str] = []
+    return list(_shapes(model, variables, image_shape)[0])[-1]
 
-    def call(variables: PyTree, images: jax.Array) -> None:
-        # A dictionary that leaves a traced function comes out sorted; the order of the network is known in here only.
-        names.extend(model.apply(variables, images, train=False).features)
 
-    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
-    return names[-1]
+def tap_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
+    """The taps of a network in its order, each with its shape (h, w, C); nothing is computed.
+
+    Args:
+        model: a network.
+        image_shape: (H, W, C).
+    """
+    return _shapes(model, None, image_shape)[0]
 
 
 def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -71,12 +74,19 @@ def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, t
         model: a network.
         image_shape: (H, W, C).
     """
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    return _shapes(model, None, image_shape)[1]
 
-    def call(key: jax.Array) -> None:
-        images = jnp.zeros((1, *image_shape), jnp.float32)
-        for name, end in model.apply(model.init(key, image_shape), images, train=False).groups.items():
-            shapes[name] = end.output.shape[1:], end.before_relu.shape[1:]
 
-    jax.eval_shape(call, jax.random.key(0))
-    return shapes
+def _shapes(model: Model, variables: PyTree | None, image_shape: tuple[int, int, int]) -> tuple[dict, dict]:
+    # Dictionaries that leave a traced function come out sorted; the order of the network is known in here only.
+    taps, groups = {}, {}
+
+    def call(variables: PyTree, images: jax.Array) -> None:
+        output = model.apply(variables, images, train=False)
+        taps.update({name: tap.shape[1:] for name, tap in output.features.items()})
+        groups.update({name: (end.output.shape[1:], end.before_relu.shape[1:]) for name, end in output.groups.items()})
+
+    if variables is None:
+        variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return taps, groups

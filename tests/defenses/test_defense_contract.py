@@ -33,6 +33,9 @@ SMALL: dict[str, str] = {
     "i_bau": "i_bau:rounds=1:terms=1",
     "fkd": "fkd:student=resnet10:epochs=1",
     "robust_kd": "robust_kd:student=resnet10:epochs=1:mask_epochs=1:thresholds=(0.1,)",
+    "logit_distillation": "logit_distillation:student=resnet10:epochs=1",
+    "attention_transfer": "attention_transfer:student=resnet10:epochs=1",
+    "ta_kd_student": "ta_kd_student:student=resnet10:epochs=1",
 }
 """Each defense with settings that take seconds, as the command line writes them; its own test file asks whether it works."""
 
@@ -53,6 +56,9 @@ REFUSED: dict[str, str] = {
     "i_bau": "i_bau:share=2.0",
     "fkd": "fkd:divisor=0.0",
     "robust_kd": "robust_kd:form=subtracted",
+    "logit_distillation": "logit_distillation:temperature=0.0",
+    "attention_transfer": "attention_transfer:power=0.0",
+    "ta_kd_student": "ta_kd_student:alpha=2.0",
 }
 """A setting that cannot be, of each defense that checks its own."""
 

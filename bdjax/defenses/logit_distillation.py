@@ -1,0 +1,60 @@
+"""Knowledge distillation by logits (Hinton et al. 2015): the student learns labels and the teacher's softened answers.
+
+    alpha T^2 KL(teacher_T || student_T) + (1 - alpha) CE
+
+On clean images a backdoored teacher's answers are those of a clean one, so little of the backdoor is in them: what feature
+distillation is held against.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+from bdjax import losses
+from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
+from bdjax.errors import InputError
+from bdjax.types import Array, DefenseResult, ModelOutput, PyTree
+
+
+@dataclass(frozen=True)
+class LogitDistillationSettings(StudentSettings):
+    temperature: float = 4.0
+    """T"""
+    alpha: float = 0.9
+    """weight of the teacher's answers against the labels (usual for small images: Zagoruyko and Komodakis 2017)"""
+
+
+@cache
+def softened_answers(temperature: float, alpha: float) -> Method:
+    """The method, for `bdjax.defenses.distillation`."""
+
+    def loss(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
+        del beside
+        return losses.distillation(student.logits, teacher.logits, labels, temperature=temperature, alpha=alpha)
+
+    return Method(loss)
+
+
+def check(settings: LogitDistillationSettings) -> None:
+    """Refuse what cannot be."""
+    check_student(settings)
+    if not settings.temperature > 0 or not 0 <= settings.alpha <= 1:
+        raise InputError(f"temperature {settings.temperature:g} must be above 0, alpha {settings.alpha:g} from 0 to 1")
+
+
+def run(given: Given, settings: LogitDistillationSettings) -> DefenseResult:
+    """Distil the attacked networks."""
+    return distil(given, "KD", settings, softened_answers(settings.temperature, settings.alpha))
+
+
+LOGIT_DISTILLATION = Defense(
+    name="logit_distillation",
+    title="KD (logits)",
+    paper="Hinton et al. 2015, Distilling the Knowledge in a Neural Network",
+    stage="after training",
+    needs=("attacked model", "clean rows"),
+    settings=LogitDistillationSettings(),
+    run=run,
+    check=check,
+    changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
+)

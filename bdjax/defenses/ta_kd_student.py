@@ -1,0 +1,39 @@
+"""TA-KD's student (Heydari et al. 2025) where the defender has one untrusted teacher instead of seven.
+
+The averaged logits are then that teacher's own. As in `ta_kd.py`, a Teacher-Aggregation model of the teacher's architecture is
+distilled from them and the clean labels, and the student from it, in the same way; nothing is averaged away, so what is left
+of the method is that twice only logits on clean images are handed on.
+"""
+
+from dataclasses import dataclass
+
+from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil
+from bdjax.defenses.logit_distillation import LogitDistillationSettings, check, softened_answers
+from bdjax.types import DefenseResult
+
+
+@dataclass(frozen=True)
+class TaKdStudentSettings(LogitDistillationSettings):
+    alpha: float = 0.5
+    """weight of the teacher's answers against the labels"""
+
+
+def run(given: Given, settings: TaKdStudentSettings) -> DefenseResult:
+    """Distil a model of the teacher's architecture, and the student from that."""
+    method = softened_answers(settings.temperature, settings.alpha)
+    aggregated = distil(given, "TA model", settings, method, student=given.attacked.model, role="TA models")
+    return distil(given, "TA-KD student", settings, method, Teachers(aggregated.model, aggregated.variables))
+
+
+TA_KD_STUDENT = Defense(
+    name="ta_kd_student",
+    title="TA-KD, one teacher",
+    paper="Heydari et al. 2025, with a single teacher",
+    stage="after training",
+    needs=("attacked model", "clean rows"),
+    settings=TaKdStudentSettings(),
+    run=run,
+    check=check,
+    changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
+)
