@@ -12,6 +12,7 @@ from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
 from bdjax.errors import InputError
 from bdjax.models import tap_shapes
+from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
 
 
@@ -60,9 +61,8 @@ def count_taps(teacher: Model, student: Model, image_shape: tuple[int, int, int]
 
 def check(settings: AttentionTransferSettings) -> None:
     """Refuse what cannot be."""
-    check_student(settings)
-    if settings.beta < 0 or not settings.power > 0:
-        raise InputError(f"beta {settings.beta:g} must be at least 0, power {settings.power:g} above 0")
+    check_student("defense attention_transfer", settings)
+    check_values("defense attention_transfer", settings, at_least={"beta": 0}, above={"power": 0})
 
 
 def run(given: Given, settings: AttentionTransferSettings) -> DefenseResult:

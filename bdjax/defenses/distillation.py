@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 
 from bdjax.defenses.contract import Given, fingerprint
 from bdjax.errors import InputError
+from bdjax.models import MODELS
+from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
@@ -150,19 +152,22 @@ def student_config(given: Given, settings: StudentSettings) -> TrainConfig:
     )
 
 
-def check_student(settings: StudentSettings) -> None:
+def check_student(owner: str, settings: StudentSettings) -> None:
     """Refuse settings that no student can be trained with.
+
+    Args:
+        owner: whose they are: "defense fkd".
+        settings: of the student.
 
     Raises:
         InputError: naming the setting.
     """
-    if settings.epochs < 1 or settings.batch_size < 1:
-        raise InputError(f"epochs {settings.epochs} and batch_size {settings.batch_size} must be at least 1")
-    if not settings.learning_rate > 0 or settings.weight_decay < 0:
-        raise InputError(
-            f"learning_rate {settings.learning_rate:g} must be above 0, weight_decay {settings.weight_decay:g} at least 0"
-        )
+    check_values(
+        owner,
+        settings,
+        choices={"student": MODELS, "teacher_statistics": Statistics.__args__},
+        at_least={"epochs": 1, "batch_size": 1, "weight_decay": 0},
+        above={"learning_rate": 0},
+    )
     if list(settings.drops) != sorted(settings.drops) or not all(0 < share < 1 for share in settings.drops):
-        raise InputError(f"drops {settings.drops}: they are shares of the epochs, above 0 and below 1, in order")
-    if settings.teacher_statistics not in Statistics.__args__:
-        raise InputError(f"teacher_statistics {settings.teacher_statistics!r} is not one of running, batch")
+        raise InputError(f"{owner}: drops {settings.drops} is not one of shares between 0 and 1 in rising order")

@@ -26,6 +26,7 @@ from bdjax.defenses.distillation import Method, StudentSettings, Teachers, check
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.models.layers import he_fan_out, normalise_batch
+from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, GroupEnd, Key, Model, ModelOutput, PyTree
 
 FEWEST_NEGATIVE = 1e-3
@@ -173,9 +174,8 @@ def run_from(
 
 def check(settings: FkdSettings) -> None:
     """Refuse what cannot be."""
-    check_student(settings)
-    if not settings.divisor > 0:
-        raise InputError(f"divisor {settings.divisor:g} must be above 0")
+    check_student("defense fkd", settings)
+    check_values("defense fkd", settings, above={"divisor": 0})
 
 
 def run(given: Given, settings: FkdSettings) -> DefenseResult:

@@ -12,7 +12,7 @@ from functools import cache
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
-from bdjax.errors import InputError
+from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, ModelOutput, PyTree
 
 
@@ -35,11 +35,10 @@ def softened_answers(temperature: float, alpha: float) -> Method:
     return Method(loss)
 
 
-def check(settings: LogitDistillationSettings) -> None:
+def check(settings: LogitDistillationSettings, owner: str = "defense logit_distillation") -> None:
     """Refuse what cannot be."""
-    check_student(settings)
-    if not settings.temperature > 0 or not 0 <= settings.alpha <= 1:
-        raise InputError(f"temperature {settings.temperature:g} must be above 0, alpha {settings.alpha:g} from 0 to 1")
+    check_student(owner, settings)
+    check_values(owner, settings, above={"temperature": 0}, at_least={"alpha": 0}, at_most={"alpha": 1})
 
 
 def run(given: Given, settings: LogitDistillationSettings) -> DefenseResult:

@@ -33,9 +33,10 @@ from bdjax import losses
 from bdjax.datasets import splits
 from bdjax.defenses import fkd
 from bdjax.defenses.contract import Defense, Given, Need, fingerprint
-from bdjax.defenses.distillation import Teachers
+from bdjax.defenses.distillation import Teachers, check_student
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
+from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.training.stages import Nets
@@ -391,20 +392,28 @@ def oracles(settings: RobustKdSettings) -> tuple[Need, ...]:
 
 def check(settings: RobustKdSettings) -> None:
     """Refuse what cannot be."""
-    fkd.check(settings)
-    for name, kind in (("select", Select), ("form", Form), ("loss", MaskLoss), ("variance_axes", Axes)):
-        if getattr(settings, name) not in kind.__args__:
-            raise InputError(f"{name} {getattr(settings, name)!r} is not one of {', '.join(kind.__args__)}")
-    each = settings.thresholds or (-1.0,)
-    if not all(0 <= one < np.inf for one in (*each, settings.threshold)):
-        raise InputError(f"thresholds {settings.thresholds} and threshold {settings.threshold:g} must be at least 0")
-    if not 0 < settings.validation_share < 1:
-        raise InputError(f"validation_share {settings.validation_share:g} must be above 0 and below 1")
-    if settings.mask_epochs < 1 or not settings.mask_learning_rate > 0 or settings.layers < 0:
-        raise InputError(
-            f"mask_epochs {settings.mask_epochs} must be at least 1, mask_learning_rate {settings.mask_learning_rate:g} "
-            f"above 0, layers {settings.layers} at least 0"
-        )
+    check_student("defense robust_kd", settings)
+    check_values(
+        "defense robust_kd",
+        settings,
+        choices={
+            "select": Select.__args__,
+            "form": Form.__args__,
+            "loss": MaskLoss.__args__,
+            "variance_axes": Axes.__args__,
+        },
+        at_least={
+            "threshold": 0,
+            "allowed_drop": 0,
+            "variance_weight": 0,
+            "layers": 0,
+            "mask_epochs": 1,
+        },
+        above={"divisor": 0, "validation_share": 0, "mask_learning_rate": 0},
+        below={"validation_share": 1},
+    )
+    if not settings.thresholds or not all(0 <= one < np.inf for one in settings.thresholds):
+        raise InputError(f"defense robust_kd: thresholds {settings.thresholds} is not one of numbers of at least 0")
 
 
 ROBUST_KD = Defense(

@@ -6,6 +6,7 @@ of the method is that twice only logits on clean images are handed on.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from bdjax.defenses.contract import Defense, Given
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil
@@ -34,6 +35,6 @@ TA_KD_STUDENT = Defense(
     needs=("attacked model", "clean rows"),
     settings=TaKdStudentSettings(),
     run=run,
-    check=check,
+    check=partial(check, owner="defense ta_kd_student"),
     changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
 )
