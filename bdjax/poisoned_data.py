@@ -6,6 +6,7 @@ table or figure as a choice of attacks and defenses) and their own figures.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -69,8 +70,8 @@ LIKE = {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuspectConfig(ExperimentConfig):
-    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
+class ComparisonConfig(ExperimentConfig):
+    """The settings of every run that holds defenses side by side, whatever they are handed."""
 
     preset: Preset = "paper"
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
@@ -78,12 +79,11 @@ class SuspectConfig(ExperimentConfig):
     """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
     is the training set as it is. Data that somebody handed over, at a path, is not attacked by default"""
     defenses: str = "none"
-    """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry"""
+    """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry; + between two runs one after the other:
+    fine_tuning+nad"""
     study: str = ""
     """one of the paper's tables or figures, instead of attacks and defenses"""
 
-    model: str = "resnet18_cifar"
-    """the network that is to be trained on the suspect rows"""
     width: int = 64
     """64 is the papers' size; others scale the channels"""
     epochs: int = 80
@@ -104,6 +104,14 @@ class SuspectConfig(ExperimentConfig):
     """of training rows, after they were poisoned"""
     evaluation_batch_size: int = 250
     """images at once in tests"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectConfig(ComparisonConfig):
+    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
+
+    model: str = "resnet18_cifar"
+    """the network that is to be trained on the suspect rows"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,10 +212,24 @@ def run_from_flags(
     Raises:
         InputError: as `run`.
     """
+    return run(read_flags(one, about, arguments), one, log)
+
+
+def read_flags(one: Experiment, about: str, arguments: Sequence[str] | None = None) -> Any:
+    """The configuration that an experiment's flags ask for.
+
+    Args:
+        one: anything with a `name`, `default` and `studies`.
+        about: one line on it.
+        arguments: the command line; None for that of the process.
+
+    Raises:
+        InputError: as `command_line.parse`.
+    """
     studies = "; ".join(f"{name}: {study.about}" for name, study in one.studies.items())
     choosers = {"preset": None, "dataset": None}
     texts = {"prog": f"{one.name}.py", "description": f"{about} Studies: {studies}."}
-    return run(command_line.parse(one.default, choosers, arguments, **texts), one, log)
+    return command_line.parse(one.default, choosers, arguments, **texts)
 
 
 def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -293,7 +315,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     return results
 
 
-def check(config: SuspectConfig, one: Experiment) -> None:
+def check(config: ComparisonConfig, one: Experiment) -> None:
     """Refuse settings that no data could be right for.
 
     Raises:
@@ -306,7 +328,7 @@ def check(config: SuspectConfig, one: Experiment) -> None:
         raise InputError(f"--study {config.study!r} is not one of {', '.join(one.studies)}")
 
 
-def chosen(config: SuspectConfig, one: Experiment) -> tuple[list[str], list[str]]:
+def chosen(config: ComparisonConfig, one: Experiment) -> tuple[list[str], list[str]]:
     """The attacks and defenses of the run, as texts, each once.
 
     Raises:
@@ -341,19 +363,33 @@ def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[Tr
         )
     is_clean = is_attacked or config.dataset in datasets.DATASETS
     if config.clean_data:
-        clean = datasets.load(config.clean_data, config.data_dir).train
-        if clean.image_shape != train.image_shape or clean.num_classes != train.num_classes:
-            raise InputError(
-                f"--clean-data {config.clean_data}: {clean.num_classes} classes of images {clean.image_shape}; the training "
-                f"set has {train.num_classes} of {train.image_shape}"
-            )
-        return TrainTest(train, test), clean, is_clean
+        return TrainTest(train, test), load_clean_data(config.clean_data, config.data_dir, train), is_clean
     if not is_clean or not config.clean_share:
         return TrainTest(train, test), None, is_clean
     stay, held_back = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
     if len(held_back) < train.num_classes:
         raise InputError(f"--clean-share {config.clean_share} of {len(train)} rows is {len(held_back)}: too few")
     return TrainTest(splits.take(train, stay), test), splits.take(train, held_back), is_clean
+
+
+def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) -> Dataset:
+    """The training rows of another set, for defenders of `train`.
+
+    Args:
+        name: of the set, or its path.
+        data_dir: where sets lie.
+        train: what is defended, or what it was trained on.
+
+    Raises:
+        InputError: its images or classes are others.
+    """
+    clean = datasets.load(name, data_dir).train
+    if clean.image_shape != train.image_shape or clean.num_classes != train.num_classes:
+        raise InputError(
+            f"--clean-data {name}: {clean.num_classes} classes of images {clean.image_shape}; the training "
+            f"set has {train.num_classes} of {train.image_shape}"
+        )
+    return clean
 
 
 def usable_defenses(
@@ -408,7 +444,7 @@ def told(tried: Sequence[Tried]) -> str:
     return text + (f", ASR {np.mean(asr):.3f}" if asr else "")
 
 
-def train_config(config: SuspectConfig) -> TrainConfig:
+def train_config(config: ComparisonConfig) -> TrainConfig:
     """How an undefended network of this run trains. Incomplete last batches are left out: their own shape would double
     compiling."""
     return TrainConfig(

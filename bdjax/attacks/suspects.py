@@ -3,7 +3,7 @@
     FOLDER/about.json     the architecture and how many members
     FOLDER/tree/          their variables, stacked (an Orbax checkpoint)
     FOLDER/triggers.npz   mask [N, H, W, 1], pattern [N, H, W, C], opacity [N], names [N], similar_group [N],
-                          target []; optional
+                          target []; optional. label_rule [N] names as well, if they are not all_to_one
 
 Nothing in it can run code: arrays and JSON only.
 """
@@ -12,12 +12,14 @@ import io
 import os
 import pathlib
 import zipfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering, make_model
@@ -32,6 +34,7 @@ class Suspects(NamedTuple):
     model: Model
     variables: PyTree  # stacked [N, ...]
     triggers: ProviderTriggers | None  # of N providers, model i's the i-th; None if nobody knows
+    label_rules: tuple[str, ...] = ()  # keys of LABEL_RULES: whom each trigger sends where; empty if nobody knows
 
 
 def write(
@@ -41,8 +44,9 @@ def write(
     num_classes: int,
     image_shape: tuple[int, int, int],
     variables: PyTree,
-    triggers: ProviderTriggers,
+    triggers: ProviderTriggers | None,
     target: int,
+    label_rules: Sequence[str] = (),
 ) -> None:
     """Write the models of one seed as a third party would hand them over, with the triggers beside them.
 
@@ -53,12 +57,14 @@ def write(
         num_classes: K.
         image_shape: (H, W, C).
         variables: stacked [N, ...].
-        triggers: of the N providers.
+        triggers: of the N providers; None if there are none.
         target: their class.
+        label_rules: keys of `LABEL_RULES`, one for each trigger; none if all are all_to_one.
     """
     if checkpoint.is_complete(folder):
         return
-    _write_triggers(folder, triggers, target)
+    if triggers is not None:
+        _write_triggers(folder, triggers, target, label_rules)
     about = {
         "model_name": model_name,
         "width": width,
@@ -70,10 +76,12 @@ def write(
 
 
 @processes.by_primary
-def _write_triggers(folder: pathlib.Path, triggers: ProviderTriggers, target: int) -> None:
+def _write_triggers(folder: pathlib.Path, triggers: ProviderTriggers, target: int, label_rules: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
+    if label_rules:
+        arrays["label_rule"] = np.array(label_rules)
     np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
     temporary = folder / (TRIGGERS + ".tmp")
     temporary.write_bytes(buffer.getvalue())
@@ -119,20 +127,22 @@ def read(
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not bool(jnp.isfinite(leaf).all()):
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} holds values that are not finite")
-    return Suspects(model, variables, _read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
+    return Suspects(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
 
 
 def _read_triggers(
     path: pathlib.Path, count: int, image_shape: tuple[int, int, int], target: int
-) -> ProviderTriggers | None:
+) -> tuple[ProviderTriggers | None, tuple[str, ...]]:
     if not path.exists():
-        return None
+        return None, ()
     height, width, channels = image_shape
     # Not by numpy.load, which leaves the file open if it is damaged.
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {}
-            for name in ("mask", "pattern", "opacity", "names", "similar_group", "target"):
+            known = ("mask", "pattern", "opacity", "names", "similar_group", "target")
+            told = ("label_rule",) if "label_rule.npy" in archive.namelist() else ()
+            for name in (*known, *told):
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
@@ -144,6 +154,7 @@ def _read_triggers(
         "names": ((count,), np.str_),
         "similar_group": ((count,), np.bool_),
         "target": ((), np.integer),
+        **({"label_rule": ((count,), np.str_)} if "label_rule" in arrays else {}),
     }
     for name, (shape, kind) in shapes.items():
         values = arrays[name]
@@ -156,5 +167,8 @@ def _read_triggers(
         raise InputError(
             f"{path}: these triggers aim at class {int(arrays['target'])}; use --target={int(arrays['target'])}"
         )
+    rules = tuple(map(str, arrays.get("label_rule", ["all_to_one"] * count)))
+    if unknown := [rule for rule in rules if rule not in LABEL_RULES]:
+        raise InputError(f"{path}: label_rule {unknown[0]!r} is not one of {', '.join(LABEL_RULES)}")
     params = MaskedBlend(*(jnp.asarray(arrays[name], jnp.float32) for name in ("mask", "pattern", "opacity")))
-    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"])
+    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"]), rules

@@ -110,8 +110,9 @@ def _one_attack(ones: Sequence[Tried], seed: int) -> dict[str, Any]:
 
 
 def set_title(suspect: Suspect) -> str:
-    """What a training set is called: its attack, "no attack" if it is known to be clean, and otherwise what it is."""
-    if suspect.attack.plan is not None:
+    """What a training set is called: its attack, "no attack" if it is known to be clean, and otherwise what it is. A model that
+    somebody handed over has a label."""
+    if suspect.attack.plan is not None or suspect.attack.label:
         return suspect.attack.title
     is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
     return suspect.attack.title if is_clean else "rows as they came"
@@ -397,8 +398,13 @@ def needs_table(results: Mapping[str, Any]) -> Table:
     return Table("Who was given what", ("defense", "when", *names, "paper"), rows, notes)
 
 
-def facts_table(results: Mapping[str, Any]) -> Table | None:
-    """Numbers of the defenses' own; None if there are none."""
+def facts_table(results: Mapping[str, Any], suspect: str = "training set") -> Table | None:
+    """Numbers of the defenses' own; None if there are none.
+
+    Args:
+        results: of `summarise`.
+        suspect: what defenses are tried on.
+    """
     attacks, defenses = _titles(results)
     rows: list[tuple[Cell, ...]] = []
     for one in results["defenses"]:
@@ -410,7 +416,7 @@ def facts_table(results: Mapping[str, Any]) -> Table | None:
                 rows.append((defenses[one["defense"]], attacks[cell["attack"]], name, text))
     if not rows:
         return None
-    return Table("What the defenses say of themselves", ("defense", "training set", "what", "value"), tuple(rows))
+    return Table("What the defenses say of themselves", ("defense", suspect, "what", "value"), tuple(rows))
 
 
 def published_table(results: Mapping[str, Any], dataset: str) -> Table | None:

@@ -1,0 +1,227 @@
+"""Suspect teachers: networks that were attacked in any way and handed over without their training set, and what defenders get.
+
+A trigger that was trained may be a perturbation that fools any network, backdoored or not. So each trigger is also put
+before the clean network of the same seed, and before the student that a method makes of *that* (`control`): what it achieves
+there is no backdoor.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks import outsourcing
+from bdjax.attacks.contract import CleanModel
+from bdjax.attacks.victims import prepare, train_victims
+from bdjax.defenses.comparison import (
+    NO_ATTACK,
+    AttackVariant,
+    Comparison,
+    Suspect,
+    TriggeredViews,
+    first_trigger,
+    measure,
+    read_attack,
+)
+from bdjax.defenses.contract import Given
+from bdjax.defenses.handed_over import HandedOver
+from bdjax.training import ensemble
+from bdjax.training.member import TrainConfig
+from bdjax.training.stages import Log, Nets, StageRunner
+from bdjax.types import Dataset, DefenseResult, Key, Model, PyTree
+
+
+class Recipes(NamedTuple):
+    """How teachers train."""
+
+    from_scratch: TrainConfig  # clean ones, and those of attackers who poison data
+    fine_tuning: TrainConfig  # those of attackers who start from a clean one
+    controlled: TrainConfig  # those of attackers who control the training from scratch
+
+
+class Teachers(NamedTuple):
+    """The suspects, M of them: all seeds of the first attack, then of the second."""
+
+    model: Model
+    suspects: list[Suspect]  # whose `dataset` is the clean training set: nobody hands over another
+    variables: PyTree  # stacked [M, ...]
+    clean: Nets | None  # a clean network of the same architecture for each seed; None if no trigger is known
+    recipes: Recipes
+
+
+def make_recipes(
+    from_scratch: TrainConfig, fine_tuning_epochs: int, fine_tuning_learning_rate: float, controlled_epochs: int
+) -> Recipes:
+    """The recipes of a run: fine-tuning is on half a cosine, and a schedule of steps is stretched over controlled trainings.
+
+    Args:
+        from_scratch: what is not said otherwise.
+        fine_tuning_epochs: of teachers that start from a clean one.
+        fine_tuning_learning_rate: of the same, at first.
+        controlled_epochs: of teachers whose attacker controls the training from scratch.
+    """
+    how = {"epochs": fine_tuning_epochs, "learning_rate": fine_tuning_learning_rate, "schedule": "cosine", "steps": ()}
+    stretch = controlled_epochs / from_scratch.epochs
+    steps = tuple((round(epoch * stretch), rate) for epoch, rate in from_scratch.steps)
+    return Recipes(
+        from_scratch,
+        dataclasses.replace(from_scratch, **how),
+        dataclasses.replace(from_scratch, epochs=controlled_epochs, steps=steps),
+    )
+
+
+def train_clean(key: Key, seeds: int, model: Model, recipe: TrainConfig, runner: StageRunner, train: Dataset) -> Nets:
+    """A clean network for each seed: the clean teacher, the start of some attackers, and what triggers are held against."""
+    rows = outsourcing.split_rows([key] * seeds, train.labels, 0.0)
+    keys = jnp.stack([jax.random.fold_in(key, seed) for seed in range(seeds)])
+    return runner.from_scratch("clean teachers", model, recipe, keys, 1, jnp.asarray(train.images), *rows)
+
+
+def train_teachers(
+    key: Key,
+    attacks: Sequence[AttackVariant],
+    first_seed: int,
+    seeds: int,
+    model: Model,
+    recipes: Recipes,
+    runner: StageRunner,
+    train: Dataset,
+    log: Log,
+) -> Teachers:
+    """Attack: a clean network for each seed, and a backdoored one for each attack and seed.
+
+    Args:
+        key: of the run.
+        attacks: read with `hands_over="model"`; the one called none is the clean network.
+        first_seed: its number.
+        seeds: how many.
+        model: the architecture.
+        recipes: how they train.
+        runner: trains.
+        train: the clean training set.
+        log: for progress.
+
+    Raises:
+        InputError: as `bdjax.attacks.victims.prepare`.
+    """
+    clean_key, attack_key, victim_key = jax.random.split(key, 3)
+    clean = train_clean(clean_key, seeds, model, recipes.from_scratch, runner, train)
+    planned = [(attack, seed) for attack in attacks for seed in range(seeds) if attack.plan]
+    prepared = []
+    with log.stage("triggers", total=len(planned), unit="teachers") as stage:
+        for attack, seed in planned:
+            known = CleanModel(model, ensemble.members(clean.variables, seed))
+            own = jax.random.fold_in(attack_key, first_seed + seed)
+            prepared.append(prepare(own, attack.plan, train, attack.target, seed, known))
+            stage.advance(1, attack.name)
+    attacked = iter(train_victims(victim_key, runner, prepared, train, clean, *recipes))
+    suspects, variables = [], []
+    for attack in attacks:
+        for seed in range(seeds):
+            if attack.plan is None:
+                suspects.append(_clean_suspect(attack, seed, train))
+                variables.append(ensemble.members(clean.variables, seed))
+            else:
+                victim = next(attacked)
+                suspects.append(Suspect(attack, seed, train, victim.params, None))
+                variables.append(victim.variables)
+    return Teachers(model, suspects, ensemble.stack(variables), clean, recipes)
+
+
+def take_teachers(
+    key: Key, found: HandedOver, seeds: int, recipes: Recipes, runner: StageRunner, train: Dataset
+) -> Teachers:
+    """Somebody's own teachers, once for each seed. Where triggers are known there is something to measure, and clean teachers
+    of the same architecture are trained to hold them against.
+
+    Args:
+        key: of the run.
+        found: the teachers.
+        seeds: how many.
+        recipes: how the clean ones train.
+        runner: trains.
+        train: the clean training set.
+    """
+    suspects = [one._replace(seed=seed) for one in found.suspects for seed in range(seeds)]
+    variables = ensemble.members(found.variables, np.repeat(np.arange(len(found.suspects)), seeds))
+    if not any(one.parts for one in suspects):
+        return Teachers(found.model, suspects, variables, None, recipes)
+    clean = train_clean(key, seeds, found.model, recipes.from_scratch, runner, train)
+    attack = read_attack(NO_ATTACK, train, found.suspects[0].attack.target, hands_over="model")
+    suspects += [_clean_suspect(attack, seed, train) for seed in range(seeds)]
+    return Teachers(found.model, suspects, ensemble.join([variables, clean.variables]), clean, recipes)
+
+
+def _clean_suspect(attack: AttackVariant, seed: int, train: Dataset) -> Suspect:
+    return Suspect(attack, seed, train, (), np.zeros(len(train), bool))
+
+
+def is_clean(suspect: Suspect) -> bool:
+    """Whether a teacher is known to be clean: it was trained here, and not attacked."""
+    return suspect.attack.plan is None and suspect.is_poisoned is not None
+
+
+def make_given(
+    teachers: Teachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
+) -> Given:
+    """What methods get: the teachers and clean rows, and no training set.
+
+    Args:
+        teachers: M of them.
+        keys: typed [M].
+        clean: the defender's clean rows.
+        make_network: (name, num_classes=None) -> a network at the run's width.
+        runner: trains and evaluates.
+    """
+    count = len(teachers.suspects)
+    empty = np.zeros((count, 0), np.int32)
+
+    def make_model(name: str | None = None, num_classes: int | None = None) -> Model:
+        if name is None and num_classes in (None, clean.num_classes):
+            return teachers.model
+        return make_network(name or teachers.model.description.partition(" ")[0], num_classes)
+
+    return Given(
+        pool=jnp.asarray(clean.images),
+        index=empty,
+        labels=empty,
+        num_classes=clean.num_classes,
+        keys=keys,
+        make_model=make_model,
+        recipe=teachers.recipes.from_scratch,
+        runner=runner,
+        attacked=Nets(teachers.model, teachers.variables, 1, {}),
+        clean_index=np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)),
+        clean_labels=np.tile(clean.labels, (count, 1)),
+        own_triggers=tuple(first_trigger(one) for one in teachers.suspects),
+        own_rules=tuple(one.parts[0].rule if one.parts else None for one in teachers.suspects),
+    )
+
+
+def control(given: Given, teachers: Teachers, comparison: Comparison, views: TriggeredViews) -> list[float | None]:
+    """ASR of each teacher's trigger on what the same method makes of the clean teacher of its seed.
+
+    For the teacher itself that is the clean network; for a student, that of the clean teacher, if the run has one.
+
+    Args:
+        given: the suspects as the method got them.
+        teachers: M of them.
+        comparison: the method on those.
+        views: the test images.
+
+    Returns:
+        M numbers; None for a teacher without a trigger, or without such a counterpart.
+    """
+    suspects, (variant, result, _) = teachers.suspects, comparison
+    seeds = np.array([one.seed for one in suspects])
+    of_seed = {one.seed: number for number, one in enumerate(suspects) if is_clean(one)}
+    if variant.defense.name == NO_ATTACK and teachers.clean is not None:
+        variables = ensemble.members(teachers.clean.variables, seeds)
+    elif of_seed:
+        variables = ensemble.members(result.variables, np.array([of_seed[seed] for seed in seeds]))
+    else:
+        return [None] * len(suspects)
+    return [one.asr for one in measure(given, DefenseResult(result.model, variables), suspects, variant, views, 0.0)]

@@ -1,0 +1,150 @@
+"""RobustKD: a small clean network from a teacher that may be backdoored, by features of low variance (Chen et al. 2024).
+
+    python experiments/robust_kd.py                                 # digits: three attacked teachers and a clean one
+    python experiments/robust_kd.py --dataset=cifar10 --attacks=ckd,none --defenses=fkd,robust_kd,fine_tuning+fkd
+    python experiments/robust_kd.py --study=threshold               # a table or figure of the paper; see --help
+    python experiments/robust_kd.py --teacher=FOLDER --student=wrn_10_2     # a suspect model of one's own
+
+Each attack and seed gives one suspect teacher; every method gets all of them and clean images, and hands back a student.
+The same command continues a run that was cut off, and ends at the same numbers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from bdjax import command_line
+from bdjax.errors import InputError
+from bdjax.poisoned_data import FLIPPABLE, LIKE, Study
+from bdjax.reporting.progress import StageLog
+from bdjax.reporting.report import Section
+from bdjax.suspect_models import Config, Context, Experiment, Preset, run_from_flags
+
+PASSING = "ckd,latent_backdoor,none"
+"""The attacks that hand on a backdoor according to the paper, and the clean teacher that they are held against."""
+ATTACKS = "ckd,latent_backdoor,hidden_trigger,none"
+METHODS = "fkd,robust_kd"
+BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
+
+
+def _robust_kd(*settings: str) -> str:
+    """FKD, and a variant of RobustKD for each text of settings, at the paper's one threshold."""
+    return ",".join(["fkd", *(f"robust_kd:select=fixed{':' if one else ''}{one}" for one in settings)])
+
+
+STUDIES = {
+    "transfer": Study("table 3: which backdoors pass through plain feature distillation", ATTACKS, "fkd"),
+    "removal": Study("tables 4 to 6: what RobustKD leaves of those", PASSING, METHODS),
+    "threshold": Study(
+        "figure 4: the mask's weight m",
+        PASSING,
+        _robust_kd(*(f"threshold={value}" for value in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))) + ",robust_kd",
+    ),
+    "form": Study(
+        "figure 5: how the mask is put on (equations 7 and 15), and element by element",
+        PASSING,
+        _robust_kd("", "form=mixed", "form=elementwise"),
+    ),
+    "losses": Study(
+        "figure 6: what the mask minimises, and over what the variance is taken",
+        PASSING,
+        _robust_kd("", "loss=cross_entropy", "loss=variance", "variance_axes=all", "variance_axes=batch"),
+    ),
+    "layers": Study(
+        "figure 7: masks on the last group, the last two, all", PASSING, _robust_kd("layers=1", "layers=2", "")
+    ),
+    "adaptive": Study("table 7: an attacker who keeps the variance low", "ckd_low_variance,ckd,none", METHODS),
+    "baselines": Study(
+        "beyond the paper: other students, and other defenses before or in place of them", PASSING, BASELINES
+    ),
+    "oracle": Study(
+        "algorithm 1: the threshold chosen by who can measure the attack", PASSING, f"{METHODS},robust_kd:select=oracle"
+    ),
+}
+
+_QUICK = {
+    "teacher_model": "wrn_16_2",
+    "student": "wrn_10_2",
+    "width": 16,
+    "attacks": PASSING,
+    "defenses": METHODS,
+    "optimiser": "adam",
+    "learning_rate": 3e-3,
+    "fine_tuning_learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "batch_size": 64,
+}
+QUICK_SETS: dict[str, dict[str, Any]] = {
+    "digits": {"batch_size": 32, "epochs": 20, "fine_tuning_epochs": 15, "controlled_epochs": 40},
+    "mnist": {
+        "train_rows": 4000,
+        "test_rows": 1000,
+        "epochs": 8,
+        "fine_tuning_epochs": 5,
+        "controlled_epochs": 12,
+        "seeds": 2,
+    },
+    "cifar10": {
+        "train_rows": 6000,
+        "test_rows": 1000,
+        "epochs": 12,
+        "fine_tuning_epochs": 6,
+        "controlled_epochs": 12,
+        "seeds": 2,
+    },
+    "gtsrb": {
+        "train_rows": 6000,
+        "test_rows": 1000,
+        "epochs": 12,
+        "fine_tuning_epochs": 6,
+        "controlled_epochs": 12,
+        "seeds": 2,
+    },
+}
+"""What quick runs have on two cores, by dataset."""
+
+
+def preset(preset: str | None = None, dataset: str | None = None) -> Config:
+    """The configuration that a preset starts from.
+
+    Raises:
+        InputError: if there is no such preset.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    preset, dataset = preset or ("quick" if on_cpu else "paper"), dataset or "digits"
+    if preset not in Preset.__args__:
+        raise InputError(f"--preset {preset!r} is not one of {', '.join(Preset.__args__)}")
+    if preset == "quick":
+        like = dataset if dataset in QUICK_SETS else LIKE.get(dataset, "digits")
+        return Config(dataset=dataset, preset=preset, **{**_QUICK, **QUICK_SETS[like]})
+    paper = Config(
+        dataset=dataset,
+        preset=preset,
+        attacks=ATTACKS,
+        defenses=METHODS,
+        augmentation="crop_flip" if dataset in (*FLIPPABLE, "flowers17") else "crop",
+        compute_dtype="float32" if on_cpu else "bfloat16",
+    )
+    # Its images are large and few, and only the pyramids are tried on them.
+    of_flowers = {"teacher_model": "pyramidnet_200_240", "student": "pyramidnet_110_84", "batch_size": 32}
+    return dataclasses.replace(paper, **of_flowers) if dataset == "flowers17" else paper
+
+
+def sections(context: Context) -> Sequence[Section]:
+    """Figures of the experiment's own."""
+    del context
+    return ()
+
+
+EXPERIMENT = Experiment("robust_kd", "RobustKD", "robust_kd", "fkd", preset, STUDIES, sections)
+
+
+def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+    """Read the flags and run."""
+    return run_from_flags(EXPERIMENT, __doc__.splitlines()[0], arguments, log)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
