@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from jax import lax
 
 from bdjax.models.layers import (
@@ -16,7 +15,6 @@ from bdjax.models.layers import (
     Dense,
     DepthwiseConv,
     Lowering,
-    Taps,
     convolve,
     convolve_3x3,
     convolve_depthwise,
@@ -411,68 +409,3 @@ def test_a_fully_connected_layer_flattens_pixels_in_the_order_of_nhwc(lowering):
     y = layout.to_nhwc(module.apply({"params": params}, layout.from_nhwc(x)))
     expected = np.asarray(x).reshape(5, 24) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
     np.testing.assert_allclose(y, expected[:, None, None, :], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("lowering", LOWERINGS)
-def test_taps_record_in_nhwc_and_pass_on_what_an_edit_returns(lowering):
-    layout = layout_of(lowering)
-    x = draw(0, 2, 3, 4, 5)
-    taps = Taps(lowering, {"b": lambda features: 2.0 * features})
-    passed = [taps(name, layout.from_nhwc(x)) for name in "ab"]
-    recorded = taps.finish()
-    chex.assert_trees_all_equal([layout.to_nhwc(each) for each in passed], [x, 2.0 * x])
-    chex.assert_trees_all_equal(recorded.features, {"a": x, "b": 2.0 * x})
-    assert recorded.groups == {}
-
-
-class Recording(nn.Module):
-    """A normalisation after the end of a group."""
-
-    taps: Taps
-    lowering: Lowering
-
-    @nn.compact
-    def __call__(self, x):
-        norm = BatchNorm(self.lowering)
-        passed = self.taps.group("group1", x)
-        y = norm(passed, train=False)
-        self.taps.before_relu("group1", y, norm)
-        return passed, y
-
-
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("edits", [{}, {"group1": lambda output: 3.0 * output - 1.0}])
-def test_the_end_of_a_group_is_recorded_with_what_its_normalisation_says(edits, lowering):
-    layout = layout_of(lowering)
-    x = draw(0, 2, 3, 4, 5).astype(jnp.bfloat16)
-    params = {"scale": jnp.asarray([2.0, -2.0, 0.5, 0.0, 1.0]), "bias": draw(1, 5)}
-    variables = {"params": {"BatchNorm_0": params}}
-    variables["batch_stats"] = {"BatchNorm_0": {"mean": draw(2, 5), "variance": 1.0 + draw(3, 5) ** 2}}
-    taps = Taps(lowering, edits)
-    passed, y = (layout.to_nhwc(each) for each in Recording(taps, lowering).apply(variables, layout.from_nhwc(x)))
-    recorded = taps.finish()
-    expected = 3.0 * x.astype(jnp.float32) - 1.0 if edits else x.astype(jnp.float32)
-
-    assert recorded.features == {} and list(recorded.groups) == ["group1"]
-    output, before_relu, mean, deviation = recorded.groups["group1"]
-    assert {each.dtype for each in recorded.groups["group1"]} == {jnp.dtype("float32")}
-    assert passed.dtype == y.dtype == jnp.bfloat16
-    chex.assert_trees_all_equal((output, passed), (expected, expected.astype(jnp.bfloat16)))
-    chex.assert_trees_all_equal(before_relu, y.astype(jnp.float32))
-    chex.assert_trees_all_equal((mean, deviation), (params["bias"], jnp.asarray([2.0, 2.0, 0.5, 0.0, 1.0])))
-
-
-def test_editing_a_tap_that_is_not_there_is_an_error_that_names_those_that_are():
-    taps = Taps("native", {"stage4": lambda features: features})
-    taps("stage1", jnp.zeros((1, 2, 2, 1)))
-    with pytest.raises(ValueError, match=r"no tap stage4; this network has stage1$"):
-        taps.finish()
-
-
-def test_editing_a_group_that_is_not_there_is_an_error_that_names_taps_and_groups():
-    taps = Taps("native", {"group4": lambda output: output, "stage1": lambda features: features})
-    taps("stage1", jnp.zeros((1, 2, 2, 1)))
-    taps("stage2", jnp.zeros((1, 2, 2, 1)))
-    Recording(taps, "native").init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
-    with pytest.raises(ValueError, match=r"no tap group4; this network has stage1, stage2; and groups group1$"):
-        taps.finish()
