@@ -82,6 +82,23 @@ def test_what_was_cut_off_is_written_anew(folder, variables):
     chex.assert_trees_all_equal(read(folder).triggers.params, TRIGGERS.params)
 
 
+def test_models_without_triggers(tmp_path, variables):
+    suspects.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, None, 1)
+    assert not (tmp_path / "one" / "triggers.npz").exists()
+    found = read(tmp_path / "one", target=3)
+    assert found.triggers is None and found.label_rules == ()
+
+
+def test_label_rules_go_with_the_triggers(tmp_path, written, variables):
+    rules = ("hidden_source", "all_to_one", "clean_label")
+    suspects.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1, rules)
+    assert read(tmp_path / "one").label_rules == rules
+    assert read(written).label_rules == ("all_to_one",) * 3
+    change_triggers(tmp_path / "one", label_rule=np.array(["all_to_one", "nobody", "all_to_one"]))
+    with pytest.raises(InputError, match="label_rule 'nobody' is not one of"):
+        read(tmp_path / "one")
+
+
 def test_triggers_need_not_be_known(folder, variables):
     (folder / "triggers.npz").unlink()
     found = read(folder)

@@ -100,6 +100,75 @@ class TestReadAttack:
         assert message in str(raised.value)
 
 
+class TestReadAttackOnModels:
+    def read(self, text):
+        return read_attack(text, TRAIN, 0, hands_over="model")
+
+    @pytest.mark.parametrize("text", ["wanet", "hidden_trigger", "badnets:target=2", "latent_backdoor"])
+    def test_whoever_hands_over_a_model_may_train_it(self, text):
+        attack = self.read(text)
+        assert attack.name == attack.plan.name == text and attack.suppression == 0
+        assert attack.target == (2 if "target" in text else 0)
+
+    def test_variants_of_an_attack_have_plans_of_their_own(self):
+        plans = [self.read(f"latent_backdoor:feature_weight={weight}").plan for weight in (0.5, 1.0)]
+        assert plans[0].name != plans[1].name
+        assert [plan.parts[0].settings.feature_weight for plan in plans] == [0.5, 1.0]
+
+    def test_none_is_a_clean_teacher(self):
+        attack = self.read("none")
+        assert attack.plan is None and attack.title == "clean teacher"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("none:label_noise=0.1", "label_noise is of training sets"),
+            ("badnets:suppression=2", "suppression is of training sets"),
+            ("none:target=1", "none has no settings$"),
+            ("nothing", "is not one of"),
+        ],
+    )
+    def test_errors(self, text, message):
+        with pytest.raises(InputError, match=message):
+            self.read(text)
+
+
+class TestReadChain:
+    def test_each_part_has_its_settings(self):
+        variant = read_defense("fine_tuning:epochs=5+fkd:student=wrn_16_1", "quick", "digits")
+        assert variant.name == "fine_tuning:epochs=5+fkd:student=wrn_16_1" and variant.defense.name == "fine_tuning+fkd"
+        assert variant.title == "FT (epochs 5), then FKD (student wrn_16_1)"
+        first, second = variant.settings
+        assert (first.epochs, second.student) == (5, "wrn_16_1")
+        assert variant.defense.needs_with(variant.settings) == ("attacked model", "clean rows")
+
+    def test_three_parts_and_what_any_of_them_needs(self):
+        variant = read_defense("lfd+fine_tuning+robust_kd:select=oracle", "quick", "digits")
+        assert len(variant.settings) == 3 and variant.title == "LfD, then FT, then RobustKD (select oracle)"
+        assert set(variant.defense.needs) == {"training set", "attacked model", "clean rows", "attacker's trigger"}
+
+    def test_what_the_run_says_holds_where_the_text_does_not(self):
+        common = {"student": "wrn_10_2", "nothing": 3}
+        for text, expected in (("fkd", "wrn_10_2"), ("fkd:student=wrn_16_1", "wrn_16_1")):
+            assert read_defense(text, "quick", "digits", common).settings.student == expected
+        variant = read_defense("fine_tuning+fkd", "quick", "digits", common)
+        assert variant.settings[1].student == "wrn_10_2" and variant.name == "fine_tuning+fkd"
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("fine_tuning+nothing", "'nothing' is not one of"),
+            ("fine_tuning+", "'' is not one of"),
+            ("fine_tuning:colour=1+fkd", "has no setting 'colour'"),
+            ("fine_tuning+fkd:divisor=0.0", "divisor"),
+            ("strip+fkd", "strip looks at each image at test time"),
+        ],
+    )
+    def test_errors_are_those_of_the_parts(self, text, message):
+        with pytest.raises(InputError, match=message):
+            read_defense(text, "quick", "digits")
+
+
 def test_defenses_keep_the_name_that_they_were_given():
     variant = read_defense("none", "quick", "digits")
     assert (variant.name, variant.title, variant.defense.name) == ("none", "no defense", "none")

@@ -1,0 +1,112 @@
+"""Chains of defenses, with parts that train nothing."""
+
+import dataclasses
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bdjax.defenses import chain
+from bdjax.defenses.contract import Defense, Given
+from bdjax.errors import InputError
+from bdjax.training.stages import Nets, StageRunner
+from bdjax.types import DefenseResult, Model
+
+MODEL = Model(None, None, 4, "a network")
+
+
+@dataclass(frozen=True)
+class Settings:
+    add: int = 1
+    """to the attacked network's only number"""
+
+
+def adder(name: str, **told: Any) -> Defense:
+    """A defense that adds, and says where it would have trained."""
+
+    def run(given: Given, settings: Settings) -> DefenseResult:
+        after = given.attacked.variables + settings.add
+        pictures = {str(given.runner.folder): np.zeros((1, 0))}
+        return DefenseResult(MODEL, after, pictures=pictures, **told)
+
+    stage = "at test time" if name == "tester" else "after training"
+    return Defense(name, name.title(), f"paper of {name}", stage, ("attacked model",), Settings(), run)
+
+
+FIRST = adder("first", flags=np.array([[True]]), facts={"weight": np.array([1.0]), "own": np.array([2.0])})
+SECOND = adder("second", scores=np.array([[0.5]]), facts={"weight": np.array([3.0])})
+
+
+@pytest.fixture
+def given() -> Given:
+    runner = StageRunner(pathlib.Path("run"), (8, 8, 1), "map", None)
+    attacked = Nets(MODEL, np.zeros(1, int), 1, {})
+    return Given(None, None, None, 4, None, None, None, runner, attacked)
+
+
+def make(*pairs: tuple[Defense, int]) -> Defense:
+    return chain.make_chain([chain.Part(defense, Settings(add), defense.title) for defense, add in pairs])
+
+
+def folders(result: DefenseResult) -> list[str]:
+    return list(result.pictures)
+
+
+def test_the_second_starts_from_what_the_first_made(given):
+    linked = make((FIRST, 1), (SECOND, 10))
+    result = linked.run(given, linked.settings)
+    assert result.variables.tolist() == [11] and given.attacked.variables.tolist() == [0]
+    assert linked.name == "first+second" and linked.title == "First, then Second"
+    assert linked.settings == (Settings(1), Settings(10)) and linked.needs == ("attacked model",)
+    assert linked.paper == "paper of first; then paper of second"
+
+
+def test_all_that_the_parts_say_is_kept(given):
+    linked = make((FIRST, 1), (SECOND, 10))
+    result = linked.run(given, linked.settings)
+    assert {name: float(value[0]) for name, value in result.facts.items()} == {
+        "first: weight": 1.0,
+        "own": 2.0,
+        "second: weight": 3.0,
+    }
+    assert result.flags.tolist() == [[True]] and result.scores.tolist() == [[0.5]]
+
+
+def test_one_defense_twice_is_told_apart(given):
+    linked = make((SECOND, 1), (SECOND, 2))
+    facts = linked.run(given, linked.settings).facts
+    assert list(facts) == ["second (1): weight", "second (2): weight"]
+
+
+def test_what_comes_after_has_a_folder_of_its_own_and_the_first_part_none(given):
+    first, second = (make((FIRST, add), (SECOND, 1)) for add in (1, 2))
+    one, other = (folders(each.run(given, each.settings)) for each in (first, second))
+    alone = folders(FIRST.run(given, Settings(1)))
+    assert one[0] == other[0] == alone[0] == "run"
+    assert one[1] != other[1] and all(path[1].startswith("run/after first ") for path in (one, other))
+    assert given.runner.folder == pathlib.Path("run")
+
+
+def test_three_parts_nest(given):
+    linked = make((FIRST, 1), (SECOND, 2), (FIRST, 4))
+    result = linked.run(given, linked.settings)
+    paths = [path.split(": ")[-1] for path in folders(result)]
+    assert result.variables.tolist() == [7]
+    assert paths[2].startswith(f"{paths[1]}/after second ")
+    pair = make((FIRST, 1), (SECOND, 3))
+    assert folders(pair.run(given, pair.settings))[1] == paths[1]  # what comes before decides, not what it is
+
+
+def test_needs_of_settings_are_needs_of_the_chain():
+    oracle = dataclasses.replace(SECOND, oracles=lambda settings: ("attacker's trigger",) if settings.add > 5 else ())
+    assert make((FIRST, 1), (oracle, 10)).needs == ("attacked model", "attacker's trigger")
+    assert make((FIRST, 1), (oracle, 1)).needs == ("attacked model",)
+
+
+def test_a_detector_at_test_time_can_only_be_the_last():
+    tester = adder("tester")
+    assert make((FIRST, 1), (tester, 1)).stage == "at test time"
+    with pytest.raises(InputError, match="tester looks at each image at test time.*only be the last"):
+        make((tester, 1), (FIRST, 1))

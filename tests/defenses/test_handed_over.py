@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bdjax.attacks.poisoning import trigger_all
+from bdjax.defenses import handed_over
+from bdjax.defenses.comparison import Suspect, make_views, read_attack
+from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.training import ensemble
+from bdjax.triggers import masked_blend
+from bdjax.triggers.masked_blend import MaskedBlend
+from bdjax.types import Dataset, Model
+
+SHAPE, CLASSES = (8, 8, 1), 4
+IMAGES = np.random.default_rng(0).integers(0, 200, (24, *SHAPE)).astype(np.uint8)
+TRAIN = Dataset(IMAGES, (np.arange(24) % CLASSES).astype(np.int32), CLASSES, "mine", "a test")
+BLEND = MaskedBlend(
+    jnp.zeros((8, 8, 1)).at[:2, :2].set(1.0), jnp.full(SHAPE, 0.9, jnp.float32), jnp.asarray(0.5, jnp.float32)
+)
+NETWORK = make_model("lenet", CLASSES, 64, "native")
+
+
+def suspect(text: str, params, target: int = 2) -> Suspect:
+    attack = read_attack(text, TRAIN, target, hands_over="model")
+    return Suspect(attack, 0, TRAIN, params, None)
+
+
+def shown(one: Suspect) -> tuple[np.ndarray, ...]:
+    return make_views(jax.random.key(0), [one], TRAIN).triggered[0]
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return ensemble.init_members(lambda key: NETWORK.init(key, SHAPE), jax.random.split(jax.random.key(0), 2))
+
+
+class TestTriggerOf:
+    def test_a_masked_blend_is_handed_over_with_its_rule(self):
+        for text, rule in (("badnets", "all_to_one"), ("sig:label_rule=clean_label", "clean_label")):
+            one = suspect("badnets", (BLEND,))._replace(attack=read_attack(text, TRAIN, 2, hands_over="model"))
+            if text != "badnets":  # another form of trigger under the same rule: see below
+                one = one._replace(
+                    attack=one.attack._replace(
+                        plan=suspect("badnets", ()).attack.plan._replace(
+                            parts=(suspect("badnets", ()).parts[0]._replace(rule=one.parts[0].rule),)
+                        )
+                    )
+                )
+            found = handed_over.trigger_of(one, TRAIN, shown(one))
+            assert found.label_rule == rule and found.triggers.names == ("BadNets",)
+            back = MaskedBlend(*(jnp.asarray(leaf[0]) for leaf in found.triggers.params))
+            again = trigger_all(jax.random.key(5), TRAIN, masked_blend.apply, back)
+            np.testing.assert_array_equal(again, shown(one)[0])
+
+    def test_a_blend_that_is_not_what_the_trigger_does_is_not_taken_for_it(self):
+        one = suspect("badnets", (BLEND,))
+        other = tuple(255 - images for images in shown(one))
+        assert handed_over.trigger_of(one, TRAIN, other) is None
+
+    def test_none_and_several(self):
+        clean = Suspect(read_attack("none", TRAIN, 0, hands_over="model"), 0, TRAIN, (), np.zeros(24, bool))
+        assert handed_over.trigger_of(clean, TRAIN, ()) is None
+        both = suspect("badnets+blended:poison_rate=0.1", (BLEND, BLEND))
+        assert handed_over.trigger_of(both, TRAIN, (IMAGES, IMAGES)) is None
+
+
+class TestRoundTrip:
+    def test_with_a_trigger(self, tmp_path, variables):
+        one = suspect("hidden_trigger:poison_rate=0.1", ())
+        one = one._replace(params=(BLEND,))
+        plan = suspect("badnets", ()).attack.plan
+        attack = one.attack._replace(plan=plan._replace(parts=(plan.parts[0]._replace(rule=one.parts[0].rule),)))
+        one = one._replace(attack=attack)
+        trigger = handed_over.trigger_of(one, TRAIN, shown(one))
+        own = {**variables, "teacher": jnp.zeros(3)}  # what a method carried along is left out
+        first = ensemble.members({**variables}, np.array([0]))
+        assert handed_over.write(tmp_path / "a", NETWORK, {**first, "teacher": own["teacher"]}, SHAPE, trigger, 2)
+        found = handed_over.read(tmp_path / "a", TRAIN, 2, "native")
+        assert found.model.description == NETWORK.description
+        jax.tree.map(np.testing.assert_array_equal, found.variables, first)
+        (read,) = found.suspects
+        assert read.attack.title == "your teacher (BadNets)" and read.is_poisoned is None and read.attack.target == 2
+        np.testing.assert_array_equal(shown(read)[0], shown(one)[0])
+        for labels in (TRAIN.labels, TRAIN.labels[::-1]):
+            np.testing.assert_array_equal(read.parts[0].rule.victims(labels), one.parts[0].rule.victims(labels))
+            np.testing.assert_array_equal(read.parts[0].rule.wanted(labels), one.parts[0].rule.wanted(labels))
+
+    def test_several_without_triggers(self, tmp_path, variables):
+        assert handed_over.write(tmp_path / "b", NETWORK, variables, SHAPE, None, 2)
+        found = handed_over.read(tmp_path / "b", TRAIN, 0, "native")
+        assert [one.attack.title for one in found.suspects] == ["your teacher 1", "your teacher 2"]
+        assert all(one.attack.plan is None and one.parts == () for one in found.suspects)
+
+    def test_the_target_must_be_the_run_s(self, tmp_path, variables):
+        one = suspect("badnets", (BLEND,))
+        trigger = handed_over.trigger_of(one, TRAIN, shown(one))
+        handed_over.write(tmp_path / "c", NETWORK, ensemble.members(variables, np.array([1])), SHAPE, trigger, 2)
+        with pytest.raises(InputError, match="use --target=2"):
+            handed_over.read(tmp_path / "c", TRAIN, 0, "native")
+
+    def test_a_network_of_ones_own_making_is_not_written(self, tmp_path, variables):
+        own = Model(NETWORK.init, NETWORK.apply, CLASSES, "a network of two heads")
+        assert not handed_over.write(tmp_path / "d", own, variables, SHAPE, None, 0)
+        assert not (tmp_path / "d").exists()
