@@ -221,9 +221,10 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     folder.write_json("results.json", results)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
+    # Figures may need networks of their own, which all processes train.
+    extra = one.sections(Context(config, folder, data, teachers, given, views, comparisons, results, log))
     if not processes.is_primary():
         return results
-    context = Context(config, folder, data, teachers, given, views, comparisons, results, log)
     settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
     suspect_model_report.write(
         folder,
@@ -236,7 +237,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         title=f"{one.title} on {train.name}",
         own=one.own,
         plain=one.plain,
-        extra_sections=one.sections(context),
+        extra_sections=extra,
     )
     log.console.print(to_rich(suspect_model_results.main_table(results)))
     log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)

@@ -17,7 +17,9 @@ import jax
 
 from bdjax import command_line
 from bdjax.errors import InputError
+from bdjax.models import group_shapes
 from bdjax.poisoned_data import FLIPPABLE, LIKE, Study
+from bdjax.reporting import feature_variance
 from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
 from bdjax.suspect_models import Config, Context, Experiment, Preset, run_from_flags
@@ -133,9 +135,23 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
 
 
 def sections(context: Context) -> Sequence[Section]:
-    """Figures of the experiment's own."""
-    del context
-    return ()
+    """The paper's premise, measured: whether features of attacked teachers vary more (figure 2). Not of networks whose groups
+    are unknown, and not without a clean network to hold them against."""
+    teachers, config = context.teachers, context.config
+    if teachers.clean is None or not group_shapes(teachers.model, context.data.train.image_shape):
+        return ()
+    return feature_variance.of_suspects(
+        jax.random.fold_in(jax.random.key(config.seed), 1),
+        context.folder,
+        context.given.runner,
+        teachers.suspects,
+        teachers.variables,
+        teachers.clean,
+        teachers.recipes.fine_tuning,
+        context.data.train,
+        context.views,
+        config.evaluation_batch_size,
+    )
 
 
 EXPERIMENT = Experiment("robust_kd", "RobustKD", "robust_kd", "fkd", preset, STUDIES, sections)
