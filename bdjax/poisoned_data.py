@@ -45,6 +45,7 @@ from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
 from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.settings import split_variants
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule, TrainConfig
@@ -340,9 +341,9 @@ def chosen(config: ComparisonConfig, one: Experiment) -> tuple[list[str], list[s
         if (attacks, defenses) != (default.attacks, default.defenses):
             raise InputError(f"--study {config.study} settles attacks and defenses itself; leave out the other flags")
         attacks, defenses = one.studies[config.study].attacks, one.studies[config.study].defenses
-    texts = list(DEFENSES) if defenses == ALL else defenses.split(",")
+    texts = list(DEFENSES) if defenses == ALL else split_variants(defenses)
     # Tables hold everything against no defense, which costs nothing here: the attacked network is needed in any case.
-    return list(dict.fromkeys(attacks.split(","))), list(dict.fromkeys(["none", *texts]))
+    return split_variants(attacks), list(dict.fromkeys(["none", *texts]))
 
 
 def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[TrainTest, Dataset | None, bool]:

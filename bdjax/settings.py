@@ -78,6 +78,21 @@ def read_value(text: str) -> Any:
         return text
 
 
+def split_variants(text: str) -> list[str]:
+    """Several variants with commas between them, each once: a comma within parentheses belongs to a value.
+
+    "fkd,nad:betas=(1.0, 2.0)" -> ["fkd", "nad:betas=(1.0, 2.0)"]
+    """
+    variants, depth = [""], 0
+    for character in text:
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            variants.append("")
+        else:
+            variants[-1] += character
+    return list(dict.fromkeys(variants))
+
+
 def read_variant(text: str) -> tuple[str, dict[str, Any]]:
     """Read an attack or a defense with settings of its own: "lfd:alpha=0.5:beta=0" -> ("lfd", {"alpha": 0.5, "beta": 0}).
 

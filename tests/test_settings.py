@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from bdjax.errors import InputError
-from bdjax.settings import changed, check_values, read_value, read_variant
+from bdjax.settings import changed, check_values, read_value, read_variant, split_variants
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,8 @@ def test_a_variant_that_cannot_be_read_is_refused(text, part):
     assert str(caught.value) == (
         f"{text!r}: {part!r} should be a setting and its value, as in name:setting=value, once"
     )
+
+
+def test_a_comma_within_parentheses_does_not_split_variants():
+    assert split_variants("fkd,nad:betas=(1.0, 2.0):epochs=2,fkd") == ["fkd", "nad:betas=(1.0, 2.0):epochs=2"]
+    assert split_variants("none") == ["none"]
