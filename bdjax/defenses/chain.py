@@ -70,7 +70,7 @@ def run(given: Given, defenses: Sequence[Defense], settings: Sequence[Any]) -> D
     for number, (defense, own) in enumerate(zip(defenses, settings, strict=True)):
         if number:
             before = defenses[number - 1]
-            folder = folder / f"after {before.name} {fingerprint(**vars(settings[number - 1]))}"
+            folder = folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
             attacked = Nets(results[-1].model, results[-1].variables, 1, {})
             given = dataclasses.replace(
                 given, attacked=attacked, runner=dataclasses.replace(given.runner, folder=folder)

@@ -1,6 +1,7 @@
 """What methods make of suspect models, as something to read: the verdict in words, the bars, the report."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,8 @@ def _on_attack(
     text += f", {titles[plain]}'s student {mean_of(cell, 'asr'):.2f} ({held_against}): "
     if word is None:
         return text + f"whether a backdoor passes through {titles[plain]} cannot be said."
+    if numbers.passes(results, name, undefended(results)) is False:
+        return text + "the teacher has no backdoor to hand on, so there was nothing to remove."
     if not word:
         return text + f"the backdoor does not pass through {titles[plain]}, so there was nothing to remove."
     text += f"the backdoor passes through {titles[plain]}."
@@ -235,21 +238,25 @@ def result_figures(folder: RunFolder, results: Mapping[str, Any]) -> list[Figure
     def summary(name: str, attack: Mapping[str, Any], method: Mapping[str, Any], what: str) -> float | None:
         return find(results, attack["attack"], method["defense"])["summary"][name][what]
 
-    series = {one["title"]: [summary("asr", each, one, "mean") for each in attacked] for one in methods}
-    errors = {one["title"]: [summary("asr", each, one, "standard_deviation") for each in attacked] for one in methods}
-    bars = plots.bars([one["title"] for one in attacked], series, errors)
-    control = {one["title"]: [summary("control_asr", each, one, "mean") for each in attacked] for one in methods}
+    def bars(name: str, file: str) -> Path:
+        # Methods are more than attacks, and bars of one colour are compared at a glance.
+        values, spreads = (
+            {each["title"]: [summary(name, each, one, what) for one in methods] for each in attacked}
+            for what in ("mean", "standard_deviation")
+        )
+        return plots.save(plots.bars([one["title"] for one in methods], values, spreads), folder.file(file))
+
     figures = [
         Figure(
-            plots.save(bars, folder.file("asr.png")),
+            bars("asr", "asr.png"),
             "ASR, mean over seeds with the standard deviation: the teacher's, and of what each method makes of it.",
-            "Bars of attack success for each attack and method; the numbers are in the table above.",
+            "Bars of attack success for each method and attack; the numbers are in the table above.",
         )
     ]
-    if any(value is not None for values in control.values() for value in values):
+    if any(summary("control_asr", each, one, "mean") is not None for each in attacked for one in methods):
         figures.append(
             Figure(
-                plots.save(plots.bars([one["title"] for one in attacked], control), folder.file("control-asr.png")),
+                bars("control_asr", "control-asr.png"),
                 "The same triggers where no backdoor can be: on the clean network, and on what each method makes of it.",
                 "Bars of attack success without a backdoor; the numbers are in the table above.",
             )

@@ -85,7 +85,7 @@ def test_what_comes_after_has_a_folder_of_its_own_and_the_first_part_none(given)
     one, other = (folders(each.run(given, each.settings)) for each in (first, second))
     alone = folders(FIRST.run(given, Settings(1)))
     assert one[0] == other[0] == alone[0] == "run"
-    assert one[1] != other[1] and all(path[1].startswith("run/after first ") for path in (one, other))
+    assert one[1] != other[1] and all(path[1].startswith("run/after-first-") for path in (one, other))
     assert given.runner.folder == pathlib.Path("run")
 
 
@@ -94,7 +94,7 @@ def test_three_parts_nest(given):
     result = linked.run(given, linked.settings)
     paths = [path.split(": ")[-1] for path in folders(result)]
     assert result.variables.tolist() == [7]
-    assert paths[2].startswith(f"{paths[1]}/after second ")
+    assert paths[2].startswith(f"{paths[1]}/after-second-")
     pair = make((FIRST, 1), (SECOND, 3))
     assert folders(pair.run(given, pair.settings))[1] == paths[1]  # what comes before decides, not what it is
 

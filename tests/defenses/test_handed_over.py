@@ -36,23 +36,30 @@ def variables():
     return ensemble.init_members(lambda key: NETWORK.init(key, SHAPE), jax.random.split(jax.random.key(0), 2))
 
 
+def under_the_rule_of(text: str) -> Suspect:
+    """A suspect with BadNets' form of trigger and another attack's label rule."""
+    one, rule = suspect("badnets", (BLEND,)), suspect(text, ()).parts[0].rule
+    plan = one.attack.plan._replace(parts=(one.parts[0]._replace(rule=rule),))
+    return one._replace(attack=one.attack._replace(plan=plan))
+
+
 class TestTriggerOf:
-    def test_a_masked_blend_is_handed_over_with_its_rule(self):
-        for text, rule in (("badnets", "all_to_one"), ("sig:label_rule=clean_label", "clean_label")):
-            one = suspect("badnets", (BLEND,))._replace(attack=read_attack(text, TRAIN, 2, hands_over="model"))
-            if text != "badnets":  # another form of trigger under the same rule: see below
-                one = one._replace(
-                    attack=one.attack._replace(
-                        plan=suspect("badnets", ()).attack.plan._replace(
-                            parts=(suspect("badnets", ()).parts[0]._replace(rule=one.parts[0].rule),)
-                        )
-                    )
-                )
-            found = handed_over.trigger_of(one, TRAIN, shown(one))
-            assert found.label_rule == rule and found.triggers.names == ("BadNets",)
-            back = MaskedBlend(*(jnp.asarray(leaf[0]) for leaf in found.triggers.params))
-            again = trigger_all(jax.random.key(5), TRAIN, masked_blend.apply, back)
-            np.testing.assert_array_equal(again, shown(one)[0])
+    @pytest.mark.parametrize(
+        ("text", "rule"),
+        [
+            ("badnets", "all_to_one"),
+            ("badnets:label_rule=all_to_all", "all_to_all"),
+            ("sig:poison_rate=0.1", "clean_label"),
+            ("hidden_trigger:poison_rate=0.1", "hidden_source"),
+        ],
+    )
+    def test_a_masked_blend_is_handed_over_with_its_rule(self, text, rule):
+        one = under_the_rule_of(text)
+        found = handed_over.trigger_of(one, TRAIN, shown(one))
+        assert found.label_rule == rule and found.triggers.names == ("BadNets",)
+        back = MaskedBlend(*(jnp.asarray(leaf[0]) for leaf in found.triggers.params))
+        again = trigger_all(jax.random.key(5), TRAIN, masked_blend.apply, back)
+        np.testing.assert_array_equal(again, shown(one)[0])
 
     def test_a_blend_that_is_not_what_the_trigger_does_is_not_taken_for_it(self):
         one = suspect("badnets", (BLEND,))
@@ -68,15 +75,11 @@ class TestTriggerOf:
 
 class TestRoundTrip:
     def test_with_a_trigger(self, tmp_path, variables):
-        one = suspect("hidden_trigger:poison_rate=0.1", ())
-        one = one._replace(params=(BLEND,))
-        plan = suspect("badnets", ()).attack.plan
-        attack = one.attack._replace(plan=plan._replace(parts=(plan.parts[0]._replace(rule=one.parts[0].rule),)))
-        one = one._replace(attack=attack)
+        one = under_the_rule_of("hidden_trigger:poison_rate=0.1")
         trigger = handed_over.trigger_of(one, TRAIN, shown(one))
-        own = {**variables, "teacher": jnp.zeros(3)}  # what a method carried along is left out
-        first = ensemble.members({**variables}, np.array([0]))
-        assert handed_over.write(tmp_path / "a", NETWORK, {**first, "teacher": own["teacher"]}, SHAPE, trigger, 2)
+        first = ensemble.members(variables, np.array([0]))
+        with_more = {**first, "teacher": jnp.zeros(3)}  # what a method carried along is left out
+        assert handed_over.write(tmp_path / "a", NETWORK, with_more, SHAPE, trigger, 2)
         found = handed_over.read(tmp_path / "a", TRAIN, 2, "native")
         assert found.model.description == NETWORK.description
         jax.tree.map(np.testing.assert_array_equal, found.variables, first)

@@ -176,6 +176,14 @@ class TestVerdict:
         assert said.level == "info"
         assert said.headline == "No backdoor passes through FKD here, so there was nothing to remove for RobustKD."
 
+    def test_a_teacher_without_a_backdoor_has_none_to_hand_on(self):
+        cells = {"badnets": {**CELLS["badnets"], "none": (0.9, 0.3, 0.1), "fkd": (0.9, 0.2, 0.1)}, "sig": CELLS["sig"]}
+        said = words.verdict(summarise(cells)[0], "robust_kd", "fkd")
+        assert said.text.split("\n\n")[0].endswith(
+            "the teacher has no backdoor to hand on, so there was nothing to remove."
+        )
+        assert said.text.split("\n\n")[1].endswith("does not pass through FKD, so there was nothing to remove.")
+
     def test_what_is_not_removed(self):
         cells = {name: {**CELLS["badnets"], "robust_kd": (0.8, 0.8, 0.1)} for name in ("badnets", "sig")}
         said = words.verdict(summarise(cells)[0], "robust_kd", "fkd")

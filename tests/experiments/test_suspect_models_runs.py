@@ -1,0 +1,272 @@
+"""experiments/robust_kd.py from the command line to the files that it leaves, and back again as a --teacher."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bdjax import suspect_models
+from bdjax.datasets.digits import load_digits
+from bdjax.defenses import suspect_teachers
+from bdjax.defenses.comparison import read_attack
+from bdjax.defenses.handed_over import read
+from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.reporting import defense_results
+from bdjax.reporting.progress import StageLog
+from bdjax.training.member import TrainConfig
+from experiments import robust_kd
+
+TINY: dict[str, Any] = {
+    "seeds": 2,
+    "width": 2,
+    "teacher_model": "wrn_10_2",
+    "student": "wrn_10_2",
+    "train_rows": 240,
+    "test_rows": 40,
+    "epochs": 2,
+    "fine_tuning_epochs": 1,
+    "layout": "map",
+    "lowering": "shifted",
+}
+BADNETS, STUDENT, CHAIN = "badnets:poison_rate=0.2:target=3", "fkd:epochs=1", "fine_tuning:epochs=1+fkd:epochs=1"
+
+
+def without_sections(context) -> tuple:
+    """What the report says of feature variances has tests of its own."""
+    return ()
+
+
+EXPERIMENT = robust_kd.EXPERIMENT._replace(sections=without_sections)
+
+
+def tiny(output: pathlib.Path, **changes: Any) -> suspect_models.Config:
+    start = robust_kd.preset("quick", "digits")
+    own = {"attacks": f"{BADNETS},none", "defenses": f"{STUDENT},{CHAIN}"}
+    if "teacher" in changes:
+        own["attacks"] = start.attacks
+    return dataclasses.replace(start, output=output, **(TINY | own | changes))
+
+
+def run(config: suspect_models.Config) -> dict[str, Any]:
+    return suspect_models.run(config, EXPERIMENT, StageLog())
+
+
+def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dict[str, Any]:
+    return defense_results.find(results, attack, method)["by_seed"][seed]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    place = tmp_path_factory.mktemp("runs") / "robust_kd"
+    run(tiny(place))
+    return place
+
+
+@pytest.fixture(scope="module")
+def results(folder) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+class TestARun:
+    def test_numbers(self, results):
+        assert [one["defense"] for one in results["defenses"]] == ["none", STUDENT, CHAIN]
+        assert [one["attack"] for one in results["attacks"]] == [BADNETS, "none"]
+        assert [one["model"] for one in results["defenses"]] == ["wrn_10_2 width 2"] * 3
+        for method in ("none", STUDENT, CHAIN):
+            attacked, clean = row(results, BADNETS, method), row(results, "none", method)
+            assert attacked["asr"] is not None and attacked["control_asr"] is not None
+            assert clean["asr"] is None and clean["control_asr"] is None
+
+    def test_tables_pictures_and_the_command(self, folder):
+        for name in ("table.md", "report.html", "asr.png", "control-asr.png", "trade-off.png", "timings.json"):
+            assert (folder / name).stat().st_size > 0
+        page = (folder / "report.html").read_text()
+        assert "python experiments/robust_kd.py" in page and "clean teacher" in page
+
+    def test_the_first_part_of_a_chain_is_trained_once_and_what_follows_has_a_folder(self, folder):
+        places = [path.relative_to(folder / "checkpoints") for path in (folder / "checkpoints").rglob("about.json")]
+        tops = sorted(str(path.parent) for path in places)
+        (after,) = (top for top in tops if top.startswith("after-fine_tuning-"))
+        assert "FKD-wrn_10_2" in after and sum(top.startswith("fine-tuning") for top in tops) == 1
+        assert sum(top.startswith("FKD-wrn_10_2") for top in tops) == 1
+
+    def test_teachers_and_students_are_handed_over_with_their_trigger(self, folder):
+        saved = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("models/*/*/about.json"))
+        assert len(saved) == 4 and len(list(folder.glob("teachers/*/about.json"))) == 2
+        triggers = sorted(path.parent.name for path in folder.rglob("triggers.npz"))
+        assert triggers == ["badnets-poison_rate=0.2-target=3"] * 3
+
+    def test_a_repeated_run_ends_at_the_same_numbers(self, folder, tmp_path):
+        again = tmp_path / "again"
+        shutil.copytree(folder, again)
+        (again / "results.json").unlink()
+        run(tiny(again))
+        assert (again / "results.json").read_bytes() == (folder / "results.json").read_bytes()
+
+
+class TestATeacherOfOnesOwn:
+    def test_a_run_s_teacher_is_the_same_suspect(self, folder, results, tmp_path):
+        place = folder / "teachers" / "badnets-poison_rate=0.2-target=3"
+        found = run(tiny(tmp_path / "run", teacher=place, target=3, seeds=1, defenses=STUDENT))
+        assert [one["attack"] for one in found["attacks"]] == ["teacher", "none"]
+        assert found["attacks"][0]["title"] == "your teacher (BadNets)"
+        own, before = row(found, "teacher", "none"), row(results, BADNETS, "none")
+        assert (own["cda"], own["asr"], own["r_acc"]) == (before["cda"], before["asr"], before["r_acc"])
+        assert own["control_asr"] is not None and row(found, "teacher", STUDENT)["control_asr"] is not None
+        assert not (tmp_path / "run" / "checkpoints" / "victims").exists()
+
+    def test_a_student_without_its_trigger_is_another_suspect(self, folder, results, tmp_path):
+        place = shutil.copytree(
+            folder / "models" / "fkd-epochs=1" / "badnets-poison_rate=0.2-target=3", tmp_path / "own"
+        )
+        (place / "triggers.npz").unlink()
+        found = run(tiny(tmp_path / "run", teacher=place, seeds=1, defenses=STUDENT))
+        assert [one["title"] for one in found["attacks"]] == ["your teacher"]
+        assert row(found, "teacher", "none")["cda"] == row(results, BADNETS, STUDENT)["cda"]
+        assert row(found, "teacher", STUDENT)["asr"] is None
+        assert not (tmp_path / "run" / "checkpoints" / "clean-teachers").exists()
+        assert "Nobody told this run the trigger" in (tmp_path / "run" / "report.html").read_text()
+        message = "needs the attacker's trigger, and --teacher comes without one"
+        with pytest.raises(InputError, match=message):
+            run(tiny(tmp_path / "oracle", teacher=place, defenses="robust_kd:select=oracle"))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"dataset": "mnist"}, "the data has 10 classes and images"),
+            ({"target": 0}, "these triggers aim at class 3; use --target=3"),
+            ({"attacks": "badnets", "target": 3}, "--teacher is the suspect: leave out --attacks"),
+            ({"teacher": pathlib.Path("nowhere")}, "nowhere: not a finished checkpoint"),
+            ({"target": 3, "student": "lenet"}, "lenet width 2 has no features before a ReLU"),
+        ],
+    )
+    def test_errors(self, folder, tmp_path, changes, message, monkeypatch):
+        place = folder / "teachers" / "badnets-poison_rate=0.2-target=3"
+        data = load_digits((), False)
+        if changes.get("dataset") == "mnist":  # that set need not be here for this
+            wider = [dataclasses.replace(part, images=np.repeat(part.images, 2, axis=1)) for part in data]
+            monkeypatch.setattr(suspect_models, "load", lambda config, log: type(data)(*wider))
+        with pytest.raises(InputError, match=message):
+            run(tiny(tmp_path / "run", **({"teacher": place} | changes)))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"study": "figure99"}, "--study 'figure99' is not one of"),
+        ({"study": "form", "attacks": "none"}, "settles attacks and defenses itself"),
+        ({"clean_share": 0.0}, "--clean-share 0.0 is not above 0"),
+        ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
+        ({"clean_share": 0.02}, "too few"),
+        ({"fine_tuning_epochs": 0}, "--fine-tuning-epochs 0 is not at least 1"),
+        ({"attacks": "nobody"}, "'nobody' is not one of"),
+        ({"attacks": "none:label_noise=0.1"}, "label_noise is of training sets"),
+        ({"defenses": "prayer"}, "'prayer' is not one of"),
+        ({"defenses": "abl"}, "defense abl needs the training set, and a model comes without; of a model there are"),
+        ({"defenses": "lfd+fkd"}, "needs the training set"),
+        ({"teacher_model": "transformer"}, "unknown model 'transformer'"),
+        ({"student": "transformer"}, "unknown model 'transformer'"),
+        ({"defenses": "fkd:student=lenet"}, "lenet width 2 has no features before a ReLU"),
+        ({"teacher_model": "resnet18_cifar"}, "groups of resnet18_cifar width 2 end at"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_one_line(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message) as raised:
+        run(tiny(tmp_path / "run", **changes))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_poisoned_rows_are_no_clean_rows(tmp_path):
+    data = load_digits((), False).train
+    arrays = {"images": data.images[:300], "labels": data.labels[:300], "original_labels": data.labels[:300]}
+    np.savez(tmp_path / "poisoned.npz", **arrays, is_poisoned=np.arange(300) < 30)
+    config = tiny(tmp_path / "run", dataset=str(tmp_path / "poisoned.npz"), train_rows=0, test_rows=0)
+    with pytest.raises(InputError, match="30 rows are poisoned; defenders of a model have clean ones"):
+        run(config)
+
+
+class TestCleanRows:
+    def test_all_some_or_those_of_another_set(self, tmp_path):
+        train = load_digits((), False).train
+        config = tiny(tmp_path)
+        assert suspect_models.clean_rows(config, train) is train
+        some = suspect_models.clean_rows(dataclasses.replace(config, clean_share=0.1), train)
+        assert len(some) == pytest.approx(0.1 * len(train), abs=10) and len(np.unique(some.labels)) == 10
+        np.savez(tmp_path / "own.npz", images=train.images[:200], labels=train.labels[:200])
+        own = suspect_models.clean_rows(dataclasses.replace(config, clean_data=str(tmp_path / "own.npz")), train)
+        assert 0 < len(own) <= 200 and own.source != train.source
+        np.savez(tmp_path / "other.npz", images=np.repeat(train.images[:200], 2, axis=2), labels=train.labels[:200])
+        with pytest.raises(InputError, match="--clean-data .*other.npz"):
+            suspect_models.clean_rows(dataclasses.replace(config, clean_data=str(tmp_path / "other.npz")), train)
+
+
+class TestMethods:
+    def test_all_are_those_that_a_model_can_be_put_before(self, tmp_path):
+        config = tiny(tmp_path, defenses="all")
+        variants, left_out = suspect_models.read_methods(config, ["none", "fkd", "abl", "fine_tuning"])
+        assert [one.name for one in variants] == ["none", "fkd", "fine_tuning"] and list(left_out) == ["abl"]
+        assert variants[0].title == "teacher itself" and variants[0].defense.needs == ()
+
+    def test_the_run_s_student_is_every_method_s(self, tmp_path):
+        config = tiny(tmp_path, student="wrn_16_1")
+        texts = ["fkd", "fkd:student=wrn_10_2", "fine_tuning+fkd"]
+        plain, own, linked = suspect_models.read_methods(config, texts)[0]
+        assert (plain.settings.student, own.settings.student) == ("wrn_16_1", "wrn_10_2")
+        assert linked.settings[1].student == "wrn_16_1"
+
+    def test_a_chain_of_students_is_checked_link_by_link(self, tmp_path):
+        config = tiny(tmp_path)
+        texts = ["logit_distillation:student=lenet+fkd"]
+        variants, _ = suspect_models.read_methods(config, texts)
+        network = lambda name: make_model(name, 10, 2)  # noqa: E731
+        with pytest.raises(InputError, match="lenet width 2 has no features before a ReLU"):
+            suspect_models.check_pairs(variants, network("wrn_10_2"), network, (8, 8, 1))
+
+
+def test_recipes():
+    base = TrainConfig(epochs=100, learning_rate=0.1, schedule="steps", steps=((50, 0.01), (75, 0.001)))
+    recipes = suspect_teachers.make_recipes(base, 8, 0.005, 20)
+    assert recipes.from_scratch is base
+    tuned = recipes.fine_tuning
+    assert (tuned.epochs, tuned.learning_rate, tuned.schedule, tuned.steps) == (8, 0.005, "cosine", ())
+    assert (recipes.controlled.epochs, recipes.controlled.steps) == (20, ((10, 0.01), (15, 0.001)))
+
+
+def test_every_study_names_attacks_and_methods_that_are_there(tmp_path):
+    train = load_digits((), False).train
+    for study in robust_kd.STUDIES.values():
+        suspect_models.read_methods(tiny(tmp_path), study.defenses.split(","))
+        for text in study.attacks.split(","):
+            assert read_attack(text, train, 0, hands_over="model").name == text
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_presets_exist_for_every_set(preset):
+    for dataset in ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "gtsrb", "flowers17", "own.npz"):
+        config = robust_kd.preset(preset, dataset)
+        suspect_models.check(config, robust_kd.EXPERIMENT)
+        assert (config.dataset, config.preset) == (dataset, preset)
+    with pytest.raises(InputError, match="is not one of quick, paper"):
+        robust_kd.preset("strong", "digits")
+
+
+def test_the_command_line_starts_from_the_preset_of_the_set(monkeypatch):
+    given = []
+    monkeypatch.setattr(suspect_models, "run", lambda config, one, log: given.append((config, one)))
+    robust_kd.main(["--dataset=gtsrb", "--preset", "quick", "--seeds=5", "--teacher=some/where"])
+    ((config, one),) = given
+    assert one is robust_kd.EXPERIMENT
+    like = dataclasses.replace(robust_kd.preset("quick", "gtsrb"), seeds=5, teacher=pathlib.Path("some/where"))
+    assert config == like
+
+
+def test_the_saved_teacher_answers_as_the_run_s(folder):
+    train = load_digits((), False).train
+    found = read(folder / "teachers" / "none", train, 0, "native")
+    assert found.model.description == "wrn_10_2 width 2" and found.suspects[0].parts == ()
