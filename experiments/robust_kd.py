@@ -24,9 +24,11 @@ from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
 from bdjax.suspect_models import Config, Context, Experiment, Preset, run_from_flags
 
-PASSING = "ckd,latent_backdoor,none"
+CKD = "ckd:mask_bound=0.2"
+"""With the weaker mask of RobustKD's public code: at the 0.5 of CKD's own, the trigger fools clean students as well."""
+PASSING = f"{CKD},latent_backdoor,none"
 """The attacks that hand on a backdoor according to the paper, and the clean teacher that they are held against."""
-ATTACKS = "ckd,latent_backdoor,hidden_trigger,none"
+ATTACKS = f"{CKD},latent_backdoor,hidden_trigger,none"
 METHODS = "fkd,robust_kd"
 BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
 
@@ -57,7 +59,7 @@ STUDIES = {
     "layers": Study(
         "figure 7: masks on the last group, the last two, all", PASSING, _robust_kd("layers=1", "layers=2", "")
     ),
-    "adaptive": Study("table 7: an attacker who keeps the variance low", "ckd_low_variance,ckd,none", METHODS),
+    "adaptive": Study("table 7: an attacker who keeps the variance low", f"ckd_low_variance:mask_bound=0.2,{CKD},none", METHODS),
     "baselines": Study(
         "beyond the paper: other students, and other defenses before or in place of them", PASSING, BASELINES
     ),
@@ -77,6 +79,7 @@ _QUICK = {
     "fine_tuning_learning_rate": 1e-3,
     "weight_decay": 0.0,
     "batch_size": 64,
+    "augmentation": "crop",
 }
 QUICK_SETS: dict[str, dict[str, Any]] = {
     "digits": {"batch_size": 32, "epochs": 20, "fine_tuning_epochs": 15, "controlled_epochs": 40},
