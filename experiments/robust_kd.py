@@ -59,7 +59,9 @@ STUDIES = {
     "layers": Study(
         "figure 7: masks on the last group, the last two, all", PASSING, _robust_kd("layers=1", "layers=2", "")
     ),
-    "adaptive": Study("table 7: an attacker who keeps the variance low", f"ckd_low_variance:mask_bound=0.2,{CKD},none", METHODS),
+    "adaptive": Study(
+        "table 7: an attacker who keeps the variance low", f"ckd_low_variance:mask_bound=0.2,{CKD},none", METHODS
+    ),
     "baselines": Study(
         "beyond the paper: other students, and other defenses before or in place of them", PASSING, BASELINES
     ),

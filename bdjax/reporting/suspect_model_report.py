@@ -105,7 +105,8 @@ def _on_attack(
         own = find(results, name, method["defense"])
         does = "removes it" if numbers.removes(results, name, method["defense"], plain) else "does not remove it"
         cda = f"CDA {mean_of(own, 'cda'):.2f} against {mean_of(cell, 'cda'):.2f}"
-        text += f" {method['title']} {does}: ASR {mean_of(own, 'asr'):.2f}, {cda}."
+        asr = f"ASR {mean_of(own, 'asr'):.2f} (clean teacher's {mean_of(own, 'control_asr'):.2f})"
+        text += f" {method['title']} {does}: {asr}, {cda}."
     return text
 
 

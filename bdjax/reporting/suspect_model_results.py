@@ -3,9 +3,9 @@
 A trigger's success is held against what the same trigger achieves where there is no backdoor: on the clean network of the same
 seed, and on the student that the same method makes of that (`control_asr`). Two words follow from the numbers:
 
-- a backdoor *passes* through a method if its student's mean ASR is at least 0.5, and at least 0.2 above the control;
-- a method *removes* a backdoor that passes through plain distillation. Where none does, there is nothing to remove, whatever
-  the method leaves.
+- a backdoor *passes* through a method if its student's mean ASR is at least 0.3, and at least 0.2 above the control;
+- a method *removes* a backdoor that passes through plain distillation if little is left of what it adds to the control. Where
+  none passes, there is nothing to remove, whatever the method leaves.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from bdjax.reporting.defense_results import CDA_LOSS, LOW_ASR, LOW_SHARE, ORACLE
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
 from bdjax.types import Model
 
-PASSES, ABOVE_CONTROL = 0.5, 0.2
+PASSES, ABOVE_CONTROL = 0.3, 0.2
 """What `DEFINITIONS["passes"]` says."""
 DEFINITIONS: Mapping[str, str] = {
     "cda": defense_results.DEFINITIONS["cda"],
@@ -33,8 +33,9 @@ DEFINITIONS: Mapping[str, str] = {
     "r_acc": defense_results.DEFINITIONS["r_acc"],
     "passes": f"mean ASR at least {PASSES:g}, and at least {ABOVE_CONTROL:g} above the mean control ASR",
     "removes": (
-        "of a backdoor that passes through plain feature distillation (FKD): mean ASR at most "
-        f"{LOW_ASR:g} or at most {LOW_SHARE:g} of that of FKD's student, and mean CDA at most {CDA_LOSS:g} below that student's"
+        "of a backdoor that passes through plain feature distillation (FKD): mean ASR above the control's at most "
+        f"{LOW_ASR:g} or at most {LOW_SHARE:g} of what it is for FKD's student, and mean CDA at most {CDA_LOSS:g} below that "
+        "student's"
     ),
     "parameters": "trainable numbers of a network; running statistics are not counted",
 }
@@ -133,8 +134,8 @@ def removes(results: Mapping[str, Any], attack: str, method: str, plain: str | N
     cell, before = find(results, attack, method), find(results, attack, plain or "")
     if cell is None or before is None or not passes(results, attack, plain):
         return None
-    asr, asr_before = mean_of(cell, "asr"), mean_of(before, "asr")
-    is_gone = asr <= LOW_ASR or asr <= LOW_SHARE * asr_before
+    added, added_before = (mean_of(each, "asr") - mean_of(each, "control_asr") for each in (cell, before))
+    is_gone = added <= LOW_ASR or added <= LOW_SHARE * added_before
     return is_gone and mean_of(cell, "cda") >= mean_of(before, "cda") - CDA_LOSS
 
 

@@ -142,7 +142,13 @@ class TestWords:
 
     @pytest.mark.parametrize(
         ("own", "expected"),
-        [((0.86, 0.1, 0.0), True), ((0.86, 0.27, 0.0), True), ((0.86, 0.28, 0.0), False), ((0.77, 0.0, 0.0), False)],
+        [
+            ((0.86, 0.1, 0.0), True),
+            ((0.86, 0.23, 0.0), True),
+            ((0.86, 0.25, 0.0), False),
+            ((0.86, 0.3, 0.1), True),  # of which 0.2 are the backdoor's
+            ((0.77, 0.0, 0.0), False),
+        ],
     )
     def test_a_method_removes_at_a_price_that_is_bounded(self, own, expected):
         cells = {"badnets": {**CELLS["badnets"], "robust_kd": own}}
@@ -164,7 +170,7 @@ class TestVerdict:
             "BadNets: the teacher has ASR 1.00 (the clean network 0.05), FKD's student 0.90 (clean teacher's 0.10)"
             in said.text
         )
-        assert "RobustKD removes it: ASR 0.05, CDA 0.87 against 0.89." in said.text
+        assert "RobustKD removes it: ASR 0.05 (clean teacher's 0.04), CDA 0.87 against 0.89." in said.text
         for title in ("Blended", "SIG"):
             line = next(line for line in said.text.split("\n\n") if line.startswith(title))
             assert line.endswith("the backdoor does not pass through FKD, so there was nothing to remove.")
