@@ -65,6 +65,22 @@ STUDIES = {
     "baselines": Study(
         "beyond the paper: other students, and other defenses before or in place of them", PASSING, BASELINES
     ),
+    "ablations": Study(
+        "figures 4 to 7 in one run",
+        PASSING,
+        _robust_kd(
+            "threshold=0.05",
+            "threshold=0.1",
+            "",
+            "threshold=0.4",
+            "threshold=0.6",
+            "form=mixed",
+            "loss=cross_entropy",
+            "loss=variance",
+            "layers=1",
+            "layers=2",
+        ),
+    ),
     "oracle": Study(
         "algorithm 1: the threshold chosen by who can measure the attack", PASSING, f"{METHODS},robust_kd:select=oracle"
     ),
@@ -84,7 +100,8 @@ _QUICK = {
     "augmentation": "crop",
 }
 QUICK_SETS: dict[str, dict[str, Any]] = {
-    "digits": {"batch_size": 32, "epochs": 20, "fine_tuning_epochs": 15, "controlled_epochs": 40},
+    # At less width little passes through: students need the room to learn features that closely.
+    "digits": {"width": 24, "batch_size": 32, "epochs": 20, "fine_tuning_epochs": 15, "controlled_epochs": 40},
     "mnist": {
         "train_rows": 4000,
         "test_rows": 1000,
