@@ -430,6 +430,6 @@ ROBUST_KD = Defense(
     # hundred, so that masks move about as far only at a rate that is as much larger.
     changes={
         "quick": {**fkd.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
-        "quick digits": {**fkd.QUICK_DIGITS, "mask_learning_rate": 0.1},
+        "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 20, "mask_learning_rate": 0.1},
     },
 )
