@@ -158,11 +158,11 @@ def _three(cell: Mapping[str, Any] | None) -> str | None:
 
 
 def main_table(results: Mapping[str, Any]) -> Table:
-    """Teachers × methods: CDA, ASR, and the same trigger's ASR where no backdoor can be."""
-    methods = results["defenses"]
+    """Methods × teachers: CDA, ASR, and the same trigger's ASR where no backdoor can be."""
+    attacks = results["attacks"]
     rows = [
-        (attack["title"], *(_three(find(results, attack["attack"], one["defense"])) for one in methods))
-        for attack in results["attacks"]
+        (method["title"], *(_three(find(results, one["attack"], method["defense"])) for one in attacks))
+        for method in results["defenses"]
     ]
     notes = (
         f"CDA / ASR / control ASR, mean over {seeds_text(results)}, {results['test_rows']:,} test rows. Control: "
@@ -184,7 +184,7 @@ def main_table(results: Mapping[str, Any]) -> Table:
         notes += f" {UNKNOWN}: no trigger is known, or the run has no such counterpart."
     left_out = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
     notes += f" Left out: {left_out}." if left_out else ""
-    header = ("teacher", *(one["title"] for one in methods))
+    header = ("method", *(one["title"] for one in attacks))
     return Table("CDA / ASR / control ASR", header, tuple(rows), notes)
 
 

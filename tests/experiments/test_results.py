@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attack_results, defense_results, detection_results
+from bdjax.reporting import attack_results, defense_results, detection_results, suspect_model_results
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -15,6 +15,7 @@ RUNS = sorted(path.parent for path in (RESULTS / "ta_kd").rglob("table.md"))
 ATTACKS = sorted(path.parent for path in (RESULTS / "attack").rglob("table.md"))
 DEFENSES = sorted(path.parent for name in ("lfd", "abm") for path in (RESULTS / name).rglob("table.md"))
 DETECTIONS = sorted(path.parent for path in (RESULTS / "vbd").rglob("table.md"))
+STUDENTS = sorted(path.parent for path in (RESULTS / "robust_kd").rglob("table.md"))
 BENCHMARKS = sorted(path.parent for path in (RESULTS / "bench_ensemble").rglob("table.md"))
 
 
@@ -26,11 +27,11 @@ def _first_table(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert RUNS and ATTACKS and DEFENSES and DETECTIONS and BENCHMARKS
+    assert RUNS and ATTACKS and DEFENSES and DETECTIONS and STUDENTS and BENCHMARKS
 
 
 @pytest.mark.parametrize(
-    "run", RUNS + ATTACKS + DEFENSES + DETECTIONS + BENCHMARKS, ids=lambda run: "/".join(run.parts[-2:])
+    "run", RUNS + ATTACKS + DEFENSES + DETECTIONS + STUDENTS + BENCHMARKS, ids=lambda run: "/".join(run.parts[-2:])
 )
 def test_the_readme_prints_the_table_of_the_run(run: pathlib.Path) -> None:
     readme = (ROOT / "README.md").read_text()
@@ -77,3 +78,10 @@ def test_a_detection_runs_table_is_what_its_report_makes_of_the_numbers(run: pat
     dataset = json.loads((run / "config.json").read_text())["config"]["dataset"]
     made = detection_results.summary_table(results, dataset) or detection_results.calibration_table(results)
     assert _first_table(to_markdown(made)) == _first_table((run / "table.md").read_text())
+
+
+@pytest.mark.parametrize("run", STUDENTS, ids=lambda run: run.name)
+def test_a_run_on_teachers_has_the_table_that_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    made = to_markdown(suspect_model_results.main_table(results))
+    assert _first_table(made) == _first_table((run / "table.md").read_text())

@@ -221,9 +221,14 @@ class TestVerdict:
 class TestTables:
     def test_main_table(self, results):
         table = numbers.main_table(results)
-        assert table.header == ("teacher", "teacher itself", "FKD", "RobustKD")
-        assert table.rows[0] == ("BadNets", "0.910 / 1.000 / 0.050", "0.890 / 0.900 / 0.100", "0.870 / 0.050 / 0.040")
-        assert table.rows[3][2] == "0.910 / – / –"
+        assert table.header == ("method", "BadNets", "Blended, random pixels", "SIG", "clean teacher")
+        assert [row[0] for row in table.rows] == ["teacher itself", "FKD", "RobustKD"]
+        assert [row[1] for row in table.rows] == [
+            "0.910 / 1.000 / 0.050",
+            "0.890 / 0.900 / 0.100",
+            "0.870 / 0.050 / 0.040",
+        ]
+        assert table.rows[1][4] == "0.910 / – / –"
         assert "CDA 0.014" in table.notes and "ASR 0.000" in table.notes
 
     def test_details_tell_what_passes_and_what_is_removed(self, results):
