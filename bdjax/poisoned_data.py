@@ -34,6 +34,7 @@ from bdjax.defenses.comparison import (
     read_attack,
     read_defense,
     suspect_keys,
+    those_that_fit,
 )
 from bdjax.defenses.contract import Given
 from bdjax.defenses.registry import DEFENSES
@@ -263,7 +264,10 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         classes = num_classes or train.num_classes
         return make_model(name or config.model, classes, config.width, engine.lowering, config.compute_dtype)
 
-    make_network()
+    variants, not_fitting = those_that_fit(
+        variants, make_network(), make_network, train.image_shape, is_all=config.defenses == ALL
+    )
+    left_out |= not_fitting
     folder = open_folder(one.name, output, config, engine)
     runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
     clean_key, attack_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 4)

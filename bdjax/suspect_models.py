@@ -28,9 +28,9 @@ from bdjax.defenses.comparison import (
     read_attack,
     read_defense,
     suspect_keys,
+    those_that_fit,
 )
 from bdjax.defenses.contract import Given
-from bdjax.defenses.fkd import FkdSettings, pair_channels
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.suspect_teachers import Teachers, control, make_given, make_recipes, take_teachers, train_teachers
 from bdjax.defenses.undefended import UNDEFENDED
@@ -188,7 +188,10 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     else:
         attacks = [read_attack(text, train, config.target, hands_over="model") for text in attack_texts]
         model = make_network(config.teacher_model)
-    check_pairs(variants, model, make_network, train.image_shape)
+    variants, not_fitting = those_that_fit(
+        variants, model, make_network, train.image_shape, is_all=config.defenses == poisoned_data.ALL
+    )
+    left_out |= not_fitting
     if found is not None and found.suspects[0].attack.plan is None:
         check_oracles(variants)
     folder = open_folder(one.name, output, config, engine)
@@ -299,28 +302,6 @@ def check_oracles(variants: Sequence[DefenseVariant]) -> None:
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
             raise InputError(f"defense {variant.name} needs the attacker's trigger, and --teacher comes without one")
-
-
-def check_pairs(
-    variants: Sequence[DefenseVariant],
-    teacher: Model,
-    make_network: Callable[[str], Model],
-    image_shape: tuple[int, int, int],
-) -> None:
-    """Refuse students that are no networks, or cannot learn a teacher's features, before anything is trained.
-
-    Raises:
-        InputError: naming the network, or the two that do not fit each other.
-    """
-    for variant in variants:
-        before = teacher
-        for settings in variant.settings if isinstance(variant.settings, tuple) else (variant.settings,):
-            if not hasattr(settings, "student"):
-                continue
-            student = make_network(settings.student)
-            if isinstance(settings, FkdSettings):
-                pair_channels(before, student, image_shape)
-            before = student
 
 
 def clean_rows(config: Config, train: Dataset) -> Dataset:

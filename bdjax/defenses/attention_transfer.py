@@ -3,6 +3,7 @@
 The attention maps are those of `attention.py`, at every tap; NAD uses them between two networks of one architecture.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -59,6 +60,18 @@ def count_taps(teacher: Model, student: Model, image_shape: tuple[int, int, int]
     return len(sizes[0])
 
 
+def network_after(
+    settings: AttentionTransferSettings,
+    attacked: Model,
+    make_model: Callable[..., Model],
+    image_shape: tuple[int, int, int],
+) -> Model:
+    """The student, if its maps are of the teacher's sizes."""
+    student = make_model(settings.student)
+    count_taps(attacked, student, image_shape)
+    return student
+
+
 def check(settings: AttentionTransferSettings) -> None:
     """Refuse what cannot be."""
     check_student("defense attention_transfer", settings)
@@ -80,6 +93,7 @@ ATTENTION_TRANSFER = Defense(
     settings=AttentionTransferSettings(),
     run=run,
     check=check,
+    network_after=network_after,
     # The mean square of maps of norm 1 is 16 times as large with 8x8 pixels as with 32x32.
     changes={"quick": QUICK, "quick digits": {**QUICK_DIGITS, "beta": 60.0}},
 )

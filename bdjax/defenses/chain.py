@@ -5,13 +5,13 @@ however many chains begin with it; what comes after has a folder of its own, nam
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bdjax.defenses.contract import Defense, Given, fingerprint
 from bdjax.errors import InputError
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult
+from bdjax.types import DefenseResult, Model
 
 LINK = "+"
 """What stands between the parts of a chain on the command line."""
@@ -52,7 +52,22 @@ def make_chain(parts: Sequence[Part]) -> Defense:
         needs=tuple(needs),
         settings=tuple(part.settings for part in parts),
         run=lambda given, settings: run(given, [part.defense for part in parts], settings),
+        network_after=lambda settings, *network: network_after([part.defense for part in parts], settings, *network),
     )
+
+
+def network_after(
+    defenses: Sequence[Defense],
+    settings: Sequence[Any],
+    attacked: Model,
+    make_model: Callable[..., Model],
+    image_shape: tuple[int, int, int],
+) -> Model:
+    """The network that comes out of a chain, each part being asked about what the one before hands on."""
+    for defense, own in zip(defenses, settings, strict=True):
+        if defense.network_after:
+            attacked = defense.network_after(own, attacked, make_model, image_shape)
+    return attacked
 
 
 def run(given: Given, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:

@@ -148,6 +148,39 @@ def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any]
     return DefenseVariant(text, linked, linked.settings)
 
 
+def those_that_fit(
+    variants: Sequence[DefenseVariant],
+    attacked: Model,
+    make_model: Callable[..., Model],
+    image_shape: tuple[int, int, int],
+    *,
+    is_all: bool,
+) -> tuple[list[DefenseVariant], dict[str, str]]:
+    """The defenses that can be run on a network; and, where all there are were asked for, those that cannot -> why.
+
+    Args:
+        variants: the defenses.
+        attacked: the network that they are to be run on.
+        make_model: see `Given`.
+        image_shape: (H, W, C).
+        is_all: whether all were asked for, and none by name.
+
+    Raises:
+        InputError: a defense that was named does not fit.
+    """
+    fitting, left_out = [], {}
+    for variant in variants:
+        try:
+            if variant.defense.network_after:
+                variant.defense.network_after(variant.settings, attacked, make_model, image_shape)
+            fitting.append(variant)
+        except InputError as error:
+            if not is_all:
+                raise
+            left_out[variant.name] = str(error)
+    return fitting, left_out
+
+
 class Suspect(NamedTuple):
     """A training set that somebody handed over."""
 

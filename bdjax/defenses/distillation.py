@@ -41,7 +41,7 @@ class StudentSettings:
 
 
 QUICK = {"epochs": 15, "batch_size": 64}
-QUICK_DIGITS = {"epochs": 50, "batch_size": 64}
+QUICK_DIGITS = {"epochs": 40, "batch_size": 64}
 """What small runs change, whatever the method."""
 
 
@@ -133,6 +133,14 @@ def distil(
     )
     trained = {"params": nets.variables["params"]["student"], "batch_stats": nets.variables["batch_stats"]}
     return DefenseResult(student, trained)
+
+
+def student_network(
+    settings: StudentSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
+) -> Model:
+    """For `Defense.network_after`: the student, where it may be any network."""
+    del attacked, image_shape
+    return make_model(settings.student)
 
 
 def student_config(given: Given, settings: StudentSettings) -> TrainConfig:

@@ -11,7 +11,7 @@ thrown away (3.2); the partial L2 distance d_l asks nothing where the teacher is
 (3.4). Nothing in it asks whether the teacher can be trusted: a backdoor that lives in those features is handed on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -162,6 +162,15 @@ def pair_channels(teacher: Model, student: Model, image_shape: tuple[int, int, i
     return tuple((s[1][2], t[1][2]) for s, t in zip(of_student.values(), of_teacher.values(), strict=True))
 
 
+def student_of_pair(
+    settings: FkdSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
+) -> Model:
+    """For `Defense.network_after`: the student, if features can be distilled into it."""
+    student = make_model(settings.student)
+    pair_channels(attacked, student, image_shape)
+    return student
+
+
 def run_from(
     given: Given, name: str, settings: FkdSettings, teachers: Teachers | None = None, **how: object
 ) -> DefenseResult:
@@ -195,5 +204,6 @@ FKD = Defense(
     settings=FkdSettings(),
     run=run,
     check=check,
+    network_after=student_of_pair,
     changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
 )

@@ -11,7 +11,15 @@ from functools import cache
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, Given
-from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
+from bdjax.defenses.distillation import (
+    QUICK,
+    QUICK_DIGITS,
+    Method,
+    StudentSettings,
+    check_student,
+    distil,
+    student_network,
+)
 from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, ModelOutput, PyTree
 
@@ -55,5 +63,6 @@ LOGIT_DISTILLATION = Defense(
     settings=LogitDistillationSettings(),
     run=run,
     check=check,
+    network_after=student_network,
     changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
 )

@@ -212,6 +212,27 @@ def repeat(tree: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
 
 
+def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]) -> list[str]:
+    """The names of the groups that have a mask: the last ones, or all.
+
+    Args:
+        teacher: the network.
+        layers: how many; 0 for all.
+        image_shape: (H, W, C).
+
+    Raises:
+        InputError: the network has no groups, or fewer than that.
+    """
+    names = list(group_shapes(teacher, image_shape))
+    if not names:
+        raise InputError(f"{teacher.description} has no groups to mask: take a WRN, a ResNet or a PyramidNet")
+    if layers > len(names):
+        raise InputError(
+            f"defense robust_kd: layers {layers} is not at most {len(names)}, the groups of {teacher.description}"
+        )
+    return names[len(names) - (layers or len(names)) :]
+
+
 def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[float, ...], rows: Rows) -> Teachers:
     """Learn masks for each suspect and each threshold, all as members of one call.
 
@@ -228,12 +249,7 @@ def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[floa
         InputError: the network has no groups, or fewer than are to be masked.
     """
     teacher, attacked = given.attacked.model, given.attacked.variables
-    names = list(group_shapes(teacher, given.runner.image_shape))
-    if not names:
-        raise InputError(f"{teacher.description} has no groups to mask: take a WRN, a ResNet or a PyramidNet")
-    if settings.layers > len(names):
-        raise InputError(f"layers {settings.layers}: {teacher.description} has {len(names)} groups")
-    names = names[len(names) - (settings.layers or len(names)) :]
+    names = masked_groups(teacher, settings.layers, given.runner.image_shape)
     batch_size = given.recipe.evaluation_batch_size
     means = given.runner.mean(group_outputs(teacher), attacked, rows, given.pool, batch_size)
     masks = {name: {"pattern": jnp.asarray(means[name])} for name in names}
@@ -385,6 +401,14 @@ def run(given: Given, settings: RobustKdSettings) -> DefenseResult:
     return fkd.run_from(given, "RobustKD", settings, teachers)._replace(facts=facts)
 
 
+def network_after(
+    settings: RobustKdSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
+) -> Model:
+    """The student, if the teacher has the groups that are to be masked and the student can learn them."""
+    masked_groups(attacked, settings.layers, image_shape)
+    return fkd.student_of_pair(settings, attacked, make_model, image_shape)
+
+
 def oracles(settings: RobustKdSettings) -> tuple[Need, ...]:
     """Algorithm 1 needs what only the attacker has."""
     return ("attacker's trigger",) if settings.select == "oracle" else ()
@@ -425,11 +449,12 @@ ROBUST_KD = Defense(
     settings=RobustKdSettings(),
     run=run,
     check=check,
+    network_after=network_after,
     oracles=oracles,
     # Adam moves a mask by its rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3 and small runs a few
     # hundred, so that masks move about as far only at a rate that is as much larger.
     changes={
         "quick": {**fkd.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
-        "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 20, "mask_learning_rate": 0.1},
+        "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 15, "mask_learning_rate": 0.1, "thresholds": (0.1, 0.3)},
     },
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bdjax.defenses.contract import Defense, Given
-from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil
+from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil, student_network
 from bdjax.defenses.logit_distillation import LogitDistillationSettings, check, softened_answers
 from bdjax.types import DefenseResult
 
@@ -36,5 +36,6 @@ TA_KD_STUDENT = Defense(
     settings=TaKdStudentSettings(),
     run=run,
     check=partial(check, owner="defense ta_kd_student"),
+    network_after=student_network,
     changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
 )

@@ -12,7 +12,7 @@ import pytest
 from bdjax import suspect_models
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses import suspect_teachers
-from bdjax.defenses.comparison import read_attack
+from bdjax.defenses.comparison import read_attack, those_that_fit
 from bdjax.defenses.handed_over import read
 from bdjax.errors import InputError
 from bdjax.models import make_model
@@ -226,7 +226,9 @@ class TestMethods:
         variants, _ = suspect_models.read_methods(config, texts)
         network = lambda name: make_model(name, 10, 2)  # noqa: E731
         with pytest.raises(InputError, match="lenet width 2 has no features before a ReLU"):
-            suspect_models.check_pairs(variants, network("wrn_10_2"), network, (8, 8, 1))
+            those_that_fit(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=False)
+        fitting, left_out = those_that_fit(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=True)
+        assert not fitting and "lenet" in left_out[texts[0]]
 
 
 def test_recipes():
