@@ -7,17 +7,16 @@ import pytest
 from bdjax.defenses import fkd
 from bdjax.defenses.comparison import read_defense
 from bdjax.defenses.fkd import FkdSettings
+from bdjax.defenses.mask_threshold import choose_by_validation, split_rows
 from bdjax.defenses.robust_kd import (
     ROBUST_KD,
     RobustKdSettings,
-    choose_by_validation,
     detoxify,
     group_outputs,
     last_output,
     mask_objective,
     masked,
     put_on,
-    split_rows,
     variance,
 )
 from bdjax.errors import InputError

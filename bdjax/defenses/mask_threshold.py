@@ -1,0 +1,117 @@
+"""Who chooses the weight m of RobustKD's masks, and how: the defender on held-out clean rows, or an oracle.
+
+The oracle is the paper's algorithm 1, which goes by the ASR of students: only who has the trigger can measure that.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.datasets import splits
+from bdjax.defenses import fkd
+from bdjax.defenses.contract import Given
+from bdjax.defenses.distillation import Teachers
+from bdjax.defenses.fkd import FkdSettings
+from bdjax.training.member import Rows
+from bdjax.training.stages import Nets
+from bdjax.types import PyTree
+
+
+def repeat(tree: PyTree, count: int) -> PyTree:
+    """Stacked members [M, ...], each `count` times in a row: [M count, ...]."""
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
+
+
+def repeated(given: Given, count: int) -> Given:
+    """Each suspect `count` times in a row: what is trained from them are members of one call."""
+
+    def several(values: np.ndarray | None) -> np.ndarray | None:
+        return None if values is None else np.repeat(values, count, axis=0)
+
+    return dataclasses.replace(
+        given,
+        index=several(given.index),
+        labels=several(given.labels),
+        keys=repeat(given.keys, count),
+        attacked=Nets(given.attacked.model, repeat(given.attacked.variables, count), 1, {}),
+        clean_index=several(given.clean_index),
+        clean_labels=several(given.clean_labels),
+    )
+
+
+def split_rows(given: Given, share: float) -> tuple[Rows, Rows]:
+    """Each suspect's clean rows, without and with a share of them that is held out: leaves [M, n - h] and [M, h]."""
+    rows = given.clean_rows()
+    held_out, kept = [], []
+    for key in given.keys_for("RobustKD: held-out rows"):
+        order = splits.permutation(key, rows.index.shape[1])
+        count = max(1, round(share * len(order)))
+        held_out.append(np.sort(order[:count]))
+        kept.append(np.sort(order[count:]))
+
+    def take(which: list[np.ndarray]) -> Rows:
+        which = jnp.asarray(np.stack(which))
+        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, which, axis=1), rows)
+
+    return take(kept), take(held_out)
+
+
+def choose_by_validation(accuracy: np.ndarray, variances: np.ndarray, plain: np.ndarray, allowed: float) -> np.ndarray:
+    """The threshold of least variance among those that cost at most the allowed accuracy; if all cost more, the one that
+    costs least.
+
+    Args:
+        accuracy: float [M, T], of masked networks.
+        variances: float [M, T], likewise.
+        plain: float [M], accuracy without masks.
+        allowed: by how much it may fall.
+
+    Returns:
+        int [M].
+    """
+    is_allowed = accuracy >= plain[:, None] - allowed - 1e-9
+    least = np.argmin(np.where(is_allowed, variances, np.inf), axis=1)
+    return np.where(is_allowed.any(axis=1), least, np.argmax(accuracy, axis=1))
+
+
+def choose_by_oracle(
+    given: Given, settings: FkdSettings, teachers: Teachers, num: int, kept: Rows, held_out: Rows
+) -> np.ndarray:
+    """The threshold whose student has the largest accuracy minus ASR on the held-out rows (algorithm 1).
+
+    Args:
+        given: M suspects, with the attackers' triggers.
+        settings: of the students.
+        teachers: M T masked networks, all thresholds of the first suspect first.
+        num: T.
+        kept: rows to distil on, leaves [M, n].
+        held_out: rows to measure on, leaves [M, h].
+
+    Returns:
+        int [M].
+    """
+    many = repeated(given, num)
+    students = fkd.run_from(many, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
+    index, labels = np.asarray(held_out.index), np.asarray(held_out.targets["labels"])
+    pool = np.asarray(given.pool)
+    plain = np.concatenate([pool[own] for own in index for _ in range(num)]).reshape(
+        len(index) * num, -1, *pool.shape[1:]
+    )
+    triggered = plain.copy()
+    for i, trigger in enumerate(given.own_triggers):
+        if trigger is not None:
+            triggered[i * num : (i + 1) * num] = trigger(pool[index[i]], labels[i])[None]
+    batch_size = given.recipe.evaluation_batch_size
+    clean, backdoor = (
+        np.argmax(given.runner.predict_own(students.model, students.variables, images, batch_size), -1)
+        for images in (plain, triggered)
+    )
+    gain = (clean.reshape(len(index), num, -1) == labels[:, None, :]).mean(-1)
+    for i, rule in enumerate(given.own_rules):
+        if rule is not None:
+            victims, wanted = rule.victims(labels[i]), rule.wanted(labels[i])
+            succeeded = backdoor.reshape(len(index), num, -1)[i] == wanted[None, :]
+            gain[i] -= succeeded[:, victims].mean(-1)
+    return np.argmax(gain, axis=1)
