@@ -138,7 +138,7 @@ class TestATeacherOfOnesOwn:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"dataset": "mnist"}, "the data has 10 classes and images"),
+            ({"dataset": "mnist", "attacks": robust_kd.PASSING}, "the data has 10 classes and images"),
             ({"target": 0}, "these triggers aim at class 3; use --target=3"),
             ({"attacks": "badnets", "target": 3}, "--teacher is the suspect: leave out --attacks"),
             ({"teacher": pathlib.Path("nowhere")}, "nowhere: not a finished checkpoint"),

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bdjax.models.facade import as_model, count_parameters, last_tap
+from bdjax.models import make_model
+from bdjax.models.facade import as_model, count_parameters, group_shapes, last_tap, tap_shapes
+from bdjax.models.layers import Recorded
 from bdjax.types import Model, ModelOutput
 
 
@@ -21,7 +23,7 @@ class Centred(nn.Module):
             mean.value = 0.5 * mean.value + 0.5 * jnp.mean(images, (0, 1, 2))
         scale = self.param("scale", nn.initializers.ones, (1,), jnp.float32)
         kernel = self.param("kernel", nn.initializers.normal(), (1, 4), jnp.float32)
-        return jnp.mean(features, (1, 2)) * scale[None, :] @ kernel, {"tap": features}
+        return jnp.mean(features, (1, 2)) * scale[None, :] @ kernel, Recorded({"tap": features}, {})
 
 
 MODEL = as_model(Centred(), 4, "centred")
@@ -68,3 +70,10 @@ def test_the_last_tap_is_the_network_s_not_the_alphabet_s_and_nothing_is_compute
 
     two_taps = Model(lambda key, shape: {}, apply, 3, "two taps")
     assert last_tap(two_taps, {"shift": jnp.ones((), jnp.float32)}, (4, 4, 1)) == "apple"
+
+
+def test_shapes_are_told_without_computing_anything():
+    assert tap_shapes(MODEL, (3, 2, 1)) == {"tap": (3, 2, 1)} and group_shapes(MODEL, (3, 2, 1)) == {}
+    wide = make_model("wrn_10_2", 10, 4)
+    assert list(tap_shapes(wide, (8, 8, 1)).values()) == [(8, 8, 2), (4, 4, 4), (2, 2, 8)]
+    assert group_shapes(wide, (8, 8, 1))["group2"] == ((4, 4, 4), (4, 4, 4))
