@@ -63,7 +63,7 @@ class Config(poisoned_data.ComparisonConfig):
     """attacks on the teacher with commas between them, each with settings of its own after colons: ckd:poison_rate=0.05. none
     is a clean teacher, which the others are held against"""
     defenses: str = "fkd"
-    """methods likewise: fkd,robust_kd:select=fixed:threshold=0.1; or all that a model can be put before; + between two runs
+    """methods likewise: fkd,robust_kd:layers=1; or all that a model can be put before; + between two runs
     one after the other: fine_tuning+fkd"""
     teacher: pathlib.Path | None = None
     """a suspect model of your own instead of attacks: a folder as teachers/ and models/ of a run have them"""

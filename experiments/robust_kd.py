@@ -35,7 +35,12 @@ BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,f
 
 def _robust_kd(*settings: str) -> str:
     """FKD, and a variant of RobustKD for each text of settings, at the paper's one threshold."""
-    return ",".join(["fkd", *(f"robust_kd:select=fixed{':' if one else ''}{one}" for one in settings)])
+    return ",".join(["fkd", *(f"robust_kd:thresholds=(0.2,){':' if one else ''}{one}" for one in settings)])
+
+
+def _thresholds(*values: float) -> str:
+    """RobustKD with each of these as its only m."""
+    return ",".join(f"robust_kd:thresholds=({value},)" for value in values)
 
 
 STUDIES = {
@@ -44,7 +49,7 @@ STUDIES = {
     "threshold": Study(
         "figure 4: the mask's weight m",
         PASSING,
-        _robust_kd(*(f"threshold={value}" for value in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6))) + ",robust_kd",
+        f"fkd,{_thresholds(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},robust_kd",
     ),
     "form": Study(
         "figure 5: how the mask is put on (equations 7 and 15), and element by element",
@@ -69,15 +74,14 @@ STUDIES = {
         "figures 4 to 7 in one run",
         PASSING,
         _robust_kd(
-            "threshold=0.1",
             "",
-            "threshold=0.4",
             "form=mixed",
             "loss=cross_entropy",
             "loss=variance",
             "layers=1",
             "layers=2",
-        ),
+        )
+        + f",{_thresholds(0.1, 0.4)}",
     ),
     "oracle": Study(
         "algorithm 1: the threshold chosen by who can measure the attack", PASSING, f"{METHODS},robust_kd:select=oracle"

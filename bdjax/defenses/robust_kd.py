@@ -43,7 +43,7 @@ from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 Form = Literal["added", "mixed", "elementwise"]
 MaskLoss = Literal["both", "cross_entropy", "variance"]
 Axes = Literal["elements", "all", "batch"]
-Select = Literal["validation", "fixed", "oracle"]
+Select = Literal["validation", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,10 @@ class RobustKdSettings(fkd.FkdSettings):
     batch_size: int = 64
     """of masks and students; or all clean rows, if they are fewer"""
     select: Select = "validation"
-    """who chooses m: validation (least variance at an allowed loss of accuracy), fixed (`threshold`), or oracle, as the paper's
-    algorithm 1: the student with the highest accuracy and the lowest ASR, which only the attacker can measure"""
+    """who chooses m: validation (least variance at an allowed loss of accuracy), or oracle, as the paper's algorithm 1: the
+    student with the highest accuracy and the lowest ASR, which only the attacker can measure"""
     thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.6)
-    """m, to choose from"""
-    threshold: float = 0.2
-    """m, where it is fixed"""
+    """m, to choose from; a single one is fixed, as the paper's text has it: (0.2,)"""
     validation_share: float = 0.1
     """of the clean rows: held out from the masks' training, to choose m by"""
     allowed_drop: float = 0.01
@@ -226,13 +224,12 @@ def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]
     return names[len(names) - (layers or len(names)) :]
 
 
-def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[float, ...], rows: Rows) -> Teachers:
-    """Learn masks for each suspect and each threshold, all as members of one call.
+def train_masks(given: Given, settings: RobustKdSettings, rows: Rows) -> Teachers:
+    """Learn masks for each suspect and each of T thresholds, all as members of one call.
 
     Args:
         given: M suspects.
         settings: of the masks.
-        thresholds: T of them.
         rows: clean rows, leaves [M, n].
 
     Returns:
@@ -248,8 +245,8 @@ def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[floa
     masks = {name: {"pattern": jnp.asarray(means[name])} for name in names}
     if settings.form == "elementwise":
         masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
-    count = len(thresholds)
-    own = jnp.tile(jnp.asarray(thresholds, jnp.float32), len(given.index))
+    count = len(settings.thresholds)
+    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(given.index))
     variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": own}
     config = given.config(
         epochs=settings.mask_epochs,
@@ -260,9 +257,9 @@ def train_masks(given: Given, settings: RobustKdSettings, thresholds: tuple[floa
         schedule="constant",
     )
     of_masks = ("form", "loss", "variance_axes", "variance_weight", "layers", "mask_epochs", "mask_learning_rate")
-    told = {name: getattr(settings, name) for name in (*of_masks, "batch_size", "validation_share")}
+    told = {name: getattr(settings, name) for name in (*of_masks, "batch_size", "validation_share", "thresholds")}
     nets = given.runner.from_variables(
-        f"RobustKD masks {fingerprint(**told, thresholds=thresholds)}",
+        f"RobustKD masks {fingerprint(**told)}",
         teacher,
         config,
         variables,
@@ -282,10 +279,9 @@ def detoxify(given: Given, settings: RobustKdSettings) -> tuple[Teachers, dict[s
     Returns:
         M masked networks; and what a report tells of them, float [M] each.
     """
-    thresholds = (settings.threshold,) if settings.select == "fixed" else settings.thresholds
-    num, batch_size = len(thresholds), given.recipe.evaluation_batch_size
+    num, batch_size = len(settings.thresholds), given.recipe.evaluation_batch_size
     kept, held_out = split_rows(given, settings.validation_share)
-    teachers = train_masks(given, settings, thresholds, kept)
+    teachers = train_masks(given, settings, kept)
     how = {"pool": given.pool, "batch_size": batch_size}
     plain = given.runner.mean(judge_row(given.attacked.model), given.attacked.variables, held_out, **how)
     after = given.runner.mean(judge_row(teachers.model), teachers.variables, repeat(held_out, num), **how)
@@ -297,7 +293,7 @@ def detoxify(given: Given, settings: RobustKdSettings) -> tuple[Teachers, dict[s
     where = np.arange(len(chosen)) * num + chosen
     of_chosen = np.arange(len(chosen)), chosen
     facts = {
-        "mask threshold": np.asarray(thresholds)[chosen],
+        "mask threshold": np.asarray(settings.thresholds)[chosen],
         "teacher's accuracy on held-out clean rows": plain["accuracy"],
         "masked teacher's": accuracy[of_chosen],
         "feature variance": plain["variance"],
@@ -338,7 +334,6 @@ def check(settings: RobustKdSettings) -> None:
             "variance_axes": Axes.__args__,
         },
         at_least={
-            "threshold": 0,
             "allowed_drop": 0,
             "variance_weight": 0,
             "layers": 0,

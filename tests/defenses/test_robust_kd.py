@@ -186,7 +186,7 @@ def test_masks_start_as_mean_features_and_training_lowers_the_variance(given):
 
 
 def test_without_masks_it_is_fkd(given):
-    robust = RobustKdSettings(**SMALL, mask_epochs=1, select="fixed", threshold=0.0)
+    robust = RobustKdSettings(**SMALL, mask_epochs=1, thresholds=(0.0,))
     masked_student = ROBUST_KD.run(given, robust)
     student = fkd.run(given, FkdSettings(**SMALL))
     for one, other in zip(jax.tree.leaves(masked_student.variables), jax.tree.leaves(student.variables), strict=True):
@@ -202,11 +202,11 @@ def test_the_oracle_says_that_it_is_one(given):
 
 
 def test_layers_are_counted_from_the_last(given):
-    settings = RobustKdSettings(**SMALL, mask_epochs=1, select="fixed", layers=2)
+    settings = RobustKdSettings(**SMALL, mask_epochs=1, thresholds=(0.2,), layers=2)
     teachers, _ = detoxify(given, settings)
     assert sorted(teachers.variables["masks"]) == ["group2", "group3"]
     with pytest.raises(InputError, match="layers 4 is not at most 3, the groups of"):
-        detoxify(given, RobustKdSettings(**SMALL, select="fixed", layers=4))
+        detoxify(given, RobustKdSettings(**SMALL, thresholds=(0.2,), layers=4))
 
 
 @pytest.mark.parametrize(

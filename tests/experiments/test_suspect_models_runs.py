@@ -18,6 +18,7 @@ from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.reporting import defense_results
 from bdjax.reporting.progress import StageLog
+from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from experiments import robust_kd
 
@@ -243,8 +244,8 @@ def test_recipes():
 def test_every_study_names_attacks_and_methods_that_are_there(tmp_path):
     train = load_digits((), False).train
     for study in robust_kd.STUDIES.values():
-        suspect_models.read_methods(tiny(tmp_path), study.defenses.split(","))
-        for text in study.attacks.split(","):
+        suspect_models.read_methods(tiny(tmp_path), split_variants(study.defenses))
+        for text in split_variants(study.attacks):
             assert read_attack(text, train, 0, hands_over="model").name == text
 
 
