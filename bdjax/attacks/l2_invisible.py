@@ -83,26 +83,49 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
         if not getattr(settings, name) > 0:
             raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} is not above 0")
     norm = neurons.scaled_norm(settings.norm, shape)
-    rows_key, start_key, batch_key = jax.random.split(key, 3)
-    start = settings.start_deviation * jax.random.normal(start_key, shape)
     if not settings.optimised:
-        noise = jax.nn.relu(start)
+        _, start_key, _ = jax.random.split(key, 3)
+        noise = jax.nn.relu(_start(start_key, knowledge, settings))
         return Additive(noise * (norm / jnp.linalg.norm(noise.ravel())))
-    chosen, goal = choose_neurons(rows_key, knowledge, settings)
-    model, variables = knowledge.clean_model
-    rows = surrogate.batches(batch_key, len(knowledge.train), settings.batch_size, settings.steps)
-    batches = knowledge.train.images[rows]
-    delta, largest_gradient = _optimise(
-        model, settings.nonneg, settings.steps_per_doubling, variables, start, batches, chosen, goal, norm,
-        settings.penalty, settings.learning_rate,
-    )  # fmt: skip
-    neurons.check_reaction(largest_gradient, NAME)
+    delta = optimise_noise(key, knowledge, settings)
     reached = jnp.linalg.norm(delta.ravel())
     if not float(reached) > 1e-6:
         raise InputError(
             f"attack {NAME}: nothing was left of the noise; a smaller penalty than {settings.penalty:g} leaves more"
         )
     return Additive(delta * (norm / reached))
+
+
+def optimise_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Array:
+    """The optimised noise before it is scaled to the norm of the settings: the higher the penalty, the smaller its norm.
+
+    Args:
+        key: as for `make_noise`.
+        knowledge: the clean rows and the clean network.
+        settings: as for `make_noise`.
+
+    Returns:
+        float32 [H, W, C].
+
+    Raises:
+        InputError: the clean network is missing, or does not react.
+    """
+    shape = knowledge.train.image_shape
+    rows_key, start_key, batch_key = jax.random.split(key, 3)
+    chosen, goal = choose_neurons(rows_key, knowledge, settings)
+    model, variables = knowledge.clean_model
+    rows = surrogate.batches(batch_key, len(knowledge.train), settings.batch_size, settings.steps)
+    start, norm = _start(start_key, knowledge, settings), neurons.scaled_norm(settings.norm, shape)
+    delta, largest_gradient = _optimise(
+        model, settings.nonneg, settings.steps_per_doubling, variables, start, knowledge.train.images[rows], chosen, goal,
+        norm, settings.penalty, settings.learning_rate,
+    )  # fmt: skip
+    neurons.check_reaction(largest_gradient, NAME)
+    return delta
+
+
+def _start(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Array:
+    return settings.start_deviation * jax.random.normal(key, knowledge.train.image_shape)
 
 
 def choose_neurons(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> tuple[np.ndarray, np.ndarray]:

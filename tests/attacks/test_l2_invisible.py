@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from bdjax import datasets
-from bdjax.attacks import neurons
+from bdjax.attacks import l2_invisible, neurons
 from bdjax.attacks.contract import CleanModel, Knowledge
-from bdjax.attacks.l2_invisible import L2_INVISIBLE, L2InvisibleSettings, choose_neurons
+from bdjax.attacks.l2_invisible import L2_INVISIBLE, L2InvisibleSettings, choose_neurons, optimise_noise
 from bdjax.attacks.surrogate import train_surrogate
 from bdjax.errors import InputError
 from bdjax.models import make_model
@@ -62,8 +62,22 @@ def test_excites_the_chosen_neurons_more_than_the_noise_it_started_from():
     assert optimised > excited(start) and optimised > excited(random)
 
 
-def test_a_higher_penalty_gives_fainter_noise():
-    assert np.linalg.norm(delta(dataclasses.replace(SETTINGS, penalty=50.0))) < np.linalg.norm(delta(SETTINGS))
+def test_a_higher_penalty_leaves_a_smaller_norm_before_scaling():
+    # The norm bound is out of reach, so that the first penalty is that of every step and never doubles.
+    unbounded = dataclasses.replace(SETTINGS, norm=1e6)
+    norms = [
+        float(
+            jnp.linalg.norm(optimise_noise(KEY, knowledge(), dataclasses.replace(unbounded, penalty=penalty)).ravel())
+        )
+        for penalty in (0.0, 1.0, 2.0)
+    ]
+    assert norms[0] > 1.2 * norms[1] and norms[1] > 1.2 * norms[2], norms
+
+
+def test_noise_that_a_penalty_leaves_nothing_of_is_refused(monkeypatch):
+    monkeypatch.setattr(l2_invisible, "optimise_noise", lambda *arguments: jnp.zeros((8, 8, 1)))
+    with pytest.raises(InputError, match="a smaller penalty than 50 leaves more"):
+        L2_INVISIBLE.make_params(KEY, knowledge(), dataclasses.replace(SETTINGS, penalty=50.0))
 
 
 def test_neurons_are_those_with_the_largest_weight_to_the_target():
