@@ -24,19 +24,21 @@ from bdjax import datasets, experiment, poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses import vbd
 from bdjax.defenses.comparison import (
-    NO_ATTACK,
-    AttackVariant,
     Comparison,
-    DefenseVariant,
     Suspect,
     judge,
     make_given,
     make_suspect,
-    read_attack,
-    read_defense,
     suspect_keys,
 )
 from bdjax.defenses.contract import Given
+from bdjax.defenses.variants import (
+    NO_ATTACK,
+    AttackVariant,
+    DefenseVariant,
+    read_attack,
+    read_defense,
+)
 from bdjax.errors import InputError
 from bdjax.experiment import IGNORED, choose_engine, load, open_folder
 from bdjax.models import make_model

@@ -20,10 +20,7 @@ from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
 from bdjax.defenses.comparison import (
-    NO_ATTACK,
-    AttackVariant,
     Comparison,
-    DefenseVariant,
     Suspect,
     Tried,
     defend,
@@ -31,13 +28,18 @@ from bdjax.defenses.comparison import (
     make_given,
     make_suspect,
     make_views,
-    read_attack,
-    read_defense,
     suspect_keys,
-    those_that_fit,
 )
 from bdjax.defenses.contract import Given
 from bdjax.defenses.registry import DEFENSES
+from bdjax.defenses.variants import (
+    NO_ATTACK,
+    AttackVariant,
+    DefenseVariant,
+    read_attack,
+    read_defense,
+    those_that_fit,
+)
 from bdjax.errors import InputError
 from bdjax.experiment import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
 from bdjax.models import make_model

@@ -19,21 +19,23 @@ from bdjax import experiment, poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses import handed_over
 from bdjax.defenses.comparison import (
-    NO_ATTACK,
     Comparison,
-    DefenseVariant,
     TriggeredViews,
     defend,
     make_views,
-    read_attack,
-    read_defense,
     suspect_keys,
-    those_that_fit,
 )
 from bdjax.defenses.contract import Given
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.suspect_teachers import Teachers, control, make_given, make_recipes, take_teachers, train_teachers
 from bdjax.defenses.undefended import UNDEFENDED
+from bdjax.defenses.variants import (
+    NO_ATTACK,
+    DefenseVariant,
+    read_attack,
+    read_defense,
+    those_that_fit,
+)
 from bdjax.errors import InputError
 from bdjax.experiment import IGNORED, check_ranges, choose_engine, load, open_folder
 from bdjax.models import make_model

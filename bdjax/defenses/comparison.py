@@ -5,10 +5,9 @@ their attacks, so what a defense costs in compiling it costs once.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,168 +16,15 @@ import numpy as np
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.poisoning import Part, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
-from bdjax.attacks.victims import Plan, key_of, make_plan, prepare
+from bdjax.attacks.victims import key_of, prepare
 from bdjax.datasets import splits
-from bdjax.defenses import chain
-from bdjax.defenses.contract import Defense, Given, labelled, settings_for
-from bdjax.defenses.registry import find_defense
+from bdjax.defenses.contract import Given, labelled
+from bdjax.defenses.variants import AttackVariant, DefenseVariant
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
-from bdjax.settings import read_variant
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PoisonedDataset, PyTree
-
-NO_ATTACK = "none"
-"""The training set as it is: a clean one for false alarms, or one that somebody handed over. Of models, a clean one."""
-CLEAN_TEACHER = "clean teacher"
-"""What that is called, of models."""
-
-
-class AttackVariant(NamedTuple):
-    """One way to poison a training set, as the command line names it."""
-
-    name: str  # "badnets:poison_rate=0.05", "badnets+sig", "none"
-    plan: Plan | None  # None for none
-    target: int
-    suppression: float  # alpha of an attacker who weakens its backdoor where the defender trains; 0 for none
-    label_noise: float = (
-        0.0  # share of the rows that have a random wrong label before anything else, by nobody's intention
-    )
-    label: str = ""  # what a table calls it, if its own name says too little
-
-    @property
-    def title(self) -> str:
-        if self.label:
-            return self.label
-        _, changes = read_variant(self.name)
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        return (self.plan.title if self.plan else "no attack") + (f" ({told})" if told else "")
-
-
-def read_attack(
-    text: str, train: Dataset, target: int, *, hands_over: Literal["training set", "model"] = "training set"
-) -> AttackVariant:
-    """Settle an attack as the command line writes it.
-
-    Args:
-        text: a name, or several with + between them, and then settings: "sig:amplitude=0.3:target=4". Beside the attack's
-            own there are `target`, `label_rule`, `suppression` and `label_noise` (none has only this); the settings of a
-            hybrid go to each of its parts.
-        train: the training set.
-        target: the attacker's class where the text names none.
-        hands_over: what the defender gets of the attacker. Where that is a model, attacks that train it, or start from a
-            clean one, are welcome; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
-
-    Raises:
-        InputError: no such attack or setting, or an attack that hands over no training set where one is needed.
-    """
-    name, changes = read_variant(text)
-    for setting in ("label_noise", "suppression"):
-        if hands_over == "model" and setting in changes:
-            raise InputError(f"{text!r}: {setting} is of training sets that are handed over; here models are")
-    noise = changes.pop("label_noise", 0.0)
-    if type(noise) not in (int, float) or not 0 <= noise <= 1:
-        raise InputError(f"{text!r}: label_noise {noise!r} is not a share from 0 to 1")
-    if name == NO_ATTACK:
-        if changes:
-            settings = "" if hands_over == "model" else " but label_noise"
-            raise InputError(f"{text!r}: {NO_ATTACK} has no settings{settings}")
-        return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if hands_over == "model" else "")
-    own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
-    suppression = changes.pop("suppression", 0.0)
-    if type(own_target) is not int or not 0 <= own_target < train.num_classes:
-        raise InputError(f"{text!r}: target {own_target!r} is not a class: there are 0 to {train.num_classes - 1}")
-    if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
-        raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
-    each = dict.fromkeys(name.split("+"), changes) if changes else {}
-    plan = make_plan(name, train, own_target, label_rule=rule, changes=each)
-    if hands_over == "model":
-        # Variants of one attack are attacks of their own, which are trained apart.
-        return AttackVariant(text, plan._replace(name=text), own_target, 0.0)
-    if plan.control:
-        raise InputError(f"attack {name} poisons inside a training of its own: there is no training set to defend")
-    if any(part.attack.starts_from_clean_model for part in plan.parts):
-        raise InputError(f"attack {name} fine-tunes a clean model: its training set poisons no network from scratch")
-    return AttackVariant(text, plan, own_target, float(suppression), float(noise))
-
-
-class DefenseVariant(NamedTuple):
-    """One defense with its settings, as the command line names it."""
-
-    name: str  # "lfd", "lfd:alpha=0.5", "fine_tuning:epochs=5+fkd"
-    defense: Defense
-    settings: Any
-
-    @property
-    def title(self) -> str:
-        if chain.LINK in self.name:  # its title has the settings of each part
-            return self.defense.title
-        _, changes = read_variant(self.name)
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        return self.defense.title + (f" ({told})" if told else "")
-
-
-def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any] = {}) -> DefenseVariant:
-    """Settle a defense as the command line writes it.
-
-    Args:
-        text: a name and then settings: "lfd:alpha=0.5"; or several such with + between them, each of which gets what the one
-            before made of the suspects: "fine_tuning:epochs=5+fkd".
-        preset: of the run.
-        dataset: likewise.
-        common: settings of the run for each defense that has them, and does not say otherwise in its text.
-
-    Raises:
-        InputError: no such defense or setting, a value that the setting cannot have, or parts that cannot follow each other.
-    """
-    parts = []
-    for one in text.split(chain.LINK):
-        name, changes = read_variant(one)
-        defense = find_defense(name)
-        fields = {field.name for field in dataclasses.fields(defense.settings)}
-        own = {setting: value for setting, value in common.items() if setting in fields}
-        settings = settings_for(defense, preset, dataset, {**own, **changes})
-        if defense.check:
-            defense.check(settings)
-        parts.append(DefenseVariant(one, defense, settings))
-    if len(parts) == 1:
-        return parts[0]
-    linked = chain.make_chain([chain.Part(one.defense, one.settings, one.title) for one in parts])
-    return DefenseVariant(text, linked, linked.settings)
-
-
-def those_that_fit(
-    variants: Sequence[DefenseVariant],
-    attacked: Model,
-    make_model: Callable[..., Model],
-    image_shape: tuple[int, int, int],
-    *,
-    is_all: bool,
-) -> tuple[list[DefenseVariant], dict[str, str]]:
-    """The defenses that can be run on a network; and, where all there are were asked for, those that cannot -> why.
-
-    Args:
-        variants: the defenses.
-        attacked: the network that they are to be run on.
-        make_model: see `Given`.
-        image_shape: (H, W, C).
-        is_all: whether all were asked for, and none by name.
-
-    Raises:
-        InputError: a defense that was named does not fit.
-    """
-    fitting, left_out = [], {}
-    for variant in variants:
-        try:
-            if variant.defense.network_after:
-                variant.defense.network_after(variant.settings, attacked, make_model, image_shape)
-            fitting.append(variant)
-        except InputError as error:
-            if not is_all:
-                raise
-            left_out[variant.name] = str(error)
-    return fitting, left_out
 
 
 class Suspect(NamedTuple):

@@ -203,7 +203,7 @@ class Defense:
     """(settings) -> what some settings need beside `needs`, and no defender has."""
     check: Callable[[Any], None] | None = None
     """(settings) -> nothing, or an InputError of one line that names the setting which cannot be, and says what would be
-    right. `comparison.read_defense` calls it before anything is trained."""
+    right. `variants.read_defense` calls it before anything is trained."""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
     """(settings, attacked network, `Given.make_model`, image shape) -> the network that comes out, where that is another than
     the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""

@@ -14,7 +14,8 @@ from bdjax.attacks.label_rules import LABEL_RULES, LabelRule, make_rule
 from bdjax.attacks.poisoning import Part, trigger_all
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.attacks.victims import Plan
-from bdjax.defenses.comparison import AttackVariant, Suspect
+from bdjax.defenses.comparison import Suspect
+from bdjax.defenses.variants import AttackVariant
 from bdjax.errors import InputError
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble

@@ -17,17 +17,15 @@ from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.victims import prepare, train_victims
 from bdjax.defenses.comparison import (
-    NO_ATTACK,
-    AttackVariant,
     Comparison,
     Suspect,
     TriggeredViews,
     first_trigger,
     measure,
-    read_attack,
 )
 from bdjax.defenses.contract import Given
 from bdjax.defenses.handed_over import HandedOver
+from bdjax.defenses.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Log, Nets, StageRunner

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.defenses.comparison import AttackVariant, DefenseVariant, Suspect, Tried
+from bdjax.defenses.comparison import Suspect, Tried
 from bdjax.defenses.published import PUBLISHED
+from bdjax.defenses.variants import AttackVariant, DefenseVariant
 from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
 from bdjax.settings import read_variant

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.digits import load_digits
-from bdjax.defenses.comparison import make_given, make_suspect, make_views, read_attack, suspect_keys
+from bdjax.defenses.comparison import (
+    make_given,
+    make_suspect,
+    make_views,
+    suspect_keys,
+)
+from bdjax.defenses.variants import read_attack
 from bdjax.models import make_model
 from bdjax.reporting.progress import StageLog
 from bdjax.training.member import TrainConfig

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import defend, read_defense
+from bdjax.defenses.comparison import defend
 from bdjax.defenses.registry import DEFENSES, find_defense
+from bdjax.defenses.variants import read_defense
 from bdjax.errors import InputError
 
 SMALL: dict[str, str] = {

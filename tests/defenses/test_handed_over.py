@@ -5,7 +5,8 @@ import pytest
 
 from bdjax.attacks.poisoning import trigger_all
 from bdjax.defenses import handed_over
-from bdjax.defenses.comparison import Suspect, make_views, read_attack
+from bdjax.defenses.comparison import Suspect, make_views
+from bdjax.defenses.variants import read_attack
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.training import ensemble

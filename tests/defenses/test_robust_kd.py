@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import fkd
-from bdjax.defenses.comparison import read_defense
 from bdjax.defenses.fkd import FkdSettings
 from bdjax.defenses.mask_threshold import choose_by_validation, split_rows
 from bdjax.defenses.robust_kd import (
@@ -19,6 +18,7 @@ from bdjax.defenses.robust_kd import (
     put_on,
     variance,
 )
+from bdjax.defenses.variants import read_defense
 from bdjax.errors import InputError
 from bdjax.models import make_model
 

@@ -17,7 +17,12 @@ from rich.console import Console
 
 from bdjax import detection, poisoned_data
 from bdjax.datasets import DATASETS
-from bdjax.defenses.comparison import Comparison, Suspect, judge, read_attack, read_defense
+from bdjax.defenses.comparison import (
+    Comparison,
+    Suspect,
+    judge,
+)
+from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.detection import Outcome
 from bdjax.errors import InputError
 from bdjax.reporting.defense_report import file_name

@@ -13,7 +13,7 @@ import pytest
 from bdjax import poisoned_data
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.digits import load_digits
-from bdjax.defenses.comparison import read_attack, read_defense
+from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.errors import InputError
 from bdjax.reporting.progress import StageLog
 from bdjax.training import checkpoint

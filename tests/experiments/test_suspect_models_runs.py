@@ -12,8 +12,8 @@ import pytest
 from bdjax import suspect_models
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses import suspect_teachers
-from bdjax.defenses.comparison import read_attack, those_that_fit
 from bdjax.defenses.handed_over import read
+from bdjax.defenses.variants import read_attack, those_that_fit
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.reporting import defense_results

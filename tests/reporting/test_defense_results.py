@@ -4,9 +4,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import Comparison, DefenseVariant, Suspect, Tried, read_attack
+from bdjax.defenses.comparison import (
+    Comparison,
+    Suspect,
+    Tried,
+)
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.undefended import UNDEFENDED, UndefendedSettings
+from bdjax.defenses.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.reporting import defense_report
 from bdjax.reporting import defense_results as numbers

@@ -1,10 +1,15 @@
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import Comparison, DefenseVariant, Suspect, Tried, read_attack
+from bdjax.defenses.comparison import (
+    Comparison,
+    Suspect,
+    Tried,
+)
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.published_detection import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.defenses.undefended import UndefendedSettings
+from bdjax.defenses.variants import DefenseVariant, read_attack
 from bdjax.metrics import measure_detection
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_report

@@ -7,8 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import Comparison, DefenseVariant, Suspect, Tried, read_attack
+from bdjax.defenses.comparison import (
+    Comparison,
+    Suspect,
+    Tried,
+)
 from bdjax.defenses.contract import Defense
+from bdjax.defenses.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.models import count_parameters, make_model
 from bdjax.reporting import suspect_model_report as words
