@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import datasets, experiment, poisoned_data
+from bdjax import datasets, poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses import vbd
 from bdjax.defenses.comparison import (
@@ -40,13 +40,14 @@ from bdjax.defenses.variants import (
     read_defense,
 )
 from bdjax.errors import InputError
-from bdjax.experiment import IGNORED, choose_engine, load, open_folder
 from bdjax.models import make_model
 from bdjax.reporting import audit_report, defense_results, detection_report
 from bdjax.reporting.detection_plots import FoundPattern
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.run import config as run_config
+from bdjax.run.config import IGNORED, choose_engine, load, open_folder
+from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.log import StageLog
 from bdjax.training import processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
@@ -105,7 +106,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     """
     log = log or StageLog()
     poisoned_data.check(config, one)
-    experiment.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
+    run_config.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
     attacks, texts = poisoned_data.chosen(config, one)
     texts = [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
     is_own = config.dataset not in datasets.DATASETS and not config.dataset.startswith("tfds:")
@@ -153,7 +154,7 @@ def run_grid(
     ]
     check_attacks([attack for attack, _ in wanted], train)
     default = one.default(config.preset, config.dataset)
-    output = experiment.output_folder(one.name, config, default, config.preset)
+    output = run_config.output_folder(one.name, config, default, config.preset)
     members = min(config.suspects_at_once, len(wanted))
     engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
     make_network = network_maker(config, train.num_classes, engine)
@@ -192,7 +193,7 @@ def run_grid(
         comparisons,
         log.timings,
         train,
-        experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
+        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
         [each._replace(seed=config.seed + each.seed) for outcome in outcomes for each in outcome.found],
         f"{one.title} on {train.name}",
         [variant.name for variant in variants if variant.defense.name == one.own],
@@ -454,7 +455,7 @@ def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) 
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
     default = one.default(config.preset, config.dataset)
-    output = experiment.output_folder(one.name, config, default, config.preset)
+    output = run_config.output_folder(one.name, config, default, config.preset)
     engine = choose_engine(config, data.image_shape, config.width, config.batch_size, 1, output, log)
     make_network = network_maker(config, data.num_classes, engine)
     folder = open_folder(one.name, output, config, engine)
@@ -474,7 +475,7 @@ def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) 
         analysis,
         variant.settings,
         log.timings,
-        experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
+        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
         source_folder=path if path.is_dir() else None,
         copy_files=config.copy_files,
     )

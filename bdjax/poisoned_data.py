@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import command_line, datasets, experiment
+from bdjax import datasets
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
@@ -41,13 +41,15 @@ from bdjax.defenses.variants import (
     those_that_fit,
 )
 from bdjax.errors import InputError
-from bdjax.experiment import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
 from bdjax.models import make_model
 from bdjax.reporting import defense_report, defense_results
-from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
-from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.run import command_line
+from bdjax.run import config as run_config
+from bdjax.run.config import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
+from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.augmentation import Augmentation
@@ -258,7 +260,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     train, test = data
     attacks = [read_attack(text, train, config.target) for text in attack_texts]
     variants, left_out = usable_defenses(config, defense_texts, clean)
-    output = experiment.output_folder(one.name, config, one.default(config.preset, config.dataset), config.preset)
+    output = run_config.output_folder(one.name, config, one.default(config.preset, config.dataset), config.preset)
     members = len(attacks) * config.seeds
     engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
 
@@ -490,4 +492,4 @@ def save_models(folder: RunFolder, comparisons: Sequence[Comparison], own: str) 
 def command(config: Config, one: Experiment) -> str:
     """The command that makes this run again, wherever its data lies."""
     default = one.default(config.preset, config.dataset)
-    return experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset)
+    return run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset)

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from bdjax import experiment, poisoned_data
+from bdjax import poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses import handed_over
 from bdjax.defenses.comparison import (
@@ -37,15 +37,16 @@ from bdjax.defenses.variants import (
     those_that_fit,
 )
 from bdjax.errors import InputError
-from bdjax.experiment import IGNORED, check_ranges, choose_engine, load, open_folder
 from bdjax.models import make_model
 from bdjax.poisoned_data import Study
 from bdjax.reporting import suspect_model_report, suspect_model_results
 from bdjax.reporting.defense_report import file_name
-from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
-from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.run import config as run_config
+from bdjax.run.config import IGNORED, check_ranges, choose_engine, load, open_folder
+from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
@@ -174,7 +175,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     train, test = data
     clean = clean_rows(config, train)
     default = one.default(config.preset, config.dataset)
-    output = experiment.output_folder(one.name, config, default, config.preset)
+    output = run_config.output_folder(one.name, config, default, config.preset)
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
 
@@ -238,7 +239,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         comparisons,
         log.timings,
         data,
-        experiment.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
+        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
         title=f"{one.title} on {train.name}",
         own=one.own,
         plain=one.plain,

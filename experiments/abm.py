@@ -12,11 +12,11 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax import command_line
 from bdjax.poisoned_data import Config, Context, Experiment, Study, run_from_flags, start_from
 from bdjax.reporting import verification_heat
-from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
+from bdjax.run import command_line
+from bdjax.run.log import StageLog
 
 DEFENSES = "nad,abl,bab,cbd,abm"
 """Those of the paper's tables III and XI."""

@@ -22,18 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import command_line, experiment
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, make_plan, prepare, put_to_the_test, train_victims
 from bdjax.errors import InputError
-from bdjax.experiment import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
 from bdjax.models import make_model
 from bdjax.reporting import attack_report, attack_results
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import RunFolder, to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.run import command_line
+from bdjax.run import config as run_config
+from bdjax.run.config import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
+from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.log import StageLog
 from bdjax.settings import read_value
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
@@ -308,13 +309,13 @@ def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:
 
 def output_folder(config: Config) -> pathlib.Path:
     """`--output`, or a name that the same settings always give."""
-    return experiment.output_folder("attack", config, preset(config.preset, config.dataset), config.preset)
+    return run_config.output_folder("attack", config, preset(config.preset, config.dataset), config.preset)
 
 
 def command(config: Config) -> str:
     """The command that makes this run again, wherever its data lies."""
     chosen = {"attack": config.attack, "dataset": config.dataset, "preset": config.preset}
-    return experiment.command("attack", config, preset(config.preset, config.dataset), **chosen)
+    return run_config.command("attack", config, preset(config.preset, config.dataset), **chosen)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from bdjax import command_line
 from bdjax.benchmarking import interleave, operations, report, settings
 from bdjax.errors import InputError
 from bdjax.models import MODELS, ComputeDtype
 from bdjax.reporting import plots
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import RunFolder, default_name, open_run
 from bdjax.reporting.tables import Table, to_markdown, to_rich
+from bdjax.run import command_line
+from bdjax.run.folder import RunFolder, default_name, open_run
+from bdjax.run.log import StageLog
 
 Preset = Literal["quick", "full", "gpu"]
 

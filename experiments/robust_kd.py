@@ -15,13 +15,13 @@ from typing import Any
 
 import jax
 
-from bdjax import command_line
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.poisoned_data import FLIPPABLE, LIKE, Study
 from bdjax.reporting import feature_variance
-from bdjax.reporting.progress import StageLog
 from bdjax.reporting.report import Section
+from bdjax.run import command_line
+from bdjax.run.log import StageLog
 from bdjax.suspect_models import Config, Context, Experiment, Preset, run_from_flags
 
 CKD = "ckd:mask_bound=0.2"

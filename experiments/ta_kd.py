@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import command_line, experiment, losses
+from bdjax import losses
 from bdjax.attacks import outsourcing, suspects
 from bdjax.attacks.poisoning import RateOf
 from bdjax.attacks.providers import ProviderTriggers
@@ -29,12 +29,14 @@ from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
 from bdjax.errors import InputError
-from bdjax.experiment import IGNORED, ExperimentConfig, check_ranges, choose_engine, flag, load, open_folder
 from bdjax.models import count_parameters, make_model
 from bdjax.reporting import ta_kd_report, ta_kd_results
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import to_rich
+from bdjax.run import command_line
+from bdjax.run import config as run_config
+from bdjax.run.config import IGNORED, ExperimentConfig, check_ranges, choose_engine, flag, load, open_folder
+from bdjax.run.folder import to_plain
+from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
@@ -417,13 +419,13 @@ def clean_set(config: Config, defense: ta_kd.TaKdConfig, train: Dataset, key: Ke
 
 def output_folder(config: Config) -> pathlib.Path:
     """`--output`, or a name that the same settings always give."""
-    return experiment.output_folder("ta_kd", config, _default(config), config.preset)
+    return run_config.output_folder("ta_kd", config, _default(config), config.preset)
 
 
 def command(config: Config) -> str:
     """The command that makes this run again, wherever its data lies."""
     chosen = {"dataset": config.dataset, "preset": config.preset, "scale": config.scale}
-    return experiment.command("ta_kd", config, _default(config), **chosen)
+    return run_config.command("ta_kd", config, _default(config), **chosen)
 
 
 def _default(config: Config) -> Config:

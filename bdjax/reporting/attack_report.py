@@ -10,9 +10,8 @@ from bdjax.attacks.victims import Trial
 from bdjax.inspection.trigger_pictures import magnified_difference
 from bdjax.reporting import attack_results as numbers
 from bdjax.reporting import plots, report, tables
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import Dataset, TrainTest
 
 COLUMNS = ("training row", "poisoned", "difference × 10", "test row", "triggered", "difference × 10")

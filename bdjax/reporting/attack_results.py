@@ -8,8 +8,8 @@ import numpy as np
 
 from bdjax.attacks.victims import Trial
 from bdjax.inspection.similarity import psnr, ssim
-from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import Cell, Table, mean_and_spread
+from bdjax.run.folder import to_plain
 
 DEFINITIONS: Mapping[str, str] = {
     "cda": "share of untouched test rows predicted as their label",

@@ -28,9 +28,8 @@ from bdjax.errors import InputError
 from bdjax.reporting import audit_results as numbers
 from bdjax.reporting import defense_plots, plots, report, tables
 from bdjax.reporting.detection_plots import outline
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import Dataset, PoisonedDataset
 
 LEAST_SIDE = 256

@@ -12,8 +12,9 @@ import numpy as np
 from bdjax.defenses.vbd import Analysis, VBDSettings
 from bdjax.metrics import measure_detection
 from bdjax.reporting.report import Verdict
-from bdjax.reporting.run_folder import to_plain
-from bdjax.reporting.tables import Cell, Table, printable
+from bdjax.reporting.tables import Cell, Table
+from bdjax.run.folder import to_plain
+from bdjax.run.text import printable
 from bdjax.types import Dataset, PoisonedDataset
 
 WEAK_SUCCESS = 0.5

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bdjax.reporting.plots import COLOURS, draw_title, house_style
-from bdjax.reporting.tables import printable
+from bdjax.run.text import printable
 
 MARKERS = "osD^vPX<>ph"
 _FAINT = "#e6e8eb"

@@ -14,9 +14,8 @@ import numpy as np
 from bdjax.defenses.comparison import Comparison, Suspect, Tried
 from bdjax.reporting import defense_plots, plots, report, tables
 from bdjax.reporting import defense_results as numbers
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import Dataset, TrainTest
 
 PLAIN_STAGE = "no defense"

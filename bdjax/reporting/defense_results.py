@@ -13,8 +13,8 @@ import numpy as np
 from bdjax.defenses.comparison import Suspect, Tried
 from bdjax.defenses.published import PUBLISHED
 from bdjax.defenses.variants import AttackVariant, DefenseVariant
-from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
+from bdjax.run.folder import to_plain
 from bdjax.settings import read_variant
 
 DEFINITIONS: Mapping[str, str] = {

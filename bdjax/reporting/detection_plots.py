@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bdjax.reporting.defense_plots import MARKERS
 from bdjax.reporting.plots import COLOURS, draw_title, house_style, image_grid
-from bdjax.reporting.tables import printable
+from bdjax.run.text import printable
 
 RED = (255, 0, 0)
 GREY = 0.5

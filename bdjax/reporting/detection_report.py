@@ -19,10 +19,9 @@ from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
 from bdjax.reporting.defense_report import MOST_SETS, file_name, score_figures, seconds_of
 from bdjax.reporting.detection_plots import Curve, FoundPattern, Line
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
 from bdjax.reporting.tables import Table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.settings import read_variant
 from bdjax.types import Dataset, Detection
 

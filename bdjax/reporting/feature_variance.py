@@ -24,8 +24,9 @@ from bdjax.reporting import plots
 from bdjax.reporting.defense_plots import MARKERS
 from bdjax.reporting.plots import COLOURS, draw_title, house_style
 from bdjax.reporting.report import Figure, Section
-from bdjax.reporting.run_folder import RunFolder
-from bdjax.reporting.tables import Table, mean_and_spread, printable
+from bdjax.reporting.tables import Table, mean_and_spread
+from bdjax.run.folder import RunFolder
+from bdjax.run.text import printable
 from bdjax.training.ensemble import members, num_members
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner

@@ -12,8 +12,8 @@ from bdjax.metrics import measure_detection
 from bdjax.models import count_parameters
 from bdjax.reporting import plots
 from bdjax.reporting.report import Figure, Section
-from bdjax.reporting.run_folder import RunFolder
 from bdjax.reporting.tables import Table, mean_and_spread
+from bdjax.run.folder import RunFolder
 
 EPOCHS = 8
 COUNTED_EPOCH = 5

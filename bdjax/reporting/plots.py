@@ -22,8 +22,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from bdjax.reporting.run_folder import write_bytes_atomically
-from bdjax.reporting.tables import UNKNOWN, printable
+from bdjax.reporting.tables import UNKNOWN
+from bdjax.run.folder import write_bytes_atomically
+from bdjax.run.text import printable
 
 DPI = 144
 # Okabe and Ito's colours: told apart with every common form of colour blindness.

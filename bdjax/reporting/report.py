@@ -16,8 +16,8 @@ import jinja2
 
 from bdjax.reporting import tables
 from bdjax.reporting.plots import DPI
-from bdjax.reporting.run_folder import to_plain
 from bdjax.reporting.tables import Table
+from bdjax.run.folder import to_plain
 
 LEVELS = ("clean", "warning", "attacked", "info")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -96,6 +96,13 @@ def render(report: Report) -> str:
     )
     source = importlib.resources.files("bdjax.reporting").joinpath("report.html.j2").read_text("utf-8")
     return environment.from_string(source).render(report=report)
+
+
+def timings_table(timings: Mapping[str, float], title: str = "Where the time went") -> Table:
+    """Returns the seconds of each stage, and their share of all."""
+    total = sum(timings.values())
+    rows = [(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else None) for name, seconds in timings.items()]
+    return Table(title, ("stage", "seconds", "share"), (*rows, ("all", f"{total:.1f}", "100%")))
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -10,9 +10,8 @@ from bdjax.defenses.comparison import Comparison
 from bdjax.reporting import defense_plots, defense_report, plots, report, tables
 from bdjax.reporting import suspect_model_results as numbers
 from bdjax.reporting.defense_results import facts_table, find, mean_of, undefended
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import TrainTest
 
 

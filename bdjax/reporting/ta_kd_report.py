@@ -11,9 +11,8 @@ from bdjax.attacks.providers import ProviderTriggers
 from bdjax.inspection import feature_maps, grad_cam, trigger_pictures
 from bdjax.reporting import plots, report, tables
 from bdjax.reporting import ta_kd_results as numbers
-from bdjax.reporting.progress import timings_table
-from bdjax.reporting.report import Figure, Section, Verdict
-from bdjax.reporting.run_folder import RunFolder, describe_environment
+from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.training.ensemble import members
 from bdjax.training.stages import Nets
 from bdjax.triggers import masked_blend

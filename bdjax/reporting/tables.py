@@ -9,6 +9,8 @@ import rich.table
 from rich.cells import cell_len
 from rich.text import Text
 
+from bdjax.run.text import printable
+
 Cell = str | int | float | None
 
 UNKNOWN = "–"
@@ -42,15 +44,6 @@ class Table:
         unknown = set(self.row_styles) - set(ROW_STYLES)
         if unknown:
             raise ValueError(f"table {self.title!r}: row styles {sorted(unknown)} are not among {list(ROW_STYLES)}")
-
-
-def printable(text: str) -> str:
-    """Returns the text as one line of printable characters.
-
-    Names come from data sets and files that nobody vetted: an escape sequence in one must not reach the terminal, nor a
-    mark that reverses the direction of writing the report.
-    """
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
 
 
 def format_cell(cell: Cell, decimals: int = 3) -> str:

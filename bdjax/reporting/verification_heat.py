@@ -13,7 +13,7 @@ from bdjax.inspection.grad_cam import grad_cam
 from bdjax.models import last_tap
 from bdjax.reporting import plots
 from bdjax.reporting.report import Figure, Section
-from bdjax.reporting.run_folder import RunFolder
+from bdjax.run.folder import RunFolder
 from bdjax.training import ensemble
 from bdjax.types import Dataset
 

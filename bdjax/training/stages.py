@@ -32,7 +32,7 @@ from bdjax.types import Array, Model, PyTree
 
 
 class Log(Protocol):
-    """What a stage needs of `bdjax.reporting.progress.StageLog`; anything alike will do."""
+    """What a stage needs of `bdjax.run.log.StageLog`; anything alike will do."""
 
     def stage(
         self, name: str, *, total: int | None = None, unit: str = "", detail: str = ""

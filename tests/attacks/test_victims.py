@@ -9,7 +9,7 @@ from rich.console import Console
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.victims import Prepared, key_of, make_plan, prepare, put_to_the_test, train_victims
 from bdjax.errors import InputError
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import StageRunner

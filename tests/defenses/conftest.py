@@ -14,7 +14,7 @@ from bdjax.defenses.comparison import (
 )
 from bdjax.defenses.variants import read_attack
 from bdjax.models import make_model
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset

@@ -22,7 +22,7 @@ from bdjax.defenses.ta_kd import (
     train_on_clean_sets,
     train_parts,
 )
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training import ensemble
 from bdjax.training.augmentation import augment
 from bdjax.training.member import Rows, TrainConfig, as_float, make_epoch, resume_from

@@ -26,7 +26,7 @@ from bdjax.defenses.vbd_detector import detector_objective, row_detections
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.models.simple_cnn import make_pattern_detector
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Model, ModelOutput

@@ -13,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import command_line
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.npz import load_npz
 from bdjax.errors import InputError
 from bdjax.reporting import attack_results
+from bdjax.run import command_line
 from bdjax.types import Dataset, PoisonedDataset
 from experiments import attack
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax import command_line
 from bdjax.benchmarking import interleave, operations, report, settings, worker
 from bdjax.errors import InputError
 from bdjax.models import count_parameters, make_model
 from bdjax.models.resnet import BLOCKS
+from bdjax.run import command_line
 from experiments import bench_ensemble
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None

@@ -27,8 +27,8 @@ from bdjax.detection import Outcome
 from bdjax.errors import InputError
 from bdjax.reporting.defense_report import file_name
 from bdjax.reporting.detection_plots import FoundPattern
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import RunFolder
+from bdjax.run.folder import RunFolder
+from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
 from experiments import vbd
 

@@ -15,7 +15,7 @@ from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.errors import InputError
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
 from experiments import abm, lfd
 

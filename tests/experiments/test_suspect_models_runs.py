@@ -17,7 +17,7 @@ from bdjax.defenses.variants import read_attack, those_that_fit
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.reporting import defense_results
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from experiments import robust_kd

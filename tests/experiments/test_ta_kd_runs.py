@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax import command_line, experiment
 from bdjax.errors import InputError
+from bdjax.run import command_line, config
 from experiments import ta_kd
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -513,7 +513,7 @@ def test_help_explains_every_flag():
     for field in dataclasses.fields(ta_kd.Config):
         assert ta_kd.flag(field.name) in output
     # What follows a field in the source is its help; none may be missing.
-    source = pathlib.Path(experiment.__file__).read_text() + pathlib.Path(ta_kd.__file__).read_text()
+    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(ta_kd.__file__).read_text()
     for field in dataclasses.fields(ta_kd.Config):
         assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
 

@@ -16,7 +16,7 @@ from bdjax.inspection.feature_variance import (
     row_variances,
 )
 from bdjax.models import make_model
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training.ensemble import init_members
 from bdjax.training.stages import StageRunner
 from bdjax.types import GroupEnd, Model, ModelOutput

@@ -12,7 +12,7 @@ from bdjax import datasets
 from bdjax.defenses.vbd import Analysis, VBDSettings
 from bdjax.errors import InputError
 from bdjax.reporting import audit_report
-from bdjax.reporting.run_folder import RunFolder
+from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, PoisonedDataset
 
 ROWS, FLAGGED = 12, [8, 9, 10]  # of class 1, the later half of the rows

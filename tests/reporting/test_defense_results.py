@@ -16,8 +16,8 @@ from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.reporting import defense_report
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting.report import Section
-from bdjax.reporting.run_folder import open_run
 from bdjax.reporting.tables import Table, to_markdown
+from bdjax.run.folder import open_run
 from bdjax.types import Dataset, DefenseResult, PoisonedDataset, TrainTest
 
 ROWS = 40

@@ -16,7 +16,7 @@ from bdjax.reporting import detection_report
 from bdjax.reporting import detection_results as detected
 from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.reporting.report import Section
-from bdjax.reporting.run_folder import open_run
+from bdjax.run.folder import open_run
 from bdjax.types import Dataset, Detection, PoisonedDataset
 
 ROWS = 200

@@ -10,8 +10,8 @@ from bdjax.defenses.variants import read_attack
 from bdjax.inspection.feature_variance import Measured, compare, measure_variances
 from bdjax.reporting.feature_variance import kinds_table, of_suspects, places_table, section, variance_figure
 from bdjax.reporting.plots import to_png
-from bdjax.reporting.progress import StageLog
-from bdjax.reporting.run_folder import RunFolder
+from bdjax.run.folder import RunFolder
+from bdjax.run.log import StageLog
 from bdjax.training.ensemble import init_members, members
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Nets, StageRunner

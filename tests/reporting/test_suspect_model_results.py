@@ -20,8 +20,8 @@ from bdjax.reporting import suspect_model_report as words
 from bdjax.reporting import suspect_model_results as numbers
 from bdjax.reporting.defense_results import find
 from bdjax.reporting.report import Section
-from bdjax.reporting.run_folder import open_run
 from bdjax.reporting.tables import Table, to_markdown
+from bdjax.run.folder import open_run
 from bdjax.types import Dataset, DefenseResult, TrainTest
 
 SHAPE = (8, 8, 1)

@@ -7,15 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from bdjax.reporting.tables import (
-    Table,
-    format_cell,
-    mean_and_spread,
-    number_columns,
-    printable,
-    to_markdown,
-    to_rich,
-)
+from bdjax.reporting.tables import Table, format_cell, mean_and_spread, number_columns, to_markdown, to_rich
+from bdjax.run.text import printable
 
 TABLE = Table(
     "Results",

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import command_line
 from bdjax.errors import InputError
-from bdjax.reporting.progress import StageLog, StageProgress
-from bdjax.reporting.run_folder import open_run
+from bdjax.run import command_line
+from bdjax.run.folder import open_run
+from bdjax.run.log import StageLog, StageProgress
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import StageRunner

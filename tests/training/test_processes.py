@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import small_run
 
-from bdjax import command_line
 from bdjax.errors import InputError
-from bdjax.reporting.progress import StageProgress
+from bdjax.run import command_line
+from bdjax.run.log import StageProgress
 from bdjax.training import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bdjax import losses
 from bdjax.errors import InputError
-from bdjax.reporting.progress import StageLog
+from bdjax.run.log import StageLog
 from bdjax.training import checkpoint, ensemble
 from bdjax.training.member import Outcome, Rows, TrainConfig, init_state, resume_from
 from bdjax.training.stages import Nets, StageRunner, predict_groups

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bdjax import experiment
 from bdjax.errors import InputError
-from bdjax.experiment import ExperimentConfig
+from bdjax.run import config as run_config
+from bdjax.run.config import ExperimentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Silent:
 
 def check(**changes):
     config = dataclasses.replace(Config(), **changes)
-    experiment.check_ranges(config, at_least={"epochs": 1}, above_zero=("share",), shares=("share",))
+    run_config.check_ranges(config, at_least={"epochs": 1}, above_zero=("share",), shares=("share",))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_settings_that_no_data_could_be_right_for(changes, reason):
 
 
 def test_fewer_rows_are_the_same_rows_whatever_the_seed():
-    first, second = (experiment.load(Config(train_rows=50, test_rows=20, seed=seed), Silent()) for seed in (0, 7))
+    first, second = (run_config.load(Config(train_rows=50, test_rows=20, seed=seed), Silent()) for seed in (0, 7))
     assert len(first.train) == 50 and len(first.test) == 20
     np.testing.assert_array_equal(first.train.images, second.train.images)
     np.testing.assert_array_equal(first.test.labels, second.test.labels)
@@ -58,17 +58,17 @@ def test_fewer_rows_are_the_same_rows_whatever_the_seed():
 
 def test_a_target_that_the_data_does_not_have():
     with pytest.raises(InputError, match="--target 10 is not a class of digits: it has 0 to 9"):
-        experiment.load(Config(target=10), Silent())
+        run_config.load(Config(target=10), Silent())
 
 
 def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it():
     default, changed = Config(), Config(epochs=5, data_dir=pathlib.Path("/somewhere"))
-    plain = experiment.output_folder("attack", default, default, "quick")
+    plain = run_config.output_folder("attack", default, default, "quick")
     assert plain == pathlib.Path("runs/attack/digits-quick")
-    named = experiment.output_folder("attack", changed, default, "quick")
+    named = run_config.output_folder("attack", changed, default, "quick")
     assert named != plain and named.name.startswith("digits-quick-")
     own = dataclasses.replace(changed, output=pathlib.Path("mine"))
-    assert experiment.output_folder("attack", own, default, "quick") == pathlib.Path("mine")
-    assert experiment.command("attack", own, default, preset="quick") == (
+    assert run_config.output_folder("attack", own, default, "quick") == pathlib.Path("mine")
+    assert run_config.command("attack", own, default, preset="quick") == (
         "python experiments/attack.py --preset=quick --epochs=5"
     )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bdjax.errors import InputError
-from bdjax.reporting import run_folder
-from bdjax.reporting.run_folder import default_name, open_run, to_plain, write_bytes_atomically
+from bdjax.run import folder
+from bdjax.run.folder import default_name, open_run, to_plain, write_bytes_atomically
 
 
 @dataclass(frozen=True)
@@ -238,14 +238,14 @@ def test_default_names_tell_settings_apart():
 
 
 def test_git_revision_is_of_this_checkout_or_unknown(monkeypatch, tmp_path):
-    revision = run_folder.git_revision()
+    revision = folder.git_revision()
     if revision is not None:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
         ).stdout
         assert head.startswith(revision.removesuffix("-dirty"))
     monkeypatch.setenv("PATH", str(tmp_path))  # no git there
-    assert run_folder.git_revision() is None
+    assert folder.git_revision() is None
 
 
 def test_git_revision_of_somebody_elses_checkout_is_not_taken(monkeypatch, tmp_path):
@@ -255,5 +255,5 @@ def test_git_revision_of_somebody_elses_checkout_is_not_taken(monkeypatch, tmp_p
         subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     except OSError:
         pytest.skip("there is no git here")
-    monkeypatch.setattr(run_folder.bdjax, "__file__", str(package / "__init__.py"))
-    assert run_folder.git_revision() is None
+    monkeypatch.setattr(folder.bdjax, "__file__", str(package / "__init__.py"))
+    assert folder.git_revision() is None

@@ -24,7 +24,7 @@ import numpy as np
 
 import bdjax
 from bdjax.errors import InputError
-from bdjax.reporting.tables import printable
+from bdjax.run.text import printable
 from bdjax.training import processes
 
 CONFIG_FILE = "config.json"

@@ -1,7 +1,7 @@
 """What a run says while it runs: a bar for the stage under way, one line for each stage that is done."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from bdjax.reporting.tables import Table, printable
+from bdjax.run.text import printable
 from bdjax.training import processes
 
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0
@@ -138,10 +138,3 @@ def format_seconds(seconds: float) -> str:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def timings_table(timings: Mapping[str, float], title: str = "Where the time went") -> Table:
-    """Returns the seconds of each stage, and their share of all."""
-    total = sum(timings.values())
-    rows = [(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else None) for name, seconds in timings.items()]
-    return Table(title, ("stage", "seconds", "share"), (*rows, ("all", f"{total:.1f}", "100%")))

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from bdjax import command_line
 from bdjax.errors import InputError
+from bdjax.run import command_line
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@ import io
 import pytest
 from rich.console import Console
 
-from bdjax.reporting.progress import StageLog, format_seconds, timings_table
+from bdjax.reporting.report import timings_table
 from bdjax.reporting.tables import to_markdown
+from bdjax.run.log import StageLog, format_seconds
 
 
 class Clock:

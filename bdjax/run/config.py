@@ -9,11 +9,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from bdjax import command_line, datasets
+from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering
-from bdjax.reporting.run_folder import RunFolder, default_name, open_run
+from bdjax.run import command_line
+from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.training import ensemble, probe
 from bdjax.training.stages import Log
 from bdjax.types import TrainTest
