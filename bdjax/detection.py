@@ -23,23 +23,11 @@ import numpy as np
 from bdjax import datasets, poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses import vbd
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    judge,
-    make_given,
-    make_suspect,
-    suspect_keys,
-)
-from bdjax.defenses.contract import Given
-from bdjax.defenses.variants import (
-    NO_ATTACK,
-    AttackVariant,
-    DefenseVariant,
-    read_attack,
-    read_defense,
-)
+from bdjax.defenses.contract import DefenseInput
 from bdjax.errors import InputError
+from bdjax.evaluation.measure import Comparison, score_detection
+from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
 from bdjax.models import make_model
 from bdjax.reporting import audit_report, defense_results, detection_report
 from bdjax.reporting.detection_plots import FoundPattern
@@ -173,7 +161,9 @@ def run_grid(
             needs_network = any("attacked model" in each.defense.needs for each in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
             recipe = poisoned_data.train_config(config)
-            given = make_given(suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network)
+            given = make_defense_input(
+                suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
+            )
             outcome = detect_all(given, suspects, variants, train, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
             if processes.is_primary():
@@ -226,7 +216,7 @@ def check_attacks(attacks: Sequence[AttackVariant], train: Dataset) -> None:
 
 
 def network_maker(config: Config, own_classes: int, engine: Any) -> Callable[..., Model]:
-    """What `Given.make_model` is for this run."""
+    """What `DefenseInput.make_model` is for this run."""
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
         return make_model(
@@ -258,7 +248,7 @@ def poison(key: jax.Array, config: Config, train: Dataset, attack: AttackVariant
 
 
 def detect_all(
-    given: Given,
+    given: DefenseInput,
     suspects: Sequence[Suspect],
     variants: Sequence[DefenseVariant],
     train: Dataset,
@@ -279,7 +269,7 @@ def detect_all(
                 detected = variant.defense.detect(given, variant.settings)
             seconds = (time.perf_counter() - start) / len(suspects)
             detected = detected._replace(pictures={})
-            tried = judge(detected, light, variant, seconds)
+            tried = score_detection(detected, light, variant, seconds)
             known = [each.detection.f1 for each in tried if each.detection.f1 is not None]
             stage.detail = f"mean F1 {np.mean(known):.3f} of {len(known)}" if known else f"{len(tried)} clean sets"
         comparisons.append(Comparison(variant, detected, tried))
@@ -423,7 +413,9 @@ def _comparison(
 ) -> Comparison:
     facts = dict(zip(map(str, arrays[f"fact names {number}"]), arrays[f"facts {number}"], strict=True))
     detected = Detection(arrays[f"flags {number}"], arrays[f"scores {number}"], facts)
-    return Comparison(variant, detected, judge(detected, suspects, variant, float(arrays[f"seconds {number}"])))
+    return Comparison(
+        variant, detected, score_detection(detected, suspects, variant, float(arrays[f"seconds {number}"]))
+    )
 
 
 def _found(arrays: Mapping[str, np.ndarray]) -> list[FoundPattern]:
@@ -464,7 +456,7 @@ def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) 
     suspect = Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, data, (), is_poisoned)
     keys = suspect_keys(jax.random.key(config.seed), [suspect])
     recipe = poisoned_data.train_config(config)
-    given = make_given([suspect], keys, data, None, make_network, recipe, runner, train_plainly=False)
+    given = make_defense_input([suspect], keys, data, None, make_network, recipe, runner, train_plainly=False)
     analysis = vbd.analyse(given, variant.settings)
     settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
     path = pathlib.Path(config.dataset).expanduser()

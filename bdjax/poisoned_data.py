@@ -19,28 +19,19 @@ from bdjax import datasets
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    Tried,
-    defend,
-    group_by_size,
-    make_given,
-    make_suspect,
-    make_views,
-    suspect_keys,
-)
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.registry import DEFENSES
-from bdjax.defenses.variants import (
+from bdjax.errors import InputError
+from bdjax.evaluation.measure import Comparison, Measured, defend, make_views
+from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys
+from bdjax.evaluation.variants import (
     NO_ATTACK,
     AttackVariant,
     DefenseVariant,
+    compatible_defenses,
     read_attack,
     read_defense,
-    those_that_fit,
 )
-from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.reporting import defense_report, defense_results
 from bdjax.reporting.report import Section
@@ -183,7 +174,7 @@ class Context(NamedTuple):
     config: Config
     folder: RunFolder
     data: TrainTest  # the training rows before poisoning, and the test rows
-    givens: Sequence[Given]  # of each group of suspects
+    givens: Sequence[DefenseInput]  # of each group of suspects
     groups: Sequence[Sequence[Suspect]]
     comparisons: Sequence[Comparison]
     results: Mapping[str, Any]
@@ -268,7 +259,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         classes = num_classes or train.num_classes
         return make_model(name or config.model, classes, config.width, engine.lowering, config.compute_dtype)
 
-    variants, not_fitting = those_that_fit(
+    variants, not_fitting = compatible_defenses(
         variants, make_network(), make_network, train.image_shape, is_all=config.defenses == ALL
     )
     left_out |= not_fitting
@@ -286,7 +277,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         place = folder.checkpoints / f"sets of {len(group[0].dataset)} rows" if len(sizes) > 1 else folder.checkpoints
         own = dataclasses.replace(runner, folder=place)
         keys = suspect_keys(suspect_key, group)
-        givens.append(make_given(group, keys, train, clean, make_network, recipe, own))
+        givens.append(make_defense_input(group, keys, train, clean, make_network, recipe, own))
         groups.append(group)
         with log.stage("triggered test images") as stage:
             views.append(make_views(view_key, group, test))
@@ -446,7 +437,7 @@ def make_suspects(
     return suspects
 
 
-def told(tried: Sequence[Tried]) -> str:
+def told(tried: Sequence[Measured]) -> str:
     """One line on what a defense did to all its suspects."""
     text = f"CDA {np.mean([one.cda for one in tried]):.3f}"
     asr = [one.asr for one in tried if one.asr is not None]

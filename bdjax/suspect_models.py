@@ -17,26 +17,15 @@ import numpy as np
 
 from bdjax import poisoned_data
 from bdjax.datasets import splits
-from bdjax.defenses import handed_over
-from bdjax.defenses.comparison import (
-    Comparison,
-    TriggeredViews,
-    defend,
-    make_views,
-    suspect_keys,
-)
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.registry import DEFENSES
-from bdjax.defenses.suspect_teachers import Teachers, control, make_given, make_recipes, take_teachers, train_teachers
 from bdjax.defenses.undefended import UNDEFENDED
-from bdjax.defenses.variants import (
-    NO_ATTACK,
-    DefenseVariant,
-    read_attack,
-    read_defense,
-    those_that_fit,
-)
 from bdjax.errors import InputError
+from bdjax.evaluation import teachers as teachers_io
+from bdjax.evaluation.measure import Comparison, TriggeredViews, defend, make_views
+from bdjax.evaluation.suspects import suspect_keys
+from bdjax.evaluation.teachers import Teachers, control, make_defense_input, make_recipes, take_teachers, train_teachers
+from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
 from bdjax.models import make_model
 from bdjax.poisoned_data import Study
 from bdjax.reporting import suspect_model_report, suspect_model_results
@@ -114,7 +103,7 @@ class Context(NamedTuple):
     folder: RunFolder
     data: TrainTest
     teachers: Teachers
-    given: Given
+    given: DefenseInput
     views: TriggeredViews
     comparisons: Sequence[Comparison]
     results: Mapping[str, Any]
@@ -186,12 +175,12 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     # Whatever can be wrong with the settings has shown by the time that the folder is opened.
     found = attacks = None
     if config.teacher:
-        found = handed_over.read(config.teacher, train, config.target, engine.lowering, config.compute_dtype)
+        found = teachers_io.read_folder(config.teacher, train, config.target, engine.lowering, config.compute_dtype)
         model = found.model
     else:
         attacks = [read_attack(text, train, config.target, hands_over="model") for text in attack_texts]
         model = make_network(config.teacher_model)
-    variants, not_fitting = those_that_fit(
+    variants, not_fitting = compatible_defenses(
         variants, model, make_network, train.image_shape, is_all=config.defenses == poisoned_data.ALL
     )
     left_out |= not_fitting
@@ -211,7 +200,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     else:
         how = config.seed, config.seeds, model, recipes, runner, train, log
         teachers = train_teachers(teacher_key, attacks, *how)
-    given = make_given(teachers, suspect_keys(suspect_key, teachers.suspects), clean, make_network, runner)
+    given = make_defense_input(teachers, suspect_keys(suspect_key, teachers.suspects), clean, make_network, runner)
     with log.stage("triggered test images") as stage:
         views = make_views(view_key, teachers.suspects, test)
         stage.detail = f"{len(teachers.suspects)} teachers × {len(test):,} test rows"
@@ -339,11 +328,13 @@ def save_models(
     for number, suspect in enumerate(teachers.suspects):
         if suspect.seed:
             continue
-        trigger = handed_over.trigger_of(suspect, views.test, views.triggered[number])
+        trigger = teachers_io.trigger_of(suspect, views.test, views.triggered[number])
         name, what = file_name(suspect.attack.name), (train.image_shape, trigger, suspect.attack.target)
         own = ensemble.members(teachers.variables, np.array([number]))
-        handed_over.write(folder.path / "teachers" / name, teachers.model, own, *what)
+        teachers_io.write_folder(folder.path / "teachers" / name, teachers.model, own, *what)
         for variant, result, _ in comparisons:
             if variant.defense.name != NO_ATTACK and result.model.num_classes == train.num_classes:
                 place = folder.path / "models" / file_name(variant.name) / name
-                handed_over.write(place, result.model, ensemble.members(result.variables, np.array([number])), *what)
+                teachers_io.write_folder(
+                    place, result.model, ensemble.members(result.variables, np.array([number])), *what
+                )

@@ -25,7 +25,7 @@ import numpy as np
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
-from bdjax.attacks.victims import Plan, Prepared, make_plan, prepare, put_to_the_test, train_victims
+from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.reporting import attack_report, attack_results
@@ -190,7 +190,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     victims = train_victims(victim_key, runner, prepared, train, clean, from_scratch, fine_tuning, controlled)
     with log.stage("test", total=len(plans), unit="attacks") as stage:
         tested = []
-        for one in put_to_the_test(test_key, runner, victims, clean, data, config.evaluation_batch_size):
+        for one in evaluate_victims(test_key, runner, victims, clean, data, config.evaluation_batch_size):
             tested.append(one)
             stage.advance(1, one[0].victim.prepared.plan.name)
     results = attack_results.summarise(tested, test.images, test.labels, config.seed, left_out)

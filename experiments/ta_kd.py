@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.attacks import outsourcing, suspects
+from bdjax.attacks import outsourcing
 from bdjax.attacks.poisoning import RateOf
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
 from bdjax.errors import InputError
+from bdjax.evaluation import model_folder
 from bdjax.models import count_parameters, make_model
 from bdjax.reporting import ta_kd_report, ta_kd_results
 from bdjax.reporting.tables import to_rich
@@ -250,7 +251,7 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
     }
     handed_over = None
     if config.teachers:
-        handed_over = suspects.read(
+        handed_over = model_folder.read(
             config.teachers,
             train.num_classes,
             train.image_shape,
@@ -295,7 +296,7 @@ def run(config: Config, classifiers: Sequence[Classifier] = (), log: StageLog | 
         for s in seeds:
             place, own = folder.path / "teachers" / f"seed-{s}", nets["teachers"].of_seed(s)
             shape = (train.num_classes, train.image_shape)
-            suspects.write(place, config.teacher_model, config.width, *shape, own, triggers[s], config.target)
+            model_folder.write(place, config.teacher_model, config.width, *shape, own, triggers[s], config.target)
 
     # Stage 4: the defender asks the teachers about its clean rows, then trains the TA model and the student.
     if classifiers:

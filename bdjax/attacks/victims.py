@@ -245,7 +245,7 @@ class Trial(NamedTuple):
     triggered: np.ndarray  # uint8 [N, H, W, C]: the test images with the trigger
 
 
-def put_to_the_test(
+def evaluate_victims(
     key: Key, runner: StageRunner, victims: Sequence[Victim], clean: Nets, data: TrainTest, batch_size: int
 ) -> Iterator[list[Trial]]:
     """Measure the victims of one plan after the other, each under each of its triggers, and the clean network with them.

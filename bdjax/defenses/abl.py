@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
 from bdjax.settings import check_values
@@ -150,7 +150,9 @@ def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray,
     return rows._replace(targets={**rows.targets, "weight": jnp.asarray(weight, jnp.float32)})
 
 
-def _config(given: Given, settings: ABLSettings, epochs: int, learning_rate: float, **changes: Any) -> TrainConfig:
+def _config(
+    given: DefenseInput, settings: ABLSettings, epochs: int, learning_rate: float, **changes: Any
+) -> TrainConfig:
     return given.config(
         epochs=epochs,
         batch_size=settings.batch_size,
@@ -163,7 +165,7 @@ def _config(given: Given, settings: ABLSettings, epochs: int, learning_rate: flo
     )
 
 
-def _counts(given: Given, settings: ABLSettings) -> np.ndarray:
+def _counts(given: DefenseInput, settings: ABLSettings) -> np.ndarray:
     """How many rows each member isolates: int [M]."""
     if settings.isolate == "oracle":
         if given.num_poisons is None:
@@ -184,7 +186,7 @@ class Isolated(NamedTuple):
     flags: np.ndarray  # bool [M, n]
 
 
-def _isolate(given: Given, settings: ABLSettings) -> Isolated:
+def _isolate(given: DefenseInput, settings: ABLSettings) -> Isolated:
     check(settings)
     model, rows = given.make_model(), given.all_rows()
     stage = (
@@ -200,11 +202,11 @@ def _isolate(given: Given, settings: ABLSettings) -> Isolated:
     return Isolated(stage, nets, row_losses, flags)
 
 
-def _detection(given: Given, found: Isolated) -> Detection:
+def _detection(given: DefenseInput, found: Isolated) -> Detection:
     return Detection(found.flags, -found.row_losses, _facts(given, found.flags, found.row_losses))
 
 
-def detect(given: Given, settings: ABLSettings) -> Detection:
+def detect(given: DefenseInput, settings: ABLSettings) -> Detection:
     """Steps 1 and 2: `flags` are the isolated rows, and `scores` minus the losses of step 2.
 
     Raises:
@@ -213,7 +215,7 @@ def detect(given: Given, settings: ABLSettings) -> Detection:
     return _detection(given, _isolate(given, settings))
 
 
-def run(given: Given, settings: ABLSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: ABLSettings) -> DefenseResult:
     """Isolate as `detect` does, train on the rest, unlearn.
 
     Raises:
@@ -247,7 +249,7 @@ def run(given: Given, settings: ABLSettings) -> DefenseResult:
     return DefenseResult(model, variables, *_detection(given, found))
 
 
-def _facts(given: Given, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
+def _facts(given: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
     """What a reader wants to know of step 2: float [M] each; a mean of nothing is 0."""
 
     def mean(which: np.ndarray) -> np.ndarray:

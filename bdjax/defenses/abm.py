@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, check_planting, isolate, suspicion, verify
 from bdjax.models import MODELS
 from bdjax.settings import check_values
@@ -170,7 +170,7 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
     return objective
 
 
-def train_student(given: Given, flags: np.ndarray, settings: AbmSettings) -> Nets:
+def train_student(given: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
     """The external network: trained on the isolated rows alone.
 
     Args:
@@ -197,7 +197,7 @@ def train_student(given: Given, flags: np.ndarray, settings: AbmSettings) -> Net
     return nets._replace(variables={name: value for name, value in nets.variables.items() if name != "teacher"})
 
 
-def run(given: Given, settings: AbmSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: AbmSettings) -> DefenseResult:
     """Isolate, train the student, and put both networks together."""
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
     verified = verify(given, nbab)

@@ -29,7 +29,7 @@ from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.filtering import retrain_without, retrained
 from bdjax.settings import check_values
 from bdjax.types import DefenseResult, Detection
@@ -207,7 +207,7 @@ def _stage(settings: ActivationClusteringSettings) -> str:
     return stage
 
 
-def detect(given: Given, settings: ActivationClusteringSettings) -> Detection:
+def detect(given: DefenseInput, settings: ActivationClusteringSettings) -> Detection:
     """Split every class in two, and flag the poisoned clusters; the rule exclusionary trains a network to tell which they are.
 
     Args:
@@ -243,7 +243,7 @@ def detect(given: Given, settings: ActivationClusteringSettings) -> Detection:
     return Detection(flags, scores, facts)
 
 
-def run(given: Given, settings: ActivationClusteringSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: ActivationClusteringSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses import filtering
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, Detection, Model, PyTree
 
@@ -99,7 +99,7 @@ def check(settings: AgpdSettings) -> None:
 
 @cache
 def row_gradients(model: Model) -> Callable[..., tuple[Array, tuple[Array, ...]]]:
-    """For `Given.per_row`: each row's predicted class, int32 [B], and its gradients at every tap, float32 [B, c] each.
+    """For `DefenseInput.per_row`: each row's predicted class, int32 [B], and its gradients at every tap, float32 [B, c] each.
 
     The taps are in the order of the network. One backward pass gives them all, n times the sum of their channels in float32:
     400 MB of 100,000 rows and a ResNet-18, which is less to have at once than to go through the rows once a layer.
@@ -377,7 +377,7 @@ def find_poisons(
     return flags, scores, facts
 
 
-def detect(given: Given, settings: AgpdSettings) -> Detection:
+def detect(given: DefenseInput, settings: AgpdSettings) -> Detection:
     """Find the target classes, and the poisons in them.
 
     Args:
@@ -415,7 +415,7 @@ def detect(given: Given, settings: AgpdSettings) -> Detection:
     return Detection(flags, scores, {name: np.array([one[2][name] for one in found]) for name in found[0][2]})
 
 
-def run(given: Given, settings: AgpdSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: AgpdSettings) -> DefenseResult:
     """Leave out what `detect` flags, and train on the rest.
 
     Args:

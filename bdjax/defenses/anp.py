@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
@@ -167,7 +167,7 @@ def clipped(objective: Objective, learning_rate: float, momentum: float) -> Obje
     return within
 
 
-def learn_masks(given: Given, settings: AnpSettings) -> dict[str, np.ndarray]:
+def learn_masks(given: DefenseInput, settings: AnpSettings) -> dict[str, np.ndarray]:
     """Learn the masks of all suspects.
 
     Returns:
@@ -235,7 +235,7 @@ def highest_thresholds(accuracy: Callable[[float], np.ndarray], before: np.ndarr
     return np.where(is_fine, np.array(SWEEP)[:, None], -1.0).max(axis=0).astype(np.float32)
 
 
-def run(given: Given, settings: AnpSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: AnpSettings) -> DefenseResult:
     """Learn the masks and prune.
 
     Raises:

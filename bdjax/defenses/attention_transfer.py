@@ -9,7 +9,7 @@ from functools import cache
 
 from bdjax import losses
 from bdjax.defenses import attention
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
 from bdjax.errors import InputError
 from bdjax.models import tap_shapes
@@ -78,7 +78,7 @@ def check(settings: AttentionTransferSettings) -> None:
     check_values("defense attention_transfer", settings, at_least={"beta": 0}, above={"power": 0})
 
 
-def run(given: Given, settings: AttentionTransferSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: AttentionTransferSettings) -> DefenseResult:
     """Distil the attacked networks."""
     taps = count_taps(given.attacked.model, given.make_model(settings.student), given.runner.image_shape)
     return distil(given, "attention transfer", settings, attention_transfer(taps, settings.beta, settings.power))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.filtering import retrain_without
 from bdjax.defenses.nbab import NbabSettings, check_planting, verify
 from bdjax.settings import check_values
@@ -40,7 +40,7 @@ def check(settings: BabSettings) -> None:
     check_values("defense bab", settings, at_most={"objections": settings.networks})
 
 
-def count_objections(given: Given, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
+def count_objections(given: DefenseInput, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
     """How many verification networks do not answer the defender's class.
 
     Returns:
@@ -51,7 +51,7 @@ def count_objections(given: Given, settings: BabSettings) -> tuple[np.ndarray, n
     return np.sum(margins < 0, axis=0), margins.min(axis=0)
 
 
-def run(given: Given, settings: BabSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: BabSettings) -> DefenseResult:
     """Vote, leave out what was objected to, train anew."""
     objections, margins = count_objections(given, settings)
     flags = objections >= (settings.objections or math.ceil(settings.networks / 2))

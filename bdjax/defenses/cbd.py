@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.models import embedding
 from bdjax.settings import check_values
 from bdjax.training import ensemble
@@ -204,7 +204,7 @@ def _own(variables: PyTree) -> PyTree:
     return {name: value for name, value in variables.items() if name not in ("biased", "critic")}
 
 
-def run(given: Given, settings: CBDSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: CBDSettings) -> DefenseResult:
     """Train f_B, and f_C next to it; `scores` are minus f_B's losses: what f_C is kept from."""
     model, rows = given.make_model(), given.all_rows()
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.errors import InputError
 from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult, Model
@@ -70,7 +70,7 @@ def network_after(
     return attacked
 
 
-def run(given: Given, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
+def run(given: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
     """Run defenses one after the other, each on what the one before made of the attacked networks.
 
     Args:

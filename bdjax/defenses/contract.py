@@ -32,7 +32,7 @@ Stage = Literal["before training", "in training", "after training", "at test tim
 
 
 @dataclass(frozen=True)
-class Given:
+class DefenseInput:
     """M suspect training sets, and what a defender may use of each. A defense uses no more than what it says it needs."""
 
     pool: Array  # uint8 [P, H, W, C]: all images
@@ -49,10 +49,10 @@ class Given:
     suppression: np.ndarray | None = None  # float32 [M, n], for ABM's adaptive attackers: see `abm.py`
     partner: np.ndarray | None = None  # int32 [M, n]: the untriggered image of each row, in the pool; likewise
     num_poisons: np.ndarray | None = None  # int [M], for oracles
-    own_triggers: tuple[
+    attacker_triggers: tuple[
         Callable[[np.ndarray], np.ndarray], ...
     ] = ()  # of each member: (uint8 images, labels) -> triggered; likewise
-    own_rules: tuple[Any, ...] = ()  # of each member: the `LabelRule` of that trigger; likewise
+    attacker_rules: tuple[Any, ...] = ()  # of each member: the `LabelRule` of that trigger; likewise
 
     def keys_for(self, stage: str) -> Key:
         """Keys of a stage's own, typed [M]: what else is run does not change them."""
@@ -165,7 +165,7 @@ def weighted_cross_entropy(model: Model, loss_cap: float = 0.0) -> Objective:
 
 @cache
 def row_losses(model: Model) -> Callable[..., Array]:
-    """For `Given.per_row`: each row's cross-entropy."""
+    """For `DefenseInput.per_row`: each row's cross-entropy."""
     return lambda variables, images, targets: losses.cross_entropy(
         model.apply(variables, images, train=False).logits, targets["labels"]
     )
@@ -173,13 +173,13 @@ def row_losses(model: Model) -> Callable[..., Array]:
 
 @cache
 def row_logits(model: Model) -> Callable[..., Array]:
-    """For `Given.per_row`: each row's logits."""
+    """For `DefenseInput.per_row`: each row's logits."""
     return lambda variables, images, targets: model.apply(variables, images, train=False).logits
 
 
 @cache
 def row_embeddings(model: Model) -> Callable[..., Array]:
-    """For `Given.per_row`: each row's embedding."""
+    """For `DefenseInput.per_row`: each row's embedding."""
     return lambda variables, images, targets: embedding(model.apply(variables, images, train=False).features)
 
 
@@ -196,8 +196,8 @@ class Defense:
     stage: Stage
     needs: tuple[Need, ...]
     settings: Any
-    run: Callable[[Given, Any], DefenseResult]  # (given, settings) -> result
-    detect: Callable[[Given, Any], Detection] | None = None
+    run: Callable[[DefenseInput, Any], DefenseResult]  # (given, settings) -> result
+    detect: Callable[[DefenseInput, Any], Detection] | None = None
     """(given, settings) -> which rows are poisoned, without the training that follows: of those that look for them."""
     oracles: Callable[[Any], tuple[Need, ...]] | None = None
     """(settings) -> what some settings need beside `needs`, and no defender has."""
@@ -205,7 +205,7 @@ class Defense:
     """(settings) -> nothing, or an InputError of one line that names the setting which cannot be, and says what would be
     right. `variants.read_defense` calls it before anything is trained."""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
-    """(settings, attacked network, `Given.make_model`, image shape) -> the network that comes out, where that is another than
+    """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the network that comes out, where that is another than
     the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Changes of the settings by preset ("quick", "strong") and by dataset ("gtsrb"), and by both ("quick digits")."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
-from bdjax.defenses.contract import Given, fingerprint
+from bdjax.defenses.contract import DefenseInput, fingerprint
 from bdjax.errors import InputError
 from bdjax.models import MODELS
 from bdjax.settings import check_values
@@ -87,7 +87,7 @@ def student_objective(student: Model, teacher: Model, method: Method, statistics
 
 
 def distil(
-    given: Given,
+    given: DefenseInput,
     name: str,
     settings: StudentSettings,
     method: Method,
@@ -143,7 +143,7 @@ def student_network(
     return make_model(settings.student)
 
 
-def student_config(given: Given, settings: StudentSettings) -> TrainConfig:
+def student_config(given: DefenseInput, settings: StudentSettings) -> TrainConfig:
     """SGD with Nesterov momentum, its rate cut to a tenth at each drop. Momentum goes on over a drop; FKD's public code
     forgets it there."""
     drops = enumerate(settings.drops, start=1)

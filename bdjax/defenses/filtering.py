@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bdjax.defenses.contract import Given, labelled
+from bdjax.defenses.contract import DefenseInput, labelled
 from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult, Detection
 
@@ -31,7 +31,7 @@ def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.stack(rows).astype(np.int32)
 
 
-def retrain_without(given: Given, stage: str, flags: np.ndarray) -> Nets:
+def retrain_without(given: DefenseInput, stage: str, flags: np.ndarray) -> Nets:
     """Train from scratch, as an undefended network trains, on the rows that are not flagged.
 
     Args:
@@ -44,7 +44,7 @@ def retrain_without(given: Given, stage: str, flags: np.ndarray) -> Nets:
     return given.train(stage, given.make_model(), given.recipe, labelled(index, labels))
 
 
-def retrained(given: Given, stage: str, found: Detection) -> DefenseResult:
+def retrained(given: DefenseInput, stage: str, found: Detection) -> DefenseResult:
     """What a detector amounts to as a defense: networks trained on the rows that it did not flag.
 
     Args:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
 from bdjax.errors import InputError
 from bdjax.models import last_tap
@@ -140,7 +140,7 @@ def pruned_model(model: Model, tap: str) -> Model:
 
 @cache
 def row_hits(model: Model, tap: str) -> Callable[..., Array]:
-    """For `Given.per_row`: whether each row is answered rightly under each of S masks.
+    """For `DefenseInput.per_row`: whether each row is answered rightly under each of S masks.
 
     Returns:
         A function of the variables {"network": ..., "masks": float32 [S, C]} to bool [B, S].
@@ -162,7 +162,7 @@ def row_hits(model: Model, tap: str) -> Callable[..., Array]:
     return hits
 
 
-def prune(given: Given, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def prune(given: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find out which channels of each attacked network go.
 
     Args:
@@ -190,12 +190,12 @@ def prune(given: Given, settings: FinePruningSettings) -> tuple[np.ndarray, np.n
     return masks[members, best], accuracy[:, 0], accuracy[members, best]
 
 
-def _last_tap(given: Given) -> str:
+def _last_tap(given: DefenseInput) -> str:
     one = jax.tree.map(lambda leaf: leaf[0], given.attacked.variables)
     return last_tap(given.attacked.model, one, given.runner.image_shape)
 
 
-def run(given: Given, settings: FinePruningSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: FinePruningSettings) -> DefenseResult:
     """Prune the attacked networks, then fine-tune them with their masks.
 
     Raises:

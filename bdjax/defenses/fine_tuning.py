@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.training.member import Objective, TrainConfig
 from bdjax.types import DefenseResult, Model, PyTree
 
@@ -31,7 +31,7 @@ class FineTuningSettings:
     """L2, on every parameter"""
 
 
-def cosine_sgd(given: Given, settings: Any) -> TrainConfig:
+def cosine_sgd(given: DefenseInput, settings: Any) -> TrainConfig:
     """What fine-tuning, fine-pruning and FT-SAM share: SGD with momentum 0.9 on half a cosine.
 
     Args:
@@ -52,7 +52,7 @@ def cosine_sgd(given: Given, settings: Any) -> TrainConfig:
 
 
 def tune(
-    given: Given,
+    given: DefenseInput,
     stage: str,
     model: Model,
     config: TrainConfig,
@@ -63,7 +63,7 @@ def tune(
 
     Args:
         given: the suspects.
-        stage: its name (see `Given.train`).
+        stage: its name (see `DefenseInput.train`).
         model: the architecture.
         config: how it is trained.
         variables: where to start, stacked [M, ...].
@@ -100,7 +100,7 @@ def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
     return norms(jax.tree.map(np.subtract, after, before)) / norms(before)
 
 
-def run(given: Given, settings: FineTuningSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: FineTuningSettings) -> DefenseResult:
     """Train the attacked networks on the clean rows."""
     config = cosine_sgd(given, settings)
     attacked = given.attacked

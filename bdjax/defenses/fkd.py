@@ -21,7 +21,7 @@ from jax.scipy import stats
 
 from bdjax import losses
 from bdjax.defenses import distillation
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import Method, StudentSettings, Teachers, check_student, distil
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
@@ -172,7 +172,7 @@ def student_of_pair(
 
 
 def run_from(
-    given: Given, name: str, settings: FkdSettings, teachers: Teachers | None = None, **how: object
+    given: DefenseInput, name: str, settings: FkdSettings, teachers: Teachers | None = None, **how: object
 ) -> DefenseResult:
     """FKD from some teachers: what `run` does with the attacked networks, and RobustKD with masked ones."""
     teacher = teachers.model if teachers else given.attacked.model
@@ -187,7 +187,7 @@ def check(settings: FkdSettings) -> None:
     check_values("defense fkd", settings, above={"divisor": 0})
 
 
-def run(given: Given, settings: FkdSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: FkdSettings) -> DefenseResult:
     """Distil the attacked networks."""
     return run_from(given, "FKD", settings)
 

@@ -16,7 +16,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
 from bdjax.training.member import Objective, Outcome
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
@@ -105,7 +105,7 @@ def sharpness_aware(model: Model, rho: float, label_smoothing: float) -> Objecti
     return objective
 
 
-def run(given: Given, settings: FtSamSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: FtSamSettings) -> DefenseResult:
     """Fine-tune the attacked networks on the clean rows with sharpness-aware minimisation."""
     config = cosine_sgd(given, settings)
     attacked = given.attacked

@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.settings import check_values
 from bdjax.training import ensemble
 from bdjax.training.member import (
@@ -193,7 +193,7 @@ def make_round(
     return round_of_both
 
 
-def run(given: Given, settings: IBauSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
     """Play the rounds for all suspects.
 
     Members go in turn on each device: a round holds the gradients of gradients, and there are few rounds.

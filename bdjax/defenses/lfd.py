@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.losses import cross_entropy
 from bdjax.models import MODELS
 from bdjax.settings import check_values
@@ -105,13 +105,13 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
     return np.where(is_candidate, settings.beta * (losses - gamma) / highest, descent).astype(np.float32)
 
 
-def teacher_config(given: Given, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
+def teacher_config(given: DefenseInput, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
     """How stage 1 trains: plainly, for a few epochs, without augmentation and at one learning rate, by Adam."""
     config = given.config(epochs=epochs, optimiser="adam", schedule="constant", augmentation="none", weight_decay=0.0)
     return replace(config, learning_rate=learning_rate) if learning_rate else config
 
 
-def teacher_losses(given: Given, settings: LfdSettings) -> np.ndarray:
+def teacher_losses(given: DefenseInput, settings: LfdSettings) -> np.ndarray:
     """Stage 1: train the teacher from scratch, and take its cross-entropy of each row.
 
     Args:
@@ -150,7 +150,7 @@ def recording_cross_entropy(model: Model, epochs: int, batches: int) -> Objectiv
     return objective
 
 
-def loss_history(given: Given, name: str | None, epochs: int) -> np.ndarray:
+def loss_history(given: DefenseInput, name: str | None, epochs: int) -> np.ndarray:
     """Every row's loss in every epoch of a network trained as teachers are: what figures 1, 2 and 6 are drawn from.
 
     Args:
@@ -189,7 +189,7 @@ def above_clean_mean(losses: np.ndarray, is_poisoned: np.ndarray) -> int:
     return int(np.sum(losses[is_poisoned] > np.nanmean(losses[~is_poisoned])))
 
 
-def run(given: Given, settings: LfdSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: LfdSettings) -> DefenseResult:
     """Train the teacher, weigh the rows, train the student as an undefended network is trained."""
     losses = teacher_losses(given, settings)
     weights = np.stack([row_weights(own, settings) for own in losses])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import (
     QUICK,
     QUICK_DIGITS,
@@ -49,7 +49,7 @@ def check(settings: LogitDistillationSettings, owner: str = "defense logit_disti
     check_values(owner, settings, above={"temperature": 0}, at_least={"alpha": 0}, at_most={"alpha": 1})
 
 
-def run(given: Given, settings: LogitDistillationSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: LogitDistillationSettings) -> DefenseResult:
     """Distil the attacked networks."""
     return distil(given, "KD", settings, softened_answers(settings.temperature, settings.alpha))
 

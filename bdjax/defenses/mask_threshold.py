@@ -11,7 +11,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import fkd
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.distillation import Teachers
 from bdjax.defenses.fkd import FkdSettings
 from bdjax.training.member import Rows
@@ -24,7 +24,7 @@ def repeat(tree: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
 
 
-def repeated(given: Given, count: int) -> Given:
+def repeated(given: DefenseInput, count: int) -> DefenseInput:
     """Each suspect `count` times in a row: what is trained from them are members of one call."""
 
     def several(values: np.ndarray | None) -> np.ndarray | None:
@@ -41,7 +41,7 @@ def repeated(given: Given, count: int) -> Given:
     )
 
 
-def split_rows(given: Given, share: float) -> tuple[Rows, Rows]:
+def split_rows(given: DefenseInput, share: float) -> tuple[Rows, Rows]:
     """Each suspect's clean rows, without and with a share of them that is held out: leaves [M, n - h] and [M, h]."""
     rows = given.clean_rows()
     held_out, kept = [], []
@@ -77,7 +77,7 @@ def choose_by_validation(accuracy: np.ndarray, variances: np.ndarray, plain: np.
 
 
 def choose_by_oracle(
-    given: Given, settings: FkdSettings, teachers: Teachers, num: int, kept: Rows, held_out: Rows
+    given: DefenseInput, settings: FkdSettings, teachers: Teachers, num: int, kept: Rows, held_out: Rows
 ) -> np.ndarray:
     """The threshold whose student has the largest accuracy minus ASR on the held-out rows (algorithm 1).
 
@@ -100,7 +100,7 @@ def choose_by_oracle(
         len(index) * num, -1, *pool.shape[1:]
     )
     triggered = plain.copy()
-    for i, trigger in enumerate(given.own_triggers):
+    for i, trigger in enumerate(given.attacker_triggers):
         if trigger is not None:
             triggered[i * num : (i + 1) * num] = trigger(pool[index[i]], labels[i])[None]
     batch_size = given.recipe.evaluation_batch_size
@@ -109,7 +109,7 @@ def choose_by_oracle(
         for images in (plain, triggered)
     )
     gain = (clean.reshape(len(index), num, -1) == labels[:, None, :]).mean(-1)
-    for i, rule in enumerate(given.own_rules):
+    for i, rule in enumerate(given.attacker_rules):
         if rule is not None:
             victims, wanted = rule.victims(labels[i]), rule.wanted(labels[i])
             succeeded = backdoor.reshape(len(index), num, -1)[i] == wanted[None, :]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from bdjax import losses
 from bdjax.defenses.attention import distillation_loss
-from bdjax.defenses.contract import Defense, Given, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import tune, weight_change
 from bdjax.training.member import Objective, Outcome
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
@@ -110,7 +110,7 @@ def attention_distillation(model: Model, betas: tuple[float, ...], power: float,
     return objective
 
 
-def run(given: Given, settings: NadSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: NadSettings) -> DefenseResult:
     """Fine-tune teachers, then let them guide students that start from the attacked networks."""
     model, attacked = given.attacked.model, given.attacked.variables
     config = given.config(

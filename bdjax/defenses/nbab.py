@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.suppression import suppressed_cross_entropy
-from bdjax.defenses.contract import Given, fingerprint
+from bdjax.defenses.contract import DefenseInput, fingerprint
 from bdjax.settings import check_values
 from bdjax.training.member import Optimiser, Rows
 from bdjax.training.stages import Nets
@@ -131,7 +131,7 @@ def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Genera
     return np.sort(by_label[places]).astype(np.int32)
 
 
-def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
+def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Verified:
     """Train a verification network on each suspect, and put every row to the test.
 
     Args:
@@ -204,14 +204,14 @@ def verify(given: Given, settings: NbabSettings, number: int = 0) -> Verified:
     )
 
 
-def _stamp_of(given: Given, settings: NbabSettings, member: int) -> Stamp:
-    own = given.own_triggers[member] if settings.trigger == "attacker" and given.own_triggers else None
+def _stamp_of(given: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
+    own = given.attacker_triggers[member] if settings.trigger == "attacker" and given.attacker_triggers else None
     return own or make_patch(
         settings.patch_size, settings.pattern
     )  # where there is no attacker there is no trigger to share
 
 
-def stamped_logits(given: Given, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
+def stamped_logits(given: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
     """What networks say of every row with the defender's trigger on it: float32 [M, n, K + 1].
 
     Args:

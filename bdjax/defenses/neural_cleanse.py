@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
@@ -255,7 +255,7 @@ def flag_classes(norms: np.ndarray, threshold: float) -> np.ndarray:
     return (anomaly_index(norms) > threshold) & (norms < np.median(norms, axis=-1, keepdims=True))
 
 
-def find_triggers(given: Given, settings: NeuralCleanseSettings) -> Triggers:
+def find_triggers(given: DefenseInput, settings: NeuralCleanseSettings) -> Triggers:
     """Search the triggers of all classes of all suspects.
 
     Returns:
@@ -322,7 +322,7 @@ def unlearning_objective(model: Model, share: float) -> Objective:
     return objective
 
 
-def repair(given: Given, triggers: Triggers, flagged: np.ndarray, settings: NeuralCleanseSettings) -> PyTree:
+def repair(given: DefenseInput, triggers: Triggers, flagged: np.ndarray, settings: NeuralCleanseSettings) -> PyTree:
     """Unlearn the triggers of flagged classes.
 
     Args:
@@ -369,7 +369,7 @@ def repair(given: Given, triggers: Triggers, flagged: np.ndarray, settings: Neur
     return jax.tree.map(choose, {name: nets.variables[name] for name in attacked}, attacked)
 
 
-def run(given: Given, settings: NeuralCleanseSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: NeuralCleanseSettings) -> DefenseResult:
     """Find the triggers, flag the classes, unlearn.
 
     Raises:

@@ -30,7 +30,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses import fkd
-from bdjax.defenses.contract import Defense, Given, Need, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint
 from bdjax.defenses.distillation import Teachers, check_student
 from bdjax.defenses.mask_threshold import choose_by_oracle, choose_by_validation, repeat, split_rows
 from bdjax.errors import InputError
@@ -224,7 +224,7 @@ def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]
     return names[len(names) - (layers or len(names)) :]
 
 
-def train_masks(given: Given, settings: RobustKdSettings, rows: Rows) -> Teachers:
+def train_masks(given: DefenseInput, settings: RobustKdSettings, rows: Rows) -> Teachers:
     """Learn masks for each suspect and each of T thresholds, all as members of one call.
 
     Args:
@@ -273,7 +273,7 @@ def train_masks(given: Given, settings: RobustKdSettings, rows: Rows) -> Teacher
     return Teachers(masked(teacher, settings.form), trained)
 
 
-def detoxify(given: Given, settings: RobustKdSettings) -> tuple[Teachers, dict[str, np.ndarray]]:
+def detoxify(given: DefenseInput, settings: RobustKdSettings) -> tuple[Teachers, dict[str, np.ndarray]]:
     """The first half of the method: masked networks, with the threshold chosen.
 
     Returns:
@@ -302,7 +302,7 @@ def detoxify(given: Given, settings: RobustKdSettings) -> tuple[Teachers, dict[s
     return Teachers(teachers.model, ensemble.members(teachers.variables, where)), facts
 
 
-def run(given: Given, settings: RobustKdSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
     """Learn masks, choose their threshold, distil."""
     teachers, facts = detoxify(given, settings)
     return fkd.run_from(given, "RobustKD", settings, teachers)._replace(facts=facts)

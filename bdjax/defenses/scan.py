@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.filtering import retrained
 from bdjax.errors import InputError
 from bdjax.settings import check_values
@@ -285,7 +285,7 @@ def find_poisons(
     return Found(flags, scores, index)
 
 
-def detect(given: Given, settings: SCAnSettings) -> Detection:
+def detect(given: DefenseInput, settings: SCAnSettings) -> Detection:
     """Compare the classes, and flag one side of those that stick out.
 
     Args:
@@ -316,7 +316,7 @@ def detect(given: Given, settings: SCAnSettings) -> Detection:
     return Detection(np.stack([one.flags for one in found]), np.stack([one.scores for one in found]), facts)
 
 
-def run(given: Given, settings: SCAnSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: SCAnSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:

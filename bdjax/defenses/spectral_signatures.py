@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.filtering import retrained
 from bdjax.settings import check_values
 from bdjax.types import DefenseResult, Detection
@@ -116,7 +116,7 @@ def find_poisons(
     return flags, scores, largest
 
 
-def detect(given: Given, settings: SpectralSignaturesSettings) -> Detection:
+def detect(given: DefenseInput, settings: SpectralSignaturesSettings) -> Detection:
     """Flag the far end of every class.
 
     Args:
@@ -140,7 +140,7 @@ def detect(given: Given, settings: SpectralSignaturesSettings) -> Detection:
     return Detection(flags, scores, facts)
 
 
-def run(given: Given, settings: SpectralSignaturesSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: SpectralSignaturesSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bdjax.defenses.contract import Defense, Given, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.errors import InputError
 from bdjax.settings import check_values
 from bdjax.training.member import as_float
@@ -146,7 +146,7 @@ def rejecting(model: Model, num_overlays: int, mode: str, weight: float) -> Mode
 
 @cache
 def row_entropies(model: Model, mode: str, weight: float) -> Callable[..., Array]:
-    """For `Given.per_row`: each row's entropy H, its own image among the overlays left out.
+    """For `DefenseInput.per_row`: each row's entropy H, its own image among the overlays left out.
 
     Variables hold "network" and "overlays", targets "own": int32 [B], which overlay the row is, or -1.
     """
@@ -179,7 +179,7 @@ def choose_overlays(keys: Key, num_rows: int, count: int) -> tuple[np.ndarray, n
     return chosen, own
 
 
-def run(given: Given, settings: StripSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: StripSettings) -> DefenseResult:
     """Put the attacked networks behind STRIP.
 
     Args:

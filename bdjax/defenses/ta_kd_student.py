@@ -8,7 +8,7 @@ of the method is that twice only logits on clean images are handed on.
 from dataclasses import dataclass
 from functools import partial
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil, student_network
 from bdjax.defenses.logit_distillation import LogitDistillationSettings, check, softened_answers
 from bdjax.types import DefenseResult
@@ -20,7 +20,7 @@ class TaKdStudentSettings(LogitDistillationSettings):
     """weight of the teacher's answers against the labels"""
 
 
-def run(given: Given, settings: TaKdStudentSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: TaKdStudentSettings) -> DefenseResult:
     """Distil a model of the teacher's architecture, and the student from that."""
     method = softened_answers(settings.temperature, settings.alpha)
     aggregated = distil(given, "TA model", settings, method, student=given.attacked.model, role="TA models")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.types import DefenseResult
 
 
@@ -11,7 +11,7 @@ class UndefendedSettings:
     """Nothing to choose: the run's own recipe."""
 
 
-def run(given: Given, settings: UndefendedSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
     """Hand the attacked networks on."""
     del settings
     return DefenseResult(given.attacked.model, given.attacked.variables)

@@ -25,7 +25,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns
-from bdjax.defenses.contract import Defense, Given, fingerprint, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate
@@ -146,7 +146,7 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
     return np.sort(order[count:]), order[:count]
 
 
-def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
+def train_networks(given: DefenseInput, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
     """Stage 1: each simple network on its suspect's rows, int [M, n'] into the training set."""
     index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
     epochs = epochs_for(settings.epochs, settings.least_steps, rows.shape[1], settings.batch_size)
@@ -172,7 +172,9 @@ def train_networks(given: Given, settings: VBDSettings, rows: np.ndarray) -> lis
     ]
 
 
-def find_candidates(given: Given, settings: VBDSettings, nets: Nets, held_back: np.ndarray) -> list[list[Candidate]]:
+def find_candidates(
+    given: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray
+) -> list[list[Candidate]]:
     """Stages 2 and 3 with one network: a candidate for each suspect and class.
 
     Args:
@@ -210,7 +212,9 @@ def find_candidates(given: Given, settings: VBDSettings, nets: Nets, held_back: 
     return found
 
 
-def _gradients(given: Given, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int) -> np.ndarray:
+def _gradients(
+    given: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int
+) -> np.ndarray:
     """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]: of those that there are."""
     which = np.zeros((len(index), len(classes), 2, count), np.int64)
     for member, of_member in enumerate(rows):
@@ -225,7 +229,7 @@ def _gradients(given: Given, nets: Nets, index: np.ndarray, rows: list, classes:
 
 
 def check_candidates(
-    given: Given, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
+    given: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
 ) -> np.ndarray:
     """Stage 4 with one network: how often each candidate turns a row of another class, at full opacity.
 
@@ -281,7 +285,7 @@ def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSe
     return np.where(works.sum(axis=1) >= settings.votes, best, -1)
 
 
-def analyse(given: Given, settings: VBDSettings) -> Analysis:
+def analyse(given: DefenseInput, settings: VBDSettings) -> Analysis:
     """Stages 1 to 6.
 
     Args:
@@ -347,7 +351,9 @@ def analyse(given: Given, settings: VBDSettings) -> Analysis:
     )
 
 
-def _second_best(given: Given, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _second_best(
+    given: DefenseInput, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
     """Give flagged rows of the classes that a network has, bool [M, K], the class it finds most likely beside their own."""
     flagged = [
         np.flatnonzero(own & flags)
@@ -385,12 +391,12 @@ def to_detection(analysis: Analysis) -> Detection:
     return Detection(analysis.flags, analysis.scores, facts, pictures)
 
 
-def detect(given: Given, settings: VBDSettings) -> Detection:
+def detect(given: DefenseInput, settings: VBDSettings) -> Detection:
     """`analyse`, as every detector answers."""
     return to_detection(analyse(given, settings))
 
 
-def run(given: Given, settings: VBDSettings) -> DefenseResult:
+def run(given: DefenseInput, settings: VBDSettings) -> DefenseResult:
     """Stage 7 too: networks trained without the flagged rows, or with other labels for them.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from bdjax.defenses import vbd_patterns
-from bdjax.defenses.contract import Given, fingerprint
+from bdjax.defenses.contract import DefenseInput, fingerprint
 from bdjax.defenses.vbd_patterns import Candidate
 from bdjax.models import embedding
 from bdjax.models.simple_cnn import last_layer, make_pattern_detector
@@ -49,7 +49,7 @@ def epochs_for(epochs: int, least_steps: int, num_rows: int, batch_size: int) ->
     return max(epochs, -(-least_steps // steps))
 
 
-def pixels(given: Given, rows: np.ndarray) -> np.ndarray:
+def pixels(given: DefenseInput, rows: np.ndarray) -> np.ndarray:
     """Images of the pool, float32 [..., H, W, C] in [0, 1]."""
     return np.asarray(given.pool[jnp.asarray(rows)], np.float32) / 255
 
@@ -131,7 +131,7 @@ def row_detections(network: Model) -> Callable[..., Array]:
 
 
 def train_detectors(
-    given: Given,
+    given: DefenseInput,
     settings: "VBDSettings",
     nets: Nets,
     patterns: list[Pattern],

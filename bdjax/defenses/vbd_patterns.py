@@ -69,14 +69,14 @@ def margin_gradients(model: Model, variables: PyTree, images: Array, classes: Ar
 
 @cache
 def row_margin_gradients(model: Model):
-    """For `Given.per_row`: g of each row for the class in its targets."""
+    """For `DefenseInput.per_row`: g of each row for the class in its targets."""
     return lambda variables, images, targets: margin_gradients(model, variables, images, targets["class"])
 
 
 @cache
 def row_patched_answers(model: Model):
-    """For `Given.per_row`: what the network answers once a row is patched, at full opacity, with the pattern of the class in
-    its targets. The variables hold the "network", "masks" float32 [K, H, W, 1] and "patterns" float32 [K, H, W, C]."""
+    """For `DefenseInput.per_row`: what the network answers once a row is patched, at full opacity, with the pattern of the
+    class in its targets. The variables hold the "network", "masks" float32 [K, H, W, 1] and "patterns" float32 [K, H, W, C]."""
 
     def answers(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
         which = targets["class"]

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.defenses.comparison import Comparison, Suspect, Tried
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.suspects import Suspect
 from bdjax.reporting import defense_plots, plots, report, tables
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting.report import Figure, Section, Verdict, timings_table
@@ -19,7 +20,7 @@ from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import Dataset, TrainTest
 
 PLAIN_STAGE = "no defense"
-"""The stage in which suspects are trained plainly, as `bdjax.defenses.comparison.make_given` calls it."""
+"""The stage in which suspects are trained plainly, as `bdjax.evaluation.suspects.make_defense_input` calls it."""
 PICTURES_OF_ONE, PICTURES_OF_EACH = 24, 12
 """How many suspicious rows are shown of a single training set, and of each of several."""
 MOST_SETS = 12
@@ -284,7 +285,7 @@ def _by_variant(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]
     return groups
 
 
-def _first_seed(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparison, int, Tried]]:
+def _first_seed(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparison, int, Measured]]:
     """(comparison, which of its suspects, that suspect) for all of the first seed, attack after attack."""
     for comparison in comparisons:
         for number, one in enumerate(comparison.tried):

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.defenses.comparison import Suspect, Tried
-from bdjax.defenses.published import PUBLISHED
-from bdjax.defenses.variants import AttackVariant, DefenseVariant
+from bdjax.evaluation.measure import Measured
+from bdjax.evaluation.published import PUBLISHED
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import AttackVariant, DefenseVariant
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
 from bdjax.run.folder import to_plain
 from bdjax.settings import read_variant
@@ -39,7 +40,7 @@ _MEASURED = ("cda", "asr", "r_acc")
 _DETECTED = ("flagged", "precision", "recall", "f1", "auc")
 
 
-def summarise(tried: Iterable[Tried], test_rows: int, seed: int, left_out: Mapping[str, str] = {}) -> dict[str, Any]:
+def summarise(tried: Iterable[Measured], test_rows: int, seed: int, left_out: Mapping[str, str] = {}) -> dict[str, Any]:
     """Numbers of all defenses on all attacks.
 
     Args:
@@ -72,14 +73,14 @@ def summarise(tried: Iterable[Tried], test_rows: int, seed: int, left_out: Mappi
     }
 
 
-def _grouped(pairs: Iterable[tuple[Any, Tried]]) -> dict[Any, list[Tried]]:
-    groups: dict[Any, list[Tried]] = {}
+def _grouped(pairs: Iterable[tuple[Any, Measured]]) -> dict[Any, list[Measured]]:
+    groups: dict[Any, list[Measured]] = {}
     for key, one in pairs:
         groups.setdefault(key, []).append(one)
     return groups
 
 
-def _one_attack(ones: Sequence[Tried], seed: int) -> dict[str, Any]:
+def _one_attack(ones: Sequence[Measured], seed: int) -> dict[str, Any]:
     attack: AttackVariant = ones[0].suspect.attack
     suspects: dict[int, Suspect] = {one.suspect.seed: one.suspect for one in ones}
     ordered = [suspects[number] for number in sorted(suspects)]
@@ -132,7 +133,7 @@ def _one_defense(variant: DefenseVariant) -> dict[str, Any]:
     }
 
 
-def _one_cell(attack: str, defense: str, ones: Sequence[Tried], seed: int) -> dict[str, Any]:
+def _one_cell(attack: str, defense: str, ones: Sequence[Measured], seed: int) -> dict[str, Any]:
     by_seed = [
         {
             "seed": seed + one.suspect.seed,

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
-from bdjax.defenses.comparison import Comparison, Tried
-from bdjax.defenses.published_detection import BLENDED, DATASETS, FULL, TRIGGERS, find_f1
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.published_detection import BLENDED, DATASETS, FULL, TRIGGERS, find_f1
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
@@ -363,7 +363,7 @@ def _rate_figures(folder: RunFolder, results: Mapping[str, Any]) -> list[Figure]
     return [Figure(path, caption, "Lines of F1 against the poisoning rate; the numbers are in the tables.")]
 
 
-def _each(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, Tried, np.ndarray]]:
+def _each(comparisons: Sequence[Comparison]) -> Iterator[tuple[str, Measured, np.ndarray]]:
     """(defense, suspect, scores) of all that have scores and something poisoned."""
     for each in comparisons:
         if each.result.scores is None:

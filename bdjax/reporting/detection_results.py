@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.defenses.published_detection import (
+from bdjax.evaluation.published_detection import (
     ALL_TO_ALL,
     ALL_TO_ONE,
     BLENDED,

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from bdjax.datasets.splits import sample_rows
-from bdjax.defenses.comparison import Suspect, TriggeredViews
+from bdjax.evaluation.measure import TriggeredViews
+from bdjax.evaluation.suspects import Suspect
 from bdjax.inspection.feature_variance import (
     CLAIMED_RATIO,
     Measured,

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from bdjax.defenses.comparison import Suspect
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.lfd import above_clean_mean, loss_history
+from bdjax.evaluation.suspects import Suspect
 from bdjax.metrics import measure_detection
 from bdjax.models import count_parameters
 from bdjax.reporting import plots
@@ -21,7 +21,7 @@ COUNTED_EPOCH = 5
 
 
 def section(
-    folder: RunFolder, givens: Sequence[Given], groups: Sequence[Sequence[Suspect]], networks: Sequence[str]
+    folder: RunFolder, givens: Sequence[DefenseInput], groups: Sequence[Sequence[Suspect]], networks: Sequence[str]
 ) -> tuple[Section, ...]:
     """Train some networks as teachers are trained, and draw what they make of clean and of poisoned rows.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.defenses.comparison import Comparison
+from bdjax.evaluation.measure import Comparison
 from bdjax.reporting import defense_plots, defense_report, plots, report, tables
 from bdjax.reporting import suspect_model_results as numbers
 from bdjax.reporting.defense_results import facts_table, find, mean_of, undefended

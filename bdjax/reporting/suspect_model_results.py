@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.defenses.comparison import Comparison
-from bdjax.defenses.published_distillation import PUBLISHED_STUDENTS
+from bdjax.evaluation.measure import Comparison
+from bdjax.evaluation.published_distillation import PUBLISHED_STUDENTS
 from bdjax.models import count_parameters
 from bdjax.reporting import defense_results
 from bdjax.reporting.defense_results import CDA_LOSS, LOW_ASR, LOW_SHARE, ORACLES, find, has_spread, mean_of, seeds_text

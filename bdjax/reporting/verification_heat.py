@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.poisoning import trigger_all
-from bdjax.defenses.comparison import Comparison, Suspect
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.nbab import NbabSettings, make_patch, verify
+from bdjax.evaluation.measure import Comparison
+from bdjax.evaluation.suspects import Suspect
 from bdjax.inspection.grad_cam import grad_cam
 from bdjax.models import last_tap
 from bdjax.reporting import plots
@@ -25,7 +26,7 @@ MOST_ATTACKS = 6
 
 def section(
     folder: RunFolder,
-    givens: Sequence[Given],
+    givens: Sequence[DefenseInput],
     groups: Sequence[Sequence[Suspect]],
     comparisons: Sequence[Comparison],
     test: Dataset,

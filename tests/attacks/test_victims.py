@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from bdjax.attacks.contract import CleanModel
-from bdjax.attacks.victims import Prepared, key_of, make_plan, prepare, put_to_the_test, train_victims
+from bdjax.attacks.victims import Prepared, evaluate_victims, key_of, make_plan, prepare, train_victims
 from bdjax.errors import InputError
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble
@@ -74,7 +74,7 @@ def test_victims_learn_their_own_triggers_and_come_back_in_order(runner, clean):
     victims = train_victims(jax.random.key(1), runner, prepared, DATA.train, clean, CONFIG, CONFIG, CONFIG)
     assert [victim.prepared is one for victim, one in zip(victims, prepared, strict=True)] == [True] * 6
     assert all(victim.history["loss"].shape == (12,) for victim in victims)
-    tested = list(put_to_the_test(jax.random.key(2), runner, victims, clean, DATA, 50))
+    tested = list(evaluate_victims(jax.random.key(2), runner, victims, clean, DATA, 50))
     assert [len(plan) for plan in tested] == [2, 2, 4]
     for one in tested[0]:
         assert one.metrics.asr > 0.9 and one.metrics.cda > 0.9 and one.clean_model.asr < 0.1

@@ -6,13 +6,9 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.digits import load_digits
-from bdjax.defenses.comparison import (
-    make_given,
-    make_suspect,
-    make_views,
-    suspect_keys,
-)
-from bdjax.defenses.variants import read_attack
+from bdjax.evaluation.measure import make_views
+from bdjax.evaluation.suspects import make_defense_input, make_suspect, suspect_keys
+from bdjax.evaluation.variants import read_attack
 from bdjax.models import make_model
 from bdjax.run.log import StageLog
 from bdjax.training.member import TrainConfig
@@ -35,7 +31,7 @@ def small_model(name: str | None = None, num_classes: int | None = None):
 
 
 class Suspects:
-    """What `bdjax.defenses.comparison` makes of two attacks on a few digits."""
+    """What `bdjax.evaluation.suspects` makes of two attacks on a few digits."""
 
     def __init__(self, folder):
         data = load_digits((), False)
@@ -45,7 +41,7 @@ class Suspects:
         self.suspects = [make_suspect(jax.random.key(1), one, train, 0, None, True) for one in attacks]
         runner = StageRunner(folder, train.image_shape, "map", StageLog())
         keys = suspect_keys(jax.random.key(2), self.suspects)
-        self.given = make_given(self.suspects, keys, train, clean, small_model, RECIPE, runner)
+        self.given = make_defense_input(self.suspects, keys, train, clean, small_model, RECIPE, runner)
         self.views = make_views(jax.random.key(3), self.suspects, self.test)
         self.is_poisoned = np.stack([one.is_poisoned for one in self.suspects])
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import chain
-from bdjax.defenses.contract import Defense, Given
+from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.errors import InputError
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import DefenseResult, Model
@@ -26,7 +26,7 @@ class Settings:
 def adder(name: str, **told: Any) -> Defense:
     """A defense that adds, and says where it would have trained."""
 
-    def run(given: Given, settings: Settings) -> DefenseResult:
+    def run(given: DefenseInput, settings: Settings) -> DefenseResult:
         after = given.attacked.variables + settings.add
         pictures = {str(given.runner.folder): np.zeros((1, 0))}
         return DefenseResult(MODEL, after, pictures=pictures, **told)
@@ -40,10 +40,10 @@ SECOND = adder("second", scores=np.array([[0.5]]), facts={"weight": np.array([3.
 
 
 @pytest.fixture
-def given() -> Given:
+def given() -> DefenseInput:
     runner = StageRunner(pathlib.Path("run"), (8, 8, 1), "map", None)
     attacked = Nets(MODEL, np.zeros(1, int), 1, {})
-    return Given(None, None, None, 4, None, None, None, runner, attacked)
+    return DefenseInput(None, None, None, 4, None, None, None, runner, attacked)
 
 
 def make(*pairs: tuple[Defense, int]) -> Defense:

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import defend
 from bdjax.defenses.registry import DEFENSES, find_defense
-from bdjax.defenses.variants import read_defense
 from bdjax.errors import InputError
+from bdjax.evaluation.measure import defend
+from bdjax.evaluation.variants import read_defense
 
 SMALL: dict[str, str] = {
     "none": "none",

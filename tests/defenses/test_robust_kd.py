@@ -18,8 +18,8 @@ from bdjax.defenses.robust_kd import (
     put_on,
     variance,
 )
-from bdjax.defenses.variants import read_defense
 from bdjax.errors import InputError
+from bdjax.evaluation.variants import read_defense
 from bdjax.models import make_model
 
 RANDOM = np.random.default_rng(0)

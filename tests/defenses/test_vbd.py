@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import vbd
-from bdjax.defenses.contract import Given
+from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.vbd import (
     VBDSettings,
     analyse,
@@ -338,7 +338,7 @@ def noise(seed):
 def given_of(members, folder):
     """What a defender gets of (images, labels, key) of each member."""
     images, labels, keys = zip(*members, strict=True)
-    return Given(
+    return DefenseInput(
         pool=jnp.asarray(np.concatenate(images)),
         index=np.arange(len(members) * ROWS, dtype=np.int32).reshape(len(members), ROWS),
         labels=np.stack(labels),

@@ -17,14 +17,11 @@ from rich.console import Console
 
 from bdjax import detection, poisoned_data
 from bdjax.datasets import DATASETS
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    judge,
-)
-from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.detection import Outcome
 from bdjax.errors import InputError
+from bdjax.evaluation.measure import Comparison, score_detection
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.reporting.defense_report import file_name
 from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.run.folder import RunFolder
@@ -308,7 +305,7 @@ def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
     comparisons = []
     for variant, facts in zip(variants, ({"largest": np.array([1.5, 1 / 3])}, {}), strict=True):  # some have no facts
         found = Detection(rng.random((2, 40)) < 0.3, rng.random((2, 40)).astype(np.float32), facts)
-        comparisons.append(Comparison(variant, found, judge(found, suspects, variant, 0.1)))
+        comparisons.append(Comparison(variant, found, score_detection(found, suspects, variant, 0.1)))
     pattern = rng.random((SIDE, SIDE, 3)).astype(np.float32)
     mask = np.zeros((SIDE, SIDE), bool)
     mask[0, 0] = True

@@ -13,8 +13,8 @@ import pytest
 from bdjax import poisoned_data
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.digits import load_digits
-from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.errors import InputError
+from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
 from experiments import abm, lfd

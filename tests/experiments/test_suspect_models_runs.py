@@ -11,10 +11,10 @@ import pytest
 
 from bdjax import suspect_models
 from bdjax.datasets.digits import load_digits
-from bdjax.defenses import suspect_teachers
-from bdjax.defenses.handed_over import read
-from bdjax.defenses.variants import read_attack, those_that_fit
 from bdjax.errors import InputError
+from bdjax.evaluation import teachers
+from bdjax.evaluation.teachers import read_folder as read
+from bdjax.evaluation.variants import compatible_defenses, read_attack
 from bdjax.models import make_model
 from bdjax.reporting import defense_results
 from bdjax.run.log import StageLog
@@ -227,14 +227,14 @@ class TestMethods:
         variants, _ = suspect_models.read_methods(config, texts)
         network = lambda name: make_model(name, 10, 2)  # noqa: E731
         with pytest.raises(InputError, match="lenet width 2 has no features before a ReLU"):
-            those_that_fit(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=False)
-        fitting, left_out = those_that_fit(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=True)
+            compatible_defenses(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=False)
+        fitting, left_out = compatible_defenses(variants, network("wrn_10_2"), network, (8, 8, 1), is_all=True)
         assert not fitting and "lenet" in left_out[texts[0]]
 
 
 def test_recipes():
     base = TrainConfig(epochs=100, learning_rate=0.1, schedule="steps", steps=((50, 0.01), (75, 0.001)))
-    recipes = suspect_teachers.make_recipes(base, 8, 0.005, 20)
+    recipes = teachers.make_recipes(base, 8, 0.005, 20)
     assert recipes.from_scratch is base
     tuned = recipes.fine_tuning
     assert (tuned.epochs, tuned.learning_rate, tuned.schedule, tuned.steps) == (8, 0.005, "cosine", ())

@@ -4,14 +4,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    Tried,
-)
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.undefended import UNDEFENDED, UndefendedSettings
-from bdjax.defenses.variants import DefenseVariant, read_attack
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.reporting import defense_report
 from bdjax.reporting import defense_results as numbers
@@ -63,7 +60,7 @@ def under(asr, cda):
 def tried(attack, variant, cda, *asr, seed=0, flags=None, scores=None, truth=True, facts=None, seconds=2.0):
     one = suspect(attack, seed, truth)
     detection = measure_detection(flags, scores, one.is_poisoned)
-    return Tried(one, variant, cda, tuple(under(each, cda) for each in asr), detection, facts or {}, seconds)
+    return Measured(one, variant, cda, tuple(under(each, cda) for each in asr), detection, facts or {}, seconds)
 
 
 SCORES = np.where(IS_POISONED, 2.0, 0.0) + np.arange(ROWS) / 100

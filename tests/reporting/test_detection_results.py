@@ -1,15 +1,12 @@
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    Tried,
-)
 from bdjax.defenses.contract import Defense
-from bdjax.defenses.published_detection import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.defenses.undefended import UndefendedSettings
-from bdjax.defenses.variants import DefenseVariant, read_attack
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.published_detection import ALL_TO_ALL, ALL_TO_ONE
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import measure_detection
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_report
@@ -62,7 +59,7 @@ def suspect(attack, seed=0):
 def tried(attack, defense, own_flags, seed=0, facts=None):
     one = suspect(attack, seed)
     detection = measure_detection(own_flags, own_flags.astype(float), one.is_poisoned)
-    return Tried(one, defense, None, (), detection, facts or {}, 2.0)
+    return Measured(one, defense, None, (), detection, facts or {}, 2.0)
 
 
 def summarise(*ones):
@@ -217,7 +214,7 @@ def test_evidence(results):
 
 def test_nothing_to_show():
     none = variant("none", "no defense")
-    results = summarise(Tried(suspect("white_square"), none, None, (), measure_detection(None, None, None), {}, 0.0))
+    results = summarise(Measured(suspect("white_square"), none, None, (), measure_detection(None, None, None), {}, 0.0))
     assert detected.detectors(results) == [] and detected.summary_table(results, "cifar10") is None
     assert detected.f1_table(results, ALL_TO_ONE, "cifar10") is None
     assert detected.blended_table(results, ALL_TO_ONE, "cifar10") is None

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import Suspect, TriggeredViews
-from bdjax.defenses.variants import read_attack
+from bdjax.evaluation.measure import TriggeredViews
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import read_attack
 from bdjax.inspection.feature_variance import Measured, compare, measure_variances
 from bdjax.reporting.feature_variance import kinds_table, of_suspects, places_table, section, variance_figure
 from bdjax.reporting.plots import to_png

@@ -7,13 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    Tried,
-)
 from bdjax.defenses.contract import Defense
-from bdjax.defenses.variants import DefenseVariant, read_attack
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.models import count_parameters, make_model
 from bdjax.reporting import suspect_model_report as words
@@ -74,7 +71,7 @@ def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label="")
                 cda, asr, control = by_method[variant.defense.name]
                 under = () if asr is None else (AttackMetrics(cda, asr, 1 - asr, None, None, None),)
                 one, nothing = suspect(text, seed, label), measure_detection(None, None, None)
-                tried.append(Tried(one, variant, cda + 0.02 * seed, under, nothing, {"kept": 1.0}, 2.0))
+                tried.append(Measured(one, variant, cda + 0.02 * seed, under, nothing, {"kept": 1.0}, 2.0))
                 own.append(control)
         result = DefenseResult(TEACHER if variant is NONE else STUDENT, {})
         comparisons.append(Comparison(variant, result, tried))

@@ -5,8 +5,7 @@ their attacks, so what a defense costs in compiling it costs once.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,13 +17,12 @@ from bdjax.attacks.poisoning import Part, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import key_of, prepare
 from bdjax.datasets import splits
-from bdjax.defenses.contract import Given, labelled
-from bdjax.defenses.variants import AttackVariant, DefenseVariant
+from bdjax.defenses.contract import DefenseInput, labelled
 from bdjax.errors import InputError
-from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
+from bdjax.evaluation.variants import AttackVariant
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PoisonedDataset, PyTree
+from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree
 
 
 class Suspect(NamedTuple):
@@ -82,7 +80,7 @@ def with_label_noise(key: Key, dataset: Dataset, share: float) -> Dataset:
     return dataclasses.replace(dataset, labels=labels)
 
 
-def make_given(
+def make_defense_input(
     suspects: Sequence[Suspect],
     keys: Key,
     train: Dataset,
@@ -92,7 +90,7 @@ def make_given(
     runner: StageRunner,
     *,
     train_plainly: bool = True,
-) -> Given:
+) -> DefenseInput:
     """Put suspects with equally many rows together, and train a network on each plainly.
 
     Args:
@@ -100,7 +98,7 @@ def make_given(
         keys: typed [M].
         train: the training set before it was poisoned.
         clean: rows that the defender knows to be clean; none of them is in `train`.
-        make_model: see `Given`.
+        make_model: see `DefenseInput`.
         recipe: how plain training goes.
         runner: trains and evaluates.
         train_plainly: whether that is needed: without it nothing may ask for the attacked networks.
@@ -122,7 +120,7 @@ def make_given(
             jnp.asarray(np.stack([index, partner], -1)), {**rows.targets, "suppression": jnp.asarray(suppression)}
         )
         objective = suppressed_cross_entropy(model)
-    given = Given(
+    given = DefenseInput(
         pool=jnp.asarray(pool),
         index=index,
         labels=labels,
@@ -137,8 +135,8 @@ def make_given(
         suppression=suppression,
         partner=partner,
         num_poisons=None if any(one is None for one in truth) else np.array([int(one.sum()) for one in truth]),
-        own_triggers=tuple(first_trigger(one) for one in suspects),
-        own_rules=tuple(one.parts[0].rule if one.parts else None for one in suspects),
+        attacker_triggers=tuple(first_trigger(one) for one in suspects),
+        attacker_rules=tuple(one.parts[0].rule if one.parts else None for one in suspects),
     )
     if not train_plainly:
         return given
@@ -151,8 +149,8 @@ def _is_poisoned(suspect: Suspect) -> np.ndarray:
 
 
 def first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """A suspect's trigger for `Given.own_triggers`: (uint8 [n, H, W, C], labels int32 [n]) -> the same with it; None if
-    there is none."""
+    """A suspect's trigger for `DefenseInput.attacker_triggers`: (uint8 [n, H, W, C], labels int32 [n]) -> the same with it;
+    None if there is none."""
     if not suspect.parts:
         return None
 
@@ -161,135 +159,6 @@ def first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.nda
         return trigger_all(jax.random.key(0), data, suspect.parts[0].attack.apply, suspect.params[0])
 
     return trigger
-
-
-class Tried(NamedTuple):
-    """One suspect after one defense."""
-
-    suspect: Suspect
-    variant: DefenseVariant
-    cda: float | None  # None of a detector alone
-    metrics: tuple[AttackMetrics, ...]  # under each of the suspect's triggers; empty where none is known
-    detection: DetectionMetrics
-    facts: Mapping[str, float]
-    seconds: float  # of the call that this suspect shared, divided by their number
-
-    @property
-    def asr(self) -> float | None:
-        """The mean over the suspect's triggers."""
-        return float(np.mean([one.asr for one in self.metrics])) if self.metrics else None
-
-    @property
-    def r_acc(self) -> float | None:
-        """Likewise."""
-        return float(np.mean([one.r_acc for one in self.metrics])) if self.metrics else None
-
-
-class Comparison(NamedTuple):
-    """One defense on suspects that were members of one call: what a report shows."""
-
-    variant: DefenseVariant
-    result: DefenseResult | Detection  # of M suspects
-    tried: list[Tried]  # M, in the same order
-
-
-class TriggeredViews(NamedTuple):
-    """The test images of each suspect under each of its triggers."""
-
-    test: Dataset
-    triggered: tuple[tuple[np.ndarray, ...], ...]  # [suspect][part]: uint8 [N, H, W, C]
-
-
-def make_views(key: Key, suspects: Sequence[Suspect], test: Dataset) -> TriggeredViews:
-    """Put every suspect's triggers onto the test images.
-
-    Args:
-        key: for triggers that are random per image: the same images for every defense.
-        suspects: any.
-        test: the clean test set.
-    """
-    return TriggeredViews(
-        test,
-        tuple(
-            tuple(
-                trigger_all(jax.random.fold_in(key, one.seed), test, part.attack.apply, params)
-                for part, params in zip(one.parts, one.params, strict=True)
-            )
-            for one in suspects
-        ),
-    )
-
-
-def defend(
-    given: Given, suspects: Sequence[Suspect], variant: DefenseVariant, views: TriggeredViews
-) -> tuple[DefenseResult, list[Tried]]:
-    """Run one defense on all suspects, and measure what comes out.
-
-    Args:
-        given: the suspects as the defense gets them.
-        suspects: the same with the truth.
-        variant: the defense.
-        views: the test images.
-    """
-    start = time.perf_counter()
-    result = variant.defense.run(given, variant.settings)
-    seconds = (time.perf_counter() - start) / len(suspects)
-    return result, measure(given, result, suspects, variant, views, seconds)
-
-
-def judge(found: Detection, suspects: Sequence[Suspect], variant: DefenseVariant, seconds: float) -> list[Tried]:
-    """What the flags and scores of a detector are worth, for every suspect; nothing is trained, so there is no CDA.
-
-    Args:
-        found: of M suspects.
-        suspects: the same with the truth.
-        variant: the detector.
-        seconds: that it took for one of them.
-    """
-    tried = []
-    for i, one in enumerate(suspects):
-        detection = measure_detection(found.flags[i], found.scores[i], one.is_poisoned)
-        facts = {name: float(values[i]) for name, values in found.facts.items()}
-        tried.append(Tried(one, variant, None, (), detection, facts, seconds))
-    return tried
-
-
-def measure(
-    given: Given,
-    result: DefenseResult,
-    suspects: Sequence[Suspect],
-    variant: DefenseVariant,
-    views: TriggeredViews,
-    seconds: float,
-) -> list[Tried]:
-    """CDA, ASR, R-ACC and the worth of the flags, for every suspect."""
-    runner, batch_size, test = given.runner, given.recipe.evaluation_batch_size, views.test
-    clean = np.argmax(runner.predict(result.model, result.variables, test.images, batch_size), -1)
-    measured: list[list[AttackMetrics]] = [[] for _ in suspects]
-    for part in range(max(len(one.parts) for one in suspects)):
-        # Members without such a trigger see the plain images, so that all stay members of one call.
-        own = [views.triggered[i][part] if part < len(one.parts) else test.images for i, one in enumerate(suspects)]
-        answers = np.argmax(runner.predict_own(result.model, result.variables, np.stack(own), batch_size), -1)
-        for i, one in enumerate(suspects):
-            if part < len(one.parts):
-                rule = one.parts[part].rule
-                victims, wanted = rule.victims(test.labels), rule.wanted(test.labels)
-                measured[i].append(measure_attack(clean[i], answers[i], test.labels, victims, wanted))
-    tried = []
-    for i, one in enumerate(suspects):
-        flags, scores = (None if each is None else each[i] for each in (result.flags, result.scores))
-        tried.append(
-            Tried(
-                one,
-                variant,
-                clean_accuracy(clean[i], test.labels),
-                tuple(measured[i]),
-                measure_detection(flags, scores, one.is_poisoned),
-                {name: float(values[i]) for name, values in result.facts.items()},
-                seconds,
-            )
-        )
-    return tried
 
 
 def group_by_size(suspects: Sequence[Suspect]) -> Iterator[list[int]]:

@@ -132,7 +132,7 @@ def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any]
     return DefenseVariant(text, linked, linked.settings)
 
 
-def those_that_fit(
+def compatible_defenses(
     variants: Sequence[DefenseVariant],
     attacked: Model,
     make_model: Callable[..., Model],
@@ -145,7 +145,7 @@ def those_that_fit(
     Args:
         variants: the defenses.
         attacked: the network that they are to be run on.
-        make_model: see `Given`.
+        make_model: see `DefenseInput`.
         image_shape: (H, W, C).
         is_all: whether all were asked for, and none by name.
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.poisoning import trigger_all
-from bdjax.defenses import handed_over
-from bdjax.defenses.comparison import Suspect, make_views
-from bdjax.defenses.variants import read_attack
 from bdjax.errors import InputError
+from bdjax.evaluation import teachers as teachers_io
+from bdjax.evaluation.measure import make_views
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import read_attack
 from bdjax.models import make_model
 from bdjax.training import ensemble
 from bdjax.triggers import masked_blend
@@ -56,7 +57,7 @@ class TestTriggerOf:
     )
     def test_a_masked_blend_is_handed_over_with_its_rule(self, text, rule):
         one = under_the_rule_of(text)
-        found = handed_over.trigger_of(one, TRAIN, shown(one))
+        found = teachers_io.trigger_of(one, TRAIN, shown(one))
         assert found.label_rule == rule and found.triggers.names == ("BadNets",)
         back = MaskedBlend(*(jnp.asarray(leaf[0]) for leaf in found.triggers.params))
         again = trigger_all(jax.random.key(5), TRAIN, masked_blend.apply, back)
@@ -65,23 +66,23 @@ class TestTriggerOf:
     def test_a_blend_that_is_not_what_the_trigger_does_is_not_taken_for_it(self):
         one = suspect("badnets", (BLEND,))
         other = tuple(255 - images for images in shown(one))
-        assert handed_over.trigger_of(one, TRAIN, other) is None
+        assert teachers_io.trigger_of(one, TRAIN, other) is None
 
     def test_none_and_several(self):
         clean = Suspect(read_attack("none", TRAIN, 0, hands_over="model"), 0, TRAIN, (), np.zeros(24, bool))
-        assert handed_over.trigger_of(clean, TRAIN, ()) is None
+        assert teachers_io.trigger_of(clean, TRAIN, ()) is None
         both = suspect("badnets+blended:poison_rate=0.1", (BLEND, BLEND))
-        assert handed_over.trigger_of(both, TRAIN, (IMAGES, IMAGES)) is None
+        assert teachers_io.trigger_of(both, TRAIN, (IMAGES, IMAGES)) is None
 
 
 class TestRoundTrip:
     def test_with_a_trigger(self, tmp_path, variables):
         one = under_the_rule_of("hidden_trigger:poison_rate=0.1")
-        trigger = handed_over.trigger_of(one, TRAIN, shown(one))
+        trigger = teachers_io.trigger_of(one, TRAIN, shown(one))
         first = ensemble.members(variables, np.array([0]))
         with_more = {**first, "teacher": jnp.zeros(3)}  # what a method carried along is left out
-        assert handed_over.write(tmp_path / "a", NETWORK, with_more, SHAPE, trigger, 2)
-        found = handed_over.read(tmp_path / "a", TRAIN, 2, "native")
+        assert teachers_io.write_folder(tmp_path / "a", NETWORK, with_more, SHAPE, trigger, 2)
+        found = teachers_io.read_folder(tmp_path / "a", TRAIN, 2, "native")
         assert found.model.description == NETWORK.description
         jax.tree.map(np.testing.assert_array_equal, found.variables, first)
         (read,) = found.suspects
@@ -92,19 +93,19 @@ class TestRoundTrip:
             np.testing.assert_array_equal(read.parts[0].rule.wanted(labels), one.parts[0].rule.wanted(labels))
 
     def test_several_without_triggers(self, tmp_path, variables):
-        assert handed_over.write(tmp_path / "b", NETWORK, variables, SHAPE, None, 2)
-        found = handed_over.read(tmp_path / "b", TRAIN, 0, "native")
+        assert teachers_io.write_folder(tmp_path / "b", NETWORK, variables, SHAPE, None, 2)
+        found = teachers_io.read_folder(tmp_path / "b", TRAIN, 0, "native")
         assert [one.attack.title for one in found.suspects] == ["your teacher 1", "your teacher 2"]
         assert all(one.attack.plan is None and one.parts == () for one in found.suspects)
 
     def test_the_target_must_be_the_run_s(self, tmp_path, variables):
         one = suspect("badnets", (BLEND,))
-        trigger = handed_over.trigger_of(one, TRAIN, shown(one))
-        handed_over.write(tmp_path / "c", NETWORK, ensemble.members(variables, np.array([1])), SHAPE, trigger, 2)
+        trigger = teachers_io.trigger_of(one, TRAIN, shown(one))
+        teachers_io.write_folder(tmp_path / "c", NETWORK, ensemble.members(variables, np.array([1])), SHAPE, trigger, 2)
         with pytest.raises(InputError, match="use --target=2"):
-            handed_over.read(tmp_path / "c", TRAIN, 0, "native")
+            teachers_io.read_folder(tmp_path / "c", TRAIN, 0, "native")
 
     def test_a_network_of_ones_own_making_is_not_written(self, tmp_path, variables):
         own = Model(NETWORK.init, NETWORK.apply, CLASSES, "a network of two heads")
-        assert not handed_over.write(tmp_path / "d", own, variables, SHAPE, None, 0)
+        assert not teachers_io.write_folder(tmp_path / "d", own, variables, SHAPE, None, 0)
         assert not (tmp_path / "d").exists()

@@ -1,7 +1,7 @@
 from collections import Counter
 
 from bdjax.attacks.registry import ATTACKS
-from bdjax.defenses.published_distillation import PUBLISHED_STUDENTS
+from bdjax.evaluation.published_distillation import PUBLISHED_STUDENTS
 from bdjax.models import MODELS
 
 

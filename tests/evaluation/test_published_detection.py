@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.registry import ATTACKS
-from bdjax.defenses.published_detection import (
+from bdjax.evaluation.published_detection import (
     ALL_TO_ALL,
     ALL_TO_ONE,
     BLENDED,

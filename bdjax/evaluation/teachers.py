@@ -1,4 +1,4 @@
-"""Suspect teachers: networks that were attacked in any way and handed over without their training set, and what defenders get.
+"""Suspect teachers: networks that were attacked here, or third-party networks read from a folder, and what defenders get.
 
 A trigger that was trained may be a perturbation that fools any network, backdoored or not. So each trigger is also put
 before the clean network of the same seed, and before the student that a method makes of *that* (`control`): what it achieves
@@ -6,7 +6,9 @@ there is no backdoor.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -14,21 +16,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks import outsourcing
-from bdjax.attacks.contract import CleanModel
-from bdjax.attacks.victims import prepare, train_victims
-from bdjax.defenses.comparison import (
-    Comparison,
-    Suspect,
-    TriggeredViews,
-    first_trigger,
-    measure,
-)
-from bdjax.defenses.contract import Given
-from bdjax.defenses.handed_over import HandedOver
-from bdjax.defenses.variants import NO_ATTACK, AttackVariant, read_attack
+from bdjax.attacks.contract import Attack, CleanModel
+from bdjax.attacks.label_rules import LABEL_RULES, LabelRule, make_rule
+from bdjax.attacks.poisoning import Part, trigger_all
+from bdjax.attacks.providers import ProviderTriggers
+from bdjax.attacks.victims import Plan, prepare, train_victims
+from bdjax.defenses.contract import DefenseInput
+from bdjax.errors import InputError
+from bdjax.evaluation import model_folder
+from bdjax.evaluation.measure import Comparison, TriggeredViews, measure
+from bdjax.evaluation.suspects import Suspect, first_trigger
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
+from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Log, Nets, StageRunner
+from bdjax.triggers import masked_blend
+from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Dataset, DefenseResult, Key, Model, PyTree
 
 
@@ -48,6 +52,19 @@ class Teachers(NamedTuple):
     variables: PyTree  # stacked [M, ...]
     clean: Nets | None  # a clean network of the same architecture for each seed; None if no trigger is known
     recipes: Recipes
+
+
+class ThirdPartyModels(NamedTuple):
+    """Models that a third party made."""
+
+    model: Model
+    variables: PyTree  # stacked [N, ...]
+    suspects: list[Suspect]  # N, of the first seed; with a plan where the trigger is known
+
+
+@dataclass(frozen=True)
+class UnknownSettings:
+    """The settings of an attack that is unknown."""
 
 
 def make_recipes(
@@ -130,7 +147,7 @@ def train_teachers(
 
 
 def take_teachers(
-    key: Key, found: HandedOver, seeds: int, recipes: Recipes, runner: StageRunner, train: Dataset
+    key: Key, found: ThirdPartyModels, seeds: int, recipes: Recipes, runner: StageRunner, train: Dataset
 ) -> Teachers:
     """Somebody's own teachers, once for each seed. Where triggers are known there is something to measure, and clean teachers
     of the same architecture are trained to hold them against.
@@ -162,9 +179,9 @@ def is_clean(suspect: Suspect) -> bool:
     return suspect.attack.plan is None and suspect.is_poisoned is not None
 
 
-def make_given(
+def make_defense_input(
     teachers: Teachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
-) -> Given:
+) -> DefenseInput:
     """What methods get: the teachers and clean rows, and no training set.
 
     Args:
@@ -182,7 +199,7 @@ def make_given(
             return teachers.model
         return make_network(name or teachers.model.description.partition(" ")[0], num_classes)
 
-    return Given(
+    return DefenseInput(
         pool=jnp.asarray(clean.images),
         index=empty,
         labels=empty,
@@ -194,12 +211,14 @@ def make_given(
         attacked=Nets(teachers.model, teachers.variables, 1, {}),
         clean_index=np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)),
         clean_labels=np.tile(clean.labels, (count, 1)),
-        own_triggers=tuple(first_trigger(one) for one in teachers.suspects),
-        own_rules=tuple(one.parts[0].rule if one.parts else None for one in teachers.suspects),
+        attacker_triggers=tuple(first_trigger(one) for one in teachers.suspects),
+        attacker_rules=tuple(one.parts[0].rule if one.parts else None for one in teachers.suspects),
     )
 
 
-def control(given: Given, teachers: Teachers, comparison: Comparison, views: TriggeredViews) -> list[float | None]:
+def control(
+    given: DefenseInput, teachers: Teachers, comparison: Comparison, views: TriggeredViews
+) -> list[float | None]:
     """ASR of each teacher's trigger on what the same method makes of the clean teacher of its seed.
 
     For the teacher itself that is the clean network; for a student, that of the clean teacher, if the run has one.
@@ -223,3 +242,119 @@ def control(given: Given, teachers: Teachers, comparison: Comparison, views: Tri
     else:
         return [None] * len(suspects)
     return [one.asr for one in measure(given, DefenseResult(result.model, variables), suspects, variant, views, 0.0)]
+
+
+def read_folder(
+    folder: pathlib.Path, train: Dataset, target: int, lowering: Lowering, compute_dtype: ComputeDtype = "float32"
+) -> ThirdPartyModels:
+    """Read third-party models, and their triggers if those are beside them.
+
+    Args:
+        folder: as `bdjax.evaluation.model_folder` describes it.
+        train: clean rows of the data that the models are for.
+        target: the class that success is measured for.
+        lowering: how to compute their convolutions.
+        compute_dtype: of their activations.
+
+    Raises:
+        InputError: as `bdjax.evaluation.model_folder.read`.
+    """
+    found = model_folder.read(folder, train.num_classes, train.image_shape, target, lowering, compute_dtype)
+    count, ones = ensemble.num_members(found.variables), []
+    for number in range(count):
+        name = f"teacher {number + 1}" if count > 1 else "teacher"
+        plan, params = None, ()
+        if found.triggers is not None:
+            attack = Attack(
+                name="third_party",
+                title=found.triggers.names[number],
+                paper="a third-party model with its trigger",
+                threat="training",
+                settings=UnknownSettings(),
+                make_params=_no_params,
+                apply=masked_blend.apply,
+                label_rules=(found.label_rules[number],),
+            )
+            rule = make_rule(found.label_rules[number], target, train.num_classes)
+            plan = Plan(name, (Part(attack, attack.settings, rule),))
+            params = (MaskedBlend(*(leaf[number] for leaf in found.triggers.params)),)
+        label = f"your {name}" + (f" ({found.triggers.names[number]})" if found.triggers else "")
+        ones.append(Suspect(AttackVariant(name, plan, target, 0.0, label=label), 0, train, params, None))
+    return ThirdPartyModels(found.model, found.variables, ones)
+
+
+def _no_params(*arguments: object) -> PyTree:
+    raise InputError("a loaded model's trigger is fixed; it cannot be made again")
+
+
+class FolderTrigger(NamedTuple):
+    """A trigger in the form that a model folder holds."""
+
+    triggers: ProviderTriggers  # of one provider
+    label_rule: str  # a key of LABEL_RULES
+
+
+def trigger_of(suspect: Suspect, test: Dataset, triggered: Sequence[np.ndarray]) -> FolderTrigger | None:
+    """A suspect's trigger as a masked blend, if that is what it does to the test images.
+
+    Args:
+        suspect: any.
+        test: the test images.
+        triggered: of each of the suspect's triggers: the same with it, uint8 [N, H, W, C].
+
+    Returns:
+        None for a suspect without a trigger, with several, or with one of another form (a warp, one for each image).
+    """
+    if len(suspect.parts) != 1:
+        return None
+    parts = jax.tree.leaves(suspect.params[0], is_leaf=lambda leaf: isinstance(leaf, MaskedBlend))
+    for blend in (part for part in parts if isinstance(part, MaskedBlend)):
+        shown = trigger_all(jax.random.key(0), test, masked_blend.apply, blend)
+        rule = _rule_name(suspect.parts[0].rule, suspect.attack.target, test.num_classes)
+        if rule and np.array_equal(shown, triggered[0]):
+            one = jax.tree.map(lambda leaf: np.asarray(leaf)[None], blend)
+            return FolderTrigger(ProviderTriggers(one, (suspect.parts[0].attack.title,), np.zeros(1, bool)), rule)
+    return None
+
+
+def _rule_name(rule: LabelRule, target: int, num_classes: int) -> str | None:
+    """The first of LABEL_RULES that does the same at test time."""
+    for name, make in LABEL_RULES.items():
+        try:
+            if make(target, num_classes).name == rule.name:
+                return name
+        except InputError:  # too few classes for that rule
+            continue
+    return None
+
+
+def write_folder(
+    folder: pathlib.Path,
+    model: Model,
+    variables: PyTree,
+    image_shape: tuple[int, int, int],
+    trigger: FolderTrigger | None,
+    target: int,
+) -> bool:
+    """Write networks as a model folder.
+
+    Args:
+        folder: where to.
+        model: their architecture, made by `bdjax.models.make_model`.
+        variables: stacked [N, ...]; whatever is there beside the network's own is left out.
+        image_shape: (H, W, C).
+        trigger: of all of them; None where there is none, or none of that form.
+        target: its class.
+
+    Returns:
+        Whether that could be: not for a network that is none of `MODELS`.
+    """
+    name, _, width = model.description.rpartition(" width ")
+    if name not in MODELS or not width.isdigit():
+        return False
+    own = {part: variables[part] for part in ("params", "batch_stats")}
+    triggers, rules = trigger or (None, "")
+    model_folder.write(
+        folder, name, int(width), model.num_classes, image_shape, own, triggers, target, (rules,) if trigger else ()
+    )
+    return True

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from bdjax.defenses.variants import read_attack, read_defense
 from bdjax.errors import InputError
+from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.types import Dataset
 
 CLASSES, ROWS, SHAPE = 4, 40, (8, 8, 1)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks import suspects
 from bdjax.attacks.providers import make_provider_triggers
 from bdjax.errors import InputError
+from bdjax.evaluation import model_folder
 from bdjax.models import make_model
 from bdjax.training import ensemble
 
@@ -29,7 +29,7 @@ def variables():
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, variables):
     folder = tmp_path_factory.mktemp("suspects") / "of" / "somebody"
-    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    model_folder.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
     return folder
 
 
@@ -40,7 +40,7 @@ def folder(written, tmp_path) -> pathlib.Path:
 
 
 def read(folder, num_classes=4, image_shape=SHAPE, target=1):
-    return suspects.read(folder, num_classes, image_shape, target, "native")
+    return model_folder.read(folder, num_classes, image_shape, target, "native")
 
 
 def change_about(folder, **changes):
@@ -69,7 +69,7 @@ def test_what_was_written_is_read(written, variables):
 
 def test_what_is_complete_is_not_written_again(folder, variables):
     before = (folder / "triggers.npz").stat().st_mtime_ns, (folder / "about.json").stat().st_mtime_ns
-    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    model_folder.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
     assert before == ((folder / "triggers.npz").stat().st_mtime_ns, (folder / "about.json").stat().st_mtime_ns)
 
 
@@ -78,12 +78,12 @@ def test_what_was_cut_off_is_written_anew(folder, variables):
     (folder / "triggers.npz").write_bytes(b"half")
     with pytest.raises(InputError, match="not a finished checkpoint"):
         read(folder)
-    suspects.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
+    model_folder.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
     chex.assert_trees_all_equal(read(folder).triggers.params, TRIGGERS.params)
 
 
 def test_models_without_triggers(tmp_path, variables):
-    suspects.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, None, 1)
+    model_folder.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, None, 1)
     assert not (tmp_path / "one" / "triggers.npz").exists()
     found = read(tmp_path / "one", target=3)
     assert found.triggers is None and found.label_rules == ()
@@ -91,7 +91,7 @@ def test_models_without_triggers(tmp_path, variables):
 
 def test_label_rules_go_with_the_triggers(tmp_path, written, variables):
     rules = ("hidden_source", "all_to_one", "clean_label")
-    suspects.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1, rules)
+    model_folder.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1, rules)
     assert read(tmp_path / "one").label_rules == rules
     assert read(written).label_rules == ("all_to_one",) * 3
     change_triggers(tmp_path / "one", label_rule=np.array(["all_to_one", "nobody", "all_to_one"]))
@@ -139,7 +139,7 @@ def test_about_json_must_be_an_object(folder, text):
 
 def test_weights_must_be_finite(tmp_path, variables):
     broken = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), variables)
-    suspects.write(tmp_path / "broken", "resnet10", 2, 4, SHAPE, broken, TRIGGERS, 1)
+    model_folder.write(tmp_path / "broken", "resnet10", 2, 4, SHAPE, broken, TRIGGERS, 1)
     with pytest.raises(InputError, match="holds values that are not finite"):
         read(tmp_path / "broken")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.registry import ATTACKS
-from bdjax.defenses.published import PUBLISHED
+from bdjax.evaluation.published import PUBLISHED
 
 
 def find(paper, dataset, attack, defense):

@@ -1,0 +1,146 @@
+"""A defense on suspects, measured: CDA, ASR and R-ACC of what comes out, and the worth of its flags and scores."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from bdjax.attacks.poisoning import trigger_all
+from bdjax.defenses.contract import DefenseInput
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import DefenseVariant
+from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
+from bdjax.types import Dataset, DefenseResult, Detection, Key
+
+
+class Measured(NamedTuple):
+    """One suspect after one defense."""
+
+    suspect: Suspect
+    variant: DefenseVariant
+    cda: float | None  # None of a detector alone
+    metrics: tuple[AttackMetrics, ...]  # under each of the suspect's triggers; empty where none is known
+    detection: DetectionMetrics
+    facts: Mapping[str, float]
+    seconds: float  # of the call that this suspect shared, divided by their number
+
+    @property
+    def asr(self) -> float | None:
+        """The mean over the suspect's triggers."""
+        return float(np.mean([one.asr for one in self.metrics])) if self.metrics else None
+
+    @property
+    def r_acc(self) -> float | None:
+        """Likewise."""
+        return float(np.mean([one.r_acc for one in self.metrics])) if self.metrics else None
+
+
+class Comparison(NamedTuple):
+    """One defense on suspects that were members of one call: what a report shows."""
+
+    variant: DefenseVariant
+    result: DefenseResult | Detection  # of M suspects
+    tried: list[Measured]  # M, in the same order
+
+
+class TriggeredViews(NamedTuple):
+    """The test images of each suspect under each of its triggers."""
+
+    test: Dataset
+    triggered: tuple[tuple[np.ndarray, ...], ...]  # [suspect][part]: uint8 [N, H, W, C]
+
+
+def make_views(key: Key, suspects: Sequence[Suspect], test: Dataset) -> TriggeredViews:
+    """Put every suspect's triggers onto the test images.
+
+    Args:
+        key: for triggers that are random per image: the same images for every defense.
+        suspects: any.
+        test: the clean test set.
+    """
+    return TriggeredViews(
+        test,
+        tuple(
+            tuple(
+                trigger_all(jax.random.fold_in(key, one.seed), test, part.attack.apply, params)
+                for part, params in zip(one.parts, one.params, strict=True)
+            )
+            for one in suspects
+        ),
+    )
+
+
+def defend(
+    given: DefenseInput, suspects: Sequence[Suspect], variant: DefenseVariant, views: TriggeredViews
+) -> tuple[DefenseResult, list[Measured]]:
+    """Run one defense on all suspects, and measure what comes out.
+
+    Args:
+        given: the suspects as the defense gets them.
+        suspects: the same with the truth.
+        variant: the defense.
+        views: the test images.
+    """
+    start = time.perf_counter()
+    result = variant.defense.run(given, variant.settings)
+    seconds = (time.perf_counter() - start) / len(suspects)
+    return result, measure(given, result, suspects, variant, views, seconds)
+
+
+def score_detection(
+    found: Detection, suspects: Sequence[Suspect], variant: DefenseVariant, seconds: float
+) -> list[Measured]:
+    """What the flags and scores of a detector are worth, for every suspect; nothing is trained, so there is no CDA.
+
+    Args:
+        found: of M suspects.
+        suspects: the same with the truth.
+        variant: the detector.
+        seconds: that it took for one of them.
+    """
+    tried = []
+    for i, one in enumerate(suspects):
+        detection = measure_detection(found.flags[i], found.scores[i], one.is_poisoned)
+        facts = {name: float(values[i]) for name, values in found.facts.items()}
+        tried.append(Measured(one, variant, None, (), detection, facts, seconds))
+    return tried
+
+
+def measure(
+    given: DefenseInput,
+    result: DefenseResult,
+    suspects: Sequence[Suspect],
+    variant: DefenseVariant,
+    views: TriggeredViews,
+    seconds: float,
+) -> list[Measured]:
+    """CDA, ASR, R-ACC and the worth of the flags, for every suspect."""
+    runner, batch_size, test = given.runner, given.recipe.evaluation_batch_size, views.test
+    clean = np.argmax(runner.predict(result.model, result.variables, test.images, batch_size), -1)
+    measured: list[list[AttackMetrics]] = [[] for _ in suspects]
+    for part in range(max(len(one.parts) for one in suspects)):
+        # Members without such a trigger see the plain images, so that all stay members of one call.
+        own = [views.triggered[i][part] if part < len(one.parts) else test.images for i, one in enumerate(suspects)]
+        answers = np.argmax(runner.predict_own(result.model, result.variables, np.stack(own), batch_size), -1)
+        for i, one in enumerate(suspects):
+            if part < len(one.parts):
+                rule = one.parts[part].rule
+                victims, wanted = rule.victims(test.labels), rule.wanted(test.labels)
+                measured[i].append(measure_attack(clean[i], answers[i], test.labels, victims, wanted))
+    tried = []
+    for i, one in enumerate(suspects):
+        flags, scores = (None if each is None else each[i] for each in (result.flags, result.scores))
+        tried.append(
+            Measured(
+                one,
+                variant,
+                clean_accuracy(clean[i], test.labels),
+                tuple(measured[i]),
+                measure_detection(flags, scores, one.is_poisoned),
+                {name: float(values[i]) for name, values in result.facts.items()},
+                seconds,
+            )
+        )
+    return tried
