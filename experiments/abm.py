@@ -12,11 +12,11 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax.poisoned_data import Config, Context, Experiment, Study, run_from_flags, start_from
 from bdjax.reporting import verification_heat
 from bdjax.reporting.report import Section
 from bdjax.run import command_line
 from bdjax.run.log import StageLog
+from bdjax.workflows.poisoned_sets import Config, Context, Experiment, Study, run_from_flags, start_from
 
 DEFENSES = "nad,abl,bab,cbd,abm"
 """Those of the paper's tables III and XI."""

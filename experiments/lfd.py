@@ -12,11 +12,11 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax.poisoned_data import FLIPPABLE, Config, Context, Experiment, Study, run_from_flags, start_from
 from bdjax.reporting import loss_gap
 from bdjax.reporting.report import Section
 from bdjax.run import command_line
 from bdjax.run.log import StageLog
+from bdjax.workflows.poisoned_sets import FLIPPABLE, Config, Context, Experiment, Study, run_from_flags, start_from
 
 DEFENSES = "fine_pruning,activation_clustering,abl,lfd"
 """Those of the paper's table 1."""

@@ -17,12 +17,12 @@ import jax
 
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
-from bdjax.poisoned_data import FLIPPABLE, LIKE, Study
 from bdjax.reporting import feature_variance
 from bdjax.reporting.report import Section
 from bdjax.run import command_line
 from bdjax.run.log import StageLog
-from bdjax.suspect_models import Config, Context, Experiment, Preset, run_from_flags
+from bdjax.workflows.poisoned_sets import FLIPPABLE, LIKE, Study
+from bdjax.workflows.suspect_models import Config, Context, Experiment, Preset, run_from_flags
 
 CKD = "ckd:mask_bound=0.2"
 """With the weaker mask of RobustKD's public code: at the 0.5 of CKD's own, the trigger fools clean students as well."""

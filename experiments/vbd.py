@@ -14,12 +14,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax import detection
 from bdjax.attacks.vbd_triggers import TILES
-from bdjax.detection import Config, Experiment
-from bdjax.poisoned_data import FLIPPABLE, LIKE, Study, start_from
 from bdjax.run import command_line
 from bdjax.run.log import StageLog
+from bdjax.workflows import detection
+from bdjax.workflows.detection import Config, Experiment
+from bdjax.workflows.poisoned_sets import FLIPPABLE, LIKE, Study, start_from
 
 TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_grid", "white_square")
 FAINT = (0.1, 0.2, 0.5)

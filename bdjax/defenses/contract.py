@@ -205,8 +205,8 @@ class Defense:
     """(settings) -> nothing, or an InputError of one line that names the setting which cannot be, and says what would be
     right. `variants.read_defense` calls it before anything is trained."""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
-    """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the network that comes out, where that is another than
-    the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""
+    """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the network that comes out, where that is another
+    than the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Changes of the settings by preset ("quick", "strong") and by dataset ("gtsrb"), and by both ("quick digits")."""
 

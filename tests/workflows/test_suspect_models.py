@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bdjax import suspect_models
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers
@@ -20,6 +19,7 @@ from bdjax.reporting import defense_results
 from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
+from bdjax.workflows import suspect_models
 from experiments import robust_kd
 
 TINY: dict[str, Any] = {

@@ -15,9 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from bdjax import detection, poisoned_data
 from bdjax.datasets import DATASETS
-from bdjax.detection import Outcome
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.suspects import Suspect
@@ -27,6 +25,8 @@ from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
+from bdjax.workflows import detection, poisoned_sets
+from bdjax.workflows.detection import Outcome
 from experiments import vbd
 
 CLASSES, PER_CLASS, SIDE = 4, 125, 12
@@ -359,9 +359,9 @@ def test_the_paper_s_grid_is_eighty_settings_of_five_seeds():
 @pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
 def test_presets_exist_for_every_set(preset, dataset):
     config = vbd.preset(preset, dataset)
-    poisoned_data.check(config, vbd.EXPERIMENT)
+    poisoned_sets.check(config, vbd.EXPERIMENT)
     assert (config.preset, config.dataset) == (preset, dataset)
-    _, texts = poisoned_data.chosen(config, vbd.EXPERIMENT)
+    _, texts = poisoned_sets.chosen(config, vbd.EXPERIMENT)
     assert detection.read_detectors(config, [text for text in texts if text != "none"])
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import datasets, poisoned_data
+from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.defenses import vbd
 from bdjax.defenses.contract import DefenseInput
@@ -39,13 +39,14 @@ from bdjax.run.log import StageLog
 from bdjax.training import processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
+from bdjax.workflows import poisoned_sets
 
 FILES = "outcomes"
 """The folder, in that of the run, with what came out of each few suspects."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(poisoned_data.SuspectConfig):
+class Config(poisoned_sets.SuspectConfig):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to. Of the settings of plain training
     (model to augmentation) nothing is used unless a detector needs the attacked network."""
 
@@ -68,7 +69,7 @@ class Experiment(NamedTuple):
     title: str  # of the report
     own: str  # the detector that it is about
     default: Callable[[str, str], Config]  # (preset, dataset) -> what flags start from
-    studies: Mapping[str, poisoned_data.Study]
+    studies: Mapping[str, poisoned_sets.Study]
 
 
 class Outcome(NamedTuple):
@@ -93,9 +94,9 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         InputError: if the data, an attack, a detector or the output folder cannot be used.
     """
     log = log or StageLog()
-    poisoned_data.check(config, one)
+    poisoned_sets.check(config, one)
     run_config.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
-    attacks, texts = poisoned_data.chosen(config, one)
+    attacks, texts = poisoned_sets.chosen(config, one)
     texts = [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
     is_own = config.dataset not in datasets.DATASETS and not config.dataset.startswith("tfds:")
     if is_own and attacks == [NO_ATTACK]:
@@ -160,7 +161,7 @@ def run_grid(
             runner = StageRunner(place, train.image_shape, engine.layout, log, config.member_group or None)
             needs_network = any("attacked model" in each.defense.needs for each in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
-            recipe = poisoned_data.train_config(config)
+            recipe = poisoned_sets.train_config(config)
             given = make_defense_input(
                 suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
             )
@@ -455,7 +456,7 @@ def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) 
     is_poisoned = data.is_poisoned if isinstance(data, PoisonedDataset) else None
     suspect = Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, data, (), is_poisoned)
     keys = suspect_keys(jax.random.key(config.seed), [suspect])
-    recipe = poisoned_data.train_config(config)
+    recipe = poisoned_sets.train_config(config)
     given = make_defense_input([suspect], keys, data, None, make_network, recipe, runner, train_plainly=False)
     analysis = vbd.analyse(given, variant.settings)
     settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 
-from bdjax import poisoned_data
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
+from bdjax.workflows import poisoned_sets
 from experiments import abm, lfd
 
 TINY: dict[str, Any] = {
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 LFD, ABM = "lfd:teacher=resnet10:teacher_epochs=1", "abm:epochs=1:student_epochs=1:isolation_rate=0.1"
 
 
-def tiny(experiment, output: pathlib.Path, **changes: Any) -> poisoned_data.Config:
+def tiny(experiment, output: pathlib.Path, **changes: Any) -> poisoned_sets.Config:
     defenses = {"lfd": LFD, "abm": f"{ABM},fine_tuning:epochs=1"}[experiment.EXPERIMENT.name]
     start = experiment.preset("quick", "digits")
     return dataclasses.replace(start, output=output, **({"defenses": defenses} | TINY | changes))
@@ -49,7 +49,7 @@ def compile_quickly():
 @pytest.fixture(scope="module")
 def abm_run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs") / "abm"
-    poisoned_data.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
+    poisoned_sets.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
     return folder
 
 
@@ -73,7 +73,7 @@ def test_a_repeated_run_ends_at_the_same_numbers(abm_run, tmp_path):
     (folder / "results.json").unlink()
     removed = next(folder.glob("checkpoints/abm-student-*"))
     shutil.rmtree(removed)
-    poisoned_data.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
+    poisoned_sets.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
     assert (folder / "results.json").read_bytes() == (abm_run / "results.json").read_bytes()
 
 
@@ -85,7 +85,7 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
     assert start.attacks == "none" and start.seeds == 1
     changes = {name: value for name, value in TINY.items() if name not in ("attacks", "train_rows", "test_rows")}
     config = dataclasses.replace(start, output=tmp_path / "run", defenses=f"{LFD},nad", **changes)
-    results = poisoned_data.run(config, lfd.EXPERIMENT, StageLog())
+    results = poisoned_sets.run(config, lfd.EXPERIMENT, StageLog())
     assert list(results["left_out"]) == ["nad"] and "--clean-data" in results["left_out"]["nad"]
     assert results["attacks"][0]["num_poisoned"] is None
     assert all(one["asr"]["mean"] is None for one in (cell["summary"] for cell in results["measured"]))
@@ -109,7 +109,7 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(changes, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        poisoned_data.run(tiny(lfd, tmp_path / "run", **changes), lfd.EXPERIMENT, StageLog())
+        poisoned_sets.run(tiny(lfd, tmp_path / "run", **changes), lfd.EXPERIMENT, StageLog())
     assert not (tmp_path / "run").exists()
 
 
@@ -121,7 +121,7 @@ def test_poisoned_rows_are_not_poisoned_again(tmp_path):
     np.savez(path, **arrays, is_poisoned=poisoned)
     config = dataclasses.replace(tiny(lfd, tmp_path / "run"), dataset=str(path), train_rows=0, test_rows=0)
     with pytest.raises(InputError, match="30 rows are poisoned already"):
-        poisoned_data.run(config, lfd.EXPERIMENT, StageLog())
+        poisoned_sets.run(config, lfd.EXPERIMENT, StageLog())
 
 
 @pytest.mark.parametrize("experiment", [lfd, abm], ids=["lfd", "abm"])
@@ -144,7 +144,7 @@ def test_every_study_names_attacks_and_defenses_that_are_there(experiment):
 def test_presets_exist_for_every_set(experiment, preset):
     for dataset in ("digits", "mnist", "cifar10", "gtsrb"):
         config = experiment.preset(preset, dataset)
-        poisoned_data.check(config, experiment.EXPERIMENT)
+        poisoned_sets.check(config, experiment.EXPERIMENT)
     with pytest.raises(InputError, match="is not one of quick, paper, strong"):
         experiment.preset("fast", "digits")
 
@@ -152,7 +152,7 @@ def test_presets_exist_for_every_set(experiment, preset):
 @pytest.mark.parametrize("experiment", [lfd, abm], ids=["lfd", "abm"])
 def test_the_command_line_starts_from_the_preset_of_the_set(experiment, monkeypatch):
     read = []
-    monkeypatch.setattr(poisoned_data, "run", lambda config, one, log: read.append((config, one)))
+    monkeypatch.setattr(poisoned_sets, "run", lambda config, one, log: read.append((config, one)))
     experiment.main(["--dataset=cifar100", "--preset", "quick", "--seeds=5"])
     ((config, one),) = read
     assert one is experiment.EXPERIMENT

@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from bdjax import poisoned_data
 from bdjax.datasets import splits
 from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.registry import DEFENSES
@@ -27,7 +26,6 @@ from bdjax.evaluation.suspects import suspect_keys
 from bdjax.evaluation.teachers import Teachers, control, make_defense_input, make_recipes, take_teachers, train_teachers
 from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
 from bdjax.models import make_model
-from bdjax.poisoned_data import Study
 from bdjax.reporting import suspect_model_report, suspect_model_results
 from bdjax.reporting.defense_report import file_name
 from bdjax.reporting.report import Section
@@ -39,6 +37,8 @@ from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
+from bdjax.workflows import poisoned_sets
+from bdjax.workflows.poisoned_sets import Study
 
 Preset = Literal["quick", "paper"]
 OF_TRAINING_SETS = ("training set", "number of poisons")
@@ -46,7 +46,7 @@ OF_TRAINING_SETS = ("training set", "number of poisons")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(poisoned_data.ComparisonConfig):
+class Config(poisoned_sets.ComparisonConfig):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to."""
 
     preset: Preset = "paper"
@@ -73,19 +73,19 @@ class Config(poisoned_data.ComparisonConfig):
     """of attacked teachers whose attacker controls the training from scratch"""
     batch_size: int = 128
     """of teachers"""
-    optimiser: poisoned_data.Optimiser = "sgd"
+    optimiser: poisoned_sets.Optimiser = "sgd"
     """of teachers"""
     learning_rate: float = 0.1
     """of teachers, at first"""
     fine_tuning_learning_rate: float = 0.008
     """of attacked teachers that start from the clean one, on half a cosine"""
-    schedule: poisoned_data.Schedule = "cosine"
+    schedule: poisoned_sets.Schedule = "cosine"
     """of teachers that are trained from scratch"""
     steps: tuple[tuple[int, float], ...] = ()
     """of the schedule steps: epoch and learning rate from it on"""
     weight_decay: float = 5e-4
     """of teachers: L2, as PyTorch has it"""
-    augmentation: poisoned_data.Augmentation = "none"
+    augmentation: poisoned_sets.Augmentation = "none"
     """of all training rows, after they were poisoned"""
     clean_share: float = 1.0
     """the defender's clean rows: a share of the training rows of each class, as they were before any attack. With 1 students
@@ -139,7 +139,7 @@ def run_from_flags(
     Raises:
         InputError: as `run`.
     """
-    return run(poisoned_data.read_flags(one, about, arguments), one, log)
+    return run(poisoned_sets.read_flags(one, about, arguments), one, log)
 
 
 def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     """
     log = log or StageLog()
     check(config, one)
-    attack_texts, texts = poisoned_data.chosen(config, one)
+    attack_texts, texts = poisoned_sets.chosen(config, one)
     variants, left_out = read_methods(config, texts)
     data = load(config, log)
     train, test = data
@@ -181,7 +181,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         attacks = [read_attack(text, train, config.target, hands_over="model") for text in attack_texts]
         model = make_network(config.teacher_model)
     variants, not_fitting = compatible_defenses(
-        variants, model, make_network, train.image_shape, is_all=config.defenses == poisoned_data.ALL
+        variants, model, make_network, train.image_shape, is_all=config.defenses == poisoned_sets.ALL
     )
     left_out |= not_fitting
     if found is not None and found.suspects[0].attack.plan is None:
@@ -190,7 +190,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     recipes = make_recipes(
-        poisoned_data.train_config(config),
+        poisoned_sets.train_config(config),
         config.fine_tuning_epochs,
         config.fine_tuning_learning_rate,
         config.controlled_epochs,
@@ -210,7 +210,7 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
             result, tried = defend(given, teachers.suspects, variant, views)
             comparisons.append(Comparison(variant, result, tried))
             controls.append(control(given, teachers, comparisons[-1], views))
-            stage.detail = poisoned_data.told(tried)
+            stage.detail = poisoned_sets.told(tried)
     networks = suspect_model_results.Networks(model, train.image_shape)
     results = suspect_model_results.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
@@ -245,7 +245,7 @@ def check(config: Config, one: Experiment) -> None:
     Raises:
         InputError: naming the flag.
     """
-    poisoned_data.check(config, one)
+    poisoned_sets.check(config, one)
     counts = ("fine_tuning_epochs", "controlled_epochs")
     check_ranges(
         config,
@@ -275,7 +275,7 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
         missing = [need for need in variant.defense.needs_with(variant.settings) if need in OF_TRAINING_SETS]
         if not missing:
             variants.append(variant)
-        elif config.defenses == poisoned_data.ALL:
+        elif config.defenses == poisoned_sets.ALL:
             left_out[text] = f"needs the {missing[0]}, and a model comes without"
         else:
             able = [name for name, one in DEFENSES.items() if not set(one.needs) & set(OF_TRAINING_SETS)]
@@ -307,7 +307,7 @@ def clean_rows(config: Config, train: Dataset) -> Dataset:
             f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned; defenders of a model have clean ones"
         )
     if config.clean_data:
-        return poisoned_data.load_clean_data(config.clean_data, config.data_dir, train)
+        return poisoned_sets.load_clean_data(config.clean_data, config.data_dir, train)
     if config.clean_share == 1:
         return train
     _, own = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
