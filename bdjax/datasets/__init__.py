@@ -1,12 +1,13 @@
 """Where images come from: one file for each kind of source, found here by name or path.
 
-A new dataset is one new file with a loader, and one line in `DATASETS`.
+A new dataset is one new file with a loader, and one line in `DATASETS`, which also says what is true of the set.
 """
 
 import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.digits import load_digits
@@ -22,21 +23,42 @@ from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest
 
-__all__ = ["DATASETS", "load", "load_suspect"]
+__all__ = ["DATASETS", "Source", "Traits", "load", "load_suspect", "traits"]
 
 Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 """`loader(folders, download)`: looks in the folders in order, then fetches if it may."""
 
-DATASETS: Mapping[str, Loader] = {
-    "digits": load_digits,
-    "mnist": load_mnist,
-    "fashion_mnist": load_fashion_mnist,
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "gtsrb": load_gtsrb,
-    "tiny_imagenet": load_tiny_imagenet,
-    "flowers17": load_flowers17,
+
+class Traits(NamedTuple):
+    """What is true of a dataset, and decides on the defaults of runs on it."""
+
+    flips: bool = False  # every experiment trains on mirrored rows: a mirrored picture is of the same class
+    like: str | None = None  # another set, whose sizes and schedules of quick runs fit; None if it resembles no other
+
+
+class Source(NamedTuple):
+    """A named dataset."""
+
+    loader: Loader
+    traits: Traits = Traits()
+
+
+DATASETS: Mapping[str, Source] = {
+    "digits": Source(load_digits),
+    "mnist": Source(load_mnist),
+    "fashion_mnist": Source(load_fashion_mnist, Traits(like="mnist")),
+    "cifar10": Source(load_cifar10, Traits(flips=True)),
+    "cifar100": Source(load_cifar100, Traits(flips=True, like="cifar10")),
+    "gtsrb": Source(load_gtsrb, Traits(like="cifar10")),
+    # VBD's experiment mirrors the rows of tiny_imagenet, and RobustKD's those of flowers17; the others do not.
+    "tiny_imagenet": Source(load_tiny_imagenet),
+    "flowers17": Source(load_flowers17),
 }
+
+
+def traits(name_or_path: str) -> Traits:
+    """What is true of a dataset: of a name in `DATASETS`, what stands there; of anything else nothing is known."""
+    return DATASETS[name_or_path].traits if name_or_path in DATASETS else Traits()
 
 
 def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> TrainTest:
@@ -90,7 +112,7 @@ def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *
 def _load_published(name: str, data_dir: str | os.PathLike | None, download: bool) -> TrainTest | None:
     folders = search_folders(data_dir)
     if name in DATASETS:
-        return DATASETS[name](folders, download)
+        return DATASETS[name].loader(folders, download)
     if name.startswith(TFDS_PREFIX):
         return load_tfds(name.removeprefix(TFDS_PREFIX), folders)
     return None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import DATASETS, load, load_suspect
+from bdjax.datasets import DATASETS, Traits, load, load_suspect, traits
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
 
@@ -18,8 +18,15 @@ def refused(said: str, *arguments, **keywords) -> None:
 
 
 def test_every_loader_has_the_same_form():
-    for loader in DATASETS.values():
-        assert list(inspect.signature(loader).parameters) == ["folders", "download"]
+    for source in DATASETS.values():
+        assert list(inspect.signature(source.loader).parameters) == ["folders", "download"]
+
+
+def test_traits_stand_on_the_set():
+    assert [name for name in DATASETS if traits(name).flips] == ["cifar10", "cifar100"]
+    like = {name: traits(name).like for name in DATASETS if traits(name).like}
+    assert like == {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
+    assert traits("mine.npz") == traits("tfds:cifar10") == Traits()
 
 
 @pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
