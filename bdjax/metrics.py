@@ -1,29 +1,183 @@
-"""What is measured, each with one written definition and one implementation.
+"""What is measured, what it is called, and the words that tables and verdicts use for it.
 
 - **CDA**, clean data accuracy: the share of the untouched test rows that are predicted as their label.
 - **ASR**, attack success rate: the share of triggered test rows predicted as the attacker's target. Rows that are of the
   target class anyway are left out: they would count as successes of no attack.
 - **R-ACC**, robust accuracy: the share of *the same* triggered rows predicted as their true label, so ASR + R-ACC <= 1.
 
+`DEFINITIONS` is the one table of definitions, the constants below are the only thresholds, and `attack_word`, `has_backdoor`,
+`defense_word` and `detection_word` are the only functions that turn numbers into words: the same numbers have the same word in
+every experiment. Thresholds apply to means over seeds.
+
 Everything is NumPy on predicted classes; predictions come from argmax, whose ties go to the lowest class.
 References: Heydari et al. 2025, equations 7-10.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+AttackWord = Literal["yes", "partly", "no"]
+DefenseWord = Literal["nothing to remove", "removed", "removed at a cost", "weakened", "kept"]
+DetectionWord = Literal["found", "partly", "missed"]
+
+ATTACK_WORKS, ATTACK_WORKS_ABOVE_CONTROL = 0.9, 0.5
+"""Least ASR, and least difference to the control's, of an attack that works."""
+ATTACK_WORKS_PARTLY, ATTACK_WORKS_PARTLY_ABOVE_CONTROL = 0.5, 0.2
+"""The same for an attack that works partly."""
+BACKDOOR_ASR = 0.5
+"""Least ASR of a network that has a backdoor, where no control is known."""
+BACKDOOR_ASR_WITH_CONTROL, BACKDOOR_ABOVE_CONTROL = 0.3, 0.2
+"""Least ASR of a network that has a backdoor, and its least difference to the control's, where a control is known."""
+REMOVED_ASR, REMOVED_SHARE = 0.1, 0.3
+"""A backdoor is removed if the ASR above the control is at most the first, or at most the second times what it was before."""
+WEAKENED_SHARE = 0.5
+"""A backdoor that is not removed is weakened if the ASR above the control is at most so much of what it was before."""
+CDA_LOSS = 0.1
+"""Most CDA that a removed backdoor may cost."""
+DETECTION_WORKS, DETECTION_FAILS = 0.9, 0.5
+"""F1 from which on a detector finds the poisoned rows, and below which it misses them."""
+ROUNDING = 1e-9
+"""By how much a number may miss a threshold and still meet it: 0.3 - 0.2 is meant to be 0.1."""
+
+_BEFORE = "before is the undefended network or, for students, the student of plain distillation"
+_LEFT = f"mean ASR above the control's at most {REMOVED_ASR:g} or at most {REMOVED_SHARE:g} of what it was before"
 DEFINITIONS: Mapping[str, str] = {
     "cda": "clean data accuracy: share of untouched test rows predicted as their label (higher is better)",
-    "asr": "attack success rate: share of triggered test rows, target class left out, predicted as the target class",
+    "asr": (
+        "attack success rate: share of triggered victim rows predicted as the class that the attacker wants, rows of that "
+        "class left out; of several triggers the mean"
+    ),
     "r_acc": "robust accuracy: share of the same triggered rows predicted as their true label (higher is better)",
+    "control_asr": (
+        "ASR of the same trigger where no backdoor can be: on the clean network of the same seed and architecture; for a "
+        "student, on the student that the same method makes of that network"
+    ),
+    "clean_cda": "CDA of the clean network of the same seed",
     "delta_cda": "CDA of the clean model minus CDA of this model",
     "delta_asr": "ASR of this model minus ASR of the clean model, both averaged over all triggers",
     "delta_r_acc": "R-ACC of the clean model minus R-ACC of this model, both averaged over all triggers",
     "delta_per_trigger": "the same differences with the same trigger on both sides",
+    "asr_with_target": "share of triggered rows, victims and those of the target class, predicted as the target class",
+    "r_acc_with_target": "share of the rows of asr_with_target predicted as their true label",
+    "spill": "share of all other triggered rows predicted as the target class: those that the attack is not after",
+    "cover_accuracy": "share of victim rows predicted as their true label under what cover rows carry in training",
+    "psnr": "peak signal-to-noise ratio of the triggered test images, in dB, the mean over victim rows",
+    "ssim": "structural similarity of the triggered test images, the mean over victim rows",
+    "flagged": "share of the training rows that the defense flags, isolates or drops",
+    "precision": "share of the flagged rows that are poisoned; unknown if none is flagged",
+    "recall": "share of the poisoned rows that are flagged",
+    "f1": "harmonic mean of precision and recall; 0 if nothing is flagged",
+    "auc": "chance that a poisoned row's score is above a clean one's",
+    "parameters": "trainable numbers of a network; running statistics are not counted",
+    "works": (
+        f"yes: mean ASR at least {ATTACK_WORKS:g} and, where a control is known, at least {ATTACK_WORKS_ABOVE_CONTROL:g} "
+        f"above it; partly: at least {ATTACK_WORKS_PARTLY:g}, and at least {ATTACK_WORKS_PARTLY_ABOVE_CONTROL:g} above it; "
+        "no: less"
+    ),
+    "passes": (
+        f"mean ASR at least {BACKDOOR_ASR_WITH_CONTROL:g}, and at least {BACKDOOR_ABOVE_CONTROL:g} above the mean control ASR"
+    ),
+    "removed": f"{_LEFT}, and mean CDA at most {CDA_LOSS:g} below; {_BEFORE}",
+    "removed at a cost": f"{_LEFT}, but mean CDA more than {CDA_LOSS:g} below",
+    "weakened": f"mean ASR above the control's at most {WEAKENED_SHARE:g} of what it was before",
+    "kept": "more is left than of a weakened backdoor",
+    "nothing to remove": (
+        f"no backdoor before: mean ASR below {BACKDOOR_ASR:g} or, where a control is known, below "
+        f"{BACKDOOR_ASR_WITH_CONTROL:g} or less than {BACKDOOR_ABOVE_CONTROL:g} above the control's"
+    ),
+    "found": f"F1 at least {DETECTION_WORKS:g}",
+    "partly": f"F1 from {DETECTION_FAILS:g} to below {DETECTION_WORKS:g}",
+    "missed": f"F1 below {DETECTION_FAILS:g}",
 }
+"""What each number and each word of results.json, tables and verdicts means. A control that is not known counts as 0."""
+
+
+def definitions(*names: str) -> dict[str, str]:
+    """Name -> what it means, of the chosen names, in the given order.
+
+    Raises:
+        KeyError: if a name is not in `DEFINITIONS`.
+    """
+    return {name: DEFINITIONS[name] for name in names}
+
+
+def attack_word(asr: float, control_asr: float | None = None) -> AttackWord:
+    """Whether an attack works, as `DEFINITIONS["works"]` has it.
+
+    Some triggers fool clean networks too, so a high ASR alone does not show a backdoor.
+
+    Args:
+        asr: of the victims, in [0, 1].
+        control_asr: of the clean network under the same trigger; None if unknown, then only the ASR counts.
+    """
+    above = np.inf if control_asr is None else asr - control_asr
+    if _at_least(asr, ATTACK_WORKS) and _at_least(above, ATTACK_WORKS_ABOVE_CONTROL):
+        return "yes"
+    if _at_least(asr, ATTACK_WORKS_PARTLY) and _at_least(above, ATTACK_WORKS_PARTLY_ABOVE_CONTROL):
+        return "partly"
+    return "no"
+
+
+def has_backdoor(asr: float, control_asr: float | None = None) -> bool:
+    """Whether a network has a backdoor to remove, as `DEFINITIONS["passes"]` and `DEFINITIONS["nothing to remove"]` have it.
+
+    Args:
+        asr: under the trigger, in [0, 1].
+        control_asr: of the network without a backdoor under the same trigger; None if unknown.
+    """
+    if control_asr is None:
+        return _at_least(asr, BACKDOOR_ASR)
+    return _at_least(asr, BACKDOOR_ASR_WITH_CONTROL) and _at_least(asr - control_asr, BACKDOOR_ABOVE_CONTROL)
+
+
+def defense_word(
+    asr_before: float,
+    asr_after: float,
+    cda_before: float,
+    cda_after: float,
+    control_before: float | None = None,
+    control_after: float | None = None,
+) -> DefenseWord:
+    """What a defense makes of a backdoor: the word whose meaning is in `DEFINITIONS`.
+
+    Every rule is about the ASR above the control's, since the rest of the ASR is not due to the backdoor.
+
+    Args:
+        asr_before: without the defense, in [0, 1].
+        asr_after: with it.
+        cda_before: without the defense, in [0, 1].
+        cda_after: with it.
+        control_before: ASR of the same trigger without the defense where no backdoor can be; None if unknown.
+        control_after: with the defense.
+    """
+    if not has_backdoor(asr_before, control_before):
+        return "nothing to remove"
+    before, after = asr_before - (control_before or 0.0), asr_after - (control_after or 0.0)
+    if _at_most(after, REMOVED_ASR) or _at_most(after, REMOVED_SHARE * before):
+        return "removed" if _at_most(cda_before - cda_after, CDA_LOSS) else "removed at a cost"
+    return "weakened" if _at_most(after, WEAKENED_SHARE * before) else "kept"
+
+
+def detection_word(f1: float) -> DetectionWord:
+    """What a detector makes of the poisoned rows.
+
+    Args:
+        f1: of its flags, in [0, 1].
+    """
+    if _at_least(f1, DETECTION_WORKS):
+        return "found"
+    return "partly" if _at_least(f1, DETECTION_FAILS) else "missed"
+
+
+def _at_least(value: float, bound: float) -> bool:
+    return bool(value >= bound - ROUNDING)
+
+
+def _at_most(value: float, bound: float) -> bool:
+    return bool(value <= bound + ROUNDING)
 
 
 class BackdoorMetrics(NamedTuple):

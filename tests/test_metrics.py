@@ -1,13 +1,25 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from bdjax import metrics
 from bdjax.metrics import (
     DEFINITIONS,
+    AttackMetrics,
     BackdoorMetrics,
+    DefenseWord,
+    DetectionMetrics,
+    DetectionWord,
     attack_success_rate,
+    attack_word,
     clean_accuracy,
+    defense_word,
+    definitions,
     deltas,
+    detection_word,
     evaluated_rows,
+    has_backdoor,
     measure,
     measure_attack,
     measure_detection,
@@ -119,7 +131,140 @@ def test_over_all_triggers_the_two_readings_agree_on_average():
 
 
 def test_everything_reported_is_defined():
-    assert {*BackdoorMetrics._fields, *deltas(CLEAN, TEACHER, [2])} == set(DEFINITIONS)
+    fields = {*BackdoorMetrics._fields, *AttackMetrics._fields, *DetectionMetrics._fields}
+    words = {*get_args(DefenseWord), *get_args(DetectionWord)}
+    assert fields | {*deltas(CLEAN, TEACHER, [2])} | words <= set(DEFINITIONS)
+
+
+def test_definitions_are_chosen_by_name_and_keep_their_order():
+    assert list(definitions("removed", "cda", "asr")) == ["removed", "cda", "asr"]
+    assert definitions("f1") == {"f1": DEFINITIONS["f1"]} and definitions() == {}
+    with pytest.raises(KeyError, match="charm"):
+        definitions("charm")
+
+
+# ---- Words ----------------------------------------------------------------------------------------------------------
+
+GRID = np.round(np.linspace(0, 1, 21), 2).tolist()
+CONTROLS = [None, 0.0, 0.1, 0.45, 0.9]
+STRENGTH = {"nothing to remove": 0, "removed": 1, "removed at a cost": 1, "weakened": 2, "kept": 3}
+
+
+class TestAttackWord:
+    @pytest.mark.parametrize(
+        ("asr", "control", "expected"),
+        [
+            (1.0, None, "yes"),
+            (0.9, None, "yes"),
+            (0.899, None, "partly"),
+            (0.5, None, "partly"),
+            (0.499, None, "no"),
+            (0.95, 0.45, "yes"),  # SIG on MNIST: half of its success is the trigger's own
+            (0.94, 0.45, "partly"),
+            (0.9, 0.0, "yes"),
+            (0.6, 0.4, "partly"),
+            (0.6, 0.41, "no"),
+            (0.499, 0.0, "no"),
+            (1.0, 1.0, "no"),
+        ],
+    )
+    def test_by_hand(self, asr, control, expected):
+        assert attack_word(asr, control) == expected
+
+    @pytest.mark.parametrize("control", CONTROLS)
+    def test_more_success_is_never_a_weaker_word(self, control):
+        order = ["no", "partly", "yes"]
+        ranks = [order.index(attack_word(asr, control)) for asr in GRID]
+        assert ranks == sorted(ranks)
+
+    @pytest.mark.parametrize("asr", GRID)
+    def test_a_higher_control_is_never_a_stronger_word(self, asr):
+        order = ["no", "partly", "yes"]
+        ranks = [order.index(attack_word(asr, control)) for control in GRID]
+        assert ranks == sorted(ranks, reverse=True)
+        assert attack_word(asr) == attack_word(asr, 0.0)
+
+
+class TestDefenseWord:
+    @pytest.mark.parametrize(
+        ("before", "after", "cda", "expected"),
+        [
+            ((0.9, None), (0.1, None), 0.9, "removed"),
+            ((0.9, None), (0.27, None), 0.9, "removed"),  # 0.3 of what it was
+            ((0.9, None), (0.28, None), 0.9, "weakened"),
+            ((0.9, None), (0.45, None), 0.9, "weakened"),
+            ((0.9, None), (0.46, None), 0.9, "kept"),
+            ((1.0, None), (0.25, None), 0.9, "removed"),
+            ((0.5, None), (0.1, None), 0.8, "removed"),  # the CDA loss of 0.1 is allowed
+            ((0.9, None), (0.0, None), 0.799, "removed at a cost"),
+            ((0.9, None), (0.4, None), 0.1, "weakened"),
+            ((0.499, None), (0.0, None), 0.9, "nothing to remove"),
+            ((0.5, None), (0.5, None), 0.9, "kept"),
+            # With controls, only what is above them counts.
+            ((0.9, 0.1), (0.2, 0.1), 0.9, "removed"),
+            ((0.9, 0.1), (0.3, 0.2), 0.9, "removed"),  # 0.3 - 0.2 is 0.1
+            ((0.9, 0.1), (0.34, 0.1), 0.9, "removed"),  # 0.24 of 0.8
+            ((0.9, 0.1), (0.36, 0.1), 0.9, "weakened"),
+            ((0.9, 0.1), (0.5, 0.1), 0.9, "weakened"),
+            ((0.9, 0.1), (0.51, 0.1), 0.9, "kept"),
+            ((0.3, 0.1), (0.2, 0.1), 0.9, "removed"),
+            ((0.29, 0.0), (0.0, 0.0), 0.9, "nothing to remove"),
+            ((0.95, 0.8), (0.0, 0.0), 0.9, "nothing to remove"),  # the trigger alone does that
+            ((0.9, 0.1), (0.1, 0.4), 0.9, "removed"),
+        ],
+    )
+    def test_by_hand(self, before, after, cda, expected):
+        assert defense_word(before[0], after[0], 0.9, cda, before[1], after[1]) == expected
+
+    @pytest.mark.parametrize("control", CONTROLS)
+    def test_every_input_has_a_word_and_more_success_never_a_milder_one(self, control):
+        for before in GRID:
+            for cda in (0.5, 0.8, 0.95):
+                words = [defense_word(before, after, 0.9, cda, control, control) for after in GRID]
+                assert set(words) <= set(get_args(DefenseWord))
+                ranks = [STRENGTH[word] for word in words]
+                assert ranks == sorted(ranks)
+                assert ("nothing to remove" in words) == (not has_backdoor(before, control))
+                assert "nothing to remove" not in words or set(words) == {"nothing to remove"}
+
+    def test_a_control_of_zero_changes_no_word_of_a_backdoor_that_works(self):
+        for before in [value for value in GRID if value >= 0.5]:
+            for after in GRID:
+                plain = defense_word(before, after, 0.9, 0.9)
+                assert plain == defense_word(before, after, 0.9, 0.9, 0.0, 0.0)
+
+    def test_a_gain_of_accuracy_is_no_cost(self):
+        assert defense_word(1.0, 0.0, 0.3, 0.9) == "removed"
+
+    def test_a_removed_backdoor_is_never_merely_weakened(self):
+        assert metrics.REMOVED_SHARE < metrics.WEAKENED_SHARE
+        assert metrics.REMOVED_ASR <= metrics.WEAKENED_SHARE * metrics.BACKDOOR_ABOVE_CONTROL
+
+
+@pytest.mark.parametrize(
+    ("asr", "control", "expected"),
+    [
+        (0.5, None, True),
+        (0.49, None, False),
+        (0.3, 0.1, True),
+        (0.3, 0.11, False),
+        (0.29, 0.0, False),
+        (1.0, 0.9, False),
+    ],
+)
+def test_has_backdoor(asr, control, expected):
+    assert has_backdoor(asr, control) is expected
+
+
+def test_words_of_detectors():
+    assert [detection_word(f1) for f1 in (1.0, 0.9, 0.899, 0.5, 0.499, 0.0)] == [
+        "found",
+        "found",
+        "partly",
+        "partly",
+        "missed",
+        "missed",
+    ]
 
 
 class TestMeasureAttack:

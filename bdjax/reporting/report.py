@@ -7,17 +7,18 @@ content security policy lets it load nothing.
 import base64
 import importlib.resources
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
+from bdjax.metrics import DefenseWord
 from bdjax.reporting import tables
 from bdjax.reporting.plots import DPI
 from bdjax.reporting.tables import Table
-from bdjax.run.folder import to_plain
+from bdjax.run.folder import RunFolder, describe_environment, to_plain
 
 LEVELS = ("clean", "warning", "attacked", "info")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -96,6 +97,58 @@ def render(report: Report) -> str:
     )
     source = importlib.resources.files("bdjax.reporting").joinpath("report.html.j2").read_text("utf-8")
     return environment.from_string(source).render(report=report)
+
+
+def publish(
+    folder: RunFolder,
+    page: Report,
+    *,
+    settings: Mapping[str, Any],
+    timings: Mapping[str, float],
+    reproduce: str,
+    sources: Mapping[str, str],
+) -> None:
+    """Write table.md, timings.json and report.html: the end of every run.
+
+    Args:
+        folder: the open run; it has the page's figures already.
+        page: the report, without what every run has. Its own settings stand after those of the run.
+        settings: every field of the configuration.
+        timings: seconds of each stage.
+        reproduce: the command line.
+        sources: where the data came from: "training data" -> text.
+    """
+    complete = replace(
+        page,
+        settings={**settings, **page.settings},
+        timings=timings_table(timings),
+        reproduce=reproduce,
+        provenance={**sources, **describe_environment()},
+    )
+    folder.write_text("table.md", "\n\n".join(map(tables.to_markdown, tables_of(page))) + "\n")
+    folder.write_json("timings.json", {"seconds": dict(timings)})
+    folder.write_text("report.html", render(complete))
+
+
+def tables_of(page: Report) -> list[Table]:
+    """The tables of a page, each once: those of its first section, its facts, and those of the other sections."""
+    groups = [section.tables for section in page.sections]
+    groups.insert(1, (page.facts,) if page.facts else ())
+    found: list[Table] = []
+    for table in (table for group in groups for table in group):
+        if table not in found:
+            found.append(table)
+    return found
+
+
+def level_of(words: Iterable[DefenseWord]) -> str:
+    """The level of a verdict on backdoors: clean if all are removed, attacked if all are kept, and otherwise a warning.
+
+    Args:
+        words: of `metrics.defense_word`, of all backdoors that there are to remove; at least one.
+    """
+    found = set(words)
+    return "clean" if found == {"removed"} else "attacked" if found == {"kept"} else "warning"
 
 
 def timings_table(timings: Mapping[str, float], title: str = "Where the time went") -> Table:

@@ -92,7 +92,7 @@ def summarise(
         seeds.append(_one_seed(answers, labels, seed_triggers, target, vote_space, tie))
     roles = [role for role in TITLES if role in seeds[0]["models"]]
     return {
-        "definitions": dict(metrics.DEFINITIONS),
+        "definitions": metrics.definitions(*_METRICS, *_DELTAS, "delta_per_trigger"),
         "test_rows": len(labels),
         "target": target,
         "triggers": [list(each.names) if each else None for each in triggers],

@@ -1,5 +1,6 @@
 import base64
 import dataclasses
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,8 +9,19 @@ import numpy as np
 import pytest
 
 from bdjax.reporting import plots
-from bdjax.reporting.report import LEVELS, Figure, Report, Section, Verdict, render
-from bdjax.reporting.tables import Table
+from bdjax.reporting.report import (
+    LEVELS,
+    Figure,
+    Report,
+    Section,
+    Verdict,
+    level_of,
+    publish,
+    render,
+    tables_of,
+)
+from bdjax.reporting.tables import Table, to_markdown
+from bdjax.run.folder import open_run
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
 VOID = {"meta", "img", "br", "link", "hr", "input"}
@@ -179,3 +191,68 @@ def test_the_page_can_be_read_in_the_dark_and_on_paper():
     assert "@media print" in source
     assert 'name="viewport"' in source
     assert "pixelated" not in source
+
+
+def table(name):
+    return Table(name, ("a", "b"), ((name, 0.5),))
+
+
+def test_the_tables_of_a_page_come_once_and_the_facts_after_the_first_section():
+    first, second, third, facts = map(table, ("first", "second", "third", "facts"))
+    sections = (Section("A", tables=(first, second)), Section("B", tables=(third, table("first"), facts)))
+    page = Report("t", Verdict("info", "h"), facts=facts, sections=sections)
+    assert tables_of(page) == [first, second, facts, third]
+    assert tables_of(dataclasses.replace(page, facts=None)) == [first, second, third, facts]
+    assert tables_of(Report("t", Verdict("info", "h"))) == []
+    assert tables_of(Report("t", Verdict("info", "h"), facts=facts)) == [facts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+
+
+def test_a_published_run_has_its_tables_its_times_and_its_page(tmp_path):
+    folder = open_run(tmp_path / "run", Config(), experiment="lfd")
+    page = Report(
+        "A page",
+        Verdict("info", "A headline"),
+        facts=table("facts"),
+        sections=(Section("A", tables=(table("first"),)),),
+        settings={"attack badnets": {"size": 3}},
+    )
+    publish(
+        folder,
+        page,
+        settings={"seed": 7},
+        timings={"defense abl": 3.0},
+        reproduce="python experiments/lfd.py",
+        sources={"training data": "a test"},
+    )
+    assert (folder.path / "table.md").read_text() == f"{to_markdown(table('first'))}\n\n{to_markdown(table('facts'))}\n"
+    assert json.loads((folder.path / "timings.json").read_text())["seconds"] == {"defense abl": 3.0}
+    text = (folder.path / "report.html").read_text()
+    for shown in (
+        "A headline",
+        "attack badnets",
+        "defense abl",
+        "python experiments/lfd.py",
+        "training data",
+        "jaxlib",
+    ):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [
+        (["removed"], "clean"),
+        (["removed", "removed"], "clean"),
+        (["kept", "kept"], "attacked"),
+        (["removed", "kept"], "warning"),
+        (["weakened"], "warning"),
+        (["removed at a cost", "removed"], "warning"),
+    ],
+)
+def test_the_level_of_words_on_backdoors(words, level):
+    assert level_of(words) == level

@@ -1,0 +1,240 @@
+"""The one schema of results.json, and what every reader of it needs.
+
+```
+{"definitions": {name: text}, "test_rows": n, "seeds": [..],
+ "attacks": [{"attack": name, "title": .., ...facts}],
+ "methods": [{"method": name, "base": .., "title": .., "needs": [..], ...facts}],
+ "cells": [{"attack": .., "method": .., "summary": {name: {"mean", "standard_deviation"}}, "facts": {..},
+            "by_seed": [{"seed": .., numbers..}]}],
+ "left_out": {name: reason}, ...what only this kind of run has}
+```
+
+A cell is what one method makes of one attack. The method with the base `NO_DEFENSE` is the baseline: the network that no method
+has touched. Wall times are not in results.json, which is the same whenever a run is repeated.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bdjax import metrics
+from bdjax.evaluation.measure import Measured
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import DefenseVariant
+from bdjax.reporting.tables import mean_and_spread
+from bdjax.run.folder import to_plain
+from bdjax.settings import read_variant
+
+NO_DEFENSE = "none"
+"""The base name of the baseline."""
+
+
+def spread(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation of one number over seeds.
+
+    Args:
+        values: one for each seed. If there is none, or one of them is None, the mean is unknown.
+
+    Returns:
+        {"mean", "standard_deviation"}, None where unknown; a single seed has no deviation.
+    """
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return {"mean": None, "standard_deviation": None}
+    deviation = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {"mean": float(np.mean(known)), "standard_deviation": deviation}
+
+
+def assemble(
+    definitions: Iterable[str],
+    test_rows: int,
+    seeds: Iterable[int],
+    attacks: Iterable[Mapping[str, Any]],
+    methods: Iterable[Mapping[str, Any]],
+    cells: Iterable[Mapping[str, Any]],
+    left_out: Mapping[str, str] = {},
+    **extra: Any,
+) -> dict[str, Any]:
+    """The content of results.json.
+
+    Args:
+        definitions: the names in `metrics.DEFINITIONS` of what the cells and the tables hold.
+        test_rows: how many there are.
+        seeds: their numbers.
+        attacks: an entry for each, with "attack" and "title".
+        methods: an entry for each, with "method", "base", "title" and "needs".
+        cells: of `make_cell`.
+        left_out: an attack or a method -> why the run could not have it.
+        extra: what only this kind of run has.
+    """
+    return {
+        "definitions": metrics.definitions(*definitions),
+        "test_rows": test_rows,
+        "seeds": list(seeds),
+        "attacks": list(attacks),
+        "methods": list(methods),
+        "cells": list(cells),
+        "left_out": dict(left_out),
+        **extra,
+    }
+
+
+def make_cell(attack: str, method: str, by_seed: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """One entry of results["cells"].
+
+    Args:
+        attack: its name.
+        method: its name.
+        by_seed: the numbers of each seed, "seed" first. Those under "facts", if there are, are the method's own.
+        names: the numbers that are summarised.
+    """
+    facts = list(dict.fromkeys(name for row in by_seed for name in row.get("facts", {})))
+    return {
+        "attack": attack,
+        "method": method,
+        "summary": {name: spread(row[name] for row in by_seed) for name in names},
+        "facts": {name: spread(row["facts"].get(name) for row in by_seed) for name in facts},
+        "by_seed": [dict(row) for row in by_seed],
+    }
+
+
+def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
+    """The entry of results["attacks"] for the suspects of one attack.
+
+    Args:
+        suspects: of each seed, in order.
+        seed: the number of the first.
+    """
+    attack = suspects[0].attack
+    targets = list(dict.fromkeys(one.attack.target for one in suspects))
+    other_targets = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(str, targets[1:]))}"
+    parts = [
+        {
+            "attack": part.attack.name,
+            "title": part.attack.title,
+            "paper": part.attack.paper,
+            "label_rule": part.rule.name + (other_targets if "target" in part.rule.name else ""),
+            "settings": to_plain(part.settings),
+        }
+        for part in (attack.plan.parts if attack.plan else ())
+    ]
+    return {
+        "attack": attack.name,
+        "base": read_variant(attack.name)[0],
+        "title": set_title(suspects[0]),
+        "target": (targets[0] if len(targets) == 1 else targets) if parts else None,
+        "is_clean": all(one.is_poisoned is not None and not one.is_poisoned.any() for one in suspects),
+        "suppression": attack.suppression,
+        "parts": parts,
+        "seeds": [seed + one.seed for one in suspects],
+    }
+
+
+def set_title(suspect: Suspect) -> str:
+    """What a suspect is called: its attack or its label, "no attack" if it is known to be clean, and otherwise "user data"."""
+    if suspect.attack.plan is not None or suspect.attack.label:
+        return suspect.attack.title
+    is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
+    return suspect.attack.title if is_clean else "user data"
+
+
+def describe_method(variant: DefenseVariant) -> dict[str, Any]:
+    """The entry of results["methods"] for a defense."""
+    defense = variant.defense
+    return {
+        "method": variant.name,
+        "base": defense.name,
+        "title": variant.title,
+        "needs": list(defense.needs_with(variant.settings)),
+        "paper": defense.paper,
+        "stage": defense.stage,
+        "settings": to_plain(variant.settings),
+    }
+
+
+def by_attack_and_method(measured: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:
+    """(attack, method) -> what was measured on each seed, in the order of the seeds; attacks in the order in which they first
+    come, then methods in theirs."""
+    measured = list(measured)
+    attacks = dict.fromkeys(each.suspect.attack.name for each in measured)
+    methods = dict.fromkeys(each.variant.name for each in measured)
+    groups: dict[tuple[str, str], list[Measured]] = {(a, m): [] for a in attacks for m in methods}
+    for each in measured:
+        groups[each.suspect.attack.name, each.variant.name].append(each)
+    return {key: sorted(group, key=lambda each: each.suspect.seed) for key, group in groups.items() if group}
+
+
+def find(results: Mapping[str, Any], attack: str, method: str | None) -> Mapping[str, Any] | None:
+    """The cell of an attack and a method, by their names; None if the run has none."""
+    for cell in results["cells"]:
+        if cell["attack"] == attack and cell["method"] == method:
+            return cell
+    return None
+
+
+def cells(results: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
+    """(cell, its attack, its method) of every cell."""
+    attacks = {one["attack"]: one for one in results["attacks"]}
+    methods = {one["method"]: one for one in results["methods"]}
+    for cell in results["cells"]:
+        yield cell, attacks[cell["attack"]], methods[cell["method"]]
+
+
+def mean_of(cell: Mapping[str, Any] | None, name: str) -> float | None:
+    """The mean over seeds of a number of a cell; None if it is not known."""
+    return None if cell is None or name not in cell["summary"] else cell["summary"][name]["mean"]
+
+
+def number_texts(cell: Mapping[str, Any], names: Iterable[str], decimals: int = 3) -> tuple[str, ...]:
+    """Numbers of a cell as tables print them: "0.953 ± 0.004"."""
+    return tuple(mean_and_spread([row.get(name) for row in cell["by_seed"]], decimals) for name in names)
+
+
+def is_known(results: Mapping[str, Any], name: str) -> bool:
+    """Whether any cell has such a number."""
+    return any(mean_of(cell, name) is not None for cell in results["cells"])
+
+
+def undefended(results: Mapping[str, Any]) -> str | None:
+    """The name of the method that is none; None if the run was without it."""
+    return next((one["method"] for one in results["methods"] if one["base"] == NO_DEFENSE), None)
+
+
+def is_clean(attack: Mapping[str, Any]) -> bool:
+    """Whether an entry of results["attacks"] is known to be none: no poisoned row, and a teacher without a backdoor."""
+    return attack["is_clean"]
+
+
+def seeds_text(results: Mapping[str, Any]) -> str:
+    """Over how many seeds the means are: "3 seeds"."""
+    counts = _seed_counts(results)
+    if len(counts) == 1:
+        return f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
+    return f"{counts[0]} to {counts[-1]} seeds"
+
+
+def has_spread(results: Mapping[str, Any]) -> bool:
+    """Whether any attack comes with several seeds."""
+    return _seed_counts(results)[-1] > 1
+
+
+def _seed_counts(results: Mapping[str, Any]) -> list[int]:
+    """Attacks have seeds of their own only where they may differ."""
+    return sorted({len(one["seeds"] if "seeds" in one else results["seeds"]) for one in results["attacks"]})
+
+
+def mean_text(results: Mapping[str, Any]) -> str:
+    """What a printed number is: "mean ± standard deviation over 3 seeds"."""
+    return f"mean{' ± standard deviation' if has_spread(results) else ''} over {seeds_text(results)}"
+
+
+def one_seed_text(results: Mapping[str, Any]) -> str:
+    """What a verdict adds where there is no spread, with a space before; empty otherwise."""
+    return " One seed only: small differences mean nothing." if len(results["seeds"]) == 1 else ""
+
+
+def left_out_text(results: Mapping[str, Any]) -> str:
+    """What the run could not have, with a space before; empty if nothing."""
+    reasons = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
+    return f" Left out: {reasons}." if reasons else ""
