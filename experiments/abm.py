@@ -14,9 +14,12 @@ from typing import Any
 
 from bdjax.reporting import verification_heat
 from bdjax.reporting.report import Section
-from bdjax.run import command_line
+from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
-from bdjax.workflows.poisoned_sets import Config, Context, Experiment, Study, run_from_flags, start_from
+from bdjax.run.presets import Study
+from bdjax.workflows import poisoned_sets
+from bdjax.workflows.base import Context, Experiment, read_flags
+from bdjax.workflows.poisoned_sets import Config
 
 DEFENSES = "nad,abl,bab,cbd,abm"
 """Those of the paper's tables III and XI."""
@@ -86,7 +89,7 @@ STUDIES = {
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
-    """The configuration that a preset starts from: see `start_from`."""
+    """The configuration that a preset starts from: see `presets.start_from`."""
     # Section V-A. ResNet-18 is declared, but the accuracies are those of WRN-16-1 without augmentation, which table VII
     # and appendix B name. "Reduced by 10 after every two epochs" would end at 1e-26; the rates are those of NAD's code.
     paper = {
@@ -102,22 +105,28 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "attacks": STUDIES["table3"].attacks,
     }
     always = {"defenses": DEFENSES, "schedule": "cosine"}
-    return start_from(preset, dataset, always, paper, defenses_of_own_rows="abl,bab,cbd,abm")
+    return presets.start_from(
+        "poisoned_sets", preset, dataset, always, paper, kind=Config, defenses_of_own_rows="abl,bab,cbd,abm"
+    )
 
 
 def sections(context: Context) -> Sequence[Section]:
     """Figure 11: where the verification network looks."""
     return verification_heat.section(
-        context.folder, context.givens, context.groups, context.comparisons, context.data.test
+        context.folder,
+        [group.given for group in context.groups],
+        [group.suspects for group in context.groups],
+        context.comparisons,
+        context.data.test,
     )
 
 
-EXPERIMENT = Experiment("abm", "Anti-Backdoor Model", "abm", preset, STUDIES, sections)
+EXPERIMENT = Experiment("abm", "Anti-Backdoor Model", ("abm",), preset, STUDIES, sections)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return run_from_flags(EXPERIMENT, __doc__.splitlines()[0], arguments, log)
+    return poisoned_sets.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,15 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
+from bdjax import datasets
 from bdjax.reporting import loss_gap
 from bdjax.reporting.report import Section
-from bdjax.run import command_line
+from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
-from bdjax.workflows.poisoned_sets import FLIPPABLE, Config, Context, Experiment, Study, run_from_flags, start_from
+from bdjax.run.presets import Study
+from bdjax.workflows import poisoned_sets
+from bdjax.workflows.base import Context, Experiment, read_flags
+from bdjax.workflows.poisoned_sets import Config
 
 DEFENSES = "fine_pruning,activation_clustering,abl,lfd"
 """Those of the paper's table 1."""
@@ -55,7 +59,7 @@ GAP_NETWORKS = ("resnet_s", "resnet18_cifar")
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
-    """The configuration that a preset starts from: see `start_from`."""
+    """The configuration that a preset starts from: see `presets.start_from`."""
     # Section 5 and appendix A.1; the target is class 1 on CIFAR-10 and GTSRB.
     paper = {
         "model": "resnet18_cifar",
@@ -63,26 +67,39 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "epochs": 80,
         "batch_size": 128,
         "learning_rate": 1e-3,
-        "augmentation": "crop_flip" if dataset in FLIPPABLE else "crop",
+        "augmentation": "crop_flip" if dataset and datasets.traits(dataset).flips else "crop",
         "target": 1,
         "attacks": STUDIES["table1"].attacks,
     }
     always = {"defenses": DEFENSES, "target": 0}
-    return start_from(preset, dataset, always, paper, defenses_of_own_rows="activation_clustering,abl,lfd")
+    return presets.start_from(
+        "poisoned_sets",
+        preset,
+        dataset,
+        always,
+        paper,
+        kind=Config,
+        defenses_of_own_rows="activation_clustering,abl,lfd",
+    )
 
 
 def sections(context: Context) -> Sequence[Section]:
     """The loss gap, for the networks that the run is about."""
     networks = {"teachers": CAPACITIES, "architectures": OTHER_FAMILIES}.get(context.config.study, GAP_NETWORKS)
-    return loss_gap.section(context.folder, context.givens, context.groups, networks)
+    return loss_gap.section(
+        context.folder,
+        [group.given for group in context.groups],
+        [group.suspects for group in context.groups],
+        networks,
+    )
 
 
-EXPERIMENT = Experiment("lfd", "Learning from Distinction", "lfd", preset, STUDIES, sections)
+EXPERIMENT = Experiment("lfd", "Learning from Distinction", ("lfd",), preset, STUDIES, sections)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return run_from_flags(EXPERIMENT, __doc__.splitlines()[0], arguments, log)
+    return poisoned_sets.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
 
 
 if __name__ == "__main__":

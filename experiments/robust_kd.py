@@ -15,14 +15,16 @@ from typing import Any
 
 import jax
 
-from bdjax.errors import InputError
+from bdjax import datasets
 from bdjax.models import group_shapes
 from bdjax.reporting import feature_variance
 from bdjax.reporting.report import Section
-from bdjax.run import command_line
+from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
-from bdjax.workflows.poisoned_sets import FLIPPABLE, LIKE, Study
-from bdjax.workflows.suspect_models import Config, Context, Experiment, Preset, run_from_flags
+from bdjax.run.presets import Study
+from bdjax.workflows import suspect_models
+from bdjax.workflows.base import Context, Experiment, read_flags
+from bdjax.workflows.suspect_models import Config
 
 CKD = "ckd:mask_bound=0.2"
 """With the weaker mask of RobustKD's public code: at the 0.5 of CKD's own, the trigger fools clean students as well."""
@@ -88,56 +90,6 @@ STUDIES = {
     ),
 }
 
-_QUICK = {
-    "teacher_model": "wrn_16_2",
-    "student": "wrn_10_2",
-    "width": 16,
-    "attacks": PASSING,
-    "defenses": METHODS,
-    "optimiser": "adam",
-    "learning_rate": 3e-3,
-    "fine_tuning_learning_rate": 1e-3,
-    "weight_decay": 0.0,
-    "batch_size": 64,
-    "augmentation": "crop",
-}
-QUICK_SETS: dict[str, dict[str, Any]] = {
-    # At less width little passes through: students need the room to learn features that closely. CKD is left to the studies.
-    "digits": {
-        "attacks": "latent_backdoor,none",
-        "width": 24,
-        "batch_size": 32,
-        "epochs": 20,
-        "fine_tuning_epochs": 15,
-        "controlled_epochs": 40,
-    },
-    "mnist": {
-        "train_rows": 4000,
-        "test_rows": 1000,
-        "epochs": 8,
-        "fine_tuning_epochs": 5,
-        "controlled_epochs": 12,
-        "seeds": 2,
-    },
-    "cifar10": {
-        "train_rows": 6000,
-        "test_rows": 1000,
-        "epochs": 12,
-        "fine_tuning_epochs": 6,
-        "controlled_epochs": 12,
-        "seeds": 2,
-    },
-    "gtsrb": {
-        "train_rows": 6000,
-        "test_rows": 1000,
-        "epochs": 12,
-        "fine_tuning_epochs": 6,
-        "controlled_epochs": 12,
-        "seeds": 2,
-    },
-}
-"""What quick runs have on two cores, by dataset."""
-
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     """The configuration that a preset starts from.
@@ -145,20 +97,17 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     Raises:
         InputError: if there is no such preset.
     """
-    on_cpu = jax.default_backend() == "cpu"
-    preset, dataset = preset or ("quick" if on_cpu else "paper"), dataset or "digits"
-    if preset not in Preset.__args__:
-        raise InputError(f"--preset {preset!r} is not one of {', '.join(Preset.__args__)}")
+    preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper"))
     if preset == "quick":
-        like = dataset if dataset in QUICK_SETS else LIKE.get(dataset, "digits")
-        return Config(dataset=dataset, preset=preset, **{**_QUICK, **QUICK_SETS[like]})
+        quick = {"attacks": PASSING, **presets.quick("suspect_models", dataset)}
+        return Config(dataset=dataset, preset=preset, defenses=METHODS, **quick)
     paper = Config(
         dataset=dataset,
         preset=preset,
         attacks=ATTACKS,
         defenses=METHODS,
-        augmentation="crop_flip" if dataset in (*FLIPPABLE, "flowers17") else "crop",
-        compute_dtype="float32" if on_cpu else "bfloat16",
+        augmentation="crop_flip" if datasets.traits(dataset).flips else "crop",
+        compute_dtype=compute_dtype,
     )
     # Its images are large and few, and only the pyramids are tried on them.
     of_flowers = {"teacher_model": "pyramidnet_200_240", "student": "pyramidnet_110_84", "batch_size": 32}
@@ -174,23 +123,23 @@ def sections(context: Context) -> Sequence[Section]:
     return feature_variance.of_suspects(
         jax.random.fold_in(jax.random.key(config.seed), 1),
         context.folder,
-        context.given.runner,
+        context.groups[0].given.runner,
         teachers.suspects,
         teachers.variables,
         teachers.clean,
         teachers.recipes.fine_tuning,
         context.data.train,
-        context.views,
+        context.groups[0].views,
         config.evaluation_batch_size,
     )
 
 
-EXPERIMENT = Experiment("robust_kd", "RobustKD", "robust_kd", "fkd", preset, STUDIES, sections)
+EXPERIMENT = Experiment("robust_kd", "RobustKD", ("robust_kd",), preset, STUDIES, sections)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return run_from_flags(EXPERIMENT, __doc__.splitlines()[0], arguments, log)
+    return suspect_models.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
 
 
 if __name__ == "__main__":

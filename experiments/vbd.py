@@ -10,16 +10,17 @@ was given. The class that the attack is aimed at goes with the seed. The same co
 at the same numbers.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from bdjax import datasets
 from bdjax.attacks.vbd_triggers import TILES
-from bdjax.run import command_line
+from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
+from bdjax.run.presets import Study
 from bdjax.workflows import detection
-from bdjax.workflows.detection import Config, Experiment
-from bdjax.workflows.poisoned_sets import FLIPPABLE, LIKE, Study, start_from
+from bdjax.workflows.base import Experiment, read_flags
+from bdjax.workflows.detection import Config
 
 TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_grid", "white_square")
 FAINT = (0.1, 0.2, 0.5)
@@ -52,19 +53,6 @@ STUDIES = {
     "clean": Study("false alarms: nothing is poisoned; take more --seeds", "none", WITHOUT_CLEAN_ROWS),
 }  # fmt: skip
 
-_QUICK_SETS: dict[str, dict[str, Any]] = {
-    "digits": {"attacks": "white_square,green_square:opacity=0.5,none", "suspects_at_once": 16},
-    "mnist": {"train_rows": 10000, "attacks": "white_square,white_grid:opacity=0.5,none", "seeds": 2},
-    "cifar10": {
-        "train_rows": 10000,
-        "epochs": 6,
-        "attacks": "white_square,color_grid:opacity=0.5,none",
-        "seeds": 2,
-        "suspects_at_once": 12,
-    },
-    "tiny_imagenet": {"train_rows": 20000, "attacks": "white_square,color_grid:opacity=0.5,none", "seeds": 2},
-}
-
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     """The configuration that a preset starts from.
@@ -81,29 +69,25 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "optimiser": "sgd",
         "learning_rate": 0.01,
         "weight_decay": 5e-4,
-        "augmentation": "crop_flip" if dataset in (*FLIPPABLE, "tiny_imagenet") else "crop",
+        "augmentation": "crop_flip" if dataset and datasets.traits(dataset).flips else "crop",
         "attacks": STUDIES["grid"].attacks,
         "defenses": DETECTORS,
         "seeds": 5,
     }
     always = {"defenses": "vbd", "schedule": "cosine"}
-    base = start_from(preset, dataset, always, paper, defenses_of_own_rows="vbd", kind=Config)
-    if base.preset == "quick" and dataset in (None, *LIKE, *_QUICK_SETS):
-        return dataclasses.replace(base, **_QUICK_SETS[LIKE.get(base.dataset, base.dataset)])
-    return base
+    return presets.start_from("detection", preset, dataset, always, paper, kind=Config, defenses_of_own_rows="vbd")
 
 
-EXPERIMENT = Experiment("vbd", "Variance-based defense", "vbd", preset, STUDIES)
+EXPERIMENT = Experiment("vbd", "Variance-based defense", ("vbd",), preset, STUDIES)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    studies = "; ".join(f"{name}: {study.about}" for name, study in STUDIES.items())
-    what = "Rows at a path are audited as they are, unless --attacks says otherwise; other sets are poisoned first."
-    description = f"{__doc__.splitlines()[0]} {what} Studies: {studies}."
-    choosers = {"preset": None, "dataset": None}
-    config = command_line.parse(preset, choosers, arguments, prog="vbd.py", description=description)
-    return detection.run(config, EXPERIMENT, log)
+    about = (
+        f"{__doc__.splitlines()[0]} Rows at a path are audited as they are, unless --attacks says otherwise; other sets are "
+        "poisoned first."
+    )
+    return detection.run(read_flags(EXPERIMENT, about, arguments), EXPERIMENT, log)
 
 
 if __name__ == "__main__":

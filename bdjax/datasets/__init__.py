@@ -32,7 +32,7 @@ Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 class Traits(NamedTuple):
     """What is true of a dataset, and decides on the defaults of runs on it."""
 
-    flips: bool = False  # every experiment trains on mirrored rows: a mirrored picture is of the same class
+    flips: bool = False  # a mirrored picture is of the same class
     like: str | None = None  # another set, whose sizes and schedules of quick runs fit; None if it resembles no other
 
 
@@ -50,9 +50,8 @@ DATASETS: Mapping[str, Source] = {
     "cifar10": Source(load_cifar10, Traits(flips=True)),
     "cifar100": Source(load_cifar100, Traits(flips=True, like="cifar10")),
     "gtsrb": Source(load_gtsrb, Traits(like="cifar10")),
-    # VBD's experiment mirrors the rows of tiny_imagenet, and RobustKD's those of flowers17; the others do not.
-    "tiny_imagenet": Source(load_tiny_imagenet),
-    "flowers17": Source(load_flowers17),
+    "tiny_imagenet": Source(load_tiny_imagenet, Traits(flips=True)),
+    "flowers17": Source(load_flowers17, Traits(flips=True)),
 }
 
 

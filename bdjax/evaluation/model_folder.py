@@ -30,7 +30,7 @@ from bdjax.types import Model, PyTree
 TRIGGERS = "triggers.npz"
 
 
-class Suspects(NamedTuple):
+class ModelFolder(NamedTuple):
     model: Model
     variables: PyTree  # stacked [N, ...]
     triggers: ProviderTriggers | None  # of N providers, model i's the i-th; None if nobody knows
@@ -95,7 +95,7 @@ def read(
     target: int,
     lowering: Lowering,
     compute_dtype: ComputeDtype = "float32",
-) -> Suspects:
+) -> ModelFolder:
     """Read models that somebody handed over.
 
     Args:
@@ -127,7 +127,7 @@ def read(
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not bool(jnp.isfinite(leaf).all()):
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} holds values that are not finite")
-    return Suspects(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
+    return ModelFolder(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
 
 
 def _read_triggers(

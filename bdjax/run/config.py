@@ -16,11 +16,15 @@ from bdjax.models import ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.training import ensemble, probe
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Optimiser, Schedule, TrainConfig
 from bdjax.training.stages import Log
 from bdjax.types import TrainTest
 
 IGNORED = ("data_dir", "output")
 """Fields that do not influence any number."""
+ALL = "all"
+"""The value of `--defenses` that stands for the whole registry."""
 ENGINE_FILE = "engine.json"
 """The run's layout and lowering, so that it goes on with those that it began with."""
 
@@ -55,6 +59,51 @@ class ExperimentConfig:
     """of activations and products; parameters, statistics and losses are float32 in any case"""
     member_group: int = 0
     """train at most so many members in one call; 0 for as many as fit into memory"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(ExperimentConfig):
+    """The settings of every run that compares defenses, of training sets or of models."""
+
+    preset: Literal["quick", "paper", "strong"] = "paper"
+    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
+    attacks: str = "badnets,blended,sig,none"
+    """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
+    is the training set as it is. Data that somebody handed over, at a path, is not attacked by default"""
+    defenses: str = "none"
+    """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry; + between two runs one after the other:
+    fine_tuning+nad"""
+    study: str = ""
+    """one of the paper's tables or figures, instead of attacks and defenses"""
+
+    width: int = 64
+    """64 is the papers' size; others scale the channels"""
+    epochs: int = 80
+    """of plain training, and of every training from scratch that a defense does not settle itself"""
+    batch_size: int = 128
+    """of every training"""
+    optimiser: Optimiser = "adam"
+    """of plain training"""
+    learning_rate: float = 1e-3
+    """of plain training"""
+    schedule: Schedule = "cosine"
+    """of plain training"""
+    steps: tuple[tuple[int, float], ...] = ()
+    """of the schedule steps: epoch and learning rate from it on"""
+    weight_decay: float = 0.0
+    """L2, as PyTorch has it"""
+    augmentation: Augmentation = "none"
+    """of training rows, after they were poisoned"""
+    evaluation_batch_size: int = 250
+    """images at once in tests"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectConfig(ComparisonConfig):
+    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
+
+    model: str = "resnet18_cifar"
+    """the network that is to be trained on the suspect rows"""
 
 
 def flag(name: str) -> str:
@@ -176,3 +225,20 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
     """
     changed = command_line.changed_fields(config, default, IGNORED)
     return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
+
+
+def train_config(config: ComparisonConfig) -> TrainConfig:
+    """How an undefended network of this run trains. Incomplete last batches are left out: their own shape would double
+    compiling."""
+    return TrainConfig(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        evaluation_batch_size=config.evaluation_batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        optimiser=config.optimiser,
+        schedule=config.schedule,
+        steps=config.steps,
+        keep_last_batch=False,
+        augmentation=config.augmentation,
+    )

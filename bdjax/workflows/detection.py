@@ -33,20 +33,21 @@ from bdjax.reporting import audit_report, defense_results, detection_report
 from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.reporting.tables import to_rich
 from bdjax.run import config as run_config
-from bdjax.run.config import IGNORED, choose_engine, load, open_folder
+from bdjax.run.config import IGNORED, SuspectConfig, choose_engine, load, open_folder, train_config
 from bdjax.run.folder import RunFolder, to_plain
 from bdjax.run.log import StageLog
 from bdjax.training import processes
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Model, PoisonedDataset
-from bdjax.workflows import poisoned_sets
+from bdjax.workflows import base
+from bdjax.workflows.base import Experiment
 
 FILES = "outcomes"
 """The folder, in that of the run, with what came out of each few suspects."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(poisoned_sets.SuspectConfig):
+class Config(SuspectConfig):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to. Of the settings of plain training
     (model to augmentation) nothing is used unless a detector needs the attacked network."""
 
@@ -62,16 +63,6 @@ class Config(poisoned_sets.SuspectConfig):
     """of an audited folder, copy the image files that are not flagged"""
 
 
-class Experiment(NamedTuple):
-    """What an experiment adds."""
-
-    name: str  # "vbd": of the script and of the folder below runs/
-    title: str  # of the report
-    own: str  # the detector that it is about
-    default: Callable[[str, str], Config]  # (preset, dataset) -> what flags start from
-    studies: Mapping[str, poisoned_sets.Study]
-
-
 class Outcome(NamedTuple):
     """A few suspects before every detector."""
 
@@ -79,12 +70,12 @@ class Outcome(NamedTuple):
     found: list[FoundPattern]
 
 
-def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
     """Try detectors on a grid of suspects, or audit rows that somebody handed over.
 
     Args:
         config: all settings.
-        one: the experiment.
+        experiment: its presets, its studies, what it is about.
         log: where progress goes; by default the terminal.
 
     Returns:
@@ -94,14 +85,14 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         InputError: if the data, an attack, a detector or the output folder cannot be used.
     """
     log = log or StageLog()
-    poisoned_sets.check(config, one)
+    base.check(config, experiment)
     run_config.check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
-    attacks, texts = poisoned_sets.chosen(config, one)
+    attacks, texts = base.attacks_and_defenses(config, experiment)
     texts = [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
     is_own = config.dataset not in datasets.DATASETS and not config.dataset.startswith("tfds:")
     if is_own and attacks == [NO_ATTACK]:
-        return audit(config, one, texts, log)
-    return run_grid(config, one, attacks, texts, log)
+        return audit(config, experiment, texts, log)
+    return run_grid(config, experiment, attacks, texts, log)
 
 
 def read_detectors(config: Config, texts: Sequence[str]) -> list[DefenseVariant]:
@@ -120,7 +111,7 @@ def read_detectors(config: Config, texts: Sequence[str]) -> list[DefenseVariant]
 
 
 def run_grid(
-    config: Config, one: Experiment, attacks: Sequence[str], texts: Sequence[str], log: StageLog
+    config: Config, experiment: Experiment, attacks: Sequence[str], texts: Sequence[str], log: StageLog
 ) -> dict[str, Any]:
     """Every attack and seed before every detector."""
     variants, left_out = [], {}
@@ -142,12 +133,12 @@ def run_grid(
         for seed in range(config.seeds)
     ]
     check_attacks([attack for attack, _ in wanted], train)
-    default = one.default(config.preset, config.dataset)
-    output = run_config.output_folder(one.name, config, default, config.preset)
+    default = base.default_of(experiment, config)
+    output = run_config.output_folder(experiment.name, config, default, config.preset)
     members = min(config.suspects_at_once, len(wanted))
     engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
     make_network = network_maker(config, train.num_classes, engine)
-    folder = open_folder(one.name, output, config, engine)
+    folder = open_folder(experiment.name, output, config, engine)
     outcomes = []
     for start in range(0, len(wanted), config.suspects_at_once):
         some, name = wanted[start : start + config.suspects_at_once], f"suspects-{start:04d}"
@@ -161,7 +152,7 @@ def run_grid(
             runner = StageRunner(place, train.image_shape, engine.layout, log, config.member_group or None)
             needs_network = any("attacked model" in each.defense.needs for each in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
-            recipe = poisoned_sets.train_config(config)
+            recipe = train_config(config)
             given = make_defense_input(
                 suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
             )
@@ -184,10 +175,10 @@ def run_grid(
         comparisons,
         log.timings,
         train,
-        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
+        run_config.command(experiment.name, config, default, dataset=config.dataset, preset=config.preset),
         [each._replace(seed=config.seed + each.seed) for outcome in outcomes for each in outcome.found],
-        f"{one.title} on {train.name}",
-        [variant.name for variant in variants if variant.defense.name == one.own],
+        f"{experiment.title} on {train.name}",
+        [variant.name for variant in variants if variant.defense.name in experiment.about],
     )
     log.console.print(to_rich(defense_results.detection_table(results)))
     log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
@@ -432,31 +423,33 @@ def _found(arrays: Mapping[str, np.ndarray]) -> list[FoundPattern]:
 # ---- An audit ----------------------------------------------------------------------------------------------------
 
 
-def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) -> dict[str, Any]:
+def audit(config: Config, experiment: Experiment, texts: Sequence[str], log: StageLog) -> dict[str, Any]:
     """Which of a user's own rows are poisoned, and by what trigger?
 
     Raises:
         InputError: other detectors than the experiment's own, or data that cannot be used.
     """
     variants = read_detectors(config, texts)
-    if [variant.defense.name for variant in variants] != [one.own]:
-        raise InputError(f"--defenses {','.join(texts)}: an audit of {config.dataset} is by {one.own} alone")
+    if [variant.defense.name for variant in variants] != list(experiment.about):
+        raise InputError(
+            f"--defenses {','.join(texts)}: an audit of {config.dataset} is by {experiment.about[0]} alone"
+        )
     (variant,) = variants
     with log.stage("data") as stage:
         data = datasets.load_suspect(config.dataset, config.data_dir)
         if 0 < config.train_rows < len(data):
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
-    default = one.default(config.preset, config.dataset)
-    output = run_config.output_folder(one.name, config, default, config.preset)
+    default = base.default_of(experiment, config)
+    output = run_config.output_folder(experiment.name, config, default, config.preset)
     engine = choose_engine(config, data.image_shape, config.width, config.batch_size, 1, output, log)
     make_network = network_maker(config, data.num_classes, engine)
-    folder = open_folder(one.name, output, config, engine)
+    folder = open_folder(experiment.name, output, config, engine)
     runner = StageRunner(folder.checkpoints, data.image_shape, engine.layout, log, config.member_group or None)
     is_poisoned = data.is_poisoned if isinstance(data, PoisonedDataset) else None
     suspect = Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, data, (), is_poisoned)
     keys = suspect_keys(jax.random.key(config.seed), [suspect])
-    recipe = poisoned_sets.train_config(config)
+    recipe = train_config(config)
     given = make_defense_input([suspect], keys, data, None, make_network, recipe, runner, train_plainly=False)
     analysis = vbd.analyse(given, variant.settings)
     settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
@@ -468,7 +461,7 @@ def audit(config: Config, one: Experiment, texts: Sequence[str], log: StageLog) 
         analysis,
         variant.settings,
         log.timings,
-        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
+        run_config.command(experiment.name, config, default, dataset=config.dataset, preset=config.preset),
         source_folder=path if path.is_dir() else None,
         copy_files=config.copy_files,
     )

@@ -1,4 +1,4 @@
-"""What the experiments on poisoned training sets share: one command from the data to the report.
+"""Runs on poisoned training sets: poison, train, defend, measure.
 
 A run has some attacks, some seeds and some defenses. Each attack and seed gives one suspect training set; every defense is
 tried on each, all suspects at once. `experiments/lfd.py` and `experiments/abm.py` add their presets, their studies (a paper's
@@ -7,9 +7,9 @@ table or figure as a choice of attacks and defenses) and their own figures.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,8 @@ from bdjax import datasets
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
-from bdjax.defenses.contract import DefenseInput
-from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
-from bdjax.evaluation.measure import Comparison, Measured, defend, make_views
+from bdjax.evaluation.measure import Comparison, defend, make_views
 from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import (
     NO_ATTACK,
@@ -32,83 +30,16 @@ from bdjax.evaluation.variants import (
     read_attack,
     read_defense,
 )
-from bdjax.models import make_model
 from bdjax.reporting import defense_report, defense_results
-from bdjax.reporting.report import Section
-from bdjax.reporting.tables import to_rich
-from bdjax.run import command_line
-from bdjax.run import config as run_config
-from bdjax.run.config import IGNORED, ExperimentConfig, check_ranges, choose_engine, load, open_folder
-from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.config import ALL, SuspectConfig, check_ranges, load, train_config
+from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import split_variants
 from bdjax.training import checkpoint, ensemble, processes
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Schedule, TrainConfig
+from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
-
-Preset = Literal["quick", "paper", "strong"]
-ALL = "all"
-Settings = TypeVar("Settings", bound="SuspectConfig")
-FLIPPABLE = ("cifar10", "cifar100")
-"""Sets of natural images, where a mirrored picture is of the same class."""
-
-_QUICK = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
-QUICK_SETS: dict[str, dict[str, Any]] = {
-    "digits": _QUICK | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
-    "mnist": _QUICK | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
-    "cifar10": _QUICK
-    | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
-}
-"""What quick runs have on two cores, by dataset."""
-LIKE = {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
-"""Sets that quick runs treat as another."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonConfig(ExperimentConfig):
-    """The settings of every run that holds defenses side by side, whatever they are handed."""
-
-    preset: Preset = "paper"
-    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
-    attacks: str = "badnets,blended,sig,none"
-    """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
-    is the training set as it is. Data that somebody handed over, at a path, is not attacked by default"""
-    defenses: str = "none"
-    """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry; + between two runs one after the other:
-    fine_tuning+nad"""
-    study: str = ""
-    """one of the paper's tables or figures, instead of attacks and defenses"""
-
-    width: int = 64
-    """64 is the papers' size; others scale the channels"""
-    epochs: int = 80
-    """of plain training, and of every training from scratch that a defense does not settle itself"""
-    batch_size: int = 128
-    """of every training"""
-    optimiser: Optimiser = "adam"
-    """of plain training"""
-    learning_rate: float = 1e-3
-    """of plain training"""
-    schedule: Schedule = "cosine"
-    """of plain training"""
-    steps: tuple[tuple[int, float], ...] = ()
-    """of the schedule steps: epoch and learning rate from it on"""
-    weight_decay: float = 0.0
-    """L2, as PyTorch has it"""
-    augmentation: Augmentation = "none"
-    """of training rows, after they were poisoned"""
-    evaluation_batch_size: int = 250
-    """images at once in tests"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuspectConfig(ComparisonConfig):
-    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
-
-    model: str = "resnet18_cifar"
-    """the network that is to be trained on the suspect rows"""
+from bdjax.workflows import base
+from bdjax.workflows.base import Context, Experiment, Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,118 +54,12 @@ class Config(SuspectConfig):
     """write the first seed's defended networks of the experiment's own defense"""
 
 
-def start_from(
-    preset: str | None,
-    dataset: str | None,
-    always: Mapping[str, Any],
-    paper: Mapping[str, Any],
-    *,
-    defenses_of_own_rows: str,
-    kind: type[Settings] = Config,
-) -> Settings:
-    """The configuration that a preset starts from.
-
-    Args:
-        preset: its name; None for quick on a CPU, and paper on anything else.
-        dataset: its name or path; None for the digits.
-        always: field -> value, whatever the preset.
-        paper: the same at the paper's size, which strong runs have as well where there is an accelerator.
-        kind: the configuration's class.
-        defenses_of_own_rows: for data at a path, which is not attacked, and of which no clean rows are known.
-
-    Raises:
-        InputError: if there is no such preset.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    preset = preset or ("quick" if on_cpu else "paper")
-    dataset = dataset or "digits"
-    if preset not in Preset.__args__:
-        raise InputError(f"--preset {preset!r} is not one of {', '.join(Preset.__args__)}")
-    if preset == "paper" or (preset == "strong" and not on_cpu):
-        sized = {**paper, "compute_dtype": "float32" if on_cpu else "bfloat16"}
-    else:
-        sized = QUICK_SETS.get(LIKE.get(dataset, dataset), QUICK_SETS["digits"] | {"attacks": NO_ATTACK})
-    own = {}
-    if dataset not in datasets.DATASETS and not dataset.startswith("tfds:"):
-        own = {"attacks": NO_ATTACK, "seeds": 1, "defenses": defenses_of_own_rows}
-    return kind(dataset=dataset, preset=preset, **{**always, **sized, **own})
-
-
-class Study(NamedTuple):
-    """One of a paper's tables or figures."""
-
-    about: str  # "figure 4b: how many rows are taken for candidates"
-    attacks: str
-    defenses: str
-
-
-class Context(NamedTuple):
-    """What a run has when its results are in, for figures of an experiment's own."""
-
-    config: Config
-    folder: RunFolder
-    data: TrainTest  # the training rows before poisoning, and the test rows
-    givens: Sequence[DefenseInput]  # of each group of suspects
-    groups: Sequence[Sequence[Suspect]]
-    comparisons: Sequence[Comparison]
-    results: Mapping[str, Any]
-    log: StageLog
-
-
-class Experiment(NamedTuple):
-    """What an experiment adds."""
-
-    name: str  # "lfd": of the script and of the folder below runs/
-    title: str  # of the report
-    own: str  # the defense that it is about
-    default: Callable[[str, str], Config]  # (preset, dataset) -> what flags start from
-    studies: Mapping[str, Study]
-    sections: Callable[[Context], Sequence[Section]]
-
-
-def run_from_flags(
-    one: Experiment, about: str, arguments: Sequence[str] | None = None, log: StageLog | None = None
-) -> dict[str, Any]:
-    """Read the flags of an experiment and run it.
-
-    Args:
-        one: the experiment.
-        about: one line on it, for --help, which tells of its studies as well.
-        arguments: the command line; None for that of the process.
-        log: where progress goes; by default the terminal.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        InputError: as `run`.
-    """
-    return run(read_flags(one, about, arguments), one, log)
-
-
-def read_flags(one: Experiment, about: str, arguments: Sequence[str] | None = None) -> Any:
-    """The configuration that an experiment's flags ask for.
-
-    Args:
-        one: anything with a `name`, `default` and `studies`.
-        about: one line on it.
-        arguments: the command line; None for that of the process.
-
-    Raises:
-        InputError: as `command_line.parse`.
-    """
-    studies = "; ".join(f"{name}: {study.about}" for name, study in one.studies.items())
-    choosers = {"preset": None, "dataset": None}
-    texts = {"prog": f"{one.name}.py", "description": f"{about} Studies: {studies}."}
-    return command_line.parse(one.default, choosers, arguments, **texts)
-
-
-def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
     """Run defenses from the data to the report.
 
     Args:
         config: all settings.
-        one: the experiment.
+        experiment: its presets, its studies, what it is about.
         log: where progress goes; by default the terminal.
 
     Returns:
@@ -244,105 +69,71 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         InputError: if the data, an attack, a defense or the output folder cannot be used.
     """
     log = log or StageLog()
-    check(config, one)
+    base.check(config, experiment)
     check_ranges(config, shares=("clean_share",))
-    attack_texts, defense_texts = chosen(config, one)
+    attack_texts, defense_texts = base.attacks_and_defenses(config, experiment)
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data
     attacks = [read_attack(text, train, config.target) for text in attack_texts]
     variants, left_out = usable_defenses(config, defense_texts, clean)
-    output = run_config.output_folder(one.name, config, one.default(config.preset, config.dataset), config.preset)
     members = len(attacks) * config.seeds
-    engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
-        classes = num_classes or train.num_classes
-        return make_model(name or config.model, classes, config.width, engine.lowering, config.compute_dtype)
+        return run.make_model(name or config.model, num_classes)
 
     variants, not_fitting = compatible_defenses(
         variants, make_network(), make_network, train.image_shape, is_all=config.defenses == ALL
     )
     left_out |= not_fitting
-    folder = open_folder(one.name, output, config, engine)
-    runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
+    folder = run.open_folder()
+    runner = run.make_runner(folder.checkpoints)
     clean_key, attack_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 4)
     recipe = train_config(config)
     suspects = make_suspects(
         config, attacks, train, is_clean, runner, make_network(), recipe, clean_key, attack_key, log
     )
-    givens, groups, views = [], [], []
-    sizes = list(group_by_size(suspects))
+    groups, sizes = [], list(group_by_size(suspects))
     for numbers in sizes:
-        group = [suspects[number] for number in numbers]
-        place = folder.checkpoints / f"sets of {len(group[0].dataset)} rows" if len(sizes) > 1 else folder.checkpoints
-        own = dataclasses.replace(runner, folder=place)
-        keys = suspect_keys(suspect_key, group)
-        givens.append(make_defense_input(group, keys, train, clean, make_network, recipe, own))
-        groups.append(group)
+        members = [suspects[number] for number in numbers]
+        rows = len(members[0].dataset)
+        place = folder.checkpoints / f"sets of {rows} rows" if len(sizes) > 1 else folder.checkpoints
+        keys = suspect_keys(suspect_key, members)
+        own_runner = dataclasses.replace(runner, folder=place)
+        given = make_defense_input(members, keys, train, clean, make_network, recipe, own_runner)
         with log.stage("triggered test images") as stage:
-            views.append(make_views(view_key, group, test))
-            stage.detail = f"{len(group)} training sets × {len(test):,} test rows"
+            views = make_views(view_key, members, test)
+            stage.detail = f"{len(members)} training sets × {len(test):,} test rows"
+        groups.append(Group(given, members, views))
     comparisons = []
     for variant in variants:
-        for given, group, seen in zip(givens, groups, views, strict=True):
+        for group in groups:
             with log.stage(f"defense {variant.name}", detail="") as stage:
-                result, tried = defend(given, group, variant, seen)
-                stage.detail = told(tried)
-            comparisons.append(Comparison(variant, result, tried))
-    tried = [each for comparison in comparisons for each in comparison.tried]
-    results = defense_results.summarise(tried, len(test), config.seed, left_out)
+                result, measured = defend(group.given, group.suspects, variant, group.views)
+                stage.detail = base.summary_line(measured)
+            comparisons.append(Comparison(variant, result, measured))
+    measured = [one for comparison in comparisons for one in comparison.tried]
+    results = defense_results.summarise(measured, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
-    context = Context(config, folder, data, givens, groups, comparisons, results, log)
+    context = Context(config, folder, data, groups, comparisons, results, log)
     if config.save_models:
-        save_models(folder, comparisons, one.own)
-    settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
+        save_models(folder, comparisons, experiment.about)
     defense_report.write(
         folder,
-        settings,
+        base.settings_of(run),
         results,
         comparisons,
         log.timings,
         data,
-        command(config, one),
-        title=f"{one.title} on {train.name}",
-        about=[variant.name for variant in variants if variant.defense.name == one.own],
-        extra_sections=one.sections(context),
+        base.command(experiment, config),
+        title=f"{experiment.title} on {train.name}",
+        about=[variant.name for variant in variants if variant.defense.name in experiment.about],
+        extra_sections=experiment.sections(context),
     )
-    log.console.print(to_rich(defense_results.main_table(results)))
-    log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+    base.announce(run, folder, defense_results.main_table(results))
     return results
-
-
-def check(config: ComparisonConfig, one: Experiment) -> None:
-    """Refuse settings that no data could be right for.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    counts = ("width", "epochs", "batch_size", "evaluation_batch_size")
-    at_least = {**dict.fromkeys(counts, 1), "weight_decay": 0}
-    check_ranges(config, at_least=at_least, above_zero=("learning_rate",))
-    if config.study and config.study not in one.studies:
-        raise InputError(f"--study {config.study!r} is not one of {', '.join(one.studies)}")
-
-
-def chosen(config: ComparisonConfig, one: Experiment) -> tuple[list[str], list[str]]:
-    """The attacks and defenses of the run, as texts, each once.
-
-    Raises:
-        InputError: a study together with attacks or defenses of one's own.
-    """
-    attacks, defenses = config.attacks, config.defenses
-    if config.study:
-        default = one.default(config.preset, config.dataset)
-        if (attacks, defenses) != (default.attacks, default.defenses):
-            raise InputError(f"--study {config.study} settles attacks and defenses itself; leave out the other flags")
-        attacks, defenses = one.studies[config.study].attacks, one.studies[config.study].defenses
-    texts = list(DEFENSES) if defenses == ALL else split_variants(defenses)
-    # Tables hold everything against no defense, which costs nothing here: the attacked network is needed in any case.
-    return split_variants(attacks), list(dict.fromkeys(["none", *texts]))
 
 
 def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[TrainTest, Dataset | None, bool]:
@@ -437,34 +228,10 @@ def make_suspects(
     return suspects
 
 
-def told(tried: Sequence[Measured]) -> str:
-    """One line on what a defense did to all its suspects."""
-    text = f"CDA {np.mean([one.cda for one in tried]):.3f}"
-    asr = [one.asr for one in tried if one.asr is not None]
-    return text + (f", ASR {np.mean(asr):.3f}" if asr else "")
-
-
-def train_config(config: ComparisonConfig) -> TrainConfig:
-    """How an undefended network of this run trains. Incomplete last batches are left out: their own shape would double
-    compiling."""
-    return TrainConfig(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        evaluation_batch_size=config.evaluation_batch_size,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        optimiser=config.optimiser,
-        schedule=config.schedule,
-        steps=config.steps,
-        keep_last_batch=False,
-        augmentation=config.augmentation,
-    )
-
-
-def save_models(folder: RunFolder, comparisons: Sequence[Comparison], own: str) -> None:
+def save_models(folder: RunFolder, comparisons: Sequence[Comparison], about: Sequence[str]) -> None:
     """Write models/<defense>/<attack>: the first seed's defended networks, as Orbax checkpoints with what they are."""
     for variant, result, tried in comparisons:
-        if variant.defense.name != own:
+        if variant.defense.name not in about:
             continue
         for number, one in enumerate(tried):
             if one.suspect.seed:
@@ -478,9 +245,3 @@ def save_models(folder: RunFolder, comparisons: Sequence[Comparison], own: str) 
                 "attack": one.suspect.attack.name,
             }
             checkpoint.save(folder.path.joinpath("models", *names), ensemble.members(result.variables, number), about)
-
-
-def command(config: Config, one: Experiment) -> str:
-    """The command that makes this run again, wherever its data lies."""
-    default = one.default(config.preset, config.dataset)
-    return run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset)

@@ -1,55 +1,58 @@
-"""What the experiments on suspect models share: one command from the data to the report.
+"""Runs on suspect models: attack teachers or read a third party's, make students of them, measure both.
 
-Somebody hands over a network, a *teacher*, and nothing else; the defender has clean images, and wants a small clean network,
+The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has some attacks, some seeds and some methods. Each attack and seed gives one suspect teacher, which the
-attacker may have trained in any way; or the teacher is the user's own, read from a folder. Every method is tried on each, all
+attacker may have trained in any way; or the teacher is the user's, read from a folder. Every method is tried on each, all
 teachers at once. `experiments/robust_kd.py` adds its presets and its studies.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from bdjax.datasets import splits
-from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
-from bdjax.evaluation import teachers as teachers_io
+from bdjax.evaluation import teachers as third_party
 from bdjax.evaluation.measure import Comparison, TriggeredViews, defend, make_views
 from bdjax.evaluation.suspects import suspect_keys
-from bdjax.evaluation.teachers import Teachers, control, make_defense_input, make_recipes, take_teachers, train_teachers
+from bdjax.evaluation.teachers import (
+    Teachers,
+    control,
+    make_defense_input,
+    make_recipes,
+    take_teachers,
+    train_teachers,
+)
 from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
-from bdjax.models import make_model
 from bdjax.reporting import suspect_model_report, suspect_model_results
 from bdjax.reporting.defense_report import file_name
-from bdjax.reporting.report import Section
-from bdjax.reporting.tables import to_rich
-from bdjax.run import config as run_config
-from bdjax.run.config import IGNORED, check_ranges, choose_engine, load, open_folder
-from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.config import ALL, ComparisonConfig, check_ranges, load, train_config
+from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
-from bdjax.training.stages import StageRunner
-from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
-from bdjax.workflows import poisoned_sets
-from bdjax.workflows.poisoned_sets import Study
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Optimiser, Schedule
+from bdjax.types import Dataset, PoisonedDataset
+from bdjax.workflows import base
+from bdjax.workflows.base import Context, Experiment, Group
+from bdjax.workflows.poisoned_sets import load_clean_data
 
-Preset = Literal["quick", "paper"]
 OF_TRAINING_SETS = ("training set", "number of poisons")
 """What some defenses need, and nobody has of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(poisoned_sets.ComparisonConfig):
+class Config(ComparisonConfig):
     """Every setting of a run; `--preset` and `--dataset` decide what the others default to."""
 
-    preset: Preset = "paper"
+    preset: Literal["quick", "paper"] = "paper"
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU"""
     attacks: str = "ckd,latent_backdoor,none"
     """attacks on the teacher with commas between them, each with settings of its own after colons: ckd:poison_rate=0.05. none
@@ -73,19 +76,19 @@ class Config(poisoned_sets.ComparisonConfig):
     """of attacked teachers whose attacker controls the training from scratch"""
     batch_size: int = 128
     """of teachers"""
-    optimiser: poisoned_sets.Optimiser = "sgd"
+    optimiser: Optimiser = "sgd"
     """of teachers"""
     learning_rate: float = 0.1
     """of teachers, at first"""
     fine_tuning_learning_rate: float = 0.008
     """of attacked teachers that start from the clean one, on half a cosine"""
-    schedule: poisoned_sets.Schedule = "cosine"
+    schedule: Schedule = "cosine"
     """of teachers that are trained from scratch"""
     steps: tuple[tuple[int, float], ...] = ()
     """of the schedule steps: epoch and learning rate from it on"""
     weight_decay: float = 5e-4
     """of teachers: L2, as PyTorch has it"""
-    augmentation: poisoned_sets.Augmentation = "none"
+    augmentation: Augmentation = "none"
     """of all training rows, after they were poisoned"""
     clean_share: float = 1.0
     """the defender's clean rows: a share of the training rows of each class, as they were before any attack. With 1 students
@@ -96,58 +99,12 @@ class Config(poisoned_sets.ComparisonConfig):
     """write the first seed's teachers and students"""
 
 
-class Context(NamedTuple):
-    """What a run has when its results are in, for figures of an experiment's own."""
-
-    config: Config
-    folder: RunFolder
-    data: TrainTest
-    teachers: Teachers
-    given: DefenseInput
-    views: TriggeredViews
-    comparisons: Sequence[Comparison]
-    results: Mapping[str, Any]
-    log: StageLog
-
-
-class Experiment(NamedTuple):
-    """What an experiment adds."""
-
-    name: str  # "robust_kd": of the script and of the folder below runs/
-    title: str  # of the report
-    own: str  # the method that it is about
-    plain: str  # the method that hands backdoors on, which that is held against
-    default: Callable[[str, str], Config]  # (preset, dataset) -> what flags start from
-    studies: Mapping[str, Study]
-    sections: Callable[[Context], Sequence[Section]]
-
-
-def run_from_flags(
-    one: Experiment, about: str, arguments: Sequence[str] | None = None, log: StageLog | None = None
-) -> dict[str, Any]:
-    """Read the flags of an experiment and run it.
-
-    Args:
-        one: the experiment.
-        about: one line on it, for --help, which tells of its studies as well.
-        arguments: the command line; None for that of the process.
-        log: where progress goes; by default the terminal.
-
-    Returns:
-        What results.json holds.
-
-    Raises:
-        InputError: as `run`.
-    """
-    return run(poisoned_sets.read_flags(one, about, arguments), one, log)
-
-
-def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
     """Run methods on suspect models from the data to the report.
 
     Args:
         config: all settings.
-        one: the experiment.
+        experiment: its presets, its studies, what it is about.
         log: where progress goes; by default the terminal.
 
     Returns:
@@ -157,40 +114,33 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
         InputError: if the data, an attack, a method, the teacher or the output folder cannot be used.
     """
     log = log or StageLog()
-    check(config, one)
-    attack_texts, texts = poisoned_sets.chosen(config, one)
+    check(config, experiment)
+    attack_texts, texts = base.attacks_and_defenses(config, experiment)
     variants, left_out = read_methods(config, texts)
     data = load(config, log)
     train, test = data
     clean = clean_rows(config, train)
-    default = one.default(config.preset, config.dataset)
-    output = run_config.output_folder(one.name, config, default, config.preset)
     members = config.seeds * (1 if config.teacher else len(attack_texts))
-    engine = choose_engine(config, train.image_shape, config.width, config.batch_size, members, output, log)
-
-    def make_network(name: str, num_classes: int | None = None) -> Model:
-        classes = num_classes or train.num_classes
-        return make_model(name, classes, config.width, engine.lowering, config.compute_dtype)
-
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
     # Whatever can be wrong with the settings has shown by the time that the folder is opened.
     found = attacks = None
     if config.teacher:
-        found = teachers_io.read_folder(config.teacher, train, config.target, engine.lowering, config.compute_dtype)
+        found = third_party.read_folder(config.teacher, train, config.target, run.engine.lowering, config.compute_dtype)
         model = found.model
     else:
         attacks = [read_attack(text, train, config.target, hands_over="model") for text in attack_texts]
-        model = make_network(config.teacher_model)
+        model = run.make_model(config.teacher_model)
     variants, not_fitting = compatible_defenses(
-        variants, model, make_network, train.image_shape, is_all=config.defenses == poisoned_sets.ALL
+        variants, model, run.make_model, train.image_shape, is_all=config.defenses == ALL
     )
     left_out |= not_fitting
     if found is not None and found.suspects[0].attack.plan is None:
         check_oracles(variants)
-    folder = open_folder(one.name, output, config, engine)
-    runner = StageRunner(folder.checkpoints, train.image_shape, engine.layout, log, config.member_group or None)
+    folder = run.open_folder()
+    runner = run.make_runner(folder.checkpoints)
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     recipes = make_recipes(
-        poisoned_sets.train_config(config),
+        train_config(config),
         config.fine_tuning_epochs,
         config.fine_tuning_learning_rate,
         config.controlled_epochs,
@@ -200,52 +150,52 @@ def run(config: Config, one: Experiment, log: StageLog | None = None) -> dict[st
     else:
         how = config.seed, config.seeds, model, recipes, runner, train, log
         teachers = train_teachers(teacher_key, attacks, *how)
-    given = make_defense_input(teachers, suspect_keys(suspect_key, teachers.suspects), clean, make_network, runner)
+    keys = suspect_keys(suspect_key, teachers.suspects)
+    given = make_defense_input(teachers, keys, clean, run.make_model, runner)
     with log.stage("triggered test images") as stage:
         views = make_views(view_key, teachers.suspects, test)
         stage.detail = f"{len(teachers.suspects)} teachers × {len(test):,} test rows"
     comparisons, controls = [], []
     for variant in variants:
         with log.stage(f"method {variant.name}") as stage:
-            result, tried = defend(given, teachers.suspects, variant, views)
-            comparisons.append(Comparison(variant, result, tried))
+            result, measured = defend(given, teachers.suspects, variant, views)
+            comparisons.append(Comparison(variant, result, measured))
             controls.append(control(given, teachers, comparisons[-1], views))
-            stage.detail = poisoned_sets.told(tried)
+            stage.detail = base.summary_line(measured)
     networks = suspect_model_results.Networks(model, train.image_shape)
     results = suspect_model_results.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
-    # Figures may need networks of their own, which all processes train.
-    extra = one.sections(Context(config, folder, data, teachers, given, views, comparisons, results, log))
+    group = Group(given, teachers.suspects, views)
+    # Sections may need networks, which all processes train.
+    extra = experiment.sections(Context(config, folder, data, (group,), comparisons, results, log, teachers))
     if not processes.is_primary():
         return results
-    settings = {name: value for name, value in to_plain(config).items() if name not in IGNORED} | engine._asdict()
     suspect_model_report.write(
         folder,
-        settings,
+        base.settings_of(run),
         results,
         comparisons,
         log.timings,
         data,
-        run_config.command(one.name, config, default, dataset=config.dataset, preset=config.preset),
-        title=f"{one.title} on {train.name}",
-        own=one.own,
-        plain=one.plain,
+        base.command(experiment, config),
+        title=f"{experiment.title} on {train.name}",
+        own=experiment.about[0],
+        plain="fkd",
         extra_sections=extra,
     )
-    log.console.print(to_rich(suspect_model_results.main_table(results)))
-    log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+    base.announce(run, folder, suspect_model_results.main_table(results))
     return results
 
 
-def check(config: Config, one: Experiment) -> None:
+def check(config: Config, experiment: Experiment) -> None:
     """Refuse settings that no data could be right for.
 
     Raises:
         InputError: naming the flag.
     """
-    poisoned_sets.check(config, one)
+    base.check(config, experiment)
     counts = ("fine_tuning_epochs", "controlled_epochs")
     check_ranges(
         config,
@@ -253,7 +203,7 @@ def check(config: Config, one: Experiment) -> None:
         above_zero=("fine_tuning_learning_rate", "clean_share"),
         shares=("clean_share",),
     )
-    if config.teacher and config.attacks != one.default(config.preset, config.dataset).attacks:
+    if config.teacher and config.attacks != base.default_of(experiment, config).attacks:
         raise InputError("--teacher is the suspect: leave out --attacks")
 
 
@@ -275,7 +225,7 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
         missing = [need for need in variant.defense.needs_with(variant.settings) if need in OF_TRAINING_SETS]
         if not missing:
             variants.append(variant)
-        elif config.defenses == poisoned_sets.ALL:
+        elif config.defenses == ALL:
             left_out[text] = f"needs the {missing[0]}, and a model comes without"
         else:
             able = [name for name, one in DEFENSES.items() if not set(one.needs) & set(OF_TRAINING_SETS)]
@@ -307,7 +257,7 @@ def clean_rows(config: Config, train: Dataset) -> Dataset:
             f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned; defenders of a model have clean ones"
         )
     if config.clean_data:
-        return poisoned_sets.load_clean_data(config.clean_data, config.data_dir, train)
+        return load_clean_data(config.clean_data, config.data_dir, train)
     if config.clean_share == 1:
         return train
     _, own = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
@@ -328,13 +278,13 @@ def save_models(
     for number, suspect in enumerate(teachers.suspects):
         if suspect.seed:
             continue
-        trigger = teachers_io.trigger_of(suspect, views.test, views.triggered[number])
+        trigger = third_party.trigger_of(suspect, views.test, views.triggered[number])
         name, what = file_name(suspect.attack.name), (train.image_shape, trigger, suspect.attack.target)
         own = ensemble.members(teachers.variables, np.array([number]))
-        teachers_io.write_folder(folder.path / "teachers" / name, teachers.model, own, *what)
+        third_party.write_folder(folder.path / "teachers" / name, teachers.model, own, *what)
         for variant, result, _ in comparisons:
             if variant.defense.name != NO_ATTACK and result.model.num_classes == train.num_classes:
                 place = folder.path / "models" / file_name(variant.name) / name
-                teachers_io.write_folder(
+                third_party.write_folder(
                     place, result.model, ensemble.members(result.variables, np.array([number])), *what
                 )

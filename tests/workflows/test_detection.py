@@ -25,7 +25,7 @@ from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
-from bdjax.workflows import detection, poisoned_sets
+from bdjax.workflows import base, detection
 from bdjax.workflows.detection import Outcome
 from experiments import vbd
 
@@ -359,9 +359,9 @@ def test_the_paper_s_grid_is_eighty_settings_of_five_seeds():
 @pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
 def test_presets_exist_for_every_set(preset, dataset):
     config = vbd.preset(preset, dataset)
-    poisoned_sets.check(config, vbd.EXPERIMENT)
+    base.check(config, vbd.EXPERIMENT)
     assert (config.preset, config.dataset) == (preset, dataset)
-    _, texts = poisoned_sets.chosen(config, vbd.EXPERIMENT)
+    _, texts = base.attacks_and_defenses(config, vbd.EXPERIMENT)
     assert detection.read_detectors(config, [text for text in texts if text != "none"])
 
 

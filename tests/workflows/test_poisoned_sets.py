@@ -16,7 +16,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
-from bdjax.workflows import poisoned_sets
+from bdjax.workflows import base, poisoned_sets
 from experiments import abm, lfd
 
 TINY: dict[str, Any] = {
@@ -144,7 +144,7 @@ def test_every_study_names_attacks_and_defenses_that_are_there(experiment):
 def test_presets_exist_for_every_set(experiment, preset):
     for dataset in ("digits", "mnist", "cifar10", "gtsrb"):
         config = experiment.preset(preset, dataset)
-        poisoned_sets.check(config, experiment.EXPERIMENT)
+        base.check(config, experiment.EXPERIMENT)
     with pytest.raises(InputError, match="is not one of quick, paper, strong"):
         experiment.preset("fast", "digits")
 

@@ -23,6 +23,9 @@ from PIL import Image
 
 from bdjax.errors import InputError
 from bdjax.run import command_line, config
+from bdjax.run.config import flag
+from bdjax.workflows import base
+from bdjax.workflows import ta_kd as workflow
 from experiments import ta_kd
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -47,7 +50,11 @@ PICTURES = ("defenses", "training_curves", "triggers", "cross_trigger_asr", "cro
 ROLES = ["clean", "teachers", "soft vote", "hard vote", "aggregated", "student", "alone", "fine-tuned"]
 
 
-def tiny(output: pathlib.Path, **changes: Any) -> ta_kd.Config:
+def run(config: workflow.Config, **how: Any) -> dict[str, Any]:
+    return workflow.run(config, ta_kd.EXPERIMENT, **how)
+
+
+def tiny(output: pathlib.Path, **changes: Any) -> workflow.Config:
     return dataclasses.replace(ta_kd.preset("quick", "digits"), output=output, **(TINY | changes))
 
 
@@ -96,7 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     with open(base / "finished-ta-kd.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "report.html").exists():
-            ta_kd.run(tiny(folder))
+            run(tiny(folder))
     return Finished(folder, json.loads((folder / "results.json").read_text()))
 
 
@@ -166,7 +173,7 @@ def test_the_tables_and_the_report_name_every_role(finished):
 def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(finished.folder, again)
-    results = ta_kd.run(tiny(again))
+    results = run(tiny(again))
     assert json.loads(json.dumps(results)) == finished.results
     assert (again / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
     assert (again / "table.md").read_bytes() == (finished.folder / "table.md").read_bytes()
@@ -176,7 +183,7 @@ def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsy
 def test_other_settings_are_not_mixed_in(finished):
     before = contents(finished.folder)
     with pytest.raises(InputError, match=r"holds a run with other settings: temperature 4.0 -> 2.0; "):
-        ta_kd.run(tiny(finished.folder, temperature=2.0))
+        run(tiny(finished.folder, temperature=2.0))
     assert contents(finished.folder) == before
 
 
@@ -227,7 +234,7 @@ def test_a_run_that_is_killed_three_times_ends_at_the_same_numbers(tmp_path):
 def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished, tmp_path):
     handed_over = tmp_path / "handed over"
     shutil.copytree(finished.folder / "teachers" / "seed-0", handed_over)
-    known = ta_kd.run(tiny(tmp_path / "known", teachers=handed_over, seeds=1))
+    known = run(tiny(tmp_path / "known", teachers=handed_over, seeds=1))
     assert list(known["models"]) == [role for role in ROLES if role != "clean"]
     assert known["triggers"] == finished.results["triggers"][:1]
     # They are the teachers of that run: what is measured on them is the same.
@@ -240,7 +247,7 @@ def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished
     assert not (tmp_path / "known" / "teachers").exists()
 
     (handed_over / "triggers.npz").unlink()
-    ta_kd.run(tiny(tmp_path / "unknown", teachers=handed_over, seeds=1))
+    run(tiny(tmp_path / "unknown", teachers=handed_over, seeds=1))
     unknown = json.loads((tmp_path / "unknown" / "results.json").read_text())
     assert unknown["triggers"] == [None] and unknown["cross_trigger"] == [None]
     for role, model in unknown["models"].items():
@@ -263,7 +270,7 @@ def test_python_functions_as_teachers(tmp_path):
     def always_three(images):
         return np.tile(np.eye(10, dtype=np.float32)[3], (len(images), 1))
 
-    results = ta_kd.run(tiny(tmp_path / "run", seeds=1), classifiers=[by_brightness, always_three])
+    results = run(tiny(tmp_path / "run", seeds=1), classifiers=[by_brightness, always_three])
     assert list(results["models"]) == ["teachers", "soft vote", "hard vote", "aggregated", "student", "alone"]
     assert len(results["models"]["teachers"]["seeds"][0]["members"]) == 2
     assert results["models"]["teachers"]["parameters"] is None
@@ -273,7 +280,7 @@ def test_python_functions_as_teachers(tmp_path):
 
 def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
     with pytest.raises(InputError, match="teacher 1 returned logits of shape"):
-        ta_kd.run(tiny(tmp_path / "run", seeds=1), classifiers=[lambda images: np.zeros((len(images), 3))])
+        run(tiny(tmp_path / "run", seeds=1), classifiers=[lambda images: np.zeros((len(images), 3))])
 
 
 # ---- What cannot be used --------------------------------------------------------------------------------------------
@@ -510,11 +517,11 @@ def test_help_explains_every_flag():
     process = start("--help")
     output, error = process.communicate()
     assert process.returncode == 0, error
-    for field in dataclasses.fields(ta_kd.Config):
-        assert ta_kd.flag(field.name) in output
+    for field in dataclasses.fields(workflow.Config):
+        assert flag(field.name) in output
     # What follows a field in the source is its help; none may be missing.
-    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(ta_kd.__file__).read_text()
-    for field in dataclasses.fields(ta_kd.Config):
+    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(workflow.__file__).read_text()
+    for field in dataclasses.fields(workflow.Config):
         assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
 
 
@@ -565,7 +572,7 @@ def test_the_paper_to_the_letter(dataset):
     assert {name: getattr(config, name) for name in paper} == paper
 
 
-DEFENDERS = {field.name for field in dataclasses.fields(ta_kd.Config) if field.name.startswith("defense_")} | {
+DEFENDERS = {field.name for field in dataclasses.fields(workflow.Config) if field.name.startswith("defense_")} | {
     "preset", "temperature", "alpha", "direction", "aggregation", "trim", "augmentation", "views"
 }  # fmt: skip
 
@@ -585,9 +592,11 @@ def test_strong_is_the_same_attack_and_another_defender(dataset, scale):
 @pytest.mark.parametrize("preset", ["quick", "paper", "strong"])
 def test_every_preset_passes_the_check_and_its_flags_give_it_back(dataset, preset):
     config = ta_kd.preset(preset, dataset)
-    ta_kd.check(config)
+    workflow.check(config)
     choosers = {"preset": None, "dataset": None, "scale": None}
-    printed = shlex.split(ta_kd.command(dataclasses.replace(config, views=3, keep_last_batch=True)))[2:]
+    printed = shlex.split(base.command(ta_kd.EXPERIMENT, dataclasses.replace(config, views=3, keep_last_batch=True)))[
+        2:
+    ]
     assert command_line.parse(ta_kd.preset, choosers, printed) == dataclasses.replace(
         config, views=3, keep_last_batch=True
     )
@@ -595,8 +604,8 @@ def test_every_preset_passes_the_check_and_its_flags_give_it_back(dataset, prese
 
 def test_the_same_settings_always_find_the_same_folder(tmp_path):
     config = ta_kd.preset("quick", "digits")
-    assert ta_kd.output_folder(config) == pathlib.Path("runs/ta_kd/digits-quick")
-    other = ta_kd.output_folder(dataclasses.replace(config, alpha=0.1))
+    assert base.output_folder(ta_kd.EXPERIMENT, config) == pathlib.Path("runs/ta_kd/digits-quick")
+    other = base.output_folder(ta_kd.EXPERIMENT, dataclasses.replace(config, alpha=0.1))
     assert other.name.startswith("digits-quick-")
-    assert other == ta_kd.output_folder(dataclasses.replace(config, alpha=0.1, data_dir=tmp_path))
-    assert ta_kd.output_folder(dataclasses.replace(config, output=tmp_path)) == tmp_path
+    assert other == base.output_folder(ta_kd.EXPERIMENT, dataclasses.replace(config, alpha=0.1, data_dir=tmp_path))
+    assert base.output_folder(ta_kd.EXPERIMENT, dataclasses.replace(config, output=tmp_path)) == tmp_path

@@ -19,6 +19,8 @@ from bdjax.errors import InputError
 from bdjax.reporting import attack_results
 from bdjax.run import command_line
 from bdjax.types import Dataset, PoisonedDataset
+from bdjax.workflows import attack as workflow
+from bdjax.workflows import base
 from experiments import attack
 
 TINY: dict[str, Any] = {
@@ -37,7 +39,11 @@ TINY: dict[str, Any] = {
 }
 
 
-def tiny(output: pathlib.Path, **changes: Any) -> attack.Config:
+def run(config: workflow.Config) -> dict[str, Any]:
+    return workflow.run(config, attack.EXPERIMENT)
+
+
+def tiny(output: pathlib.Path, **changes: Any) -> workflow.Config:
     return dataclasses.replace(attack.preset("quick", "digits"), output=output, **(TINY | changes))
 
 
@@ -58,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     with open(base / "finished-attack.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "report.html").exists():
-            attack.run(tiny(folder))
+            run(tiny(folder))
     return folder
 
 
@@ -98,7 +104,7 @@ class TestRun:
 
     def test_repeated_gives_the_same_numbers(self, finished, tmp_path):
         again = pathlib.Path(shutil.copytree(finished, tmp_path / "again"))
-        attack.run(tiny(again))
+        run(tiny(again))
         assert (again / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
@@ -121,14 +127,14 @@ class TestRun:
 )
 def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(tmp_path, changes, reason):
     with pytest.raises(InputError, match=reason) as raised:
-        attack.run(tiny(tmp_path / "run", **({"change": ()} | changes)))
+        run(tiny(tmp_path / "run", **({"change": ()} | changes)))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_command_gives_the_settings_again(tmp_path):
     config = tiny(tmp_path)
-    words = shlex.split(attack.command(config))
+    words = shlex.split(base.command(attack.EXPERIMENT, config))
     assert words[:2] == ["python", "experiments/attack.py"]
     parsed = command_line.parse(attack.preset, {"preset": None, "dataset": None}, words[2:])
     assert dataclasses.replace(parsed, output=config.output) == config
@@ -138,9 +144,9 @@ def test_all_is_every_attack_and_the_hybrids_and_says_what_does_not_fit():
     labels = (np.arange(400) % 10).astype(np.int32)
     data = Dataset(np.zeros((400, 28, 28, 1), np.uint8), labels, 10, "mnist", "a test")
     config = dataclasses.replace(attack.preset("quick", "mnist"), attack="all")
-    plans, left_out = attack.make_plans(config, data)
-    assert [plan.name for plan in plans] == [*ATTACKS, *attack.HYBRIDS] and not left_out
+    plans, left_out = workflow.make_plans(config, data)
+    assert [plan.name for plan in plans] == [*ATTACKS, *workflow.HYBRIDS] and not left_out
     few = dataclasses.replace(data, images=data.images[:30], labels=labels[:30])
-    plans, left_out = attack.make_plans(config, few)
+    plans, left_out = workflow.make_plans(config, few)
     assert "tact" in left_out and "less than one row" in left_out["tact"] and plans
-    assert "tact left out: " in attack.left_out_text(left_out)
+    assert "tact left out: " in workflow.left_out_text(left_out)

@@ -1,0 +1,253 @@
+"""Presets: what the flags of each kind of run start from, by preset and dataset, in one place.
+
+`paper` is a paper's setting, which stands where its experiment is (a dataclass's defaults, or `experiments/*.py`). `quick` is
+what two cores do in minutes: the tables below.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import jax
+
+from bdjax import datasets
+from bdjax.errors import InputError
+from bdjax.run.config import SuspectConfig
+
+Preset = Literal["quick", "paper", "strong"]
+NO_ATTACK = "none"
+Settings = TypeVar("Settings", bound=SuspectConfig)
+
+
+class Study(NamedTuple):
+    """A table or figure of a paper."""
+
+    about: str  # "figure 4b: how many rows are taken for candidates"
+    attacks: str
+    defenses: str
+
+
+_SMALL = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
+_ATTACK = _SMALL | {"fine_tuning_learning_rate": 1e-3}
+_TA_KD = {
+    "clean_model": "resnet10",
+    "teacher_model": "resnet18",
+    "aggregated_model": "resnet18",
+    "student_model": "resnet10",
+    "width": 8,
+    "keep_last_batch": False,  # its own shape would double the time to compile
+    "minimum_contrast": 0.3,
+}
+_ROBUST_KD = {
+    "teacher_model": "wrn_16_2",
+    "student": "wrn_10_2",
+    "width": 16,
+    "optimiser": "adam",
+    "learning_rate": 3e-3,
+    "fine_tuning_learning_rate": 1e-3,
+    "weight_decay": 0.0,
+    "batch_size": 64,
+    "augmentation": "crop",
+}
+_ROBUST_KD_PHOTOS = {
+    "train_rows": 6000,
+    "test_rows": 1000,
+    "epochs": 12,
+    "fine_tuning_epochs": 6,
+    "controlled_epochs": 12,
+    "seeds": 2,
+}
+
+QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "ta_kd": {
+        "digits": _TA_KD
+        | {
+            "epochs": 20,
+            "batch_size": 32,
+            "poison_rate": 0.1,
+            "blend_opacity": (0.2, 0.3),
+            "auxiliary_fraction": 0.15,
+            "plateau_patience": 4,  # an epoch has 14 steps, and 10 of the defense
+            "defense_epochs": 30,
+            "defense_batch_size": 16,
+        },
+        "mnist": _TA_KD
+        | {
+            "train_rows": 10_000,
+            "test_rows": 1000,
+            "epochs": 6,
+            "learning_rate": 3e-3,  # at 0.01 the plateau rule does not get to cut within so few epochs
+            "poison_rate": 0.05,
+            "blend_opacity": (0.15, 0.2),
+            "evaluation_batch_size": 250,
+        },
+        "cifar10": _TA_KD
+        | {
+            "num_similar": 3,
+            "train_rows": 8000,
+            "test_rows": 1000,
+            "epochs": 8,
+            "learning_rate": 3e-3,
+            "poison_rate": 0.05,
+            "evaluation_batch_size": 250,
+        },
+    },
+    "attack": {
+        "digits": _ATTACK | {"batch_size": 32, "epochs": 20, "controlled_epochs": 40, "fine_tuning_epochs": 10},
+        "mnist": _ATTACK
+        | {
+            "train_rows": 4000,
+            "test_rows": 1000,
+            "epochs": 8,
+            "controlled_epochs": 16,
+            "fine_tuning_epochs": 5,
+            "costly_seeds": 1,
+        },
+        "cifar10": _ATTACK
+        | {
+            "train_rows": 6000,
+            "test_rows": 1000,
+            "epochs": 10,
+            "controlled_epochs": 12,
+            "fine_tuning_epochs": 4,
+            "seeds": 1,
+        },
+    },
+    "poisoned_sets": {
+        "digits": _SMALL
+        | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
+        "mnist": _SMALL | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
+        "cifar10": _SMALL
+        | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
+    },
+    "detection": {
+        "digits": _SMALL
+        | {
+            "batch_size": 32,
+            "epochs": 20,
+            "attacks": "white_square,green_square:opacity=0.5,none",
+            "suspects_at_once": 16,
+        },
+        "mnist": _SMALL
+        | {
+            "train_rows": 10_000,
+            "test_rows": 1000,
+            "epochs": 8,
+            "attacks": "white_square,white_grid:opacity=0.5,none",
+            "seeds": 2,
+        },
+        "cifar10": _SMALL
+        | {
+            "train_rows": 10_000,
+            "test_rows": 1000,
+            "epochs": 6,
+            "attacks": "white_square,color_grid:opacity=0.5,none",
+            "seeds": 2,
+            "suspects_at_once": 12,
+        },
+        "tiny_imagenet": _SMALL
+        | {
+            "batch_size": 32,
+            "train_rows": 20_000,
+            "epochs": 20,
+            "attacks": "white_square,color_grid:opacity=0.5,none",
+            "seeds": 2,
+        },
+    },
+    "suspect_models": {
+        # At less width little passes through: students need the room to learn features that closely.
+        # CKD is left to the studies.
+        "digits": _ROBUST_KD
+        | {
+            "attacks": "latent_backdoor,none",
+            "width": 24,
+            "batch_size": 32,
+            "epochs": 20,
+            "fine_tuning_epochs": 15,
+            "controlled_epochs": 40,
+        },
+        "mnist": _ROBUST_KD
+        | {
+            "train_rows": 4000,
+            "test_rows": 1000,
+            "epochs": 8,
+            "fine_tuning_epochs": 5,
+            "controlled_epochs": 12,
+            "seeds": 2,
+        },
+        "cifar10": _ROBUST_KD | _ROBUST_KD_PHOTOS,
+        "gtsrb": _ROBUST_KD | _ROBUST_KD_PHOTOS,
+    },
+}
+"""Workflow -> dataset -> field -> value: what quick runs have on two cores."""
+
+
+def is_registered(dataset: str) -> bool:
+    """Whether a dataset is a published set by name, and not the user's data at a path."""
+    return dataset in datasets.DATASETS or dataset.startswith("tfds:")
+
+
+def quick(workflow: str, dataset: str) -> dict[str, Any]:
+    """The fields of a quick run: of the dataset, else of the set that it is like, else of CIFAR-10. Data at a path
+    get those of the digits, which leave out no row.
+
+    Args:
+        workflow: a key of `QUICK`.
+        dataset: its name or path.
+    """
+    table = QUICK[workflow]
+    for name in (dataset, datasets.traits(dataset).like):
+        if name in table:
+            return dict(table[name])
+    return dict(table["cifar10" if is_registered(dataset) else "digits"])
+
+
+def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) -> tuple[str, str, str]:
+    """The preset and the dataset that are meant where none is named, and the dtype that the backend computes in.
+
+    Args:
+        preset: its name; None for quick on a CPU, and paper on anything else.
+        dataset: its name or path; None for the digits.
+        presets: the names that the experiment has.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    preset = preset or ("quick" if on_cpu else "paper")
+    if preset not in presets:
+        raise InputError(f"--preset {preset!r} is not one of {', '.join(presets)}")
+    return preset, dataset or "digits", "float32" if on_cpu else "bfloat16"
+
+
+def start_from(
+    workflow: str,
+    preset: str | None,
+    dataset: str | None,
+    always: Mapping[str, Any],
+    paper: Mapping[str, Any],
+    *,
+    kind: type[Settings],
+    defenses_of_own_rows: str,
+) -> Settings:
+    """The configuration that a preset of a run on suspect training sets starts from.
+
+    Args:
+        workflow: a key of `QUICK`.
+        preset: as for `choose`.
+        dataset: as for `choose`.
+        always: field -> value, whatever the preset.
+        paper: the same at the paper's size, which strong runs have as well where there is an accelerator.
+        kind: the configuration's class.
+        defenses_of_own_rows: for data at a path, which is not attacked, and of which no clean rows are known.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    preset, dataset, compute_dtype = choose(preset, dataset, ("quick", "paper", "strong"))
+    if preset == "paper" or (preset == "strong" and compute_dtype == "bfloat16"):
+        sized = {**paper, "compute_dtype": compute_dtype}
+    else:
+        sized = quick(workflow, dataset)
+    if not is_registered(dataset):
+        sized = {**sized, "attacks": NO_ATTACK, "seeds": 1, "defenses": defenses_of_own_rows}
+    return kind(dataset=dataset, preset=preset, **{**always, **sized})

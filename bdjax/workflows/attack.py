@@ -1,0 +1,257 @@
+"""Attacks from the data to the report: poison, train victims, measure them and clean networks under the same triggers."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks import outsourcing
+from bdjax.attacks.contract import CleanModel
+from bdjax.attacks.registry import ATTACKS
+from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims
+from bdjax.errors import InputError
+from bdjax.reporting import attack_report, attack_results
+from bdjax.run.config import ALL, ExperimentConfig, check_ranges, load
+from bdjax.run.folder import RunFolder
+from bdjax.run.log import StageLog
+from bdjax.settings import read_value
+from bdjax.training import ensemble, processes
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Schedule, TrainConfig
+from bdjax.training.stages import Nets
+from bdjax.types import Dataset, Key, Model
+from bdjax.workflows import base
+from bdjax.workflows.base import Experiment
+
+HYBRIDS = ("badnets+blended", "badnets+composite", "badnets+sig", "badnets+refool")
+"""What `--attack=all` runs beside the registry: ABM's four hybrids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ExperimentConfig):
+    """Every setting of an attack run; `--preset` and `--dataset` decide what the others default to."""
+
+    attack: str = "badnets"
+    """one attack, several with commas between them, a hybrid (badnets+sig), or all"""
+    preset: Literal["quick", "paper"] = "paper"
+    """quick: minutes on two cores; paper: ResNet-18 of width 64 for 80 epochs, as LfD trains, for a GPU"""
+    label_rule: str | None = None
+    """who is relabelled to what: all_to_one, all_to_all, clean_label, ...; by default each attack's own"""
+    poison_rate: float | None = None
+    """share of all training rows, of each trigger; by default each attack's own"""
+    change: tuple[str, ...] = ()
+    """settings of an attack, as name=value, or attack.name=value where several are run"""
+    costly_seeds: int = 0
+    """how many of the seeds attacks get whose trigger is trained or whose attacker trains; 0 for all"""
+    save_poisoned: bool = True
+    """write the first seed's poisoned training sets"""
+
+    model: str = "resnet18"
+    """the victims, the clean reference, and the clean model that some attackers have"""
+    width: int = 64
+    """channels of its first stage"""
+    epochs: int = 80
+    """of the clean reference and of victims that are trained from scratch on poisoned data"""
+    controlled_epochs: int = 100
+    """of victims whose attacker controls the training from scratch"""
+    fine_tuning_epochs: int = 8
+    """of victims that start from the clean model"""
+    batch_size: int = 128
+    """of every training"""
+    learning_rate: float = 1e-3
+    """Adam's"""
+    fine_tuning_learning_rate: float = 1e-4
+    """Adam's, of victims that start from the clean model"""
+    schedule: Schedule = "cosine"
+    """half a cosine, or the plateau rule on the training loss"""
+    weight_decay: float = 0.0
+    """L2, as PyTorch's Adam has it"""
+    augmentation: Augmentation = "none"
+    """of training rows, after they were poisoned"""
+    evaluation_batch_size: int = 250
+    """images at once in tests"""
+
+
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+    """Run attacks from the data to the report.
+
+    Args:
+        config: all settings.
+        experiment: its presets.
+        log: where progress goes; by default the terminal.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: if the data, an attack or the output folder cannot be used.
+    """
+    log = log or StageLog()
+    check(config)
+    data = load(config, log)
+    train, test = data
+    plans, left_out = make_plans(config, train)
+    members = sum(num_seeds(config, plan) for plan in plans)
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
+    model = run.make_model(config.model)
+    clean_key, attack_key, victim_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    folder = run.open_folder()
+    runner = run.make_runner(folder.checkpoints)
+    from_scratch = train_config(config, config.epochs, config.learning_rate)
+    rows = outsourcing.split_rows([clean_key] * config.seeds, train.labels, 0.0)
+    clean_keys = jax.random.split(clean_key, config.seeds)
+    clean = runner.from_scratch("clean", model, from_scratch, clean_keys, 1, jnp.asarray(train.images), *rows)
+    prepared, impossible = prepare_all(config, plans, attack_key, train, model, clean, log)
+    left_out |= impossible
+    fine_tuning = train_config(config, config.fine_tuning_epochs, config.fine_tuning_learning_rate)
+    controlled = train_config(config, config.controlled_epochs, config.learning_rate)
+    victims = train_victims(victim_key, runner, prepared, train, clean, from_scratch, fine_tuning, controlled)
+    with log.stage("test", total=len(plans), unit="attacks") as stage:
+        trials = []
+        for of_plan in evaluate_victims(test_key, runner, victims, clean, data, config.evaluation_batch_size):
+            trials.append(of_plan)
+            stage.advance(1, of_plan[0].victim.prepared.plan.name)
+    results = attack_results.summarise(trials, test.images, test.labels, config.seed, left_out)
+    folder.write_json("results.json", results)
+    if not processes.is_primary():
+        return results
+    if config.save_poisoned:
+        with log.stage("poisoned sets") as stage:
+            stage.detail = save_poisoned(folder, prepared)
+            stage.wrote("poisoned")
+    attack_report.write(
+        folder, base.settings_of(run), results, trials, log.timings, data, base.command(experiment, config)
+    )
+    base.announce(run, folder, attack_results.attack_table(results, train.name))
+    return results
+
+
+def prepare_all(
+    config: Config, plans: Sequence[Plan], key: Key, train: Dataset, model: Model, clean: Nets, log: StageLog
+) -> tuple[list[Prepared], dict[str, str]]:
+    """Make every plan's triggers and poisoned sets, for each of its seeds.
+
+    Returns:
+        The victims to be; and for `--attack=all`, which attacks the dataset does not allow -> why.
+
+    Raises:
+        InputError: an attack that was named cannot be run.
+    """
+    prepared, left_out = [], {}
+    known = [CleanModel(model, ensemble.members(clean.variables, s)) for s in range(config.seeds)]
+    with log.stage("triggers", total=sum(num_seeds(config, plan) for plan in plans), unit="victims") as stage:
+        for plan in plans:
+            try:
+                for s in range(num_seeds(config, plan)):
+                    own_key = jax.random.fold_in(key, config.seed + s)
+                    prepared.append(prepare(own_key, plan, train, config.target, s, known[s]))
+                    stage.advance(1, plan.name)
+            except InputError as error:
+                if config.attack != ALL:
+                    raise
+                left_out[plan.name] = str(error)
+        stage.detail = left_out_text(left_out)
+    return prepared, left_out
+
+
+def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, str]]:
+    """Every attack of the run, in the order of the registry or of the command line.
+
+    Returns:
+        The plans; and for `--attack=all`, which attacks the dataset does not allow -> why.
+
+    Raises:
+        InputError: if an attack that was named cannot be run, or a change is of none that is.
+    """
+    is_all = config.attack == ALL
+    names = [*ATTACKS, *HYBRIDS] if is_all else list(dict.fromkeys(config.attack.split(",")))
+    changes = read_changes(config.change, names)
+    plans, left_out = [], {}
+    how = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
+    for name in names:
+        try:
+            plans.append(make_plan(name, train, config.target, **how))
+        except InputError as error:
+            if not is_all:
+                raise
+            left_out[name] = str(error)
+    if not plans:
+        raise InputError(f"no attack fits: {left_out_text(left_out)}")
+    return plans, left_out
+
+
+def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read attack.name=value, or name=value where one attack is run: attack -> name -> value.
+
+    Raises:
+        InputError: if a text is neither, or of an attack that is not run.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        attack, _, setting = name.rpartition(".")
+        if not equals or not setting or (not attack and (len(names) > 1 or "+" in names[0])):
+            raise InputError(f"--change {text!r} is not name=value, or attack.name=value where several attacks are run")
+        changes.setdefault(attack or names[0], {})[setting] = read_value(value)
+    run = {part for name in names for part in name.split("+")}
+    if unknown := sorted(changes.keys() - run):
+        raise InputError(f"--change of {unknown[0]}: that attack is not among those that are run")
+    return changes
+
+
+def left_out_text(left_out: Mapping[str, str]) -> str:
+    """One line on the attacks that the dataset does not allow."""
+    return "; ".join(f"{name} left out: {reason}" for name, reason in left_out.items())
+
+
+def num_seeds(config: Config, plan: Plan) -> int:
+    """How many seeds an attack is run with."""
+    is_costly = any(part.attack.trigger_is_trained or part.attack.control for part in plan.parts)
+    return min(config.seeds, config.costly_seeds or config.seeds) if is_costly else config.seeds
+
+
+def check(config: Config) -> None:
+    """Refuse settings that no data could be right for.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    counts = ("width", "epochs", "controlled_epochs", "fine_tuning_epochs", "batch_size", "evaluation_batch_size")
+    rates = ("learning_rate", "fine_tuning_learning_rate")
+    check_ranges(config, at_least={**dict.fromkeys(counts, 1), "weight_decay": 0, "costly_seeds": 0}, above_zero=rates)
+
+
+def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConfig:
+    """How networks of this run train. Incomplete last batches are left out: their own shape would double compiling."""
+    return TrainConfig(
+        epochs,
+        config.batch_size,
+        config.evaluation_batch_size,
+        learning_rate,
+        config.weight_decay,
+        schedule=config.schedule,
+        keep_last_batch=False,
+        augmentation=config.augmentation,
+    )
+
+
+def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:
+    """Write the first seed's poisoned training sets as .npz, for any framework; returns what was left out."""
+    (folder.path / "poisoned").mkdir(exist_ok=True)
+    inside = []
+    for one in prepared:
+        if one.seed:
+            continue
+        if one.poisoned is None:
+            inside.append(one.plan.name)
+            continue
+        buffer = io.BytesIO()
+        names = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
+        arrays = {name: getattr(one.poisoned, name) for name in names}
+        np.savez_compressed(buffer, **arrays, num_classes=one.poisoned.num_classes)
+        folder.write_bytes(f"poisoned/{one.plan.name}.npz", buffer.getvalue())
+    return f"none of {', '.join(inside)}: the attacker poisons inside the training" if inside else ""

@@ -1,0 +1,414 @@
+"""TA-KD from the data to the report: outsource, train the teachers, vote, aggregate, distil, measure."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax import losses
+from bdjax.attacks import outsourcing
+from bdjax.attacks.poisoning import RateOf
+from bdjax.attacks.providers import ProviderTriggers
+from bdjax.datasets import splits
+from bdjax.defenses import ta_kd, teachers
+from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
+from bdjax.defenses.teachers import TeacherLogits
+from bdjax.errors import InputError
+from bdjax.evaluation import model_folder
+from bdjax.evaluation.model_folder import ModelFolder
+from bdjax.models import count_parameters
+from bdjax.reporting import ta_kd_report, ta_kd_results
+from bdjax.run.config import ExperimentConfig, check_ranges, flag, load
+from bdjax.run.folder import RunFolder
+from bdjax.run.log import StageLog
+from bdjax.training import ensemble, processes
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Schedule, TrainConfig
+from bdjax.training.stages import Nets, StageRunner, predict_groups
+from bdjax.types import Classifier, Dataset, Key, Model, TrainTest
+from bdjax.workflows import base
+from bdjax.workflows.base import Experiment
+
+Preset = Literal["quick", "paper", "strong"]
+Scale = Literal["quick", "paper"]
+ROLES = ("clean", "teacher", "aggregated", "student")
+"""Networks whose architecture is a setting: `Config.<role>_model`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ExperimentConfig):
+    """Every setting of a TA-KD run; `--preset` and `--dataset` decide what the others default to."""
+
+    preset: Preset = "paper"
+    """quick: minutes on two cores; paper: to the letter, for a GPU; strong: the same attack, a better defender"""
+    scale: Scale = "paper"
+    """the size of nets, rows and epochs that the strong preset starts from"""
+    teachers: pathlib.Path | None = None
+    """a checkpoint folder of stacked teachers, as a run writes to teachers/seed-0; no attack is trained then"""
+
+    auxiliary_fraction: float = 0.1
+    """the defender's clean set, as a share of the training rows"""
+    validation_fraction: float = 0.2
+    """what each model holds back from its rows for the learning-rate rule"""
+
+    num_teachers: int = 7
+    """providers, each with a trigger of its own"""
+    provider_fraction: float = 0.4
+    """each provider's share of the training rows; providers overlap"""
+    poison_rate: float = 0.01
+    """share of each provider's rows that it poisons"""
+    poison_rate_of: RateOf = "all"
+    """what the rate is a share of: all rows (the paper's text) or those outside the target class (its code)"""
+    num_similar: int = 0
+    """how many of the triggers are look-alikes of one; 3 in the paper's CIFAR-10 experiment"""
+    similarity: float = 0.75
+    """how alike those are"""
+    blend_opacity: tuple[float, float] | None = None
+    """range that the opacity of blended pictures is drawn from; by default 0.05 0.1 for grey, 0.15 0.2 for colour"""
+    minimum_contrast: float = 0.0
+    """least brightness of solid patches and least step of checkerboards; 0 is the paper's law"""
+
+    clean_model: str = "resnet18"
+    """the clean reference, trained on all rows but the validation share"""
+    teacher_model: str = "resnet34"
+    """the suspect models"""
+    aggregated_model: str = "resnet34"
+    """the Teacher-Aggregation model"""
+    student_model: str = "resnet18"
+    """the student"""
+    width: int = 64
+    """channels of the first stage of every net"""
+
+    epochs: int = 15
+    """of the clean reference and of the teachers"""
+    batch_size: int = 64
+    """of the clean reference and of the teachers"""
+    learning_rate: float = 0.01
+    """Adam's, of the clean reference and of the teachers"""
+    keep_last_batch: bool = True
+    """train on the incomplete last batch of an epoch too"""
+    evaluation_batch_size: int = 128
+    """of validation and test"""
+    plateau_factor: float = 0.5
+    """what a plateau of the validation loss multiplies the learning rate by"""
+    plateau_patience: int = 2
+    """bad epochs that are let pass before a cut"""
+    plateau_threshold: float = 1e-3
+    """least relative improvement of a good epoch"""
+
+    defense_epochs: int = 15
+    """of the aggregated model, the student and both baselines"""
+    defense_batch_size: int = 64
+    """likewise"""
+    defense_learning_rate: float = 0.01
+    """likewise"""
+    defense_schedule: Schedule = "plateau"
+    """likewise: the plateau rule, or half a cosine"""
+    defense_weight_decay: float = 0.0
+    """likewise: L2, as PyTorch's Adam has it"""
+    temperature: float = 4.0
+    """T of the distillation (not in the paper; its code's)"""
+    alpha: float = 0.5
+    """weight of the teachers against the clean labels (not in the paper; its code's)"""
+    direction: losses.Direction = "teacher_student"
+    """of the KL divergence: as the code has it, or as equation 3 prints it"""
+    aggregation: Aggregation = "mean"
+    """how the teachers' logits become one: mean (the paper), median, trimmed_mean"""
+    trim: int = 1
+    """logits left out at each end by the trimmed mean"""
+    augmentation: Augmentation = "none"
+    """how the further views of a clean row are changed"""
+    views: int = 1
+    """copies of each clean row, the first of them unchanged; the teachers are asked about every one"""
+    vote_space: VoteSpace = "logits"
+    """what the soft vote averages"""
+    tie: Tie = "lowest"
+    """who wins a tied hard vote: the lowest class (the paper's code; the target 0 wins ties), or the higher soft vote"""
+
+
+def run(
+    config: Config, experiment: Experiment, classifiers: Sequence[Classifier] = (), log: StageLog | None = None
+) -> dict[str, Any]:
+    """Run TA-KD from the data to the report.
+
+    Args:
+        config: all settings.
+        experiment: its presets.
+        classifiers: teachers as Python callables, in place of an attack; see `bdjax.types.Classifier`.
+        log: where progress goes; by default the terminal.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: if the data, the teachers or the output folder cannot be used.
+    """
+    log = log or StageLog()
+    check(config)
+    train, test = load(config, log)
+    members = config.num_teachers * config.seeds
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
+    models = {role: run.make_model(getattr(config, f"{role}_model")) for role in ROLES}
+    third_party = None
+    if config.teachers:
+        shape = train.num_classes, train.image_shape, config.target
+        third_party = model_folder.read(config.teachers, *shape, run.engine.lowering, config.compute_dtype)
+    count = len(classifiers) or (ensemble.num_members(third_party.variables) if third_party else config.num_teachers)
+    if config.aggregation == "trimmed_mean" and 2 * config.trim >= count:
+        raise InputError(f"--trim {config.trim} at each end leaves none of {count} teachers' logits")
+    data_key, model_key, defense_key = jax.random.split(jax.random.key(config.seed), 3)
+    keys = [jax.random.split(jax.random.fold_in(data_key, config.seed + s), 3) for s in range(config.seeds)]
+    # Whatever can be wrong with the settings has shown by the time that the folder is opened.
+    defense = configurations(config)[2]
+    clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
+    outsourced = None
+    if not (third_party or classifiers):
+        outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
+    folder = run.open_folder()
+    runner = run.make_runner(folder.checkpoints)
+
+    nets: dict[str, Nets] = {}
+    triggers: Sequence[ProviderTriggers | None] = [None] * config.seeds
+    if third_party:
+        nets["teachers"], triggers = take_teachers(config, third_party)
+    elif outsourced:
+        triggers = outsourced.triggers
+        clean_rows = outsourcing.split_rows([key[1] for key in keys], train.labels, config.validation_fraction)
+        nets = train_teachers(config, model_key, runner, models, outsourced, clean_rows)
+        write_teachers(config, folder, nets["teachers"], triggers, train)
+    predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
+    if classifiers:
+        ask = [teachers.from_classifiers(classifiers, train.num_classes)] * config.seeds
+    else:
+        of_seed = [nets["teachers"].of_seed(s) for s in range(config.seeds)]
+        ask = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
+    nets |= distil(config, defense_key, runner, models, nets, ask, clean_sets)
+
+    logits = evaluate(config, log, predict, nets, triggers, ask if classifiers else None, test)
+    sizes = {name: count_parameters(networks.model, train.image_shape) for name, networks in nets.items()}
+    if "teachers" in nets:  # votes deploy all of them
+        sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
+    choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
+    results = ta_kd_results.summarise(logits, test.labels, triggers, sizes, **choices)
+    folder.write_json("results.json", results)
+    if not processes.is_primary():
+        return results
+    data = TrainTest(train, test)
+    with log.stage("pictures"):
+        recognised = np.argmax(logits[0]["student"][0, 0], axis=1) == test.labels
+        shown = int(np.argmax(recognised & (test.labels != config.target)))
+        pictures = ta_kd_report.draw(nets, results, triggers[0], data, shown)
+    ta_kd_report.write(
+        folder, base.settings_of(run), results, pictures, log.timings, data, base.command(experiment, config)
+    )
+    base.announce(run, folder, ta_kd_results.defense_table(results, train.name))
+    return results
+
+
+def take_teachers(config: Config, found: ModelFolder) -> tuple[Nets, list[ProviderTriggers | None]]:
+    """Third-party teachers, the same for every seed, and their triggers of each seed where they are known."""
+    variables = ensemble.join([found.variables] * config.seeds)
+    nets = Nets(found.model, variables, ensemble.num_members(found.variables), {})
+    return nets, [found.triggers] * config.seeds
+
+
+def train_teachers(
+    config: Config,
+    key: Key,
+    runner: StageRunner,
+    models: dict[str, Model],
+    outsourced: outsourcing.Outsourced,
+    clean_rows: tuple,
+) -> dict[str, Nets]:
+    """Stages 1 and 2 of the paper: the clean reference and the suspect teachers.
+
+    Args:
+        config: how they are trained.
+        key: for weights and shuffles.
+        runner: trains.
+        models: by role.
+        outsourced: what each provider trains on.
+        clean_rows: training and validation rows of the clean reference.
+
+    Returns:
+        "clean" and "teachers".
+    """
+    nets, pool = {}, jnp.asarray(outsourced.pool)
+    roles = (
+        ("clean", "clean", 1, clean_rows),
+        ("teachers", "teacher", config.num_teachers, (outsourced.train, outsourced.validation)),
+    )
+    for number, (name, role, per_seed, rows) in enumerate(roles):
+        member_keys = jax.random.split(jax.random.fold_in(key, number), per_seed * config.seeds)
+        nets[name] = runner.from_scratch(
+            name, models[role], configurations(config)[0], member_keys, per_seed, pool, *rows
+        )
+    return nets
+
+
+def write_teachers(
+    config: Config, folder: RunFolder, nets: Nets, triggers: Sequence[ProviderTriggers], train: Dataset
+) -> None:
+    """Write teachers/seed-<s> as a third party would send them: any of them may be `--teachers` again."""
+    shape = (train.num_classes, train.image_shape)
+    for s in range(config.seeds):
+        place = folder.path / "teachers" / f"seed-{s}"
+        model_folder.write(
+            place, config.teacher_model, config.width, *shape, nets.of_seed(s), triggers[s], config.target
+        )
+
+
+def distil(
+    config: Config,
+    key: Key,
+    runner: StageRunner,
+    models: dict[str, Model],
+    suspects: dict[str, Nets],
+    ask: Sequence[TeacherLogits],
+    clean_sets: Sequence[ta_kd.CleanSet],
+) -> dict[str, Nets]:
+    """Stage 4 of the paper: ask the teachers about the clean rows, train the aggregated model, then the student.
+
+    Args:
+        config: how they are trained.
+        key: for weights and shuffles.
+        runner: trains.
+        models: by role.
+        suspects: "teachers", if their weights are known: they are fine-tuned on the clean rows as a baseline.
+        ask: of each seed, from images to its teachers' logits.
+        clean_sets: of each seed.
+
+    Returns:
+        "aggregated" and "student"; the baselines "fine-tuned", if weights are known, and "alone".
+    """
+    _, train_config, defense = configurations(config)
+    of_seed = np.arange(config.seeds)
+    train_parts = partial(ta_kd.train_parts, runner, config=defense, train_config=train_config, clean_sets=clean_sets)
+    with runner.log.stage("teacher logits", detail=f"{config.seeds} × {len(clean_sets[0].labels)} clean rows"):
+        teacher_logits = np.stack(
+            [
+                aggregate_logits(answer(rows.images), defense.aggregation, defense.trim)
+                for answer, rows in zip(ask, clean_sets, strict=True)
+            ]
+        )
+    aggregated = models["aggregated"]
+    parts = {"aggregated": (aggregated, ta_kd.make_pupils(None, of_seed, teacher_logits, defense.alpha))}
+    if "teachers" in suspects:
+        known = suspects["teachers"]
+        tuned = ta_kd.make_pupils(known.variables, np.repeat(of_seed, known.per_seed), teacher_logits, 0.0)
+        parts["fine-tuned"] = (known.model, tuned)
+    nets = train_parts(parts, key=jax.random.fold_in(key, 0))
+    aggregated_logits = np.concatenate(
+        [
+            runner.predict(
+                aggregated, nets["aggregated"].of_seed(s), rows.images, batch_size=config.evaluation_batch_size
+            )
+            for s, rows in enumerate(clean_sets)
+        ]
+    )
+    student = models["student"]
+    parts = {
+        "student": (student, ta_kd.make_pupils(None, of_seed, aggregated_logits, defense.alpha)),
+        "alone": (student, ta_kd.make_pupils(None, of_seed, aggregated_logits, 0.0)),
+    }
+    return nets | train_parts(parts, key=jax.random.fold_in(key, 1))
+
+
+def evaluate(
+    config: Config,
+    log: StageLog,
+    predict: partial,
+    nets: dict[str, Nets],
+    triggers: Sequence[ProviderTriggers | None],
+    ask: Sequence[TeacherLogits] | None,
+    test: Dataset,
+) -> list[dict[str, np.ndarray]]:
+    """Every role's logits on the untouched test images and under each trigger.
+
+    Args:
+        config: of the run.
+        log: where progress goes.
+        predict: (model, variables, images) -> logits.
+        nets: by role.
+        triggers: of each seed.
+        ask: of each seed, for teachers that are callables; None where they are among `nets`.
+        test: the test rows.
+
+    Returns:
+        For each seed, role -> float32 [members, 1 + T, N, K].
+    """
+    logits = []
+    with log.stage("evaluation", total=config.seeds, unit="seeds") as stage:
+        for s in range(config.seeds):
+            views = outsourcing.triggered_views(test.images, triggers[s])  # [1 + T, N, H, W, C]
+            flat = views.reshape(-1, *test.image_shape)
+            answers = predict_groups(nets, s, lambda model, variables, flat=flat: predict(model, variables, flat))
+            if ask:
+                answers["teachers"] = ask[s](flat)
+            logits.append({role: each.reshape(len(each), *views.shape[:2], -1) for role, each in answers.items()})
+            stage.advance()
+    return logits
+
+
+def check(config: Config) -> None:
+    """Refuse settings that no data could be right for.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    counts = ("num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
+    at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
+    at_least |= dict.fromkeys(("trim", "plateau_patience", "plateau_threshold", "defense_weight_decay"), 0)
+    rates = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")
+    fractions = ("auxiliary_fraction", "provider_fraction", "poison_rate")
+    shares = ("alpha", *fractions, "similarity", "minimum_contrast", "validation_fraction")
+    check_ranges(config, at_least=at_least, above_zero=(*rates, *fractions), shares=shares)
+    if config.validation_fraction == 1:
+        raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on")
+
+
+def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKdConfig]:
+    """How teachers are trained, how the defense's models are trained, and the defense."""
+    shared = {
+        name: getattr(config, name)
+        for name in (
+            "keep_last_batch",
+            "evaluation_batch_size",
+            "plateau_factor",
+            "plateau_patience",
+            "plateau_threshold",
+        )
+    }
+    attack = TrainConfig(config.epochs, config.batch_size, learning_rate=config.learning_rate, **shared)
+    defense = TrainConfig(
+        config.defense_epochs,
+        config.defense_batch_size,
+        learning_rate=config.defense_learning_rate,
+        weight_decay=config.defense_weight_decay,
+        schedule=config.defense_schedule,
+        **shared,
+    )
+    names = (field.name for field in dataclasses.fields(ta_kd.TaKdConfig))
+    return attack, defense, ta_kd.TaKdConfig(**{name: getattr(config, name) for name in names})
+
+
+def outsourcing_config(config: Config) -> outsourcing.OutsourcingConfig:
+    """What the providers do."""
+    names = {field.name for field in dataclasses.fields(outsourcing.OutsourcingConfig)} - {"num_providers"}
+    return outsourcing.OutsourcingConfig(config.num_teachers, **{name: getattr(config, name) for name in names})
+
+
+def clean_set(config: Config, defense: ta_kd.TaKdConfig, train: Dataset, key: Key) -> ta_kd.CleanSet:
+    """The defender's rows of one seed: drawn like a provider's, never poisoned."""
+    draw_key, split_key, view_key = jax.random.split(key, 3)
+    rows = splits.sample_rows(draw_key, len(train), config.auxiliary_fraction)
+    parts = splits.train_validation_rows(split_key, rows, config.validation_fraction)
+    if not len(parts[0]):
+        raise InputError(f"--auxiliary-fraction {config.auxiliary_fraction} of {len(train)} rows leaves no clean row")
+    return ta_kd.make_clean_set(view_key, train.images, train.labels, *parts, defense)
