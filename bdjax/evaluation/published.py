@@ -1,26 +1,60 @@
-"""What the papers print of their defenses, in percent, under the names that the registries have.
+"""What the papers print of their defenses, detectors and students, under the names that the registries have.
 
-Rows only. Several of the printed averages do not follow from the rows above them (LfD's GTSRB average of the attack
-success repeats ABL's; ABM's averages leave out what failed, so that columns average different attacks), so means are our
-own. "Fail" is in ABM's words a defense that "is very unstable" or leaves more than 80 % success: None here.
+Every row is one cell of a table, in percent. Means are printed ones only where the papers' text rests on them (VBD); elsewhere
+they are our own, since several of the printed averages do not follow from the rows above them.
+
+- LfD, and ABM: networks behind a defense. LfD's GTSRB average of the attack success repeats ABL's; ABM's averages leave out
+  what failed, so that columns average different attacks. "Fail" is in ABM's words a defense that "is very unstable" or leaves
+  more than 80 % success: None here.
+- VBD (Aseervatham et al. 2025, tables 1 to 5): how well four detectors flag poisoned rows, as F1, for 6 triggers at 4 opacities
+  all-to-one and 4 triggers at 4 opacities all-to-all. At full opacity (the paper's "BadNets") there is a number for each
+  trigger; at the others only their mean. 10 % of the rows are poisoned, all-to-one those of the target class too. Five runs,
+  seeds and, all-to-one, target classes 0 to 4. A number is their mean, and its spread their standard deviation; that of an
+  average is the spread of the five runs' averages. A run that came to no answer counts as F1 0, as a run that flags nothing
+  does. ABL flags a share of the rows that is the poisoning rate, which it is given, so that its precision and recall are the
+  same number. AGPD and SCAn are given 10 clean rows per class, taken from the test set. VBD's three networks are far smaller
+  than the others' PreActResNet-18. Means over both datasets are left out of here, other than table 5's.
+- RobustKD (Chen et al. 2024, tables 3 to 7): students, and the teachers that they were distilled from. Every cell, also where
+  they contradict each other: table 3 and the FKD columns of tables 4 and 5 print the same experiments with other numbers. The
+  teachers of tables 3 to 6 have one accuracy (and in 4 and 6 one success) for all attacks, and the paper does not say of which
+  attack it is. Its success counts all test images, those of the target class as well.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+ALL_TO_ONE, ALL_TO_ALL = "all-to-one", "all-to-all"
+"""As names of label rules begin."""
+FULL, BLENDED = (1.0,), (0.1, 0.2, 0.5)
+"""Opacities of VBD's tables 1 and 2, and of its tables 3 and 4."""
+POISON_RATE = 0.1
+"""Of VBD's tables."""
 
 
 class Published(NamedTuple):
-    """One cell of a paper's table."""
+    """One cell of a paper's table. Numbers are in percent; None is what the table does not print, or prints as "Fail"."""
 
     paper: str  # whose table: "LfD Table 1"
-    dataset: str  # as bdjax names it
-    attack: str  # likewise; "none" for a clean training set
-    defense: str  # likewise
-    clean_accuracy: float | None  # None for "Fail"
-    success: float | None  # None for "Fail", and where there is no attack to succeed
+    measured: Literal["network", "flags", "student"]  # behind a defense; on rows; distilled from a teacher
+    dataset: str | None  # as bdjax names it; None for the average over VBD's two
+    attack: str | None  # as bdjax names it; "none" for a clean training set, None for the average over VBD's triggers
+    method: str  # the defense, as bdjax names it
+    clean_accuracy: float | None = None  # of a network or a student
+    success: float | None = None  # of the attack on it; None too where there is no attack
+    rule: str | None = None  # flags: ALL_TO_ONE or ALL_TO_ALL; None for all settings
+    opacity: float | None = (
+        None  # flags: of the trigger; None for the average over those of the table, or of all settings
+    )
+    f1: float | None = None  # of the flags
+    standard_deviation: float | None = None  # of that, over five seeds
+    teacher: str | None = None  # of a student: the network, as bdjax names it
+    student: str | None = None  # the student's own network, as bdjax names it
+    teacher_accuracy: float | None = None  # as printed beside a student, of whatever attack
+    teacher_success: float | None = None  # as printed beside a student, of whatever attack
 
 
-# attack -> for each defense, (clean accuracy, attack success). LfD prints 0 % success on the clean set, where nothing is
-# triggered: None here. Its SIG is every paper's, so it stands under `sig`.
+# dataset -> attack -> for each defense, (clean accuracy, attack success). LfD prints 0 % success on the clean set, where
+# nothing is triggered: None here. Its SIG is every paper's, so it stands under `sig`.
 _LFD = {
     "cifar10": {
         "badnets_grid": ((91.51, 100), (85.22, 99.98), (91.17, 100), (91.49, 0.51), (92.62, 0.18)),
@@ -92,19 +126,250 @@ _ABM_CBD = {
     },
 }
 
+_DETECTORS = ("vbd", "abl", "agpd", "scan")
 
-def _rows(paper: str, table: dict, defenses: tuple[str, ...]) -> tuple[Published, ...]:
-    return tuple(
-        Published(paper, dataset, attack, defense, *numbers)
-        for dataset, attacks in table.items()
-        for attack, cells in attacks.items()
-        for defense, numbers in zip(defenses, cells, strict=True)
-    )
+# dataset -> trigger -> for each of the detectors, (mean, standard deviation).
+_VBD_1 = {
+    "cifar10": {
+        "big_kitty": ((99.87, 0.20), (55.39, 23.40), (79.35, 44.37), (100.00, 0.00)),
+        "small_kitty": ((99.90, 0.14), (82.12, 10.54), (99.62, 0.28), (100.00, 0.00)),
+        "color_grid": ((99.58, 0.15), (90.21, 3.01), (91.36, 12.88), (100.00, 0.00)),
+        "green_square": ((99.34, 0.25), (84.04, 12.19), (90.93, 11.69), (99.99, 0.01)),
+        "white_grid": ((99.65, 0.09), (89.66, 2.50), (94.60, 2.64), (100.00, 0.00)),
+        "white_square": ((97.46, 0.31), (84.30, 2.13), (93.66, 2.96), (97.86, 0.12)),
+        None: ((99.30, 0.10), (80.95, 4.01), (91.59, 11.65), (99.64, 0.02)),
+    },
+    "tiny_imagenet": {
+        "big_kitty": ((99.98, 0.02), (81.69, 8.87), (0.00, 0.00), (94.41, 12.51)),
+        "small_kitty": ((99.98, 0.02), (94.58, 7.34), (88.90, 24.04), (100.00, 0.00)),
+        "color_grid": ((99.86, 0.12), (96.40, 2.82), (98.69, 0.19), (99.95, 0.04)),
+        "green_square": ((99.72, 0.39), (96.77, 1.67), (98.21, 0.66), (95.34, 10.35)),
+        "white_grid": ((98.70, 2.64), (95.93, 0.84), (98.34, 0.73), (97.39, 5.63)),
+        "white_square": ((95.89, 2.35), (88.66, 6.24), (59.19, 54.03), (97.50, 1.26)),
+        None: ((99.02, 0.68), (92.34, 2.61), (73.89, 8.12), (97.43, 3.16)),
+    },
+}
+
+_VBD_2 = {
+    "cifar10": {
+        "color_grid_all_to_all": ((94.37, 1.03), (56.76, 12.58), (68.28, 14.05), (0.00, 0.00)),
+        "green_square_all_to_all": ((91.00, 2.00), (55.36, 12.30), (86.66, 15.02), (0.00, 0.00)),
+        "white_grid_all_to_all": ((95.64, 3.54), (58.06, 7.48), (93.07, 9.05), (0.00, 0.00)),
+        "white_square_all_to_all": ((93.51, 0.82), (53.14, 12.94), (91.73, 8.45), (0.00, 0.00)),
+        None: ((93.63, 0.66), (55.83, 7.63), (84.94, 7.88), (0.00, 0.00)),
+    },
+    "tiny_imagenet": {
+        "color_grid_all_to_all": ((83.91, 2.75), (50.57, 3.50), (33.30, 0.63), (0.00, 0.00)),
+        "green_square_all_to_all": ((85.00, 1.24), (38.47, 8.08), (34.14, 1.30), (0.00, 0.00)),
+        "white_grid_all_to_all": ((52.27, 2.68), (43.45, 6.51), (34.34, 0.97), (0.00, 0.00)),
+        "white_square_all_to_all": ((44.82, 2.46), (41.36, 8.17), (33.84, 0.67), (0.00, 0.00)),
+        None: ((66.50, 1.91), (43.46, 2.41), (33.90, 0.54), (0.00, 0.00)),
+    },
+}
+
+# dataset -> opacity, None for the average over the three -> for each of the detectors, (mean, standard deviation).
+_VBD_3 = {
+    "cifar10": {
+        0.1: ((93.34, 1.08), (68.60, 4.12), (90.38, 7.27), (92.80, 6.14)),
+        0.2: ((96.85, 0.75), (76.58, 1.18), (90.22, 8.70), (96.19, 1.10)),
+        0.5: ((98.68, 0.54), (84.40, 1.90), (90.68, 9.68), (99.14, 0.10)),
+        None: ((96.29, 0.72), (76.53, 1.99), (90.43, 5.73), (96.05, 2.01)),
+    },
+    "tiny_imagenet": {
+        0.1: ((83.12, 6.42), (78.03, 3.02), (65.02, 9.46), (75.80, 3.19)),
+        0.2: ((93.62, 5.91), (87.03, 2.73), (72.76, 19.37), (84.58, 2.84)),
+        0.5: ((98.05, 0.99), (92.01, 1.67), (79.50, 13.01), (92.31, 3.99)),
+        None: ((91.60, 3.80), (85.69, 1.33), (72.43, 11.90), (84.23, 2.28)),
+    },
+}
+
+_VBD_4 = {
+    "cifar10": {
+        0.1: ((56.16, 3.38), (14.08, 6.64), (70.70, 16.82), (0.00, 0.00)),
+        0.2: ((72.08, 1.54), (43.97, 5.78), (75.29, 12.39), (0.00, 0.00)),
+        0.5: ((91.68, 1.27), (53.31, 6.28), (84.47, 4.86), (1.40, 3.13)),
+        None: ((73.31, 0.80), (37.12, 5.43), (76.82, 5.14), (0.47, 1.04)),
+    },
+    "tiny_imagenet": {
+        0.1: ((0.00, 0.00), (2.84, 0.12), (20.81, 8.53), (0.00, 0.00)),
+        0.2: ((9.15, 4.93), (8.80, 3.78), (29.04, 7.64), (0.00, 0.00)),
+        0.5: ((42.55, 1.09), (37.17, 3.07), (35.05, 0.18), (0.00, 0.00)),
+        None: ((17.23, 1.69), (16.27, 1.94), (28.30, 5.07), (0.00, 0.00)),
+    },
+}
+
+_VBD_5 = {
+    "cifar10": ((89.58, 0.54), (63.30, 3.02), (85.97, 3.60), (58.31, 0.60)),
+    "tiny_imagenet": ((67.89, 1.64), (61.64, 0.94), (55.56, 6.94), (52.52, 1.36)),
+    None: ((78.74, 0.77), (62.47, 1.28), (70.76, 4.75), (55.41, 0.96)),
+}
+
+_PAIRS = {
+    "28-4/16-2": ("wrn_28_4", "wrn_16_2"),
+    "28-4/56": ("wrn_28_4", "resnet56"),
+    "28-4/16-4": ("wrn_28_4", "wrn_16_4"),
+    "28-4/28-2": ("wrn_28_4", "wrn_28_2"),
+    "200/28-4": ("pyramidnet_200_240", "wrn_28_4"),
+    "200/110": ("pyramidnet_200_240", "pyramidnet_110_84"),
+}
+
+# pair -> teacher's accuracy; then accuracy and success of FKD's student under CKD, LBA and HTBA.
+_ROBUST_KD_3 = {
+    "cifar100": {
+        "28-4/16-2": (80.72, (79.43, 96.14), (80.15, 74.52), (78.52, 22.36)),
+        "28-4/56": (80.72, (76.65, 95.36), (79.24, 74.36), (75.86, 20.57)),
+        "200/28-4": (83.45, (81.49, 96.34), (81.24, 75.29), (80.62, 21.54)),
+        "200/110": (83.45, (80.62, 93.52), (80.63, 76.81), (80.51, 23.87)),
+    },
+    "gtsrb": {
+        "28-4/16-2": (98.57, (97.23, 93.08), (97.05, 75.21), (96.57, 20.55)),
+        "28-4/56": (98.57, (97.56, 93.54), (98.13, 75.67), (96.48, 23.62)),
+        "200/28-4": (99.27, (97.86, 95.13), (98.14, 71.52), (97.96, 19.25)),
+        "200/110": (99.27, (98.21, 96.31), (98.4, 77.85), (95.69, 21.36)),
+    },
+    "flowers17": {
+        "200/28-4": (96.25, (91.34, 76.24), (90.98, 71.34), (92.57, 16.57)),
+        "200/110": (96.25, (95.12, 82.45), (92.54, 80.26), (93.04, 15.89)),
+    },
+    "imagenet": {
+        "200/28-4": (84.36, (82.41, 54.87), (81.14, 49.63), (82.75, 6.27)),
+        "200/110": (84.36, (83.25, 55.42), (82.51, 50.31), (81.95, 7.34)),
+    },
+}
+
+# pair -> teacher's number; then FKD's students under CKD and LBA, and RobustKD's.
+_ROBUST_KD_4_SUCCESS = {
+    "cifar100": {
+        "28-4/16-2": (96.14, 90.17, 80.46, 4.32, 2.67),
+        "28-4/56": (96.14, 93.58, 72.84, 3.31, 0.72),
+        "200/28-4": (95.52, 95.68, 76.42, 10.54, 5.69),
+        "200/110": (95.52, 92.38, 77.83, 8.46, 7.15),
+    },
+    "gtsrb": {
+        "28-4/16-2": (85.32, 92.63, 74.12, 6.45, 8.14),
+        "28-4/56": (85.32, 93.54, 75.49, 4.01, 3.87),
+        "200/28-4": (85.64, 94.87, 70.58, 6.73, 5.69),
+        "200/110": (85.64, 95.52, 78.46, 8.32, 2.51),
+    },
+    "flowers17": {
+        "200/28-4": (98.67, 75.81, 70.42, 6.42, 4.13),
+        "200/110": (98.67, 82.36, 80.17, 8.12, 2.56),
+    },
+    "imagenet": {
+        "200/28-4": (84.76, 53.34, 49.04, 6.93, 7.24),
+        "200/110": (84.76, 55.36, 50.14, 8.41, 5.64),
+    },
+}
+_ROBUST_KD_5_ACCURACY = {
+    "cifar100": {
+        "28-4/16-2": (80.72, 78.23, 78.62, 74.57, 76.25),
+        "28-4/56": (80.72, 78.31, 79.64, 74.26, 75.96),
+        "200/28-4": (83.45, 83.47, 84.51, 81.42, 81.02),
+        "200/110": (83.45, 83.42, 82.46, 81.63, 80.45),
+    },
+    "gtsrb": {
+        "28-4/16-2": (98.57, 100.0, 99.56, 98.74, 97.51),
+        "28-4/56": (98.57, 100.0, 100.0, 97.82, 98.06),
+        "200/28-4": (99.27, 100.0, 98.54, 97.51, 97.8),
+        "200/110": (99.27, 100.0, 100.0, 98.04, 98.42),
+    },
+    "flowers17": {
+        "200/28-4": (96.25, 90.45, 90.91, 86.74, 87.43),
+        "200/110": (96.25, 95.47, 93.45, 89.42, 90.15),
+    },
+    "imagenet": {
+        "200/28-4": (84.36, 84.26, 83.47, 81.64, 82.59),
+        "200/110": (84.36, 84.15, 83.16, 82.15, 82.24),
+    },
+}
+
+# CIFAR-100: pair -> teacher; then accuracy and success of FKD's students under CKD and LBA, and RobustKD's.
+_ROBUST_KD_6 = {
+    "28-4/16-4": ((78.82, 92.04), (79.44, 96.13), (80.17, 74.58), (78.36, 13.32), (78.95, 1.61)),
+    "28-4/28-2": ((78.68, 99.83), (78.28, 94.05), (77.64, 80.13), (76.02, 10.94), (76.17, 3.56)),
+}
+# CIFAR-100, RobustKD under the adaptive attack: pair -> teacher, student.
+_ROBUST_KD_7 = {
+    "28-4/16-4": ((75.47, 90.56), (77.12, 16.14)),
+    "28-4/28-2": ((75.47, 90.56), (76.85, 19.43)),
+    "28-4/16-2": ((75.47, 90.56), (75.98, 14.42)),
+    "28-4/56": ((75.47, 90.56), (77.17, 12.86)),
+}
+_FOUR = (("fkd", "ckd"), ("fkd", "latent_backdoor"), ("robust_kd", "ckd"), ("robust_kd", "latent_backdoor"))
+
+
+def _networks(paper: str, table: dict, methods: tuple[str, ...]) -> Iterator[Published]:
+    for dataset, attacks in table.items():
+        for attack, cells in attacks.items():
+            for method, numbers in zip(methods, cells, strict=True):
+                yield Published(paper, "network", dataset, attack, method, *numbers)
+
+
+def _flags() -> Iterator[Published]:
+    cells: list[tuple] = []  # table, dataset, rule, attack, opacity, numbers
+    for number, rule, table in ((1, ALL_TO_ONE, _VBD_1), (2, ALL_TO_ALL, _VBD_2)):
+        cells += [
+            (number, dataset, rule, attack, 1.0, numbers)
+            for dataset, rows in table.items()
+            for attack, numbers in rows.items()
+        ]
+    for number, rule, table in ((3, ALL_TO_ONE, _VBD_3), (4, ALL_TO_ALL, _VBD_4)):
+        cells += [
+            (number, dataset, rule, None, opacity, numbers)
+            for dataset, rows in table.items()
+            for opacity, numbers in rows.items()
+        ]
+    cells += [(5, dataset, None, None, None, numbers) for dataset, numbers in _VBD_5.items()]
+    for number, dataset, rule, attack, opacity, of_methods in cells:
+        for method, (f1, deviation) in zip(_DETECTORS, of_methods, strict=True):
+            where = Published(f"VBD Table {number}", "flags", dataset, attack, method)
+            yield where._replace(rule=rule, opacity=opacity, f1=f1, standard_deviation=deviation)
+
+
+def _students() -> Iterator[Published]:
+    def make(
+        table: str, dataset: str, pair: str, attack: str, method: str, numbers: tuple, of_teacher: tuple
+    ) -> Published:
+        teacher, student = _PAIRS[pair]
+        names = {"teacher": teacher, "student": student}
+        names |= dict(zip(("teacher_accuracy", "teacher_success"), of_teacher, strict=True))
+        return Published(f"RobustKD {table}", "student", dataset, attack, method, *numbers, **names)
+
+    for dataset, pairs in _ROBUST_KD_3.items():
+        for pair, (accuracy, *students) in pairs.items():
+            for attack, numbers in zip(("ckd", "latent_backdoor", "hidden_trigger"), students, strict=True):
+                yield make("Table 3", dataset, pair, attack, "fkd", numbers, (accuracy, None))
+    for dataset, pairs in _ROBUST_KD_4_SUCCESS.items():
+        for pair, (success, *successes) in pairs.items():
+            accuracy, *accuracies = _ROBUST_KD_5_ACCURACY[dataset][pair]
+            for (method, attack), *numbers in zip(_FOUR, accuracies, successes, strict=True):
+                yield make("Tables 4, 5", dataset, pair, attack, method, numbers, (accuracy, success))
+    for pair, (of_teacher, *students) in _ROBUST_KD_6.items():
+        for (method, attack), numbers in zip(_FOUR, students, strict=True):
+            yield make("Table 6", "cifar100", pair, attack, method, numbers, of_teacher)
+    for pair, (of_teacher, numbers) in _ROBUST_KD_7.items():
+        yield make("Table 7", "cifar100", pair, "ckd_low_variance", "robust_kd", numbers, of_teacher)
 
 
 PUBLISHED: tuple[Published, ...] = (
-    *_rows("LfD Table 1", _LFD, ("none", "fine_pruning", "activation_clustering", "abl", "lfd")),
-    *_rows("ABM Table III", _ABM, ("none", "nad", "abl", "bab", "abm")),
-    *_rows("ABM Table XI", _ABM_CBD, ("none", "cbd", "abm")),
+    *_networks("LfD Table 1", _LFD, ("none", "fine_pruning", "activation_clustering", "abl", "lfd")),
+    *_networks("ABM Table III", _ABM, ("none", "nad", "abl", "bab", "abm")),
+    *_networks("ABM Table XI", _ABM_CBD, ("none", "cbd", "abm")),
+    *_flags(),
+    *_students(),
 )
-"""Every row of the three tables for CIFAR-10 and GTSRB."""
+"""Every row: of LfD's and ABM's tables for CIFAR-10 and GTSRB, of VBD's five and of RobustKD's five."""
+
+TRIGGERS = {ALL_TO_ONE: tuple(filter(None, _VBD_1["cifar10"])), ALL_TO_ALL: tuple(filter(None, _VBD_2["cifar10"]))}
+"""VBD's triggers by label rule, as bdjax names the attacks."""
+DETECTION_DATASETS = tuple(filter(None, _VBD_5))
+"""Those of VBD's tables."""
+
+
+def find_published(**wanted: Any) -> tuple[Published, ...]:
+    """The rows that have exactly these entries, in the papers' order.
+
+    Args:
+        wanted: fields of `Published` and their values; None stands for an average, or for what a row does not have.
+    """
+    return tuple(row for row in PUBLISHED if all(getattr(row, name) == value for name, value in wanted.items()))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bdjax.evaluation.measure import Measured
-from bdjax.evaluation.published import PUBLISHED
+from bdjax.evaluation.published import find_published
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import AttackVariant, DefenseVariant
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
@@ -433,13 +433,8 @@ def published_table(results: Mapping[str, Any], dataset: str) -> Table | None:
     methods = {one["defense"]: one["base"] for one in results["defenses"]}
     rows: list[tuple[Cell, ...]] = []
     for cell in results["measured"]:
-        for one in PUBLISHED:
-            if (one.dataset, one.attack, one.defense) != (
-                dataset,
-                bases.get(cell["attack"]),
-                methods[cell["defense"]],
-            ):
-                continue
+        key = {"dataset": dataset, "attack": bases.get(cell["attack"]), "method": methods[cell["defense"]]}
+        for one in find_published(measured="network", **key):
             ours = [None if value is None else 100 * value for value in (mean_of(cell, "cda"), mean_of(cell, "asr"))]
             theirs = ("fail", "fail") if one.clean_accuracy is None else (one.clean_accuracy, one.success)
             names = attacks[cell["attack"]], defenses[cell["defense"]]

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.metrics import auc, roc_curve
 
 from bdjax.evaluation.measure import Comparison, Measured
-from bdjax.evaluation.published_detection import BLENDED, DATASETS, FULL, TRIGGERS, find_f1
+from bdjax.evaluation.published import BLENDED, DETECTION_DATASETS, FULL, TRIGGERS
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
@@ -307,9 +307,9 @@ def f1_figures(folder: RunFolder, results: Mapping[str, Any], dataset: str) -> l
         for one in every:
             means = [detected.f1_of(results, sets, one["defense"]) for sets in of_opacity.values()]
             lines.append(_line(one["title"], list(of_opacity), means))
-            if dataset in DATASETS and one["base"] in detected.PAPER_TITLES and one["base"] not in printed:
+            if dataset in DETECTION_DATASETS and one["base"] in detected.PAPER_TITLES and one["base"] not in printed:
                 printed.add(one["base"])
-                cells = [find_f1(dataset, rule, None, opacity, one["base"]) for opacity in (*BLENDED, *FULL)]
+                cells = [detected.find_f1(dataset, rule, None, opacity, one["base"]) for opacity in (*BLENDED, *FULL)]
                 f1 = [cell.f1 for cell in cells]
                 lines.append(
                     Line(one["title"], (*BLENDED, *FULL), f1, [cell.standard_deviation for cell in cells], True)

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bdjax.evaluation.published_detection import (
+from bdjax.evaluation.published import (
     ALL_TO_ALL,
     ALL_TO_ONE,
     BLENDED,
-    DATASETS,
+    DETECTION_DATASETS,
     FULL,
     POISON_RATE,
     TRIGGERS,
-    find_f1,
+    Published,
+    find_published,
 )
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting.tables import Cell, Table, mean_and_spread
@@ -103,6 +104,14 @@ def detectors(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [one for one in results["defenses"] if one["defense"] in flagging]
 
 
+def find_f1(
+    dataset: str, rule: str | None, attack: str | None, opacity: float | None, detector: str
+) -> Published | None:
+    """The paper's cell with these entries, where None stands for an average; None if it prints none."""
+    wanted = {"dataset": dataset, "rule": rule, "attack": attack, "opacity": opacity, "method": detector}
+    return next(iter(find_published(measured="flags", **wanted)), None)
+
+
 def common(results: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], defenses: Sequence[str]) -> list:
     """Those of the attacks that F1 is known of with every one of the defenses, so that their means compare."""
     return [one for one in attacks if all(f1_of(results, [one], name) is not None for name in defenses)]
@@ -134,7 +143,11 @@ def _columns(results: Mapping[str, Any], dataset: str) -> list[_Column]:
     for one in detectors(results):
         base = one["base"]
         columns.append(_Column(one["title"], one["defense"], base))
-        if dataset in DATASETS and base in PAPER_TITLES and (base, None) not in [(c.base, c.defense) for c in columns]:
+        if (
+            dataset in DETECTION_DATASETS
+            and base in PAPER_TITLES
+            and (base, None) not in [(c.base, c.defense) for c in columns]
+        ):
             columns.append(_Column(f"{PAPER_TITLES[base]}, paper", None, base))
     return columns
 

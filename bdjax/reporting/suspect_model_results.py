@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax.evaluation.measure import Comparison
-from bdjax.evaluation.published_distillation import PUBLISHED_STUDENTS
+from bdjax.evaluation.published import find_published
 from bdjax.models import count_parameters
 from bdjax.reporting import defense_results
 from bdjax.reporting.defense_results import CDA_LOSS, LOW_ASR, LOW_SHARE, ORACLES, find, has_spread, mean_of, seeds_text
@@ -286,11 +286,9 @@ def published_table(results: Mapping[str, Any], dataset: str) -> Table | None:
     teacher = _network(results["teacher"]["model"])
     rows: list[tuple[Cell, ...]] = []
     for cell, attack, method in _cells(results):
-        key = dataset, teacher, _network(method["model"]), attack["base"], method["base"]
+        names = {"teacher": teacher, "student": _network(method["model"]), "method": method["base"]}
         itself = find(results, cell["attack"], defense_results.undefended(results) or "")
-        for one in PUBLISHED_STUDENTS:
-            if (one.dataset, one.teacher, one.student, one.attack, one.method) != key:
-                continue
+        for one in find_published(measured="student", dataset=dataset, attack=attack["base"], **names):
             ours = [_percent(mean_of(each, name)) for each in (itself, cell) for name in ("cda", "asr")]
             theirs = one.teacher_accuracy, one.teacher_success, one.clean_accuracy, one.success
             pairs = (value for pair in zip(ours, theirs, strict=True) for value in pair)

@@ -4,7 +4,7 @@ import pytest
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.undefended import UndefendedSettings
 from bdjax.evaluation.measure import Comparison, Measured
-from bdjax.evaluation.published_detection import ALL_TO_ALL, ALL_TO_ONE
+from bdjax.evaluation.published import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import measure_detection
