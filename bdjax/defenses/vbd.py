@@ -17,8 +17,7 @@ the detection split in the text. A row goes to the detector of its own class her
 every detector).
 """
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +27,7 @@ from bdjax.defenses import vbd_patterns
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
-from bdjax.defenses.vbd_patterns import Candidate
+from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
 from bdjax.errors import InputError
 from bdjax.models import MODELS
 from bdjax.models.simple_cnn import LAYERS, network_name
@@ -40,68 +39,6 @@ LEAST_CHECKED = 100
 """Rows that a pattern is checked on where a tenth of the detection split is fewer; ours, for small sets."""
 CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
 """How many share a call, which bounds memory where there are hundreds of classes."""
-
-
-@dataclass(frozen=True)
-class VBDSettings:
-    """The values of the paper, and of its code where the paper gives none."""
-
-    networks: str = "64P+10-10P+16-16P"
-    """the simple networks, by their layers, with + between them; see `bdjax/models/simple_cnn.py`"""
-    detect_share: float = 0.2
-    """of the rows, held back from training the simple networks"""
-    epochs: int = 20
-    """of the simple networks"""
-    least_steps: int = 0
-    """of their training: small sets get more epochs"""
-    batch_size: int = 256
-    """256 for CIFAR-10, 64 for Tiny ImageNet"""
-    optimiser: Literal["sgd", "adam"] = "sgd"
-    """of the simple networks; SGD has momentum 0.9"""
-    learning_rate: float = 0.01
-    """of the simple networks, throughout"""
-    weight_decay: float = 5e-4
-    """of the simple networks"""
-    rows_per_class: int = 20
-    """N: rows of a class taken for malicious, and as many for clean"""
-    least_rows: int = 5
-    """a class with fewer of either is not tested"""
-    p_value: float = 0.01
-    """below which a class is suspicious"""
-    pixel_rule: Literal["paper", "code"] = "paper"
-    """whether the most important pixel is that of the channels' mean gradient, or of the largest single entry"""
-    check_share: float = 0.1
-    """of the held-back rows, that a pattern is checked on"""
-    least_success: float = 0.33
-    """of a pattern in that check"""
-    votes: int = 1
-    """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
-    accuracy_weight: float = 0.6
-    """alpha of the score by which one of several patterns of a class is chosen"""
-    detector_rows: Literal["all", "held_back"] = "all"
-    """which rows train the detectors: all, as in the code, or the held-back ones, as in the text"""
-    detector_epochs: int = 20
-    """of a detector"""
-    least_detector_steps: int = 0
-    """of its training: few rows get more epochs"""
-    detector_batch_size: int = 256
-    """rows of other classes in a step"""
-    own_rows: float = 1.0
-    """rows of the class itself that are added to a step once they have pseudo-labels, for each of those; at most 1"""
-    detector_learning_rate: float = 0.01
-    """of SGD, throughout"""
-    dropout: float = 0.5
-    """of what the detector's last layer sees"""
-    least_opacity: float = 0.1
-    """of the patterns that a detector learns from; the largest is 1"""
-    first_labelling: int = 5
-    """epoch, from 0, in which the rows of the class get their first pseudo-labels"""
-    last_labelling: int = 11
-    """epoch in which they get their last"""
-    least_accuracy: float = 0.75
-    """of a detector in training; one below it is not used"""
-    clean_model: Literal["suppress", "relabel"] = "suppress"
-    """of flagged rows: leave them out, or train on them with the simple network's second-best class as label"""
 
 
 class Analysis(NamedTuple):

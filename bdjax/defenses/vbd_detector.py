@@ -11,7 +11,7 @@ which costs nothing, since its gradient is there.
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +20,13 @@ import optax
 
 from bdjax.defenses import vbd_patterns
 from bdjax.defenses.contract import DefenseInput, fingerprint
-from bdjax.defenses.vbd_patterns import Candidate
+from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
 from bdjax.models import embedding
 from bdjax.models.simple_cnn import last_layer, make_pattern_detector
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.training.stages import Nets
 from bdjax.types import Array, Key, Model, PyTree
-
-if TYPE_CHECKING:
-    from bdjax.defenses.vbd import VBDSettings
 
 SCALE_ROWS = 1000
 """Rows whose pixels say by how much standardising would divide."""
@@ -60,7 +57,7 @@ def of_class(index: np.ndarray, classes: np.ndarray) -> Rows:
 
 
 @cache
-def detector_objective(network: Model, settings: "VBDSettings", batches_per_epoch: int) -> Objective:
+def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch: int) -> Objective:
     """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the class's own rows.
 
     `params` is the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", what gradients
@@ -132,7 +129,7 @@ def row_detections(network: Model) -> Callable[..., Array]:
 
 def train_detectors(
     given: DefenseInput,
-    settings: "VBDSettings",
+    settings: VBDSettings,
     nets: Nets,
     patterns: list[Pattern],
     found: list[list[Candidate]],

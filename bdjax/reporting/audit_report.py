@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from bdjax.defenses.vbd import Analysis, VBDSettings
+from bdjax.defenses.vbd import Analysis
+from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.errors import InputError
 from bdjax.reporting import audit_results as numbers
 from bdjax.reporting import defense_plots, plots, report, tables

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from bdjax.defenses.vbd import Analysis, VBDSettings
+from bdjax.defenses.vbd import Analysis
+from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.metrics import measure_detection
 from bdjax.reporting.report import Verdict
 from bdjax.reporting.tables import Cell, Table

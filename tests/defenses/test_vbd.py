@@ -13,7 +13,6 @@ import pytest
 from bdjax.defenses import vbd
 from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.vbd import (
-    VBDSettings,
     analyse,
     check,
     choose_networks,
@@ -23,6 +22,7 @@ from bdjax.defenses.vbd import (
     to_detection,
 )
 from bdjax.defenses.vbd_detector import detector_objective, row_detections
+from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.models.simple_cnn import make_pattern_detector

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from bdjax import datasets
-from bdjax.defenses.vbd import Analysis, VBDSettings
+from bdjax.defenses.vbd import Analysis
+from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.errors import InputError
 from bdjax.reporting import audit_report
 from bdjax.run.folder import RunFolder

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from bdjax.defenses.vbd import Analysis, VBDSettings
+from bdjax.defenses.vbd import Analysis
+from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.reporting import audit_results
 from bdjax.reporting.audit_results import class_title, evidence_table, summarise, truth_table
 from bdjax.reporting.tables import to_markdown
