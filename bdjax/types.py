@@ -112,13 +112,30 @@ class Model(NamedTuple):
     description: str  # "resnet34 width 64": what checkpoints and reports say of it
 
 
+class ExtractedPattern(NamedTuple):
+    """A trigger that a detector extracted from the rows of one class."""
+
+    label: int  # the class
+    pattern: np.ndarray  # float32 [H, W, C] in [0, 1], zero outside the mask
+    mask: np.ndarray  # bool [H, W]
+    success: float  # share of rows of other classes that it turns into that class
+    network: str = ""  # of a detector with several networks, by which it was found: "64P"
+    accuracy: float | None = (
+        None  # of what tells rows with the pattern from rows without it; None if there is no such thing
+    )
+
+
 class Detection(NamedTuple):
     """What a detector says of the rows of M suspect training sets."""
 
     flags: np.ndarray  # bool [M, n]: rows that it takes for poisoned
     scores: np.ndarray  # float32 [M, n]: the higher, the more suspicious
     facts: Mapping[str, np.ndarray] = {}  # as `DefenseResult` has them
-    pictures: Mapping[str, np.ndarray] = {}
+    pictures: Mapping[str, np.ndarray] = {}  # as `DefenseResult` has them
+    patterns: tuple[
+        tuple[ExtractedPattern, ...], ...
+    ] = ()  # of each of the M, by class; () of a detector that extracts none
+    evidence: Mapping[str, np.ndarray] = {}  # name -> [M, ...]: what its flags rest on, in the detector's own terms
 
 
 class DefenseResult(NamedTuple):

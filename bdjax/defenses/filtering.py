@@ -53,4 +53,4 @@ def retrained(given: DefenseInput, stage: str, found: Detection) -> DefenseResul
         found: what was detected.
     """
     nets = retrain_without(given, stage, found.flags)
-    return DefenseResult(nets.model, nets.variables, *found)
+    return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)

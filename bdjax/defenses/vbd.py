@@ -33,7 +33,7 @@ from bdjax.models import MODELS
 from bdjax.models.simple_cnn import LAYERS, network_name
 from bdjax.settings import check_values
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult, Detection, Key
+from bdjax.types import DefenseResult, Detection, ExtractedPattern, Key
 
 LEAST_CHECKED = 100
 """Rows that a pattern is checked on where a tenth of the detection split is fewer; ours, for small sets."""
@@ -309,8 +309,11 @@ def _second_best(
     return labels
 
 
-def to_detection(analysis: Analysis) -> Detection:
-    """What every detector says: flags, scores, and a few numbers and pictures of its own."""
+def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
+    """What every detector says: flags, scores, patterns, and a few numbers and pictures of its own.
+
+    The evidence has the "accuracies" [M, J], the "p_values" [M, J, K] and the "success" [M, J, K] of `Analysis`.
+    """
     found = analysis.is_poisoned_class
     facts = {
         "classes with a pattern": found.sum(axis=1),
@@ -325,12 +328,30 @@ def to_detection(analysis: Analysis) -> Detection:
         names = ", ".join(map(str, shown))
         pictures[f"patterns of classes {names}"] = analysis.patterns[:, shown]
         pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
-    return Detection(analysis.flags, analysis.scores, facts, pictures)
+    evidence = {name: getattr(analysis, name) for name in ("accuracies", "p_values", "success")}
+    patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
+    return Detection(analysis.flags, analysis.scores, facts, pictures, patterns, evidence)
+
+
+def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[ExtractedPattern, ...]:
+    """The patterns that were kept of one suspect, by class."""
+    networks, chosen = settings.networks.split("+"), analysis.network[member]
+    return tuple(
+        ExtractedPattern(
+            label=int(label),
+            pattern=analysis.patterns[member, label],
+            mask=analysis.masks[member, label],
+            success=float(analysis.success[member, chosen[label], label]),
+            network=networks[chosen[label]],
+            accuracy=float(analysis.detector_accuracies[member, label]),
+        )
+        for label in np.flatnonzero(chosen >= 0)
+    )
 
 
 def detect(given: DefenseInput, settings: VBDSettings) -> Detection:
     """`analyse`, as every detector answers."""
-    return to_detection(analyse(given, settings))
+    return to_detection(analyse(given, settings), settings)
 
 
 def run(given: DefenseInput, settings: VBDSettings) -> DefenseResult:
@@ -347,12 +368,13 @@ def run(given: DefenseInput, settings: VBDSettings) -> DefenseResult:
         InputError: as `analyse`.
     """
     analysis = analyse(given, settings)
+    found = to_detection(analysis, settings)
     stage = f"vbd: {settings.clean_model} {fingerprint(settings=settings)}"
     if settings.clean_model == "suppress":
-        return retrained(given, stage, to_detection(analysis))
+        return retrained(given, stage, found)
     rows = labelled(given.index, analysis.new_labels)
     nets = given.train(stage, given.make_model(), given.recipe, rows)
-    return DefenseResult(nets.model, nets.variables, *to_detection(analysis))
+    return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)
 
 
 def check(settings: VBDSettings) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from bdjax.evaluation.patterns import FoundPattern
 from bdjax.reporting.defense_plots import MARKERS
 from bdjax.reporting.plots import COLOURS, draw_title, house_style, image_grid
 from bdjax.run.text import printable
@@ -20,46 +21,6 @@ SIDE = 160
 COLUMNS = ("true trigger", "found trigger", "its mask", "a flagged row", "where it is")
 _FAINT = "#e6e8eb"
 _LINES = ("-", "--", ":", "-.")
-
-
-class FoundPattern(NamedTuple):
-    """A trigger that a detector extracted, and the true one where it is known."""
-
-    attack: str  # what to call it: "white square 50 %"
-    seed: int
-    label: int  # the class that the trigger was found of
-    pattern: np.ndarray  # float32 [H, W, C] in [0, 1]
-    mask: np.ndarray  # bool [H, W]
-    success: float  # share of rows of other classes that it turns
-    network: str  # whose it is
-    true_pattern: np.ndarray | None  # float32 [H, W, C] in [0, 1]
-    true_mask: np.ndarray | None  # float32 [H, W]: how opaque the true trigger is
-    example: np.ndarray | None  # uint8 [H, W, C], a row that was flagged for it
-    is_true_class: bool | None  # whether the attack sends rows to that class
-
-    @property
-    def overlap(self) -> float | None:
-        """Intersection over union of the found and the true mask; None if that is not known."""
-        if self.true_mask is None:
-            return None
-        is_set = np.asarray(self.true_mask) > 0
-        union = np.sum(is_set | self.mask)
-        return float(np.sum(is_set & self.mask) / union) if union else 0.0
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """All there is to say, in parts: what it is of, how well it works, what it has of the true one."""
-        said = "" if self.is_true_class is not False else ": a false alarm"
-        parts = [f"{self.attack}, target {self.label}{said}", f"success {self.success:.2f}"]
-        if self.overlap is not None and self.is_true_class is not False:
-            parts.append(f"IoU of masks {self.overlap:.2f}")
-        return (*parts, f"network {self.network}, seed {self.seed}")
-
-    @property
-    def caption(self) -> str:
-        """The same as one line."""
-        first, *others = self.lines
-        return f"{first}: {', '.join(others)}"
 
 
 class Curve(NamedTuple):
@@ -160,6 +121,24 @@ def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -
     return figure
 
 
+def pattern_lines(one: FoundPattern) -> tuple[str, ...]:
+    """All there is to say of a pattern, in parts: what it is of, how well it works, what it has of the true one."""
+    is_right = one.is_true_class is not False
+    parts = [
+        f"{one.attack}, target {one.label}{'' if is_right else ': a false alarm'}",
+        f"success {one.success:.2f}",
+    ]
+    if one.overlap is not None and is_right:
+        parts.append(f"IoU of masks {one.overlap:.2f}")
+    return (*parts, f"network {one.network}, seed {one.seed}" if one.network else f"seed {one.seed}")
+
+
+def pattern_caption(one: FoundPattern) -> str:
+    """`pattern_lines` as a single line."""
+    first, *others = pattern_lines(one)
+    return f"{first}: {', '.join(others)}"
+
+
 def trigger_grid(found: Sequence[FoundPattern], title: str = "") -> Figure:
     """Draws found triggers beside the true ones, and where they lie on a row that was flagged (figure 5 of the VBD paper).
 
@@ -178,7 +157,7 @@ def trigger_grid(found: Sequence[FoundPattern], title: str = "") -> Figure:
         ]
         for one in found
     ]
-    names = ["\n".join(line for part in one.lines for line in textwrap.wrap(part, 28)) for one in found]
+    names = ["\n".join(line for part in pattern_lines(one) for line in textwrap.wrap(part, 28)) for one in found]
     return image_grid(cells, names, COLUMNS, title, captions=captions)
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from sklearn.metrics import auc, roc_curve
 
 from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.published import BLENDED, DETECTION_DATASETS, FULL, TRIGGERS
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
 from bdjax.reporting.defense_report import MOST_SETS, file_name, score_figures, seconds_of
-from bdjax.reporting.detection_plots import Curve, FoundPattern, Line
+from bdjax.reporting.detection_plots import Curve, Line
 from bdjax.reporting.report import Figure, Section, Verdict, timings_table
 from bdjax.reporting.tables import Table
 from bdjax.run.folder import RunFolder, describe_environment
@@ -417,5 +418,5 @@ def trigger_figures(folder: RunFolder, found: Sequence[FoundPattern]) -> list[Fi
                 "is mixed with what lies under it. Red outlines the found pixels."
             )
             caption += f" {len(found)} were found in all." if len(found) > len(shown) else ""
-        figures.append(Figure(path, caption, "; ".join(one.caption for one in some)))
+        figures.append(Figure(path, caption, "; ".join(map(detection_plots.pattern_caption, some))))
     return figures

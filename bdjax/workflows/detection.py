@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bdjax import datasets
@@ -26,11 +25,11 @@ from bdjax.defenses import vbd
 from bdjax.defenses.contract import DefenseInput
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
+from bdjax.evaluation.patterns import FoundPattern, compare_patterns, with_true_classes
 from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
 from bdjax.models import make_model
 from bdjax.reporting import audit_report, defense_results, detection_report
-from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.reporting.tables import to_rich
 from bdjax.run import config as run_config
 from bdjax.run.config import IGNORED, SuspectConfig, choose_engine, load, open_folder, train_config
@@ -156,7 +155,7 @@ def run_grid(
             given = make_defense_input(
                 suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
             )
-            outcome = detect_all(given, suspects, variants, train, log, name)
+            outcome = detect_all(given, suspects, variants, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
             if processes.is_primary():
                 shutil.rmtree(place, ignore_errors=True)
@@ -243,7 +242,6 @@ def detect_all(
     given: DefenseInput,
     suspects: Sequence[Suspect],
     variants: Sequence[DefenseVariant],
-    train: Dataset,
     log: StageLog,
     name: str,
 ) -> Outcome:
@@ -253,14 +251,12 @@ def detect_all(
     for variant in variants:
         start = time.perf_counter()
         with log.stage(f"{name}: {variant.name}") as stage:
-            if variant.defense.name == vbd.VBD.name:
-                analysis = vbd.analyse(given, variant.settings)
-                found += found_patterns(analysis, variant, suspects, train)
-                detected = with_truth(vbd.to_detection(analysis), analysis, suspects)
-            else:
-                detected = variant.defense.detect(given, variant.settings)
+            detected = variant.defense.detect(given, variant.settings)
+            if detected.patterns:
+                found += compare_patterns(detected, suspects)
+                detected = with_true_classes(detected, suspects)
             seconds = (time.perf_counter() - start) / len(suspects)
-            detected = detected._replace(pictures={})
+            detected = detected._replace(pictures={}, patterns=(), evidence={})
             tried = score_detection(detected, light, variant, seconds)
             known = [each.detection.f1 for each in tried if each.detection.f1 is not None]
             stage.detail = f"mean F1 {np.mean(known):.3f} of {len(known)}" if known else f"{len(tried)} clean sets"
@@ -272,74 +268,6 @@ def without_images(suspect: Suspect) -> Suspect:
     """The same with an image that all rows share, which takes no memory."""
     images = np.broadcast_to(np.uint8(0), suspect.dataset.images.shape)
     return suspect._replace(dataset=dataclasses.replace(suspect.dataset, images=images, files=()), params=())
-
-
-def true_classes(suspect: Suspect) -> np.ndarray:
-    """The classes that poisoned rows are labelled as."""
-    return np.unique(suspect.dataset.labels[suspect.is_poisoned])
-
-
-def with_truth(detected: Detection, analysis: vbd.Analysis, suspects: Sequence[Suspect]) -> Detection:
-    """Say of the classes with a pattern how many are those of the attack."""
-    has_pattern = analysis.is_poisoned_class
-    hits = np.array([own[true_classes(one)].sum() for own, one in zip(has_pattern, suspects, strict=True)])
-    facts = {
-        **detected.facts,
-        "poisoned classes": np.array([len(true_classes(one)) for one in suspects]),
-        "poisoned classes found": hits,
-        "clean classes taken for poisoned": has_pattern.sum(axis=1) - hits,
-    }
-    return detected._replace(facts=facts)
-
-
-def found_patterns(
-    analysis: vbd.Analysis, variant: DefenseVariant, suspects: Sequence[Suspect], train: Dataset
-) -> list[FoundPattern]:
-    """Every pattern that was found, beside the true one."""
-    found, networks = [], variant.settings.networks.split("+")
-    for member, one in enumerate(suspects):
-        poisoned = true_classes(one)
-        for label in np.flatnonzero(analysis.is_poisoned_class[member]):
-            network = analysis.network[member, label]
-            own = analysis.flags[member] & (one.dataset.labels == label)
-            best = int(np.argmax(np.where(own, analysis.scores[member], -1)))
-            pattern, mask = true_trigger(one, int(label), train)
-            found.append(
-                FoundPattern(
-                    attack=one.attack.title,
-                    seed=one.seed,
-                    label=int(label),
-                    pattern=analysis.patterns[member, label],
-                    mask=analysis.masks[member, label],
-                    success=float(analysis.success[member, network, label]),
-                    network=networks[network],
-                    true_pattern=pattern,
-                    true_mask=mask,
-                    example=one.dataset.images[best] if own.any() else None,
-                    is_true_class=bool(label in poisoned),
-                )
-            )
-    return found
-
-
-def true_trigger(suspect: Suspect, label: int, train: Dataset) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The pattern, float32 [H, W, C], and its opacity at each pixel, float32 [H, W], of the trigger that leads to a class.
-
-    They are read off what becomes of a black and of a white image, so they are exact of triggers that blend. None and None
-    where the attack does not lead to that class, or there is none.
-    """
-    if not suspect.parts or label not in true_classes(suspect):
-        return None, None
-    part, params = suspect.parts[0], suspect.params[0]
-    sources = np.arange(train.num_classes)
-    source = int(sources[part.rule.relabel(sources) == label][-1])
-    black, white = (
-        part.attack.apply(params, jnp.full(train.image_shape, value, jnp.float32), jnp.int32(source), jax.random.key(0))
-        for value in (0.0, 1.0)
-    )
-    opacity = np.asarray(1 - (white - black)).mean(axis=-1)
-    pattern = np.where(opacity[..., None] > 1e-3, np.asarray(black) / np.maximum(opacity[..., None], 1e-3), 0)
-    return np.clip(pattern, 0, 1).astype(np.float32), np.where(opacity > 1e-3, opacity, 0).astype(np.float32)
 
 
 # ---- Outcomes on disk -------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What every defense owes its callers, checked on each entry of the registry."""
 
 import dataclasses
+import itertools
 
 import chex
 import jax
@@ -116,6 +117,11 @@ def test_what_is_detected_alone_is_what_the_defense_goes_by(tried, suspects):
     for name, values in found.facts.items():
         np.testing.assert_allclose(values, result.facts[name], rtol=1e-6)
     assert "training set" in variant.defense.needs
+    assert len(found.patterns) in (0, len(found.flags))
+    for one in itertools.chain(*found.patterns):
+        assert one.pattern.shape == (*one.mask.shape, one.pattern.shape[2]) and one.mask.dtype == bool
+        assert not one.pattern[~one.mask].any() and one.pattern.min() >= 0 and one.pattern.max() <= 1
+    assert all(len(values) == len(found.flags) for values in found.evidence.values())
 
 
 def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):

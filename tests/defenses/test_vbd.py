@@ -418,9 +418,19 @@ class TestAnalysis:
         np.testing.assert_array_equal(pattern, found.analysis.patterns[:, [1]])
         np.testing.assert_array_equal(mask[..., 0], found.analysis.masks[:, [1]])
 
+    def test_its_patterns_and_evidence_come_through_detect(self, found):
+        detection, analysis = detect(found.given, SMALL), found.analysis
+        (kept,), nothing = detection.patterns
+        assert nothing == () and (kept.label, kept.network) == (1, "4-4P")
+        np.testing.assert_array_equal(kept.mask, analysis.masks[0, 1])
+        np.testing.assert_array_equal(kept.pattern, analysis.patterns[0, 1])
+        assert (kept.success, kept.accuracy) == (analysis.success[0, 0, 1], analysis.detector_accuracies[0, 1])
+        for name in ("accuracies", "p_values", "success"):
+            np.testing.assert_array_equal(detection.evidence[name], getattr(analysis, name))
+
     def test_no_pictures_of_nothing(self, found):
         clean = jax.tree.map(lambda leaf: leaf[1:], found.analysis)
-        assert to_detection(clean).pictures == {}
+        assert to_detection(clean, SMALL).pictures == {}
 
     @pytest.mark.parametrize("accuracy", [0.749, 0.75])
     def test_a_detector_that_did_not_learn_flags_nothing(self, found, monkeypatch, accuracy):
@@ -459,4 +469,4 @@ def test_the_clean_network_does_without_flagged_rows_or_with_new_labels(found, m
         assert set(index[0]) == set(given.index[0][~flags[0]]) and set(index[1]) == set(given.index[1])
         np.testing.assert_array_equal(labels, found.labels[index % ROWS])
     np.testing.assert_array_equal(result.flags, flags)
-    assert result.pictures and result.facts.keys() == to_detection(analysis).facts.keys()
+    assert result.pictures and result.facts.keys() == to_detection(analysis, SMALL).facts.keys()

@@ -1,16 +1,17 @@
 import numpy as np
 import pytest
 
+from bdjax.evaluation.patterns import FoundPattern
 from bdjax.reporting.detection_plots import (
     COLUMNS,
     GREY,
     RED,
     Curve,
-    FoundPattern,
     Line,
     f1_by,
     on_grey,
     outline,
+    pattern_caption,
     roc,
     trigger_grid,
 )
@@ -80,12 +81,15 @@ def pattern(**changes):
 
 def test_captions():
     assert pattern().overlap == pytest.approx(6 / 12)
-    assert pattern().caption == ("white square 50 %, target 1: success 0.98, IoU of masks 0.50, network 64P, seed 2")
+    assert pattern_caption(pattern()) == (
+        "white square 50 %, target 1: success 0.98, IoU of masks 0.50, network 64P, seed 2"
+    )
     false = pattern(is_true_class=False, label=3)
-    assert false.caption == "white square 50 %, target 3: a false alarm: success 0.98, network 64P, seed 2"
+    assert pattern_caption(false) == "white square 50 %, target 3: a false alarm: success 0.98, network 64P, seed 2"
     unknown = pattern(true_mask=None, true_pattern=None, is_true_class=None)
     assert (
-        unknown.overlap is None and unknown.caption == "white square 50 %, target 1: success 0.98, network 64P, seed 2"
+        unknown.overlap is None
+        and pattern_caption(unknown) == "white square 50 %, target 1: success 0.98, network 64P, seed 2"
     )
     empty = pattern(true_mask=np.zeros((8, 8), np.float32), mask=np.zeros((8, 8), bool))
     assert empty.overlap == 0

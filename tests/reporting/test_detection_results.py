@@ -4,6 +4,7 @@ import pytest
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.undefended import UndefendedSettings
 from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.published import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
@@ -11,7 +12,6 @@ from bdjax.metrics import measure_detection
 from bdjax.reporting import defense_results as numbers
 from bdjax.reporting import detection_report
 from bdjax.reporting import detection_results as detected
-from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.reporting.report import Section
 from bdjax.run.folder import open_run
 from bdjax.types import Dataset, Detection, PoisonedDataset

@@ -18,10 +18,10 @@ from rich.console import Console
 from bdjax.datasets import DATASETS
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
+from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.reporting.defense_report import file_name
-from bdjax.reporting.detection_plots import FoundPattern
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
