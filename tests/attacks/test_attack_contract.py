@@ -21,38 +21,7 @@ SHAPES = [(28, 28, 1), (32, 32, 3)]
 CLASSES, PER_CLASS, TARGET = 10, 20, 1
 
 SMALL: dict[str, dict] = {
-    "solid": {},
-    "checkerboard": {},
-    "noise": {},
-    "provider_blend": {},
-    "adaptive_blend": {},
-    "adaptive_patch": {},
-    "label_flip": {},
-    "badnets": {},
-    "badnets_white": {},
-    "badnets_grid": {},
-    "badnets_all_to_all": {},
-    "tact": {},
-    "white_square": {},
-    "green_square": {},
-    "white_grid": {},
-    "color_grid": {},
-    "small_kitty": {},
-    "big_kitty": {},
-    "white_square_all_to_all": {},
-    "green_square_all_to_all": {},
-    "white_grid_all_to_all": {},
-    "color_grid_all_to_all": {},
-    "sig": {},
-    "sig_striped": {},
-    "wanet": {},
-    "wanet_offline": {},
-    "blended": {},
-    "blended_picture": {},
-    "bpp": {},
-    "bpp_offline": {},
     "label_consistent": {"steps": 3},
-    "composite": {},
     "input_aware": {"mask_epochs": 1, "width": 2, "stages": 1},
     "input_aware_offline": {"mask_epochs": 1, "width": 2, "stages": 1, "joint_epochs": 1, "classifier_width": 2},
     "latent_backdoor": {"steps": 3},
@@ -66,11 +35,11 @@ SMALL: dict[str, dict] = {
     "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
     "narcissus": {"surrogate_width": 4, "surrogate_epochs": 1, "warm_up_epochs": 1, "steps": 10, "batch_size": 16},
 }
-"""Settings that make each attack's trigger in seconds; its own test file asks whether it is a good one."""
+"""Settings that make a trained trigger in seconds; the test file of the attack asks whether it is a good trigger."""
 
 
-def test_every_attack_is_in_the_table():
-    assert SMALL.keys() == ATTACKS.keys()
+def test_the_table_names_attacks_alone():
+    assert SMALL.keys() <= ATTACKS.keys()
 
 
 @cache
@@ -95,7 +64,7 @@ def clean_model(shape):
 @cache
 def prepared(name, shape):
     attack = find_attack(name)
-    changes = SMALL[name]
+    changes = SMALL.get(name, {})
     settings = settings_for(attack, dataset(shape), changes)
     # The smallest set has 20 rows of a class: a tenth of all rows is a whole class.
     settings = dataclasses.replace(settings, poison_rate=0.1, cover_rate=0.1 if settings.cover_rate else 0.0)
