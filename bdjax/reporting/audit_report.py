@@ -27,9 +27,10 @@ from bdjax.defenses.vbd import Analysis
 from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.errors import InputError
 from bdjax.reporting import audit_results as numbers
-from bdjax.reporting import defense_plots, plots, report, tables
+from bdjax.reporting import plots, report, tables
 from bdjax.reporting.detection_plots import outline
 from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.reporting.sections import most_suspicious
 from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.types import Dataset, PoisonedDataset
 
@@ -211,7 +212,7 @@ def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: n
         flags: bool [n].
         scores: float [n].
     """
-    order = defense_plots.most_suspicious(flags, scores, len(dataset))
+    order = most_suspicious(flags, scores, len(dataset))
     # Floats have more digits than mean anything.
     rounded = {"score": [float(f"{score:.6g}") for score in scores]}
     flagged = {"flagged": flags.astype(int).tolist()}
@@ -470,8 +471,8 @@ def score_figures(folder: RunFolder, dataset: Dataset, analysis: Analysis, resul
     for one in found[:MOST_CLASSES]:
         own = dataset.labels == one["class"]
         truth = dataset.is_poisoned[own] if isinstance(dataset, PoisonedDataset) else None
-        panels.append(defense_plots.Scores(numbers.title_of(one), analysis.scores[0, own], truth))
-    path = plots.save(defense_plots.score_histograms(panels), folder.file("scores.png"))
+        panels.append(plots.Scores(numbers.title_of(one), analysis.scores[0, own], truth))
+    path = plots.save(plots.score_histograms(panels), folder.file("scores.png"))
     caption = (
         "What the detector of each class says of its rows, from 0 to 1. Rows from 0.5 on are flagged if the detector is used. "
         "Two separate heaps are clear evidence; a single one is not." + _cut(found)
@@ -482,7 +483,7 @@ def score_figures(folder: RunFolder, dataset: Dataset, analysis: Analysis, resul
 def suspicious_figures(folder: RunFolder, dataset: Dataset, analysis: Analysis) -> list[Figure]:
     """The rows to look at first; none if no row is suspicious."""
     flags, scores = analysis.flags[0], analysis.scores[0]
-    rows = defense_plots.most_suspicious(flags, scores, PICTURES)
+    rows = most_suspicious(flags, scores, PICTURES)
     rows = rows[flags[rows] | (scores[rows] > 0)]
     if not len(rows):
         return []

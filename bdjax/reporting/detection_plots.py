@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bdjax.evaluation.patterns import FoundPattern
-from bdjax.reporting.defense_plots import MARKERS
-from bdjax.reporting.plots import COLOURS, draw_title, house_style, image_grid
+from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style, image_grid
 from bdjax.run.text import printable
 
 RED = (255, 0, 0)

@@ -15,12 +15,21 @@ from sklearn.metrics import auc, roc_curve
 from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.published import BLENDED, DETECTION_DATASETS, FULL, TRIGGERS
-from bdjax.reporting import defense_results as numbers
+from bdjax.reporting import defenses as numbers
 from bdjax.reporting import detection_plots, plots, report, tables
 from bdjax.reporting import detection_results as detected
-from bdjax.reporting.defense_report import MOST_SETS, file_name, score_figures, seconds_of
+from bdjax.reporting import results as schema
 from bdjax.reporting.detection_plots import Curve, Line
 from bdjax.reporting.report import Figure, Section, Verdict, timings_table
+from bdjax.reporting.sections import (
+    MOST_SETS,
+    ORACLES,
+    facts_table,
+    file_name,
+    score_figures,
+    seconds_of,
+    time_table,
+)
 from bdjax.reporting.tables import Table
 from bdjax.run.folder import RunFolder, describe_environment
 from bdjax.settings import read_variant
@@ -42,11 +51,11 @@ def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
     Means are over the settings of the paper's grid if the run has any, else over all training sets with poisoned rows.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         about: names of the defenses that the headline is about; by default all that flag rows.
     """
     every = detected.detectors(results)
-    shown = [one for one in every if one["defense"] in about] or every
+    shown = [one for one in every if one["method"] in about] or every
     others = [one for one in every if one not in shown]
     sets = detected.grid(results)
     where = "the paper's settings" if sets else "the training sets with poisoned rows"
@@ -79,7 +88,7 @@ def verdict(results: Mapping[str, Any], about: Sequence[str] = ()) -> Verdict:
 
 def _of_detector(results: Mapping[str, Any], one: Mapping[str, Any], attacks: Sequence) -> list[tuple[str, float]]:
     """(title, mean F1 in percent) of each training set that F1 is known of."""
-    found = ((each["title"], detected.f1_of(results, [each], one["defense"])) for each in attacks)
+    found = ((each["title"], detected.f1_of(results, [each], one["method"])) for each in attacks)
     return [(title, f1.mean) for title, f1 in found if f1 is not None]
 
 
@@ -105,9 +114,9 @@ def _found(one: Mapping[str, Any], measured: Sequence[tuple[str, float]], where:
 def _false_alarms(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is flagged where nothing is poisoned; a sentence if the run has no such set."""
     told = []
-    for attack in filter(numbers.is_clean, results["attacks"]):
+    for attack in filter(schema.is_clean, results["attacks"]):
         for one in shown:
-            flagged = numbers.mean_of(numbers.find(results, attack["attack"], one["defense"]), "flagged")
+            flagged = schema.mean_of(schema.find(results, attack["attack"], one["method"]), "flagged")
             if flagged is not None:
                 name = attack["title"].replace("no attack", "the clean training set", 1)
                 told.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
@@ -118,7 +127,7 @@ def _false_alarms(results: Mapping[str, Any], shown: Sequence[Mapping[str, Any]]
 
 def _beside(results: Mapping[str, Any], one: Mapping[str, Any], shown: Mapping[str, Any], sets: Sequence) -> str | None:
     """How a competitor does where both were tried."""
-    both = detected.common(results, sets, (one["defense"], shown["defense"]))
+    both = detected.common(results, sets, (one["method"], shown["method"]))
     if not both:
         return None
     theirs, ours = (_of_detector(results, each, both) for each in (one, shown))
@@ -127,16 +136,16 @@ def _beside(results: Mapping[str, Any], one: Mapping[str, Any], shown: Mapping[s
         f"{shown['title']} has {_mean(ours):.1f} %; fails on {len(_failed(theirs))}. It is given: {_given(one)}."
     )
     flagged = [
-        numbers.mean_of(numbers.find(results, attack["attack"], one["defense"]), "flagged")
+        schema.mean_of(schema.find(results, attack["attack"], one["method"]), "flagged")
         for attack in results["attacks"]
-        if numbers.is_clean(attack) and attack["attack"] == numbers.NO_DEFENSE
+        if schema.is_clean(attack) and attack["attack"] == schema.NO_DEFENSE
     ]
     known = [value for value in flagged if value is not None]
     return text + (f" On the clean set it flags {100 * known[0]:.2f} %." if known else "")
 
 
 def _given(one: Mapping[str, Any]) -> str:
-    return ", ".join(f"{need} (no defender has that)" if need in numbers.ORACLES else need for need in one["needs"])
+    return ", ".join(f"{need} (no defender has that)" if need in ORACLES else need for need in one["needs"])
 
 
 def write(
@@ -157,7 +166,7 @@ def write(
     Args:
         folder: the open run.
         settings: every field of the configuration.
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         comparisons: what they were made of: each defense on each group of suspects that were members of one call. A result
             may be a `Detection` as well as a `DefenseResult`.
         timings: seconds for each stage.
@@ -169,7 +178,7 @@ def write(
         extra_sections: of the experiment's own, after the results.
     """
     name = train.name
-    times = numbers.time_table(results, seconds_of(comparisons, timings), is_whole=folder.is_new)
+    times = time_table(results, seconds_of(comparisons, timings), is_whole=folder.is_new)
     needs = numbers.needs_table(results)
     main = _known(
         detected.summary_table(results, name),
@@ -182,7 +191,7 @@ def write(
     details = _known(
         numbers.detection_table(results),
         *(detected.f1_table(results, rule, name, opacity) for rule in detected.RULES for opacity in reversed(BLENDED)),
-        numbers.facts_table(results),
+        facts_table(results),
     )
     own = [table for section in extra_sections for table in section.tables]
     every = [*main, *others, needs, sets, *evidence, *own, *details, *_known(times)]
@@ -231,7 +240,7 @@ def _settings(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         for one in results["attacks"]
         for part in one["parts"]
     }
-    return {"attacks": attacks} | {f"defense {one['defense']}": one["settings"] for one in results["defenses"]}
+    return {"attacks": attacks} | {f"defense {one['method']}": one["settings"] for one in results["methods"]}
 
 
 def _known(*each: Table | None) -> list[Table]:
@@ -240,14 +249,14 @@ def _known(*each: Table | None) -> list[Table]:
 
 def _key_numbers(results: Mapping[str, Any], about: Sequence[str]) -> dict[str, str]:
     every = detected.detectors(results)
-    shown = [one for one in every if one["defense"] in about] or every
+    shown = [one for one in every if one["method"] in about] or every
     counts = {"training sets": str(len(results["attacks"])), "detectors": str(len(every))}
     means = {}
     for one in shown[:3]:
         measured = _of_detector(results, one, detected.grid(results) or results["attacks"])
         if measured:
             means[f"mean F1, {one['title']}"] = f"{_mean(measured):.1f} %"
-        flagged = numbers.mean_of(numbers.find(results, numbers.NO_DEFENSE, one["defense"]), "flagged")
+        flagged = schema.mean_of(schema.find(results, schema.NO_DEFENSE, one["method"]), "flagged")
         if flagged is not None:
             means[f"flagged on a clean set, {one['title']}"] = f"{100 * flagged:.2f} %"
     return means | counts
@@ -262,12 +271,12 @@ def spread_out(
     sets meets all of both.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         comparisons: every defense on every group of suspects.
         most: how many training sets.
     """
     first = {one.suspect.attack.name for each in comparisons for one in each.tried if one.suspect.seed == 0}
-    clean = [one["attack"] for one in results["attacks"] if one["attack"] in first and numbers.is_clean(one)][:most]
+    clean = [one["attack"] for one in results["attacks"] if one["attack"] in first and schema.is_clean(one)][:most]
     others = [one["attack"] for one in results["attacks"] if one["attack"] in first and one["attack"] not in clean]
     room = min(most - len(clean), len(others))
     kept = set(clean)
@@ -298,7 +307,7 @@ def f1_figures(folder: RunFolder, results: Mapping[str, Any], dataset: str) -> l
             for opacity in (*BLENDED, *FULL)
             if (
                 sets := detected.common(
-                    results, detected.grid(results, (rule,), (opacity,)), [o["defense"] for o in every]
+                    results, detected.grid(results, (rule,), (opacity,)), [o["method"] for o in every]
                 )
             )
         }
@@ -306,7 +315,7 @@ def f1_figures(folder: RunFolder, results: Mapping[str, Any], dataset: str) -> l
             continue
         lines, printed = [], set()
         for one in every:
-            means = [detected.f1_of(results, sets, one["defense"]) for sets in of_opacity.values()]
+            means = [detected.f1_of(results, sets, one["method"]) for sets in of_opacity.values()]
             lines.append(_line(one["title"], list(of_opacity), means))
             if dataset in DETECTION_DATASETS and one["base"] in detected.PAPER_TITLES and one["base"] not in printed:
                 printed.add(one["base"])
@@ -349,7 +358,7 @@ def _rate_figures(folder: RunFolder, results: Mapping[str, Any]) -> list[Figure]
             continue
         lines = []
         for one in detected.detectors(results):
-            means = {rate: detected.f1_of(results, [of_rate[rate]], one["defense"]) for rate in sorted(of_rate)}
+            means = {rate: detected.f1_of(results, [of_rate[rate]], one["method"]) for rate in sorted(of_rate)}
             known = {rate: mean for rate, mean in means.items() if mean is not None}
             if known:
                 lines.append(_line(one["title"], list(known), list(known.values())))
@@ -381,7 +390,7 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
     titles = {each.variant.name: each.variant.title for each in comparisons}
     for name, one, scores in _each(comparisons):
         fpr, tpr, _ = roc_curve(one.suspect.is_poisoned, scores)
-        curves.setdefault(name, []).append(Curve(numbers.set_title(one.suspect), fpr, tpr, float(auc(fpr, tpr))))
+        curves.setdefault(name, []).append(Curve(schema.set_title(one.suspect), fpr, tpr, float(auc(fpr, tpr))))
     figures = []
     for name, group in curves.items():
         path = plots.save(detection_plots.roc(group, titles[name]), folder.file(f"roc-{file_name(name)}.png"))
@@ -418,5 +427,5 @@ def trigger_figures(folder: RunFolder, found: Sequence[FoundPattern]) -> list[Fi
                 "is mixed with what lies under it. Red outlines the found pixels."
             )
             caption += f" {len(found)} were found in all." if len(found) > len(shown) else ""
-        figures.append(Figure(path, caption, "; ".join(map(detection_plots.pattern_caption, some))))
+        figures.append(Figure(path, caption, "; ".join(one.caption for one in some)))
     return figures

@@ -1,6 +1,6 @@
 """How well detectors find poisoned rows, as tables: F1 beside the VBD paper's, false alarms, and what was found.
 
-All tables are made of the numbers of `defense_results.summarise`. The *grid* is the paper's: its triggers, one at a time, at
+All tables are made of the numbers of `defenses.summarise`. The *grid* is the paper's: its triggers, one at a time, at
 their own poisoning rate and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other
 attacks) has a table of its own. F1 is in percent, as in the paper. A run that flags nothing counts as 0.
 """
@@ -21,7 +21,8 @@ from bdjax.evaluation.published import (
     Published,
     find_published,
 )
-from bdjax.reporting import defense_results as numbers
+from bdjax.metrics import DEFINITIONS
+from bdjax.reporting import results as schema
 from bdjax.reporting.tables import Cell, Table, mean_and_spread
 from bdjax.settings import read_variant
 
@@ -99,9 +100,9 @@ def grid(results: Mapping[str, Any], rules: Sequence[str] = RULES, opacities: Se
 
 
 def detectors(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The entries of results["defenses"] that flag rows."""
-    flagging = {cell["defense"] for cell in results["measured"] if numbers.mean_of(cell, "flagged") is not None}
-    return [one for one in results["defenses"] if one["defense"] in flagging]
+    """The entries of results["methods"] that flag rows."""
+    flagging = {cell["method"] for cell in results["cells"] if schema.mean_of(cell, "flagged") is not None}
+    return [one for one in results["methods"] if one["method"] in flagging]
 
 
 def find_f1(
@@ -121,15 +122,15 @@ def f1_of(results: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], defe
     """The mean F1 of a detector over training sets.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         attacks: entries of results["attacks"].
         defense: a variant's name.
 
     Returns:
         None if there is no training set, or one of them was not tried or has nothing poisoned.
     """
-    cells = [numbers.find(results, one["attack"], defense) for one in attacks]
-    if not cells or any(numbers.mean_of(cell, "f1") is None for cell in cells):
+    cells = [schema.find(results, one["attack"], defense) for one in attacks]
+    if not cells or any(schema.mean_of(cell, "f1") is None for cell in cells):
         return None
     each = [{row["seed"]: 100 * row["f1"] for row in cell["by_seed"]} for cell in cells]
     if any(one.keys() != each[0].keys() for one in each):
@@ -142,7 +143,7 @@ def _columns(results: Mapping[str, Any], dataset: str) -> list[_Column]:
     columns: list[_Column] = []
     for one in detectors(results):
         base = one["base"]
-        columns.append(_Column(one["title"], one["defense"], base))
+        columns.append(_Column(one["title"], one["method"], base))
         if (
             dataset in DETECTION_DATASETS
             and base in PAPER_TITLES
@@ -181,8 +182,8 @@ def _notes(results: Mapping[str, Any], attacks: Sequence[Mapping[str, Any]], col
     sizes = sorted({count for one in attacks for count in one["num_rows"]})
     rows = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
     rates = sorted({part["settings"]["poison_rate"] for one in attacks for part in one["parts"]})
-    seeds = numbers.seeds_text({"attacks": attacks})
-    spread = " ± standard deviation" if numbers.has_spread({"attacks": attacks}) else ""
+    seeds = schema.seeds_text({"attacks": attacks})
+    spread = " ± standard deviation" if schema.has_spread({"attacks": attacks}) else ""
     text = (
         f"F1 of the flagged rows in %, mean{spread} over {seeds}; a run that flags nothing counts as 0. Of a mean over "
         f"training sets the spread is that of each seed's mean. {rows} rows in a set, "
@@ -207,7 +208,7 @@ def f1_table(results: Mapping[str, Any], rule: str, dataset: str, opacity: float
     """Triggers × detectors, as tables 1 and 2 of the paper; None if the run has none of these settings.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         rule: ALL_TO_ONE or ALL_TO_ALL.
         dataset: as bdjax names it; if the paper has it, its columns stand beside ours.
         opacity: of the triggers. The paper prints single triggers at full opacity only, else their mean.
@@ -243,7 +244,7 @@ def blended_table(results: Mapping[str, Any], rule: str, dataset: str) -> Table 
     """Opacities × detectors, means over the triggers, as tables 3 and 4 of the paper; None if the run has no such setting.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         rule: ALL_TO_ONE or ALL_TO_ALL.
         dataset: as bdjax names it.
     """
@@ -271,7 +272,7 @@ def summary_table(results: Mapping[str, Any], dataset: str) -> Table | None:
     """Means over all settings of the paper's grid that the run has, as its table 5; None if it has none.
 
     Args:
-        results: of `defense_results.summarise`.
+        results: of `defenses.summarise`.
         dataset: as bdjax names it.
     """
     columns = _columns(results, dataset)
@@ -308,14 +309,14 @@ def summary_table(results: Mapping[str, Any], dataset: str) -> Table | None:
 def calibration_table(results: Mapping[str, Any]) -> Table | None:
     """What detectors do outside of the paper's grid: on clean sets, at other poisoning rates; None if the run stays within."""
     rows: list[tuple[Cell, ...]] = []
-    has_patterns = any(FOUND in cell["facts"] for cell in results["measured"])
+    has_patterns = any(FOUND in cell["facts"] for cell in results["cells"])
     for attack in results["attacks"]:
         if is_in_grid(attack):
             continue
         poisoned = attack["num_poisoned"]
         share = None if poisoned is None else float(np.sum(poisoned) / np.sum(attack["num_rows"]))
         for one in detectors(results):
-            cell = numbers.find(results, attack["attack"], one["defense"])
+            cell = schema.find(results, attack["attack"], one["method"])
             if cell is None:
                 continue
             counts = [
@@ -335,7 +336,7 @@ def calibration_table(results: Mapping[str, Any]) -> Table | None:
     notes = (
         "Outside of the paper's grid. Poisoned, flagged: shares of all rows; on a clean set every flagged row is a false "
         "alarm. Mean over seeds, ± standard deviation where there are several. Precision is unknown where a seed flags "
-        f"nothing, and there is no F1 where nothing is poisoned; F1 here is from 0 to 1. AUC: {numbers.DEFINITIONS['auc']}."
+        f"nothing, and there is no F1 where nothing is poisoned; F1 here is from 0 to 1. AUC: {DEFINITIONS['auc']}."
     )
     header += ("classes with a pattern",) if has_patterns else ()
     return Table("Clean sets and other settings", header, tuple(rows), notes)
@@ -349,12 +350,12 @@ def _sizes(attack: Mapping[str, Any], cell: Mapping[str, Any]) -> list[int]:
 
 def evidence_table(results: Mapping[str, Any]) -> Table | None:
     """What flags rest on: the classes that a trigger was found of, and how well it works; None if no detector says so."""
-    titles = {one["defense"]: one["title"] for one in results["defenses"]}
+    titles = {one["method"]: one["title"] for one in results["methods"]}
     cells = [
         (attack, cell)
         for attack in results["attacks"]
         for name in titles
-        if (cell := numbers.find(results, attack["attack"], name)) is not None and FOUND in cell["facts"]
+        if (cell := schema.find(results, attack["attack"], name)) is not None and FOUND in cell["facts"]
     ]
     if not cells:
         return None
@@ -362,7 +363,7 @@ def evidence_table(results: Mapping[str, Any]) -> Table | None:
     rows = tuple(
         (
             attack["title"],
-            titles[cell["defense"]],
+            titles[cell["method"]],
             *(
                 mean_and_spread([row["facts"].get(name) for row in cell["by_seed"]], 1 if "classes" in name else 2)
                 for name in names

@@ -22,8 +22,7 @@ from bdjax.inspection.feature_variance import (
     measure_suspects,
 )
 from bdjax.reporting import plots
-from bdjax.reporting.defense_plots import MARKERS
-from bdjax.reporting.plots import COLOURS, draw_title, house_style
+from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style
 from bdjax.reporting.report import Figure, Section
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.folder import RunFolder

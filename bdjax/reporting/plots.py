@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.style
@@ -29,10 +30,12 @@ from bdjax.run.text import printable
 DPI = 144
 # Okabe and Ito's colours: told apart with every common form of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX<>ph"
 
 _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709
 _INK = "#24292f"
 _FAINT = "#8c959f"
+_GRID = "#e6e8eb"
 _MATRIX_COLOURS = "magma_r"  # perceptually uniform, and light where nothing happens
 _HEAT_COLOURS = "inferno"
 _MAP_COLOURS = "viridis"
@@ -281,7 +284,7 @@ def training_curves(
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        panel.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        panel.grid(axis="y", color=_GRID, linewidth=0.8)
         panel.set_axisbelow(True)
         panel.legend(loc="best")
     for panel in panels[: len(histories) : columns]:
@@ -332,11 +335,107 @@ def bars(
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.set(ylim=(len(names) - 0.45, -0.55), xlim=(0, 1.1), xticks=np.arange(0, 1.01, 0.2))
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
+    axes.grid(axis="x", color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=len(series))
     if title:
         draw_title(figure, title)
+    return figure
+
+
+@house_style
+def trade_off(
+    methods: Sequence[str],
+    clean_accuracy: np.ndarray,  # [M, A] in 0..1, NaN where unknown
+    success: np.ndarray,  # [M, A] in 0..1, NaN where unknown
+    title: str = "",
+) -> Figure:
+    """Draws what each method leaves of the attacks against what it leaves of the accuracy: best is top left.
+
+    A small mark is one attack; the large one is their mean over the attacks that all methods have.
+
+    Args:
+        methods: their names.
+        clean_accuracy: CDA of each method for each attack.
+        success: ASR of each method for each attack.
+        title: what there is to see.
+    """
+    known = np.isfinite(clean_accuracy) & np.isfinite(success)
+    common = known.all(axis=0)
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(methods):
+        how = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        shown = known[number]
+        axes.scatter(success[number, shown], clean_accuracy[number, shown], s=16, alpha=0.4, linewidths=0, **how)
+        if common.any():
+            mean = success[number, common].mean(), clean_accuracy[number, common].mean()
+            axes.scatter(*mean, s=90, edgecolors="white", linewidths=0.8, label=printable(name), zorder=3, **how)
+    values = clean_accuracy[known] if known.any() else np.array([1.0])
+    # At least so much of the axis that differences of a point or two look as small as they are.
+    low, high = min(values.min(), values.max() - 0.2) - 0.02, values.max() + 0.02
+    axes.set(xlabel="ASR (lower is better)", ylabel="CDA (higher is better)", xlim=(-0.03, 1.03), ylim=(low, high))
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    if common.any():
+        figure.legend(loc="outside right upper", title="mean of attacks")
+    draw_title(figure, title)
+    return figure
+
+
+class Scores(NamedTuple):
+    """One panel of `score_histograms`."""
+
+    name: str
+    scores: np.ndarray  # float [n]
+    is_poisoned: np.ndarray | None  # bool [n]; None if the truth is unknown
+
+
+@house_style
+def score_histograms(panels: Sequence[Scores], title: str = "", *, bins: int = 40) -> Figure:
+    """Draws how the scores of clean and of poisoned rows are spread, a panel for each training set.
+
+    Heights are shares of the clean and of the poisoned rows, so that a few poisoned rows can be seen beside many clean
+    ones. Scores beyond the outer 0.5 % of either group are counted in the outermost bins.
+
+    Args:
+        panels: one for each training set.
+        title: what there is to see.
+        bins: how many.
+    """
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(0.6 + 3.3 * columns, 0.7 + 2.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    drawn: dict[str, object] = {}
+    for axes, panel in zip(grid, panels, strict=False):
+        scores = np.asarray(panel.scores, np.float64)
+        if panel.is_poisoned is None:
+            groups = {"rows": (scores, "#57606a")}
+        else:
+            groups = {
+                "clean": (scores[~panel.is_poisoned], COLOURS[0]),
+                "poisoned": (scores[panel.is_poisoned], COLOURS[1]),
+            }
+        groups = {name: group for name, group in groups.items() if len(group[0])}
+        ends = np.array([np.percentile(values, (0.5, 99.5)) for values, _ in groups.values()])
+        low, high = ends[:, 0].min(), ends[:, 1].max()
+        edges = np.linspace(low, high if high > low else low + 1.0, bins + 1)
+        for name, (values, colour) in groups.items():
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+            steps = axes.stairs(counts / len(values), edges, fill=True, color=colour, alpha=0.6, label=name)
+            drawn.setdefault(name, steps)
+        axes.set_title(printable(panel.name)[:40])
+        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+    for axes in grid[: len(panels) : columns]:
+        axes.set_ylabel("share of the group")
+    for axes in grid[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("score (higher: more suspicious)")
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=len(drawn))
+    draw_title(figure, title)
     return figure
 
 

@@ -153,16 +153,56 @@ def describe_method(variant: DefenseVariant) -> dict[str, Any]:
     }
 
 
-def by_attack_and_method(measured: Iterable[Measured]) -> dict[tuple[str, str], list[Measured]]:
-    """(attack, method) -> what was measured on each seed, in the order of the seeds; attacks in the order in which they first
-    come, then methods in theirs."""
-    measured = list(measured)
-    attacks = dict.fromkeys(each.suspect.attack.name for each in measured)
-    methods = dict.fromkeys(each.variant.name for each in measured)
-    groups: dict[tuple[str, str], list[Measured]] = {(a, m): [] for a in attacks for m in methods}
+def group_by_attack(measured: Iterable[Measured]) -> dict[str, list[Suspect]]:
+    """Attack -> its suspects in the order of their seeds; attacks in the order in which they first come."""
+    groups: dict[str, dict[int, Suspect]] = {}
     for each in measured:
-        groups[each.suspect.attack.name, each.variant.name].append(each)
-    return {key: sorted(group, key=lambda each: each.suspect.seed) for key, group in groups.items() if group}
+        groups.setdefault(each.suspect.attack.name, {})[each.suspect.seed] = each.suspect
+    return {name: [suspects[number] for number in sorted(suspects)] for name, suspects in groups.items()}
+
+
+def cells_of(
+    measured: Sequence[Measured], seed: int, names: Sequence[str], controls: Mapping[tuple[str, str, int], float | None]
+) -> list[dict[str, Any]]:
+    """The cells of defenses on suspects, attack after attack; both in the order in which they first come.
+
+    Args:
+        measured: every suspect after every defense.
+        seed: the number of the first.
+        names: what is kept of "cda", "asr", "r_acc", "control_asr" and the fields of `DetectionMetrics`.
+        controls: (attack, method, suspect's seed) -> control ASR, where it is known.
+    """
+    cells: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {
+        (attack, method): []
+        for attack in dict.fromkeys(each.suspect.attack.name for each in measured)
+        for method in dict.fromkeys(each.variant.name for each in measured)
+    }
+    for each in measured:
+        key, number = (each.suspect.attack.name, each.variant.name), each.suspect.seed
+        known = {"cda": each.cda, "asr": each.asr, "r_acc": each.r_acc, "control_asr": controls.get((*key, number))}
+        known |= each.detection._asdict()
+        row = {"seed": seed + number, **{name: known[name] for name in names}}
+        row |= {"triggers": [trigger._asdict() for trigger in each.metrics], "facts": dict(each.facts)}
+        cells[key].append((number, row))
+    return [
+        make_cell(*key, [row for _, row in sorted(rows, key=lambda pair: pair[0])], names)
+        for key, rows in cells.items()
+        if rows
+    ]
+
+
+def word_of(results: Mapping[str, Any], attack: str, method: str, before: str | None) -> metrics.DefenseWord | None:
+    """The word for what a method makes of a backdoor; None if its ASR or its CDA is not known.
+
+    Args:
+        results: the tree.
+        attack: its name.
+        method: its name.
+        before: the method whose network has the backdoor to be removed.
+    """
+    cells = [find(results, attack, before), find(results, attack, method)]
+    asr, cda, control = ([mean_of(cell, name) for cell in cells] for name in ("asr", "cda", "control_asr"))
+    return None if None in (*asr, *cda) else metrics.defense_word(*asr, *cda, *control)
 
 
 def find(results: Mapping[str, Any], attack: str, method: str | None) -> Mapping[str, Any] | None:
@@ -186,9 +226,9 @@ def mean_of(cell: Mapping[str, Any] | None, name: str) -> float | None:
     return None if cell is None or name not in cell["summary"] else cell["summary"][name]["mean"]
 
 
-def number_texts(cell: Mapping[str, Any], names: Iterable[str], decimals: int = 3) -> tuple[str, ...]:
-    """Numbers of a cell as tables print them: "0.953 ± 0.004"."""
-    return tuple(mean_and_spread([row.get(name) for row in cell["by_seed"]], decimals) for name in names)
+def number_text(cell: Mapping[str, Any], name: str, decimals: int = 3) -> str:
+    """A number of a cell as tables print it: "0.953 ± 0.004"."""
+    return mean_and_spread([row.get(name) for row in cell["by_seed"]], decimals)
 
 
 def is_known(results: Mapping[str, Any], name: str) -> bool:

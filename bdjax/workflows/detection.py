@@ -29,7 +29,7 @@ from bdjax.evaluation.patterns import FoundPattern, compare_patterns, with_true_
 from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
 from bdjax.models import make_model
-from bdjax.reporting import audit_report, defense_results, detection_report
+from bdjax.reporting import audit_report, defenses, detection_report
 from bdjax.reporting.tables import to_rich
 from bdjax.run import config as run_config
 from bdjax.run.config import IGNORED, SuspectConfig, choose_engine, load, open_folder, train_config
@@ -162,7 +162,7 @@ def run_grid(
         outcomes.append(outcome)
     comparisons = [each for outcome in outcomes for each in outcome.comparisons]
     tried = [each for comparison in comparisons for each in comparison.tried]
-    results = defense_results.summarise(tried, 0, config.seed, left_out)
+    results = defenses.summarise(tried, 0, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -179,7 +179,7 @@ def run_grid(
         f"{experiment.title} on {train.name}",
         [variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    log.console.print(to_rich(defense_results.detection_table(results)))
+    log.console.print(to_rich(defenses.detection_table(results)))
     log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
     return results
 

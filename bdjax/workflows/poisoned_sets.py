@@ -30,7 +30,8 @@ from bdjax.evaluation.variants import (
     read_attack,
     read_defense,
 )
-from bdjax.reporting import defense_report, defense_results
+from bdjax.reporting import defenses
+from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, SuspectConfig, check_ranges, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
@@ -113,26 +114,24 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 stage.detail = base.summary_line(measured)
             comparisons.append(Comparison(variant, result, measured))
     measured = [one for comparison in comparisons for one in comparison.tried]
-    results = defense_results.summarise(measured, len(test), config.seed, left_out)
+    results = defenses.summarise(measured, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
     context = Context(config, folder, data, groups, comparisons, results, log)
     if config.save_models:
         save_models(folder, comparisons, experiment.about)
-    defense_report.write(
+    page = defenses.page(
         folder,
-        base.settings_of(run),
         results,
         comparisons,
-        log.timings,
         data,
-        base.command(experiment, config),
+        seconds=seconds_of(comparisons, log.timings),
         title=f"{experiment.title} on {train.name}",
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
         extra_sections=experiment.sections(context),
     )
-    base.announce(run, folder, defense_results.main_table(results))
+    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data))
     return results
 
 
@@ -236,7 +235,7 @@ def save_models(folder: RunFolder, comparisons: Sequence[Comparison], about: Seq
         for number, one in enumerate(tried):
             if one.suspect.seed:
                 continue
-            names = (defense_report.file_name(each) for each in (variant.name, one.suspect.attack.name))
+            names = (file_name(each) for each in (variant.name, one.suspect.attack.name))
             about = {
                 "model": result.model.description,
                 "num_classes": result.model.num_classes,

@@ -31,8 +31,8 @@ from bdjax.evaluation.teachers import (
     train_teachers,
 )
 from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
-from bdjax.reporting import suspect_model_report, suspect_model_results
-from bdjax.reporting.defense_report import file_name
+from bdjax.reporting import students
+from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, ComparisonConfig, check_ranges, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
@@ -162,8 +162,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             comparisons.append(Comparison(variant, result, measured))
             controls.append(control(given, teachers, comparisons[-1], views))
             stage.detail = base.summary_line(measured)
-    networks = suspect_model_results.Networks(model, train.image_shape)
-    results = suspect_model_results.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
+    networks = students.Networks(model, train.image_shape)
+    results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
@@ -172,20 +172,17 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     extra = experiment.sections(Context(config, folder, data, (group,), comparisons, results, log, teachers))
     if not processes.is_primary():
         return results
-    suspect_model_report.write(
+    page = students.page(
         folder,
-        base.settings_of(run),
         results,
         comparisons,
-        log.timings,
         data,
-        base.command(experiment, config),
+        seconds=seconds_of(comparisons, log.timings),
         title=f"{experiment.title} on {train.name}",
-        own=experiment.about[0],
-        plain="fkd",
+        about=experiment.about[0],
         extra_sections=extra,
     )
-    base.announce(run, folder, suspect_model_results.main_table(results))
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data))
     return results
 
 

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attack_results, defense_results, detection_results, suspect_model_results
+from bdjax.reporting import attack_results, defenses, detection_results, students
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -68,8 +68,9 @@ def test_an_attack_runs_table_is_what_its_report_makes_of_the_numbers(run: pathl
 @pytest.mark.parametrize("run", DEFENSES, ids=lambda run: "/".join(run.parts[-2:]))
 def test_a_comparisons_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
-    made = to_markdown(defense_results.main_table(results))
-    assert _first_table(made) == _first_table((run / "table.md").read_text())
+    table = (run / "table.md").read_text()
+    assert _first_table(to_markdown(defenses.main_table(results))) == _first_table(table)
+    assert to_markdown(defenses.detail_table(results)) in table
 
 
 @pytest.mark.parametrize("run", DETECTIONS, ids=lambda run: "/".join(run.parts[-2:]))
@@ -83,5 +84,6 @@ def test_a_detection_runs_table_is_what_its_report_makes_of_the_numbers(run: pat
 @pytest.mark.parametrize("run", STUDENTS, ids=lambda run: run.name)
 def test_a_run_on_teachers_has_the_table_that_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
-    made = to_markdown(suspect_model_results.main_table(results))
-    assert _first_table(made) == _first_table((run / "table.md").read_text())
+    table = (run / "table.md").read_text()
+    assert _first_table(to_markdown(students.main_table(results))) == _first_table(table)
+    assert to_markdown(students.detail_table(results, students.plain_method(results))) in table

@@ -9,7 +9,7 @@ from bdjax.evaluation.published import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import measure_detection
-from bdjax.reporting import defense_results as numbers
+from bdjax.reporting import defenses as numbers
 from bdjax.reporting import detection_report
 from bdjax.reporting import detection_results as detected
 from bdjax.reporting.report import Section

@@ -21,7 +21,7 @@ from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import read_attack, read_defense
-from bdjax.reporting.defense_report import file_name
+from bdjax.reporting.sections import file_name
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
@@ -105,8 +105,8 @@ def hashes(folder: pathlib.Path) -> dict[str, str]:
 def cells(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """(attack, detector, seed) -> what was measured."""
     return {
-        (cell["attack"], cell["defense"], one["seed"]): {name: one[name] for name in DETECTED}
-        for cell in results["measured"]
+        (cell["attack"], cell["method"], one["seed"]): {name: one[name] for name in DETECTED}
+        for cell in results["cells"]
         for one in cell["by_seed"]
     }
 
@@ -161,7 +161,7 @@ def folder_audit(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, list[str
 def test_a_grid_leaves_numbers_tables_a_report_and_what_came_out_of_each_group(grid):
     results = json.loads((grid / "results.json").read_text())
     assert [one["attack"] for one in results["attacks"]] == [SQUARE, CLEAN, NOISY]
-    assert [one["defense"] for one in results["defenses"]] == [VBD]
+    assert [one["method"] for one in results["methods"]] == [VBD]
     assert results["seeds"] == [0, 1] and results["left_out"] == {}
     assert results["attacks"][0]["num_poisoned"] == [80, 80] and results["attacks"][1]["num_poisoned"] == [0, 0]
     assert len(cells(results)) == 6
@@ -255,7 +255,7 @@ def test_competitors_get_clean_rows_and_a_network(tmp_path):
         (attack, name) for attack in (SQUARE, CLEAN) for name in ("scan", "agpd")
     }
     assert results["left_out"] == {} and all(one["auc"] is not None for _, one in cells(results).items() if one["f1"])
-    assert "clean rows" in results["defenses"][0]["needs"]
+    assert "clean rows" in results["methods"][0]["needs"]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

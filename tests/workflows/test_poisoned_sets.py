@@ -55,7 +55,7 @@ def abm_run(tmp_path_factory) -> pathlib.Path:
 
 def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     results = json.loads((abm_run / "results.json").read_text())
-    assert [one["defense"] for one in results["defenses"]] == ["none", ABM, "fine_tuning:epochs=1"]
+    assert [one["method"] for one in results["methods"]] == ["none", ABM, "fine_tuning:epochs=1"]
     assert [one["attack"] for one in results["attacks"]] == ["badnets:poison_rate=0.2", "none"]
     for name in ("table.md", "report.html", "verification.png", "timings.json"):
         assert (abm_run / name).stat().st_size > 0
@@ -88,9 +88,9 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
     results = poisoned_sets.run(config, lfd.EXPERIMENT, StageLog())
     assert list(results["left_out"]) == ["nad"] and "--clean-data" in results["left_out"]["nad"]
     assert results["attacks"][0]["num_poisoned"] is None
-    assert all(one["asr"]["mean"] is None for one in (cell["summary"] for cell in results["measured"]))
+    assert all(one["asr"]["mean"] is None for one in (cell["summary"] for cell in results["cells"]))
     assert len(list((tmp_path / "run" / "scores").rglob("none.csv"))) == 1
-    assert "Nobody told this run" in (tmp_path / "run" / "report.html").read_text()
+    assert "Ground truth unknown" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

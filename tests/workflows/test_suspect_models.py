@@ -15,7 +15,7 @@ from bdjax.evaluation import teachers
 from bdjax.evaluation.teachers import read_folder as read
 from bdjax.evaluation.variants import compatible_defenses, read_attack
 from bdjax.models import make_model
-from bdjax.reporting import defense_results
+from bdjax.reporting import results as schema
 from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
@@ -58,7 +58,7 @@ def run(config: suspect_models.Config) -> dict[str, Any]:
 
 
 def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dict[str, Any]:
-    return defense_results.find(results, attack, method)["by_seed"][seed]
+    return schema.find(results, attack, method)["by_seed"][seed]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def results(folder) -> dict[str, Any]:
 
 class TestARun:
     def test_numbers(self, results):
-        assert [one["defense"] for one in results["defenses"]] == ["none", STUDENT, CHAIN]
+        assert [one["method"] for one in results["methods"]] == ["none", STUDENT, CHAIN]
         assert [one["attack"] for one in results["attacks"]] == [BADNETS, "none"]
-        assert [one["model"] for one in results["defenses"]] == ["wrn_10_2 width 2"] * 3
+        assert [one["model"] for one in results["methods"]] == ["wrn_10_2 width 2"] * 3
         for method in ("none", STUDENT, CHAIN):
             attacked, clean = row(results, BADNETS, method), row(results, "none", method)
             assert attacked["asr"] is not None and attacked["control_asr"] is not None
@@ -131,7 +131,7 @@ class TestATeacherOfOnesOwn:
         assert row(found, "teacher", "none")["cda"] == row(results, BADNETS, STUDENT)["cda"]
         assert row(found, "teacher", STUDENT)["asr"] is None
         assert not (tmp_path / "run" / "checkpoints" / "clean-teachers").exists()
-        assert "Nobody told this run the trigger" in (tmp_path / "run" / "report.html").read_text()
+        assert "Trigger unknown" in (tmp_path / "run" / "report.html").read_text()
         message = "needs the attacker's trigger, and --teacher comes without one"
         with pytest.raises(InputError, match=message):
             run(tiny(tmp_path / "oracle", teacher=place, defenses="robust_kd:select=oracle"))

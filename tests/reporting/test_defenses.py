@@ -10,9 +10,10 @@ from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
-from bdjax.reporting import defense_report
-from bdjax.reporting import defense_results as numbers
-from bdjax.reporting.report import Section
+from bdjax.reporting import defenses as numbers
+from bdjax.reporting import results as schema
+from bdjax.reporting import sections as shared
+from bdjax.reporting.report import Section, publish
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.folder import open_run
 from bdjax.types import Dataset, DefenseResult, PoisonedDataset, TrainTest
@@ -103,7 +104,7 @@ def test_results_are_plain_and_the_same_whenever_a_run_is_repeated(results):
 
 def test_numbers_and_their_spread(results):
     assert results["seeds"] == [5, 6] and results["test_rows"] == 100
-    cell = numbers.find(results, "badnets", "lfd:alpha=0.5")
+    cell = schema.find(results, "badnets", "lfd:alpha=0.5")
     assert cell["summary"]["cda"]["mean"] == pytest.approx(0.89)
     assert cell["summary"]["cda"]["standard_deviation"] == pytest.approx(np.std([0.88, 0.9], ddof=1))
     assert [row["seed"] for row in cell["by_seed"]] == [5, 6]
@@ -111,13 +112,13 @@ def test_numbers_and_their_spread(results):
     badnets, hybrid, _, clean = results["attacks"]
     assert badnets["num_rows"] == [ROWS, ROWS] and badnets["num_poisoned"] == [4, 4] and badnets["target"] == 0
     assert hybrid["base"] == "badnets+sig" and len(hybrid["parts"]) == 2
-    assert clean["num_poisoned"] == [0, 0] and clean["target"] is None and numbers.is_clean(clean)
-    lfd = results["defenses"][1]
+    assert clean["num_poisoned"] == [0, 0] and clean["target"] is None and schema.is_clean(clean)
+    lfd = results["methods"][1]
     assert (lfd["base"], lfd["title"], lfd["settings"]) == ("lfd", "LfD (alpha 0.5)", ALPHA)
 
 
 def test_success_of_a_hybrid_is_the_mean_over_its_triggers_and_each_has_a_row_of_its_own(results):
-    assert numbers.mean_of(numbers.find(results, "badnets+sig", "none"), "asr") == pytest.approx(0.8)
+    assert schema.mean_of(schema.find(results, "badnets+sig", "none"), "asr") == pytest.approx(0.8)
     table = numbers.trigger_table(results)
     assert [row[1] for row in table.rows] == ["BadNets", "BadNets", "SIG", "SIG"]
     assert [row[3] for row in table.rows] == [
@@ -139,7 +140,7 @@ def test_main_table(results):
     assert line(table, "mean of 3 attacks")[1:] == (f"0.910 / {mean_before:.3f}", f"0.880 / {mean_after:.3f}")
     assert "over 2 seeds, 100 test rows" in table.notes and "issba (no room)" in table.notes
     assert "CDA 0.014" in table.notes  # the largest deviation, of LfD on badnets
-    assert "A clean training set has no trigger and so no ASR" in table.notes and "as they came" not in table.notes
+    assert "A clean training set has no trigger and so no ASR" in table.notes and "user data" not in table.notes
     assert line(numbers.main_table(results, "r_acc"), "BadNets")[2] == "0.890 / 0.980"
 
 
@@ -158,17 +159,42 @@ def test_the_mean_is_over_attacks_that_every_defense_was_tried_on():
 @pytest.mark.parametrize(
     ("before", "after", "cda", "expected"),
     [
-        (0.9, 0.1, 0.9, True),
-        (0.9, 0.27, 0.9, True),
-        (0.9, 0.28, 0.9, False),
-        (0.5, 0.1, 0.81, True),
-        (0.9, 0.0, 0.79, False),
-        (0.49, 0.0, 0.9, None),
+        (0.9, 0.1, 0.9, "removed"),
+        (0.9, 0.27, 0.9, "removed"),
+        (0.9, 0.28, 0.9, "weakened"),
+        (0.9, 0.5, 0.9, "kept"),
+        (0.5, 0.1, 0.81, "removed"),
+        (0.9, 0.0, 0.79, "removed at a cost"),
+        (0.49, 0.0, 0.9, "nothing to remove"),
     ],
 )
-def test_a_defense_works_as_the_definition_says(before, after, cda, expected):
+def test_every_cell_has_the_word_of_the_definitions(before, after, cda, expected):
     ones = [tried("badnets", NONE, 0.9, before), tried("badnets", LFD, cda, after)]
-    assert numbers.works(numbers.summarise(ones, 10, 0), "badnets", LFD.name) is expected
+    results = numbers.summarise(ones, 10, 0)
+    assert numbers.word_of(results, "badnets", LFD.name) == expected
+    assert numbers.word_of(results, "badnets", NONE.name) is None
+    table = numbers.detail_table(results)
+    assert [row[-1] for row in table.rows] == [None, expected] and expected.capitalize() in table.notes
+
+
+def test_what_is_unknown_has_no_word(results):
+    assert numbers.word_of(results, "none", LFD.name) is None
+    without = [tried("badnets", LFD, 0.9, 0.1)]
+    assert numbers.word_of(numbers.summarise(without, 10, 0), "badnets", LFD.name) is None
+
+
+def test_a_control_stands_beside_the_success_where_there_is_one(results):
+    assert "control_asr" not in json.dumps(results)
+    ones = [tried("badnets", NONE, 0.9, 0.95), tried("badnets", LFD, 0.9, 0.5), tried("sig", NONE, 0.9, 0.6)]
+    controls = {("badnets", "none", 0): 0.05, ("badnets", LFD.name, 0): 0.48, ("sig", "none", 0): 0.45}
+    made = numbers.summarise(ones, 10, 0, controls=controls)
+    assert made["definitions"]["control_asr"] and made["cells"][0]["by_seed"][0]["control_asr"] == 0.05
+    assert line(numbers.main_table(made), "BadNets")[1:] == ("0.900 / 0.950 / 0.050", "0.900 / 0.500 / 0.480")
+    assert numbers.main_table(made, "r_acc").title == "CDA / R-ACC"
+    assert line(numbers.detail_table(made), "BadNets", LFD.title)[2:] == ("0.900", "0.500", "0.480", "0.500", "removed")
+    # SIG fools clean networks, so that there is no backdoor to remove.
+    said = numbers.verdict(made)
+    assert said.headline == "LfD (alpha 0.5) removes the backdoor." and "no backdoor even without defense" in said.text
 
 
 def test_detection_and_false_alarms(results):
@@ -177,7 +203,7 @@ def test_detection_and_false_alarms(results):
     assert row[1:3] == (0.1, "LfD (alpha 0.5)") and auc == 1
     assert row[3:] == ("0.100 ± 0.000", "0.750 ± 0.000", "0.750 ± 0.000", "0.750 ± 0.000", "1.000 ± 0.000")
     clean = line(numbers.detection_table(results), "no attack")
-    assert clean[1] == 0 and clean[3:] == ("0.100 ± 0.000", None, None, None, None)
+    assert clean[1] == 0 and clean[3:] == ("0.100 ± 0.000", "–", "–", "–", "–")
     table = numbers.false_alarm_table(results)
     assert line(table, "LfD (alpha 0.5)")[1:] == ("0.905 ± 0.007", "-0.040 ± 0.014", "0.100 ± 0.000")
     assert line(table, "no defense")[2:] == (None, "–")
@@ -194,37 +220,40 @@ def test_who_was_given_what():
 
 
 def test_beside_the_papers(results):
-    table = numbers.published_table(results, "cifar10")
+    table = shared.published_table(results, "cifar10")
     rows = {(row[0], row[1], row[-1]): row[2:6] for row in table.rows}
     ours, papers, asr, success = rows["Blended, random pixels", "LfD (alpha 0.5)", "LfD Table 1"]
     assert (papers, success) == (92.43, 3.38) and (ours, asr) == (pytest.approx(90), pytest.approx(1))
     assert rows["no attack", "no defense", "ABM Table III"][1::2] == (82.91, None)
     assert not any("+" in row[0] for row in table.rows)
-    assert numbers.published_table(results, "mnist") is None
+    assert shared.published_table(results, "mnist") is None
 
 
 def test_a_suppressed_attack_is_not_the_papers():
     ones = [tried("badnets:suppression=10", NONE, 0.9, 1.0)]
-    assert numbers.published_table(numbers.summarise(ones, 10, 0), "cifar10") is None
+    assert shared.published_table(numbers.summarise(ones, 10, 0), "cifar10") is None
 
 
 def test_what_failed_in_the_paper_says_so():
     abl = tried("narcissus", ABL, 0.9, 1.0)
-    table = numbers.published_table(numbers.summarise([abl], 10, 0), "gtsrb")
+    table = shared.published_table(numbers.summarise([abl], 10, 0), "gtsrb")
     assert [row[2:] for row in table.rows] == [(90, "fail", 100, "fail", "ABM Table III")]
 
 
 def test_times(results):
-    table = numbers.time_table(results, {"none": 4.0, "lfd:alpha=0.5": 10.0}, "On two cores.")
+    table = shared.time_table(results, {"none": 4.0, "lfd:alpha=0.5": 10.0})
     assert table.rows == (("no defense", "4.00", None), ("LfD (alpha 0.5)", "10.00", "2.50 ×"))
-    assert table.notes.endswith("On two cores.")
-    assert numbers.time_table(results, {}) is None
-    continued = numbers.time_table(results, {"none": 0.1, "lfd:alpha=0.5": 10.0}, is_whole=False)
+    assert "No defense: the plain training" in table.notes
+    assert shared.time_table(results, {}) is None
+    alone = shared.time_table(results, {"lfd:alpha=0.5": 10.0}, True, "teacher", "method")
+    assert alone.header == ("method", "seconds per teacher") and alone.rows == (("LfD (alpha 0.5)", "10.00"),)
+    assert "shared by all teachers" in alone.notes and "another method" in alone.notes
+    continued = shared.time_table(results, {"none": 0.1, "lfd:alpha=0.5": 10.0}, is_whole=False)
     assert [row[2] for row in continued.rows] == [None, None] and "was continued" in continued.notes
 
 
 def test_facts_and_rows(results):
-    assert line(numbers.facts_table(results), "LfD (alpha 0.5)", "BadNets")[2:] == ("kept", "36.000 ± 0.000")
+    assert line(shared.facts_table(results), "LfD (alpha 0.5)", "BadNets")[2:] == ("kept", "36.000 ± 0.000")
     assert line(numbers.rows_table(results), "BadNets")[1:] == ("all-to-one, target 0", ROWS, 4, 0, None, "5, 6")
 
 
@@ -237,51 +266,55 @@ def test_rows_of_ones_own_have_no_success_and_no_false_alarms():
     own = unknown()
     assert own["attacks"][0]["num_poisoned"] is None
     table = numbers.main_table(own)
-    assert line(table, "rows as they came")[1:] == ("0.900 / –", "0.800 / –") and "ASR is unknown" in table.notes
+    assert line(table, "user data")[1:] == ("0.900 / –", "0.800 / –") and "ASR is unknown" in table.notes
     assert numbers.false_alarm_table(own) is None
-    assert line(numbers.detection_table(own), "rows as they came")[1:] == (
+    assert line(numbers.detection_table(own), "user data")[1:] == (
         None,
         "LfD (alpha 0.5)",
         "0.100",
-        *[None] * 4,
+        *["–"] * 4,
     )
-    said = defense_report.verdict(own)
-    assert said.level == "info" and "Nobody told this run" in said.headline
-    assert "LfD (alpha 0.5): CDA 0.800 (0.900 without defense), 10.0 % of the rows flagged." in said.text
+    said = numbers.verdict(own)
+    assert said.level == "info" and "Ground truth unknown" in said.headline
+    line_of_it = "User data: no defense has CDA 0.900; LfD (alpha 0.5) has CDA 0.800 and flags 10.0 % of the rows."
+    assert line_of_it in said.text
 
 
 def test_verdict_says_what_works_and_what_does_not(results):
-    said = defense_report.verdict(results)
-    assert said.level == "warning" and said.headline == "LfD (alpha 0.5) works against 1 of 2 backdoors."
+    said = numbers.verdict(results)
+    assert said.level == "warning" and said.headline == "LfD (alpha 0.5) removes 1 of 2 backdoors."
     assert "mean ASR 0.890 becomes 0.160, mean CDA 0.910 becomes 0.870" in said.text
-    assert "Not against: BadNets + SIG (ASR 0.30, CDA 0.85)." in said.text
-    assert "does not work even without defense (mean ASR): Blended, random pixels (0.30)" in said.text
-    assert "On the clean training set, where no defense has CDA 0.945: LfD (alpha 0.5) has CDA 0.905" in said.text
+    assert "Not removed: BadNets + SIG (weakened: ASR 0.30, CDA 0.85)." in said.text
+    assert "there is no backdoor even without defense (mean ASR): Blended, random pixels (0.30)" in said.text
+    assert (
+        "No attack: no defense has CDA 0.945; LfD (alpha 0.5) has CDA 0.905 and flags 10.0 % of the rows." in said.text
+    )
     assert "One seed" not in said.text
 
 
 @pytest.mark.parametrize(
     ("lfd", "abl", "about", "level", "headline"),
     [
-        (0.0, 0.0, (), "clean", "2 of 2 defenses work against 1 backdoor."),
-        (0.0, 0.9, (), "warning", "1 of 2 defenses work against 1 backdoor."),
-        (0.9, 0.9, (), "attacked", "0 of 2 defenses work against 1 backdoor."),
-        (0.0, 0.9, ("lfd:alpha=0.5",), "clean", "LfD (alpha 0.5) works against the backdoor."),
-        (0.0, 0.9, ("abl",), "attacked", "ABL does not work against the backdoor."),
+        (0.0, 0.0, (), "clean", "2 of 2 defenses remove the backdoor."),
+        (0.0, 0.9, (), "warning", "1 of 2 defenses remove the backdoor."),
+        (0.9, 0.9, (), "attacked", "0 of 2 defenses remove the backdoor."),
+        (0.0, 0.9, ("lfd:alpha=0.5",), "clean", "LfD (alpha 0.5) removes the backdoor."),
+        (0.0, 0.9, ("abl",), "attacked", "ABL does not remove the backdoor."),
+        (0.0, 0.4, ("abl",), "warning", "ABL weakens the backdoor, but does not remove it."),
     ],
 )
 def test_every_outcome_has_its_words(lfd, abl, about, level, headline):
     ones = [tried("badnets", NONE, 0.9, 1.0), tried("badnets", LFD, 0.9, lfd), tried("badnets", ABL, 0.9, abl)]
-    said = defense_report.verdict(numbers.summarise(ones, 10, 0), about)
+    said = numbers.verdict(numbers.summarise(ones, 10, 0), about)
     assert (said.level, said.headline) == (level, headline) and "One seed only" in said.text
 
 
 def test_without_an_attack_that_works_there_is_nothing_to_say():
     ones = [tried("badnets", NONE, 0.9, 0.2), tried("badnets", LFD, 0.9, 0.0)]
-    said = defense_report.verdict(numbers.summarise(ones, 10, 0))
+    said = numbers.verdict(numbers.summarise(ones, 10, 0))
     assert said.level == "info" and "so there is nothing to remove" in said.headline and "BadNets (0.20)" in said.text
     clean = numbers.summarise([tried("none", NONE, 0.9), tried("none", LFD, 0.9, flags=FLAGS)], 10, 0)
-    assert defense_report.verdict(clean).headline.startswith("The training set is clean")
+    assert numbers.verdict(clean).headline.startswith("The training set is clean")
 
 
 def comparisons(names, variants=(NONE, LFD), truth=True):
@@ -315,9 +348,18 @@ def test_the_report_is_complete(tmp_path, names):
     folder = open_run(tmp_path / "run", Config(), experiment="lfd")
     extra = Section("Curves of its own", "", (Table("Its own table", ("a",), ((1,),)),))
     timings = {"no defense": 8.0, "lfd": 5.0}
-    defense_report.write(
-        folder, {"seed": 0}, measured, made, timings, TrainTest(TRAIN, TRAIN), "python x.py", extra_sections=[extra]
+    report = numbers.page(
+        folder,
+        measured,
+        made,
+        TrainTest(TRAIN, TRAIN),
+        seconds=shared.seconds_of(made, timings),
+        extra_sections=[extra],
     )
+    assert report.title == "Defenses on cifar10"
+    assert {"attack badnets", "defense lfd:alpha=0.5"} <= set(report.settings)
+    sources = {"training data": "a test"}
+    publish(folder, report, settings={"seed": 0}, timings=timings, reproduce="python x.py", sources=sources)
     page = (folder.path / "report.html").read_text("utf-8")
     for text in (
         "Curves of its own",
@@ -338,11 +380,11 @@ def test_the_report_is_complete(tmp_path, names):
 
 
 def test_scores_files():
-    text = defense_report.scores_csv(suspect("badnets"), FLAGS, SCORES)
+    text = shared.scores_csv(suspect("badnets"), FLAGS, SCORES)
     rows = [entry.split(",") for entry in text.splitlines()]
     assert rows[0] == ["row", "label", "score", "flagged", "is_poisoned"] and len(rows) == 1 + ROWS
     assert rows[6] == ["5", "1", "2.05", "1", "1"] and rows[8] == ["7", "3", "0.07", "1", "0"]
-    unknown = defense_report.scores_csv(suspect("none", truth=False), None, SCORES)
+    unknown = shared.scores_csv(suspect("none", truth=False), None, SCORES)
     assert unknown.splitlines()[2] == "1,1,2.01,,"
 
 
@@ -353,15 +395,15 @@ def test_pictures_are_of_the_rows_that_the_defense_suspects(monkeypatch, tmp_pat
         seen.update(images=images, names=row_names, captions=captions)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(defense_report.plots, "image_grid", grid)
+    monkeypatch.setattr(shared.plots, "image_grid", grid)
     folder = open_run(tmp_path / "run", Config(), experiment="lfd")
     with pytest.raises(KeyboardInterrupt):
-        defense_report.suspicious_figures(folder, comparisons(("badnets",)), TRAIN)
+        shared.suspicious_figures(folder, comparisons(("badnets",)), TRAIN)
     first = [cell for row in seen["captions"] for cell in row]
     # Flagged are 1, 2, 5 and 7, of which 7 is clean and has the lowest score; 6 is poisoned and was missed.
     assert first[:5] == ["dog: poisoned", "cow: poisoned", "dog: poisoned", "hen: clean", "cow: poisoned"]
     assert len(first) == 24 and not any(seen["names"])
     np.testing.assert_array_equal(seen["images"][0][0], IMAGES[5].astype(np.float32) / 255)
     with pytest.raises(KeyboardInterrupt):
-        defense_report.suspicious_figures(folder, comparisons(("none",), truth=False), TRAIN)
+        shared.suspicious_figures(folder, comparisons(("none",), truth=False), TRAIN)
     assert seen["captions"][0][0] == "dog"

@@ -13,10 +13,10 @@ from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
 from bdjax.models import count_parameters, make_model
-from bdjax.reporting import suspect_model_report as words
-from bdjax.reporting import suspect_model_results as numbers
-from bdjax.reporting.defense_results import find
-from bdjax.reporting.report import Section
+from bdjax.reporting import sections as shared
+from bdjax.reporting import students as numbers
+from bdjax.reporting.report import Section, publish
+from bdjax.reporting.results import find
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.folder import open_run
 from bdjax.types import Dataset, DefenseResult, TrainTest
@@ -115,7 +115,7 @@ class TestSummarise:
     def test_networks_and_their_sizes(self, results):
         sizes = [count_parameters(model, SHAPE) for model in (TEACHER, STUDENT)]
         assert results["teacher"] == {"model": "wrn_28_4 width 4", "parameters": sizes[0]}
-        fkd = results["defenses"][1]
+        fkd = results["methods"][1]
         assert (fkd["model"], fkd["parameters"]) == ("wrn_16_2 width 4", sizes[1])
         assert fkd["share_of_teacher"] == pytest.approx(sizes[1] / sizes[0]) and fkd["share_of_teacher"] < 0.2
 
@@ -133,28 +133,31 @@ class TestWords:
         }
         results, _ = summarise(cells, (NONE, FKD))
         assert numbers.passes(results, "badnets", "fkd") is None and numbers.passes(results, "sig", "fkd") is False
-        said = words.verdict(results, "robust_kd", "fkd")
+        said = numbers.verdict(results, "robust_kd")
         assert said.level == "info" and "cannot be said of BadNets: there is no control" in said.headline
 
     def test_only_what_passes_can_be_removed(self, results):
-        assert numbers.removes(results, "badnets", "robust_kd", "fkd") is True
-        assert numbers.removes(results, "blended", "robust_kd", "fkd") is None
-        assert numbers.removes(results, "sig", "robust_kd", "fkd") is None
-        assert numbers.removes(results, "badnets", "robust_kd", None) is None
+        assert numbers.word_of(results, "badnets", "robust_kd", "fkd") == "removed"
+        assert numbers.word_of(results, "blended", "robust_kd", "fkd") == "nothing to remove"
+        assert numbers.word_of(results, "sig", "robust_kd", "fkd") == "nothing to remove"
+        assert numbers.word_of(results, "badnets", "robust_kd", None) is None
+        assert numbers.word_of(results, "badnets", "none", "fkd") is None
+        assert numbers.word_of(results, "badnets", "fkd", "fkd") is None
 
     @pytest.mark.parametrize(
         ("own", "expected"),
         [
-            ((0.86, 0.1, 0.0), True),
-            ((0.86, 0.23, 0.0), True),
-            ((0.86, 0.25, 0.0), False),
-            ((0.86, 0.3, 0.1), True),  # of which 0.2 are the backdoor's
-            ((0.77, 0.0, 0.0), False),
+            ((0.86, 0.1, 0.0), "removed"),
+            ((0.86, 0.23, 0.0), "removed"),
+            ((0.86, 0.25, 0.0), "weakened"),
+            ((0.86, 0.41, 0.0), "kept"),
+            ((0.86, 0.3, 0.1), "removed"),  # of which 0.2 are the backdoor's
+            ((0.77, 0.0, 0.0), "removed at a cost"),
         ],
     )
     def test_a_method_removes_at_a_price_that_is_bounded(self, own, expected):
         cells = {"badnets": {**CELLS["badnets"], "robust_kd": own}}
-        assert numbers.removes(summarise(cells)[0], "badnets", "robust_kd", "fkd") is expected
+        assert numbers.word_of(summarise(cells)[0], "badnets", "robust_kd", "fkd") == expected
 
     def test_the_plain_method_is_the_one_without_settings(self):
         fast = method("fkd:epochs=2", "FKD", "clean rows")
@@ -165,9 +168,9 @@ class TestWords:
 
 class TestVerdict:
     def test_by_hand(self, results):
-        said = words.verdict(results, "robust_kd", "fkd")
+        said = numbers.verdict(results, "robust_kd")
         assert said.level == "clean"
-        assert said.headline == "RobustKD removes the one backdoor that passes through FKD."
+        assert said.headline == "RobustKD removes the backdoor that passes through FKD."
         assert (
             "BadNets: the teacher has ASR 1.00 (the clean network 0.05), FKD's student 0.90 (clean teacher's 0.10)"
             in said.text
@@ -176,17 +179,17 @@ class TestVerdict:
         for title in ("Blended", "SIG"):
             line = next(line for line in said.text.split("\n\n") if line.startswith(title))
             assert line.endswith("the backdoor does not pass through FKD, so there was nothing to remove.")
-        assert "CDA of the clean teacher: 0.930; of its students: FKD 0.910, RobustKD 0.900." in said.text
+        assert "Clean teacher: teacher itself has CDA 0.930; FKD has CDA 0.910; RobustKD has CDA 0.900." in said.text
 
     def test_where_none_passes_nothing_is_claimed(self):
         results, _ = summarise({name: CELLS[name] for name in ("blended", "sig", "none")})
-        said = words.verdict(results, "robust_kd", "fkd")
+        said = numbers.verdict(results, "robust_kd")
         assert said.level == "info"
         assert said.headline == "No backdoor passes through FKD here, so there was nothing to remove for RobustKD."
 
     def test_a_teacher_without_a_backdoor_has_none_to_hand_on(self):
-        cells = {"badnets": {**CELLS["badnets"], "none": (0.9, 0.3, 0.1), "fkd": (0.9, 0.2, 0.1)}, "sig": CELLS["sig"]}
-        said = words.verdict(summarise(cells)[0], "robust_kd", "fkd")
+        cells = {"badnets": {**CELLS["badnets"], "none": (0.9, 0.29, 0.1), "fkd": (0.9, 0.2, 0.1)}, "sig": CELLS["sig"]}
+        said = numbers.verdict(summarise(cells)[0], "robust_kd")
         assert said.text.split("\n\n")[0].endswith(
             "the teacher has no backdoor to hand on, so there was nothing to remove."
         )
@@ -194,30 +197,30 @@ class TestVerdict:
 
     def test_what_is_not_removed(self):
         cells = {name: {**CELLS["badnets"], "robust_kd": (0.8, 0.8, 0.1)} for name in ("badnets", "sig")}
-        said = words.verdict(summarise(cells)[0], "robust_kd", "fkd")
+        said = numbers.verdict(summarise(cells)[0], "robust_kd")
         assert (said.level, said.headline) == ("attacked", "RobustKD removes 0 of 2 backdoors that pass through FKD.")
         cells["sig"] = CELLS["badnets"]
-        said = words.verdict(summarise(cells)[0], "robust_kd", "fkd")
+        said = numbers.verdict(summarise(cells)[0], "robust_kd")
         assert (said.level, said.headline) == ("warning", "RobustKD removes 1 of 2 backdoors that pass through FKD.")
 
     def test_variants_and_none(self):
         results, _ = summarise(variants=(NONE, FKD, ROBUST, ORACLE))
-        assert words.verdict(results, "robust_kd", "fkd").headline.startswith("2 of 2 variants remove the one backdoor")
+        assert numbers.verdict(results, "robust_kd").headline.startswith("2 of 2 variants remove the backdoor")
         results, _ = summarise(variants=(NONE, FKD))
-        said = words.verdict(results, "robust_kd", "fkd")
+        said = numbers.verdict(results, "robust_kd")
         assert (said.level, said.headline) == ("attacked", "1 backdoor of 3 passes through FKD.")
         results, _ = summarise(variants=(NONE, ROBUST))
-        assert "Plain distillation is not among" in words.verdict(results, "robust_kd", "fkd").headline
+        assert "Plain distillation is not among" in numbers.verdict(results, "robust_kd").headline
 
     def test_nobody_knows_the_trigger(self):
         results, _ = summarise({"none": CELLS["none"]}, seeds=(0,), label="your teacher")
-        said = words.verdict(results, "robust_kd", "fkd")
-        assert said.level == "info" and said.headline.startswith("Nobody told this run the trigger")
-        assert "your teacher: teacher itself CDA 0.920" in said.text and said.text.endswith(
+        said = numbers.verdict(results, "robust_kd")
+        assert said.level == "info" and said.headline.startswith("Trigger unknown")
+        assert "Your teacher: teacher itself has CDA 0.920" in said.text and said.text.endswith(
             "small differences mean nothing."
         )
         results, _ = summarise({"none": CELLS["none"]})
-        assert words.verdict(results, "robust_kd", "fkd").headline.startswith("The teacher is clean")
+        assert numbers.verdict(results, "robust_kd").headline.startswith("The teacher is clean")
 
 
 class TestTables:
@@ -237,8 +240,8 @@ class TestTables:
         table = numbers.detail_table(results, "fkd")
         found = {row[:2]: row[-2:] for row in table.rows}
         assert found["BadNets", "teacher itself"] == ("yes", None)
-        assert found["BadNets", "FKD"] == ("yes", None) and found["BadNets", "RobustKD"] == ("no", "yes")
-        assert found["SIG", "RobustKD"] == ("no", None) and found["clean teacher", "FKD"] == (None, None)
+        assert found["BadNets", "FKD"] == ("yes", None) and found["BadNets", "RobustKD"] == ("no", "removed")
+        assert found["SIG", "RobustKD"] == ("no", "nothing to remove") and found["clean teacher", "FKD"] == (None, None)
 
     def test_every_seed(self, results):
         table = numbers.seed_table(results)
@@ -255,7 +258,7 @@ class TestTables:
     def test_beside_the_paper(self):
         cells = {"ckd": CELLS["badnets"], "latent_backdoor": CELLS["badnets"], "sig": CELLS["sig"]}
         results, _ = summarise(cells)
-        table = numbers.published_table(results, "cifar100")
+        table = shared.published_table(results, "cifar100", "teacher", "method")
         rows = {(row[0], row[1], row[-1]): row for row in table.rows}
         # tables 3 and 4, 5 for FKD, the latter alone for RobustKD; nothing for an attack that the paper has not
         assert len(rows) == 6 and not any(row[0] == "SIG" for row in table.rows)
@@ -272,36 +275,42 @@ class TestTables:
             4.32,
         )
         assert rows["LBA", "FKD", "RobustKD Table 3"][-2] == 74.52
-        assert numbers.published_table(results, "digits") is None
+        assert shared.published_table(results, "digits") is None
 
 
 def test_the_report_and_its_files(everything, tmp_path):
     results, comparisons = everything
     folder = open_run(tmp_path / "run", Settings(), experiment="robust_kd")
     own = Section("Variance", "Of features.", (Table("mine", ("a",), ((1,),)),))
-    words.write(
+    timings = {"method fkd": 3.0}
+    made = numbers.page(
         folder,
-        {"seed": 5},
         results,
         comparisons,
-        {"method fkd": 3.0},
         TrainTest(TRAIN, TRAIN),
-        "python experiments/robust_kd.py",
+        seconds=shared.seconds_of(comparisons, timings),
         title="RobustKD on it",
-        own="robust_kd",
-        plain="fkd",
+        about="robust_kd",
         extra_sections=(own,),
     )
+    assert list(made.key_numbers) == [
+        "parameters of the teacher",
+        "of the student",
+        *(f"mean {name}, {title}" for name in ("ASR", "CDA") for title in ("FKD", "RobustKD")),
+    ]
+    assert made.key_numbers["mean ASR, FKD"] == f"{(0.9 + 0.7 + 0.2) / 3:.3f}"
+    reproduce = "python experiments/robust_kd.py"
+    publish(folder, made, settings={"seed": 5}, timings=timings, reproduce=reproduce, sources={"training data": "x"})
     page = (folder.path / "report.html").read_text()
     for text in (
         "RobustKD on it",
-        "removes the one backdoor",
+        "removes the backdoor",
         "control ASR",
         "Of features.",
-        "What the methods",
+        "What the methods found",
         "wrn_16_2",
     ):
-        assert (text in page) == (text != "What the methods")  # nothing was found that could be drawn
+        assert (text in page) == (text != "What the methods found")  # nothing was found that could be drawn
     table = (folder.path / "table.md").read_text()
     assert "**mine**" in table and to_markdown(numbers.seed_table(results)).splitlines()[4] in table
     for name in ("asr.png", "control-asr.png", "trade-off.png", "timings.json"):

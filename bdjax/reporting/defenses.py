@@ -1,0 +1,377 @@
+"""The report on defenses of poisoned training sets: numbers, tables, the verdict in words, the page.
+
+Means are over seeds first, then over attacks, and only over attacks that every defense of the table was tried on: ABM's printed
+averages leave out what failed, so that its columns average different attacks. Beside the page there is a scores file for each
+defense and training set of the first seed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.metrics import DEFINITIONS, DefenseWord, DetectionMetrics, has_backdoor
+from bdjax.reporting import results as schema
+from bdjax.reporting import sections as shared
+from bdjax.reporting.report import Report, Section, Verdict, level_of
+from bdjax.reporting.results import find, mean_of
+from bdjax.reporting.sections import ORACLES, Entry
+from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
+from bdjax.run.folder import RunFolder
+from bdjax.types import TrainTest
+
+WORDS = ("removed", "removed at a cost", "weakened", "kept", "nothing to remove")
+_NAMES = ("cda", "asr", "r_acc", *DetectionMetrics._fields)
+
+
+# ---- Numbers --------------------------------------------------------------------------------------------------------
+
+
+def summarise(
+    measured: Iterable[Measured],
+    test_rows: int,
+    seed: int,
+    left_out: Mapping[str, str] = {},
+    controls: Mapping[tuple[str, str, int], float | None] = {},
+) -> dict[str, Any]:
+    """Numbers of all defenses on all attacks: the content of results.json, as `bdjax.reporting.results` has it.
+
+    Args:
+        measured: every suspect after every defense, in any order; tables keep the order in which names first come.
+        test_rows: how many there are.
+        seed: the number of the first.
+        left_out: an attack or a defense -> why the run could not have it.
+        controls: (attack, defense, suspect's seed) -> the ASR of the suspect's trigger where no backdoor can be. If the run has
+            any, they stand beside the ASR.
+    """
+    measured = list(measured)
+    suspects = schema.group_by_attack(measured)
+    names = (*_NAMES[:2], *(["control_asr"] if controls else []), *_NAMES[2:])
+    attacks = []
+    for each in suspects.values():
+        is_known = all(one.is_poisoned is not None for one in each)
+        counts = {
+            "num_rows": [len(one.dataset) for one in each],
+            "num_poisoned": [int(one.is_poisoned.sum()) for one in each] if is_known else None,
+            "num_covers": [one.num_covers for one in each] if is_known else None,
+        }
+        attacks.append(schema.describe_attack(each, seed) | counts)
+    variants = {one.variant.name: one.variant for one in measured}
+    seeds = sorted({one.suspect.seed for one in measured})
+    return schema.assemble(
+        (*names, *WORDS),
+        test_rows,
+        [seed + number for number in seeds],
+        attacks,
+        [schema.describe_method(variant) for variant in variants.values()],
+        schema.cells_of(measured, seed, names, controls),
+        left_out,
+    )
+
+
+def word_of(results: Entry, attack: str, defense: str) -> DefenseWord | None:
+    """What a defense makes of the backdoor of an attack; None if that is not known, or of no defense."""
+    baseline = schema.undefended(results)
+    return None if defense == baseline else schema.word_of(results, attack, defense, baseline)
+
+
+def _with_control(results: Entry, *names: str) -> tuple[str, ...]:
+    return (*names, *(["control_asr"] if schema.is_known(results, "control_asr") else []))
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def main_table(results: Entry, second: str = "asr") -> Table:
+    """Attacks × defenses, two numbers in each cell, and their means over the attacks.
+
+    Args:
+        results: of `summarise`.
+        second: what stands beside CDA: "asr" (with the control's, if the run has one) or "r_acc".
+    """
+    names, notes = ("cda", second) if second != "asr" else _with_control(results, "cda", "asr"), ""
+    if any(one["stage"] == "at test time" for one in results["methods"]):
+        notes += " A test row that a defense rejects is neither right nor a success: it lowers CDA, ASR and R-ACC."
+    label = shared.LABELS[second]
+    if any(map(schema.is_clean, results["attacks"])):
+        notes += f" A clean training set has no trigger and so no {label}."
+    if any(not one["parts"] and not schema.is_clean(one) for one in results["attacks"]):
+        notes += f" Of user data no trigger is known, so its {label} is unknown."
+    return shared.comparison_table(results, names, "training set", notes, has_mean=True)
+
+
+def detail_table(results: Entry) -> Table | None:
+    """Every number with its spread: a row for each attack under each defense."""
+    columns = {
+        **shared.title_columns("training set", "defense"),
+        **shared.number_columns((*_with_control(results, "cda", "asr"), "r_acc")),
+        "backdoor": lambda _, attack, method: word_of(results, attack["attack"], method["method"]),
+    }
+    notes = (
+        f"{schema.mean_text(results).capitalize()}.{shared.explain(*WORDS)} {UNKNOWN}: no defense, or no known trigger."
+    )
+    return shared.cell_table("Every number", schema.cells(results), columns, notes)
+
+
+def trigger_table(results: Entry) -> Table | None:
+    """ASR and R-ACC under each trigger of the hybrid attacks; None if there is no hybrid."""
+    rows = []
+    for attack in (one for one in results["attacks"] if len(one["parts"]) > 1):
+        cells = [each for each in schema.cells(results) if each[1] is attack]
+        for number, part in enumerate(attack["parts"]):
+            for cell, _, method in cells:
+                each = [row["triggers"][number] for row in cell["by_seed"]]
+                texts = (mean_and_spread([trigger[name] for trigger in each]) for name in ("asr", "r_acc"))
+                rows.append((attack["title"], part["title"], method["title"], *texts))
+    notes = "Other tables have the mean over a training set's triggers. Each is tried alone."
+    header = ("training set", "trigger", "defense", "ASR", "R-ACC")
+    return Table("Hybrid attacks", header, tuple(rows), notes) if rows else None
+
+
+def detection_table(results: Entry) -> Table | None:
+    """What flags and scores are worth; None if no defense has any."""
+    shown = (
+        each for each in schema.cells(results) if any(mean_of(each[0], name) is not None for name in ("flagged", "auc"))
+    )
+    titles = shared.title_columns("training set", "defense")
+    columns = {
+        "training set": titles["training set"],
+        "poisoned": lambda _, attack, __: poisoned_share(attack),
+        "defense": titles["defense"],
+        **shared.number_columns(DetectionMetrics._fields),
+    }
+    notes = (
+        f"Of training rows; {schema.mean_text(results)}. Poisoned, flagged: shares of all rows; cover rows count as clean. "
+        f"AUC: {DEFINITIONS['auc']} (0.5 is chance). {UNKNOWN}: nothing poisoned, ground truth unknown, or a seed in which "
+        "nothing is flagged. A defense may flag few rows on purpose (isolation): then recall is low by design."
+    )
+    return shared.cell_table("Detection of poisoned rows", shown, columns, notes)
+
+
+def poisoned_share(attack: Entry) -> float | None:
+    """The share of the rows of a training set that are poisoned, over all seeds; None if unknown."""
+    if attack["num_poisoned"] is None:
+        return None
+    return float(np.sum(attack["num_poisoned"]) / np.sum(attack["num_rows"]))
+
+
+def false_alarm_table(results: Entry) -> Table | None:
+    """What defenses cost on training sets that are clean; None if there is none."""
+    baseline = schema.undefended(results)
+
+    def gain(cell: Entry, attack: Entry, method: Entry) -> str | None:
+        before = find(results, attack["attack"], baseline)
+        if before is None or before is cell:
+            return None
+        pairs = zip(cell["by_seed"], before["by_seed"], strict=True)
+        return mean_and_spread([after["cda"] - row["cda"] for after, row in pairs])
+
+    columns = {
+        "defense": lambda _, __, method: method["title"],
+        **shared.number_columns(["cda"]),
+        "difference": gain,
+        **shared.number_columns(["flagged"]),
+    }
+    notes = (
+        f"On the clean training set, {schema.mean_text(results)}. Difference: CDA minus that of no defense on the same seed. "
+        f"Every flagged row is a false alarm; {UNKNOWN}: the defense flags no rows."
+    )
+    shown = (each for each in schema.cells(results) if schema.is_clean(each[1]))
+    return shared.cell_table("False alarms", shown, columns, notes)
+
+
+def needs_table(results: Entry) -> Table:
+    """Who was given what."""
+    notes = "Attacked model: the network that plain training on the suspect rows gave."
+    if any("clean rows" in one["needs"] for one in results["methods"]):
+        notes += " Clean rows: some that are known to be clean."
+    before = {"defense": lambda one: one["title"], "when": lambda one: one["stage"]}
+    needs = {name: name for name in ("training set", "attacked model", "clean rows", *ORACLES)}
+    return shared.needs_table(results, before, needs, {"paper": lambda one: one["paper"]}, notes)
+
+
+def rows_table(results: Entry) -> Table:
+    """The training sets: how many rows, how many poisoned, whose target."""
+
+    def counts(name: str, attack: Entry) -> Cell:
+        if attack[name] is None:
+            return None
+        least, most = min(attack[name]), max(attack[name])
+        return least if least == most else f"{least:,} to {most:,}"
+
+    columns = {
+        "training set": lambda one: one["title"],
+        "labels": lambda one: "; ".join(part["label_rule"] for part in one["parts"]) or None,
+        "rows": lambda one: counts("num_rows", one),
+        "poisoned": lambda one: counts("num_poisoned", one),
+        "cover": lambda one: counts("num_covers", one),
+        "suppression": lambda one: f"{one['suppression']:g}" if one["suppression"] else None,
+        "seeds": lambda one: ", ".join(map(str, one["seeds"])),
+    }
+    notes = (
+        f"Poisoned, cover: numbers of rows; {UNKNOWN} where the ground truth is unknown. Cover rows carry a trigger, or what "
+        "looks like it, under their own label. Suppression: how much an adaptive attacker weakens its backdoor."
+    )
+    return shared.entry_table("Training sets", results["attacks"], columns, notes)
+
+
+# ---- Words ----------------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
+    """Say in words what the numbers say.
+
+    Args:
+        results: of `summarise`.
+        about: names of the defenses that the headline is about; by default all that are one.
+    """
+    defenses = _shown(results, about)
+    baseline = schema.undefended(results)
+    before = {one["attack"]: find(results, one["attack"], baseline) for one in results["attacks"]}
+    attacked = [one for one in results["attacks"] if mean_of(before[one["attack"]], "asr") is not None]
+    if not attacked or not defenses:
+        return _without_trigger(results, defenses)
+    working = [one for one in attacked if has_backdoor(*_asr_and_control(before[one["attack"]]))]
+    idle = ", ".join(
+        f"{one['title']} ({_asr_and_control(before[one['attack']])[0]:.2f})" for one in attacked if one not in working
+    )
+    if not working:
+        return Verdict(
+            "info",
+            "No training set gives a network with a backdoor, so there is nothing to remove.",
+            f"Mean ASR without defense: {idle}.{shared.explain('nothing to remove')}",
+        )
+    words = [[word_of(results, each["attack"], one["method"]) for each in working] for one in defenses]
+    paragraphs = [_on_defense(results, one, working, each) for one, each in zip(defenses, words, strict=True)]
+    if idle:
+        paragraphs.append(f"Left out, because there is no backdoor even without defense (mean ASR): {idle}.")
+    clean = list(filter(schema.is_clean, results["attacks"]))[:1]
+    paragraphs += [shared.accuracy_text(results, one, [*_baseline(results), *defenses]) for one in clean]
+    paragraphs.append(shared.explain("removed").strip() + schema.one_seed_text(results))
+    text = shared.headline([one["title"] for one in defenses], words, "defenses")
+    return Verdict(level_of(word for each in words for word in each), text, "\n\n".join(paragraphs))
+
+
+def _shown(results: Entry, about: Sequence[str]) -> list[Entry]:
+    """The defenses that the report is about."""
+    defenses = [one for one in results["methods"] if one["base"] != schema.NO_DEFENSE]
+    return [one for one in defenses if one["method"] in about] or defenses
+
+
+def _asr_and_control(cell: Entry | None) -> tuple[float | None, float | None]:
+    return mean_of(cell, "asr"), mean_of(cell, "control_asr")
+
+
+def _on_defense(results: Entry, defense: Entry, attacks: Sequence[Entry], words: Sequence[DefenseWord | None]) -> str:
+    """A paragraph on what a defense makes of the backdoors."""
+    pairs, others = [], []
+    for attack, word in zip(attacks, words, strict=True):
+        if word is None:
+            others.append(f"{attack['title']} (not tried)")
+            continue
+        cells = [find(results, attack["attack"], name) for name in (schema.undefended(results), defense["method"])]
+        pairs.append([[mean_of(cell, name) for name in ("asr", "cda")] for cell in cells])
+        if word != "removed":
+            others.append(f"{attack['title']} ({word}: ASR {pairs[-1][1][0]:.2f}, CDA {pairs[-1][1][1]:.2f})")
+    if not pairs:
+        return f"{defense['title']} was tried on none of these."
+    (asr, cda), (asr_after, cda_after) = np.mean(pairs, axis=0)
+    text = (
+        f"{defense['title']}: mean ASR {asr:.3f} becomes {asr_after:.3f}, mean CDA {cda:.3f} becomes {cda_after:.3f}; removes "
+        f"{words.count('removed')} of {len(attacks)}."
+    )
+    return text + (f" Not removed: {', '.join(others)}." if others else "")
+
+
+def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
+    lines = [shared.accuracy_text(results, attack, [*_baseline(results), *defenses]) for attack in results["attacks"]]
+    if any(one["num_poisoned"] is None for one in results["attacks"]):
+        headline = "Ground truth unknown: attack success cannot be measured."
+        lines.append(
+            "Look at the most suspicious rows below, and at the scores files. A defense flags rows of a clean training set, "
+            "too: how many, a run with --attacks=none on data that is known to be clean says."
+        )
+    elif all(map(schema.is_clean, results["attacks"])):
+        headline = "The training set is clean: every flagged row is a false alarm."
+    else:
+        headline = "No trigger is known, so no attack success can be measured."
+    return Verdict("info", headline, "\n\n".join(lines) + schema.one_seed_text(results))
+
+
+def _baseline(results: Entry) -> list[Entry]:
+    return [one for one in results["methods"] if one["base"] == schema.NO_DEFENSE]
+
+
+# ---- The page -------------------------------------------------------------------------------------------------------
+
+
+def page(
+    folder: RunFolder,
+    results: Entry,
+    comparisons: Sequence[Comparison],
+    data: TrainTest,
+    *,
+    seconds: Mapping[str, float],
+    title: str = "",
+    about: Sequence[str] = (),
+    extra_sections: Sequence[Section] = (),
+) -> Report:
+    """Draw the figures and write the scores files into the folder, and put the page together; `report.publish` completes it.
+
+    Args:
+        folder: the open run.
+        results: of `summarise`.
+        comparisons: what they were made of: each defense on each group of suspects that were members of one call.
+        data: the training set before poisoning, and the test set.
+        seconds: of `sections.seconds_of`.
+        title: of the report; by default "Defenses on" the dataset.
+        about: names of the defenses that the headline is about; by default all.
+        extra_sections: of the experiment, after the results.
+    """
+    shared.write_scores(folder, comparisons)
+    figures = [
+        draw(folder, results) for draw in (shared.matrix_figure, shared.trade_off_figure) if shared.with_asr(results)
+    ]
+    details = detail_table(results), trigger_table(results), main_table(results, "r_acc"), shared.facts_table(results)
+    scores, suspicious = (
+        shared.score_figures(folder, comparisons),
+        shared.suspicious_figures(folder, comparisons, data.train),
+    )
+    advice = "What to look at first if the rows were one's own. The files under scores/ have every row."
+    return Report(
+        title=title or f"Defenses on {data.train.name}",
+        verdict=verdict(results, about),
+        key_numbers=_key_numbers(results, about),
+        facts=needs_table(results),
+        sections=(
+            *shared.section(
+                "Results", [main_table(results), shared.published_table(results, data.train.name)], figures
+            ),
+            *extra_sections,
+            *shared.section("Training sets", [rows_table(results)]),
+            *shared.section("Detection", [detection_table(results), false_alarm_table(results)], scores),
+            *shared.section("The most suspicious rows", [], suspicious, advice),
+            *shared.section("What the defenses found", [], shared.picture_figures(folder, comparisons)),
+            *shared.section("Details", details),
+            *shared.section("Time for one training set", [shared.time_table(results, seconds, folder.is_new)]),
+        ),
+        settings=shared.settings_of(results),
+    )
+
+
+def _key_numbers(results: Entry, about: Sequence[str]) -> dict[str, str]:
+    shown = _shown(results, about)
+    pair = {
+        one["method"]: one["title"] for one in results["methods"] if one["base"] == schema.NO_DEFENSE or one in shown
+    }
+    attacks = [
+        one
+        for one in results["attacks"]
+        if all(mean_of(find(results, one["attack"], name), "asr") is not None for name in pair)
+    ]
+    numbers = (
+        shared.key_numbers(results, pair, ("asr", "cda"), attacks or results["attacks"]) if len(shown) == 1 else {}
+    )
+    counts = {"training sets": str(len(results["attacks"])), "defenses": str(len(_shown(results, ())))}
+    return numbers or counts

@@ -1,0 +1,595 @@
+"""The tables and figures that several kinds of report have, each once.
+
+Tables are made of the tree of `bdjax.reporting.results`; where reports differ, they give other columns. Figures of rows are
+made of the comparisons, whose flags, scores and pictures are not in that tree, and show the first seed.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.published import find_published
+from bdjax.evaluation.suspects import Suspect
+from bdjax.metrics import DEFINITIONS, DefenseWord
+from bdjax.reporting import plots
+from bdjax.reporting import results as schema
+from bdjax.reporting.report import Figure, Section
+from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
+from bdjax.run.folder import RunFolder
+from bdjax.types import Dataset
+
+Entry = Mapping[str, Any]
+Columns = Mapping[str, Callable[..., Cell]]
+"""Header -> what a row has in that column: of an entry, or of a cell, its attack and its method."""
+LABELS = {
+    **{name: name for name in ("flagged", "precision", "recall")},
+    **{"cda": "CDA", "asr": "ASR", "r_acc": "R-ACC", "control_asr": "control ASR", "f1": "F1", "auc": "AUC"},
+}
+"""Number -> what tables call it."""
+OUTCOMES: Mapping[DefenseWord, str] = {
+    "removed": "removes {}",
+    "removed at a cost": "removes {}, but at a cost of accuracy",
+    "weakened": "weakens {}, but does not remove it",
+    "kept": "does not remove {}",
+    "nothing to remove": "has nothing to remove",
+}
+ORACLES = ("number of poisons", "attacker's trigger")
+"""Needs that no defender can have."""
+PAPERS_DIFFER = (
+    "In percent; ours are means over seeds. The papers' rows have networks, schedules and poison rates of their own, and "
+    "success may count the target class's rows; see the settings for ours. Fail: the paper calls the defense very unstable "
+    "there, or it leaves more than 80 %."
+)
+STUDENTS_DIFFER = (
+    "In percent; ours are means over seeds. The paper's schedules differ, its tables print the same experiments with different "
+    "numbers, and its success counts the target class's rows; its teacher's numbers are printed once for all attacks. See the "
+    "settings for the width and the schedule of ours."
+)
+PLAIN_STAGE = "no defense"
+"""The stage in which suspects are trained without defense, as `bdjax.evaluation.suspects.make_defense_input` calls it."""
+PICTURES_OF_ONE, PICTURES_OF_EACH = 24, 12
+"""How many suspicious rows are shown of a single training set, and of each of several."""
+MOST_SETS = 12
+"""Of how many training sets pictures and histograms are drawn."""
+IMAGES_PER_LINE = 8
+"""Of a single training set, and of what a defense found."""
+LONGEST_NAME = 100
+"""Bytes that a variant's name may have in that of a file, which may have 255."""
+
+
+def section(
+    title: str, tables: Iterable[Table | None], figures: Iterable[Figure] = (), text: str = ""
+) -> tuple[Section, ...]:
+    """A section of those tables that there are; no section if there is nothing to show."""
+    made = Section(title, text, tuple(table for table in tables if table is not None), tuple(figures))
+    return (made,) if made.tables or made.figures else ()
+
+
+# ---- Tables ---------------------------------------------------------------------------------------------------------
+
+
+def entry_table(title: str, entries: Iterable[Entry], columns: Columns, notes: str = "") -> Table:
+    """A row for each entry of results["attacks"] or results["methods"]."""
+    rows = tuple(tuple(column(entry) for column in columns.values()) for entry in entries)
+    return Table(title, tuple(columns), rows, notes)
+
+
+def cell_table(
+    title: str, cells: Iterable[tuple[Entry, Entry, Entry]], columns: Columns, notes: str = ""
+) -> Table | None:
+    """A row for each of some (cell, attack, method); None if there is none."""
+    rows = tuple(tuple(column(*each) for column in columns.values()) for each in cells)
+    return Table(title, tuple(columns), rows, notes) if rows else None
+
+
+def number_columns(names: Iterable[str]) -> Columns:
+    """For `cell_table`: the mean and the spread of each of these numbers."""
+    return {LABELS[name]: lambda cell, *_, name=name: schema.number_text(cell, name) for name in names}
+
+
+def title_columns(attack: str, method: str) -> Columns:
+    """For `cell_table`: what the attack and what the method are called, under these headers."""
+    return {attack: lambda _, one, __: one["title"], method: lambda _, __, one: one["title"]}
+
+
+def explain(*words: str) -> str:
+    """What words of a table mean, with a space before."""
+    return "".join(f" {word.capitalize()}: {DEFINITIONS[word]}." for word in words)
+
+
+def comparison_table(
+    results: Entry,
+    names: Sequence[str],
+    first: str,
+    notes: str = "",
+    *,
+    by_method: bool = False,
+    has_mean: bool = False,
+) -> Table:
+    """Attacks × methods, some numbers in each cell: "CDA / ASR".
+
+    Args:
+        results: the tree.
+        names: the numbers; where the first is unknown, so is the cell.
+        first: the header of the column of attacks; with `by_method` of methods.
+        notes: what else a reader must know, a space before.
+        by_method: a row for each method, instead of one for each attack.
+        has_mean: whether a last row has the means over those attacks that have every number under every method.
+    """
+    attacks, methods = results["attacks"], results["methods"]
+    texts, complete = {}, []
+    for attack in attacks:
+        found = [schema.find(results, attack["attack"], one["method"]) for one in methods]
+        means = [[schema.mean_of(cell, name) for name in names] for cell in found]
+        texts[attack["attack"]] = [_joined(each) for each in means]
+        if not any(None in each for each in means):
+            complete.append(means)
+    rows = [(attack["title"], *texts[attack["attack"]]) for attack in attacks]
+    if by_method:
+        rows = [(one["title"], *column) for one, column in zip(methods, zip(*texts.values(), strict=True), strict=True)]
+    styles = [""] * len(rows)
+    if has_mean and len(complete) > 1:
+        rows.append((f"mean of {len(complete)} attacks", *map(_joined, np.mean(complete, axis=0).tolist())))
+        styles.append("ours")
+        if len(complete) < len(attacks):
+            notes = f" The last row is over those attacks that have {LABELS[names[-1]]} under every defense.{notes}"
+    title = " / ".join(LABELS[name] for name in names)
+    about = f"{title}, mean over {schema.seeds_text(results)}, {results['test_rows']:,} test rows."
+    about += _largest_deviations(results, names) + notes + schema.left_out_text(results)
+    header = (first, *(one["title"] for one in (attacks if by_method else methods)))
+    return Table(title, header, tuple(rows), about, tuple(styles) if has_mean else ())
+
+
+def _joined(means: Sequence[float | None]) -> str | None:
+    return None if means[0] is None else " / ".join(UNKNOWN if value is None else f"{value:.3f}" for value in means)
+
+
+def _largest_deviations(results: Entry, names: Iterable[str]) -> str:
+    if not schema.has_spread(results):
+        return " A single seed has no spread: small differences mean nothing."
+    largest = []
+    for name in names:
+        deviations = [cell["summary"][name]["standard_deviation"] for cell in results["cells"]]
+        if known := [value for value in deviations if value is not None]:
+            largest.append(f"{LABELS[name]} {max(known):.3f}")
+    told = f" Largest standard deviation over seeds in any cell: {', '.join(largest)}" if largest else ""
+    return f"{told}; that of each cell is in the table of every number." if told else ""
+
+
+def needs_table(results: Entry, before: Columns, needs: Mapping[str, str], after: Columns, notes: str = "") -> Table:
+    """Who was given what: a row for each method.
+
+    Args:
+        results: the tree.
+        before: the columns before those of the needs.
+        needs: a need -> its header; one that no method has gets no column.
+        after: the columns after those of the needs.
+        notes: printed below.
+    """
+    shown = {need: title for need, title in needs.items() if any(need in one["needs"] for one in results["methods"])}
+    given = {title: lambda one, need=need: "yes" if need in one["needs"] else None for need, title in shown.items()}
+    if oracles := [need for need in shown if need in ORACLES]:
+        notes += f" {' and '.join(oracles).capitalize()}: no defender has that."
+    return entry_table("Who was given what", results["methods"], {**before, **given, **after}, notes.strip())
+
+
+def facts_table(results: Entry, suspect: str = "training set", method: str = "defense") -> Table | None:
+    """What methods report of themselves; None if nothing.
+
+    Args:
+        results: the tree.
+        suspect: what methods are tried on.
+        method: what methods are called.
+    """
+    rows: list[tuple[Cell, ...]] = []
+    for one in results["methods"]:
+        for cell, attack, _ in (each for each in schema.cells(results) if each[2] is one):
+            for name in cell["facts"]:
+                text = mean_and_spread([row["facts"].get(name) for row in cell["by_seed"]])
+                rows.append((one["title"], attack["title"], name, text))
+    return Table(f"What the {method}s report", (method, suspect, "what", "value"), tuple(rows)) if rows else None
+
+
+def published_table(
+    results: Entry, dataset: str, suspect: str = "training set", method: str = "defense"
+) -> Table | None:
+    """Our numbers beside the papers', in percent; None where no paper has any of them.
+
+    Dataset, attack and method are the same, and both networks of a student. An attack that is suppressed is in no paper.
+
+    Args:
+        results: the tree; with results["teacher"], of students.
+        dataset: as bdjax names it.
+        suspect: what methods are tried on.
+        method: what methods are called.
+    """
+    teacher, rows = results.get("teacher"), []
+    for cell, attack, one in schema.cells(results):
+        wanted = {"measured": "network", "dataset": dataset, "attack": attack["base"], "method": one["base"]}
+        pair = [cell]
+        if teacher:
+            networks = {"teacher": _network(teacher), "student": _network(one)}
+            wanted |= {"measured": "student", **networks}
+            pair = [schema.find(results, cell["attack"], schema.undefended(results)), cell]
+        ours = [schema.mean_of(each, name) for each in pair for name in ("cda", "asr")]
+        for found in find_published(**wanted) if not attack["suppression"] else ():
+            theirs = ["fail", "fail"] if found.clean_accuracy is None else [found.clean_accuracy, found.success]
+            names = [f"{found.teacher} / {found.student}"] if teacher else []
+            theirs = [found.teacher_accuracy, found.teacher_success, *theirs] if teacher else theirs
+            numbers = [None if value is None else 100 * value for value in ours]
+            pairs = (value for both in zip(numbers, theirs, strict=True) for value in both)
+            rows.append((attack["title"], one["title"], *names, *pairs, found.paper))
+    names = ("teacher's CDA", "teacher's ASR", "CDA", "ASR") if teacher else ("CDA", "ASR")
+    columns = (text for name in names for text in (name, "the paper's"))
+    header = (suspect, method, *(["networks"] if teacher else []), *columns, "paper")
+    return (
+        Table("Beside the papers", header, tuple(rows), STUDENTS_DIFFER if teacher else PAPERS_DIFFER, decimals=2)
+        if rows
+        else None
+    )
+
+
+def _network(entry: Entry) -> str:
+    return entry["model"].partition(" width ")[0]
+
+
+def time_table(
+    results: Entry,
+    seconds: Mapping[str, float],
+    is_whole: bool = True,
+    suspect: str = "training set",
+    method: str = "defense",
+) -> Table | None:
+    """Seconds of each method for one suspect; None if none was timed.
+
+    Args:
+        results: the tree.
+        seconds: of `seconds_of`.
+        is_whole: whether the run was made in one go. If not, stages were read from a checkpoint, and ratios would mean nothing.
+        suspect: what methods are tried on.
+        method: what methods are called.
+    """
+    baseline = seconds.get(schema.undefended(results) or "")
+    shown = [one for one in results["methods"] if one["method"] in seconds]
+    columns: dict[str, Callable[..., Cell]] = {
+        method: lambda one: one["title"],
+        f"seconds per {suspect}": lambda one: f"{seconds[one['method']]:.2f}",
+    }
+    notes = f"Wall time of this process, compiling included and shared by all {suspect}s of a call."
+    if baseline:
+        has_ratio = [is_whole and one["base"] != schema.NO_DEFENSE for one in shown]
+        ratios = {
+            one["method"]: f"{seconds[one['method']] / baseline:.2f} ×" for one in itertools.compress(shown, has_ratio)
+        }
+        columns["× no defense"] = lambda one: ratios.get(one["method"])
+        notes += " No defense: the plain training, which a defense that starts from the attacked model needs on top."
+    notes += f" Stages that another {method} had already trained cost next to nothing here."
+    if not is_whole:
+        notes += " This run was continued: what an earlier start had trained is not in these seconds."
+    return entry_table("Time", shown, columns, notes) if shown else None
+
+
+# ---- Verdict, key numbers and settings ------------------------------------------------------------------------------
+
+
+def headline(titles: Sequence[str], words: Sequence[Sequence[DefenseWord | None]], noun: str, which: str = "") -> str:
+    """One sentence on what methods make of backdoors.
+
+    Args:
+        titles: of the methods.
+        words: for each of them, that of every backdoor; None where it was not tried.
+        noun: what several methods are called: "defenses".
+        which: a clause after "backdoor" or "backdoors", a space before.
+    """
+    count = len(words[0])
+    if len(titles) > 1:
+        winners = sum(set(each) == {"removed"} for each in words)
+        backdoors = f"all {count} backdoors" if count > 1 else "the backdoor"
+        return f"{winners} of {len(titles)} {noun} remove {backdoors}{which}."
+    if count > 1:
+        return f"{titles[0]} removes {words[0].count('removed')} of {count} backdoors{which}."
+    (word,) = words[0]
+    return f"{titles[0]} {OUTCOMES.get(word, 'was not tried on {}').format(f'the backdoor{which}')}."
+
+
+def accuracy_text(results: Entry, attack: Entry, methods: Iterable[Entry]) -> str:
+    """What is known where no ASR is: "No attack: no defense has CDA 0.950; ABL has CDA 0.920 and flags 1.0 % of the rows."."""
+    texts = []
+    for one in methods:
+        cell = schema.find(results, attack["attack"], one["method"])
+        cda, flagged = schema.mean_of(cell, "cda"), schema.mean_of(cell, "flagged")
+        if cda is not None:
+            flags = f" and flags {100 * flagged:.1f} % of the rows" if flagged is not None else ""
+            texts.append(f"{one['title']} has CDA {cda:.3f}{flags}")
+    return f"{attack['title'][:1].upper()}{attack['title'][1:]}: {'; '.join(texts)}."
+
+
+def key_numbers(
+    results: Entry, methods: Mapping[str, str], names: Iterable[str], attacks: Sequence[Entry]
+) -> dict[str, str]:
+    """Numbers for the top of the page: "mean ASR, LfD" -> "0.012". Those that some attack does not have are left out.
+
+    Args:
+        results: the tree.
+        methods: a method's name -> what it is called.
+        names: the numbers.
+        attacks: the entries that means are over.
+    """
+    tiles = {}
+    for name in names:
+        for method, title in methods.items():
+            means = [schema.mean_of(schema.find(results, one["attack"], method), name) for one in attacks]
+            if means and None not in means:
+                tiles[f"mean {LABELS[name]}, {title}"] = f"{np.mean(means):.3f}"
+    return tiles
+
+
+def settings_of(results: Entry, method: str = "defense") -> dict[str, Any]:
+    """Groups for the report's list of settings: of each part of an attack, and of each part of a method.
+
+    Args:
+        results: the tree.
+        method: what methods are called.
+    """
+    groups = {
+        f"attack {one['attack']}" + (f": {part['attack']}" if len(one["parts"]) > 1 else ""): part["settings"]
+        for one in results["attacks"]
+        for part in one["parts"]
+    }
+    for one in results["methods"]:
+        parts = one["settings"] if isinstance(one["settings"], list) else [one["settings"]]
+        names = one["base"].split("+") if len(parts) > 1 else [""]
+        for number, (name, settings) in enumerate(zip(names, parts, strict=True), start=1):
+            groups[f"{method} {one['method']}" + (f": {number}. {name}" if name else "")] = settings
+    return groups
+
+
+# ---- Figures of the numbers -----------------------------------------------------------------------------------------
+
+
+def with_asr(results: Entry) -> list[Entry]:
+    """The entries of results["attacks"] whose ASR is known under some method."""
+    known = {cell["attack"] for cell in results["cells"] if schema.mean_of(cell, "asr") is not None}
+    return [one for one in results["attacks"] if one["attack"] in known]
+
+
+def _means(results: Entry, name: str) -> np.ndarray:
+    """[attacks with an ASR, methods], NaN where unknown."""
+    cells = [
+        [schema.find(results, attack["attack"], one["method"]) for one in results["methods"]]
+        for attack in with_asr(results)
+    ]
+    return np.array([[schema.mean_of(cell, name) for cell in row] for row in cells], np.float64)
+
+
+def matrix_figure(folder: RunFolder, results: Entry, method: str = "defense") -> Figure:
+    """ASR of every attack under every method, into asr.png."""
+    rows, columns = ([one["title"] for one in each] for each in (with_asr(results), results["methods"]))
+    return Figure(
+        plots.save(plots.matrix(_means(results, "asr"), rows, columns, "", value_label="ASR"), folder.file("asr.png")),
+        f"ASR, mean over seeds: what is left of each attack under each {method}.",
+        f"A matrix of attack success rates, attacks by {method}s; the numbers are in the table above.",
+    )
+
+
+def trade_off_figure(folder: RunFolder, results: Entry, method: str = "defense") -> Figure:
+    """CDA against ASR of every method, into trade-off.png."""
+    titles = [one["title"] for one in results["methods"]]
+    figure = plots.trade_off(titles, _means(results, "cda").T, _means(results, "asr").T)
+    return Figure(
+        plots.save(figure, folder.file("trade-off.png")),
+        f"What each {method} leaves of the attack and of the accuracy. Small marks: one attack each, mean over seeds. Large "
+        f"marks: the mean over the attacks that all {method}s have. Best is top left.",
+        f"Clean accuracy against attack success of each {method}; the numbers are in the table above.",
+    )
+
+
+# ---- What methods flag, score and find ------------------------------------------------------------------------------
+
+
+def seconds_of(comparisons: Sequence[Comparison], timings: Mapping[str, float]) -> dict[str, float]:
+    """Method -> its seconds for one suspect; for no defense, those of the plain training.
+
+    Args:
+        comparisons: every method on every group of suspects.
+        timings: seconds of each stage of the run.
+    """
+    seconds: dict[str, float] = {}
+    for name, group in _by_variant(comparisons).items():
+        measured = [one for comparison in group for one in comparison.tried]
+        if group[0].variant.defense.name != schema.NO_DEFENSE:
+            seconds[name] = float(np.mean([one.seconds for one in measured]))
+        elif PLAIN_STAGE in timings:
+            seconds[name] = timings[PLAIN_STAGE] / len(measured)
+    return seconds
+
+
+def _by_variant(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    groups: dict[str, list[Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault(one.variant.name, []).append(one)
+    return groups
+
+
+def _first_seed(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparison, int, Measured]]:
+    """(comparison, which of its suspects, that suspect) for all of the first seed, attack after attack."""
+    for comparison in comparisons:
+        for number, one in enumerate(comparison.tried):
+            if one.suspect.seed == 0:
+                yield comparison, number, one
+
+
+def _flags_and_scores(comparison: Comparison, number: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Of one suspect."""
+    result = comparison.result
+    return tuple(None if each is None else np.asarray(each[number]) for each in (result.flags, result.scores))
+
+
+def file_name(text: str) -> str:
+    """A variant's name as a file may be called: "lfd:alpha=0.5" -> "lfd-alpha=0.5"; a long one is cut and stays unique."""
+    name = re.sub(r"[^\w.+=-]+", "-", text).strip("-.") or "unnamed"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    start = name.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def write_scores(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[str]:
+    """Write scores/<defense>/<training set>.csv for the first seed of every defense that flags or scores rows, so that whoever
+    owns the rows can sort and remove them with any tool.
+
+    Returns:
+        The names of the files.
+    """
+    written = []
+    for comparison, number, one in _first_seed(comparisons):
+        flags, scores = _flags_and_scores(comparison, number)
+        if flags is None and scores is None:
+            continue
+        name = f"scores/{file_name(comparison.variant.name)}/{file_name(one.suspect.attack.name)}.csv"
+        folder.write_text(name, scores_csv(one.suspect, flags, scores))
+        written.append(name)
+    return written
+
+
+def scores_csv(suspect: Suspect, flags: np.ndarray | None, scores: np.ndarray | None) -> str:
+    """A line for each training row: its number from 0, the label it came with, score, flag and truth (1 or 0).
+
+    What is not known is left empty.
+
+    Args:
+        suspect: the training set.
+        flags: bool [n], or None.
+        scores: float [n], or None.
+    """
+
+    def column(values: np.ndarray | None, form: str) -> list[str]:
+        return [""] * len(suspect.dataset) if values is None else [form % value for value in values]
+
+    columns = (
+        column(suspect.dataset.labels, "%d"),
+        column(scores, "%.6g"),
+        column(flags, "%d"),
+        column(suspect.is_poisoned, "%d"),
+    )
+    lines = [f"{row},{','.join(cells)}" for row, cells in enumerate(zip(*columns, strict=True))]
+    return "\n".join(["row,label,score,flagged,is_poisoned", *lines]) + "\n"
+
+
+def score_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
+    """Histograms of the scores on the first seed's training sets, a figure for each defense that scores rows."""
+    figures = []
+    for name, group in _by_variant(comparisons).items():
+        panels = []
+        for comparison, number, one in _first_seed(group):
+            _, scores = _flags_and_scores(comparison, number)
+            if scores is not None:
+                panels.append(plots.Scores(schema.set_title(one.suspect), scores, one.suspect.is_poisoned))
+        if not panels:
+            continue
+        title = group[0].variant.title
+        figure = plots.score_histograms(panels[:MOST_SETS], title)
+        caption = (
+            f"{title}: scores of the first seed's training rows, as shares of the clean and of the poisoned ones. Cover rows "
+            "count as clean. Outliers are in the outermost bars." + _cut(panels)
+        )
+        path = plots.save(figure, folder.file(f"scores-{file_name(name)}.png"))
+        figures.append(Figure(path, caption, f"Histograms of the scores that {title} gives to training rows."))
+    return figures
+
+
+def _cut(sets: Sequence[Any]) -> str:
+    return f" The first {MOST_SETS} of {len(sets)} training sets." if len(sets) > MOST_SETS else ""
+
+
+def most_suspicious(flags: np.ndarray | None, scores: np.ndarray | None, count: int) -> np.ndarray:
+    """The rows to look at first: flagged ones before others, higher scores before lower ones.
+
+    Without scores only flagged rows are suspicious, all alike: some of them, spread over the set.
+
+    Args:
+        flags: bool [n], or None.
+        scores: float [n], or None.
+        count: at most so many.
+
+    Returns:
+        int [at most count], row numbers.
+    """
+    if scores is None:
+        rows = np.flatnonzero(flags) if flags is not None else np.zeros(0, int)
+        return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+    first = np.zeros(len(scores), bool) if flags is None else flags
+    return np.lexsort((-np.asarray(scores, np.float64), ~first))[:count]
+
+
+def suspicious_figures(folder: RunFolder, comparisons: Sequence[Comparison], train: Dataset) -> list[Figure]:
+    """The rows of the first seed that each defense suspects most, with their labels and the truth where it is known."""
+    figures = []
+    for name, group in _by_variant(comparisons).items():
+        sets = [(one.suspect, *_flags_and_scores(c, i)) for c, i, one in _first_seed(group)]
+        sets = [each for each in sets if each[1] is not None or each[2] is not None]
+        images, captions, names = _suspicious_lines(sets, train)
+        if not images:
+            continue
+        title, (_, flags, scores) = group[0].variant.title, sets[0]
+        how = "flagged rows first, the highest scores before others"
+        how = "the highest scores first" if flags is None else "some of the flagged rows" if scores is None else how
+        caption = (
+            f"{title}: {how}; first seed. Under each row the label it came with, and whether it is poisoned where that is "
+            "known." + _cut(sets)
+        )
+        figure = plots.image_grid(images, names if len(sets) > 1 else (), (), title, captions=captions)
+        path = plots.save(figure, folder.file(f"suspicious-{file_name(name)}.png"))
+        figures.append(Figure(path, caption, f"The training rows that {title} suspects most."))
+    return figures
+
+
+def _suspicious_lines(
+    sets: Sequence[tuple[Suspect, np.ndarray | None, np.ndarray | None]], train: Dataset
+) -> tuple[list[list[np.ndarray]], list[list[str]], list[str]]:
+    """(images, captions, name) of each line of `suspicious_figures`, from (suspect, flags, scores)."""
+    count = PICTURES_OF_ONE if len(sets) == 1 else PICTURES_OF_EACH
+    per_line = IMAGES_PER_LINE if len(sets) == 1 else count
+    images, captions, names = [], [], []
+    for suspect, flags, scores in sets[:MOST_SETS]:
+        rows = most_suspicious(flags, scores, count)
+        for start in range(0, len(rows), per_line):
+            line = rows[start : start + per_line]
+            images.append([suspect.dataset.images[row].astype(np.float32) / 255 for row in line])
+            captions.append([_caption(suspect, train, row) for row in line])
+            names.append("" if start else schema.set_title(suspect))
+    return images, captions, names
+
+
+def _caption(suspect: Suspect, train: Dataset, row: int) -> str:
+    label = int(suspect.dataset.labels[row])
+    name = train.class_names[label] if train.class_names else str(label)
+    if suspect.is_poisoned is None:
+        return name
+    return f"{name}: {'poisoned' if suspect.is_poisoned[row] else 'clean'}"
+
+
+def picture_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
+    """The pictures in the defenses' results, of the first seed: a figure for each kind, a line for each suspect."""
+    figures = []
+    for name, group in _by_variant(comparisons).items():
+        title = group[0].variant.title
+        for kind in dict.fromkeys(kind for one in group for kind in one.result.pictures):
+            images, names = [], []
+            for comparison, number, one in _first_seed(group):
+                pictures = comparison.result.pictures.get(kind)
+                if pictures is not None and len(pictures[number]):
+                    images.append(list(np.asarray(pictures[number])[:IMAGES_PER_LINE]))
+                    names.append(schema.set_title(one.suspect))
+            if not images:
+                continue
+            figure = plots.image_grid(images[:MOST_SETS], names[:MOST_SETS], (), f"{title}: {kind}")
+            path = plots.save(figure, folder.file(f"found-{file_name(name)}-{file_name(kind)}.png"))
+            caption = f"{title}: {kind}. First seed." + _cut(images)
+            figures.append(Figure(path, caption, f"Pictures that {title} found: {kind}."))
+    return figures
