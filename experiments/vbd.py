@@ -2,6 +2,7 @@
 
     python experiments/vbd.py                                       # digits: two triggers, and no attack
     python experiments/vbd.py --dataset=photos/                     # a folder of one's own, or an .npz: a verdict on it
+    python experiments/vbd.py --dataset=photos/ --defenses=spectral_signatures    # by another detector
     python experiments/vbd.py --dataset=cifar10 --study=table1      # a table of the paper; see --help
     python experiments/vbd.py --dataset=cifar10 --study=grid --preset=paper     # all of its 80 settings, 5 seeds each
 
@@ -18,7 +19,7 @@ from bdjax.attacks.vbd_triggers import TILES
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.workflows import detection
+from bdjax.workflows import audit, detection
 from bdjax.workflows.base import Experiment, read_flags
 from bdjax.workflows.detection import Config
 
@@ -87,7 +88,9 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
         f"{__doc__.splitlines()[0]} Rows at a path are audited as they are, unless --attacks says otherwise; other sets are "
         "poisoned first."
     )
-    return detection.run(read_flags(EXPERIMENT, about, arguments), EXPERIMENT, log)
+    config = read_flags(EXPERIMENT, about, arguments)
+    workflow = audit if detection.is_audit(config, EXPERIMENT) else detection
+    return workflow.run(config, EXPERIMENT, log)
 
 
 if __name__ == "__main__":

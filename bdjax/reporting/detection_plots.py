@@ -170,7 +170,7 @@ def _pictures(one: FoundPattern) -> list[np.ndarray]:
     outlined = np.ones((scale * len(blank), scale * blank.shape[1], 3))
     if one.example is not None:
         outlined = outline(one.example, one.mask, scale) / 255
-    return [*(_enlarge(each, scale) for each in [*plain, example]), outlined]
+    return [*(enlarge(each, scale) for each in [*plain, example]), outlined]
 
 
 def on_grey(pattern: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -191,7 +191,8 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(np.asarray(image, np.float64), (*image.shape[:2], 3))
 
 
-def _enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
+    """Make a square of so many pixels of each: any dtype [H, W, ...] -> [H * scale, W * scale, ...]."""
     return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
 
 
@@ -214,8 +215,8 @@ def outline(image: np.ndarray, mask: np.ndarray, scale: int) -> np.ndarray:
     """
     if image.ndim != 3 or image.shape[2] not in (1, 3) or mask.shape != image.shape[:2] or scale < 1:
         raise ValueError(f"an image of shape {image.shape} and a mask of shape {mask.shape} at scale {scale}")
-    large = _enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), scale)
-    inside = _enlarge(mask.astype(bool), scale)
+    large = enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), scale)
+    inside = enlarge(mask.astype(bool), scale)
     width = max(1, scale // 8)
     around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, width), (2 * width + 1, 2 * width + 1))
     large[inside & ~around.all(axis=(2, 3))] = RED

@@ -148,14 +148,14 @@ def begin(
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
 
 
-def finish(run: Run, folder: RunFolder, page: Report, table: Table, sources: Mapping[str, str]) -> None:
-    """Write the report, and print the main table and where the report is.
+def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str, sources: Mapping[str, str]) -> None:
+    """Write the report; print what came out and where the report is.
 
     Args:
         run: what ends.
         folder: its open folder.
         page: the report, without settings, timings and provenance.
-        table: the main table.
+        summary: the main table, or a sentence.
         sources: what -> where its rows came from: "training data".
     """
     publish(
@@ -166,12 +166,13 @@ def finish(run: Run, folder: RunFolder, page: Report, table: Table, sources: Map
         reproduce=command(run.experiment, run.config),
         sources=sources,
     )
-    announce(run, folder, table)
+    announce(run, folder, summary)
 
 
-def announce(run: Run, folder: RunFolder, table: Table) -> None:
-    """Print the main table and where the report is."""
-    run.log.console.print(to_rich(table))
+def announce(run: Run, folder: RunFolder, summary: Table | str) -> None:
+    """Print what came out, and where the report is."""
+    shown = to_rich(summary) if isinstance(summary, Table) else summary
+    run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
     run.log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -1,6 +1,5 @@
-"""experiments/vbd.py from the command line to the files that it leaves: a grid of poisoned sets, and an audit of own rows."""
+"""experiments/vbd.py on a grid of poisoned sets, from the command line to the files that it leaves."""
 
-import hashlib
 import io
 import json
 import pathlib
@@ -12,21 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from bdjax.datasets import DATASETS
 from bdjax.errors import InputError
-from bdjax.evaluation.measure import Comparison, score_detection
-from bdjax.evaluation.patterns import FoundPattern
-from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.variants import read_attack, read_defense
+from bdjax.evaluation.variants import read_attack
 from bdjax.reporting.sections import file_name
-from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.types import Dataset, Detection
+from bdjax.types import Dataset
 from bdjax.workflows import base, detection
-from bdjax.workflows.detection import Outcome
+from bdjax.workflows.outcomes import FILES
 from experiments import vbd
 
 CLASSES, PER_CLASS, SIDE = 4, 125, 12
@@ -89,19 +83,6 @@ def poisoned_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images, labels, np.isin(np.arange(len(images)), rows), original
 
 
-def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
-    for row, (image, label) in enumerate(zip(images, labels, strict=True)):
-        path = folder / f"kind-{label}" / f"{row:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return folder
-
-
-def hashes(folder: pathlib.Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def cells(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """(attack, detector, seed) -> what was measured."""
     return {
@@ -143,18 +124,6 @@ def copied(grid, own_rows, tmp_path) -> tuple[pathlib.Path, list[str]]:
     return folder, [f"--dataset={own_rows}", f"--output={folder}", *GRID]
 
 
-@pytest.fixture(scope="module")
-def folder_audit(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, list[str], dict[str, str]]:
-    """An audit of a poisoned folder: the run, the folder, the arguments, and what the folder was before."""
-    place = tmp_path_factory.mktemp("audit")
-    images, labels, _, _ = poisoned_rows()
-    pictures = write_folder(place / "pictures", images, labels)
-    before = hashes(pictures)
-    arguments = [*ENGINE, f"--dataset={pictures}", f"--output={place / 'run'}", f"--defenses={VBD}", "--copy-files"]
-    run(arguments)
-    return place / "run", pictures, arguments, before
-
-
 # ---- A grid ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +138,7 @@ def test_a_grid_leaves_numbers_tables_a_report_and_what_came_out_of_each_group(g
     report = (grid / "report.html").read_text()
     assert "python experiments/vbd.py" in report and "Variance-based defense on own" in report
     names = ["suspects-0000.npz", "suspects-0003.npz"]
-    assert sorted(path.name for path in (grid / detection.FILES).iterdir()) == names
+    assert sorted(path.name for path in (grid / FILES).iterdir()) == names
     assert not list((grid / "checkpoints").iterdir()), "checkpoints of groups that are done are of no use"
 
 
@@ -188,7 +157,7 @@ def test_a_planted_trigger_is_found_in_the_class_that_the_attack_aims_at(grid):
 
 
 def test_the_class_that_an_attack_aims_at_goes_with_the_seed(grid):
-    with np.load(grid / detection.FILES / "suspects-0000.npz") as arrays:
+    with np.load(grid / FILES / "suspects-0000.npz") as arrays:
         for number in (0, 1):  # the seeds of the first attack
             is_poisoned = arrays[f"is_poisoned {number}"]
             assert is_poisoned.sum() == 80
@@ -207,7 +176,7 @@ def test_a_repeated_grid_trains_nothing_and_ends_at_the_same_bytes(copied):
 def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copied):
     folder, arguments = copied
     results = (folder / "results.json").read_bytes()
-    first, second = sorted((folder / detection.FILES).iterdir())
+    first, second = sorted((folder / FILES).iterdir())
     arrays, untouched = dict(np.load(second)), first.read_bytes()
     second.unlink()
     (folder / "results.json").unlink()
@@ -227,7 +196,7 @@ def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copie
 
 def test_a_damaged_outcome_is_one_line_that_names_it(copied):
     folder, arguments = copied
-    file = folder / detection.FILES / "suspects-0003.npz"
+    file = folder / FILES / "suspects-0003.npz"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match="suspects-0003.npz: is damaged .*; remove it") as error:
         run(arguments)
@@ -241,8 +210,8 @@ def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_pa
     results = run([f"--dataset={own_rows}", f"--output={folder}", *arguments, "--clean-per-class=0"])
     expected = cells(json.loads((grid / "results.json").read_text()))
     assert cells(results) == {key: expected[key] for key in cells(results)} and len(cells(results)) == 2
-    flags = [np.load(folder / detection.FILES / f"suspects-000{number}.npz")["flags 0"] for number in (0, 1)]
-    together = np.load(grid / detection.FILES / "suspects-0000.npz")["flags 0"]
+    flags = [np.load(folder / FILES / f"suspects-000{number}.npz")["flags 0"] for number in (0, 1)]
+    together = np.load(grid / FILES / "suspects-0000.npz")["flags 0"]
     np.testing.assert_array_equal(np.concatenate(flags), together[:2])
     assert list(results["left_out"]) == ["scan"] and "--clean-per-class" in results["left_out"]["scan"]
 
@@ -292,38 +261,6 @@ def test_rows_that_are_poisoned_already_are_not_poisoned_again(tmp_path):
     np.savez(path, images=images, labels=labels, is_poisoned=is_poisoned, original_labels=original)
     with pytest.raises(InputError, match="100 rows are poisoned already; use --attacks=none"):
         run([f"--dataset={path}", f"--output={tmp_path / 'run'}", *GRID])
-
-
-def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
-    images, labels = make_rows()
-    train = Dataset(images[:40], labels[:40], CLASSES, "own", "")
-    is_poisoned = np.arange(40) % 10 == 0
-    plain, attacked = read_attack(NOISY, train, 0), read_attack(SQUARE, train, 1)
-    suspects = [Suspect(plain, 0, train, (), np.zeros(40, bool)), Suspect(attacked, 1, train, (), is_poisoned)]
-    rng = np.random.default_rng(0)
-    variants = [read_defense(text, "quick", "digits") for text in ("scan", "spectral_signatures")]
-    comparisons = []
-    for variant, facts in zip(variants, ({"largest": np.array([1.5, 1 / 3])}, {}), strict=True):  # some have no facts
-        found = Detection(rng.random((2, 40)) < 0.3, rng.random((2, 40)).astype(np.float32), facts)
-        comparisons.append(Comparison(variant, found, score_detection(found, suspects, variant, 0.1)))
-    pattern = rng.random((SIDE, SIDE, 3)).astype(np.float32)
-    mask = np.zeros((SIDE, SIDE), bool)
-    mask[0, 0] = True
-    common = {"attack": "White square", "seed": 1, "pattern": pattern, "mask": mask, "success": 0.1, "network": "4-4P"}
-    found = [
-        FoundPattern(**common, label=1, true_pattern=pattern, true_mask=mask, example=images[0], is_true_class=True),
-        FoundPattern(**common, label=2, true_pattern=None, true_mask=None, example=None, is_true_class=False),
-    ]
-    file = detection.write_outcome(RunFolder(tmp_path, True), "outcomes/x.npz", Outcome(comparisons, found))
-    read = detection.read_outcome(file, [(plain, 0), (attacked, 1)], variants)
-    for before, after in zip(comparisons, read.comparisons, strict=True):
-        assert [one[1:] for one in before.tried] == [one[1:] for one in after.tried]
-        np.testing.assert_array_equal(before.result.scores, after.result.scores)
-    assert [one.suspect.num_covers for one in read.comparisons[0].tried] == [0, 0]
-    for before, after in zip(found, read.found, strict=True):
-        for name, value in before._asdict().items():
-            got = getattr(after, name)
-            assert type(got) is type(value) and np.array_equal(got, value), name
 
 
 # ---- Presets and studies --------------------------------------------------------------------------------------------
@@ -379,77 +316,3 @@ def test_help_tells_of_studies_and_own_flags(capsys):
     assert ended.value.code == 0
     for part in ("VBD: which rows", "grid: table 5", "--clean-per-class", "--suspects-at-once", "--copy-files"):
         assert part in told
-
-
-# ---- An audit -------------------------------------------------------------------------------------------------------
-
-
-def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
-    folder, _, _, _ = folder_audit
-    images, labels, is_poisoned, _ = poisoned_rows()
-    results = json.loads((folder / "results.json").read_text())
-    assert results["rows"] == len(images) and results["detection"] is None
-    assert results["verdict"]["level"] == "attacked" and results["classes"][TARGET]["finding"] == "trigger"
-    flagged = (folder / "flagged.csv").read_text().splitlines()
-    kept = (folder / "kept.csv").read_text().splitlines()
-    assert len(flagged) - 1 == results["flagged"] and len(flagged) + len(kept) - 2 == len(images)
-    names = [line.split(",")[1].strip('"') for line in flagged[1:]]
-    hits = [is_poisoned[int(pathlib.Path(name).stem)] for name in names]
-    assert np.mean(hits) > 0.6 and sum(hits) > 0.5 * is_poisoned.sum()
-    assert {pathlib.Path(name).parent.name for name in names} >= {f"kind-{TARGET}"}
-    trigger = folder / "triggers" / f"class-{TARGET}-trigger.png"
-    opacity = np.asarray(Image.open(trigger))[..., 3] > 0
-    corner = opacity[-opacity.shape[0] // 4 :, -opacity.shape[1] // 4 :]
-    assert corner.all() and opacity.mean() < 0.6, "the pattern is where the planted one is, and not everywhere"
-    assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
-    report = (folder / "report.html").read_text()
-    assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
-
-
-def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(folder_audit):
-    folder, pictures, _, before = folder_audit
-    assert hashes(pictures) == before
-    kept = (folder / "kept.csv").read_text().splitlines()[1:]
-    names = {line.split(",")[1].strip('"') for line in kept}
-    assert hashes(folder / "cleaned") == {name: before[name] for name in names}
-
-
-def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
-    folder, pictures, arguments, before = folder_audit
-    results = (folder / "results.json").read_bytes()
-    run(arguments)
-    assert (folder / "results.json").read_bytes() == results
-    assert hashes(pictures) == before
-
-
-def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
-    pictures = write_folder(tmp_path / "pictures", *make_rows())
-    strict = VBD.replace("p_value=0.4", "p_value=1e-09")
-    run_folder = tmp_path / "run"
-    results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
-    assert results["verdict"]["level"] == "clean" and results["flagged"] == 0
-    assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
-    assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
-    assert "No class has a trigger that this method can find" in (run_folder / "report.html").read_text()
-
-
-def test_an_audit_of_rows_whose_truth_is_known_says_what_the_flags_are_worth(tmp_path):
-    images, labels, is_poisoned, original = poisoned_rows()
-    path = tmp_path / "known.npz"
-    np.savez(path, images=images, labels=labels, is_poisoned=is_poisoned, original_labels=original)
-    before = path.read_bytes()
-    results = run([*ENGINE, f"--dataset={path}", f"--output={tmp_path / 'run'}", f"--defenses={VBD}"])
-    measured = results["detection"][0]
-    assert measured["poisoned"] == 100 and measured["recall"] > 0.5 and measured["precision"] > 0.6
-    assert "precision" in (tmp_path / "run" / "report.html").read_text()
-    with np.load(tmp_path / "run" / "cleaned.npz") as cleaned:
-        assert len(cleaned["labels"]) == 500 - results["flagged"]
-        np.testing.assert_array_equal(cleaned["images"], images[cleaned["row"]])
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("defenses", ["scan", "vbd,scan", "vbd,vbd:votes=2", "none"])
-def test_an_audit_is_by_the_experiment_s_own_detector(own_rows, tmp_path, defenses):
-    with pytest.raises(InputError, match="an audit of .* is by vbd alone"):
-        run([*ENGINE, f"--dataset={own_rows}", f"--output={tmp_path / 'run'}", f"--defenses={defenses}"])
-    assert not (tmp_path / "run").exists()

@@ -1,0 +1,103 @@
+"""An audit: one suspect training set, a user's own rows, of which nobody knows the truth."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from bdjax import datasets
+from bdjax.datasets import splits
+from bdjax.errors import InputError
+from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
+from bdjax.reporting import audit as reporting
+from bdjax.run.config import train_config
+from bdjax.run.log import StageLog
+from bdjax.types import Dataset, PoisonedDataset
+from bdjax.workflows import base
+from bdjax.workflows.base import Experiment
+from bdjax.workflows.cleaned_copy import write_cleaned, write_rows
+from bdjax.workflows.detection import (
+    Config,
+    clean_rows,
+    needs_clean_rows,
+    network_maker,
+    read_detectors,
+    settle,
+)
+
+
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+    """Which of a user's own rows are poisoned, and by what trigger?
+
+    Args:
+        config: all settings.
+        experiment: its presets, its studies, what it is about.
+        log: where progress goes; by default the terminal.
+
+    Returns:
+        What results.json holds.
+
+    Raises:
+        InputError: several detectors, one that needs what nobody has, or data that cannot be used.
+    """
+    log = log or StageLog()
+    _, texts = settle(config, experiment)
+    variants = read_detectors(config, texts)
+    if len(variants) != 1:
+        raise InputError(f"--defenses {','.join(texts) or NO_ATTACK}: an audit of {config.dataset} is by one detector")
+    (variant,) = variants
+    with log.stage("data") as stage:
+        data = datasets.load_suspect(config.dataset, config.data_dir)
+        if 0 < config.train_rows < len(data):
+            data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
+        stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
+    suspect = as_suspect(data)
+    needs = variant.defense.needs_with(variant.settings)
+    check_needs(config, variant, suspect)
+    clean = clean_rows(config, data, None) if needs_clean_rows(variant) else None
+    run = base.begin(experiment, config, data.image_shape, data.num_classes, 1, log)
+    make_network = network_maker(config, run)
+    folder = run.open_folder()
+    runner = run.make_runner(folder.checkpoints)
+    keys = suspect_keys(jax.random.key(config.seed), [suspect])
+    recipe = train_config(config)
+    given = make_defense_input(
+        [suspect], keys, data, clean, make_network, recipe, runner, train_plainly="attacked model" in needs
+    )
+    found = variant.defense.detect(given, variant.settings)
+    write_rows(folder, data, found.flags[0], found.scores[0])
+    path = pathlib.Path(config.dataset).expanduser()
+    source = path if config.copy_files and path.is_dir() else None
+    results = reporting.summarise(suspect, found, variant, config.seed)
+    results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
+    folder.write_json("results.json", results)
+    page = reporting.page(folder, results, suspect, found)
+    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source})
+    return results
+
+
+def as_suspect(data: Dataset) -> Suspect:
+    """A user's own rows as a suspect that nobody attacked on purpose."""
+    is_poisoned = data.is_poisoned if isinstance(data, PoisonedDataset) else None
+    return Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, data, (), is_poisoned)
+
+
+def check_needs(config: Config, variant: DefenseVariant, suspect: Suspect) -> None:
+    """Refuse a detector that cannot do without something that an audit has not.
+
+    Raises:
+        InputError: naming the detector, and what would be right.
+    """
+    needs = variant.defense.needs_with(variant.settings)
+    if "number of poisons" in needs and suspect.is_poisoned is None:
+        raise InputError(
+            f"--defenses {variant.name}: needs the number of poisoned rows, which nobody knows of {config.dataset}"
+        )
+    if "attacker's trigger" in needs:
+        raise InputError(f"--defenses {variant.name}: needs the attacker's trigger, which an audit does not have")
+    if "clean rows" in needs and not (config.clean_data and config.clean_per_class):
+        raise InputError(
+            f"--defenses {variant.name}: needs rows that are known to be clean, and there are none: give --clean-data"
+        )

@@ -1,0 +1,189 @@
+"""What the owner of audited rows takes away beside the report: lists of rows, and a cleaned copy.
+
+    flagged.csv, rows.csv, kept.csv       rows that are flagged, all rows, the rest
+    cleaned.npz                           the rows that are not flagged, for `bdjax.datasets.load_suspect`
+    cleaned/cat/1.png                     or copies of their files, if asked for
+
+Whatever lies below the user's own folder is read only, and links out of it are not followed.
+"""
+
+import csv
+import filecmp
+import io
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bdjax.errors import InputError
+from bdjax.reporting.audit import names_of
+from bdjax.reporting.sections import most_suspicious
+from bdjax.run.folder import RunFolder
+from bdjax.types import Dataset, PoisonedDataset
+
+
+class Copied(NamedTuple):
+    """What `copy_files` did."""
+
+    count: int  # files that are below cleaned/ now
+    left_out: list[dict[str, str]]  # "file" and "why"
+    strangers: list[str]  # files below cleaned/ that are no copy of a kept row
+
+
+def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: np.ndarray) -> None:
+    """Write flagged.csv, rows.csv and kept.csv.
+
+    Args:
+        folder: the open run.
+        dataset: the n rows.
+        flags: bool [n].
+        scores: float [n].
+    """
+    order = most_suspicious(flags, scores, len(dataset))
+    # Floats have more digits than mean anything.
+    rounded = {"score": [float(f"{score:.6g}") for score in scores]}
+    flagged = {"flagged": flags.astype(int).tolist()}
+    files = {
+        "flagged.csv": rows_csv(dataset, order[flags[order]], rounded),
+        "rows.csv": rows_csv(dataset, order, rounded | flagged),
+        "kept.csv": rows_csv(dataset, np.flatnonzero(~flags), {}),
+    }
+    for name, text in files.items():
+        # A file name that is not UTF-8 reaches us with lone surrogates.
+        folder.write_bytes(name, text.encode("utf-8", "backslashreplace"))
+
+
+def rows_csv(dataset: Dataset, rows: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> str:
+    """A line for each of some rows: its number from 0, its file if it has one, its class, and columns of one value a row."""
+    names, files = names_of(dataset), dataset.files
+    text = io.StringIO()
+    # Texts are quoted always: this writer does not see that a carriage return needs it.
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow(["row", *(["file"] if files else []), "class", "class_name", *columns])
+    for row in map(int, rows):
+        label = int(dataset.labels[row])
+        own = [values[row] for values in columns.values()]
+        writer.writerow([row, *([files[row]] if files else []), label, names[label], *own])
+    return text.getvalue()
+
+
+# ---- A cleaned copy -------------------------------------------------------------------------------------------------
+
+
+def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_folder: Path | None) -> dict[str, Any]:
+    """Write cleaned.npz for rows without files, or copy files below cleaned/.
+
+    Args:
+        folder: the open run.
+        dataset: the n rows.
+        kept: bool [n].
+        source_folder: where the files of rows are copied from; None to copy none.
+
+    Returns:
+        "kind": "npz", "folder" or None; the number of kept "rows"; of a folder also what `Copied` says.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    rows = np.flatnonzero(kept)
+    cleaned = {"kind": None, "rows": len(rows)}
+    if not len(rows):
+        return cleaned
+    if not dataset.files:
+        write_npz(folder, dataset, rows)
+        return cleaned | {"kind": "npz"}
+    if source_folder is None:
+        return cleaned
+    copied = copy_files(folder, dataset, rows, source_folder)
+    told = {"copied": copied.count, "left_out": copied.left_out, "strangers": copied.strangers}
+    return cleaned | {"kind": "folder"} | told
+
+
+def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
+    """Write cleaned.npz: images, labels and num_classes of some rows, "row" their numbers, and the truth if it is known."""
+    names = ["images", "labels"]
+    if isinstance(dataset, PoisonedDataset):
+        names += ["is_poisoned", "original_labels", "is_cover"]
+    arrays = {name: getattr(dataset, name)[rows] for name in names}
+    path, temporary = folder.file("cleaned.npz"), folder.file(".cleaned.npz.tmp")
+    try:
+        with open(temporary, "wb") as file:  # not in memory: there may be gigabytes
+            np.savez_compressed(file, **arrays, row=rows.astype(np.int32), num_classes=dataset.num_classes)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_folder: Path) -> Copied:
+    """Copy the files of some rows below cleaned/, into a folder for each class.
+
+    Nothing is overwritten: a file that is there already counts as copied if it has the same content.
+
+    Args:
+        folder: the open run.
+        dataset: the rows, with files.
+        rows: int [k].
+        source_folder: what the files are relative to.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    root = source_folder.resolve()
+    copied, left_out = set(), []
+    for row in map(int, rows):
+        name = dataset.files[row]
+        source, why = _source_of(root, name)
+        if not why:
+            label = dataset.class_names[dataset.labels[row]] if dataset.class_names else ""
+            target, why = _copy(folder, source, _below_class(PurePosixPath(name), label))
+        if why:
+            left_out.append({"file": name, "why": why})
+        else:
+            copied.add(target)
+    there = [Path(place, name) for place, _, files in os.walk(folder.path / "cleaned") for name in files]
+    strangers = sorted(str(path.relative_to(folder.path)) for path in there if path.resolve() not in copied)
+    return Copied(len(copied), left_out, strangers)
+
+
+def _source_of(root: Path, name: str) -> tuple[Path | None, str]:
+    """The file that a row came from, or why there is none to copy."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        return None, "leads out of the folder"
+    try:
+        path = (root / relative).resolve(strict=True)
+    except (OSError, RuntimeError):  # a ring of links
+        return None, "is not there any more"
+    if not path.is_relative_to(root):
+        return None, "is a link that leads out of the folder"
+    return (path, "") if path.is_file() else (None, "is no file")
+
+
+def _below_class(name: PurePosixPath, class_name: str) -> PurePosixPath:
+    """ "train/cat/1.png" of the class cat -> "cat/1.png"; as it is where no folder is called like the class."""
+    places = [place for place, part in enumerate(name.parts[:-1]) if part == class_name]
+    return PurePosixPath(*name.parts[places[-1] :]) if places else name
+
+
+def _copy(folder: RunFolder, source: Path, name: PurePosixPath) -> tuple[Path, str]:
+    """Copy a file to cleaned/name: its path, and why it was not copied if it was not."""
+    try:
+        target = folder.file(f"cleaned/{name}")
+    except ValueError:  # somebody's link lies there
+        return Path(), "would be copied to outside the run folder"
+    temporary = folder.file(".copying.tmp")
+    try:
+        if os.path.lexists(target):
+            is_same = target.is_file() and filecmp.cmp(source, target, shallow=False)
+            return target, "" if is_same else "another file of this name is there already"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)  # an interrupted run leaves no half of a file under its name
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{target}: cannot be copied there ({error.strerror or error})") from error
+    return target, ""

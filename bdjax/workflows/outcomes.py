@@ -1,0 +1,101 @@
+"""What came out of a few suspects before every detector, as plain arrays on disk: a run that is repeated reads it back."""
+
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bdjax.errors import InputError
+from bdjax.evaluation.measure import Comparison, score_detection
+from bdjax.evaluation.patterns import FoundPattern
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import AttackVariant, DefenseVariant
+from bdjax.run.folder import RunFolder
+from bdjax.types import Dataset, Detection, PoisonedDataset
+
+FILES = "outcomes"
+"""The folder, in that of the run, with what came out of each few suspects."""
+
+
+class Outcome(NamedTuple):
+    """A few suspects before every detector."""
+
+    comparisons: list[Comparison]  # one for each detector
+    found: list[FoundPattern]
+
+
+def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Path:
+    """Write what came out of a few suspects, as plain arrays."""
+    arrays: dict[str, np.ndarray] = {}
+    for number, one in enumerate(outcome.comparisons[0].tried):
+        arrays[f"labels {number}"] = one.suspect.dataset.labels
+        arrays[f"is_poisoned {number}"] = one.suspect.is_poisoned
+        arrays[f"is_cover {number}"] = getattr(one.suspect.dataset, "is_cover", np.zeros(0, bool))
+    for number, comparison in enumerate(outcome.comparisons):
+        arrays[f"flags {number}"], arrays[f"scores {number}"] = comparison.result.flags, comparison.result.scores
+        arrays[f"seconds {number}"] = np.float64(comparison.tried[0].seconds)
+        arrays[f"fact names {number}"] = np.array(list(comparison.result.facts), np.str_)
+        facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
+        arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.tried))
+    for number, one in enumerate(outcome.found):
+        for field, value in one._asdict().items():
+            if value is not None:
+                arrays[f"found {number} {field}"] = np.asarray(value)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return folder.write_bytes(name, buffer.getvalue())
+
+
+def read_outcome(
+    file: pathlib.Path, wanted: Sequence[tuple[AttackVariant, int]], variants: Sequence[DefenseVariant]
+) -> Outcome | None:
+    """What `write_outcome` wrote of these suspects and detectors; None if it did not.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not file.exists():
+        return None
+    try:
+        # From memory: of a damaged file numpy.load leaves the handle open.
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            arrays = dict(arrays)
+        suspects = [_suspect(arrays, number, *each) for number, each in enumerate(wanted)]
+        comparisons = [_comparison(arrays, number, variant, suspects) for number, variant in enumerate(variants)]
+        return Outcome(comparisons, _found(arrays))
+    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
+        raise InputError(f"{file}: is damaged ({error}); remove it, and those suspects are tried again") from error
+
+
+def _suspect(arrays: Mapping[str, np.ndarray], number: int, attack: AttackVariant, seed: int) -> Suspect:
+    labels, is_poisoned = arrays[f"labels {number}"], arrays[f"is_poisoned {number}"]
+    images = np.broadcast_to(np.uint8(0), (len(labels), 1, 1, 1))
+    num_classes = int(labels.max()) + 1
+    if attack.plan is None:
+        dataset = Dataset(images, labels, num_classes, "", "")
+    else:
+        is_cover = arrays[f"is_cover {number}"]
+        dataset = PoisonedDataset(images, labels, num_classes, "", "", (), is_poisoned, labels, is_cover)
+    return Suspect(attack, seed, dataset, (), is_poisoned)
+
+
+def _comparison(
+    arrays: Mapping[str, np.ndarray], number: int, variant: DefenseVariant, suspects: Sequence[Suspect]
+) -> Comparison:
+    facts = dict(zip(map(str, arrays[f"fact names {number}"]), arrays[f"facts {number}"], strict=True))
+    detected = Detection(arrays[f"flags {number}"], arrays[f"scores {number}"], facts)
+    return Comparison(
+        variant, detected, score_detection(detected, suspects, variant, float(arrays[f"seconds {number}"]))
+    )
+
+
+def _found(arrays: Mapping[str, np.ndarray]) -> list[FoundPattern]:
+    found, number = [], 0
+    while f"found {number} label" in arrays:
+        values = {field: arrays.get(f"found {number} {field}") for field in FoundPattern._fields}
+        plain = {field: value.item() for field, value in values.items() if value is not None and value.ndim == 0}
+        found.append(FoundPattern(**{**values, **plain}))
+        number += 1
+    return found

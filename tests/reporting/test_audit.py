@@ -1,0 +1,507 @@
+"""The numbers, tables and sentences of an audit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bdjax.defenses.registry import DEFENSES
+from bdjax.defenses.vbd import Analysis, to_detection
+from bdjax.defenses.vbd_patterns import VBDSettings
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
+from bdjax.reporting import audit, report
+from bdjax.reporting.audit import class_title, main_table, truth_table
+from bdjax.reporting.detection_plots import enlarge
+from bdjax.reporting.tables import to_markdown
+from bdjax.run.folder import RunFolder
+from bdjax.types import Dataset, Detection, PoisonedDataset
+
+ROWS, CLASSES, OF_A_CLASS = 40, 4, 10
+SETTINGS = VBDSettings(networks="64P+16-16P")
+
+
+def dataset(**changes):
+    """Forty grey rows, classes 0, 1, 2, 3, 0, 1, ..."""
+    values = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 1)).astype(np.uint8)
+    labels = (np.arange(ROWS) % CLASSES).astype(np.int32)
+    names = ("ant", "bee", "cat", "dog")
+    given = {"images": values, "labels": labels, "num_classes": CLASSES, "name": "mine", "source": "mine.npz"}
+    return Dataset(**(given | {"class_names": names} | changes))
+
+
+def poisoned(is_poisoned):
+    nothing = np.zeros(ROWS, bool)
+    truth = {"is_poisoned": is_poisoned, "original_labels": dataset().labels, "is_cover": nothing}
+    return PoisonedDataset(**vars(dataset()), **truth)
+
+
+def analysis(found=(3,), flagged=4, success=0.9, accuracy=0.95):
+    """VBD's answer: a pattern of 2 x 2 pixels in a corner for some classes, on the first rows of each."""
+    flags, scores = np.zeros((1, ROWS), bool), np.zeros((1, ROWS), np.float32)
+    p_values, rates = np.full((1, 2, CLASSES), 0.4), np.zeros((1, 2, CLASSES))
+    network = np.full((1, CLASSES), -1)
+    masks, patterns = np.zeros((1, CLASSES, 8, 8), bool), np.zeros((1, CLASSES, 8, 8, 1), np.float32)
+    accuracies = np.zeros((1, CLASSES))
+    for label in found:
+        own = np.arange(ROWS)[np.arange(ROWS) % CLASSES == label]
+        scores[0, own] = np.linspace(0.4, 0.1, OF_A_CLASS)
+        scores[0, own[:flagged]] = 0.9 + 0.01 * np.arange(flagged)
+        flags[0, own[:flagged]] = accuracy >= SETTINGS.least_accuracy
+        p_values[0, 1, label], rates[0, 1, label], network[0, label] = 1e-6, success, 1
+        masks[0, label, 6:, 6:] = True
+        patterns[0, label, 6:, 6:] = 1.0
+        accuracies[0, label] = accuracy
+    labels = (np.arange(ROWS) % CLASSES).astype(np.int32)[None]
+    return Analysis(
+        flags, scores, np.array([[0.2, 0.4]]), p_values, rates, network, masks, patterns, accuracies, labels
+    )
+
+
+def suspect_of(rows):
+    truth = rows.is_poisoned if isinstance(rows, PoisonedDataset) else None
+    return Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, rows, (), truth)
+
+
+def summarise(rows, found, settings):
+    """What VBD says of rows."""
+    variant = DefenseVariant("vbd", DEFENSES["vbd"], settings)
+    return audit.summarise(suspect_of(rows), to_detection(found, settings), variant)
+
+
+def said(rows=None, **changes):
+    return summarise(rows or dataset(), analysis(**changes), SETTINGS)["verdict"]
+
+
+def test_a_class_with_a_trigger():
+    told = said()
+    assert (told["level"], told["headline"]) == (
+        "attacked",
+        "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged.",
+    )
+    assert told["text"].startswith(
+        "Class 3 (dog): a pattern of 4 of 64 pixels turns 90 % of other rows into this class; p-value 1e-06; 4 of its 10 rows "
+        "are flagged (40 %).\n\nOther rows may be poisoned, too. "
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "headline"),
+    [
+        ({"found": (1, 3)}, "attacked", "Classes 1 (bee) and 3 (dog) carry a trigger: 8 of 40 rows are flagged."),
+        ({"flagged": 1}, "attacked", "Class 3 (dog) carries a trigger: 1 of 40 rows is flagged."),
+        (
+            {"success": 0.49},
+            "warning",
+            "Class 3 (dog) may carry a trigger, but the evidence is weak: 4 of 40 rows are flagged.",
+        ),
+        ({"success": 0.5}, "attacked", "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged."),
+        (
+            {"flagged": 0},
+            "warning",
+            "Class 3 (dog) may carry a trigger, but the evidence is weak: 0 of 40 rows are flagged.",
+        ),
+        (
+            {"accuracy": 0.7},
+            "warning",
+            "Class 3 (dog) may carry a trigger, but the evidence is weak: 0 of 40 rows are flagged.",
+        ),
+        ({"found": ()}, "clean", "No class has a trigger that this method can find."),
+    ],
+)
+def test_every_finding_has_its_sentence(changes, level, headline):
+    told = said(**changes)
+    assert (told["level"], told["headline"]) == (level, headline)
+    assert audit.VBD_NOT_FOUND in told["text"]
+
+
+def test_why_evidence_is_weak():
+    assert "Weak evidence: class 3 (dog) (its pattern turns 40 % of other rows)." in said(success=0.4)["text"]
+    assert "(none of its 10 rows are flagged)" in said(flagged=0)["text"]
+    assert "(its detector has accuracy 0.70, below 0.75, and is not used)" in said(accuracy=0.7)["text"]
+
+
+def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
+    told = said(flagged=10)
+    assert told["level"] == "warning" and "(10 of its 10 rows are flagged, as if the pattern were" in told["text"]
+    assert said(flagged=9)["level"] == "attacked"
+
+
+def test_almost_all_of_a_class_may_be_poisoned_if_it_has_too_many_rows():
+    # Dirty-label poison of many classes' rows comes on top of one class, and outnumbers it.
+    base = analysis(found=())
+    for size, level in ((30, "attacked"), (10, "warning")):
+        labels = np.repeat([0, 1, 2, 3], [size, 5, 5, ROWS - size - 10]).astype(np.int32)
+        given = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
+        given = given._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
+        given.p_values[0, 1, 0], given.success[0, 1, 0] = 1e-4, 0.9
+        assert summarise(dataset(labels=labels), given, SETTINGS)["verdict"]["level"] == level
+
+
+def test_one_certain_class_among_weak_ones_is_the_one_that_is_named():
+    given = analysis(found=(1, 3))
+    given.success[0, 1, 1] = 0.4
+    told = summarise(dataset(), given, SETTINGS)["verdict"]
+    assert told["headline"] == "Class 3 (dog) carries a trigger: 8 of 40 rows are flagged."
+    assert "Weak evidence: class 1 (bee)" in told["text"] and "Class 1" not in told["text"]
+
+
+def test_half_a_percent_of_the_class_is_the_least():
+    labels = np.zeros(1000, np.int32)
+    labels[:2] = (1, 1)
+    many = Dataset(np.zeros((1000, 8, 8, 1), np.uint8), labels, 2, "many", "")
+    base = analysis(found=())
+    given = base._replace(
+        flags=np.zeros((1, 1000), bool),
+        scores=np.zeros((1, 1000), np.float32),
+        p_values=np.full((1, 2, 2), 1e-3),
+        success=np.full((1, 2, 2), 0.9),
+        network=np.array([[0, -1]]),
+        masks=base.masks[:, :2],
+        detector_accuracies=np.array([[0.9, 0.0]]),
+    )
+    for count, level in ((4, "warning"), (5, "attacked")):
+        given.flags[0, 2 : 2 + count] = True
+        assert summarise(many, given, SETTINGS)["verdict"]["level"] == level
+
+
+def test_many_classes_are_counted_not_named():
+    given = analysis(found=range(CLASSES))
+    names = {"class_names": ()}
+    told = summarise(dataset(**names), given, SETTINGS)["verdict"]
+    assert told["headline"].startswith("Classes 0, 1, 2 and 3 carry a trigger: ")
+    assert audit._listed([{"class": number, "name": ""} for number in range(5)]) == "5 classes"
+
+
+def test_nothing_compared_is_nothing_known():
+    given = analysis(found=())
+    given.p_values[:] = 1
+    told = summarise(dataset(), given, SETTINGS)
+    assert told["verdict"]["level"] == "warning" and "No class could be tested" in told["verdict"]["headline"]
+    given.p_values[0, 0, 1:] = 0.3
+    told = summarise(dataset(), given, SETTINGS)
+    assert told["verdict"]["level"] == "clean"
+    assert any(text.startswith("Class 0 (ant): not tested") for text in told["caveats"])
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("", "class 3"), ("3", "class 3"), ("cat", "class 3 (cat)"), ("a\n\x1b\udcff", "class 3 (a ��)")],
+)
+def test_names_of_classes_are_made_printable(name, title):
+    assert class_title(3, name) == title
+
+
+def test_numbers_of_a_class_and_that_they_are_json():
+    results = summarise(dataset(), analysis(), SETTINGS)
+    one = results["classes"][3]
+    assert one["p_values"] == {"64P": 0.4, "16-16P": 1e-6}
+    assert one["success"] == {"64P": None, "16-16P": 0.9}  # no candidate is not a success of 0
+    assert (one["rows"], one["flagged"], one["network"], one["mask_pixels"]) == (10, 4, "16-16P", 4)
+    assert (one["finding"], results["classes"][0]["finding"]) == ("trigger", "none")
+    assert results["classes"][0]["detector_accuracy"] is results["classes"][0]["mask_pixels"] is None
+    assert results["methods"][0]["settings"]["networks"] == "64P+16-16P" and results["flagged_share"] == 0.1
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+
+
+def test_several_training_sets_are_not_one():
+    double = Analysis(*(np.concatenate([each, each]) for each in analysis()))
+    with pytest.raises(ValueError, match="of 2 training sets"):
+        summarise(dataset(), double, SETTINGS)
+
+
+def test_evidence_names_suspicious_classes_first_then_by_p_value():
+    given = analysis(found=(2, 3))
+    given.success[0, 1, 2] = 0.4
+    given.p_values[0, 0, 1] = 0.02
+    table = main_table(summarise(dataset(), given, SETTINGS))
+    assert [row[:2] for row in table.rows] == [
+        ("Class 3 (dog)", "trigger"),
+        ("Class 2 (cat)", "weak"),
+        ("Class 1 (bee)", "no"),
+        ("Class 0 (ant)", "no"),
+    ]
+    assert table.rows[0][2:] == (10, 4, "0.4 / 1e-06", "– / 0.90", "16-16P", 4, "0.95")
+    assert "| Class 3 (dog) |" in to_markdown(table)
+
+
+def test_long_tables_are_cut_but_never_the_classes_with_a_pattern(monkeypatch):
+    monkeypatch.setattr(audit, "MOST_LISTED", 1)
+    table = main_table(summarise(dataset(), analysis(found=(1, 3)), SETTINGS))
+    assert len(table.rows) == 2 and "2 of 4 classes" in table.notes
+
+
+def test_known_truth_is_told():
+    truth = np.zeros(ROWS, bool)
+    truth[[3, 7, 11, 1]] = True  # three of the four flagged rows, and one that nobody flags
+    results = summarise(poisoned(truth), analysis(), SETTINGS)
+    every, bees, dogs = results["detection"]
+    assert (every["precision"], every["recall"], every["f1"], every["hits"]) == (0.75, 0.75, 0.75, 3)
+    assert (bees["class"], bees["recall"], dogs["class"], dogs["recall"]) == (1, 0.0, 3, 1.0)
+    assert "3 of 4 poisoned rows are flagged, and 1 of 36 others." in results["verdict"]["text"]
+    assert truth_table(results).rows[2][:5] == ("Class 3 (dog)", 10, 3, 4, 3)
+    assert truth_table(summarise(dataset(), analysis(), SETTINGS)) is None
+
+
+def test_flags_on_a_set_that_is_known_to_be_clean_are_false_alarms():
+    told = said(poisoned(np.zeros(ROWS, bool)))
+    assert "Here it is known that no row is poisoned: a false alarm." in told["text"]
+
+
+def test_a_class_that_loses_most_of_its_rows_is_pointed_out():
+    caveats = summarise(dataset(), analysis(flagged=6), SETTINGS)["caveats"]
+    assert any(text.startswith("Class 3 (dog): more than half of the rows are flagged.") for text in caveats)
+    assert not any("more than half" in text for text in summarise(dataset(), analysis(flagged=5), SETTINGS)["caveats"])
+
+
+# ---- A detector without patterns ------------------------------------------------------------------------------------
+
+
+def flagged_by(rows, name="spectral_signatures", count=6):
+    """What a detector that extracts nothing says of rows: the first of class 3 are flagged, and one of class 0."""
+    flags = np.zeros((1, ROWS), bool)
+    flags[0, np.flatnonzero(rows.labels == 3)[: count - 1]] = count > 0
+    flags[0, 0] = count > 0
+    found = Detection(flags, flags.astype(np.float32), {"rows left out": np.array([float(count)])})
+    return audit.summarise(suspect_of(rows), found, DefenseVariant(name, DEFENSES[name], DEFENSES[name].settings))
+
+
+def test_a_detector_without_patterns_names_rows_and_no_trigger():
+    results = flagged_by(dataset())
+    told = results["verdict"]
+    assert (told["level"], told["headline"]) == ("warning", "Spectral signatures flags 6 of 40 rows (15 %).")
+    assert told["text"].startswith("5 of the flagged rows are of class 3 (dog): 50 % of its 10 rows.")
+    text = told["text"] + " ".join(results["caveats"])
+    assert not results["extracts_patterns"] and results["networks"] == []
+    assert audit.VBD_NOT_FOUND not in text and audit.NOT_FOUND in text and "p-value" not in text
+    assert all("p_values" not in one and "network" not in one for one in results["classes"])
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+
+
+def test_no_flag_is_no_verdict_on_the_rows():
+    told = flagged_by(dataset(), count=0)["verdict"]
+    assert (told["level"], told["headline"]) == ("info", "Spectral signatures flags none of the 40 rows.")
+    assert told["text"].startswith("That is not to say that the rows are clean.")
+
+
+def test_its_tables_have_its_own_numbers_and_none_of_vbd():
+    results = flagged_by(dataset())
+    table = main_table(results)
+    assert table.header == ("class", "rows", "flagged", "share flagged")
+    assert table.rows[0] == ("Class 3 (dog)", 10, 5, 0.5)
+    detector = to_markdown(audit.detector_table(results))
+    assert all(text in detector for text in ("spectral signatures", "training set, attacked model", "rows left out"))
+    assert audit.networks_table(results) is None
+
+
+def test_flags_of_any_detector_are_measured_where_the_truth_is_known():
+    results = flagged_by(poisoned(dataset().labels == 3))
+    (cell,) = results["cells"]
+    assert (cell["summary"]["precision"]["mean"], cell["summary"]["recall"]["mean"]) == (5 / 6, 0.5)
+    assert results["detection"][0]["precision"] == 5 / 6
+    assert "5 of 10 poisoned rows are flagged, and 1 of 30 others." in results["verdict"]["text"]
+
+
+# ---- Pictures and page ----------------------------------------------------------------------------------------------
+
+DOZEN, FLAGGED = 12, [8, 9, 10]  # of class 1, the later half of the rows
+LABELS = (np.arange(DOZEN) >= 6).astype(np.int32)
+SMALL = VBDSettings(networks="64P")
+
+
+def pixels():
+    return np.random.default_rng(1).integers(0, 256, (DOZEN, 8, 8, 3)).astype(np.uint8)
+
+
+def dozen(**changes):
+    given = {"images": pixels(), "labels": LABELS, "num_classes": 2, "name": "mine", "source": "here"}
+    return Dataset(**(given | changes))
+
+
+def small_analysis(flagged=tuple(FLAGGED)):
+    scores, masks = np.zeros(DOZEN, np.float32), np.zeros((2, 8, 8), bool)
+    if len(flagged):
+        scores[LABELS == 1] = 0.2
+    scores[list(flagged)] = 0.7 + 0.1 * np.arange(len(flagged))
+    flags, found = np.isin(np.arange(DOZEN), flagged), len(flagged) > 0
+    patterns = np.zeros((2, 8, 8, 3), np.float32)
+    if found:
+        masks[1, 6:, 6:] = True
+        patterns[1, 6:, 6:] = (1.0, 0.5, 0.0)
+    parts = (
+        flags,
+        scores,
+        np.array([0.3]),
+        np.array([[0.5, 1e-5 if found else 0.4]]),
+        np.array([[0.0, 0.9 * found]]),
+        np.array([-1, 0 if found else -1]),
+        masks,
+        patterns,
+        np.array([0.0, 0.9 * found]),
+        LABELS,
+    )
+    return Analysis(*(np.asarray(part)[None] for part in parts))
+
+
+def write(place, rows=None, found=None, cleaned=None):
+    """VBD's page on rows: the results."""
+    folder, rows = RunFolder(Path(place), is_new=True), rows or dozen()
+    found = small_analysis() if found is None else found
+    results = summarise(rows, found, SMALL)
+    results["cleaned"] = cleaned or {"kind": "npz", "rows": DOZEN - results["flagged"]}
+    publish(folder, results, rows, to_detection(found, SMALL))
+    return results
+
+
+def publish(folder, results, rows, found):
+    page = audit.page(folder, results, suspect_of(rows), found)
+    run = {"settings": {"seed": 0}, "timings": {"vbd": 1.5}, "reproduce": "python experiments/vbd.py"}
+    report.publish(folder, page, **run, sources={"rows": rows.source})
+
+
+def test_what_was_not_copied_is_named(tmp_path):
+    left_out = [{"file": "train/ant/00.png", "why": "another file of this name is there already"}]
+    left_out.append({"file": "not-\udce4-utf8.png", "why": "is no file"})
+    copied = {"kind": "folder", "rows": 9, "copied": 7, "left_out": left_out, "strangers": ["cleaned/ant/old.png"]}
+    write(tmp_path, dozen(files=tuple(f"train/ant/{row:02}\udce4.png" for row in range(DOZEN))), cleaned=copied)
+    page = (tmp_path / "report.html").read_bytes()
+    assert page.decode("utf-8") and b"\\udce4" not in page
+    assert b"Not copied: train/ant/00.png (another file" in page and b"cleaned/ant/old.png" in page
+
+
+def test_truth_has_a_part_of_its_own(tmp_path):
+    truth = {
+        "is_poisoned": np.isin(np.arange(DOZEN), FLAGGED),
+        "original_labels": LABELS,
+        "is_cover": np.zeros(DOZEN, bool),
+    }
+    write(tmp_path, PoisonedDataset(**vars(dozen()), **truth))
+    assert b"Against the truth" in (tmp_path / "report.html").read_bytes()
+
+
+def test_triggers_are_large_and_transparent_outside_the_mask(tmp_path):
+    write(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "triggers").iterdir())
+    assert names == [f"class-1-{name}.png" for name in ("example-1", "example-2", "example-3", "mask", "trigger")]
+    with Image.open(tmp_path / "triggers/class-1-trigger.png") as image:
+        assert (image.mode, image.size) == ("RGBA", (256, 256))
+        values = np.asarray(image)
+    assert set(np.unique(values[..., 3])) == {0, 255} and (values[192:, 192:, 3] == 255).all()
+    assert (values[..., 3] == 255).sum() == 64 * 64
+    np.testing.assert_array_equal(values[255, 255], (255, 128, 0, 255))
+    with Image.open(tmp_path / "triggers/class-1-mask.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), values[..., 3])
+    with Image.open(tmp_path / "triggers/class-1-example-1.png") as image:
+        example = np.asarray(image)
+    large = enlarge(pixels()[10], 32)  # the flagged row with the highest score
+    changed = np.any(example != large, axis=-1)
+    assert changed.any() and (example[changed] == (255, 0, 0)).all()
+    assert not changed[:192].any() and not changed[:, :192].any()
+
+
+def test_grey_patterns_and_oblong_images(tmp_path):
+    found = small_analysis()
+    found = found._replace(masks=found.masks[:, :, :, 4:], patterns=found.patterns[:, :, :, 4:, :1])
+    write(tmp_path, dozen(images=pixels()[:, :, 4:, :1]), found)
+    with Image.open(tmp_path / "triggers/class-1-trigger.png") as image:
+        assert (image.mode, image.size) == ("RGBA", (128, 256)) and image.getpixel((127, 255)) == (255, 255, 255, 255)
+
+
+def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path):
+    results = write(tmp_path, dozen(class_names=("ant", "<b>bee</b>")))
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Class 1 (&lt;b&gt;bee&lt;/b&gt;) carries a trigger: 3 of 12 rows are flagged." in page and "<b>" not in page
+    assert page.count('src="data:image/png') == 4 and "cleaned.npz has the 9 rows" in page
+    assert ">detector<" in page and ">VBD<" in page
+    assert all(f">{title}</h2>" in page for title in ("What to do next", "Evidence", "Triggers", "Examples", "Scores"))
+    assert results["verdict"]["level"] == "attacked"
+    assert json.loads((tmp_path / "timings.json").read_text("utf-8")) == {"seconds": {"vbd": 1.5}}
+    assert "Evidence for each class" in (tmp_path / "table.md").read_text("utf-8")
+
+
+def test_a_clean_verdict_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path):
+    results = write(tmp_path, found=small_analysis(()))
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert results["verdict"]["level"] == "clean" and not (tmp_path / "triggers").exists()
+    assert "That is not to say that the rows are clean." in page and "data:image/png" not in page
+
+
+def test_the_same_audit_writes_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "describe_environment", dict)  # somebody may commit meanwhile
+    for name in ("one", "two"):
+        write(tmp_path / name)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 12
+    assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+def test_what_to_do_next_depends_on_the_finding(tmp_path):
+    doubtful = small_analysis()._replace(success=np.array([[[0.0, 0.4]]]))
+    unsure = small_analysis()._replace(flags=np.zeros((1, DOZEN), bool), detector_accuracies=np.array([[0.0, 0.7]]))
+    untested = small_analysis(())._replace(p_values=np.ones((1, 1, 2)))
+    begins = {
+        "Compare the triggers": small_analysis(),
+        "Look at the triggers below and at the rows in flagged.csv": doubtful,
+        "Look at the triggers below. If": unsure,
+        "Try again": untested,
+        "There is nothing to leave out.": small_analysis(()),
+    }
+    for number, (start, found) in enumerate(begins.items()):
+        steps = audit.next_steps(write(tmp_path / str(number), found=found))
+        assert steps[0].startswith(start)
+        assert ("flagged.csv lists" in steps[-1]) == found.flags.any()
+
+
+def test_a_class_that_would_be_gone_is_pointed_out(tmp_path):
+    steps = audit.next_steps(write(tmp_path, found=small_analysis(tuple(range(6, DOZEN)))))
+    assert any(text.startswith("Every row is flagged of class 1: without them the class is gone.") for text in steps)
+
+
+def test_many_classes_are_all_in_the_folder_but_not_all_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "MOST_CLASSES", 1)
+    found = small_analysis()
+    found.network[0, 0], found.p_values[0, 0, 0], found.flags[0, 2] = 0, 1e-3, True
+    found.masks[0, 0, 0, 0] = True
+    found.success[0, 0, 0], found.detector_accuracies[0, 0] = 0.8, 0.9
+    write(tmp_path, found=found)
+    names = {path.name for path in (tmp_path / "triggers").iterdir()}
+    assert {"class-0-trigger.png", "class-0-mask.png", "class-0-example-1.png", "class-1-trigger.png"} < names
+    assert "class-0-example-2.png" not in names
+    assert "1 of 2 classes." in (tmp_path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("scale", [1, 3, 6, 7, 16])
+def test_outlined_pictures_have_the_size_that_was_asked_for(scale):
+    mask = np.zeros((8, 8), bool)
+    mask[2:4, 2:4] = True
+    black = np.zeros((8, 8, 1), np.uint8)
+    drawn = audit._outlined(black, mask, scale)
+    assert drawn.shape == (8 * scale, 8 * scale, 3)
+    # Inside of the four pixels, and two wide where there is room.
+    assert (drawn[2 * scale, 2 * scale : 4 * scale] == (255, 0, 0)).all() and not drawn[: 2 * scale].any()
+    assert (drawn[2 * scale + 1, 3 * scale, 0] == 255) == (scale in (1, 6, 16))
+
+
+def test_suspicious_rows_are_captioned_with_what_the_owner_calls_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(audit.plots, "image_grid", lambda *_, captions: drawn.extend(captions[0]))
+    monkeypatch.setattr(audit.plots, "save", lambda _, path: path)
+    folder, files = RunFolder(tmp_path, is_new=True), tuple(f"bee/{row}.png" for row in range(DOZEN))
+    for rows in (dozen(), dozen(class_names=("0", "1")), dozen(class_names=("ant", "bee"), files=files)):
+        audit.suspicious_figures(folder, rows, to_detection(small_analysis(), SMALL))
+    assert drawn[::6] == ["row 10: class 1", "row 10: class 1", "10.png: bee"]
+
+
+def test_the_page_of_a_detector_without_patterns(tmp_path):
+    results = flagged_by(dataset()) | {"cleaned": {"kind": "npz", "rows": 34}}
+    flags = np.isin(np.arange(ROWS), [0, 3, 7, 11, 15, 19])[None]
+    folder = RunFolder(tmp_path, is_new=True)
+    publish(folder, results, dataset(), Detection(flags, flags.astype(np.float32)))
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Spectral signatures flags 6 of 40 rows (15 %)." in page and ">spectral signatures<" in page
+    assert "Look at the rows in flagged.csv, and at the most suspicious ones below" in page
+    for text in ("VBD", "p-value", "triggers", "simple networks", "From 0 to 1"):
+        assert text not in page, text
+    assert page.count('src="data:image/png') == 2 and not (tmp_path / "triggers").exists()
