@@ -248,7 +248,7 @@ def run(given: DefenseInput, settings: AnpSettings) -> DefenseResult:
     def pruned(thresholds: np.ndarray) -> PyTree:
         return {**network, "params": prune(network["params"], masks, thresholds, settings.zero_bias)}
 
-    num = len(given.index)
+    num = len(given.keys)
     thresholds = np.full(num, settings.threshold, np.float32)
     if settings.accuracy_loss > 0:
         rows = given.clean_rows()

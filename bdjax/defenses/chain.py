@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from bdjax.defenses import contract
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.errors import InputError
 from bdjax.training.stages import Nets
@@ -71,7 +72,8 @@ def network_after(
 
 
 def run(given: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
-    """Run defenses one after the other, each on what the one before made of the attacked networks.
+    """Run defenses one after the other, each on what the one before made of the attacked networks, and each on no more than
+    its own needs.
 
     Args:
         given: the suspects. The keys stay: what a part draws does not depend on what came before.
@@ -88,9 +90,10 @@ def run(given: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any
             folder = folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
             attacked = Nets(results[-1].model, results[-1].variables, 1, {})
             given = dataclasses.replace(
-                given, attacked=attacked, runner=dataclasses.replace(given.runner, folder=folder)
+                given.with_knowledge({"attacked model": attacked}),
+                runner=dataclasses.replace(given.runner, folder=folder),
             )
-        results.append(defense.run(given, own))
+        results.append(contract.run(defense, given, own))
     names = [defense.name for defense in defenses]
     return DefenseResult(
         results[-1].model,

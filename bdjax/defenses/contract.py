@@ -1,17 +1,18 @@
 """What a defense is: the one contract that every file of a defense fills in, and that experiments and tests rely on.
 
 A defense of this table is given M suspects at once: M training sets, one for each attack and seed, which all went through
-plain training already. It makes M defended classifiers of them, as members of the same calls. What it was given beside
-the rows is printed wherever its numbers are: a defense that had clean images is not compared in silence with one that had
-none. (TA-KD, whose suspects are several models without their data, has an experiment of its own.)
+plain training already. It makes M defended classifiers of them, as members of the same calls. What it needs is printed
+wherever its numbers are: a defense that had clean images is not compared in silence with one that had none. And it is given
+no more than it needs: experiments call defenses by `run` and `detect` below, never by their own functions.
+(TA-KD, whose suspects are several models without their data, has an experiment of its own.)
 """
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,33 +27,138 @@ from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
 
 Need = Literal["training set", "attacked model", "clean rows", "number of poisons", "attacker's trigger"]
-"""training set: the suspect rows. attacked model: the network that plain training on them gave. clean rows: some that are
-known to be clean. The last two are oracles: no defender has them."""
+"""training set: the suspect rows. attacked model: the network that plain training on them gave, or the suspect model. clean
+rows: some that are known to be clean. The last two are oracles: no defender has them."""
 Stage = Literal["before training", "in training", "after training", "at test time"]
+
+
+class UndeclaredNeedError(Exception):
+    """A defense reads what it does not declare in `Defense.needs`: tables would print too little of what it was given."""
+
+
+class PoolRows(NamedTuple):
+    """Rows of the pool with labels, as many of each suspect."""
+
+    index: np.ndarray  # int32 [M, n], in the pool
+    labels: np.ndarray  # int32 [M, n]
+
+
+class AttackerTriggers(NamedTuple):
+    """The trigger of each suspect's attacker; None in the place of each that nobody knows."""
+
+    triggers: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray] | None, ...]
+    """of each member: (uint8 [n, H, W, C], labels int32 [n]) -> the same images with the trigger"""
+    rules: tuple[Any, ...]  # of each member: the trigger's `LabelRule`
+
+
+class AttackerInTraining(NamedTuple):
+    """What ABM's adaptive attackers do to every training on their rows: they keep the features of triggered images close to
+    those of the same images without the trigger (`bdjax/attacks/suppression.py`)."""
+
+    suppression: np.ndarray  # float32 [M, n]: how hard, 0 for rows that are left alone
+    partner: np.ndarray  # int32 [M, n]: each row's image without the trigger, in the pool
+
+
+class Reader(NamedTuple):
+    """The defense that a `DefenseInput` is restricted to."""
+
+    name: str
+    needs: tuple[Need, ...]
 
 
 @dataclass(frozen=True)
 class DefenseInput:
-    """M suspect training sets, and what a defender may use of each. A defense uses no more than what it says it needs."""
+    """M suspects, and what a defender knows of them.
+
+    `knowledge` is what `Defense.needs` speaks of, and `restricted_to` takes from it what a defense does not declare. All
+    other fields go to every defense. The pool is among them: it has every image, clean rows and images without their trigger
+    included, but nothing in it says which image is which without an index.
+    """
 
     pool: Array  # uint8 [P, H, W, C]: all images
-    index: np.ndarray  # int32 [M, n]: each training set's rows, in the pool
-    labels: np.ndarray  # int32 [M, n], as they were handed over
     num_classes: int
     keys: Key  # typed keys [M]
     make_model: Callable[..., Model]  # (name=None, num_classes=None): the run's network, or another at the run's scale
     recipe: TrainConfig  # how an undefended network trains; what a defense does not say is as here
     runner: StageRunner  # trains, keeps what is trained, and evaluates
-    attacked: Nets  # what plain training gave: stacked [M, ...]
-    clean_index: np.ndarray | None = None  # int32 [M, c], in the pool
-    clean_labels: np.ndarray | None = None  # int32 [M, c]
-    suppression: np.ndarray | None = None  # float32 [M, n], for ABM's adaptive attackers: see `abm.py`
-    partner: np.ndarray | None = None  # int32 [M, n]: the untriggered image of each row, in the pool; likewise
-    num_poisons: np.ndarray | None = None  # int [M], for oracles
-    attacker_triggers: tuple[
-        Callable[[np.ndarray], np.ndarray], ...
-    ] = ()  # of each member: (uint8 images, labels) -> triggered; likewise
-    attacker_rules: tuple[Any, ...] = ()  # of each member: the `LabelRule` of that trigger; likewise
+    knowledge: Mapping[Need, Any]
+    """what there is of "training set" and "clean rows" (`PoolRows`), "attacked model" (`Nets`, variables stacked [M, ...]),
+    "number of poisons" (int [M], or None if nobody knows it) and "attacker's trigger" (`AttackerTriggers`)"""
+    attacker: AttackerInTraining | None = None
+    """The attacker's part in training, which no defender knows: for a training on the suspect rows to read, and for nothing
+    else. None where no attacker has one, and for defenses without the training set."""
+    reader: Reader | None = None  # None: all of the knowledge may be read
+
+    def restricted_to(self, name: str, needs: Sequence[Need]) -> "DefenseInput":
+        """The same without the knowledge that a defense does not declare: reading that raises UndeclaredNeedError.
+
+        Args:
+            name: of the defense.
+            needs: that it declares.
+        """
+        kept = {need: known for need, known in self.knowledge.items() if need in needs}
+        attacker = self.attacker if "training set" in needs else None
+        return dataclasses.replace(self, knowledge=kept, attacker=attacker, reader=Reader(name, tuple(needs)))
+
+    def with_knowledge(self, changes: Mapping[Need, Any]) -> "DefenseInput":
+        """The same with some knowledge added or replaced."""
+        return dataclasses.replace(self, knowledge={**self.knowledge, **changes})
+
+    def known(self, need: Need) -> Any:
+        """An entry of `knowledge`. The properties below, which defenses read, all go through here.
+
+        Raises:
+            UndeclaredNeedError: the defense that this is restricted to does not declare the need.
+            ValueError: there is no such knowledge; experiments leave such defenses out before.
+        """
+        if self.reader and need not in self.reader.needs:
+            declared = ", ".join(self.reader.needs) or "nothing"
+            raise UndeclaredNeedError(
+                f"{need!r} is not among the needs that defense {self.reader.name} declares ({declared})"
+            )
+        if need not in self.knowledge:
+            raise ValueError(f"no {need} given to a defense that needs it")
+        return self.knowledge[need]
+
+    @property
+    def index(self) -> np.ndarray:
+        """The rows of each training set, in the pool: int32 [M, n]."""
+        return self.known("training set").index
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels of the training sets: int32 [M, n]."""
+        return self.known("training set").labels
+
+    @property
+    def attacked(self) -> Nets:
+        """The attacked networks, variables stacked [M, ...]."""
+        return self.known("attacked model")
+
+    @property
+    def clean_index(self) -> np.ndarray:
+        """The clean rows, in the pool: int32 [M, c]."""
+        return self.known("clean rows").index
+
+    @property
+    def clean_labels(self) -> np.ndarray:
+        """The labels of the clean rows: int32 [M, c]."""
+        return self.known("clean rows").labels
+
+    @property
+    def num_poisons(self) -> np.ndarray | None:
+        """How many rows of each training set are poisoned: int [M]; None if nobody knows."""
+        return self.known("number of poisons")
+
+    @property
+    def attacker_triggers(self) -> tuple[Callable[[np.ndarray, np.ndarray], np.ndarray] | None, ...]:
+        """The trigger of each member: see `AttackerTriggers`."""
+        return self.known("attacker's trigger").triggers
+
+    @property
+    def attacker_rules(self) -> tuple[Any, ...]:
+        """The label rule of each member's trigger: see `AttackerTriggers`."""
+        return self.known("attacker's trigger").rules
 
     def keys_for(self, stage: str) -> Key:
         """Keys of a stage's own, typed [M]: what else is run does not change them."""
@@ -63,13 +169,7 @@ class DefenseInput:
         return labelled(self.index, self.labels)
 
     def clean_rows(self) -> Rows:
-        """The clean rows: leaves [M, c].
-
-        Raises:
-            ValueError: if there are none; experiments leave such defenses out before.
-        """
-        if self.clean_index is None:
-            raise ValueError("no clean rows were given to a defense that needs some")
+        """The clean rows: leaves [M, c]."""
         return labelled(self.clean_index, self.clean_labels)
 
     def config(self, **changes: Any) -> TrainConfig:
@@ -194,7 +294,7 @@ class Defense:
     title: str  # in a table
     paper: str  # "Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data"
     stage: Stage
-    needs: tuple[Need, ...]
+    needs: tuple[Need, ...]  # whatever it reads of `DefenseInput.knowledge`
     settings: Any
     run: Callable[[DefenseInput, Any], DefenseResult]  # (given, settings) -> result
     detect: Callable[[DefenseInput, Any], Detection] | None = None
@@ -231,3 +331,36 @@ def settings_for(defense: Defense, preset: str, dataset: str, changes: Mapping[s
     for one in (dataset, *(name for each in preset.split() for name in (each, f"{each} {dataset}"))):
         settings = changed(owner, settings, defense.changes.get(one, {}))
     return changed(owner, settings, changes or {})
+
+
+def restricted(defense: Defense, given: DefenseInput, settings: Any) -> DefenseInput:
+    """What there is for a defense to read: no more than it needs with these settings."""
+    return given.restricted_to(defense.name, defense.needs_with(settings))
+
+
+def run(defense: Defense, given: DefenseInput, settings: Any) -> DefenseResult:
+    """Run a defense on no more than it needs.
+
+    Args:
+        defense: any.
+        given: M suspects.
+        settings: of the defense.
+
+    Raises:
+        UndeclaredNeedError: the defense reads what it does not declare.
+    """
+    return defense.run(restricted(defense, given, settings), settings)
+
+
+def detect(defense: Defense, given: DefenseInput, settings: Any) -> Detection:
+    """Which rows a detector takes for poisoned, going by no more than it needs.
+
+    Args:
+        defense: one whose `detect` is not None.
+        given: M suspects.
+        settings: of the defense.
+
+    Raises:
+        UndeclaredNeedError: the detector reads what it does not declare.
+    """
+    return defense.detect(restricted(defense, given, settings), settings)

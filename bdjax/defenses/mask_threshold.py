@@ -15,30 +15,12 @@ from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.distillation import Teachers
 from bdjax.defenses.fkd import FkdSettings
 from bdjax.training.member import Rows
-from bdjax.training.stages import Nets
 from bdjax.types import PyTree
 
 
 def repeat(tree: PyTree, count: int) -> PyTree:
     """Stacked members [M, ...], each `count` times in a row: [M count, ...]."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
-
-
-def repeated(given: DefenseInput, count: int) -> DefenseInput:
-    """Each suspect `count` times in a row: what is trained from them are members of one call."""
-
-    def several(values: np.ndarray | None) -> np.ndarray | None:
-        return None if values is None else np.repeat(values, count, axis=0)
-
-    return dataclasses.replace(
-        given,
-        index=several(given.index),
-        labels=several(given.labels),
-        keys=repeat(given.keys, count),
-        attacked=Nets(given.attacked.model, repeat(given.attacked.variables, count), 1, {}),
-        clean_index=several(given.clean_index),
-        clean_labels=several(given.clean_labels),
-    )
 
 
 def split_rows(given: DefenseInput, share: float) -> tuple[Rows, Rows]:
@@ -92,7 +74,8 @@ def choose_by_oracle(
     Returns:
         int [M].
     """
-    many = repeated(given, num)
+    # Students of one suspect have the same keys. All else that they are trained from is in the arguments beside `given`.
+    many = dataclasses.replace(given, keys=repeat(given.keys, num), knowledge={})
     students = fkd.run_from(many, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
     index, labels = np.asarray(held_out.index), np.asarray(held_out.targets["labels"])
     pool = np.asarray(given.pool)

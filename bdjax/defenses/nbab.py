@@ -166,8 +166,10 @@ def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Veri
         covers = (np.arange(num_covers) * num_implants) // max(num_covers, 1)
         new_labels[:, covers] = np.take_along_axis(given.labels, implants[:, covers], axis=1)
     # What an attacker who weakens its own backdoor does, it does wherever its rows are learnt.
-    own_suppression = np.zeros((num_members, num_rows), np.float32) if given.suppression is None else given.suppression
-    partner = given.index if given.partner is None else np.where(own_suppression > 0, given.partner, given.index)
+    own_suppression, partner = np.zeros((num_members, num_rows), np.float32), given.index
+    if given.attacker is not None:
+        own_suppression = given.attacker.suppression
+        partner = np.where(own_suppression > 0, given.attacker.partner, given.index)
     rows = Rows(
         jnp.asarray(
             np.stack([np.concatenate([given.index, where], 1), np.concatenate([partner, source], 1)], -1), jnp.int32
@@ -205,10 +207,9 @@ def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Veri
 
 
 def _stamp_of(given: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
-    own = given.attacker_triggers[member] if settings.trigger == "attacker" and given.attacker_triggers else None
-    return own or make_patch(
-        settings.patch_size, settings.pattern
-    )  # where there is no attacker there is no trigger to share
+    own = given.attacker_triggers[member] if settings.trigger == "attacker" else None
+    # Where there is no attacker there is no trigger to share.
+    return own or make_patch(settings.patch_size, settings.pattern)
 
 
 def stamped_logits(given: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.ndarray:

@@ -246,7 +246,7 @@ def train_masks(given: DefenseInput, settings: RobustKdSettings, rows: Rows) -> 
     if settings.form == "elementwise":
         masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
     count = len(settings.thresholds)
-    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(given.index))
+    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(given.keys))
     variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": own}
     config = given.config(
         epochs=settings.mask_epochs,

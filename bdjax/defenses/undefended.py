@@ -22,7 +22,7 @@ UNDEFENDED = Defense(
     title="no defense",
     paper="plain training",
     stage="in training",
-    needs=("training set",),
+    needs=("attacked model",),
     settings=UndefendedSettings(),
     run=run,
 )

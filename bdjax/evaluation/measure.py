@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from bdjax.attacks.poisoning import trigger_all
+from bdjax.defenses import contract
 from bdjax.defenses.contract import DefenseInput
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant
@@ -78,13 +79,13 @@ def defend(
     """Run one defense on all suspects, and measure what comes out.
 
     Args:
-        given: the suspects as the defense gets them.
+        given: the suspects; of what is known of them the defense gets what it needs.
         suspects: the same with the truth.
         variant: the defense.
         views: the test images.
     """
     start = time.perf_counter()
-    result = variant.defense.run(given, variant.settings)
+    result = contract.run(variant.defense, given, variant.settings)
     seconds = (time.perf_counter() - start) / len(suspects)
     return result, measure(given, result, suspects, variant, views, seconds)
 

@@ -17,11 +17,11 @@ from bdjax.attacks.poisoning import Part, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import key_of, prepare
 from bdjax.datasets import splits
-from bdjax.defenses.contract import DefenseInput, labelled
+from bdjax.defenses.contract import AttackerInTraining, AttackerTriggers, DefenseInput, PoolRows, labelled
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import AttackVariant
 from bdjax.training.member import Rows, TrainConfig
-from bdjax.training.stages import Nets, StageRunner
+from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree
 
 
@@ -101,56 +101,58 @@ def make_defense_input(
         make_model: see `DefenseInput`.
         recipe: how plain training goes.
         runner: trains and evaluates.
-        train_plainly: whether that is needed: without it nothing may ask for the attacked networks.
+        train_plainly: whether that is needed: without it there is no attacked model to read.
     """
     pool, index, labels = pooled(train, [one.dataset for one in suspects])
-    clean_index = clean_labels = None
+    truth = [one.is_poisoned for one in suspects]
+    is_known = all(one is not None for one in truth)
+    knowledge = {
+        "training set": PoolRows(index, labels),
+        "number of poisons": np.array([int(one.sum()) for one in truth]) if is_known else None,
+        "attacker's trigger": first_triggers(suspects),
+    }
     if clean is not None:
         where = len(pool) + np.arange(len(clean), dtype=np.int32)
         pool = np.concatenate([pool, clean.images])
-        clean_index, clean_labels = (np.tile(each, (len(suspects), 1)) for each in (where, clean.labels))
-    suppression = partner = None
+        knowledge["clean rows"] = PoolRows(*(np.tile(each, (len(suspects), 1)) for each in (where, clean.labels)))
+    model, rows, objective, attacker = make_model(), labelled(index, labels), None, None
     if any(one.attack.suppression for one in suspects):
         suppression = np.stack([one.attack.suppression * _is_poisoned(one) for one in suspects]).astype(np.float32)
         partner = np.tile(np.arange(len(train), dtype=np.int32), (len(suspects), 1))
-    truth = [one.is_poisoned for one in suspects]
-    model, rows, objective = make_model(), labelled(index, labels), None
-    if suppression is not None:
+        attacker = AttackerInTraining(suppression, partner)
         rows = Rows(
             jnp.asarray(np.stack([index, partner], -1)), {**rows.targets, "suppression": jnp.asarray(suppression)}
         )
         objective = suppressed_cross_entropy(model)
     given = DefenseInput(
         pool=jnp.asarray(pool),
-        index=index,
-        labels=labels,
         num_classes=train.num_classes,
         keys=keys,
         make_model=make_model,
         recipe=recipe,
         runner=runner,
-        attacked=Nets(model, {}, 1, {}),
-        clean_index=clean_index,
-        clean_labels=clean_labels,
-        suppression=suppression,
-        partner=partner,
-        num_poisons=None if any(one is None for one in truth) else np.array([int(one.sum()) for one in truth]),
-        attacker_triggers=tuple(first_trigger(one) for one in suspects),
-        attacker_rules=tuple(one.parts[0].rule if one.parts else None for one in suspects),
+        knowledge=knowledge,
+        attacker=attacker,
     )
     if not train_plainly:
         return given
     attacked = given.train("no defense", model, recipe, rows, objective=objective)
-    return dataclasses.replace(given, attacked=attacked)
+    return given.with_knowledge({"attacked model": attacked})
 
 
 def _is_poisoned(suspect: Suspect) -> np.ndarray:
     return np.zeros(len(suspect.dataset), bool) if suspect.is_poisoned is None else suspect.is_poisoned
 
 
-def first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """A suspect's trigger for `DefenseInput.attacker_triggers`: (uint8 [n, H, W, C], labels int32 [n]) -> the same with it;
-    None if there is none."""
+def first_triggers(suspects: Sequence[Suspect]) -> AttackerTriggers:
+    """What oracles know of some suspects: the first trigger of each, None for those without any."""
+    return AttackerTriggers(
+        tuple(_first_trigger(one) for one in suspects),
+        tuple(one.parts[0].rule if one.parts else None for one in suspects),
+    )
+
+
+def _first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
     if not suspect.parts:
         return None
 

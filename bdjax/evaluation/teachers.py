@@ -21,11 +21,11 @@ from bdjax.attacks.label_rules import LABEL_RULES, LabelRule, make_rule
 from bdjax.attacks.poisoning import Part, trigger_all
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.attacks.victims import Plan, prepare, train_victims
-from bdjax.defenses.contract import DefenseInput
+from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
 from bdjax.evaluation.measure import Comparison, TriggeredViews, measure
-from bdjax.evaluation.suspects import Suspect, first_trigger
+from bdjax.evaluation.suspects import Suspect, first_triggers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble
@@ -192,7 +192,6 @@ def make_defense_input(
         runner: trains and evaluates.
     """
     count = len(teachers.suspects)
-    empty = np.zeros((count, 0), np.int32)
 
     def make_model(name: str | None = None, num_classes: int | None = None) -> Model:
         if name is None and num_classes in (None, clean.num_classes):
@@ -201,18 +200,18 @@ def make_defense_input(
 
     return DefenseInput(
         pool=jnp.asarray(clean.images),
-        index=empty,
-        labels=empty,
         num_classes=clean.num_classes,
         keys=keys,
         make_model=make_model,
         recipe=teachers.recipes.from_scratch,
         runner=runner,
-        attacked=Nets(teachers.model, teachers.variables, 1, {}),
-        clean_index=np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)),
-        clean_labels=np.tile(clean.labels, (count, 1)),
-        attacker_triggers=tuple(first_trigger(one) for one in teachers.suspects),
-        attacker_rules=tuple(one.parts[0].rule if one.parts else None for one in teachers.suspects),
+        knowledge={
+            "attacked model": Nets(teachers.model, teachers.variables, 1, {}),
+            "clean rows": PoolRows(
+                np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)), np.tile(clean.labels, (count, 1))
+            ),
+            "attacker's trigger": first_triggers(teachers.suspects),
+        },
     )
 
 

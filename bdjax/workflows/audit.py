@@ -8,6 +8,7 @@ import numpy as np
 
 from bdjax import datasets
 from bdjax.datasets import splits
+from bdjax.defenses import contract
 from bdjax.errors import InputError
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
@@ -66,7 +67,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     given = make_defense_input(
         [suspect], keys, data, clean, make_network, recipe, runner, train_plainly="attacked model" in needs
     )
-    found = variant.defense.detect(given, variant.settings)
+    found = contract.detect(variant.defense, given, variant.settings)
     write_rows(folder, data, found.flags[0], found.scores[0])
     path = pathlib.Path(config.dataset).expanduser()
     source = path if config.copy_files and path.is_dir() else None

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from bdjax.datasets import splits
+from bdjax.defenses import contract
 from bdjax.defenses.contract import DefenseInput
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
@@ -250,7 +251,7 @@ def detect_all(
     for variant in variants:
         start = time.perf_counter()
         with log.stage(f"{name}: {variant.name}") as stage:
-            detected = variant.defense.detect(given, variant.settings)
+            detected = contract.detect(variant.defense, given, variant.settings)
             if detected.patterns:
                 found += compare_patterns(detected, suspects)
                 detected = with_true_classes(detected, suspects)

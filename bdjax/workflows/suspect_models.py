@@ -214,7 +214,7 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
     for text in texts:
         if text == NO_ATTACK:
             itself = dataclasses.replace(
-                UNDEFENDED, title="teacher itself", needs=(), paper="as it was handed over", stage="after training"
+                UNDEFENDED, title="teacher itself", paper="as it was handed over", stage="after training"
             )
             variants.append(DefenseVariant(text, itself, itself.settings))
             continue

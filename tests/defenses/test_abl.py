@@ -88,7 +88,7 @@ def test_number_of_poisons_is_an_oracle_and_none_leaves_nothing_to_unlearn(given
     clean, clean_before = (jax.tree.map(lambda leaf: leaf[1], one.variables) for one in (result, before))
     chex.assert_trees_all_equal(clean, clean_before)
     with pytest.raises(InputError, match="needs the number of poisons"):
-        run(dataclasses.replace(given, num_poisons=None), settings)
+        run(given.with_knowledge({"number of poisons": None}), settings)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ SECOND = adder("second", scores=np.array([[0.5]]), facts={"weight": np.array([3.
 def given() -> DefenseInput:
     runner = StageRunner(pathlib.Path("run"), (8, 8, 1), "map", None)
     attacked = Nets(MODEL, np.zeros(1, int), 1, {})
-    return DefenseInput(None, None, None, 4, None, None, None, runner, attacked)
+    return DefenseInput(None, 4, None, None, None, runner, {"attacked model": attacked})
 
 
 def make(*pairs: tuple[Defense, int]) -> Defense:

@@ -2,16 +2,22 @@
 
 import dataclasses
 import itertools
+from typing import get_args
 
 import chex
 import jax
 import numpy as np
 import pytest
 
+from bdjax.defenses import contract
+from bdjax.defenses.chain import Part, make_chain
+from bdjax.defenses.contract import Defense, DefenseInput, Need, UndeclaredNeedError
 from bdjax.defenses.registry import DEFENSES, find_defense
+from bdjax.defenses.undefended import UndefendedSettings
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import defend
 from bdjax.evaluation.variants import read_defense
+from bdjax.types import DefenseResult, Detection
 
 SMALL: dict[str, str] = {
     "none": "none",
@@ -64,21 +70,107 @@ REFUSED: dict[str, str] = {
 }
 """A setting that cannot be, of each defense that checks its own."""
 
+READS = {
+    "training set": ("index", "labels", "all_rows"),
+    "attacked model": ("attacked",),
+    "clean rows": ("clean_index", "clean_labels", "clean_rows"),
+    "number of poisons": ("num_poisons",),
+    "attacker's trigger": ("attacker_triggers", "attacker_rules"),
+}
+"""Each need, and what a defense reads of `DefenseInput` by it."""
+
 _results: dict = {}
 
 
 @pytest.fixture(params=sorted(DEFENSES))
-def tried(request, suspects):
+def tried(request, suspects, monkeypatch):
     name = request.param
     if name not in _results:
         before = jax.tree.map(np.array, suspects.given.attacked.variables)
         variant = read_defense(SMALL[name], "quick", "digits")
-        _results[name] = (variant, *defend(suspects.given, suspects.suspects, variant, suspects.views), before)
+        read, known = set(), DefenseInput.known
+        monkeypatch.setattr(DefenseInput, "known", lambda self, need: read.add(need) or known(self, need))
+        result, measured = defend(suspects.given, suspects.suspects, variant, suspects.views)
+        monkeypatch.undo()
+        _results[name] = (variant, result, measured, before, read)
     return _results[name]
 
 
 def test_every_defense_is_in_the_table():
     assert SMALL.keys() == DEFENSES.keys()
+
+
+def test_every_defense_needs_all_that_it_declares(tried):
+    """That it reads no more, running it shows: it is given no more."""
+    variant, *_, read = tried
+    assert read == set(variant.defense.needs_with(variant.settings))
+
+
+def reader(need: Need, name: str, *needs: Need) -> Defense:
+    """A defense and detector that reads something by a need, and declares others."""
+
+    def detect(given: DefenseInput, settings: UndefendedSettings) -> Detection:
+        value = getattr(given, name)
+        return Detection(value() if callable(value) else value, None)
+
+    def run(given: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
+        return DefenseResult(None, detect(given, settings).flags)
+
+    return Defense("reader", need, "a test", "after training", needs, UndefendedSettings(), run, detect)
+
+
+@pytest.mark.parametrize(("need", "name"), [(need, name) for need, names in READS.items() for name in names])
+def test_a_defense_that_reads_more_than_it_declares_fails(given, need, name):
+    others = tuple(one for one in get_args(Need) if one != need)
+    for how in (contract.run, contract.detect):
+        honest = reader(need, name, need)
+        assert how(honest, given, honest.settings)[1 if how is contract.run else 0] is not None
+        sly = reader(need, name, *others)
+        with pytest.raises(UndeclaredNeedError, match=f"{need}.* is not among the needs that defense reader declares"):
+            how(sly, given, sly.settings)
+    with pytest.raises(UndeclaredNeedError, match=r"declares \(nothing\)"):
+        contract.run(reader(need, name), given, UndefendedSettings())
+
+
+def test_an_oracle_of_some_settings_is_read_with_those_alone(given):
+    sly = dataclasses.replace(
+        reader("number of poisons", "num_poisons"), oracles=lambda settings: ("number of poisons",) if settings else ()
+    )
+    assert contract.run(sly, given, True).variables is not None
+    with pytest.raises(UndeclaredNeedError):
+        contract.run(sly, given, False)
+
+
+def test_the_parts_of_a_chain_read_no_more_than_their_own_needs(given):
+    def link(*defenses: Defense) -> Defense:
+        return make_chain([Part(one, one.settings, one.name) for one in defenses])
+
+    first = dataclasses.replace(DEFENSES["none"], needs=("attacked model", "clean rows"))
+    honest = link(first, reader("clean rows", "clean_rows", "clean rows"))
+    assert contract.run(honest, given, honest.settings).variables is not None
+    sly = link(first, reader("clean rows", "clean_rows"))
+    assert "clean rows" in sly.needs
+    with pytest.raises(UndeclaredNeedError, match="clean rows"):
+        contract.run(sly, given, sly.settings)
+
+
+def test_every_need_is_withheld_by_name():
+    assert set(READS) == set(get_args(Need))
+
+
+def test_what_is_not_there_is_missed_by_name(given):
+    empty = dataclasses.replace(given, knowledge={})
+    for need, (name, *_) in READS.items():
+        with pytest.raises(ValueError, match=f"no {need} given"):
+            getattr(empty, name)
+
+
+def test_the_attackers_part_in_training_goes_with_the_training_set(given):
+    attacker = contract.AttackerInTraining(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int32))
+    adaptive = dataclasses.replace(given, attacker=attacker)
+    assert adaptive.restricted_to("one that trains on it", ("training set",)).attacker is attacker
+    restricted = adaptive.restricted_to("another", ("attacked model",))
+    assert restricted.attacker is None and list(restricted.knowledge) == ["attacked model"]
 
 
 def test_settings_are_frozen_and_each_field_is_documented():
@@ -88,7 +180,7 @@ def test_settings_are_frozen_and_each_field_is_documented():
 
 
 def test_result_has_a_row_for_each_suspect(tried, suspects):
-    variant, result, measured, _ = tried
+    variant, result, measured, *_ = tried
     num, rows = suspects.given.index.shape
     assert all(leaf.shape[0] == num for leaf in jax.tree.leaves(result.variables))
     chex.assert_tree_all_finite(result.variables)
@@ -110,7 +202,7 @@ def test_result_has_a_row_for_each_suspect(tried, suspects):
 def test_what_is_detected_alone_is_what_the_defense_goes_by(tried, suspects):
     variant, result, *_ = tried
     stages = set(suspects.given.runner.folder.iterdir())
-    found = variant.defense.detect(suspects.given, variant.settings)
+    found = contract.detect(variant.defense, suspects.given, variant.settings)
     assert set(suspects.given.runner.folder.iterdir()) == stages  # both read the same checkpoints
     np.testing.assert_array_equal(found.flags, result.flags)
     np.testing.assert_allclose(found.scores, result.scores, rtol=1e-6)
@@ -125,7 +217,7 @@ def test_what_is_detected_alone_is_what_the_defense_goes_by(tried, suspects):
 
 
 def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):
-    _, result, _, _ = tried
+    _, result, *_ = tried
     one = jax.tree.map(lambda leaf: leaf[0], result.variables)
     images = suspects.test.images[:4].astype(np.float32) / 255
     apply = jax.jit(lambda variables, images: result.model.apply(variables, images, train=False))
@@ -137,7 +229,7 @@ def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):
 
 
 def test_attacked_networks_are_left_alone(tried, suspects):
-    before = tried[-1]
+    before = tried[3]
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, suspects.given.attacked.variables))
 
 

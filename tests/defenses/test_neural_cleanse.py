@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bdjax import losses
+from bdjax.defenses.contract import PoolRows
 from bdjax.defenses.neural_cleanse import (
     NeuralCleanseSettings,
     Triggers,
@@ -156,7 +157,8 @@ def test_objective_is_equation_3_for_every_class():
 def planted(given):
     """Linear networks in the place of the attacked ones: one with a backdoor, one without."""
     stacked = {"params": {"weights": jnp.stack([weights_with_backdoor(PLANTED), weights_with_backdoor(None)])}}
-    return dataclasses.replace(given, attacked=Nets(LINEAR, stacked, 1, {}), clean_labels=given.clean_labels % K)
+    clean = PoolRows(given.clean_index, given.clean_labels % K)
+    return given.with_knowledge({"attacked model": Nets(LINEAR, stacked, 1, {}), "clean rows": clean})
 
 
 def test_planted_trigger_is_found_where_it_is_and_unlearned_there_alone(planted, tmp_path):

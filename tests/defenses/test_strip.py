@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.defenses.contract import PoolRows
 from bdjax.defenses.strip import STRIP, StripSettings, choose_overlays, mix, mixed_entropies, rejecting, run
 from bdjax.errors import InputError
 from bdjax.types import Model, ModelOutput
@@ -219,7 +220,7 @@ def test_settings_that_cannot_be(given, changes, message):
 
 
 def test_one_clean_row_is_too_few(given):
-    few = dataclasses.replace(given, clean_index=given.clean_index[:, :1], clean_labels=given.clean_labels[:, :1])
+    few = given.with_knowledge({"clean rows": PoolRows(given.clean_index[:, :1], given.clean_labels[:, :1])})
     with pytest.raises(InputError, match="1 clean rows are too few"):
         run(few, SETTINGS)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import vbd
-from bdjax.defenses.contract import DefenseInput
+from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.defenses.vbd import (
     analyse,
     check,
@@ -340,14 +340,16 @@ def given_of(members, folder):
     images, labels, keys = zip(*members, strict=True)
     return DefenseInput(
         pool=jnp.asarray(np.concatenate(images)),
-        index=np.arange(len(members) * ROWS, dtype=np.int32).reshape(len(members), ROWS),
-        labels=np.stack(labels),
         num_classes=CLASSES,
         keys=jnp.stack([jax.random.key(key) for key in keys]),
         make_model=small_model,
         recipe=TrainConfig(epochs=2, batch_size=32, evaluation_batch_size=200, keep_last_batch=False),
         runner=StageRunner(folder, SHAPE, "map", StageLog()),
-        attacked=None,
+        knowledge={
+            "training set": PoolRows(
+                np.arange(len(members) * ROWS, dtype=np.int32).reshape(len(members), ROWS), np.stack(labels)
+            )
+        },
     )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -5,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.defenses.contract import DefenseInput
 from bdjax.evaluation.measure import TriggeredViews, defend, make_views, measure, score_detection
 from bdjax.evaluation.suspects import (
     make_suspect,
@@ -98,8 +100,10 @@ class TestMeasure:
         clock = iter([10.0, 16.0])
         monkeypatch.setattr("bdjax.evaluation.measure.time.perf_counter", lambda: next(clock))
         variant = read_defense("none", "quick", "digits")
-        shown = variant._replace(defense=SimpleNamespace(name="none", title="", run=lambda given, settings: result))
-        same, tried = defend(self.given, suspects, shown, self.views)
+        defense = dataclasses.replace(variant.defense, run=lambda given, settings: result)
+        shown = variant._replace(defense=defense)
+        given = DefenseInput(None, CLASSES, None, None, RECIPE, self.given.runner, {})
+        same, tried = defend(given, suspects, shown, self.views)
         assert same is result and [one.seconds for one in tried] == [3.0, 3.0]
 
 

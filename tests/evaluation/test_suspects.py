@@ -170,7 +170,7 @@ class TestMakeGiven:
         assert asked.stage == "no defense" and asked.config == RECIPE
         np.testing.assert_array_equal(asked.rows.index, given.index)
         np.testing.assert_array_equal(asked.rows.targets["weight"], np.ones_like(given.labels, np.float32))
-        assert given.suppression is None and given.attacked.variables["params"].shape == (3, 2)
+        assert given.attacker is None and given.attacked.variables["params"].shape == (3, 2)
 
     def test_what_nobody_knows_no_oracle_is_told(self):
         given, _ = given_for([suspect("badnets"), suspect("none", is_clean=False)])
@@ -181,8 +181,8 @@ class TestMakeGiven:
     def test_an_adaptive_attackers_rows_have_partners_without_the_trigger(self):
         suspects = [suspect("badnets:suppression=20"), suspect("badnets")]
         given, asked = given_for(suspects)
-        np.testing.assert_array_equal(given.suppression[0], 20.0 * suspects[0].is_poisoned)
-        assert not given.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
+        np.testing.assert_array_equal(given.attacker.suppression[0], 20.0 * suspects[0].is_poisoned)
+        assert not given.attacker.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
         assert asked.rows.index.shape == (2, ROWS, 2) and asked.rows.targets["suppression"].shape == (2, ROWS)
         for number, one in enumerate(suspects):
             learnt, partner = np.moveaxis(asked.pool[np.asarray(asked.rows.index)[number]], 1, 0)

@@ -214,9 +214,11 @@ def test_detection_and_false_alarms(results):
 def test_who_was_given_what():
     ones = [tried("badnets", variant, 0.9, 1.0) for variant in (NONE, LFD, ABL)]
     table = numbers.needs_table(numbers.summarise(ones, 10, 0))
-    assert table.header == ("defense", "when", "training set", "clean rows", "number of poisons", "paper")
-    assert line(table, "LfD (alpha 0.5)")[2:5] == ("yes", "yes", None)
-    assert line(table, "ABL")[2:5] == ("yes", None, "yes") and "Number of poisons: no defender has that" in table.notes
+    assert table.header[2:-1] == ("training set", "attacked model", "clean rows", "number of poisons")
+    assert line(table, "no defense")[2:6] == (None, "yes", None, None)
+    assert line(table, "LfD (alpha 0.5)")[2:6] == ("yes", None, "yes", None)
+    assert line(table, "ABL")[2:6] == ("yes", None, None, "yes")
+    assert "Number of poisons: no defender has that" in table.notes
 
 
 def test_beside_the_papers(results):

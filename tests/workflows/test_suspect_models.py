@@ -212,7 +212,7 @@ class TestMethods:
         config = tiny(tmp_path, defenses="all")
         variants, left_out = suspect_models.read_methods(config, ["none", "fkd", "abl", "fine_tuning"])
         assert [one.name for one in variants] == ["none", "fkd", "fine_tuning"] and list(left_out) == ["abl"]
-        assert variants[0].title == "teacher itself" and variants[0].defense.needs == ()
+        assert variants[0].title == "teacher itself" and variants[0].defense.needs == ("attacked model",)
 
     def test_the_run_s_student_is_every_method_s(self, tmp_path):
         config = tiny(tmp_path, student="wrn_16_1")
