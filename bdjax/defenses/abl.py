@@ -246,7 +246,8 @@ def run(given: DefenseInput, settings: ABLSettings) -> DefenseResult:
             jnp.asarray(isolated.any(axis=1)), unlearnt, variables
         )
 
-    return DefenseResult(model, variables, *_detection(given, found))
+    detected = _detection(given, found)
+    return DefenseResult(model, variables, detected.flags, detected.scores, detected.facts)
 
 
 def _facts(given: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:

@@ -135,7 +135,7 @@ class TestJudge:
     def test_it_is_what_the_same_flags_are_worth_to_a_defense(self):
         suspects = [suspect("badnets:poison_rate=0.2"), suspect("none")]
         variant = read_defense("none", "quick", "digits")
-        result = DefenseResult(TINY, TestMeasure.variables, *self.found)
+        result = DefenseResult(TINY, TestMeasure.variables, self.flags, self.scores, self.found.facts)
         views = TriggeredViews(TestMeasure.test, ((TestMeasure.test.images,), ()))
         measured = measure(TestMeasure.given, result, suspects, variant, views, 1.0)
         judged = score_detection(self.found, suspects, variant, 1.0)
