@@ -87,7 +87,7 @@ def run(given: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any
     for number, (defense, own) in enumerate(zip(defenses, settings, strict=True)):
         if number:
             before = defenses[number - 1]
-            folder = folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
+            folder = folder and folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
             attacked = Nets(results[-1].model, results[-1].variables, 1, {})
             given = dataclasses.replace(
                 given.with_knowledge({"attacked model": attacked}),

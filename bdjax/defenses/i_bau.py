@@ -213,7 +213,7 @@ def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
     stage = f"i-bau {'/'.join(f'{number:g}' for number in vars(settings).values())}"
     keys = given.keys_for(stage)
 
-    def fit(on_epoch: Callable[[TrainState], None], **where: Any) -> TrainState:
+    def fit(on_epoch: Callable[[TrainState], None] | None, **where: Any) -> TrainState:
         del where  # a few rounds are not cut into groups, nor kept before the last is done
         states = ensemble.init_members(
             lambda variables, key: resume_from(variables, key, config), given.attacked.variables, keys
@@ -224,7 +224,8 @@ def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
         for _ in range(settings.rounds):
             placed = play(placed, own_rows, pool)
             states = spread.gather(placed)
-            on_epoch(states)
+            if on_epoch is not None:
+                on_epoch(states)
         return states
 
     trained = given.runner.train(stage, model, config, num, fit)

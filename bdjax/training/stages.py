@@ -1,12 +1,14 @@
 """Stages of an experiment: train some networks once, keep them in the run's folder, say so.
 
 What every experiment shares: a stage that is done is read back, one that was cut off goes on, and each has a progress bar.
+Without a folder nothing is kept, and a stage that is run again is trained again, to the same numbers; without a log nothing is
+said.
 """
 
 import pathlib
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -39,6 +41,19 @@ class Log(Protocol):
     ) -> AbstractContextManager: ...
 
 
+class Silence:
+    """What stands in for a stage of a log that there is not."""
+
+    done = 0
+    detail = ""
+
+    def advance(self, steps: int = 1, message: str = "") -> None:
+        """Nothing."""
+
+    def wrote(self, output: object) -> None:
+        """Nothing."""
+
+
 class Nets(NamedTuple):
     """Trained networks of one role: `per_seed` members for each seed, seed after seed."""
 
@@ -56,10 +71,10 @@ class Nets(NamedTuple):
 class StageRunner:
     """Where stages keep their checkpoints and how their members are laid out."""
 
-    folder: pathlib.Path
+    folder: pathlib.Path | None  # None: in memory alone
     image_shape: tuple[int, int, int]
     layout: ensemble.Layout
-    log: Log
+    log: Log | None = None  # None: without a word
     group_size: int | None = None  # how many members share a call; None for as many as fit
 
     def train(
@@ -72,7 +87,7 @@ class StageRunner:
         about: Mapping[str, Any] | None = None,
         like: ensemble.Trained | None = None,
     ) -> ensemble.Trained:
-        """Train a stage of `count` members, or read it back.
+        """Train a stage of `count` members, or read it back where there is a folder to read.
 
         Args:
             name: of the stage; its checkpoints lie in a folder of that name.
@@ -83,8 +98,6 @@ class StageRunner:
             about: more facts to save beside the checkpoint.
             like: the shapes of the result, if its variables are not just the model's.
         """
-        folder = self.folder / re.sub(r"\W+", "-", name)
-        like = like or ensemble.trained_like(model, self.image_shape, count, config.epochs)
         facts = {
             "model": model.description,
             "num_classes": model.num_classes,
@@ -93,7 +106,7 @@ class StageRunner:
             "epochs": config.epochs,
             **(about or {}),
         }
-        with self.log.stage(name, total=config.epochs, unit="epochs") as stage:
+        with self._under_way(name, config.epochs) as stage:
             stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
 
             def on_epoch(state: TrainState) -> None:
@@ -103,7 +116,13 @@ class StageRunner:
             def say(line: str) -> None:
                 stage.detail += f"; {line}"
 
-            how = {"layout": self.layout, "group_size": self.group_size, "say": say, "on_epoch": on_epoch}
+            how = {"layout": self.layout, "group_size": self.group_size, "say": say}
+            how["on_epoch"] = None if self.log is None else on_epoch  # asking for the loss waits for the epoch
+            if self.folder is None:
+                state = fit(**how, progress_folder=None)
+                return ensemble.Trained(state.variables, state.history)
+            folder = self.folder / re.sub(r"\W+", "-", name)
+            like = like or ensemble.trained_like(model, self.image_shape, count, config.epochs)
             trained, was_there = ensemble.fit_once(
                 folder, facts, like, lambda progress: fit(**how, progress_folder=progress)
             )
@@ -111,6 +130,9 @@ class StageRunner:
                 stage.detail += ", done before"
             stage.wrote(f"checkpoints/{folder.name}")
         return trained
+
+    def _under_way(self, name: str, epochs: int) -> AbstractContextManager:
+        return nullcontext(Silence()) if self.log is None else self.log.stage(name, total=epochs, unit="epochs")
 
     def from_scratch(
         self,

@@ -90,6 +90,19 @@ def test_networks_from_scratch_are_trained_by_their_labels(runner):
     assert said(runner).strip().endswith("→ checkpoints/teachers")
 
 
+def test_without_a_folder_and_a_log_the_same_is_trained_in_memory(runner, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quiet, some = StageRunner(None, SHAPE, "map"), rows(4, 10)
+    for train in (
+        from_scratch,
+        lambda one: one.from_variables("more", ONE, CONFIG, variables(4, 1), KEYS, 2, jnp.asarray(POOL), some),
+    ):
+        nets = [train(one) for one in (runner, quiet)]
+        chex.assert_trees_all_equal(nets[0].variables, nets[1].variables)
+        chex.assert_trees_all_equal(nets[0].history, nets[1].history)
+    assert [path.name for path in tmp_path.iterdir()] == [runner.folder.name] and capsys.readouterr().out == ""
+
+
 def test_members_of_a_seed(runner):
     nets = from_scratch(runner)
     for seed in range(2):
