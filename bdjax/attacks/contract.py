@@ -87,7 +87,8 @@ class Attack:
     starts_from_clean_model: bool = False  # the victim is fine-tuned, not trained from scratch
     control: TrainingControl | None = None
     per_dataset: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Changes of the settings by a dataset's name, else by "grey" or "colour"; an entry for a name is added to that."""
+    """Changes of the settings for grey or colour images ("grey", "colour"), which images themselves say; and those for data
+    like a named set ("digits", "gtsrb"), which are asked for and added to the former."""
     published: tuple[Published, ...] = ()
 
     def __post_init__(self) -> None:
@@ -103,14 +104,23 @@ CLEAN_MODEL = "clean model"
 """The entry of `Attack.needs` that has an experiment train `Knowledge.clean_model`."""
 
 
-def settings_for(attack: Attack, dataset: Dataset, changes: Mapping[str, Any] | None = None) -> Any:
-    """The attack's settings for a dataset: the paper's, then those for its kind of images, then its own, then `changes`.
+def settings_for(
+    attack: Attack, dataset: Dataset, changes: Mapping[str, Any] | None = None, *, like: str | None = None
+) -> Any:
+    """The attack's settings for a dataset: the paper's, then those for its kind of images, then those for data like a named
+    set, then `changes`. What the dataset is called changes nothing.
+
+    Args:
+        attack: any.
+        dataset: whose images are grey or colour.
+        changes: setting -> value.
+        like: a key of `bdjax.datasets.DATASETS`, whose settings are adopted; None for none.
 
     Raises:
         InputError: a change of something that the attack does not have, or to a value of another kind.
     """
     kind = "grey" if dataset.image_shape[2] == 1 else "colour"
     settings = dataclasses.replace(
-        attack.settings, **{**attack.per_dataset.get(kind, {}), **attack.per_dataset.get(dataset.name, {})}
+        attack.settings, **{**attack.per_dataset.get(kind, {}), **attack.per_dataset.get(like, {})}
     )
     return changed(f"attack {attack.name}", settings, changes or {})

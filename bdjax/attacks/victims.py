@@ -53,16 +53,18 @@ def make_plan(
     label_rule: str | None = None,
     poison_rate: float | None = None,
     changes: Mapping[str, Mapping[str, Any]] = {},
+    like: str | None = None,
 ) -> Plan:
     """Settle what an attack is on a dataset.
 
     Args:
         name: of an attack, or of several with + between them.
-        dataset: the training set, whose kind decides on the defaults.
+        dataset: the training set, whose images decide on the defaults.
         target: the attacker's class.
         label_rule: a key of `LABEL_RULES`; None for each attack's own default.
         poison_rate: share of all rows, for each part; None for each attack's own default.
         changes: attack -> setting -> value.
+        like: the named set whose settings are adopted; see `settings_for`.
 
     Raises:
         InputError: no such attack, rule, setting or class; a rate that the set does not allow; or parts that cannot share
@@ -80,7 +82,7 @@ def make_plan(
         if poison_rate is not None:
             own["poison_rate"] = poison_rate
         rule = make_rule(rule_name, target, dataset.num_classes)
-        parts.append(Part(attack, settings_for(attack, dataset, own), rule))
+        parts.append(Part(attack, settings_for(attack, dataset, own, like=like), rule))
     if len(parts) > 1 and any(part.attack.control or part.attack.starts_from_clean_model for part in parts):
         raise InputError(f"attack {name}: only attacks that poison data for a training from scratch can share a set")
     for part in parts:

@@ -23,7 +23,7 @@ from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest
 
-__all__ = ["DATASETS", "Source", "Traits", "load", "load_suspect", "traits"]
+__all__ = ["DATASETS", "TFDS_PREFIX", "Source", "Traits", "check_like", "load", "load_suspect", "traits"]
 
 Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 """`loader(folders, download)`: looks in the folders in order, then fetches if it may."""
@@ -58,6 +58,21 @@ DATASETS: Mapping[str, Source] = {
 def traits(name_or_path: str) -> Traits:
     """What is true of a dataset: of a name in `DATASETS`, what stands there; of anything else nothing is known."""
     return DATASETS[name_or_path].traits if name_or_path in DATASETS else Traits()
+
+
+def check_like(like: str | None, where: str) -> str | None:
+    """A named dataset whose settings are to be adopted, as it is; None for none.
+
+    Args:
+        like: a key of `DATASETS`, or None.
+        where: what the message calls it: "--like".
+
+    Raises:
+        InputError: there is no such dataset.
+    """
+    if like is not None and like not in DATASETS:
+        raise InputError(f"{where} {like!r} is not one of {', '.join(DATASETS)}")
+    return like
 
 
 def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> TrainTest:

@@ -308,7 +308,8 @@ class Defense:
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the network that comes out, where that is another
     than the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Changes of the settings by preset ("quick", "strong") and by dataset ("gtsrb"), and by both ("quick digits")."""
+    """Changes of the settings by preset ("quick", "strong"), for data like a named set ("gtsrb"), and for both ("quick
+    digits")."""
 
     def __post_init__(self) -> None:
         for one in self.changes.values():
@@ -319,16 +320,20 @@ class Defense:
         return self.needs + (self.oracles(settings) if self.oracles else ())
 
 
-def settings_for(defense: Defense, preset: str, dataset: str, changes: Mapping[str, Any] | None = None) -> Any:
-    """The defense's settings: the paper's, then those for the dataset, the preset and both, then `changes`.
+def settings_for(defense: Defense, preset: str, like: str | None, changes: Mapping[str, Any] | None = None) -> Any:
+    """The defense's settings: the paper's, then those for data like a named set, for the preset and for both, then `changes`.
 
-    The preset "quick strong" is both, one after the other: strong settings at a small scale.
+    Args:
+        defense: any.
+        preset: "paper", "quick" or "strong"; "quick strong" is both, one after the other: strong settings at a small scale.
+        like: a key of `bdjax.datasets.DATASETS`, whose settings are adopted; None for none.
+        changes: setting -> value.
 
     Raises:
         InputError: a change of something that the defense does not have, or to a value of another kind.
     """
     owner, settings = f"defense {defense.name}", defense.settings
-    for one in (dataset, *(name for each in preset.split() for name in (each, f"{each} {dataset}"))):
+    for one in (like, *(name for each in preset.split() for name in (each, f"{each} {like}"))):
         settings = changed(owner, settings, defense.changes.get(one, {}))
     return changed(owner, settings, changes or {})
 

@@ -41,7 +41,12 @@ class AttackVariant(NamedTuple):
 
 
 def read_attack(
-    text: str, train: Dataset, target: int, *, hands_over: Literal["training set", "model"] = "training set"
+    text: str,
+    train: Dataset,
+    target: int,
+    *,
+    like: str | None = None,
+    hands_over: Literal["training set", "model"] = "training set",
 ) -> AttackVariant:
     """Settle an attack as the command line writes it.
 
@@ -51,6 +56,7 @@ def read_attack(
             hybrid go to each of its parts.
         train: the training set.
         target: the attacker's class where the text names none.
+        like: the named set whose settings are adopted; see `bdjax.attacks.contract.settings_for`.
         hands_over: what the defender gets of the attacker. Where that is a model, attacks that train it, or start from a
             clean one, are welcome; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
 
@@ -76,7 +82,7 @@ def read_attack(
     if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
         raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
     each = dict.fromkeys(name.split("+"), changes) if changes else {}
-    plan = make_plan(name, train, own_target, label_rule=rule, changes=each)
+    plan = make_plan(name, train, own_target, label_rule=rule, changes=each, like=like)
     if hands_over == "model":
         # Variants of one attack are attacks of their own, which are trained apart.
         return AttackVariant(text, plan._replace(name=text), own_target, 0.0)
@@ -103,14 +109,14 @@ class DefenseVariant(NamedTuple):
         return self.defense.title + (f" ({told})" if told else "")
 
 
-def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any] = {}) -> DefenseVariant:
+def read_defense(text: str, preset: str, like: str | None, common: Mapping[str, Any] = {}) -> DefenseVariant:
     """Settle a defense as the command line writes it.
 
     Args:
         text: a name and then settings: "lfd:alpha=0.5"; or several such with + between them, each of which gets what the one
             before made of the suspects: "fine_tuning:epochs=5+fkd".
         preset: of the run.
-        dataset: likewise.
+        like: the named set whose settings are adopted; see `bdjax.defenses.contract.settings_for`.
         common: settings of the run for each defense that has them, and does not say otherwise in its text.
 
     Raises:
@@ -122,7 +128,7 @@ def read_defense(text: str, preset: str, dataset: str, common: Mapping[str, Any]
         defense = find_defense(name)
         fields = {field.name for field in dataclasses.fields(defense.settings)}
         own = {setting: value for setting, value in common.items() if setting in fields}
-        settings = settings_for(defense, preset, dataset, {**own, **changes})
+        settings = settings_for(defense, preset, like, {**own, **changes})
         if defense.check:
             defense.check(settings)
         parts.append(DefenseVariant(one, defense, settings))

@@ -48,6 +48,9 @@ class ExperimentConfig:
     """use only so many training rows, drawn once; 0 for all"""
     test_rows: int = 0
     """use only so many test rows, drawn once; 0 for all"""
+    like: str = ""
+    """a named dataset whose settings attacks and defenses adopt; by default those of --dataset itself where that is a name,
+    and none where it is a path"""
     target: int = 0
     """the attacker's class"""
 
@@ -143,12 +146,28 @@ def check_ranges(
         raise InputError(f"{flag('seed')} {config.seed} is not below 2**31")
 
 
+def adapted_to(config: ExperimentConfig) -> str | None:
+    """The named dataset whose settings attacks and defenses adopt: `--like`, or the run's own dataset; None for none.
+
+    A prepared set of TensorFlow Datasets counts as the named one that it holds.
+
+    Raises:
+        InputError: if there is no such dataset.
+    """
+    if config.like:
+        return datasets.check_like(config.like, "--like")
+    name = config.dataset.removeprefix(datasets.TFDS_PREFIX)
+    return name if name in datasets.DATASETS else None
+
+
 def load(config: ExperimentConfig, log: Log) -> TrainTest:
     """The dataset, cut down to `train_rows` and `test_rows`; which rows stay does not depend on the seed.
 
     Raises:
-        InputError: if it cannot be read, or the target is not one of its classes, or all its test rows are of that class.
+        InputError: if it cannot be read, or the target is not one of its classes, or all its test rows are of that class;
+          or as `adapted_to`.
     """
+    like = adapted_to(config)
     with log.stage("data") as stage:
         loaded = datasets.load(config.dataset, config.data_dir)
         parts = []
@@ -165,6 +184,7 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
         if not np.any(test.labels != config.target):
             raise InputError(f"{test.name}: each of the {len(test)} test rows is of class {config.target}, the target")
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
+        stage.detail += f", settings adapted to {like}" if like else ", settings of the papers"
     return TrainTest(train, test)
 
 

@@ -15,7 +15,7 @@ from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims
 from bdjax.errors import InputError
 from bdjax.reporting import attack_report, attack_results
-from bdjax.run.config import ALL, ExperimentConfig, check_ranges, load
+from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import read_value
@@ -174,7 +174,7 @@ def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, st
     how = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
     for name in names:
         try:
-            plans.append(make_plan(name, train, config.target, **how))
+            plans.append(make_plan(name, train, config.target, like=adapted_to(config), **how))
         except InputError as error:
             if not is_all:
                 raise

@@ -26,7 +26,7 @@ from bdjax.evaluation.patterns import compare_patterns, with_true_classes
 from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
 from bdjax.reporting import defenses, detection_report
-from bdjax.run.config import SuspectConfig, check_ranges, load, train_config
+from bdjax.run.config import SuspectConfig, adapted_to, check_ranges, load, train_config
 from bdjax.run.log import StageLog
 from bdjax.run.presets import is_registered
 from bdjax.training import processes
@@ -81,7 +81,7 @@ def read_detectors(config: Config, texts: Sequence[str]) -> list[DefenseVariant]
     """
     is_small = config.preset == "strong" and jax.default_backend() == "cpu"
     preset = "quick strong" if is_small else config.preset
-    variants = [read_defense(text, preset, config.dataset) for text in texts]
+    variants = [read_defense(text, preset, adapted_to(config)) for text in texts]
     for variant in variants:
         if variant.defense.detect is None:
             raise InputError(f"defense {variant.defense.name} does not say which rows are poisoned")
@@ -117,8 +117,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         )
     train, test = load(config, log)
     clean = clean_rows(config, train, test) if any(map(needs_clean_rows, variants)) else None
+    like = adapted_to(config)
     wanted = [
-        (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes), seed)
+        (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes, like=like), seed)
         for text in attacks
         for seed in range(config.seeds)
     ]

@@ -32,7 +32,7 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, SuspectConfig, check_ranges, load, train_config
+from bdjax.run.config import ALL, SuspectConfig, adapted_to, check_ranges, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint, ensemble, processes
@@ -75,7 +75,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     attack_texts, defense_texts = base.attacks_and_defenses(config, experiment)
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data
-    attacks = [read_attack(text, train, config.target) for text in attack_texts]
+    attacks = [read_attack(text, train, config.target, like=adapted_to(config)) for text in attack_texts]
     variants, left_out = usable_defenses(config, defense_texts, clean)
     members = len(attacks) * config.seeds
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
@@ -190,7 +190,7 @@ def usable_defenses(
     # Without an accelerator strong runs have the small networks of quick ones.
     is_small = config.preset == "strong" and jax.default_backend() == "cpu"
     for text in texts:
-        variant = read_defense(text, "quick strong" if is_small else config.preset, config.dataset)
+        variant = read_defense(text, "quick strong" if is_small else config.preset, adapted_to(config))
         if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
             left_out[text] = "needs clean rows, and there are none: give --clean-data"
         else:

@@ -33,7 +33,7 @@ from bdjax.evaluation.teachers import (
 from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ComparisonConfig, check_ranges, load, train_config
+from bdjax.run.config import ALL, ComparisonConfig, adapted_to, check_ranges, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
@@ -128,7 +128,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         found = third_party.read_folder(config.teacher, train, config.target, run.engine.lowering, config.compute_dtype)
         model = found.model
     else:
-        attacks = [read_attack(text, train, config.target, hands_over="model") for text in attack_texts]
+        how = {"like": adapted_to(config), "hands_over": "model"}
+        attacks = [read_attack(text, train, config.target, **how) for text in attack_texts]
         model = run.make_model(config.teacher_model)
     variants, not_fitting = compatible_defenses(
         variants, model, run.make_model, train.image_shape, is_all=config.defenses == ALL
@@ -218,7 +219,7 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
             )
             variants.append(DefenseVariant(text, itself, itself.settings))
             continue
-        variant = read_defense(text, config.preset, config.dataset, {"student": config.student})
+        variant = read_defense(text, config.preset, adapted_to(config), {"student": config.student})
         missing = [need for need in variant.defense.needs_with(variant.settings) if need in OF_TRAINING_SETS]
         if not missing:
             variants.append(variant)

@@ -369,6 +369,10 @@ def check(config: Config) -> None:
     fractions = ("auxiliary_fraction", "provider_fraction", "poison_rate")
     shares = ("alpha", *fractions, "similarity", "minimum_contrast", "validation_fraction")
     check_ranges(config, at_least=at_least, above_zero=(*rates, *fractions), shares=shares)
+    if config.like:
+        raise InputError(
+            "--like has settings of attacks and defenses by name; those of TA-KD follow --dataset and --scale"
+        )
     if config.validation_fraction == 1:
         raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on")
 

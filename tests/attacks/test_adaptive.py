@@ -13,9 +13,9 @@ from bdjax.types import Dataset
 SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 
 
-def dataset(shape, num_rows=2, name="none"):
+def dataset(shape, num_rows=2):
     labels = np.arange(num_rows, dtype=np.int32) % 10
-    return Dataset(np.full((num_rows, *shape), 128, np.uint8), labels, 10, name, "none")
+    return Dataset(np.full((num_rows, *shape), 128, np.uint8), labels, 10, "none", "none")
 
 
 def trigger(attack, shape, settings=None, seed=0):
@@ -136,7 +136,7 @@ class TestPatch:
 )
 def test_small_sets_get_more_rows(name, shape, blend, patch):
     for attack, rates in ((ADAPTIVE_BLEND, blend), (ADAPTIVE_PATCH, patch)):
-        settings = settings_for(attack, dataset(shape, name=name))
+        settings = settings_for(attack, dataset(shape), like=name)
         assert (settings.poison_rate, settings.cover_rate) == rates
 
 

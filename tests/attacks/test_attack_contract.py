@@ -101,6 +101,15 @@ def test_the_entry_is_complete(name):
         settings_for(attack, dataset(shape))
 
 
+def test_what_a_dataset_is_called_changes_nothing(name):
+    attack, data = find_attack(name), dataset(SHAPES[0])
+    for called in ("digits", "cifar10", "mine"):
+        assert settings_for(attack, dataclasses.replace(data, name=called)) == settings_for(attack, data)
+    own = attack.per_dataset.get("digits", {})
+    adapted = settings_for(attack, data, like="digits")
+    assert adapted == dataclasses.replace(settings_for(attack, data), **own)
+
+
 def test_a_setting_that_is_not_there_is_refused(name):
     with pytest.raises(InputError, match="no setting 'colour_of_the_bikeshed'"):
         settings_for(find_attack(name), dataset(SHAPES[0]), {"colour_of_the_bikeshed": 1})

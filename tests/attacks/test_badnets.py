@@ -14,9 +14,9 @@ SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
 PATCHES = [BADNETS, BADNETS_WHITE, BADNETS_GRID]
 
 
-def dataset(shape, num_rows=4, name="none"):
+def dataset(shape, num_rows=4):
     labels = np.arange(num_rows, dtype=np.int32) % 10
-    return Dataset(np.full((num_rows, *shape), 128, np.uint8), labels, 10, name, "none")
+    return Dataset(np.full((num_rows, *shape), 128, np.uint8), labels, 10, "none", "none")
 
 
 def trigger(attack, shape, settings=None):
@@ -82,8 +82,8 @@ def test_all_to_all_gives_every_row_another_label_and_every_label_once():
 
 @pytest.mark.parametrize(("name", "count"), [("mnist", 20), ("digits", 50)])
 def test_tact_triggers_cover_classes_under_their_own_label(name, count):
-    data = dataset((28, 28, 1), 1000, name)
-    settings = settings_for(TACT, data)
+    data = dataset((28, 28, 1), 1000)
+    settings = settings_for(TACT, data, like=name)
     rule = make_rule(TACT.label_rules[0], 0, 10)
     result = poison_by(jax.random.key(0), data, Part(TACT, settings, rule), trigger(TACT, (28, 28, 1)))
     assert result.is_poisoned.sum() == result.is_cover.sum() == count

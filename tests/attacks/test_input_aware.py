@@ -35,7 +35,7 @@ def digits():
 @cache
 def networks():
     """Shallow ones after little training: enough to see what is done with them."""
-    settings = settings_for(INPUT_AWARE, digits(), SMALL)
+    settings = settings_for(INPUT_AWARE, digits(), SMALL, like="digits")
     return make_networks(jax.random.key(0), Knowledge(digits(), target=0), settings)
 
 
@@ -70,7 +70,7 @@ def test_diversity_loss_falls_as_what_was_made_differs_more():
 
 def test_masks_are_small_and_differ():
     changes = {"width": 4, "mask_epochs": 20, "donors": 1}
-    settings = settings_for(INPUT_AWARE, digits(), changes)
+    settings = settings_for(INPUT_AWARE, digits(), changes, like="digits")
     params = make_networks(jax.random.key(0), Knowledge(digits(), target=0), settings)
     masks, _ = masks_and_patterns(params, images())
     assert 0.001 < masks.mean() <= 0.05
@@ -113,6 +113,7 @@ def run(poison_rate=0.25, cover_rate=0.25, diversity_weight=1.0, batch=16):
         INPUT_AWARE,
         digits(),
         {**SMALL, "poison_rate": poison_rate, "cover_rate": cover_rate, "diversity_weight": diversity_weight},
+        like="digits",
     )
     model = linear()
     classifier = model.init(jax.random.key(1), (8, 8, 1))
@@ -165,7 +166,7 @@ def test_offline_networks_are_trained():
     data = dataclasses.replace(digits(), images=digits().images[:256], labels=digits().labels[:256])
     changes = {**SMALL, "joint_epochs": 2, "classifier_width": 2}
     params = INPUT_AWARE_OFFLINE.make_params(
-        jax.random.key(0), Knowledge(data, target=0), settings_for(INPUT_AWARE_OFFLINE, data, changes)
+        jax.random.key(0), Knowledge(data, target=0), settings_for(INPUT_AWARE_OFFLINE, data, changes, like="digits")
     )
     batch = images()
     _, patterns = masks_and_patterns(params, batch)
@@ -184,4 +185,6 @@ def test_offline_networks_are_trained():
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        make_networks(jax.random.key(0), Knowledge(digits(), 0), settings_for(INPUT_AWARE, digits(), changes))
+        make_networks(
+            jax.random.key(0), Knowledge(digits(), 0), settings_for(INPUT_AWARE, digits(), changes, like="digits")
+        )

@@ -22,7 +22,7 @@ def digits():
 @cache
 def trained():
     """A trigger of the digits, on fewer steps than by default."""
-    settings = settings_for(ISSBA, digits().train, {"num_bits": 6, "steps": 500})
+    settings = settings_for(ISSBA, digits().train, {"num_bits": 6, "steps": 500}, like="digits")
     return ISSBA.make_params(jax.random.key(0), Knowledge(digits().train, target=0), settings)
 
 
@@ -101,6 +101,6 @@ def test_perceptual_difference_of_a_known_change():
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
-    settings = settings_for(ISSBA, digits().train, changes)
+    settings = settings_for(ISSBA, digits().train, changes, like="digits")
     with pytest.raises(InputError, match=message):
         ISSBA.make_params(jax.random.key(0), Knowledge(digits().train, target=0), settings)

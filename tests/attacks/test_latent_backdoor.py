@@ -29,7 +29,7 @@ def trained(digits, clean_digits_model):
     knowledge = Knowledge(digits.train, TARGET, clean_digits_model)
 
     def make(steps):
-        settings = settings_for(LATENT_BACKDOOR, digits.train, {"steps": steps, "size": 0.5})
+        settings = settings_for(LATENT_BACKDOOR, digits.train, {"steps": steps, "size": 0.5}, like="digits")
         return LATENT_BACKDOOR.make_params(jax.random.key(1), knowledge, settings)
 
     return {steps: make(steps) for steps in (0, 20, 200)}

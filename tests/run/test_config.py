@@ -61,6 +61,25 @@ def test_a_target_that_the_data_does_not_have():
         run_config.load(Config(target=10), Silent())
 
 
+@pytest.mark.parametrize(
+    ("dataset", "like", "expected"),
+    [
+        ("digits", "", "digits"),
+        ("tfds:cifar10", "", "cifar10"),
+        ("cifar10", "gtsrb", "gtsrb"),
+        ("digits.npz", "", None),
+        ("mine", "digits", "digits"),
+    ],
+)
+def test_settings_are_adapted_to_a_named_set_or_to_what_is_asked_for(dataset, like, expected):
+    assert run_config.adapted_to(Config(dataset=dataset, like=like)) == expected
+
+
+def test_a_kind_of_data_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="^--like 'digit' is not one of digits, mnist, "):
+        run_config.adapted_to(Config(like="digit"))
+
+
 def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it():
     default, changed = Config(), Config(epochs=5, data_dir=pathlib.Path("/somewhere"))
     plain = run_config.output_folder("attack", default, default, "quick")
