@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.suspects import Suspect
 from bdjax.metrics import DEFINITIONS, DefenseWord, DetectionMetrics, has_backdoor
 from bdjax.reporting import results as schema
 from bdjax.reporting import sections as shared
@@ -23,9 +24,6 @@ from bdjax.types import TrainTest
 
 WORDS = ("removed", "removed at a cost", "weakened", "kept", "nothing to remove")
 _NAMES = ("cda", "asr", "r_acc", *DetectionMetrics._fields)
-
-
-# ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
 def summarise(
@@ -45,29 +43,17 @@ def summarise(
         controls: (attack, defense, suspect's seed) -> the ASR of the suspect's trigger where no backdoor can be. If the run has
             any, they stand beside the ASR.
     """
-    measured = list(measured)
-    suspects = schema.group_by_attack(measured)
     names = (*_NAMES[:2], *(["control_asr"] if controls else []), *_NAMES[2:])
-    attacks = []
-    for each in suspects.values():
-        is_known = all(one.is_poisoned is not None for one in each)
-        counts = {
-            "num_rows": [len(one.dataset) for one in each],
-            "num_poisoned": [int(one.is_poisoned.sum()) for one in each] if is_known else None,
-            "num_covers": [one.num_covers for one in each] if is_known else None,
-        }
-        attacks.append(schema.describe_attack(each, seed) | counts)
-    variants = {one.variant.name: one.variant for one in measured}
-    seeds = sorted({one.suspect.seed for one in measured})
-    return schema.assemble(
-        (*names, *WORDS),
-        test_rows,
-        [seed + number for number in seeds],
-        attacks,
-        [schema.describe_method(variant) for variant in variants.values()],
-        schema.cells_of(measured, seed, names, controls),
-        left_out,
-    )
+    return schema.summarise(list(measured), names, (*names, *WORDS), test_rows, seed, left_out, controls, _counts)
+
+
+def _counts(suspects: Sequence[Suspect]) -> dict[str, list[int] | None]:
+    is_known = all(one.is_poisoned is not None for one in suspects)
+    return {
+        "num_rows": [len(one.dataset) for one in suspects],
+        "num_poisoned": [int(one.is_poisoned.sum()) for one in suspects] if is_known else None,
+        "num_covers": [one.num_covers for one in suspects] if is_known else None,
+    }
 
 
 def word_of(results: Entry, attack: str, defense: str) -> DefenseWord | None:
@@ -80,16 +66,8 @@ def _with_control(results: Entry, *names: str) -> tuple[str, ...]:
     return (*names, *(["control_asr"] if schema.is_known(results, "control_asr") else []))
 
 
-# ---- Tables ---------------------------------------------------------------------------------------------------------
-
-
 def main_table(results: Entry, second: str = "asr") -> Table:
-    """Attacks × defenses, two numbers in each cell, and their means over the attacks.
-
-    Args:
-        results: of `summarise`.
-        second: what stands beside CDA: "asr" (with the control's, if the run has one) or "r_acc".
-    """
+    """Attacks × defenses, and their means: CDA, and "asr" (with the control's, if the run has one) or "r_acc"."""
     names, notes = ("cda", second) if second != "asr" else _with_control(results, "cda", "asr"), ""
     if any(one["stage"] == "at test time" for one in results["methods"]):
         notes += " A test row that a defense rejects is neither right nor a success: it lowers CDA, ASR and R-ACC."
@@ -131,16 +109,11 @@ def trigger_table(results: Entry) -> Table | None:
 
 def detection_table(results: Entry) -> Table | None:
     """What flags and scores are worth; None if no defense has any."""
-    shown = (
-        each for each in schema.cells(results) if any(mean_of(each[0], name) is not None for name in ("flagged", "auc"))
-    )
-    titles = shared.title_columns("training set", "defense")
-    columns = {
-        "training set": titles["training set"],
-        "poisoned": lambda _, attack, __: poisoned_share(attack),
-        "defense": titles["defense"],
-        **shared.number_columns(DetectionMetrics._fields),
-    }
+    cells = schema.cells(results)
+    shown = (each for each in cells if (mean_of(each[0], "flagged"), mean_of(each[0], "auc")) != (None, None))
+    set_column, defense_column = shared.title_columns("training set", "defense").items()
+    poisoned = "poisoned", lambda _, attack, __: poisoned_share(attack)
+    columns = dict([set_column, poisoned, defense_column]) | shared.number_columns(DetectionMetrics._fields)
     notes = (
         f"Of training rows; {schema.mean_text(results)}. Poisoned, flagged: shares of all rows; cover rows count as clean. "
         f"AUC: {DEFINITIONS['auc']} (0.5 is chance). {UNKNOWN}: nothing poisoned, ground truth unknown, or a seed in which "
@@ -216,9 +189,6 @@ def rows_table(results: Entry) -> Table:
     return shared.entry_table("Training sets", results["attacks"], columns, notes)
 
 
-# ---- Words ----------------------------------------------------------------------------------------------------------
-
-
 def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     """Say in words what the numbers say.
 
@@ -227,27 +197,22 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
         about: names of the defenses that the headline is about; by default all that are one.
     """
     defenses = _shown(results, about)
-    baseline = schema.undefended(results)
-    before = {one["attack"]: find(results, one["attack"], baseline) for one in results["attacks"]}
-    attacked = [one for one in results["attacks"] if mean_of(before[one["attack"]], "asr") is not None]
+    before = [(one, find(results, one["attack"], schema.undefended(results))) for one in results["attacks"]]
+    attacked = [(one, mean_of(cell, "asr"), mean_of(cell, "control_asr")) for one, cell in before]
+    attacked = [each for each in attacked if each[1] is not None]
     if not attacked or not defenses:
         return _without_trigger(results, defenses)
-    working = [one for one in attacked if has_backdoor(*_asr_and_control(before[one["attack"]]))]
-    idle = ", ".join(
-        f"{one['title']} ({_asr_and_control(before[one['attack']])[0]:.2f})" for one in attacked if one not in working
-    )
+    working = [one for one, asr, control in attacked if has_backdoor(asr, control)]
+    idle = ", ".join(f"{one['title']} ({asr:.2f})" for one, asr, _ in attacked if one not in working)
     if not working:
-        return Verdict(
-            "info",
-            "No training set gives a network with a backdoor, so there is nothing to remove.",
-            f"Mean ASR without defense: {idle}.{shared.explain('nothing to remove')}",
-        )
+        headline = "No training set gives a network with a backdoor, so there is nothing to remove."
+        return Verdict("info", headline, f"Mean ASR without defense: {idle}.{shared.explain('nothing to remove')}")
     words = [[word_of(results, each["attack"], one["method"]) for each in working] for one in defenses]
     paragraphs = [_on_defense(results, one, working, each) for one, each in zip(defenses, words, strict=True)]
     if idle:
         paragraphs.append(f"Left out, because there is no backdoor even without defense (mean ASR): {idle}.")
-    clean = list(filter(schema.is_clean, results["attacks"]))[:1]
-    paragraphs += [shared.accuracy_text(results, one, [*_baseline(results), *defenses]) for one in clean]
+    shown = [one for one in results["methods"] if one in defenses or one["base"] == schema.NO_DEFENSE]
+    paragraphs += [shared.accuracy_text(results, one, shown) for one in results["attacks"] if schema.is_clean(one)]
     paragraphs.append(shared.explain("removed").strip() + schema.one_seed_text(results))
     text = shared.headline([one["title"] for one in defenses], words, "defenses")
     return Verdict(level_of(word for each in words for word in each), text, "\n\n".join(paragraphs))
@@ -257,10 +222,6 @@ def _shown(results: Entry, about: Sequence[str]) -> list[Entry]:
     """The defenses that the report is about."""
     defenses = [one for one in results["methods"] if one["base"] != schema.NO_DEFENSE]
     return [one for one in defenses if one["method"] in about] or defenses
-
-
-def _asr_and_control(cell: Entry | None) -> tuple[float | None, float | None]:
-    return mean_of(cell, "asr"), mean_of(cell, "control_asr")
 
 
 def _on_defense(results: Entry, defense: Entry, attacks: Sequence[Entry], words: Sequence[DefenseWord | None]) -> str:
@@ -285,7 +246,8 @@ def _on_defense(results: Entry, defense: Entry, attacks: Sequence[Entry], words:
 
 
 def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
-    lines = [shared.accuracy_text(results, attack, [*_baseline(results), *defenses]) for attack in results["attacks"]]
+    shown = [one for one in results["methods"] if one in defenses or one["base"] == schema.NO_DEFENSE]
+    lines = [shared.accuracy_text(results, attack, shown) for attack in results["attacks"]]
     if any(one["num_poisoned"] is None for one in results["attacks"]):
         headline = "Ground truth unknown: attack success cannot be measured."
         lines.append(
@@ -297,13 +259,6 @@ def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
     else:
         headline = "No trigger is known, so no attack success can be measured."
     return Verdict("info", headline, "\n\n".join(lines) + schema.one_seed_text(results))
-
-
-def _baseline(results: Entry) -> list[Entry]:
-    return [one for one in results["methods"] if one["base"] == schema.NO_DEFENSE]
-
-
-# ---- The page -------------------------------------------------------------------------------------------------------
 
 
 def page(

@@ -13,7 +13,7 @@ A cell is what one method makes of one attack. The method with the base `NO_DEFE
 has touched. Wall times are not in results.json, which is the same whenever a run is repeated.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,9 @@ NO_DEFENSE = "none"
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Mean and sample standard deviation of one number over seeds.
+    """Mean and sample standard deviation of one number over seeds: {"mean", "standard_deviation"}.
 
-    Args:
-        values: one for each seed. If there is none, or one of them is None, the mean is unknown.
-
-    Returns:
-        {"mean", "standard_deviation"}, None where unknown; a single seed has no deviation.
+    The mean is None if there is no value, or one of them is None; a single seed has no deviation.
     """
     known = list(values)
     if not known or any(value is None for value in known):
@@ -100,12 +96,7 @@ def make_cell(attack: str, method: str, by_seed: Sequence[Mapping[str, Any]], na
 
 
 def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
-    """The entry of results["attacks"] for the suspects of one attack.
-
-    Args:
-        suspects: of each seed, in order.
-        seed: the number of the first.
-    """
+    """The entry of results["attacks"] for the suspects of one attack, seed after seed; `seed` is the number of the first."""
     attack = suspects[0].attack
     targets = list(dict.fromkeys(one.attack.target for one in suspects))
     other_targets = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(str, targets[1:]))}"
@@ -153,53 +144,57 @@ def describe_method(variant: DefenseVariant) -> dict[str, Any]:
     }
 
 
-def group_by_attack(measured: Iterable[Measured]) -> dict[str, list[Suspect]]:
-    """Attack -> its suspects in the order of their seeds; attacks in the order in which they first come."""
-    groups: dict[str, dict[int, Suspect]] = {}
-    for each in measured:
-        groups.setdefault(each.suspect.attack.name, {})[each.suspect.seed] = each.suspect
-    return {name: [suspects[number] for number in sorted(suspects)] for name, suspects in groups.items()}
-
-
-def cells_of(
-    measured: Sequence[Measured], seed: int, names: Sequence[str], controls: Mapping[tuple[str, str, int], float | None]
-) -> list[dict[str, Any]]:
-    """The cells of defenses on suspects, attack after attack; both in the order in which they first come.
+def summarise(
+    measured: Sequence[Measured],
+    names: Sequence[str],
+    definitions: Iterable[str],
+    test_rows: int,
+    seed: int,
+    left_out: Mapping[str, str],
+    controls: Mapping[tuple[str, str, int], float | None],
+    attack_facts: Callable[[Sequence[Suspect]], Mapping[str, Any]] = lambda suspects: {},
+    method_facts: Mapping[str, Mapping[str, Any]] = {},
+    **extra: Any,
+) -> dict[str, Any]:
+    """The content of results.json for defenses on suspects; attacks and methods are in the order in which they first come.
 
     Args:
         measured: every suspect after every defense.
+        names: the numbers of a cell: some of "cda", "asr", "r_acc", "control_asr" and the fields of `DetectionMetrics`.
+        definitions, test_rows, left_out, extra: as `assemble` has them.
         seed: the number of the first.
-        names: what is kept of "cda", "asr", "r_acc", "control_asr" and the fields of `DetectionMetrics`.
         controls: (attack, method, suspect's seed) -> control ASR, where it is known.
+        attack_facts: the suspects of one attack, in the order of their seeds -> what else its entry has.
+        method_facts: a method's name -> what else its entry has.
     """
-    cells: dict[tuple[str, str], list[tuple[int, dict[str, Any]]]] = {
-        (attack, method): []
-        for attack in dict.fromkeys(each.suspect.attack.name for each in measured)
-        for method in dict.fromkeys(each.variant.name for each in measured)
+    keys = [(each.suspect.attack.name, each.variant.name) for each in measured]
+    suspects: dict[str, list[Suspect]] = {attack: [] for attack, _ in keys}
+    variants = {each.variant.name: each.variant for each in measured}
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {
+        (attack, method): [] for attack in suspects for method in variants
     }
-    for each in measured:
-        key, number = (each.suspect.attack.name, each.variant.name), each.suspect.seed
+    for key, each in sorted(zip(keys, measured, strict=True), key=lambda pair: pair[1].suspect.seed):
+        number = each.suspect.seed
+        if all(one.seed != number for one in suspects[key[0]]):
+            suspects[key[0]].append(each.suspect)
         known = {"cda": each.cda, "asr": each.asr, "r_acc": each.r_acc, "control_asr": controls.get((*key, number))}
         known |= each.detection._asdict()
         row = {"seed": seed + number, **{name: known[name] for name in names}}
-        row |= {"triggers": [trigger._asdict() for trigger in each.metrics], "facts": dict(each.facts)}
-        cells[key].append((number, row))
-    return [
-        make_cell(*key, [row for _, row in sorted(rows, key=lambda pair: pair[0])], names)
-        for key, rows in cells.items()
-        if rows
-    ]
+        rows[key].append(row | {"triggers": [one._asdict() for one in each.metrics], "facts": dict(each.facts)})
+    return assemble(
+        definitions,
+        test_rows,
+        [seed + number for number in sorted({each.suspect.seed for each in measured})],
+        [describe_attack(each, seed) | attack_facts(each) for each in suspects.values()],
+        [describe_method(one) | method_facts.get(name, {}) for name, one in variants.items()],
+        [make_cell(*key, by_seed, names) for key, by_seed in rows.items() if by_seed],
+        left_out,
+        **extra,
+    )
 
 
 def word_of(results: Mapping[str, Any], attack: str, method: str, before: str | None) -> metrics.DefenseWord | None:
-    """The word for what a method makes of a backdoor; None if its ASR or its CDA is not known.
-
-    Args:
-        results: the tree.
-        attack: its name.
-        method: its name.
-        before: the method whose network has the backdoor to be removed.
-    """
+    """The word for what a method makes of the backdoor that there is under the method `before`; None if a number is unknown."""
     cells = [find(results, attack, before), find(results, attack, method)]
     asr, cda, control = ([mean_of(cell, name) for cell in cells] for name in ("asr", "cda", "control_asr"))
     return None if None in (*asr, *cda) else metrics.defense_word(*asr, *cda, *control)

@@ -2,13 +2,16 @@
 
 Tables are made of the tree of `bdjax.reporting.results`; where reports differ, they give other columns. Figures of rows are
 made of the comparisons, whose flags, scores and pictures are not in that tree, and show the first seed.
+
+In all of them `results` is the tree, `suspect` is what methods are tried on ("training set", "teacher"), and `method` what they
+are called ("defense", "method").
 """
 
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -162,14 +165,10 @@ def _largest_deviations(results: Entry, names: Iterable[str]) -> str:
 
 
 def needs_table(results: Entry, before: Columns, needs: Mapping[str, str], after: Columns, notes: str = "") -> Table:
-    """Who was given what: a row for each method.
+    """Who was given what: a row for each method, with the columns `before` and `after` those of the needs.
 
     Args:
-        results: the tree.
-        before: the columns before those of the needs.
         needs: a need -> its header; one that no method has gets no column.
-        after: the columns after those of the needs.
-        notes: printed below.
     """
     shown = {need: title for need, title in needs.items() if any(need in one["needs"] for one in results["methods"])}
     given = {title: lambda one, need=need: "yes" if need in one["needs"] else None for need, title in shown.items()}
@@ -179,13 +178,7 @@ def needs_table(results: Entry, before: Columns, needs: Mapping[str, str], after
 
 
 def facts_table(results: Entry, suspect: str = "training set", method: str = "defense") -> Table | None:
-    """What methods report of themselves; None if nothing.
-
-    Args:
-        results: the tree.
-        suspect: what methods are tried on.
-        method: what methods are called.
-    """
+    """What methods report of themselves; None if nothing."""
     rows: list[tuple[Cell, ...]] = []
     for one in results["methods"]:
         for cell, attack, _ in (each for each in schema.cells(results) if each[2] is one):
@@ -205,33 +198,28 @@ def published_table(
     Args:
         results: the tree; with results["teacher"], of students.
         dataset: as bdjax names it.
-        suspect: what methods are tried on.
-        method: what methods are called.
     """
     teacher, rows = results.get("teacher"), []
     for cell, attack, one in schema.cells(results):
         wanted = {"measured": "network", "dataset": dataset, "attack": attack["base"], "method": one["base"]}
-        pair = [cell]
+        ours = [cell]
         if teacher:
-            networks = {"teacher": _network(teacher), "student": _network(one)}
-            wanted |= {"measured": "student", **networks}
-            pair = [schema.find(results, cell["attack"], schema.undefended(results)), cell]
-        ours = [schema.mean_of(each, name) for each in pair for name in ("cda", "asr")]
+            wanted |= {"measured": "student", "teacher": _network(teacher), "student": _network(one)}
+            ours = [schema.find(results, cell["attack"], schema.undefended(results)), cell]
+        means = [schema.mean_of(each, name) for each in ours for name in ("cda", "asr")]
+        numbers = [None if mean is None else 100 * mean for mean in means]
         for found in find_published(**wanted) if not attack["suppression"] else ():
             theirs = ["fail", "fail"] if found.clean_accuracy is None else [found.clean_accuracy, found.success]
             names = [f"{found.teacher} / {found.student}"] if teacher else []
             theirs = [found.teacher_accuracy, found.teacher_success, *theirs] if teacher else theirs
-            numbers = [None if value is None else 100 * value for value in ours]
-            pairs = (value for both in zip(numbers, theirs, strict=True) for value in both)
+            pairs = (value for pair in zip(numbers, theirs, strict=True) for value in pair)
             rows.append((attack["title"], one["title"], *names, *pairs, found.paper))
+    if not rows:
+        return None
     names = ("teacher's CDA", "teacher's ASR", "CDA", "ASR") if teacher else ("CDA", "ASR")
     columns = (text for name in names for text in (name, "the paper's"))
     header = (suspect, method, *(["networks"] if teacher else []), *columns, "paper")
-    return (
-        Table("Beside the papers", header, tuple(rows), STUDENTS_DIFFER if teacher else PAPERS_DIFFER, decimals=2)
-        if rows
-        else None
-    )
+    return Table("Beside the papers", header, tuple(rows), STUDENTS_DIFFER if teacher else PAPERS_DIFFER, decimals=2)
 
 
 def _network(entry: Entry) -> str:
@@ -248,11 +236,8 @@ def time_table(
     """Seconds of each method for one suspect; None if none was timed.
 
     Args:
-        results: the tree.
         seconds: of `seconds_of`.
         is_whole: whether the run was made in one go. If not, stages were read from a checkpoint, and ratios would mean nothing.
-        suspect: what methods are tried on.
-        method: what methods are called.
     """
     baseline = seconds.get(schema.undefended(results) or "")
     shown = [one for one in results["methods"] if one["method"] in seconds]
@@ -262,10 +247,8 @@ def time_table(
     }
     notes = f"Wall time of this process, compiling included and shared by all {suspect}s of a call."
     if baseline:
-        has_ratio = [is_whole and one["base"] != schema.NO_DEFENSE for one in shown]
-        ratios = {
-            one["method"]: f"{seconds[one['method']] / baseline:.2f} ×" for one in itertools.compress(shown, has_ratio)
-        }
+        timed = [one["method"] for one in shown if is_whole and one["base"] != schema.NO_DEFENSE]
+        ratios = {name: f"{seconds[name] / baseline:.2f} ×" for name in timed}
         columns["× no defense"] = lambda one: ratios.get(one["method"])
         notes += " No defense: the plain training, which a defense that starts from the attacked model needs on top."
     notes += f" Stages that another {method} had already trained cost next to nothing here."
@@ -315,10 +298,7 @@ def key_numbers(
     """Numbers for the top of the page: "mean ASR, LfD" -> "0.012". Those that some attack does not have are left out.
 
     Args:
-        results: the tree.
         methods: a method's name -> what it is called.
-        names: the numbers.
-        attacks: the entries that means are over.
     """
     tiles = {}
     for name in names:
@@ -330,12 +310,7 @@ def key_numbers(
 
 
 def settings_of(results: Entry, method: str = "defense") -> dict[str, Any]:
-    """Groups for the report's list of settings: of each part of an attack, and of each part of a method.
-
-    Args:
-        results: the tree.
-        method: what methods are called.
-    """
+    """Groups for the report's list of settings: of each part of an attack, and of each part of a method."""
     groups = {
         f"attack {one['attack']}" + (f": {part['attack']}" if len(one["parts"]) > 1 else ""): part["settings"]
         for one in results["attacks"]
@@ -393,41 +368,43 @@ def trade_off_figure(folder: RunFolder, results: Entry, method: str = "defense")
 
 
 def seconds_of(comparisons: Sequence[Comparison], timings: Mapping[str, float]) -> dict[str, float]:
-    """Method -> its seconds for one suspect; for no defense, those of the plain training.
-
-    Args:
-        comparisons: every method on every group of suspects.
-        timings: seconds of each stage of the run.
-    """
-    seconds: dict[str, float] = {}
-    for name, group in _by_variant(comparisons).items():
-        measured = [one for comparison in group for one in comparison.tried]
+    """Method -> its seconds for one suspect; for no defense, those of the plain training, from those of the run's stages."""
+    measured: dict[str, list[Measured]] = {}
+    for comparison in comparisons:
+        measured.setdefault(comparison.variant.name, []).extend(comparison.tried)
+    seconds = {}
+    for name, group in measured.items():
         if group[0].variant.defense.name != schema.NO_DEFENSE:
-            seconds[name] = float(np.mean([one.seconds for one in measured]))
+            seconds[name] = float(np.mean([one.seconds for one in group]))
         elif PLAIN_STAGE in timings:
-            seconds[name] = timings[PLAIN_STAGE] / len(measured)
+            seconds[name] = timings[PLAIN_STAGE] / len(group)
     return seconds
 
 
-def _by_variant(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    groups: dict[str, list[Comparison]] = {}
-    for one in comparisons:
-        groups.setdefault(one.variant.name, []).append(one)
-    return groups
+class _Found(NamedTuple):
+    """What a method says of one suspect of the first seed."""
+
+    suspect: Suspect
+    flags: np.ndarray | None  # bool [n]
+    scores: np.ndarray | None  # float [n]
+    pictures: Mapping[str, np.ndarray]  # kind -> [any number, H, W, C] in [0, 1]
 
 
-def _first_seed(comparisons: Sequence[Comparison]) -> Iterator[tuple[Comparison, int, Measured]]:
-    """(comparison, which of its suspects, that suspect) for all of the first seed, attack after attack."""
-    for comparison in comparisons:
-        for number, one in enumerate(comparison.tried):
+def _first_seed(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[_Found]]:
+    """(name, title) of each method -> what it says of each suspect of the first seed."""
+    groups: dict[tuple[str, str], list[_Found]] = {}
+    for variant, result, measured in comparisons:
+        found = groups.setdefault((variant.name, variant.title), [])
+        for i, one in enumerate(measured):
             if one.suspect.seed == 0:
-                yield comparison, number, one
-
-
-def _flags_and_scores(comparison: Comparison, number: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Of one suspect."""
-    result = comparison.result
-    return tuple(None if each is None else np.asarray(each[number]) for each in (result.flags, result.scores))
+                flags, scores = (
+                    None if each is None else np.asarray(each[i]) for each in (result.flags, result.scores)
+                )
+                pictures = {
+                    kind: np.asarray(images[i]) for kind, images in result.pictures.items() if images is not None
+                }
+                found.append(_Found(one.suspect, flags, scores, pictures))
+    return groups
 
 
 def file_name(text: str) -> str:
@@ -441,19 +418,13 @@ def file_name(text: str) -> str:
 
 def write_scores(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[str]:
     """Write scores/<defense>/<training set>.csv for the first seed of every defense that flags or scores rows, so that whoever
-    owns the rows can sort and remove them with any tool.
-
-    Returns:
-        The names of the files.
-    """
+    owns the rows can sort and remove them with any tool; returns the names of the files."""
     written = []
-    for comparison, number, one in _first_seed(comparisons):
-        flags, scores = _flags_and_scores(comparison, number)
-        if flags is None and scores is None:
-            continue
-        name = f"scores/{file_name(comparison.variant.name)}/{file_name(one.suspect.attack.name)}.csv"
-        folder.write_text(name, scores_csv(one.suspect, flags, scores))
-        written.append(name)
+    for (name, _), sets in _first_seed(comparisons).items():
+        for suspect, flags, scores, _ in sets:
+            if flags is not None or scores is not None:
+                written.append(f"scores/{file_name(name)}/{file_name(suspect.attack.name)}.csv")
+                folder.write_text(written[-1], scores_csv(suspect, flags, scores))
     return written
 
 
@@ -467,39 +438,28 @@ def scores_csv(suspect: Suspect, flags: np.ndarray | None, scores: np.ndarray | 
         flags: bool [n], or None.
         scores: float [n], or None.
     """
-
-    def column(values: np.ndarray | None, form: str) -> list[str]:
-        return [""] * len(suspect.dataset) if values is None else [form % value for value in values]
-
-    columns = (
-        column(suspect.dataset.labels, "%d"),
-        column(scores, "%.6g"),
-        column(flags, "%d"),
-        column(suspect.is_poisoned, "%d"),
-    )
-    lines = [f"{row},{','.join(cells)}" for row, cells in enumerate(zip(*columns, strict=True))]
+    forms = ("%d", suspect.dataset.labels), ("%.6g", scores), ("%d", flags), ("%d", suspect.is_poisoned)
+    columns = [itertools.repeat("") if values is None else [form % value for value in values] for form, values in forms]
+    lines = [f"{row},{','.join(cells)}" for row, cells in enumerate(zip(*columns, strict=False))]
     return "\n".join(["row,label,score,flagged,is_poisoned", *lines]) + "\n"
 
 
 def score_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
     """Histograms of the scores on the first seed's training sets, a figure for each defense that scores rows."""
     figures = []
-    for name, group in _by_variant(comparisons).items():
-        panels = []
-        for comparison, number, one in _first_seed(group):
-            _, scores = _flags_and_scores(comparison, number)
-            if scores is not None:
-                panels.append(plots.Scores(schema.set_title(one.suspect), scores, one.suspect.is_poisoned))
-        if not panels:
-            continue
-        title = group[0].variant.title
-        figure = plots.score_histograms(panels[:MOST_SETS], title)
-        caption = (
-            f"{title}: scores of the first seed's training rows, as shares of the clean and of the poisoned ones. Cover rows "
-            "count as clean. Outliers are in the outermost bars." + _cut(panels)
-        )
-        path = plots.save(figure, folder.file(f"scores-{file_name(name)}.png"))
-        figures.append(Figure(path, caption, f"Histograms of the scores that {title} gives to training rows."))
+    for (name, title), sets in _first_seed(comparisons).items():
+        scored = [one for one in sets if one.scores is not None]
+        if scored:
+            panels = [
+                plots.Scores(schema.set_title(one.suspect), one.scores, one.suspect.is_poisoned) for one in scored
+            ]
+            caption = (
+                f"{title}: scores of the first seed's training rows, as shares of the clean and of the poisoned ones. Cover "
+                "rows count as clean. Outliers are in the outermost bars." + _cut(panels)
+            )
+            figure = plots.score_histograms(panels[:MOST_SETS], title)
+            path = plots.save(figure, folder.file(f"scores-{file_name(name)}.png"))
+            figures.append(Figure(path, caption, f"Histograms of the scores that {title} gives to training rows."))
     return figures
 
 
@@ -530,66 +490,54 @@ def most_suspicious(flags: np.ndarray | None, scores: np.ndarray | None, count: 
 def suspicious_figures(folder: RunFolder, comparisons: Sequence[Comparison], train: Dataset) -> list[Figure]:
     """The rows of the first seed that each defense suspects most, with their labels and the truth where it is known."""
     figures = []
-    for name, group in _by_variant(comparisons).items():
-        sets = [(one.suspect, *_flags_and_scores(c, i)) for c, i, one in _first_seed(group)]
-        sets = [each for each in sets if each[1] is not None or each[2] is not None]
-        images, captions, names = _suspicious_lines(sets, train)
-        if not images:
+    for (name, title), found in _first_seed(comparisons).items():
+        sets = [one for one in found if one.flags is not None or one.scores is not None]
+        count = PICTURES_OF_ONE if len(sets) == 1 else PICTURES_OF_EACH
+        per_line = IMAGES_PER_LINE if len(sets) == 1 else count
+        lines = [  # (suspect, whether it is its first line, row numbers)
+            (one.suspect, start == 0, rows[start : start + per_line])
+            for one in sets[:MOST_SETS]
+            for rows in [most_suspicious(one.flags, one.scores, count)]
+            for start in range(0, len(rows), per_line)
+        ]
+        if not lines:
             continue
-        title, (_, flags, scores) = group[0].variant.title, sets[0]
-        how = "flagged rows first, the highest scores before others"
-        how = "the highest scores first" if flags is None else "some of the flagged rows" if scores is None else how
-        caption = (
-            f"{title}: {how}; first seed. Under each row the label it came with, and whether it is poisoned where that is "
-            "known." + _cut(sets)
+        images = [[one.dataset.images[row].astype(np.float32) / 255 for row in rows] for one, _, rows in lines]
+        captions = [[_row_caption(one, train, row) for row in rows] for one, _, rows in lines]
+        names = [schema.set_title(one) if is_first else "" for one, is_first, _ in lines] if len(sets) > 1 else []
+        how = (
+            "the highest scores first"
+            if sets[0].flags is None
+            else "flagged rows first, the highest scores before others"
         )
-        figure = plots.image_grid(images, names if len(sets) > 1 else (), (), title, captions=captions)
+        how = "some of the flagged rows" if sets[0].scores is None else how
+        caption = (
+            f"{title}: {how}; first seed. Under each row the label it came with, and whether it is poisoned if known."
+        )
+        figure = plots.image_grid(images, names, (), title, captions=captions)
         path = plots.save(figure, folder.file(f"suspicious-{file_name(name)}.png"))
-        figures.append(Figure(path, caption, f"The training rows that {title} suspects most."))
+        figures.append(Figure(path, caption + _cut(sets), f"The training rows that {title} suspects most."))
     return figures
 
 
-def _suspicious_lines(
-    sets: Sequence[tuple[Suspect, np.ndarray | None, np.ndarray | None]], train: Dataset
-) -> tuple[list[list[np.ndarray]], list[list[str]], list[str]]:
-    """(images, captions, name) of each line of `suspicious_figures`, from (suspect, flags, scores)."""
-    count = PICTURES_OF_ONE if len(sets) == 1 else PICTURES_OF_EACH
-    per_line = IMAGES_PER_LINE if len(sets) == 1 else count
-    images, captions, names = [], [], []
-    for suspect, flags, scores in sets[:MOST_SETS]:
-        rows = most_suspicious(flags, scores, count)
-        for start in range(0, len(rows), per_line):
-            line = rows[start : start + per_line]
-            images.append([suspect.dataset.images[row].astype(np.float32) / 255 for row in line])
-            captions.append([_caption(suspect, train, row) for row in line])
-            names.append("" if start else schema.set_title(suspect))
-    return images, captions, names
-
-
-def _caption(suspect: Suspect, train: Dataset, row: int) -> str:
+def _row_caption(suspect: Suspect, train: Dataset, row: int) -> str:
     label = int(suspect.dataset.labels[row])
     name = train.class_names[label] if train.class_names else str(label)
-    if suspect.is_poisoned is None:
-        return name
-    return f"{name}: {'poisoned' if suspect.is_poisoned[row] else 'clean'}"
+    truth = "" if suspect.is_poisoned is None else ": poisoned" if suspect.is_poisoned[row] else ": clean"
+    return name + truth
 
 
 def picture_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
     """The pictures in the defenses' results, of the first seed: a figure for each kind, a line for each suspect."""
     figures = []
-    for name, group in _by_variant(comparisons).items():
-        title = group[0].variant.title
-        for kind in dict.fromkeys(kind for one in group for kind in one.result.pictures):
-            images, names = [], []
-            for comparison, number, one in _first_seed(group):
-                pictures = comparison.result.pictures.get(kind)
-                if pictures is not None and len(pictures[number]):
-                    images.append(list(np.asarray(pictures[number])[:IMAGES_PER_LINE]))
-                    names.append(schema.set_title(one.suspect))
-            if not images:
-                continue
-            figure = plots.image_grid(images[:MOST_SETS], names[:MOST_SETS], (), f"{title}: {kind}")
-            path = plots.save(figure, folder.file(f"found-{file_name(name)}-{file_name(kind)}.png"))
-            caption = f"{title}: {kind}. First seed." + _cut(images)
-            figures.append(Figure(path, caption, f"Pictures that {title} found: {kind}."))
+    for (name, title), sets in _first_seed(comparisons).items():
+        for kind in dict.fromkeys(kind for one in sets for kind in one.pictures):
+            shown = [one for one in sets if len(one.pictures.get(kind, ()))]
+            if shown:
+                images = [list(one.pictures[kind][:IMAGES_PER_LINE]) for one in shown[:MOST_SETS]]
+                names = [schema.set_title(one.suspect) for one in shown[:MOST_SETS]]
+                figure = plots.image_grid(images, names, (), f"{title}: {kind}")
+                path = plots.save(figure, folder.file(f"found-{file_name(name)}-{file_name(kind)}.png"))
+                caption = f"{title}: {kind}. First seed." + _cut(shown)
+                figures.append(Figure(path, caption, f"Pictures that {title} found: {kind}."))
     return figures

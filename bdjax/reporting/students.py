@@ -37,9 +37,6 @@ class Networks(NamedTuple):
     image_shape: tuple[int, int, int]
 
 
-# ---- Numbers --------------------------------------------------------------------------------------------------------
-
-
 def summarise(
     comparisons: Sequence[Comparison],
     controls: Sequence[Sequence[float | None]],
@@ -59,27 +56,22 @@ def summarise(
         left_out: a method -> why the run could not have it.
     """
     measured = [one for comparison in comparisons for one in comparison.tried]
-    values = [value for of_method in controls for value in of_method]
-    known = {
-        (one.suspect.attack.name, one.variant.name, one.suspect.seed): value
-        for one, value in zip(measured, values, strict=True)
-    }
-    of_teacher = count_parameters(teachers.model, teachers.image_shape)
-    methods = []
-    for comparison in comparisons:
-        parameters = count_parameters(comparison.result.model, teachers.image_shape)
+    values = (value for of_method in controls for value in of_method)
+    keys = ((one.suspect.attack.name, one.variant.name, one.suspect.seed) for one in measured)
+    of_teacher, facts = count_parameters(teachers.model, teachers.image_shape), {}
+    for variant, result, _ in comparisons:
+        parameters = count_parameters(result.model, teachers.image_shape)
         size = {"parameters": parameters, "share_of_teacher": parameters / of_teacher}
-        methods.append(
-            schema.describe_method(comparison.variant) | {"model": comparison.result.model.description} | size
-        )
-    return schema.assemble(
+        facts[variant.name] = {"model": result.model.description, **size}
+    return schema.summarise(
+        measured,
+        _NAMES,
         (*_NAMES, "passes", *WORDS, "parameters"),
         test_rows,
-        [seed + number for number in sorted({one.suspect.seed for one in measured})],
-        [schema.describe_attack(suspects, seed) for suspects in schema.group_by_attack(measured).values()],
-        methods,
-        schema.cells_of(measured, seed, _NAMES, known),
+        seed,
         left_out,
+        dict(zip(keys, values, strict=True)),
+        method_facts=facts,
         teacher={"model": teachers.model.description, "parameters": of_teacher},
     )
 
@@ -94,14 +86,7 @@ def passes(results: Entry, attack: str, method: str | None) -> bool | None:
 
 
 def word_of(results: Entry, attack: str, method: str, plain: str | None) -> DefenseWord | None:
-    """What a method makes of a backdoor, compared with plain distillation; None where that cannot be said.
-
-    Args:
-        results: of `summarise`.
-        attack: on the teacher.
-        method: the variant.
-        plain: that of plain distillation; None if the run was without.
-    """
+    """What a method makes of a backdoor, compared with the variant of plain distillation; None where that cannot be said."""
     is_student = method not in (plain, schema.undefended(results))
     can_be_said = is_student and passes(results, attack, plain) is not None
     return schema.word_of(results, attack, method, plain) if can_be_said else None
@@ -113,9 +98,6 @@ def plain_method(results: Entry, plain: str = PLAIN) -> str | None:
     return plain if plain in names else next(iter(names), None)
 
 
-# ---- Tables ---------------------------------------------------------------------------------------------------------
-
-
 def main_table(results: Entry) -> Table:
     """Methods × teachers: CDA, ASR, and the same trigger's ASR where no backdoor can be."""
     notes = f" Control: {DEFINITIONS['control_asr']}. ASR that the control has as well is not due to a backdoor."
@@ -125,12 +107,7 @@ def main_table(results: Entry) -> Table:
 
 
 def detail_table(results: Entry, plain: str | None) -> Table | None:
-    """Every number with its spread: a row for each teacher under each method.
-
-    Args:
-        results: of `summarise`.
-        plain: the variant of plain distillation; None if the run was without.
-    """
+    """Every number with its spread: a row for each teacher under each method; `plain` is the variant of plain distillation."""
 
     def passing(_: Entry, attack: Entry, method: Entry) -> str | None:
         return {None: None, True: "yes", False: "no"}[passes(results, attack["attack"], method["method"])]
@@ -184,9 +161,6 @@ def attack_table(results: Entry) -> Table:
     return shared.entry_table("Teachers", results["attacks"], columns)
 
 
-# ---- Words ----------------------------------------------------------------------------------------------------------
-
-
 def verdict(results: Entry, about: str, plain: str = PLAIN) -> Verdict:
     """Say in words what the numbers say.
 
@@ -207,15 +181,13 @@ def verdict(results: Entry, about: str, plain: str = PLAIN) -> Verdict:
     does_pass = {one["attack"]: passes(results, one["attack"], baseline) for one in attacked}
     passing = [one for one in attacked if does_pass[one["attack"]]]
     paragraphs = [_on_attack(results, one, baseline, methods, titles) for one in attacked]
-    shown = [
-        one for one in results["methods"] if one["base"] in (schema.NO_DEFENSE, about) or one["method"] == baseline
-    ]
+    is_shown = {*methods, baseline, schema.undefended(results)}
+    shown = [one for one in results["methods"] if one["method"] in is_shown]
     paragraphs += [shared.accuracy_text(results, one, shown) for one in results["attacks"] if schema.is_clean(one)]
     text = "\n\n".join([*paragraphs, shared.explain("passes", "removed").strip()]) + schema.one_seed_text(results)
     if not passing:
-        return Verdict(
-            "info", _nothing_passes(attacked, does_pass, titles[baseline], [titles[m] for m in methods]), text
-        )
+        headline = _nothing_passes(attacked, does_pass, titles[baseline], [titles[method] for method in methods])
+        return Verdict("info", headline, text)
     several = len(passing) > 1
     if not methods:
         count = f"{len(passing)} backdoor{'s' * several} of {len(attacked)}"
@@ -272,9 +244,6 @@ def _without_trigger(results: Entry) -> Verdict:
             "--attacks on the same data says."
         )
     return Verdict("info", headline, "\n\n".join(lines) + schema.one_seed_text(results))
-
-
-# ---- The page -------------------------------------------------------------------------------------------------------
 
 
 def page(

@@ -102,6 +102,16 @@ def test_results_are_plain_and_the_same_whenever_a_run_is_repeated(results):
     assert json.dumps(numbers.summarise(again, 100, 5, {"issba": "no room"})) == json.dumps(results)
 
 
+def test_the_order_of_what_was_measured_is_that_of_the_tables_and_seeds_are_sorted(results):
+    turned = numbers.summarise(everything()[::-1], 100, 5, {"issba": "no room"})
+    assert [one["attack"] for one in turned["attacks"]] == ["none", "blended", "badnets+sig", "badnets"]
+    assert [one["method"] for one in turned["methods"]] == [LFD.name, NONE.name]
+    assert all([row["seed"] for row in cell["by_seed"]] == [5, 6] for cell in turned["cells"])
+    for cell in results["cells"]:
+        assert schema.find(turned, cell["attack"], cell["method"]) == cell
+    assert [one["seeds"] for one in turned["attacks"]] == [[5, 6]] * 4
+
+
 def test_numbers_and_their_spread(results):
     assert results["seeds"] == [5, 6] and results["test_rows"] == 100
     cell = schema.find(results, "badnets", "lfd:alpha=0.5")

@@ -92,9 +92,22 @@ class TestLookUp:
         assert schema.is_known(results, "asr") and not schema.is_known(results, "control_asr")
 
     def test_texts_of_numbers(self):
+        one = schema.find(make(), "badnets", "none")
+        assert [schema.number_text(one, name, 2) for name in ("cda", "asr", "control_asr")] == [
+            "0.90 ± 0.00",
+            "0.70 ± 0.14",
+            "–",
+        ]
+
+    def test_words_are_of_the_means_and_look_at_the_control(self):
         results = make()
-        texts = schema.number_texts(schema.find(results, "badnets", "none"), ("cda", "asr", "control_asr"), 2)
-        assert texts == ("0.90 ± 0.00", "0.70 ± 0.14", "–")
+        assert schema.word_of(results, "badnets", "abl", "none") == "removed"  # 0.7 -> 0.2
+        assert schema.word_of(results, "badnets", "none", "abl") == "nothing to remove"
+        assert schema.word_of(results, "sig", "none", "none") is None
+        assert schema.word_of(results, "badnets", "abl", None) is None
+        for number, control in ((0, 0.6), (1, 0.1)):
+            results["cells"][number]["summary"]["control_asr"] = {"mean": control, "standard_deviation": None}
+        assert schema.word_of(results, "badnets", "abl", "none") == "nothing to remove"
 
     def test_the_baseline(self):
         results = make()
