@@ -12,7 +12,9 @@ was given. The same command continues a run that was cut off, and ends at the sa
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax.reporting import verification_heat
+from bdjax.defenses.nbab import NbabSettings
+from bdjax.inspection.verification import verification_heat
+from bdjax.reporting import inspections
 from bdjax.reporting.report import Section
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
@@ -25,6 +27,8 @@ DEFENSES = "nad,abl,bab,cbd,abm"
 """Those of the paper's tables III and XI."""
 EIGHT = "badnets,blended,composite,refool,sig,bpp_offline,narcissus,issba"
 FIVE = "badnets,blended,composite,sig,refool"
+MOST_ATTACKS = 6
+"""Of how many attacks figure 11 is drawn."""
 STUDENTS = ("wrn_10_2", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2")
 
 
@@ -111,14 +115,22 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
 
 
 def sections(context: Context) -> Sequence[Section]:
-    """Figure 11: where the verification network looks."""
-    return verification_heat.section(
-        context.folder,
-        [group.given for group in context.groups],
-        [group.suspects for group in context.groups],
-        context.comparisons,
-        context.data.test,
-    )
+    """Figure 11: where the verification networks of the first ABM look, in the first seed of some attacks; nothing without an
+    ABM or a known attack."""
+    variants = [comparison.variant for comparison in context.comparisons if comparison.variant.defense.name == "abm"]
+    if not variants:
+        return ()
+    fields = NbabSettings.__dataclass_fields__
+    settings = NbabSettings(**{name: getattr(variants[0].settings, name) for name in fields})
+    found = []
+    with context.log.stage("verification", detail="Grad-CAM under either trigger"):
+        for given, suspects, _ in context.groups:
+            known = [number for number, suspect in enumerate(suspects) if suspect.parts and not suspect.seed]
+            shown = known[:MOST_ATTACKS]
+            triggers = {number: (suspects[number].parts[0], suspects[number].params[0]) for number in shown}
+            heats = verification_heat(given, settings, triggers, context.data.test)
+            found += zip((suspects[number].attack.title for number in shown), heats, strict=True)
+    return inspections.verification(context.folder, found, context.data.train.num_classes)
 
 
 EXPERIMENT = Experiment("abm", "Anti-Backdoor Model", ("abm",), preset, STUDIES, sections)

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bdjax import datasets
-from bdjax.reporting import loss_gap
+from bdjax.inspection.loss_gap import EPOCHS, loss_gaps
+from bdjax.reporting import inspections
 from bdjax.reporting.report import Section
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
@@ -86,12 +87,12 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
 def sections(context: Context) -> Sequence[Section]:
     """The loss gap, for the networks that the run is about."""
     networks = {"teachers": CAPACITIES, "architectures": OTHER_FAMILIES}.get(context.config.study, GAP_NETWORKS)
-    return loss_gap.section(
-        context.folder,
-        [group.given for group in context.groups],
-        [group.suspects for group in context.groups],
-        networks,
-    )
+    gaps = []
+    with context.log.stage("loss gap", detail=f"{len(networks)} networks × {EPOCHS} epochs"):
+        for given, suspects, _ in context.groups:
+            titles = [suspect.attack.title for suspect in suspects]
+            gaps += loss_gaps(given, titles, [suspect.is_poisoned for suspect in suspects], networks)
+    return inspections.loss_gap(context.folder, gaps)
 
 
 EXPERIMENT = Experiment("lfd", "Learning from Distinction", ("lfd",), preset, STUDIES, sections)

@@ -14,14 +14,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from bdjax import datasets
+from bdjax.inspection.feature_variance import measure_beside_clean
 from bdjax.models import group_shapes
-from bdjax.reporting import feature_variance
+from bdjax.reporting import inspections
 from bdjax.reporting.report import Section
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
+from bdjax.training.ensemble import members
 from bdjax.workflows import suspect_models
 from bdjax.workflows.base import Context, Experiment, read_flags
 from bdjax.workflows.suspect_models import Config
@@ -116,22 +119,27 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
 
 def sections(context: Context) -> Sequence[Section]:
     """The paper's premise, measured: whether features of attacked teachers vary more (figure 2). Not of networks whose groups
-    are unknown, and not without a clean network to hold them against."""
+    are unknown, and not without a clean network to compare them with or without a known trigger."""
     teachers, config = context.teachers, context.config
-    if teachers.clean is None or not group_shapes(teachers.model, context.data.train.image_shape):
+    given, _, views = context.groups[0]
+    attacked = [number for number, triggered in enumerate(views.triggered) if triggered]
+    if teachers.clean is None or not attacked or not group_shapes(teachers.model, context.data.train.image_shape):
         return ()
-    return feature_variance.of_suspects(
-        jax.random.fold_in(jax.random.key(config.seed), 1),
-        context.folder,
-        context.groups[0].given.runner,
-        teachers.suspects,
-        teachers.variables,
-        teachers.clean,
-        teachers.recipes.fine_tuning,
-        context.data.train,
-        context.groups[0].views,
-        config.evaluation_batch_size,
-    )
+    suspects = [teachers.suspects[number] for number in attacked]
+    with context.log.stage("feature variance", detail=f"{len(attacked)} backdoored networks"):
+        measured = measure_beside_clean(
+            jax.random.fold_in(jax.random.key(config.seed), 1),
+            given.runner,
+            [(suspect.attack.title, suspect.seed) for suspect in suspects],
+            members(teachers.variables, np.array(attacked)),
+            views.test.images,
+            [views.triggered[number][0] for number in attacked],
+            teachers.clean,
+            teachers.recipes.fine_tuning,
+            context.data.train,
+            config.evaluation_batch_size,
+        )
+    return inspections.feature_variance(context.folder, measured)
 
 
 EXPERIMENT = Experiment("robust_kd", "RobustKD", ("robust_kd",), preset, STUDIES, sections)

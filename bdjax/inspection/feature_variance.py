@@ -12,36 +12,40 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import permutation_test
 from sklearn.metrics import roc_auc_score
 
+from bdjax.datasets.splits import sample_rows
 from bdjax.errors import InputError
 from bdjax.losses import feature_variance
 from bdjax.training.ensemble import members, num_members
-from bdjax.training.member import Rows
-from bdjax.training.stages import StageRunner
-from bdjax.types import Array, Model, PyTree
+from bdjax.training.member import Rows, TrainConfig
+from bdjax.training.stages import Nets, StageRunner
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 CLAIMED_RATIO = 1.3
 """A backdoored network's variance over a clean one's, at least, according to the paper."""
 FEWEST_SEEDS = 5
 """From which on there is a p-value: of 2^n signs of n seeds, 1 in 32 is all positive."""
 BEFORE_RELU = " before ReLU"
+TRAINED_ON = "clean, trained on"
+"""What clean networks are called that were trained for longer."""
+NUM_IMAGES = 100
+"""How many images are looked at, as in the paper."""
 
 
-class Measured(NamedTuple):
+class Variances(NamedTuple):
     """One network on the images that all networks are measured on, and on the same with its own trigger."""
 
     kind: str  # its attack; or what the clean network is called, or the clean one that was trained on
     seed: int
     is_attacked: bool
     clean: Mapping[str, np.ndarray]  # place -> float32 [n]
-    triggered: Mapping[str, np.ndarray] | None = None  # likewise; None of a network without a trigger
-    reference_triggered: Mapping[str, np.ndarray] | None = (
-        None  # those triggered images, in the clean network of the seed
-    )
+    triggered: Mapping[str, np.ndarray] | None = None  # the same keys; None of a network without a trigger
+    reference_triggered: Mapping[str, np.ndarray] | None = None  # of those images in the clean network of the seed
 
 
 @cache
@@ -111,7 +115,7 @@ def measure_suspects(
     triggered: np.ndarray,
     clean: Mapping[str, PyTree],
     batch_size: int,
-) -> list[Measured]:
+) -> list[Variances]:
     """Measure backdoored networks and clean ones, of one architecture and on the same images.
 
     Args:
@@ -131,7 +135,7 @@ def measure_suspects(
         InputError: the groups of the architecture are not known.
     """
     found = [
-        Measured(kind, seed, False, values)
+        Variances(kind, seed, False, values)
         for kind, own in clean.items()
         for seed, values in enumerate(measure_variances(runner, model, own, images, batch_size))
     ]
@@ -140,7 +144,58 @@ def measure_suspects(
         measure_variances(runner, model, networks, on, batch_size)
         for networks, on in ((variables, images), (variables, triggered), (references, triggered))
     ]
-    return found + [Measured(*kind, True, *values) for kind, *values in zip(kinds, *columns, strict=True)]
+    return found + [Variances(*kind, True, *values) for kind, *values in zip(kinds, *columns, strict=True)]
+
+
+def measure_beside_clean(
+    key: Key,
+    runner: StageRunner,
+    kinds: Sequence[tuple[str, int]],
+    variables: PyTree,
+    images: np.ndarray,
+    triggered: Sequence[np.ndarray],
+    clean: Nets,
+    fine_tuning: TrainConfig,
+    train: Dataset,
+    batch_size: int,
+) -> list[Variances]:
+    """Measure backdoored networks beside the clean one of each seed, and beside that one trained for longer.
+
+    Args:
+        key: draws the images that are looked at, and the order of rows in that training.
+        runner: trains and lays networks out.
+        kinds: of M backdoored networks, the name of the attack and the number of the seed.
+        variables: of those, stacked [M, ...].
+        images: uint8 [N, H, W, C], of which `NUM_IMAGES` are looked at.
+        triggered: of each backdoored network, uint8 [N, H, W, C]: the same images under its trigger.
+        clean: a clean network of the same architecture for each seed.
+        fine_tuning: how attackers train who start from those.
+        train: the clean training set.
+        batch_size: images at once.
+
+    Returns:
+        As `measure_suspects`: those of kinds "clean" and `TRAINED_ON`, then the backdoored ones.
+
+    Raises:
+        InputError: the groups of the architecture are not known.
+    """
+    rows_key, train_key = jax.random.split(key)
+    count = num_members(clean.variables)
+    rows = np.tile(np.arange(len(train), dtype=np.int32), (count, 1))
+    all_rows = Rows(jnp.asarray(rows), {"labels": jnp.asarray(train.labels[rows])})
+    pool, keys = jnp.asarray(train.images), jax.random.split(train_key, count)
+    trained_on = runner.from_variables(TRAINED_ON, clean.model, fine_tuning, clean.variables, keys, 1, pool, all_rows)
+    looked_at = sample_rows(rows_key, len(images), min(1.0, NUM_IMAGES / len(images)))
+    return measure_suspects(
+        runner,
+        clean.model,
+        kinds,
+        variables,
+        images[looked_at],
+        np.stack([view[looked_at] for view in triggered]),
+        {"clean": clean.variables, TRAINED_ON: trained_on.variables},
+        batch_size,
+    )
 
 
 def last_place(places: Iterable[str]) -> str:
@@ -152,7 +207,7 @@ def last_place(places: Iterable[str]) -> str:
     return max((name for name in places if not name.endswith(BEFORE_RELU)), key=lambda name: (len(name), name))
 
 
-def compare(measured: Sequence[Measured], place: str | None = None, *, reference: str = "clean") -> dict[str, Any]:
+def compare(measured: Sequence[Variances], place: str | None = None, *, reference: str = "clean") -> dict[str, Any]:
     """Set every network against the clean one of its seed.
 
     Networks that diverged, whose variance is no number or 0, are left out, and so are those whose clean one did.
@@ -190,7 +245,7 @@ def compare(measured: Sequence[Measured], place: str | None = None, *, reference
     }
     kept = [(one, mean) for one, mean, usable in zip(measured, means, is_usable, strict=True) if usable]
     kept = [(one, mean) for one, mean in kept if one.seed in of_clean]
-    by_kind: dict[str, list[tuple[Measured, float]]] = {}
+    by_kind: dict[str, list[tuple[Variances, float]]] = {}
     for one, mean in kept:
         by_kind.setdefault(one.kind, []).append((one, mean))
     attacked = [(one, mean / of_clean[one.seed]) for one, mean in kept if one.is_attacked]
@@ -224,9 +279,9 @@ def compare(measured: Sequence[Measured], place: str | None = None, *, reference
 
 
 def _kind(
-    kind: str, own: Sequence[tuple[Measured, float]], of_clean: Mapping[int, float], place: str
+    kind: str, own: Sequence[tuple[Variances, float]], of_clean: Mapping[int, float], place: str
 ) -> dict[str, Any]:
-    def triggered(which: Callable[[Measured], Mapping[str, np.ndarray] | None], over: Sequence[float]):
+    def triggered(which: Callable[[Variances], Mapping[str, np.ndarray] | None], over: Sequence[float]):
         values = [which(one) for one, _ in own]
         if any(value is None for value in values):
             return None

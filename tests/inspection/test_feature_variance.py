@@ -7,19 +7,21 @@ import pytest
 
 from bdjax.errors import InputError
 from bdjax.inspection.feature_variance import (
-    Measured,
+    Variances,
     answer,
     answer_triggered,
     compare,
     last_place,
+    measure_beside_clean,
     measure_variances,
     row_variances,
 )
 from bdjax.models import make_model
 from bdjax.run.log import StageLog
-from bdjax.training.ensemble import init_members
-from bdjax.training.stages import StageRunner
-from bdjax.types import GroupEnd, Model, ModelOutput
+from bdjax.training.ensemble import init_members, members
+from bdjax.training.member import TrainConfig
+from bdjax.training.stages import Nets, StageRunner
+from bdjax.types import Dataset, GroupEnd, Model, ModelOutput
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
 
@@ -75,7 +77,7 @@ def of_mean(kind, seed, mean, is_attacked=True, triggered=None, reference_trigge
             else {"group1": np.zeros(4), "group3": np.where(np.isfinite(value), value + around, value)}
         )
 
-    return Measured(kind, seed, is_attacked, at(mean), at(triggered), at(reference_triggered))
+    return Variances(kind, seed, is_attacked, at(mean), at(triggered), at(reference_triggered))
 
 
 def clean(*means, kind="clean"):
@@ -173,3 +175,58 @@ def test_the_answer_about_triggers():
     )
     assert "clean network" not in answer_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0, triggered=3.0)]))
     assert answer_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0)])) == ""
+
+
+def toy() -> Model:
+    """A linear network of one group: what it hands on are the images times its scale."""
+
+    def init(key, image_shape):
+        size = int(np.prod(image_shape))
+        scale, weights = jax.random.split(key)
+        params = {"scale": jax.random.uniform(scale, (), minval=1.0, maxval=3.0)}
+        return {"params": params | {"weights": jax.random.normal(weights, (size, 3))}, "batch_stats": {}}
+
+    def apply(variables, images, *, train, edits=None):
+        params = variables["params"]
+        output = params["scale"] * images
+        logits = output.reshape(len(images), -1) @ params["weights"]
+        groups = {"group1": GroupEnd(output, -output, jnp.zeros(1), jnp.ones(1))}
+        return ModelOutput(logits, {}, variables, groups)
+
+    return Model(init, apply, 3, "toy")
+
+
+def test_networks_are_measured_beside_clean_ones_that_were_trained_on(tmp_path):
+    random = np.random.default_rng(0)
+    train, test = (
+        Dataset(
+            random.integers(0, 256, (count, 8, 8, 1), np.uint8), (np.arange(count) % 3).astype(np.int32), 3, "toy", ""
+        )
+        for count in (64, 30)
+    )
+    model = toy()
+    runner = StageRunner(tmp_path / "checkpoints", train.image_shape, "map", StageLog())
+    networks = init_members(lambda key: model.init(key, train.image_shape), jax.random.split(jax.random.key(0), 3))
+    clean = Nets(model, members(networks, slice(0, 2)), 1, {})
+    # The third network is backdoored, of the second seed; its trigger makes images black.
+    attacked, triggered = members(networks, slice(2, 3)), [np.zeros_like(test.images)]
+    recipe = TrainConfig(1, 32, 30, 1e-2)
+    measured = measure_beside_clean(
+        jax.random.key(1), runner, [("LBA", 1)], attacked, test.images, triggered, clean, recipe, train, 30
+    )
+    found = compare(measured)
+    assert [(kind["kind"], kind["seeds"]) for kind in found["kinds"]] == [
+        ("clean", [0, 1]),
+        ("clean, trained on", [0, 1]),
+        ("LBA", [1]),
+    ]
+    assert found["images"] == 30 and found["place"] == "group1"
+    expected = measure_variances(runner, model, networks, test.images, 30)
+    variances = [float(np.mean(each["group1"])) for each in expected]
+    np.testing.assert_allclose(found["kinds"][0]["mean_variance"], variances[:2], rtol=1e-5)
+    np.testing.assert_allclose(found["kinds"][2]["ratio"], [variances[2] / variances[1]], rtol=1e-5)
+    assert np.abs(np.array(found["kinds"][1]["ratio"]) - 1).min() > 1e-3  # a step changes something
+    black = measure_variances(runner, model, networks, np.zeros_like(test.images[:1]), 30)
+    of_black = [float(each["group1"][0]) for each in black]
+    np.testing.assert_allclose(found["kinds"][2]["triggered_ratio"], [of_black[2] / variances[2]], rtol=1e-5)
+    np.testing.assert_allclose(found["kinds"][2]["reference_triggered_ratio"], [of_black[1] / variances[1]], rtol=1e-5)

@@ -1,0 +1,235 @@
+"""The sections that only some experiments have, drawn from what `bdjax.inspection` measured: LfD's loss gap, where ABM's
+verification networks look, and RobustKD's feature variances."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure as Plot
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from bdjax.inspection.feature_variance import CLAIMED_RATIO, Variances, answer, answer_triggered, compare, last_place
+from bdjax.inspection.loss_gap import COUNTED_EPOCH, LossGap
+from bdjax.inspection.verification import VIEWS, VerificationHeat
+from bdjax.reporting import plots
+from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style
+from bdjax.reporting.report import Figure, Section
+from bdjax.reporting.tables import Table, mean_and_spread
+from bdjax.run.folder import RunFolder
+from bdjax.run.text import printable
+
+VERIFICATION_FILE, VARIANCE_FILE, VARIANCE_NUMBERS = "verification.png", "feature-variance.png", "feature_variance.json"
+_FAINT = "#e6e8eb"
+_WIDE = 20.0
+"""The largest over the smallest value from which on an axis is logarithmic."""
+
+
+def loss_gap(folder: RunFolder, gaps: Sequence[tuple[str, Sequence[LossGap]]]) -> tuple[Section, ...]:
+    """LfD's claim as figures and a table.
+
+    Args:
+        folder: of the run; a figure for each attack is written into it.
+        gaps: of `inspection.loss_gap.loss_gaps`.
+
+    Returns:
+        One section; none if nothing was measured.
+    """
+    if not gaps:
+        return ()
+    figures, rows = [], []
+    for number, (attack, networks) in enumerate(gaps, 1):
+        panels = {f"{gap.network}, {gap.parameters:,} parameters": gap.by_epoch for gap in networks}
+        curves = plots.training_curves(panels, f"Training loss: {attack}", log_scale=True)
+        path = plots.save(curves, folder.file(f"loss-gap-{number}.png"))
+        caption = f"{attack}: mean training loss of clean and of poisoned rows; the band"
+        caption += " is from the lowest to the highest seed."
+        figures.append(Figure(path, caption, caption))
+        for gap in networks:
+            numbers = (gap.parameters, mean_and_spread(gap.missed, 1), gap.num_poisoned, mean_and_spread(gap.aucs))
+            rows.append((attack, gap.network, *numbers))
+    header = ("attack", "network", "parameters", "poisons above the clean mean", "of poisons", "AUC of minus the loss")
+    notes = (
+        f"In epoch {COUNTED_EPOCH}, as the rows came by, without augmentation. Poisons above the clean mean: those that a "
+        "threshold at the clean rows' mean loss would miss (the paper's figure 2). AUC: the chance that a poisoned row's loss "
+        "is below a clean one's."
+    )
+    text = (
+        "LfD's claim: the lower a network's capacity, the further its losses of clean and of poisoned rows are apart."
+    )
+    table = Table("What the losses tell", header, tuple(rows), notes)
+    return (Section("The loss gap", text, (table,), tuple(figures)),)
+
+
+def verification(
+    folder: RunFolder, found: Sequence[tuple[str, VerificationHeat]], num_classes: int
+) -> tuple[Section, ...]:
+    """ABM's figure 11: where the verification networks look.
+
+    Args:
+        folder: of the run; the figure is written into it.
+        found: each attack's title, with what `inspection.verification.verification_heat` gave for one of its training sets.
+        num_classes: of the data, which is the number of the defender's class.
+
+    Returns:
+        One section; none if nothing was measured.
+    """
+    if not found:
+        return ()
+    names = [attack for attack, heat in found for _ in heat.images]
+    answers = [
+        ["the defender's class" if label == num_classes else f"class {label}" for label in row]
+        for _, heat in found
+        for row in heat.classes
+    ]
+    images, maps = (np.concatenate([getattr(heat, name) for _, heat in found]) for name in ("images", "heat_maps"))
+    picture = plots.overlay_grid(images, maps, names, VIEWS, "What the answer rests on", captions=answers)
+    caption = (
+        "Grad-CAM of the verification network for the class that it answers, which stands below (the paper's figure 11). NBAB "
+        "works where, with both triggers on the image, the attacker's decides."
+    )
+    figure = Figure(plots.save(picture, folder.file(VERIFICATION_FILE)), caption, caption)
+    return (Section("Where the verification network looks", "", (), (figure,)),)
+
+
+def feature_variance(
+    folder: RunFolder, measured: Sequence[Variances], *, reference: str = "clean"
+) -> tuple[Section, ...]:
+    """What the variances say, in words, as tables, and drawn as in RobustKD's figure 2.
+
+    Args:
+        folder: of the run; the figure is written into it, and the numbers to `VARIANCE_NUMBERS`: the comparison at
+            `last_place`, with those of the other places under "places".
+        measured: all networks on the same clean images, at least one of them a clean reference.
+        reference: the kind of the clean networks that others are compared with.
+
+    Returns:
+        One section, or none if there is no attacked network with a clean one of its seed.
+    """
+    place = last_place(measured[0].clean)
+    by_place = {each: compare(measured, each, reference=reference) for each in measured[0].clean}
+    comparison = by_place[place]
+    others = {name: numbers for name, numbers in by_place.items() if name != place}
+    folder.write_json(VARIANCE_NUMBERS, comparison | {"places": others})
+    if not comparison["networks"]:
+        return ()
+    path = plots.save(variance_figure(measured, comparison), folder.file(VARIANCE_FILE))
+    caption = (
+        f"Left: the feature variance ({place}) of each of {comparison['images']} clean images, the mean over seeds for each "
+        "kind of network; images in the order of the clean networks' variance. This is the paper's figure 2. Right: each "
+        f"network's mean variance over that of the clean network of its seed; the paper reports {CLAIMED_RATIO:g} and more "
+        "of every backdoored network."
+    )
+    alt = "Feature variance of each image for every kind of network, and the ratio to the clean network for every seed."
+    premise = (
+        "RobustKD's premise: on the same clean images, the features of a backdoored network vary more than those of a "
+        "clean one."
+    )
+    text = "\n\n".join(part for part in (premise, answer(comparison), answer_triggered(comparison)) if part)
+    tables = (kinds_table(comparison), places_table(by_place))
+    return (Section("Feature variance", text, tables, (Figure(path, caption, alt),)),)
+
+
+def kinds_table(comparison: Mapping[str, Any]) -> Table:
+    """A row for each kind of network.
+
+    Args:
+        comparison: of `compare`.
+    """
+    rows = [
+        (
+            kind["kind"],
+            len(kind["seeds"]),
+            mean_and_spread(kind["mean_variance"]),
+            mean_and_spread(kind["ratio"], 2),
+            f"{sum(ratio > 1 for ratio in kind['ratio'])} of {len(kind['ratio'])}",
+            mean_and_spread(kind["triggered_ratio"], 2),
+            mean_and_spread(kind["reference_triggered_ratio"], 2),
+        )
+        for kind in comparison["kinds"]
+    ]
+    header = ("network", "seeds", "variance", "over clean", "larger", "triggered over clean images", "clean network's")
+    left_out = f" Left out, because they or their clean network diverged: {comparison['left_out']}."
+    notes = (
+        f"Variance: of each image's features over all their elements ({comparison['place']}), the mean over "
+        f"{comparison['images']} clean images. Over clean: divided by that of the clean network of the same seed. Triggered "
+        "over clean images: the variance on triggered images divided by that on the same images without, in the network "
+        "itself and in the clean one."
+    )
+    return Table("Feature variance", header, tuple(rows), notes + (left_out if comparison["left_out"] else ""))
+
+
+def places_table(by_place: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each place in the network: whether the claim holds elsewhere than where it was looked at first.
+
+    Args:
+        by_place: place -> comparison of `compare`.
+    """
+    rows = [
+        (
+            place,
+            mean_and_spread([numbers["mean_ratio"]], 2),
+            f"{numbers['larger']} of {numbers['networks']}",
+            f"{numbers['as_claimed']} of {numbers['networks']}",
+            numbers["auc_networks"],
+            numbers["auc_images"],
+            None if numbers["p_larger"] is None else f"{numbers['p_larger']:.2g}",
+        )
+        for place, numbers in by_place.items()
+    ]
+    header = ("place", "mean ratio", "larger", f"at least {CLAIMED_RATIO:g}", "AUC of networks", "AUC of images", "p")
+    notes = (
+        "Ratio: of an attacked network's mean variance to that of the clean one of its seed. AUC: the chance that an "
+        "attacked network's mean variance is above that of a network without an attack, and the same of single images. p: "
+        "exact, one-sided, over seeds, and not corrected for looking at several places. Before ReLU: behind the normalisation, "
+        "which is where students look."
+    )
+    return Table("The same elsewhere in the network", header, tuple(rows), notes)
+
+
+@house_style
+def variance_figure(measured: Sequence[Variances], comparison: Mapping[str, Any], title: str = "") -> Plot:
+    """Draw each image's variance for every kind of network, and every network's ratio to the clean one.
+
+    Args:
+        measured: all networks.
+        comparison: of `compare` on them; its place is drawn, and what it left out is not.
+        title: what there is to see.
+    """
+    place, reference, kinds = comparison["place"], comparison["reference"], comparison["kinds"]
+    usable = {(kind["kind"], seed) for kind in kinds for seed in kind["seeds"]}
+    drawn = [network for network in measured if (network.kind, network.seed) in usable]
+    means = {
+        kind["kind"]: np.mean([network.clean[place] for network in drawn if network.kind == kind["kind"]], axis=0)
+        for kind in kinds
+    }
+    order = np.argsort(means[reference], kind="stable")
+    figure = Plot(figsize=(9.2, 3.9), layout="constrained")
+    images, ratios = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    styles = [
+        {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "linewidths": 0}
+        for number in range(len(kinds))
+    ]
+    for style, (name, values) in zip(styles, means.items(), strict=True):
+        images.scatter(np.arange(1, len(order) + 1), values[order], s=13, label=printable(name), **style)
+    images.set(xlabel="image, by the clean networks' variance", ylabel="feature variance")
+    others = [(style, kind) for style, kind in zip(styles, kinds, strict=True) if kind["kind"] != reference]
+    for position, (style, kind) in enumerate(others):
+        seeds = len(kind["ratio"])
+        across = position + (np.linspace(-0.18, 0.18, seeds) if seeds > 1 else np.zeros(1))
+        ratios.scatter(across, kind["ratio"], s=26, **style)
+    ratios.axhline(1.0, color="#57606a", linewidth=0.9)
+    ratios.axhline(CLAIMED_RATIO, color="#57606a", linewidth=0.9, linestyle="--")
+    ratios.set_xticks(range(len(others)), [printable(kind["kind"]) for _, kind in others], rotation=30, ha="right")
+    ratios.set(ylabel="mean variance over the clean network's", xlim=(-0.5, max(len(others) - 0.5, 0.5)))
+    shown = np.concatenate(list(means.values())), np.array([ratio for _, kind in others for ratio in kind["ratio"]])
+    for axes, values in zip((images, ratios), shown, strict=True):
+        axes.grid(axis="y", color=_FAINT, linewidth=0.8)
+        axes.set_axisbelow(True)
+        if len(values) and values.min() > 0 and values.max() > _WIDE * values.min():
+            axes.set_yscale("log")
+            # Names are never parsed as formulas here, and matplotlib writes powers of ten as formulas.
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(*images.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(means), 5))
+    draw_title(figure, title)
+    return figure
