@@ -24,7 +24,7 @@ from bdjax.evaluation.variants import DefenseVariant
 from bdjax.metrics import measure_detection
 from bdjax.reporting import plots, tables
 from bdjax.reporting import results as schema
-from bdjax.reporting.detection_plots import enlarge, outline
+from bdjax.reporting.detector_plots import enlarge, outline
 from bdjax.reporting.report import Figure, Report, Section, Verdict
 from bdjax.reporting.sections import most_suspicious
 from bdjax.reporting.tables import Cell, Table

@@ -148,14 +148,14 @@ def begin(
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
 
 
-def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str, sources: Mapping[str, str]) -> None:
+def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str | None, sources: Mapping[str, str]) -> None:
     """Write the report; print what came out and where the report is.
 
     Args:
         run: what ends.
         folder: its open folder.
         page: the report, without settings, timings and provenance.
-        summary: the main table, or a sentence.
+        summary: the main table, or a sentence; None for nothing.
         sources: what -> where its rows came from: "training data".
     """
     publish(
@@ -169,10 +169,11 @@ def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str, sour
     announce(run, folder, summary)
 
 
-def announce(run: Run, folder: RunFolder, summary: Table | str) -> None:
+def announce(run: Run, folder: RunFolder, summary: Table | str | None) -> None:
     """Print what came out, and where the report is."""
-    shown = to_rich(summary) if isinstance(summary, Table) else summary
-    run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
+    if summary is not None:
+        shown = to_rich(summary) if isinstance(summary, Table) else summary
+        run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
     run.log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -25,7 +25,8 @@ from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import compare_patterns, with_true_classes
 from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
-from bdjax.reporting import defenses, detection_report
+from bdjax.reporting import detectors
+from bdjax.reporting.sections import seconds_of
 from bdjax.run.config import SuspectConfig, adapted_to, check_ranges, load, train_config
 from bdjax.run.log import StageLog
 from bdjax.run.presets import is_registered
@@ -152,23 +153,21 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         outcomes.append(outcome)
     comparisons = [each for outcome in outcomes for each in outcome.comparisons]
     tried = [each for comparison in comparisons for each in comparison.tried]
-    results = defenses.summarise(tried, 0, config.seed, left_out)
+    results = detectors.summarise(tried, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
-    detection_report.write(
+    page = detectors.page(
         folder,
-        base.settings_of(run),
         results,
         comparisons,
-        log.timings,
         train,
-        base.command(experiment, config),
-        [each._replace(seed=config.seed + each.seed) for outcome in outcomes for each in outcome.found],
-        f"{experiment.title} on {train.name}",
-        [variant.name for variant in variants if variant.defense.name in experiment.about],
+        [pattern._replace(seed=config.seed + pattern.seed) for outcome in outcomes for pattern in outcome.found],
+        seconds=seconds_of(comparisons, log.timings),
+        title=f"{experiment.title} on {train.name}",
+        about=[variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    base.announce(run, folder, defenses.detection_table(results))
+    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source})
     return results
 
 

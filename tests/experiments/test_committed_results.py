@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attack_results, defenses, detection_results, students
+from bdjax.reporting import attack_results, defenses, detectors, students
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,8 +77,9 @@ def test_a_comparisons_table_is_what_its_report_makes_of_the_numbers(run: pathli
 def test_a_detection_runs_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
     dataset = json.loads((run / "config.json").read_text())["config"]["dataset"]
-    made = detection_results.summary_table(results, dataset) or detection_results.calibration_table(results)
-    assert _first_table(to_markdown(made)) == _first_table((run / "table.md").read_text())
+    assert _first_table(to_markdown(detectors.main_table(results, dataset))) == _first_table(
+        (run / "table.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("run", STUDENTS, ids=lambda run: run.name)

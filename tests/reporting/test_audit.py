@@ -14,7 +14,7 @@ from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
 from bdjax.reporting import audit, report
 from bdjax.reporting.audit import class_title, main_table, truth_table
-from bdjax.reporting.detection_plots import enlarge
+from bdjax.reporting.detector_plots import enlarge
 from bdjax.reporting.tables import to_markdown
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, Detection, PoisonedDataset

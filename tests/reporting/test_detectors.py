@@ -9,10 +9,8 @@ from bdjax.evaluation.published import ALL_TO_ALL, ALL_TO_ONE
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import measure_detection
-from bdjax.reporting import defenses as numbers
-from bdjax.reporting import detection_report
-from bdjax.reporting import detection_results as detected
-from bdjax.reporting.report import Section
+from bdjax.reporting import detectors
+from bdjax.reporting.report import Section, publish
 from bdjax.run.folder import open_run
 from bdjax.types import Dataset, Detection, PoisonedDataset
 
@@ -63,7 +61,7 @@ def tried(attack, defense, own_flags, seed=0, facts=None):
 
 
 def summarise(*ones):
-    return numbers.summarise(ones, 0, 3)
+    return detectors.summarise(ones, 3)
 
 
 def line(table, *starts):
@@ -111,14 +109,14 @@ def test_the_grid_is_the_papers():
         "none",
     ]
     results = summarise(*(tried(name, VBD, flags(1)) for name in names))
-    assert [one["attack"] for one in detected.grid(results)] == names[:4]
-    assert [one["attack"] for one in detected.grid(results, (ALL_TO_ALL,), (1.0,))] == ["white_square_all_to_all"]
-    assert detected.calibration_table(results).rows[-1][0] == "no attack"
-    assert len(detected.calibration_table(results).rows) == len(names) - 4
+    assert [one["attack"] for one in detectors.grid(results)] == names[:4]
+    assert [one["attack"] for one in detectors.grid(results, (ALL_TO_ALL,), (1.0,))] == ["white_square_all_to_all"]
+    assert detectors.calibration_table(results).rows[-1][0] == "no attack"
+    assert len(detectors.calibration_table(results).rows) == len(names) - 4
 
 
 def test_f1_by_trigger_beside_the_paper(results):
-    table = detected.f1_table(results, ALL_TO_ONE, "cifar10")
+    table = detectors.f1_table(results, ALL_TO_ONE, "cifar10")
     assert table.header == ("trigger", "VBD", "VBD, paper", "SCAn", "SCAn, paper")
     spread = 100 * np.std([1, f1(10)], ddof=1)
     own = f"{50 * (1 + f1(10)):.1f} ± {spread:.1f}"
@@ -129,30 +127,30 @@ def test_f1_by_trigger_beside_the_paper(results):
     assert line(table, "mean of 2 triggers") == (mean, "99.3 ± 0.1", "50.0 ± 0.0", "99.6 ± 0.0")
     assert table.row_styles == ("", "", "ours") and "over 2 seeds" in table.notes and "200 rows" in table.notes
     assert "10 % of them poisoned" in table.notes and "over its 6 triggers" in table.notes
-    assert detected.f1_table(results, ALL_TO_ALL, "cifar10") is None
-    assert detected.f1_table(results, ALL_TO_ONE, "digits").header == ("trigger", "VBD", "SCAn")
-    assert "paper" not in detected.f1_table(results, ALL_TO_ONE, "digits").notes.lower()
+    assert detectors.f1_table(results, ALL_TO_ALL, "cifar10") is None
+    assert detectors.f1_table(results, ALL_TO_ONE, "digits").header == ("trigger", "VBD", "SCAn")
+    assert "paper" not in detectors.f1_table(results, ALL_TO_ONE, "digits").notes.lower()
 
 
 def test_single_triggers_that_are_blended_have_no_number_in_the_paper(results):
-    table = detected.f1_table(results, ALL_TO_ONE, "cifar10", 0.1)
+    table = detectors.f1_table(results, ALL_TO_ONE, "cifar10", 0.1)
     assert line(table, "Big kitty") == ("100.0 ± 0.0", None, "100.0 ± 0.0", None)
     assert line(table, "mean of 2 triggers")[1] == "93.3 ± 1.1"
     assert table.title == "F1, all-to-one, opacity 10 %"
 
 
 def test_blended(results):
-    table = detected.blended_table(results, ALL_TO_ONE, "cifar10")
+    table = detectors.blended_table(results, ALL_TO_ONE, "cifar10")
     tenth = 100 * (1 + f1(10)) / 2
     assert line(table, "10 %") == (2, f"{tenth:.1f} ± 0.0", "93.3 ± 1.1", "100.0 ± 0.0", "92.8 ± 6.1")
     assert line(table, "50 %")[0] == 1 and len(table.rows) == 3  # nothing at 20 %
     assert line(table, "mean")[:3] == (3, f"{(2 * tenth + 100) / 3:.1f} ± 0.0", "96.3 ± 0.7")
-    (row,) = detected.blended_table(results, ALL_TO_ALL, "tiny_imagenet").rows
+    (row,) = detectors.blended_table(results, ALL_TO_ALL, "tiny_imagenet").rows
     assert row == ("20 %", 1, f"{100 * f1(20, 5):.1f} ± 0.0", "9.2 ± 4.9", "0.0 ± 0.0", "0.0 ± 0.0")
 
 
 def test_summary(results):
-    table = detected.summary_table(results, "cifar10")
+    table = detectors.summary_table(results, "cifar10")
     assert [row[:2] for row in table.rows] == [
         ("all-to-one, full", 2),
         ("all-to-one, blended", 3),
@@ -174,11 +172,11 @@ def test_means_are_over_what_every_detector_was_tried_on():
         tried("white_square", SCAN, flags(10)),
         tried("big_kitty", SCAN, flags(10)),
     )
-    table = detected.f1_table(results, ALL_TO_ONE, "digits")
+    table = detectors.f1_table(results, ALL_TO_ONE, "digits")
     assert line(table, "Green square") == (f"{100 * f1(10):.1f}", None)
     assert line(table, "mean of 2 triggers") == ("50.0", f"{100 * f1(10):.1f}")
     assert "that every detector was tried on" in table.notes
-    assert "Only settings" in detected.summary_table(results, "digits").notes
+    assert "Only settings" in detectors.summary_table(results, "digits").notes
 
 
 def test_sets_with_other_seeds_have_a_mean_without_spread():
@@ -187,13 +185,13 @@ def test_sets_with_other_seeds_have_a_mean_without_spread():
         tried("white_square", VBD, flags(0), 1),
         tried("big_kitty", VBD, flags(20), 2),
     )
-    mean = detected.f1_of(results, results["attacks"], "vbd")
+    mean = detectors.f1_of(results, results["attacks"], "vbd")
     assert mean.mean == pytest.approx(75) and mean.spread is None and mean.count == 2
-    assert detected.f1_of(results, [], "vbd") is None and detected.f1_of(results, results["attacks"], "scan") is None
+    assert detectors.f1_of(results, [], "vbd") is None and detectors.f1_of(results, results["attacks"], "scan") is None
 
 
 def test_clean_sets_and_other_rates(results):
-    table = detected.calibration_table(results)
+    table = detectors.calibration_table(results)
     assert table.header[-1] == FOUND and len(table.rows) == 3
     clean = line(table, "no attack", 0.0, "VBD")
     spread = np.std([0, 0.02], ddof=1)
@@ -201,36 +199,36 @@ def test_clean_sets_and_other_rates(results):
     assert line(table, "no attack", 0.0, "SCAn")[-1] == "–"
     rare = line(table, "White square (poison rate 0.01)", 0.1, "VBD")
     assert rare[2:5] == ("0.50 ± 0.00", "1.00 ± 0.00", f"{f1(20, 20):.2f} ± 0.00")
-    assert detected.calibration_table(summarise(tried("white_square", VBD, flags(3)))) is None
+    assert detectors.calibration_table(summarise(tried("white_square", VBD, flags(3)))) is None
 
 
 def test_evidence(results):
-    table = detected.evidence_table(results)
+    table = detectors.evidence_table(results)
     assert table.header == ("training set", "defense", FOUND)  # the p-value is in the table of every fact
     assert line(table, "Big kitty", "VBD") == ("2.0 ± 0.0",)
     assert all(row[1] == "VBD" for row in table.rows) and len(table.rows) == 8
-    assert detected.evidence_table(summarise(tried("white_square", SCAN, flags(3)))) is None
+    assert detectors.evidence_table(summarise(tried("white_square", SCAN, flags(3)))) is None
 
 
 def test_nothing_to_show():
     none = variant("none", "no defense")
     results = summarise(Measured(suspect("white_square"), none, None, (), measure_detection(None, None, None), {}, 0.0))
-    assert detected.detectors(results) == [] and detected.summary_table(results, "cifar10") is None
-    assert detected.f1_table(results, ALL_TO_ONE, "cifar10") is None
-    assert detected.blended_table(results, ALL_TO_ONE, "cifar10") is None
-    assert detected.calibration_table(results) is detected.evidence_table(results) is None
-    assert detection_report.verdict(results).level == "info"
+    assert detectors.detectors(results) == [] and detectors.summary_table(results, "cifar10") is None
+    assert detectors.f1_table(results, ALL_TO_ONE, "cifar10") is None
+    assert detectors.blended_table(results, ALL_TO_ONE, "cifar10") is None
+    assert detectors.calibration_table(results) is detectors.evidence_table(results) is None
+    assert detectors.verdict(results).level == "info"
 
 
 def test_verdict(results):
-    said = detection_report.verdict(results, ("vbd",))
+    said = detectors.verdict(results, ("vbd",))
     every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
     assert said.headline == f"VBD finds the poisoned rows with a mean F1 of {every:.1f} % on 6 training sets."
     assert said.level == "warning" and "On none of them is F1 below 50 %." in said.text
     assert "False alarms: VBD flags 1.00 % of the rows of the clean training set." in said.text
     assert f"SCAn: mean F1 66.7 % on 6 training sets where VBD has {every:.1f} %; fails on 2." in said.text
     assert "given: training set, clean rows. On the clean set it flags 1.00 %." in said.text
-    other = detection_report.verdict(results, ("scan",))
+    other = detectors.verdict(results, ("scan",))
     assert other.level == "warning"
     assert other.headline.endswith("66.7 %, and fails on 2 of 6 training sets.")
     assert "Big kitty (0.0 %), White square, all-to-all (opacity 0.2) (0.0 %)" in other.text
@@ -239,14 +237,14 @@ def test_verdict(results):
 @pytest.mark.parametrize(("hits", "level"), [(20, "clean"), (15, "warning"), (5, "attacked")])
 def test_levels(hits, level):
     results = summarise(tried("badnets", VBD, flags(hits)), tried("badnets", ABL, flags(10)))
-    said = detection_report.verdict(results, ("vbd",))
+    said = detectors.verdict(results, ("vbd",))
     assert said.level == level and "1 of the training sets with poisoned rows" in said.text
     assert "number of poisons (no defender has that)" in said.text and "One seed only" in said.text
     assert "nothing is known of false alarms" in said.text
 
 
 def test_verdict_of_a_clean_run():
-    said = detection_report.verdict(summarise(tried("none", VBD, flags(0, 2))), ("vbd",))
+    said = detectors.verdict(summarise(tried("none", VBD, flags(0, 2))), ("vbd",))
     assert said.level == "info" and "VBD flags 1.00 %" in said.text
 
 
@@ -263,15 +261,15 @@ def comparisons():
 def test_sets_that_are_drawn_are_spread_out():
     every = comparisons()
     results = summarise(*(one for each in every for one in each.tried))
-    vbd, scan = detection_report.spread_out(results, every, 3)
+    vbd, scan = detectors.spread_out(results, every, 3)
     assert [one.suspect.attack.name for one in vbd.tried] == ["white_square", "none", "badnets+sig"]
     assert {one.suspect.seed for one in scan.tried} == {0}
     np.testing.assert_array_equal(scan.result.scores, every[1].result.scores[[0, 4, 8]])
-    assert len(detection_report.spread_out(results, every)[0].tried) == 5
+    assert len(detectors.spread_out(results, every)[0].tried) == 5
     triggers, opacities = ("white_square", "big_kitty", "small_kitty"), (0.1, 0.2, 0.5, 1)
     ones = [tried(f"{name}:opacity={opacity}", VBD, flags(3)) for name in triggers for opacity in opacities]
     every = [Comparison(VBD, Detection(np.zeros((12, ROWS), bool), np.zeros((12, ROWS))), ones)]
-    (some,) = detection_report.spread_out(summarise(*ones), every, 4)
+    (some,) = detectors.spread_out(summarise(*ones), every, 4)
     settings = [one.suspect.attack.plan.parts[0] for one in some.tried]
     assert {one.settings.opacity for one in settings} == set(opacities)
     assert {one.attack.name for one in settings} == set(triggers)
@@ -288,7 +286,7 @@ def pattern(attack, label=1, known=True):
 
 def test_patterns_that_are_drawn_are_of_many_attacks():
     found = [pattern("a", number) for number in range(3)] + [pattern("b"), pattern("c")]
-    chosen = detection_report.choose_patterns(found, 4)
+    chosen = detectors.choose_patterns(found, 4)
     assert [(one.attack, one.label) for one in chosen] == [("a", 0), ("a", 1), ("b", 1), ("c", 1)]
 
 
@@ -297,18 +295,18 @@ def test_report(tmp_path):
     every = comparisons()
     results = summarise(*(one for each in every for one in each.tried))
     found = [pattern("white square", label, known) for label in (1, 2) for known in (True, False)] * 2
-    detection_report.write(
+    page = detectors.page(
         folder,
-        {"dataset": "cifar10"},
         results,
         every,
-        {"no defense": 1.0},
         TRAIN,
-        "python -m experiments.vbd",
         found,
+        seconds={},
         about=("vbd",),
         extra_sections=(Section("Of my own", "said <here>"),),
     )
+    run = {"settings": {"dataset": "cifar10"}, "timings": {"no defense": 1.0}, "reproduce": "python -m experiments.vbd"}
+    publish(folder, page, **run, sources={"training data": TRAIN.source})
     page = (folder.path / "report.html").read_text()
     for title in (
         "Results",
@@ -330,4 +328,5 @@ def test_report(tmp_path):
     }
     table = (folder.path / "table.md").read_text()
     assert "**F1, all-to-one, full opacity**" in table and "**Who was given what**" in table
+    assert table.startswith(f"**{detectors.main_table(results, 'cifar10').title}**")
     assert (folder.path / "timings.json").exists()

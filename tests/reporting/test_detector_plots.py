@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bdjax.evaluation.patterns import FoundPattern
-from bdjax.reporting.detection_plots import (
+from bdjax.reporting.detector_plots import (
     COLUMNS,
     GREY,
     RED,
