@@ -1,7 +1,7 @@
 """The report on detectors of poisoned rows: F1 beside the VBD paper's, false alarms, found triggers, the verdict, the page.
 
-All tables are made of the numbers of `summarise`. The *grid* is the paper's: its triggers, one at a time, at the paper's rate of
-poisoning and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other attacks) has a
+All tables are made of the numbers of `summarise`. The *grid* is the paper's: its triggers, one at a time, at its poisoning
+and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other attacks) has a
 table of its own. F1 is in percent, as in the paper. A run that flags nothing counts as 0.
 
 No network is trained without the flagged rows here: what is reported is how well the flags fit. Suspects come without their
