@@ -42,7 +42,7 @@ DETECTION_WORKS, DETECTION_FAILS = 0.9, 0.5
 ROUNDING = 1e-9
 """By how much a number may miss a threshold and still meet it: 0.3 - 0.2 is meant to be 0.1."""
 
-_BEFORE = "before is the undefended network or, for students, the student of plain distillation"
+_BEFORE = "(before: without defense; for students, after plain distillation)"
 _LEFT = f"mean ASR above the control's at most {REMOVED_ASR:g} or at most {REMOVED_SHARE:g} of what it was before"
 DEFINITIONS: Mapping[str, str] = {
     "cda": "clean data accuracy: share of untouched test rows predicted as their label (higher is better)",
@@ -80,13 +80,13 @@ DEFINITIONS: Mapping[str, str] = {
     "passes": (
         f"mean ASR at least {BACKDOOR_ASR_WITH_CONTROL:g}, and at least {BACKDOOR_ABOVE_CONTROL:g} above the mean control ASR"
     ),
-    "removed": f"{_LEFT}, and mean CDA at most {CDA_LOSS:g} below; {_BEFORE}",
+    "removed": f"{_LEFT}, and mean CDA at most {CDA_LOSS:g} below {_BEFORE}",
     "removed at a cost": f"{_LEFT}, but mean CDA more than {CDA_LOSS:g} below",
     "weakened": f"mean ASR above the control's at most {WEAKENED_SHARE:g} of what it was before",
     "kept": "more is left than of a weakened backdoor",
     "nothing to remove": (
-        f"no backdoor before: mean ASR below {BACKDOOR_ASR:g} or, where a control is known, below "
-        f"{BACKDOOR_ASR_WITH_CONTROL:g} or less than {BACKDOOR_ABOVE_CONTROL:g} above the control's"
+        f"there is no backdoor before (mean ASR below {BACKDOOR_ASR:g} or, where a control is known, below "
+        f"{BACKDOOR_ASR_WITH_CONTROL:g} or less than {BACKDOOR_ABOVE_CONTROL:g} above it)"
     ),
     "found": f"F1 at least {DETECTION_WORKS:g}",
     "partly": f"F1 from {DETECTION_FAILS:g} to below {DETECTION_WORKS:g}",
