@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -107,6 +107,31 @@ def score_detection(
         facts = {name: float(values[i]) for name, values in found.facts.items()}
         tried.append(Measured(one, variant, None, (), detection, facts, seconds))
     return tried
+
+
+def measure_by_class(suspect: Suspect, found: Detection) -> list[dict[str, Any]] | None:
+    """What the flags and scores of a detector are worth: of all rows, then of each class with poisoned or flagged rows.
+
+    Args:
+        suspect: the rows.
+        found: of this one suspect: M = 1.
+
+    Returns:
+        Numbers of rows, and precision, recall, F1 and AUC, with the "class" (None: all rows); None if the truth is unknown.
+    """
+    if suspect.is_poisoned is None:
+        return None
+    flags, scores, truth, labels = found.flags[0], found.scores[0], suspect.is_poisoned, suspect.dataset.labels
+
+    def worth(label: int | None, own: np.ndarray) -> dict[str, Any]:
+        measured = measure_detection(flags[own], scores[own], truth[own])
+        counts = {"rows": own, "poisoned": truth & own, "flagged": flags & own, "hits": flags & truth & own}
+        numbers = {name: int(values.sum()) for name, values in counts.items()}
+        shares = {name: getattr(measured, name) for name in ("precision", "recall", "f1", "auc")}
+        return {"class": label, **numbers, **shares}
+
+    shown = np.unique(labels[flags | truth])
+    return [worth(None, np.ones(len(labels), bool)), *(worth(int(label), labels == label) for label in shown)]
 
 
 def measure(

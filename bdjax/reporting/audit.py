@@ -11,31 +11,29 @@ Below the run folder, `page` writes the pictures, of which the report has some, 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from bdjax.evaluation.measure import score_detection
+from bdjax.evaluation.measure import measure_by_class, score_detection
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant
-from bdjax.metrics import measure_detection
-from bdjax.reporting import plots, tables
+from bdjax.inspection.extracted_triggers import LEAST_SIDE, enlarge, on_grey, outlined, pattern_pictures
+from bdjax.reporting import plots
 from bdjax.reporting import results as schema
-from bdjax.reporting.detector_plots import enlarge, outline
 from bdjax.reporting.report import Figure, Report, Section, Verdict
-from bdjax.reporting.sections import most_suspicious
+from bdjax.reporting.sections import Entry, most_suspicious, section
 from bdjax.reporting.tables import Cell, Table
 from bdjax.run.folder import RunFolder
 from bdjax.run.text import printable
 from bdjax.types import Dataset, Detection, ExtractedPattern, PoisonedDataset
 
-WEAK_SUCCESS = 0.5
-"""A pattern that turns a smaller share of other rows is weak evidence; ours, above the paper's least success."""
-WEAK_SHARE = 0.005
-"""So is one that fewer of its class's rows carry; ours."""
+WEAK_SUCCESS, WEAK_SHARE = 0.5, 0.005
+"""A pattern that turns a smaller share of other rows than the first, which is above the paper's least success, is weak
+evidence, and so is one that fewer of its class's rows carry than the second; ours."""
 ALMOST_ALL, CROWDED = 0.9, 2.0
 """So is one that more of its class's rows carry than the first, unless the class has more rows than the second times the median
 class; ours. Poisoned rows with a wrong label come on top of the class's own. So where nothing would be left of a class of
@@ -54,18 +52,13 @@ VBD_NOT_FOUND = (
 )
 NOT_FOUND = "A detector finds the kind of attack that it was made for; rows that it does not flag may be poisoned, too."
 """The same of every other detector."""
-LEAST_SIDE = 256
-"""Pixels of the longer side that pictures are enlarged to at least."""
-EXAMPLES = 3
-"""Flagged rows of a class that are shown with their malicious pixels outlined."""
-MOST_CLASSES = 8
-"""Of how many classes the report draws triggers, examples and histograms; the folder triggers/ has all."""
+EXAMPLES, MOST_CLASSES = 3, 8
+"""Flagged rows of a class that are shown with their malicious pixels outlined, and classes that the report draws triggers,
+examples and histograms of; the folder triggers/ has all."""
 PICTURES, PER_LINE = 24, 6
 """Suspicious rows that the report shows."""
 MOST_REASONS = 5
 """Files that were not copied, named in the report."""
-_GREY = 0.5
-"""What transparent pixels are drawn on (figure 5)."""
 
 
 def class_title(number: int, name: str = "") -> str:
@@ -98,31 +91,28 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
     if len(detection.flags) != 1:
         raise ValueError(f"the detection is of {len(detection.flags)} training sets; it must be of one")
     dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
-    results = {
-        "detector": variant.defense.title,
-        "dataset": dataset.name,
-        "rows": len(dataset),
-        "flagged": int(flags.sum()),
-        "flagged_share": float(flags.mean()),
-        "image_shape": list(dataset.image_shape),
-        "networks": [
-            {"network": name, "accuracy": float(accuracy)}
-            for name, accuracy in zip(_networks(detection, settings), detection.evidence["accuracies"][0], strict=True)
-        ]
-        if _networks(detection, settings)
-        else [],
-        "extracts_patterns": bool(detection.patterns),
-        "classes": [_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
-        "detection": _worth(dataset, detection),
-    }
-    tree = schema.assemble(
+    networks = _networks(detection, settings)
+    accuracies = detection.evidence["accuracies"][0] if networks else []
+    tree = schema.summarise(
+        score_detection(detection, [suspect], variant, 0.0),
+        MEASURED,
         MEASURED,
         0,
-        [seed],
-        [schema.describe_attack([suspect], seed)],
-        [schema.describe_method(variant)],
-        schema.cells_of(score_detection(detection, [suspect], variant, 0.0), seed, MEASURED, {}),
-        **results,
+        seed,
+        {},
+        {},
+        detector=variant.defense.title,
+        dataset=dataset.name,
+        rows=len(dataset),
+        flagged=int(flags.sum()),
+        flagged_share=float(flags.mean()),
+        image_shape=list(dataset.image_shape),
+        networks=[
+            {"network": each, "accuracy": float(share)} for each, share in zip(networks, accuracies, strict=True)
+        ],
+        extracts_patterns=bool(detection.patterns),
+        classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
+        detection=measure_by_class(suspect, detection),
     )
     told = verdict(tree)
     said = {"level": told.level, "headline": told.headline, "text": told.text}
@@ -136,24 +126,19 @@ def _networks(detection: Detection, settings: Any) -> list[str]:
 
 def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number: int) -> dict[str, Any]:
     own = dataset.labels == number
-    counts = {"rows": int(own.sum()), "flagged": int(detection.flags[0, own].sum())}
     found = pattern_of(detection, number)
     numbers: dict[str, Any] = {
         "class": number,
         "name": dataset.class_names[number] if dataset.class_names else "",
-        **counts,
+        "rows": int(own.sum()),
+        "flagged": int(detection.flags[0, own].sum()),
     }
     if networks := _networks(detection, settings):
-        evidence = detection.evidence
-        p_values = {name: float(p) for name, p in zip(networks, evidence["p_values"][0, :, number], strict=True)}
-        numbers |= {
-            "p_values": p_values,
-            "success": {
-                # Without a candidate there is nothing to try, which is no success of 0.
-                name: float(rate) if p_values[name] < settings.p_value else None
-                for name, rate in zip(networks, evidence["success"][0, :, number], strict=True)
-            },
-        }
+        p_values, success = (detection.evidence[name][0, :, number].tolist() for name in ("p_values", "success"))
+        numbers["p_values"] = dict(zip(networks, p_values, strict=True))
+        # Without a candidate there is nothing to try, which is no success of 0.
+        tried = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
+        numbers["success"] = dict(zip(networks, tried, strict=True))
     if detection.patterns:
         numbers |= {
             "network": found.network if found else None,
@@ -172,7 +157,7 @@ def pattern_of(detection: Detection, number: int) -> ExtractedPattern | None:
     return next((each for each in patterns if each.label == number), None)
 
 
-def _against(one: Mapping[str, Any], least_accuracy: float, usual: float) -> list[str]:
+def _against(one: Entry, least_accuracy: float, usual: float) -> list[str]:
     """What makes the pattern of a class weak evidence, where classes usually have so many rows."""
     told = []
     if one["detector_accuracy"] is not None and one["detector_accuracy"] < least_accuracy:
@@ -198,28 +183,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.{0 if share == 0 or share >= 0.1 else 1}f} %"
 
 
-def _worth(dataset: Dataset, detection: Detection) -> list[dict[str, Any]] | None:
-    """What flags and scores are worth: of all rows, then of each class with poisoned or flagged ones; None if nobody knows."""
-    if not isinstance(dataset, PoisonedDataset):
-        return None
-    flags, scores, is_poisoned = detection.flags[0], detection.scores[0], dataset.is_poisoned
-
-    def measure(number: int | None, own: np.ndarray) -> dict[str, Any]:
-        measured = measure_detection(flags[own], scores[own], is_poisoned[own])
-        counts = {"poisoned": is_poisoned[own], "flagged": flags[own], "hits": flags[own] & is_poisoned[own]}
-        return {
-            "class": number,
-            "rows": int(own.sum()),
-            **{name: int(values.sum()) for name, values in counts.items()},
-            **{name: getattr(measured, name) for name in ("precision", "recall", "f1", "auc")},
-        }
-
-    shown = np.unique(dataset.labels[flags | is_poisoned])
-    everything = measure(None, np.ones(len(dataset), bool))
-    return [everything, *(measure(int(number), dataset.labels == number) for number in shown)]
-
-
-def found_classes(results: Mapping[str, Any], finding: str = "") -> list[Mapping[str, Any]]:
+def found_classes(results: Entry, finding: str = "") -> list[Entry]:
     """Classes with a pattern, those with the smallest p-value first.
 
     Args:
@@ -231,44 +195,42 @@ def found_classes(results: Mapping[str, Any], finding: str = "") -> list[Mapping
     return sorted(shown, key=lambda one: (wanted.index(one["finding"]), _smallest_p_value(one)))
 
 
-def _smallest_p_value(one: Mapping[str, Any]) -> float:
+def _smallest_p_value(one: Entry) -> float:
     """Of an entry of "classes", 1 where the detector has no such thing."""
     return min(one["p_values"].values()) if "p_values" in one else 1.0
 
 
-def title_of(one: Mapping[str, Any]) -> str:
+def title_of(one: Entry) -> str:
     """`class_title` of an entry of "classes"."""
     return class_title(one["class"], one["name"])
 
 
-def untested(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def untested(results: Entry) -> list[Entry]:
     """Classes with p-value 1 under every network: VBD says so of those with too few rows to compare."""
     return [one for one in results["classes"] if "p_values" in one and _smallest_p_value(one) == 1]
 
 
-def verdict(results: Mapping[str, Any]) -> Verdict:
+def verdict(results: Entry) -> Verdict:
     """Say in words what the numbers of `summarise` say."""
     if not results["extracts_patterns"]:
         return _verdict_on_flags(results)
     certain, weak = found_classes(results, TRIGGER), found_classes(results, WEAK)
     flagged = f"{results['flagged']:,} of {results['rows']:,} rows {_are(results['flagged'])} flagged"
+    text = "\n\n".join([*_evidence(results, certain or weak), *_doubts(weak), *_rest(results)])
     if certain:
-        headline = f"{_listed(certain)} {'carries' if len(certain) == 1 else 'carry'} a trigger: {flagged}."
-        return Verdict(
-            "attacked", headline, "\n\n".join([*_evidence(results, certain), *_doubts(weak), *_rest(results)])
-        )
+        verb = "carries" if len(certain) == 1 else "carry"
+        return Verdict("attacked", f"{_listed(certain)} {verb} a trigger: {flagged}.", text)
     if weak:
         headline = f"{_listed(weak)} may carry a trigger, but the evidence is weak: {flagged}."
-        return Verdict("warning", headline, "\n\n".join([*_evidence(results, weak), *_doubts(weak), *_rest(results)]))
-    not_compared = untested(results)
-    if len(not_compared) == len(results["classes"]):
+        return Verdict("warning", headline, text)
+    if len(untested(results)) == len(results["classes"]):
         headline = "No class could be tested, so nothing is known about these rows."
         text = "Every class has too few rows, or too few that the simple networks predict as their label."
         return Verdict("warning", headline, text)
-    return Verdict("clean", "No class has a trigger that this method can find.", "\n\n".join(_rest(results)))
+    return Verdict("clean", "No class has a trigger that this method can find.", text)
 
 
-def _verdict_on_flags(results: Mapping[str, Any]) -> Verdict:
+def _verdict_on_flags(results: Entry) -> Verdict:
     """What a detector without patterns says: the rows, and where most of them are."""
     name, rows, flagged = _capital(results["detector"]), results["rows"], results["flagged"]
     if not flagged:
@@ -282,16 +244,16 @@ def _verdict_on_flags(results: Mapping[str, Any]) -> Verdict:
     return Verdict("warning", headline, "\n\n".join([text, *_rest(results)]))
 
 
-def detector_of(results: Mapping[str, Any]) -> Mapping[str, Any]:
+def detector_of(results: Entry) -> Entry:
     """The entry of the one method of an audit."""
     return results["methods"][0]
 
 
-def _limits(results: Mapping[str, Any]) -> str:
+def _limits(results: Entry) -> str:
     return VBD_NOT_FOUND if results["networks"] else NOT_FOUND
 
 
-def _listed(classes: Sequence[Mapping[str, Any]]) -> str:
+def _listed(classes: Sequence[Entry]) -> str:
     if len(classes) > MOST_NAMED:
         return f"{len(classes)} classes"
     names = [title_of(one).removeprefix("class ") for one in classes]
@@ -304,7 +266,7 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _evidence(results: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
     height, width, _ = results["image_shape"]
     lines = []
     for one in classes[:MOST_NAMED]:
@@ -318,7 +280,7 @@ def _evidence(results: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]) 
     return lines
 
 
-def _doubts(weak: Sequence[Mapping[str, Any]]) -> list[str]:
+def _doubts(weak: Sequence[Entry]) -> list[str]:
     if not weak:
         return []
     told = "; ".join(f"{title_of(one)} ({', '.join(one['against'])})" for one in weak[:MOST_NAMED])
@@ -326,7 +288,7 @@ def _doubts(weak: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"Weak evidence: {told}{more}."]
 
 
-def _rest(results: Mapping[str, Any]) -> list[str]:
+def _rest(results: Entry) -> list[str]:
     """What the reader of any verdict has to know: truth, if there is one, and limits."""
     told = []
     if results["detection"]:
@@ -338,15 +300,12 @@ def _rest(results: Mapping[str, Any]) -> list[str]:
             )
         else:
             told.append("Here it is known that no row is poisoned" + (": a false alarm." if every["flagged"] else "."))
-    start = (
-        "That is not to say that the rows are clean. "
-        if not (found_classes(results) or (results["flagged"] and not results["extracts_patterns"]))
-        else "Other rows may be poisoned, too. "
-    )
+    is_silent = not (found_classes(results) or (results["flagged"] and not results["extracts_patterns"]))
+    start = "That is not to say that the rows are clean. " if is_silent else "Other rows may be poisoned, too. "
     return [*told, start + _limits(results)]
 
 
-def caveats(results: Mapping[str, Any]) -> list[str]:
+def caveats(results: Entry) -> list[str]:
     """What a reader should keep in mind, a sentence or two each."""
     told = [_limits(results)]
     if results["flagged"] and not results["detection"]:
@@ -380,7 +339,7 @@ def caveats(results: Mapping[str, Any]) -> list[str]:
 # ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
-def main_table(results: Mapping[str, Any]) -> Table:
+def main_table(results: Entry) -> Table:
     """What speaks for a trigger of each class: those with a pattern first, then by the smallest p-value or the flagged rows."""
     found = found_classes(results)
     others = [one for one in results["classes"] if one["finding"] == NONE]
@@ -418,7 +377,7 @@ def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def detector_table(results: Mapping[str, Any]) -> Table:
+def detector_table(results: Entry) -> Table:
     """Which detector it was, what it was given, and what it measured where the page does not show that otherwise."""
     detector, (cell,) = detector_of(results), results["cells"]
     rows: list[tuple[Cell, ...]] = [
@@ -431,19 +390,17 @@ def detector_table(results: Mapping[str, Any]) -> Table:
     return Table("The detector", ("what", "value"), tuple(rows))
 
 
-def networks_table(results: Mapping[str, Any]) -> Table | None:
+def networks_table(results: Entry) -> Table | None:
     """VBD's simple networks, and how well they learnt; None of other detectors."""
     if not results["networks"]:
         return None
-    rows = [
-        (one["network"], one["accuracy"], sum(c["network"] == one["network"] for c in results["classes"]))
-        for one in results["networks"]
-    ]
+    kept = [one["network"] for one in results["classes"]]
+    rows = [(one["network"], one["accuracy"], kept.count(one["network"])) for one in results["networks"]]
     notes = "They must not learn the classes well: what they are sure of is then what is easy, and a trigger is."
     return Table("The simple networks", ("network", "training accuracy", "patterns kept"), tuple(rows), notes)
 
 
-def truth_table(results: Mapping[str, Any]) -> Table | None:
+def truth_table(results: Entry) -> Table | None:
     """Flags against the truth; None if nobody knows it."""
     if not results["detection"]:
         return None
@@ -462,7 +419,7 @@ def truth_table(results: Mapping[str, Any]) -> Table | None:
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 
-def page(folder: RunFolder, results: Mapping[str, Any], suspect: Suspect, detection: Detection) -> Report:
+def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detection) -> Report:
     """Draw the pictures into the folder, and say all there is to say.
 
     Args:
@@ -473,34 +430,26 @@ def page(folder: RunFolder, results: Mapping[str, Any], suspect: Suspect, detect
     """
     dataset = suspect.dataset
     write_triggers(folder, dataset, detection)
-    truth = truth_table(results)
-    networks = networks_table(results)
-    tables_shown = (main_table(results), *([networks] if networks else []), detector_table(results))
-    sections = [
-        Section("What to do next", "\n\n".join(next_steps(results))),
-        Section("Evidence", "", tables_shown),
-    ]
-    if truth:
-        sections.append(Section("Against the truth", "", (truth,)))
-    for title, figures in (
-        ("Triggers", trigger_figures(folder, dataset, detection, results)),
-        ("Examples", example_figures(folder, dataset, detection, results)),
-        ("Scores", score_figures(folder, dataset, detection, results)),
-        ("The most suspicious rows", suspicious_figures(folder, dataset, detection)),
-    ):
-        if figures:
-            sections.append(Section(title, "", (), tuple(figures)))
-    sections.append(Section("What to keep in mind", "\n\n".join(results["caveats"])))
+    tables = [main_table(results), networks_table(results), detector_table(results)]
     return Report(
-        title=f"Audit of {tables.printable(dataset.name)}",
+        title=f"Audit of {printable(dataset.name)}",
         verdict=Verdict(**results["verdict"]),
         key_numbers=_key_numbers(results),
-        sections=tuple(sections),
+        sections=(
+            Section("What to do next", "\n\n".join(next_steps(results))),
+            *section("Evidence", tables),
+            *section("Against the truth", [truth_table(results)]),
+            *section("Triggers", [], trigger_figures(folder, dataset, detection, results)),
+            *section("Examples", [], example_figures(folder, dataset, detection, results)),
+            *section("Scores", [], score_figures(folder, dataset, detection, results)),
+            *section("The most suspicious rows", [], suspicious_figures(folder, dataset, detection)),
+            Section("What to keep in mind", "\n\n".join(results["caveats"])),
+        ),
         settings={results["detector"]: detector_of(results)["settings"]},
     )
 
 
-def _key_numbers(results: Mapping[str, Any]) -> dict[str, str]:
+def _key_numbers(results: Entry) -> dict[str, str]:
     shown = {
         "detector": results["detector"],
         "rows": f"{results['rows']:,}",
@@ -515,37 +464,30 @@ def _key_numbers(results: Mapping[str, Any]) -> dict[str, str]:
     return shown | {name: f"{measured[name]:.3f}" for name in ("precision", "recall") if measured.get(name) is not None}
 
 
-def next_steps(results: Mapping[str, Any]) -> list[str]:
+def next_steps(results: Entry) -> list[str]:
     """What the owner of the rows can do now, in paragraphs."""
     level, cleaned = results["verdict"]["level"], results["cleaned"]
-    told = []
+    costs = "Leaving out clean rows costs a little accuracy; training on poisoned ones costs control of the model."
     if level == "attacked":
-        told.append(
+        first = (
             "Compare the triggers and the examples below with your own pictures. If they are nothing that belongs there, leave "
             "out the rows in flagged.csv and train again from the start. Do not use a model that was trained on all of these "
             "rows, and find out where the flagged ones came from."
         )
     elif results["flagged"] and not results["extracts_patterns"]:
-        told.append(
-            "Look at the rows in flagged.csv, and at the most suspicious ones below, before you decide. Leaving out clean rows "
-            "costs a little accuracy; training on poisoned ones costs control of the model."
-        )
+        first = f"Look at the rows in flagged.csv, and at the most suspicious ones below, before you decide. {costs}"
     elif found_classes(results) and results["flagged"]:
-        told.append(
-            "Look at the triggers below and at the rows in flagged.csv before you decide. Leaving out clean rows costs "
-            "a little accuracy; training on poisoned ones costs control of the model."
-        )
+        first = f"Look at the triggers below and at the rows in flagged.csv before you decide. {costs}"
     elif found_classes(results):
-        told.append(
+        first = (
             "Look at the triggers below. If they are nothing that belongs on your pictures, look through the rows of these "
             "classes: rows.csv has them in the order of their scores, though no detector was sure enough to flag any."
         )
     elif level == "warning":
-        told.append("Try again with more rows of each class, or with other networks.")
+        first = "Try again with more rows of each class, or with other networks."
     else:
-        told.append(
-            "There is nothing to leave out. A detector that works in another way may see what this one does not."
-        )
+        first = "There is nothing to leave out. A detector that works in another way may see what this one does not."
+    told = [first]
     if cleaned["kind"] == "npz":
         told.append(
             f"cleaned.npz has the {cleaned['rows']:,} rows that are not flagged: images, labels, and row, the number that each "
@@ -561,19 +503,20 @@ def next_steps(results: Mapping[str, Any]) -> list[str]:
         names = ", ".join(map(title_of, emptied[:MOST_REASONS])) + (" ..." if emptied[MOST_REASONS:] else "")
         told.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
     if results["flagged"]:
-        text = "flagged.csv lists the flagged rows, the most suspicious first; kept.csv all others; rows.csv every row."
-        told.append(text)
+        told.append(
+            "flagged.csv lists the flagged rows, the most suspicious first; kept.csv all others; rows.csv every row."
+        )
     return told
 
 
-def _not_copied(cleaned: Mapping[str, Any]) -> list[str]:
+def _not_copied(cleaned: Entry) -> list[str]:
     told = []
     for names, text in (
         ([f"{one['file']} ({one['why']})" for one in cleaned["left_out"]], "Not copied"),
         (cleaned["strangers"], "Files below cleaned/ that this run did not put there"),
     ):
         if names:
-            shown = "; ".join(map(tables.printable, names[:MOST_REASONS]))
+            shown = "; ".join(map(printable, names[:MOST_REASONS]))
             more = f"; and {len(names) - MOST_REASONS:,} more, in results.json" if len(names) > MOST_REASONS else ""
             told.append(f"{text}: {shown}{more}.")
     return told
@@ -586,30 +529,15 @@ def write_triggers(folder: RunFolder, dataset: Dataset, detection: Detection) ->
     """Write the pictures below triggers/, for each class with a pattern."""
     scale = -(-LEAST_SIDE // max(dataset.image_shape[:2]))
     for one in detection.patterns[0] if detection.patterns else ():
-        opacity = (255 * one.mask).astype(np.uint8)
-        pictures = {"trigger": _rgba(one.pattern, opacity), "mask": opacity}
-        for place, row in enumerate(example_rows(dataset, detection, one.label)):
-            pictures[f"example-{place + 1}"] = _outlined(dataset.images[row], one.mask, scale)
-        for name, pixels in pictures.items():
-            large = pixels if name.startswith("example") else enlarge(pixels, scale)
-            folder.write_bytes(f"triggers/class-{one.label}-{name}.png", _png(large))
+        images = dataset.images[example_rows(dataset, detection, one.label)]
+        for name, pixels in pattern_pictures(one, images, scale).items():
+            folder.write_bytes(f"triggers/class-{one.label}-{name}.png", _png(pixels))
 
 
 def example_rows(dataset: Dataset, detection: Detection, number: int) -> np.ndarray:
     """Flagged rows of a class, the highest scores first: int [at most `EXAMPLES`]."""
     rows = np.flatnonzero(detection.flags[0] & (dataset.labels == number))
     return rows[np.argsort(-detection.scores[0, rows], kind="stable")][:EXAMPLES]
-
-
-def _outlined(image: np.ndarray, mask: np.ndarray, scale: int) -> np.ndarray:
-    """`outline`, with a line of two pixels where one would be too thin to see and there is room for two."""
-    factor = 2 if scale in range(6, 16, 2) else 1
-    return enlarge(outline(image, mask, scale // factor), factor)
-
-
-def _rgba(pattern: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    colours = np.rint(255 * np.clip(np.broadcast_to(pattern, (*opacity.shape, 3)), 0, 1)).astype(np.uint8)
-    return np.concatenate([colours, opacity[..., None]], axis=-1)
 
 
 def _png(pixels: np.ndarray) -> bytes:
@@ -622,24 +550,22 @@ def _cut(shown: Sequence[Any]) -> str:
     return f" {MOST_CLASSES} of {len(shown)} classes." if len(shown) > MOST_CLASSES else ""
 
 
-def trigger_figures(
-    folder: RunFolder, dataset: Dataset, detection: Detection, results: Mapping[str, Any]
-) -> list[Figure]:
+def trigger_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
     """Pattern and mask of each class that has one, two classes to a line."""
     found = found_classes(results)
     if not found:
         return []
     scale = _drawn_scale(dataset, 256)
     images, captions = [], []
-    for place, one in enumerate(found[:MOST_CLASSES]):
-        if place % 2 == 0:
-            images.append([])
-            captions.append([])
-        extracted = pattern_of(detection, one["class"])
-        mask, weak = extracted.mask, ", weak" if one["finding"] == WEAK else ""
-        trigger = np.where(mask[..., None], extracted.pattern, _GREY)
-        images[-1] += [enlarge(each, scale) for each in (trigger, mask[..., None])]
-        captions[-1] += [f"{title_of(one)}: trigger{weak}", f"mask: {one['mask_pixels']:,} of {mask.size:,}"]
+    for one in found[:MOST_CLASSES]:
+        extracted, weak = pattern_of(detection, one["class"]), ", weak" if one["finding"] == WEAK else ""
+        drawn = on_grey(extracted.pattern, extracted.mask), extracted.mask[..., None]
+        images += [enlarge(each, scale) for each in drawn]
+        captions += [
+            f"{title_of(one)}: trigger{weak}",
+            f"mask: {one['mask_pixels']:,} of {extracted.mask.size:,}",
+        ]
+    images, captions = ([each[start : start + 4] for start in range(0, len(each), 4)] for each in (images, captions))
     path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("triggers.png"))
     caption = (
         "The extracted triggers, on grey where they are transparent, and their masks. Colours are the mean of the rows that "
@@ -648,9 +574,7 @@ def trigger_figures(
     return [Figure(path, caption, "The extracted trigger of each suspicious class and its mask.")]
 
 
-def example_figures(
-    folder: RunFolder, dataset: Dataset, detection: Detection, results: Mapping[str, Any]
-) -> list[Figure]:
+def example_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
     """Flagged rows of each class beside themselves with the malicious pixels outlined."""
     found = [one for one in found_classes(results) if one["flagged"]]
     if not found:
@@ -658,27 +582,20 @@ def example_figures(
     scale = _drawn_scale(dataset, 192)
     images, captions = [], []
     for one in found[:MOST_CLASSES]:
-        rows = example_rows(dataset, detection, one["class"])
-        pairs = [
-            [
-                enlarge(dataset.images[row], scale),
-                _outlined(dataset.images[row], pattern_of(detection, one["class"]).mask, scale),
-            ]
-            for row in rows
-        ]
-        images.append([image.astype(np.float32) / 255 for pair in pairs for image in pair])
-        captions.append(
-            [text for row in rows for text in (_row_name(dataset, row), f"score {detection.scores[0, row]:.2f}")]
-        )
+        rows, mask = example_rows(dataset, detection, one["class"]), pattern_of(detection, one["class"]).mask
+        images.append([])
+        captions.append([])
+        for row in rows:
+            image = dataset.images[row]
+            images[-1] += [each / np.float32(255) for each in (enlarge(image, scale), outlined(image, mask, scale))]
+            captions[-1] += [_row_name(dataset, row), f"score {detection.scores[0, row]:.2f}"]
     names = [title_of(one) for one in found[:MOST_CLASSES]]
     path = plots.save(plots.image_grid(images, names, (), "", captions=captions), folder.file("examples.png"))
     caption = "Flagged rows, and the same rows with the pixels of the trigger outlined in red." + _cut(found)
     return [Figure(path, caption, "Flagged rows with the pixels of the trigger outlined.")]
 
 
-def score_figures(
-    folder: RunFolder, dataset: Dataset, detection: Detection, results: Mapping[str, Any]
-) -> list[Figure]:
+def score_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
     """How the scores of the rows of each suspicious class are spread; of a detector without patterns, of those with flags."""
     found = found_classes(results)
     if not results["extracts_patterns"]:

@@ -9,12 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from bdjax.evaluation.patterns import FoundPattern
+from bdjax.inspection.extracted_triggers import enlarge, on_grey, outline, to_rgb
 from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style, image_grid
 from bdjax.run.text import printable
 
-RED = (255, 0, 0)
-GREY = 0.5
-"""What shows where a trigger is transparent."""
 SIDE = 160
 """Pixels that a picture of `trigger_grid` is wide, more or less."""
 COLUMNS = ("true trigger", "found trigger", "its mask", "a flagged row", "where it is")
@@ -166,58 +164,8 @@ def _pictures(one: FoundPattern) -> list[np.ndarray]:
     blank = np.ones((*one.mask.shape, 3))
     true = blank if one.true_pattern is None or one.true_mask is None else on_grey(one.true_pattern, one.true_mask)
     plain = [true, on_grey(one.pattern, one.mask), blank * one.mask[..., None]]
-    example = blank if one.example is None else _rgb(one.example / 255)
+    example = blank if one.example is None else to_rgb(one.example / 255)
     outlined = np.ones((scale * len(blank), scale * blank.shape[1], 3))
     if one.example is not None:
         outlined = outline(one.example, one.mask, scale) / 255
     return [*(enlarge(each, scale) for each in [*plain, example]), outlined]
-
-
-def on_grey(pattern: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A trigger on the grey that stands for what it lets through.
-
-    Args:
-        pattern: float [H, W, C] in [0, 1], of 1 or 3 channels.
-        mask: [H, W], bool, or how opaque each pixel is in [0, 1].
-
-    Returns:
-        float64 [H, W, 3] in [0, 1].
-    """
-    share = np.asarray(mask, np.float64)[..., None]
-    return np.clip(share * _rgb(pattern) + (1 - share) * GREY, 0, 1)
-
-
-def _rgb(image: np.ndarray) -> np.ndarray:
-    return np.broadcast_to(np.asarray(image, np.float64), (*image.shape[:2], 3))
-
-
-def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
-    """Make a square of so many pixels of each: any dtype [H, W, ...] -> [H * scale, W * scale, ...]."""
-    return np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
-
-
-def outline(image: np.ndarray, mask: np.ndarray, scale: int) -> np.ndarray:
-    """Enlarge an image, and draw a red line along the inside of a mask's boundary (figure 5 (f) of the VBD paper).
-
-    The line is drawn inside, so that it is there at the image's edge too; it takes an eighth of a pixel's width, but at least
-    one of the enlarged pixels, so that from a scale of 3 on the masked pixel itself still shows.
-
-    Args:
-        image: uint8 [H, W, C], of 1 or 3 channels.
-        mask: bool [H, W].
-        scale: by how much each side grows, at least 1.
-
-    Returns:
-        uint8 [H * scale, W * scale, 3].
-
-    Raises:
-        ValueError: shapes that do not fit, or no such scale.
-    """
-    if image.ndim != 3 or image.shape[2] not in (1, 3) or mask.shape != image.shape[:2] or scale < 1:
-        raise ValueError(f"an image of shape {image.shape} and a mask of shape {mask.shape} at scale {scale}")
-    large = enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), scale)
-    inside = enlarge(mask.astype(bool), scale)
-    width = max(1, scale // 8)
-    around = np.lib.stride_tricks.sliding_window_view(np.pad(inside, width), (2 * width + 1, 2 * width + 1))
-    large[inside & ~around.all(axis=(2, 3))] = RED
-    return large

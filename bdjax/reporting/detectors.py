@@ -1,8 +1,9 @@
 """The report on detectors of poisoned rows: F1 beside the VBD paper's, false alarms, found triggers, the verdict, the page.
 
-All tables are made of the numbers of `summarise`. The *grid* is the paper's: its triggers, one at a time, at its poisoning
-and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other attacks) has a
-table of its own. F1 is in percent, as in the paper. A run that flags nothing counts as 0.
+All tables are made of the numbers of `summarise`. The *grid* is the paper's: its triggers, one at a time, at the paper's rate
+of poisoning and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other attacks)
+has a table of its own. F1 is in percent, as in the paper. A run that flags nothing counts as 0. In every function `results` is
+of `summarise`, and `dataset` is a name as bdjax has it: if the paper has it too, the paper's columns stand beside ours.
 
 No network is trained without the flagged rows here: what is reported is how well the flags fit. Suspects come without their
 images, of which a grid has too many to keep; the flagged rows to look at are those beside the found triggers.
@@ -16,19 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
+from bdjax.evaluation import published
 from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.patterns import FoundPattern
-from bdjax.evaluation.published import (
-    ALL_TO_ALL,
-    ALL_TO_ONE,
-    BLENDED,
-    DETECTION_DATASETS,
-    FULL,
-    POISON_RATE,
-    TRIGGERS,
-    Published,
-    find_published,
-)
 from bdjax.metrics import DEFINITIONS, DETECTION_FAILS, detection_word
 from bdjax.reporting import defenses, detector_plots, plots
 from bdjax.reporting import results as schema
@@ -42,7 +33,8 @@ from bdjax.run.folder import RunFolder
 from bdjax.settings import read_variant
 from bdjax.types import Dataset, Detection
 
-RULES = (ALL_TO_ONE, ALL_TO_ALL)
+RULES = (published.ALL_TO_ONE, published.ALL_TO_ALL)
+OPACITIES = (*published.FULL, *published.BLENDED)
 PAPER_TITLES = {"vbd": "VBD", "abl": "ABL", "agpd": "AGPD", "scan": "SCAn"}
 """The detectors that the paper has numbers of."""
 FOUND = "classes with a pattern"
@@ -84,7 +76,7 @@ class MeanF1(NamedTuple):
 
 class _Column(NamedTuple):
     title: str
-    defense: str | None  # a variant's name; None for the paper's numbers
+    method: str | None  # a variant's name; None for the paper's numbers
     base: str  # whose
 
 
@@ -119,14 +111,14 @@ def is_in_grid(attack: Entry) -> bool:
     base, changes = read_variant(attack["attack"])
     rate = changes.pop("poison_rate", None)
     return (
-        base in TRIGGERS.get(rule_of(attack), ())
-        and opacity_of(attack) in (*FULL, *BLENDED)
+        base in published.TRIGGERS.get(rule_of(attack), ())
+        and opacity_of(attack) in OPACITIES
         and set(changes) <= {"opacity", "target"}
-        and rate in (None, POISON_RATE)
+        and rate in (None, published.POISON_RATE)
     )
 
 
-def grid(results: Entry, rules: Sequence[str] = RULES, opacities: Sequence[float] = (*FULL, *BLENDED)):
+def grid(results: Entry, rules: Sequence[str] = RULES, opacities: Sequence[float] = OPACITIES):
     """The entries of results["attacks"] in the paper's grid that have one of these rules and opacities."""
     return [
         one for one in results["attacks"] if is_in_grid(one) and rule_of(one) in rules and opacity_of(one) in opacities
@@ -141,29 +133,29 @@ def detectors(results: Entry) -> list[Entry]:
 
 def find_f1(
     dataset: str, rule: str | None, attack: str | None, opacity: float | None, detector: str
-) -> Published | None:
+) -> published.Published | None:
     """The paper's cell with these entries, where None stands for an average; None if it prints none."""
     wanted = {"dataset": dataset, "rule": rule, "attack": attack, "opacity": opacity, "method": detector}
-    return next(iter(find_published(measured="flags", **wanted)), None)
+    return next(iter(published.find_published(measured="flags", **wanted)), None)
 
 
-def common(results: Entry, attacks: Sequence[Entry], defenses: Sequence[str]) -> list:
-    """Those of the attacks that F1 is known of with every one of the defenses, so that their means compare."""
-    return [one for one in attacks if all(f1_of(results, [one], name) is not None for name in defenses)]
+def common(results: Entry, attacks: Sequence[Entry], methods: Sequence[str]) -> list[Entry]:
+    """Those of the attacks that F1 is known of with every one of the detectors, so that their means compare."""
+    return [one for one in attacks if all(f1_of(results, [one], name) is not None for name in methods)]
 
 
-def f1_of(results: Entry, attacks: Sequence[Entry], defense: str) -> MeanF1 | None:
+def f1_of(results: Entry, attacks: Sequence[Entry], method: str) -> MeanF1 | None:
     """The mean F1 of a detector over training sets.
 
     Args:
         results: of `summarise`.
         attacks: entries of results["attacks"].
-        defense: a variant's name.
+        method: a variant's name.
 
     Returns:
         None if there is no training set, or one of them was not tried or has nothing poisoned.
     """
-    cells = [find(results, one["attack"], defense) for one in attacks]
+    cells = [find(results, one["attack"], method) for one in attacks]
     if not cells or any(mean_of(cell, "f1") is None for cell in cells):
         return None
     each = [{row["seed"]: 100 * row["f1"] for row in cell["by_seed"]} for cell in cells]
@@ -179,40 +171,45 @@ def _columns(results: Entry, dataset: str) -> list[_Column]:
     """A column for each detector, and beside it the paper's if it has one."""
     columns: list[_Column] = []
     for one in detectors(results):
-        base = one["base"]
-        columns.append(_Column(one["title"], one["method"], base))
-        if (
-            dataset in DETECTION_DATASETS
-            and base in PAPER_TITLES
-            and (base, None) not in [(c.base, c.defense) for c in columns]
-        ):
-            columns.append(_Column(f"{PAPER_TITLES[base]}, paper", None, base))
+        columns.append(_Column(one["title"], one["method"], one["base"]))
+        printed = _Column(f"{PAPER_TITLES.get(one['base'])}, paper", None, one["base"])
+        if dataset in published.DETECTION_DATASETS and one["base"] in PAPER_TITLES and printed not in columns:
+            columns.append(printed)
     return columns
 
 
 def _names(columns: Sequence[_Column]) -> list[str]:
-    return [one.defense for one in columns if one.defense is not None]
+    return [one.method for one in columns if one.method is not None]
 
 
-def _row(
-    results: Entry,
-    columns: Sequence[_Column],
-    attacks: Sequence[Entry],
-    dataset: str,
-    cell: tuple[str | None, str | None, float | None],
-) -> tuple[Cell, ...]:
-    """Our means over the attacks, and the paper's cell (rule, attack, opacity)."""
-    texts: list[Cell] = []
-    for column in columns:
-        if column.defense is None:
-            found = find_f1(dataset, *cell, column.base)
-            texts.append(
-                None if found is None else f"{found.f1:.{_DECIMALS}f} ± {found.standard_deviation:.{_DECIMALS}f}"
-            )
-        else:
-            own = f1_of(results, attacks, column.defense)
-            texts.append(None if own is None else mean_and_spread(own.by_seed, _DECIMALS))
-    return tuple(texts)
+def _has_paper(columns: Sequence[_Column]) -> bool:
+    return any(one.method is None for one in columns)
+
+
+class _Line(NamedTuple):
+    """A line of a table of F1."""
+
+    start: tuple[Cell, ...]  # its first cells
+    attacks: Sequence[Entry]  # that our means are over
+    cell: tuple[str | None, str | None, float | None]  # the paper's: rule, attack, opacity
+    style: str = ""
+
+
+def _f1_cell(results: Entry, dataset: str, line: _Line, column: _Column) -> Cell:
+    """Our mean over the attacks, or the paper's number."""
+    if column.method is not None:
+        own = f1_of(results, line.attacks, column.method)
+        return None if own is None else mean_and_spread(own.by_seed, _DECIMALS)
+    found = find_f1(dataset, *line.cell, column.base)
+    return None if found is None else f"{found.f1:.{_DECIMALS}f} ± {found.standard_deviation:.{_DECIMALS}f}"
+
+
+def _lines_table(
+    results: Entry, dataset: str, title: str, first: Sequence[str], lines: Sequence[_Line], notes: str
+) -> Table:
+    columns = _columns(results, dataset)
+    rows = tuple((*line.start, *(_f1_cell(results, dataset, line, one) for one in columns)) for line in lines)
+    return Table(title, (*first, *(one.title for one in columns)), rows, notes, tuple(line.style for line in lines))
 
 
 def _notes(results: Entry, attacks: Sequence[Entry], columns: Sequence[_Column]) -> str:
@@ -226,7 +223,7 @@ def _notes(results: Entry, attacks: Sequence[Entry], columns: Sequence[_Column])
         f"training sets the spread is that of each seed's mean. {rows} rows in a set, "
         f"{' or '.join(f'{100 * rate:g}' for rate in rates)} % of them poisoned."
     )
-    if any(one.defense is None for one in columns):
+    if _has_paper(columns):
         text += (
             " Paper: 5 seeds, 10 % poisoned, all rows of the dataset, its own networks and schedules; runs that came to no "
             "answer count as 0 there."
@@ -244,103 +241,66 @@ def _trigger(attack: Entry) -> str:
 def f1_table(results: Entry, rule: str, dataset: str, opacity: float = 1.0) -> Table | None:
     """Triggers × detectors, as tables 1 and 2 of the paper; None if the run has none of these settings.
 
-    Args:
-        results: of `summarise`.
-        rule: ALL_TO_ONE or ALL_TO_ALL.
-        dataset: as bdjax names it; if the paper has it, its columns stand beside ours.
-        opacity: of the triggers. The paper prints single triggers at full opacity only, else their mean.
+    The paper prints single triggers at full opacity only, else their mean.
     """
     attacks, columns = grid(results, (rule,), (opacity,)), _columns(results, dataset)
     if not attacks or not columns:
         return None
-    rows = [
-        (_trigger(one), *_row(results, columns, [one], dataset, (rule, read_variant(one["attack"])[0], opacity)))
-        for one in attacks
-    ]
-    styles = [""] * len(rows)
-    shared = common(results, attacks, _names(columns))
+    lines = [_Line((_trigger(one),), [one], (rule, read_variant(one["attack"])[0], opacity)) for one in attacks]
+    compared = common(results, attacks, _names(columns))
     notes = _notes(results, attacks, columns)
-    if len(shared) > 1:
-        rows.append(
-            (f"mean of {len(shared)} triggers", *_row(results, columns, shared, dataset, (rule, None, opacity)))
-        )
-        styles.append("ours")
-        notes += _other_triggers(rule, shared, attacks, columns)
+    if len(compared) > 1:
+        lines.append(_Line((f"mean of {len(compared)} triggers",), compared, (rule, None, opacity), "ours"))
+        if len(compared) < len(attacks):
+            notes += " Our mean is over the triggers that every detector was tried on."
+        if len(compared) != len(published.TRIGGERS[rule]) and _has_paper(columns):
+            notes += f" The paper's mean is over its {len(published.TRIGGERS[rule])} triggers."
     how = "full opacity" if opacity == 1 else f"opacity {100 * opacity:g} %"
-    return Table(f"F1, {rule}, {how}", ("trigger", *(c.title for c in columns)), tuple(rows), notes, tuple(styles))
-
-
-def _other_triggers(rule: str, shared: Sequence, attacks: Sequence, columns: Sequence[_Column]) -> str:
-    text = "" if len(shared) == len(attacks) else " Our mean is over the triggers that every detector was tried on."
-    if len(shared) != len(TRIGGERS[rule]) and any(one.defense is None for one in columns):
-        text += f" The paper's mean is over its {len(TRIGGERS[rule])} triggers."
-    return text
+    return _lines_table(results, dataset, f"F1, {rule}, {how}", ["trigger"], lines, notes)
 
 
 def blended_table(results: Entry, rule: str, dataset: str) -> Table | None:
-    """Opacities × detectors, means over the triggers, as tables 3 and 4 of the paper; None if the run has no such setting.
-
-    Args:
-        results: of `summarise`.
-        rule: ALL_TO_ONE or ALL_TO_ALL.
-        dataset: as bdjax names it.
-    """
-    columns, every, rows = _columns(results, dataset), [], []
-    for opacity in BLENDED:
+    """Opacities × detectors, means over the triggers, as tables 3 and 4 of the paper; None if the run has no such setting."""
+    columns, lines = _columns(results, dataset), []
+    for opacity in published.BLENDED:
         attacks = common(results, grid(results, (rule,), (opacity,)), _names(columns))
         if attacks and columns:
-            numbers_of_one = _row(results, columns, attacks, dataset, (rule, None, opacity))
-            rows.append((f"{100 * opacity:g} %", len(attacks), *numbers_of_one))
-            every += attacks
-    if not rows:
+            lines.append(_Line((f"{100 * opacity:g} %", len(attacks)), attacks, (rule, None, opacity)))
+    if not lines:
         return None
-    styles = [""] * len(rows)
-    if len(rows) > 1:
-        rows.append(("mean", len(every), *_row(results, columns, every, dataset, (rule, None, None))))
-        styles.append("ours")
+    every = [attack for line in lines for attack in line.attacks]
+    if len(lines) > 1:
+        lines.append(_Line(("mean", len(every)), every, (rule, None, None), "ours"))
     notes = _notes(results, every, columns) + " The last row is over all training sets of those above."
-    if any(one.defense is None for one in columns):
-        notes += f" The paper's means are over its {len(TRIGGERS[rule])} triggers."
-    header = ("opacity", "sets", *(one.title for one in columns))
-    return Table(f"F1, {rule}, blended", header, tuple(rows), notes, tuple(styles))
+    if _has_paper(columns):
+        notes += f" The paper's means are over its {len(published.TRIGGERS[rule])} triggers."
+    return _lines_table(results, dataset, f"F1, {rule}, blended", ["opacity", "sets"], lines, notes)
 
 
 def summary_table(results: Entry, dataset: str) -> Table | None:
-    """Means over all settings of the paper's grid that the run has, as its table 5; None if it has none.
-
-    Args:
-        results: of `summarise`.
-        dataset: as bdjax names it.
-    """
-    columns = _columns(results, dataset)
-    parts = [
-        (f"{rule}, {name}", (rule,), opacities, (rule, None, 1.0 if opacities == FULL else None))
-        for rule in RULES
-        for name, opacities in (("full", FULL), ("blended", BLENDED))
-    ]
-    rows = []
-    for name, rules, opacities, cell in [*parts, ("all", RULES, (*FULL, *BLENDED), (None, None, None))]:
-        attacks = common(results, grid(results, rules, opacities), _names(columns))
-        if name == "all" and len(rows) < 2:
-            break  # it would be the one row again
-        if name == "all" and len(attacks) < WHOLE_GRID:
-            cell = ("none: the paper has no mean over these", None, None)
-        if attacks and columns:
-            rows.append((name, len(attacks), *_row(results, columns, attacks, dataset, cell)))
-    if not rows:
+    """Means over all settings of the paper's grid that the run has, as its table 5; None if it has none."""
+    columns, lines = _columns(results, dataset), []
+    for rule in RULES:
+        for name, opacities in (("full", published.FULL), ("blended", published.BLENDED)):
+            attacks = common(results, grid(results, (rule,), opacities), _names(columns))
+            if attacks and columns:
+                cell = (rule, None, 1.0 if opacities == published.FULL else None)
+                lines.append(_Line((f"{rule}, {name}", len(attacks)), attacks, cell))
+    if not lines:
         return None
-    shared = common(results, grid(results), _names(columns))
-    notes = _notes(results, shared, columns)
-    notes += " Full: opacity 100 %; blended: less."
-    if len(shared) < len(grid(results)):
+    every = common(results, grid(results), _names(columns))
+    if len(lines) > 1:  # it would be the one line again
+        is_whole = len(every) >= WHOLE_GRID
+        cell = (None if is_whole else "none: the paper has no mean over these", None, None)
+        lines.append(_Line(("all", len(every)), every, cell, "ours"))
+    notes = _notes(results, every, columns) + " Full: opacity 100 %; blended: less."
+    if len(every) < len(grid(results)):
         notes += " Only settings that every detector was tried on."
-    if any(one.defense is None for one in columns):
+    if _has_paper(columns):
         notes += (
             f" The paper's means are over all {WHOLE_GRID} settings of its grid: 6 + 18 all-to-one, 4 + 12 all-to-all."
         )
-    styles = tuple("ours" if row[0] == "all" else "" for row in rows)
-    header = ("settings", "sets", *(one.title for one in columns))
-    return Table("F1, mean over the settings", header, tuple(rows), notes, styles)
+    return _lines_table(results, dataset, "F1, mean over the settings", ["settings", "sets"], lines, notes)
 
 
 def calibration_table(results: Entry) -> Table | None:
@@ -396,12 +356,7 @@ def evidence_table(results: Entry) -> Table | None:
 
 
 def main_table(results: Entry, dataset: str) -> Table | None:
-    """The means over the paper's settings, or what the run has in their place.
-
-    Args:
-        results: of `summarise`.
-        dataset: as bdjax names it; if the paper has it, its columns stand beside ours.
-    """
+    """The means over the paper's settings, or what the run has in their place."""
     return summary_table(results, dataset) or calibration_table(results) or defenses.detection_table(results)
 
 
@@ -442,10 +397,10 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
         f"{one['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %" for one, measured in told
     ]
     count = len(told[0][1])
-    headline = "; ".join(said) + f" on {count} training set{'s' if count > 1 else ''}."
+    sets_text = f"{count} training set{'s' if count > 1 else ''}"
+    headline = f"{'; '.join(said)} on {sets_text}."
     if len(told) == 1 and failed:
-        lost = len(_failed(told[0][1]))
-        headline = f"{said[0]}, and fails on {lost} of {count} training set{'s' if count > 1 else ''}."
+        headline = f"{said[0]}, and fails on {len(_failed(told[0][1]))} of {sets_text}."
     return Verdict(level, headline, text)
 
 
@@ -498,13 +453,8 @@ def _beside(results: Entry, one: Entry, shown: Entry, sets: Sequence) -> str | N
         f"{one['title']}: mean F1 {_mean(theirs):.1f} % on {len(both)} training set{'s' if len(both) > 1 else ''} where "
         f"{shown['title']} has {_mean(ours):.1f} %; fails on {len(_failed(theirs))}. It is given: {_given(one)}."
     )
-    flagged = [
-        mean_of(find(results, attack["attack"], one["method"]), "flagged")
-        for attack in results["attacks"]
-        if schema.is_clean(attack) and attack["attack"] == schema.NO_DEFENSE
-    ]
-    known = [value for value in flagged if value is not None]
-    return text + (f" On the clean set it flags {100 * known[0]:.2f} %." if known else "")
+    flagged = mean_of(find(results, schema.NO_DEFENSE, one["method"]), "flagged")
+    return text + (f" On the clean set it flags {100 * flagged:.2f} %." if flagged is not None else "")
 
 
 def _given(one: Entry) -> str:
@@ -541,26 +491,18 @@ def page(
         extra_sections: of the experiment's own, after the results.
     """
     name, chosen = train.name, spread_out(results, comparisons)
-    main = [
-        summary_table(results, name),
-        *(f1_table(results, rule, name) for rule in RULES),
-        *(blended_table(results, rule, name) for rule in RULES),
-    ]
-    details = [
-        defenses.detection_table(results),
-        *(f1_table(results, rule, name, opacity) for rule in RULES for opacity in reversed(BLENDED)),
-        shared.facts_table(results),
-    ]
+    main = [table(results, rule, name) for table in (f1_table, blended_table) for rule in RULES]
+    faint = [f1_table(results, rule, name, opacity) for rule in RULES for opacity in reversed(published.BLENDED)]
     others, rates = calibration_table(results), rate_figures(folder, results)
     count = len({one.suspect.attack.name for each in chosen for one in each.tried})
     sample = (
         f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken from all over the table of them."
     )
     curves = [*roc_figures(folder, chosen), *shared.score_figures(folder, chosen)]
+    settings = shared.settings_of(results)
+    # One group for all attacks, of which there may be dozens.
     attacks = {
-        one["attack"] + (f": {part['attack']}" if len(one["parts"]) > 1 else ""): part["settings"]
-        for one in results["attacks"]
-        for part in one["parts"]
+        name.removeprefix("attack "): settings.pop(name) for name in list(settings) if name.startswith("attack ")
     }
     return Report(
         title=title or f"Detectors of poisoned rows on {name}",
@@ -568,18 +510,17 @@ def page(
         key_numbers=_key_numbers(results, about),
         facts=defenses.needs_table(results),
         sections=(
-            *shared.section("Results", main, opacity_figures(folder, results, name)),
+            *shared.section("Results", [summary_table(results, name), *main], opacity_figures(folder, results, name)),
             *shared.section("Beside the paper's settings", [others], rates if others else []),
             *extra_sections,
             *shared.section("Found triggers", [], trigger_figures(folder, found)),
             *shared.section("What the flags rest on", [evidence_table(results)]),
             *shared.section("Scores", [], curves, sample),
             *shared.section("Training sets", [defenses.rows_table(results)]),
-            *shared.section("Details", details),
+            *shared.section("Details", [defenses.detection_table(results), *faint, shared.facts_table(results)]),
             *shared.section("Time for one training set", [shared.time_table(results, seconds, folder.is_new)]),
         ),
-        # One group for all attacks, of which there may be dozens.
-        settings={"attacks": attacks} | {f"defense {one['method']}": one["settings"] for one in results["methods"]},
+        settings={"attacks": attacks} | settings,
     )
 
 
@@ -619,15 +560,11 @@ def spread_out(results: Entry, comparisons: Sequence[Comparison], most: int = sh
         kept |= {others[number * step % len(others)] for number in range(room)}
     chosen = []
     for each in comparisons:
-        which = [
-            number for number, one in enumerate(each.tried) if one.suspect.seed == 0 and one.suspect.attack.name in kept
-        ]
+        which = [i for i, one in enumerate(each.tried) if one.suspect.seed == 0 and one.suspect.attack.name in kept]
         if which:
-            flags, scores = (
-                None if values is None else np.asarray(values)[which]
-                for values in (each.result.flags, each.result.scores)
-            )
-            chosen.append(Comparison(each.variant, Detection(flags, scores), [each.tried[number] for number in which]))
+            values = each.result.flags, each.result.scores
+            flags, scores = (None if one is None else np.asarray(one)[which] for one in values)
+            chosen.append(Comparison(each.variant, Detection(flags, scores), [each.tried[i] for i in which]))
     return chosen
 
 
@@ -637,7 +574,7 @@ def opacity_figures(folder: RunFolder, results: Entry, dataset: str) -> list[Fig
     every = detectors(results)
     for rule in RULES:
         names = [one["method"] for one in every]
-        sets_of = {each: common(results, grid(results, (rule,), (each,)), names) for each in (*BLENDED, *FULL)}
+        sets_of = {each: common(results, grid(results, (rule,), (each,)), names) for each in sorted(OPACITIES)}
         of_opacity = {opacity: sets for opacity, sets in sets_of.items() if sets}
         if len(of_opacity) < 2:
             continue
@@ -645,26 +582,34 @@ def opacity_figures(folder: RunFolder, results: Entry, dataset: str) -> list[Fig
         for one in every:
             means = [f1_of(results, sets, one["method"]) for sets in of_opacity.values()]
             lines.append(_line(one["title"], list(of_opacity), means))
-            if dataset in DETECTION_DATASETS and one["base"] in PAPER_TITLES and one["base"] not in printed:
+            if dataset in published.DETECTION_DATASETS and one["base"] in PAPER_TITLES and one["base"] not in printed:
                 printed.add(one["base"])
-                cells = [find_f1(dataset, rule, None, opacity, one["base"]) for opacity in (*BLENDED, *FULL)]
-                f1 = [cell.f1 for cell in cells]
-                lines.append(
-                    Line(one["title"], (*BLENDED, *FULL), f1, [cell.standard_deviation for cell in cells], True)
-                )
+                cells = [find_f1(dataset, rule, None, opacity, one["base"]) for opacity in sorted(OPACITIES)]
+                f1, deviations = zip(*((cell.f1, cell.standard_deviation) for cell in cells), strict=True)
+                lines.append(Line(one["title"], sorted(OPACITIES), f1, deviations, True))
         counts = sorted({len(sets) for sets in of_opacity.values()})
         count = f"{counts[0]} trigger{'s' if counts[0] > 1 else ''}" if len(counts) == 1 else "triggers"
         panels[f"{rule}, {count}"] = lines
-    if not panels:
-        return []
     caption = (
         "F1 against the opacity of the trigger: means over the triggers; bars: standard deviation over seeds of each seed's "
         "mean."
     )
     if any(line.is_paper for lines in panels.values() for line in lines):
-        caption += f" Dotted: the paper's, over {' and '.join(str(len(each)) for each in TRIGGERS.values())} triggers."
-    path = plots.save(detector_plots.f1_by(panels, "opacity"), folder.file("f1-by-opacity.png"))
-    return [Figure(path, caption, "Lines of F1 against opacity; the numbers are in the tables above.")]
+        counts = " and ".join(str(len(each)) for each in published.TRIGGERS.values())
+        caption += f" Dotted: the paper's, over {counts} triggers."
+    return _f1_figures(folder, panels, "opacity", caption, "the numbers are in the tables above")
+
+
+def _f1_figures(
+    folder: RunFolder, panels: Mapping[str, Sequence[Line]], against: str, caption: str, where: str
+) -> list[Figure]:
+    """At most six panels of F1 against something; none if there is no panel."""
+    if not panels:
+        return []
+    figure = detector_plots.f1_by(dict(list(panels.items())[:6]), against)
+    path = plots.save(figure, folder.file(f"f1-by-{against.replace(' ', '-')}.png"))
+    article = "the " if " " in against else ""
+    return [Figure(path, caption, f"Lines of F1 against {article}{against}; {where}.")]
 
 
 def _line(title: str, x: Sequence[float], means: Sequence[MeanF1]) -> Line:
@@ -693,12 +638,8 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
         told = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in key[1:])
         part = next(iter(of_rate.values()))["parts"][0]
         panels[part["title"] + (f", {told}" if told else "")] = lines
-    if not panels:
-        return []
-    shown = dict(list(panels.items())[:6])
-    path = plots.save(detector_plots.f1_by(shown, "poisoning rate"), folder.file("f1-by-poisoning-rate.png"))
     caption = "F1 against the poisoning rate; bars: standard deviation over seeds."
-    return [Figure(path, caption, "Lines of F1 against the poisoning rate; the numbers are in the tables.")]
+    return _f1_figures(folder, panels, "poisoning rate", caption, "the numbers are in the tables")
 
 
 def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
@@ -725,11 +666,8 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
 
 def choose_patterns(found: Sequence[FoundPattern], most: int = MOST_TRIGGERS) -> list[FoundPattern]:
     """Some of the found triggers, of as many attacks as possible: the first of each before any second, in their order."""
-    seen: dict[str, int] = {}
-    ranks = []
-    for one in found:
-        ranks.append(seen.get(one.attack, 0))
-        seen[one.attack] = ranks[-1] + 1
+    attacks = [one.attack for one in found]
+    ranks = [attacks[:number].count(attack) for number, attack in enumerate(attacks)]
     chosen = np.argsort(ranks, kind="stable")[:most]
     return [found[i] for i in sorted(chosen)]
 

@@ -12,9 +12,9 @@ from bdjax.defenses.vbd import Analysis, to_detection
 from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
+from bdjax.inspection.extracted_triggers import enlarge
 from bdjax.reporting import audit, report
 from bdjax.reporting.audit import class_title, main_table, truth_table
-from bdjax.reporting.detector_plots import enlarge
 from bdjax.reporting.tables import to_markdown
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, Detection, PoisonedDataset
@@ -470,18 +470,6 @@ def test_many_classes_are_all_in_the_folder_but_not_all_in_the_report(tmp_path, 
     assert {"class-0-trigger.png", "class-0-mask.png", "class-0-example-1.png", "class-1-trigger.png"} < names
     assert "class-0-example-2.png" not in names
     assert "1 of 2 classes." in (tmp_path / "report.html").read_text("utf-8")
-
-
-@pytest.mark.parametrize("scale", [1, 3, 6, 7, 16])
-def test_outlined_pictures_have_the_size_that_was_asked_for(scale):
-    mask = np.zeros((8, 8), bool)
-    mask[2:4, 2:4] = True
-    black = np.zeros((8, 8, 1), np.uint8)
-    drawn = audit._outlined(black, mask, scale)
-    assert drawn.shape == (8 * scale, 8 * scale, 3)
-    # Inside of the four pixels, and two wide where there is room.
-    assert (drawn[2 * scale, 2 * scale : 4 * scale] == (255, 0, 0)).all() and not drawn[: 2 * scale].any()
-    assert (drawn[2 * scale + 1, 3 * scale, 0] == 255) == (scale in (1, 6, 16))
 
 
 def test_suspicious_rows_are_captioned_with_what_the_owner_calls_them(tmp_path, monkeypatch):
