@@ -92,24 +92,17 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
         raise ValueError(f"the detection is of {len(detection.flags)} training sets; it must be of one")
     dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
     networks = _networks(detection, settings)
-    accuracies = detection.evidence["accuracies"][0] if networks else []
+    accuracies = detection.evidence["accuracies"][0].tolist() if networks else []
     tree = schema.summarise(
         score_detection(detection, [suspect], variant, 0.0),
-        MEASURED,
-        MEASURED,
-        0,
-        seed,
-        {},
-        {},
+        *(MEASURED, MEASURED, 0, seed, {}, {}),
         detector=variant.defense.title,
         dataset=dataset.name,
         rows=len(dataset),
         flagged=int(flags.sum()),
         flagged_share=float(flags.mean()),
         image_shape=list(dataset.image_shape),
-        networks=[
-            {"network": each, "accuracy": float(share)} for each, share in zip(networks, accuracies, strict=True)
-        ],
+        networks=[{"network": one, "accuracy": share} for one, share in zip(networks, accuracies, strict=True)],
         extracts_patterns=bool(detection.patterns),
         classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
         detection=measure_by_class(suspect, detection),
@@ -126,10 +119,11 @@ def _networks(detection: Detection, settings: Any) -> list[str]:
 
 def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number: int) -> dict[str, Any]:
     own = dataset.labels == number
-    found = pattern_of(detection, number)
+    found, name = pattern_of(detection, number), dataset.class_names[number] if dataset.class_names else ""
     numbers: dict[str, Any] = {
         "class": number,
-        "name": dataset.class_names[number] if dataset.class_names else "",
+        "name": name,
+        "title": class_title(number, name),
         "rows": int(own.sum()),
         "flagged": int(detection.flags[0, own].sum()),
     }
@@ -200,11 +194,6 @@ def _smallest_p_value(one: Entry) -> float:
     return min(one["p_values"].values()) if "p_values" in one else 1.0
 
 
-def title_of(one: Entry) -> str:
-    """`class_title` of an entry of "classes"."""
-    return class_title(one["class"], one["name"])
-
-
 def untested(results: Entry) -> list[Entry]:
     """Classes with p-value 1 under every network: VBD says so of those with too few rows to compare."""
     return [one for one in results["classes"] if "p_values" in one and _smallest_p_value(one) == 1]
@@ -216,7 +205,7 @@ def verdict(results: Entry) -> Verdict:
         return _verdict_on_flags(results)
     certain, weak = found_classes(results, TRIGGER), found_classes(results, WEAK)
     flagged = f"{results['flagged']:,} of {results['rows']:,} rows {_are(results['flagged'])} flagged"
-    text = "\n\n".join([*_evidence(results, certain or weak), *_doubts(weak), *_rest(results)])
+    text = "\n\n".join([*_evidence(results, certain or weak), *_rest(results)])
     if certain:
         verb = "carries" if len(certain) == 1 else "carry"
         return Verdict("attacked", f"{_listed(certain)} {verb} a trigger: {flagged}.", text)
@@ -237,7 +226,7 @@ def _verdict_on_flags(results: Entry) -> Verdict:
         return Verdict("info", f"{name} flags none of the {rows:,} rows.", "\n\n".join(_rest(results)))
     most = max(results["classes"], key=lambda one: one["flagged"])
     text = (
-        f"{most['flagged']:,} of the flagged rows are of {title_of(most)}: {_percent(most['flagged'] / most['rows'])} of its "
+        f"{most['flagged']:,} of the flagged rows are of {most['title']}: {_percent(most['flagged'] / most['rows'])} of its "
         f"{most['rows']:,} rows. This detector extracts no trigger, so the rows themselves must tell whether it is right."
     )
     headline = f"{name} flags {flagged:,} of {rows:,} rows ({_percent(flagged / rows)})."
@@ -256,7 +245,7 @@ def _limits(results: Entry) -> str:
 def _listed(classes: Sequence[Entry]) -> str:
     if len(classes) > MOST_NAMED:
         return f"{len(classes)} classes"
-    names = [title_of(one).removeprefix("class ") for one in classes]
+    names = [one["title"].removeprefix("class ") for one in classes]
     if len(names) == 1:
         return f"Class {names[0]}"
     return f"Classes {', '.join(names[:-1])} and {names[-1]}"
@@ -273,19 +262,15 @@ def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
         p_value = f"p-value {_smallest_p_value(one):.2g}; " if "p_values" in one else ""
         share = f" ({_percent(one['flagged'] / one['rows'])})" if one["flagged"] else ""
         lines.append(
-            f"{_capital(title_of(one))}: a pattern of {one['mask_pixels']:,} of {height * width:,} pixels turns "
+            f"{_capital(one['title'])}: a pattern of {one['mask_pixels']:,} of {height * width:,} pixels turns "
             f"{_percent(one['pattern_success'])} of other rows into this class; {p_value}{one['flagged']:,} of "
             f"its {one['rows']:,} rows are flagged{share}."
         )
+    if weak := found_classes(results, WEAK):
+        doubts = "; ".join(f"{one['title']} ({', '.join(one['against'])})" for one in weak[:MOST_NAMED])
+        more = f"; and {len(weak) - MOST_NAMED} more" if len(weak) > MOST_NAMED else ""
+        lines.append(f"Weak evidence: {doubts}{more}.")
     return lines
-
-
-def _doubts(weak: Sequence[Entry]) -> list[str]:
-    if not weak:
-        return []
-    told = "; ".join(f"{title_of(one)} ({', '.join(one['against'])})" for one in weak[:MOST_NAMED])
-    more = f"; and {len(weak) - MOST_NAMED} more" if len(weak) > MOST_NAMED else ""
-    return [f"Weak evidence: {told}{more}."]
 
 
 def _rest(results: Entry) -> list[str]:
@@ -346,7 +331,7 @@ def main_table(results: Entry) -> Table:
     by_flags = not results["networks"]
     ordered = [*found, *sorted(others, key=lambda one: -one["flagged"] if by_flags else _smallest_p_value(one))]
     shown = ordered[: max(MOST_LISTED, len(found))]
-    columns: dict[str, list[Cell]] = {"class": [_capital(title_of(one)) for one in shown]}
+    columns: dict[str, list[Cell]] = {"class": [_capital(one["title"]) for one in shown]}
     notes = []
     if results["extracts_patterns"]:
         words = {TRIGGER: "trigger", WEAK: "weak", NONE: "no"}
@@ -404,7 +389,7 @@ def truth_table(results: Entry) -> Table | None:
     """Flags against the truth; None if nobody knows it."""
     if not results["detection"]:
         return None
-    names = {one["class"]: _capital(title_of(one)) for one in results["classes"]}
+    names = {one["class"]: _capital(one["title"]) for one in results["classes"]}
     columns = ("rows", "poisoned", "flagged", "hits", "precision", "recall", "f1", "auc")
     rows: list[tuple[Cell, ...]] = [
         ("All rows" if one["class"] is None else names[one["class"]], *(one[column] for column in columns))
@@ -500,7 +485,7 @@ def next_steps(results: Entry) -> list[str]:
         told += _not_copied(cleaned)
     emptied = [one for one in results["classes"] if one["rows"] and one["flagged"] == one["rows"]]
     if emptied:
-        names = ", ".join(map(title_of, emptied[:MOST_REASONS])) + (" ..." if emptied[MOST_REASONS:] else "")
+        names = ", ".join(one["title"] for one in emptied[:MOST_REASONS]) + (" ..." if emptied[MOST_REASONS:] else "")
         told.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
     if results["flagged"]:
         told.append(
@@ -562,7 +547,7 @@ def trigger_figures(folder: RunFolder, dataset: Dataset, detection: Detection, r
         drawn = on_grey(extracted.pattern, extracted.mask), extracted.mask[..., None]
         images += [enlarge(each, scale) for each in drawn]
         captions += [
-            f"{title_of(one)}: trigger{weak}",
+            f"{one['title']}: trigger{weak}",
             f"mask: {one['mask_pixels']:,} of {extracted.mask.size:,}",
         ]
     images, captions = ([each[start : start + 4] for start in range(0, len(each), 4)] for each in (images, captions))
@@ -589,7 +574,7 @@ def example_figures(folder: RunFolder, dataset: Dataset, detection: Detection, r
             image = dataset.images[row]
             images[-1] += [each / np.float32(255) for each in (enlarge(image, scale), outlined(image, mask, scale))]
             captions[-1] += [_row_name(dataset, row), f"score {detection.scores[0, row]:.2f}"]
-    names = [title_of(one) for one in found[:MOST_CLASSES]]
+    names = [one["title"] for one in found[:MOST_CLASSES]]
     path = plots.save(plots.image_grid(images, names, (), "", captions=captions), folder.file("examples.png"))
     caption = "Flagged rows, and the same rows with the pixels of the trigger outlined in red." + _cut(found)
     return [Figure(path, caption, "Flagged rows with the pixels of the trigger outlined.")]
@@ -606,7 +591,7 @@ def score_figures(folder: RunFolder, dataset: Dataset, detection: Detection, res
     for one in found[:MOST_CLASSES]:
         own = dataset.labels == one["class"]
         truth = dataset.is_poisoned[own] if isinstance(dataset, PoisonedDataset) else None
-        panels.append(plots.Scores(title_of(one), detection.scores[0, own], truth))
+        panels.append(plots.Scores(one["title"], detection.scores[0, own], truth))
     path = plots.save(plots.score_histograms(panels), folder.file("scores.png"))
     if results["networks"]:
         caption = (

@@ -172,7 +172,7 @@ def test_many_classes_are_counted_not_named():
     names = {"class_names": ()}
     told = summarise(dataset(**names), given, SETTINGS)["verdict"]
     assert told["headline"].startswith("Classes 0, 1, 2 and 3 carry a trigger: ")
-    assert audit._listed([{"class": number, "name": ""} for number in range(5)]) == "5 classes"
+    assert audit._listed([{"title": f"class {number}"} for number in range(5)]) == "5 classes"
 
 
 def test_nothing_compared_is_nothing_known():
