@@ -14,6 +14,7 @@ from bdjax.inspection.verification import VIEWS, VerificationHeat
 from bdjax.reporting import plots
 from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style
 from bdjax.reporting.report import Figure, Section
+from bdjax.reporting.sections import entry_table
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.folder import RunFolder
 from bdjax.run.text import printable
@@ -91,22 +92,19 @@ def verification(
     return (Section("Where the verification network looks", "", (), (figure,)),)
 
 
-def feature_variance(
-    folder: RunFolder, measured: Sequence[Variances], *, reference: str = "clean"
-) -> tuple[Section, ...]:
+def feature_variance(folder: RunFolder, measured: Sequence[Variances]) -> tuple[Section, ...]:
     """What the variances say, in words, as tables, and drawn as in RobustKD's figure 2.
 
     Args:
         folder: of the run; the figure is written into it, and the numbers to `VARIANCE_NUMBERS`: the comparison at
             `last_place`, with those of the other places under "places".
-        measured: all networks on the same clean images, at least one of them a clean reference.
-        reference: the kind of the clean networks that others are compared with.
+        measured: all networks on the same clean images, at least one of them of the kind "clean".
 
     Returns:
         One section, or none if there is no attacked network with a clean one of its seed.
     """
     place = last_place(measured[0].clean)
-    by_place = {each: compare(measured, each, reference=reference) for each in measured[0].clean}
+    by_place = {each: compare(measured, each) for each in measured[0].clean}
     comparison = by_place[place]
     others = {name: numbers for name, numbers in by_place.items() if name != place}
     folder.write_json(VARIANCE_NUMBERS, comparison | {"places": others})
@@ -130,24 +128,16 @@ def feature_variance(
 
 
 def kinds_table(comparison: Mapping[str, Any]) -> Table:
-    """A row for each kind of network.
-
-    Args:
-        comparison: of `compare`.
-    """
-    rows = [
-        (
-            kind["kind"],
-            len(kind["seeds"]),
-            mean_and_spread(kind["mean_variance"]),
-            mean_and_spread(kind["ratio"], 2),
-            f"{sum(ratio > 1 for ratio in kind['ratio'])} of {len(kind['ratio'])}",
-            mean_and_spread(kind["triggered_ratio"], 2),
-            mean_and_spread(kind["reference_triggered_ratio"], 2),
-        )
-        for kind in comparison["kinds"]
-    ]
-    header = ("network", "seeds", "variance", "over clean", "larger", "triggered over clean images", "clean network's")
+    """A row for each kind of network in a comparison of `compare`."""
+    columns = {
+        "network": lambda kind: kind["kind"],
+        "seeds": lambda kind: len(kind["seeds"]),
+        "variance": lambda kind: mean_and_spread(kind["mean_variance"]),
+        "over clean": lambda kind: mean_and_spread(kind["ratio"], 2),
+        "larger": lambda kind: f"{sum(ratio > 1 for ratio in kind['ratio'])} of {len(kind['ratio'])}",
+        "triggered over clean images": lambda kind: mean_and_spread(kind["triggered_ratio"], 2),
+        "clean network's": lambda kind: mean_and_spread(kind["reference_triggered_ratio"], 2),
+    }
     left_out = f" Left out, because they or their clean network diverged: {comparison['left_out']}."
     notes = (
         f"Variance: of each image's features over all their elements ({comparison['place']}), the mean over "
@@ -155,35 +145,28 @@ def kinds_table(comparison: Mapping[str, Any]) -> Table:
         "over clean images: the variance on triggered images divided by that on the same images without, in the network "
         "itself and in the clean one."
     )
-    return Table("Feature variance", header, tuple(rows), notes + (left_out if comparison["left_out"] else ""))
+    notes += left_out if comparison["left_out"] else ""
+    return entry_table("Feature variance", comparison["kinds"], columns, notes)
 
 
 def places_table(by_place: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each place in the network: whether the claim holds elsewhere than where it was looked at first.
-
-    Args:
-        by_place: place -> comparison of `compare`.
-    """
-    rows = [
-        (
-            place,
-            mean_and_spread([numbers["mean_ratio"]], 2),
-            f"{numbers['larger']} of {numbers['networks']}",
-            f"{numbers['as_claimed']} of {numbers['networks']}",
-            numbers["auc_networks"],
-            numbers["auc_images"],
-            None if numbers["p_larger"] is None else f"{numbers['p_larger']:.2g}",
-        )
-        for place, numbers in by_place.items()
-    ]
-    header = ("place", "mean ratio", "larger", f"at least {CLAIMED_RATIO:g}", "AUC of networks", "AUC of images", "p")
+    """A row for each place in the network, with its comparison of `compare`: whether the claim holds elsewhere, too."""
+    columns = {
+        "place": lambda numbers: numbers["place"],
+        "mean ratio": lambda numbers: mean_and_spread([numbers["mean_ratio"]], 2),
+        "larger": lambda numbers: f"{numbers['larger']} of {numbers['networks']}",
+        f"at least {CLAIMED_RATIO:g}": lambda numbers: f"{numbers['as_claimed']} of {numbers['networks']}",
+        "AUC of networks": lambda numbers: numbers["auc_networks"],
+        "AUC of images": lambda numbers: numbers["auc_images"],
+        "p": lambda numbers: None if numbers["p_larger"] is None else f"{numbers['p_larger']:.2g}",
+    }
     notes = (
         "Ratio: of an attacked network's mean variance to that of the clean one of its seed. AUC: the chance that an "
         "attacked network's mean variance is above that of a network without an attack, and the same of single images. p: "
         "exact, one-sided, over seeds, and not corrected for looking at several places. Before ReLU: behind the normalisation, "
         "which is where students look."
     )
-    return Table("The same elsewhere in the network", header, tuple(rows), notes)
+    return entry_table("The same elsewhere in the network", by_place.values(), columns, notes)
 
 
 @house_style

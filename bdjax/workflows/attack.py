@@ -14,7 +14,7 @@ from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims
 from bdjax.errors import InputError
-from bdjax.reporting import attack_report, attack_results
+from bdjax.reporting import attacks
 from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
@@ -115,7 +115,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         for of_plan in evaluate_victims(test_key, runner, victims, clean, data, config.evaluation_batch_size):
             trials.append(of_plan)
             stage.advance(1, of_plan[0].victim.prepared.plan.name)
-    results = attack_results.summarise(trials, test.images, test.labels, config.seed, left_out)
+    results = attacks.summarise(trials, test.images, test.labels, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -123,10 +123,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         with log.stage("poisoned sets") as stage:
             stage.detail = save_poisoned(folder, prepared)
             stage.wrote("poisoned")
-    attack_report.write(
-        folder, base.settings_of(run), results, trials, log.timings, data, base.command(experiment, config)
-    )
-    base.announce(run, folder, attack_results.attack_table(results, train.name))
+    page = attacks.page(folder, results, trials, data)
+    base.finish(run, folder, page, attacks.main_table(results, train.name), base.sources_of(data))
     return results
 
 

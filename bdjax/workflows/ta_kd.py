@@ -23,7 +23,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
 from bdjax.evaluation.model_folder import ModelFolder
 from bdjax.models import count_parameters
-from bdjax.reporting import ta_kd_report, ta_kd_results
+from bdjax.reporting import ta_kd as reporting
 from bdjax.run.config import ExperimentConfig, check_ranges, flag, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
@@ -195,7 +195,7 @@ def run(
     if "teachers" in nets:  # votes deploy all of them
         sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
     choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
-    results = ta_kd_results.summarise(logits, test.labels, triggers, sizes, **choices)
+    results = reporting.summarise(logits, test.labels, triggers, sizes, config.seed, **choices)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -203,11 +203,8 @@ def run(
     with log.stage("pictures"):
         recognised = np.argmax(logits[0]["student"][0, 0], axis=1) == test.labels
         shown = int(np.argmax(recognised & (test.labels != config.target)))
-        pictures = ta_kd_report.draw(nets, results, triggers[0], data, shown)
-    ta_kd_report.write(
-        folder, base.settings_of(run), results, pictures, log.timings, data, base.command(experiment, config)
-    )
-    base.announce(run, folder, ta_kd_results.defense_table(results, train.name))
+        page = reporting.page(folder, results, nets, triggers[0], data, shown)
+    base.finish(run, folder, page, reporting.main_table(results, train.name), base.sources_of(data))
     return results
 
 

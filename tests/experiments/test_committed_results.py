@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attack_results, defenses, detectors, students
+from bdjax.reporting import attacks, defenses, detectors, students, ta_kd
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -44,10 +44,19 @@ def test_the_table_agrees_with_the_numbers_and_the_settings(run: pathlib.Path) -
     results = json.loads((run / "results.json").read_text())
     config = json.loads((run / "config.json").read_text())["config"]
     table = (run / "table.md").read_text()
-    for model in results["models"].values():
-        summary = model["summary"]["cda"]
-        assert summary["seeds"] == config["seeds"]
-        assert f"{summary['mean']:.3f}" in table
+    made = "\n\n".join(
+        to_markdown(table)
+        for table in (
+            ta_kd.main_table(results, config["dataset"]),
+            ta_kd.needs_table(results),
+            ta_kd.teacher_table(results),
+            ta_kd.size_table(results),
+        )
+    )
+    assert made + "\n" == table
+    for cell in results["cells"]:
+        assert len(cell["by_seed"]) == config["seeds"]
+        assert f"{cell['summary']['cda']['mean']:.3f}" in table
 
 
 @pytest.mark.parametrize("run", BENCHMARKS, ids=lambda run: run.name)
@@ -61,8 +70,8 @@ def test_a_benchmarks_table_is_what_its_report_makes_of_the_numbers(run: pathlib
 def test_an_attack_runs_table_is_what_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
     dataset = json.loads((run / "config.json").read_text())["config"]["dataset"]
-    made = to_markdown(attack_results.attack_table(results, dataset))
-    assert _first_table(made) == _first_table((run / "table.md").read_text())
+    tables = (attacks.main_table(results, dataset), attacks.detail_table(results), attacks.needs_table(results))
+    assert "\n\n".join(map(to_markdown, tables)) + "\n" == (run / "table.md").read_text()
 
 
 @pytest.mark.parametrize("run", DEFENSES, ids=lambda run: "/".join(run.parts[-2:]))

@@ -16,7 +16,7 @@ import pytest
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.npz import load_npz
 from bdjax.errors import InputError
-from bdjax.reporting import attack_results
+from bdjax.reporting import attacks
 from bdjax.run import command_line
 from bdjax.types import Dataset, PoisonedDataset
 from bdjax.workflows import attack as workflow
@@ -71,13 +71,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 class TestRun:
     def test_leaves_numbers_of_every_attack_and_seed(self, finished):
         results = json.loads((finished / "results.json").read_text())
-        names = [(each["attack"], each["with"]) for each in results["attacks"]]
+        names = [(each["base"], each["with"]) for each in results["attacks"]]
         assert names == [("badnets", []), ("ckd", []), ("wanet", []), ("badnets", ["sig"]), ("sig", ["badnets"])]
-        assert [len(each["by_seed"]) for each in results["attacks"]] == [2, 1, 1, 2, 2]
+        assert [len(cell["by_seed"]) for cell in results["cells"]] == [2, 1, 1, 2, 2]
         assert results["seeds"] == [0, 1] and results["test_rows"] == 60
-        for each in results["attacks"]:
-            assert set(each["summary"]) == set(attack_results.DEFINITIONS)
-            for row in each["by_seed"]:
+        for cell in results["cells"]:
+            assert set(cell["summary"]) == set(attacks.NUMBERS)
+            for row in cell["by_seed"]:
                 assert 0 <= row["asr"] <= 1 and 0 <= row["cda"] <= 1 and row["psnr"] > 0 and row["ssim"] <= 1
                 assert row["asr"] + row["r_acc"] <= 1 + 1e-9
 

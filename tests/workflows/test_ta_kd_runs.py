@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 
 from bdjax.errors import InputError
+from bdjax.reporting import ta_kd as reporting
+from bdjax.reporting.results import find
 from bdjax.run import command_line, config
 from bdjax.run.config import flag
 from bdjax.workflows import base
@@ -133,34 +135,36 @@ def test_a_run_leaves_its_settings_numbers_pictures_and_models(finished):
 
 def test_every_number_is_there_and_in_range(finished):
     results = finished.results
-    assert list(results["models"]) == ROLES
-    assert results["test_rows"] == 60 and results["target"] == 0
-    assert [len(names) for names in results["triggers"]] == [3, 3]
-    for role, model in results["models"].items():
-        assert len(model["seeds"]) == 2
-        for seed in model["seeds"]:
+    (attack,) = results["attacks"]
+    assert [cell["method"] for cell in results["cells"]] == [each["method"] for each in results["methods"]] == ROLES
+    assert results["test_rows"] == 60 and results["seeds"] == [0, 1] and attack["target"] == 0
+    assert [len(names) for names in attack["triggers"]] == [3, 3]
+    for cell in results["cells"]:
+        role = cell["method"]
+        assert [seed["seed"] for seed in cell["by_seed"]] == [0, 1]
+        for seed in cell["by_seed"]:
             single = seed.get("members", [seed])
             assert len(single) == (3 if role in ("teachers", "fine-tuned") else 1)
             for numbers in (seed, *single):
                 assert all(0 <= numbers[name] <= 1 for name in ("cda", "asr", "r_acc"))
                 assert numbers["asr"] + numbers["r_acc"] <= 1 + 1e-9
                 assert ("delta_asr" in numbers) == (role != "clean")
-        for name, summary in model["summary"].items():
-            values = [seed[name] for seed in model["seeds"]]
+        for name, summary in cell["summary"].items():
+            values = [seed[name] for seed in cell["by_seed"]]
             assert math.isclose(summary["mean"], np.mean(values), abs_tol=1e-12)
             assert math.isclose(summary["standard_deviation"], np.std(values, ddof=1), abs_tol=1e-12)
     for cross in results["cross_trigger"]:
         assert np.shape(cross["asr"]) == np.shape(cross["r_acc"]) == (4, 3)
         assert cross["last_row_is_clean"]
-    size = results["models"]["teachers"]["parameters"]
-    assert results["models"]["hard vote"]["parameters"] == 3 * size
-    assert results["models"]["student"]["parameters"] == size > 0
+    sizes = {method["method"]: method["parameters"] for method in results["methods"]}
+    assert sizes["hard vote"] == 3 * sizes["teachers"]
+    assert sizes["student"] == sizes["teachers"] > 0
 
 
 def test_the_tables_and_the_report_name_every_role(finished):
     table = (finished.folder / "table.md").read_text()
-    for role in ROLES:
-        assert finished.results["models"][role]["title"] in table
+    for method in finished.results["methods"]:
+        assert method["title"] in table
     assert "| teacher 3" in table and "ensemble (votes)" in table
     page = (finished.folder / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(PICTURES) + 1
@@ -231,16 +235,21 @@ def test_a_run_that_is_killed_three_times_ends_at_the_same_numbers(tmp_path):
 # ---- Other teachers -------------------------------------------------------------------------------------------------
 
 
+def teachers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers of each teacher of the first seed."""
+    return find(results, reporting.ATTACK, "teachers")["by_seed"][0]["members"]
+
+
 def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished, tmp_path):
     handed_over = tmp_path / "handed over"
     shutil.copytree(finished.folder / "teachers" / "seed-0", handed_over)
     known = run(tiny(tmp_path / "known", teachers=handed_over, seeds=1))
-    assert list(known["models"]) == [role for role in ROLES if role != "clean"]
-    assert known["triggers"] == finished.results["triggers"][:1]
+    assert [method["method"] for method in known["methods"]] == [role for role in ROLES if role != "clean"]
+    assert known["attacks"][0]["triggers"] == finished.results["attacks"][0]["triggers"][:1]
     # They are the teachers of that run: what is measured on them is the same.
     for mine, theirs in zip(
-        known["models"]["teachers"]["seeds"][0]["members"],
-        finished.results["models"]["teachers"]["seeds"][0]["members"],
+        teachers_of(known),
+        teachers_of(finished.results),
         strict=True,
     ):
         assert all(math.isclose(mine[name], theirs[name], abs_tol=0.02) for name in ("cda", "asr", "r_acc"))
@@ -249,11 +258,12 @@ def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished
     (handed_over / "triggers.npz").unlink()
     run(tiny(tmp_path / "unknown", teachers=handed_over, seeds=1))
     unknown = json.loads((tmp_path / "unknown" / "results.json").read_text())
-    assert unknown["triggers"] == [None] and unknown["cross_trigger"] == [None]
-    for role, model in unknown["models"].items():
-        assert model["summary"]["asr"]["mean"] is None and model["summary"]["r_acc"]["mean"] is None
+    assert unknown["attacks"][0]["triggers"] == [None] and unknown["cross_trigger"] == [None]
+    for cell, with_triggers in zip(unknown["cells"], known["cells"], strict=True):
+        assert cell["summary"]["asr"]["mean"] is None and cell["summary"]["r_acc"]["mean"] is None
         # Triggers have no part in the defense.
-        assert model["summary"]["cda"] == known["models"][role]["summary"]["cda"]
+        assert cell["method"] == with_triggers["method"]
+        assert cell["summary"]["cda"] == with_triggers["summary"]["cda"]
     assert "triggers are not known" in (tmp_path / "unknown" / "report.html").read_text()
     assert not (tmp_path / "unknown" / "triggers.png").exists()
 
@@ -271,9 +281,10 @@ def test_python_functions_as_teachers(tmp_path):
         return np.tile(np.eye(10, dtype=np.float32)[3], (len(images), 1))
 
     results = run(tiny(tmp_path / "run", seeds=1), classifiers=[by_brightness, always_three])
-    assert list(results["models"]) == ["teachers", "soft vote", "hard vote", "aggregated", "student", "alone"]
-    assert len(results["models"]["teachers"]["seeds"][0]["members"]) == 2
-    assert results["models"]["teachers"]["parameters"] is None
+    roles = ["teachers", "soft vote", "hard vote", "aggregated", "student", "alone"]
+    assert [method["method"] for method in results["methods"]] == roles
+    assert len(teachers_of(results)) == 2
+    assert results["methods"][0]["parameters"] is None
     assert asked == [45, 60]  # the clean rows once and the test rows once
     assert (tmp_path / "run" / "report.html").is_file()
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.providers import make_provider_triggers
-from bdjax.reporting import ta_kd_results
+from bdjax.metrics import BACKDOOR_ABOVE_CONTROL, REMOVED_ASR, WEAKENED_SHARE
+from bdjax.reporting import ta_kd
+from bdjax.reporting.results import find
 from bdjax.reporting.tables import cells
 
 LABELS = np.array([0, 1, 2, 1, 2], np.int32)
@@ -33,11 +35,15 @@ CHOICES = {"target": 0, "vote_space": "logits", "tie": "lowest"}
 
 def summarise(answers=None, triggers=(TRIGGERS,), **changes):
     answers = answers or [{"clean": CLEAN} | ANSWERS]
-    return ta_kd_results.summarise(answers, LABELS, triggers, {"student": 12, "soft vote": 50}, **(CHOICES | changes))
+    return ta_kd.summarise(answers, LABELS, triggers, {"student": 12, "soft vote": 50}, 5, **(CHOICES | changes))
+
+
+def by_seed(results, role):
+    return find(results, ta_kd.ATTACK, role)["by_seed"]
 
 
 def test_each_teacher_is_measured_under_its_own_trigger():
-    (seed,) = summarise()["models"]["teachers"]["seeds"]
+    (seed,) = by_seed(summarise(), "teachers")
     first, second = seed["members"]
     assert (first["cda"], first["asr"], first["r_acc"], first["trigger"]) == (0.8, 1.0, 0.0, "solid")
     assert (second["cda"], second["asr"], second["r_acc"], second["trigger"]) == (0.6, 0.75, 0.25, "noise")
@@ -46,22 +52,22 @@ def test_each_teacher_is_measured_under_its_own_trigger():
 
 
 def test_differences_are_to_the_clean_references_means():
-    models = summarise()["models"]
-    (clean,) = models["clean"]["seeds"]
+    results = summarise()
+    (clean,) = by_seed(results, "clean")
     assert (clean["cda"], clean["asr"], clean["r_acc"]) == (1.0, 0.125, 0.875)
     assert not any(name.startswith("delta") for name in clean)
-    first, second = models["teachers"]["seeds"][0]["members"]
+    first, second = by_seed(results, "teachers")[0]["members"]
     for member, deltas in ((first, (0.2, 0.875, 0.875)), (second, (0.4, 0.625, 0.625))):
         np.testing.assert_allclose([member[f"delta_{name}"] for name in ("cda", "asr", "r_acc")], deltas)
     # With the same trigger on both sides.
     assert first["delta_per_trigger"] == {"asr": [0.75], "r_acc": [0.75]}
     assert second["delta_per_trigger"] == {"asr": [0.75], "r_acc": [0.75]}
-    teachers = models["teachers"]["seeds"][0]
+    (teachers,) = by_seed(results, "teachers")
     np.testing.assert_allclose([teachers[f"delta_{name}"] for name in ("cda", "asr", "r_acc")], [0.3, 0.75, 0.75])
 
 
 def test_a_single_model_is_measured_under_all_triggers():
-    (student,) = summarise()["models"]["student"]["seeds"]
+    (student,) = by_seed(summarise(), "student")
     assert student["cda"] == 1.0
     assert student["per_trigger"] == {"asr": [0.25, 0.5], "r_acc": [0.75, 0.25]}
     assert (student["asr"], student["r_acc"]) == (0.375, 0.5)
@@ -70,7 +76,7 @@ def test_a_single_model_is_measured_under_all_triggers():
 
 def test_votes_and_their_ties():
     results = summarise()
-    (hard,) = results["models"]["hard vote"]["seeds"]
+    (hard,) = by_seed(results, "hard vote")
     # Two teachers tie wherever they differ, and the lowest class wins: untouched 0 1 2 1 1, then all 0, then 0 0 0 0 2.
     assert hard["cda"] == 0.8
     assert hard["per_trigger"] == {"asr": [1.0, 0.75], "r_acc": [0.0, 0.25]}
@@ -78,9 +84,9 @@ def test_votes_and_their_ties():
 
     sure = np.concatenate([TEACHERS[:1], 5 * TEACHERS[1:]])  # the second teacher is surer of what it says
     answers = [{"clean": CLEAN} | ANSWERS | {"teachers": sure}]
-    models = summarise(answers, tie="soft")["models"]
+    results = summarise(answers, tie="soft")
     for vote in ("soft vote", "hard vote"):
-        (seed,) = models[vote]["seeds"]
+        (seed,) = by_seed(results, vote)
         assert seed["cda"] == 0.6
         assert seed["per_trigger"] == {"asr": [0.0, 0.75], "r_acc": [1.0, 0.25]}
 
@@ -91,9 +97,9 @@ def test_the_soft_votes_space():
     loud = logits(np.ones((1, 3, 5), int), 50.0)
     answers = [ANSWERS | {"teachers": np.concatenate([quiet, loud])}]
     for space, cda in (("logits", 0.4), ("probabilities", 1.0)):
-        models = summarise(answers, [None], vote_space=space)["models"]
-        assert models["soft vote"]["seeds"][0]["cda"] == cda
-        assert models["hard vote"]["seeds"][0]["cda"] == 1.0
+        results = summarise(answers, [None], vote_space=space)
+        assert by_seed(results, "soft vote")[0]["cda"] == cda
+        assert by_seed(results, "hard vote")[0]["cda"] == 1.0
 
 
 def test_which_trigger_fires_on_which_model():
@@ -105,22 +111,22 @@ def test_which_trigger_fires_on_which_model():
 
 def test_without_a_clean_reference_there_are_no_differences():
     results = summarise([ANSWERS])
-    assert "clean" not in results["models"]
+    assert "clean" not in [method["method"] for method in results["methods"]]
     assert not results["cross_trigger"][0]["last_row_is_clean"] and len(results["cross_trigger"][0]["asr"]) == 2
-    for model in results["models"].values():
-        assert set(model["summary"]) == {"cda", "asr", "r_acc"}
+    for cell in results["cells"]:
+        assert set(cell["summary"]) == {"cda", "asr", "r_acc"}
 
 
 def test_without_triggers_nothing_is_said_of_attacks():
     answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
     results = summarise(answers, [None])
-    assert results["triggers"] == [None] and results["cross_trigger"] == [None]
+    assert results["attacks"][0]["triggers"] == [None] and results["cross_trigger"] == [None]
     assert results["ties"] == [{"clean": 0.2, "triggered": []}]
-    for model in results["models"].values():
-        assert model["summary"]["asr"]["mean"] is model["summary"]["r_acc"]["mean"] is None
-        assert 0 <= model["summary"]["cda"]["mean"] <= 1
-        assert model["seeds"][0]["asr"] is None
-    rows = {row[0]: row[1:] for row in cells(ta_kd_results.defense_table(results, "mine"))}
+    for cell in results["cells"]:
+        assert cell["summary"]["asr"]["mean"] is cell["summary"]["r_acc"]["mean"] is None
+        assert 0 <= cell["summary"]["cda"]["mean"] <= 1
+        assert cell["by_seed"][0]["asr"] is None
+    rows = {row[0]: row[1:] for row in cells(ta_kd.main_table(results, "mine"))}
     assert rows["student"] == ("1.000", "–", "–", "–", "–", "–")
     json.dumps(results, allow_nan=False)
 
@@ -128,12 +134,12 @@ def test_without_triggers_nothing_is_said_of_attacks():
 def test_means_and_spreads_over_seeds():
     worse = {"clean": CLEAN} | ANSWERS | {"student": TEACHERS[1:]}
     results = summarise([{"clean": CLEAN} | ANSWERS, worse], [TRIGGERS, TRIGGERS])
-    summary = results["models"]["student"]["summary"]["cda"]
-    assert summary["seeds"] == 2
+    summary = find(results, ta_kd.ATTACK, "student")["summary"]["cda"]
+    assert [row["seed"] for row in by_seed(results, "student")] == results["seeds"] == [5, 6]
     assert math.isclose(summary["mean"], 0.8)
     assert math.isclose(summary["standard_deviation"], np.std([1.0, 0.6], ddof=1))
-    assert summarise()["models"]["student"]["summary"]["cda"]["standard_deviation"] is None
-    rows = {row[0]: row[1:] for row in cells(ta_kd_results.defense_table(results, "mine"))}
+    assert find(summarise(), ta_kd.ATTACK, "student")["summary"]["cda"]["standard_deviation"] is None
+    rows = {row[0]: row[1:] for row in cells(ta_kd.main_table(results, "mine"))}
     assert rows["student"][0] == "0.800 ± 0.283"
     assert rows["clean reference"][3:] == ("–", "–", "–")
 
@@ -141,15 +147,20 @@ def test_means_and_spreads_over_seeds():
 def test_results_are_plain_numbers_of_known_roles():
     results = summarise()
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert list(results["models"]) == list(ta_kd_results.TITLES) == list(ta_kd_results.NEEDS)
-    assert (results["test_rows"], results["target"], results["triggers"]) == (5, 0, [["solid", "noise"]])
-    assert results["models"]["student"]["parameters"] == 12
-    assert results["models"]["alone"]["parameters"] is None
+    assert [method["method"] for method in results["methods"]] == list(ta_kd.ROLES)
+    assert [method["base"] for method in results["methods"] if method["base"] != method["method"]] == ["none"]
+    parameters = {method["method"]: method["parameters"] for method in results["methods"]}
+    assert (parameters["student"], parameters["alone"]) == (12, None)
+    (attack,) = results["attacks"]
+    assert (attack["target"], attack["triggers"]) == (0, [["solid", "noise"]])
+    assert (results["test_rows"], results["seeds"], by_seed(results, "student")[0]["seed"]) == (5, [5], 5)
+    numbers = {"cda", "asr", "r_acc", "delta_cda", "delta_asr", "delta_r_acc"}
+    assert set(results["definitions"]) == numbers | {"delta_per_trigger", "parameters"}
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_the_papers_rows_stand_beside_ours(dataset):
-    table = ta_kd_results.defense_table(summarise(), dataset)
+    table = ta_kd.main_table(summarise(), dataset)
     rows = cells(table)
     printed = [row for row in rows if row[0].startswith("the paper's ")]
     assert len(printed) == 6
@@ -162,7 +173,7 @@ def test_the_papers_rows_stand_beside_ours(dataset):
 
 
 def test_no_paper_has_other_data():
-    assert not any(row[0].startswith("the paper's") for row in cells(ta_kd_results.defense_table(summarise(), "mine")))
+    assert not any(row[0].startswith("the paper's") for row in cells(ta_kd.main_table(summarise(), "mine")))
 
 
 # Table 1 of the paper: CDA, ASR, R-ACC and the three differences of each of its seven teachers.
@@ -206,30 +217,114 @@ TABLE_2 = {
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_the_papers_rows_agree_with_its_tables(dataset):
     # To the last digit that is printed, or one beside it: the paper rounds before and after it subtracts.
-    printed = ta_kd_results.PAPER[dataset]
+    printed = ta_kd.PAPER[dataset]
     np.testing.assert_allclose(printed["teachers"], np.mean(TABLE_1[dataset], axis=0)[:3], atol=0.00051)
-    rows = {row[0]: row for row in ta_kd_results.defense_table(summarise(), dataset).rows}
+    rows = {row[0]: row for row in ta_kd.main_table(summarise(), dataset).rows}
     for role, deltas in TABLE_2[dataset].items():
-        row = rows[f"the paper's {ta_kd_results.TITLES[role]}"]
+        row = rows[f"the paper's {ta_kd.ROLES[role].title}"]
         assert row[1:4] == printed[role]
         np.testing.assert_allclose(row[4:], deltas, atol=0.0011)
-    teachers = rows[f"the paper's {ta_kd_results.TITLES['teachers']}"]
+    teachers = rows[f"the paper's {ta_kd.ROLES['teachers'].title}"]
     np.testing.assert_allclose(teachers[4:], np.mean(TABLE_1[dataset], axis=0)[3:], atol=0.0011)
 
 
 def test_the_table_of_teachers():
-    rows = cells(ta_kd_results.teacher_table(summarise()))
+    rows = cells(ta_kd.teacher_table(summarise()))
     assert rows == (
         ("clean reference", "mean over all", "1.000", "0.125", "0.875", "–", "–", "–"),
         ("teacher 1", "solid", "0.800", "1.000", "0.000", "0.200", "0.875", "0.875"),
         ("teacher 2", "noise", "0.600", "0.750", "0.250", "0.400", "0.625", "0.625"),
     )
     answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
-    unknown = cells(ta_kd_results.teacher_table(summarise(answers, [None])))
+    unknown = cells(ta_kd.teacher_table(summarise(answers, [None])))
     assert unknown[0] == ("teacher 1", "–", "0.800", *("–",) * 5)
 
 
 def test_the_table_of_sizes_and_of_needs():
-    assert cells(ta_kd_results.size_table(summarise())) == (("ensemble (votes)", "50"), ("student", "12"))
-    needs = dict(ta_kd_results.needs_table(summarise()).rows)
+    assert cells(ta_kd.size_table(summarise())) == (("ensemble (votes)", "50"), ("student", "12"))
+    needs = dict(ta_kd.needs_table(summarise()).rows)
     assert needs["hard vote"] == "suspect models" and needs["student's net, clean rows only"] == "clean rows"
+    assert needs["teachers (mean)"] == "none: the suspect models as they are"
+    assert needs["student"] == "the aggregated model, clean rows"
+
+
+# ---- The verdict ----------------------------------------------------------------------------------------------------
+
+
+def measured(teachers=0.9, aggregated=0.01, student=0.02, fine_tuned=0.4, cda=0.8, clean=None):
+    """As `summarise` gives it, with no more than a verdict reads."""
+    asr = {
+        **{"teachers": teachers, "soft vote": 0.31, "hard vote": 0.32, "aggregated": aggregated, "student": student},
+        **{"alone": 0.03, "fine-tuned": fine_tuned},
+        **({} if clean is None else {"clean": clean}),
+    }
+    if teachers is None:
+        asr = dict.fromkeys(asr)
+    cells = [
+        {
+            "attack": ta_kd.ATTACK,
+            "method": role,
+            "summary": {"cda": {"mean": cda if role == "student" else 0.75}, "asr": {"mean": value}},
+            "by_seed": [{"members": [{}] * 7}],
+        }
+        for role, value in asr.items()
+    ]
+    return {"cells": cells}
+
+
+def test_removed():
+    said = ta_kd.verdict(measured())
+    assert said.level == "clean"
+    assert said.headline == (
+        "The backdoors are gone: mean ASR 0.010 for the aggregated model and 0.020 for the student, at CDA 0.750 and 0.800."
+    )
+    assert said.text.startswith("All 7 teachers together reach a mean ASR of 0.900 under their own triggers. Soft vote")
+    assert "Soft vote has ASR 0.310, hard vote 0.320; the teachers plainly fine-tuned" in said.text
+    assert "on the clean rows 0.400 at CDA 0.750." in said.text
+
+
+@pytest.mark.parametrize(
+    ("numbers", "level", "begins"),
+    [
+        ({"teachers": 0.6, "aggregated": 0.18, "student": REMOVED_ASR}, "clean", "The backdoors are gone: "),
+        ({"aggregated": 0.3}, "warning", "The backdoors are weaker but not gone: "),
+        ({"student": 0.3}, "warning", "The backdoors are weaker but not gone: "),
+        ({"student": 0.9 * WEAKENED_SHARE + 0.01}, "attacked", "The backdoors survive: "),
+        ({"aggregated": 0.9}, "attacked", "The backdoors survive: "),
+        ({"cda": 0.6}, "warning", "The backdoors are gone, but at a cost of accuracy: "),
+        (
+            {"teachers": 0.49},
+            "warning",
+            "The attack does not work here: mean ASR 0.490 under the 7 teachers' own triggers.",
+        ),
+        ({"teachers": 0.5}, "clean", "The backdoors are gone: "),
+        (
+            {"clean": 0.9 - BACKDOOR_ABOVE_CONTROL + 0.01},
+            "warning",
+            "The attack does not work here: mean ASR 0.900 under the 7 teachers' own triggers; a clean model has 0.710.",
+        ),
+        # Of what is above the clean model's 0.2, more than half is left.
+        ({"teachers": 0.8, "student": 0.52, "clean": 0.2}, "attacked", "The backdoors survive: "),
+        ({"teachers": 0.8, "student": 0.38, "clean": 0.2}, "clean", "The backdoors are gone: "),
+        ({"teachers": None}, "info", "These teachers' triggers are not known, so no attack success rate"),
+    ],
+)
+def test_every_outcome_has_its_words(numbers, level, begins):
+    said = ta_kd.verdict(measured(**numbers))
+    assert (said.level, said.headline[: len(begins)]) == (level, begins)
+
+
+@pytest.mark.parametrize("teachers", [0.9, 0.1, None])
+@pytest.mark.parametrize(("cda", "worth"), [(0.8, "+0.050"), (0.6, "-0.150")])
+def test_the_students_gain_over_no_teacher_at_all_is_always_said(teachers, cda, worth):
+    text = ta_kd.verdict(measured(teachers=teachers, cda=cda)).text
+    assert f"without any teacher has CDA 0.750 and the student {cda:.3f}: the teachers are worth {worth}." in text
+
+
+@pytest.mark.parametrize("teachers", [0.9, 0.1])
+def test_black_boxes_cannot_be_fine_tuned(teachers):
+    results = measured(teachers=teachers)
+    results["cells"] = [cell for cell in results["cells"] if cell["method"] != "fine-tuned"]
+    text = ta_kd.verdict(results).text
+    assert "fine-tuned" not in text
+    assert "Soft vote has ASR 0.310, hard vote 0.320." in text

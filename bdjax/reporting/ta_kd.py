@@ -1,0 +1,427 @@
+"""A TA-KD run: its numbers (results.json), its tables beside the paper's, its pictures, its verdict and its report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure as Plot
+
+from bdjax import metrics
+from bdjax.attacks.providers import ProviderTriggers
+from bdjax.defenses.aggregation import Tie, VoteSpace, hard_vote, soft_vote
+from bdjax.inspection import feature_maps, grad_cam, trigger_pictures
+from bdjax.inspection.cross_trigger import cross_trigger_matrices
+from bdjax.metrics import BackdoorMetrics, DefenseWord, defense_word
+from bdjax.reporting import plots
+from bdjax.reporting import results as schema
+from bdjax.reporting.report import Figure, Report, Section, Verdict, level_of
+from bdjax.reporting.results import NO_DEFENSE, find, mean_of, number_text
+from bdjax.reporting.tables import UNKNOWN, Cell, Table
+from bdjax.run.folder import RunFolder
+from bdjax.training.ensemble import members
+from bdjax.training.stages import Nets
+from bdjax.triggers import masked_blend
+from bdjax.types import TrainTest
+
+ATTACK = "outsourcing"
+"""The name of the only attack: each provider plants a trigger of its own."""
+
+
+class Role(NamedTuple):
+    """What is measured: a method of results.json."""
+
+    title: str
+    needs: tuple[str, ...]
+
+
+ROLES: Mapping[str, Role] = {
+    "clean": Role("clean reference", ("all training rows, clean: a reference nobody has",)),
+    "teachers": Role("teachers (mean)", ()),
+    "soft vote": Role("soft vote", ("suspect models",)),
+    "hard vote": Role("hard vote", ("suspect models",)),
+    "aggregated": Role("aggregated model (TA)", ("suspect models (logits only)", "clean rows")),
+    "student": Role("student", ("the aggregated model", "clean rows")),
+    "alone": Role("student's net, clean rows only", ("clean rows",)),
+    "fine-tuned": Role("teachers, fine-tuned (mean)", ("suspect models (weights)", "clean rows")),
+}
+"""In the order of the tables."""
+MEMBERWISE = ("teachers", "fine-tuned")
+"""Roles whose members are each measured under their own trigger."""
+
+# Tables 1 and 2 of Heydari et al. 2025: CDA, ASR, R-ACC of the first six roles. That of the teachers is the mean of seven rows.
+PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
+    "mnist": dict(zip(ROLES, ((0.994, 0.000, 0.953), (0.990, 1.000, 0.000), (0.995, 0.172, 0.824), (0.995, 0.056, 0.939),
+                              (0.989, 0.001, 0.986), (0.989, 0.001, 0.986)), strict=False)),
+    "cifar10": dict(zip(ROLES, ((0.853, 0.029, 0.767), (0.763, 0.906, 0.079), (0.839, 0.120, 0.696), (0.831, 0.051, 0.769),
+                                (0.686, 0.026, 0.603), (0.668, 0.054, 0.582)), strict=False)),
+}  # fmt: skip
+
+OUTCOMES: Mapping[DefenseWord, str] = {
+    "removed": "The backdoors are gone",
+    "removed at a cost": "The backdoors are gone, but at a cost of accuracy",
+    "weakened": "The backdoors are weaker but not gone",
+    "kept": "The backdoors survive",
+}
+"""How the verdict begins, from the best outcome to the worst."""
+
+PICTURES: Mapping[str, tuple[str, str, str]] = {
+    "defenses": (
+        "Results",
+        "High CDA and R-ACC and low ASR are good. Bars are means over seeds, whiskers one standard deviation.",
+        "Bars of CDA, ASR and R-ACC for every defense.",
+    ),
+    "training_curves": (
+        "Training",
+        "Loss per epoch, the mean over all members and their range. Teachers and baselines minimise cross-entropy; the "
+        "aggregated model and the student minimise the distillation loss, whose scale is another.",
+        "Training and validation loss of every role against epochs.",
+    ),
+    "triggers": (
+        "Triggers",
+        "Each provider's trigger taken apart: where it acts, what it paints, and one test image without and with it. The "
+        "last column shows their difference ten times enlarged.",
+        "A row for each trigger with mask, trigger, image, triggered image and difference.",
+    ),
+    "cross_trigger_asr": (
+        "Cross-trigger generalisation",
+        "ASR of the first seed's models under every trigger. The diagonal is each teacher's own backdoor; a dark cell beside "
+        "it is a teacher that obeys another's trigger, which is what makes a vote fail.",
+        "A matrix of ASR values, models against triggers.",
+    ),
+    "cross_trigger_r_acc": (
+        "Cross-trigger generalisation",
+        "R-ACC of the first seed's models under every trigger. The share of triggered rows that are still recognised. Low "
+        "values off the diagonal mean that the trigger hides the object, whether or not it is obeyed.",
+        "A matrix of R-ACC values, models against triggers.",
+    ),
+    "grad_cam": (
+        "What the networks see",
+        "Grad-CAM at stage 3 for the predicted class, on a test image of class {label} under each trigger: the first "
+        "outside the target class that the student recognises without one. First each teacher under its own trigger, then "
+        "teacher 1 under all of them, then the models of the defense.",
+        "Heat maps of where each model looks, under each trigger.",
+    ),
+    "feature_maps": (
+        "What the networks see",
+        "Activations of stages 1 to 3 on the image under trigger 1 ({trigger}): the mean over channels, then the "
+        "first channels, each stretched to its own range.",
+        "Feature maps of teacher 1, the aggregated model and the student.",
+    ),
+}
+"""File without its ending -> the section that it stands in, its caption, and what is read out in its place."""
+
+_METRICS = ("cda", "asr", "r_acc")
+_DELTAS = ("delta_cda", "delta_asr", "delta_r_acc")
+_HEADER = ("CDA", "ASR", "R-ACC", "Δ CDA", "Δ ASR", "Δ R-ACC")
+
+
+def summarise(
+    logits: Sequence[Mapping[str, np.ndarray]],
+    labels: np.ndarray,
+    triggers: Sequence[ProviderTriggers | None],
+    parameters: Mapping[str, int],
+    seed: int,
+    *,
+    target: int,
+    vote_space: VoteSpace,
+    tie: Tie,
+) -> dict[str, Any]:
+    """Measure every role on every seed.
+
+    Args:
+        logits: for each seed, role -> float [members, 1 + T, N, K]; the first view is the untouched test set, the
+            others are the same rows under each of T triggers (T may be 0: then there is no ASR).
+        labels: int32 [N], true labels.
+        triggers: of each seed; None if nobody knows them.
+        parameters: role -> trainable parameters of what is deployed.
+        seed: the number of the first.
+        target: the attacker's class.
+        vote_space: what the soft vote averages.
+        tie: who wins a tied hard vote.
+
+    Returns:
+        The tree of `bdjax.reporting.results`, the same for the same inputs, with the roles as methods. Numbers of a seed have
+        "members" for `MEMBERWISE` roles, and "per_trigger" for others. Beside it "ties" and "cross_trigger", of each seed.
+    """
+    measured = [
+        _one_seed(answers, labels, known, target, vote_space, tie)
+        for answers, known in zip(logits, triggers, strict=True)
+    ]
+    seeds = [seed + number for number in range(len(measured))]
+    methods, cells = [], []
+    for role in (role for role in ROLES if role in measured[0][0]):
+        base = NO_DEFENSE if role == "teachers" else role
+        entry = {"method": role, "base": base, "title": ROLES[role].title, "needs": list(ROLES[role].needs)}
+        methods.append({**entry, "parameters": parameters.get(role)})
+        by_seed = [{"seed": number, **models[role]} for number, (models, _, _) in zip(seeds, measured, strict=True)]
+        names = [name for name in (*_METRICS, *_DELTAS) if name in by_seed[0]]
+        cells.append(schema.make_cell(ATTACK, role, by_seed, names))
+    names = [list(known.names) if known else None for known in triggers]
+    attack = {"attack": ATTACK, "title": "outsourced training", "target": target, "triggers": names}
+    defined = (*_METRICS, *_DELTAS, "delta_per_trigger", "parameters")
+    extra = {"ties": [ties for _, ties, _ in measured], "cross_trigger": [cross for _, _, cross in measured]}
+    return schema.assemble(defined, len(labels), seeds, [attack], methods, cells, **extra)
+
+
+def _one_seed(
+    answers: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    triggers: ProviderTriggers | None,
+    target: int,
+    vote_space: VoteSpace,
+    tie: Tie,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
+    """Numbers of each role; shares of ties; which trigger fires on which model, None without a trigger."""
+    predictions = {role: np.argmax(each, axis=-1) for role, each in answers.items()}  # int [members, 1 + T, N]
+    views = np.moveaxis(answers["teachers"], 1, 0)
+    predictions["soft vote"] = np.stack([soft_vote(suspects, vote_space) for suspects in views])[None]
+    votes = [hard_vote(suspects, tie) for suspects in views]
+    predictions["hard vote"] = np.stack([vote.predictions for vote in votes])[None]
+    measured = {
+        role: [metrics.measure(member[0], member[1:], labels, target) for member in each]
+        for role, each in predictions.items()
+    }
+    clean = measured["clean"][0] if "clean" in measured else None
+    names = triggers.names if triggers else ()
+    models = {
+        role: _memberwise(each, names, clean)
+        if role in MEMBERWISE
+        else _single(each[0], None if role == "clean" else clean)
+        for role, each in measured.items()
+    }
+    ties = [float(np.mean(vote.is_tie)) for vote in votes]
+    cross = None
+    if len(views) > 1:
+        rows = [predictions["teachers"], *([predictions["clean"]] if clean else [])]
+        asr, r_acc = cross_trigger_matrices(np.concatenate(rows)[:, 1:], labels, target)
+        cross = {"asr": np.asarray(asr).tolist(), "r_acc": np.asarray(r_acc).tolist(), "last_row_is_clean": bool(clean)}
+    return models, {"clean": ties[0], "triggered": ties[1:]}, cross
+
+
+def _single(measured: BackdoorMetrics, clean: BackdoorMetrics | None) -> dict[str, Any]:
+    """One model under all triggers: the means, and each trigger's own numbers."""
+    numbers: dict[str, Any] = {"cda": measured.cda, "asr": None, "r_acc": None}
+    if len(measured.asr):
+        numbers |= {"asr": float(np.mean(measured.asr)), "r_acc": float(np.mean(measured.r_acc))}
+        numbers["per_trigger"] = {"asr": measured.asr.tolist(), "r_acc": measured.r_acc.tolist()}
+        if clean is not None:
+            numbers |= metrics.deltas(clean, measured)
+    return numbers
+
+
+def _memberwise(
+    measured: Sequence[BackdoorMetrics], names: Sequence[str], clean: BackdoorMetrics | None
+) -> dict[str, Any]:
+    """Each member under its own trigger, and the means over the members."""
+    rows = []
+    for i, member in enumerate(measured):
+        row: dict[str, Any] = {"cda": member.cda, "asr": None, "r_acc": None}
+        if i < len(names):
+            own = BackdoorMetrics(member.cda, member.asr[[i]], member.r_acc[[i]])
+            row |= {"trigger": names[i], "asr": float(own.asr[0]), "r_acc": float(own.r_acc[0])}
+            if clean is not None:
+                row |= metrics.deltas(clean, own, [i])
+        rows.append(row)
+    means = {
+        name: None if rows[0].get(name) is None else float(np.mean([row[name] for row in rows]))
+        for name in (*_METRICS, *_DELTAS)
+    }
+    return {name: value for name, value in means.items() if value is not None or name in _METRICS} | {"members": rows}
+
+
+def main_table(results: Mapping[str, Any], dataset: str) -> Table:
+    """Table 2 of the paper, with the baselines, and with the paper's own rows where it has this dataset."""
+    rows, styles = [], []
+    paper = PAPER.get(dataset, {})
+    for cell, _, method in schema.cells(results):
+        role, title = method["method"], method["title"]
+        rows.append((title, *(number_text(cell, name) for name in (*_METRICS, *_DELTAS))))
+        styles.append("ours" if role in ("aggregated", "student") else "")
+        if role in paper:
+            (cda, asr, r_acc), clean = paper[role], paper["clean"]
+            deltas = (None,) * 3 if role == "clean" else (clean[0] - cda, asr - clean[1], clean[2] - r_acc)
+            rows.append((f"the paper's {title}", cda, asr, r_acc, *deltas))
+            styles.append("paper")
+    notes = (
+        f"{schema.mean_text(results).capitalize()}, {results['test_rows']:,} test rows. ASR and R-ACC are averaged over the "
+        "triggers; teachers are measured each under its own. Δ is against the clean reference."
+    )
+    return Table("Defenses", ("", *_HEADER), tuple(rows), notes, tuple(styles))
+
+
+def teacher_table(results: Mapping[str, Any], number: int = 0) -> Table:
+    """Table 1 of the paper: each suspect model of one seed, the first by default, under its own trigger."""
+    rows: list[tuple[Cell, ...]] = []
+    if clean := find(results, ATTACK, "clean"):
+        row = clean["by_seed"][number]
+        rows.append(("clean reference", "mean over all", *(row[name] for name in _METRICS), *(None,) * 3))
+    for i, row in enumerate(find(results, ATTACK, "teachers")["by_seed"][number]["members"], 1):
+        rows.append((f"teacher {i}", row.get("trigger"), *(row.get(name) for name in (*_METRICS, *_DELTAS))))
+    notes = f"Seed {number + 1} of {len(results['seeds'])}."
+    return Table("Suspect models", ("", "trigger", *_HEADER), tuple(rows), notes)
+
+
+def needs_table(results: Mapping[str, Any]) -> Table:
+    """What each row of the comparison was given."""
+    nothing = "none: the suspect models as they are"
+    rows = tuple((method["title"], ", ".join(method["needs"]) or nothing) for method in results["methods"])
+    return Table("What each was given", ("", "given"), rows)
+
+
+def size_table(results: Mapping[str, Any]) -> Table:
+    """Table 3 of the paper: what has to be deployed."""
+    methods = {method["method"]: method for method in results["methods"]}
+    titles = {"soft vote": "ensemble (votes)"} | {role: ROLES[role].title for role in ("aggregated", "student")}
+    sizes = [(title, methods[role]["parameters"]) for role, title in titles.items()]
+    rows = tuple((title, size) for title, size in sizes if size is not None)
+    notes = "The paper, at width 64: 7 × 8.2M, 8.2M and 2.8M."
+    return Table("Trainable parameters", ("deployed", "parameters"), rows, notes)
+
+
+def verdict(results: Mapping[str, Any]) -> Verdict:
+    """Say in words what the numbers say, and against the baselines, too. The control is the clean reference."""
+
+    def mean(role: str, name: str) -> float | None:
+        return mean_of(find(results, ATTACK, role), name)
+
+    before, control = mean("teachers", "asr"), mean("clean", "asr")
+    student, alone = mean("student", "cda"), mean("alone", "cda")
+    gain = (
+        f"The student's net trained on the same clean rows without any teacher has CDA {alone:.3f} and the student "
+        f"{student:.3f}: the teachers are worth {student - alone:+.3f}."
+    )
+    if before is None:
+        headline = "These teachers' triggers are not known, so no attack success rate can be measured."
+        text = f"The aggregated model has CDA {mean('aggregated', 'cda'):.3f}, the teachers on average "
+        return Verdict("info", headline, f"{text}{mean('teachers', 'cda'):.3f}.\n\n{gain}")
+    count = len(find(results, ATTACK, "teachers")["by_seed"][0]["members"])
+    compared = f"Soft vote has ASR {mean('soft vote', 'asr'):.3f}, hard vote {mean('hard vote', 'asr'):.3f}"
+    if find(results, ATTACK, "fine-tuned"):
+        compared += f"; the teachers plainly fine-tuned on the clean rows {mean('fine-tuned', 'asr'):.3f}"
+        compared += f" at CDA {mean('fine-tuned', 'cda'):.3f}"
+    text = f"{compared}.\n\n{gain}"
+    words = [
+        defense_word(before, mean(role, "asr"), mean("teachers", "cda"), mean(role, "cda"), control, control)
+        for role in ("aggregated", "student")
+    ]
+    if "nothing to remove" in words:
+        headline = f"The attack does not work here: mean ASR {before:.3f} under the {count} teachers' own triggers"
+        return Verdict("warning", headline + ("." if control is None else f"; a clean model has {control:.3f}."), text)
+    worst = max(words, key=list(OUTCOMES).index)
+    headline = (
+        f"{OUTCOMES[worst]}: mean ASR {mean('aggregated', 'asr'):.3f} for the aggregated model and "
+        f"{mean('student', 'asr'):.3f} for the student, at CDA {mean('aggregated', 'cda'):.3f} and {student:.3f}."
+    )
+    attacked = f"All {count} teachers together reach a mean ASR of {before:.3f} under their own triggers."
+    return Verdict(level_of([worst]), headline, f"{attacked} {text}")
+
+
+def page(
+    folder: RunFolder,
+    results: Mapping[str, Any],
+    nets: Mapping[str, Nets],
+    triggers: ProviderTriggers | None,
+    data: TrainTest,
+    row: int,
+) -> Report:
+    """The report, without what every run has. Its figures, of the first seed, are drawn into the folder.
+
+    Args:
+        folder: the open run.
+        results: of `summarise`.
+        nets: role -> networks; black-box teachers are not among them.
+        triggers: of the first seed; None if nobody knows them.
+        data: what was trained and tested on.
+        row: the test row that triggers, Grad-CAM and feature maps are shown on.
+    """
+    figures: dict[str, list[Figure]] = {}
+    fields = {"label": data.test.labels[row], "trigger": triggers.names[0] if triggers else ""}
+    for name, plot in _draw(results, nets, triggers, data, row).items():
+        section, caption, alt = PICTURES[name]
+        path = plots.save(plot, folder.file(f"{name}.png"))
+        figures.setdefault(section, []).append(Figure(path, caption.format(**fields), alt))
+    ties = results["ties"][0]
+    tied = (
+        (
+            f"Hard votes tie on {ties['clean']:.1%} of the untouched rows and on {np.mean(ties['triggered']):.1%} of the "
+            "triggered ones (first seed). A tie goes to the lowest class by argmax, which favours an attack on class 0."
+        )
+        if ties["triggered"]
+        else ""
+    )
+    chosen = {"teachers' ASR": ("teachers", "asr"), "TA ASR": ("aggregated", "asr"), "student ASR": ("student", "asr"),
+              "student CDA": ("student", "cda")}  # fmt: skip
+    tiles = {title: number_text(find(results, ATTACK, role), name) for title, (role, name) in chosen.items()}
+    return Report(
+        title=f"TA-KD on {data.train.name}",
+        verdict=verdict(results),
+        key_numbers={title: text for title, text in tiles.items() if text != UNKNOWN},
+        facts=needs_table(results),
+        sections=(
+            Section("Results", "", (main_table(results, data.train.name),), tuple(figures.pop("Results"))),
+            Section("The suspect models", tied, (teacher_table(results),)),
+            *(Section(title, "", (), tuple(drawn)) for title, drawn in figures.items()),
+            Section("Size", "", (size_table(results),)),
+        ),
+    )
+
+
+def _draw(
+    results: Mapping[str, Any], nets: Mapping[str, Nets], triggers: ProviderTriggers | None, data: TrainTest, row: int
+) -> dict[str, Plot]:
+    """Those of `PICTURES` that there are; arguments as those of `page`."""
+    known = {title: name for title, name in zip(_HEADER, _METRICS, strict=False) if schema.is_known(results, name)}
+    means, errors = (
+        {title: [cell["summary"][name][what] for cell in results["cells"]] for title, name in known.items()}
+        for what in ("mean", "standard_deviation")
+    )
+    curves = {
+        role: {"loss": each.history["loss"], "validation loss": each.history["validation_loss"]}
+        for role, each in nets.items()
+        if each.history
+    }
+    drawn = {
+        "defenses": plots.bars([method["title"] for method in results["methods"]], means, errors),
+        "training_curves": plots.training_curves(curves, log_scale=True),
+    }
+    if triggers is None:
+        return drawn
+    image = jnp.asarray(data.test.images[row], jnp.float32) / 255.0
+    columns = [f"{i}: {name}" for i, name in enumerate(triggers.names, 1)]
+    shown = trigger_pictures.picture_rows(trigger_pictures.trigger_pictures(triggers.params, image))
+    steps = ["mask", "trigger", "image", "triggered", "difference × 10"]
+    drawn["triggers"] = plots.image_grid(shown, columns, steps, "")
+    cross = results["cross_trigger"][0]
+    has_clean = cross["last_row_is_clean"]
+    rows = [f"teacher {i + 1}" for i in range(len(cross["asr"]) - has_clean)] + ["clean"] * has_clean
+    for name, title in zip(_METRICS[1:], _HEADER[1:], strict=False):
+        about, labels = f"{title} of each model under each trigger", {"column_label": "trigger", "value_label": title}
+        matrix = plots.matrix(np.asarray(cross[name]), rows, columns, about, separate_last_row=has_clean, **labels)
+        drawn[f"cross_trigger_{name}"] = matrix
+    triggered = jax.vmap(masked_blend.apply, in_axes=(0, None))(triggers.params, image)
+    explained = {role: nets[role] for role in ("teachers", "aggregated", "student") if role in nets}
+    drawn["grad_cam"] = _grad_cams(explained, triggered, columns)
+    maps = {}
+    for role, each in explained.items():
+        taken = feature_maps.feature_maps(each.model, members(each.variables, 0), triggered[0], scaled=False)
+        title = "teacher 1" if role == "teachers" else ROLES[role].title
+        maps[title] = {tap: np.asarray(values) for tap, values in taken.items()}
+    return {**drawn, "feature_maps": plots.feature_map_grid(maps, "")}
+
+
+def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str]) -> Plot:
+    found = {}  # name of the row -> (heat maps, classes)
+    for role, each in nets.items():
+        if role != "teachers":
+            found[ROLES[role].title] = grad_cam.grad_cam(each.model, members(each.variables, 0), triggered)
+            continue
+        # The i-th map of teacher i: every teacher under its own trigger, by the compiled call that serves them all.
+        own = [grad_cam.grad_cam(each.model, members(each.variables, i), triggered) for i in range(len(columns))]
+        found["each under its own"] = tuple(np.stack([of[k][i] for i, of in enumerate(own)]) for k in range(2))
+        found["teacher 1"] = own[0]
+    heat = np.stack([np.asarray(maps) for maps, _ in found.values()])
+    captions = [[f"says {answer}" for answer in np.asarray(classes)] for _, classes in found.values()]
+    images = np.broadcast_to(np.asarray(triggered), (len(found), *triggered.shape))
+    return plots.overlay_grid(images, heat, list(found), columns, "", captions=captions)
