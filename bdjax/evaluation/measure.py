@@ -13,7 +13,8 @@ from bdjax.defenses.contract import DefenseInput
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant
 from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
-from bdjax.types import Dataset, DefenseResult, Detection, Key
+from bdjax.training import ensemble
+from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PyTree
 
 
 class Measured(NamedTuple):
@@ -170,3 +171,41 @@ def measure(
             )
         )
     return tried
+
+
+def success_on(
+    given: DefenseInput,
+    model: Model,
+    of_seed: Mapping[int, PyTree],
+    suspects: Sequence[Suspect],
+    variant: DefenseVariant,
+    views: TriggeredViews,
+) -> list[float | None]:
+    """ASR of each suspect's triggers on another network of its seed: the control, if that network has no backdoor.
+
+    Args:
+        given: the suspects as the defense got them.
+        model: the other networks' architecture.
+        of_seed: seed -> the variables of its network.
+        suspects: M of them.
+        variant: the defense that made the other networks.
+        views: the test images.
+
+    Returns:
+        M numbers; None for a suspect without a trigger, or of a seed without such a network.
+    """
+    if not of_seed:
+        return [None] * len(suspects)
+    spare = next(iter(of_seed.values()))  # for members whose number is not asked for
+    variables = ensemble.stack([of_seed.get(suspect.seed, spare) for suspect in suspects])
+    measured = measure(given, DefenseResult(model, variables), suspects, variant, views, 0.0)
+    return [each.asr if each.suspect.seed in of_seed else None for each in measured]
+
+
+def clean_members(comparison: Comparison) -> dict[int, PyTree]:
+    """Seed -> the variables of what a defense made of that seed's suspect without a backdoor; empty without such suspects."""
+    found: dict[int, PyTree] = {}
+    for number, suspect in enumerate(each.suspect for each in comparison.tried):
+        if suspect.is_clean and suspect.seed not in found:
+            found[suspect.seed] = ensemble.members(comparison.result.variables, number)
+    return found

@@ -39,6 +39,11 @@ class Suspect(NamedTuple):
         return self.attack.plan.parts if self.attack.plan else ()
 
     @property
+    def is_clean(self) -> bool:
+        """Whether the suspect is known to be without a backdoor: nobody attacked it."""
+        return self.attack.plan is None and self.is_poisoned is not None and not self.is_poisoned.any()
+
+    @property
     def num_covers(self) -> int:
         return int(self.dataset.is_cover.sum()) if isinstance(self.dataset, PoisonedDataset) else 0
 

@@ -24,7 +24,7 @@ from bdjax.attacks.victims import Plan, prepare, train_victims
 from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
-from bdjax.evaluation.measure import Comparison, TriggeredViews, measure
+from bdjax.evaluation.measure import Comparison, TriggeredViews, clean_members, success_on
 from bdjax.evaluation.suspects import Suspect, first_triggers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.models import MODELS, ComputeDtype, Lowering
@@ -33,7 +33,7 @@ from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Log, Nets, StageRunner
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Dataset, DefenseResult, Key, Model, PyTree
+from bdjax.types import Dataset, Key, Model, PyTree
 
 
 class Recipes(NamedTuple):
@@ -174,11 +174,6 @@ def _clean_suspect(attack: AttackVariant, seed: int, train: Dataset) -> Suspect:
     return Suspect(attack, seed, train, (), np.zeros(len(train), bool))
 
 
-def is_clean(suspect: Suspect) -> bool:
-    """Whether a teacher is known to be clean: it was trained here, and not attacked."""
-    return suspect.attack.plan is None and suspect.is_poisoned is not None
-
-
 def make_defense_input(
     teachers: Teachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
 ) -> DefenseInput:
@@ -231,16 +226,12 @@ def control(
     Returns:
         M numbers; None for a teacher without a trigger, or without such a counterpart.
     """
-    suspects, (variant, result, _) = teachers.suspects, comparison
-    seeds = np.array([one.seed for one in suspects])
-    of_seed = {one.seed: number for number, one in enumerate(suspects) if is_clean(one)}
-    if variant.defense.name == NO_ATTACK and teachers.clean is not None:
-        variables = ensemble.members(teachers.clean.variables, seeds)
-    elif of_seed:
-        variables = ensemble.members(result.variables, np.array([of_seed[seed] for seed in seeds]))
+    if comparison.variant.defense.name == NO_ATTACK and teachers.clean is not None:
+        seeds = {suspect.seed for suspect in teachers.suspects}
+        of_seed = {seed: ensemble.members(teachers.clean.variables, seed) for seed in seeds}
     else:
-        return [None] * len(suspects)
-    return [one.asr for one in measure(given, DefenseResult(result.model, variables), suspects, variant, views, 0.0)]
+        of_seed = clean_members(comparison)
+    return success_on(given, comparison.result.model, of_seed, teachers.suspects, comparison.variant, views)
 
 
 def read_folder(

@@ -20,7 +20,7 @@ from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
 from bdjax.errors import InputError
-from bdjax.evaluation.measure import Comparison, defend, make_views
+from bdjax.evaluation.measure import Comparison, clean_members, defend, make_views, success_on
 from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import (
     NO_ATTACK,
@@ -106,15 +106,18 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             views = make_views(view_key, members, test)
             stage.detail = f"{len(members)} training sets × {len(test):,} test rows"
         groups.append(Group(given, members, views))
-    comparisons = []
+    comparisons, controls = [], {}
     for variant in variants:
+        of_variant = []
         for group in groups:
             with log.stage(f"defense {variant.name}", detail="") as stage:
                 result, measured = defend(group.given, group.suspects, variant, group.views)
                 stage.detail = base.summary_line(measured)
-            comparisons.append(Comparison(variant, result, measured))
+            of_variant.append(Comparison(variant, result, measured))
+        controls |= measure_controls(groups, of_variant)
+        comparisons += of_variant
     measured = [one for comparison in comparisons for one in comparison.tried]
-    results = defenses.summarise(measured, len(test), config.seed, left_out)
+    results = defenses.summarise(measured, len(test), config.seed, left_out, controls)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -133,6 +136,28 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     )
     base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data))
     return results
+
+
+def measure_controls(
+    groups: Sequence[Group], comparisons: Sequence[Comparison]
+) -> dict[tuple[str, str, int], float | None]:
+    """What the triggers achieve where no backdoor can be: on what the same defense makes of the clean set of the same seed.
+
+    Args:
+        groups: of suspects.
+        comparisons: one defense on each of them.
+
+    Returns:
+        (attack, defense, seed) -> ASR; empty for a run without a clean set.
+    """
+    of_seed = {seed: net for comparison in comparisons for seed, net in clean_members(comparison).items()}
+    found = {}
+    for group, (variant, result, _) in zip(groups, comparisons, strict=True):
+        successes = success_on(group.given, result.model, of_seed, group.suspects, variant, group.views)
+        for suspect, success in zip(group.suspects, successes, strict=True):
+            if success is not None:
+                found[suspect.attack.name, variant.name, suspect.seed] = success
+    return found
 
 
 def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[TrainTest, Dataset | None, bool]:

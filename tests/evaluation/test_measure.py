@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from bdjax.defenses.contract import DefenseInput
-from bdjax.evaluation.measure import TriggeredViews, defend, make_views, measure, score_detection
+from bdjax.evaluation.measure import (
+    Comparison,
+    TriggeredViews,
+    clean_members,
+    defend,
+    make_views,
+    measure,
+    score_detection,
+    success_on,
+)
 from bdjax.evaluation.suspects import (
     make_suspect,
 )
@@ -151,3 +160,25 @@ def test_views_are_the_same_whenever_they_are_made():
     for one, other in zip(jax.tree.leaves(views.triggered), jax.tree.leaves(again.triggered), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (views.triggered[0][0] != test.images).any() and views.triggered[0][0].dtype == np.uint8
+
+
+class TestControls:
+    """What a trigger achieves on networks that no attack has touched; `TestMeasure` has the images."""
+
+    def test_success_on_another_network_by_hand(self):
+        hybrid = suspect("badnets+sig:poison_rate=0.1")
+        suspects = [hybrid, suspect("none"), hybrid._replace(seed=1)]
+        views = TriggeredViews(TestMeasure.test, (*TestMeasure.views.triggered, TestMeasure.views.triggered[0]))
+        how = TestMeasure.given, TINY, {0: jnp.array(1)}, suspects, read_defense("none", "quick", None), views
+        # One class off, the five victims answer 1, 1, 0, 1, 2 under the first trigger and 2, 3, 0, 1, 2 under the second.
+        assert success_on(*how) == [pytest.approx((1 / 5 + 1 / 5) / 2), None, None]
+
+    def test_without_such_networks_nothing_is_known(self):
+        assert success_on(TestMeasure.given, TINY, {}, [suspect("badnets")], None, None) == [None]
+
+    def test_clean_members_are_those_that_nobody_attacked(self):
+        suspects = [suspect("badnets"), suspect("none"), suspect("none", 1), suspect("none", 2, is_clean=False)]
+        measured = [SimpleNamespace(suspect=each) for each in suspects]
+        result = DefenseResult(TINY, {"params": jnp.arange(4)})
+        found = clean_members(Comparison(read_defense("none", "quick", None), result, measured))
+        assert {seed: int(variables["params"]) for seed, variables in found.items()} == {0: 1, 1: 2}
