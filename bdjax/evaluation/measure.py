@@ -44,7 +44,7 @@ class Comparison(NamedTuple):
 
     variant: DefenseVariant
     result: DefenseResult | Detection  # of M suspects
-    tried: list[Measured]  # M, in the same order
+    measured: list[Measured]  # M, in the same order
 
 
 class TriggeredViews(NamedTuple):
@@ -102,12 +102,12 @@ def score_detection(
         variant: the detector.
         seconds: that it took for one of them.
     """
-    tried = []
+    results = []
     for i, one in enumerate(suspects):
         detection = measure_detection(found.flags[i], found.scores[i], one.is_poisoned)
         facts = {name: float(values[i]) for name, values in found.facts.items()}
-        tried.append(Measured(one, variant, None, (), detection, facts, seconds))
-    return tried
+        results.append(Measured(one, variant, None, (), detection, facts, seconds))
+    return results
 
 
 def measure_by_class(suspect: Suspect, found: Detection) -> list[dict[str, Any]] | None:
@@ -156,10 +156,10 @@ def measure(
                 rule = one.parts[part].rule
                 victims, wanted = rule.victims(test.labels), rule.wanted(test.labels)
                 measured[i].append(measure_attack(clean[i], answers[i], test.labels, victims, wanted))
-    tried = []
+    results = []
     for i, one in enumerate(suspects):
         flags, scores = (None if each is None else each[i] for each in (result.flags, result.scores))
-        tried.append(
+        results.append(
             Measured(
                 one,
                 variant,
@@ -170,7 +170,7 @@ def measure(
                 seconds,
             )
         )
-    return tried
+    return results
 
 
 def success_on(
@@ -205,7 +205,7 @@ def success_on(
 def clean_members(comparison: Comparison) -> dict[int, PyTree]:
     """Seed -> the variables of what a defense made of that seed's suspect without a backdoor; empty without such suspects."""
     found: dict[int, PyTree] = {}
-    for number, suspect in enumerate(each.suspect for each in comparison.tried):
+    for number, suspect in enumerate(each.suspect for each in comparison.measured):
         if suspect.is_clean and suspect.seed not in found:
             found[suspect.seed] = ensemble.members(comparison.result.variables, number)
     return found

@@ -494,7 +494,7 @@ def page(
     main = [table(results, rule, name) for table in (f1_table, blended_table) for rule in RULES]
     faint = [f1_table(results, rule, name, opacity) for rule in RULES for opacity in reversed(published.BLENDED)]
     others, rates = calibration_table(results), rate_figures(folder, results)
-    count = len({one.suspect.attack.name for each in chosen for one in each.tried})
+    count = len({one.suspect.attack.name for each in chosen for one in each.measured})
     sample = (
         f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken from all over the table of them."
     )
@@ -550,7 +550,7 @@ def spread_out(results: Entry, comparisons: Sequence[Comparison], most: int = sh
         comparisons: every defense on every group of suspects.
         most: how many training sets.
     """
-    first = {one.suspect.attack.name for each in comparisons for one in each.tried if one.suspect.seed == 0}
+    first = {one.suspect.attack.name for each in comparisons for one in each.measured if one.suspect.seed == 0}
     clean = [one["attack"] for one in results["attacks"] if one["attack"] in first and schema.is_clean(one)][:most]
     others = [one["attack"] for one in results["attacks"] if one["attack"] in first and one["attack"] not in clean]
     room = min(most - len(clean), len(others))
@@ -560,11 +560,11 @@ def spread_out(results: Entry, comparisons: Sequence[Comparison], most: int = sh
         kept |= {others[number * step % len(others)] for number in range(room)}
     chosen = []
     for each in comparisons:
-        which = [i for i, one in enumerate(each.tried) if one.suspect.seed == 0 and one.suspect.attack.name in kept]
+        which = [i for i, one in enumerate(each.measured) if one.suspect.seed == 0 and one.suspect.attack.name in kept]
         if which:
             values = each.result.flags, each.result.scores
             flags, scores = (None if one is None else np.asarray(one)[which] for one in values)
-            chosen.append(Comparison(each.variant, Detection(flags, scores), [each.tried[i] for i in which]))
+            chosen.append(Comparison(each.variant, Detection(flags, scores), [each.measured[i] for i in which]))
     return chosen
 
 
@@ -647,7 +647,7 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
     curves: dict[str, list[Curve]] = {}
     titles = {each.variant.name: each.variant.title for each in comparisons}
     for each in comparisons:
-        for one, scores in zip(each.tried, () if each.result.scores is None else each.result.scores, strict=False):
+        for one, scores in zip(each.measured, () if each.result.scores is None else each.result.scores, strict=False):
             truth = one.suspect.is_poisoned
             if truth is not None and truth.any() and not truth.all():
                 fpr, tpr, _ = roc_curve(truth, scores)

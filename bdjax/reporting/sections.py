@@ -371,7 +371,7 @@ def seconds_of(comparisons: Sequence[Comparison], timings: Mapping[str, float]) 
     """Method -> its seconds for one suspect; for no defense, those of the plain training, from those of the run's stages."""
     measured: dict[str, list[Measured]] = {}
     for comparison in comparisons:
-        measured.setdefault(comparison.variant.name, []).extend(comparison.tried)
+        measured.setdefault(comparison.variant.name, []).extend(comparison.measured)
     seconds = {}
     for name, group in measured.items():
         if group[0].variant.defense.name != schema.NO_DEFENSE:

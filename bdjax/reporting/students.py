@@ -55,7 +55,7 @@ def summarise(
         seed: the number of the first.
         left_out: a method -> why the run could not have it.
     """
-    measured = [one for comparison in comparisons for one in comparison.tried]
+    measured = [one for comparison in comparisons for one in comparison.measured]
     values = (value for of_method in controls for value in of_method)
     keys = ((one.suspect.attack.name, one.variant.name, one.suspect.seed) for one in measured)
     of_teacher, facts = count_parameters(teachers.model, teachers.image_shape), {}

@@ -152,8 +152,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 shutil.rmtree(place, ignore_errors=True)
         outcomes.append(outcome)
     comparisons = [each for outcome in outcomes for each in outcome.comparisons]
-    tried = [each for comparison in comparisons for each in comparison.tried]
-    results = detectors.summarise(tried, config.seed, left_out)
+    measured = [each for comparison in comparisons for each in comparison.measured]
+    results = detectors.summarise(measured, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
         return results
@@ -257,10 +257,10 @@ def detect_all(
                 detected = with_true_classes(detected, suspects)
             seconds = (time.perf_counter() - start) / len(suspects)
             detected = detected._replace(pictures={}, patterns=(), evidence={})
-            tried = score_detection(detected, light, variant, seconds)
-            known = [each.detection.f1 for each in tried if each.detection.f1 is not None]
-            stage.detail = f"mean F1 {np.mean(known):.3f} of {len(known)}" if known else f"{len(tried)} clean sets"
-        comparisons.append(Comparison(variant, detected, tried))
+            measured = score_detection(detected, light, variant, seconds)
+            known = [each.detection.f1 for each in measured if each.detection.f1 is not None]
+            stage.detail = f"mean F1 {np.mean(known):.3f} of {len(known)}" if known else f"{len(measured)} clean sets"
+        comparisons.append(Comparison(variant, detected, measured))
     return Outcome(comparisons, found)
 
 

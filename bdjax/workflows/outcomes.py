@@ -29,16 +29,16 @@ class Outcome(NamedTuple):
 def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Path:
     """Write what came out of a few suspects, as plain arrays."""
     arrays: dict[str, np.ndarray] = {}
-    for number, one in enumerate(outcome.comparisons[0].tried):
+    for number, one in enumerate(outcome.comparisons[0].measured):
         arrays[f"labels {number}"] = one.suspect.dataset.labels
         arrays[f"is_poisoned {number}"] = one.suspect.is_poisoned
         arrays[f"is_cover {number}"] = getattr(one.suspect.dataset, "is_cover", np.zeros(0, bool))
     for number, comparison in enumerate(outcome.comparisons):
         arrays[f"flags {number}"], arrays[f"scores {number}"] = comparison.result.flags, comparison.result.scores
-        arrays[f"seconds {number}"] = np.float64(comparison.tried[0].seconds)
+        arrays[f"seconds {number}"] = np.float64(comparison.measured[0].seconds)
         arrays[f"fact names {number}"] = np.array(list(comparison.result.facts), np.str_)
         facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
-        arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.tried))
+        arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.measured))
     for number, one in enumerate(outcome.found):
         for field, value in one._asdict().items():
             if value is not None:

@@ -116,7 +116,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             of_variant.append(Comparison(variant, result, measured))
         controls |= measure_controls(groups, of_variant)
         comparisons += of_variant
-    measured = [one for comparison in comparisons for one in comparison.tried]
+    measured = [one for comparison in comparisons for one in comparison.measured]
     results = defenses.summarise(measured, len(test), config.seed, left_out, controls)
     folder.write_json("results.json", results)
     if not processes.is_primary():

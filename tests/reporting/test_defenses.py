@@ -356,7 +356,7 @@ class Config:
 @pytest.mark.parametrize("names", [("badnets",), ("badnets", "badnets+sig", "none")])
 def test_the_report_is_complete(tmp_path, names):
     made = comparisons(names)
-    measured = numbers.summarise([one for each in made for one in each.tried], 10, 0)
+    measured = numbers.summarise([one for each in made for one in each.measured], 10, 0)
     folder = open_run(tmp_path / "run", Config(), experiment="lfd")
     extra = Section("Curves of its own", "", (Table("Its own table", ("a",), ((1,),)),))
     timings = {"no defense": 8.0, "lfd": 5.0}

@@ -260,17 +260,17 @@ def comparisons():
 
 def test_sets_that_are_drawn_are_spread_out():
     every = comparisons()
-    results = summarise(*(one for each in every for one in each.tried))
+    results = summarise(*(one for each in every for one in each.measured))
     vbd, scan = detectors.spread_out(results, every, 3)
-    assert [one.suspect.attack.name for one in vbd.tried] == ["white_square", "none", "badnets+sig"]
-    assert {one.suspect.seed for one in scan.tried} == {0}
+    assert [one.suspect.attack.name for one in vbd.measured] == ["white_square", "none", "badnets+sig"]
+    assert {one.suspect.seed for one in scan.measured} == {0}
     np.testing.assert_array_equal(scan.result.scores, every[1].result.scores[[0, 4, 8]])
-    assert len(detectors.spread_out(results, every)[0].tried) == 5
+    assert len(detectors.spread_out(results, every)[0].measured) == 5
     triggers, opacities = ("white_square", "big_kitty", "small_kitty"), (0.1, 0.2, 0.5, 1)
     ones = [tried(f"{name}:opacity={opacity}", VBD, flags(3)) for name in triggers for opacity in opacities]
     every = [Comparison(VBD, Detection(np.zeros((12, ROWS), bool), np.zeros((12, ROWS))), ones)]
     (some,) = detectors.spread_out(summarise(*ones), every, 4)
-    settings = [one.suspect.attack.plan.parts[0] for one in some.tried]
+    settings = [one.suspect.attack.plan.parts[0] for one in some.measured]
     assert {one.settings.opacity for one in settings} == set(opacities)
     assert {one.attack.name for one in settings} == set(triggers)
 
@@ -293,7 +293,7 @@ def test_patterns_that_are_drawn_are_of_many_attacks():
 def test_report(tmp_path):
     folder = open_run(tmp_path / "run", UndefendedSettings(), experiment="vbd")
     every = comparisons()
-    results = summarise(*(one for each in every for one in each.tried))
+    results = summarise(*(one for each in every for one in each.measured))
     found = [pattern("white square", label, known) for label in (1, 2) for known in (True, False)] * 2
     page = detectors.page(
         folder,
