@@ -20,7 +20,6 @@ from bdjax.evaluation.variants import read_defense
 from bdjax.types import DefenseResult, Detection
 
 SMALL: dict[str, str] = {
-    "none": "none",
     "bab": "bab:epochs=2:networks=1",
     "abm": "abm:epochs=2:student_epochs=2:isolation_rate=0.1",
     "lfd": "lfd:teacher=resnet10:teacher_epochs=2",
@@ -30,10 +29,6 @@ SMALL: dict[str, str] = {
     "fine_pruning": "fine_pruning:held_out=0.25:epochs=2",
     "nad": "nad:teacher_epochs=1:epochs=1",
     "ft_sam": "ft_sam:epochs=1",
-    "activation_clustering": "activation_clustering",
-    "spectral_signatures": "spectral_signatures",
-    "agpd": "agpd",
-    "scan": "scan",
     "vbd": "vbd:networks=4-4P:epochs=2:batch_size=32:detector_epochs=1:detector_batch_size=32",
     "strip": "strip:num_overlays=8",
     "neural_cleanse": "neural_cleanse:epochs=4:repair_epochs=1",
@@ -87,7 +82,7 @@ def tried(request, suspects, monkeypatch):
     name = request.param
     if name not in _results:
         before = jax.tree.map(np.array, suspects.given.attacked.variables)
-        variant = read_defense(SMALL[name], "quick", "digits")
+        variant = read_defense(SMALL.get(name, name), "quick", "digits")
         read, known = set(), DefenseInput.known
         monkeypatch.setattr(DefenseInput, "known", lambda self, need: read.add(need) or known(self, need))
         result, measured = defend(suspects.given, suspects.suspects, variant, suspects.views)
@@ -97,7 +92,7 @@ def tried(request, suspects, monkeypatch):
 
 
 def test_every_defense_is_in_the_table():
-    assert SMALL.keys() == DEFENSES.keys()
+    assert SMALL.keys() <= DEFENSES.keys()
 
 
 def test_every_defense_needs_all_that_it_declares(tried):
