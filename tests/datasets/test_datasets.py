@@ -23,9 +23,11 @@ def test_every_loader_has_the_same_form():
 
 
 def test_traits_stand_on_the_set():
-    assert [name for name in DATASETS if traits(name).flips] == ["cifar10", "cifar100"]
-    like = {name: traits(name).like for name in DATASETS if traits(name).like}
-    assert like == {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10"}
+    photographs, digits = ("cifar10", "cifar100", "tiny_imagenet", "flowers17"), ("digits", "mnist", "gtsrb")
+    assert all(traits(name).flips for name in photographs) and not any(traits(name).flips for name in digits)
+    like = {name: traits(name).like for name in ("fashion_mnist", "cifar100", "gtsrb", "digits")}
+    assert like == {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10", "digits": None}
+    assert {traits(name).like for name in DATASETS} - {None} <= set(DATASETS)
     assert traits("mine.npz") == traits("tfds:cifar10") == Traits()
 
 
@@ -94,9 +96,8 @@ def test_prepared_sets_of_tfds_are_reached(folder):
 )
 def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
     refused(
-        f"{name!r}: there is no such dataset, folder or file{suggestion}; there are digits, mnist, fashion_mnist, "
-        "cifar10, cifar100, gtsrb, tiny_imagenet, flowers17, tfds:NAME, a folder of images by its path, and an .npz file by "
-        "its path",
+        f"{name!r}: there is no such dataset, folder or file{suggestion}; there are {', '.join(DATASETS)}, tfds:NAME, "
+        "a folder of images by its path, and an .npz file by its path",
         name,
     )
 
