@@ -1,7 +1,61 @@
 """bdjax: backdoor attacks and defenses on image classifiers, in JAX.
 
-The parts, in the order that data passes through them: `datasets`, `triggers`, `models`, `training`, `attacks`,
-`defenses`, `inspection`, `reporting`. Each imports only from the ones before it.
+What a caller with arrays needs stands here (`bdjax.api` has it): the data, the verbs, and the registries. The parts behind it,
+in the order that data passes through them: `datasets`, `triggers`, `models`, `training`, `attacks`, `defenses`, `inspection`,
+`evaluation`, `run`, `reporting`, `workflows`. Each imports only from the ones before it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bdjax.api import (
+        ATTACKS,
+        DEFENSES,
+        MODELS,
+        Classifier,
+        Dataset,
+        InputError,
+        PoisonedDataset,
+        dataset,
+        defend,
+        detect,
+        evaluate,
+        load,
+        load_suspect,
+        poison,
+        ta_kd,
+        train,
+    )
+
 __version__ = "0.1.0"
+__all__ = [
+    "ATTACKS",
+    "DEFENSES",
+    "MODELS",
+    "Classifier",
+    "Dataset",
+    "InputError",
+    "PoisonedDataset",
+    "dataset",
+    "defend",
+    "detect",
+    "evaluate",
+    "load",
+    "load_suspect",
+    "poison",
+    "ta_kd",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the front door when it is first used: a script's --version need not wait for JAX."""
+    if name not in __all__:
+        raise AttributeError(f"module 'bdjax' has no attribute {name!r}")
+    globals()[name] = getattr(import_module("bdjax.api"), name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

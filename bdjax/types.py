@@ -4,8 +4,8 @@ Shapes are written in trailing comments: N rows, H height, W width, C channels, 
 Images are NHWC and 8-bit at rest; they become float32 in [0, 1] inside the compiled step, and triggers act on that.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -33,6 +33,15 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __getitem__(self, rows: slice | np.ndarray | Sequence[int]) -> "Dataset":
+        """Some rows, with all that is known of them: a slice, a mask bool [N], or numbers int [n]."""
+        which = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
+        if which.ndim != 1:
+            raise TypeError("rows of a dataset are chosen by a slice, a mask, or several numbers")
+        per_row = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
+        taken = {name: getattr(self, name)[which] for name in per_row if hasattr(self, name)}
+        return replace(self, **taken, files=tuple(self.files[row] for row in which) if self.files else ())
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

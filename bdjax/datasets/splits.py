@@ -19,10 +19,7 @@ def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
         dataset: clean or poisoned.
         rows: int [n].
     """
-    per_row = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
-    taken = {name: getattr(dataset, name)[rows] for name in per_row if hasattr(dataset, name)}
-    files = tuple(dataset.files[row] for row in np.arange(len(dataset))[rows]) if dataset.files else ()
-    return dataclasses.replace(dataset, **taken, files=files)
+    return dataset[rows]
 
 
 def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,733 @@
+"""The front door: arrays in, arrays out. Each function is a thin layer over the parts of the library.
+
+Nothing is written to disk and nothing is printed. A result is of one network, and its arrays have no axis of members, unless
+`seeds=N` asks for N networks that differ in their weights and shuffles: then arrays, logits and facts have a leading axis [N].
+`bdjax.defend("abm", ...)` and `bdjax.DEFENSES["abm"].run` are one object on two levels: the second is the pure function.
+
+Settings of attacks and defenses are the papers', whatever a dataset is called; `like="digits"` adopts what suits data like a
+named set, and `preset="quick"` what suits small networks and few rows.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.attacks.contract import CleanModel
+from bdjax.attacks.label_rules import LabelRule
+from bdjax.attacks.poisoning import trigger_all
+from bdjax.attacks.registry import ATTACKS, find_attack
+from bdjax.attacks.victims import make_plan, prepare
+from bdjax.datasets import check_like, load, load_suspect, splits
+from bdjax.datasets.validation import make_dataset
+from bdjax.defenses import contract
+from bdjax.defenses import teachers as ask
+from bdjax.defenses.aggregation import Aggregation, aggregate_logits
+from bdjax.defenses.chain import LINK
+from bdjax.defenses.contract import Defense, DefenseInput, labelled
+from bdjax.defenses.registry import DEFENSES
+from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_pupils, train_parts
+from bdjax.errors import InputError
+from bdjax.evaluation import suspects as suspect_sets
+from bdjax.evaluation import teachers as suspect_models
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.teachers import Recipes, Teachers
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_defense
+from bdjax.losses import Direction
+from bdjax.metrics import clean_accuracy, measure_attack
+from bdjax.models import MODELS, make_model
+from bdjax.settings import changed, check_values
+from bdjax.training import ensemble
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Optimiser, Rows, Schedule, TrainConfig
+from bdjax.training.stages import Nets, StageRunner
+from bdjax.types import Array, Classifier, Dataset, ExtractedPattern, Key, Model, PoisonedDataset, PyTree
+
+__all__ = [
+    "ATTACKS",
+    "DEFENSES",
+    "MODELS",
+    "Classifier",
+    "Dataset",
+    "InputError",
+    "PoisonedDataset",
+    "dataset",
+    "defend",
+    "detect",
+    "evaluate",
+    "load",
+    "load_suspect",
+    "poison",
+    "ta_kd",
+    "train",
+]
+
+Preset = Literal["paper", "quick", "strong"]
+PLAIN = TrainConfig(epochs=20, evaluation_batch_size=250, learning_rate=1e-3, schedule="cosine", keep_last_batch=False)
+"""How an undefended network trains where the caller says nothing else."""
+
+
+# ---- Data --------------------------------------------------------------------------------------------------------
+
+
+def dataset(
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int | None = None,
+    name: str = "data",
+    class_names: Sequence[str] = (),
+) -> Dataset:
+    """Check arrays and make a dataset of them. Rows are chosen by `data[mask]`, `data[10:20]` or `data[[3, 5]]`.
+
+    Args:
+        images: uint8 [N, H, W, C], C being 1 or 3.
+        labels: integers [N], each in 0..num_classes-1.
+        num_classes: K; None for one more than the largest label.
+        name: what a report calls the set; no number depends on it.
+        class_names: empty, or K names.
+
+    Raises:
+        InputError: another shape or dtype, no rows, or a label that is not a class.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise InputError(f"dataset {name}: {_said(images)}; they must be uint8 [rows, height, width, channels]")
+    if num_classes is None and np.issubdtype(labels.dtype, np.integer) and labels.size:
+        num_classes = max(int(labels.max()) + 1, 2)
+    return make_dataset(images, labels, num_classes or 2, name, "arrays", tuple(class_names), where=f"dataset {name}")
+
+
+def _said(images: np.ndarray) -> str:
+    return f"images are {images.dtype} of the shape {list(images.shape)}"
+
+
+def _check_data(data: object, where: str) -> None:
+    if not isinstance(data, Dataset):
+        raise InputError(
+            f"{where} is a {type(data).__name__}; it must be a Dataset, as bdjax.dataset makes one of arrays"
+        )
+
+
+# ---- Networks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A trained classifier, or N of them where `seeds=N` asked for them. As a function it is a `Classifier`."""
+
+    model: Model = field(repr=False)  # the pure functions
+    variables: PyTree = field(repr=False)  # of one network; of N, each leaf with a leading axis [N]
+    image_shape: tuple[int, int, int]
+    width: int  # of other networks at its scale
+    seeds: int | None  # N; None of a single network
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """Logits.
+
+        Args:
+            images: uint8 [B, H, W, C], or float [B, H, W, C] in [0, 1].
+
+        Returns:
+            float32 [B, K], or [N, B, K].
+
+        Raises:
+            InputError: images of another shape or dtype.
+        """
+        images = np.asarray(images)
+        is_pixel = images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)
+        if images.shape[1:] != self.image_shape or not len(images) or not is_pixel:
+            shape = ", ".join(map(str, self.image_shape))
+            raise InputError(f"{_said(images)}; this network takes uint8, or floats in 0..1, of [rows, {shape}]")
+        images = images if images.dtype == np.uint8 else images.astype(np.float32)
+        logits = _runner(self.image_shape).predict(
+            self.model, _stacked(self, self.seeds or 1), images, PLAIN.evaluation_batch_size
+        )
+        return logits if self.seeds else logits[0]
+
+    __call__ = predict
+
+
+@dataclass(frozen=True, eq=False)
+class Trained(Network):
+    """What `train` gives."""
+
+    recipe: TrainConfig = field(repr=False)  # how it was trained
+    history: Mapping[str, np.ndarray] = field(repr=False)  # name -> float32 [epochs], or [N, epochs]
+
+
+def _runner(image_shape: tuple[int, int, int]) -> StageRunner:
+    return StageRunner(None, image_shape, ensemble.default_layout())
+
+
+@cache
+def _network(name: str, num_classes: int, width: int) -> Model:
+    """One object for one architecture, so that what was compiled for it is used again."""
+    return make_model(name, num_classes, width)
+
+
+def _stacked(network: Network, count: int) -> PyTree:
+    """The variables as `count` members."""
+    if network.seeds:
+        return network.variables
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.asarray(leaf), (count, *np.shape(leaf))), network.variables)
+
+
+def _squeezed(tree: PyTree, seeds: int | None) -> PyTree:
+    """What came out of members, without their axis where nobody asked for several."""
+    return tree if seeds else jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _keys(key: Key, seeds: int | None) -> Key:
+    """A key for each seed, the first of which a single network has: typed [M]."""
+    if seeds is not None and seeds < 1:
+        raise InputError(f"seeds {seeds} is not at least 1")
+    return jnp.stack([jax.random.fold_in(key, seed) for seed in range(seeds or 1)])
+
+
+def _recipe(owner: str, changes: Mapping[str, Any], start: TrainConfig = PLAIN) -> TrainConfig:
+    recipe = changed(owner, start, changes)
+    known = {"optimiser": Optimiser, "schedule": Schedule, "augmentation": Augmentation}
+    check_values(
+        owner,
+        recipe,
+        choices={name: kind.__args__ for name, kind in known.items()},
+        at_least=dict.fromkeys(("epochs", "batch_size", "evaluation_batch_size"), 1),
+        above={"learning_rate": 0},
+    )
+    return recipe
+
+
+def train(
+    model: str | Model | Network,
+    data: Dataset,
+    key: Key,
+    *,
+    width: int = 64,
+    epochs: int = PLAIN.epochs,
+    batch_size: int = PLAIN.batch_size,
+    learning_rate: float = PLAIN.learning_rate,
+    seeds: int | None = None,
+    **training: Any,
+) -> Trained:
+    """Train a network on labels, plainly.
+
+    Args:
+        model: a key of `MODELS`; a `Model`; or a trained network to go on from.
+        data: the training rows.
+        key: of weights and shuffles, as `jax.random.key` makes one.
+        width: of a network by name: 64 is the papers' size.
+        epochs, batch_size, learning_rate: of the training.
+        seeds: train so many networks as members of one call; None for one, which is the first of those.
+        training: other fields of `bdjax.training.member.TrainConfig`: optimiser, schedule, weight_decay, augmentation, ...
+
+    Raises:
+        InputError: no such network, a setting that cannot be, or a network for other data.
+    """
+    _check_data(data, "train: data")
+    how = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    recipe = _recipe("train", {**how, **training})
+    start = model if isinstance(model, Network) else None
+    if start is not None:
+        _check_fits(start, data, "train: data")
+        seeds, width = _seeds_with(start, seeds), start.width
+    network = start.model if start is not None else _as_model(model, data.num_classes, width)
+    keys, runner = _keys(key, seeds), _runner(data.image_shape)
+    pool, rows = jnp.asarray(data.images), _all_rows(data, len(keys))
+    if start is not None:
+        variables = _stacked(start, len(keys))
+        nets = runner.from_variables("network", network, recipe, variables, keys, 1, pool, rows)
+    else:
+        none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+        nets = runner.from_scratch("network", network, recipe, keys, 1, pool, rows, none)
+    history = _squeezed(nets.history, seeds)
+    return Trained(network, _squeezed(nets.variables, seeds), data.image_shape, width, seeds, recipe, history)
+
+
+def _as_model(model: str | Model, num_classes: int, width: int) -> Model:
+    if isinstance(model, str):
+        return _network(model, num_classes, width)
+    if not isinstance(model, Model):
+        raise InputError(
+            f"model is a {type(model).__name__}; it must be a name of MODELS, a Model or a trained network"
+        )
+    if model.num_classes != num_classes:
+        raise InputError(f"model {model.description} has {model.num_classes} classes; the data has {num_classes}")
+    return model
+
+
+def _all_rows(data: Dataset, count: int) -> Rows:
+    index = np.tile(np.arange(len(data), dtype=np.int32), (count, 1))
+    return labelled(index, np.tile(data.labels, (count, 1)))
+
+
+def _check_fits(network: Network, data: Dataset, where: str) -> None:
+    _check_data(data, where)
+    if (network.image_shape, network.model.num_classes) != (data.image_shape, data.num_classes):
+        raise InputError(
+            f"{where} has {data.num_classes} classes of images {data.image_shape}; the network is for "
+            f"{network.model.num_classes} of {network.image_shape}"
+        )
+
+
+def _seeds_with(network: Network, seeds: int | None) -> int | None:
+    if network.seeds and seeds not in (None, network.seeds):
+        raise InputError(f"seeds {seeds}: the network that was given is {network.seeds}; leave seeds out")
+    return network.seeds or seeds
+
+
+# ---- Attacks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trigger:
+    """Puts a trigger on images; knows which rows it is measured on and what the attacker wants of them."""
+
+    attack: str
+    target: int
+    rule: LabelRule
+    num_classes: int
+    apply: Callable[..., Array] = field(repr=False)
+    params: PyTree = field(repr=False)
+    key: Key = field(repr=False)
+
+    def __call__(self, images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
+        """The images with the trigger.
+
+        Args:
+            images: uint8 [N, H, W, C].
+            labels: int32 [N], the true classes, for triggers that depend on them.
+
+        Returns:
+            uint8 [N, H, W, C].
+
+        Raises:
+            InputError: other images, or no labels for a trigger that depends on them.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise InputError(f"{_said(images)}; a trigger takes uint8 [rows, height, width, channels]")
+        if labels is None and self._reads_labels(images.shape[1:]):
+            raise InputError(
+                f"the trigger of {self.attack} depends on the class: give the labels, trigger(images, labels)"
+            )
+        labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels, np.int32)
+        data = Dataset(images, labels, self.num_classes, "", "")
+        return trigger_all(self.key, data, self.apply, self.params)
+
+    def _reads_labels(self, image_shape: tuple[int, ...]) -> bool:
+        image, label = jax.ShapeDtypeStruct(image_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
+        program = jax.make_jaxpr(self.apply)(self.params, image, label, self.key).jaxpr
+        label_in = program.invars[-2]
+        return any(read is label_in for step in program.eqns for read in step.invars)
+
+
+class Poisoned(NamedTuple):
+    """A poisoned training set and the trigger that opens the backdoor."""
+
+    data: PoisonedDataset
+    trigger: Trigger
+    settings: Any  # of the attack, as they were used
+
+
+def poison(
+    attack: str,
+    data: Dataset,
+    key: Key,
+    *,
+    target: int = 0,
+    poison_rate: float | None = None,
+    label_rule: str | None = None,
+    like: str | None = None,
+    clean_model: Network | None = None,
+    **settings: Any,
+) -> Poisoned:
+    """Poison a training set.
+
+    Args:
+        attack: a key of `ATTACKS` whose attacker hands over data.
+        data: clean rows.
+        key: of the trigger and of which rows are poisoned.
+        target: the attacker's class.
+        poison_rate: share of all rows; None for the attack's default.
+        label_rule: a key of `bdjax.attacks.label_rules.LABEL_RULES`; None for the attack's default.
+        like: a named dataset whose settings are adopted: "digits".
+        clean_model: a network without a backdoor, for attackers who need one.
+        settings: of the attack, by name.
+
+    Raises:
+        InputError: no such attack, setting, rule or class; an attack that trains the network itself; no clean model where
+          one is needed; or rows that are poisoned already.
+    """
+    _check_data(data, "poison: data")
+    if isinstance(data, PoisonedDataset) and data.is_poisoned.any():
+        raise InputError(
+            f"poison: {int(data.is_poisoned.sum())} rows of the data are poisoned already; give clean rows"
+        )
+    known = find_attack(attack)
+    if known.control:
+        able = [name for name, one in ATTACKS.items() if not one.control]
+        raise InputError(
+            f"attack {attack} trains the network itself; attacks that hand over data are {', '.join(able)}"
+        )
+    if type(target) is not int or not 0 <= target < data.num_classes:
+        raise InputError(f"poison: target {target!r} is not a class: there are 0 to {data.num_classes - 1}")
+    needs_model = known.needs_clean_model or known.starts_from_clean_model
+    if needs_model and clean_model is None:
+        raise InputError(
+            f"attack {attack} needs a clean network: give clean_model=, what bdjax.train made of clean rows"
+        )
+    if needs_model:
+        _check_fits(clean_model, data, "poison: data")
+    check_like(like, "poison: like")
+    how = {"label_rule": label_rule, "poison_rate": poison_rate, "changes": {attack: settings}, "like": like}
+    plan = make_plan(attack, data, target, **how)
+    owned = CleanModel(clean_model.model, ensemble.members(_stacked(clean_model, 1), 0)) if needs_model else None
+    made = prepare(key, plan, data, target, 0, owned)
+    (part,), (params,) = plan.parts, made.params
+    trigger = Trigger(attack, target, part.rule, data.num_classes, known.apply, params, jax.random.fold_in(key, 1))
+    return Poisoned(made.poisoned, trigger, part.settings)
+
+
+class Evaluation(NamedTuple):
+    """What a classifier is worth: a number each, or float [N] of N networks. See `bdjax.metrics`."""
+
+    cda: float | np.ndarray  # share of untouched rows predicted as their label
+    asr: float | np.ndarray | None  # share of the victims' triggered rows predicted as the attacker wants
+    r_acc: float | np.ndarray | None  # share of the same rows predicted as their label
+
+    def __str__(self) -> str:
+        def number(value: float | np.ndarray) -> str:
+            spread = f"±{np.std(value):.3f}" if np.ndim(value) else ""
+            return f"{np.mean(value):.3f}{spread}"
+
+        return " ".join(f"{name}={number(value)}" for name, value in self._asdict().items() if value is not None)
+
+
+def evaluate(model: Classifier | Network, test: Dataset, trigger: Trigger | None = None) -> Evaluation:
+    """Measure a classifier.
+
+    Args:
+        model: anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]; of this library or not.
+        test: clean rows that it was not trained on.
+        trigger: of `poison`; None where only accuracy is asked for.
+
+    Raises:
+        InputError: logits of another shape, or test rows that are all of the attacker's class.
+    """
+    _check_data(test, "evaluate: test")
+    if trigger is not None and not isinstance(trigger, Trigger):
+        raise InputError("evaluate: trigger must be the .trigger of what bdjax.poison gave, which knows its target")
+    clean = _answers(model, test, test.images)
+    if trigger is None:
+        cda = [clean_accuracy(one, test.labels) for one in clean.reshape(-1, len(test))]
+        return Evaluation(np.array(cda) if clean.ndim > 1 else cda[0], None, None)
+    victims, wanted = trigger.rule.victims(test.labels), trigger.rule.wanted(test.labels)
+    if not victims.any():
+        raise InputError(f"evaluate: none of the {len(test)} test rows is one that the attack is measured on")
+    triggered = _answers(model, test, trigger(test.images, test.labels))
+    pairs = zip(clean.reshape(-1, len(test)), triggered.reshape(-1, len(test)), strict=True)
+    measured = [measure_attack(*pair, test.labels, victims, wanted) for pair in pairs]
+    numbers = ([getattr(one, name) for one in measured] for name in Evaluation._fields)
+    return Evaluation(*(np.array(values) if clean.ndim > 1 else values[0] for values in numbers))
+
+
+def _answers(model: Classifier | Network, test: Dataset, images: np.ndarray) -> np.ndarray:
+    """Predicted classes, int [rows] or [N, rows]."""
+    logits = np.asarray(model(images.astype(np.float32) / 255))
+    several = getattr(model, "seeds", None)
+    if logits.ndim != (3 if several else 2) or logits.shape[-2] != len(test) or logits.shape[-1] < test.num_classes:
+        raise InputError(
+            f"evaluate: the model returned logits of shape {list(logits.shape)}; should be {[len(test), test.num_classes]}"
+        )
+    return np.argmax(logits, -1)
+
+
+# ---- Defenses ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Detected:
+    """Which rows a detector takes for poisoned. Of N seeds each array has a leading axis [N]."""
+
+    flags: np.ndarray = field(repr=False)  # bool [n]
+    scores: np.ndarray = field(repr=False)  # float32 [n]: the higher, the more suspicious
+    patterns: tuple[ExtractedPattern, ...] | tuple[tuple[ExtractedPattern, ...], ...] = field(repr=False)
+    """triggers that it extracted, by class; of N seeds, those of each"""
+    facts: Mapping[str, Any]  # its own numbers, by name
+    given: tuple[str, ...]  # what it was given: its needs, and nothing else
+    settings: Any  # of the detector, as they were used
+
+
+@dataclass(frozen=True, eq=False)
+class Defended(Network):
+    """The network that a defense gives. Of N seeds each array has a leading axis [N]."""
+
+    flags: np.ndarray | None = field(repr=False)  # bool [n]: rows that it takes for poisoned or leaves out
+    scores: np.ndarray | None = field(repr=False)  # float32 [n]: the higher, the more suspicious
+    facts: Mapping[str, Any]  # its own numbers, by name
+    pictures: Mapping[str, np.ndarray] = field(repr=False)  # name -> float32 [k, H, W, C] in [0, 1]
+    given: tuple[str, ...]  # what it was given: its needs, and nothing else
+    settings: Any  # of the defense, as they were used
+
+
+def detect(
+    detector: str,
+    data: Dataset,
+    key: Key,
+    *,
+    model: str | Model = "resnet10",
+    width: int = 64,
+    training: Mapping[str, Any] = {},
+    victim: Network | None = None,
+    clean: Dataset | None = None,
+    seeds: int | None = None,
+    preset: Preset = "paper",
+    like: str | None = None,
+    **settings: Any,
+) -> Detected:
+    """Find poisoned rows.
+
+    Args:
+        detector: a defense that detects; settings may follow its name as on the command line, "scan:threshold=10".
+        data: the suspect rows. Which of them are poisoned is not looked at, even if the set says so.
+        key: of all that is drawn.
+        model: the network that is trained on the rows, for detectors that need the attacked network.
+        width: of networks by name: 64 is the papers' size.
+        training: how that network trains, where it differs from `PLAIN`: {"epochs": 8}.
+        victim: a network that was trained on the rows already, in place of `model`, `width` and `training`.
+        clean: rows that are known to be clean, for detectors that need some.
+        seeds: so many networks and draws as members of the same calls; None for one, which is the first of those.
+        preset: "paper"; "quick" for small networks and few rows; "strong" where there is more than the paper's.
+        like: a named dataset whose settings are adopted: "digits".
+        settings: of the detector, by name.
+
+    Raises:
+        InputError: no such detector or setting, or something is missing that it needs.
+    """
+    defense, own = _read(detector, preset, like, settings)
+    if defense.detect is None:
+        able = ", ".join(name for name, one in DEFENSES.items() if one.detect)
+        raise InputError(f"defense {detector} does not say which rows are poisoned; detectors are {able}")
+    _check_data(data, f"detect {detector}: data")
+    needs = defense.needs_with(own)
+    given, seeds, _ = _give(defense, own, needs, data, key, model, width, training, victim, clean, seeds)
+    found = contract.detect(defense, given, own)
+    patterns = found.patterns if seeds or not found.patterns else found.patterns[0]
+    flags, scores, facts = _squeezed((found.flags, found.scores, dict(found.facts)), seeds)
+    return Detected(flags, scores, patterns, facts, needs, own)
+
+
+def defend(
+    defense: str,
+    suspect: Dataset | Network,
+    key: Key,
+    *,
+    model: str | Model = "resnet10",
+    width: int = 64,
+    training: Mapping[str, Any] = {},
+    victim: Network | None = None,
+    clean: Dataset | None = None,
+    seeds: int | None = None,
+    preset: Preset = "paper",
+    like: str | None = None,
+    **settings: Any,
+) -> Defended:
+    """Make a clean network of a suspect training set, or of a suspect network and clean rows.
+
+    Args:
+        defense: a key of `DEFENSES`; or as on the command line, with settings or one after the other: "fine_tuning+fkd".
+        suspect: training rows, of which no truth is looked at; or a network.
+        key, model, width, training, victim, clean, seeds, preset, like: as for `detect`.
+        settings: of the defense, by name.
+
+    Raises:
+        InputError: no such defense or setting, or something is missing that it needs.
+    """
+    name, (found, own) = defense, _read(defense, preset, like, settings)
+    if not isinstance(suspect, Network):
+        _check_data(suspect, f"defend {name}: suspect")
+    needs = found.needs_with(own)
+    given, seeds, width = _give(found, own, needs, suspect, key, model, width, training, victim, clean, seeds)
+    result = contract.run(found, given, own)
+    own_arrays = (result.variables, result.flags, result.scores, dict(result.facts), dict(result.pictures))
+    variables, flags, scores, facts, pictures = _squeezed(own_arrays, seeds)
+    shape = given.runner.image_shape
+    return Defended(result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, own)
+
+
+def _read(name: str, preset: str, like: str | None, settings: Mapping[str, Any]) -> tuple[Defense, Any]:
+    """A defense and its settings."""
+    check_like(like, f"defense {name}: like")
+    if preset not in Preset.__args__:
+        raise InputError(f"defense {name}: preset {preset!r} is not one of {', '.join(Preset.__args__)}")
+    variant = read_defense(name, preset, like)
+    if not settings:
+        return variant.defense, variant.settings
+    if LINK in name:
+        raise InputError(f"defense {name}: settings of several stand in their text, as in fine_tuning:epochs=5+fkd")
+    own = changed(f"defense {variant.defense.name}", variant.settings, settings)
+    if variant.defense.check:
+        variant.defense.check(own)
+    return variant.defense, own
+
+
+def _give(
+    defense: Defense,
+    settings: Any,
+    needs: Sequence[str],
+    suspect: Dataset | Network,
+    key: Key,
+    model: str | Model,
+    width: int,
+    training: Mapping[str, Any],
+    victim: Network | None,
+    clean: Dataset | None,
+    seeds: int | None,
+) -> tuple[DefenseInput, int | None, int]:
+    """What a defense gets of a suspect, with the number of seeds and the width that follow from it."""
+    where, is_set = f"defense {defense.name}", isinstance(suspect, Dataset)
+    _check_needs(where, needs, suspect, clean)
+    network, rows = victim if is_set else suspect, suspect if is_set else clean
+    if network is not None:
+        _check_fits(network, rows, f"{where}: {'data' if is_set else 'clean'}")
+        seeds, width, model = _seeds_with(network, seeds), network.width, network.model
+    if is_set and clean is not None and _kind(clean) != _kind(suspect):
+        raise InputError(f"{where}: clean has {_kind(clean)}; the data has {_kind(suspect)}")
+    attacked, keys, runner = _as_model(model, rows.num_classes, width), _keys(key, seeds), _runner(rows.image_shape)
+
+    def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
+        if name is None and num_classes in (None, attacked.num_classes):
+            return attacked
+        name = name or attacked.description.split()[0]
+        if name not in MODELS:
+            raise InputError(
+                f"{where} trains networks like {name} with {num_classes} classes: give one by a name of MODELS"
+            )
+        return _network(name, num_classes or attacked.num_classes, width)
+
+    if defense.network_after:
+        defense.network_after(settings, attacked, make_network, rows.image_shape)
+    recipe = _recipe(f"{where}: training", training, network.recipe if isinstance(network, Trained) else PLAIN)
+    plain = Dataset(**{field.name: getattr(rows, field.name) for field in fields(Dataset)})  # without the truth
+    truth = rows.is_poisoned if isinstance(rows, PoisonedDataset) else None
+    group = [Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), seed, plain, (), truth) for seed in range(len(keys))]
+    variables = None if network is None else _stacked(network, len(keys))
+    if not is_set:
+        teachers = Teachers(attacked, group, variables, None, Recipes(recipe, recipe, recipe))
+        return suspect_models.make_defense_input(teachers, keys, clean, make_network, runner), seeds, width
+    is_trained_here = network is None and "attacked model" in needs
+    how = {"train_plainly": is_trained_here}
+    given = suspect_sets.make_defense_input(group, keys, plain, clean, make_network, recipe, runner, **how)
+    if network is not None:
+        given = given.with_knowledge({"attacked model": Nets(attacked, variables, 1, {})})
+    return given, seeds, width
+
+
+def _kind(data: Dataset) -> str:
+    return f"{data.num_classes} classes of images {data.image_shape}"
+
+
+def _check_needs(where: str, needs: Sequence[str], suspect: Dataset | Network, clean: Dataset | None) -> None:
+    if isinstance(suspect, Network) and {"training set", "number of poisons"} & set(needs):
+        able = ", ".join(name for name, one in DEFENSES.items() if "training set" not in one.needs)
+        raise InputError(f"{where} needs the training set, and a network comes without; of a network there are {able}")
+    if clean is not None:
+        _check_data(clean, f"{where}: clean")
+    elif "clean rows" in needs or isinstance(suspect, Network):
+        raise InputError(f"{where} needs clean rows: give clean=, a Dataset of rows that are known to be clean")
+    if "number of poisons" in needs and not isinstance(suspect, PoisonedDataset):
+        raise InputError(f"{where} needs the number of poisons, which only a PoisonedDataset tells")
+    if "attacker's trigger" in needs:
+        raise InputError(f"{where} needs the attacker's trigger with these settings, and no defender has that")
+
+
+# ---- TA-KD -------------------------------------------------------------------------------------------------------
+
+
+class TaKd(NamedTuple):
+    """The two networks of TA-KD."""
+
+    aggregated: Trained  # taught by the teachers' mean logits and the clean labels
+    student: Trained  # taught by the aggregated network in the same way
+
+
+def ta_kd(
+    models: Sequence[Classifier | Network],
+    clean: Dataset,
+    key: Key,
+    *,
+    model: str | Model = "resnet18",
+    student: str | Model = "resnet10",
+    width: int = 64,
+    epochs: int = 15,
+    batch_size: int = 64,
+    learning_rate: float = 0.01,
+    validation_share: float = 0.2,
+    training: Mapping[str, Any] = {},
+    seeds: int | None = None,
+    **settings: Any,
+) -> TaKd:
+    """Make a clean student of untrusted classifiers, which are only asked for logits on clean images.
+
+    Args:
+        models: teachers: anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K].
+        clean: rows that are known to be clean.
+        key: of all that is drawn.
+        model: the aggregated network.
+        student: the student.
+        width: of networks by name: 64 is the paper's size.
+        epochs, batch_size, learning_rate: of both trainings.
+        validation_share: of the clean rows, for the learning-rate rule.
+        training: other fields of `bdjax.training.member.TrainConfig`.
+        seeds: so many of both as members of the same calls; None for one.
+        settings: fields of `bdjax.defenses.ta_kd.TaKdConfig`: temperature, alpha, aggregation, ...
+
+    Raises:
+        InputError: no teachers, one that answers with another shape, or a setting that cannot be.
+    """
+    _check_data(clean, "ta_kd: clean")
+    config = changed("ta_kd", TaKdConfig(), settings)
+    _check_ta_kd(config, len(models), validation_share)
+    how = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, **training}
+    recipe = _recipe("ta_kd: training", how, TrainConfig(keep_last_batch=False))
+    keys, runner, answer = (
+        _keys(key, seeds),
+        _runner(clean.image_shape),
+        ask.from_classifiers(models, clean.num_classes),
+    )
+    clean_sets = []
+    for split_key, view_key in map(jax.random.split, keys):
+        parts = splits.train_validation_rows(split_key, np.arange(len(clean)), validation_share)
+        clean_sets.append(make_clean_set(view_key, clean.images, clean.labels, *parts, config))
+    told = np.stack([aggregate_logits(answer(each.images), config.aggregation, config.trim) for each in clean_sets])
+    trained = []
+    for number, (role, name) in enumerate((("aggregated", model), ("student", student))):
+        network = _as_model(name, clean.num_classes, width)
+        pupils = make_pupils(None, np.arange(len(keys)), told, config.alpha)
+        own_key = jax.random.fold_in(key, number)
+        nets = train_parts(runner, {role: (network, pupils)}, config, recipe, clean_sets, own_key)[role]
+        variables, history = _squeezed((nets.variables, nets.history), seeds)
+        trained.append(Trained(network, variables, clean.image_shape, width, seeds, recipe, history))
+        images = np.stack([each.images for each in clean_sets])
+        told = runner.predict_own(network, nets.variables, images, recipe.evaluation_batch_size)
+    return TaKd(*trained)
+
+
+def _check_ta_kd(config: TaKdConfig, num_teachers: int, validation_share: float) -> None:
+    kinds = {"direction": Direction, "aggregation": Aggregation, "augmentation": Augmentation}
+    check_values(
+        "ta_kd",
+        config,
+        choices={name: kind.__args__ for name, kind in kinds.items()},
+        at_least={"alpha": 0, "trim": 0, "views": 1},
+        at_most={"alpha": 1},
+        above={"temperature": 0},
+    )
+    if config.aggregation == "trimmed_mean" and 2 * config.trim >= num_teachers:
+        raise InputError(f"ta_kd: trim {config.trim} at each end leaves none of the logits of {num_teachers} teachers")
+    if not 0 <= validation_share < 1:
+        raise InputError(f"ta_kd: validation_share {validation_share} is not at least 0 and below 1")

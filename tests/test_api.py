@@ -1,0 +1,356 @@
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_network import make_tiny
+
+import bdjax
+from bdjax import api
+from bdjax.datasets.digits import load_digits
+from bdjax.training.member import TrainConfig
+
+ROOT = pathlib.Path(__file__).parents[1]
+KEY = jax.random.key(0)
+CLASSES = 4
+MODEL = make_tiny(CLASSES)
+
+
+def digits(start: int, stop: int) -> bdjax.Dataset:
+    """Rows of the first four classes."""
+    train = load_digits((), False).train
+    which = np.flatnonzero(train.labels < CLASSES)[start:stop]
+    return bdjax.dataset(train.images[which], train.labels[which], CLASSES)
+
+
+TRAIN, CLEAN, TEST = digits(0, 96), digits(96, 136), digits(136, 200)
+
+
+@pytest.fixture(scope="module")
+def bad():
+    return bdjax.poison("badnets", TRAIN, KEY, target=1, poison_rate=0.2)
+
+
+@pytest.fixture(scope="module")
+def victim(bad):
+    return bdjax.train(MODEL, bad.data, KEY, epochs=2, batch_size=32, learning_rate=1e-2)
+
+
+@pytest.fixture(scope="module")
+def three(bad):
+    return bdjax.train(MODEL, bad.data, KEY, epochs=2, batch_size=32, learning_rate=1e-2, seeds=3)
+
+
+def refused(message: str, call, *arguments, **settings) -> None:
+    """One line that says what would be right."""
+    with pytest.raises(bdjax.InputError, match=message) as caught:
+        call(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+
+
+class TestPackage:
+    def test_public_names_are_there_and_listed(self):
+        assert set(bdjax.__all__) == set(api.__all__) and set(bdjax.__all__) <= set(dir(bdjax))
+        assert all(getattr(bdjax, name) is getattr(api, name) for name in bdjax.__all__)
+        with pytest.raises(AttributeError, match="no attribute 'defence'"):
+            _ = bdjax.defence
+
+    def test_importing_brings_no_report_and_no_command_line(self):
+        heavy = (
+            "'matplotlib', 'tyro', 'jinja2', 'tensorflow_datasets', 'bdjax.reporting', 'bdjax.run', 'bdjax.workflows'"
+        )
+        program = (
+            "import sys, bdjax; assert 'jax' not in sys.modules and bdjax.__version__; bdjax.defend; "
+            f"assert not {{{heavy}}} & set(sys.modules), set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+    def test_what_is_installed_works_outside_the_checkout(self, tmp_path):
+        pytest.importorskip("setuptools")
+        source, installed, empty = (tmp_path / name for name in ("source", "installed", "empty"))
+        source.mkdir(), empty.mkdir()
+        shutil.copytree(ROOT / "bdjax", source / "bdjax", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source)
+        build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py", f"--build-lib={installed}"]
+        subprocess.run(build, check=True, cwd=source, capture_output=True)
+        # The files of a wheel, without anything that lies beside them in a checkout.
+        program = (
+            "import pathlib, sys, numpy as np, jax, bdjax\n"
+            "from bdjax.reporting import report\n"
+            f"assert pathlib.Path(bdjax.__file__).is_relative_to({str(installed)!r}), bdjax.__file__\n"
+            "assert list(pathlib.Path(report.__file__).parent.glob('*.j2'))\n"
+            "rows = bdjax.dataset(np.zeros((20, 8, 8, 1), np.uint8), np.arange(20) % 2)\n"
+            "bad = bdjax.poison('badnets', rows, jax.random.key(0), poison_rate=0.1)\n"
+            "print(bad.data.is_poisoned.sum(), bad.trigger(rows.images[:1]).max())\n"
+        )
+        environment = os.environ | {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
+        how = {"cwd": empty, "env": environment, "text": True, "capture_output": True}
+        done = subprocess.run([sys.executable, "-c", program], **how)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["2", "255"] and not list(empty.iterdir())
+
+
+class TestDataset:
+    def test_arrays_become_rows_that_can_be_chosen(self):
+        data = bdjax.dataset(TRAIN.images, TRAIN.labels, class_names=("zero", "one", "two", "three"))
+        assert (data.num_classes, data.name, data.labels.dtype) == (4, "data", np.int32)
+        mask = data.labels == 2
+        for rows in (mask, np.flatnonzero(mask), np.flatnonzero(mask).tolist()):
+            assert (data[rows].labels == 2).all() and len(data[rows]) == mask.sum()
+        np.testing.assert_array_equal(data[10:20].images, data.images[10:20])
+        with pytest.raises(TypeError, match="a slice, a mask, or several numbers"):
+            data[3]
+
+    def test_what_is_known_of_poisoned_rows_goes_with_them(self, bad):
+        some = bad.data[bad.data.is_poisoned]
+        assert isinstance(some, bdjax.PoisonedDataset) and some.is_poisoned.all() and (some.labels == 1).all()
+
+    @pytest.mark.parametrize(
+        ("images", "labels", "more", "message"),
+        [
+            (TRAIN.images / 255, TRAIN.labels, {}, "images are float64 .* must be uint8"),
+            (TRAIN.images[..., 0], TRAIN.labels, {}, r"must be uint8 \[rows, height, width, channels\]"),
+            (TRAIN.images, TRAIN.labels[:-1], {}, "holds 96 images and 95 labels"),
+            (TRAIN.images, TRAIN.labels + 0.5, {}, "labels are float64"),
+            (TRAIN.images, TRAIN.labels, {"num_classes": 3}, r"row \d+ has the label 3; labels must be in 0..2"),
+            (TRAIN.images[:0], TRAIN.labels[:0], {}, "holds no images"),
+            (TRAIN.images, TRAIN.labels, {"class_names": ("one",)}, "names 1 classes; there must be 4"),
+        ],
+    )
+    def test_other_arrays_are_refused(self, images, labels, more, message):
+        refused(f"^dataset data: .*{message}", bdjax.dataset, images, labels, **more)
+
+
+class TestPoison:
+    def test_the_target_is_given_once(self, bad):
+        assert bad.data.is_poisoned.sum() == 19 and (bad.data.labels[bad.data.is_poisoned] == 1).all()
+        assert bad.trigger.target == 1 and bad.trigger.rule.name == "all-to-one, target 1"
+        np.testing.assert_array_equal(TRAIN.images[~bad.data.is_poisoned], bad.data.images[~bad.data.is_poisoned])
+
+    def test_the_trigger_puts_on_images_what_poisoned_rows_have(self, bad):
+        rows = bad.data.is_poisoned
+        np.testing.assert_array_equal(bad.trigger(TRAIN.images[rows]), bad.data.images[rows])
+        refused("a trigger takes uint8", bad.trigger, TRAIN.images / 255)
+
+    def test_a_trigger_that_depends_on_the_class_asks_for_it(self):
+        trigger = bdjax.poison("white_square_all_to_all", TRAIN, KEY, poison_rate=0.2).trigger
+        refused("depends on the class", trigger, TEST.images)
+        assert trigger(TEST.images, TEST.labels).shape == TEST.images.shape
+
+    def test_no_number_hangs_on_a_name_and_adaptations_are_asked_for(self):
+        named = dataclasses.replace(TRAIN, name="digits")
+        plain, same, adapted = (
+            bdjax.poison("tact", data, KEY, **how).settings
+            for data, how in ((TRAIN, {}), (named, {}), (TRAIN, {"like": "digits"}))
+        )
+        assert plain == same != adapted and adapted.poison_rate == 0.05
+
+    def test_attackers_who_need_a_clean_network_get_it(self):
+        clean = bdjax.train(MODEL, TRAIN, KEY, epochs=1)
+        bad = bdjax.poison("label_consistent", TRAIN, KEY, poison_rate=0.1, clean_model=clean, like="digits")
+        assert bad.data.is_poisoned.sum() == 9
+        refused("needs a clean network: give clean_model=", bdjax.poison, "label_consistent", TRAIN, KEY)
+
+    @pytest.mark.parametrize(
+        ("attack", "how", "message"),
+        [
+            ("badnet", {}, "attack 'badnet' is not one of .*badnets"),
+            ("wanet", {}, "trains the network itself; attacks that hand over data are .*badnets"),
+            ("badnets", {"colour": 1}, "no setting 'colour'; it has "),
+            ("badnets", {"target": 4}, "target 4 is not a class: there are 0 to 3"),
+            ("badnets", {"label_rule": "clean_label"}, "goes with the label rules all_to_one"),
+            ("badnets", {"poison_rate": 0.001}, "less than one row"),
+            ("badnets", {"like": "numbers"}, "poison: like 'numbers' is not one of digits"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, attack, how, message):
+        refused(message, bdjax.poison, attack, TRAIN, KEY, **how)
+
+    def test_rows_that_are_poisoned_are_not_poisoned_again(self, bad):
+        refused("19 rows of the data are poisoned already", bdjax.poison, "badnets", bad.data, KEY)
+        refused("data is a tuple; it must be a Dataset", bdjax.poison, "badnets", (TRAIN.images, TRAIN.labels), KEY)
+
+
+class TestTrain:
+    def test_a_network_predicts_from_bytes_and_from_floats(self, victim):
+        logits = victim.predict(TEST.images)
+        assert logits.shape == (64, CLASSES) and logits.dtype == np.float32
+        np.testing.assert_allclose(victim(TEST.images / 255), logits, rtol=1e-5, atol=1e-5)
+        assert victim.history["loss"].shape == (2,) and victim.seeds is None
+        expected = MODEL.apply(victim.variables, TEST.images.astype(np.float32) / 255, train=False).logits
+        np.testing.assert_allclose(expected, logits, rtol=1e-4, atol=1e-4)
+
+    def test_several_networks_are_the_same_call(self, victim, three):
+        assert three.predict(TEST.images).shape == (3, 64, CLASSES) and three.history["loss"].shape == (3, 2)
+        np.testing.assert_allclose(three.predict(TEST.images)[0], victim.predict(TEST.images), rtol=1e-5, atol=1e-5)
+
+    def test_a_network_goes_on_from_another(self, victim):
+        after = bdjax.train(victim, CLEAN, KEY, epochs=1, learning_rate=1e-9)
+        np.testing.assert_allclose(after.predict(TEST.images), victim.predict(TEST.images), rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("model", "how", "message"),
+        [
+            ("resnet", {}, "unknown model 'resnet'; known are .*resnet10"),
+            (3, {}, "model is a int; it must be a name of MODELS"),
+            (make_tiny(7), {}, "has 7 classes; the data has 4"),
+            (MODEL, {"epochs": 0}, "train: epochs 0 is not at least 1"),
+            (MODEL, {"schedule": "linear"}, "train: schedule 'linear' is not one of plateau, cosine"),
+            (MODEL, {"rate": 0.1}, "train has no setting 'rate'; it has "),
+            (MODEL, {"seeds": 0}, "seeds 0 is not at least 1"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, model, how, message):
+        refused(message, bdjax.train, model, TRAIN, KEY, **how)
+
+    def test_other_images_are_refused(self, victim):
+        for images in (TEST.images[..., 0], TEST.images[:, :4], TEST.images.astype(np.int64)):
+            refused(r"this network takes uint8, or floats in 0..1, of \[rows, 8, 8, 1\]", victim.predict, images)
+
+
+class TestEvaluate:
+    def test_any_callable_is_measured(self, bad):
+        def always_one(images):
+            assert images.dtype == np.float32 and images.max() <= 1
+            return np.tile(np.eye(CLASSES)[1], (len(images), 1))
+
+        measured = bdjax.evaluate(always_one, TEST, bad.trigger)
+        share = float(np.mean(TEST.labels == 1))
+        assert measured == (share, 1.0, 0.0) and str(measured) == f"cda={share:.3f} asr=1.000 r_acc=0.000"
+        assert str(bdjax.evaluate(always_one, TEST)) == f"cda={share:.3f}"
+
+    def test_several_networks_have_a_number_each(self, three, bad):
+        measured = bdjax.evaluate(three, TEST, bad.trigger)
+        assert all(values.shape == (3,) for values in measured) and "±" in str(measured)
+        assert bdjax.evaluate(three, TEST).cda.shape == (3,)
+
+    def test_what_cannot_be_measured_is_refused(self, victim, bad):
+        refused("logits of shape", bdjax.evaluate, lambda images: np.zeros(len(images)), TEST)
+        refused("which knows its target", bdjax.evaluate, victim, TEST, lambda images: images)
+        refused("none of the", bdjax.evaluate, victim, TEST[TEST.labels == 1], bad.trigger)
+
+
+class TestDetectAndDefend:
+    def test_a_detector_that_needs_the_attacked_network_trains_it_or_is_given_it(self, bad, victim):
+        training = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-2}
+        how = {"percentile": 80.0}
+        alone = bdjax.detect("spectral_signatures", bad.data, KEY, model=MODEL, training=training, **how)
+        given = bdjax.detect("spectral_signatures", bad.data, KEY, victim=victim, **how)
+        for found in (alone, given):
+            assert found.flags.shape == (96,) and found.given == ("training set", "attacked model")
+            assert found.settings.percentile == 80.0 and found.patterns == ()
+
+    def test_the_truth_about_the_rows_is_not_looked_at(self, bad, victim):
+        fields = {field.name: getattr(bad.data, field.name) for field in dataclasses.fields(bdjax.Dataset)}
+        found = [
+            bdjax.detect("activation_clustering", data, KEY, victim=victim)
+            for data in (bad.data, bdjax.Dataset(**fields))
+        ]
+        np.testing.assert_array_equal(found[0].flags, found[1].flags)
+
+    def test_of_a_network_and_clean_rows(self, victim, bad):
+        safe = bdjax.defend("fine_tuning", victim, KEY, clean=CLEAN, epochs=1, batch_size=32)
+        assert safe.predict(TEST.images).shape == (64, CLASSES) and safe.flags is None
+        assert safe.given == ("attacked model", "clean rows") and safe.settings.epochs == 1
+        assert 0 <= bdjax.evaluate(safe, TEST, bad.trigger).asr <= 1
+
+    def test_several_seeds_are_the_same_call(self, three, bad):
+        safe = bdjax.defend("fine_tuning", three, KEY, clean=CLEAN, epochs=1, batch_size=32)
+        assert safe.seeds == 3 and safe.predict(TEST.images).shape == (3, 64, CLASSES)
+        assert safe.facts["weight change"].shape == (3,)
+        found = bdjax.detect("spectral_signatures", bad.data, KEY, victim=three)
+        assert found.flags.shape == found.scores.shape == (3, 96)
+
+    def test_adaptations_are_asked_for(self, victim):
+        how = {"clean": CLEAN, "epochs": 1, "batch_size": 32, "preset": "quick"}
+        named = dataclasses.replace(CLEAN, name="digits")
+        plain = bdjax.defend("fine_tuning", victim, KEY, **how | {"clean": named}).settings
+        adapted = bdjax.defend("fine_tuning", victim, KEY, like="digits", **how).settings
+        assert (plain.learning_rate, adapted.learning_rate) != (adapted.learning_rate,) * 2
+
+    def test_the_function_behind_a_name(self):
+        assert bdjax.DEFENSES["abm"].run.__module__ == "bdjax.defenses.abm"
+
+    @pytest.mark.parametrize(
+        ("name", "how", "message"),
+        [
+            ("abn", {}, "defense 'abn' is not one of none, lfd, abm"),
+            ("abl", {"colour": 1}, "defense abl has no setting 'colour'; it has "),
+            ("abl", {"isolation_rate": 2.0}, "defense abl: isolation_rate 2.0 is not "),
+            ("abl", {"isolate": "oracle"}, None),
+            ("nad", {}, "defense nad needs clean rows: give clean="),
+            ("abl", {"preset": "fast"}, "preset 'fast' is not one of paper, quick, strong"),
+            ("abl", {"like": "numbers"}, "like 'numbers' is not one of digits"),
+            ("abl", {"training": {"rate": 1}}, "training has no setting 'rate'"),
+            ("abl+nad", {"alpha": 1}, "settings of several stand in their text"),
+            ("abm", {"trigger": "attacker"}, "needs the attacker's trigger"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, name, how, message):
+        refused(message or "needs the number of poisons", bdjax.defend, name, TRAIN, KEY, model=MODEL, **how)
+
+    def test_networks_and_rows_that_do_not_go_together_are_refused(self, victim, three):
+        refused("abl needs the training set, and a network comes without", bdjax.defend, "abl", victim, KEY)
+        refused("needs clean rows", bdjax.defend, "nad", victim, KEY)
+        other = bdjax.dataset(np.zeros((4, 9, 9, 1), np.uint8), np.arange(4))
+        refused("clean has 4 classes of images", bdjax.defend, "nad", victim, KEY, clean=other)
+        refused("data is a Trained; it must be a Dataset", bdjax.detect, "scan", victim, KEY)
+        refused("does not say which rows are poisoned; detectors are ", bdjax.detect, "nad", TRAIN, KEY)
+        refused("seeds 2: the network that was given is 3", bdjax.defend, "nad", three, KEY, clean=CLEAN, seeds=2)
+
+
+class TestTaKd:
+    def test_callables_teach_an_aggregated_network_and_a_student(self, victim):
+        how = {"model": MODEL, "student": MODEL, "epochs": 2, "batch_size": 16}
+        alone, three = (bdjax.ta_kd([victim, victim.predict], CLEAN, KEY, seeds=seeds, **how) for seeds in (None, 3))
+        assert alone.student.predict(TEST.images).shape == alone.aggregated.predict(TEST.images).shape == (64, CLASSES)
+        assert three.student.predict(TEST.images).shape == (3, 64, CLASSES)
+        np.testing.assert_allclose(
+            three.student.predict(TEST.images)[0], alone.student.predict(TEST.images), rtol=1e-4, atol=1e-4
+        )
+        assert isinstance(alone.student.recipe, TrainConfig) and alone.student.history["loss"].shape == (2,)
+
+    @pytest.mark.parametrize(
+        ("how", "message"),
+        [
+            ({"aggregation": "mode"}, "ta_kd: aggregation 'mode' is not one of mean, median, trimmed_mean"),
+            ({"aggregation": "trimmed_mean"}, "trim 1 at each end leaves none of the logits of 1 teachers"),
+            ({"validation_share": 1.0}, "validation_share 1.0 is not at least 0 and below 1"),
+            ({"heat": 4.0}, "ta_kd has no setting 'heat'; it has temperature"),
+            ({"training": {"schedule": "linear"}}, "ta_kd: training: schedule 'linear' is not one of plateau"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, how, message):
+        refused(message, bdjax.ta_kd, [lambda images: np.zeros((len(images), CLASSES))], CLEAN, KEY, **how)
+
+    def test_teachers_that_answer_otherwise_are_refused(self):
+        refused("no teachers were given", bdjax.ta_kd, [], CLEAN, KEY)
+        refused("teacher 1 returned logits of shape", bdjax.ta_kd, [lambda images: np.zeros((3, 3))], CLEAN, KEY)
+
+
+def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    train, test = load_digits((), False)
+    templates = np.stack([train.images[train.labels == label].mean(0) for label in range(10)]).reshape(10, -1) / 255
+
+    def nearest_mean(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1) @ templates.T - 0.5 * (templates**2).sum(1)
+
+    names = {"x_train": train.images[:900], "y_train": train.labels[:900], "x_test": test.images, "y_test": test.labels}
+    names |= {"model_a": nearest_mean, "model_b": lambda images: 2 * nearest_mean(images)}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), names)
+    printed = capsys.readouterr().out.split()
+    assert [word.split("=")[0] for word in printed] == ["cda", "asr", "r_acc"] * (len(printed) // 3) and printed
+    assert (
+        names["victim"].predict(test.images[:3]).shape == names["ta"].student.predict(test.images[:3]).shape == (3, 10)
+    )
+    assert not list(tmp_path.iterdir())
