@@ -34,8 +34,8 @@ class ExperimentConfig:
     """The settings that every experiment has; each adds its own."""
 
     dataset: str = "digits"
-    """digits, mnist, fashion_mnist, cifar10, cifar100, gtsrb, tiny_imagenet, flowers17, tfds:NAME, or a path:
-    image folder or .npz"""
+    """a named dataset (digits, mnist, cifar10, ...; an unknown name is answered with all of them), tfds:NAME, or a path: image
+    folder or .npz"""
     seeds: int = 3
     """how many seeds are trained, as members of the same calls; tables show mean and standard deviation"""
     seed: int = 0
