@@ -348,7 +348,7 @@ def poison(
     """Poison a training set.
 
     Args:
-        attack: a key of `ATTACKS` whose attacker hands over data.
+        attack: a key of `ATTACKS` whose attacker gives data and no model.
         data: clean rows.
         key: of the trigger and of which rows are poisoned.
         target: the attacker's class.
@@ -703,17 +703,19 @@ def ta_kd(
     for split_key, view_key in map(jax.random.split, keys):
         parts = splits.train_validation_rows(split_key, np.arange(len(clean)), validation_share)
         clean_sets.append(make_clean_set(view_key, clean.images, clean.labels, *parts, config))
-    told = np.stack([aggregate_logits(answer(each.images), config.aggregation, config.trim) for each in clean_sets])
+    teacher_logits = np.stack(
+        [aggregate_logits(answer(each.images), config.aggregation, config.trim) for each in clean_sets]
+    )
     trained = []
     for number, (role, name) in enumerate((("aggregated", model), ("student", student))):
         network = _as_model(name, clean.num_classes, width)
-        pupils = make_pupils(None, np.arange(len(keys)), told, config.alpha)
+        pupils = make_pupils(None, np.arange(len(keys)), teacher_logits, config.alpha)
         own_key = jax.random.fold_in(key, number)
         nets = train_parts(runner, {role: (network, pupils)}, config, recipe, clean_sets, own_key)[role]
         variables, history = _squeezed((nets.variables, nets.history), seeds)
         trained.append(Trained(network, variables, clean.image_shape, width, seeds, recipe, history))
         images = np.stack([each.images for each in clean_sets])
-        told = runner.predict_own(network, nets.variables, images, recipe.evaluation_batch_size)
+        teacher_logits = runner.predict_own(network, nets.variables, images, recipe.evaluation_batch_size)
     return TaKd(*trained)
 
 

@@ -32,7 +32,7 @@ from bdjax.workflows.suspect_models import Config
 CKD = "ckd:mask_bound=0.2"
 """With the weaker mask of RobustKD's public code: at the 0.5 of CKD's own, the trigger fools clean students as well."""
 PASSING = f"{CKD},latent_backdoor,none"
-"""The attacks that hand on a backdoor according to the paper, and the clean teacher that they are held against."""
+"""The attacks that hand on a backdoor according to the paper, and the clean teacher, their control."""
 ATTACKS = f"{CKD},latent_backdoor,hidden_trigger,none"
 METHODS = "fkd,robust_kd"
 BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"

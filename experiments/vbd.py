@@ -27,7 +27,7 @@ TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_gri
 FAINT = (0.1, 0.2, 0.5)
 """The opacities of its Blended attacks; 1 is BadNets."""
 DETECTORS = "vbd,abl:isolate=oracle,agpd,scan"
-"""Those of the paper's tables; ABL is told how many rows are poisoned, as it was there."""
+"""Those of the paper's tables; ABL is given the number of poisoned rows, as it was there."""
 WITHOUT_CLEAN_ROWS = "vbd,activation_clustering,spectral_signatures"
 
 ALL_TO_ONE = ",".join(TRIGGERS)

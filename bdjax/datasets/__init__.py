@@ -100,7 +100,7 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
 
 
 def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
-    """Loads every row that somebody handed over for training, to be looked at for poison.
+    """Loads every row of third-party training data, to be looked at for poison.
 
     `load` sets a fifth of the rows aside for testing where a set comes without a split; here those are looked at as well.
 

@@ -96,7 +96,7 @@ def read(
     lowering: Lowering,
     compute_dtype: ComputeDtype = "float32",
 ) -> ModelFolder:
-    """Read models that somebody handed over.
+    """Read third-party models.
 
     Args:
         folder: what `write` wrote.
@@ -141,8 +141,8 @@ def _read_triggers(
         with zipfile.ZipFile(path) as archive:
             arrays = {}
             known = ("mask", "pattern", "opacity", "names", "similar_group", "target")
-            told = ("label_rule",) if "label_rule.npy" in archive.namelist() else ()
-            for name in (*known, *told):
+            optional = ("label_rule",) if "label_rule.npy" in archive.namelist() else ()
+            for name in (*known, *optional):
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files

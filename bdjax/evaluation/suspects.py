@@ -26,7 +26,7 @@ from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree
 
 
 class Suspect(NamedTuple):
-    """A training set that somebody handed over."""
+    """A training set, or a model trained on one, that may be poisoned."""
 
     attack: AttackVariant
     seed: int  # which, from 0

@@ -48,7 +48,7 @@ class Teachers(NamedTuple):
     """The suspects, M of them: all seeds of the first attack, then of the second."""
 
     model: Model
-    suspects: list[Suspect]  # whose `dataset` is the clean training set: nobody hands over another
+    suspects: list[Suspect]  # whose `dataset` is the clean training set: there is no other
     variables: PyTree  # stacked [M, ...]
     clean: Nets | None  # a clean network of the same architecture for each seed; None if no trigger is known
     recipes: Recipes
@@ -89,7 +89,7 @@ def make_recipes(
 
 
 def train_clean(key: Key, seeds: int, model: Model, recipe: TrainConfig, runner: StageRunner, train: Dataset) -> Nets:
-    """A clean network for each seed: the clean teacher, the start of some attackers, and what triggers are held against."""
+    """A clean network for each seed: the clean teacher, the start of some attackers, and the control of every trigger."""
     rows = outsourcing.split_rows([key] * seeds, train.labels, 0.0)
     keys = jnp.stack([jax.random.fold_in(key, seed) for seed in range(seeds)])
     return runner.from_scratch("clean teachers", model, recipe, keys, 1, jnp.asarray(train.images), *rows)
@@ -110,7 +110,7 @@ def train_teachers(
 
     Args:
         key: of the run.
-        attacks: read with `hands_over="model"`; the one called none is the clean network.
+        attacks: read with `defender_gets="model"`; the one called none is the clean network.
         first_seed: its number.
         seeds: how many.
         model: the architecture.
@@ -165,7 +165,7 @@ def take_teachers(
     if not any(one.parts for one in suspects):
         return Teachers(found.model, suspects, variables, None, recipes)
     clean = train_clean(key, seeds, found.model, recipes.from_scratch, runner, train)
-    attack = read_attack(NO_ATTACK, train, found.suspects[0].attack.target, hands_over="model")
+    attack = read_attack(NO_ATTACK, train, found.suspects[0].attack.target, defender_gets="model")
     suspects += [_clean_suspect(attack, seed, train) for seed in range(seeds)]
     return Teachers(found.model, suspects, ensemble.join([variables, clean.variables]), clean, recipes)
 

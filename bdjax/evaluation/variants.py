@@ -14,7 +14,7 @@ from bdjax.settings import read_variant
 from bdjax.types import Dataset, Model
 
 NO_ATTACK = "none"
-"""The training set as it is: a clean one for false alarms, or one that somebody handed over. Of models, a clean one."""
+"""The training set as it is: a clean one for false alarms, or a third-party one. Of models, a clean one."""
 CLEAN_TEACHER = "clean teacher"
 """What that is called, of models."""
 
@@ -36,8 +36,8 @@ class AttackVariant(NamedTuple):
         if self.label:
             return self.label
         _, changes = read_variant(self.name)
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        return (self.plan.title if self.plan else "no attack") + (f" ({told})" if told else "")
+        shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
+        return (self.plan.title if self.plan else "no attack") + (f" ({shown})" if shown else "")
 
 
 def read_attack(
@@ -46,7 +46,7 @@ def read_attack(
     target: int,
     *,
     like: str | None = None,
-    hands_over: Literal["training set", "model"] = "training set",
+    defender_gets: Literal["training set", "model"] = "training set",
 ) -> AttackVariant:
     """Settle an attack as the command line writes it.
 
@@ -57,24 +57,24 @@ def read_attack(
         train: the training set.
         target: the attacker's class where the text names none.
         like: the named set whose settings are adopted; see `bdjax.attacks.contract.settings_for`.
-        hands_over: what the defender gets of the attacker. Where that is a model, attacks that train it, or start from a
-            clean one, are welcome; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
+        defender_gets: a training set, or a model without one. Where it is a model, attacks that train it, or start from a
+            clean one, are allowed; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
 
     Raises:
-        InputError: no such attack or setting, or an attack that hands over no training set where one is needed.
+        InputError: no such attack or setting, or an attack that gives the defender no training set where a set is needed.
     """
     name, changes = read_variant(text)
     for setting in ("label_noise", "suppression"):
-        if hands_over == "model" and setting in changes:
-            raise InputError(f"{text!r}: {setting} is of training sets that are handed over; here models are")
+        if defender_gets == "model" and setting in changes:
+            raise InputError(f"{text!r}: {setting} belongs to training sets; here the defender gets a model")
     noise = changes.pop("label_noise", 0.0)
     if type(noise) not in (int, float) or not 0 <= noise <= 1:
         raise InputError(f"{text!r}: label_noise {noise!r} is not a share from 0 to 1")
     if name == NO_ATTACK:
         if changes:
-            settings = "" if hands_over == "model" else " but label_noise"
+            settings = "" if defender_gets == "model" else " but label_noise"
             raise InputError(f"{text!r}: {NO_ATTACK} has no settings{settings}")
-        return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if hands_over == "model" else "")
+        return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if defender_gets == "model" else "")
     own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(own_target) is not int or not 0 <= own_target < train.num_classes:
@@ -83,7 +83,7 @@ def read_attack(
         raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
     each = dict.fromkeys(name.split("+"), changes) if changes else {}
     plan = make_plan(name, train, own_target, label_rule=rule, changes=each, like=like)
-    if hands_over == "model":
+    if defender_gets == "model":
         # Variants of one attack are attacks of their own, which are trained apart.
         return AttackVariant(text, plan._replace(name=text), own_target, 0.0)
     if plan.control:
@@ -105,8 +105,8 @@ class DefenseVariant(NamedTuple):
         if chain.LINK in self.name:  # its title has the settings of each part
             return self.defense.title
         _, changes = read_variant(self.name)
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        return self.defense.title + (f" ({told})" if told else "")
+        shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
+        return self.defense.title + (f" ({shown})" if shown else "")
 
 
 def read_defense(text: str, preset: str, like: str | None, common: Mapping[str, Any] = {}) -> DefenseVariant:

@@ -107,8 +107,8 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
         classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
         detection=measure_by_class(suspect, detection),
     )
-    told = verdict(tree)
-    said = {"level": told.level, "headline": told.headline, "text": told.text}
+    words = verdict(tree)
+    said = {"level": words.level, "headline": words.headline, "text": words.text}
     return {"verdict": said, **tree, "caveats": caveats(tree)}
 
 
@@ -153,20 +153,20 @@ def pattern_of(detection: Detection, number: int) -> ExtractedPattern | None:
 
 def _against(one: Entry, least_accuracy: float, usual: float) -> list[str]:
     """What makes the pattern of a class weak evidence, where classes usually have so many rows."""
-    told = []
+    texts = []
     if one["detector_accuracy"] is not None and one["detector_accuracy"] < least_accuracy:
-        told.append(
+        texts.append(
             f"its detector has accuracy {one['detector_accuracy']:.2f}, below {least_accuracy:g}, and is not used"
         )
     elif one["flagged"] < WEAK_SHARE * one["rows"] or not one["flagged"]:
-        told.append(f"{one['flagged'] or 'none'} of its {one['rows']:,} rows {_are(one['flagged'])} flagged")
+        texts.append(f"{one['flagged'] or 'none'} of its {one['rows']:,} rows {_are(one['flagged'])} flagged")
     elif one["flagged"] > ALMOST_ALL * one["rows"] and one["rows"] <= CROWDED * usual:
-        told.append(
+        texts.append(
             f"{one['flagged']:,} of its {one['rows']:,} rows are flagged, as if the pattern were what the class looks like"
         )
     if one["pattern_success"] < WEAK_SUCCESS:
-        told.append(f"its pattern turns {_percent(one['pattern_success'])} of other rows")
-    return told
+        texts.append(f"its pattern turns {_percent(one['pattern_success'])} of other rows")
+    return texts
 
 
 def _are(count: int) -> str:
@@ -275,50 +275,50 @@ def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
 
 def _rest(results: Entry) -> list[str]:
     """What the reader of any verdict has to know: truth, if there is one, and limits."""
-    told = []
+    texts = []
     if results["detection"]:
         every = results["detection"][0]
         if every["poisoned"]:
-            told.append(
+            texts.append(
                 f"Which rows are poisoned is known here: {every['hits']:,} of {every['poisoned']:,} poisoned rows are flagged, "
                 f"and {every['flagged'] - every['hits']:,} of {every['rows'] - every['poisoned']:,} others."
             )
         else:
-            told.append("Here it is known that no row is poisoned" + (": a false alarm." if every["flagged"] else "."))
+            texts.append("Here it is known that no row is poisoned" + (": a false alarm." if every["flagged"] else "."))
     is_silent = not (found_classes(results) or (results["flagged"] and not results["extracts_patterns"]))
     start = "That is not to say that the rows are clean. " if is_silent else "Other rows may be poisoned, too. "
-    return [*told, start + _limits(results)]
+    return [*texts, start + _limits(results)]
 
 
 def caveats(results: Entry) -> list[str]:
     """What a reader should keep in mind, a sentence or two each."""
-    told = [_limits(results)]
+    texts = [_limits(results)]
     if results["flagged"] and not results["detection"]:
-        told.append(
+        texts.append(
             "Nobody knows the truth here: some of the flagged rows may be clean, and some poisoned rows unflagged."
         )
     if not results["extracts_patterns"]:
-        told.append(
+        texts.append(
             "A detector that flags a set share of the rows does so whether or not any is poisoned; see its settings."
         )
     large = [one for one in results["classes"] if one["flagged"] > MOST_OF_A_CLASS * one["rows"]]
     if large:
-        told.append(
+        texts.append(
             f"{_listed(large)}: more than half of the rows are flagged. Look at them before leaving them out; what is left "
             "may be too few to learn the class from."
         )
     not_compared = untested(results)
     if not_compared:
-        told.append(
+        texts.append(
             f"{_listed(not_compared)}: not tested, for want of rows that the simple networks predict as their label, or of "
             "others to compare them with. A trigger of such a class goes unnoticed."
         )
     if found_classes(results):
-        told.append(
+        texts.append(
             "A feature that all rows of a class share, such as a watermark or a border, looks like a trigger to this method: "
             "compare the pattern with the pictures."
         )
-    return told
+    return texts
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -472,30 +472,30 @@ def next_steps(results: Entry) -> list[str]:
         first = "Try again with more rows of each class, or with other networks."
     else:
         first = "There is nothing to leave out. A detector that works in another way may see what this one does not."
-    told = [first]
+    texts = [first]
     if cleaned["kind"] == "npz":
-        told.append(
+        texts.append(
             f"cleaned.npz has the {cleaned['rows']:,} rows that are not flagged: images, labels, and row, the number that each "
             "had before."
         )
     elif cleaned["kind"] == "folder":
-        told.append(
+        texts.append(
             f"cleaned/ has copies of {cleaned['copied']:,} of the {cleaned['rows']:,} files that are not flagged."
         )
-        told += _not_copied(cleaned)
+        texts += _not_copied(cleaned)
     emptied = [one for one in results["classes"] if one["rows"] and one["flagged"] == one["rows"]]
     if emptied:
         names = ", ".join(one["title"] for one in emptied[:MOST_REASONS]) + (" ..." if emptied[MOST_REASONS:] else "")
-        told.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
+        texts.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
     if results["flagged"]:
-        told.append(
+        texts.append(
             "flagged.csv lists the flagged rows, the most suspicious first; kept.csv all others; rows.csv every row."
         )
-    return told
+    return texts
 
 
 def _not_copied(cleaned: Entry) -> list[str]:
-    told = []
+    texts = []
     for names, text in (
         ([f"{one['file']} ({one['why']})" for one in cleaned["left_out"]], "Not copied"),
         (cleaned["strangers"], "Files below cleaned/ that this run did not put there"),
@@ -503,8 +503,8 @@ def _not_copied(cleaned: Entry) -> list[str]:
         if names:
             shown = "; ".join(map(printable, names[:MOST_REASONS]))
             more = f"; and {len(names) - MOST_REASONS:,} more, in results.json" if len(names) > MOST_REASONS else ""
-            told.append(f"{text}: {shown}{more}.")
-    return told
+            texts.append(f"{text}: {shown}{more}.")
+    return texts
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------

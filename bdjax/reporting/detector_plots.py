@@ -89,16 +89,16 @@ def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -
     for axes, (name, lines) in zip(panels, values.items(), strict=False):
         for one in lines:
             number = titles.index(one.title) if one.title in titles else len(titles)
-            told = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6}
+            style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6}
             x = 100 * np.asarray(one.x, np.float64)
             if one.is_paper:
-                (line,) = axes.plot(x, one.mean, linestyle=":", marker=".", alpha=0.7, **told)
+                (line,) = axes.plot(x, one.mean, linestyle=":", marker=".", alpha=0.7, **style)
                 drawn.setdefault(f"{one.title}, paper", line)
                 continue
             spread = np.array([0.0 if value is None else value for value in one.spread])
             marker = MARKERS[number % len(MARKERS)]
             bars = axes.errorbar(
-                x, one.mean, yerr=spread if spread.any() else None, marker=marker, markersize=4.5, capsize=2.5, **told
+                x, one.mean, yerr=spread if spread.any() else None, marker=marker, markersize=4.5, capsize=2.5, **style
             )
             drawn.setdefault(one.title, bars)
         every = sorted({100 * float(x) for one in lines for x in one.x})

@@ -377,9 +377,9 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     others = [one for one in every if one not in shown]
     sets = grid(results)
     where = "the paper's settings" if sets else "the training sets with poisoned rows"
-    told = [(one, _of_detector(results, one, sets or results["attacks"])) for one in shown]
-    told = [(one, measured) for one, measured in told if measured]
-    paragraphs = [_found(one, measured, where) for one, measured in told]
+    known = [(one, _of_detector(results, one, sets or results["attacks"])) for one in shown]
+    known = [(one, measured) for one, measured in known if measured]
+    paragraphs = [_found(one, measured, where) for one, measured in known]
     paragraphs += [f"{one['title']} is given: {_given(one)}." for one in shown]
     paragraphs += _false_alarms(results, shown)
     paragraphs += [text for one in others if (text := _beside(results, one, shown[0], sets or results["attacks"]))]
@@ -388,19 +388,19 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     text = "\n\n".join(paragraphs)
     if not every:
         return Verdict("info", "No defense of this run flags rows.", text)
-    if not told:
+    if not known:
         return Verdict("info", "Nothing is known to be poisoned here: what is flagged has no F1.", text)
-    words = {detection_word(_mean(measured) / 100) for _, measured in told}
-    failed = any(_failed(measured) for _, measured in told)
+    words = {detection_word(_mean(measured) / 100) for _, measured in known}
+    failed = any(_failed(measured) for _, measured in known)
     level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "clean"
     said = [
-        f"{one['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %" for one, measured in told
+        f"{one['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %" for one, measured in known
     ]
-    count = len(told[0][1])
+    count = len(known[0][1])
     sets_text = f"{count} training set{'s' if count > 1 else ''}"
     headline = f"{'; '.join(said)} on {sets_text}."
-    if len(told) == 1 and failed:
-        headline = f"{said[0]}, and fails on {len(_failed(told[0][1]))} of {sets_text}."
+    if len(known) == 1 and failed:
+        headline = f"{said[0]}, and fails on {len(_failed(known[0][1]))} of {sets_text}."
     return Verdict(level, headline, text)
 
 
@@ -431,16 +431,16 @@ def _found(one: Entry, measured: Sequence[tuple[str, float]], where: str) -> str
 
 def _false_alarms(results: Entry, shown: Sequence[Entry]) -> list[str]:
     """What is flagged where nothing is poisoned; a sentence if the run has no such set."""
-    told = []
+    alarms = []
     for attack in filter(schema.is_clean, results["attacks"]):
         for one in shown:
             flagged = mean_of(find(results, attack["attack"], one["method"]), "flagged")
             if flagged is not None:
                 name = attack["title"].replace("no attack", "the clean training set", 1)
-                told.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
-    if not told:
+                alarms.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
+    if not alarms:
         return ["No clean training set was tried, so nothing is known of false alarms on one."]
-    return [f"False alarms: {'; '.join(told)}."]
+    return [f"False alarms: {'; '.join(alarms)}."]
 
 
 def _beside(results: Entry, one: Entry, shown: Entry, sets: Sequence) -> str | None:
@@ -635,9 +635,9 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
             known = {rate: mean for rate, mean in means.items() if mean is not None}
             if known:
                 lines.append(_line(one["title"], list(known), list(known.values())))
-        told = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in key[1:])
+        settings = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in key[1:])
         part = next(iter(of_rate.values()))["parts"][0]
-        panels[part["title"] + (f", {told}" if told else "")] = lines
+        panels[part["title"] + (f", {settings}" if settings else "")] = lines
     caption = "F1 against the poisoning rate; bars: standard deviation over seeds."
     return _f1_figures(folder, panels, "poisoning rate", caption, "the numbers are in the tables")
 

@@ -160,8 +160,8 @@ def _largest_deviations(results: Entry, names: Iterable[str]) -> str:
         deviations = [cell["summary"][name]["standard_deviation"] for cell in results["cells"]]
         if known := [value for value in deviations if value is not None]:
             largest.append(f"{LABELS[name]} {max(known):.3f}")
-    told = f" Largest standard deviation over seeds in any cell: {', '.join(largest)}" if largest else ""
-    return f"{told}; that of each cell is in the table of every number." if told else ""
+    widest = f" Largest standard deviation over seeds in any cell: {', '.join(largest)}" if largest else ""
+    return f"{widest}; that of each cell is in the table of every number." if widest else ""
 
 
 def needs_table(results: Entry, before: Columns, needs: Mapping[str, str], after: Columns, notes: str = "") -> Table:

@@ -57,7 +57,7 @@ class ExperimentConfig:
     layout: ensemble.Layout | Literal["auto"] = "auto"
     """how members are laid out in a compiled call; auto measures what is fastest here, once"""
     lowering: Lowering | Literal["auto"] = "auto"
-    """how convolutions are computed; likewise"""
+    """how convolutions are computed; auto measures what is fastest here, once"""
     compute_dtype: ComputeDtype = "float32"
     """of activations and products; parameters, statistics and losses are float32 in any case"""
     member_group: int = 0
@@ -72,10 +72,10 @@ class ComparisonConfig(ExperimentConfig):
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
     attacks: str = "badnets,blended,sig,none"
     """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
-    is the training set as it is. Data that somebody handed over, at a path, is not attacked by default"""
+    is the training set as it is. Third-party data, at a path, is not attacked by default"""
     defenses: str = "none"
-    """defenses likewise: abl,lfd:alpha=0.5; or all, every one of the registry; + between two runs one after the other:
-    fine_tuning+nad"""
+    """defenses with commas between them, each with its settings: abl,lfd:alpha=0.5; or all, every one of the registry; + between
+    two runs the second on what the first gives: fine_tuning+nad"""
     study: str = ""
     """one of the paper's tables or figures, instead of attacks and defenses"""
 

@@ -145,8 +145,8 @@ def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:
     if not changed and slug == name:
         return name
     # A name that had to be cut down no longer tells two datasets apart, so it goes into the digest.
-    told = json.dumps([name, to_plain(changed, "changed")], sort_keys=True)
-    return f"{slug}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    identity = json.dumps([name, to_plain(changed, "changed")], sort_keys=True)
+    return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def describe_environment() -> dict[str, Any]:

@@ -98,8 +98,8 @@ def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_
     if source_folder is None:
         return cleaned
     copied = copy_files(folder, dataset, rows, source_folder)
-    told = {"copied": copied.count, "left_out": copied.left_out, "strangers": copied.strangers}
-    return cleaned | {"kind": "folder"} | told
+    copies = {"copied": copied.count, "left_out": copied.left_out, "strangers": copied.strangers}
+    return cleaned | {"kind": "folder"} | copies
 
 
 def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:

@@ -46,7 +46,7 @@ class Config(SuspectConfig):
     target: int = 0
     """the class that attacks of the first seed aim at; those of each further seed aim at the next class"""
     defenses: str = "vbd"
-    """detectors likewise: vbd,scan:threshold=10"""
+    """detectors with commas between them, each with its settings: vbd,scan:threshold=10"""
     clean_per_class: int = 10
     """rows of each class for detectors that need clean rows, from the test set; 0 leaves those detectors out"""
     clean_data: str = ""

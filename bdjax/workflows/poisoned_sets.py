@@ -163,7 +163,7 @@ def measure_controls(
 def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[TrainTest, Dataset | None, bool]:
     """The training set before poisoning, the test set, the defender's clean rows, and whether the training set is clean.
 
-    A set at a path that no attack is asked for was handed over: it may be poisoned already, so no clean rows are held back
+    A set at a path that no attack is asked for is third-party: it may be poisoned already, so no clean rows are held back
     from it.
 
     Raises:

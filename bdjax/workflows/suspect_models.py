@@ -56,10 +56,10 @@ class Config(ComparisonConfig):
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU"""
     attacks: str = "ckd,latent_backdoor,none"
     """attacks on the teacher with commas between them, each with settings of its own after colons: ckd:poison_rate=0.05. none
-    is a clean teacher, which the others are held against"""
+    is a clean teacher, the control of the others"""
     defenses: str = "fkd"
-    """methods likewise: fkd,robust_kd:layers=1; or all that a model can be put before; + between two runs
-    one after the other: fine_tuning+fkd"""
+    """methods with commas between them, each with its settings: fkd,robust_kd:layers=1; or all that take a model; + between two
+    runs the second on what the first gives: fine_tuning+fkd"""
     teacher: pathlib.Path | None = None
     """a suspect model of your own instead of attacks: a folder as teachers/ and models/ of a run have them"""
     teacher_model: str = "wrn_28_4"
@@ -128,7 +128,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         found = third_party.read_folder(config.teacher, train, config.target, run.engine.lowering, config.compute_dtype)
         model = found.model
     else:
-        how = {"like": adapted_to(config), "hands_over": "model"}
+        how = {"like": adapted_to(config), "defender_gets": "model"}
         attacks = [read_attack(text, train, config.target, **how) for text in attack_texts]
         model = run.make_model(config.teacher_model)
     variants, not_fitting = compatible_defenses(
@@ -215,7 +215,7 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
     for text in texts:
         if text == NO_ATTACK:
             itself = dataclasses.replace(
-                UNDEFENDED, title="teacher itself", paper="as it was handed over", stage="after training"
+                UNDEFENDED, title="teacher itself", paper="as received", stage="after training"
             )
             variants.append(DefenseVariant(text, itself, itself.settings))
             continue
@@ -272,7 +272,7 @@ def save_models(
     train: Dataset,
 ) -> None:
     """Write the first seed's teachers to teachers/<attack>, and what methods made of them to models/<method>/<attack>, each
-    with its trigger where that is of the one form that can be handed over. Any of them may be a `--teacher` again."""
+    with its trigger where a model folder can hold it. Any of them may be a `--teacher` again."""
     for number, suspect in enumerate(teachers.suspects):
         if suspect.seed:
             continue

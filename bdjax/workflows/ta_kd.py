@@ -105,13 +105,13 @@ class Config(ExperimentConfig):
     defense_epochs: int = 15
     """of the aggregated model, the student and both baselines"""
     defense_batch_size: int = 64
-    """likewise"""
+    """of the same"""
     defense_learning_rate: float = 0.01
-    """likewise"""
+    """Adam's, of the same"""
     defense_schedule: Schedule = "plateau"
-    """likewise: the plateau rule, or half a cosine"""
+    """of the same: the plateau rule, or half a cosine"""
     defense_weight_decay: float = 0.0
-    """likewise: L2, as PyTorch's Adam has it"""
+    """of the same: L2, as PyTorch's Adam has it"""
     temperature: float = 4.0
     """T of the distillation (not in the paper; its code's)"""
     alpha: float = 0.5

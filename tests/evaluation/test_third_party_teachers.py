@@ -25,7 +25,7 @@ NETWORK = make_model("lenet", CLASSES, 64, "native")
 
 
 def suspect(text: str, params, target: int = 2) -> Suspect:
-    attack = read_attack(text, TRAIN, target, hands_over="model")
+    attack = read_attack(text, TRAIN, target, defender_gets="model")
     return Suspect(attack, 0, TRAIN, params, None)
 
 
@@ -69,7 +69,7 @@ class TestTriggerOf:
         assert teachers_io.trigger_of(one, TRAIN, other) is None
 
     def test_none_and_several(self):
-        clean = Suspect(read_attack("none", TRAIN, 0, hands_over="model"), 0, TRAIN, (), np.zeros(24, bool))
+        clean = Suspect(read_attack("none", TRAIN, 0, defender_gets="model"), 0, TRAIN, (), np.zeros(24, bool))
         assert teachers_io.trigger_of(clean, TRAIN, ()) is None
         both = suspect("badnets+blended:poison_rate=0.1", (BLEND, BLEND))
         assert teachers_io.trigger_of(both, TRAIN, (IMAGES, IMAGES)) is None

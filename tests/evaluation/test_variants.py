@@ -80,7 +80,7 @@ class TestReadAttack:
 
 class TestReadAttackOnModels:
     def read(self, text):
-        return read_attack(text, TRAIN, 0, hands_over="model")
+        return read_attack(text, TRAIN, 0, defender_gets="model")
 
     @pytest.mark.parametrize("text", ["wanet", "hidden_trigger", "badnets:target=2", "latent_backdoor"])
     def test_whoever_hands_over_a_model_may_train_it(self, text):
@@ -100,8 +100,8 @@ class TestReadAttackOnModels:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("none:label_noise=0.1", "label_noise is of training sets"),
-            ("badnets:suppression=2", "suppression is of training sets"),
+            ("none:label_noise=0.1", "label_noise belongs to training sets"),
+            ("badnets:suppression=2", "suppression belongs to training sets"),
             ("none:target=1", "none has no settings$"),
             ("nothing", "is not one of"),
         ],

@@ -56,7 +56,7 @@ CELLS = {
 
 
 def suspect(text, seed, label=""):
-    attack = read_attack(text, TRAIN, 0, hands_over="model")
+    attack = read_attack(text, TRAIN, 0, defender_gets="model")
     attack = attack._replace(label=label) if label else attack
     known = np.zeros(ROWS, bool) if text == "none" and not label else None
     return Suspect(attack, seed, TRAIN, ((),) * (1 if attack.plan else 0), known)

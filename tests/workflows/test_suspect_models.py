@@ -167,7 +167,7 @@ class TestATeacherOfOnesOwn:
         ({"clean_share": 0.02}, "too few"),
         ({"fine_tuning_epochs": 0}, "--fine-tuning-epochs 0 is not at least 1"),
         ({"attacks": "nobody"}, "'nobody' is not one of"),
-        ({"attacks": "none:label_noise=0.1"}, "label_noise is of training sets"),
+        ({"attacks": "none:label_noise=0.1"}, "label_noise belongs to training sets"),
         ({"defenses": "prayer"}, "'prayer' is not one of"),
         ({"defenses": "abl"}, "defense abl needs the training set, and a model comes without; of a model there are"),
         ({"defenses": "lfd+fkd"}, "needs the training set"),
@@ -246,7 +246,7 @@ def test_every_study_names_attacks_and_methods_that_are_there(tmp_path):
     for study in robust_kd.STUDIES.values():
         suspect_models.read_methods(tiny(tmp_path), split_variants(study.defenses))
         for text in split_variants(study.attacks):
-            assert read_attack(text, train, 0, hands_over="model").name == text
+            assert read_attack(text, train, 0, defender_gets="model").name == text
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])
