@@ -74,8 +74,8 @@ class ComparisonConfig(ExperimentConfig):
     """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
     is the training set as it is. Third-party data, at a path, is not attacked by default"""
     defenses: str = "none"
-    """defenses with commas between them, each with its settings: abl,lfd:alpha=0.5; or all, every one of the registry; + between
-    two runs the second on what the first gives: fine_tuning+nad"""
+    """defenses with commas between them, each with its settings: abl,lfd:alpha=0.5; or all, every one of the registry; with +
+    between two, the second runs on what the first gives: fine_tuning+nad"""
     study: str = ""
     """one of the paper's tables or figures, instead of attacks and defenses"""
 
