@@ -69,12 +69,17 @@ def test_diversity_loss_falls_as_what_was_made_differs_more():
 
 
 def test_masks_are_small_and_differ():
+    # So short a training ends where rounding leads it: of three, the middle one.
     changes = {"width": 4, "mask_epochs": 20, "donors": 1}
     settings = settings_for(INPUT_AWARE, digits(), changes, like="digits")
-    params = make_networks(jax.random.key(0), Knowledge(digits(), target=0), settings)
-    masks, _ = masks_and_patterns(params, images())
-    assert 0.001 < masks.mean() <= 0.05
-    assert distance(masks, jnp.roll(masks, 1, axis=0)).min() > 0.01
+    sizes, distances = [], []
+    for seed in range(3):
+        params = make_networks(jax.random.key(seed), Knowledge(digits(), target=0), settings)
+        masks, _ = masks_and_patterns(params, images())
+        sizes.append(float(masks.mean()))
+        distances.append(float(distance(masks, jnp.roll(masks, 1, axis=0)).min()))
+    assert 0.001 < np.median(sizes) <= 0.05, sizes
+    assert np.median(distances) > 0.01, distances
 
 
 def test_the_triggered_image_lies_between_image_and_pattern():

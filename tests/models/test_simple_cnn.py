@@ -139,9 +139,10 @@ def test_images_of_odd_sides():
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_bright_images_of_little_contrast(level):
-    # A variance from sums of squares would drown in the rounding of a large mean.
+    # The mean square of the maps is thousands of times their variance here, so that a product in float32 that is rounded
+    # more coarsely, as some processors and settings have it, would show. The order of its sums alone makes up to 6e-3.
     images = level + 0.02 * draw(3, 40, 8, 8, 1)
-    assert_same("4P", variables_of("4P", 1), images, True, rtol=5e-3)
+    assert_same("4P", variables_of("4P", 1), images, True, rtol=1.5e-2)
 
 
 def test_statistics_are_those_of_the_maps_written_out():
