@@ -69,6 +69,11 @@ def _with_control(results: Entry, *names: str) -> tuple[str, ...]:
 def main_table(results: Entry, second: str = "asr") -> Table:
     """Attacks × defenses, and their means: CDA, and "asr" (with the control's, if the run has one) or "r_acc"."""
     names, notes = ("cda", second) if second != "asr" else _with_control(results, "cda", "asr"), ""
+    if "control_asr" in names:
+        notes += (
+            " Control ASR: of the same trigger on what the same defense makes of the clean training set of the same seed, "
+            "where no backdoor can be."
+        )
     if any(one["stage"] == "at test time" for one in results["methods"]):
         notes += " A test row that a defense rejects is neither right nor a success: it lowers CDA, ASR and R-ACC."
     label = shared.LABELS[second]

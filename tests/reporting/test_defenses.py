@@ -199,6 +199,7 @@ def test_a_control_stands_beside_the_success_where_there_is_one(results):
     controls = {("badnets", "none", 0): 0.05, ("badnets", LFD.name, 0): 0.48, ("sig", "none", 0): 0.45}
     made = numbers.summarise(ones, 10, 0, controls=controls)
     assert made["definitions"]["control_asr"] and made["cells"][0]["by_seed"][0]["control_asr"] == 0.05
+    assert "Control ASR: of the same trigger on what the same defense makes" in numbers.main_table(made).notes
     assert line(numbers.main_table(made), "BadNets")[1:] == ("0.900 / 0.950 / 0.050", "0.900 / 0.500 / 0.480")
     assert numbers.main_table(made, "r_acc").title == "CDA / R-ACC"
     assert line(numbers.detail_table(made), "BadNets", LFD.title)[2:] == ("0.900", "0.500", "0.480", "0.500", "removed")
