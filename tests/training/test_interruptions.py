@@ -164,8 +164,9 @@ class Runs:
 
     def end(self) -> int:
         """Let the process end; returns its exit status."""
-        for line in self.process.communicate()[0].splitlines():
-            self.follow(line)
+        for line in self.process.communicate()[0].splitlines(keepends=True):
+            if line.endswith("\n"):  # a kill may cut the last line short
+                self.follow(line)
         return self.process.returncode
 
     def kill(self, moment: str) -> list[str]:
