@@ -30,12 +30,12 @@ from bdjax.defenses.aggregation import Aggregation, aggregate_logits
 from bdjax.defenses.chain import LINK
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.defenses.registry import DEFENSES
-from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_pupils, train_parts
+from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_learners, train_parts
 from bdjax.errors import InputError
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.teachers import Recipes, Teachers
+from bdjax.evaluation.teachers import Recipes, SuspectTeachers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_defense
 from bdjax.losses import Direction
 from bdjax.metrics import clean_accuracy, measure_attack
@@ -514,8 +514,8 @@ def detect(
         raise InputError(f"defense {detector} does not say which rows are poisoned; detectors are {able}")
     _check_data(data, f"detect {detector}: data")
     needs = defense.needs_with(own)
-    given, seeds, _ = _give(defense, own, needs, data, key, model, width, training, victim, clean, seeds)
-    found = contract.detect(defense, given, own)
+    inputs, seeds, _ = _give(defense, own, needs, data, key, model, width, training, victim, clean, seeds)
+    found = contract.detect(defense, inputs, own)
     patterns = found.patterns if seeds or not found.patterns else found.patterns[0]
     flags, scores, facts = _squeezed((found.flags, found.scores, dict(found.facts)), seeds)
     return Detected(flags, scores, patterns, facts, needs, own)
@@ -551,11 +551,11 @@ def defend(
     if not isinstance(suspect, Network):
         _check_data(suspect, f"defend {name}: suspect")
     needs = found.needs_with(own)
-    given, seeds, width = _give(found, own, needs, suspect, key, model, width, training, victim, clean, seeds)
-    result = contract.run(found, given, own)
+    inputs, seeds, width = _give(found, own, needs, suspect, key, model, width, training, victim, clean, seeds)
+    result = contract.run(found, inputs, own)
     own_arrays = (result.variables, result.flags, result.scores, dict(result.facts), dict(result.pictures))
     variables, flags, scores, facts, pictures = _squeezed(own_arrays, seeds)
-    shape = given.runner.image_shape
+    shape = inputs.runner.image_shape
     return Defended(result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, own)
 
 
@@ -617,14 +617,14 @@ def _give(
     group = [Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), seed, plain, (), truth) for seed in range(len(keys))]
     variables = None if network is None else _stacked(network, len(keys))
     if not is_set:
-        teachers = Teachers(attacked, group, variables, None, Recipes(recipe, recipe, recipe))
+        teachers = SuspectTeachers(attacked, group, variables, None, Recipes(recipe, recipe, recipe))
         return suspect_models.make_defense_input(teachers, keys, clean, make_network, runner), seeds, width
     is_trained_here = network is None and "attacked model" in needs
     how = {"train_plainly": is_trained_here}
-    given = suspect_sets.make_defense_input(group, keys, plain, clean, make_network, recipe, runner, **how)
+    inputs = suspect_sets.make_defense_input(group, keys, plain, clean, make_network, recipe, runner, **how)
     if network is not None:
-        given = given.with_knowledge({"attacked model": Nets(attacked, variables, 1, {})})
-    return given, seeds, width
+        inputs = inputs.with_knowledge({"attacked model": Nets(attacked, variables, 1, {})})
+    return inputs, seeds, width
 
 
 def _kind(data: Dataset) -> str:
@@ -709,9 +709,9 @@ def ta_kd(
     trained = []
     for number, (role, name) in enumerate((("aggregated", model), ("student", student))):
         network = _as_model(name, clean.num_classes, width)
-        pupils = make_pupils(None, np.arange(len(keys)), teacher_logits, config.alpha)
+        learners = make_learners(None, np.arange(len(keys)), teacher_logits, config.alpha)
         own_key = jax.random.fold_in(key, number)
-        nets = train_parts(runner, {role: (network, pupils)}, config, recipe, clean_sets, own_key)[role]
+        nets = train_parts(runner, {role: (network, learners)}, config, recipe, clean_sets, own_key)[role]
         variables, history = _squeezed((nets.variables, nets.history), seeds)
         trained.append(Trained(network, variables, clean.image_shape, width, seeds, recipe, history))
         images = np.stack([each.images for each in clean_sets])

@@ -62,7 +62,7 @@ DEFINITIONS: Mapping[str, str] = {
     "delta_per_trigger": "the same differences with the same trigger on both sides",
     "asr_with_target": "share of triggered rows, victims and those of the target class, predicted as the target class",
     "r_acc_with_target": "share of the rows of asr_with_target predicted as their true label",
-    "spill": "share of all other triggered rows predicted as the target class: those that the attack is not after",
+    "asr_outside": "share of the triggered rows that the attack does not aim at, predicted as the target class",
     "cover_accuracy": "share of victim rows predicted as their true label under what cover rows carry in training",
     "psnr": "peak signal-to-noise ratio of the triggered test images, in dB, the mean over victim rows",
     "ssim": "structural similarity of the triggered test images, the mean over victim rows",
@@ -206,7 +206,7 @@ class AttackMetrics(NamedTuple):
     r_acc: float  # of the victims, predicted as their true label
     asr_with_target: float | None  # of the victims and the rows of the target class; None if there is no one target
     r_acc_with_target: float | None
-    spill: float | None  # of all other triggered rows, predicted as the target; None if there are none
+    asr_outside: float | None  # of all other triggered rows, predicted as the target; None if there are none
 
 
 def measure_attack(
@@ -240,7 +240,7 @@ def measure_attack(
         r_acc=share(triggered == labels, victims),
         asr_with_target=share(triggered == targets[0], with_target) if one_target else None,
         r_acc_with_target=share(triggered == labels, with_target) if one_target else None,
-        spill=share(triggered == targets[0], others) if one_target and others.any() else None,
+        asr_outside=share(triggered == targets[0], others) if one_target and others.any() else None,
     )
 
 

@@ -65,7 +65,7 @@ class PoisonedDataset(Dataset):
     is_cover: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]: triggered under its own label
 
 
-class Trigger(NamedTuple):
+class TriggerFamily(NamedTuple):
     """A family of triggers as two pure functions, both for one image.
 
     `init(key, image_shape) -> params` draws one instance (on the host; sizes may be data dependent);

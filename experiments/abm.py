@@ -124,11 +124,11 @@ def sections(context: Context) -> Sequence[Section]:
     settings = NbabSettings(**{name: getattr(variants[0].settings, name) for name in fields})
     found = []
     with context.log.stage("verification", detail="Grad-CAM under either trigger"):
-        for given, suspects, _ in context.groups:
+        for inputs, suspects, _ in context.groups:
             known = [number for number, suspect in enumerate(suspects) if suspect.parts and not suspect.seed]
             shown = known[:MOST_ATTACKS]
             triggers = {number: (suspects[number].parts[0], suspects[number].params[0]) for number in shown}
-            heats = verification_heat(given, settings, triggers, context.data.test)
+            heats = verification_heat(inputs, settings, triggers, context.data.test)
             found += zip((suspects[number].attack.title for number in shown), heats, strict=True)
     return inspections.verification(context.folder, found, context.data.train.num_classes)
 

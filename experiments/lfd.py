@@ -89,9 +89,9 @@ def sections(context: Context) -> Sequence[Section]:
     networks = {"teachers": CAPACITIES, "architectures": OTHER_FAMILIES}.get(context.config.study, GAP_NETWORKS)
     gaps = []
     with context.log.stage("loss gap", detail=f"{len(networks)} networks × {EPOCHS} epochs"):
-        for given, suspects, _ in context.groups:
+        for inputs, suspects, _ in context.groups:
             titles = [suspect.attack.title for suspect in suspects]
-            gaps += loss_gaps(given, titles, [suspect.is_poisoned for suspect in suspects], networks)
+            gaps += loss_gaps(inputs, titles, [suspect.is_poisoned for suspect in suspects], networks)
     return inspections.loss_gap(context.folder, gaps)
 
 

@@ -121,7 +121,7 @@ def sections(context: Context) -> Sequence[Section]:
     """The paper's premise, measured: whether features of attacked teachers vary more (figure 2). Not of networks whose groups
     are unknown, and not without a clean network to compare them with or without a known trigger."""
     teachers, config = context.teachers, context.config
-    given, _, views = context.groups[0]
+    inputs, _, views = context.groups[0]
     attacked = [number for number, triggered in enumerate(views.triggered) if triggered]
     if teachers.clean is None or not attacked or not group_shapes(teachers.model, context.data.train.image_shape):
         return ()
@@ -129,7 +129,7 @@ def sections(context: Context) -> Sequence[Section]:
     with context.log.stage("feature variance", detail=f"{len(attacked)} backdoored networks"):
         measured = measure_beside_clean(
             jax.random.fold_in(jax.random.key(config.seed), 1),
-            given.runner,
+            inputs.runner,
             [(suspect.attack.title, suspect.seed) for suspect in suspects],
             members(teachers.variables, np.array(attacked)),
             views.test.images,

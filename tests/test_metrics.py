@@ -277,19 +277,19 @@ class TestMeasureAttack:
         assert measured.r_acc == robust_accuracy(TRIGGERED, LABELS, 0)
         assert measured.asr_with_target == attack_success_rate(TRIGGERED, LABELS, 0, include_target=True)
         assert measured.r_acc_with_target == robust_accuracy(TRIGGERED, LABELS, 0, include_target=True)
-        assert measured.spill is None
+        assert measured.asr_outside is None
 
     def test_all_to_all_counts_every_row_and_has_no_one_target(self):
         measured = measure_attack(self.CLEAN, TRIGGERED, LABELS, np.ones(8, bool), (LABELS + 1) % 3)
         # Wanted 1 1 2 2 0 0 0 2, triggered 0 1 0 1 0 2 1 0.
         assert measured.asr == pytest.approx(2 / 8)
-        assert measured.asr_with_target is None and measured.r_acc_with_target is None and measured.spill is None
+        assert measured.asr_with_target is None and measured.r_acc_with_target is None and measured.asr_outside is None
 
-    def test_spill_is_measured_on_the_rows_that_are_not_attacked(self):
+    def test_asr_outside_is_measured_on_the_rows_that_are_not_attacked(self):
         measured = measure_attack(self.CLEAN, TRIGGERED, LABELS, LABELS == 1, np.where(LABELS == 1, 0, LABELS))
         assert measured.asr == pytest.approx(2 / 3)  # rows of class 1: 0, 1, 0
         assert measured.asr_with_target == pytest.approx(3 / 5)
-        assert measured.spill == pytest.approx(1 / 3)  # rows of class 2: 0, 2, 1
+        assert measured.asr_outside == pytest.approx(1 / 3)  # rows of class 2: 0, 2, 1
 
     def test_no_victim_is_an_error(self):
         with pytest.raises(ValueError, match="none of the 8 test rows"):

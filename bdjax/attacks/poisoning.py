@@ -214,7 +214,7 @@ def poison(
     return result
 
 
-class Part(NamedTuple):
+class ConfiguredAttack(NamedTuple):
     """One attack as it is used on one dataset."""
 
     attack: Attack
@@ -222,7 +222,7 @@ class Part(NamedTuple):
     rule: LabelRule
 
 
-def poison_by(key: Key, dataset: Dataset, part: Part, params: PyTree) -> PoisonedDataset:
+def poison_by(key: Key, dataset: Dataset, part: ConfiguredAttack, params: PyTree) -> PoisonedDataset:
     """Poison a training set as an attack of the registry does: choose rows and cover rows, trigger and relabel them.
 
     Args:
@@ -238,7 +238,7 @@ def poison_by(key: Key, dataset: Dataset, part: Part, params: PyTree) -> Poisone
 
 
 def poison_by_several(
-    key: Key, dataset: Dataset, parts: Sequence[Part], params: Sequence[PyTree]
+    key: Key, dataset: Dataset, parts: Sequence[ConfiguredAttack], params: Sequence[PyTree]
 ) -> tuple[PoisonedDataset, list[np.ndarray]]:
     """Poison one training set with several triggers, no row with two of them.
 
@@ -284,7 +284,9 @@ def _keeps_labels(rule: LabelRule, labels: np.ndarray) -> bool:
     return np.array_equal(rule.relabel(candidates), candidates)
 
 
-def _poison_free_rows(key: Key, dataset: Dataset, part: Part, params: PyTree, is_free: np.ndarray) -> PoisonedDataset:
+def _poison_free_rows(
+    key: Key, dataset: Dataset, part: ConfiguredAttack, params: PyTree, is_free: np.ndarray
+) -> PoisonedDataset:
     attack, settings, rule = part
     row_key, cover_key, image_key = jax.random.split(key, 3)
     rule = rule._replace(

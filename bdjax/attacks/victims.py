@@ -15,7 +15,7 @@ import numpy as np
 
 from bdjax.attacks.contract import CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by_several, pooled, select_rows, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by_several, pooled, select_rows, trigger_all
 from bdjax.attacks.registry import find_attack
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     """What one victim is attacked with: one attack, or several whose triggers share a training set (a hybrid)."""
 
     name: str  # "badnets", "badnets+sig"
-    parts: tuple[Part, ...]
+    parts: tuple[ConfiguredAttack, ...]
 
     @property
     def control(self):
@@ -82,7 +82,7 @@ def make_plan(
         if poison_rate is not None:
             own["poison_rate"] = poison_rate
         rule = make_rule(rule_name, target, dataset.num_classes)
-        parts.append(Part(attack, settings_for(attack, dataset, own, like=like), rule))
+        parts.append(ConfiguredAttack(attack, settings_for(attack, dataset, own, like=like), rule))
     if len(parts) > 1 and any(part.attack.control or part.attack.starts_from_clean_model for part in parts):
         raise InputError(f"attack {name}: only attacks that poison data for a training from scratch can share a set")
     for part in parts:
@@ -240,7 +240,7 @@ class Trial(NamedTuple):
     """One victim under one of its triggers."""
 
     victim: Victim
-    part: Part
+    part: ConfiguredAttack
     metrics: AttackMetrics
     clean_model: AttackMetrics  # the clean network of the same seed under the same trigger
     cover_accuracy: float | None  # of victim rows under what cover rows carry, predicted as their true label
@@ -300,7 +300,7 @@ def _cover_accuracy(
     runner: StageRunner,
     members: Sequence[Victim],
     variables: PyTree,
-    part: Part,
+    part: ConfiguredAttack,
     number: int,
     test: Dataset,
     batch_size: int,

@@ -151,9 +151,9 @@ def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray,
 
 
 def _config(
-    given: DefenseInput, settings: ABLSettings, epochs: int, learning_rate: float, **changes: Any
+    inputs: DefenseInput, settings: ABLSettings, epochs: int, learning_rate: float, **changes: Any
 ) -> TrainConfig:
-    return given.config(
+    return inputs.config(
         epochs=epochs,
         batch_size=settings.batch_size,
         learning_rate=learning_rate,
@@ -165,15 +165,15 @@ def _config(
     )
 
 
-def _counts(given: DefenseInput, settings: ABLSettings) -> np.ndarray:
+def _counts(inputs: DefenseInput, settings: ABLSettings) -> np.ndarray:
     """How many rows each member isolates: int [M]."""
     if settings.isolate == "oracle":
-        if given.num_poisons is None:
+        if inputs.num_poisons is None:
             raise InputError(
                 "defense abl: isolate=oracle needs the number of poisons, which nobody knows of these rows"
             )
-        return np.asarray(given.num_poisons)
-    num_members, num_rows = given.index.shape
+        return np.asarray(inputs.num_poisons)
+    num_members, num_rows = inputs.index.shape
     return np.full(num_members, max(1, round(settings.isolation_rate * num_rows)))
 
 
@@ -186,51 +186,51 @@ class Isolated(NamedTuple):
     flags: np.ndarray  # bool [M, n]
 
 
-def _isolate(given: DefenseInput, settings: ABLSettings) -> Isolated:
+def _isolate(inputs: DefenseInput, settings: ABLSettings) -> Isolated:
     check(settings)
-    model, rows = given.make_model(), given.all_rows()
+    model, rows = inputs.make_model(), inputs.all_rows()
     stage = (
         f"abl: {settings.loss} {settings.threshold}, {settings.isolation_epochs} epochs at"
         f" {settings.isolation_learning_rate}, {settings.optimiser} {settings.weight_decay}, batch {settings.batch_size}"
     )
     held = held_cross_entropy(model, settings.loss, settings.threshold)
-    first = _config(given, settings, settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
-    nets = given.train(stage, model, first, rows, objective=held)
-    row_losses = given.losses(model, nets.variables, rows)
-    flags = lowest(row_losses, _counts(given, settings))
+    first = _config(inputs, settings, settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
+    nets = inputs.train(stage, model, first, rows, objective=held)
+    row_losses = inputs.losses(model, nets.variables, rows)
+    flags = lowest(row_losses, _counts(inputs, settings))
     stage += "; oracle" if settings.isolate == "oracle" else f"; {settings.isolation_rate}"
     return Isolated(stage, nets, row_losses, flags)
 
 
-def _detection(given: DefenseInput, found: Isolated) -> Detection:
-    return Detection(found.flags, -found.row_losses, _facts(given, found.flags, found.row_losses))
+def _detection(inputs: DefenseInput, found: Isolated) -> Detection:
+    return Detection(found.flags, -found.row_losses, _facts(inputs, found.flags, found.row_losses))
 
 
-def detect(given: DefenseInput, settings: ABLSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: ABLSettings) -> Detection:
     """Steps 1 and 2: `flags` are the isolated rows, and `scores` minus the losses of step 2.
 
     Raises:
         InputError: a setting that cannot be, or the number of poisons is asked for and not known.
     """
-    return _detection(given, _isolate(given, settings))
+    return _detection(inputs, _isolate(inputs, settings))
 
 
-def run(given: DefenseInput, settings: ABLSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
     """Isolate as `detect` does, train on the rest, unlearn.
 
     Raises:
         InputError: a setting that cannot be, or the number of poisons is asked for and not known.
     """
-    found = _isolate(given, settings)
+    found = _isolate(inputs, settings)
     stage, nets, isolated = found.stage, found.nets, found.flags
-    model, config = nets.model, partial(_config, given, settings)
+    model, config = nets.model, partial(_config, inputs, settings)
 
     if settings.rest_epochs:
         kept = kept_rows(isolated, np.random.default_rng(0))
-        rest = labelled(*(np.take_along_axis(each, kept, axis=1) for each in (given.index, given.labels)))
+        rest = labelled(*(np.take_along_axis(each, kept, axis=1) for each in (inputs.index, inputs.labels)))
         stage += f"; rest {settings.rest_epochs} epochs at {settings.rest_learning_rate} {settings.rest_steps}"
         then = config(settings.rest_epochs, settings.rest_learning_rate, steps=settings.rest_steps)
-        nets = given.train(stage, model, then, rest, variables=nets.variables)
+        nets = inputs.train(stage, model, then, rest, variables=nets.variables)
 
     variables = nets.variables
     if settings.unlearning_epochs and isolated.any():
@@ -239,24 +239,24 @@ def run(given: DefenseInput, settings: ABLSettings) -> DefenseResult:
             f" up to {settings.loss_cap}"
         )
         last = config(settings.unlearning_epochs, settings.unlearning_learning_rate, augmentation="none")
-        own = unlearning_rows(given.index, given.labels, isolated, settings.unlearning)
-        unlearnt = given.train(stage, model, last, own, variables=variables, loss_cap=settings.loss_cap).variables
+        own = unlearning_rows(inputs.index, inputs.labels, isolated, settings.unlearning)
+        unlearnt = inputs.train(stage, model, last, own, variables=variables, loss_cap=settings.loss_cap).variables
         # Who isolated nothing has nothing to unlearn; the engine moved its statistics all the same.
         variables = jax.vmap(lambda some, *trees: jax.tree.map(partial(jnp.where, some), *trees))(
             jnp.asarray(isolated.any(axis=1)), unlearnt, variables
         )
 
-    detected = _detection(given, found)
+    detected = _detection(inputs, found)
     return DefenseResult(model, variables, detected.flags, detected.scores, detected.facts)
 
 
-def _facts(given: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
+def _facts(inputs: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
     """What a reader wants to know of step 2: float [M] each; a mean of nothing is 0."""
 
     def mean(which: np.ndarray) -> np.ndarray:
         return (row_losses * which).sum(axis=1) / np.maximum(which.sum(axis=1), 1)
 
-    counts = [np.bincount(labels[own], minlength=1) for labels, own in zip(given.labels, isolated, strict=True)]
+    counts = [np.bincount(labels[own], minlength=1) for labels, own in zip(inputs.labels, isolated, strict=True)]
     return {
         "rows isolated": isolated.sum(axis=1).astype(float),
         "mean loss of isolated rows": mean(isolated),

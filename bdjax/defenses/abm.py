@@ -170,18 +170,18 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
     return objective
 
 
-def train_student(given: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
+def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
     """The external network: trained on the isolated rows alone.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         flags: bool [M, n], the isolated rows, equally many of each.
         settings: of the student; those of NBAB, which the rows depend on, name the stage.
     """
     rows = np.stack([np.flatnonzero(own) for own in flags])
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
-    teacher, student = given.attacked.model, given.make_model(settings.student or None)
-    config = given.config(
+    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
+    teacher, student = inputs.attacked.model, inputs.make_model(settings.student or None)
+    config = inputs.config(
         epochs=settings.student_epochs,
         optimiser=settings.student_optimiser,
         learning_rate=settings.student_learning_rate,
@@ -191,32 +191,32 @@ def train_student(given: DefenseInput, flags: np.ndarray, settings: AbmSettings)
     )
     later = ("average", "gamma", "delta")
     stage = f"abm student {fingerprint(**{k: v for k, v in vars(settings).items() if k not in later})}"
-    start = {**given.begin(stage, student), "teacher": given.attacked.variables}
+    start = {**inputs.begin(stage, student), "teacher": inputs.attacked.variables}
     objective = imitation(teacher, student, settings.distance)
-    nets = given.train(stage, student, config, labelled(index, labels), variables=start, objective=objective)
+    nets = inputs.train(stage, student, config, labelled(index, labels), variables=start, objective=objective)
     return nets._replace(variables={name: value for name, value in nets.variables.items() if name != "teacher"})
 
 
-def run(given: DefenseInput, settings: AbmSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     """Isolate, train the student, and put both networks together."""
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
-    verified = verify(given, nbab)
+    verified = verify(inputs, nbab)
     scores = suspicion(verified, settings.rank)
     flags = isolate(scores, settings.isolation_rate)
-    student = train_student(given, flags, settings)
-    logits = given.logits(given.attacked.model, given.attacked.variables, given.all_rows())
+    student = train_student(inputs, flags, settings)
+    logits = inputs.logits(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
     average = np.stack(
         [
-            average_activation(own, labels, given.num_classes, settings.average)
-            for own, labels in zip(logits, given.labels, strict=True)
+            average_activation(own, labels, inputs.num_classes, settings.average)
+            for own, labels in zip(logits, inputs.labels, strict=True)
         ]
     )
     members = len(flags)
     failed = verified.margins < 0
     return DefenseResult(
-        defended_model(given.attacked.model, student.model),
+        defended_model(inputs.attacked.model, student.model),
         {
-            "teacher": given.attacked.variables,
+            "teacher": inputs.attacked.variables,
             "student": student.variables,
             "average": jnp.asarray(average),
             "gamma": jnp.full(members, settings.gamma, jnp.float32),

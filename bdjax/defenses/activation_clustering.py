@@ -207,11 +207,11 @@ def _stage(settings: ActivationClusteringSettings) -> str:
     return stage
 
 
-def detect(given: DefenseInput, settings: ActivationClusteringSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Detection:
     """Split every class in two, and flag the poisoned clusters; the rule exclusionary trains a network to tell which they are.
 
     Args:
-        given: the suspects; used are their training sets and attacked networks.
+        inputs: the suspects; used are their training sets and attacked networks.
         settings: how.
 
     Returns:
@@ -224,36 +224,36 @@ def detect(given: DefenseInput, settings: ActivationClusteringSettings) -> Detec
         Chen et al. 2018, algorithm 1 and section 5.
     """
     check(settings)
-    rows = given.all_rows()
-    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, rows)
-    found = [find_clusters(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
+    rows = inputs.all_rows()
+    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
+    found = [find_clusters(*own, settings) for own in zip(embeddings, inputs.labels, strict=True)]
     flags, scores, clearest = (np.stack(each) for each in zip(*found, strict=True))
     if settings.rule == "exclusionary":
-        without = retrain_without(given, f"{_stage(settings)}, smaller clusters left out", flags)
-        predictions = np.argmax(given.logits(without.model, without.variables, rows), axis=-1)
+        without = retrain_without(inputs, f"{_stage(settings)}, smaller clusters left out", flags)
+        predictions = np.argmax(inputs.logits(without.model, without.variables, rows), axis=-1)
         flags = np.stack(
-            [reclassify(*own, settings.threshold) for own in zip(flags, given.labels, predictions, strict=True)]
+            [reclassify(*own, settings.threshold) for own in zip(flags, inputs.labels, predictions, strict=True)]
         )
     facts = {
         "classes with a flagged cluster": np.array(
-            [len(np.unique(labels[own])) for labels, own in zip(given.labels, flags, strict=True)]
+            [len(np.unique(labels[own])) for labels, own in zip(inputs.labels, flags, strict=True)]
         ),
         "largest silhouette": clearest,
     }
     return Detection(flags, scores, facts)
 
 
-def run(given: DefenseInput, settings: ActivationClusteringSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: ActivationClusteringSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:
         InputError: a setting that cannot be.
     """
-    found = detect(given, settings)
+    found = detect(inputs, settings)
     stage = _stage(settings)
     if settings.rule == "exclusionary":
         stage += f" {settings.threshold:g}"
-    return retrained(given, stage, found)
+    return retrained(inputs, stage, found)
 
 
 ACTIVATION_CLUSTERING = Defense(

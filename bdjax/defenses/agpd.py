@@ -377,11 +377,11 @@ def find_poisons(
     return flags, scores, facts
 
 
-def detect(given: DefenseInput, settings: AgpdSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: AgpdSettings) -> Detection:
     """Find the target classes, and the poisons in them.
 
     Args:
-        given: the suspects; used are their training sets, attacked networks and clean rows.
+        inputs: the suspects; used are their training sets, attacked networks and clean rows.
         settings: how.
 
     Returns:
@@ -396,16 +396,16 @@ def detect(given: DefenseInput, settings: AgpdSettings) -> Detection:
         Yuan et al. 2024, arXiv 2312.06230.
     """
     check(settings)
-    clean_rows = given.clean_rows()
-    num_rows, num_clean = given.index.shape[1], clean_rows.index.shape[1]
+    clean_rows = inputs.clean_rows()
+    num_rows, num_clean = inputs.index.shape[1], clean_rows.index.shape[1]
     # Both in one call are compiled once.
-    together = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), given.all_rows(), clean_rows)
-    network = given.attacked
-    predictions, gradients = given.per_row(row_gradients(network.model), network.variables, together)
-    order = jax.vmap(lambda key: jax.random.permutation(key, num_clean))(given.keys_for(f"{NAME}: clean rows"))
+    together = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), inputs.all_rows(), clean_rows)
+    network = inputs.attacked
+    predictions, gradients = inputs.per_row(row_gradients(network.model), network.variables, together)
+    order = jax.vmap(lambda key: jax.random.permutation(key, num_clean))(inputs.keys_for(f"{NAME}: clean rows"))
     found = []
     for member, own_order in enumerate(np.asarray(order)):
-        labels, clean_labels = given.labels[member], given.clean_labels[member]
+        labels, clean_labels = inputs.labels[member], inputs.clean_labels[member]
         clean = choose_clean(clean_labels, predictions[member, num_rows:], own_order, settings.clean_per_class)
         own, of_clean = (
             [each[member, part] for each in gradients] for part in (slice(num_rows), slice(num_rows, None))
@@ -415,11 +415,11 @@ def detect(given: DefenseInput, settings: AgpdSettings) -> Detection:
     return Detection(flags, scores, {name: np.array([one[2][name] for one in found]) for name in found[0][2]})
 
 
-def run(given: DefenseInput, settings: AgpdSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: AgpdSettings) -> DefenseResult:
     """Leave out what `detect` flags, and train on the rest.
 
     Args:
-        given: the suspects; used are their training sets, attacked networks and clean rows.
+        inputs: the suspects; used are their training sets, attacked networks and clean rows.
         settings: how.
 
     Returns:
@@ -428,7 +428,7 @@ def run(given: DefenseInput, settings: AgpdSettings) -> DefenseResult:
     Raises:
         InputError: a setting that cannot be.
     """
-    return filtering.retrained(given, f"{NAME}: {fingerprint(settings=settings)}", detect(given, settings))
+    return filtering.retrained(inputs, f"{NAME}: {fingerprint(settings=settings)}", detect(inputs, settings))
 
 
 AGPD = Defense(

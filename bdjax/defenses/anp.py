@@ -167,30 +167,30 @@ def clipped(objective: Objective, learning_rate: float, momentum: float) -> Obje
     return within
 
 
-def learn_masks(given: DefenseInput, settings: AnpSettings) -> dict[str, np.ndarray]:
+def learn_masks(inputs: DefenseInput, settings: AnpSettings) -> dict[str, np.ndarray]:
     """Learn the masks of all suspects.
 
     Returns:
         Path of the layer -> float32 [M, C] in [0, 1].
     """
-    model, network = given.attacked.model, given.attacked.variables
-    rows = given.clean_rows()
+    model, network = inputs.attacked.model, inputs.attacked.variables
+    rows = inputs.clean_rows()
     num_rows = rows.index.shape[1]
     batch_size = min(settings.batch_size, num_rows)
     per_epoch = min(ITERATIONS_PER_EPOCH, settings.iterations)
     config = TrainConfig(
         epochs=math.ceil(settings.iterations / per_epoch),
         batch_size=batch_size,
-        evaluation_batch_size=given.recipe.evaluation_batch_size,
+        evaluation_batch_size=inputs.recipe.evaluation_batch_size,
         optimiser="sgd",
         momentum=MOMENTUM,
         learning_rate=settings.learning_rate,
         schedule="constant",
         keep_last_batch=False,
-        augmentation=given.recipe.augmentation,
+        augmentation=inputs.recipe.augmentation,
     )
     again = np.arange(per_epoch * batch_size) % num_rows
-    rows = labelled(given.clean_index[:, again], given.clean_labels[:, again])
+    rows = labelled(inputs.clean_index[:, again], inputs.clean_labels[:, again])
     scales = channel_scales(network["params"])
     variables = {
         "params": jax.tree.map(jnp.ones_like, scales),
@@ -200,7 +200,7 @@ def learn_masks(given: DefenseInput, settings: AnpSettings) -> dict[str, np.ndar
     objective = clipped(mask_objective(model, settings.epsilon, settings.alpha), settings.learning_rate, MOMENTUM)
     numbers = settings.iterations, settings.batch_size, settings.epsilon, settings.alpha, settings.learning_rate
     stage = f"anp: masks {'/'.join(f'{number:g}' for number in numbers)}"
-    nets = given.train(stage, model, config, rows, variables=variables, objective=objective)
+    nets = inputs.train(stage, model, config, rows, variables=variables, objective=objective)
     return {layer: np.clip(np.asarray(mask), 0.0, 1.0) for layer, mask in nets.variables["params"].items()}
 
 
@@ -235,27 +235,27 @@ def highest_thresholds(accuracy: Callable[[float], np.ndarray], before: np.ndarr
     return np.where(is_fine, np.array(SWEEP)[:, None], -1.0).max(axis=0).astype(np.float32)
 
 
-def run(given: DefenseInput, settings: AnpSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: AnpSettings) -> DefenseResult:
     """Learn the masks and prune.
 
     Raises:
         InputError: a setting that cannot be.
     """
     check(settings)
-    model, network = given.attacked.model, given.attacked.variables
-    masks = learn_masks(given, settings)
+    model, network = inputs.attacked.model, inputs.attacked.variables
+    masks = learn_masks(inputs, settings)
 
     def pruned(thresholds: np.ndarray) -> PyTree:
         return {**network, "params": prune(network["params"], masks, thresholds, settings.zero_bias)}
 
-    num = len(given.keys)
+    num = len(inputs.keys)
     thresholds = np.full(num, settings.threshold, np.float32)
     if settings.accuracy_loss > 0:
-        rows = given.clean_rows()
+        rows = inputs.clean_rows()
 
         def accuracy(threshold: float) -> np.ndarray:
-            logits = given.logits(model, pruned(np.full(num, threshold, np.float32)), rows)
-            return (logits.argmax(axis=-1) == given.clean_labels).mean(axis=1)
+            logits = inputs.logits(model, pruned(np.full(num, threshold, np.float32)), rows)
+            return (logits.argmax(axis=-1) == inputs.clean_labels).mean(axis=1)
 
         thresholds = highest_thresholds(accuracy, accuracy(-1.0), settings.accuracy_loss)
     kappa = np.concatenate(list(masks.values()), axis=1)

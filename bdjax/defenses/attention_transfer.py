@@ -78,10 +78,10 @@ def check(settings: AttentionTransferSettings) -> None:
     check_values("defense attention_transfer", settings, at_least={"beta": 0}, above={"power": 0})
 
 
-def run(given: DefenseInput, settings: AttentionTransferSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: AttentionTransferSettings) -> DefenseResult:
     """Distil the attacked networks."""
-    taps = count_taps(given.attacked.model, given.make_model(settings.student), given.runner.image_shape)
-    return distil(given, "attention transfer", settings, attention_transfer(taps, settings.beta, settings.power))
+    taps = count_taps(inputs.attacked.model, inputs.make_model(settings.student), inputs.runner.image_shape)
+    return distil(inputs, "attention transfer", settings, attention_transfer(taps, settings.beta, settings.power))
 
 
 ATTENTION_TRANSFER = Defense(

@@ -40,22 +40,22 @@ def check(settings: BabSettings) -> None:
     check_values("defense bab", settings, at_most={"objections": settings.networks})
 
 
-def count_objections(given: DefenseInput, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
+def count_objections(inputs: DefenseInput, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
     """How many verification networks do not answer the defender's class.
 
     Returns:
         Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], which orders equal counts.
     """
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
-    margins = np.stack([verify(given, nbab, number).margins for number in range(settings.networks)])
+    margins = np.stack([verify(inputs, nbab, number).margins for number in range(settings.networks)])
     return np.sum(margins < 0, axis=0), margins.min(axis=0)
 
 
-def run(given: DefenseInput, settings: BabSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: BabSettings) -> DefenseResult:
     """Vote, leave out what was objected to, train anew."""
-    objections, margins = count_objections(given, settings)
+    objections, margins = count_objections(inputs, settings)
     flags = objections >= (settings.objections or math.ceil(settings.networks / 2))
-    nets = retrain_without(given, f"bab: retrained {fingerprint(**vars(settings))}", flags)
+    nets = retrain_without(inputs, f"bab: retrained {fingerprint(**vars(settings))}", flags)
     # A count is worth more than any margin.
     squeezed = -margins / (1 + np.abs(margins))
     return DefenseResult(

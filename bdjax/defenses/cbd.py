@@ -204,12 +204,12 @@ def _own(variables: PyTree) -> PyTree:
     return {name: value for name, value in variables.items() if name not in ("biased", "critic")}
 
 
-def run(given: DefenseInput, settings: CBDSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: CBDSettings) -> DefenseResult:
     """Train f_B, and f_C next to it; `scores` are minus f_B's losses: what f_C is kept from."""
-    model, rows = given.make_model(), given.all_rows()
+    model, rows = inputs.make_model(), inputs.all_rows()
 
     def config(epochs: int, **changes: Any) -> TrainConfig:
-        return given.config(
+        return inputs.config(
             epochs=epochs,
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
@@ -222,10 +222,10 @@ def run(given: DefenseInput, settings: CBDSettings) -> DefenseResult:
 
     how = f"{settings.optimiser} {settings.learning_rate} {settings.weight_decay}, batch {settings.batch_size}"
     stage = f"cbd: {settings.biased_epochs} epochs, {how}"
-    biased = given.train(f"{stage}, biased", model, config(settings.biased_epochs), rows)
+    biased = inputs.train(f"{stage}, biased", model, config(settings.biased_epochs), rows)
 
     stage += f"; {settings.epochs} epochs {settings.steps}"
-    variables = {**given.begin(stage, model), "biased": biased.variables}
+    variables = {**inputs.begin(stage, model), "biased": biased.variables}
     then = config(settings.epochs, steps=settings.steps)
     objective = reweighted_cross_entropy(model)
     if settings.disentangle:
@@ -233,16 +233,16 @@ def run(given: DefenseInput, settings: CBDSettings) -> DefenseResult:
             f", disentangled {settings.disentangle_weight} {settings.critic_learning_rate}"
             f" {settings.critic_decay_epochs}"
         )
-        width = _embedding_width(model, given.runner.image_shape)
-        variables["critic"] = ensemble.init_members(partial(init_critic, width=width), given.keys_for("cbd: critic"))
-        decay_steps = settings.critic_decay_epochs * _steps_per_epoch(then, given.index.shape[1])
+        width = _embedding_width(model, inputs.runner.image_shape)
+        variables["critic"] = ensemble.init_members(partial(init_critic, width=width), inputs.keys_for("cbd: critic"))
+        decay_steps = settings.critic_decay_epochs * _steps_per_epoch(then, inputs.index.shape[1])
         objective = disentangled_cross_entropy(
             model, settings.disentangle_weight, settings.critic_learning_rate, decay_steps
         )
-    kept = _own(given.train(stage, model, then, rows, variables=variables, objective=objective).variables)
+    kept = _own(inputs.train(stage, model, then, rows, variables=variables, objective=objective).variables)
 
-    biased_losses = given.losses(model, biased.variables, rows)
-    own_losses = given.losses(model, kept, rows)
+    biased_losses = inputs.losses(model, biased.variables, rows)
+    own_losses = inputs.losses(model, kept, rows)
     weight = np.asarray(row_weights(biased_losses, own_losses))
     facts = {
         "mean loss of the biased network": biased_losses.mean(axis=1),

@@ -18,7 +18,7 @@ LINK = "+"
 """What stands between the parts of a chain on the command line."""
 
 
-class Part(NamedTuple):
+class ChainLink(NamedTuple):
     """A defense of a chain, with its settings."""
 
     defense: Defense
@@ -26,7 +26,7 @@ class Part(NamedTuple):
     title: str  # as it stands alone: "FT (epochs 5)"
 
 
-def make_chain(parts: Sequence[Part]) -> Defense:
+def make_chain(parts: Sequence[ChainLink]) -> Defense:
     """One defense of several.
 
     Args:
@@ -52,7 +52,7 @@ def make_chain(parts: Sequence[Part]) -> Defense:
         stage=parts[-1].defense.stage,
         needs=tuple(needs),
         settings=tuple(part.settings for part in parts),
-        run=lambda given, settings: run(given, [part.defense for part in parts], settings),
+        run=lambda inputs, settings: run(inputs, [part.defense for part in parts], settings),
         network_after=lambda settings, *network: network_after([part.defense for part in parts], settings, *network),
     )
 
@@ -71,29 +71,29 @@ def network_after(
     return attacked
 
 
-def run(given: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
+def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
     """Run defenses one after the other, each on what the one before made of the attacked networks, and each on no more than
     its own needs.
 
     Args:
-        given: the suspects. The keys stay: what a part draws does not depend on what came before.
+        inputs: the suspects. The keys stay: what a part draws does not depend on what came before.
         defenses: in order.
         settings: of each.
 
     Returns:
         The last one's networks; flags and scores of the last one that has any, facts and pictures of all.
     """
-    folder, results = given.runner.folder, []
+    folder, results = inputs.runner.folder, []
     for number, (defense, own) in enumerate(zip(defenses, settings, strict=True)):
         if number:
             before = defenses[number - 1]
             folder = folder and folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
             attacked = Nets(results[-1].model, results[-1].variables, 1, {})
-            given = dataclasses.replace(
-                given.with_knowledge({"attacked model": attacked}),
-                runner=dataclasses.replace(given.runner, folder=folder),
+            inputs = dataclasses.replace(
+                inputs.with_knowledge({"attacked model": attacked}),
+                runner=dataclasses.replace(inputs.runner, folder=folder),
             )
-        results.append(contract.run(defense, given, own))
+        results.append(contract.run(defense, inputs, own))
     names = [defense.name for defense in defenses]
     return DefenseResult(
         results[-1].model,

@@ -338,34 +338,34 @@ def settings_for(defense: Defense, preset: str, like: str | None, changes: Mappi
     return changed(owner, settings, changes or {})
 
 
-def restricted(defense: Defense, given: DefenseInput, settings: Any) -> DefenseInput:
+def restricted(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseInput:
     """What there is for a defense to read: no more than it needs with these settings."""
-    return given.restricted_to(defense.name, defense.needs_with(settings))
+    return inputs.restricted_to(defense.name, defense.needs_with(settings))
 
 
-def run(defense: Defense, given: DefenseInput, settings: Any) -> DefenseResult:
+def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
     """Run a defense on no more than it needs.
 
     Args:
         defense: any.
-        given: M suspects.
+        inputs: M suspects.
         settings: of the defense.
 
     Raises:
         UndeclaredNeedError: the defense reads what it does not declare.
     """
-    return defense.run(restricted(defense, given, settings), settings)
+    return defense.run(restricted(defense, inputs, settings), settings)
 
 
-def detect(defense: Defense, given: DefenseInput, settings: Any) -> Detection:
+def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
     """Which rows a detector takes for poisoned, going by no more than it needs.
 
     Args:
         defense: one whose `detect` is not None.
-        given: M suspects.
+        inputs: M suspects.
         settings: of the defense.
 
     Raises:
         UndeclaredNeedError: the detector reads what it does not declare.
     """
-    return defense.detect(restricted(defense, given, settings), settings)
+    return defense.detect(restricted(defense, inputs, settings), settings)

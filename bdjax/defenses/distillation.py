@@ -45,7 +45,7 @@ QUICK_DIGITS = {"epochs": 50, "batch_size": 64}
 """What small runs change, whatever the method."""
 
 
-class Teachers(NamedTuple):
+class TeacherNetworks(NamedTuple):
     """Frozen networks, one for each suspect."""
 
     model: Model
@@ -87,11 +87,11 @@ def student_objective(student: Model, teacher: Model, method: Method, statistics
 
 
 def distil(
-    given: DefenseInput,
+    inputs: DefenseInput,
     name: str,
     settings: StudentSettings,
     method: Method,
-    teachers: Teachers | None = None,
+    teachers: TeacherNetworks | None = None,
     rows: Rows | None = None,
     student: Model | None = None,
     role: str = "students",
@@ -99,7 +99,7 @@ def distil(
     """Train a student for each suspect.
 
     Args:
-        given: the suspects, with clean rows.
+        inputs: the suspects, with clean rows.
         name: of the method, for its checkpoints.
         settings: of the student.
         method: what it minimises.
@@ -111,24 +111,24 @@ def distil(
     Returns:
         The students.
     """
-    teachers = teachers or Teachers(given.attacked.model, given.attacked.variables)
-    student = student or given.make_model(settings.student)
-    start = given.begin(role, student)
-    beside = ensemble.init_members(method.init, given.keys_for(f"{role}: beside")) if method.init else {}
+    teachers = teachers or TeacherNetworks(inputs.attacked.model, inputs.attacked.variables)
+    student = student or inputs.make_model(settings.student)
+    start = inputs.begin(role, student)
+    beside = ensemble.init_members(method.init, inputs.keys_for(f"{role}: beside")) if method.init else {}
     variables = {
         "params": {"student": start["params"], "beside": beside},
         "batch_stats": start["batch_stats"],
         "teacher": teachers.variables,
     }
-    nets = given.runner.from_variables(
+    nets = inputs.runner.from_variables(
         f"{name} {student.description.split()[0]} {fingerprint(**vars(settings))}",
         student,
-        student_config(given, settings),
+        student_config(inputs, settings),
         variables,
-        given.keys_for(f"{role}: shuffles"),
+        inputs.keys_for(f"{role}: shuffles"),
         1,
-        given.pool,
-        given.clean_rows() if rows is None else rows,
+        inputs.pool,
+        inputs.clean_rows() if rows is None else rows,
         student_objective(student, teachers.model, method, settings.teacher_statistics),
     )
     trained = {"params": nets.variables["params"]["student"], "batch_stats": nets.variables["batch_stats"]}
@@ -143,11 +143,11 @@ def student_network(
     return make_model(settings.student)
 
 
-def student_config(given: DefenseInput, settings: StudentSettings) -> TrainConfig:
+def student_config(inputs: DefenseInput, settings: StudentSettings) -> TrainConfig:
     """SGD with Nesterov momentum, its rate cut to a tenth at each drop. Momentum goes on over a drop; FKD's public code
     forgets it there."""
     drops = enumerate(settings.drops, start=1)
-    return given.config(
+    return inputs.config(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,

@@ -31,26 +31,26 @@ def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.stack(rows).astype(np.int32)
 
 
-def retrain_without(given: DefenseInput, stage: str, flags: np.ndarray) -> Nets:
+def retrain_without(inputs: DefenseInput, stage: str, flags: np.ndarray) -> Nets:
     """Train from scratch, as an undefended network trains, on the rows that are not flagged.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         stage: its name, for checkpoints.
         flags: bool [M, n].
     """
     rows = kept_rows(flags, np.random.default_rng(0))
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
-    return given.train(stage, given.make_model(), given.recipe, labelled(index, labels))
+    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
+    return inputs.train(stage, inputs.make_model(), inputs.recipe, labelled(index, labels))
 
 
-def retrained(given: DefenseInput, stage: str, found: Detection) -> DefenseResult:
+def retrained(inputs: DefenseInput, stage: str, found: Detection) -> DefenseResult:
     """What a detector amounts to as a defense: networks trained on the rows that it did not flag.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         stage: as `retrain_without` has it.
         found: what was detected.
     """
-    nets = retrain_without(given, stage, found.flags)
+    nets = retrain_without(inputs, stage, found.flags)
     return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)

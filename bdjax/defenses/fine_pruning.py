@@ -162,50 +162,50 @@ def row_hits(model: Model, tap: str) -> Callable[..., Array]:
     return hits
 
 
-def prune(given: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def prune(inputs: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find out which channels of each attacked network go.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: `step`, `tolerance` and `held_out` are read.
 
     Returns:
         The masks, float32 [M, C]; and the held-out accuracy before and after, float [M] each, in [0, 1].
     """
-    model, variables = given.attacked.model, given.attacked.variables
-    all_rows = given.clean_rows()
+    model, variables = inputs.attacked.model, inputs.attacked.variables
+    all_rows = inputs.clean_rows()
     ordering, held = split_rows(np.asarray(all_rows.targets["labels"]), settings.held_out)
 
     def take(rows: np.ndarray) -> Rows:
         return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, jnp.asarray(rows), axis=1), all_rows)
 
-    activation = given.embeddings(model, variables, take(ordering)).mean(axis=1)
+    activation = inputs.embeddings(model, variables, take(ordering)).mean(axis=1)
     counts = pruned_counts(activation.shape[1], settings.step)
     masks = np.stack([cumulative_masks(one, counts) for one in activation])
-    tap = _last_tap(given)
-    tried = given.per_row(row_hits(model, tap), {"network": variables, "masks": jnp.asarray(masks)}, take(held))
+    tap = _last_tap(inputs)
+    tried = inputs.per_row(row_hits(model, tap), {"network": variables, "masks": jnp.asarray(masks)}, take(held))
     accuracy = tried.mean(axis=1)
     best = np.array([last_good(one, settings.tolerance) for one in accuracy])
     members = np.arange(len(best))
     return masks[members, best], accuracy[:, 0], accuracy[members, best]
 
 
-def _last_tap(given: DefenseInput) -> str:
-    one = jax.tree.map(lambda leaf: leaf[0], given.attacked.variables)
-    return last_tap(given.attacked.model, one, given.runner.image_shape)
+def _last_tap(inputs: DefenseInput) -> str:
+    one = jax.tree.map(lambda leaf: leaf[0], inputs.attacked.variables)
+    return last_tap(inputs.attacked.model, one, inputs.runner.image_shape)
 
 
-def run(given: DefenseInput, settings: FinePruningSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: FinePruningSettings) -> DefenseResult:
     """Prune the attacked networks, then fine-tune them with their masks.
 
     Raises:
         InputError: if there are too few clean rows to hold some out.
     """
-    masks, before, after = prune(given, settings)
-    model = pruned_model(given.attacked.model, _last_tap(given))
-    config = cosine_sgd(given, settings)
-    variables = {**given.attacked.variables, "mask": jnp.asarray(masks)}
-    tuned = tune(given, f"fine-pruning {fingerprint(**vars(settings))}", model, config, variables)
+    masks, before, after = prune(inputs, settings)
+    model = pruned_model(inputs.attacked.model, _last_tap(inputs))
+    config = cosine_sgd(inputs, settings)
+    variables = {**inputs.attacked.variables, "mask": jnp.asarray(masks)}
+    tuned = tune(inputs, f"fine-pruning {fingerprint(**vars(settings))}", model, config, variables)
     return DefenseResult(
         model,
         tuned,
@@ -214,7 +214,7 @@ def run(given: DefenseInput, settings: FinePruningSettings) -> DefenseResult:
             "of channels": np.full(len(masks), masks.shape[1]),
             "held-out accuracy before": before,
             "held-out accuracy pruned": after,
-            "weight change": weight_change(given.attacked.variables["params"], tuned["params"]),
+            "weight change": weight_change(inputs.attacked.variables["params"], tuned["params"]),
         },
     )
 

@@ -31,15 +31,15 @@ class FineTuningSettings:
     """L2, on every parameter"""
 
 
-def cosine_sgd(given: DefenseInput, settings: Any) -> TrainConfig:
+def cosine_sgd(inputs: DefenseInput, settings: Any) -> TrainConfig:
     """What fine-tuning, fine-pruning and FT-SAM share: SGD with momentum 0.9 on half a cosine.
 
     Args:
-        given: the suspects, whose recipe says what is not said here: augmentation, the incomplete last batch.
+        inputs: the suspects, whose recipe says what is not said here: augmentation, the incomplete last batch.
         settings: a defense's; `epochs` (0 leaves the networks as they are), `batch_size`, `learning_rate` (of the first
             epoch) and `weight_decay` are read.
     """
-    return given.config(
+    return inputs.config(
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -52,7 +52,7 @@ def cosine_sgd(given: DefenseInput, settings: Any) -> TrainConfig:
 
 
 def tune(
-    given: DefenseInput,
+    inputs: DefenseInput,
     stage: str,
     model: Model,
     config: TrainConfig,
@@ -62,7 +62,7 @@ def tune(
     """Go on training given networks on the clean rows; with no epochs there is nothing to do, and they stay what they are.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         stage: its name (see `DefenseInput.train`).
         model: the architecture.
         config: how it is trained.
@@ -75,10 +75,10 @@ def tune(
     Raises:
         ValueError: if there are no clean rows.
     """
-    rows = given.clean_rows()
+    rows = inputs.clean_rows()
     if config.epochs == 0:
         return variables
-    return given.train(stage, model, config, rows, variables=variables, objective=objective).variables
+    return inputs.train(stage, model, config, rows, variables=variables, objective=objective).variables
 
 
 def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
@@ -100,11 +100,11 @@ def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
     return norms(jax.tree.map(np.subtract, after, before)) / norms(before)
 
 
-def run(given: DefenseInput, settings: FineTuningSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: FineTuningSettings) -> DefenseResult:
     """Train the attacked networks on the clean rows."""
-    config = cosine_sgd(given, settings)
-    attacked = given.attacked
-    variables = tune(given, f"fine-tuning {fingerprint(**vars(settings))}", attacked.model, config, attacked.variables)
+    config = cosine_sgd(inputs, settings)
+    attacked = inputs.attacked
+    variables = tune(inputs, f"fine-tuning {fingerprint(**vars(settings))}", attacked.model, config, attacked.variables)
     change = weight_change(attacked.variables["params"], variables["params"])
     return DefenseResult(attacked.model, variables, facts={"weight change": change})
 

@@ -22,7 +22,7 @@ from jax.scipy import stats
 from bdjax import losses
 from bdjax.defenses import distillation
 from bdjax.defenses.contract import Defense, DefenseInput
-from bdjax.defenses.distillation import Method, StudentSettings, Teachers, check_student, distil
+from bdjax.defenses.distillation import Method, StudentSettings, TeacherNetworks, check_student, distil
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.models.layers import he_fan_out, normalise_batch
@@ -172,13 +172,13 @@ def student_of_pair(
 
 
 def run_from(
-    given: DefenseInput, name: str, settings: FkdSettings, teachers: Teachers | None = None, **how: object
+    inputs: DefenseInput, name: str, settings: FkdSettings, teachers: TeacherNetworks | None = None, **how: object
 ) -> DefenseResult:
     """FKD from some teachers: what `run` does with the attacked networks, and RobustKD with masked ones."""
-    teacher = teachers.model if teachers else given.attacked.model
-    channels = pair_channels(teacher, given.make_model(settings.student), given.runner.image_shape)
+    teacher = teachers.model if teachers else inputs.attacked.model
+    channels = pair_channels(teacher, inputs.make_model(settings.student), inputs.runner.image_shape)
     method = feature_distillation(channels, settings.divisor)
-    return distil(given, name, settings, method, teachers, **how)
+    return distil(inputs, name, settings, method, teachers, **how)
 
 
 def check(settings: FkdSettings) -> None:
@@ -187,9 +187,9 @@ def check(settings: FkdSettings) -> None:
     check_values("defense fkd", settings, above={"divisor": 0})
 
 
-def run(given: DefenseInput, settings: FkdSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: FkdSettings) -> DefenseResult:
     """Distil the attacked networks."""
-    return run_from(given, "FKD", settings)
+    return run_from(inputs, "FKD", settings)
 
 
 QUICK = {**distillation.QUICK, "divisor": 100.0}

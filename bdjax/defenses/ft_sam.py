@@ -105,12 +105,12 @@ def sharpness_aware(model: Model, rho: float, label_smoothing: float) -> Objecti
     return objective
 
 
-def run(given: DefenseInput, settings: FtSamSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: FtSamSettings) -> DefenseResult:
     """Fine-tune the attacked networks on the clean rows with sharpness-aware minimisation."""
-    config = cosine_sgd(given, settings)
-    attacked = given.attacked
+    config = cosine_sgd(inputs, settings)
+    attacked = inputs.attacked
     variables = tune(
-        given,
+        inputs,
         f"FT-SAM {fingerprint(**vars(settings))}",
         attacked.model,
         config,

@@ -193,7 +193,7 @@ def make_round(
     return round_of_both
 
 
-def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: IBauSettings) -> DefenseResult:
     """Play the rounds for all suspects.
 
     Members go in turn on each device: a round holds the gradients of gradients, and there are few rounds.
@@ -202,7 +202,7 @@ def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
         InputError: a setting that cannot be.
     """
     check(settings)
-    model, rows = given.attacked.model, given.clean_rows()
+    model, rows = inputs.attacked.model, inputs.clean_rows()
     num, num_rows = rows.index.shape
     config = TrainConfig(
         epochs=settings.rounds,
@@ -211,16 +211,16 @@ def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
         schedule="constant",
     )
     stage = f"i-bau {'/'.join(f'{number:g}' for number in vars(settings).values())}"
-    keys = given.keys_for(stage)
+    keys = inputs.keys_for(stage)
 
     def fit(on_epoch: Callable[[TrainState], None] | None, **where: Any) -> TrainState:
         del where  # a few rounds are not cut into groups, nor kept before the last is done
         states = ensemble.init_members(
-            lambda variables, key: resume_from(variables, key, config), given.attacked.variables, keys
+            lambda variables, key: resume_from(variables, key, config), inputs.attacked.variables, keys
         )
         spread = ensemble.spread_members(num)
         play = ensemble.compile_members(make_round(model, config, settings), "map", spread, num_shared=1, donate=True)
-        placed, own_rows, pool = spread.place(states), spread.place(rows), spread.replicate(given.pool)
+        placed, own_rows, pool = spread.place(states), spread.place(rows), spread.replicate(inputs.pool)
         for _ in range(settings.rounds):
             placed = play(placed, own_rows, pool)
             states = spread.gather(placed)
@@ -228,7 +228,7 @@ def run(given: DefenseInput, settings: IBauSettings) -> DefenseResult:
                 on_epoch(states)
         return states
 
-    trained = given.runner.train(stage, model, config, num, fit)
+    trained = inputs.runner.train(stage, model, config, num, fit)
     accuracy = np.asarray(trained.history["accuracy"])
     return DefenseResult(
         model, trained.variables, facts={"accuracy on clean rows, last round": accuracy[:, -1].astype(float)}

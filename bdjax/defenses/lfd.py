@@ -105,28 +105,28 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
     return np.where(is_candidate, settings.beta * (losses - gamma) / highest, descent).astype(np.float32)
 
 
-def teacher_config(given: DefenseInput, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
+def teacher_config(inputs: DefenseInput, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
     """How stage 1 trains: plainly, for a few epochs, without augmentation and at one learning rate, by Adam."""
-    config = given.config(epochs=epochs, optimiser="adam", schedule="constant", augmentation="none", weight_decay=0.0)
+    config = inputs.config(epochs=epochs, optimiser="adam", schedule="constant", augmentation="none", weight_decay=0.0)
     return replace(config, learning_rate=learning_rate) if learning_rate else config
 
 
-def teacher_losses(given: DefenseInput, settings: LfdSettings) -> np.ndarray:
+def teacher_losses(inputs: DefenseInput, settings: LfdSettings) -> np.ndarray:
     """Stage 1: train the teacher from scratch, and take its cross-entropy of each row.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: `teacher`, its epochs and rate, and `teachers` are read.
 
     Returns:
         float32 [M, n], un-augmented and with running statistics; the mean over several teachers.
     """
-    config = teacher_config(given, settings.teacher_epochs, settings.teacher_learning_rate)
-    model, rows, told = given.make_model(settings.teacher), given.all_rows(), []
+    config = teacher_config(inputs, settings.teacher_epochs, settings.teacher_learning_rate)
+    model, rows, told = inputs.make_model(settings.teacher), inputs.all_rows(), []
     for number in range(settings.teachers):
         stage = f"lfd teacher {settings.teacher}, {settings.teacher_epochs} epochs at {config.learning_rate}, {number}"
-        nets = given.train(stage, model, config, rows)
-        told.append(given.losses(nets.model, nets.variables, rows))
+        nets = inputs.train(stage, model, config, rows)
+        told.append(inputs.losses(nets.model, nets.variables, rows))
     return np.mean(told, axis=0)
 
 
@@ -150,32 +150,32 @@ def recording_cross_entropy(model: Model, epochs: int, batches: int) -> Objectiv
     return objective
 
 
-def loss_history(given: DefenseInput, name: str | None, epochs: int) -> np.ndarray:
+def loss_history(inputs: DefenseInput, name: str | None, epochs: int) -> np.ndarray:
     """Every row's loss in every epoch of a network trained as teachers are: what figures 1, 2 and 6 are drawn from.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         name: of the network; None for the undefended one's.
         epochs: how many.
 
     Returns:
         float32 [M, epochs, n]; NaN for rows that an epoch left out with its incomplete last batch.
     """
-    model = given.make_model(name)
-    config = teacher_config(given, epochs)
-    members, num_rows = given.index.shape
-    rows = given.all_rows()
+    model = inputs.make_model(name)
+    config = teacher_config(inputs, epochs)
+    members, num_rows = inputs.index.shape
+    rows = inputs.all_rows()
     rows = rows._replace(targets={**rows.targets, "row": jnp.tile(jnp.arange(num_rows, dtype=jnp.int32), (members, 1))})
     batch_size = min(config.batch_size, num_rows)
     batches = -(-num_rows // batch_size) if config.keep_last_batch else num_rows // batch_size
     stage = f"losses of {model.description}, {epochs} epochs"
     start = {
-        **given.begin(stage, model),
+        **inputs.begin(stage, model),
         "recorded": jnp.full((members, epochs, num_rows), jnp.nan, jnp.float32),
         "batch": jnp.zeros(members, jnp.int32),
     }
     objective = recording_cross_entropy(model, epochs, batches)
-    nets = given.train(stage, model, config, rows, variables=start, objective=objective)
+    nets = inputs.train(stage, model, config, rows, variables=start, objective=objective)
     return np.asarray(nets.variables["recorded"])
 
 
@@ -189,14 +189,14 @@ def above_clean_mean(losses: np.ndarray, is_poisoned: np.ndarray) -> int:
     return int(np.sum(losses[is_poisoned] > np.nanmean(losses[~is_poisoned])))
 
 
-def run(given: DefenseInput, settings: LfdSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: LfdSettings) -> DefenseResult:
     """Train the teacher, weigh the rows, train the student as an undefended network is trained."""
-    losses = teacher_losses(given, settings)
+    losses = teacher_losses(inputs, settings)
     weights = np.stack([row_weights(own, settings) for own in losses])
-    rows = given.all_rows()
+    rows = inputs.all_rows()
     rows = rows._replace(targets={**rows.targets, "weight": jnp.asarray(weights)})
     stage = f"lfd student {fingerprint(**vars(settings))}"
-    student = given.train(stage, given.make_model(), given.recipe, rows, loss_cap=settings.loss_cap)
+    student = inputs.train(stage, inputs.make_model(), inputs.recipe, rows, loss_cap=settings.loss_cap)
     thresholds = np.array([threshold(own, settings.alpha) for own in losses])
     return DefenseResult(
         student.model,

@@ -49,9 +49,9 @@ def check(settings: LogitDistillationSettings, owner: str = "defense logit_disti
     check_values(owner, settings, above={"temperature": 0}, at_least={"alpha": 0}, at_most={"alpha": 1})
 
 
-def run(given: DefenseInput, settings: LogitDistillationSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: LogitDistillationSettings) -> DefenseResult:
     """Distil the attacked networks."""
-    return distil(given, "KD", settings, softened_answers(settings.temperature, settings.alpha))
+    return distil(inputs, "KD", settings, softened_answers(settings.temperature, settings.alpha))
 
 
 LOGIT_DISTILLATION = Defense(

@@ -12,7 +12,7 @@ import numpy as np
 from bdjax.datasets import splits
 from bdjax.defenses import fkd
 from bdjax.defenses.contract import DefenseInput
-from bdjax.defenses.distillation import Teachers
+from bdjax.defenses.distillation import TeacherNetworks
 from bdjax.defenses.fkd import FkdSettings
 from bdjax.training.member import Rows
 from bdjax.types import PyTree
@@ -23,11 +23,11 @@ def repeat(tree: PyTree, count: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
 
 
-def split_rows(given: DefenseInput, share: float) -> tuple[Rows, Rows]:
+def split_rows(inputs: DefenseInput, share: float) -> tuple[Rows, Rows]:
     """Each suspect's clean rows, without and with a share of them that is held out: leaves [M, n - h] and [M, h]."""
-    rows = given.clean_rows()
+    rows = inputs.clean_rows()
     held_out, kept = [], []
-    for key in given.keys_for("RobustKD: held-out rows"):
+    for key in inputs.keys_for("RobustKD: held-out rows"):
         order = splits.permutation(key, rows.index.shape[1])
         count = max(1, round(share * len(order)))
         held_out.append(np.sort(order[:count]))
@@ -59,12 +59,12 @@ def choose_by_validation(accuracy: np.ndarray, variances: np.ndarray, plain: np.
 
 
 def choose_by_oracle(
-    given: DefenseInput, settings: FkdSettings, teachers: Teachers, num: int, kept: Rows, held_out: Rows
+    inputs: DefenseInput, settings: FkdSettings, teachers: TeacherNetworks, num: int, kept: Rows, held_out: Rows
 ) -> np.ndarray:
     """The threshold whose student has the largest accuracy minus ASR on the held-out rows (algorithm 1).
 
     Args:
-        given: M suspects, with the attackers' triggers.
+        inputs: M suspects, with the attackers' triggers.
         settings: of the students.
         teachers: M T masked networks, all thresholds of the first suspect first.
         num: T.
@@ -75,24 +75,24 @@ def choose_by_oracle(
         int [M].
     """
     # Students of one suspect have the same keys. All else that they are trained from is in the arguments beside `given`.
-    many = dataclasses.replace(given, keys=repeat(given.keys, num), knowledge={})
+    many = dataclasses.replace(inputs, keys=repeat(inputs.keys, num), knowledge={})
     students = fkd.run_from(many, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
     index, labels = np.asarray(held_out.index), np.asarray(held_out.targets["labels"])
-    pool = np.asarray(given.pool)
+    pool = np.asarray(inputs.pool)
     plain = np.concatenate([pool[own] for own in index for _ in range(num)]).reshape(
         len(index) * num, -1, *pool.shape[1:]
     )
     triggered = plain.copy()
-    for i, trigger in enumerate(given.attacker_triggers):
+    for i, trigger in enumerate(inputs.attacker_triggers):
         if trigger is not None:
             triggered[i * num : (i + 1) * num] = trigger(pool[index[i]], labels[i])[None]
-    batch_size = given.recipe.evaluation_batch_size
+    batch_size = inputs.recipe.evaluation_batch_size
     clean, backdoor = (
-        np.argmax(given.runner.predict_own(students.model, students.variables, images, batch_size), -1)
+        np.argmax(inputs.runner.predict_own(students.model, students.variables, images, batch_size), -1)
         for images in (plain, triggered)
     )
     gain = (clean.reshape(len(index), num, -1) == labels[:, None, :]).mean(-1)
-    for i, rule in enumerate(given.attacker_rules):
+    for i, rule in enumerate(inputs.attacker_rules):
         if rule is not None:
             victims, wanted = rule.victims(labels[i]), rule.wanted(labels[i])
             succeeded = backdoor.reshape(len(index), num, -1)[i] == wanted[None, :]

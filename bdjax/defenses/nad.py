@@ -110,10 +110,10 @@ def attention_distillation(model: Model, betas: tuple[float, ...], power: float,
     return objective
 
 
-def run(given: DefenseInput, settings: NadSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: NadSettings) -> DefenseResult:
     """Fine-tune teachers, then let them guide students that start from the attacked networks."""
-    model, attacked = given.attacked.model, given.attacked.variables
-    config = given.config(
+    model, attacked = inputs.attacked.model, inputs.attacked.variables
+    config = inputs.config(
         epochs=settings.teacher_epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -128,7 +128,7 @@ def run(given: DefenseInput, settings: NadSettings) -> DefenseResult:
     of_student = ("betas", "power", "epochs")
     shared = {name: value for name, value in vars(settings).items() if name not in of_student}
     teachers = tune(
-        given,
+        inputs,
         f"NAD teacher {fingerprint(**shared)}",
         model,
         config,
@@ -136,7 +136,7 @@ def run(given: DefenseInput, settings: NadSettings) -> DefenseResult:
         on_labels(model, settings.cutout),
     )
     student = tune(
-        given,
+        inputs,
         f"NAD student {fingerprint(**vars(settings))}",
         model,
         dataclasses.replace(config, epochs=settings.epochs),

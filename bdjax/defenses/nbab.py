@@ -131,11 +131,11 @@ def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Genera
     return np.sort(by_label[places]).astype(np.int32)
 
 
-def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Verified:
+def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Verified:
     """Train a verification network on each suspect, and put every row to the test.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: of the planted backdoor.
         number: which of several verification networks: each has its own weights and its own implants.
 
@@ -143,46 +143,46 @@ def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Veri
         InputError: a setting that cannot be.
     """
     check_planting("nbab", settings)
-    num_members, num_rows = given.index.shape
-    stamps = [_stamp_of(given, settings, member) for member in range(num_members)]
-    pool = np.asarray(given.pool)
+    num_members, num_rows = inputs.index.shape
+    stamps = [_stamp_of(inputs, settings, member) for member in range(num_members)]
+    pool = np.asarray(inputs.pool)
     implants = np.stack(
         [
             choose_implants(own, settings.implant_rate, np.random.default_rng((number, member)))
-            for member, own in enumerate(given.labels)
+            for member, own in enumerate(inputs.labels)
         ]
     )
     num_implants = implants.shape[1]
     stamped = [
         stamp(pool[index[rows]], labels[rows])
-        for stamp, index, labels, rows in zip(stamps, given.index, given.labels, implants, strict=True)
+        for stamp, index, labels, rows in zip(stamps, inputs.index, inputs.labels, implants, strict=True)
     ]
     where = len(pool) + np.arange(num_members * num_implants, dtype=np.int32).reshape(num_members, num_implants)
-    source = np.take_along_axis(given.index, implants, axis=1)
-    new_labels, alpha = np.full(implants.shape, given.num_classes, np.int32), settings.alpha
+    source = np.take_along_axis(inputs.index, implants, axis=1)
+    new_labels, alpha = np.full(implants.shape, inputs.num_classes, np.int32), settings.alpha
     if settings.weak_by == "cover":
         num_covers, alpha = round(settings.cover_rate * num_implants), 0.0
         # Evenly spread, so that covers are balanced over the labels as all implants are.
         covers = (np.arange(num_covers) * num_implants) // max(num_covers, 1)
-        new_labels[:, covers] = np.take_along_axis(given.labels, implants[:, covers], axis=1)
+        new_labels[:, covers] = np.take_along_axis(inputs.labels, implants[:, covers], axis=1)
     # What an attacker who weakens its own backdoor does, it does wherever its rows are learnt.
-    own_suppression, partner = np.zeros((num_members, num_rows), np.float32), given.index
-    if given.attacker is not None:
-        own_suppression = given.attacker.suppression
-        partner = np.where(own_suppression > 0, given.attacker.partner, given.index)
+    own_suppression, partner = np.zeros((num_members, num_rows), np.float32), inputs.index
+    if inputs.attacker is not None:
+        own_suppression = inputs.attacker.suppression
+        partner = np.where(own_suppression > 0, inputs.attacker.partner, inputs.index)
     rows = Rows(
         jnp.asarray(
-            np.stack([np.concatenate([given.index, where], 1), np.concatenate([partner, source], 1)], -1), jnp.int32
+            np.stack([np.concatenate([inputs.index, where], 1), np.concatenate([partner, source], 1)], -1), jnp.int32
         ),
         {
-            "labels": jnp.asarray(np.concatenate([given.labels, new_labels], 1), jnp.int32),
+            "labels": jnp.asarray(np.concatenate([inputs.labels, new_labels], 1), jnp.int32),
             "suppression": jnp.asarray(
                 np.concatenate([own_suppression, np.full(implants.shape, alpha, np.float32)], 1), jnp.float32
             ),
         },
     )
-    model = given.make_model(num_classes=given.num_classes + 1)
-    config = given.config(
+    model = inputs.make_model(num_classes=inputs.num_classes + 1)
+    config = inputs.config(
         epochs=settings.epochs,
         optimiser=settings.optimiser,
         learning_rate=settings.learning_rate,
@@ -191,45 +191,45 @@ def verify(given: DefenseInput, settings: NbabSettings, number: int = 0) -> Veri
         augmentation="none",
     )
     stage = f"nbab {fingerprint(number=number, **vars(settings))}"
-    larger = dataclasses.replace(given, pool=jnp.asarray(np.concatenate([pool, *stamped])))
+    larger = dataclasses.replace(inputs, pool=jnp.asarray(np.concatenate([pool, *stamped])))
     nets = larger.train(stage, model, config, rows, objective=suppressed_cross_entropy(model))
-    logits = stamped_logits(given, nets, stamps)
+    logits = stamped_logits(inputs, nets, stamps)
     predictions = np.argmax(logits, -1)
-    plain = np.argmax(given.logits(model, nets.variables, given.all_rows()), -1)
+    plain = np.argmax(inputs.logits(model, nets.variables, inputs.all_rows()), -1)
     return Verified(
         margins=logits[..., -1] - logits[..., :-1].max(-1),
         activations=logits[..., :-1].max(-1),
-        implant_success=np.mean(np.take_along_axis(predictions, implants, 1) == given.num_classes, axis=1),
-        clean_accuracy=np.mean(plain == given.labels, axis=1),
+        implant_success=np.mean(np.take_along_axis(predictions, implants, 1) == inputs.num_classes, axis=1),
+        clean_accuracy=np.mean(plain == inputs.labels, axis=1),
         nets=nets,
         predictions=predictions,
     )
 
 
-def _stamp_of(given: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
-    own = given.attacker_triggers[member] if settings.trigger == "attacker" else None
+def _stamp_of(inputs: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
+    own = inputs.attacker_triggers[member] if settings.trigger == "attacker" else None
     # Where there is no attacker there is no trigger to share.
     return own or make_patch(settings.patch_size, settings.pattern)
 
 
-def stamped_logits(given: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
+def stamped_logits(inputs: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
     """What networks say of every row with the defender's trigger on it: float32 [M, n, K + 1].
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         nets: one network for each.
         stamps: likewise.
     """
-    pool, answers = np.asarray(given.pool), []
-    for start in range(0, given.index.shape[1], CHUNK):
+    pool, answers = np.asarray(inputs.pool), []
+    for start in range(0, inputs.index.shape[1], CHUNK):
         images = np.stack(
             [
                 stamp(pool[index[start : start + CHUNK]], labels[start : start + CHUNK])
-                for stamp, index, labels in zip(stamps, given.index, given.labels, strict=True)
+                for stamp, index, labels in zip(stamps, inputs.index, inputs.labels, strict=True)
             ]
         )
-        batch_size = given.recipe.evaluation_batch_size
-        answers.append(given.runner.predict_own(nets.model, nets.variables, images, batch_size))
+        batch_size = inputs.recipe.evaluation_batch_size
+        answers.append(inputs.runner.predict_own(nets.model, nets.variables, images, batch_size))
     return np.concatenate(answers, axis=1)
 
 

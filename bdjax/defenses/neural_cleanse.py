@@ -255,32 +255,32 @@ def flag_classes(norms: np.ndarray, threshold: float) -> np.ndarray:
     return (anomaly_index(norms) > threshold) & (norms < np.median(norms, axis=-1, keepdims=True))
 
 
-def find_triggers(given: DefenseInput, settings: NeuralCleanseSettings) -> Triggers:
+def find_triggers(inputs: DefenseInput, settings: NeuralCleanseSettings) -> Triggers:
     """Search the triggers of all classes of all suspects.
 
     Returns:
         NumPy leaves [M, K, ...].
     """
-    model, rows = given.attacked.model, given.clean_rows()
+    model, rows = inputs.attacked.model, inputs.clean_rows()
     num, num_rows = rows.index.shape
     batch_size = min(settings.batch_size, num_rows)
     config = TrainConfig(
         epochs=settings.epochs,
         batch_size=batch_size,
-        evaluation_batch_size=given.recipe.evaluation_batch_size,
+        evaluation_batch_size=inputs.recipe.evaluation_batch_size,
         learning_rate=settings.learning_rate,
         schedule="constant",
         keep_last_batch=False,  # a batch of a few rows would count as a whole one
     )
-    shape = given.runner.image_shape
+    shape = inputs.runner.image_shape
     each = {
         "params": init_params(model.num_classes, shape),
         "search": init_search(model.num_classes, shape, settings.weight),
     }
     variables = jax.tree.map(lambda leaf: jnp.tile(leaf[None], (num,) + (1,) * leaf.ndim), each)
-    variables["network"] = given.attacked.variables
+    variables["network"] = inputs.attacked.variables
     objective = trigger_objective(model, settings, num_rows // batch_size)
-    nets = given.train(_search_stage(settings), model, config, rows, variables=variables, objective=objective)
+    nets = inputs.train(_search_stage(settings), model, config, rows, variables=variables, objective=objective)
     return jax.tree.map(np.asarray, nets.variables["search"].best)
 
 
@@ -322,11 +322,11 @@ def unlearning_objective(model: Model, share: float) -> Objective:
     return objective
 
 
-def repair(given: DefenseInput, triggers: Triggers, flagged: np.ndarray, settings: NeuralCleanseSettings) -> PyTree:
+def repair(inputs: DefenseInput, triggers: Triggers, flagged: np.ndarray, settings: NeuralCleanseSettings) -> PyTree:
     """Unlearn the triggers of flagged classes.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         triggers: leaves [M, K, ...].
         flagged: bool [M, K].
         settings: how.
@@ -334,11 +334,11 @@ def repair(given: DefenseInput, triggers: Triggers, flagged: np.ndarray, setting
     Returns:
         Variables [M, ...]; those of a suspect without a flagged class are the attacked ones.
     """
-    attacked = given.attacked.variables
+    attacked = inputs.attacked.variables
     if not flagged.any():
         return attacked
-    rows = given.clean_rows()
-    config = given.config(
+    rows = inputs.clean_rows()
+    config = inputs.config(
         epochs=settings.repair_epochs,
         batch_size=min(settings.repair_batch_size, rows.index.shape[1]),
         optimiser="sgd",
@@ -357,9 +357,9 @@ def repair(given: DefenseInput, triggers: Triggers, flagged: np.ndarray, setting
     )
     stage = f"{_search_stage(settings)}, unlearning {'/'.join(f'{number:g}' for number in numbers)}"
     found = jax.tree.map(jnp.asarray, triggers), jnp.asarray(flagged, jnp.float32)
-    objective = unlearning_objective(given.attacked.model, settings.repair_share)
-    nets = given.train(
-        stage, given.attacked.model, config, rows, variables={**attacked, "found": found}, objective=objective
+    objective = unlearning_objective(inputs.attacked.model, settings.repair_share)
+    nets = inputs.train(
+        stage, inputs.attacked.model, config, rows, variables={**attacked, "found": found}, objective=objective
     )
     is_repaired = jnp.asarray(flagged.any(axis=1))
 
@@ -369,20 +369,20 @@ def repair(given: DefenseInput, triggers: Triggers, flagged: np.ndarray, setting
     return jax.tree.map(choose, {name: nets.variables[name] for name in attacked}, attacked)
 
 
-def run(given: DefenseInput, settings: NeuralCleanseSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: NeuralCleanseSettings) -> DefenseResult:
     """Find the triggers, flag the classes, unlearn.
 
     Raises:
         InputError: a setting that cannot be.
     """
     check(settings)
-    triggers = find_triggers(given, settings)
+    triggers = find_triggers(inputs, settings)
     norms = triggers.masks.sum(axis=(2, 3, 4))
     index, flagged = anomaly_index(norms), flag_classes(norms, settings.threshold)
     smallest = norms.argmin(axis=1)
     return DefenseResult(
-        given.attacked.model,
-        repair(given, triggers, flagged, settings),
+        inputs.attacked.model,
+        repair(inputs, triggers, flagged, settings),
         facts={
             "classes flagged": flagged.sum(axis=1).astype(float),
             "class of smallest mask": smallest.astype(float),

@@ -31,7 +31,7 @@ import numpy as np
 from bdjax import losses
 from bdjax.defenses import fkd
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint
-from bdjax.defenses.distillation import Teachers, check_student
+from bdjax.defenses.distillation import TeacherNetworks, check_student
 from bdjax.defenses.mask_threshold import choose_by_oracle, choose_by_validation, repeat, split_rows
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
@@ -224,11 +224,11 @@ def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]
     return names[len(names) - (layers or len(names)) :]
 
 
-def train_masks(given: DefenseInput, settings: RobustKdSettings, rows: Rows) -> Teachers:
+def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) -> TeacherNetworks:
     """Learn masks for each suspect and each of T thresholds, all as members of one call.
 
     Args:
-        given: M suspects.
+        inputs: M suspects.
         settings: of the masks.
         rows: clean rows, leaves [M, n].
 
@@ -238,17 +238,17 @@ def train_masks(given: DefenseInput, settings: RobustKdSettings, rows: Rows) -> 
     Raises:
         InputError: the network has no groups, or fewer than are to be masked.
     """
-    teacher, attacked = given.attacked.model, given.attacked.variables
-    names = masked_groups(teacher, settings.layers, given.runner.image_shape)
-    batch_size = given.recipe.evaluation_batch_size
-    means = given.runner.mean(group_outputs(teacher), attacked, rows, given.pool, batch_size)
+    teacher, attacked = inputs.attacked.model, inputs.attacked.variables
+    names = masked_groups(teacher, settings.layers, inputs.runner.image_shape)
+    batch_size = inputs.recipe.evaluation_batch_size
+    means = inputs.runner.mean(group_outputs(teacher), attacked, rows, inputs.pool, batch_size)
     masks = {name: {"pattern": jnp.asarray(means[name])} for name in names}
     if settings.form == "elementwise":
         masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
     count = len(settings.thresholds)
-    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(given.keys))
+    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(inputs.keys))
     variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": own}
-    config = given.config(
+    config = inputs.config(
         epochs=settings.mask_epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.mask_learning_rate,
@@ -258,36 +258,36 @@ def train_masks(given: DefenseInput, settings: RobustKdSettings, rows: Rows) -> 
     )
     of_masks = ("form", "loss", "variance_axes", "variance_weight", "layers", "mask_epochs", "mask_learning_rate")
     told = {name: getattr(settings, name) for name in (*of_masks, "batch_size", "validation_share", "thresholds")}
-    nets = given.runner.from_variables(
+    nets = inputs.runner.from_variables(
         f"RobustKD masks {fingerprint(**told)}",
         teacher,
         config,
         variables,
-        repeat(given.keys_for("RobustKD: shuffles of masks"), count),
+        repeat(inputs.keys_for("RobustKD: shuffles of masks"), count),
         1,
-        given.pool,
+        inputs.pool,
         repeat(rows, count),
         mask_objective(teacher, settings.form, settings.loss, settings.variance_axes, settings.variance_weight),
     )
     trained = {"network": nets.variables["network"], "threshold": own, "masks": nets.variables["params"]}
-    return Teachers(masked(teacher, settings.form), trained)
+    return TeacherNetworks(masked(teacher, settings.form), trained)
 
 
-def detoxify(given: DefenseInput, settings: RobustKdSettings) -> tuple[Teachers, dict[str, np.ndarray]]:
+def detoxify(inputs: DefenseInput, settings: RobustKdSettings) -> tuple[TeacherNetworks, dict[str, np.ndarray]]:
     """The first half of the method: masked networks, with the threshold chosen.
 
     Returns:
         M masked networks; and what a report tells of them, float [M] each.
     """
-    num, batch_size = len(settings.thresholds), given.recipe.evaluation_batch_size
-    kept, held_out = split_rows(given, settings.validation_share)
-    teachers = train_masks(given, settings, kept)
-    how = {"pool": given.pool, "batch_size": batch_size}
-    plain = given.runner.mean(judge_row(given.attacked.model), given.attacked.variables, held_out, **how)
-    after = given.runner.mean(judge_row(teachers.model), teachers.variables, repeat(held_out, num), **how)
+    num, batch_size = len(settings.thresholds), inputs.recipe.evaluation_batch_size
+    kept, held_out = split_rows(inputs, settings.validation_share)
+    teachers = train_masks(inputs, settings, kept)
+    how = {"pool": inputs.pool, "batch_size": batch_size}
+    plain = inputs.runner.mean(judge_row(inputs.attacked.model), inputs.attacked.variables, held_out, **how)
+    after = inputs.runner.mean(judge_row(teachers.model), teachers.variables, repeat(held_out, num), **how)
     accuracy, variances = (after[name].reshape(-1, num) for name in ("accuracy", "variance"))
     if settings.select == "oracle":
-        chosen = choose_by_oracle(given, settings, teachers, num, kept, held_out)
+        chosen = choose_by_oracle(inputs, settings, teachers, num, kept, held_out)
     else:
         chosen = choose_by_validation(accuracy, variances, plain["accuracy"], settings.allowed_drop)
     where = np.arange(len(chosen)) * num + chosen
@@ -299,13 +299,13 @@ def detoxify(given: DefenseInput, settings: RobustKdSettings) -> tuple[Teachers,
         "feature variance": plain["variance"],
         "masked feature variance": variances[of_chosen],
     }
-    return Teachers(teachers.model, ensemble.members(teachers.variables, where)), facts
+    return TeacherNetworks(teachers.model, ensemble.members(teachers.variables, where)), facts
 
 
-def run(given: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
     """Learn masks, choose their threshold, distil."""
-    teachers, facts = detoxify(given, settings)
-    return fkd.run_from(given, "RobustKD", settings, teachers)._replace(facts=facts)
+    teachers, facts = detoxify(inputs, settings)
+    return fkd.run_from(inputs, "RobustKD", settings, teachers)._replace(facts=facts)
 
 
 def network_after(

@@ -285,11 +285,11 @@ def find_poisons(
     return Found(flags, scores, index)
 
 
-def detect(given: DefenseInput, settings: SCAnSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: SCAnSettings) -> Detection:
     """Compare the classes, and flag one side of those that stick out.
 
     Args:
-        given: the suspects; used are their training sets, attacked networks and clean rows.
+        inputs: the suspects; used are their training sets, attacked networks and clean rows.
         settings: how.
 
     Returns:
@@ -299,24 +299,24 @@ def detect(given: DefenseInput, settings: SCAnSettings) -> Detection:
         InputError: a setting that cannot be, or too few clean rows.
     """
     check(settings)
-    network, clean = given.attacked, given.clean_rows()
+    network, clean = inputs.attacked, inputs.clean_rows()
     embeddings, clean_embeddings = (
-        given.embeddings(network.model, network.variables, rows) for rows in (given.all_rows(), clean)
+        inputs.embeddings(network.model, network.variables, rows) for rows in (inputs.all_rows(), clean)
     )
     found = [
         find_poisons(*own, settings)
-        for own in zip(embeddings, given.labels, clean_embeddings, given.clean_labels, strict=True)
+        for own in zip(embeddings, inputs.labels, clean_embeddings, inputs.clean_labels, strict=True)
     ]
     facts = {
         "flagged classes": np.array(
-            [len(np.unique(labels[one.flags])) for labels, one in zip(given.labels, found, strict=True)]
+            [len(np.unique(labels[one.flags])) for labels, one in zip(inputs.labels, found, strict=True)]
         ),
         "largest anomaly index": np.array([one.index.max() for one in found]),
     }
     return Detection(np.stack([one.flags for one in found]), np.stack([one.scores for one in found]), facts)
 
 
-def run(given: DefenseInput, settings: SCAnSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: SCAnSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:
@@ -324,8 +324,8 @@ def run(given: DefenseInput, settings: SCAnSettings) -> DefenseResult:
     """
     told = f"{settings.dimensions} dimensions, {settings.starts} starts, floor {settings.floor:g}"
     sides = "two-sided" if settings.two_sided else "above"
-    found = detect(given, settings)
-    return retrained(given, f"scan: {told}, {settings.threshold:g} {sides}", found)
+    found = detect(inputs, settings)
+    return retrained(inputs, f"scan: {told}, {settings.threshold:g} {sides}", found)
 
 
 SCAN = Defense(

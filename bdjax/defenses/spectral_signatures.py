@@ -116,11 +116,11 @@ def find_poisons(
     return flags, scores, largest
 
 
-def detect(given: DefenseInput, settings: SpectralSignaturesSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> Detection:
     """Flag the far end of every class.
 
     Args:
-        given: the suspects; used are their training sets and attacked networks.
+        inputs: the suspects; used are their training sets and attacked networks.
         settings: the rule.
 
     Returns:
@@ -133,22 +133,22 @@ def detect(given: DefenseInput, settings: SpectralSignaturesSettings) -> Detecti
         Tran et al. 2018, algorithm 1.
     """
     check(settings)
-    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
-    found = [find_poisons(*own, settings) for own in zip(embeddings, given.labels, strict=True)]
+    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
+    found = [find_poisons(*own, settings) for own in zip(embeddings, inputs.labels, strict=True)]
     flags, scores, largest = (np.stack(each) for each in zip(*found, strict=True))
     facts = {"rows left out": flags.sum(axis=1), "largest share of variance in one direction": largest}
     return Detection(flags, scores, facts)
 
 
-def run(given: DefenseInput, settings: SpectralSignaturesSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> DefenseResult:
     """`detect`, and train on what is left.
 
     Raises:
         InputError: a setting that cannot be.
     """
-    found = detect(given, settings)
+    found = detect(inputs, settings)
     told = f"{settings.rule} {getattr(settings, settings.rule):g}"
-    return retrained(given, f"spectral signatures: {told}", found)
+    return retrained(inputs, f"spectral signatures: {told}", found)
 
 
 SPECTRAL_SIGNATURES = Defense(

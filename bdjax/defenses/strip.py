@@ -179,11 +179,11 @@ def choose_overlays(keys: Key, num_rows: int, count: int) -> tuple[np.ndarray, n
     return chosen, own
 
 
-def run(given: DefenseInput, settings: StripSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: StripSettings) -> DefenseResult:
     """Put the attacked networks behind STRIP.
 
     Args:
-        given: the suspects; used are their attacked networks and clean rows.
+        inputs: the suspects; used are their attacked networks and clean rows.
         settings: how.
 
     Returns:
@@ -196,18 +196,18 @@ def run(given: DefenseInput, settings: StripSettings) -> DefenseResult:
         Gao et al. 2019, section 5.
     """
     check(settings)
-    rows, network = given.clean_rows(), given.attacked
+    rows, network = inputs.clean_rows(), inputs.attacked
     num_clean = rows.index.shape[1]
     if num_clean < 2:
         raise InputError(f"defense {NAME}: {num_clean} clean rows are too few: there must be another to lay over one")
     count = min(settings.num_overlays, num_clean)
-    chosen, own = choose_overlays(given.keys_for("strip: overlays"), num_clean, count)
-    overlays = as_float(given.pool[np.take_along_axis(given.clean_index, chosen, axis=1)])
-    rows = labelled(given.clean_index, given.clean_labels)._replace(
+    chosen, own = choose_overlays(inputs.keys_for("strip: overlays"), num_clean, count)
+    overlays = as_float(inputs.pool[np.take_along_axis(inputs.clean_index, chosen, axis=1)])
+    rows = labelled(inputs.clean_index, inputs.clean_labels)._replace(
         targets={"labels": rows.targets["labels"], "own": jnp.asarray(own)}
     )
     variables = {"network": network.variables, "overlays": overlays}
-    entropies = given.per_row(row_entropies(network.model, settings.mode, settings.weight), variables, rows)
+    entropies = inputs.per_row(row_entropies(network.model, settings.mode, settings.weight), variables, rows)
     # The lower of two neighbours, so that no larger share of the clean rows than asked for is below it.
     thresholds = np.quantile(entropies, settings.false_rejection_rate, axis=1, method="lower").astype(np.float32)
     model = rejecting(network.model, count, settings.mode, settings.weight)

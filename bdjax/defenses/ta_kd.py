@@ -94,7 +94,7 @@ def distillation_loss(config: TaKdConfig) -> Callable[[Array, dict[str, Array]],
     return loss
 
 
-class Pupils(NamedTuple):
+class Learners(NamedTuple):
     """Members of one architecture to be trained on the clean sets, and what each is told."""
 
     variables: PyTree | None  # stacked [M, ...]; None for fresh networks
@@ -103,29 +103,29 @@ class Pupils(NamedTuple):
     alpha: np.ndarray  # float32 [M]
 
 
-def make_pupils(variables: PyTree | None, clean_set: np.ndarray, told: np.ndarray, alpha: float) -> Pupils:
-    """Pupils who are told the same as all others of their seed.
+def make_learners(variables: PyTree | None, clean_set: np.ndarray, told: np.ndarray, alpha: float) -> Learners:
+    """Learners who are told the same as all others of their seed.
 
     Args:
         variables: stacked [M, ...], or None for fresh networks.
-        clean_set: int [M], each pupil's seed.
+        clean_set: int [M], each learner's seed.
         told: float32 [seeds, rows of a clean set, K], the logits to imitate.
         alpha: the weight of those against the labels; 0 for a baseline that is told nothing.
     """
-    return Pupils(variables, clean_set, told[clean_set], np.full(len(clean_set), alpha, np.float32))
+    return Learners(variables, clean_set, told[clean_set], np.full(len(clean_set), alpha, np.float32))
 
 
-def initialise(pupils: Pupils, model: Model, image_shape: tuple[int, int, int], key: Key) -> Pupils:
-    """Give fresh pupils their weights; others keep theirs."""
-    if pupils.variables is not None:
-        return pupils
-    keys = jax.random.split(key, len(pupils.alpha))
-    return pupils._replace(variables=ensemble.init_members(lambda one: model.init(one, image_shape), keys))
+def initialise(learners: Learners, model: Model, image_shape: tuple[int, int, int], key: Key) -> Learners:
+    """Give fresh learners their weights; others keep theirs."""
+    if learners.variables is not None:
+        return learners
+    keys = jax.random.split(key, len(learners.alpha))
+    return learners._replace(variables=ensemble.init_members(lambda one: model.init(one, image_shape), keys))
 
 
-def join_pupils(parts: list[Pupils]) -> Pupils:
-    """Put initialised pupils of one architecture into one stack, so that they share every call."""
-    return Pupils(
+def join_learners(parts: list[Learners]) -> Learners:
+    """Put initialised learners of one architecture into one stack, so that they share every call."""
+    return Learners(
         ensemble.join([part.variables for part in parts]),
         np.concatenate([part.clean_set for part in parts]),
         np.concatenate([part.teacher_logits for part in parts]),
@@ -135,17 +135,17 @@ def join_pupils(parts: list[Pupils]) -> Pupils:
 
 def train_parts(
     runner: StageRunner,
-    parts: Mapping[str, tuple[Model, Pupils]],
+    parts: Mapping[str, tuple[Model, Learners]],
     config: TaKdConfig,
     train_config: TrainConfig,
     clean_sets: list[CleanSet],
     key: Key,
 ) -> dict[str, Nets]:
-    """Train pupils of several roles, those of one architecture in one call.
+    """Train learners of several roles, those of one architecture in one call.
 
     Args:
         runner: where checkpoints go.
-        parts: role -> (architecture, pupils).
+        parts: role -> (architecture, learners).
         config: of the distillation.
         train_config: of the training.
         clean_sets: of each seed.
@@ -161,14 +161,14 @@ def train_parts(
     for number, names in enumerate(groups.values()):
         model = parts[names[0]][0]
         init_key, shuffle_key = jax.random.split(jax.random.fold_in(key, number))
-        pupils = join_pupils(
+        learners = join_learners(
             [
                 initialise(parts[name][1], model, runner.image_shape, jax.random.fold_in(init_key, i))
                 for i, name in enumerate(names)
             ]
         )
-        fit = partial(train_on_clean_sets, model, config, train_config, pupils, clean_sets, shuffle_key)
-        result = runner.train(" + ".join(names), model, train_config, len(pupils.alpha), fit)
+        fit = partial(train_on_clean_sets, model, config, train_config, learners, clean_sets, shuffle_key)
+        result = runner.train(" + ".join(names), model, train_config, len(learners.alpha), fit)
         start = 0
         for name in names:
             count = len(parts[name][1].alpha)
@@ -187,43 +187,43 @@ def train_on_clean_sets(
     model: Model,
     config: TaKdConfig,
     train_config: TrainConfig,
-    pupils: Pupils,
+    learners: Learners,
     clean_sets: list[CleanSet],
     key: Key,
     **how: Any,
 ) -> TrainState:
-    """Train all pupils of one architecture in one call.
+    """Train all learners of one architecture in one call.
 
     Args:
         model: their architecture.
         config: of the distillation.
         train_config: of the training.
-        pupils: with variables.
+        learners: with variables.
         clean_sets: of each seed, all of one size.
         key: of the shuffles.
         how: keyword arguments of `ensemble.fit`, `layout` at least.
 
     Returns:
-        The stacked final state, in the pupils' order.
+        The stacked final state, in the learners' order.
     """
     size, num_train = len(clean_sets[0].labels), clean_sets[0].num_train
     pool = jnp.asarray(np.concatenate([each.images for each in clean_sets]))
-    labels = np.stack([each.labels for each in clean_sets])[pupils.clean_set]  # [M, size]
-    index = pupils.clean_set[:, None] * size + np.arange(size)
-    alpha = np.broadcast_to(pupils.alpha[:, None], labels.shape).astype(np.float32)
+    labels = np.stack([each.labels for each in clean_sets])[learners.clean_set]  # [M, size]
+    index = learners.clean_set[:, None] * size + np.arange(size)
+    alpha = np.broadcast_to(learners.alpha[:, None], labels.shape).astype(np.float32)
 
     def rows(part: slice) -> Rows:
         return Rows(
             jnp.asarray(index[:, part], jnp.int32),
             {
                 "labels": jnp.asarray(labels[:, part]),
-                "teacher_logits": jnp.asarray(pupils.teacher_logits[:, part]),
+                "teacher_logits": jnp.asarray(learners.teacher_logits[:, part]),
                 "alpha": jnp.asarray(alpha[:, part]),
             },
         )
 
-    keys = jax.random.split(key, len(pupils.alpha))
-    states = jax.jit(jax.vmap(partial(resume_from, config=train_config)))(pupils.variables, keys)
+    keys = jax.random.split(key, len(learners.alpha))
+    states = jax.jit(jax.vmap(partial(resume_from, config=train_config)))(learners.variables, keys)
     return ensemble.fit(
         model,
         distillation_loss(config),

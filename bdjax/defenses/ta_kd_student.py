@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bdjax.defenses.contract import Defense, DefenseInput
-from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Teachers, distil, student_network
+from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, TeacherNetworks, distil, student_network
 from bdjax.defenses.logit_distillation import LogitDistillationSettings, check, softened_answers
 from bdjax.types import DefenseResult
 
@@ -20,11 +20,11 @@ class TaKdStudentSettings(LogitDistillationSettings):
     """weight of the teacher's answers against the labels"""
 
 
-def run(given: DefenseInput, settings: TaKdStudentSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: TaKdStudentSettings) -> DefenseResult:
     """Distil a model of the teacher's architecture, and the student from that."""
     method = softened_answers(settings.temperature, settings.alpha)
-    aggregated = distil(given, "TA model", settings, method, student=given.attacked.model, role="TA models")
-    return distil(given, "TA-KD student", settings, method, Teachers(aggregated.model, aggregated.variables))
+    aggregated = distil(inputs, "TA model", settings, method, student=inputs.attacked.model, role="TA models")
+    return distil(inputs, "TA-KD student", settings, method, TeacherNetworks(aggregated.model, aggregated.variables))
 
 
 TA_KD_STUDENT = Defense(

@@ -11,10 +11,10 @@ class UndefendedSettings:
     """Nothing to choose: the run's own recipe."""
 
 
-def run(given: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
     """Hand the attacked networks on."""
     del settings
-    return DefenseResult(given.attacked.model, given.attacked.variables)
+    return DefenseResult(inputs.attacked.model, inputs.attacked.variables)
 
 
 UNDEFENDED = Defense(

@@ -83,11 +83,11 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
     return np.sort(order[count:]), order[:count]
 
 
-def train_networks(given: DefenseInput, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
+def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
     """Stage 1: each simple network on its suspect's rows, int [M, n'] into the training set."""
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (given.index, given.labels))
+    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
     epochs = epochs_for(settings.epochs, settings.least_steps, rows.shape[1], settings.batch_size)
-    config = given.config(
+    config = inputs.config(
         epochs=epochs,
         batch_size=settings.batch_size,
         optimiser=settings.optimiser,
@@ -104,42 +104,42 @@ def train_networks(given: DefenseInput, settings: VBDSettings, rows: np.ndarray)
         f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
     )
     return [
-        given.train(f"vbd: {layers}, {told}", given.make_model(network_name(layers)), config, labelled(index, labels))
+        inputs.train(f"vbd: {layers}, {told}", inputs.make_model(network_name(layers)), config, labelled(index, labels))
         for layers in settings.networks.split("+")
     ]
 
 
 def find_candidates(
-    given: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray
+    inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray
 ) -> list[list[Candidate]]:
     """Stages 2 and 3 with one network: a candidate for each suspect and class.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: how.
         nets: the network, of each suspect.
         held_back: int [M, d], rows of the training sets.
     """
-    index, labels = (np.take_along_axis(each, held_back, axis=1) for each in (given.index, given.labels))
-    logits = given.logits(nets.model, nets.variables, labelled(index, labels))
+    index, labels = (np.take_along_axis(each, held_back, axis=1) for each in (inputs.index, inputs.labels))
+    logits = inputs.logits(nets.model, nets.variables, labelled(index, labels))
     found: list[list[Candidate]] = [[] for _ in index]
     # Gradients are as large as images, and there may be hundreds of classes.
-    for start in range(0, given.num_classes, CLASSES_AT_ONCE):
-        classes = np.arange(start, start + CLASSES_AT_ONCE) % given.num_classes  # of one shape for every turn
+    for start in range(0, inputs.num_classes, CLASSES_AT_ONCE):
+        classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes  # of one shape for every turn
         rows = [
             [vbd_patterns.select_rows(*own, label, settings.rows_per_class) for label in classes]
             for own in zip(logits, labels, strict=True)
         ]
-        gradients = _gradients(given, nets, index, rows, classes, settings.rows_per_class)
+        gradients = _gradients(inputs, nets, index, rows, classes, settings.rows_per_class)
         for member, of_member in enumerate(rows):
-            for place in range(min(CLASSES_AT_ONCE, given.num_classes - start)):
+            for place in range(min(CLASSES_AT_ONCE, inputs.num_classes - start)):
                 surest, least_sure = of_member[place]
                 if min(len(surest), len(least_sure)) < settings.least_rows:
-                    found[member].append(vbd_patterns.no_candidate(given.runner.image_shape))
+                    found[member].append(vbd_patterns.no_candidate(inputs.runner.image_shape))
                     continue
                 found[member].append(
                     vbd_patterns.find_candidate(
-                        pixels(given, index[member, surest]),
+                        pixels(inputs, index[member, surest]),
                         gradients[member, place, 0, : len(surest)],
                         gradients[member, place, 1, : len(least_sure)],
                         p_value=settings.p_value,
@@ -150,7 +150,7 @@ def find_candidates(
 
 
 def _gradients(
-    given: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int
+    inputs: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int
 ) -> np.ndarray:
     """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]: of those that there are."""
     which = np.zeros((len(index), len(classes), 2, count), np.int64)
@@ -161,17 +161,17 @@ def _gradients(
     wanted = np.broadcast_to(classes[:, None, None], which.shape).reshape(len(index), -1)
     chosen = np.take_along_axis(index, which.reshape(len(index), -1), axis=1)
     function = vbd_patterns.row_margin_gradients(nets.model)
-    gradients = given.per_row(function, nets.variables, of_class(chosen, wanted))
+    gradients = inputs.per_row(function, nets.variables, of_class(chosen, wanted))
     return gradients.reshape(*which.shape, *gradients.shape[2:])
 
 
 def check_candidates(
-    given: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
+    inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
 ) -> np.ndarray:
     """Stage 4 with one network: how often each candidate turns a row of another class, at full opacity.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: how.
         nets: the network that found them.
         held_back: int [M, d], in the order of `split_rows`.
@@ -181,10 +181,10 @@ def check_candidates(
         float64 [M, K]; 0 where there is no candidate.
     """
     count = min(max(round(settings.check_share * held_back.shape[1]), LEAST_CHECKED), held_back.shape[1])
-    index, labels = (np.take_along_axis(each, held_back[:, :count], axis=1) for each in (given.index, given.labels))
-    success = np.zeros((len(index), given.num_classes))
-    for start in range(0, given.num_classes, CLASSES_AT_ONCE):
-        classes = np.arange(start, start + CLASSES_AT_ONCE) % given.num_classes
+    index, labels = (np.take_along_axis(each, held_back[:, :count], axis=1) for each in (inputs.index, inputs.labels))
+    success = np.zeros((len(index), inputs.num_classes))
+    for start in range(0, inputs.num_classes, CLASSES_AT_ONCE):
+        classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes
         of_classes = [[of_member[label] for label in classes] for of_member in found]
         if not any(one.mask.any() for of_member in of_classes for one in of_member):
             continue
@@ -195,10 +195,10 @@ def check_candidates(
         }
         wanted = np.tile(np.repeat(np.arange(CLASSES_AT_ONCE), count), (len(index), 1))
         rows = of_class(np.tile(index, (1, CLASSES_AT_ONCE)), wanted)
-        answers = given.per_row(vbd_patterns.row_patched_answers(nets.model), variables, rows)
+        answers = inputs.per_row(vbd_patterns.row_patched_answers(nets.model), variables, rows)
         answers = answers.reshape(len(index), CLASSES_AT_ONCE, count)
         for member, of_member in enumerate(of_classes):
-            for place in range(min(CLASSES_AT_ONCE, given.num_classes - start)):
+            for place in range(min(CLASSES_AT_ONCE, inputs.num_classes - start)):
                 others = labels[member] != classes[place]
                 if of_member[place].mask.any() and others.any():
                     success[member, classes[place]] = np.mean(answers[member, place, others] == classes[place])
@@ -222,11 +222,11 @@ def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSe
     return np.where(works.sum(axis=1) >= settings.votes, best, -1)
 
 
-def analyse(given: DefenseInput, settings: VBDSettings) -> Analysis:
+def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     """Stages 1 to 6.
 
     Args:
-        given: the suspects; used are their training sets alone.
+        inputs: the suspects; used are their training sets alone.
         settings: how.
 
     Returns:
@@ -239,31 +239,31 @@ def analyse(given: DefenseInput, settings: VBDSettings) -> Analysis:
         Aseervatham et al. 2025, algorithm 1 and section 3.3.8.
     """
     check(settings)
-    keys = given.keys_for("vbd: split")
-    parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(given.labels)]
+    keys = inputs.keys_for("vbd: split")
+    parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(inputs.labels)]
     training, held_back = (np.stack(each) for each in zip(*parts, strict=True))
-    nets = train_networks(given, settings, training)
-    found = [find_candidates(given, settings, one, held_back) for one in nets]
+    nets = train_networks(inputs, settings, training)
+    found = [find_candidates(inputs, settings, one, held_back) for one in nets]
     success = np.stack(
-        [check_candidates(given, settings, one, held_back, own) for one, own in zip(nets, found, strict=True)], axis=1
+        [check_candidates(inputs, settings, one, held_back, own) for one, own in zip(nets, found, strict=True)], axis=1
     )
     accuracies = np.stack([one.history["accuracy"][:, -1] for one in nets], axis=1).astype(np.float64)
     network = choose_networks(accuracies, success, settings)
 
-    num, num_rows = given.labels.shape
-    height, width, channels = given.runner.image_shape
-    masks = np.zeros((num, given.num_classes, height, width), bool)
-    patterns = np.zeros((num, given.num_classes, height, width, channels), np.float32)
-    detector_accuracies = np.zeros((num, given.num_classes))
+    num, num_rows = inputs.labels.shape
+    height, width, channels = inputs.runner.image_shape
+    masks = np.zeros((num, inputs.num_classes, height, width), bool)
+    patterns = np.zeros((num, inputs.num_classes, height, width, channels), np.float32)
+    detector_accuracies = np.zeros((num, inputs.num_classes))
     scores = np.zeros((num, num_rows), np.float32)
-    flags, new_labels = np.zeros((num, num_rows), bool), given.labels.copy()
+    flags, new_labels = np.zeros((num, num_rows), bool), inputs.labels.copy()
     everything = np.tile(np.arange(num_rows), (num, 1))
     for number, one in enumerate(nets):
         kept = [Pattern(int(m), int(c), number) for m, c in np.argwhere(network == number)]
         for start in range(0, len(kept), PATTERNS_AT_ONCE):
             some = kept[start : start + PATTERNS_AT_ONCE]
             rows = held_back if settings.detector_rows == "held_back" else everything
-            told = train_detectors(given, settings, one, some, found[number], rows)
+            told = train_detectors(inputs, settings, one, some, found[number], rows)
             for pattern, (where, probabilities, accuracy) in zip(some, told, strict=True):
                 member, label = pattern.member, pattern.label
                 masks[member, label] = found[number][member][label].mask
@@ -273,7 +273,7 @@ def analyse(given: DefenseInput, settings: VBDSettings) -> Analysis:
                 if accuracy >= settings.least_accuracy:
                     flags[member, where] = probabilities >= 0.5
         if kept:
-            new_labels = _second_best(given, one, network == number, flags, new_labels)
+            new_labels = _second_best(inputs, one, network == number, flags, new_labels)
     return Analysis(
         flags=flags,
         scores=scores,
@@ -289,19 +289,19 @@ def analyse(given: DefenseInput, settings: VBDSettings) -> Analysis:
 
 
 def _second_best(
-    given: DefenseInput, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray
+    inputs: DefenseInput, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
     """Give flagged rows of the classes that a network has, bool [M, K], the class it finds most likely beside their own."""
     flagged = [
         np.flatnonzero(own & flags)
-        for own, flags in zip(np.take_along_axis(is_own, given.labels, 1), flags, strict=True)
+        for own, flags in zip(np.take_along_axis(is_own, inputs.labels, 1), flags, strict=True)
     ]
     longest = max(map(len, flagged))
     if not longest:
         return labels
     padded = np.stack([np.resize(rows, longest) if len(rows) else np.zeros(longest, int) for rows in flagged])
-    rows = labelled(*(np.take_along_axis(each, padded, axis=1) for each in (given.index, given.labels)))
-    logits = np.array(given.logits(nets.model, nets.variables, rows))
+    rows = labelled(*(np.take_along_axis(each, padded, axis=1) for each in (inputs.index, inputs.labels)))
+    logits = np.array(inputs.logits(nets.model, nets.variables, rows))
     np.put_along_axis(logits, np.asarray(rows.targets["labels"])[..., None], -np.inf, axis=2)
     labels = labels.copy()
     for member, own in enumerate(flagged):
@@ -349,16 +349,16 @@ def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[E
     )
 
 
-def detect(given: DefenseInput, settings: VBDSettings) -> Detection:
+def detect(inputs: DefenseInput, settings: VBDSettings) -> Detection:
     """`analyse`, as every detector answers."""
-    return to_detection(analyse(given, settings), settings)
+    return to_detection(analyse(inputs, settings), settings)
 
 
-def run(given: DefenseInput, settings: VBDSettings) -> DefenseResult:
+def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
     """Stage 7 too: networks trained without the flagged rows, or with other labels for them.
 
     Args:
-        given: the suspects; used are their training sets alone.
+        inputs: the suspects; used are their training sets alone.
         settings: how.
 
     Returns:
@@ -367,13 +367,13 @@ def run(given: DefenseInput, settings: VBDSettings) -> DefenseResult:
     Raises:
         InputError: as `analyse`.
     """
-    analysis = analyse(given, settings)
+    analysis = analyse(inputs, settings)
     found = to_detection(analysis, settings)
     stage = f"vbd: {settings.clean_model} {fingerprint(settings=settings)}"
     if settings.clean_model == "suppress":
-        return retrained(given, stage, found)
-    rows = labelled(given.index, analysis.new_labels)
-    nets = given.train(stage, given.make_model(), given.recipe, rows)
+        return retrained(inputs, stage, found)
+    rows = labelled(inputs.index, analysis.new_labels)
+    nets = inputs.train(stage, inputs.make_model(), inputs.recipe, rows)
     return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)
 
 

@@ -46,9 +46,9 @@ def epochs_for(epochs: int, least_steps: int, num_rows: int, batch_size: int) ->
     return max(epochs, -(-least_steps // steps))
 
 
-def pixels(given: DefenseInput, rows: np.ndarray) -> np.ndarray:
+def pixels(inputs: DefenseInput, rows: np.ndarray) -> np.ndarray:
     """Images of the pool, float32 [..., H, W, C] in [0, 1]."""
-    return np.asarray(given.pool[jnp.asarray(rows)], np.float32) / 255
+    return np.asarray(inputs.pool[jnp.asarray(rows)], np.float32) / 255
 
 
 def of_class(index: np.ndarray, classes: np.ndarray) -> Rows:
@@ -128,7 +128,7 @@ def row_detections(network: Model) -> Callable[..., Array]:
 
 
 def train_detectors(
-    given: DefenseInput,
+    inputs: DefenseInput,
     settings: VBDSettings,
     nets: Nets,
     patterns: list[Pattern],
@@ -138,7 +138,7 @@ def train_detectors(
     """Stages 5 and 6 for patterns of one network: a detector for each, and what it says of the rows of its class.
 
     Args:
-        given: the suspects.
+        inputs: the suspects.
         settings: how.
         nets: the network, of each suspect.
         patterns: of which suspects and classes.
@@ -149,30 +149,30 @@ def train_detectors(
         For each pattern: the rows of its class, int [n_c]; the probability of each, float32 [n_c]; and the detector's accuracy
         in the last epoch of its training.
     """
-    per_epoch = round(rows.shape[1] * (given.num_classes - 1) / given.num_classes)
+    per_epoch = round(rows.shape[1] * (inputs.num_classes - 1) / inputs.num_classes)
     batch_size = min(settings.detector_batch_size, per_epoch)
     pairs, own_counts, scales = [], [], []
     for one in patterns:
-        labels = given.labels[one.member, rows[one.member]]
+        labels = inputs.labels[one.member, rows[one.member]]
         others, own = rows[one.member, labels != one.label], rows[one.member, labels == one.label]
         number = np.arange(per_epoch)
         # As many rows of other classes as a balanced set has; those of the class itself go round.
         pairs.append(
-            np.stack([given.index[one.member, other[number % len(other)]] for other in (others, own)], axis=-1)
+            np.stack([inputs.index[one.member, other[number % len(other)]] for other in (others, own)], axis=-1)
         )
         own_counts.append(len(own))
-        sample = given.index[one.member, rows[one.member, :SCALE_ROWS]]
-        scales.append(pixels(given, sample).std(axis=(0, 1, 2)))
+        sample = inputs.index[one.member, rows[one.member, :SCALE_ROWS]]
+        scales.append(pixels(inputs, sample).std(axis=(0, 1, 2)))
     own = np.stack([np.arange(per_epoch) % count for count in own_counts])
     targets = {"labels": jnp.zeros(own.shape, jnp.int32), "own": jnp.asarray(own, jnp.int32)}
     members = np.array([one.member for one in patterns])
     candidates = [found[one.member][one.label] for one in patterns]
-    keys = given.keys_for("vbd: detectors")
+    keys = inputs.keys_for("vbd: detectors")
     keys = jnp.stack([jax.random.fold_in(keys[one.member], one.label) for one in patterns])
     init_keys, shuffle_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     detector = make_pattern_detector()
     variables = {
-        "params": ensemble.init_members(lambda key: detector.init(key, given.runner.image_shape)["params"], init_keys),
+        "params": ensemble.init_members(lambda key: detector.init(key, inputs.runner.image_shape)["params"], init_keys),
         "network": ensemble.members(nets.variables, members),
         "mask": jnp.asarray([one.mask[..., None] for one in candidates], jnp.float32),
         "pattern": jnp.asarray([one.pattern for one in candidates]),
@@ -181,7 +181,7 @@ def train_detectors(
         "pseudo_labels": jnp.zeros((len(patterns), max(own_counts)), jnp.float32),
         "steps": jnp.zeros(len(patterns), jnp.int32),
     }
-    config = given.config(
+    config = inputs.config(
         epochs=epochs_for(settings.detector_epochs, settings.least_detector_steps, per_epoch, batch_size),
         batch_size=batch_size,
         optimiser="sgd",
@@ -194,28 +194,28 @@ def train_detectors(
         keep_last_batch=False,
     )
     told = fingerprint(settings=settings, patterns=patterns, masks=[one.mask.tobytes() for one in candidates])
-    trained = given.runner.from_variables(
+    trained = inputs.runner.from_variables(
         f"vbd: detectors of {nets.model.description} {told}",
         detector,
         config,
         variables,
         shuffle_keys,
         1,
-        given.pool,
+        inputs.pool,
         Rows(jnp.asarray(np.stack(pairs), jnp.int32), targets),
         detector_objective(nets.model, settings, per_epoch // batch_size),
     )
-    class_rows = [np.flatnonzero(given.labels[one.member] == one.label) for one in patterns]
+    class_rows = [np.flatnonzero(inputs.labels[one.member] == one.label) for one in patterns]
     longest = max(len(each) for each in class_rows)
     padded = np.stack(
-        [given.index[one.member, np.resize(each, longest)] for one, each in zip(patterns, class_rows, strict=True)]
+        [inputs.index[one.member, np.resize(each, longest)] for one, each in zip(patterns, class_rows, strict=True)]
     )
-    said = given.runner.per_row(
+    said = inputs.runner.per_row(
         row_detections(nets.model),
         trained.variables,
         of_class(padded, np.zeros_like(padded)),
-        given.pool,
-        given.recipe.evaluation_batch_size,
+        inputs.pool,
+        inputs.recipe.evaluation_batch_size,
     )
     accuracies = trained.history["accuracy"][:, -1]
     return [(each, said[number, : len(each)], float(accuracies[number])) for number, each in enumerate(class_rows)]

@@ -75,20 +75,20 @@ def make_views(key: Key, suspects: Sequence[Suspect], test: Dataset) -> Triggere
 
 
 def defend(
-    given: DefenseInput, suspects: Sequence[Suspect], variant: DefenseVariant, views: TriggeredViews
+    inputs: DefenseInput, suspects: Sequence[Suspect], variant: DefenseVariant, views: TriggeredViews
 ) -> tuple[DefenseResult, list[Measured]]:
     """Run one defense on all suspects, and measure what comes out.
 
     Args:
-        given: the suspects; of what is known of them the defense gets what it needs.
+        inputs: the suspects; of what is known of them the defense gets what it needs.
         suspects: the same with the truth.
         variant: the defense.
         views: the test images.
     """
     start = time.perf_counter()
-    result = contract.run(variant.defense, given, variant.settings)
+    result = contract.run(variant.defense, inputs, variant.settings)
     seconds = (time.perf_counter() - start) / len(suspects)
-    return result, measure(given, result, suspects, variant, views, seconds)
+    return result, measure(inputs, result, suspects, variant, views, seconds)
 
 
 def score_detection(
@@ -136,7 +136,7 @@ def measure_by_class(suspect: Suspect, found: Detection) -> list[dict[str, Any]]
 
 
 def measure(
-    given: DefenseInput,
+    inputs: DefenseInput,
     result: DefenseResult,
     suspects: Sequence[Suspect],
     variant: DefenseVariant,
@@ -144,7 +144,7 @@ def measure(
     seconds: float,
 ) -> list[Measured]:
     """CDA, ASR, R-ACC and the worth of the flags, for every suspect."""
-    runner, batch_size, test = given.runner, given.recipe.evaluation_batch_size, views.test
+    runner, batch_size, test = inputs.runner, inputs.recipe.evaluation_batch_size, views.test
     clean = np.argmax(runner.predict(result.model, result.variables, test.images, batch_size), -1)
     measured: list[list[AttackMetrics]] = [[] for _ in suspects]
     for part in range(max(len(one.parts) for one in suspects)):
@@ -174,7 +174,7 @@ def measure(
 
 
 def success_on(
-    given: DefenseInput,
+    inputs: DefenseInput,
     model: Model,
     of_seed: Mapping[int, PyTree],
     suspects: Sequence[Suspect],
@@ -184,7 +184,7 @@ def success_on(
     """ASR of each suspect's triggers on another network of its seed: the control, if that network has no backdoor.
 
     Args:
-        given: the suspects as the defense got them.
+        inputs: the suspects as the defense got them.
         model: the other networks' architecture.
         of_seed: seed -> the variables of its network.
         suspects: M of them.
@@ -198,7 +198,7 @@ def success_on(
         return [None] * len(suspects)
     spare = next(iter(of_seed.values()))  # for members whose number is not asked for
     variables = ensemble.stack([of_seed.get(suspect.seed, spare) for suspect in suspects])
-    measured = measure(given, DefenseResult(model, variables), suspects, variant, views, 0.0)
+    measured = measure(inputs, DefenseResult(model, variables), suspects, variant, views, 0.0)
     return [each.asr if each.suspect.seed in of_seed else None for each in measured]
 
 

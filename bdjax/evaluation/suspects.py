@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.contract import CleanModel
-from bdjax.attacks.poisoning import Part, pooled, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import key_of, prepare
 from bdjax.datasets import splits
@@ -35,7 +35,7 @@ class Suspect(NamedTuple):
     is_poisoned: np.ndarray | None  # bool [n], the truth; None if nobody knows
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[ConfiguredAttack, ...]:
         return self.attack.plan.parts if self.attack.plan else ()
 
     @property
@@ -129,7 +129,7 @@ def make_defense_input(
             jnp.asarray(np.stack([index, partner], -1)), {**rows.targets, "suppression": jnp.asarray(suppression)}
         )
         objective = suppressed_cross_entropy(model)
-    given = DefenseInput(
+    inputs = DefenseInput(
         pool=jnp.asarray(pool),
         num_classes=train.num_classes,
         keys=keys,
@@ -140,9 +140,9 @@ def make_defense_input(
         attacker=attacker,
     )
     if not train_plainly:
-        return given
-    attacked = given.train("no defense", model, recipe, rows, objective=objective)
-    return given.with_knowledge({"attacked model": attacked})
+        return inputs
+    attacked = inputs.train("no defense", model, recipe, rows, objective=objective)
+    return inputs.with_knowledge({"attacked model": attacked})
 
 
 def _is_poisoned(suspect: Suspect) -> np.ndarray:

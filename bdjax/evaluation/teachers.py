@@ -18,7 +18,7 @@ import numpy as np
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import Attack, CleanModel
 from bdjax.attacks.label_rules import LABEL_RULES, LabelRule, make_rule
-from bdjax.attacks.poisoning import Part, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, trigger_all
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.attacks.victims import Plan, prepare, train_victims
 from bdjax.defenses.contract import DefenseInput, PoolRows
@@ -44,7 +44,7 @@ class Recipes(NamedTuple):
     controlled: TrainConfig  # those of attackers who control the training from scratch
 
 
-class Teachers(NamedTuple):
+class SuspectTeachers(NamedTuple):
     """The suspects, M of them: all seeds of the first attack, then of the second."""
 
     model: Model
@@ -105,7 +105,7 @@ def train_teachers(
     runner: StageRunner,
     train: Dataset,
     log: Log,
-) -> Teachers:
+) -> SuspectTeachers:
     """Attack: a clean network for each seed, and a backdoored one for each attack and seed.
 
     Args:
@@ -143,12 +143,12 @@ def train_teachers(
                 victim = next(attacked)
                 suspects.append(Suspect(attack, seed, train, victim.params, None))
                 variables.append(victim.variables)
-    return Teachers(model, suspects, ensemble.stack(variables), clean, recipes)
+    return SuspectTeachers(model, suspects, ensemble.stack(variables), clean, recipes)
 
 
 def take_teachers(
     key: Key, found: ThirdPartyModels, seeds: int, recipes: Recipes, runner: StageRunner, train: Dataset
-) -> Teachers:
+) -> SuspectTeachers:
     """Somebody's own teachers, once for each seed. Where triggers are known there is something to measure, and clean teachers
     of the same architecture are trained to hold them against.
 
@@ -163,11 +163,11 @@ def take_teachers(
     suspects = [one._replace(seed=seed) for one in found.suspects for seed in range(seeds)]
     variables = ensemble.members(found.variables, np.repeat(np.arange(len(found.suspects)), seeds))
     if not any(one.parts for one in suspects):
-        return Teachers(found.model, suspects, variables, None, recipes)
+        return SuspectTeachers(found.model, suspects, variables, None, recipes)
     clean = train_clean(key, seeds, found.model, recipes.from_scratch, runner, train)
     attack = read_attack(NO_ATTACK, train, found.suspects[0].attack.target, defender_gets="model")
     suspects += [_clean_suspect(attack, seed, train) for seed in range(seeds)]
-    return Teachers(found.model, suspects, ensemble.join([variables, clean.variables]), clean, recipes)
+    return SuspectTeachers(found.model, suspects, ensemble.join([variables, clean.variables]), clean, recipes)
 
 
 def _clean_suspect(attack: AttackVariant, seed: int, train: Dataset) -> Suspect:
@@ -175,7 +175,7 @@ def _clean_suspect(attack: AttackVariant, seed: int, train: Dataset) -> Suspect:
 
 
 def make_defense_input(
-    teachers: Teachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
+    teachers: SuspectTeachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
 ) -> DefenseInput:
     """What methods get: the teachers and clean rows, and no training set.
 
@@ -211,14 +211,14 @@ def make_defense_input(
 
 
 def control(
-    given: DefenseInput, teachers: Teachers, comparison: Comparison, views: TriggeredViews
+    inputs: DefenseInput, teachers: SuspectTeachers, comparison: Comparison, views: TriggeredViews
 ) -> list[float | None]:
     """ASR of each teacher's trigger on what the same method makes of the clean teacher of its seed.
 
     For the teacher itself that is the clean network; for a student, that of the clean teacher, if the run has one.
 
     Args:
-        given: the suspects as the method got them.
+        inputs: the suspects as the method got them.
         teachers: M of them.
         comparison: the method on those.
         views: the test images.
@@ -231,7 +231,7 @@ def control(
         of_seed = {seed: ensemble.members(teachers.clean.variables, seed) for seed in seeds}
     else:
         of_seed = clean_members(comparison)
-    return success_on(given, comparison.result.model, of_seed, teachers.suspects, comparison.variant, views)
+    return success_on(inputs, comparison.result.model, of_seed, teachers.suspects, comparison.variant, views)
 
 
 def read_folder(
@@ -266,7 +266,7 @@ def read_folder(
                 label_rules=(found.label_rules[number],),
             )
             rule = make_rule(found.label_rules[number], target, train.num_classes)
-            plan = Plan(name, (Part(attack, attack.settings, rule),))
+            plan = Plan(name, (ConfiguredAttack(attack, attack.settings, rule),))
             params = (MaskedBlend(*(leaf[number] for leaf in found.triggers.params)),)
         label = f"your {name}" + (f" ({found.triggers.names[number]})" if found.triggers else "")
         ones.append(Suspect(AttackVariant(name, plan, target, 0.0, label=label), 0, train, params, None))

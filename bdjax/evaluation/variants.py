@@ -134,7 +134,7 @@ def read_defense(text: str, preset: str, like: str | None, common: Mapping[str, 
         parts.append(DefenseVariant(one, defense, settings))
     if len(parts) == 1:
         return parts[0]
-    linked = chain.make_chain([chain.Part(one.defense, one.settings, one.title) for one in parts])
+    linked = chain.make_chain([chain.ChainLink(one.defense, one.settings, one.title) for one in parts])
     return DefenseVariant(text, linked, linked.settings)
 
 

@@ -27,12 +27,12 @@ class LossGap(NamedTuple):
 
 
 def loss_gaps(
-    given: DefenseInput, attacks: Sequence[str], is_poisoned: Sequence[np.ndarray | None], networks: Sequence[str]
+    inputs: DefenseInput, attacks: Sequence[str], is_poisoned: Sequence[np.ndarray | None], networks: Sequence[str]
 ) -> list[tuple[str, list[LossGap]]]:
     """Train some networks on each training set as LfD's teachers are trained, for `EPOCHS` epochs, and measure their losses.
 
     Args:
-        given: M suspect training sets.
+        inputs: M suspect training sets.
         attacks: of each set, the attack's title; sets of one title are that attack's seeds.
         is_poisoned: of each set, bool [n]; None where nobody knows. Sets without a poisoned row are left out.
         networks: their names.
@@ -46,8 +46,8 @@ def loss_gaps(
             numbers.setdefault(attack, []).append(number)
     if not numbers:
         return []
-    sizes = {name: count_parameters(given.make_model(name), given.runner.image_shape) for name in networks}
-    histories = {name: loss_history(given, name, EPOCHS) for name in networks}
+    sizes = {name: count_parameters(inputs.make_model(name), inputs.runner.image_shape) for name in networks}
+    histories = {name: loss_history(inputs, name, EPOCHS) for name in networks}
     return [
         (attack, [_measure(name, sizes[name], history[which], [is_poisoned[i] for i in which])
                   for name, history in histories.items()])

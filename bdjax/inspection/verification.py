@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.poisoning import Part, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, trigger_all
 from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.nbab import NbabSettings, make_patch, verify
 from bdjax.inspection.grad_cam import grad_cam
@@ -28,12 +28,12 @@ class VerificationHeat(NamedTuple):
 
 
 def verification_heat(
-    given: DefenseInput, settings: NbabSettings, triggers: Mapping[int, tuple[Part, PyTree]], test: Dataset
+    inputs: DefenseInput, settings: NbabSettings, triggers: Mapping[int, tuple[ConfiguredAttack, PyTree]], test: Dataset
 ) -> list[VerificationHeat]:
     """Explain what the verification networks answer; those that a run trained already are read back.
 
     Args:
-        given: M suspect training sets.
+        inputs: M suspect training sets.
         settings: how the networks are trained, as the run that trained them had it.
         triggers: numbers of the sets that are looked at -> the attacker's trigger and its parameters.
         test: clean images; the first victims of each trigger are shown.
@@ -43,13 +43,13 @@ def verification_heat(
     """
     if not triggers:
         return []
-    nets = verify(given, settings).nets
+    nets = verify(inputs, settings).nets
     stamp = make_patch(settings.patch_size, settings.pattern)
     found = []
     for number, (part, params) in triggers.items():
         victims = np.flatnonzero(part.rule.victims(test.labels))[:IMAGES]
         plain = Dataset(test.images[victims], test.labels[victims], test.num_classes, "", "")
-        attacked = trigger_all(given.keys[number], plain, part.attack.apply, params)
+        attacked = trigger_all(inputs.keys[number], plain, part.attack.apply, params)
         views = [plain.images, stamp(plain.images, plain.labels), attacked, stamp(attacked, plain.labels)]
         member = ensemble.members(nets.variables, number)
         tap = last_tap(nets.model, member, test.image_shape)

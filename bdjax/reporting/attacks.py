@@ -20,7 +20,7 @@ from bdjax.run.folder import RunFolder, to_plain
 from bdjax.types import TrainTest
 
 NUMBERS = (
-    *("cda", "asr", "r_acc", "asr_with_target", "r_acc_with_target", "spill", "clean_cda", "control_asr"),
+    *("cda", "asr", "r_acc", "asr_with_target", "r_acc_with_target", "asr_outside", "clean_cda", "control_asr"),
     *("cover_accuracy", "psnr", "ssim"),
 )
 """What every cell has."""
@@ -145,7 +145,7 @@ def detail_table(results: Mapping[str, Any]) -> Table:
         "victims": lambda _, attack, __: attack["num_victims"],
         "ASR with target": lambda cell, *_: number_text(cell, "asr_with_target"),
         "R-ACC with target": lambda cell, *_: number_text(cell, "r_acc_with_target"),
-        "spill": lambda cell, *_: number_text(cell, "spill"),
+        "ASR outside": lambda cell, *_: number_text(cell, "asr_outside"),
         "cover accuracy": lambda cell, *_: number_text(cell, "cover_accuracy"),
     }
     notes = (

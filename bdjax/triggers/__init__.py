@@ -7,9 +7,9 @@ from bdjax.triggers.blend import BLEND
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.triggers.patches import CHECKERBOARD, NOISE, SOLID
 from bdjax.triggers.pictures import PICTURES
-from bdjax.types import Trigger
+from bdjax.types import TriggerFamily
 
-TRIGGERS: dict[str, Trigger] = {
+TRIGGERS: dict[str, TriggerFamily] = {
     "solid": SOLID,
     "checkerboard": CHECKERBOARD,
     "blend": BLEND,

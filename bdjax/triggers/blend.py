@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from bdjax.errors import InputError
 from bdjax.triggers import masked_blend, pictures
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Key, Trigger
+from bdjax.types import Key, TriggerFamily
 
 DEFAULT_OPACITY_RANGE = {1: (0.05, 0.1), 3: (0.15, 0.2)}
 """By the number of channels: what the code released with TA-KD uses on MNIST, and says in a comment to use on CIFAR-10,
@@ -52,4 +52,4 @@ def init(
     )
 
 
-BLEND = Trigger(init, masked_blend.apply)
+BLEND = TriggerFamily(init, masked_blend.apply)

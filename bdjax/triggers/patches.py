@@ -26,7 +26,7 @@ import numpy as np
 from bdjax.errors import InputError
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Key, Trigger
+from bdjax.types import Key, TriggerFamily
 
 NUM_LEVELS = 64
 """A checkerboard's greys are a/63 for a in 0..63."""
@@ -268,9 +268,9 @@ def init_noise(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int]
     return paint(image_shape, patch, np.asarray(cells))
 
 
-SOLID = Trigger(init_solid, masked_blend.apply)
-CHECKERBOARD = Trigger(init_checkerboard, masked_blend.apply)
-NOISE = Trigger(init_noise, masked_blend.apply)
+SOLID = TriggerFamily(init_solid, masked_blend.apply)
+CHECKERBOARD = TriggerFamily(init_checkerboard, masked_blend.apply)
+NOISE = TriggerFamily(init_noise, masked_blend.apply)
 
 
 def perturb_patch(key: Key, patch: Patch, image_shape: ImageShape, similarity: float) -> Patch:

@@ -64,10 +64,10 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     runner = run.make_runner(folder.checkpoints)
     keys = suspect_keys(jax.random.key(config.seed), [suspect])
     recipe = train_config(config)
-    given = make_defense_input(
+    inputs = make_defense_input(
         [suspect], keys, data, clean, make_network, recipe, runner, train_plainly="attacked model" in needs
     )
-    found = contract.detect(variant.defense, given, variant.settings)
+    found = contract.detect(variant.defense, inputs, variant.settings)
     write_rows(folder, data, found.flags[0], found.scores[0])
     path = pathlib.Path(config.dataset).expanduser()
     source = path if config.copy_files and path.is_dir() else None

@@ -16,7 +16,7 @@ from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, Measured, TriggeredViews
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.teachers import Teachers
+from bdjax.evaluation.teachers import SuspectTeachers
 from bdjax.models import make_model
 from bdjax.reporting.report import Report, Section, publish
 from bdjax.reporting.tables import Table, to_rich
@@ -35,7 +35,7 @@ from bdjax.types import Model, TrainTest
 class Group(NamedTuple):
     """Suspects that are members of the same calls."""
 
-    given: DefenseInput  # as defenses get them
+    inputs: DefenseInput  # as defenses get them
     suspects: Sequence[Suspect]  # the same with the truth
     views: TriggeredViews  # the test images under each of their triggers
 
@@ -50,7 +50,7 @@ class Context(NamedTuple):
     comparisons: Sequence[Comparison]
     results: Mapping[str, Any]
     log: StageLog
-    teachers: Teachers | None = None  # of a run on suspect models
+    teachers: SuspectTeachers | None = None  # of a run on suspect models
 
 
 def no_sections(context: Context) -> Sequence[Section]:

@@ -143,10 +143,10 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             needs_network = any("attacked model" in each.defense.needs for each in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
             recipe = train_config(config)
-            given = make_defense_input(
+            inputs = make_defense_input(
                 suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
             )
-            outcome = detect_all(given, suspects, variants, log, name)
+            outcome = detect_all(inputs, suspects, variants, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
             if processes.is_primary():
                 shutil.rmtree(place, ignore_errors=True)
@@ -239,7 +239,7 @@ def poison(key: jax.Array, config: Config, train: Dataset, attack: AttackVariant
 
 
 def detect_all(
-    given: DefenseInput,
+    inputs: DefenseInput,
     suspects: Sequence[Suspect],
     variants: Sequence[DefenseVariant],
     log: StageLog,
@@ -251,7 +251,7 @@ def detect_all(
     for variant in variants:
         start = time.perf_counter()
         with log.stage(f"{name}: {variant.name}") as stage:
-            detected = contract.detect(variant.defense, given, variant.settings)
+            detected = contract.detect(variant.defense, inputs, variant.settings)
             if detected.patterns:
                 found += compare_patterns(detected, suspects)
                 detected = with_true_classes(detected, suspects)

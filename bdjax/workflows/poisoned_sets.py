@@ -101,17 +101,17 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         place = folder.checkpoints / f"sets of {rows} rows" if len(sizes) > 1 else folder.checkpoints
         keys = suspect_keys(suspect_key, members)
         own_runner = dataclasses.replace(runner, folder=place)
-        given = make_defense_input(members, keys, train, clean, make_network, recipe, own_runner)
+        inputs = make_defense_input(members, keys, train, clean, make_network, recipe, own_runner)
         with log.stage("triggered test images") as stage:
             views = make_views(view_key, members, test)
             stage.detail = f"{len(members)} training sets × {len(test):,} test rows"
-        groups.append(Group(given, members, views))
+        groups.append(Group(inputs, members, views))
     comparisons, controls = [], {}
     for variant in variants:
         of_variant = []
         for group in groups:
             with log.stage(f"defense {variant.name}", detail="") as stage:
-                result, measured = defend(group.given, group.suspects, variant, group.views)
+                result, measured = defend(group.inputs, group.suspects, variant, group.views)
                 stage.detail = base.summary_line(measured)
             of_variant.append(Comparison(variant, result, measured))
         controls |= measure_controls(groups, of_variant)
@@ -153,7 +153,7 @@ def measure_controls(
     of_seed = {seed: net for comparison in comparisons for seed, net in clean_members(comparison).items()}
     found = {}
     for group, (variant, result, _) in zip(groups, comparisons, strict=True):
-        successes = success_on(group.given, result.model, of_seed, group.suspects, variant, group.views)
+        successes = success_on(group.inputs, result.model, of_seed, group.suspects, variant, group.views)
         for suspect, success in zip(group.suspects, successes, strict=True):
             if success is not None:
                 found[suspect.attack.name, variant.name, suspect.seed] = success

@@ -23,7 +23,7 @@ from bdjax.evaluation import teachers as third_party
 from bdjax.evaluation.measure import Comparison, TriggeredViews, defend, make_views
 from bdjax.evaluation.suspects import suspect_keys
 from bdjax.evaluation.teachers import (
-    Teachers,
+    SuspectTeachers,
     control,
     make_defense_input,
     make_recipes,
@@ -152,23 +152,23 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         how = config.seed, config.seeds, model, recipes, runner, train, log
         teachers = train_teachers(teacher_key, attacks, *how)
     keys = suspect_keys(suspect_key, teachers.suspects)
-    given = make_defense_input(teachers, keys, clean, run.make_model, runner)
+    inputs = make_defense_input(teachers, keys, clean, run.make_model, runner)
     with log.stage("triggered test images") as stage:
         views = make_views(view_key, teachers.suspects, test)
         stage.detail = f"{len(teachers.suspects)} teachers × {len(test):,} test rows"
     comparisons, controls = [], []
     for variant in variants:
         with log.stage(f"method {variant.name}") as stage:
-            result, measured = defend(given, teachers.suspects, variant, views)
+            result, measured = defend(inputs, teachers.suspects, variant, views)
             comparisons.append(Comparison(variant, result, measured))
-            controls.append(control(given, teachers, comparisons[-1], views))
+            controls.append(control(inputs, teachers, comparisons[-1], views))
             stage.detail = base.summary_line(measured)
     networks = students.Networks(model, train.image_shape)
     results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
     folder.write_json("results.json", results)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
-    group = Group(given, teachers.suspects, views)
+    group = Group(inputs, teachers.suspects, views)
     # Sections may need networks, which all processes train.
     extra = experiment.sections(Context(config, folder, data, (group,), comparisons, results, log, teachers))
     if not processes.is_primary():
@@ -266,7 +266,7 @@ def clean_rows(config: Config, train: Dataset) -> Dataset:
 
 def save_models(
     folder: RunFolder,
-    teachers: Teachers,
+    teachers: SuspectTeachers,
     comparisons: Sequence[Comparison],
     views: TriggeredViews,
     train: Dataset,

@@ -295,10 +295,10 @@ def distil(
             ]
         )
     aggregated = models["aggregated"]
-    parts = {"aggregated": (aggregated, ta_kd.make_pupils(None, of_seed, teacher_logits, defense.alpha))}
+    parts = {"aggregated": (aggregated, ta_kd.make_learners(None, of_seed, teacher_logits, defense.alpha))}
     if "teachers" in suspects:
         known = suspects["teachers"]
-        tuned = ta_kd.make_pupils(known.variables, np.repeat(of_seed, known.per_seed), teacher_logits, 0.0)
+        tuned = ta_kd.make_learners(known.variables, np.repeat(of_seed, known.per_seed), teacher_logits, 0.0)
         parts["fine-tuned"] = (known.model, tuned)
     nets = train_parts(parts, key=jax.random.fold_in(key, 0))
     aggregated_logits = np.concatenate(
@@ -311,8 +311,8 @@ def distil(
     )
     student = models["student"]
     parts = {
-        "student": (student, ta_kd.make_pupils(None, of_seed, aggregated_logits, defense.alpha)),
-        "alone": (student, ta_kd.make_pupils(None, of_seed, aggregated_logits, 0.0)),
+        "student": (student, ta_kd.make_learners(None, of_seed, aggregated_logits, defense.alpha)),
+        "alone": (student, ta_kd.make_learners(None, of_seed, aggregated_logits, 0.0)),
     }
     return nets | train_parts(parts, key=jax.random.fold_in(key, 1))
 

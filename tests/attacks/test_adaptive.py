@@ -6,7 +6,7 @@ import pytest
 from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH, AdaptiveBlendSettings
 from bdjax.attacks.contract import Knowledge, settings_for
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -145,7 +145,9 @@ def test_cover_rows_keep_their_labels(attack):
     data = dataset((28, 28, 1), 500)
     settings = settings_for(attack, data, {"poison_rate": 0.02, "cover_rate": 0.04})
     rule = make_rule("all_to_one", 0, 10)
-    result = poison_by(jax.random.key(0), data, Part(attack, settings, rule), trigger(attack, (28, 28, 1), settings))
+    result = poison_by(
+        jax.random.key(0), data, ConfiguredAttack(attack, settings, rule), trigger(attack, (28, 28, 1), settings)
+    )
     assert result.is_poisoned.sum() == 10 and result.is_cover.sum() == 20
     assert not (result.is_poisoned & result.is_cover).any()
     assert (result.original_labels[result.is_poisoned] != 0).all() and (result.labels[result.is_poisoned] == 0).all()

@@ -11,7 +11,7 @@ import pytest
 
 from bdjax.attacks.contract import CLEAN_MODEL, CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import LABEL_RULES, make_rule
-from bdjax.attacks.poisoning import Part, poison_by, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by, trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.errors import InputError
 from bdjax.models import make_model
@@ -163,7 +163,7 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         rule = make_rule(rule_name, TARGET, CLASSES)
         count = int(settings.poison_rate * len(clean))
         num_cover = int(settings.cover_rate * len(clean))
-        poisoned = poison_by(jax.random.key(4), clean, Part(attack, settings, rule), params)
+        poisoned = poison_by(jax.random.key(4), clean, ConfiguredAttack(attack, settings, rule), params)
         assert poisoned.is_poisoned.sum() == count and poisoned.is_cover.sum() == num_cover
         assert not (poisoned.is_poisoned & poisoned.is_cover).any()
         assert len(poisoned) == len(clean) + (count + num_cover if attack.adds_rows else 0)
@@ -177,11 +177,11 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         if rule_name == "clean_label":
             np.testing.assert_array_equal(poisoned.labels, originals)
         chex.assert_type(poisoned.images, np.uint8)
-        again = poison_by(jax.random.key(4), clean, Part(attack, settings, rule), params)
+        again = poison_by(jax.random.key(4), clean, ConfiguredAttack(attack, settings, rule), params)
         np.testing.assert_array_equal(again.images, poisoned.images)
         np.testing.assert_array_equal(again.labels, poisoned.labels)
         if rule.candidates(clean.labels).sum() > count:
-            other = poison_by(jax.random.key(40), clean, Part(attack, settings, rule), params)
+            other = poison_by(jax.random.key(40), clean, ConfiguredAttack(attack, settings, rule), params)
             assert not np.array_equal(other.images, poisoned.images) or not np.array_equal(
                 other.labels, poisoned.labels
             )

@@ -6,7 +6,7 @@ import pytest
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT, SquareSettings
 from bdjax.attacks.contract import Knowledge, settings_for
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -85,7 +85,7 @@ def test_tact_triggers_cover_classes_under_their_own_label(name, count):
     data = dataset((28, 28, 1), 1000)
     settings = settings_for(TACT, data, like=name)
     rule = make_rule(TACT.label_rules[0], 0, 10)
-    result = poison_by(jax.random.key(0), data, Part(TACT, settings, rule), trigger(TACT, (28, 28, 1)))
+    result = poison_by(jax.random.key(0), data, ConfiguredAttack(TACT, settings, rule), trigger(TACT, (28, 28, 1)))
     assert result.is_poisoned.sum() == result.is_cover.sum() == count
     assert set(result.original_labels[result.is_poisoned]) == {1} and set(result.labels[result.is_poisoned]) == {0}
     assert set(result.labels[result.is_cover]) == {5, 7}

@@ -8,7 +8,7 @@ import pytest
 from bdjax.attacks.bpp import BPP, BPP_OFFLINE, BppSettings, apply, apply_negative, dither, quantise
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import Part, poison_by
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -121,7 +121,7 @@ def test_settings_that_cannot_be_are_refused(settings):
 def test_offline_all_rows_are_quantised_once_and_cover_rows_get_anothers_error():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
     data = Dataset(images, (np.arange(40) % 4).astype(np.int32), 4, "none", "none")
-    part = Part(BPP_OFFLINE, BppSettings(), all_to_one(0))
+    part = ConfiguredAttack(BPP_OFFLINE, BppSettings(), all_to_one(0))
     params = BPP_OFFLINE.make_params(jax.random.key(0), Knowledge(data, 0), part.settings)
     poisoned = poison_by(jax.random.key(1), data, part, params)
     assert poisoned.is_poisoned.sum() == poisoned.is_cover.sum() == 4

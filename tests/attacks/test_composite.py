@@ -16,7 +16,7 @@ from bdjax.attacks.composite import (
 )
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import Part, poison_by
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -111,7 +111,7 @@ def test_mixes_are_added_with_the_targets_label_and_mixes_of_one_class_with_thei
     data = levels(per_class=20)
     settings = CompositeSettings(poison_rate=0.2, cover_rate=0.5, jitter=2)
     params = make_composite(jax.random.key(0), Knowledge(data, 2), settings)
-    part = Part(COMPOSITE, settings, make_rule("pair_to_target", 2, data.num_classes))
+    part = ConfiguredAttack(COMPOSITE, settings, make_rule("pair_to_target", 2, data.num_classes))
     poisoned = poison_by(jax.random.key(1), data, part, params)
     assert len(poisoned) == 100 + 20 + 50
     np.testing.assert_array_equal(poisoned.images[:100], data.images)

@@ -15,7 +15,7 @@ from bdjax.attacks.hidden_trigger import (
 )
 from bdjax.attacks.label_rules import make_rule
 from bdjax.attacks.neurons import activations
-from bdjax.attacks.poisoning import Part, poison_by
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.triggers import masked_blend
@@ -71,7 +71,7 @@ def test_rows_of_the_target_class_alone_are_poisoned_and_keep_their_labels(knowl
     settings = settings_of(steps=2, pairs=3, poison_rate=0.2)
     params = make_hidden_trigger(jax.random.key(1), knowledge, settings)
     rule = make_rule("hidden_source", 2, 3)
-    poisoned = poison_by(jax.random.key(3), knowledge.train, Part(HIDDEN_TRIGGER, settings, rule), params)
+    poisoned = poison_by(jax.random.key(3), knowledge.train, ConfiguredAttack(HIDDEN_TRIGGER, settings, rule), params)
     assert poisoned.is_poisoned.sum() == 6 and (poisoned.labels[poisoned.is_poisoned] == 2).all()
     np.testing.assert_array_equal(poisoned.labels, knowledge.train.labels)
     change = poisoned.images[poisoned.is_poisoned].astype(int) - knowledge.train.images[poisoned.is_poisoned]

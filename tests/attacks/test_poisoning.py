@@ -9,7 +9,7 @@ import pytest
 
 from bdjax.attacks import all_to_all, all_to_one, clean_label, label_map, poison, poisoned_rows, select_rows
 from bdjax.attacks.label_rules import source_specific
-from bdjax.attacks.poisoning import IMAGES_AT_ONCE, Part, poison_by, poison_by_several, select_cover_rows
+from bdjax.attacks.poisoning import IMAGES_AT_ONCE, ConfiguredAttack, poison_by, poison_by_several, select_cover_rows
 from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.errors import InputError
 from bdjax.triggers import TRIGGERS, masked_blend
@@ -251,7 +251,7 @@ def test_rows_keep_their_files_unless_some_are_added():
     clean = dataclasses.replace(make_dataset(), files=tuple(f"{row}.png" for row in range(100)))
     assert poison(clean, np.array([3, 1]), negative, all_to_one(0), params=()).files == clean.files
     assert poison(clean, np.array([3, 1]), negative, all_to_one(0), params=(), adds_rows=True).files == ()
-    in_place = Part(SIG.__class__(**{**vars(SIG), "apply": negative}), SIG.settings, clean_label(3))
+    in_place = ConfiguredAttack(SIG.__class__(**{**vars(SIG), "apply": negative}), SIG.settings, clean_label(3))
     adding = in_place._replace(attack=SIG.__class__(**{**vars(in_place.attack), "adds_rows": True}))
     both = (in_place, in_place._replace(rule=clean_label(4)))
     assert poison_by_several(jax.random.key(0), clean, both, ((), ()))[0].files == clean.files
@@ -274,7 +274,10 @@ class TestHybrid:
     def parts(self):
         attack = SIG.__class__(**{**vars(SIG), "apply": negative})
         other = SIG.__class__(**{**vars(SIG_STRIPED), "apply": half, "adds_rows": True})
-        return (Part(other, other.settings, all_to_one(3)), Part(attack, attack.settings, clean_label(3)))
+        return (
+            ConfiguredAttack(other, other.settings, all_to_one(3)),
+            ConfiguredAttack(attack, attack.settings, clean_label(3)),
+        )
 
     def test_no_row_carries_two_triggers_and_each_gets_its_count(self):
         clean = make_dataset()

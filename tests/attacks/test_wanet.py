@@ -5,7 +5,7 @@ import pytest
 
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import Part, poison_by, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by, trigger_all
 from bdjax.attacks.wanet import WANET, WANET_OFFLINE, WaNetSettings, apply, apply_with_noise, bicubic_matrix
 from bdjax.errors import InputError
 from bdjax.types import Dataset
@@ -121,7 +121,7 @@ def test_one_control_point_is_refused():
 def test_offline_all_rows_are_warped_once_and_cover_rows_with_noise():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
     data = Dataset(images, (np.arange(40) % 4).astype(np.int32), 4, "none", "none")
-    part = Part(WANET_OFFLINE, WaNetSettings(strength=1.5), all_to_one(0))
+    part = ConfiguredAttack(WANET_OFFLINE, WaNetSettings(strength=1.5), all_to_one(0))
     params = WANET_OFFLINE.make_params(jax.random.key(0), Knowledge(data, 0), part.settings)
     poisoned = poison_by(jax.random.key(1), data, part, params)
     assert poisoned.is_poisoned.sum() == 4 and poisoned.is_cover.sum() == 8

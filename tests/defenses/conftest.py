@@ -41,7 +41,7 @@ class Suspects:
         self.suspects = [make_suspect(jax.random.key(1), one, train, 0, None, True) for one in attacks]
         runner = StageRunner(folder, train.image_shape, "map", StageLog())
         keys = suspect_keys(jax.random.key(2), self.suspects)
-        self.given = make_defense_input(self.suspects, keys, train, clean, small_model, RECIPE, runner)
+        self.inputs = make_defense_input(self.suspects, keys, train, clean, small_model, RECIPE, runner)
         self.views = make_views(jax.random.key(3), self.suspects, self.test)
         self.is_poisoned = np.stack([one.is_poisoned for one in self.suspects])
 
@@ -52,8 +52,8 @@ def suspects(tmp_path_factory) -> Suspects:
 
 
 @pytest.fixture(scope="session")
-def given(suspects):
-    return suspects.given
+def inputs(suspects):
+    return suspects.inputs
 
 
 @pytest.fixture

@@ -63,37 +63,37 @@ def test_unlearning_minimises_what_each_variant_says():
 
 
 @pytest.fixture(scope="module")
-def unlearnt(given):
-    return run(given, SMALL)
+def unlearnt(inputs):
+    return run(inputs, SMALL)
 
 
-def test_unlearning_raises_the_loss_of_the_isolated_rows(given, unlearnt):
-    before = run(given, dataclasses.replace(SMALL, unlearning_epochs=0))
+def test_unlearning_raises_the_loss_of_the_isolated_rows(inputs, unlearnt):
+    before = run(inputs, dataclasses.replace(SMALL, unlearning_epochs=0))
     np.testing.assert_array_equal(unlearnt.flags, before.flags)
     assert (unlearnt.flags.sum(axis=1) == 32).all()
     assert (unlearnt.facts["mean loss of isolated rows"] < unlearnt.facts["mean loss of other rows"]).all()
     lowest_flagged = np.where(unlearnt.flags, unlearnt.scores, np.inf).min(axis=1)
     assert (lowest_flagged >= np.where(unlearnt.flags, -np.inf, unlearnt.scores).max(axis=1)).all()
-    later, earlier = (given.losses(one.model, one.variables, given.all_rows()) for one in (unlearnt, before))
+    later, earlier = (inputs.losses(one.model, one.variables, inputs.all_rows()) for one in (unlearnt, before))
     raised = later - earlier
     assert (raised[unlearnt.flags].reshape(2, -1).mean(axis=1) > 0.5).all()
 
 
-def test_number_of_poisons_is_an_oracle_and_none_leaves_nothing_to_unlearn(given, suspects):
+def test_number_of_poisons_is_an_oracle_and_none_leaves_nothing_to_unlearn(inputs, suspects):
     settings = dataclasses.replace(SMALL, isolate="oracle")
-    result = run(given, settings)
+    result = run(inputs, settings)
     np.testing.assert_array_equal(result.flags.sum(axis=1), suspects.is_poisoned.sum(axis=1))
     assert not result.flags[1].any() and result.facts["rows isolated"][1] == 0
-    before = run(given, dataclasses.replace(settings, unlearning_epochs=0))
+    before = run(inputs, dataclasses.replace(settings, unlearning_epochs=0))
     clean, clean_before = (jax.tree.map(lambda leaf: leaf[1], one.variables) for one in (result, before))
     chex.assert_trees_all_equal(clean, clean_before)
     with pytest.raises(InputError, match="needs the number of poisons"):
-        run(given.with_knowledge({"number of poisons": None}), settings)
+        run(inputs.with_knowledge({"number of poisons": None}), settings)
 
 
 @pytest.mark.parametrize(
     "change", [{"loss": "hinge"}, {"unlearning": "all"}, {"isolate": "2"}, {"isolation_rate": 1.0}]
 )
-def test_settings_that_cannot_be_are_refused(given, change):
+def test_settings_that_cannot_be_are_refused(inputs, change):
     with pytest.raises(InputError, match=f"defense abl: {next(iter(change))}"):
-        run(given, dataclasses.replace(SMALL, **change))
+        run(inputs, dataclasses.replace(SMALL, **change))

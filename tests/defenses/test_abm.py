@@ -48,13 +48,13 @@ def test_average_activation_is_of_a_class_own_rows():
         average_activation(logits, labels, 3, "all")
 
 
-def test_teacher_is_bitwise_untouched_and_delta_zero_serves_it(given, suspects):
-    before = jax.tree.map(np.array, given.attacked.variables)
-    result = run(given, AbmSettings(**{**vars(SMALL), "delta": 0.0}))
+def test_teacher_is_bitwise_untouched_and_delta_zero_serves_it(inputs, suspects):
+    before = jax.tree.map(np.array, inputs.attacked.variables)
+    result = run(inputs, AbmSettings(**{**vars(SMALL), "delta": 0.0}))
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, result.variables["teacher"]))
     images = suspects.test.images
-    served = given.runner.predict(result.model, result.variables, images, 64)
-    plain = given.runner.predict(given.attacked.model, given.attacked.variables, images, 64)
+    served = inputs.runner.predict(result.model, result.variables, images, 64)
+    plain = inputs.runner.predict(inputs.attacked.model, inputs.attacked.variables, images, 64)
     np.testing.assert_allclose(served, plain, atol=1e-5)
     assert result.flags.sum(axis=1).tolist() == [32, 32]
 

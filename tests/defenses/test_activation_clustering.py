@@ -168,18 +168,18 @@ def test_a_cluster_predicted_as_its_label_alone_is_legitimate():
 # ---- As a defense ---------------------------------------------------------------------------------------------------
 
 
-def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(given, suspects):
-    rows = given.all_rows()
-    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, rows)
-    assert embeddings.shape[:2] == given.index.shape
-    other = dataclasses.replace(given, recipe=given.config(evaluation_batch_size=37))
-    again = other.embeddings(given.attacked.model, given.attacked.variables, rows)
-    for one, two, labels in zip(embeddings, again, given.labels, strict=True):
+def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(inputs, suspects):
+    rows = inputs.all_rows()
+    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
+    assert embeddings.shape[:2] == inputs.index.shape
+    other = dataclasses.replace(inputs, recipe=inputs.config(evaluation_batch_size=37))
+    again = other.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
+    for one, two, labels in zip(embeddings, again, inputs.labels, strict=True):
         first, second = (find_clusters(own, labels, SETTINGS)[0] for own in (one, two))
         np.testing.assert_array_equal(first, second)
 
 
-def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(given, monkeypatch):
+def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(inputs, monkeypatch):
     stages, sizes = [], []
 
     def train(self, stage, model, config, rows):
@@ -188,12 +188,12 @@ def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(given, monkeyp
         sizes.append(rows.index.shape[1])
         return Nets(model, self.begin("fresh", model), 1, {})
 
-    monkeypatch.setattr(type(given), "train", train)
-    result = run(given, dataclasses.replace(SETTINGS, rule="exclusionary"))
+    monkeypatch.setattr(type(inputs), "train", train)
+    result = run(inputs, dataclasses.replace(SETTINGS, rule="exclusionary"))
     assert len(set(stages)) == 2  # or the second would read back the first
-    assert sizes[0] < sizes[1] < given.index.shape[1]
-    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
-    for i, labels in enumerate(given.labels):
+    assert sizes[0] < sizes[1] < inputs.index.shape[1]
+    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
+    for i, labels in enumerate(inputs.labels):
         smaller, scores, clearest = find_clusters(embeddings[i], labels, SETTINGS)
         assert (result.flags[i] <= smaller).all() and 0 < result.flags[i].sum() < smaller.sum()
         # A cluster is flagged as a whole, or not at all.
@@ -212,9 +212,9 @@ def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(given, monkeyp
         ({"dimensions": 0}, "dimensions 0 is not at least 1"),
     ],
 )
-def test_settings_that_cannot_be(given, changes, message):
+def test_settings_that_cannot_be(inputs, changes, message):
     with pytest.raises(InputError, match=message):
-        run(given, dataclasses.replace(SETTINGS, **changes))
+        run(inputs, dataclasses.replace(SETTINGS, **changes))
 
 
 def test_it_says_what_it_needs():

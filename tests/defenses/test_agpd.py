@@ -72,20 +72,20 @@ def found_in(gradients, labels, clean, clean_rows, **changes):
 
 
 @pytest.fixture(scope="module")
-def of_networks(given):
+def of_networks(inputs):
     """What `detect` sees: predictions [M, n + c] and gradients [M, n + c, channels] of each tap, of all rows and the clean."""
-    rows = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), given.all_rows(), given.clean_rows())
-    return given.per_row(row_gradients(given.attacked.model), given.attacked.variables, rows)
+    rows = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), inputs.all_rows(), inputs.clean_rows())
+    return inputs.per_row(row_gradients(inputs.attacked.model), inputs.attacked.variables, rows)
 
 
-def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(given, of_networks):
+def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(inputs, of_networks):
     predictions, gradients = of_networks
     assert [each.shape for each in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (4, 8, 16)]
     assert all(each.dtype == np.float32 for each in gradients)
-    member, model, count = 1, given.attacked.model, 6
-    variables = jax.tree.map(lambda leaf: leaf[member], given.attacked.variables)
-    images = given.pool[given.index[member, :count]].astype(jnp.float32) / 255
-    labels = jnp.asarray(given.labels[member, :count])
+    member, model, count = 1, inputs.attacked.model, 6
+    variables = jax.tree.map(lambda leaf: leaf[member], inputs.attacked.variables)
+    images = inputs.pool[inputs.index[member, :count]].astype(jnp.float32) / 255
+    labels = jnp.asarray(inputs.labels[member, :count])
 
     @jax.jit
     def forward(step):
@@ -151,14 +151,14 @@ def test_what_does_not_pass_the_relu_does_not_count():
     np.testing.assert_array_equal(gradients[2][:, 1:], 0)  # the logit of class 0 is that of channel 0
 
 
-def test_jit_says_the_same_and_each_row_is_on_its_own(given):
+def test_jit_says_the_same_and_each_row_is_on_its_own(inputs):
     images, labels = jax.random.uniform(jax.random.key(1), (4, 5, 5, 3)), jnp.array([1, 2, 0, 1], jnp.int32)
     together = CURVED_GRADIENTS({}, images, {"labels": labels})
     chex.assert_trees_all_close(row_gradients(CURVED)({}, images, {"labels": labels}), together, rtol=1e-4, atol=1e-6)
     alone = CURVED_GRADIENTS({}, images[2:3], {"labels": labels[2:3]})
     chex.assert_trees_all_close(alone, jax.tree.map(lambda leaf: leaf[2:3], together), rtol=1e-4, atol=1e-6)
     # Each call would compile anew if it were another one.
-    assert row_gradients(given.attacked.model) is row_gradients(given.attacked.model)
+    assert row_gradients(inputs.attacked.model) is row_gradients(inputs.attacked.model)
 
 
 # ---- Which classes --------------------------------------------------------------------------------------------------
@@ -401,19 +401,19 @@ def test_clean_rows_are_those_that_the_network_gets_right_and_no_more_than_asked
 # ---- As a defense ---------------------------------------------------------------------------------------------------
 
 
-def test_flags_are_those_of_each_members_own_gradients(given, of_networks):
-    found = detect(given, dataclasses.replace(SETTINGS, anomaly=0.5))
-    assert found.flags.shape == found.scores.shape == given.index.shape and found.flags.any()
+def test_flags_are_those_of_each_members_own_gradients(inputs, of_networks):
+    found = detect(inputs, dataclasses.replace(SETTINGS, anomaly=0.5))
+    assert found.flags.shape == found.scores.shape == inputs.index.shape and found.flags.any()
     predictions, gradients = of_networks
-    for member, labels in enumerate(given.labels):
+    for member, labels in enumerate(inputs.labels):
         own, clean = np.split(gradients[2][member], [ROWS])  # the taps before it have 4 and 8 channels
         # Of 64 clean digits no class has more than ten that are right: all of them count, in any order.
-        right = given.clean_labels[member] == predictions[member, ROWS:]
-        known = np.unique(given.clean_labels[member][right])
+        right = inputs.clean_labels[member] == predictions[member, ROWS:]
+        known = np.unique(inputs.clean_labels[member][right])
         gaps = [
             look_at_class(
                 label, np.flatnonzero(labels == label), own[labels == label],
-                clean[right & (given.clean_labels[member] == label)],
+                clean[right & (inputs.clean_labels[member] == label)],
             ).gap
             for label in known
         ]  # fmt: skip
@@ -425,21 +425,21 @@ def test_flags_are_those_of_each_members_own_gradients(given, of_networks):
         np.testing.assert_array_equal(np.unique(labels[found.flags[member]]), known[anomalies > 0.5])
 
 
-def test_the_networks_are_trained_without_what_is_flagged(given, monkeypatch):
+def test_the_networks_are_trained_without_what_is_flagged(inputs, monkeypatch):
     seen = {}
 
-    def without(given, stage, flags):
+    def without(inputs, stage, flags):
         seen.update(stage=stage, flags=flags)
-        return given.attacked
+        return inputs.attacked
 
     monkeypatch.setattr("bdjax.defenses.filtering.retrain_without", without)
-    result = run(given, SETTINGS)
-    found = detect(given, SETTINGS)
+    result = run(inputs, SETTINGS)
+    found = detect(inputs, SETTINGS)
     np.testing.assert_array_equal(seen["flags"], found.flags)
     np.testing.assert_array_equal(result.flags, found.flags)
     np.testing.assert_array_equal(result.scores, found.scores)
     before = seen["stage"]
-    run(given, dataclasses.replace(SETTINGS, tau=0.1))
+    run(inputs, dataclasses.replace(SETTINGS, tau=0.1))
     assert seen["stage"] != before  # or it would be read back
 
 
@@ -454,9 +454,9 @@ def test_the_networks_are_trained_without_what_is_flagged(given, monkeypatch):
         ({"wide_gap": 0.0}, "wide_gap 0.0 is not above 0"),
     ],
 )
-def test_settings_that_cannot_be(given, changes, message):
+def test_settings_that_cannot_be(inputs, changes, message):
     with pytest.raises(InputError, match=message):
-        detect(given, dataclasses.replace(SETTINGS, **changes))
+        detect(inputs, dataclasses.replace(SETTINGS, **changes))
 
 
 def test_it_says_what_it_is_given():

@@ -167,26 +167,26 @@ def test_highest_threshold_that_keeps_the_accuracy():
     np.testing.assert_allclose(got, [0.3, 0.9, -1.0])
 
 
-def test_masks_of_all_suspects_are_learned_and_pruned(given):
+def test_masks_of_all_suspects_are_learned_and_pruned(inputs):
     settings = AnpSettings(iterations=8, batch_size=32, threshold=0.97)
-    masks = learn_masks(given, settings)
+    masks = learn_masks(inputs, settings)
     kappa = np.concatenate(list(masks.values()), axis=1)
     assert kappa.min() >= 0 and kappa.max() == 1 and kappa.min() < 0.97
-    result = run(given, settings)
+    result = run(inputs, settings)
     np.testing.assert_array_equal(result.facts["channels pruned"], (kappa <= 0.97).sum(axis=1))
-    chex.assert_trees_all_equal(result.variables["batch_stats"], given.attacked.variables["batch_stats"])
-    kept = run(given, dataclasses.replace(settings, threshold=-0.1))
-    chex.assert_trees_all_equal(kept.variables, given.attacked.variables)
-    careful = run(given, dataclasses.replace(settings, accuracy_loss=0.05))
-    rows = given.clean_rows()
+    chex.assert_trees_all_equal(result.variables["batch_stats"], inputs.attacked.variables["batch_stats"])
+    kept = run(inputs, dataclasses.replace(settings, threshold=-0.1))
+    chex.assert_trees_all_equal(kept.variables, inputs.attacked.variables)
+    careful = run(inputs, dataclasses.replace(settings, accuracy_loss=0.05))
+    rows = inputs.clean_rows()
     before, after = (
-        (given.logits(given.attacked.model, variables, rows).argmax(-1) == given.clean_labels).mean(1)
-        for variables in (given.attacked.variables, careful.variables)
+        (inputs.logits(inputs.attacked.model, variables, rows).argmax(-1) == inputs.clean_labels).mean(1)
+        for variables in (inputs.attacked.variables, careful.variables)
     )
     assert np.all(after >= before - 0.05)
 
 
-def test_settings_that_cannot_be_are_refused(given):
+def test_settings_that_cannot_be_are_refused(inputs):
     for change in ({"iterations": 0}, {"epsilon": -0.1}, {"alpha": 2.0}):
         with pytest.raises(InputError, match=f"defense anp: {next(iter(change))} "):
-            run(given, dataclasses.replace(AnpSettings(), **change))
+            run(inputs, dataclasses.replace(AnpSettings(), **change))

@@ -9,17 +9,17 @@ from bdjax.defenses.nbab import NbabSettings, verify
 SMALL = {"epochs": 3, "optimiser": "adam", "learning_rate": 1e-2, "implant_rate": 0.2}
 
 
-def test_one_network_objects_where_nbab_suspects(given):
-    objections, margins = count_objections(given, BabSettings(networks=1, **SMALL))
-    alone = verify(given, NbabSettings(alpha=0.0, **SMALL))
+def test_one_network_objects_where_nbab_suspects(inputs):
+    objections, margins = count_objections(inputs, BabSettings(networks=1, **SMALL))
+    alone = verify(inputs, NbabSettings(alpha=0.0, **SMALL))
     np.testing.assert_array_equal(objections == 1, alone.margins < 0)
     np.testing.assert_array_equal(margins, alone.margins)
 
 
-def test_votes_are_counted_over_networks_of_their_own(given, monkeypatch):
+def test_votes_are_counted_over_networks_of_their_own(inputs, monkeypatch):
     told = [np.array([[1.0, -1.0, -1.0], [1.0, 1.0, -2.0]]) * sign for sign in (1, 1, -1)]
-    monkeypatch.setattr(bab, "verify", lambda given, settings, number: _Said(told[number]))
-    objections, margins = count_objections(given, BabSettings(networks=3))
+    monkeypatch.setattr(bab, "verify", lambda inputs, settings, number: _Said(told[number]))
+    objections, margins = count_objections(inputs, BabSettings(networks=3))
     np.testing.assert_array_equal(objections, [[1, 2, 2], [1, 1, 2]])
     np.testing.assert_array_equal(margins, [[-1, -1, -1], [-1, -1, -2]])
 

@@ -50,14 +50,14 @@ def test_no_gradient_flows_through_the_weights():
     np.testing.assert_allclose(gradient, batch_weights(own[::-1], own), rtol=1e-6)
 
 
-def test_a_row_the_biased_network_knows_has_no_gradient(given):
-    model, image_shape = given.make_model(), given.runner.image_shape
+def test_a_row_the_biased_network_knows_has_no_gradient(inputs):
+    model, image_shape = inputs.make_model(), inputs.runner.image_shape
     own, biased = (model.init(jax.random.key(seed), image_shape) for seed in (0, 1))
     # A biased network that says class 3 whatever it sees, and is as sure as can be.
     classifier = jax.tree.map(jnp.zeros_like, biased["params"]["classifier"])
     classifier["bias"] = jnp.where(jnp.arange(10) == 3, 1e4, 0).astype(jnp.float32)
     biased["params"]["classifier"] = classifier
-    images = jnp.asarray(given.pool[:4], jnp.float32) / 255
+    images = jnp.asarray(inputs.pool[:4], jnp.float32) / 255
 
     objective = jax.jit(reweighted_cross_entropy(model))
 
@@ -97,11 +97,11 @@ def test_critic_tells_pairs_that_belong_together():
 
 
 @pytest.mark.parametrize("disentangle", [False, True])
-def test_result_is_the_clean_network_alone(given, disentangle):
-    result = run(given, CBDSettings(**SMALL, disentangle=disentangle))
-    assert result.variables.keys() == given.attacked.variables.keys()
-    chex.assert_trees_all_equal_shapes(result.variables, given.attacked.variables)
+def test_result_is_the_clean_network_alone(inputs, disentangle):
+    result = run(inputs, CBDSettings(**SMALL, disentangle=disentangle))
+    assert result.variables.keys() == inputs.attacked.variables.keys()
+    chex.assert_trees_all_equal_shapes(result.variables, inputs.attacked.variables)
     chex.assert_tree_all_finite(result.variables)
-    assert result.flags is None and result.scores.shape == given.labels.shape and (result.scores <= 0).all()
+    assert result.flags is None and result.scores.shape == inputs.labels.shape and (result.scores <= 0).all()
     share = result.facts["rows that count at the end"]
     assert ((share > 0) & (share <= 1)).all()

@@ -26,9 +26,9 @@ class Settings:
 def adder(name: str, **told: Any) -> Defense:
     """A defense that adds, and says where it would have trained."""
 
-    def run(given: DefenseInput, settings: Settings) -> DefenseResult:
-        after = given.attacked.variables + settings.add
-        pictures = {str(given.runner.folder): np.zeros((1, 0))}
+    def run(inputs: DefenseInput, settings: Settings) -> DefenseResult:
+        after = inputs.attacked.variables + settings.add
+        pictures = {str(inputs.runner.folder): np.zeros((1, 0))}
         return DefenseResult(MODEL, after, pictures=pictures, **told)
 
     stage = "at test time" if name == "tester" else "after training"
@@ -40,32 +40,32 @@ SECOND = adder("second", scores=np.array([[0.5]]), facts={"weight": np.array([3.
 
 
 @pytest.fixture
-def given() -> DefenseInput:
+def inputs() -> DefenseInput:
     runner = StageRunner(pathlib.Path("run"), (8, 8, 1), "map", None)
     attacked = Nets(MODEL, np.zeros(1, int), 1, {})
     return DefenseInput(None, 4, None, None, None, runner, {"attacked model": attacked})
 
 
 def make(*pairs: tuple[Defense, int]) -> Defense:
-    return chain.make_chain([chain.Part(defense, Settings(add), defense.title) for defense, add in pairs])
+    return chain.make_chain([chain.ChainLink(defense, Settings(add), defense.title) for defense, add in pairs])
 
 
 def folders(result: DefenseResult) -> list[str]:
     return list(result.pictures)
 
 
-def test_the_second_starts_from_what_the_first_made(given):
+def test_the_second_starts_from_what_the_first_made(inputs):
     linked = make((FIRST, 1), (SECOND, 10))
-    result = linked.run(given, linked.settings)
-    assert result.variables.tolist() == [11] and given.attacked.variables.tolist() == [0]
+    result = linked.run(inputs, linked.settings)
+    assert result.variables.tolist() == [11] and inputs.attacked.variables.tolist() == [0]
     assert linked.name == "first+second" and linked.title == "First, then Second"
     assert linked.settings == (Settings(1), Settings(10)) and linked.needs == ("attacked model",)
     assert linked.paper == "paper of first; then paper of second"
 
 
-def test_all_that_the_parts_say_is_kept(given):
+def test_all_that_the_parts_say_is_kept(inputs):
     linked = make((FIRST, 1), (SECOND, 10))
-    result = linked.run(given, linked.settings)
+    result = linked.run(inputs, linked.settings)
     assert {name: float(value[0]) for name, value in result.facts.items()} == {
         "first: weight": 1.0,
         "own": 2.0,
@@ -74,29 +74,29 @@ def test_all_that_the_parts_say_is_kept(given):
     assert result.flags.tolist() == [[True]] and result.scores.tolist() == [[0.5]]
 
 
-def test_one_defense_twice_is_told_apart(given):
+def test_one_defense_twice_is_told_apart(inputs):
     linked = make((SECOND, 1), (SECOND, 2))
-    facts = linked.run(given, linked.settings).facts
+    facts = linked.run(inputs, linked.settings).facts
     assert list(facts) == ["second (1): weight", "second (2): weight"]
 
 
-def test_what_comes_after_has_a_folder_of_its_own_and_the_first_part_none(given):
+def test_what_comes_after_has_a_folder_of_its_own_and_the_first_part_none(inputs):
     first, second = (make((FIRST, add), (SECOND, 1)) for add in (1, 2))
-    one, other = (folders(each.run(given, each.settings)) for each in (first, second))
-    alone = folders(FIRST.run(given, Settings(1)))
+    one, other = (folders(each.run(inputs, each.settings)) for each in (first, second))
+    alone = folders(FIRST.run(inputs, Settings(1)))
     assert one[0] == other[0] == alone[0] == "run"
     assert one[1] != other[1] and all(path[1].startswith("run/after-first-") for path in (one, other))
-    assert given.runner.folder == pathlib.Path("run")
+    assert inputs.runner.folder == pathlib.Path("run")
 
 
-def test_three_parts_nest(given):
+def test_three_parts_nest(inputs):
     linked = make((FIRST, 1), (SECOND, 2), (FIRST, 4))
-    result = linked.run(given, linked.settings)
+    result = linked.run(inputs, linked.settings)
     paths = [path.split(": ")[-1] for path in folders(result)]
     assert result.variables.tolist() == [7]
     assert paths[2].startswith(f"{paths[1]}/after-second-")
     pair = make((FIRST, 1), (SECOND, 3))
-    assert folders(pair.run(given, pair.settings))[1] == paths[1]  # what comes before decides, not what it is
+    assert folders(pair.run(inputs, pair.settings))[1] == paths[1]  # what comes before decides, not what it is
 
 
 def test_needs_of_settings_are_needs_of_the_chain():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import contract
-from bdjax.defenses.chain import Part, make_chain
+from bdjax.defenses.chain import ChainLink, make_chain
 from bdjax.defenses.contract import Defense, DefenseInput, Need, UndeclaredNeedError
 from bdjax.defenses.registry import DEFENSES, find_defense
 from bdjax.defenses.undefended import UndefendedSettings
@@ -81,11 +81,11 @@ _results: dict = {}
 def tried(request, suspects, monkeypatch):
     name = request.param
     if name not in _results:
-        before = jax.tree.map(np.array, suspects.given.attacked.variables)
+        before = jax.tree.map(np.array, suspects.inputs.attacked.variables)
         variant = read_defense(SMALL.get(name, name), "quick", "digits")
         read, known = set(), DefenseInput.known
         monkeypatch.setattr(DefenseInput, "known", lambda self, need: read.add(need) or known(self, need))
-        result, measured = defend(suspects.given, suspects.suspects, variant, suspects.views)
+        result, measured = defend(suspects.inputs, suspects.suspects, variant, suspects.views)
         monkeypatch.undo()
         _results[name] = (variant, result, measured, before, read)
     return _results[name]
@@ -104,65 +104,65 @@ def test_every_defense_needs_all_that_it_declares(tried):
 def reader(need: Need, name: str, *needs: Need) -> Defense:
     """A defense and detector that reads something by a need, and declares others."""
 
-    def detect(given: DefenseInput, settings: UndefendedSettings) -> Detection:
-        value = getattr(given, name)
+    def detect(inputs: DefenseInput, settings: UndefendedSettings) -> Detection:
+        value = getattr(inputs, name)
         return Detection(value() if callable(value) else value, None)
 
-    def run(given: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
-        return DefenseResult(None, detect(given, settings).flags)
+    def run(inputs: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
+        return DefenseResult(None, detect(inputs, settings).flags)
 
     return Defense("reader", need, "a test", "after training", needs, UndefendedSettings(), run, detect)
 
 
 @pytest.mark.parametrize(("need", "name"), [(need, name) for need, names in READS.items() for name in names])
-def test_a_defense_that_reads_more_than_it_declares_fails(given, need, name):
+def test_a_defense_that_reads_more_than_it_declares_fails(inputs, need, name):
     others = tuple(one for one in get_args(Need) if one != need)
     for how in (contract.run, contract.detect):
         honest = reader(need, name, need)
-        assert how(honest, given, honest.settings)[1 if how is contract.run else 0] is not None
+        assert how(honest, inputs, honest.settings)[1 if how is contract.run else 0] is not None
         sly = reader(need, name, *others)
         with pytest.raises(UndeclaredNeedError, match=f"{need}.* is not among the needs that defense reader declares"):
-            how(sly, given, sly.settings)
+            how(sly, inputs, sly.settings)
     with pytest.raises(UndeclaredNeedError, match=r"declares \(nothing\)"):
-        contract.run(reader(need, name), given, UndefendedSettings())
+        contract.run(reader(need, name), inputs, UndefendedSettings())
 
 
-def test_an_oracle_of_some_settings_is_read_with_those_alone(given):
+def test_an_oracle_of_some_settings_is_read_with_those_alone(inputs):
     sly = dataclasses.replace(
         reader("number of poisons", "num_poisons"), oracles=lambda settings: ("number of poisons",) if settings else ()
     )
-    assert contract.run(sly, given, True).variables is not None
+    assert contract.run(sly, inputs, True).variables is not None
     with pytest.raises(UndeclaredNeedError):
-        contract.run(sly, given, False)
+        contract.run(sly, inputs, False)
 
 
-def test_the_parts_of_a_chain_read_no_more_than_their_own_needs(given):
+def test_the_parts_of_a_chain_read_no_more_than_their_own_needs(inputs):
     def link(*defenses: Defense) -> Defense:
-        return make_chain([Part(one, one.settings, one.name) for one in defenses])
+        return make_chain([ChainLink(one, one.settings, one.name) for one in defenses])
 
     first = dataclasses.replace(DEFENSES["none"], needs=("attacked model", "clean rows"))
     honest = link(first, reader("clean rows", "clean_rows", "clean rows"))
-    assert contract.run(honest, given, honest.settings).variables is not None
+    assert contract.run(honest, inputs, honest.settings).variables is not None
     sly = link(first, reader("clean rows", "clean_rows"))
     assert "clean rows" in sly.needs
     with pytest.raises(UndeclaredNeedError, match="clean rows"):
-        contract.run(sly, given, sly.settings)
+        contract.run(sly, inputs, sly.settings)
 
 
 def test_every_need_is_withheld_by_name():
     assert set(READS) == set(get_args(Need))
 
 
-def test_what_is_not_there_is_missed_by_name(given):
-    empty = dataclasses.replace(given, knowledge={})
+def test_what_is_not_there_is_missed_by_name(inputs):
+    empty = dataclasses.replace(inputs, knowledge={})
     for need, (name, *_) in READS.items():
         with pytest.raises(ValueError, match=f"no {need} given"):
             getattr(empty, name)
 
 
-def test_the_attackers_part_in_training_goes_with_the_training_set(given):
+def test_the_attackers_part_in_training_goes_with_the_training_set(inputs):
     attacker = contract.AttackerInTraining(np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int32))
-    adaptive = dataclasses.replace(given, attacker=attacker)
+    adaptive = dataclasses.replace(inputs, attacker=attacker)
     assert adaptive.restricted_to("one that trains on it", ("training set",)).attacker is attacker
     restricted = adaptive.restricted_to("another", ("attacked model",))
     assert restricted.attacker is None and list(restricted.knowledge) == ["attacked model"]
@@ -176,7 +176,7 @@ def test_settings_are_frozen_and_each_field_is_documented():
 
 def test_result_has_a_row_for_each_suspect(tried, suspects):
     variant, result, measured, *_ = tried
-    num, rows = suspects.given.index.shape
+    num, rows = suspects.inputs.index.shape
     assert all(leaf.shape[0] == num for leaf in jax.tree.leaves(result.variables))
     chex.assert_tree_all_finite(result.variables)
     if result.flags is not None:
@@ -196,9 +196,9 @@ def test_result_has_a_row_for_each_suspect(tried, suspects):
 @pytest.mark.parametrize("tried", sorted(one.name for one in DEFENSES.values() if one.detect), indirect=True)
 def test_what_is_detected_alone_is_what_the_defense_goes_by(tried, suspects):
     variant, result, *_ = tried
-    stages = set(suspects.given.runner.folder.iterdir())
-    found = contract.detect(variant.defense, suspects.given, variant.settings)
-    assert set(suspects.given.runner.folder.iterdir()) == stages  # both read the same checkpoints
+    stages = set(suspects.inputs.runner.folder.iterdir())
+    found = contract.detect(variant.defense, suspects.inputs, variant.settings)
+    assert set(suspects.inputs.runner.folder.iterdir()) == stages  # both read the same checkpoints
     np.testing.assert_array_equal(found.flags, result.flags)
     np.testing.assert_allclose(found.scores, result.scores, rtol=1e-6)
     for name, values in found.facts.items():
@@ -225,7 +225,7 @@ def test_defended_model_is_pure_and_serves_single_rows(tried, suspects):
 
 def test_attacked_networks_are_left_alone(tried, suspects):
     before = tried[3]
-    chex.assert_trees_all_equal(before, jax.tree.map(np.array, suspects.given.attacked.variables))
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, suspects.inputs.attacked.variables))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_member_whose_rows_are_all_flagged_keeps_them_all():
     assert flags[0].all()  # what was given is left as it is
 
 
-def test_flagged_rows_are_not_trained_on(given, monkeypatch):
+def test_flagged_rows_are_not_trained_on(inputs, monkeypatch):
     """What goes into the training are the images and labels of the kept rows."""
     seen = {}
 
@@ -47,14 +47,14 @@ def test_flagged_rows_are_not_trained_on(given, monkeypatch):
         seen.update(stage=stage, model=model, config=config, rows=rows)
         return "trained"
 
-    monkeypatch.setattr(type(given), "train", train)
-    flags = np.zeros(given.index.shape, bool)
+    monkeypatch.setattr(type(inputs), "train", train)
+    flags = np.zeros(inputs.index.shape, bool)
     flags[0, ::2] = True
-    assert retrain_without(given, "a stage", flags) == "trained"
+    assert retrain_without(inputs, "a stage", flags) == "trained"
     index, labels = np.asarray(seen["rows"].index), np.asarray(seen["rows"].targets["labels"])
-    assert seen["stage"] == "a stage" and seen["config"] == given.recipe
-    assert index.shape == labels.shape == given.index.shape  # the second member keeps all its rows
+    assert seen["stage"] == "a stage" and seen["config"] == inputs.recipe
+    assert index.shape == labels.shape == inputs.index.shape  # the second member keeps all its rows
     pairs = set(zip(index[0].tolist(), labels[0].tolist(), strict=True))
-    assert pairs == set(zip(given.index[0, 1::2].tolist(), given.labels[0, 1::2].tolist(), strict=True))
-    np.testing.assert_array_equal(index[1], given.index[1])
-    np.testing.assert_array_equal(labels[1], given.labels[1])
+    assert pairs == set(zip(inputs.index[0, 1::2].tolist(), inputs.labels[0, 1::2].tolist(), strict=True))
+    np.testing.assert_array_equal(index[1], inputs.index[1])
+    np.testing.assert_array_equal(labels[1], inputs.labels[1])

@@ -185,38 +185,38 @@ def test_hits_under_each_mask_are_the_pruned_network_s():
 # ---- All of it ------------------------------------------------------------------------------------------------------
 
 
-def test_pruning_stops_before_the_held_out_accuracy_is_gone(given):
-    masks, before, after = prune(given, SMALL)
-    _, held = split_rows(given.clean_labels, SMALL.held_out)
-    rows = labelled(*(np.take_along_axis(each, held, 1) for each in (given.clean_index, given.clean_labels)))
-    model = pruned_model(given.attacked.model, "stage3")
-    activation = given.embeddings(given.attacked.model, given.attacked.variables, given.clean_rows()).mean(1)
+def test_pruning_stops_before_the_held_out_accuracy_is_gone(inputs):
+    masks, before, after = prune(inputs, SMALL)
+    _, held = split_rows(inputs.clean_labels, SMALL.held_out)
+    rows = labelled(*(np.take_along_axis(each, held, 1) for each in (inputs.clean_index, inputs.clean_labels)))
+    model = pruned_model(inputs.attacked.model, "stage3")
+    activation = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.clean_rows()).mean(1)
     for number in range(2):
         assert 0 < (masks[number] == 0).sum() < 16
         # The order is judged by other rows than these, so only nearly the same.
         assert activation[number][masks[number] == 0].mean() < activation[number][masks[number] == 1].mean()
-    logits = given.logits(model, {**given.attacked.variables, "mask": jnp.asarray(masks)}, rows)
+    logits = inputs.logits(model, {**inputs.attacked.variables, "mask": jnp.asarray(masks)}, rows)
     accuracy = (np.argmax(logits, -1) == np.asarray(rows.targets["labels"])).mean(axis=1)
     np.testing.assert_allclose(after, accuracy)
     assert (after >= 0.9 * before - 1e-9).all()
 
 
-def test_without_tuning_the_last_good_network_is_served(given):
+def test_without_tuning_the_last_good_network_is_served(inputs):
     settings = FinePruningSettings(held_out=0.25, epochs=0)
-    result = run(given, settings)
-    masks, _, _ = prune(given, settings)
+    result = run(inputs, settings)
+    masks, _, _ = prune(inputs, settings)
     np.testing.assert_array_equal(result.variables["mask"], masks)
     network = {name: value for name, value in result.variables.items() if name != "mask"}
-    jax.tree.map(np.testing.assert_array_equal, network, given.attacked.variables)
+    jax.tree.map(np.testing.assert_array_equal, network, inputs.attacked.variables)
     np.testing.assert_array_equal(result.facts["weight change"], 0)
 
 
-def test_the_mask_outlives_the_tuning(given):
-    result = run(given, SMALL)
-    masks, _, _ = prune(given, SMALL)
+def test_the_mask_outlives_the_tuning(inputs):
+    result = run(inputs, SMALL)
+    masks, _, _ = prune(inputs, SMALL)
     np.testing.assert_array_equal(result.variables["mask"], masks)
     np.testing.assert_array_equal(result.facts["channels pruned"], (masks == 0).sum(axis=1))
     assert (result.facts["weight change"] > 0).all()
-    embeddings = given.embeddings(result.model, result.variables, given.clean_rows())
+    embeddings = inputs.embeddings(result.model, result.variables, inputs.clean_rows())
     for own, mask in zip(embeddings, masks, strict=True):
         assert np.abs(own[:, mask == 0]).max() == 0 < own[:, mask == 1].max()

@@ -138,8 +138,8 @@ def test_equal_settings_are_one_method_and_compile_once():
     assert feature_distillation(((1, 2),), 10.0) is feature_distillation(((1, 2),), 10.0)
 
 
-def test_the_schedule_drops_at_half_and_three_quarters(given):
-    config = distillation.student_config(given, FkdSettings(epochs=200))
+def test_the_schedule_drops_at_half_and_three_quarters(inputs):
+    config = distillation.student_config(inputs, FkdSettings(epochs=200))
     assert config.steps == ((100, pytest.approx(0.01)), (150, pytest.approx(0.001)))
     assert config.nesterov and config.momentum == 0.9 and config.optimiser == "sgd"
 

@@ -122,7 +122,7 @@ def test_compiled_or_not_it_is_the_same():
     chex.assert_trees_all_close(jax.jit(objective)(*arguments), objective(*arguments), rtol=1e-4, atol=1e-5)
 
 
-def test_no_epochs_change_nothing(given):
-    result = run(given, FtSamSettings(epochs=0))
-    jax.tree.map(np.testing.assert_array_equal, result.variables, given.attacked.variables)
+def test_no_epochs_change_nothing(inputs):
+    result = run(inputs, FtSamSettings(epochs=0))
+    jax.tree.map(np.testing.assert_array_equal, result.variables, inputs.attacked.variables)
     np.testing.assert_array_equal(result.facts["weight change"], 0)

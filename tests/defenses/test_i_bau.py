@@ -125,17 +125,17 @@ def test_bound_is_kept():
     np.testing.assert_array_equal(shorten(jnp.zeros(2), 1.0), [0.0, 0.0])
 
 
-def test_all_suspects_play_in_one_call(given):
+def test_all_suspects_play_in_one_call(inputs):
     settings = IBauSettings(rounds=2, batch_size=32, terms=2, learning_rate=1e-3)
-    result = run(given, settings)
-    again = run(given, settings)  # read back
+    result = run(inputs, settings)
+    again = run(inputs, settings)  # read back
     chex.assert_trees_all_equal(result.variables, again.variables)
-    chex.assert_trees_all_equal(result.variables["batch_stats"], given.attacked.variables["batch_stats"])
-    before, after = (tree["params"]["classifier"]["kernel"] for tree in (given.attacked.variables, result.variables))
+    chex.assert_trees_all_equal(result.variables["batch_stats"], inputs.attacked.variables["batch_stats"])
+    before, after = (tree["params"]["classifier"]["kernel"] for tree in (inputs.attacked.variables, result.variables))
     assert np.all(np.abs(before - after).max(axis=(1, 2)) > 0)
 
 
-def test_settings_that_cannot_be_are_refused(given):
+def test_settings_that_cannot_be_are_refused(inputs):
     for change in ({"rounds": 0}, {"passes": 0}, {"terms": -1}, {"norm_bound": -1.0}, {"share": 2.0}):
         with pytest.raises(InputError, match=f"defense i_bau: {next(iter(change))} "):
-            run(given, dataclasses.replace(IBauSettings(), **change))
+            run(inputs, dataclasses.replace(IBauSettings(), **change))

@@ -98,12 +98,12 @@ def test_above_clean_mean_counts_poisons_only():
     assert above_clean_mean(own, np.array([False, False, True, True, True])) == 2
 
 
-def test_loss_history_keeps_every_row_of_every_epoch(given):
-    history = loss_history(given, None, 2)
-    members, num_rows = given.index.shape
+def test_loss_history_keeps_every_row_of_every_epoch(inputs):
+    history = loss_history(inputs, None, 2)
+    members, num_rows = inputs.index.shape
     assert history.shape == (members, 2, num_rows)
     seen = np.isfinite(history)
-    batch = given.recipe.batch_size
+    batch = inputs.recipe.batch_size
     assert (seen.sum(axis=2) == num_rows // batch * batch).all()
     assert np.nanmean(history[:, 1]) < np.nanmean(history[:, 0])
     # The first batch's losses are those of fresh weights, near to log K; later ones are not all alike.

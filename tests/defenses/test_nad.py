@@ -102,13 +102,13 @@ def test_the_teacher_is_frozen_and_uses_its_running_statistics():
 # ---- All of it ------------------------------------------------------------------------------------------------------
 
 
-def test_no_epochs_change_nothing_and_the_teacher_is_not_handed_on(given):
-    result = run(given, NadSettings(teacher_epochs=0, epochs=0))
-    jax.tree.map(np.testing.assert_array_equal, result.variables, given.attacked.variables)
+def test_no_epochs_change_nothing_and_the_teacher_is_not_handed_on(inputs):
+    result = run(inputs, NadSettings(teacher_epochs=0, epochs=0))
+    jax.tree.map(np.testing.assert_array_equal, result.variables, inputs.attacked.variables)
     np.testing.assert_array_equal(result.facts["weight change"], 0)
 
 
-def test_the_student_starts_from_the_attacked_network_not_from_the_teacher(given):
-    result = run(given, NadSettings(teacher_epochs=1, epochs=0))
+def test_the_student_starts_from_the_attacked_network_not_from_the_teacher(inputs):
+    result = run(inputs, NadSettings(teacher_epochs=1, epochs=0))
     assert (result.facts["teacher's weight change"] > 0).all()
-    jax.tree.map(np.testing.assert_array_equal, result.variables, given.attacked.variables)
+    jax.tree.map(np.testing.assert_array_equal, result.variables, inputs.attacked.variables)

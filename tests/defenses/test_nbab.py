@@ -48,29 +48,29 @@ def test_rows_that_fail_come_first_unless_the_order_is_another(rank, order):
     assert np.argsort(-suspicion(verified, rank)[0]).tolist() == order
 
 
-def test_the_own_trigger_is_learnt_beside_the_task(given):
-    verified = verify(given, SMALL)
-    members, num_rows = given.index.shape
+def test_the_own_trigger_is_learnt_beside_the_task(inputs):
+    verified = verify(inputs, SMALL)
+    members, num_rows = inputs.index.shape
     assert verified.margins.shape == (members, num_rows)
-    assert verified.nets.model.num_classes == given.num_classes + 1
+    assert verified.nets.model.num_classes == inputs.num_classes + 1
     assert (verified.implant_success > 0.5).all() and (verified.clean_accuracy > 0.3).all()
-    np.testing.assert_array_equal(verified.margins > 0, verified.predictions == given.num_classes)
+    np.testing.assert_array_equal(verified.margins > 0, verified.predictions == inputs.num_classes)
 
 
-def test_all_rows_are_stamped_in_order_however_many_at_a_time(given, monkeypatch):
-    whole = verify(given, SMALL).margins
+def test_all_rows_are_stamped_in_order_however_many_at_a_time(inputs, monkeypatch):
+    whole = verify(inputs, SMALL).margins
     monkeypatch.setattr(nbab, "CHUNK", 50)
-    np.testing.assert_allclose(verify(given, SMALL).margins, whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(verify(inputs, SMALL).margins, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_pulls_stamped_features_to_clean_ones(given):
+def test_alignment_pulls_stamped_features_to_clean_ones(inputs):
     def distance(alpha):
         settings = NbabSettings(**{**vars(SMALL), "alpha": alpha})
-        nets = verify(given, settings).nets
-        rows = given.all_rows()
-        plain = given.embeddings(nets.model, nets.variables, rows)
-        pool = np.asarray(given.pool)
-        stamped = np.stack([make_patch(2, "checkerboard")(pool[index], index) for index in given.index])
+        nets = verify(inputs, settings).nets
+        rows = inputs.all_rows()
+        plain = inputs.embeddings(nets.model, nets.variables, rows)
+        pool = np.asarray(inputs.pool)
+        stamped = np.stack([make_patch(2, "checkerboard")(pool[index], index) for index in inputs.index])
         images = stamped[:, :32].astype(np.float32) / 255
         apply = jax.jit(lambda v, x: nets.model.apply(v, x, train=False).features)
         moved = []
@@ -82,26 +82,26 @@ def test_alignment_pulls_stamped_features_to_clean_ones(given):
     assert distance(30.0) < 0.5 * distance(0.0)
 
 
-def test_cover_rows_keep_their_labels(given, monkeypatch):
+def test_cover_rows_keep_their_labels(inputs, monkeypatch):
     seen = {}
-    train = type(given).train
+    train = type(inputs).train
 
     def spy(self, stage, model, config, rows, **how):
         seen["rows"] = rows
         return train(self, stage, model, config, rows, **how)
 
-    monkeypatch.setattr(type(given), "train", spy)
+    monkeypatch.setattr(type(inputs), "train", spy)
     settings = NbabSettings(**{**vars(SMALL), "weak_by": "cover", "cover_rate": 0.25, "alpha": 5.0})
-    verify(given, settings)
-    num_rows = given.index.shape[1]
+    verify(inputs, settings)
+    num_rows = inputs.index.shape[1]
     new = np.asarray(seen["rows"].targets["labels"])[:, num_rows:]
-    assert (np.sum(new != given.num_classes, axis=1) == round(0.25 * new.shape[1])).all()
+    assert (np.sum(new != inputs.num_classes, axis=1) == round(0.25 * new.shape[1])).all()
     assert not np.any(seen["rows"].targets["suppression"])
 
 
-def test_unknown_choices_are_refused(given):
+def test_unknown_choices_are_refused(inputs):
     with pytest.raises(InputError, match="nbab: trigger 'mine' is not one of patch, attacker"):
-        verify(given, NbabSettings(trigger="mine"))
+        verify(inputs, NbabSettings(trigger="mine"))
     with pytest.raises(ValueError, match="not one of checkerboard"):
         make_patch(2, "red")
     with pytest.raises(ValueError, match="not one of suspicious"):

@@ -154,31 +154,31 @@ def test_objective_is_equation_3_for_every_class():
 
 
 @pytest.fixture
-def planted(given):
+def planted(inputs):
     """Linear networks in the place of the attacked ones: one with a backdoor, one without."""
     stacked = {"params": {"weights": jnp.stack([weights_with_backdoor(PLANTED), weights_with_backdoor(None)])}}
-    clean = PoolRows(given.clean_index, given.clean_labels % K)
-    return given.with_knowledge({"attacked model": Nets(LINEAR, stacked, 1, {}), "clean rows": clean})
+    clean = PoolRows(inputs.clean_index, inputs.clean_labels % K)
+    return inputs.with_knowledge({"attacked model": Nets(LINEAR, stacked, 1, {}), "clean rows": clean})
 
 
 def test_planted_trigger_is_found_where_it_is_and_unlearned_there_alone(planted, tmp_path):
-    given = dataclasses.replace(planted, runner=dataclasses.replace(planted.runner, folder=tmp_path))
+    inputs = dataclasses.replace(planted, runner=dataclasses.replace(planted.runner, folder=tmp_path))
     settings = dataclasses.replace(SETTINGS, epochs=60, batch_size=32, weight=0.1, repair_epochs=1, threshold=1e9)
-    result = run(given, settings)
+    result = run(inputs, settings)
     norms = result.pictures["their masks"].sum(axis=(2, 3, 4))
     assert norms[0].argmin() == PLANTED and norms[0, PLANTED] < 0.2 * np.median(norms[0])
     assert norms[1].min() > 0.4 * np.median(norms[1])
     mask = result.pictures["their masks"][0, PLANTED, ..., 0]
     assert mask.argmax() == 0 and mask[0, 0] > 0.5 * mask.sum()
     np.testing.assert_allclose(result.facts["its anomaly index"][0], anomaly_index(norms)[0, PLANTED], rtol=1e-5)
-    assert result.variables is given.attacked.variables  # nothing flagged: handed back
+    assert result.variables is inputs.attacked.variables  # nothing flagged: handed back
     assert not result.facts["classes flagged"].any()
     flagged = np.zeros((2, K), bool)
     flagged[0, PLANTED] = True
     masks = result.pictures["their masks"]
-    repaired = repair(given, Triggers(masks, np.ones((*masks.shape[:-1], 1), np.float32)), flagged, settings)
-    assert repaired.keys() == given.attacked.variables.keys()
-    weights, before = repaired["params"]["weights"], given.attacked.variables["params"]["weights"]
+    repaired = repair(inputs, Triggers(masks, np.ones((*masks.shape[:-1], 1), np.float32)), flagged, settings)
+    assert repaired.keys() == inputs.attacked.variables.keys()
+    weights, before = repaired["params"]["weights"], inputs.attacked.variables["params"]["weights"]
     np.testing.assert_array_equal(weights[1], before[1])
     assert np.abs(weights[0] - before[0]).max() > 0
 
@@ -210,7 +210,7 @@ def test_unlearning_stamps_flagged_classes_under_true_labels():
     np.testing.assert_allclose(some[~is_stamped], expected(images)[~is_stamped], rtol=1e-5)
 
 
-def test_settings_that_cannot_be_are_refused(given):
+def test_settings_that_cannot_be_are_refused(inputs):
     for change in ({"success": 0.0}, {"repair_share": 2.0}, {"weight_factor": 1.0}):
         with pytest.raises(InputError, match=f"defense neural_cleanse: {next(iter(change))} "):
-            run(given, dataclasses.replace(SETTINGS, **change))
+            run(inputs, dataclasses.replace(SETTINGS, **change))

@@ -157,56 +157,56 @@ def test_the_threshold_has_the_least_variance_among_those_that_are_allowed():
     np.testing.assert_array_equal(choose_by_validation(accuracy, variances, plain, 0.2), [2, 2])
 
 
-def test_held_out_rows_are_not_trained_on(given):
-    kept, held_out = split_rows(given, 0.25)
-    for i in range(len(given.index)):
+def test_held_out_rows_are_not_trained_on(inputs):
+    kept, held_out = split_rows(inputs, 0.25)
+    for i in range(len(inputs.index)):
         all_rows = np.concatenate([kept.index[i], held_out.index[i]])
-        assert sorted(all_rows) == sorted(given.clean_index[i]) and len(held_out.index[i]) == 16
-        labels = dict(zip(given.clean_index[i].tolist(), given.clean_labels[i].tolist(), strict=True))
+        assert sorted(all_rows) == sorted(inputs.clean_index[i]) and len(held_out.index[i]) == 16
+        labels = dict(zip(inputs.clean_index[i].tolist(), inputs.clean_labels[i].tolist(), strict=True))
         assert [labels[int(row)] for row in held_out.index[i]] == held_out.targets["labels"][i].tolist()
 
 
 # ---- The whole method -----------------------------------------------------------------------------------------------
 
 
-def test_masks_start_as_mean_features_and_training_lowers_the_variance(given):
+def test_masks_start_as_mean_features_and_training_lowers_the_variance(inputs):
     settings = RobustKdSettings(
         **SMALL, loss="variance", mask_epochs=20, mask_learning_rate=0.1, thresholds=(0.2, 0.5), allowed_drop=1.0
     )
-    teachers, facts = detoxify(given, settings)
+    teachers, facts = detoxify(inputs, settings)
     assert all(facts["masked feature variance"] < facts["feature variance"])
     assert set(np.round(facts["mask threshold"], 3)) <= {0.2, 0.5}
-    rows = given.clean_rows()
-    means = given.runner.mean(group_outputs(given.attacked.model), given.attacked.variables, rows, given.pool, 50)
-    images = np.asarray(given.pool)[np.asarray(rows.index[0])].astype(np.float32) / 255
-    own = jax.tree.map(lambda leaf: leaf[0], given.attacked.variables)
-    output = given.attacked.model.apply(own, jnp.asarray(images), train=False).groups["group2"].output
+    rows = inputs.clean_rows()
+    means = inputs.runner.mean(group_outputs(inputs.attacked.model), inputs.attacked.variables, rows, inputs.pool, 50)
+    images = np.asarray(inputs.pool)[np.asarray(rows.index[0])].astype(np.float32) / 255
+    own = jax.tree.map(lambda leaf: leaf[0], inputs.attacked.variables)
+    output = inputs.attacked.model.apply(own, jnp.asarray(images), train=False).groups["group2"].output
     np.testing.assert_allclose(means["group2"][0], output.mean(0), rtol=1e-3, atol=1e-5)
-    assert jax.tree.leaves(teachers.variables)[0].shape[0] == len(given.index)
+    assert jax.tree.leaves(teachers.variables)[0].shape[0] == len(inputs.index)
 
 
-def test_without_masks_it_is_fkd(given):
+def test_without_masks_it_is_fkd(inputs):
     robust = RobustKdSettings(**SMALL, mask_epochs=1, thresholds=(0.0,))
-    masked_student = ROBUST_KD.run(given, robust)
-    student = fkd.run(given, FkdSettings(**SMALL))
+    masked_student = ROBUST_KD.run(inputs, robust)
+    student = fkd.run(inputs, FkdSettings(**SMALL))
     for one, other in zip(jax.tree.leaves(masked_student.variables), jax.tree.leaves(student.variables), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_the_oracle_says_that_it_is_one(given):
+def test_the_oracle_says_that_it_is_one(inputs):
     settings = RobustKdSettings(**SMALL, mask_epochs=1, select="oracle", thresholds=(0.0, 0.5))
     assert ROBUST_KD.needs_with(settings)[-1] == "attacker's trigger"
     assert "attacker's trigger" not in ROBUST_KD.needs_with(RobustKdSettings())
-    result = ROBUST_KD.run(given, settings)
+    result = ROBUST_KD.run(inputs, settings)
     assert set(np.round(result.facts["mask threshold"], 3)) <= {0.0, 0.5}
 
 
-def test_layers_are_counted_from_the_last(given):
+def test_layers_are_counted_from_the_last(inputs):
     settings = RobustKdSettings(**SMALL, mask_epochs=1, thresholds=(0.2,), layers=2)
-    teachers, _ = detoxify(given, settings)
+    teachers, _ = detoxify(inputs, settings)
     assert sorted(teachers.variables["masks"]) == ["group2", "group3"]
     with pytest.raises(InputError, match="layers 4 is not at most 3, the groups of"):
-        detoxify(given, RobustKdSettings(**SMALL, thresholds=(0.2,), layers=4))
+        detoxify(inputs, RobustKdSettings(**SMALL, thresholds=(0.2,), layers=4))
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,12 @@ def planted(poisoned, seed=0, share=0.3, scale=1.0, clean_rows=CLEAN, apart=8.0)
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("seed", range(3))
 def test_one_poisoned_class_of_ten_is_found_whichever_side_is_larger(seed, share):
-    *given, is_poisoned = planted([4], seed, share)
-    found = find_poisons(*given, SETTINGS)
+    *inputs, is_poisoned = planted([4], seed, share)
+    found = find_poisons(*inputs, SETTINGS)
     assert np.flatnonzero(found.index > SETTINGS.threshold).tolist() == [4]
     assert found.index.max() > 40
     np.testing.assert_array_equal(found.flags, is_poisoned)
-    assert found.scores[is_poisoned].mean() > 1 > 0 > found.scores[(given[1] == 4) & ~is_poisoned].mean()
+    assert found.scores[is_poisoned].mean() > 1 > 0 > found.scores[(inputs[1] == 4) & ~is_poisoned].mean()
 
 
 def test_ten_poisoned_classes_of_ten_are_not():
@@ -71,11 +71,11 @@ def test_nothing_is_flagged_where_nothing_is_poisoned():
 
 
 def test_classes_below_the_median_are_flagged_only_if_both_sides_are_asked_for():
-    *given, is_poisoned = planted(range(1, CLASSES), clean_rows=200, apart=20.0)
-    assert not find_poisons(*given, SETTINGS).flags.any()
+    *inputs, is_poisoned = planted(range(1, CLASSES), clean_rows=200, apart=20.0)
+    assert not find_poisons(*inputs, SETTINGS).flags.any()
     # Among nine poisoned classes the clean one sticks out.
-    found = find_poisons(*given, dataclasses.replace(SETTINGS, two_sided=True))
-    assert np.unique(given[1][found.flags]).tolist() == [0] and not is_poisoned[found.flags].any()
+    found = find_poisons(*inputs, dataclasses.replace(SETTINGS, two_sided=True))
+    assert np.unique(inputs[1][found.flags]).tolist() == [0] and not is_poisoned[found.flags].any()
 
 
 def test_a_common_factor_is_of_no_weight():
@@ -224,14 +224,14 @@ def test_the_index_of_a_hand_counted_example():
 # ---- As a defense ---------------------------------------------------------------------------------------------------
 
 
-def test_the_suspects_embeddings_and_their_clean_rows_are_what_is_compared(given):
-    found = detect(given, SETTINGS)
-    network = given.attacked
+def test_the_suspects_embeddings_and_their_clean_rows_are_what_is_compared(inputs):
+    found = detect(inputs, SETTINGS)
+    network = inputs.attacked
     rows, clean = (
-        given.embeddings(network.model, network.variables, of) for of in (given.all_rows(), given.clean_rows())
+        inputs.embeddings(network.model, network.variables, of) for of in (inputs.all_rows(), inputs.clean_rows())
     )
     for i in range(2):
-        own = find_poisons(rows[i], given.labels[i], clean[i], given.clean_labels[i], SETTINGS)
+        own = find_poisons(rows[i], inputs.labels[i], clean[i], inputs.clean_labels[i], SETTINGS)
         np.testing.assert_array_equal(found.flags[i], own.flags)
         np.testing.assert_allclose(found.scores[i], own.scores, rtol=1e-5)
         assert found.facts["largest anomaly index"][i] == pytest.approx(own.index.max())
@@ -254,6 +254,6 @@ def test_too_few_clean_rows_are_refused_in_one_line():
         ({"starts": 0}, "starts 0 is not at least 1"),
     ],
 )
-def test_settings_that_cannot_be(given, changes, message):
+def test_settings_that_cannot_be(inputs, changes, message):
     with pytest.raises(InputError, match=message):
-        detect(given, dataclasses.replace(SETTINGS, **changes))
+        detect(inputs, dataclasses.replace(SETTINGS, **changes))

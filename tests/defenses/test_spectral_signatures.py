@@ -108,10 +108,10 @@ def test_the_variance_in_one_direction_is_that_of_the_first_principal_component(
     assert find_poisons(rows, np.zeros(4, np.int32), PERCENTILE)[2] == pytest.approx(0.9)
 
 
-def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(given):
-    result = detect(given, PERCENTILE)
-    embeddings = given.embeddings(given.attacked.model, given.attacked.variables, given.all_rows())
-    flags, scores, _ = find_poisons(embeddings[1], given.labels[1], PERCENTILE)
+def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(inputs):
+    result = detect(inputs, PERCENTILE)
+    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
+    flags, scores, _ = find_poisons(embeddings[1], inputs.labels[1], PERCENTILE)
     np.testing.assert_array_equal(result.flags[1], flags)
     np.testing.assert_allclose(result.scores[1], scores)
     assert (result.facts["rows left out"] == result.flags.sum(axis=1)).all()
@@ -127,6 +127,6 @@ def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(given):
         ({"poison_rate": 1.0}, "poison_rate 1.0 is not at least 0 and below 1"),
     ],
 )
-def test_settings_that_cannot_be(given, changes, message):
+def test_settings_that_cannot_be(inputs, changes, message):
     with pytest.raises(InputError, match=message):
-        run(given, dataclasses.replace(PERCENTILE, **changes))
+        run(inputs, dataclasses.replace(PERCENTILE, **changes))

@@ -173,16 +173,16 @@ def test_overlays_are_different_rows_and_each_row_knows_its_own():
     assert not (chosen[0] == chosen[1]).all()
 
 
-def test_no_more_clean_rows_than_asked_for_lie_below_the_threshold(given):
-    result = run(given, SETTINGS)
+def test_no_more_clean_rows_than_asked_for_lie_below_the_threshold(inputs):
+    result = run(inputs, SETTINGS)
     assert result.flags is None and result.scores is None
-    images = np.asarray(given.pool)[given.clean_index].astype(np.float32) / 255
+    images = np.asarray(inputs.pool)[inputs.clean_index].astype(np.float32) / 255
     thresholds = result.facts["threshold"]
     for member in range(len(images)):
         own = jax.tree.map(lambda leaf, member=member: leaf[member], result.variables)
         network = own["network"]
-        chex.assert_trees_all_equal(network, jax.tree.map(lambda leaf, m=member: leaf[m], given.attacked.variables))
-        answer = jax.jit(partial(logits_of, given.attacked.model, network))
+        chex.assert_trees_all_equal(network, jax.tree.map(lambda leaf, m=member: leaf[m], inputs.attacked.variables))
+        answer = jax.jit(partial(logits_of, inputs.attacked.model, network))
         entropies = np.array(mixed_entropies(answer, jnp.asarray(images[member]), own["overlays"], "convex", 0.5))
         # A row that is an overlay itself is left out of its own entropy.
         differences = np.abs(images[member][:, None] - np.asarray(own["overlays"])[None]).max(axis=(2, 3, 4))
@@ -193,16 +193,16 @@ def test_no_more_clean_rows_than_asked_for_lie_below_the_threshold(given):
         assert np.mean(expected < thresholds[member] - 1e-5) <= 0.05
 
 
-def test_a_higher_rate_of_false_rejections_has_a_higher_threshold(given):
+def test_a_higher_rate_of_false_rejections_has_a_higher_threshold(inputs):
     low, high = (
-        run(given, dataclasses.replace(SETTINGS, false_rejection_rate=rate)).facts["threshold"] for rate in (0.0, 0.5)
+        run(inputs, dataclasses.replace(SETTINGS, false_rejection_rate=rate)).facts["threshold"] for rate in (0.0, 0.5)
     )
     assert (low < high).all()
 
 
-def test_all_clean_rows_where_there_are_fewer_than_overlays(given):
-    result = run(given, dataclasses.replace(SETTINGS, num_overlays=100))
-    assert result.variables["overlays"].shape[:2] == given.clean_index.shape
+def test_all_clean_rows_where_there_are_fewer_than_overlays(inputs):
+    result = run(inputs, dataclasses.replace(SETTINGS, num_overlays=100))
+    assert result.variables["overlays"].shape[:2] == inputs.clean_index.shape
 
 
 @pytest.mark.parametrize(
@@ -214,13 +214,13 @@ def test_all_clean_rows_where_there_are_fewer_than_overlays(given):
         ({"weight": 0.0}, "weight 0.0 is not above 0 and at most 1"),
     ],
 )
-def test_settings_that_cannot_be(given, changes, message):
+def test_settings_that_cannot_be(inputs, changes, message):
     with pytest.raises(InputError, match=message):
-        run(given, dataclasses.replace(SETTINGS, **changes))
+        run(inputs, dataclasses.replace(SETTINGS, **changes))
 
 
-def test_one_clean_row_is_too_few(given):
-    few = given.with_knowledge({"clean rows": PoolRows(given.clean_index[:, :1], given.clean_labels[:, :1])})
+def test_one_clean_row_is_too_few(inputs):
+    few = inputs.with_knowledge({"clean rows": PoolRows(inputs.clean_index[:, :1], inputs.clean_labels[:, :1])})
     with pytest.raises(InputError, match="1 clean rows are too few"):
         run(few, SETTINGS)
 

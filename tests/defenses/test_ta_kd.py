@@ -12,13 +12,13 @@ from rich.console import Console
 from bdjax import losses
 from bdjax.defenses.ta_kd import (
     CleanSet,
-    Pupils,
+    Learners,
     TaKdConfig,
     distillation_loss,
     initialise,
-    join_pupils,
+    join_learners,
     make_clean_set,
-    make_pupils,
+    make_learners,
     train_on_clean_sets,
     train_parts,
 )
@@ -112,9 +112,9 @@ def test_the_views_come_from_the_key():
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
-def train(pupils, sets, config=None, training=TRAINING, layout="map"):
+def train(learners, sets, config=None, training=TRAINING, layout="map"):
     config = config or TaKdConfig()
-    return train_on_clean_sets(MODEL, config, training, pupils, sets, jax.random.key(7), layout=layout)
+    return train_on_clean_sets(MODEL, config, training, learners, sets, jax.random.key(7), layout=layout)
 
 
 @cache
@@ -127,14 +127,14 @@ def epoch_alone(loss):
     )
 
 
-def assert_trained_alone(state, pupils, which, clean, loss):
-    """One of the trained pupils is as if trained on its clean set alone, with the key that it has among all."""
+def assert_trained_alone(state, learners, which, clean, loss):
+    """One of the trained learners is as if trained on its clean set alone, with the key that it has among all."""
     expected = resume_from(
-        ensemble.members(pupils.variables, which),
-        jax.random.split(jax.random.key(7), len(pupils.alpha))[which],
+        ensemble.members(learners.variables, which),
+        jax.random.split(jax.random.key(7), len(learners.alpha))[which],
         TRAINING,
     )
-    targets = {"labels": clean.labels, "teacher_logits": pupils.teacher_logits[which]}
+    targets = {"labels": clean.labels, "teacher_logits": learners.teacher_logits[which]}
 
     def rows(where):
         values = {name: jnp.asarray(each[where]) for name, each in targets.items()}
@@ -142,7 +142,7 @@ def assert_trained_alone(state, pupils, which, clean, loss):
 
     train_rows, validation_rows = rows(slice(0, clean.num_train)), rows(slice(clean.num_train, None))
     for _ in range(TRAINING.epochs):
-        alpha = jnp.float32(pupils.alpha[which])
+        alpha = jnp.float32(learners.alpha[which])
         expected = epoch_alone(loss)(alpha, expected, train_rows, validation_rows, jnp.asarray(clean.images))
     own = ensemble.members(state, which)
     for part in ("variables", "history"):
@@ -158,54 +158,54 @@ def at_temperature_2(logits, targets, alpha):
 
 
 @pytest.mark.parametrize("layout", ["map", "vmap"])
-def test_each_pupil_learns_from_its_own_clean_set_with_its_own_alpha(layout):
+def test_each_learner_learns_from_its_own_clean_set_with_its_own_alpha(layout):
     sets = clean_sets(TaKdConfig(augmentation="crop", views=2))
     size = len(sets[0].labels)
-    pupils = Pupils(fresh(MODEL, 3), np.array([1, 0, 1]), told(2, 3, size), np.array([0.0, 0.3, 1.0], np.float32))
-    state = train(pupils, sets, TaKdConfig(temperature=2.0), layout=layout)
+    learners = Learners(fresh(MODEL, 3), np.array([1, 0, 1]), told(2, 3, size), np.array([0.0, 0.3, 1.0], np.float32))
+    state = train(learners, sets, TaKdConfig(temperature=2.0), layout=layout)
     chex.assert_tree_shape_prefix(state.variables, (3,))
     for member in range(3):
-        assert_trained_alone(state, pupils, member, sets[pupils.clean_set[member]], at_temperature_2)
+        assert_trained_alone(state, learners, member, sets[learners.clean_set[member]], at_temperature_2)
 
 
 def test_without_weight_on_the_teachers_it_is_plain_training():
     sets = clean_sets()
-    pupils = make_pupils(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 0.0)
-    state = train(pupils, sets)
+    learners = make_learners(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 0.0)
+    state = train(learners, sets)
     for seed in range(2):
-        assert_trained_alone(state, pupils, seed, sets[seed], by_labels)
+        assert_trained_alone(state, learners, seed, sets[seed], by_labels)
 
 
 def test_without_weight_on_the_labels_they_are_of_no_matter():
     sets = clean_sets()
     wrong = [each._replace(labels=(each.labels + 1) % 3) for each in sets]
-    pupils = make_pupils(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 1.0)
-    right, other = (train(pupils, each) for each in (sets, wrong))
+    learners = make_learners(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 1.0)
+    right, other = (train(learners, each) for each in (sets, wrong))
     chex.assert_trees_all_equal(right.variables, other.variables)
     chex.assert_trees_all_equal(right.history["loss"], other.history["loss"])
 
 
-def test_a_pupil_that_is_told_what_it_says_has_nothing_to_learn():
+def test_a_learner_that_is_told_what_it_says_has_nothing_to_learn():
     clean = clean_sets()[0]._replace(num_train=13)  # no validation rows, all rows in one batch
     variables = fresh(MODEL, 1)
     own = MODEL.apply(ensemble.members(variables, 0), as_float(jnp.asarray(clean.images)), train=True).logits
     training = TrainConfig(epochs=1, batch_size=13)
 
     def first_loss(teacher_logits):
-        pupils = make_pupils(variables, np.zeros(1, int), teacher_logits, 1.0)
-        return float(train(pupils, [clean], training=training).history["loss"][0, 0])
+        learners = make_learners(variables, np.zeros(1, int), teacher_logits, 1.0)
+        return float(train(learners, [clean], training=training).history["loss"][0, 0])
 
     assert abs(first_loss(np.asarray(own)[None])) < 1e-5
     assert abs(first_loss(np.asarray(own)[None] + 5.0)) < 1e-5
     assert first_loss(-np.asarray(own)[None]) > 0.05
 
 
-def test_training_leaves_the_pupils_as_they_were():
+def test_training_leaves_the_learners_as_they_were():
     # A teacher is fine-tuned as a baseline and still needed as a teacher.
     sets, variables = clean_sets(), fresh(MODEL, 2)
     before = jax.tree.map(np.array, variables)
-    pupils = make_pupils(variables, np.arange(2), told(3, 2, 13), 0.5)
-    first, second = (train(pupils, sets) for _ in range(2))
+    learners = make_learners(variables, np.arange(2), told(3, 2, 13), 0.5)
+    first, second = (train(learners, sets) for _ in range(2))
     chex.assert_trees_all_equal(variables, before)
     chex.assert_trees_all_equal(first.variables, second.variables)
     moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), before["params"], first.variables["params"])
@@ -214,9 +214,9 @@ def test_training_leaves_the_pupils_as_they_were():
 
 def test_another_seeds_images_are_another_seeds_affair():
     sets = clean_sets()
-    pupils = Pupils(fresh(MODEL, 3), np.array([0, 1, 0]), told(2, 3, 13), np.full(3, 0.5, np.float32))
-    before = train(pupils, sets)
-    after = train(pupils, [sets[0], CleanSet(255 - sets[1].images, sets[1].labels, sets[1].num_train)])
+    learners = Learners(fresh(MODEL, 3), np.array([0, 1, 0]), told(2, 3, 13), np.full(3, 0.5, np.float32))
+    before = train(learners, sets)
+    after = train(learners, [sets[0], CleanSet(255 - sets[1].images, sets[1].labels, sets[1].num_train)])
     others = np.array([0, 2])
     chex.assert_trees_all_equal(ensemble.members(before.variables, others), ensemble.members(after.variables, others))
     kernels = [each.variables["params"]["hidden"][1] for each in (before, after)]
@@ -233,34 +233,34 @@ def test_the_loss_reads_its_configuration(direction):
     chex.assert_trees_all_equal(found, expected)
 
 
-# ---- Pupils ---------------------------------------------------------------------------------------------------------
+# ---- Learners ---------------------------------------------------------------------------------------------------------
 
 
-def test_pupils_of_a_seed_are_told_the_same():
+def test_learners_of_a_seed_are_told_the_same():
     by_seed = told(0, 2, 5)
-    pupils = make_pupils(None, np.array([1, 1, 0]), by_seed, 0.25)
-    np.testing.assert_array_equal(pupils.teacher_logits, by_seed[[1, 1, 0]])
-    np.testing.assert_array_equal(pupils.alpha, np.full(3, 0.25, np.float32))
-    assert pupils.alpha.dtype == np.float32
-    assert pupils.variables is None
+    learners = make_learners(None, np.array([1, 1, 0]), by_seed, 0.25)
+    np.testing.assert_array_equal(learners.teacher_logits, by_seed[[1, 1, 0]])
+    np.testing.assert_array_equal(learners.alpha, np.full(3, 0.25, np.float32))
+    assert learners.alpha.dtype == np.float32
+    assert learners.variables is None
 
 
-def test_fresh_pupils_get_weights_and_others_keep_theirs():
-    pupils = make_pupils(None, np.arange(3), told(0, 3, 5), 0.5)
-    started = initialise(pupils, MODEL, SHAPE, jax.random.key(0))
+def test_fresh_learners_get_weights_and_others_keep_theirs():
+    learners = make_learners(None, np.arange(3), told(0, 3, 5), 0.5)
+    started = initialise(learners, MODEL, SHAPE, jax.random.key(0))
     chex.assert_tree_shape_prefix(started.variables, (3,))
-    chex.assert_trees_all_equal(started, initialise(pupils, MODEL, SHAPE, jax.random.key(0)))
+    chex.assert_trees_all_equal(started, initialise(learners, MODEL, SHAPE, jax.random.key(0)))
     kernels = np.asarray(started.variables["params"]["hidden"])
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
     assert initialise(started, MODEL, SHAPE, jax.random.key(1)) is started
 
 
-def test_joined_pupils_are_slices_in_their_order():
+def test_joined_learners_are_slices_in_their_order():
     parts = [
-        make_pupils(fresh(MODEL, count, seed), np.arange(count) % 2, told(seed, 2, 5), alpha)
+        make_learners(fresh(MODEL, count, seed), np.arange(count) % 2, told(seed, 2, 5), alpha)
         for seed, (count, alpha) in enumerate([(2, 0.5), (4, 0.0), (1, 1.0)])
     ]
-    joined = join_pupils(parts)
+    joined = join_learners(parts)
     start = 0
     for part in parts:
         own = slice(start, start + len(part.alpha))
@@ -276,9 +276,9 @@ def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
     runner = StageRunner(tmp_path, SHAPE, "map", StageLog(Console(file=io.StringIO())))
     teachers = fresh(MODEL, 4, seed=5)
     parts = {
-        "ta": (MODEL, make_pupils(None, np.arange(2), told(0, 2, 13), 0.5)),
-        "student": (WIDER, make_pupils(None, np.arange(2), told(1, 2, 13), 0.5)),
-        "fine-tuned": (MODEL, make_pupils(teachers, np.array([0, 0, 1, 1]), told(2, 2, 13), 0.0)),
+        "ta": (MODEL, make_learners(None, np.arange(2), told(0, 2, 13), 0.5)),
+        "student": (WIDER, make_learners(None, np.arange(2), told(1, 2, 13), 0.5)),
+        "fine-tuned": (MODEL, make_learners(teachers, np.array([0, 0, 1, 1]), told(2, 2, 13), 0.0)),
     }
 
     def run():

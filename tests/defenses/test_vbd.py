@@ -358,8 +358,8 @@ class Noise:
 
     def __init__(self, folder):
         plain, patched, self.labels, self.is_poisoned = noise(5)
-        self.given = given_of([(patched, self.labels, 0), (plain, self.labels, 1)], folder / "together")
-        self.analysis = analyse(self.given, SMALL)
+        self.inputs = given_of([(patched, self.labels, 0), (plain, self.labels, 1)], folder / "together")
+        self.analysis = analyse(self.inputs, SMALL)
         # The same suspect beside another one, and as the second of two.
         other, _, labels, _ = noise(4)
         swapped = given_of([(other, labels, 2), (patched, self.labels, 0)], folder / "swapped")
@@ -410,9 +410,9 @@ class TestAnalysis:
         assert new.dtype == np.int32 and set(new[flags]) <= {0, 2}
 
     def test_it_repeats_from_checkpoints_and_says_what_it_found(self, found):
-        stages = set(found.given.runner.folder.iterdir())
-        detection = detect(found.given, SMALL)
-        assert set(found.given.runner.folder.iterdir()) == stages
+        stages = set(found.inputs.runner.folder.iterdir())
+        detection = detect(found.inputs, SMALL)
+        assert set(found.inputs.runner.folder.iterdir()) == stages
         np.testing.assert_array_equal(detection.flags, found.analysis.flags)
         assert detection.facts["classes with a pattern"].tolist() == [1, 0]
         pattern, mask = detection.pictures.values()
@@ -421,7 +421,7 @@ class TestAnalysis:
         np.testing.assert_array_equal(mask[..., 0], found.analysis.masks[:, [1]])
 
     def test_its_patterns_and_evidence_come_through_detect(self, found):
-        detection, analysis = detect(found.given, SMALL), found.analysis
+        detection, analysis = detect(found.inputs, SMALL), found.analysis
         (kept,), nothing = detection.patterns
         assert nothing == () and (kept.label, kept.network) == (1, "4-4P")
         np.testing.assert_array_equal(kept.mask, analysis.masks[0, 1])
@@ -439,7 +439,7 @@ class TestAnalysis:
         rows = np.flatnonzero(found.labels == 1)
         told = [(rows, np.linspace(0, 1, len(rows)).astype(np.float32), accuracy)]
         monkeypatch.setattr(vbd, "train_detectors", lambda *those: told)
-        analysis = analyse(found.given, SMALL)
+        analysis = analyse(found.inputs, SMALL)
         np.testing.assert_array_equal(analysis.scores[0, rows], told[0][1])
         np.testing.assert_array_equal(analysis.flags[0], (analysis.scores[0] >= 0.5) & (accuracy >= 0.75))
         np.testing.assert_array_equal(analysis.new_labels[0] != found.labels, analysis.flags[0])
@@ -457,18 +457,18 @@ class Recorded:
 
 @pytest.mark.parametrize("clean_model", ["suppress", "relabel"])
 def test_the_clean_network_does_without_flagged_rows_or_with_new_labels(found, monkeypatch, clean_model):
-    monkeypatch.setattr(vbd, "analyse", lambda given, settings: found.analysis)
+    monkeypatch.setattr(vbd, "analyse", lambda inputs, settings: found.analysis)
     runner = Recorded()
-    given = dataclasses.replace(found.given, runner=runner)
-    result = run(given, dataclasses.replace(SMALL, clean_model=clean_model))
+    inputs = dataclasses.replace(found.inputs, runner=runner)
+    result = run(inputs, dataclasses.replace(SMALL, clean_model=clean_model))
     index, labels = runner.rows.index, runner.rows.targets["labels"]
-    assert runner.config == given.recipe
+    assert runner.config == inputs.recipe
     flags, analysis = found.analysis.flags, found.analysis
     if clean_model == "relabel":
-        np.testing.assert_array_equal(index, given.index)
+        np.testing.assert_array_equal(index, inputs.index)
         np.testing.assert_array_equal(labels, analysis.new_labels)
     else:
-        assert set(index[0]) == set(given.index[0][~flags[0]]) and set(index[1]) == set(given.index[1])
+        assert set(index[0]) == set(inputs.index[0][~flags[0]]) and set(index[1]) == set(inputs.index[1])
         np.testing.assert_array_equal(labels, found.labels[index % ROWS])
     np.testing.assert_array_equal(result.flags, flags)
     assert result.pictures and result.facts.keys() == to_detection(analysis, SMALL).facts.keys()

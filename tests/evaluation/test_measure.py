@@ -61,7 +61,7 @@ class TestMeasure:
     views = TriggeredViews(test, ((showing(0, 0, 0, 3, 0, 1), showing(0, 1, 2, 3, 0, 1)), ()))
     variables = jnp.array([0, 1])
     runner = SimpleNamespace(predict=read_pixel, predict_own=read_pixel)
-    given = SimpleNamespace(runner=runner, recipe=RECIPE)
+    inputs = SimpleNamespace(runner=runner, recipe=RECIPE)
 
     @pytest.fixture
     def suspects(self):
@@ -78,7 +78,7 @@ class TestMeasure:
 
     def test_by_hand(self, suspects, result):
         variant = read_defense("none", "quick", "digits")
-        hybrid, clean = measure(self.given, result, suspects, variant, self.views, 1.5)
+        hybrid, clean = measure(self.inputs, result, suspects, variant, self.views, 1.5)
         assert hybrid.cda == pytest.approx(5 / 6) and clean.cda == 0
         badnets, sig = hybrid.metrics
         # Rows 1 to 5 are no 0s. Under the first trigger they are seen as 0, 0, 3, 0, 1: three successes, rows 3 and 5 right.
@@ -100,8 +100,8 @@ class TestMeasure:
             logits = read_pixel(*arguments)
             return np.concatenate([logits, 2 * logits[..., :1]], -1)  # everything that looks like a 0
 
-        given = SimpleNamespace(runner=SimpleNamespace(predict=reject, predict_own=reject), recipe=RECIPE)
-        hybrid, _ = measure(given, result, suspects, read_defense("none", "quick", "digits"), self.views, 0.0)
+        inputs = SimpleNamespace(runner=SimpleNamespace(predict=reject, predict_own=reject), recipe=RECIPE)
+        hybrid, _ = measure(inputs, result, suspects, read_defense("none", "quick", "digits"), self.views, 0.0)
         assert hybrid.cda == pytest.approx(4 / 6) and [one.asr for one in hybrid.metrics] == [0, 0]
         assert hybrid.metrics[0].r_acc == pytest.approx(2 / 5)
 
@@ -109,10 +109,10 @@ class TestMeasure:
         clock = iter([10.0, 16.0])
         monkeypatch.setattr("bdjax.evaluation.measure.time.perf_counter", lambda: next(clock))
         variant = read_defense("none", "quick", "digits")
-        defense = dataclasses.replace(variant.defense, run=lambda given, settings: result)
+        defense = dataclasses.replace(variant.defense, run=lambda inputs, settings: result)
         shown = variant._replace(defense=defense)
-        given = DefenseInput(None, CLASSES, None, None, RECIPE, self.given.runner, {})
-        same, tried = defend(given, suspects, shown, self.views)
+        inputs = DefenseInput(None, CLASSES, None, None, RECIPE, self.inputs.runner, {})
+        same, tried = defend(inputs, suspects, shown, self.views)
         assert same is result and [one.seconds for one in tried] == [3.0, 3.0]
 
 
@@ -146,7 +146,7 @@ class TestJudge:
         variant = read_defense("none", "quick", "digits")
         result = DefenseResult(TINY, TestMeasure.variables, self.flags, self.scores, self.found.facts)
         views = TriggeredViews(TestMeasure.test, ((TestMeasure.test.images,), ()))
-        measured = measure(TestMeasure.given, result, suspects, variant, views, 1.0)
+        measured = measure(TestMeasure.inputs, result, suspects, variant, views, 1.0)
         judged = score_detection(self.found, suspects, variant, 1.0)
         assert [each.detection for each in judged] == [each.detection for each in measured]
         assert [each.facts for each in judged] == [each.facts for each in measured]
@@ -169,12 +169,12 @@ class TestControls:
         hybrid = suspect("badnets+sig:poison_rate=0.1")
         suspects = [hybrid, suspect("none"), hybrid._replace(seed=1)]
         views = TriggeredViews(TestMeasure.test, (*TestMeasure.views.triggered, TestMeasure.views.triggered[0]))
-        how = TestMeasure.given, TINY, {0: jnp.array(1)}, suspects, read_defense("none", "quick", None), views
+        how = TestMeasure.inputs, TINY, {0: jnp.array(1)}, suspects, read_defense("none", "quick", None), views
         # One class off, the five victims answer 1, 1, 0, 1, 2 under the first trigger and 2, 3, 0, 1, 2 under the second.
         assert success_on(*how) == [pytest.approx((1 / 5 + 1 / 5) / 2), None, None]
 
     def test_without_such_networks_nothing_is_known(self):
-        assert success_on(TestMeasure.given, TINY, {}, [suspect("badnets")], None, None) == [None]
+        assert success_on(TestMeasure.inputs, TINY, {}, [suspect("badnets")], None, None) == [None]
 
     def test_clean_members_are_those_that_nobody_attacked(self):
         suspects = [suspect("badnets"), suspect("none"), suspect("none", 1), suspect("none", 2, is_clean=False)]

@@ -160,29 +160,29 @@ class TestMakeGiven:
     def test_each_member_has_its_own_rows(self):
         suspects = [suspect("badnets:poison_rate=0.2"), suspect("none"), suspect(TACT)]
         clean = Dataset(IMAGES[:6] + 50, LABELS[:6], CLASSES, "", "")
-        given, asked = given_for(suspects, clean)
+        inputs, asked = given_for(suspects, clean)
         for number, one in enumerate(suspects):
-            np.testing.assert_array_equal(np.asarray(given.pool)[given.index[number]], one.dataset.images)
-            np.testing.assert_array_equal(given.labels[number], one.dataset.labels)
-            np.testing.assert_array_equal(np.asarray(given.pool)[given.clean_index[number]], clean.images)
-            np.testing.assert_array_equal(given.clean_labels[number], clean.labels)
-        assert (given.num_poisons == [one.is_poisoned.sum() for one in suspects]).all()
+            np.testing.assert_array_equal(np.asarray(inputs.pool)[inputs.index[number]], one.dataset.images)
+            np.testing.assert_array_equal(inputs.labels[number], one.dataset.labels)
+            np.testing.assert_array_equal(np.asarray(inputs.pool)[inputs.clean_index[number]], clean.images)
+            np.testing.assert_array_equal(inputs.clean_labels[number], clean.labels)
+        assert (inputs.num_poisons == [one.is_poisoned.sum() for one in suspects]).all()
         assert asked.stage == "no defense" and asked.config == RECIPE
-        np.testing.assert_array_equal(asked.rows.index, given.index)
-        np.testing.assert_array_equal(asked.rows.targets["weight"], np.ones_like(given.labels, np.float32))
-        assert given.attacker is None and given.attacked.variables["params"].shape == (3, 2)
+        np.testing.assert_array_equal(asked.rows.index, inputs.index)
+        np.testing.assert_array_equal(asked.rows.targets["weight"], np.ones_like(inputs.labels, np.float32))
+        assert inputs.attacker is None and inputs.attacked.variables["params"].shape == (3, 2)
 
     def test_what_nobody_knows_no_oracle_is_told(self):
-        given, _ = given_for([suspect("badnets"), suspect("none", is_clean=False)])
-        assert given.num_poisons is None
+        inputs, _ = given_for([suspect("badnets"), suspect("none", is_clean=False)])
+        assert inputs.num_poisons is None
         with pytest.raises(ValueError, match="no clean rows"):
-            given.clean_rows()
+            inputs.clean_rows()
 
     def test_an_adaptive_attackers_rows_have_partners_without_the_trigger(self):
         suspects = [suspect("badnets:suppression=20"), suspect("badnets")]
-        given, asked = given_for(suspects)
-        np.testing.assert_array_equal(given.attacker.suppression[0], 20.0 * suspects[0].is_poisoned)
-        assert not given.attacker.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
+        inputs, asked = given_for(suspects)
+        np.testing.assert_array_equal(inputs.attacker.suppression[0], 20.0 * suspects[0].is_poisoned)
+        assert not inputs.attacker.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
         assert asked.rows.index.shape == (2, ROWS, 2) and asked.rows.targets["suppression"].shape == (2, ROWS)
         for number, one in enumerate(suspects):
             learnt, partner = np.moveaxis(asked.pool[np.asarray(asked.rows.index)[number]], 1, 0)
@@ -191,12 +191,12 @@ class TestMakeGiven:
 
     def test_oracles_get_the_trigger_of_each_attack_and_none_of_a_clean_set(self):
         one = suspect("badnets")
-        given, _ = given_for([one, suspect("none")])
-        shown, _ = given.attacker_triggers
+        inputs, _ = given_for([one, suspect("none")])
+        shown, _ = inputs.attacker_triggers
         test = Dataset(IMAGES, LABELS, CLASSES, "", "")
         ((expected,),) = make_views(jax.random.key(5), [one], test).triggered
         np.testing.assert_array_equal(shown(IMAGES, LABELS), expected)
-        assert given.attacker_triggers[1] is None
+        assert inputs.attacker_triggers[1] is None
 
 
 def test_the_truth_of_a_poisoned_file_is_that_of_the_file():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import Part
+from bdjax.attacks.poisoning import ConfiguredAttack
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, Trial, Victim
 from bdjax.inspection.gallery import IMAGES_OF_ONE, ROWS_PER_PICTURE, gallery
@@ -18,7 +18,7 @@ DATA = TrainTest(*(Dataset(IMAGES, LABELS, 4, "cifar10", "a test") for _ in rang
 
 def trial(name, is_inside=False, adds_rows=False):
     attack = dataclasses.replace(ATTACKS[name], adds_rows=adds_rows)
-    part = Part(attack, attack.settings, all_to_one(0))
+    part = ConfiguredAttack(attack, attack.settings, all_to_one(0))
     rows = np.array([1, 2], np.int32)
     is_poisoned = np.isin(np.arange(20), rows)
     poisoned = PoisonedDataset(IMAGES, LABELS, 4, "cifar10", "a test", (), is_poisoned, LABELS, np.zeros(20, bool))

@@ -15,7 +15,7 @@ GIVEN = SimpleNamespace(
 """As much of a `DefenseInput` as is read where nothing is trained."""
 
 
-def history(given, name, epochs):
+def history(inputs, name, epochs):
     """Losses of three training sets; the last row came by in no epoch."""
     losses = np.random.default_rng(len(name)).gamma(1.0, size=(3, epochs, ROWS)).astype(np.float32)
     losses[:, :, -1] = np.nan

@@ -6,7 +6,7 @@ import numpy as np
 
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import Part, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, trigger_all
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses.nbab import NbabSettings, make_patch
@@ -25,9 +25,9 @@ def test_maps_are_of_the_sets_own_network_on_its_own_triggers(monkeypatch):
     train, test = load_digits((), False)
     model = make_model("resnet10", 11, 2)
     nets = Nets(model, init_members(lambda key: model.init(key, test.image_shape), KEYS), 1, {})
-    monkeypatch.setattr(verification, "verify", lambda given, settings: SimpleNamespace(nets=nets))
+    monkeypatch.setattr(verification, "verify", lambda inputs, settings: SimpleNamespace(nets=nets))
     target, badnets = int(test.labels[0]), ATTACKS["badnets"]
-    part = Part(badnets, badnets.settings, all_to_one(target))
+    part = ConfiguredAttack(badnets, badnets.settings, all_to_one(target))
     params = badnets.make_params(jax.random.key(1), Knowledge(train, target), badnets.settings)
     (heat,) = verification_heat(SimpleNamespace(keys=KEYS), SETTINGS, {1: (part, params)}, test)
     assert heat.images.shape == (IMAGES, len(VIEWS), *test.image_shape)

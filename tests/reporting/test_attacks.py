@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import Part
+from bdjax.attacks.poisoning import ConfiguredAttack
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, Trial, Victim
 from bdjax.metrics import AttackMetrics
@@ -37,7 +37,7 @@ def metrics(asr, cda=0.9):
 
 def trial(name, asr, seed=0, clean_asr=0.02, cover=None, is_inside=False, adds_rows=False):
     attack = dataclasses.replace(ATTACKS[name], adds_rows=adds_rows)
-    part = Part(attack, attack.settings, all_to_one(0))
+    part = ConfiguredAttack(attack, attack.settings, all_to_one(0))
     rows = np.array([1, 2], np.int32)
     is_poisoned = np.isin(np.arange(20), rows)
     poisoned = PoisonedDataset(IMAGES, LABELS, 4, "cifar10", "a test", (), is_poisoned, LABELS, np.zeros(20, bool))

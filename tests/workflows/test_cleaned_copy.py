@@ -24,8 +24,8 @@ def pixels():
 
 
 def dataset(**changes):
-    given = {"images": pixels(), "labels": LABELS, "num_classes": 2, "name": "mine", "source": "here"}
-    return Dataset(**(given | changes))
+    inputs = {"images": pixels(), "labels": LABELS, "num_classes": 2, "name": "mine", "source": "here"}
+    return Dataset(**(inputs | changes))
 
 
 def write(place, rows=None, source_folder=None, flagged=tuple(FLAGGED)):

@@ -260,10 +260,10 @@ def test_presets_exist_for_every_set(preset):
 
 
 def test_the_command_line_starts_from_the_preset_of_the_set(monkeypatch):
-    given = []
-    monkeypatch.setattr(suspect_models, "run", lambda config, one, log: given.append((config, one)))
+    inputs = []
+    monkeypatch.setattr(suspect_models, "run", lambda config, one, log: inputs.append((config, one)))
     robust_kd.main(["--dataset=gtsrb", "--preset", "quick", "--seeds=5", "--teacher=some/where"])
-    ((config, one),) = given
+    ((config, one),) = inputs
     assert one is robust_kd.EXPERIMENT
     like = dataclasses.replace(robust_kd.preset("quick", "gtsrb"), seeds=5, teacher=pathlib.Path("some/where"))
     assert config == like
