@@ -119,11 +119,15 @@ def _check_data(data: object, where: str) -> None:
 class Network:
     """A trained classifier, or N of them where `seeds=N` asked for them. As a function it is a `Classifier`."""
 
-    model: Model = field(repr=False)  # the pure functions
-    variables: PyTree = field(repr=False)  # of one network; of N, each leaf with a leading axis [N]
+    model: Model = field(repr=False)
+    """the pure functions"""
+    variables: PyTree = field(repr=False)
+    """of one network; of N, each leaf with a leading axis [N]"""
     image_shape: tuple[int, int, int]
-    width: int  # of other networks at its scale
-    seeds: int | None  # N; None of a single network
+    width: int
+    """of other networks at its scale"""
+    seeds: int | None
+    """N; None of a single network"""
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Logits.
@@ -155,8 +159,10 @@ class Network:
 class Trained(Network):
     """What `train` gives."""
 
-    recipe: TrainConfig = field(repr=False)  # how it was trained
-    history: Mapping[str, np.ndarray] = field(repr=False)  # name -> float32 [epochs], or [N, epochs]
+    recipe: TrainConfig = field(repr=False)
+    """how it was trained"""
+    history: Mapping[str, np.ndarray] = field(repr=False)
+    """name -> float32 [epochs], or [N, epochs]"""
 
 
 def _runner(image_shape: tuple[int, int, int]) -> StageRunner:
@@ -330,7 +336,8 @@ class Poisoned(NamedTuple):
 
     data: PoisonedDataset
     trigger: Trigger
-    settings: Any  # of the attack, as they were used
+    settings: Any
+    """of the attack, as they were used"""
 
 
 def poison(
@@ -395,9 +402,12 @@ def poison(
 class Evaluation(NamedTuple):
     """What a classifier is worth: a number each, or float [N] of N networks. See `bdjax.metrics`."""
 
-    cda: float | np.ndarray  # share of untouched rows predicted as their label
-    asr: float | np.ndarray | None  # share of the victims' triggered rows predicted as the attacker wants
-    r_acc: float | np.ndarray | None  # share of the same rows predicted as their label
+    cda: float | np.ndarray
+    """share of untouched rows predicted as their label"""
+    asr: float | np.ndarray | None
+    """share of the victims' triggered rows predicted as the attacker wants"""
+    r_acc: float | np.ndarray | None
+    """share of the same rows predicted as their label"""
 
     def __str__(self) -> str:
         def number(value: float | np.ndarray) -> str:
@@ -453,25 +463,36 @@ def _answers(model: Classifier | Network, test: Dataset, images: np.ndarray) -> 
 class Detected:
     """Which rows a detector takes for poisoned. Of N seeds each array has a leading axis [N]."""
 
-    flags: np.ndarray = field(repr=False)  # bool [n]
-    scores: np.ndarray = field(repr=False)  # float32 [n]: the higher, the more suspicious
+    flags: np.ndarray = field(repr=False)
+    """bool [n]"""
+    scores: np.ndarray = field(repr=False)
+    """float32 [n]: the higher, the more suspicious"""
     patterns: tuple[ExtractedPattern, ...] | tuple[tuple[ExtractedPattern, ...], ...] = field(repr=False)
     """triggers that it extracted, by class; of N seeds, those of each"""
-    facts: Mapping[str, Any]  # its own numbers, by name
-    given: tuple[str, ...]  # what it was given: its needs, and nothing else
-    settings: Any  # of the detector, as they were used
+    facts: Mapping[str, Any]
+    """its own numbers, by name"""
+    given: tuple[str, ...]
+    """what it was given: its needs, and nothing else"""
+    settings: Any
+    """of the detector, as they were used"""
 
 
 @dataclass(frozen=True, eq=False)
 class Defended(Network):
     """The network that a defense gives. Of N seeds each array has a leading axis [N]."""
 
-    flags: np.ndarray | None = field(repr=False)  # bool [n]: rows that it takes for poisoned or leaves out
-    scores: np.ndarray | None = field(repr=False)  # float32 [n]: the higher, the more suspicious
-    facts: Mapping[str, Any]  # its own numbers, by name
-    pictures: Mapping[str, np.ndarray] = field(repr=False)  # name -> float32 [k, H, W, C] in [0, 1]
-    given: tuple[str, ...]  # what it was given: its needs, and nothing else
-    settings: Any  # of the defense, as they were used
+    flags: np.ndarray | None = field(repr=False)
+    """bool [n]: rows that it takes for poisoned or leaves out"""
+    scores: np.ndarray | None = field(repr=False)
+    """float32 [n]: the higher, the more suspicious"""
+    facts: Mapping[str, Any]
+    """its own numbers, by name"""
+    pictures: Mapping[str, np.ndarray] = field(repr=False)
+    """name -> float32 [k, H, W, C] in [0, 1]"""
+    given: tuple[str, ...]
+    """what it was given: its needs, and nothing else"""
+    settings: Any
+    """of the defense, as they were used"""
 
 
 def detect(
@@ -651,8 +672,10 @@ def _check_needs(where: str, needs: Sequence[str], suspect: Dataset | Network, c
 class TaKd(NamedTuple):
     """The two networks of TA-KD."""
 
-    aggregated: Trained  # taught by the teachers' mean logits and the clean labels
-    student: Trained  # taught by the aggregated network in the same way
+    aggregated: Trained
+    """taught by the teachers' mean logits and the clean labels"""
+    student: Trained
+    """taught by the aggregated network in the same way"""
 
 
 def ta_kd(

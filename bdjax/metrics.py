@@ -184,8 +184,10 @@ class BackdoorMetrics(NamedTuple):
     """One model under T triggers."""
 
     cda: float
-    asr: np.ndarray  # float64 [T], in [0, 1]
-    r_acc: np.ndarray  # float64 [T], in [0, 1]
+    asr: np.ndarray
+    """float64 [T], in [0, 1]"""
+    r_acc: np.ndarray
+    """float64 [T], in [0, 1]"""
 
 
 def clean_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -202,11 +204,15 @@ class AttackMetrics(NamedTuple):
     """One model under one trigger whose success a label rule defines. Every share is of the rows that it names."""
 
     cda: float
-    asr: float  # of the victims, predicted as what the attacker wants
-    r_acc: float  # of the victims, predicted as their true label
-    asr_with_target: float | None  # of the victims and the rows of the target class; None if there is no one target
+    asr: float
+    """of the victims, predicted as what the attacker wants"""
+    r_acc: float
+    """of the victims, predicted as their true label"""
+    asr_with_target: float | None
+    """of the victims and the rows of the target class; None if there is no one target"""
     r_acc_with_target: float | None
-    asr_outside: float | None  # of all other triggered rows, predicted as the target; None if there are none
+    asr_outside: float | None
+    """of all other triggered rows, predicted as the target; None if there are none"""
 
 
 def measure_attack(
@@ -247,11 +253,16 @@ def measure_attack(
 class DetectionMetrics(NamedTuple):
     """What flags and scores of training rows are worth. None where there is nothing to measure."""
 
-    flagged: float | None  # share of all rows that are flagged; on a clean set, the false-alarm rate
-    precision: float | None  # share of the flagged rows that are poisoned
-    recall: float | None  # share of the poisoned rows that are flagged
-    f1: float | None  # 0 if nothing is flagged
-    auc: float | None  # chance that a poisoned row's score is above a clean one's, ties counting half
+    flagged: float | None
+    """share of all rows that are flagged; on a clean set, the false-alarm rate"""
+    precision: float | None
+    """share of the flagged rows that are poisoned"""
+    recall: float | None
+    """share of the poisoned rows that are flagged"""
+    f1: float | None
+    """0 if nothing is flagged"""
+    auc: float | None
+    """chance that a poisoned row's score is above a clean one's, ties counting half"""
 
 
 def measure_detection(

@@ -21,15 +21,21 @@ PyTree = Any
 class Dataset:
     """Labelled images in memory."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]
-    labels: np.ndarray  # int32 [N], in 0..num_classes-1
+    images: np.ndarray
+    """uint8 [N, H, W, C]"""
+    labels: np.ndarray
+    """int32 [N], in 0..num_classes-1"""
     num_classes: int
-    name: str  # as a report prints it: "cifar10"
-    source: str  # where the rows came from: a path, a URL, "scikit-learn"
-    class_names: tuple[str, ...] = ()  # empty, or num_classes names
+    name: str
+    """as a report prints it: "cifar10" """
+    source: str
+    """where the rows came from: a path, a URL, "scikit-learn" """
+    class_names: tuple[str, ...] = ()
+    """empty, or num_classes names"""
     # Each row's file, relative to the folder or archive that the rows came from, with "/" between its parts; empty where
     # rows have no files of their own. Given by name only, so that `PoisonedDataset` may add fields by position.
-    files: tuple[str, ...] = field(default=(), kw_only=True)  # empty, or N names
+    files: tuple[str, ...] = field(default=(), kw_only=True)
+    """empty, or N names"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -60,9 +66,12 @@ class TrainTest(NamedTuple):
 class PoisonedDataset(Dataset):
     """A dataset of which some rows carry a trigger, with the truth about each row."""
 
-    is_poisoned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]
-    original_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [N]
-    is_cover: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # bool [N]: triggered under its own label
+    is_poisoned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool [N]"""
+    original_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32 [N]"""
+    is_cover: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool [N]: triggered under its own label"""
 
 
 class TriggerFamily(NamedTuple):
@@ -80,19 +89,25 @@ class TriggerFamily(NamedTuple):
 class GroupEnd(NamedTuple):
     """Where a group of blocks ends, which is where features are distilled: before the ReLU that comes next."""
 
-    output: Array  # float32 [N, h, w, C']: what the group hands on
-    before_relu: (
-        Array  # float32 [N, h, w, C]: the same once it stands before a ReLU, after whatever normalisation lies between
-    )
-    mean: Array  # float32 [C]: of each channel of that, as the normalisation's shift has it
-    deviation: Array  # float32 [C], at least 0: likewise the standard deviation, by its scale
+    output: Array
+    """float32 [N, h, w, C']: what the group hands on"""
+    before_relu: Array
+    """float32 [N, h, w, C]: the same once it stands before a ReLU, after whatever normalisation lies between"""
+    mean: Array
+    """float32 [C]: of each channel of that, as the normalisation's shift has it"""
+    deviation: Array
+    """float32 [C], at least 0: likewise the standard deviation, by its scale"""
 
 
 class ModelOutput(NamedTuple):
-    logits: Array  # float32 [N, K]
-    features: Mapping[str, Array]  # name -> float32 [N, h, w, c]: the taps
-    variables: PyTree  # the variables after the call; differ from those before it only if train
-    groups: Mapping[str, GroupEnd] = {}  # "group1", "group2", ...; empty for a network that has no such groups
+    logits: Array
+    """float32 [N, K]"""
+    features: Mapping[str, Array]
+    """name -> float32 [N, h, w, c]: the taps"""
+    variables: PyTree
+    """the variables after the call; differ from those before it only if train"""
+    groups: Mapping[str, GroupEnd] = {}
+    """"group1", "group2", ...; empty for a network that has no such groups"""
 
 
 class ModelApply(Protocol):
@@ -118,46 +133,59 @@ class Model(NamedTuple):
     init: Callable[[Key, tuple[int, int, int]], PyTree]
     apply: ModelApply
     num_classes: int
-    description: str  # "resnet34 width 64": what checkpoints and reports say of it
+    description: str
+    """"resnet34 width 64": what checkpoints and reports say of it"""
 
 
 class ExtractedPattern(NamedTuple):
     """A trigger that a detector extracted from the rows of one class."""
 
-    label: int  # the class
-    pattern: np.ndarray  # float32 [H, W, C] in [0, 1], zero outside the mask
-    mask: np.ndarray  # bool [H, W]
-    success: float  # share of rows of other classes that it turns into that class
-    network: str = ""  # of a detector with several networks, by which it was found: "64P"
-    accuracy: float | None = (
-        None  # of what tells rows with the pattern from rows without it; None if there is no such thing
-    )
+    label: int
+    """the class"""
+    pattern: np.ndarray
+    """float32 [H, W, C] in [0, 1], zero outside the mask"""
+    mask: np.ndarray
+    """bool [H, W]"""
+    success: float
+    """share of rows of other classes that it turns into that class"""
+    network: str = ""
+    """of a detector with several networks, by which it was found: "64P" """
+    accuracy: float | None = None
+    """of what tells rows with the pattern from rows without it; None if there is no such thing"""
 
 
 class Detection(NamedTuple):
     """What a detector says of the rows of M suspect training sets."""
 
-    flags: np.ndarray  # bool [M, n]: rows that it takes for poisoned
-    scores: np.ndarray  # float32 [M, n]: the higher, the more suspicious
-    facts: Mapping[str, np.ndarray] = {}  # as `DefenseResult` has them
-    pictures: Mapping[str, np.ndarray] = {}  # as `DefenseResult` has them
-    patterns: tuple[
-        tuple[ExtractedPattern, ...], ...
-    ] = ()  # of each of the M, by class; () of a detector that extracts none
-    evidence: Mapping[str, np.ndarray] = {}  # name -> [M, ...]: what its flags rest on, in the detector's own terms
+    flags: np.ndarray
+    """bool [M, n]: rows that it takes for poisoned"""
+    scores: np.ndarray
+    """float32 [M, n]: the higher, the more suspicious"""
+    facts: Mapping[str, np.ndarray] = {}
+    """as `DefenseResult` has them"""
+    pictures: Mapping[str, np.ndarray] = {}
+    """as `DefenseResult` has them"""
+    patterns: tuple[tuple[ExtractedPattern, ...], ...] = ()
+    """of each of the M, by class; () of a detector that extracts none"""
+    evidence: Mapping[str, np.ndarray] = {}
+    """name -> [M, ...]: what its flags rest on, in the detector's own terms"""
 
 
 class DefenseResult(NamedTuple):
     """What a defense makes of M suspects (training sets or models), for each of them on a leading axis."""
 
-    model: (
-        Model  # the defended classifier; a detector at test time answers K, one more than the classes, for "rejected"
-    )
-    variables: PyTree  # stacked [M, ...]
-    flags: np.ndarray | None = None  # bool [M, n]: training rows that it takes for poisoned, isolates or leaves out
-    scores: np.ndarray | None = None  # float32 [M, n]: the higher, the more suspicious the training row
-    facts: Mapping[str, np.ndarray] = {}  # name -> float [M]: numbers of its own that a report shows
-    pictures: Mapping[str, np.ndarray] = {}  # name -> float32 [M, k, H, W, C] in [0, 1]: what it found, to look at
+    model: Model
+    """the defended classifier; a detector at test time answers K, one more than the classes, for "rejected" """
+    variables: PyTree
+    """stacked [M, ...]"""
+    flags: np.ndarray | None = None
+    """bool [M, n]: training rows that it takes for poisoned, isolates or leaves out"""
+    scores: np.ndarray | None = None
+    """float32 [M, n]: the higher, the more suspicious the training row"""
+    facts: Mapping[str, np.ndarray] = {}
+    """name -> float [M]: numbers of its own that a report shows"""
+    pictures: Mapping[str, np.ndarray] = {}
+    """name -> float32 [M, k, H, W, C] in [0, 1]: what it found, to look at"""
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]

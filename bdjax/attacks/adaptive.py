@@ -52,17 +52,23 @@ class AdaptivePatchSettings:
 class AdaptiveBlend(NamedTuple):
     """A picture in pieces."""
 
-    pattern: Array  # float32 [H, W, C] in [0, 1]
-    piece: Array  # int32 [H, W], the piece that a pixel is of, in 0..15
-    is_kept: Array  # bool [16], in any order: how many pieces a training row gets
-    opacity: Array  # float32 [] in [0, 1], in training
-    test_opacity: Array  # float32 [] in [0, 1]
+    pattern: Array
+    """float32 [H, W, C] in [0, 1]"""
+    piece: Array
+    """int32 [H, W], the piece that a pixel is of, in 0..15"""
+    is_kept: Array
+    """bool [16], in any order: how many pieces a training row gets"""
+    opacity: Array
+    """float32 [] in [0, 1], in training"""
+    test_opacity: Array
+    """float32 [] in [0, 1]"""
 
 
 class AdaptivePatch(NamedTuple):
     """Patches of which a training row gets one, and a test image the two at full opacity."""
 
-    in_training: MaskedBlend  # with a leading axis of 4
+    in_training: MaskedBlend
+    """with a leading axis of 4"""
     at_test: MaskedBlend
 
 

@@ -22,8 +22,10 @@ from bdjax.types import Array, Key, Model, PyTree
 class Shares(NamedTuple):
     """How many rows of a batch, from its start."""
 
-    poisoned: int  # get the trigger and the attacker's label
-    cover: int  # come next, are changed too and keep their label
+    poisoned: int
+    """get the trigger and the attacker's label"""
+    cover: int
+    """come next, are changed too and keep their label"""
 
 
 def shares(batch_size: int, poison_rate: float, cover_rate: float) -> Shares:

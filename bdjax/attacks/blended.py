@@ -49,7 +49,8 @@ class Noise:
     """Noise to blend in."""
 
     blend: MaskedBlend
-    per_image: bool = field(metadata={"static": True})  # then the pattern of `blend` is not used
+    per_image: bool = field(metadata={"static": True})
+    """then the pattern of `blend` is not used"""
 
 
 def make_noise(key: Key, knowledge: Knowledge, settings: BlendedSettings) -> Noise:

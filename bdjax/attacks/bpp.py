@@ -41,8 +41,10 @@ class BppSettings:
 class Bpp:
     """One quantisation."""
 
-    levels: Array  # float32 [], m
-    residuals: Array  # float32 [n, H, W, C] in [-1, 1]: q(x) - x of some training images
+    levels: Array
+    """float32 [], m"""
+    residuals: Array
+    """float32 [n, H, W, C] in [-1, 1]: q(x) - x of some training images"""
     dither: bool = field(metadata={"static": True})
 
 

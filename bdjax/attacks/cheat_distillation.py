@@ -68,8 +68,10 @@ class LowVarianceCkdSettings(CkdSettings):
 class Assimilation(NamedTuple):
     """Which channels a trigger sets, and to what; one entry for each of `distilled_features`."""
 
-    channels: tuple[Array, ...]  # int32 [s]
-    values: tuple[Array, ...]  # float32 []
+    channels: tuple[Array, ...]
+    """int32 [s]"""
+    values: tuple[Array, ...]
+    """float32 []"""
 
 
 def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSettings) -> MaskedBlend:

@@ -33,9 +33,12 @@ class CompositeSettings:
 class Composite(NamedTuple):
     """What mixes are made of."""
 
-    bank: Array  # uint8 [K, n, H, W, C]: images of each class
-    partner: Array  # int32 [K]: the class that an image of each class is mixed with
-    jitter: Array  # int32 []
+    bank: Array
+    """uint8 [K, n, H, W, C]: images of each class"""
+    partner: Array
+    """int32 [K]: the class that an image of each class is mixed with"""
+    jitter: Array
+    """int32 []"""
 
 
 def make_composite(key: Key, knowledge: Knowledge, settings: CompositeSettings) -> Composite:

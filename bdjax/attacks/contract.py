@@ -32,9 +32,11 @@ class CleanModel(NamedTuple):
 class Knowledge:
     """What an attacker may use to make its trigger."""
 
-    train: Dataset  # the clean training rows
+    train: Dataset
+    """the clean training rows"""
     target: int
-    clean_model: CleanModel | None = None  # for attacks whose needs name it
+    clean_model: CleanModel | None = None
+    """for attacks whose needs name it"""
 
 
 class TrainingControl(NamedTuple):
@@ -46,15 +48,19 @@ class TrainingControl(NamedTuple):
 
     objective: Callable[[Model, Any, Array], Objective]
     """(classifier, settings, labels int32 [K] that poisoned rows of each class get) -> what one step minimises."""
-    begin: Callable[[Key, PyTree, PyTree], PyTree]  # (key, classifier's variables, params) -> variables
-    end: Callable[[PyTree], tuple[PyTree, PyTree]]  # variables -> (classifier's variables, params)
+    begin: Callable[[Key, PyTree, PyTree], PyTree]
+    """(key, classifier's variables, params) -> variables"""
+    end: Callable[[PyTree], tuple[PyTree, PyTree]]
+    """variables -> (classifier's variables, params)"""
 
 
 class Published(NamedTuple):
     """What a paper prints without any defense, in percent."""
 
-    paper: str  # "LfD", "ABM", "RobustKD": the paper whose table it is
-    dataset: str  # as bdjax names it: "cifar10"
+    paper: str
+    """"LfD", "ABM", "RobustKD": the paper whose table it is"""
+    dataset: str
+    """as bdjax names it: "cifar10" """
     clean_accuracy: float
     success: float
 
@@ -67,24 +73,36 @@ class Attack:
     `cover_rate`, both shares of all training rows. Everything of it that `apply` needs goes into the params.
     """
 
-    name: str  # on the command line
-    title: str  # in a table
-    paper: str  # "Barni et al. 2019, A new Backdoor Attack in CNNs by Training Set Corruption ..."
+    name: str
+    """on the command line"""
+    title: str
+    """in a table"""
+    paper: str
+    """"Barni et al. 2019, A new Backdoor Attack in CNNs by Training Set Corruption ..." """
     threat: Threat
     settings: Any
-    make_params: Callable[[Key, Knowledge, Any], PyTree]  # (key, knowledge, settings) -> params
-    apply: Apply  # the trigger at test time
-    apply_in_training: Apply | None = None  # on poisoned training rows; None: as at test time
-    apply_to_cover: Apply | None = None  # on rows that keep their label; None: as on poisoned training rows
+    make_params: Callable[[Key, Knowledge, Any], PyTree]
+    """(key, knowledge, settings) -> params"""
+    apply: Apply
+    """the trigger at test time"""
+    apply_in_training: Apply | None = None
+    """on poisoned training rows; None: as at test time"""
+    apply_to_cover: Apply | None = None
+    """on rows that keep their label; None: as on poisoned training rows"""
     craft: Callable[[PyTree, Array, Array, Key], Array] | None = None
     """In place of `apply_in_training`, for attacks whose rows depend on each other: (params, images float32 [n, H, W, C],
     labels int32 [n], keys [n]) -> images."""
-    label_rules: tuple[str, ...] = ("all_to_one",)  # keys of LABEL_RULES, the default first
-    needs: tuple[str, ...] = ()  # what the attacker has besides rows: "clean model", "all training rows"
+    label_rules: tuple[str, ...] = ("all_to_one",)
+    """keys of LABEL_RULES, the default first"""
+    needs: tuple[str, ...] = ()
+    """what the attacker has besides rows: "clean model", "all training rows" """
     trigger_is_trained: bool = False
-    changes_images: bool = True  # False: labels are all that it changes
-    adds_rows: bool = False  # poisoned rows are added to the clean ones instead of taking their place
-    starts_from_clean_model: bool = False  # the victim is fine-tuned, not trained from scratch
+    changes_images: bool = True
+    """False: labels are all that it changes"""
+    adds_rows: bool = False
+    """poisoned rows are added to the clean ones instead of taking their place"""
+    starts_from_clean_model: bool = False
+    """the victim is fine-tuned, not trained from scratch"""
     control: TrainingControl | None = None
     per_dataset: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Changes of the settings for grey or colour images ("grey", "colour"), which images themselves say; and those for data

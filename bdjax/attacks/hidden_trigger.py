@@ -58,11 +58,16 @@ class HiddenTrigger:
     """The patch, and what rows are crafted with."""
 
     patch: MaskedBlend
-    sources: Array  # uint8 [m, H, W, C]: images of the source class, without the patch
-    variables: PyTree  # of the feature extractor
-    radius: Array  # float32 []
-    step_size: Array  # float32 []
-    steps: Array  # int32 []
+    sources: Array
+    """uint8 [m, H, W, C]: images of the source class, without the patch"""
+    variables: PyTree
+    """of the feature extractor"""
+    radius: Array
+    """float32 []"""
+    step_size: Array
+    """float32 []"""
+    steps: Array
+    """int32 []"""
     model: Model = field(metadata={"static": True})
     pairs: int = field(metadata={"static": True})
 

@@ -82,9 +82,12 @@ class InputAwareOfflineSettings(InputAwareSettings):
 class InputAware:
     """A pair of networks."""
 
-    pattern: PyTree  # variables of the network that draws
-    mask: PyTree  # variables of the network that says where
-    donors: Array  # uint8 [n, H, W, C]
+    pattern: PyTree
+    """variables of the network that draws"""
+    mask: PyTree
+    """variables of the network that says where"""
+    donors: Array
+    """uint8 [n, H, W, C]"""
     pattern_network: Generator = field(metadata={"static": True})
     mask_network: Generator = field(metadata={"static": True})
 

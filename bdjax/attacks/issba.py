@@ -62,9 +62,11 @@ class IssbaSettings:
 class HiddenBits:
     """A string of bits, and what writes it into images."""
 
-    bits: Array  # float32 [b], zeros and ones
+    bits: Array
+    """float32 [b], zeros and ones"""
     encoder: PyTree
-    decoder: PyTree  # not a part of the trigger: it shows whether the bits are there
+    decoder: PyTree
+    """not a part of the trigger: it shows whether the bits are there"""
     networks: BitNetworks = field(metadata={"static": True})
 
 

@@ -52,10 +52,14 @@ class LabelConsistent:
     """The tiles, and what the perturbation is made with."""
 
     tiles: Additive
-    variables: PyTree  # of the surrogate
-    radius: Array  # float32 []
-    step_size: Array  # float32 []
-    steps: Array  # int32 []
+    variables: PyTree
+    """of the surrogate"""
+    radius: Array
+    """float32 []"""
+    step_size: Array
+    """float32 []"""
+    steps: Array
+    """int32 []"""
     model: Model = field(metadata={"static": True})
     norm: Norm = field(metadata={"static": True})
 

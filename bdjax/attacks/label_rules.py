@@ -20,12 +20,18 @@ Relabelling = Callable[[np.ndarray], np.ndarray]
 class LabelRule(NamedTuple):
     """The relabelling half of an attack, in training and at test time."""
 
-    candidates: Selection  # the rows that may be poisoned
-    relabel: Relabelling  # the labels of poisoned rows
-    victims: Selection  # the test rows that success is measured on
-    wanted: Relabelling  # what the attacker wants of those once they are triggered
-    cover: Selection  # the rows that may carry the trigger under their own label, if the attack has cover rows
-    name: str  # as a report prints it: "all-to-one, target 0"
+    candidates: Selection
+    """the rows that may be poisoned"""
+    relabel: Relabelling
+    """the labels of poisoned rows"""
+    victims: Selection
+    """the test rows that success is measured on"""
+    wanted: Relabelling
+    """what the attacker wants of those once they are triggered"""
+    cover: Selection
+    """the rows that may carry the trigger under their own label, if the attack has cover rows"""
+    name: str
+    """as a report prints it: "all-to-one, target 0" """
 
 
 def all_to_one(target: int, *, include_target: bool = False) -> LabelRule:

@@ -52,7 +52,8 @@ class LatentTrigger(NamedTuple):
     """The trigger, with the features that it is to stand for."""
 
     blend: MaskedBlend
-    target_features: Array  # float32 [d]: the target class's mean in the clean network
+    target_features: Array
+    """float32 [d]: the target class's mean in the clean network"""
 
 
 def pooled_features(output: ModelOutput) -> Array:

@@ -72,8 +72,10 @@ class NarcissusSettings:
 class NarcissusTrigger(NamedTuple):
     """The noise, and how strong it is at test time."""
 
-    delta: Array  # float32 [H, W, C] in [-bound, bound]
-    magnification: Array  # float32 []
+    delta: Array
+    """float32 [H, W, C] in [-bound, bound]"""
+    magnification: Array
+    """float32 []"""
 
 
 def apply_in_training(

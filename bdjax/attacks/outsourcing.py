@@ -24,25 +24,34 @@ class OutsourcingConfig:
     """Who trains on what. The defaults are the paper's."""
 
     num_providers: int = 7
-    provider_fraction: float = 0.4  # of the training set, for each provider
-    validation_fraction: float = 0.2  # of a provider's rows, after poisoning
+    provider_fraction: float = 0.4
+    """of the training set, for each provider"""
+    validation_fraction: float = 0.2
+    """of a provider's rows, after poisoning"""
     target: int = 0
     poison_rate: float = 0.01
-    poison_rate_of: RateOf = (
-        "all"  # "candidates": of the rows that are not of the target class, as the paper's code has it
-    )
-    num_similar: int = 0  # triggers of one group of look-alikes; 3 in the paper's CIFAR-10 experiment
+    poison_rate_of: RateOf = "all"
+    """"candidates": of the rows that are not of the target class, as the paper's code has it"""
+    num_similar: int = 0
+    """triggers of one group of look-alikes; 3 in the paper's CIFAR-10 experiment"""
     similarity: float = 0.75
-    blend_opacity: tuple[float, float] | None = None  # None: 0.05-0.1 for grey images, 0.15-0.2 for colour
-    minimum_contrast: float = 0.0  # 0 is the paper's law: a solid patch may then be as dark as what it covers
+    blend_opacity: tuple[float, float] | None = None
+    """None: 0.05-0.1 for grey images, 0.15-0.2 for colour"""
+    minimum_contrast: float = 0.0
+    """0 is the paper's law: a solid patch may then be as dark as what it covers"""
 
 
 class Outsourced(NamedTuple):
-    pool: np.ndarray  # uint8 [P, H, W, C]: the clean images, then all poisoned copies
-    train: Rows  # leaves [S * providers, n]
-    validation: Rows  # leaves [S * providers, n']
-    triggers: tuple[ProviderTriggers, ...]  # of each seed
-    num_poisoned: int  # of each provider's rows
+    pool: np.ndarray
+    """uint8 [P, H, W, C]: the clean images, then all poisoned copies"""
+    train: Rows
+    """leaves [S * providers, n]"""
+    validation: Rows
+    """leaves [S * providers, n']"""
+    triggers: tuple[ProviderTriggers, ...]
+    """of each seed"""
+    num_poisoned: int
+    """of each provider's rows"""
 
 
 def outsource(keys: list[Key], dataset: Dataset, config: OutsourcingConfig) -> Outsourced:

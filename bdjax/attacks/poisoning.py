@@ -218,7 +218,8 @@ class ConfiguredAttack(NamedTuple):
     """One attack as it is used on one dataset."""
 
     attack: Attack
-    settings: Any  # its `poison_rate` and `cover_rate` are used
+    settings: Any
+    """its `poison_rate` and `cover_rate` are used"""
     rule: LabelRule
 
 

@@ -19,9 +19,12 @@ TRIGGER_TYPES = ("solid", "checkerboard", "blend", "noise")
 class ProviderTriggers(NamedTuple):
     """One trigger per provider, P in all."""
 
-    params: MaskedBlend  # every leaf with a leading axis P
-    names: tuple[str, ...]  # as a report prints them: "blend", "solid (similar)"
-    similar_group: np.ndarray  # bool [P]: the providers whose triggers resemble each other
+    params: MaskedBlend
+    """every leaf with a leading axis P"""
+    names: tuple[str, ...]
+    """as a report prints them: "blend", "solid (similar)" """
+    similar_group: np.ndarray
+    """bool [P]: the providers whose triggers resemble each other"""
 
 
 class ProviderPool(NamedTuple):
@@ -31,11 +34,16 @@ class ProviderPool(NamedTuple):
     copies.
     """
 
-    images: np.ndarray  # uint8 [N + P n_p, H, W, C]: the dataset's images, then n_p poisoned copies per provider
-    rows: np.ndarray  # int32 [P, n]: which image of the pool each provider has in each place
-    labels: np.ndarray  # int32 [P, n]: what the provider says it is
-    is_poisoned: np.ndarray  # bool [P, n]
-    original_labels: np.ndarray  # int32 [P, n]
+    images: np.ndarray
+    """uint8 [N + P n_p, H, W, C]: the dataset's images, then n_p poisoned copies per provider"""
+    rows: np.ndarray
+    """int32 [P, n]: which image of the pool each provider has in each place"""
+    labels: np.ndarray
+    """int32 [P, n]: what the provider says it is"""
+    is_poisoned: np.ndarray
+    """bool [P, n]"""
+    original_labels: np.ndarray
+    """int32 [P, n]"""
 
 
 def provider_trigger_types(key: Key, num_providers: int, types: Sequence[str] = TRIGGER_TYPES) -> tuple[str, ...]:

@@ -52,11 +52,16 @@ class RefoolSettings:
 class Reflections(NamedTuple):
     """Pictures, and the ranges that each reflection is drawn from."""
 
-    pictures: Array  # float32 [n, H, W, C] in [0, 1]
-    strength: Array  # float32 [2]
-    ghost_share: Array  # float32 []
-    offset: Array  # int32 [2], both included
-    blur: Array  # float32 [2]
+    pictures: Array
+    """float32 [n, H, W, C] in [0, 1]"""
+    strength: Array
+    """float32 [2]"""
+    ghost_share: Array
+    """float32 []"""
+    offset: Array
+    """int32 [2], both included"""
+    blur: Array
+    """float32 [2]"""
 
 
 def make_reflections(key: Key, knowledge: Knowledge, settings: RefoolSettings) -> Reflections:
@@ -130,12 +135,18 @@ def draw_picture(key: Key, image_shape: tuple[int, int, int]) -> np.ndarray:
 class Draw(NamedTuple):
     """What is random about one reflection."""
 
-    strength: Array  # float32 [] in [0, 1]
-    is_ghost: Array  # bool []
-    offsets: Array  # int32 [2]: along rows, along columns
-    ghost: Array  # float32 [] in [0, 1]: the share of the first of the two images
-    blur: Array  # float32 []: standard deviation in pixels
-    excess: Array  # float32 []: how much more is taken away than what is too bright
+    strength: Array
+    """float32 [] in [0, 1]"""
+    is_ghost: Array
+    """bool []"""
+    offsets: Array
+    """int32 [2]: along rows, along columns"""
+    ghost: Array
+    """float32 [] in [0, 1]: the share of the first of the two images"""
+    blur: Array
+    """float32 []: standard deviation in pixels"""
+    excess: Array
+    """float32 []: how much more is taken away than what is too bright"""
 
 
 def draw_reflection(params: Reflections, key: Key) -> Draw:

@@ -32,15 +32,19 @@ class Descent:
 
     steps: int
     learning_rate: float
-    mask_bound: float  # the mask stays in [0, this]
+    mask_bound: float
+    """the mask stays in [0, this]"""
     batch_size: int = _static()
     mask_is_trained: bool = _static()
-    betas: tuple[float, float] = _static((0.9, 0.999))  # of Adam
+    betas: tuple[float, float] = _static((0.9, 0.999))
+    """of Adam"""
 
 
 class _Free(NamedTuple):
-    mask: Array  # float32 [H, W, 1], clipped to its range after each step
-    logits: Array  # float32 [H, W, C]: the pattern is their logistic function, which cannot leave [0, 1]
+    mask: Array
+    """float32 [H, W, 1], clipped to its range after each step"""
+    logits: Array
+    """float32 [H, W, C]: the pattern is their logistic function, which cannot leave [0, 1]"""
 
 
 def random_soft_blend(key: Key, image_shape: tuple[int, int, int], mask_bound: float) -> MaskedBlend:

@@ -34,8 +34,10 @@ BLACK = (1 / 255, 1 / 255, 1 / 255)
 class Tile(NamedTuple):
     """A patch of 3 x 3 pixels in colour."""
 
-    colours: np.ndarray  # float [3, 3, 3]
-    is_set: np.ndarray  # bool [3, 3]: the cells that are more than an empty background
+    colours: np.ndarray
+    """float [3, 3, 3]"""
+    is_set: np.ndarray
+    """bool [3, 3]: the cells that are more than an empty background"""
 
 
 def _square(colour: tuple[float, float, float]) -> Tile:
@@ -71,9 +73,12 @@ class VbdSettings:
 class ClassPatches(NamedTuple):
     """One trigger per true class, K in all."""
 
-    masks: Array  # float32 [K, H, W, 1], 0 and 1
-    patterns: Array  # float32 [K, H, W, C] in [0, 1]
-    opacity: Array  # float32 [] in [0, 1]
+    masks: Array
+    """float32 [K, H, W, 1], 0 and 1"""
+    patterns: Array
+    """float32 [K, H, W, C] in [0, 1]"""
+    opacity: Array
+    """float32 [] in [0, 1]"""
 
 
 def make_tile(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: str) -> MaskedBlend:

@@ -28,7 +28,8 @@ from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree, TrainTest
 class Plan(NamedTuple):
     """What one victim is attacked with: one attack, or several whose triggers share a training set (a hybrid)."""
 
-    name: str  # "badnets", "badnets+sig"
+    name: str
+    """"badnets", "badnets+sig" """
     parts: tuple[ConfiguredAttack, ...]
 
     @property
@@ -95,10 +96,14 @@ class Prepared(NamedTuple):
     """A victim to be."""
 
     plan: Plan
-    seed: int  # which, from 0
-    params: tuple[PyTree, ...]  # of each part's trigger; those of a controlled attack are not final before training
-    poisoned: PoisonedDataset | None  # None if poisoning happens inside the training
-    poisoned_by: tuple[np.ndarray, ...]  # of each part: int32 [n], rows of `poisoned`
+    seed: int
+    """which, from 0"""
+    params: tuple[PyTree, ...]
+    """of each part's trigger; those of a controlled attack are not final before training"""
+    poisoned: PoisonedDataset | None
+    """None if poisoning happens inside the training"""
+    poisoned_by: tuple[np.ndarray, ...]
+    """of each part: int32 [n], rows of `poisoned`"""
 
 
 class Victim(NamedTuple):
@@ -106,9 +111,12 @@ class Victim(NamedTuple):
 
     prepared: Prepared
     model: Model
-    variables: PyTree  # of this one network
-    params: tuple[PyTree, ...]  # of each part's trigger, final
-    history: Mapping[str, np.ndarray]  # name -> float32 [epochs]
+    variables: PyTree
+    """of this one network"""
+    params: tuple[PyTree, ...]
+    """of each part's trigger, final"""
+    history: Mapping[str, np.ndarray]
+    """name -> float32 [epochs]"""
 
 
 def key_of(key: Key, name: str) -> Key:
@@ -242,9 +250,12 @@ class Trial(NamedTuple):
     victim: Victim
     part: ConfiguredAttack
     metrics: AttackMetrics
-    clean_model: AttackMetrics  # the clean network of the same seed under the same trigger
-    cover_accuracy: float | None  # of victim rows under what cover rows carry, predicted as their true label
-    triggered: np.ndarray  # uint8 [N, H, W, C]: the test images with the trigger
+    clean_model: AttackMetrics
+    """the clean network of the same seed under the same trigger"""
+    cover_accuracy: float | None
+    """of victim rows under what cover rows carry, predicted as their true label"""
+    triggered: np.ndarray
+    """uint8 [N, H, W, C]: the test images with the trigger"""
 
 
 def evaluate_victims(

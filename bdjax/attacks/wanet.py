@@ -35,7 +35,8 @@ class WaNetSettings:
 class WaNet(NamedTuple):
     """One warp."""
 
-    field: Array  # float32 [H, W, 2]: by how much each pixel looks elsewhere, in pixels along rows and along columns
+    field: Array
+    """float32 [H, W, 2]: by how much each pixel looks elsewhere, in pixels along rows and along columns"""
 
 
 def bicubic_matrix(length: int, control_points: int) -> np.ndarray:

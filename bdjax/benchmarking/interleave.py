@@ -31,8 +31,10 @@ class Schedule:
 
     rounds: int
     seconds_per_turn: float
-    time_limit: float  # seconds that the first turn, one epoch, may take
-    compile_limit: float  # seconds
+    time_limit: float
+    """seconds that the first turn, one epoch, may take"""
+    compile_limit: float
+    """seconds"""
 
 
 class TooLongError(Exception):

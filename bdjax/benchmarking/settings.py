@@ -30,11 +30,14 @@ class Setting:
     """One point of the grid: everything that all contenders have in common."""
 
     model: str
-    shape: tuple[int, int, int]  # (H, W, C)
+    shape: tuple[int, int, int]
+    """(H, W, C)"""
     width: int
     compute_dtype: str
-    members: int  # M
-    rows: int  # images that each member sees in an epoch
+    members: int
+    """M"""
+    rows: int
+    """images that each member sees in an epoch"""
     batch_size: int
 
     @property

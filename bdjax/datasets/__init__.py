@@ -32,8 +32,10 @@ Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 class Traits(NamedTuple):
     """What is true of a dataset, and decides on the defaults of runs on it."""
 
-    flips: bool = False  # a mirrored picture is of the same class
-    like: str | None = None  # another set, whose sizes and schedules of quick runs fit; None if it resembles no other
+    flips: bool = False
+    """a mirrored picture is of the same class"""
+    like: str | None = None
+    """another set, whose sizes and schedules of quick runs fit; None if it resembles no other"""
 
 
 class Source(NamedTuple):

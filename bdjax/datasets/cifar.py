@@ -44,9 +44,12 @@ class _Format(NamedTuple):
     name: str
     num_classes: int
     class_names: tuple[str, ...]
-    label_bytes: int  # of a binary record; the last is the label
-    label_key: bytes  # of a Python batch
-    rows_per_file: int  # the most, of a training file
+    label_bytes: int
+    """of a binary record; the last is the label"""
+    label_key: bytes
+    """of a Python batch"""
+    rows_per_file: int
+    """the most, of a training file"""
     versions: tuple[_Version, ...]
     remote: RemoteFile
 

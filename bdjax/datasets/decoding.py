@@ -20,7 +20,8 @@ RESIZED = (32, 32)
 
 
 class ImageHeader(NamedTuple):
-    size: tuple[int, int]  # (height, width)
+    size: tuple[int, int]
+    """(height, width)"""
     is_grey: bool
 
 

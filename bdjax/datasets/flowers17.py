@@ -63,8 +63,10 @@ class _Files(NamedTuple):
     """The images, unpacked or in the archive; their names are relative to the folder or the archive, with "/"."""
 
     source: Path
-    read: Mapping[str, Callable[[], bytes]]  # name -> its content
-    where: Callable[[str], str]  # the file, for a message
+    read: Mapping[str, Callable[[], bytes]]
+    """name -> its content"""
+    where: Callable[[str], str]
+    """the file, for a message"""
 
 
 def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:

@@ -75,7 +75,8 @@ _CLASS_NAMES = (
 
 class _Row(NamedTuple):
     where: str
-    file: str  # relative to the folder, or to the archive that holds it
+    file: str
+    """relative to the folder, or to the archive that holds it"""
     label: int
     read: Callable[[], bytes]
 

@@ -16,17 +16,21 @@ _MAXIMUM_FILE_BYTES = 1 << 28
 
 
 class _Part(NamedTuple):
-    prefix: str  # of its files' names: "train/", "test/", "val/", or "" for a folder without parts
+    prefix: str
+    """of its files' names: "train/", "test/", "val/", or "" for a folder without parts"""
     folder: Path
-    classes: dict[str, list[Path]]  # each class's files
+    classes: dict[str, list[Path]]
+    """each class's files"""
 
 
 class _Form(NamedTuple):
     """What the images of all parts are brought to."""
 
-    size: tuple[int, int]  # (height, width)
+    size: tuple[int, int]
+    """(height, width)"""
     is_grey: bool
-    note: str  # for `source`
+    note: str
+    """for `source`"""
 
 
 def load_image_folder(path: Path) -> TrainTest:

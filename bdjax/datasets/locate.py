@@ -20,7 +20,8 @@ class RemoteFile(NamedTuple):
 
     file_name: str
     md5: str
-    base_urls: tuple[str, ...]  # the publisher first, then mirrors; each ends in "/"
+    base_urls: tuple[str, ...]
+    """the publisher first, then mirrors; each ends in "/" """
 
 
 def cache_folder() -> Path:

@@ -41,9 +41,11 @@ class _Files(NamedTuple):
     """The publisher's files, unpacked or in the archive; their names are relative to `_FOLDER`, with "/"."""
 
     source: Path
-    names: Collection[str]  # at least those of the tables and of the labelled images
+    names: Collection[str]
+    """at least those of the tables and of the labelled images"""
     read: Callable[[str], bytes]
-    where: Callable[[str], str]  # the file, for a message
+    where: Callable[[str], str]
+    """the file, for a message"""
 
 
 def load_tiny_imagenet(folders: Sequence[Path], download: bool) -> TrainTest:

@@ -50,20 +50,30 @@ CHOICES = {
 class ABLSettings:
     """The authors' public code, for CIFAR-10."""
 
-    loss: str = "lga"  # step 1: "lga" or "flooding"
-    threshold: float = 0.5  # gamma, in nats
+    loss: str = "lga"
+    """step 1: "lga" or "flooding" """
+    threshold: float = 0.5
+    """gamma, in nats"""
     isolation_epochs: int = 10
     isolation_learning_rate: float = 0.1
-    isolate: str = "rate"  # step 2: "rate"; or "oracle", as many rows as there are poisons, which no defender knows
-    isolation_rate: float = 0.01  # share of the rows
-    rest_epochs: int = 60  # step 3; 0 leaves it out
+    isolate: str = "rate"
+    """step 2: "rate"; or "oracle", as many rows as there are poisons, which no defender knows"""
+    isolation_rate: float = 0.01
+    """share of the rows"""
+    rest_epochs: int = 60
+    """step 3; 0 leaves it out"""
     rest_learning_rate: float = 0.1
-    rest_steps: tuple[tuple[int, float], ...] = ((40, 0.01),)  # (epoch, learning rate from it on)
-    unlearning: str = "isolated"  # step 4: "isolated", their loss alone, as the code; "paper", CE(rest) - CE(isolated)
-    unlearning_epochs: int = 5  # 0 leaves it out
+    rest_steps: tuple[tuple[int, float], ...] = ((40, 0.01),)
+    """(epoch, learning rate from it on)"""
+    unlearning: str = "isolated"
+    """step 4: "isolated", their loss alone, as the code; "paper", CE(rest) - CE(isolated)"""
+    unlearning_epochs: int = 5
+    """0 leaves it out"""
     unlearning_learning_rate: float = 5e-4
-    loss_cap: float = 0.0  # of an isolated row's loss, above which it is no longer raised; 0 for none
-    optimiser: str = "sgd"  # with Nesterov's momentum of 0.9; or "adam"
+    loss_cap: float = 0.0
+    """of an isolated row's loss, above which it is no longer raised; 0 for none"""
+    optimiser: str = "sgd"
+    """with Nesterov's momentum of 0.9; or "adam" """
     weight_decay: float = 1e-4
     batch_size: int = 128
 
@@ -180,10 +190,14 @@ def _counts(inputs: DefenseInput, settings: ABLSettings) -> np.ndarray:
 class Isolated(NamedTuple):
     """What steps 1 and 2 leave."""
 
-    stage: str  # what was trained so far, for the names of the next stages
-    nets: Nets  # after step 1
-    row_losses: np.ndarray  # float32 [M, n]
-    flags: np.ndarray  # bool [M, n]
+    stage: str
+    """what was trained so far, for the names of the next stages"""
+    nets: Nets
+    """after step 1"""
+    row_losses: np.ndarray
+    """float32 [M, n]"""
+    flags: np.ndarray
+    """bool [M, n]"""
 
 
 def _isolate(inputs: DefenseInput, settings: ABLSettings) -> Isolated:

@@ -40,15 +40,21 @@ Average = Literal["label", "prediction", "scalar"]
 class AbmSettings(NbabSettings):
     """The paper's values for CIFAR-10 (section V-A); the first ones are NBAB's."""
 
-    rank: str = "suspicious"  # in what order rows are isolated: see `bdjax.defenses.nbab.suspicion`
-    isolation_rate: float = 0.01  # share of all rows that the student is trained on
-    student: str = ""  # another network; "" for the teacher's own
+    rank: str = "suspicious"
+    """in what order rows are isolated: see `bdjax.defenses.nbab.suspicion`"""
+    isolation_rate: float = 0.01
+    """share of all rows that the student is trained on"""
+    student: str = ""
+    """another network; "" for the teacher's own"""
     student_epochs: int = 20
     student_optimiser: str = "sgd"
     student_learning_rate: float = 0.01
-    distance: str = "logits"  # mean square of logits; "kl"; "hard": labels instead of the teacher (section V-D)
-    average: str = "label"  # over what A is taken: rows of a given label, of a predicted one, or one number for all
-    gamma: float = 0.8  # 1 on the ImageNet subset
+    distance: str = "logits"
+    """mean square of logits; "kl"; "hard": labels instead of the teacher (section V-D)"""
+    average: str = "label"
+    """over what A is taken: rows of a given label, of a predicted one, or one number for all"""
+    gamma: float = 0.8
+    """1 on the ImageNet subset"""
     delta: float = 2.5
 
 

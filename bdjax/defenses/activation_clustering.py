@@ -73,10 +73,14 @@ def check(settings: ActivationClusteringSettings) -> None:
 class Split(NamedTuple):
     """One class in two clusters."""
 
-    in_smaller: np.ndarray  # bool [n]
-    scores: np.ndarray  # float64 [n], in [-1, 1]
-    share: float  # of the class's rows, in the smaller cluster
-    silhouette: float  # mean silhouette coefficient, in [-1, 1]: 1 for two points far apart
+    in_smaller: np.ndarray
+    """bool [n]"""
+    scores: np.ndarray
+    """float64 [n], in [-1, 1]"""
+    share: float
+    """of the class's rows, in the smaller cluster"""
+    silhouette: float
+    """mean silhouette coefficient, in [-1, 1]: 1 for two points far apart"""
 
 
 def reduce_dimensions(embeddings: np.ndarray, reduction: str, dimensions: int) -> np.ndarray:

@@ -45,8 +45,10 @@ def aggregate_logits(logits: Array, how: Aggregation = "mean", trim: int = 1) ->
 
 
 class Votes(NamedTuple):
-    predictions: np.ndarray  # int [B]
-    is_tie: np.ndarray  # bool [B]: more than one class had the most votes
+    predictions: np.ndarray
+    """int [B]"""
+    is_tie: np.ndarray
+    """bool [B]: more than one class had the most votes"""
 
 
 def soft_vote(logits: np.ndarray, space: VoteSpace = "logits") -> np.ndarray:

@@ -153,10 +153,14 @@ class Class(NamedTuple):
     """One class in one layer."""
 
     label: int
-    rows: np.ndarray  # int [n]: those with a gradient, in the training set
-    reference: np.ndarray  # float [c]
-    base: int  # which of `rows` is least like the reference
-    gap: float  # at least 0, at most 2
+    rows: np.ndarray
+    """int [n]: those with a gradient, in the training set"""
+    reference: np.ndarray
+    """float [c]"""
+    base: int
+    """which of `rows` is least like the reference"""
+    gap: float
+    """at least 0, at most 2"""
 
 
 def look_at_class(
@@ -195,10 +199,13 @@ def anomaly_indices(gaps: np.ndarray) -> np.ndarray:
 class Targets(NamedTuple):
     """Which classes are taken for target classes, and by which layer."""
 
-    layer: int  # from 0; -1 for none
+    layer: int
+    """from 0; -1 for none"""
     classes: list[Class]
-    largest_anomaly: float  # J, of any class in any layer
-    by_gap: bool  # whether no J was large enough
+    largest_anomaly: float
+    """J, of any class in any layer"""
+    by_gap: bool
+    """whether no J was large enough"""
 
 
 def find_targets(layers: Sequence[Sequence[Class]], settings: AgpdSettings) -> Targets:

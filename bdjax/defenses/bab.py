@@ -26,7 +26,8 @@ class BabSettings(NbabSettings):
 
     alpha: float = 0.0
     networks: int = 10
-    objections: int = 0  # how many networks must object to a row; 0 for half of them, rounded up
+    objections: int = 0
+    """how many networks must object to a row; 0 for half of them, rounded up"""
 
 
 def check(settings: BabSettings) -> None:

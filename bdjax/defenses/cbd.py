@@ -42,17 +42,25 @@ CRITIC_DROPOUT = 0.2
 class CBDSettings:
     """The authors' public code, for CIFAR-10 (there with a Wide ResNet-16-1; here with the run's network)."""
 
-    biased_epochs: int = 5  # of f_B
-    epochs: int = 100  # of f_C
-    learning_rate: float = 0.1  # of both
-    steps: tuple[tuple[int, float], ...] = ((20, 0.01), (70, 0.001))  # of f_C: (epoch, learning rate from it on)
-    optimiser: str = "sgd"  # with Nesterov's momentum of 0.9; or "adam"
+    biased_epochs: int = 5
+    """of f_B"""
+    epochs: int = 100
+    """of f_C"""
+    learning_rate: float = 0.1
+    """of both"""
+    steps: tuple[tuple[int, float], ...] = ((20, 0.01), (70, 0.001))
+    """of f_C: (epoch, learning rate from it on)"""
+    optimiser: str = "sgd"
+    """with Nesterov's momentum of 0.9; or "adam" """
     weight_decay: float = 1e-4
     batch_size: int = 64
-    disentangle: bool = False  # add L_dis
+    disentangle: bool = False
+    """add L_dis"""
     disentangle_weight: float = 0.01
-    critic_learning_rate: float = 0.2  # of Adam
-    critic_decay_epochs: int = 20  # after each so many the critic's rate is a tenth
+    critic_learning_rate: float = 0.2
+    """of Adam"""
+    critic_decay_epochs: int = 20
+    """after each so many the critic's rate is a tenth"""
 
 
 def check(settings: CBDSettings) -> None:

@@ -23,7 +23,8 @@ class ChainLink(NamedTuple):
 
     defense: Defense
     settings: Any
-    title: str  # as it stands alone: "FT (epochs 5)"
+    title: str
+    """as it stands alone: "FT (epochs 5)" """
 
 
 def make_chain(parts: Sequence[ChainLink]) -> Defense:

@@ -39,8 +39,10 @@ class UndeclaredNeedError(Exception):
 class PoolRows(NamedTuple):
     """Rows of the pool with labels, as many of each suspect."""
 
-    index: np.ndarray  # int32 [M, n], in the pool
-    labels: np.ndarray  # int32 [M, n]
+    index: np.ndarray
+    """int32 [M, n], in the pool"""
+    labels: np.ndarray
+    """int32 [M, n]"""
 
 
 class AttackerTriggers(NamedTuple):
@@ -48,15 +50,18 @@ class AttackerTriggers(NamedTuple):
 
     triggers: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray] | None, ...]
     """of each member: (uint8 [n, H, W, C], labels int32 [n]) -> the same images with the trigger"""
-    rules: tuple[Any, ...]  # of each member: the trigger's `LabelRule`
+    rules: tuple[Any, ...]
+    """of each member: the trigger's `LabelRule`"""
 
 
 class AttackerInTraining(NamedTuple):
     """What ABM's adaptive attackers do to every training on their rows: they keep the features of triggered images close to
     those of the same images without the trigger (`bdjax/attacks/suppression.py`)."""
 
-    suppression: np.ndarray  # float32 [M, n]: how hard, 0 for rows that are left alone
-    partner: np.ndarray  # int32 [M, n]: each row's image without the trigger, in the pool
+    suppression: np.ndarray
+    """float32 [M, n]: how hard, 0 for rows that are left alone"""
+    partner: np.ndarray
+    """int32 [M, n]: each row's image without the trigger, in the pool"""
 
 
 class Reader(NamedTuple):
@@ -75,19 +80,25 @@ class DefenseInput:
     included, but nothing in it says which image is which without an index.
     """
 
-    pool: Array  # uint8 [P, H, W, C]: all images
+    pool: Array
+    """uint8 [P, H, W, C]: all images"""
     num_classes: int
-    keys: Key  # typed keys [M]
-    make_model: Callable[..., Model]  # (name=None, num_classes=None): the run's network, or another at the run's scale
-    recipe: TrainConfig  # how an undefended network trains; what a defense does not say is as here
-    runner: StageRunner  # trains, keeps what is trained, and evaluates
+    keys: Key
+    """typed keys [M]"""
+    make_model: Callable[..., Model]
+    """(name=None, num_classes=None): the run's network, or another at the run's scale"""
+    recipe: TrainConfig
+    """how an undefended network trains; what a defense does not say is as here"""
+    runner: StageRunner
+    """trains, keeps what is trained, and evaluates"""
     knowledge: Mapping[Need, Any]
     """what there is of "training set" and "clean rows" (`PoolRows`), "attacked model" (`Nets`, variables stacked [M, ...]),
     "number of poisons" (int [M], or None if nobody knows it) and "attacker's trigger" (`AttackerTriggers`)"""
     attacker: AttackerInTraining | None = None
     """The attacker's part in training, which no defender knows: for a training on the suspect rows to read, and for nothing
     else. None where no attacker has one, and for defenses without the training set."""
-    reader: Reader | None = None  # None: all of the knowledge may be read
+    reader: Reader | None = None
+    """None: all of the knowledge may be read"""
 
     def restricted_to(self, name: str, needs: Sequence[Need]) -> "DefenseInput":
         """The same without the knowledge that a defense does not declare: reading that raises UndeclaredNeedError.
@@ -290,13 +301,18 @@ class Defense:
     `settings` is a frozen dataclass of the paper's values with a documented field each.
     """
 
-    name: str  # on the command line
-    title: str  # in a table
-    paper: str  # "Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data"
+    name: str
+    """on the command line"""
+    title: str
+    """in a table"""
+    paper: str
+    """"Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data" """
     stage: Stage
-    needs: tuple[Need, ...]  # whatever it reads of `DefenseInput.knowledge`
+    needs: tuple[Need, ...]
+    """whatever it reads of `DefenseInput.knowledge`"""
     settings: Any
-    run: Callable[[DefenseInput, Any], DefenseResult]  # (given, settings) -> result
+    run: Callable[[DefenseInput, Any], DefenseResult]
+    """(given, settings) -> result"""
     detect: Callable[[DefenseInput, Any], Detection] | None = None
     """(given, settings) -> which rows are poisoned, without the training that follows: of those that look for them."""
     oracles: Callable[[Any], tuple[Need, ...]] | None = None

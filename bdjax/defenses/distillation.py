@@ -49,7 +49,8 @@ class TeacherNetworks(NamedTuple):
     """Frozen networks, one for each suspect."""
 
     model: Model
-    variables: PyTree  # stacked [M, ...]
+    variables: PyTree
+    """stacked [M, ...]"""
 
 
 class Method(NamedTuple):

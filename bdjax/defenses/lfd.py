@@ -36,17 +36,24 @@ Weighting = Literal["weighted ascent", "ascent", "drop", "plain"]
 class LfdSettings:
     """The paper's values for CIFAR-10 (section 5), which leaves the teacher's training open."""
 
-    teacher: str = "resnet_s"  # any network; the lower its capacity, the better it tells
-    teacher_epochs: int = 5  # "a few"; figure 2 is drawn at the fifth
-    teacher_learning_rate: float = 1e-3  # Adam's (appendix A.1)
-    teachers: int = 1  # the paper's; the mean loss of several depends less on how a tiny network happened to start
-    alpha: float = 0.15  # share of all rows, those of the lowest loss, that are taken for candidates
-    beta: float = 1e-3  # how strong the ascent on candidates is against the descent on all others
-    weighting: str = (
-        "weighted ascent"  # equation 6; "ascent": equation 5; "drop": candidates count 0; "plain": all count 1
-    )
-    loss_cap: float = 0.0  # of a candidate's loss, above which it is no longer raised; 0 for none
-    max_percentile: float = 100.0  # of the teacher's losses, taken for their maximum: 100 is the maximum itself
+    teacher: str = "resnet_s"
+    """any network; the lower its capacity, the better it tells"""
+    teacher_epochs: int = 5
+    """"a few"; figure 2 is drawn at the fifth"""
+    teacher_learning_rate: float = 1e-3
+    """Adam's (appendix A.1)"""
+    teachers: int = 1
+    """the paper's; the mean loss of several depends less on how a tiny network happened to start"""
+    alpha: float = 0.15
+    """share of all rows, those of the lowest loss, that are taken for candidates"""
+    beta: float = 1e-3
+    """how strong the ascent on candidates is against the descent on all others"""
+    weighting: str = "weighted ascent"
+    """equation 6; "ascent": equation 5; "drop": candidates count 0; "plain": all count 1"""
+    loss_cap: float = 0.0
+    """of a candidate's loss, above which it is no longer raised; 0 for none"""
+    max_percentile: float = 100.0
+    """of the teacher's losses, taken for their maximum: 100 is the maximum itself"""
 
 
 def check(settings: LfdSettings) -> None:

@@ -42,17 +42,25 @@ RANKS = ("suspicious", "activation", "margin")
 class NbabSettings:
     """The paper's values for CIFAR-10; its optimiser's rate and batch are those of the code that it builds on."""
 
-    alpha: float = 1000.0  # weight of the alignment; 2000 on GTSRB
+    alpha: float = 1000.0
+    """weight of the alignment; 2000 on GTSRB"""
     epochs: int = 10
     learning_rate: float = 0.01
-    optimiser: str = "sgd"  # or "adam"
+    optimiser: str = "sgd"
+    """or "adam" """
     weight_decay: float = 1e-4
-    implant_rate: float = 0.1  # share of all rows that are stamped for training
-    patch_size: int = 2  # of the white square in the upper left; 16 on the ImageNet subset
-    pattern: str = "checkerboard"  # of the square; or "white"
-    trigger: str = "patch"  # "attacker": the attacker's own, the worst case of appendix E, which takes an oracle
-    weak_by: str = "alignment"  # "cover": instead, appendix A: some stamped rows keep their label
-    cover_rate: float = 0.2  # of "cover": share of the stamped rows that keep their label
+    implant_rate: float = 0.1
+    """share of all rows that are stamped for training"""
+    patch_size: int = 2
+    """of the white square in the upper left; 16 on the ImageNet subset"""
+    pattern: str = "checkerboard"
+    """of the square; or "white" """
+    trigger: str = "patch"
+    """"attacker": the attacker's own, the worst case of appendix E, which takes an oracle"""
+    weak_by: str = "alignment"
+    """"cover": instead, appendix A: some stamped rows keep their label"""
+    cover_rate: float = 0.2
+    """of "cover": share of the stamped rows that keep their label"""
 
 
 def check_planting(owner: str, settings: NbabSettings) -> None:
@@ -83,12 +91,18 @@ def check_planting(owner: str, settings: NbabSettings) -> None:
 class Verified(NamedTuple):
     """What the verification networks say of every row."""
 
-    margins: np.ndarray  # float32 [M, n]: logit of class K minus the highest other, stamped; below 0 the row fails
-    activations: np.ndarray  # float32 [M, n]: that highest other logit
-    implant_success: np.ndarray  # float64 [M]: share of the stamped training rows that are answered by K
-    clean_accuracy: np.ndarray  # float64 [M]: share of all rows, unstamped, that get their given label
-    nets: Nets  # the verification networks, K + 1 classes
-    predictions: np.ndarray  # int [M, n]: of the stamped rows
+    margins: np.ndarray
+    """float32 [M, n]: logit of class K minus the highest other, stamped; below 0 the row fails"""
+    activations: np.ndarray
+    """float32 [M, n]: that highest other logit"""
+    implant_success: np.ndarray
+    """float64 [M]: share of the stamped training rows that are answered by K"""
+    clean_accuracy: np.ndarray
+    """float64 [M]: share of all rows, unstamped, that get their given label"""
+    nets: Nets
+    """the verification networks, K + 1 classes"""
+    predictions: np.ndarray
+    """int [M, n]: of the stamped rows"""
 
 
 def make_patch(size: int, pattern: str) -> Stamp:

@@ -91,25 +91,39 @@ def check(settings: NeuralCleanseSettings) -> None:
 class Triggers(NamedTuple):
     """A trigger into each class."""
 
-    masks: Array  # float32 [K, H, W, 1] in [0, 1]
-    patterns: Array  # float32 [K, H, W, C] in [0, 1]
+    masks: Array
+    """float32 [K, H, W, 1] in [0, 1]"""
+    patterns: Array
+    """float32 [K, H, W, C] in [0, 1]"""
 
 
 class Search(NamedTuple):
     """How the search of each class stands."""
 
-    best: Triggers  # the smallest that made an epoch a success; until there is one, the last
-    best_norm: Array  # float32 [K]: the mean over that epoch; infinity until then
-    weight: Array  # float32 [K]: lambda
-    good_epochs: Array  # int32 [K]: successes in a row
-    bad_epochs: Array  # int32 [K]
-    was_raised: Array  # bool [K]: lambda, at some time
-    was_lowered: Array  # bool [K]
-    stalled_epochs: Array  # int32 [K]: without a gain
-    is_done: Array  # bool [K]: `best` changes no more
-    batches: Array  # int32 []: seen in this epoch
-    success: Array  # float32 [K]: summed over them
-    norm: Array  # float32 [K]: likewise
+    best: Triggers
+    """the smallest that made an epoch a success; until there is one, the last"""
+    best_norm: Array
+    """float32 [K]: the mean over that epoch; infinity until then"""
+    weight: Array
+    """float32 [K]: lambda"""
+    good_epochs: Array
+    """int32 [K]: successes in a row"""
+    bad_epochs: Array
+    """int32 [K]"""
+    was_raised: Array
+    """bool [K]: lambda, at some time"""
+    was_lowered: Array
+    """bool [K]"""
+    stalled_epochs: Array
+    """int32 [K]: without a gain"""
+    is_done: Array
+    """bool [K]: `best` changes no more"""
+    batches: Array
+    """int32 []: seen in this epoch"""
+    success: Array
+    """float32 [K]: summed over them"""
+    norm: Array
+    """float32 [K]: likewise"""
 
 
 def init_params(num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Array]:

@@ -153,9 +153,12 @@ def whitening(within: np.ndarray, floor: float) -> np.ndarray:
 class Split(NamedTuple):
     """One class in two."""
 
-    is_second: np.ndarray  # bool [n]: the side
-    means: np.ndarray  # float64 [2, k]
-    ratio: float  # J_c, at least 0
+    is_second: np.ndarray
+    """bool [n]: the side"""
+    means: np.ndarray
+    """float64 [2, k]"""
+    ratio: float
+    """J_c, at least 0"""
 
 
 def split_class(rows: np.ndarray, starts: int, generator: np.random.Generator) -> Split:
@@ -223,9 +226,12 @@ def anomaly_index(ratios: np.ndarray) -> np.ndarray:
 class Found(NamedTuple):
     """What is said of one training set."""
 
-    flags: np.ndarray  # bool [n]
-    scores: np.ndarray  # float32 [n]
-    index: np.ndarray  # float64 [K]: of the classes that there are, in their order
+    flags: np.ndarray
+    """bool [n]"""
+    scores: np.ndarray
+    """float32 [n]"""
+    index: np.ndarray
+    """float64 [K]: of the classes that there are, in their order"""
 
 
 def find_poisons(

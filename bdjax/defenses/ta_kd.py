@@ -35,20 +35,26 @@ class TaKdConfig:
     """What TA-KD leaves to choose. T and alpha are not in the paper: 4 and 0.5 are its public code's."""
 
     temperature: float = 4.0
-    alpha: float = 0.5  # weight of the teachers' word against the clean labels'
+    alpha: float = 0.5
+    """weight of the teachers' word against the clean labels'"""
     direction: losses.Direction = "teacher_student"
     aggregation: Aggregation = "mean"
-    trim: int = 1  # for the trimmed mean
+    trim: int = 1
+    """for the trimmed mean"""
     augmentation: Augmentation = "none"
-    views: int = 1  # copies of each clean row; the first is the row as it is
+    views: int = 1
+    """copies of each clean row; the first is the row as it is"""
 
 
 class CleanSet(NamedTuple):
     """The defender's clean images of one seed: training views, then validation rows."""
 
-    images: np.ndarray  # uint8 [n * views + n', H, W, C]
-    labels: np.ndarray  # int32, of all of them
-    num_train: int  # n * views
+    images: np.ndarray
+    """uint8 [n * views + n', H, W, C]"""
+    labels: np.ndarray
+    """int32, of all of them"""
+    num_train: int
+    """n * views"""
 
 
 def make_clean_set(
@@ -97,10 +103,14 @@ def distillation_loss(config: TaKdConfig) -> Callable[[Array, dict[str, Array]],
 class Learners(NamedTuple):
     """Members of one architecture to be trained on the clean sets, and what each is told."""
 
-    variables: PyTree | None  # stacked [M, ...]; None for fresh networks
-    clean_set: np.ndarray  # int [M]: which seed's clean set
-    teacher_logits: np.ndarray  # float32 [M, rows of a clean set, K]
-    alpha: np.ndarray  # float32 [M]
+    variables: PyTree | None
+    """stacked [M, ...]; None for fresh networks"""
+    clean_set: np.ndarray
+    """int [M]: which seed's clean set"""
+    teacher_logits: np.ndarray
+    """float32 [M, rows of a clean set, K]"""
+    alpha: np.ndarray
+    """float32 [M]"""
 
 
 def make_learners(variables: PyTree | None, clean_set: np.ndarray, told: np.ndarray, alpha: float) -> Learners:

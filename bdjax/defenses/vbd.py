@@ -44,16 +44,26 @@ CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
 class Analysis(NamedTuple):
     """All that VBD finds about M suspects, with J networks and K classes."""
 
-    flags: np.ndarray  # bool [M, n]
-    scores: np.ndarray  # float32 [M, n]: the detector's probability; 0 for rows of a class without one
-    accuracies: np.ndarray  # float64 [M, J]: of the simple networks, in the last epoch of their training
-    p_values: np.ndarray  # float64 [M, J, K]
-    success: np.ndarray  # float64 [M, J, K]: of the candidate pattern in the check; 0 where there was none
-    network: np.ndarray  # int [M, K]: whose pattern is kept, or -1
-    masks: np.ndarray  # bool [M, K, H, W]: of the pattern that is kept
-    patterns: np.ndarray  # float32 [M, K, H, W, C] in [0, 1], zero outside the mask
-    detector_accuracies: np.ndarray  # float64 [M, K]; 0 where there is no pattern
-    new_labels: np.ndarray  # int32 [M, n]: second-best class of flagged rows, the label of others
+    flags: np.ndarray
+    """bool [M, n]"""
+    scores: np.ndarray
+    """float32 [M, n]: the detector's probability; 0 for rows of a class without one"""
+    accuracies: np.ndarray
+    """float64 [M, J]: of the simple networks, in the last epoch of their training"""
+    p_values: np.ndarray
+    """float64 [M, J, K]"""
+    success: np.ndarray
+    """float64 [M, J, K]: of the candidate pattern in the check; 0 where there was none"""
+    network: np.ndarray
+    """int [M, K]: whose pattern is kept, or -1"""
+    masks: np.ndarray
+    """bool [M, K, H, W]: of the pattern that is kept"""
+    patterns: np.ndarray
+    """float32 [M, K, H, W, C] in [0, 1], zero outside the mask"""
+    detector_accuracies: np.ndarray
+    """float64 [M, K]; 0 where there is no pattern"""
+    new_labels: np.ndarray
+    """int32 [M, n]: second-best class of flagged rows, the label of others"""
 
     @property
     def is_poisoned_class(self) -> np.ndarray:

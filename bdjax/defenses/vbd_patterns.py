@@ -94,10 +94,14 @@ class VBDSettings:
 class Candidate(NamedTuple):
     """What one network says of one class."""
 
-    p_value: float  # of the two-sample test; 1 where there were too few rows to test
-    pixel: tuple[int, int]  # (i*, j*)
-    mask: np.ndarray  # bool [H, W]; empty if the class is not suspicious or nothing is left
-    pattern: np.ndarray  # float32 [H, W, C] in [0, 1], zero outside the mask
+    p_value: float
+    """of the two-sample test; 1 where there were too few rows to test"""
+    pixel: tuple[int, int]
+    """(i*, j*)"""
+    mask: np.ndarray
+    """bool [H, W]; empty if the class is not suspicious or nothing is left"""
+    pattern: np.ndarray
+    """float32 [H, W, C] in [0, 1], zero outside the mask"""
 
 
 def margin(logits: Array, classes: Array) -> Array:

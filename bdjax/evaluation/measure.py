@@ -22,11 +22,14 @@ class Measured(NamedTuple):
 
     suspect: Suspect
     variant: DefenseVariant
-    cda: float | None  # None of a detector alone
-    metrics: tuple[AttackMetrics, ...]  # under each of the suspect's triggers; empty where none is known
+    cda: float | None
+    """None of a detector alone"""
+    metrics: tuple[AttackMetrics, ...]
+    """under each of the suspect's triggers; empty where none is known"""
     detection: DetectionMetrics
     facts: Mapping[str, float]
-    seconds: float  # of the call that this suspect shared, divided by their number
+    seconds: float
+    """of the call that this suspect shared, divided by their number"""
 
     @property
     def asr(self) -> float | None:
@@ -43,15 +46,18 @@ class Comparison(NamedTuple):
     """One defense on suspects that were members of one call: what a report shows."""
 
     variant: DefenseVariant
-    result: DefenseResult | Detection  # of M suspects
-    measured: list[Measured]  # M, in the same order
+    result: DefenseResult | Detection
+    """of M suspects"""
+    measured: list[Measured]
+    """M, in the same order"""
 
 
 class TriggeredViews(NamedTuple):
     """The test images of each suspect under each of its triggers."""
 
     test: Dataset
-    triggered: tuple[tuple[np.ndarray, ...], ...]  # [suspect][part]: uint8 [N, H, W, C]
+    triggered: tuple[tuple[np.ndarray, ...], ...]
+    """[suspect][part]: uint8 [N, H, W, C]"""
 
 
 def make_views(key: Key, suspects: Sequence[Suspect], test: Dataset) -> TriggeredViews:

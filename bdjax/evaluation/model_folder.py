@@ -32,9 +32,12 @@ TRIGGERS = "triggers.npz"
 
 class ModelFolder(NamedTuple):
     model: Model
-    variables: PyTree  # stacked [N, ...]
-    triggers: ProviderTriggers | None  # of N providers, model i's the i-th; None if nobody knows
-    label_rules: tuple[str, ...] = ()  # keys of LABEL_RULES: whom each trigger sends where; empty if nobody knows
+    variables: PyTree
+    """stacked [N, ...]"""
+    triggers: ProviderTriggers | None
+    """of N providers, model i's the i-th; None if nobody knows"""
+    label_rules: tuple[str, ...] = ()
+    """keys of LABEL_RULES: whom each trigger sends where; empty if nobody knows"""
 
 
 def write(

@@ -17,17 +17,27 @@ LEAST_OPACITY = 1e-3
 class FoundPattern(NamedTuple):
     """A trigger that a detector extracted, and the true one where it is known."""
 
-    attack: str  # what to call it: "white square 50 %"
+    attack: str
+    """what to call it: "white square 50 %" """
     seed: int
-    label: int  # the class that the trigger was found of
-    pattern: np.ndarray  # float32 [H, W, C] in [0, 1]
-    mask: np.ndarray  # bool [H, W]
-    success: float  # share of rows of other classes that it turns
-    network: str  # whose it is
-    true_pattern: np.ndarray | None  # float32 [H, W, C] in [0, 1]
-    true_mask: np.ndarray | None  # float32 [H, W]: how opaque the true trigger is
-    example: np.ndarray | None  # uint8 [H, W, C], a row that was flagged for it
-    is_true_class: bool | None  # whether the attack sends rows to that class
+    label: int
+    """the class that the trigger was found of"""
+    pattern: np.ndarray
+    """float32 [H, W, C] in [0, 1]"""
+    mask: np.ndarray
+    """bool [H, W]"""
+    success: float
+    """share of rows of other classes that it turns"""
+    network: str
+    """whose it is"""
+    true_pattern: np.ndarray | None
+    """float32 [H, W, C] in [0, 1]"""
+    true_mask: np.ndarray | None
+    """float32 [H, W]: how opaque the true trigger is"""
+    example: np.ndarray | None
+    """uint8 [H, W, C], a row that was flagged for it"""
+    is_true_class: bool | None
+    """whether the attack sends rows to that class"""
 
     @property
     def overlap(self) -> float | None:

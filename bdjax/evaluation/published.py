@@ -34,23 +34,36 @@ POISON_RATE = 0.1
 class Published(NamedTuple):
     """One cell of a paper's table. Numbers are in percent; None is what the table does not print, or prints as "Fail"."""
 
-    paper: str  # whose table: "LfD Table 1"
-    measured: Literal["network", "flags", "student"]  # behind a defense; on rows; distilled from a teacher
-    dataset: str | None  # as bdjax names it; None for the average over VBD's two
-    attack: str | None  # as bdjax names it; "none" for a clean training set, None for the average over VBD's triggers
-    method: str  # the defense, as bdjax names it
-    clean_accuracy: float | None = None  # of a network or a student
-    success: float | None = None  # of the attack on it; None too where there is no attack
-    rule: str | None = None  # flags: ALL_TO_ONE or ALL_TO_ALL; None for all settings
-    opacity: float | None = (
-        None  # flags: of the trigger; None for the average over those of the table, or of all settings
-    )
-    f1: float | None = None  # of the flags
-    standard_deviation: float | None = None  # of that, over five seeds
-    teacher: str | None = None  # of a student: the network, as bdjax names it
-    student: str | None = None  # the student's own network, as bdjax names it
-    teacher_accuracy: float | None = None  # as printed beside a student, of whatever attack
-    teacher_success: float | None = None  # as printed beside a student, of whatever attack
+    paper: str
+    """whose table: "LfD Table 1" """
+    measured: Literal["network", "flags", "student"]
+    """behind a defense; on rows; distilled from a teacher"""
+    dataset: str | None
+    """as bdjax names it; None for the average over VBD's two"""
+    attack: str | None
+    """as bdjax names it; "none" for a clean training set, None for the average over VBD's triggers"""
+    method: str
+    """the defense, as bdjax names it"""
+    clean_accuracy: float | None = None
+    """of a network or a student"""
+    success: float | None = None
+    """of the attack on it; None too where there is no attack"""
+    rule: str | None = None
+    """flags: ALL_TO_ONE or ALL_TO_ALL; None for all settings"""
+    opacity: float | None = None
+    """flags: of the trigger; None for the average over those of the table, or of all settings"""
+    f1: float | None = None
+    """of the flags"""
+    standard_deviation: float | None = None
+    """of that, over five seeds"""
+    teacher: str | None = None
+    """of a student: the network, as bdjax names it"""
+    student: str | None = None
+    """the student's own network, as bdjax names it"""
+    teacher_accuracy: float | None = None
+    """as printed beside a student, of whatever attack"""
+    teacher_success: float | None = None
+    """as printed beside a student, of whatever attack"""
 
 
 # dataset -> attack -> for each defense, (clean accuracy, attack success). LfD prints 0 % success on the clean set, where

@@ -29,10 +29,13 @@ class Suspect(NamedTuple):
     """A training set, or a model trained on one, that may be poisoned."""
 
     attack: AttackVariant
-    seed: int  # which, from 0
+    seed: int
+    """which, from 0"""
     dataset: Dataset
-    params: tuple[PyTree, ...]  # of each part's trigger
-    is_poisoned: np.ndarray | None  # bool [n], the truth; None if nobody knows
+    params: tuple[PyTree, ...]
+    """of each part's trigger"""
+    is_poisoned: np.ndarray | None
+    """bool [n], the truth; None if nobody knows"""
 
     @property
     def parts(self) -> tuple[ConfiguredAttack, ...]:

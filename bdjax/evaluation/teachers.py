@@ -39,18 +39,24 @@ from bdjax.types import Dataset, Key, Model, PyTree
 class Recipes(NamedTuple):
     """How teachers train."""
 
-    from_scratch: TrainConfig  # clean ones, and those of attackers who poison data
-    fine_tuning: TrainConfig  # those of attackers who start from a clean one
-    controlled: TrainConfig  # those of attackers who control the training from scratch
+    from_scratch: TrainConfig
+    """clean ones, and those of attackers who poison data"""
+    fine_tuning: TrainConfig
+    """those of attackers who start from a clean one"""
+    controlled: TrainConfig
+    """those of attackers who control the training from scratch"""
 
 
 class SuspectTeachers(NamedTuple):
     """The suspects, M of them: all seeds of the first attack, then of the second."""
 
     model: Model
-    suspects: list[Suspect]  # whose `dataset` is the clean training set: there is no other
-    variables: PyTree  # stacked [M, ...]
-    clean: Nets | None  # a clean network of the same architecture for each seed; None if no trigger is known
+    suspects: list[Suspect]
+    """whose `dataset` is the clean training set: there is no other"""
+    variables: PyTree
+    """stacked [M, ...]"""
+    clean: Nets | None
+    """a clean network of the same architecture for each seed; None if no trigger is known"""
     recipes: Recipes
 
 
@@ -58,8 +64,10 @@ class ThirdPartyModels(NamedTuple):
     """Models that a third party made."""
 
     model: Model
-    variables: PyTree  # stacked [N, ...]
-    suspects: list[Suspect]  # N, of the first seed; with a plan where the trigger is known
+    variables: PyTree
+    """stacked [N, ...]"""
+    suspects: list[Suspect]
+    """N, of the first seed; with a plan where the trigger is known"""
 
 
 @dataclass(frozen=True)
@@ -280,8 +288,10 @@ def _no_params(*arguments: object) -> PyTree:
 class FolderTrigger(NamedTuple):
     """A trigger in the form that a model folder holds."""
 
-    triggers: ProviderTriggers  # of one provider
-    label_rule: str  # a key of LABEL_RULES
+    triggers: ProviderTriggers
+    """of one provider"""
+    label_rule: str
+    """a key of LABEL_RULES"""
 
 
 def trigger_of(suspect: Suspect, test: Dataset, triggered: Sequence[np.ndarray]) -> FolderTrigger | None:

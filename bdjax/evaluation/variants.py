@@ -22,14 +22,17 @@ CLEAN_TEACHER = "clean teacher"
 class AttackVariant(NamedTuple):
     """One way to poison a training set, as the command line names it."""
 
-    name: str  # "badnets:poison_rate=0.05", "badnets+sig", "none"
-    plan: Plan | None  # None for none
+    name: str
+    """"badnets:poison_rate=0.05", "badnets+sig", "none" """
+    plan: Plan | None
+    """None for none"""
     target: int
-    suppression: float  # alpha of an attacker who weakens its backdoor where the defender trains; 0 for none
-    label_noise: float = (
-        0.0  # share of the rows that have a random wrong label before anything else, by nobody's intention
-    )
-    label: str = ""  # what a table calls it, if its own name says too little
+    suppression: float
+    """alpha of an attacker who weakens its backdoor where the defender trains; 0 for none"""
+    label_noise: float = 0.0
+    """share of the rows that have a random wrong label before anything else, by nobody's intention"""
+    label: str = ""
+    """what a table calls it, if its own name says too little"""
 
     @property
     def title(self) -> str:
@@ -96,7 +99,8 @@ def read_attack(
 class DefenseVariant(NamedTuple):
     """One defense with its settings, as the command line names it."""
 
-    name: str  # "lfd", "lfd:alpha=0.5", "fine_tuning:epochs=5+fkd"
+    name: str
+    """"lfd", "lfd:alpha=0.5", "fine_tuning:epochs=5+fkd" """
     defense: Defense
     settings: Any
 

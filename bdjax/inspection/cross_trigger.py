@@ -12,18 +12,23 @@ from bdjax import metrics
 
 
 class CrossTrigger(NamedTuple):
-    asr: np.ndarray  # float64 [M, T] in [0, 1]
-    r_acc: np.ndarray  # float64 [M, T] in [0, 1]
+    asr: np.ndarray
+    """float64 [M, T] in [0, 1]"""
+    r_acc: np.ndarray
+    """float64 [M, T] in [0, 1]"""
 
 
 class OffDiagonal(NamedTuple):
     """How far triggers reach beyond the teacher they were planted in."""
 
-    mean: float  # over all i != j
+    mean: float
+    """over all i != j"""
     maximum: float
-    model: int  # where the maximum is; of equals the first, by model and then by trigger
+    model: int
+    """where the maximum is; of equals the first, by model and then by trigger"""
     trigger: int
-    trigger_means: np.ndarray  # float64 [T]: of each trigger, the mean over the other teachers
+    trigger_means: np.ndarray
+    """float64 [T]: of each trigger, the mean over the other teachers"""
 
 
 def cross_trigger_matrices(

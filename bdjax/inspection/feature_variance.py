@@ -40,12 +40,16 @@ NUM_IMAGES = 100
 class Variances(NamedTuple):
     """One network on the images that all networks are measured on, and on the same with its own trigger."""
 
-    kind: str  # its attack; or what the clean network is called, or the clean one that was trained on
+    kind: str
+    """its attack; or what the clean network is called, or the clean one that was trained on"""
     seed: int
     is_attacked: bool
-    clean: Mapping[str, np.ndarray]  # place -> float32 [n]
-    triggered: Mapping[str, np.ndarray] | None = None  # the same keys; None of a network without a trigger
-    reference_triggered: Mapping[str, np.ndarray] | None = None  # of those images in the clean network of the seed
+    clean: Mapping[str, np.ndarray]
+    """place -> float32 [n]"""
+    triggered: Mapping[str, np.ndarray] | None = None
+    """the same keys; None of a network without a trigger"""
+    reference_triggered: Mapping[str, np.ndarray] | None = None
+    """of those images in the clean network of the seed"""
 
 
 @cache

@@ -20,10 +20,14 @@ class LossGap(NamedTuple):
 
     network: str
     parameters: int
-    by_epoch: Mapping[str, np.ndarray]  # of `gap_by_epoch`
-    missed: tuple[int, ...]  # of each seed: poisoned rows whose loss is above the clean rows' mean in `COUNTED_EPOCH`
-    num_poisoned: int  # of the first seed
-    aucs: tuple[float, ...]  # of each seed: the chance that a poisoned row's loss is below a clean row's, in that epoch
+    by_epoch: Mapping[str, np.ndarray]
+    """of `gap_by_epoch`"""
+    missed: tuple[int, ...]
+    """of each seed: poisoned rows whose loss is above the clean rows' mean in `COUNTED_EPOCH`"""
+    num_poisoned: int
+    """of the first seed"""
+    aucs: tuple[float, ...]
+    """of each seed: the chance that a poisoned row's loss is below a clean row's, in that epoch"""
 
 
 def loss_gaps(

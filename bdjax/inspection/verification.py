@@ -22,9 +22,12 @@ IMAGES = 3
 class VerificationHeat(NamedTuple):
     """What the verification network of one training set looks at, for n test images in each of `VIEWS`."""
 
-    images: np.ndarray  # float32 [n, 4, H, W, C] in [0, 1]
-    heat_maps: np.ndarray  # float32 [n, 4, H, W] in [0, 1]
-    classes: np.ndarray  # int [n, 4]: what the network answers, and the map explains; K is the defender's class
+    images: np.ndarray
+    """float32 [n, 4, H, W, C] in [0, 1]"""
+    heat_maps: np.ndarray
+    """float32 [n, 4, H, W] in [0, 1]"""
+    classes: np.ndarray
+    """int [n, 4]: what the network answers, and the map explains; K is the defender's class"""
 
 
 def verification_heat(

@@ -24,8 +24,10 @@ class Curve(NamedTuple):
     """One receiver operating characteristic."""
 
     title: str
-    fpr: np.ndarray  # float [k]: share of the clean rows above each threshold
-    tpr: np.ndarray  # float [k]: share of the poisoned rows
+    fpr: np.ndarray
+    """float [k]: share of the clean rows above each threshold"""
+    tpr: np.ndarray
+    """float [k]: share of the poisoned rows"""
     auc: float
 
 
@@ -34,9 +36,12 @@ class Line(NamedTuple):
 
     title: str
     x: Sequence[float]
-    mean: Sequence[float]  # in percent
-    spread: Sequence[float | None]  # over seeds; None of a single one
-    is_paper: bool = False  # drawn dashed and without the spread
+    mean: Sequence[float]
+    """in percent"""
+    spread: Sequence[float | None]
+    """over seeds; None of a single one"""
+    is_paper: bool = False
+    """drawn dashed and without the spread"""
 
 
 @house_style

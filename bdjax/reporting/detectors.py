@@ -61,8 +61,10 @@ MOST_NAMES = 12
 class MeanF1(NamedTuple):
     """F1 over several training sets, in percent."""
 
-    by_seed: tuple[float, ...]  # means over the training sets; their mean alone where these have different seeds
-    count: int  # of training sets
+    by_seed: tuple[float, ...]
+    """means over the training sets; their mean alone where these have different seeds"""
+    count: int
+    """of training sets"""
 
     @property
     def mean(self) -> float:
@@ -76,8 +78,10 @@ class MeanF1(NamedTuple):
 
 class _Column(NamedTuple):
     title: str
-    method: str | None  # a variant's name; None for the paper's numbers
-    base: str  # whose
+    method: str | None
+    """a variant's name; None for the paper's numbers"""
+    base: str
+    """whose"""
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
@@ -189,9 +193,12 @@ def _has_paper(columns: Sequence[_Column]) -> bool:
 class _Line(NamedTuple):
     """A line of a table of F1."""
 
-    start: tuple[Cell, ...]  # its first cells
-    attacks: Sequence[Entry]  # that our means are over
-    cell: tuple[str | None, str | None, float | None]  # the paper's: rule, attack, opacity
+    start: tuple[Cell, ...]
+    """its first cells"""
+    attacks: Sequence[Entry]
+    """that our means are over"""
+    cell: tuple[str | None, str | None, float | None]
+    """the paper's: rule, attack, opacity"""
     style: str = ""
 
 

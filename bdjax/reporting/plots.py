@@ -387,8 +387,10 @@ class Scores(NamedTuple):
     """One panel of `score_histograms`."""
 
     name: str
-    scores: np.ndarray  # float [n]
-    is_poisoned: np.ndarray | None  # bool [n]; None if the truth is unknown
+    scores: np.ndarray
+    """float [n]"""
+    is_poisoned: np.ndarray | None
+    """bool [n]; None if the truth is unknown"""
 
 
 @house_style

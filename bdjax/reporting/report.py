@@ -28,9 +28,12 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 class Verdict:
     """What a reader should know who reads nothing else."""
 
-    level: str  # one of LEVELS: it gives the banner its colour and its word
-    headline: str  # one sentence
-    text: str = ""  # a few sentences; a blank line starts a paragraph
+    level: str
+    """one of LEVELS: it gives the banner its colour and its word"""
+    headline: str
+    """one sentence"""
+    text: str = ""
+    """a few sentences; a blank line starts a paragraph"""
 
     def __post_init__(self) -> None:
         if self.level not in LEVELS:
@@ -41,7 +44,8 @@ class Verdict:
 class Figure:
     """A picture with what is written under it, and what is read out to those who do not see it."""
 
-    image: Path | bytes  # a PNG file, or its bytes
+    image: Path | bytes
+    """a PNG file, or its bytes"""
     caption: str
     alt: str
 
@@ -51,7 +55,8 @@ class Section:
     """A part of the report, listed in its contents."""
 
     title: str
-    text: str = ""  # a blank line starts a paragraph
+    text: str = ""
+    """a blank line starts a paragraph"""
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
 
@@ -62,18 +67,25 @@ class Report:
 
     title: str
     verdict: Verdict
-    key_numbers: Mapping[str, str] = field(default_factory=dict)  # a few, such as "ASR of the student" -> "0.5 %"
-    facts: Table | None = None  # what each defense was given
+    key_numbers: Mapping[str, str] = field(default_factory=dict)
+    """a few, such as "ASR of the student" -> "0.5 %" """
+    facts: Table | None = None
+    """what each defense was given"""
     sections: tuple[Section, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)  # a mapping as a value makes a group
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """a mapping as a value makes a group"""
     timings: Table | None = None
-    reproduce: str = ""  # the command line
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # versions, revision, hardware, source of the data
+    reproduce: str = ""
+    """the command line"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """versions, revision, hardware, source of the data"""
 
 
 class _Image(NamedTuple):
-    source: str  # a data URI
-    width: int  # in CSS pixels
+    source: str
+    """a data URI"""
+    width: int
+    """in CSS pixels"""
     height: int
 
 

@@ -385,9 +385,12 @@ class _Found(NamedTuple):
     """What a method says of one suspect of the first seed."""
 
     suspect: Suspect
-    flags: np.ndarray | None  # bool [n]
-    scores: np.ndarray | None  # float [n]
-    pictures: Mapping[str, np.ndarray]  # kind -> [any number, H, W, C] in [0, 1]
+    flags: np.ndarray | None
+    """bool [n]"""
+    scores: np.ndarray | None
+    """float [n]"""
+    pictures: Mapping[str, np.ndarray]
+    """kind -> [any number, H, W, C] in [0, 1]"""
 
 
 def _first_seed(comparisons: Sequence[Comparison]) -> dict[tuple[str, str], list[_Found]]:

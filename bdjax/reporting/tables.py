@@ -26,10 +26,14 @@ class Table:
 
     title: str
     header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]  # None is printed as "–"
-    notes: str = ""  # printed below: definitions, units, n
-    row_styles: tuple[str, ...] = ()  # one of ROW_STYLES for each row, or empty
-    decimals: int = 3  # of every float; an int keeps none
+    rows: tuple[tuple[Cell, ...], ...]
+    """None is printed as "–" """
+    notes: str = ""
+    """printed below: definitions, units, n"""
+    row_styles: tuple[str, ...] = ()
+    """one of ROW_STYLES for each row, or empty"""
+    decimals: int = 3
+    """of every float; an int keeps none"""
 
     def __post_init__(self) -> None:
         for index, row in enumerate(self.rows):

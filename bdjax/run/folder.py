@@ -38,9 +38,12 @@ class RunFolder:
     With several processes the primary alone writes.
     """
 
-    path: Path  # absolute
-    is_new: bool  # False: the run was started before, with the same settings
-    record: Mapping[str, Any] = field(default_factory=dict)  # what config.json says
+    path: Path
+    """absolute"""
+    is_new: bool
+    """False: the run was started before, with the same settings"""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """what config.json says"""
 
     @property
     def checkpoints(self) -> Path:

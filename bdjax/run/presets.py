@@ -21,7 +21,8 @@ Settings = TypeVar("Settings", bound=SuspectConfig)
 class Study(NamedTuple):
     """A table or figure of a paper."""
 
-    about: str  # "figure 4b: how many rows are taken for candidates"
+    about: str
+    """"figure 4b: how many rows are taken for candidates" """
     attacks: str
     defenses: str
 

@@ -109,8 +109,10 @@ def _is_key(leaf: Array) -> bool:
 class Spread(NamedTuple):
     """How M members are dealt out over devices; the last is repeated until each device has as many."""
 
-    count: int  # M
-    mesh: Mesh  # of one axis, "members"
+    count: int
+    """M"""
+    mesh: Mesh
+    """of one axis, "members" """
     padding: int
 
     def place(self, tree: PyTree) -> PyTree:
@@ -338,8 +340,10 @@ def _advice_if_out_of_memory() -> Iterator[None]:
 class Trained(NamedTuple):
     """What is left of a stage that is done."""
 
-    variables: PyTree  # stacked [M, ...]
-    history: dict[str, Array]  # name -> float32 [M, epochs]
+    variables: PyTree
+    """stacked [M, ...]"""
+    history: dict[str, Array]
+    """name -> float32 [M, epochs]"""
 
 
 def fit_once(

@@ -31,10 +31,14 @@ Loss = Callable[[Array, PyTree], Array]
 class Outcome(NamedTuple):
     """What an objective makes of one batch."""
 
-    losses: Array  # float32 [N]: their mean is minimised
-    logits: Array  # float32 [N, K]
-    labels: Array  # int32 [N]: what the training accuracy is counted against
-    variables: PyTree  # after the call
+    losses: Array
+    """float32 [N]: their mean is minimised"""
+    logits: Array
+    """float32 [N, K]"""
+    labels: Array
+    """int32 [N]: what the training accuracy is counted against"""
+    variables: PyTree
+    """after the call"""
 
 
 Objective = Callable[[PyTree, PyTree, Array, dict[str, Array], Key], Outcome]
@@ -50,26 +54,30 @@ class TrainConfig:
     batch_size: int = 64
     evaluation_batch_size: int = 128
     learning_rate: float = 0.01
-    weight_decay: float = 0.0  # PyTorch's: L2 added to the gradient before Adam, on every parameter
+    weight_decay: float = 0.0
+    """PyTorch's: L2 added to the gradient before Adam, on every parameter"""
     optimiser: Optimiser = "adam"
-    momentum: float = 0.9  # of SGD, as PyTorch's: the gradient is added in full
+    momentum: float = 0.9
+    """of SGD, as PyTorch's: the gradient is added in full"""
     nesterov: bool = False
     schedule: Schedule = "plateau"
-    steps: tuple[
-        tuple[int, float], ...
-    ] = ()  # of "steps": (epoch, learning rate from it on); before the first, learning_rate
+    steps: tuple[tuple[int, float], ...] = ()
+    """of "steps": (epoch, learning rate from it on); before the first, learning_rate"""
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     plateau_threshold: float = 1e-3
-    keep_last_batch: bool = True  # train on the incomplete last batch too, as PyTorch's loader does
+    keep_last_batch: bool = True
+    """train on the incomplete last batch too, as PyTorch's loader does"""
     augmentation: Augmentation = "none"
 
 
 class Rows(NamedTuple):
     """Rows of the pool with what a loss needs to know of each."""
 
-    index: Array  # int32 [n], into the pool; or [n, V]: V views of each row, which an objective gets as [N, V, H, W, C]
-    targets: dict[str, Array]  # name -> [n, ...]; "labels" int32 [n] is always there
+    index: Array
+    """int32 [n], into the pool; or [n, V]: V views of each row, which an objective gets as [N, V, H, W, C]"""
+    targets: dict[str, Array]
+    """name -> [n, ...]; "labels" int32 [n] is always there"""
 
 
 class TrainState(NamedTuple):
@@ -79,8 +87,10 @@ class TrainState(NamedTuple):
     optimiser: PyTree
     plateau: PlateauState
     key: Key
-    epoch: Array  # int32 []: epochs done
-    history: dict[str, Array]  # name -> float32 [epochs]; zeros for epochs to come
+    epoch: Array
+    """int32 []: epochs done"""
+    history: dict[str, Array]
+    """name -> float32 [epochs]; zeros for epochs to come"""
 
 
 HISTORY = ("loss", "accuracy", "validation_loss", "learning_rate")

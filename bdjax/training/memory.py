@@ -28,9 +28,12 @@ ADVICE = "take a smaller --batch-size or --width, --compute-dtype=bfloat16, or -
 class Need(NamedTuple):
     """Bytes that training takes on one device."""
 
-    shared: int  # whatever the number of members: the images
-    member: int  # each member's weights, optimiser and rows, twice: before and after an epoch
-    working: int  # of a batch under way: activations, and copies that a convolution makes of them
+    shared: int
+    """whatever the number of members: the images"""
+    member: int
+    """each member's weights, optimiser and rows, twice: before and after an epoch"""
+    working: int
+    """of a batch under way: activations, and copies that a convolution makes of them"""
 
     def total(self, members: int, at_once: int) -> int:
         """Bytes with `members` on the device, of which `at_once` have a batch under way."""

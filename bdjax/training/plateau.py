@@ -15,9 +15,12 @@ MINIMUM_CHANGE = 1e-8
 
 
 class PlateauState(NamedTuple):
-    learning_rate: Array  # float32 []
-    best: Array  # float32 []: the lowest value so far
-    bad_epochs: Array  # int32 []: epochs since then, or since the last cut
+    learning_rate: Array
+    """float32 []"""
+    best: Array
+    """float32 []: the lowest value so far"""
+    bad_epochs: Array
+    """int32 []: epochs since then, or since the last cut"""
 
 
 def init_plateau(learning_rate: float) -> PlateauState:

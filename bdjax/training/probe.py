@@ -54,7 +54,8 @@ class Shape:
     """What speed depends on."""
 
     image_shape: tuple[int, int, int]
-    width: int  # channels of the first stage
+    width: int
+    """channels of the first stage"""
     batch_size: int
     members: int
     compute_dtype: ComputeDtype = "float32"

@@ -45,7 +45,8 @@ class ProcessError(RuntimeError):
 class Flags(NamedTuple):
     """How this process finds the others."""
 
-    coordinator: str | None = None  # HOST:PORT of the first process; None to ask the cluster's environment
+    coordinator: str | None = None
+    """HOST:PORT of the first process; None to ask the cluster's environment"""
     processes: int | None = None
     process: int | None = None
 

@@ -58,9 +58,11 @@ class Nets(NamedTuple):
     """Trained networks of one role: `per_seed` members for each seed, seed after seed."""
 
     model: Model
-    variables: PyTree  # stacked [seeds * per_seed, ...]
+    variables: PyTree
+    """stacked [seeds * per_seed, ...]"""
     per_seed: int
-    history: Mapping[str, np.ndarray]  # name -> float32 [seeds * per_seed, epochs]; empty if somebody else trained them
+    history: Mapping[str, np.ndarray]
+    """name -> float32 [seeds * per_seed, epochs]; empty if somebody else trained them"""
 
     def of_seed(self, seed: int) -> PyTree:
         """The members of one seed, stacked [per_seed, ...]."""
@@ -71,11 +73,14 @@ class Nets(NamedTuple):
 class StageRunner:
     """Where stages keep their checkpoints and how their members are laid out."""
 
-    folder: pathlib.Path | None  # None: in memory alone
+    folder: pathlib.Path | None
+    """None: in memory alone"""
     image_shape: tuple[int, int, int]
     layout: ensemble.Layout
-    log: Log | None = None  # None: without a word
-    group_size: int | None = None  # how many members share a call; None for as many as fit
+    log: Log | None = None
+    """None: without a word"""
+    group_size: int | None = None
+    """how many members share a call; None for as many as fit"""
 
     def train(
         self,

@@ -10,7 +10,8 @@ from bdjax.types import Array, Key
 class Additive(NamedTuple):
     """One trigger; with a leading axis, several."""
 
-    delta: Array  # float32 [H, W, C] in [-1, 1]
+    delta: Array
+    """float32 [H, W, C] in [-1, 1]"""
 
 
 def apply(params: Additive, image: Array, label: Array | None = None, key: Key | None = None) -> Array:

@@ -17,9 +17,12 @@ from bdjax.types import Array, Key
 class MaskedBlend(NamedTuple):
     """One trigger; with a leading axis on every leaf, several."""
 
-    mask: Array  # float32 [H, W, 1] in [0, 1]: 0 leaves the pixel alone
-    pattern: Array  # float32 [H, W, C] in [0, 1]
-    opacity: Array  # float32 [] in [0, 1]
+    mask: Array
+    """float32 [H, W, 1] in [0, 1]: 0 leaves the pixel alone"""
+    pattern: Array
+    """float32 [H, W, C] in [0, 1]"""
+    opacity: Array
+    """float32 [] in [0, 1]"""
 
 
 def apply(params: MaskedBlend, image: Array, label: Array | None = None, key: Key | None = None) -> Array:

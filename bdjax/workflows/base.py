@@ -35,9 +35,12 @@ from bdjax.types import Model, TrainTest
 class Group(NamedTuple):
     """Suspects that are members of the same calls."""
 
-    inputs: DefenseInput  # as defenses get them
-    suspects: Sequence[Suspect]  # the same with the truth
-    views: TriggeredViews  # the test images under each of their triggers
+    inputs: DefenseInput
+    """as defenses get them"""
+    suspects: Sequence[Suspect]
+    """the same with the truth"""
+    views: TriggeredViews
+    """the test images under each of their triggers"""
 
 
 class Context(NamedTuple):
@@ -45,12 +48,14 @@ class Context(NamedTuple):
 
     config: Any
     folder: RunFolder
-    data: TrainTest  # the training rows before poisoning, and the test rows
+    data: TrainTest
+    """the training rows before poisoning, and the test rows"""
     groups: Sequence[Group]
     comparisons: Sequence[Comparison]
     results: Mapping[str, Any]
     log: StageLog
-    teachers: SuspectTeachers | None = None  # of a run on suspect models
+    teachers: SuspectTeachers | None = None
+    """of a run on suspect models"""
 
 
 def no_sections(context: Context) -> Sequence[Section]:
@@ -62,14 +67,20 @@ def no_sections(context: Context) -> Sequence[Section]:
 class Experiment(NamedTuple):
     """What a script in `experiments/` adds to a workflow."""
 
-    name: str  # of the script and of the folder below runs/: "lfd"
-    title: str  # of the report
-    about: tuple[str, ...]  # the defenses or detectors that it is about; empty where it is about none in particular
-    default: Callable[..., Any]  # (choosers by name) -> what flags start from
+    name: str
+    """of the script and of the folder below runs/: "lfd" """
+    title: str
+    """of the report"""
+    about: tuple[str, ...]
+    """the defenses or detectors that it is about; empty where it is about none in particular"""
+    default: Callable[..., Any]
+    """(choosers by name) -> what flags start from"""
     studies: Mapping[str, Study] = {}
     sections: Callable[[Context], Sequence[Section]] = no_sections
-    choosers: tuple[str, ...] = ("preset", "dataset")  # the flags that decide on the defaults of the others
-    always_shown: tuple[str, ...] = ("dataset", "preset")  # flags that the printed command has in any case
+    choosers: tuple[str, ...] = ("preset", "dataset")
+    """the flags that decide on the defaults of the others"""
+    always_shown: tuple[str, ...] = ("dataset", "preset")
+    """flags that the printed command has in any case"""
 
 
 def default_of(experiment: Experiment, config: Any) -> Any:

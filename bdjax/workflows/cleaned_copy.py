@@ -28,9 +28,12 @@ from bdjax.types import Dataset, PoisonedDataset
 class Copied(NamedTuple):
     """What `copy_files` did."""
 
-    count: int  # files that are below cleaned/ now
-    left_out: list[dict[str, str]]  # "file" and "why"
-    strangers: list[str]  # files below cleaned/ that are no copy of a kept row
+    count: int
+    """files that are below cleaned/ now"""
+    left_out: list[dict[str, str]]
+    """"file" and "why" """
+    strangers: list[str]
+    """files below cleaned/ that are no copy of a kept row"""
 
 
 def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: np.ndarray) -> None:

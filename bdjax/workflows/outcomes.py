@@ -22,7 +22,8 @@ FILES = "outcomes"
 class Outcome(NamedTuple):
     """A few suspects before every detector."""
 
-    comparisons: list[Comparison]  # one for each detector
+    comparisons: list[Comparison]
+    """one for each detector"""
     found: list[FoundPattern]
 
 
