@@ -1,4 +1,4 @@
-"""The README's tables are those that runs wrote: experiments/results/ holds what each run left."""
+"""The README's tables are those that runs wrote: docs/results/ holds what each run left."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ from bdjax.reporting import attacks, defenses, detectors, students, ta_kd
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / "experiments" / "results"
+RESULTS = ROOT / "docs" / "results"
 RUNS = sorted(path.parent for path in (RESULTS / "ta_kd").rglob("table.md"))
 ATTACKS = sorted(path.parent for path in (RESULTS / "attack").rglob("table.md"))
 DEFENSES = sorted(path.parent for name in ("lfd", "abm") for path in (RESULTS / name).rglob("table.md"))
