@@ -1,11 +1,11 @@
-"""How fast the ensemble engine trains: every layout and lowering, one member at a time, and PyTorch, taking turns.
+"""Benchmark of the ensemble engine: every layout and lowering, one member at a time, and PyTorch, in turns.
 
     python experiments/bench_ensemble.py                    # half an hour on two cores; on a GPU the preset gpu
     python experiments/bench_ensemble.py --preset=full      # the whole grid: hours on a CPU
     python experiments/bench_ensemble.py --members 7 --shapes 8x8x1 --widths 8 --forms 'map-*' alone '!*-native'
 
-PyTorch is optional (`pip install -e '.[bench]'`); without it the table says so. The same command continues a run that was cut
-off, setting by setting. Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).
+PyTorch is optional (`pip install -e '.[bench]'`). The same command resumes an interrupted run after the last finished setting.
+Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).
 """
 
 import dataclasses
@@ -50,36 +50,36 @@ GRIDS: dict[str, tuple[Family, ...]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a benchmark; `--preset` decides what the others default to."""
+    """Every setting of a benchmark; `--preset` sets the defaults of the others."""
 
     preset: Preset = "quick"
     """quick: two cores; full: the whole grid; gpu: the paper's ResNet-34 at full width"""
     members: tuple[int, ...] = ()
     """members of the ensemble, 1 to 35; by default the preset's for each network"""
     widths: tuple[int, ...] = ()
-    """channels of the first stage; this or --shapes makes a full grid of both"""
+    """channels of the first stage; if this or --shapes is set, the grid has all combinations of both"""
     shapes: tuple[str, ...] = ()
-    """height x width x channels of the images, such as 32x32x3"""
+    """image sizes as height x width x channels, such as 32x32x3"""
     compute_dtype: tuple[ComputeDtype, ...] = ("float32",)
-    """of activations and products, in the engine and (by autocast) in PyTorch"""
+    """dtype of activations and products, in the engine and (by autocast) in PyTorch"""
     model: str = "resnet18"
-    """the network"""
+    """architecture"""
     batch_size: int = 64
-    """of every step"""
+    """images in a training step"""
     rows: int = 512
-    """images of an epoch, for each member, a multiple of the batch size"""
+    """images in an epoch of each member; a multiple of the batch size"""
     rounds: int = 5
-    """how often each contender has its turn"""
+    """number of turns of each contender"""
     seconds_per_turn: float = 1.0
-    """a turn is whole epochs, until so much time is over"""
+    """least length of a turn, which consists of whole epochs, in seconds"""
     time_limit: float = 60.0
-    """seconds that a contender's first epoch may take before it is stopped and reported as slower"""
+    """seconds allowed for a contender's first epoch; a slower one is stopped and reported with this bound"""
     compile_limit: float = 300.0
-    """seconds that a contender may take to compile"""
+    """seconds allowed for a contender's compilation"""
     forms: tuple[str, ...] = ()
-    """contenders, with wildcards: map-*, alone, pytorch-compiled; a ! in front leaves out; by default all"""
+    """contenders to run, with wildcards, such as map-*, alone or pytorch-compiled; a leading ! excludes; by default all"""
     output: pathlib.Path | None = None
-    """the run's folder; by default runs/bench_ensemble/<preset>"""
+    """folder of the run; by default runs/bench_ensemble/<preset>"""
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -88,60 +88,62 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seconds_per_turn": 0.5,
         "time_limit": 8.0,
         "compile_limit": 30.0,
-        "forms": ("!pytorch-compiled-one-thread",),  # half a minute for each network, and half as fast as per-core
+        "forms": (
+            "!pytorch-compiled-one-thread",
+        ),  # compiles for half a minute per network, and half as fast as per-core
     },
     "full": {},
     "gpu": {"model": "resnet34", "rows": 2048, "compute_dtype": ("float32", "bfloat16")},
 }
 IGNORED = ("output",)
-"""Fields that do not influence any number."""
+"""Fields that do not affect any number."""
 
 
 def preset(preset: str | None = None) -> Config:
-    """The configuration that a preset starts from.
+    """The configuration of a preset.
 
     Raises:
         InputError: if there is no such preset.
     """
     preset = preset or ("quick" if jax.default_backend() == "cpu" else "gpu")
     if preset not in PRESETS:
-        raise InputError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}")
+        raise InputError(f"--preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
     return Config(preset=preset, **PRESETS[preset])
 
 
 def check(config: Config) -> None:
-    """Refuse settings that cannot be.
+    """Check the settings.
 
     Raises:
-        InputError: naming the flag.
+        InputError: if a setting is invalid; the message names its flag.
     """
     for count in config.members:
         if not 1 <= count <= MOST_MEMBERS:
-            raise InputError(f"--members {count} is not within 1 and {MOST_MEMBERS}")
+            raise InputError(f"--members {count} must be between 1 and {MOST_MEMBERS}")
     for width in config.widths:
         if width < 1:
-            raise InputError(f"--widths {width} is not at least 1")
+            raise InputError(f"--widths {width} must be at least 1")
     for shape in config.shapes:
         parse_shape(shape)
     for name, least in {"batch_size": 2, "rows": 1, "rounds": 1}.items():
         if getattr(config, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} is not at least {least}")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
     if config.rows % config.batch_size:
-        # An incomplete last batch is a program of its own, which nobody here is asked for.
-        raise InputError(f"--rows {config.rows} is not a multiple of --batch-size {config.batch_size}")
+        # An incomplete last batch would be a second program to compile.
+        raise InputError(f"--rows {config.rows} must be a multiple of --batch-size {config.batch_size}")
     for name in ("seconds_per_turn", "time_limit", "compile_limit"):
         if not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name):g} is not above 0")
+            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name):g} must be above 0")
     if config.model not in MODELS:
-        raise InputError(f"--model {config.model!r} is not one of {', '.join(MODELS)}")
+        raise InputError(f"--model {config.model!r} does not exist; choose one of {', '.join(MODELS)}")
     if not config.compute_dtype:
-        raise InputError("--compute-dtype needs a value: float32, bfloat16 or both")
+        raise InputError("--compute-dtype is empty; give float32, bfloat16 or both")
     known = settings.all_forms(has_gpu())
     for pattern in config.forms:
         if not settings.choose(known, [pattern.removeprefix("!")]):
             raise InputError(f"--forms {pattern!r} matches none of {', '.join(known)}")
     if not settings.choose(known, config.forms):
-        raise InputError(f"--forms {' '.join(config.forms)} leaves no contender")
+        raise InputError(f"--forms {' '.join(config.forms)} excludes every contender")
 
 
 def has_gpu() -> bool:
@@ -152,13 +154,13 @@ def has_gpu() -> bool:
 def parse_shape(text: str) -> tuple[int, int, int]:
     """The (H, W, C) of "32x32x3"."""
     if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}x[1-9]\d{0,3}", text):
-        raise InputError(f"--shapes {text!r} is not height x width x channels, such as 32x32x3")
+        raise InputError(f"--shapes {text!r} must be height x width x channels, such as 32x32x3")
     height, width, channels = map(int, text.split("x"))
     return height, width, channels
 
 
 def grid(config: Config) -> list[settings.Setting]:
-    """All settings; those of a family one after another, fewest members first."""
+    """All settings, grouped by family, fewest members first."""
     families = GRIDS[config.preset]
     if config.shapes or config.widths:
         shapes = config.shapes or dict.fromkeys(family.shape for family in families)
@@ -173,7 +175,7 @@ def grid(config: Config) -> list[settings.Setting]:
                 setting = settings.Setting(
                     config.model, shape, family.width, dtype, count, config.rows, config.batch_size
                 )
-                found[setting] = None  # a flag given twice is no second setting
+                found[setting] = None  # a dictionary, since flags may repeat a value
     return list(found)
 
 
@@ -182,13 +184,13 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
 
     Args:
         config: all settings.
-        log: where progress goes; by default the terminal.
+        log: for progress; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The content of results.json.
 
     Raises:
-        InputError: if the settings or the output folder cannot be used.
+        InputError: if the settings or the output folder are invalid.
     """
     log = log or StageLog()
     check(config)
@@ -205,24 +207,24 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     todo = []
     for setting in grid(config):
         if any(entry["setting"] == setting.key for entry in results["settings"]):
-            log.note(setting.name, "done before")
+            log.note(setting.name, "restored from results.json")
         else:
             todo.append(setting)
-    with interleave.Stable() as stable:
+    with interleave.WorkerPool() as pool:
         for number, setting in enumerate(todo):
             following = [
-                settings.describe(each, form)
-                for each in todo[number + 1 : number + 2]
-                for form in settings.that_fit(each, forms)
+                settings.describe(next_setting, form)
+                for next_setting in todo[number + 1 : number + 2]
+                for form in settings.fitting_forms(next_setting, forms)
             ]
             with log.stage(setting.name, total=len(forms) * config.rounds, unit="turns") as stage:
-                entry = measure(stable, setting, forms, schedule, results["settings"], following, stage.advance)
+                entry = measure(pool, setting, forms, schedule, results["settings"], following, stage.advance)
                 stage.detail = _best(entry)
             results["settings"].append(entry)
             write(folder, results)
     write(folder, results)
     for table in tables(results):
-        # In a pipe rich would squeeze twelve columns into eighty letters.
+        # Outside a terminal rich would squeeze twelve columns into eighty characters.
         shown = to_rich(table) if log.console.is_terminal else to_markdown(table)
         log.console.print(shown, highlight=False, markup=False, soft_wrap=not log.console.is_terminal)
     log.console.print(f"tables: {folder.path / 'table.md'}", highlight=False, soft_wrap=True)
@@ -230,7 +232,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
 
 
 def measure(
-    stable: interleave.Stable,
+    pool: interleave.WorkerPool,
     setting: settings.Setting,
     forms: Sequence[str],
     schedule: interleave.Schedule,
@@ -240,24 +242,24 @@ def measure(
 ) -> dict[str, Any]:
     """Measure all contenders at one setting.
 
-    A contender that was too slow with fewer members of the same network is not started: it would be too slow again.
+    A contender that was too slow with fewer members of the same network is skipped: it would be too slow again.
 
     Args:
-        stable: the contenders that are alive.
-        setting: what they have in common.
-        forms: their names.
-        schedule: how long each turn is.
-        before: the entries of the settings that were measured so far.
+        pool: the running contenders.
+        setting: the setting to measure.
+        forms: names of the contenders.
+        schedule: number and length of turns.
+        before: entries of the settings measured so far.
         following: specifications of the contenders at the next setting.
-        on_turn: as `Stable.race` calls it.
+        on_turn: as for `WorkerPool.race`.
 
     Returns:
         An entry of results.json's "settings".
     """
-    forms = settings.that_fit(setting, forms)
+    forms = settings.fitting_forms(setting, forms)
     known = {form: slow for form in forms if (slow := slower_before(setting, form, before))}
     running = {form: settings.describe(setting, form) for form in forms if form not in known}
-    raced = stable.race(running, schedule, on_turn=on_turn, keep=following)
+    raced = pool.race(running, schedule, on_turn=on_turn, keep=following)
     contenders = {}
     for form in forms:
         outcome = raced[form] if form in raced else known[form]
@@ -272,7 +274,7 @@ def measure(
 
 
 def slower_before(setting: settings.Setting, form: str, before: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """What is known of a contender that was too slow at a smaller setting; None if nothing is."""
+    """The outcome of a contender that was too slow at a smaller setting; None if there is none."""
     for entry in before:
         smaller = settings.Setting(**entry["setting"] | {"shape": tuple(entry["setting"]["shape"])})
         outcome = entry["contenders"].get(form)
@@ -285,40 +287,42 @@ def slower_before(setting: settings.Setting, form: str, before: Sequence[Mapping
 
 
 def measure_peak(compute_dtype: str, schedule: interleave.Schedule) -> dict[str, Any]:
-    """Operations per second of the fastest large square product, whichever library's; None if none has run."""
+    """Operations per second of the fastest large square matrix product in any library; None if none has run."""
     specs = {library: settings.describe_matmul(library, compute_dtype) for library in ("jax", "pytorch")}
-    # A peak is the best of many single products: a mean would be what the machine's other users leave of it.
+    # The peak is the best of many single products: a mean would depend on the load of the machine.
     schedule = dataclasses.replace(schedule, rounds=4 * schedule.rounds, seconds_per_turn=0.0)
-    with interleave.Stable() as stable:
-        outcomes = stable.race(specs, schedule)
-    fastest = {library: max(report.rates(each), default=0.0) for library, each in outcomes.items()}
+    with interleave.WorkerPool() as pool:
+        outcomes = pool.race(specs, schedule)
+    fastest = {library: max(report.rates(outcome), default=0.0) for library, outcome in outcomes.items()}
     library = max(fastest, key=fastest.__getitem__)
     return {"operations_per_second": fastest[library] or None, "library": library, "contenders": outcomes}
 
 
 def _best(entry: Mapping[str, Any]) -> str:
     name = report.fastest(entry["contenders"], lambda _: True)
-    return f"{name} {report.rate_of(entry['contenders'][name]).median:,.0f} images/s" if name else "nobody finished"
+    return (
+        f"{name} {report.rate_of(entry['contenders'][name]).median:,.0f} images/s" if name else "no contender finished"
+    )
 
 
 def read_results(folder: RunFolder) -> dict[str, Any]:
-    """What was measured before the run was cut off."""
+    """The results of an interrupted run, or empty ones."""
     path = folder.file("results.json")
     if not path.exists():
         return {"peak": {}, "settings": []}
     try:
         return json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} cannot be read ({error}); remove it to measure anew") from error
+        raise InputError(f"{path} cannot be read ({error}); remove it to start again") from error
 
 
 def tables(results: Mapping[str, Any]) -> tuple[Table, Table]:
-    """The short table and the long one."""
+    """The summary table and the table of every contender."""
     return report.summary_table(results), report.details_table(results)
 
 
 def write(folder: RunFolder, results: Mapping[str, Any]) -> None:
-    """Write the numbers, the tables and the picture of what has been measured so far."""
+    """Write the numbers, tables and plot of everything measured so far."""
     folder.write_json("results.json", results)
     folder.write_text("table.md", "\n\n".join(map(to_markdown, tables(results))))
     if results["settings"]:
@@ -326,7 +330,7 @@ def write(folder: RunFolder, results: Mapping[str, Any]) -> None:
 
 
 def output_folder(config: Config) -> pathlib.Path:
-    """`--output`, or a name that the same settings always give."""
+    """`--output`, or a folder whose name depends only on the settings."""
     if config.output:
         return config.output
     changed = command_line.changed_fields(config, preset(config.preset), IGNORED)
@@ -336,7 +340,7 @@ def output_folder(config: Config) -> pathlib.Path:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    # This process asks JAX what hardware there is, and must leave the memory to the contenders.
+    # This process only queries the hardware and must leave the memory to the contenders.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     texts = {"prog": "bench_ensemble.py", "description": __doc__.splitlines()[0]}
     return run(command_line.parse(preset, {"preset": None}, arguments, **texts))

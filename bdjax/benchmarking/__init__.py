@@ -1,5 +1,6 @@
-"""Side by side measurements: contenders in processes of their own, taking turns.
+"""Side-by-side speed measurements: contenders in separate processes that take turns.
 
-`contenders.py` (our engine), `peer_pytorch.py` (the same networks in PyTorch, optional) and `worker.py` run in the
-processes; `interleave.py` starts them and gives out the turns; `operations.py` counts, `report.py` prints and draws.
+`contenders.py` (our engine), `peer_pytorch.py` (the same networks in PyTorch, optional) and `worker.py` run in the worker
+processes; `interleave.py` starts them and schedules the turns; `operations.py` counts arithmetic; `report.py` makes the tables
+and the plot.
 """

@@ -1,4 +1,4 @@
-"""The engine's contenders: whole epochs as `ensemble.fit` runs them, without what it does between epochs."""
+"""The engine's contenders: whole epochs as in `ensemble.fit`, without its work between epochs."""
 
 import time
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
 
 
 class Training:
-    """M members' epochs in one compiled call each, over uint8 images that stay on the device."""
+    """Epochs of M members, one compiled call per epoch, on uint8 images that stay on the device."""
 
     def __init__(self, spec: Mapping[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
         """Take a worker's specification, images uint8 [n, H, W, C] and labels int32 [n]."""
         ensemble.use_every_core()
         model = make_model(spec["model"], spec["num_classes"], spec["width"], spec["lowering"], spec["compute_dtype"])
-        # A factor of 1 keeps the learning rate where it is, as PyTorch's stays: labels are noise and every epoch is bad.
+        # A factor of 1 keeps the learning rate constant, as in PyTorch: labels are random, so the loss never improves.
         config = TrainConfig(
             epochs=1, batch_size=spec["batch_size"], learning_rate=spec["learning_rate"], plateau_factor=1.0
         )
@@ -56,12 +56,12 @@ class Training:
         return self.images
 
     def peak_bytes(self) -> int | None:
-        """The most that was allocated on a GPU; None on a CPU, where the process is what counts."""
+        """Peak memory on a GPU; None on a CPU, where the memory of the process is measured instead."""
         return peak_bytes()
 
 
 class Matmul:
-    """A large square product, for the peak that everything else is a share of."""
+    """A large square matrix product, which measures the peak rate of the machine."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.size = spec["size"] if jax.default_backend() == "cpu" else spec["size_on_gpu"]
@@ -80,11 +80,11 @@ class Matmul:
         return 2 * self.size**3
 
     def peak_bytes(self) -> int | None:
-        """Of no interest."""
+        """Not measured."""
         return None
 
 
 def peak_bytes() -> int | None:
-    """The most that this process has had on its busiest device; None where the device does not count."""
+    """Peak memory of this process on its most used device; None if the device does not report it."""
     counts = [device.memory_stats() or {} for device in jax.local_devices() if device.platform != "cpu"]
     return max((count.get("peak_bytes_in_use", 0) for count in counts), default=0) or None

@@ -1,7 +1,7 @@
-"""Contenders in processes of their own that take turns, so that a machine's moods hit all of them alike.
+"""Contenders in separate processes that take turns, so that changes in the machine's load affect all of them alike.
 
-Processes keep thread pools, allocators and peaks of memory apart, and a contender that hangs can be killed. All of a
-setting's are alive together, asleep unless it is their turn; every round starts with another one.
+Separate processes have separate thread pools, allocators and memory peaks, and a contender that hangs can be killed. All
+contenders of a setting run at the same time and sleep between their turns; every round starts with a different contender.
 """
 
 import contextlib
@@ -22,52 +22,53 @@ from typing import Any
 import bdjax
 
 START_LIMIT = 300.0
-"""Seconds for a process to start and to load its libraries; nobody is measured by it."""
+"""Seconds for a process to start and to load its libraries, which is not part of any measurement."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often and how long each contender's turn is, and what is too long."""
+    """Number and length of each contender's turns, and time limits."""
 
     rounds: int
     seconds_per_turn: float
     time_limit: float
-    """seconds that the first turn, one epoch, may take"""
+    """seconds allowed for the first turn of one epoch"""
     compile_limit: float
-    """seconds"""
+    """seconds allowed for compilation"""
 
 
 class TooLongError(Exception):
-    """No answer came in time."""
+    """There was no reply in time."""
 
 
 class FailedError(Exception):
-    """The worker said that it cannot go on, or died; the message says why."""
+    """The worker reported an error or died; the message has the reason."""
 
 
 class Worker:
-    """A contender's process."""
+    """The process of a contender."""
 
     def __init__(
         self, spec: Mapping[str, Any], scratch: pathlib.Path | None = None, *, own_session: bool = True
     ) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
-            spec: what it is, as `worker.make_contender` takes it.
-            scratch: a folder for what its compilers leave behind; None for the one that this process was given.
-            own_session: whether nobody but us ends it: a terminal's Ctrl-C does not reach it. Else it ends with this process.
+            spec: the contender, as for `worker.make_contender`.
+            scratch: folder for the compiler's temporary files; None for the default of this process.
+            own_session: whether the process is in a new session, so that Ctrl-C in the terminal does not reach it. Otherwise it
+                is in this process's session.
         """
         root = str(pathlib.Path(bdjax.__file__).resolve().parents[1])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", "")))),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or the first one on a GPU would leave nothing to the others
-            "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile times of a warm cache say nothing
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # otherwise the first process would take all of the GPU's memory
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # a warm cache would hide compile times
             "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         }
         if scratch is not None:
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(scratch)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the worker
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bdjax.benchmarking.worker"],
             stdin=subprocess.PIPE,
@@ -77,26 +78,26 @@ class Worker:
             start_new_session=own_session,
         )
         self._received = b""
-        self.tell(spec)
+        self.send(spec)
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a request without waiting for its answer."""
-        with contextlib.suppress(BrokenPipeError):  # if it died, the answer that does not come says so
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a request without waiting for the reply."""
+        with contextlib.suppress(BrokenPipeError):  # if the process died, `receive` raises
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
-    def ask(self, limit: float, **request: Any) -> dict[str, Any]:
-        """Send a request and wait at most `limit` seconds for its answer.
+    def request(self, limit: float, **request: Any) -> dict[str, Any]:
+        """Send a request and wait at most `limit` seconds for the reply.
 
         Raises:
-            TooLongError: if there is none in time; the worker may still be at it.
-            FailedError: if the worker cannot go on.
+            TooLongError: if there is no reply in time; the worker may still be busy.
+            FailedError: if the worker reports an error or died.
         """
-        self.tell(request)
-        return self.hear(limit)
+        self.send(request)
+        return self.receive(limit)
 
-    def hear(self, limit: float) -> dict[str, Any]:
-        """Wait for an answer; raises what `ask` raises."""
+    def receive(self, limit: float) -> dict[str, Any]:
+        """Wait for a reply; raises the same errors as `request`."""
         stdout, deadline = self._process.stdout.fileno(), time.monotonic() + limit
         while b"\n" not in self._received:
             left = None if math.isinf(limit) else max(0.0, deadline - time.monotonic())
@@ -104,21 +105,21 @@ class Worker:
                 raise TooLongError
             received = os.read(stdout, 1 << 16)
             if not received:
-                raise FailedError(f"died with status {self._process.wait()}{self._last_words()}")
+                raise FailedError(f"died with status {self._process.wait()}{self._last_log_line()}")
             self._received += received
         line, _, self._received = self._received.partition(b"\n")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise FailedError(answer["error"])
-        return answer
+        reply = json.loads(line)
+        if "error" in reply:
+            raise FailedError(reply["error"])
+        return reply
 
-    def _last_words(self) -> str:
+    def _last_log_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         return f": {lines[-1][:120]}" if lines else ""
 
     def end(self) -> None:
-        """Kill it and whatever it started; harmless if it is gone."""
+        """Kill the process and its children; does nothing if it has already ended."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -127,19 +128,19 @@ class Worker:
                 file.close()
 
 
-class Stable:
-    """The contenders that are alive. A context: at its end nobody is.
+class WorkerPool:
+    """The running contenders. A context manager, which ends all of them.
 
-    A contender that two settings have in common, such as one that trains a single model however many members there are,
-    stays between them and is compiled once.
+    A contender that consecutive settings share, such as one that trains a single model whatever the number of members, keeps
+    running between them and is compiled once.
     """
 
     def __init__(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._workers: dict[str, Worker] = {}  # by specification
-        self._known: dict[str, dict[str, Any]] = {}  # what came of starting and compiling
+        self._known: dict[str, dict[str, Any]] = {}  # outcome of starting and compiling, by specification
 
-    def __enter__(self) -> "Stable":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -155,19 +156,18 @@ class Stable:
         on_turn: Callable[[int, str], None] = lambda turns, name: None,
         keep: Iterable[Mapping[str, Any]] = (),
     ) -> dict[str, dict[str, Any]]:
-        """Let contenders run in turn.
+        """Let contenders take turns.
 
         Args:
-            specs: name -> specification, as `worker.make_contender` takes it.
-            schedule: how long each turn is.
+            specs: name -> specification, as for `worker.make_contender`.
+            schedule: number and length of turns.
             on_turn: called with 1 and a contender's name before each of its turns, and with 0 before it compiles.
-            keep: specifications of contenders that will be needed again; the others end.
+            keep: specifications of contenders to keep running; all others are ended.
 
         Returns:
-            name -> what came of it. "status" is "done"; "slow" (its first turn took longer than the limit), "slow to
-            compile"; or "failed", and "reason" says why. Where it got so far there are "versions", "compile_seconds",
-            "first_seconds", "turns" (one a round: "seconds" and "work", in whatever unit the contender counts) and
-            "peak_mebibytes".
+            name -> outcome. "status" is "done", "slow" (its first turn took longer than the limit), "slow to compile", or
+            "failed" with the "reason". As far as it got, there are "versions", "compile_seconds", "first_seconds", "turns" (one
+            per round: "seconds" and "work", in the contender's unit) and "peak_mebibytes".
         """
         keys = {name: json.dumps(spec, sort_keys=True) for name, spec in specs.items()}
         self._end_others({*keys.values()})
@@ -178,7 +178,7 @@ class Stable:
             self._known[keys[name]] = {"status": "done"}
         for name in fresh:
             self._attempt(keys[name], "slow to start", START_LIMIT)
-        # One at a time from here on: all have loaded what they need and are asleep.
+        # From here on one at a time: all have loaded their libraries and sleep.
         for name in fresh:
             on_turn(0, f"{name} compiles")
             self._attempt(keys[name], "slow to compile", schedule.compile_limit, do="compile")
@@ -203,19 +203,19 @@ class Stable:
     def _attempt(
         self, key: str, slow: str, limit: float, *, remember: bool = True, **request: Any
     ) -> dict[str, Any] | None:
-        """The answer to a request, or None if there is none: then the contender is out, and known to be."""
+        """The reply to a request (without a request, the next reply); None if the contender failed, which ends it."""
         if key not in self._workers:
             return None
         try:
-            answer = self._workers[key].ask(limit, **request) if request else self._workers[key].hear(limit)
+            reply = self._workers[key].request(limit, **request) if request else self._workers[key].receive(limit)
         except TooLongError:
             self._known[key]["status"] = slow
         except FailedError as error:
             self._known[key] |= {"status": "failed", "reason": str(error)}
         else:
             if remember:
-                self._known[key] |= answer
-            return answer
+                self._known[key] |= reply
+            return reply
         self._workers.pop(key).end()
         return None
 
@@ -227,6 +227,6 @@ class Stable:
 
 
 def rotate(names: Sequence[str], by: int) -> Sequence[str]:
-    """The same names, the first `by` of them last."""
+    """The names, rotated so that the first `by` come last."""
     by %= max(1, len(names))
     return (*names[by:], *names[:by])

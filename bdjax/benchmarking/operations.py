@@ -1,4 +1,4 @@
-"""How much arithmetic a network asks for, counted from its shapes alone: nothing is computed."""
+"""Floating-point operations of a network, counted from its shapes without running it."""
 
 import math
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ STEP_PER_FORWARD = 3
 def forward_operations(name: str, num_classes: int, width: int, image_shape: tuple[int, int, int]) -> int:
     """Floating-point operations of one image's forward pass: two for each multiplication of a convolution or product.
 
-    Normalisation, activations and pooling are left out, as is customary. A multiplication with the padding's zeros is
-    counted, and the form is the native one: what a lowering computes on top is its own loss.
+    Normalisation, activations and pooling are not counted, as is customary. Multiplications with zero padding are counted. The
+    count is for the native lowering: extra arithmetic of another lowering is not useful work.
     """
     model = make_model(name, num_classes, width, "native")
     variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
@@ -29,7 +29,7 @@ def forward_operations(name: str, num_classes: int, width: int, image_shape: tup
 
 
 def training_operations(name: str, num_classes: int, width: int, image_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations that training on one image once takes."""
+    """Floating-point operations of one training step, per image."""
     return STEP_PER_FORWARD * forward_operations(name, num_classes, width, image_shape)
 
 
@@ -37,7 +37,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
     for equation in jaxpr.eqns:
         yield equation
         for parameter in equation.params.values():
-            inner = getattr(parameter, "jaxpr", parameter)  # a closed one holds the other
+            inner = getattr(parameter, "jaxpr", parameter)  # a ClosedJaxpr holds a Jaxpr
             if hasattr(inner, "eqns"):
                 yield from _equations(inner)
 

@@ -1,7 +1,7 @@
-"""The networks of `bdjax/models/resnet.py` in PyTorch, trained as its users train: one model after another.
+"""The networks of `bdjax/models/resnet.py` in PyTorch, trained as usual: one model after another.
 
-PyTorch is an extra of the benchmark alone (`pip install -e '.[bench]'`), so this file is imported where one of these
-contenders runs and nowhere else; and it imports nothing of JAX, whose memory would count as PyTorch's.
+PyTorch is an optional extra for this benchmark (`pip install -e '.[bench]'`), so this file is imported only in the processes of
+these contenders. It imports nothing from JAX, whose memory would count as PyTorch's.
 """
 
 import time
@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 FORMS = ("contiguous", "channels-last", "compiled", "compiled-graphs")
-"""The last two are channels-last as well; graphs are CUDA's."""
+"""The last two are also channels-last; graphs are CUDA graphs."""
 
 
 class Block(nn.Module):
-    """A basic or a bottleneck block; the names of its layers are those of our own."""
+    """A basic or a bottleneck block; layers have the same names as in our networks."""
 
     def __init__(self, kind: str, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def _convolution(channels: int, features: int, size: int, stride: int) -> nn.Con
 
 
 def find_device(threads: int) -> torch.device:
-    """The GPU if there is one, with the settings that are fastest; else the CPU with so many threads."""
+    """The GPU if there is one, with its fastest settings; otherwise the CPU with this number of threads."""
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, JAX's own default
@@ -82,19 +82,19 @@ def find_device(threads: int) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was told; a CPU always has."""
+    """Wait for the device to finish; nothing to do on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 class Training:
-    """One model's epochs over uint8 images that stay on the device.
+    """Epochs of one model, on uint8 images that stay on the device.
 
-    Adam is the fused one, PyTorch's fastest. Nothing but the step itself is computed: no running loss, no accuracy.
+    Adam is fused, PyTorch's fastest version. Only the training step is computed: no running loss, no accuracy.
     """
 
     def __init__(self, spec: Mapping[str, Any], images: Any, labels: Any) -> None:
-        """Take a worker's specification (`contenders.describe`), images uint8 [n, H, W, C] and labels int32 [n]."""
+        """Take a worker's specification (`settings.describe`), images uint8 [n, H, W, C] and labels int32 [n]."""
         form = spec["form"]
         if form not in FORMS:
             raise ValueError(f"form {form!r} is not one of {', '.join(FORMS)}")
@@ -103,7 +103,7 @@ class Training:
             raise RuntimeError("CUDA graphs need a GPU")
         torch.manual_seed(0)
         self.batch_size = spec["batch_size"]
-        # Rows of channels-last images are gathered as NHWC and turned for nothing: an NCHW view of them is channels-last.
+        # Channels-last rows are gathered as NHWC and permuted at no cost: an NCHW view of them is channels-last.
         self.is_channels_last = form != "contiguous"
         pool = torch.from_numpy(images)
         self.pool = (pool if self.is_channels_last else pool.permute(0, 3, 1, 2).contiguous()).to(self.device)
@@ -135,7 +135,7 @@ class Training:
         self.optimiser.step()
 
     def compile(self) -> float:
-        """Seconds that the first step takes longer than a later one."""
+        """Compile time: the seconds by which the first step is slower than a later step."""
         rows = torch.arange(self.batch_size, device=self.device)
         seconds = []
         for _ in range(3):
@@ -154,12 +154,12 @@ class Training:
         return len(self.labels)
 
     def peak_bytes(self) -> int | None:
-        """The most that was allocated on a GPU; None on a CPU, where the process is what counts."""
+        """Peak memory on a GPU; None on a CPU, where the memory of the process is measured instead."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
 class Matmul:
-    """A large square product, for the peak that everything else is a share of."""
+    """A large square matrix product, which measures the peak rate of the machine."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         self.device = find_device(spec["threads"])
@@ -168,7 +168,7 @@ class Matmul:
         self.matrix = torch.randn(self.size, self.size, device=self.device).to(dtype)
 
     def compile(self) -> float:
-        """Multiply once, so that libraries are loaded."""
+        """Multiply once to load the libraries; nothing is compiled."""
         self.epoch()
         return 0.0
 
@@ -179,5 +179,5 @@ class Matmul:
         return 2 * self.size**3
 
     def peak_bytes(self) -> int | None:
-        """Of no interest."""
+        """Not measured."""
         return None

@@ -1,6 +1,6 @@
-"""The benchmark's tables and its picture, from what results.json holds.
+"""Tables and plot of the benchmark, from the content of results.json.
 
-A contender that was too slow is reported with the bound that this proves, never left out.
+A contender that was too slow is not left out, but reported with an upper bound of its speed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from bdjax.reporting.plots import COLOURS, draw_title, house_style
 from bdjax.reporting.tables import Cell, Table
 
 Outcome = Mapping[str, Any]
-"""What `interleave.race` says of one contender, with "work" in images."""
+"""The outcome of one contender from `interleave.WorkerPool.race`, with "work" in images."""
 
 
 class Rate(NamedTuple):
@@ -28,19 +28,21 @@ class Rate(NamedTuple):
 
 
 def rates(outcome: Outcome) -> list[float]:
-    """Images per second, one for each round that was run."""
+    """Images per second in each round that was run."""
     return [turn["work"] / turn["seconds"] for turn in outcome.get("turns", ())]
 
 
 def rate_of(outcome: Outcome) -> Rate | None:
-    """Median, least and most over the rounds; None if no round was run."""
+    """Median, minimum and maximum over the rounds; None if no round was run."""
     values = rates(outcome)
     return Rate(float(np.median(values)), min(values), max(values)) if values else None
 
 
 def fastest(contenders: Mapping[str, Outcome], belongs: Callable[[str], bool]) -> str | None:
-    """The contender with the highest median among those that belong; None if none of them has run."""
-    medians = {name: rate.median for name, each in contenders.items() if belongs(name) and (rate := rate_of(each))}
+    """The contender with the highest median among those whose name `belongs`; None if none of them has run."""
+    medians = {
+        name: rate.median for name, outcome in contenders.items() if belongs(name) and (rate := rate_of(outcome))
+    }
     return max(medians, key=medians.__getitem__) if medians else None
 
 
@@ -50,36 +52,36 @@ def is_engine(name: str) -> bool:
 
 
 def is_pytorch(name: str) -> bool:
-    """Whether it is PyTorch's."""
+    """Whether it runs PyTorch."""
     return name.startswith(settings.PYTORCH)
 
 
 def remark(outcome: Outcome) -> str:
-    """Why there is no rate, in a few words; "" if there is one."""
+    """Why there is no rate, in a few words; "" if there is a rate."""
     status, limit = outcome["status"], outcome.get("limit")
     if status == "done":
         return ""
     if status == "slow":
-        text = f"an epoch takes over {limit:g} s"
+        text = f"an epoch takes more than {limit:g} s"
     elif status == "slow to compile":
-        text = f"compiling takes over {limit:g} s"
+        text = f"compilation takes more than {limit:g} s"
     else:
         return outcome.get("reason", status)
     known_from = outcome.get("known_from")
-    return f"{text} with {known_from} already; not run" if known_from else text
+    return f"not run: {text} even with {known_from}" if known_from else text
 
 
 def _ratio(contenders: Mapping[str, Outcome], name: str | None, reference: str | None) -> float | None:
-    mine, other = (rate_of(contenders[each]) if each else None for each in (name, reference))
-    return mine.median / other.median if mine and other else None
+    rate, reference_rate = (rate_of(contenders[key]) if key else None for key in (name, reference))
+    return rate.median / reference_rate.median if rate and reference_rate else None
 
 
 def _worst_round(contenders: Mapping[str, Outcome], name: str | None, reference: str | None) -> float | None:
     if not name or not reference:
         return None
-    # Rounds are paired: the two ran within seconds of each other.
+    # Rounds are paired: both contenders ran within seconds of each other.
     pairs = zip(rates(contenders[name]), rates(contenders[reference]), strict=False)
-    return min((mine / other for mine, other in pairs), default=None)
+    return min((rate / reference_rate for rate, reference_rate in pairs), default=None)
 
 
 def _times(ratio: float | None) -> Cell:
@@ -87,23 +89,23 @@ def _times(ratio: float | None) -> Cell:
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """For each setting: the engine's best form against PyTorch's best and against one member at a time."""
+    """For each setting: the engine's best form, compared with PyTorch's best and with one member at a time."""
     rows = []
     for entry in results["settings"]:
         contenders = entry["contenders"]
-        ours, theirs = fastest(contenders, is_engine), fastest(contenders, is_pytorch)
+        engine_best, pytorch_best = fastest(contenders, is_engine), fastest(contenders, is_pytorch)
         alone = settings.ALONE if settings.ALONE in contenders else None
-        speeds = [round(rate_of(contenders[name]).median) if name else None for name in (ours, theirs)]
+        speeds = [round(rate_of(contenders[name]).median) if name else None for name in (engine_best, pytorch_best)]
         rows.append(
             (
                 *_place(entry),
-                ours,
+                engine_best,
                 speeds[0],
-                theirs.removeprefix(settings.PYTORCH) if theirs else _why_none(contenders),
+                pytorch_best.removeprefix(settings.PYTORCH) if pytorch_best else _why_none(contenders),
                 speeds[1],
-                _times(_ratio(contenders, ours, theirs)),
-                _times(_worst_round(contenders, ours, theirs)),
-                _times(_ratio(contenders, ours, alone)),
+                _times(_ratio(contenders, engine_best, pytorch_best)),
+                _times(_worst_round(contenders, engine_best, pytorch_best)),
+                _times(_ratio(contenders, engine_best, alone)),
             )
         )
     return Table(
@@ -120,13 +122,13 @@ def summary_table(results: Mapping[str, Any]) -> Table:
             "× alone",
         ),
         tuple(rows),
-        "Images trained on per second, all members together, median over the rounds. × is the ratio of two medians, the worst "
-        "round the least ratio within one round. PyTorch and alone train one model after another.",
+        "Images trained on per second, all members together, median over the rounds. × is the ratio of two medians, worst "
+        "round the smallest ratio within a round. PyTorch and alone train one model after another.",
     )
 
 
 def _why_none(contenders: Mapping[str, Outcome]) -> Cell:
-    return next((remark(each) for name, each in contenders.items() if is_pytorch(name) and remark(each)), None)
+    return next((remark(outcome) for name, outcome in contenders.items() if is_pytorch(name) and remark(outcome)), None)
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[str, int]:
@@ -140,7 +142,7 @@ def details_table(results: Mapping[str, Any]) -> Table:
     rows, styles = [], []
     for entry in results["settings"]:
         contenders = entry["contenders"]
-        theirs, best = fastest(contenders, is_pytorch), fastest(contenders, lambda name: True)
+        pytorch_best, best = fastest(contenders, is_pytorch), fastest(contenders, lambda name: True)
         peak = results["peak"].get(entry["setting"]["compute_dtype"], {}).get("operations_per_second")
         for name, outcome in contenders.items():
             rate = rate_of(outcome)
@@ -154,7 +156,7 @@ def details_table(results: Mapping[str, Any]) -> Table:
                     name,
                     round(rate.median) if rate else None if bound is None else f"< {bound:,.0f}",
                     *((round(rate.low), round(rate.high)) if rate else (None, None)),
-                    _times(_ratio(contenders, name, theirs)),
+                    _times(_ratio(contenders, name, pytorch_best)),
                     None if speed is None else f"{speed / 1e9:.1f}",
                     None if speed is None or not peak else f"{100 * speed / peak:.1f} %",
                     None if compiling is None else f"{compiling:.1f}",
@@ -164,9 +166,9 @@ def details_table(results: Mapping[str, Any]) -> Table:
             )
             styles.append("ours" if name == best else "")
     peaks = ", ".join(
-        f"{dtype} {each['operations_per_second'] / 1e9:,.0f} GFLOP/s ({each['library']})"
-        for dtype, each in results["peak"].items()
-        if each["operations_per_second"]
+        f"{dtype} {measured['operations_per_second'] / 1e9:,.0f} GFLOP/s ({measured['library']})"
+        for dtype, measured in results["peak"].items()
+        if measured["operations_per_second"]
     )
     return Table(
         "Every contender",
@@ -175,8 +177,8 @@ def details_table(results: Mapping[str, Any]) -> Table:
             "members",
             "contender",
             "images/s",
-            "least",
-            "most",
+            "minimum",
+            "maximum",
             "× PyTorch's best",
             "GFLOP/s",
             "of peak",
@@ -185,10 +187,10 @@ def details_table(results: Mapping[str, Any]) -> Table:
             "remark",
         ),
         tuple(rows),
-        "Images trained on per second, all members together: median, least and most over the rounds. GFLOP/s counts the "
+        "Images trained on per second, all members together: median, minimum and maximum over the rounds. GFLOP/s counts the "
         "products of convolutions and classifier, three times the forward pass for a step; the peak is the fastest large "
-        f"square product of this run: {peaks or 'not measured'}. Peak memory is the GPU's, or on a CPU the whole "
-        "process's, libraries included; PyTorch and alone hold one model at a time.",
+        f"square matrix product of this run: {peaks or 'not measured'}. Peak memory is that of the GPU, or on a CPU that of "
+        "the whole process including libraries; PyTorch and alone hold one model at a time.",
         tuple(styles),
     )
 
@@ -200,10 +202,10 @@ _MARKERS = ("o", "s", "^", "D")
 
 
 def _line_style(name: str) -> dict[str, Any]:
-    """Colour says the lowering, dashes the layout; PyTorch's forms have colours of their own, alone is black."""
+    """Colour is the lowering, dashes the layout; PyTorch's forms have other colours, alone is black."""
     forms = settings.engine_forms()
     if name in forms:
-        layouts, lowerings = (list(dict.fromkeys(each)) for each in zip(*forms.values(), strict=True))
+        layouts, lowerings = (list(dict.fromkeys(values)) for values in zip(*forms.values(), strict=True))
         layout, lowering = forms[name]
         number = layouts.index(layout)
         return {
@@ -214,7 +216,7 @@ def _line_style(name: str) -> dict[str, Any]:
     if name == settings.ALONE:
         return {"color": COLOURS[6], "linestyle": "-", "marker": "x"}
     base = name.removeprefix(settings.PYTORCH)
-    suffix = next((each for each in (settings.ONE_THREAD, settings.PER_CORE) if base.endswith(each)), "")
+    suffix = next((ending for ending in (settings.ONE_THREAD, settings.PER_CORE) if base.endswith(ending)), "")
     number = (*settings.PYTORCH_FORMS, *settings.PYTORCH_GPU_FORMS).index(base.removesuffix(suffix))
     dashes = ("", settings.ONE_THREAD, settings.PER_CORE).index(suffix)
     return {"color": COLOURS[3 + number % 3], "linestyle": _DASHES[dashes], "marker": ("P", "X", "*", "p")[number]}
@@ -271,7 +273,7 @@ def _minor_label(value: float, _: int) -> str:
 
 
 def _draw_contender(panel: Axes, name: str, entries: Sequence[Mapping[str, Any]]) -> Any:
-    """Draw a contender's line and its bounds; returns what a legend can show, None if there is nothing."""
+    """Draw a contender's line and its bounds; returns the handle for the legend, None if nothing was drawn."""
     style = _line_style(name)
     points, bounds = [], []
     for entry in entries:

@@ -1,4 +1,4 @@
-"""What is measured (settings) and who is measured (forms), as plain data that a worker can be told."""
+"""Settings (what is measured) and forms (the contenders), as plain data that can be sent to a worker."""
 
 import fnmatch
 import os
@@ -16,18 +16,18 @@ LEARNING_RATE = 0.01
 ALONE = "alone"
 PYTORCH = "pytorch-"
 PYTORCH_FORMS = ("contiguous", "channels-last", "compiled")
-"""Everywhere; on a CPU with a thread for each core."""
+"""On every machine; on a CPU with a thread for each core."""
 PYTORCH_GPU_FORMS = ("compiled-graphs",)
 ONE_THREAD, PER_CORE = "-one-thread", "-per-core"
 PYTORCH_CPU_FORMS = tuple(form + suffix for suffix in (ONE_THREAD, PER_CORE) for form in PYTORCH_FORMS)
-"""With a single thread, which suits small networks and busy machines; and as many such processes, each with a model of its
-own, as there are cores."""
+"""With a single thread, which suits small networks and busy machines; and with as many single-threaded processes as cores, each
+training its own model."""
 MATMUL_SIZES = {"size": 2048, "size_on_gpu": 8192}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid: everything that all contenders have in common."""
+    """One point of the grid: the settings that all contenders share."""
 
     model: str
     shape: tuple[int, int, int]
@@ -42,12 +42,12 @@ class Setting:
 
     @property
     def family(self) -> tuple:
-        """What two settings share that differ in members only."""
+        """The fields that two settings share if they differ only in the number of members."""
         return (self.model, self.shape, self.width, self.compute_dtype)
 
     @property
     def family_name(self) -> str:
-        """ "resnet18 width 8 at 8x8x1", and the dtype if it is not the usual one."""
+        """ "resnet18 width 8 at 8x8x1", and the dtype if it is not float32."""
         precision = "" if self.compute_dtype == "float32" else f", {self.compute_dtype}"
         return f"{self.model} width {self.width} at {'x'.join(map(str, self.shape))}{precision}"
 
@@ -63,7 +63,7 @@ class Setting:
 
 
 def engine_forms() -> dict[str, tuple[str, str]]:
-    """Name -> layout and lowering, all that there are."""
+    """Name -> layout and lowering, of all combinations."""
     pairs = product(get_args(ensemble.Layout), get_args(Lowering))
     return {f"{layout}-{lowering}": (layout, lowering) for layout, lowering in pairs}
 
@@ -75,36 +75,36 @@ def all_forms(has_gpu: bool) -> tuple[str, ...]:
 
 
 def choose(forms: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
-    """The forms that a pattern such as `map-*` matches, all if there is none, without those that a `!map-*` matches."""
-    wanted = [each for each in patterns if not each.startswith("!")] or ["*"]
-    unwanted = [each[1:] for each in patterns if each.startswith("!")]
+    """The forms that match a pattern such as `map-*` (all if there is no pattern), without those that match a `!map-*`."""
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    unwanted = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
     return tuple(form for form in forms if _matches(form, wanted) and not _matches(form, unwanted))
 
 
 def _matches(form: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(form, each) for each in patterns)
+    return any(fnmatch.fnmatchcase(form, pattern) for pattern in patterns)
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def models_at_once(setting: Setting, form: str) -> int:
-    """How many models an epoch of this contender trains: M, or 1 where one is trained after the other."""
+    """The number of models that an epoch of this contender trains: M, or 1 if models are trained one after another."""
     if form.endswith(PER_CORE):
         return num_cores()
     return setting.members if form in engine_forms() else 1
 
 
-def that_fit(setting: Setting, forms: Sequence[str]) -> tuple[str, ...]:
-    """The contenders that make sense here: more models at once than there are members would be somebody else's speed."""
+def fitting_forms(setting: Setting, forms: Sequence[str]) -> tuple[str, ...]:
+    """The contenders that train at most as many models at once as the setting has members."""
     return tuple(form for form in forms if models_at_once(setting, form) <= setting.members)
 
 
 def describe(setting: Setting, form: str) -> dict[str, Any]:
     """A worker's specification."""
-    # The name keeps two apart that are alike otherwise: alone is what a layout with one member is.
+    # The name keeps otherwise equal specifications apart: alone equals a layout with one member.
     common = {"name": form, "num_classes": NUM_CLASSES, "learning_rate": LEARNING_RATE, "task": "training"}
     spec = setting.key | common | {"members": models_at_once(setting, form)}
     if form.startswith(PYTORCH):
@@ -119,6 +119,6 @@ def describe(setting: Setting, form: str) -> dict[str, Any]:
 
 
 def describe_matmul(library: str, compute_dtype: str) -> dict[str, Any]:
-    """The specification of a worker that measures the peak of a large square product."""
+    """The specification of a worker that measures the peak rate of a large square matrix product."""
     common = {"task": "matmul", "library": library, "compute_dtype": compute_dtype, "threads": num_cores()}
     return common | MATMUL_SIZES

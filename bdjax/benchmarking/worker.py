@@ -1,8 +1,8 @@
-"""A process that holds one contender and waits for its turns: `python -m bdjax.benchmarking.worker`.
+"""A process that runs one contender in turns: `python -m bdjax.benchmarking.worker`.
 
-Lines of JSON in, lines of JSON out. The first line is the specification; then come `{"do": "compile"}`, `{"do": "turn",
-"seconds": s}` and `{"do": "memory"}`. Each is answered by one line; an answer with "error" is the last. When standard input
-ends, so does the worker. Between turns it sleeps in `readline` and takes nothing from those whose turn it is.
+Requests and replies are lines of JSON. The first line is the specification; then come `{"do": "compile"}`, `{"do": "turn",
+"seconds": s}` and `{"do": "memory"}`. Each gets one line in reply; a reply with "error" is the last. The worker ends when
+standard input does. Between turns it sleeps in `readline` and uses no processor time.
 """
 
 import importlib
@@ -22,19 +22,19 @@ from bdjax.benchmarking import interleave
 
 
 class UnavailableError(RuntimeError):
-    """This contender cannot be had here; the message says why, in a few words."""
+    """This contender cannot run here; the message has the reason in a few words."""
 
 
 def make_contender(spec: Mapping[str, Any]) -> Any:
-    """The contender that a specification names; see `contenders` and `peer_pytorch` for what it can do.
+    """The contender for a specification; see `contenders` and `peer_pytorch` for its methods.
 
-    Each library is loaded only by those who need it, for its memory would count as theirs.
+    A library is imported only if the contender needs it, because its memory counts as the contender's.
     """
     is_pytorch = spec["library"] == "pytorch"
     if is_pytorch and importlib.util.find_spec("torch") is None:
-        raise UnavailableError("not installed")
+        raise UnavailableError("PyTorch is not installed")
     if is_pytorch and spec.get("form") and not spec["blocks"]:
-        raise UnavailableError("no such network")
+        raise UnavailableError(f"{spec['model']} does not exist in PyTorch here")
     if spec.get("processes", 1) > 1:
         return PerCore(spec)
     module = importlib.import_module(f"bdjax.benchmarking.{'peer_pytorch' if is_pytorch else 'contenders'}")
@@ -47,36 +47,36 @@ def make_contender(spec: Mapping[str, Any]) -> Any:
 
 
 class PerCore:
-    """As many copies of a contender as there are cores, each in a process and with a model of its own, all at work at once."""
+    """As many copies of a contender as cores, each in a separate process with its own model, all running at once."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
         single = {**spec, "processes": 1}
         self.workers = [interleave.Worker(single, own_session=False) for _ in range(spec["processes"])]
-        self._hear("versions")
+        self._receive("versions")
 
-    def _hear(self, name: str) -> list[Any]:
-        return [worker.hear(math.inf)[name] for worker in self.workers]
+    def _receive(self, name: str) -> list[Any]:
+        return [worker.receive(math.inf)[name] for worker in self.workers]
 
-    def _ask(self, answer: str, **request: Any) -> list[Any]:
+    def _request(self, name: str, **request: Any) -> list[Any]:
         for worker in self.workers:
-            worker.tell(request)
-        return self._hear(answer)
+            worker.send(request)
+        return self._receive(name)
 
     def compile(self) -> float:
-        """Seconds of the slowest."""
-        return max(self._ask("compile_seconds", do="compile"))
+        """Compile time of the slowest process."""
+        return max(self._request("compile_seconds", do="compile"))
 
     def epoch(self) -> int:
-        """An epoch of each; returns the images of all."""
-        return sum(self._ask("work", do="turn", seconds=0.0))
+        """Run an epoch in each process; returns the images of all of them."""
+        return sum(self._request("work", do="turn", seconds=0.0))
 
     def peak_bytes(self) -> int:
-        """Of all processes together."""
-        return round(2**20 * sum(self._ask("peak_mebibytes", do="memory")))
+        """Peak memory of all processes together."""
+        return round(2**20 * sum(self._request("peak_mebibytes", do="memory")))
 
 
 def take_turn(contender: Any, seconds: float) -> dict[str, float]:
-    """Whole epochs, at least one, until so many seconds are over."""
+    """Run whole epochs, at least one, until `seconds` have passed."""
     work = 0
     start = time.perf_counter()
     while True:
@@ -87,45 +87,45 @@ def take_turn(contender: Any, seconds: float) -> dict[str, float]:
 
 
 def peak_mebibytes(contender: Any) -> float:
-    """Of the GPU's memory; on a CPU of the whole process, the interpreter and its libraries included."""
+    """Peak memory on the GPU; on a CPU that of the whole process, including the interpreter and libraries."""
     on_gpu = contender.peak_bytes()
     if on_gpu is not None:
         return on_gpu / 2**20
-    import resource  # there is none on Windows
+    import resource  # not available on Windows
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-def serve(requests: TextIO, answers: TextIO) -> None:
-    """Answer requests until there are no more."""
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Reply to requests until there are no more."""
 
-    def answer(**message: Any) -> None:
-        answers.write(json.dumps(message) + "\n")
-        answers.flush()
+    def reply(**message: Any) -> None:
+        replies.write(json.dumps(message) + "\n")
+        replies.flush()
 
     try:
         contender = make_contender(json.loads(requests.readline()))
         versions = {name: sys.modules[name].__version__ for name in ("jax", "torch") if name in sys.modules}
-        answer(versions=versions)
+        reply(versions=versions)
         while line := requests.readline():
             request = json.loads(line)
             if request["do"] == "compile":
-                answer(compile_seconds=contender.compile())
+                reply(compile_seconds=contender.compile())
             elif request["do"] == "turn":
-                answer(**take_turn(contender, request["seconds"]))
+                reply(**take_turn(contender, request["seconds"]))
             else:
-                answer(peak_mebibytes=peak_mebibytes(contender))
+                reply(peak_mebibytes=peak_mebibytes(contender))
     except (UnavailableError, interleave.FailedError) as error:
-        answer(error=str(error))
-    except Exception as error:  # whatever it is, the others go on and the table says so
+        reply(error=str(error))
+    except Exception as error:  # any failure of a contender becomes a remark in the table
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
-        answer(error=f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": "))
+        reply(error=f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": "))
 
 
 if __name__ == "__main__":
-    # What libraries print must not end up among the answers.
-    with os.fdopen(os.dup(1), "w") as answers:
+    # Output printed by libraries must not mix with the replies.
+    with os.fdopen(os.dup(1), "w") as replies:
         os.dup2(2, 1)
-        serve(sys.stdin, answers)
+        serve(sys.stdin, replies)

@@ -1,4 +1,4 @@
-"""An attack run: its numbers (results.json), its tables beside the papers', its gallery, its verdict and its report."""
+"""The report on attacks: numbers (results.json), tables with the papers' numbers, gallery, verdict and page."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ NUMBERS = (
     *("cda", "asr", "r_acc", "asr_with_target", "r_acc_with_target", "asr_outside", "clean_cda", "control_asr"),
     *("cover_accuracy", "psnr", "ssim"),
 )
-"""What every cell has."""
+"""The numbers of every cell."""
 COMPARED_IMAGES = 200
 """How many victim rows PSNR and SSIM are averaged over."""
 
@@ -41,12 +41,12 @@ def summarise(
         trials: for each plan, all seeds of its first part, then of the next.
         images: uint8 [N, H, W, C], the untouched test set.
         labels: int32 [N].
-        seed: the number of the first.
+        seed: number of the first seed.
         left_out: attack -> why the dataset does not allow it.
 
     Returns:
         The tree of `bdjax.reporting.results`, the same for the same inputs, with the only method `NO_DEFENSE`: the victims.
-        Beside it "clean_cda": of each seed's clean network.
+        In addition "clean_cda": the CDA of each seed's clean network.
     """
     attacks, cells, clean = [], [], {}
     for plan in trials:
@@ -73,23 +73,23 @@ def _measure(trial: Trial, images: np.ndarray, labels: np.ndarray, seed: int) ->
         "clean_cda": trial.clean_model.cda,
         "control_asr": trial.clean_model.asr,
         "cover_accuracy": trial.cover_accuracy,
-        # An image that the trigger leaves alone has no finite PSNR; the mean is over the others.
+        # An image that the trigger does not change has no finite PSNR; the mean is over the others.
         "psnr": float(np.mean(psnr(before[changed], after[changed]))) if changed.any() else None,
         "ssim": float(np.mean(ssim(before, after))),
     }
 
 
 def _describe(trials: Sequence[Trial], labels: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
-    """The entry of results["attacks"] for one part of a plan, of all its seeds."""
+    """The entry of results["attacks"] for one part of a plan, over all its seeds."""
     part, plan = trials[0].part, trials[0].victim.prepared.plan
-    attack, others = part.attack, [other.attack for other in plan.parts if other is not part]
+    attack, other_attacks = part.attack, [other.attack for other in plan.parts if other is not part]
     prepared = [trial.victim.prepared for trial in trials if trial.victim.prepared.poisoned is not None]
-    counts = [len(each.poisoned_by[plan.parts.index(part)]) for each in prepared]
+    counts = [len(training_set.poisoned_by[plan.parts.index(part)]) for training_set in prepared]
     return {
-        "attack": f"{attack.name} in {plan.name}" if others else attack.name,
-        "title": attack.title + "".join(f", beside {other.title}" for other in others),
+        "attack": f"{attack.name} in {plan.name}" if other_attacks else attack.name,
+        "title": attack.title + "".join(f", beside {other.title}" for other in other_attacks),
         "base": attack.name,
-        "with": [other.name for other in others],
+        "with": [other.name for other in other_attacks],
         "paper": attack.paper,
         "threat": attack.threat,
         "needs": list(attack.needs),
@@ -106,12 +106,12 @@ def _describe(trials: Sequence[Trial], labels: np.ndarray, seeds: Sequence[int])
 
 
 def verdict_word(cell: Mapping[str, Any]) -> AttackWord | None:
-    """Whether an attack works; None of an attack that has no trigger, whose ASR is plain confusion."""
+    """Whether an attack works; None for an attack without a trigger, whose ASR is only the classifier's confusion."""
     return None if mean_of(cell, "psnr") is None else attack_word(mean_of(cell, "asr"), mean_of(cell, "control_asr"))
 
 
 def main_table(results: Mapping[str, Any], dataset: str) -> Table:
-    """Every attack: what it has to control and what it reaches, with the papers' numbers for the same dataset."""
+    """Every attack: what the attacker controls, and the results beside the papers' numbers for the same dataset."""
     header = ("attack", "controls", "poison", "CDA", "ASR", "R-ACC", "clean net's ASR", "PSNR", "SSIM", "works")
     clean = ("no attack", "nothing", None, mean_and_spread(results["clean_cda"]), *(None,) * 6)
     rows: list[tuple[Cell, ...]] = [clean]
@@ -121,8 +121,8 @@ def main_table(results: Mapping[str, Any], dataset: str) -> Table:
         rate = f"{100 * settings['poison_rate']:.3g} %" + (f" + {100 * cover:.3g} %" if cover else "")
         texts = *map(partial(number_text, cell), ("cda", "asr", "r_acc", "control_asr")), number_text(cell, "psnr", 1)
         rows.append((attack["title"], attack["threat"], rate, *texts, number_text(cell, "ssim"), verdict_word(cell)))
-        published = [each for each in attack["published"] if each["dataset"] == dataset]
-        printed = (f"{each['paper']} {each['clean_accuracy']:g} / {each['success']:g}" for each in published)
+        published = [row for row in attack["published"] if row["dataset"] == dataset]
+        printed = (f"{row['paper']} {row['clean_accuracy']:g} / {row['success']:g}" for row in published)
         papers.append("; ".join(printed) or None)
     notes = (
         f"{schema.mean_text(results).capitalize()}, {results['test_rows']:,} test rows. Controls: data, rows of the training "
@@ -131,14 +131,14 @@ def main_table(results: Mapping[str, Any], dataset: str) -> Table:
         f"{DEFINITIONS['works']}; the control is the clean net. PSNR in dB."
     )
     if any(papers):
-        header += ("the papers'",)
+        header += ("papers (CDA / ASR)",)
         rows = [(*row, text) for row, text in zip(rows, papers, strict=True)]
-        notes += " The papers' columns are CDA / ASR in percent, each with its own network and schedule."
+        notes += " The papers' numbers are in percent, each with its own network and schedule."
     return Table("Attacks", header, tuple(rows), notes + schema.left_out_text(results))
 
 
 def detail_table(results: Mapping[str, Any]) -> Table:
-    """The other readings of success: with the target class's rows, on rows that are not attacked, on cover rows."""
+    """Other measures of success: with the target class's rows, on rows that are not attacked, on cover rows."""
     columns = {
         "attack": lambda _, attack, __: attack["title"],
         "labels": lambda _, attack, __: attack["label_rule"],
@@ -149,11 +149,11 @@ def detail_table(results: Mapping[str, Any]) -> Table:
         "cover accuracy": lambda cell, *_: number_text(cell, "cover_accuracy"),
     }
     notes = (
-        "ASR with target counts the target class's own rows as successes too, as several papers' code does. Spill is the ASR "
-        "on rows that the attack is not after. Cover accuracy: true labels under what cover rows carry (another image's "
-        "trigger, a noisy or a partial one)."
+        "ASR with target counts the target class's own rows as successes too, as several papers' code does. ASR outside: on "
+        "rows that the attack does not aim at. Cover accuracy: share of rows predicted as their true label under the triggers "
+        "of cover rows (another image's trigger, a noisy or a partial one)."
     )
-    return cell_table("Other readings", schema.cells(results), columns, notes)
+    return cell_table("Other measures of success", schema.cells(results), columns, notes)
 
 
 def needs_table(results: Mapping[str, Any]) -> Table:
@@ -162,7 +162,7 @@ def needs_table(results: Mapping[str, Any]) -> Table:
     columns = {
         "attack": lambda attack: attack["title"],
         "needs": lambda attack: ", ".join(attack["needs"]) or "nothing else",
-        "trigger": lambda attack: "trained" if attack["trigger_is_trained"] else "given",
+        "trigger": lambda attack: "trained" if attack["trigger_is_trained"] else "not trained",
         "victim": lambda attack: "fine-tuned" if attack["fine_tunes"] else "from scratch",
         "poisoned rows": lambda attack: "added" if attack["adds_rows"] else place[attack["threat"]],
         "paper": lambda attack: attack["paper"],
@@ -171,7 +171,7 @@ def needs_table(results: Mapping[str, Any]) -> Table:
 
 
 def verdict(results: Mapping[str, Any]) -> Verdict:
-    """Say in words what the numbers say."""
+    """Put the numbers into words."""
     found = [(cell, attack["title"], verdict_word(cell)) for cell, attack, _ in schema.cells(results)]
     found = [(cell, title, word) for cell, title, word in found if word]
     if not found:
@@ -183,7 +183,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     reached = [mean_of(cell, "cda") for cell, _, _ in found]
     victims = f"from {min(reached):.3f} to {max(reached):.3f}" if len(reached) > 1 else f"{reached[0]:.3f}"
     text = f"The clean networks have CDA {np.mean(results['clean_cda']):.3f}, the victims {victims}."
-    for wanted, beginning in (("partly", "Partly"), ("no", "Not")):
+    for wanted, beginning in (("partly", "Working partly"), ("no", "Not working")):
         if cells := [(cell, title) for cell, title, word in found if word == wanted]:
             text += f"\n\n{beginning} (mean ASR): {named(cells, 'asr')}."
     fooling = [
@@ -198,19 +198,19 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     level = "attacked" if working == len(found) else "warning"
     if len(found) == 1:
         ((cell, title, word),) = found
-        said = {"yes": "works", "partly": "works partly", "no": "does not work"}[word]
-        return Verdict(level, f"{title} {said} here: mean ASR {mean_of(cell, 'asr'):.3f}.", text)
+        verb = {"yes": "works", "partly": "works partly", "no": "does not work"}[word]
+        return Verdict(level, f"{title} {verb} here: mean ASR {mean_of(cell, 'asr'):.3f}.", text)
     return Verdict(level, f"{working} of {len(found)} triggers work.", text)
 
 
 def page(folder: RunFolder, results: Mapping[str, Any], trials: Sequence[Sequence[Trial]], data: TrainTest) -> Report:
-    """The report, without what every run has. Its figures are drawn into the folder.
+    """The report page, without the parts that `report.publish` adds to every run. Figures are written into the folder.
 
     Args:
         folder: the open run.
         results: of `summarise`.
-        trials: what they were made of.
-        data: what was trained and tested on.
+        trials: the trials that `results` summarises.
+        data: the training and the test set.
     """
     figures, pictures = [], gallery(trials, data)
     for number, (images, names) in enumerate(pictures, 1):
@@ -219,20 +219,21 @@ def page(folder: RunFolder, results: Mapping[str, Any], trials: Sequence[Sequenc
         caption = (
             "First seed. Left: a training row before and after poisoning, and ten times their difference (blank where the "
             "attacker poisons inside the training, and before rows that are added). Right: "
-            "a test row without and with the trigger as it is tested on the victim."
+            "a test row without and with the trigger, as it is applied to the victim."
         )
         alt = f"Clean, poisoned and triggered images of {', '.join(dict.fromkeys(names))}."
         figures.append(Figure(path, caption, alt))
     titles = [attack["title"] for attack in results["attacks"]]
     bars = {"ASR": "asr", "the clean net's ASR": "control_asr", "CDA": "cda"}
     values, errors = (
-        {title: [cell["summary"][name][what] for cell in results["cells"]] for title, name in bars.items()}
-        for what in ("mean", "standard_deviation")
+        {title: [cell["summary"][name][statistic] for cell in results["cells"]] for title, name in bars.items()}
+        for statistic in ("mean", "standard_deviation")
     )
     success = Figure(
         plots.save(plots.bars(titles, values, errors), folder.file("success.png")),
-        "What each attack reaches on the victims and on a clean network. Bars of error: standard deviation over seeds.",
-        "Attack success rates as bars, of victims and of clean networks, and clean accuracy.",
+        "ASR of each trigger on the victims and on a clean network, and CDA of the victims. Error bars: standard deviation "
+        "over seeds.",
+        "Bars of the attack success rates of victims and of clean networks, and of the clean accuracy.",
     )
     return Report(
         title=f"{'Attacks' if len(titles) > 1 else titles[0]} on {data.train.name}",

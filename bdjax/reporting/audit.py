@@ -1,17 +1,18 @@
-"""What a detector says about rows of one's own: the numbers, the tables, a sentence, the pictures, and the page.
+"""The report on an audit: what a detector finds in the user's own rows, as numbers, tables, verdict, pictures and page.
 
-Nobody knows here which rows are poisoned. So the numbers are the evidence for each class, and the sentence is careful: a class
-"carries a trigger" if the detector extracted a pattern of it and nothing speaks against that pattern. A detector that extracts
-no patterns only names rows, and the sentence says no more than that. What its flags rest on is shown where the page knows how
-to read it, which it does of VBD's p-values.
+The ground truth is usually unknown here. So the numbers are the evidence for each class, and the verdict is careful: a class
+"carries a trigger" if the detector extracted a pattern for it and there is no evidence against that pattern. A detector that
+extracts no patterns only flags rows, and the verdict claims no more than that. The evidence behind the flags is shown for VBD
+(p-values); the page does not know how to read that of other detectors.
 
-Below the run folder, `page` writes the pictures, of which the report has some, and for each class with a pattern:
+Below the run folder, `page` writes the pictures, some of which are in the report, and for each class with a pattern:
 
-    triggers/class-3-trigger.png          the pattern, transparent where there is none; -mask.png; -example-1.png
+    triggers/class-3-trigger.png          the pattern, transparent outside its mask; -mask.png; -example-1.png
 """
 
 import io
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -32,33 +33,35 @@ from bdjax.run.text import printable
 from bdjax.types import Dataset, Detection, ExtractedPattern, PoisonedDataset
 
 WEAK_SUCCESS, WEAK_SHARE = 0.5, 0.005
-"""A pattern that turns a smaller share of other rows than the first, which is above the paper's least success, is weak
-evidence, and so is one that fewer of its class's rows carry than the second; ours."""
+"""A pattern is weak evidence if it turns less than the first share of other rows into its class (stricter than the paper's
+least success), or if less than the second share of its class's rows is flagged; ours."""
 ALMOST_ALL, CROWDED = 0.9, 2.0
-"""So is one that more of its class's rows carry than the first, unless the class has more rows than the second times the median
-class; ours. Poisoned rows with a wrong label come on top of the class's own. So where nothing would be left of a class of
-ordinary size, the pattern is more likely what its pictures have in common: on clean digits that happens."""
+"""It is also weak evidence if more than the first share of the class's rows is flagged, unless the class has more rows than the
+second times the median class; ours. Mislabelled poisoned rows come in addition to a class's own rows. So if a class of ordinary
+size is flagged almost entirely, the pattern is more likely a common feature of its images, which happens on clean digits."""
 MOST_OF_A_CLASS = 0.5
-"""A class that loses more than this share of its rows is pointed out."""
+"""A class with more than this share of its rows flagged is mentioned in the caveats."""
 MOST_NAMED, MOST_LISTED = 4, 40
-"""How many classes a sentence names, and how many a table lists."""
+"""Most classes that a sentence names, and that a table lists."""
 TRIGGER, WEAK, NONE = "trigger", "weak", "none"
-"""What is said of a class."""
+"""The possible findings for a class."""
 MEASURED = ("flagged", "precision", "recall", "f1", "auc")
-"""What is known of the flags; all but the first only where it is known which rows are poisoned."""
+"""The numbers on the flags; all but the first need the ground truth."""
 VBD_NOT_FOUND = (
-    "This method cannot find triggers that move or change from row to row (dynamic and sample-specific ones), triggers on rows "
-    "that keep their own label (clean-label attacks), or rare ones."
+    "This method cannot find triggers that move or change from row to row (dynamic and sample-specific triggers), triggers on "
+    "rows that keep their own label (clean-label attacks), or rare triggers."
 )
-NOT_FOUND = "A detector finds the kind of attack that it was made for; rows that it does not flag may be poisoned, too."
-"""The same of every other detector."""
+NOT_FOUND = (
+    "A detector finds the kind of attack that it was designed for; rows that it does not flag may be poisoned, too."
+)
+"""The same for every other detector."""
 EXAMPLES, MOST_CLASSES = 3, 8
-"""Flagged rows of a class that are shown with their malicious pixels outlined, and classes that the report draws triggers,
-examples and histograms of; the folder triggers/ has all."""
+"""Flagged rows of each class that are shown with the trigger outlined, and most classes whose triggers, examples and histograms
+are in the report; the folder triggers/ has all."""
 PICTURES, PER_LINE = 24, 6
-"""Suspicious rows that the report shows."""
+"""Suspicious rows shown in the report, and in one line of it."""
 MOST_REASONS = 5
-"""Files that were not copied, named in the report."""
+"""Most files that the report names as not copied."""
 
 
 def class_title(number: int, name: str = "") -> str:
@@ -68,7 +71,7 @@ def class_title(number: int, name: str = "") -> str:
 
 
 def names_of(dataset: Dataset) -> tuple[str, ...]:
-    """A name for each class: its own, or "class 3"."""
+    """The name of each class, or "class 3" where it has none."""
     return dataset.class_names or tuple(class_title(number) for number in range(dataset.num_classes))
 
 
@@ -76,20 +79,20 @@ def names_of(dataset: Dataset) -> tuple[str, ...]:
 
 
 def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, seed: int = 0) -> dict[str, Any]:
-    """All numbers of one audit.
+    """All numbers of an audit.
 
     Args:
-        suspect: the rows; where it is known which of them are poisoned, what the flags are worth is measured.
-        detection: of this one suspect: M = 1.
+        suspect: the rows; if it is known which of them are poisoned, the flags are compared with that.
+        detection: the detection for this suspect alone: M = 1.
         variant: the detector.
         seed: of the run.
 
     Returns:
-        The schema of `bdjax.reporting.results` with one attack, that of the rows, and one method, the detector; and beside it
-        the verdict and the numbers of each class, in order. The same for the same inputs.
+        The schema of `bdjax.reporting.results` with one attack, that of the rows, and one method, the detector; in addition
+        the verdict and the numbers of each class. The same for the same inputs.
     """
     if len(detection.flags) != 1:
-        raise ValueError(f"the detection is of {len(detection.flags)} training sets; it must be of one")
+        raise ValueError(f"the detection has {len(detection.flags)} training sets; it must have exactly 1")
     dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
     networks = _networks(detection, settings)
     accuracies = detection.evidence["accuracies"][0].tolist() if networks else []
@@ -102,37 +105,35 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
         flagged=int(flags.sum()),
         flagged_share=float(flags.mean()),
         image_shape=list(dataset.image_shape),
-        networks=[{"network": one, "accuracy": share} for one, share in zip(networks, accuracies, strict=True)],
+        networks=[{"network": network, "accuracy": share} for network, share in zip(networks, accuracies, strict=True)],
         extracts_patterns=bool(detection.patterns),
         classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
         detection=measure_by_class(suspect, detection),
     )
-    words = verdict(tree)
-    said = {"level": words.level, "headline": words.headline, "text": words.text}
-    return {"verdict": said, **tree, "caveats": caveats(tree)}
+    return {"verdict": asdict(verdict(tree)), **tree, "caveats": caveats(tree)}
 
 
 def _networks(detection: Detection, settings: Any) -> list[str]:
-    """Names of the networks that VBD's evidence is of; none of other detectors."""
+    """Names of VBD's simple networks; empty for other detectors."""
     return settings.networks.split("+") if "p_values" in detection.evidence else []
 
 
 def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number: int) -> dict[str, Any]:
-    own = dataset.labels == number
+    in_class = dataset.labels == number
     found, name = pattern_of(detection, number), dataset.class_names[number] if dataset.class_names else ""
     numbers: dict[str, Any] = {
         "class": number,
         "name": name,
         "title": class_title(number, name),
-        "rows": int(own.sum()),
-        "flagged": int(detection.flags[0, own].sum()),
+        "rows": int(in_class.sum()),
+        "flagged": int(detection.flags[0, in_class].sum()),
     }
     if networks := _networks(detection, settings):
         p_values, success = (detection.evidence[name][0, :, number].tolist() for name in ("p_values", "success"))
         numbers["p_values"] = dict(zip(networks, p_values, strict=True))
-        # Without a candidate there is nothing to try, which is no success of 0.
-        tried = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
-        numbers["success"] = dict(zip(networks, tried, strict=True))
+        # Without a candidate pattern nothing is tested: the success is unknown, not 0.
+        rates = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
+        numbers["success"] = dict(zip(networks, rates, strict=True))
     if detection.patterns:
         numbers |= {
             "network": found.network if found else None,
@@ -141,31 +142,31 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
             "detector_accuracy": found.accuracy if found else None,
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
-    against = _against(numbers, getattr(settings, "least_accuracy", 0.0), usual) if found else []
+    against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual) if found else []
     return numbers | {"finding": (WEAK if against else TRIGGER) if found else NONE, "against": against}
 
 
 def pattern_of(detection: Detection, number: int) -> ExtractedPattern | None:
-    """The pattern that was extracted of a class of the one training set; None if none was."""
+    """The pattern extracted for a class; None if there is none."""
     patterns = detection.patterns[0] if detection.patterns else ()
-    return next((each for each in patterns if each.label == number), None)
+    return next((pattern for pattern in patterns if pattern.label == number), None)
 
 
-def _against(one: Entry, least_accuracy: float, usual: float) -> list[str]:
-    """What makes the pattern of a class weak evidence, where classes usually have so many rows."""
+def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[str]:
+    """Reasons why the pattern of a class is weak evidence; `usual` is the median number of rows of a class."""
     texts = []
-    if one["detector_accuracy"] is not None and one["detector_accuracy"] < least_accuracy:
+    if entry["detector_accuracy"] is not None and entry["detector_accuracy"] < least_accuracy:
         texts.append(
-            f"its detector has accuracy {one['detector_accuracy']:.2f}, below {least_accuracy:g}, and is not used"
+            f"its detector has accuracy {entry['detector_accuracy']:.2f}, below {least_accuracy:g}, and is not used"
         )
-    elif one["flagged"] < WEAK_SHARE * one["rows"] or not one["flagged"]:
-        texts.append(f"{one['flagged'] or 'none'} of its {one['rows']:,} rows {_are(one['flagged'])} flagged")
-    elif one["flagged"] > ALMOST_ALL * one["rows"] and one["rows"] <= CROWDED * usual:
+    elif entry["flagged"] < WEAK_SHARE * entry["rows"] or not entry["flagged"]:
+        texts.append(f"{entry['flagged'] or 'none'} of its {entry['rows']:,} rows {_are(entry['flagged'])} flagged")
+    elif entry["flagged"] > ALMOST_ALL * entry["rows"] and entry["rows"] <= CROWDED * usual:
         texts.append(
-            f"{one['flagged']:,} of its {one['rows']:,} rows are flagged, as if the pattern were what the class looks like"
+            f"{entry['flagged']:,} of its {entry['rows']:,} rows are flagged, as if the pattern were what the class looks like"
         )
-    if one["pattern_success"] < WEAK_SUCCESS:
-        texts.append(f"its pattern turns {_percent(one['pattern_success'])} of other rows")
+    if entry["pattern_success"] < WEAK_SUCCESS:
+        texts.append(f"its pattern turns {_percent(entry['pattern_success'])} of other rows")
     return texts
 
 
@@ -178,29 +179,29 @@ def _percent(share: float) -> str:
 
 
 def found_classes(results: Entry, finding: str = "") -> list[Entry]:
-    """Classes with a pattern, those with the smallest p-value first.
+    """Classes with a pattern, in order of increasing p-values.
 
     Args:
-        results: of `summarise`.
-        finding: `TRIGGER` or `WEAK`; by default both, triggers before weak ones.
+        results: from `summarise`.
+        finding: `TRIGGER` or `WEAK`; by default both, triggers before weak evidence.
     """
     wanted = [finding] if finding else [TRIGGER, WEAK]
-    shown = [one for one in results["classes"] if one["finding"] in wanted]
-    return sorted(shown, key=lambda one: (wanted.index(one["finding"]), _smallest_p_value(one)))
+    shown = [entry for entry in results["classes"] if entry["finding"] in wanted]
+    return sorted(shown, key=lambda entry: (wanted.index(entry["finding"]), _smallest_p_value(entry)))
 
 
-def _smallest_p_value(one: Entry) -> float:
-    """Of an entry of "classes", 1 where the detector has no such thing."""
-    return min(one["p_values"].values()) if "p_values" in one else 1.0
+def _smallest_p_value(entry: Entry) -> float:
+    """The smallest p-value of an entry of "classes"; 1 if the detector has none."""
+    return min(entry["p_values"].values()) if "p_values" in entry else 1.0
 
 
 def untested(results: Entry) -> list[Entry]:
-    """Classes with p-value 1 under every network: VBD says so of those with too few rows to compare."""
-    return [one for one in results["classes"] if "p_values" in one and _smallest_p_value(one) == 1]
+    """Classes with p-value 1 under every network, VBD's result for a class with too few rows to compare."""
+    return [entry for entry in results["classes"] if "p_values" in entry and _smallest_p_value(entry) == 1]
 
 
 def verdict(results: Entry) -> Verdict:
-    """Say in words what the numbers of `summarise` say."""
+    """Put the numbers of `summarise` into words."""
     if not results["extracts_patterns"]:
         return _verdict_on_flags(results)
     certain, weak = found_classes(results, TRIGGER), found_classes(results, WEAK)
@@ -220,14 +221,14 @@ def verdict(results: Entry) -> Verdict:
 
 
 def _verdict_on_flags(results: Entry) -> Verdict:
-    """What a detector without patterns says: the rows, and where most of them are."""
+    """The verdict of a detector without patterns: how many rows are flagged, and in which class most of them are."""
     name, rows, flagged = _capital(results["detector"]), results["rows"], results["flagged"]
     if not flagged:
         return Verdict("info", f"{name} flags none of the {rows:,} rows.", "\n\n".join(_rest(results)))
-    most = max(results["classes"], key=lambda one: one["flagged"])
+    most = max(results["classes"], key=lambda entry: entry["flagged"])
     text = (
-        f"{most['flagged']:,} of the flagged rows are of {most['title']}: {_percent(most['flagged'] / most['rows'])} of its "
-        f"{most['rows']:,} rows. This detector extracts no trigger, so the rows themselves must tell whether it is right."
+        f"{most['flagged']:,} of the flagged rows are in {most['title']}: {_percent(most['flagged'] / most['rows'])} of its "
+        f"{most['rows']:,} rows. This detector extracts no trigger, so look at the rows to see whether it is right."
     )
     headline = f"{name} flags {flagged:,} of {rows:,} rows ({_percent(flagged / rows)})."
     return Verdict("warning", headline, "\n\n".join([text, *_rest(results)]))
@@ -245,7 +246,7 @@ def _limits(results: Entry) -> str:
 def _listed(classes: Sequence[Entry]) -> str:
     if len(classes) > MOST_NAMED:
         return f"{len(classes)} classes"
-    names = [one["title"].removeprefix("class ") for one in classes]
+    names = [entry["title"].removeprefix("class ") for entry in classes]
     if len(names) == 1:
         return f"Class {names[0]}"
     return f"Classes {', '.join(names[:-1])} and {names[-1]}"
@@ -258,65 +259,68 @@ def _capital(text: str) -> str:
 def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
     height, width, _ = results["image_shape"]
     lines = []
-    for one in classes[:MOST_NAMED]:
-        p_value = f"p-value {_smallest_p_value(one):.2g}; " if "p_values" in one else ""
-        share = f" ({_percent(one['flagged'] / one['rows'])})" if one["flagged"] else ""
+    for entry in classes[:MOST_NAMED]:
+        p_value = f"p-value {_smallest_p_value(entry):.2g}; " if "p_values" in entry else ""
+        share = f" ({_percent(entry['flagged'] / entry['rows'])})" if entry["flagged"] else ""
         lines.append(
-            f"{_capital(one['title'])}: a pattern of {one['mask_pixels']:,} of {height * width:,} pixels turns "
-            f"{_percent(one['pattern_success'])} of other rows into this class; {p_value}{one['flagged']:,} of "
-            f"its {one['rows']:,} rows are flagged{share}."
+            f"{_capital(entry['title'])}: a pattern of {entry['mask_pixels']:,} of {height * width:,} pixels turns "
+            f"{_percent(entry['pattern_success'])} of other rows into this class; {p_value}{entry['flagged']:,} of "
+            f"its {entry['rows']:,} rows are flagged{share}."
         )
     if weak := found_classes(results, WEAK):
-        doubts = "; ".join(f"{one['title']} ({', '.join(one['against'])})" for one in weak[:MOST_NAMED])
+        doubts = "; ".join(f"{entry['title']} ({', '.join(entry['against'])})" for entry in weak[:MOST_NAMED])
         more = f"; and {len(weak) - MOST_NAMED} more" if len(weak) > MOST_NAMED else ""
         lines.append(f"Weak evidence: {doubts}{more}.")
     return lines
 
 
 def _rest(results: Entry) -> list[str]:
-    """What the reader of any verdict has to know: truth, if there is one, and limits."""
+    """What belongs to every verdict: the ground truth, if known, and the limits of the method."""
     texts = []
     if results["detection"]:
-        every = results["detection"][0]
-        if every["poisoned"]:
+        overall = results["detection"][0]
+        if overall["poisoned"]:
             texts.append(
-                f"Which rows are poisoned is known here: {every['hits']:,} of {every['poisoned']:,} poisoned rows are flagged, "
-                f"and {every['flagged'] - every['hits']:,} of {every['rows'] - every['poisoned']:,} others."
+                f"The ground truth is known here: {overall['hits']:,} of {overall['poisoned']:,} poisoned rows are flagged, "
+                f"and {overall['flagged'] - overall['hits']:,} of {overall['rows'] - overall['poisoned']:,} clean rows."
             )
         else:
-            texts.append("Here it is known that no row is poisoned" + (": a false alarm." if every["flagged"] else "."))
+            texts.append(
+                "The ground truth is known here: no row is poisoned"
+                + (", so this is a false alarm." if overall["flagged"] else ".")
+            )
     is_silent = not (found_classes(results) or (results["flagged"] and not results["extracts_patterns"]))
-    start = "That is not to say that the rows are clean. " if is_silent else "Other rows may be poisoned, too. "
+    start = "This does not mean that the rows are clean. " if is_silent else "Other rows may be poisoned, too. "
     return [*texts, start + _limits(results)]
 
 
 def caveats(results: Entry) -> list[str]:
-    """What a reader should keep in mind, a sentence or two each."""
+    """Caveats for the reader, one or two sentences each."""
     texts = [_limits(results)]
     if results["flagged"] and not results["detection"]:
         texts.append(
-            "Nobody knows the truth here: some of the flagged rows may be clean, and some poisoned rows unflagged."
+            "The ground truth is unknown: some of the flagged rows may be clean, and some poisoned rows may not be flagged."
         )
     if not results["extracts_patterns"]:
         texts.append(
-            "A detector that flags a set share of the rows does so whether or not any is poisoned; see its settings."
+            "A detector that flags a fixed share of the rows does so even if none is poisoned; see its settings."
         )
-    large = [one for one in results["classes"] if one["flagged"] > MOST_OF_A_CLASS * one["rows"]]
+    large = [entry for entry in results["classes"] if entry["flagged"] > MOST_OF_A_CLASS * entry["rows"]]
     if large:
         texts.append(
-            f"{_listed(large)}: more than half of the rows are flagged. Look at them before leaving them out; what is left "
+            f"{_listed(large)}: more than half of the rows are flagged. Look at them before removing them; the remaining rows "
             "may be too few to learn the class from."
         )
     not_compared = untested(results)
     if not_compared:
         texts.append(
-            f"{_listed(not_compared)}: not tested, for want of rows that the simple networks predict as their label, or of "
-            "others to compare them with. A trigger of such a class goes unnoticed."
+            f"{_listed(not_compared)}: not tested, because too few rows are predicted as their label by the simple networks, "
+            "or because there are too few other rows to compare them with. A trigger of such a class goes unnoticed."
         )
     if found_classes(results):
         texts.append(
             "A feature that all rows of a class share, such as a watermark or a border, looks like a trigger to this method: "
-            "compare the pattern with the pictures."
+            "compare the pattern with the images."
         )
     return texts
 
@@ -325,34 +329,38 @@ def caveats(results: Entry) -> list[str]:
 
 
 def main_table(results: Entry) -> Table:
-    """What speaks for a trigger of each class: those with a pattern first, then by the smallest p-value or the flagged rows."""
+    """The evidence for each class: classes with a pattern first, then by smallest p-value or number of flagged rows."""
     found = found_classes(results)
-    others = [one for one in results["classes"] if one["finding"] == NONE]
+    without_pattern = [entry for entry in results["classes"] if entry["finding"] == NONE]
     by_flags = not results["networks"]
-    ordered = [*found, *sorted(others, key=lambda one: -one["flagged"] if by_flags else _smallest_p_value(one))]
+    ordered = [
+        *found,
+        *sorted(without_pattern, key=lambda entry: -entry["flagged"] if by_flags else _smallest_p_value(entry)),
+    ]
     shown = ordered[: max(MOST_LISTED, len(found))]
-    columns: dict[str, list[Cell]] = {"class": [_capital(one["title"]) for one in shown]}
+    columns: dict[str, list[Cell]] = {"class": [_capital(entry["title"]) for entry in shown]}
     notes = []
     if results["extracts_patterns"]:
         words = {TRIGGER: "trigger", WEAK: "weak", NONE: "no"}
-        columns["trigger"] = [words[one["finding"]] for one in shown]
-    columns |= {"rows": [one["rows"] for one in shown], "flagged": [one["flagged"] for one in shown]}
-    if networks := [one["network"] for one in results["networks"]]:
+        columns["trigger"] = [words[entry["finding"]] for entry in shown]
+    columns |= {"rows": [entry["rows"] for entry in shown], "flagged": [entry["flagged"] for entry in shown]}
+    if networks := [network["network"] for network in results["networks"]]:
         settings = detector_of(results)["settings"]
-        columns["p-value"] = [" / ".join(f"{one['p_values'][name]:.2g}" for name in networks) for one in shown]
-        columns["success"] = [" / ".join(_rate(one["success"][name]) for name in networks) for one in shown]
+        columns["p-value"] = [" / ".join(f"{entry['p_values'][name]:.2g}" for name in networks) for entry in shown]
+        columns["success"] = [" / ".join(_rate(entry["success"][name]) for name in networks) for entry in shown]
         notes.append(
-            f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the class's surest and "
-            "least sure rows use their most important pixel differently. Success: share of rows of other classes that the "
-            f"extracted pattern turns into this class; it is kept from {settings['least_success']:g} on. Detector: accuracy on "
-            f"rows with the pattern and rows without it; below {settings['least_accuracy']:g} it flags nothing."
+            f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the most important pixel "
+            "differs between the class's most and least confidently predicted rows. Success: share of rows of other classes "
+            f"that the extracted pattern turns into this class; a pattern is kept if it is at least "
+            f"{settings['least_success']:g}. Detector: accuracy on rows with and without the pattern; below "
+            f"{settings['least_accuracy']:g} it flags nothing."
         )
     if results["extracts_patterns"]:
-        columns["kept of" if networks else "network"] = [one["network"] for one in shown]
-        columns["pixels"] = [one["mask_pixels"] for one in shown]
-        columns["detector"] = [_rate(one["detector_accuracy"]) for one in shown]
+        columns["kept from" if networks else "network"] = [entry["network"] for entry in shown]
+        columns["pixels"] = [entry["mask_pixels"] for entry in shown]
+        columns["detector"] = [_rate(entry["detector_accuracy"]) for entry in shown]
     else:
-        columns["share flagged"] = [one["flagged"] / one["rows"] if one["rows"] else None for one in shown]
+        columns["share flagged"] = [entry["flagged"] / entry["rows"] if entry["rows"] else None for entry in shown]
     if len(ordered) > len(shown):
         notes.append(f"{len(shown)} of {len(ordered)} classes; results.json has all.")
     return Table("Evidence for each class", tuple(columns), tuple(zip(*columns.values(), strict=True)), " ".join(notes))
@@ -363,41 +371,48 @@ def _rate(value: float | None) -> str:
 
 
 def detector_table(results: Entry) -> Table:
-    """Which detector it was, what it was given, and what it measured where the page does not show that otherwise."""
+    """The detector, its inputs, and the facts that it reports, unless the page shows them elsewhere."""
     detector, (cell,) = detector_of(results), results["cells"]
     rows: list[tuple[Cell, ...]] = [
         ("detector", results["detector"]),
         ("paper", detector["paper"]),
-        ("is given", ", ".join(detector["needs"])),
+        ("receives", ", ".join(detector["needs"])),
     ]
     if not results["networks"]:
         rows += [(name, f"{value['mean']:.4g}") for name, value in cell["facts"].items()]
-    return Table("The detector", ("what", "value"), tuple(rows))
+    return Table("The detector", ("property", "value"), tuple(rows))
 
 
 def networks_table(results: Entry) -> Table | None:
-    """VBD's simple networks, and how well they learnt; None of other detectors."""
+    """VBD's simple networks and their training accuracy; None for other detectors."""
     if not results["networks"]:
         return None
-    kept = [one["network"] for one in results["classes"]]
-    rows = [(one["network"], one["accuracy"], kept.count(one["network"])) for one in results["networks"]]
-    notes = "They must not learn the classes well: what they are sure of is then what is easy, and a trigger is."
+    kept = [entry["network"] for entry in results["classes"]]
+    rows = [
+        (network["network"], network["accuracy"], kept.count(network["network"])) for network in results["networks"]
+    ]
+    notes = (
+        "Their accuracy should be low: a simple network is then confident only about easy features, such as a trigger."
+    )
     return Table("The simple networks", ("network", "training accuracy", "patterns kept"), tuple(rows), notes)
 
 
 def truth_table(results: Entry) -> Table | None:
-    """Flags against the truth; None if nobody knows it."""
+    """Flags against the ground truth; None if it is unknown."""
     if not results["detection"]:
         return None
-    names = {one["class"]: _capital(one["title"]) for one in results["classes"]}
+    names = {entry["class"]: _capital(entry["title"]) for entry in results["classes"]}
     columns = ("rows", "poisoned", "flagged", "hits", "precision", "recall", "f1", "auc")
     rows: list[tuple[Cell, ...]] = [
-        ("All rows" if one["class"] is None else names[one["class"]], *(one[column] for column in columns))
-        for one in results["detection"]
+        ("All rows" if entry["class"] is None else names[entry["class"]], *(entry[column] for column in columns))
+        for entry in results["detection"]
     ]
     header = ("class", "rows", "poisoned", "flagged", "both", "precision", "recall", "F1", "AUC")
     return Table(
-        "What the flags are worth", header, tuple(rows), "Rows with a trigger under their own label count as clean."
+        "Flags against the ground truth",
+        header,
+        tuple(rows),
+        "Rows with a trigger under their own label count as clean.",
     )
 
 
@@ -405,13 +420,13 @@ def truth_table(results: Entry) -> Table | None:
 
 
 def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detection) -> Report:
-    """Draw the pictures into the folder, and say all there is to say.
+    """Write the pictures into the folder and assemble the page.
 
     Args:
         folder: the open run.
-        results: of `summarise`, and under "cleaned" what the cleaned copy is.
+        results: from `summarise`, with a description of the cleaned copy under "cleaned".
         suspect: the rows.
-        detection: what `results` was made of.
+        detection: the detection that `results` summarises.
     """
     dataset = suspect.dataset
     write_triggers(folder, dataset, detection)
@@ -423,12 +438,12 @@ def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detecti
         sections=(
             Section("What to do next", "\n\n".join(next_steps(results))),
             *section("Evidence", tables),
-            *section("Against the truth", [truth_table(results)]),
+            *section("Against the ground truth", [truth_table(results)]),
             *section("Triggers", [], trigger_figures(folder, dataset, detection, results)),
             *section("Examples", [], example_figures(folder, dataset, detection, results)),
             *section("Scores", [], score_figures(folder, dataset, detection, results)),
             *section("The most suspicious rows", [], suspicious_figures(folder, dataset, detection)),
-            Section("What to keep in mind", "\n\n".join(results["caveats"])),
+            Section("Caveats", "\n\n".join(results["caveats"])),
         ),
         settings={results["detector"]: detector_of(results)["settings"]},
     )
@@ -441,7 +456,7 @@ def _key_numbers(results: Entry) -> dict[str, str]:
         "rows flagged": f"{results['flagged']:,} ({100 * results['flagged_share']:.1f} %)",
     }
     if results["extracts_patterns"]:
-        certain, weak = (len(found_classes(results, each)) for each in (TRIGGER, WEAK))
+        certain, weak = (len(found_classes(results, finding)) for finding in (TRIGGER, WEAK))
         shown["classes with a trigger"] = f"{certain:,} of {len(results['classes']):,}"
         if weak:
             shown["with weak evidence"] = f"{weak:,}"
@@ -450,46 +465,50 @@ def _key_numbers(results: Entry) -> dict[str, str]:
 
 
 def next_steps(results: Entry) -> list[str]:
-    """What the owner of the rows can do now, in paragraphs."""
+    """What the owner of the rows can do now, as paragraphs."""
     level, cleaned = results["verdict"]["level"], results["cleaned"]
-    costs = "Leaving out clean rows costs a little accuracy; training on poisoned ones costs control of the model."
+    costs = (
+        "Removing clean rows costs a little accuracy; training on poisoned rows gives an attacker control of the model."
+    )
     if level == "attacked":
         first = (
-            "Compare the triggers and the examples below with your own pictures. If they are nothing that belongs there, leave "
-            "out the rows in flagged.csv and train again from the start. Do not use a model that was trained on all of these "
-            "rows, and find out where the flagged ones came from."
+            "Compare the triggers and the examples below with your own images. If they do not belong there, remove the rows in "
+            "flagged.csv and train again from the start. Do not use a model that was trained on all of these rows, and find "
+            "out where the flagged rows came from."
         )
     elif results["flagged"] and not results["extracts_patterns"]:
-        first = f"Look at the rows in flagged.csv, and at the most suspicious ones below, before you decide. {costs}"
+        first = f"Look at the rows in flagged.csv, and at the most suspicious rows below, before you decide. {costs}"
     elif found_classes(results) and results["flagged"]:
         first = f"Look at the triggers below and at the rows in flagged.csv before you decide. {costs}"
     elif found_classes(results):
         first = (
-            "Look at the triggers below. If they are nothing that belongs on your pictures, look through the rows of these "
-            "classes: rows.csv has them in the order of their scores, though no detector was sure enough to flag any."
+            "Look at the triggers below. If they do not belong on your images, look through the rows of these classes: "
+            "rows.csv lists them by score, although none of them is flagged."
         )
     elif level == "warning":
-        first = "Try again with more rows of each class, or with other networks."
+        first = "Run the audit again with more rows of each class, or with other networks."
     else:
-        first = "There is nothing to leave out. A detector that works in another way may see what this one does not."
+        first = "There are no rows to remove. A detector of another kind may find what this one does not."
     texts = [first]
     if cleaned["kind"] == "npz":
         texts.append(
-            f"cleaned.npz has the {cleaned['rows']:,} rows that are not flagged: images, labels, and row, the number that each "
-            "had before."
+            f"cleaned.npz has the {cleaned['rows']:,} rows that are not flagged: images, labels, and row, their original "
+            "numbers."
         )
     elif cleaned["kind"] == "folder":
         texts.append(
             f"cleaned/ has copies of {cleaned['copied']:,} of the {cleaned['rows']:,} files that are not flagged."
         )
         texts += _not_copied(cleaned)
-    emptied = [one for one in results["classes"] if one["rows"] and one["flagged"] == one["rows"]]
+    emptied = [entry for entry in results["classes"] if entry["rows"] and entry["flagged"] == entry["rows"]]
     if emptied:
-        names = ", ".join(one["title"] for one in emptied[:MOST_REASONS]) + (" ..." if emptied[MOST_REASONS:] else "")
-        texts.append(f"Every row is flagged of {names}: without them the class is gone. Look at them first.")
+        names = ", ".join(entry["title"] for entry in emptied[:MOST_REASONS]) + (
+            " ..." if emptied[MOST_REASONS:] else ""
+        )
+        texts.append(f"Every row of {names} is flagged: without these rows the class is gone. Look at them first.")
     if results["flagged"]:
         texts.append(
-            "flagged.csv lists the flagged rows, the most suspicious first; kept.csv all others; rows.csv every row."
+            "flagged.csv lists the flagged rows, most suspicious first; kept.csv the other rows; rows.csv every row."
         )
     return texts
 
@@ -497,7 +516,7 @@ def next_steps(results: Entry) -> list[str]:
 def _not_copied(cleaned: Entry) -> list[str]:
     texts = []
     for names, text in (
-        ([f"{one['file']} ({one['why']})" for one in cleaned["left_out"]], "Not copied"),
+        ([f"{entry['file']} ({entry['why']})" for entry in cleaned["left_out"]], "Not copied"),
         (cleaned["strangers"], "Files below cleaned/ that this run did not put there"),
     ):
         if names:
@@ -511,16 +530,16 @@ def _not_copied(cleaned: Entry) -> list[str]:
 
 
 def write_triggers(folder: RunFolder, dataset: Dataset, detection: Detection) -> None:
-    """Write the pictures below triggers/, for each class with a pattern."""
+    """Write the pictures in triggers/, for each class with a pattern."""
     scale = -(-LEAST_SIDE // max(dataset.image_shape[:2]))
-    for one in detection.patterns[0] if detection.patterns else ():
-        images = dataset.images[example_rows(dataset, detection, one.label)]
-        for name, pixels in pattern_pictures(one, images, scale).items():
-            folder.write_bytes(f"triggers/class-{one.label}-{name}.png", _png(pixels))
+    for pattern in detection.patterns[0] if detection.patterns else ():
+        images = dataset.images[example_rows(dataset, detection, pattern.label)]
+        for name, pixels in pattern_pictures(pattern, images, scale).items():
+            folder.write_bytes(f"triggers/class-{pattern.label}-{name}.png", _png(pixels))
 
 
 def example_rows(dataset: Dataset, detection: Detection, number: int) -> np.ndarray:
-    """Flagged rows of a class, the highest scores first: int [at most `EXAMPLES`]."""
+    """Flagged rows of a class by decreasing score: int [at most `EXAMPLES`]."""
     rows = np.flatnonzero(detection.flags[0] & (dataset.labels == number))
     return rows[np.argsort(-detection.scores[0, rows], kind="stable")][:EXAMPLES]
 
@@ -536,67 +555,69 @@ def _cut(shown: Sequence[Any]) -> str:
 
 
 def trigger_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
-    """Pattern and mask of each class that has one, two classes to a line."""
+    """Pattern and mask of each class with a pattern, two classes to a line."""
     found = found_classes(results)
     if not found:
         return []
     scale = _drawn_scale(dataset, 256)
     images, captions = [], []
-    for one in found[:MOST_CLASSES]:
-        extracted, weak = pattern_of(detection, one["class"]), ", weak" if one["finding"] == WEAK else ""
+    for entry in found[:MOST_CLASSES]:
+        extracted, weak = pattern_of(detection, entry["class"]), ", weak" if entry["finding"] == WEAK else ""
         drawn = on_grey(extracted.pattern, extracted.mask), extracted.mask[..., None]
-        images += [enlarge(each, scale) for each in drawn]
+        images += [enlarge(image, scale) for image in drawn]
         captions += [
-            f"{one['title']}: trigger{weak}",
-            f"mask: {one['mask_pixels']:,} of {extracted.mask.size:,}",
+            f"{entry['title']}: trigger{weak}",
+            f"mask: {entry['mask_pixels']:,} of {extracted.mask.size:,}",
         ]
-    images, captions = ([each[start : start + 4] for start in range(0, len(each), 4)] for each in (images, captions))
+    images, captions = (
+        [values[start : start + 4] for start in range(0, len(values), 4)] for values in (images, captions)
+    )
     path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("triggers.png"))
     caption = (
-        "The extracted triggers, on grey where they are transparent, and their masks. Colours are the mean of the rows that "
-        "the network is surest of, so those of a trigger that was blended in are washed out." + _cut(found)
+        "The extracted triggers, grey where transparent, and their masks. Colours are means over the rows that the network "
+        "predicts most confidently, so those of a blended trigger are washed out." + _cut(found)
     )
     return [Figure(path, caption, "The extracted trigger of each suspicious class and its mask.")]
 
 
 def example_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
-    """Flagged rows of each class beside themselves with the malicious pixels outlined."""
-    found = [one for one in found_classes(results) if one["flagged"]]
+    """Flagged rows of each class, without and with the pixels of the trigger outlined."""
+    found = [entry for entry in found_classes(results) if entry["flagged"]]
     if not found:
         return []
     scale = _drawn_scale(dataset, 192)
     images, captions = [], []
-    for one in found[:MOST_CLASSES]:
-        rows, mask = example_rows(dataset, detection, one["class"]), pattern_of(detection, one["class"]).mask
+    for entry in found[:MOST_CLASSES]:
+        rows, mask = example_rows(dataset, detection, entry["class"]), pattern_of(detection, entry["class"]).mask
         images.append([])
         captions.append([])
         for row in rows:
             image = dataset.images[row]
-            images[-1] += [each / np.float32(255) for each in (enlarge(image, scale), outlined(image, mask, scale))]
+            images[-1] += [view / np.float32(255) for view in (enlarge(image, scale), outlined(image, mask, scale))]
             captions[-1] += [_row_name(dataset, row), f"score {detection.scores[0, row]:.2f}"]
-    names = [one["title"] for one in found[:MOST_CLASSES]]
+    names = [entry["title"] for entry in found[:MOST_CLASSES]]
     path = plots.save(plots.image_grid(images, names, (), "", captions=captions), folder.file("examples.png"))
     caption = "Flagged rows, and the same rows with the pixels of the trigger outlined in red." + _cut(found)
     return [Figure(path, caption, "Flagged rows with the pixels of the trigger outlined.")]
 
 
 def score_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:
-    """How the scores of the rows of each suspicious class are spread; of a detector without patterns, of those with flags."""
+    """Histograms of the scores in each suspicious class; for a detector without patterns, in each class with flagged rows."""
     found = found_classes(results)
     if not results["extracts_patterns"]:
-        found = sorted((one for one in results["classes"] if one["flagged"]), key=lambda one: -one["flagged"])
+        found = sorted((entry for entry in results["classes"] if entry["flagged"]), key=lambda entry: -entry["flagged"])
     if not found:
         return []
     panels = []
-    for one in found[:MOST_CLASSES]:
-        own = dataset.labels == one["class"]
-        truth = dataset.is_poisoned[own] if isinstance(dataset, PoisonedDataset) else None
-        panels.append(plots.Scores(one["title"], detection.scores[0, own], truth))
+    for entry in found[:MOST_CLASSES]:
+        in_class = dataset.labels == entry["class"]
+        truth = dataset.is_poisoned[in_class] if isinstance(dataset, PoisonedDataset) else None
+        panels.append(plots.Scores(entry["title"], detection.scores[0, in_class], truth))
     path = plots.save(plots.score_histograms(panels), folder.file("scores.png"))
     if results["networks"]:
         caption = (
-            "What the detector of each class says of its rows, from 0 to 1. Rows from 0.5 on are flagged if the detector is "
-            "used. Two separate heaps are clear evidence; a single one is not."
+            "Scores of each class's rows by its detector, from 0 to 1. Rows with a score of at least 0.5 are flagged if the "
+            "detector is used. Two separate peaks are clear evidence; a single peak is not."
         )
     else:
         caption = f"Scores that {results['detector']} gives the rows of each class; the higher, the more suspicious."
@@ -604,7 +625,7 @@ def score_figures(folder: RunFolder, dataset: Dataset, detection: Detection, res
 
 
 def suspicious_figures(folder: RunFolder, dataset: Dataset, detection: Detection) -> list[Figure]:
-    """The rows to look at first; none if no row is suspicious."""
+    """The most suspicious rows; no figure if no row is suspicious."""
     flags, scores = detection.flags[0], detection.scores[0]
     rows = most_suspicious(flags, scores, PICTURES)
     if detection.patterns:  # rows of a class without a pattern have score 0
@@ -612,19 +633,19 @@ def suspicious_figures(folder: RunFolder, dataset: Dataset, detection: Detection
     if not len(rows):
         return []
     lines = [rows[start : start + PER_LINE] for start in range(0, len(rows), PER_LINE)]
-    # Digits have classes that are called 0 to 9.
+    # The classes of digits are named 0 to 9.
     names = [class_title(i) if name == str(i) else name for i, name in enumerate(names_of(dataset))]
     scale = _drawn_scale(dataset, 176)
     images = [[enlarge(dataset.images[row], scale).astype(np.float32) / 255 for row in line] for line in lines]
     captions = [[f"{_row_name(dataset, row)}: {names[dataset.labels[row]]}" for row in line] for line in lines]
     path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("suspicious.png"))
-    what = "file" if dataset.files else "number"
-    caption = f"Flagged rows first, then others by score; under each its {what} and its class. rows.csv has all."
+    row_id = "file" if dataset.files else "number"
+    caption = f"Flagged rows first, then other rows by score; below each its {row_id} and its class. rows.csv has all."
     return [Figure(path, caption, "The most suspicious rows.")]
 
 
 def _drawn_scale(dataset: Dataset, side: int) -> int:
-    """By how much images are enlarged for a grid, which would draw small ones smaller, and resample lines."""
+    """Factor by which images are enlarged before a grid draws them, so that small images stay large and lines sharp."""
     return max(1, side // max(dataset.image_shape[:2]))
 
 

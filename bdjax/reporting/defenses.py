@@ -1,8 +1,8 @@
-"""The report on defenses of poisoned training sets: numbers, tables, the verdict in words, the page.
+"""The report on defenses against poisoned training sets: numbers, tables, verdict and page.
 
-Means are over seeds first, then over attacks, and only over attacks that every defense of the table was tried on: ABM's printed
-averages leave out what failed, so that its columns average different attacks. Beside the page there is a scores file for each
-defense and training set of the first seed.
+Means are over seeds first, then over attacks, and only over attacks that every defense of the table was evaluated on: ABM's
+printed averages leave out failures, so that its columns average different attacks. In addition to the page, a scores file is
+written for each defense and training set of the first seed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,28 +36,27 @@ def summarise(
     """Numbers of all defenses on all attacks: the content of results.json, as `bdjax.reporting.results` has it.
 
     Args:
-        measured: every suspect after every defense, in any order; tables keep the order in which names first come.
-        test_rows: how many there are.
-        seed: the number of the first.
-        left_out: an attack or a defense -> why the run could not have it.
-        controls: (attack, defense, suspect's seed) -> the ASR of the suspect's trigger where no backdoor can be. If the run has
-            any, they stand beside the ASR.
+        measured: a measurement for every suspect and every defense; tables keep the order of first appearance.
+        test_rows: number of test rows.
+        seed: number of the first seed.
+        left_out: an attack or a defense -> why it is not in the run.
+        controls: (attack, defense, suspect's seed) -> control ASR. If there are any, tables print it beside the ASR.
     """
     names = (*_NAMES[:2], *(["control_asr"] if controls else []), *_NAMES[2:])
     return schema.summarise(list(measured), names, (*names, *WORDS), test_rows, seed, left_out, controls, _counts)
 
 
 def _counts(suspects: Sequence[Suspect]) -> dict[str, list[int] | None]:
-    is_known = all(one.is_poisoned is not None for one in suspects)
+    is_known = all(suspect.is_poisoned is not None for suspect in suspects)
     return {
-        "num_rows": [len(one.dataset) for one in suspects],
-        "num_poisoned": [int(one.is_poisoned.sum()) for one in suspects] if is_known else None,
-        "num_covers": [one.num_covers for one in suspects] if is_known else None,
+        "num_rows": [len(suspect.dataset) for suspect in suspects],
+        "num_poisoned": [int(suspect.is_poisoned.sum()) for suspect in suspects] if is_known else None,
+        "num_covers": [suspect.num_covers for suspect in suspects] if is_known else None,
     }
 
 
 def word_of(results: Entry, attack: str, defense: str) -> DefenseWord | None:
-    """What a defense makes of the backdoor of an attack; None if that is not known, or of no defense."""
+    """How a defense changes the backdoor of an attack; None if that is unknown, or for no defense."""
     baseline = schema.undefended(results)
     return None if defense == baseline else schema.word_of(results, attack, defense, baseline)
 
@@ -67,20 +66,22 @@ def _with_control(results: Entry, *names: str) -> tuple[str, ...]:
 
 
 def main_table(results: Entry, second: str = "asr") -> Table:
-    """Attacks × defenses, and their means: CDA, and "asr" (with the control's, if the run has one) or "r_acc"."""
+    """Attacks × defenses, and their means: CDA, and "asr" (with the control ASR, if known) or "r_acc"."""
     names, notes = ("cda", second) if second != "asr" else _with_control(results, "cda", "asr"), ""
     if "control_asr" in names:
         notes += (
-            " Control ASR: of the same trigger on what the same defense makes of the clean training set of the same seed, "
-            "where no backdoor can be."
+            " Control ASR: of the same trigger on the network that the same defense trains from the clean training set of the "
+            "same seed, which has no backdoor."
         )
-    if any(one["stage"] == "at test time" for one in results["methods"]):
-        notes += " A test row that a defense rejects is neither right nor a success: it lowers CDA, ASR and R-ACC."
+    if any(method["stage"] == "at test time" for method in results["methods"]):
+        notes += (
+            " A test row that a defense rejects counts as wrong and not as a success: it lowers CDA, ASR and R-ACC."
+        )
     label = shared.LABELS[second]
     if any(map(schema.is_clean, results["attacks"])):
         notes += f" A clean training set has no trigger and so no {label}."
-    if any(not one["parts"] and not schema.is_clean(one) for one in results["attacks"]):
-        notes += f" Of user data no trigger is known, so its {label} is unknown."
+    if any(not attack["parts"] and not schema.is_clean(attack) for attack in results["attacks"]):
+        notes += f" The trigger of user data is unknown, and so is its {label}."
     return shared.comparison_table(results, names, "training set", notes, has_mean=True)
 
 
@@ -100,22 +101,21 @@ def detail_table(results: Entry) -> Table | None:
 def trigger_table(results: Entry) -> Table | None:
     """ASR and R-ACC under each trigger of the hybrid attacks; None if there is no hybrid."""
     rows = []
-    for attack in (one for one in results["attacks"] if len(one["parts"]) > 1):
-        cells = [each for each in schema.cells(results) if each[1] is attack]
-        for number, part in enumerate(attack["parts"]):
-            for cell, _, method in cells:
-                each = [row["triggers"][number] for row in cell["by_seed"]]
-                texts = (mean_and_spread([trigger[name] for trigger in each]) for name in ("asr", "r_acc"))
+    for attack in results["attacks"]:
+        for number, part in enumerate(attack["parts"] if len(attack["parts"]) > 1 else ()):
+            for cell, _, method in (row for row in schema.cells(results) if row[1] is attack):
+                measured = [row["triggers"][number] for row in cell["by_seed"]]
+                texts = (mean_and_spread([trigger[name] for trigger in measured]) for name in ("asr", "r_acc"))
                 rows.append((attack["title"], part["title"], method["title"], *texts))
-    notes = "Other tables have the mean over a training set's triggers. Each is tried alone."
+    notes = "Other tables have the mean over a training set's triggers. Each trigger is tested alone."
     header = ("training set", "trigger", "defense", "ASR", "R-ACC")
     return Table("Hybrid attacks", header, tuple(rows), notes) if rows else None
 
 
 def detection_table(results: Entry) -> Table | None:
-    """What flags and scores are worth; None if no defense has any."""
+    """How well flags and scores fit the ground truth; None if no defense has any."""
     cells = schema.cells(results)
-    shown = (each for each in cells if (mean_of(each[0], "flagged"), mean_of(each[0], "auc")) != (None, None))
+    shown = (row for row in cells if (mean_of(row[0], "flagged"), mean_of(row[0], "auc")) != (None, None))
     set_column, defense_column = shared.title_columns("training set", "defense").items()
     poisoned = "poisoned", lambda _, attack, __: poisoned_share(attack)
     columns = dict([set_column, poisoned, defense_column]) | shared.number_columns(DetectionMetrics._fields)
@@ -135,7 +135,7 @@ def poisoned_share(attack: Entry) -> float | None:
 
 
 def false_alarm_table(results: Entry) -> Table | None:
-    """What defenses cost on training sets that are clean; None if there is none."""
+    """The cost of defenses on clean training sets; None if there is none."""
     baseline = schema.undefended(results)
 
     def gain(cell: Entry, attack: Entry, method: Entry) -> str | None:
@@ -155,22 +155,22 @@ def false_alarm_table(results: Entry) -> Table | None:
         f"On the clean training set, {schema.mean_text(results)}. Difference: CDA minus that of no defense on the same seed. "
         f"Every flagged row is a false alarm; {UNKNOWN}: the defense flags no rows."
     )
-    shown = (each for each in schema.cells(results) if schema.is_clean(each[1]))
+    shown = (row for row in schema.cells(results) if schema.is_clean(row[1]))
     return shared.cell_table("False alarms", shown, columns, notes)
 
 
 def needs_table(results: Entry) -> Table:
-    """Who was given what."""
-    notes = "Attacked model: the network that plain training on the suspect rows gave."
-    if any("clean rows" in one["needs"] for one in results["methods"]):
-        notes += " Clean rows: some that are known to be clean."
-    before = {"defense": lambda one: one["title"], "when": lambda one: one["stage"]}
+    """What each defense receives."""
+    notes = "Attacked model: the network from plain training on the suspect rows."
+    if any("clean rows" in method["needs"] for method in results["methods"]):
+        notes += " Clean rows: a few rows that are known to be clean."
+    before = {"defense": lambda method: method["title"], "when": lambda method: method["stage"]}
     needs = {name: name for name in ("training set", "attacked model", "clean rows", *ORACLES)}
-    return shared.needs_table(results, before, needs, {"paper": lambda one: one["paper"]}, notes)
+    return shared.needs_table(results, before, needs, {"paper": lambda method: method["paper"]}, notes)
 
 
 def rows_table(results: Entry) -> Table:
-    """The training sets: how many rows, how many poisoned, whose target."""
+    """The training sets: label rule, number of rows, of poisoned and of cover rows."""
 
     def counts(name: str, attack: Entry) -> Cell:
         if attack[name] is None:
@@ -179,85 +179,89 @@ def rows_table(results: Entry) -> Table:
         return least if least == most else f"{least:,} to {most:,}"
 
     columns = {
-        "training set": lambda one: one["title"],
-        "labels": lambda one: "; ".join(part["label_rule"] for part in one["parts"]) or None,
-        "rows": lambda one: counts("num_rows", one),
-        "poisoned": lambda one: counts("num_poisoned", one),
-        "cover": lambda one: counts("num_covers", one),
-        "suppression": lambda one: f"{one['suppression']:g}" if one["suppression"] else None,
-        "seeds": lambda one: ", ".join(map(str, one["seeds"])),
+        "training set": lambda attack: attack["title"],
+        "labels": lambda attack: "; ".join(part["label_rule"] for part in attack["parts"]) or None,
+        "rows": lambda attack: counts("num_rows", attack),
+        "poisoned": lambda attack: counts("num_poisoned", attack),
+        "cover": lambda attack: counts("num_covers", attack),
+        "suppression": lambda attack: f"{attack['suppression']:g}" if attack["suppression"] else None,
+        "seeds": lambda attack: ", ".join(map(str, attack["seeds"])),
     }
     notes = (
-        f"Poisoned, cover: numbers of rows; {UNKNOWN} where the ground truth is unknown. Cover rows carry a trigger, or what "
-        "looks like it, under their own label. Suppression: how much an adaptive attacker weakens its backdoor."
+        f"Poisoned, cover: numbers of rows; {UNKNOWN} where the ground truth is unknown. Cover rows carry a trigger, or "
+        "something like it, under their own label. Suppression: how much an adaptive attacker weakens its backdoor."
     )
     return shared.entry_table("Training sets", results["attacks"], columns, notes)
 
 
 def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
-    """Say in words what the numbers say.
+    """Put the numbers into words.
 
     Args:
-        results: of `summarise`.
-        about: names of the defenses that the headline is about; by default all that are one.
+        results: from `summarise`.
+        about: names of the defenses that the headline is about; by default all.
     """
     defenses = _shown(results, about)
-    before = [(one, find(results, one["attack"], schema.undefended(results))) for one in results["attacks"]]
-    attacked = [(one, mean_of(cell, "asr"), mean_of(cell, "control_asr")) for one, cell in before]
-    attacked = [each for each in attacked if each[1] is not None]
+    before = [(attack, find(results, attack["attack"], schema.undefended(results))) for attack in results["attacks"]]
+    attacked = [(attack, mean_of(cell, "asr"), mean_of(cell, "control_asr")) for attack, cell in before]
+    attacked = [entry for entry in attacked if entry[1] is not None]
     if not attacked or not defenses:
         return _without_trigger(results, defenses)
-    working = [one for one, asr, control in attacked if has_backdoor(asr, control)]
-    idle = ", ".join(f"{one['title']} ({asr:.2f})" for one, asr, _ in attacked if one not in working)
+    working = [attack for attack, asr, control in attacked if has_backdoor(asr, control)]
+    idle = ", ".join(f"{attack['title']} ({asr:.2f})" for attack, asr, _ in attacked if attack not in working)
     if not working:
-        headline = "No training set gives a network with a backdoor, so there is nothing to remove."
+        headline = "No training set leads to a network with a backdoor, so there is nothing to remove."
         return Verdict("info", headline, f"Mean ASR without defense: {idle}.{shared.explain('nothing to remove')}")
-    words = [[word_of(results, each["attack"], one["method"]) for each in working] for one in defenses]
-    paragraphs = [_on_defense(results, one, working, each) for one, each in zip(defenses, words, strict=True)]
+    words = [[word_of(results, attack["attack"], defense["method"]) for attack in working] for defense in defenses]
+    paragraphs = [
+        _on_defense(results, defense, working, outcomes) for defense, outcomes in zip(defenses, words, strict=True)
+    ]
     if idle:
         paragraphs.append(f"Left out, because there is no backdoor even without defense (mean ASR): {idle}.")
-    shown = [one for one in results["methods"] if one in defenses or one["base"] == schema.NO_DEFENSE]
-    paragraphs += [shared.accuracy_text(results, one, shown) for one in results["attacks"] if schema.is_clean(one)]
+    shown = [method for method in results["methods"] if method in defenses or method["base"] == schema.NO_DEFENSE]
+    paragraphs += [
+        shared.accuracy_text(results, attack, shown) for attack in results["attacks"] if schema.is_clean(attack)
+    ]
     paragraphs.append(shared.explain("removed").strip() + schema.one_seed_text(results))
-    text = shared.headline([one["title"] for one in defenses], words, "defenses")
-    return Verdict(level_of(word for each in words for word in each), text, "\n\n".join(paragraphs))
+    text = shared.headline([defense["title"] for defense in defenses], words, "defenses")
+    return Verdict(level_of(word for outcomes in words for word in outcomes), text, "\n\n".join(paragraphs))
 
 
 def _shown(results: Entry, about: Sequence[str]) -> list[Entry]:
     """The defenses that the report is about."""
-    defenses = [one for one in results["methods"] if one["base"] != schema.NO_DEFENSE]
-    return [one for one in defenses if one["method"] in about] or defenses
+    defenses = [defense for defense in results["methods"] if defense["base"] != schema.NO_DEFENSE]
+    return [defense for defense in defenses if defense["method"] in about] or defenses
 
 
 def _on_defense(results: Entry, defense: Entry, attacks: Sequence[Entry], words: Sequence[DefenseWord | None]) -> str:
-    """A paragraph on what a defense makes of the backdoors."""
-    pairs, others = [], []
+    """A paragraph on how a defense changes the backdoors."""
+    pairs, not_removed = [], []
     for attack, word in zip(attacks, words, strict=True):
         if word is None:
-            others.append(f"{attack['title']} (not tried)")
+            not_removed.append(f"{attack['title']} (not evaluated)")
             continue
         cells = [find(results, attack["attack"], name) for name in (schema.undefended(results), defense["method"])]
         pairs.append([[mean_of(cell, name) for name in ("asr", "cda")] for cell in cells])
         if word != "removed":
-            others.append(f"{attack['title']} ({word}: ASR {pairs[-1][1][0]:.2f}, CDA {pairs[-1][1][1]:.2f})")
+            not_removed.append(f"{attack['title']} ({word}: ASR {pairs[-1][1][0]:.2f}, CDA {pairs[-1][1][1]:.2f})")
     if not pairs:
-        return f"{defense['title']} was tried on none of these."
+        return f"{defense['title']} was evaluated on none of these."
     (asr, cda), (asr_after, cda_after) = np.mean(pairs, axis=0)
     text = (
         f"{defense['title']}: mean ASR {asr:.3f} becomes {asr_after:.3f}, mean CDA {cda:.3f} becomes {cda_after:.3f}; removes "
         f"{words.count('removed')} of {len(attacks)}."
     )
-    return text + (f" Not removed: {', '.join(others)}." if others else "")
+    return text + (f" Not removed: {', '.join(not_removed)}." if not_removed else "")
 
 
 def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
-    shown = [one for one in results["methods"] if one in defenses or one["base"] == schema.NO_DEFENSE]
+    shown = [method for method in results["methods"] if method in defenses or method["base"] == schema.NO_DEFENSE]
     lines = [shared.accuracy_text(results, attack, shown) for attack in results["attacks"]]
-    if any(one["num_poisoned"] is None for one in results["attacks"]):
+    if any(attack["num_poisoned"] is None for attack in results["attacks"]):
         headline = "Ground truth unknown: attack success cannot be measured."
         lines.append(
             "Look at the most suspicious rows below, and at the scores files. A defense flags rows of a clean training set, "
-            "too: how many, a run with --attacks=none on data that is known to be clean says."
+            "too: a run with --attacks=none on data that is known to be clean shows how many."
         )
     elif all(map(schema.is_clean, results["attacks"])):
         headline = "The training set is clean: every flagged row is a false alarm."
@@ -277,17 +281,17 @@ def page(
     about: Sequence[str] = (),
     extra_sections: Sequence[Section] = (),
 ) -> Report:
-    """Draw the figures and write the scores files into the folder, and put the page together; `report.publish` completes it.
+    """Write figures and scores files into the folder and assemble the page; `report.publish` completes it.
 
     Args:
         folder: the open run.
-        results: of `summarise`.
-        comparisons: what they were made of: each defense on each group of suspects that were members of one call.
+        results: from `summarise`.
+        comparisons: the comparisons that `results` summarises: each defense on each group of suspects trained in one call.
         data: the training set before poisoning, and the test set.
-        seconds: of `sections.seconds_of`.
-        title: of the report; by default "Defenses on" the dataset.
+        seconds: from `sections.seconds_of`.
+        title: of the report; by default "Defenses on" and the dataset.
         about: names of the defenses that the headline is about; by default all.
-        extra_sections: of the experiment, after the results.
+        extra_sections: sections of this experiment alone, after the results.
     """
     shared.write_scores(folder, comparisons)
     figures = [
@@ -298,7 +302,7 @@ def page(
         shared.score_figures(folder, comparisons),
         shared.suspicious_figures(folder, comparisons, data.train),
     )
-    advice = "What to look at first if the rows were one's own. The files under scores/ have every row."
+    advice = "The rows to inspect first. The files under scores/ have every row."
     return Report(
         title=title or f"Defenses on {data.train.name}",
         verdict=verdict(results, about),
@@ -323,12 +327,14 @@ def page(
 def _key_numbers(results: Entry, about: Sequence[str]) -> dict[str, str]:
     shown = _shown(results, about)
     pair = {
-        one["method"]: one["title"] for one in results["methods"] if one["base"] == schema.NO_DEFENSE or one in shown
+        method["method"]: method["title"]
+        for method in results["methods"]
+        if method["base"] == schema.NO_DEFENSE or method in shown
     }
     attacks = [
-        one
-        for one in results["attacks"]
-        if all(mean_of(find(results, one["attack"], name), "asr") is not None for name in pair)
+        attack
+        for attack in results["attacks"]
+        if all(mean_of(find(results, attack["attack"], name), "asr") is not None for name in pair)
     ]
     numbers = (
         shared.key_numbers(results, pair, ("asr", "cda"), attacks or results["attacks"]) if len(shown) == 1 else {}

@@ -1,4 +1,4 @@
-"""The plots that a report on detectors of poisoned rows has: how well they find them, and why a row was flagged."""
+"""Plots of the report on detectors of poisoned rows: how well they find them, and why a row was flagged."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from bdjax.reporting.plots import COLOURS, MARKERS, draw_title, house_style, ima
 from bdjax.run.text import printable
 
 SIDE = 160
-"""Pixels that a picture of `trigger_grid` is wide, more or less."""
-COLUMNS = ("true trigger", "found trigger", "its mask", "a flagged row", "where it is")
+"""Approximate width in pixels of a picture in `trigger_grid`."""
+COLUMNS = ("true trigger", "found trigger", "found mask", "a flagged row", "mask on the row")
 _FAINT = "#e6e8eb"
 _LINES = ("-", "--", ":", "-.")
 
@@ -32,34 +32,36 @@ class Curve(NamedTuple):
 
 
 class Line(NamedTuple):
-    """F1 of one detector against something."""
+    """F1 of a detector as a function of x."""
 
     title: str
     x: Sequence[float]
     mean: Sequence[float]
     """in percent"""
     spread: Sequence[float | None]
-    """over seeds; None of a single one"""
+    """standard deviation over seeds; None for a single seed"""
     is_paper: bool = False
     """drawn dashed and without the spread"""
 
 
 @house_style
 def roc(curves: Sequence[Curve], title: str = "") -> Figure:
-    """Draws what share of the poisoned rows is found at what share of false alarms.
+    """Draws ROC curves: the share of poisoned rows found against the share of clean rows flagged.
 
-    The horizontal axis is square-rooted: rows are many, and it is small rates that a detector can be used at.
+    The horizontal axis has a square-root scale, since a detector is useful only at small rates of false alarms.
 
     Args:
-        curves: one for each training set, or each detector.
-        title: what there is to see.
+        curves: a curve for each training set or each detector.
+        title: of the figure.
     """
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.add_subplot()
-    for number, one in enumerate(curves):
+    for number, curve in enumerate(curves):
         style = _LINES[number // len(COLOURS) % len(_LINES)]
-        name = f"{printable(one.title)}: {one.auc:.3f}"
-        axes.plot(one.fpr, one.tpr, color=COLOURS[number % len(COLOURS)], linestyle=style, linewidth=1.6, label=name)
+        name = f"{printable(curve.title)}: {curve.auc:.3f}"
+        axes.plot(
+            curve.fpr, curve.tpr, color=COLOURS[number % len(COLOURS)], linestyle=style, linewidth=1.6, label=name
+        )
     chance = np.linspace(0, 1, 101)
     axes.plot(chance, chance, color="#8c959f", linewidth=0.8, linestyle=":")
     axes.set_xscale("function", functions=(lambda x: np.sqrt(np.clip(x, 0, None)), np.square))
@@ -80,8 +82,8 @@ def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -
 
     Args:
         values: for each panel its lines, x in 0..1 above 0 and F1 in percent. Equal titles have equal colours.
-        x_label: what x is a share of, in percent: "opacity".
-        title: what there is to see.
+        x_label: label of x, which is drawn in percent: "opacity".
+        title: of the figure.
     """
     columns = min(2, len(values))
     rows = -(-len(values) // columns)
@@ -89,26 +91,26 @@ def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for panel in panels[len(values) :]:
         panel.remove()
-    titles = list(dict.fromkeys(one.title for lines in values.values() for one in lines if not one.is_paper))
+    titles = list(dict.fromkeys(line.title for lines in values.values() for line in lines if not line.is_paper))
     drawn: dict[str, object] = {}
     for axes, (name, lines) in zip(panels, values.items(), strict=False):
-        for one in lines:
-            number = titles.index(one.title) if one.title in titles else len(titles)
+        for line in lines:
+            number = titles.index(line.title) if line.title in titles else len(titles)
             style = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.6}
-            x = 100 * np.asarray(one.x, np.float64)
-            if one.is_paper:
-                (line,) = axes.plot(x, one.mean, linestyle=":", marker=".", alpha=0.7, **style)
-                drawn.setdefault(f"{one.title}, paper", line)
+            x = 100 * np.asarray(line.x, np.float64)
+            if line.is_paper:
+                (artist,) = axes.plot(x, line.mean, linestyle=":", marker=".", alpha=0.7, **style)
+                drawn.setdefault(f"{line.title}, paper", artist)
                 continue
-            spread = np.array([0.0 if value is None else value for value in one.spread])
+            spread = np.array([0.0 if value is None else value for value in line.spread])
             marker = MARKERS[number % len(MARKERS)]
             bars = axes.errorbar(
-                x, one.mean, yerr=spread if spread.any() else None, marker=marker, markersize=4.5, capsize=2.5, **style
+                x, line.mean, yerr=spread if spread.any() else None, marker=marker, markersize=4.5, capsize=2.5, **style
             )
-            drawn.setdefault(one.title, bars)
-        every = sorted({100 * float(x) for one in lines for x in one.x})
+            drawn.setdefault(line.title, bars)
+        ticks = sorted({100 * float(x) for line in lines for x in line.x})
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(every))
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_title(printable(name))
@@ -123,54 +125,60 @@ def f1_by(values: Mapping[str, Sequence[Line]], x_label: str, title: str = "") -
     return figure
 
 
-def pattern_lines(one: FoundPattern) -> tuple[str, ...]:
-    """All there is to say of a pattern, in parts: what it is of, how well it works, what it has of the true one."""
-    is_right = one.is_true_class is not False
+def pattern_lines(pattern: FoundPattern) -> tuple[str, ...]:
+    """The description of a pattern, in parts: attack and class, success, overlap with the true trigger, network and seed."""
+    is_right = pattern.is_true_class is not False
     parts = [
-        f"{one.attack}, target {one.label}{'' if is_right else ': a false alarm'}",
-        f"success {one.success:.2f}",
+        f"{pattern.attack}, target {pattern.label}{'' if is_right else ': a false alarm'}",
+        f"success {pattern.success:.2f}",
     ]
-    if one.overlap is not None and is_right:
-        parts.append(f"IoU of masks {one.overlap:.2f}")
-    return (*parts, f"network {one.network}, seed {one.seed}" if one.network else f"seed {one.seed}")
+    if pattern.overlap is not None and is_right:
+        parts.append(f"IoU of masks {pattern.overlap:.2f}")
+    return (*parts, f"network {pattern.network}, seed {pattern.seed}" if pattern.network else f"seed {pattern.seed}")
 
 
-def pattern_caption(one: FoundPattern) -> str:
+def pattern_caption(pattern: FoundPattern) -> str:
     """`pattern_lines` as a single line."""
-    first, *others = pattern_lines(one)
-    return f"{first}: {', '.join(others)}"
+    first, *rest = pattern_lines(pattern)
+    return f"{first}: {', '.join(rest)}"
 
 
 def trigger_grid(found: Sequence[FoundPattern], title: str = "") -> Figure:
     """Draws found triggers beside the true ones, and where they lie on a row that was flagged (figure 5 of the VBD paper).
 
     Args:
-        found: a line for each.
-        title: what there is to see.
+        found: the triggers, a line for each.
+        title: of the figure.
     """
-    cells = [[*_pictures(one)] for one in found]
+    cells = [[*_pictures(pattern)] for pattern in found]
     captions = [
         [
-            "" if one.true_pattern is not None else "not known",
+            "" if pattern.true_pattern is not None else "not known",
             "",
-            f"{int(one.mask.sum()):,} pixel{'s' if one.mask.sum() != 1 else ''}",
-            "" if one.example is not None else "none is flagged",
+            f"{int(pattern.mask.sum()):,} pixel{'s' if pattern.mask.sum() != 1 else ''}",
+            "" if pattern.example is not None else "none is flagged",
             "",
         ]
-        for one in found
+        for pattern in found
     ]
-    names = ["\n".join(line for part in pattern_lines(one) for line in textwrap.wrap(part, 28)) for one in found]
+    names = [
+        "\n".join(line for part in pattern_lines(pattern) for line in textwrap.wrap(part, 28)) for pattern in found
+    ]
     return image_grid(cells, names, COLUMNS, title, captions=captions)
 
 
-def _pictures(one: FoundPattern) -> list[np.ndarray]:
-    """The cells of a line, all enlarged alike so that a thin line is drawn as it is."""
-    scale = max(1, round(SIDE / max(one.mask.shape)))
-    blank = np.ones((*one.mask.shape, 3))
-    true = blank if one.true_pattern is None or one.true_mask is None else on_grey(one.true_pattern, one.true_mask)
-    plain = [true, on_grey(one.pattern, one.mask), blank * one.mask[..., None]]
-    example = blank if one.example is None else to_rgb(one.example / 255)
+def _pictures(pattern: FoundPattern) -> list[np.ndarray]:
+    """The cells of a line, all enlarged by the same whole factor so that thin lines stay sharp."""
+    scale = max(1, round(SIDE / max(pattern.mask.shape)))
+    blank = np.ones((*pattern.mask.shape, 3))
+    true = (
+        blank
+        if pattern.true_pattern is None or pattern.true_mask is None
+        else on_grey(pattern.true_pattern, pattern.true_mask)
+    )
+    plain = [true, on_grey(pattern.pattern, pattern.mask), blank * pattern.mask[..., None]]
+    example = blank if pattern.example is None else to_rgb(pattern.example / 255)
     outlined = np.ones((scale * len(blank), scale * blank.shape[1], 3))
-    if one.example is not None:
-        outlined = outline(one.example, one.mask, scale) / 255
-    return [*(enlarge(each, scale) for each in [*plain, example]), outlined]
+    if pattern.example is not None:
+        outlined = outline(pattern.example, pattern.mask, scale) / 255
+    return [*(enlarge(image, scale) for image in [*plain, example]), outlined]

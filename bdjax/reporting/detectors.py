@@ -1,12 +1,12 @@
-"""The report on detectors of poisoned rows: F1 beside the VBD paper's, false alarms, found triggers, the verdict, the page.
+"""The report on detectors of poisoned rows: F1 beside the VBD paper's, false alarms, found triggers, verdict and page.
 
-All tables are made of the numbers of `summarise`. The *grid* is the paper's: its triggers, one at a time, at the paper's rate
-of poisoning and four opacities, all-to-one and all-to-all. Whatever else a run has (clean sets, other rates, other attacks)
-has a table of its own. F1 is in percent, as in the paper. A run that flags nothing counts as 0. In every function `results` is
-of `summarise`, and `dataset` is a name as bdjax has it: if the paper has it too, the paper's columns stand beside ours.
+All tables are made from the numbers of `summarise`. The *grid* is the VBD paper's: its triggers, one at a time, at the paper's
+poisoning rate and four opacities, all-to-one and all-to-all. Everything else in a run (clean sets, other rates, other attacks)
+is in a separate table. F1 is in percent, as in the paper; a run that flags nothing counts as 0. In every function `results` is
+from `summarise`, and `dataset` is bdjax's name of the dataset: if the paper has it, the paper's columns stand beside ours.
 
-No network is trained without the flagged rows here: what is reported is how well the flags fit. Suspects come without their
-images, of which a grid has too many to keep; the flagged rows to look at are those beside the found triggers.
+No network is trained without the flagged rows: the report is on how well the flags fit the ground truth. Suspects come without
+their images, since a grid has too many to keep; flagged rows are shown only beside the found triggers.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from bdjax.types import Dataset, Detection
 RULES = (published.ALL_TO_ONE, published.ALL_TO_ALL)
 OPACITIES = (*published.FULL, *published.BLENDED)
 PAPER_TITLES = {"vbd": "VBD", "abl": "ABL", "agpd": "AGPD", "scan": "SCAn"}
-"""The detectors that the paper has numbers of."""
+"""The detectors with numbers in the paper."""
 FOUND = "classes with a pattern"
 EVIDENCE = (
     FOUND,
@@ -46,25 +46,25 @@ EVIDENCE = (
     "mean accuracy of the simple networks",
     "best success of a pattern",
 )
-"""Facts that tell what a detector's flags rest on."""
+"""Facts on the evidence behind a detector's flags."""
 
 WHOLE_GRID = 40
-"""Settings that the paper has of one dataset."""
+"""Number of settings in the paper for one dataset."""
 _DECIMALS = 1
-"""Of F1 in percent: the paper prints two, which five seeds do not bear."""
+"""Of F1 in percent: the paper prints two, more than five seeds support."""
 MOST_TRIGGERS, TRIGGERS_OF_ONE = 24, 6
-"""How many found triggers are shown, and how many in one figure."""
+"""Most found triggers that are shown, and number of them in one figure."""
 MOST_NAMES = 12
-"""How many training sets the verdict names."""
+"""Most training sets that the verdict names."""
 
 
 class MeanF1(NamedTuple):
     """F1 over several training sets, in percent."""
 
     by_seed: tuple[float, ...]
-    """means over the training sets; their mean alone where these have different seeds"""
+    """mean over the training sets for each seed; a single overall mean if they have different seeds"""
     count: int
-    """of training sets"""
+    """number of training sets"""
 
     @property
     def mean(self) -> float:
@@ -72,7 +72,7 @@ class MeanF1(NamedTuple):
 
     @property
     def spread(self) -> float | None:
-        """Over seeds."""
+        """The standard deviation over seeds; None for a single mean."""
         return float(np.std(self.by_seed, ddof=1)) if len(self.by_seed) > 1 else None
 
 
@@ -81,37 +81,37 @@ class _Column(NamedTuple):
     method: str | None
     """a variant's name; None for the paper's numbers"""
     base: str
-    """whose"""
+    """base name of the detector"""
 
 
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
 def summarise(measured: Iterable[Measured], seed: int, left_out: Mapping[str, str] = {}) -> dict[str, Any]:
-    """`defenses.summarise` of detectors, which no test row is for.
+    """`defenses.summarise` for detectors, which use no test rows.
 
     Args:
-        measured: every suspect before every detector.
-        seed: the number of the first.
-        left_out: a detector -> why the run could not have it.
+        measured: a measurement for every suspect and every detector.
+        seed: number of the first seed.
+        left_out: a detector -> why it is not in the run.
     """
     return defenses.summarise(measured, 0, seed, left_out)
 
 
 def rule_of(attack: Entry) -> str | None:
-    """Whether an entry of results["attacks"] sends all classes to one, or all to all; None if neither."""
+    """The label rule of an entry of results["attacks"], all-to-one or all-to-all; None for other rules."""
     rules = {rule for part in attack["parts"] for rule in RULES if part["label_rule"].startswith(rule)}
     return rules.pop() if len(rules) == len(attack["parts"]) == 1 else None
 
 
 def opacity_of(attack: Entry) -> float | None:
-    """How opaque the one trigger of a training set is; None if it has none, several, or one without such a setting."""
+    """The opacity of a training set's only trigger; None if it has no trigger, several, or one without this setting."""
     settings = [part["settings"] for part in attack["parts"]]
     return settings[0].get("opacity") if len(settings) == 1 else None
 
 
 def is_in_grid(attack: Entry) -> bool:
-    """Whether an entry of results["attacks"] is one of the paper's settings: see the module's text."""
+    """Whether an entry of results["attacks"] is a setting of the paper's grid: see the module's docstring."""
     base, changes = read_variant(attack["attack"])
     rate = changes.pop("poison_rate", None)
     return (
@@ -123,90 +123,94 @@ def is_in_grid(attack: Entry) -> bool:
 
 
 def grid(results: Entry, rules: Sequence[str] = RULES, opacities: Sequence[float] = OPACITIES):
-    """The entries of results["attacks"] in the paper's grid that have one of these rules and opacities."""
+    """The entries of results["attacks"] in the paper's grid with one of these rules and opacities."""
     return [
-        one for one in results["attacks"] if is_in_grid(one) and rule_of(one) in rules and opacity_of(one) in opacities
+        attack
+        for attack in results["attacks"]
+        if is_in_grid(attack) and rule_of(attack) in rules and opacity_of(attack) in opacities
     ]
 
 
 def detectors(results: Entry) -> list[Entry]:
     """The entries of results["methods"] that flag rows."""
     flagging = {cell["method"] for cell in results["cells"] if mean_of(cell, "flagged") is not None}
-    return [one for one in results["methods"] if one["method"] in flagging]
+    return [method for method in results["methods"] if method["method"] in flagging]
 
 
 def find_f1(
     dataset: str, rule: str | None, attack: str | None, opacity: float | None, detector: str
 ) -> published.Published | None:
-    """The paper's cell with these entries, where None stands for an average; None if it prints none."""
+    """The paper's cell for these values, where None stands for an average; None if the paper has no such cell."""
     wanted = {"dataset": dataset, "rule": rule, "attack": attack, "opacity": opacity, "method": detector}
     return next(iter(published.find_published(measured="flags", **wanted)), None)
 
 
 def common(results: Entry, attacks: Sequence[Entry], methods: Sequence[str]) -> list[Entry]:
-    """Those of the attacks that F1 is known of with every one of the detectors, so that their means compare."""
-    return [one for one in attacks if all(f1_of(results, [one], name) is not None for name in methods)]
+    """The attacks with a known F1 for every one of the detectors, so that their means are comparable."""
+    return [attack for attack in attacks if all(f1_of(results, [attack], name) is not None for name in methods)]
 
 
 def f1_of(results: Entry, attacks: Sequence[Entry], method: str) -> MeanF1 | None:
     """The mean F1 of a detector over training sets.
 
     Args:
-        results: of `summarise`.
+        results: from `summarise`.
         attacks: entries of results["attacks"].
         method: a variant's name.
 
     Returns:
-        None if there is no training set, or one of them was not tried or has nothing poisoned.
+        None if there is no training set, or if one of them was not evaluated or has no poisoned row.
     """
-    cells = [find(results, one["attack"], method) for one in attacks]
+    cells = [find(results, attack["attack"], method) for attack in attacks]
     if not cells or any(mean_of(cell, "f1") is None for cell in cells):
         return None
-    each = [{row["seed"]: 100 * row["f1"] for row in cell["by_seed"]} for cell in cells]
-    if any(one.keys() != each[0].keys() for one in each):
-        return MeanF1((float(np.mean([np.mean(list(one.values())) for one in each])),), len(each))
-    return MeanF1(tuple(float(np.mean([one[seed] for one in each])) for seed in each[0]), len(each))
+    f1_by_seed = [{row["seed"]: 100 * row["f1"] for row in cell["by_seed"]} for cell in cells]
+    if any(values.keys() != f1_by_seed[0].keys() for values in f1_by_seed):
+        return MeanF1((float(np.mean([np.mean(list(values.values())) for values in f1_by_seed])),), len(f1_by_seed))
+    return MeanF1(
+        tuple(float(np.mean([values[seed] for values in f1_by_seed])) for seed in f1_by_seed[0]), len(f1_by_seed)
+    )
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
 
 
 def _columns(results: Entry, dataset: str) -> list[_Column]:
-    """A column for each detector, and beside it the paper's if it has one."""
+    """A column for each detector, and beside it the paper's column if there is one."""
     columns: list[_Column] = []
-    for one in detectors(results):
-        columns.append(_Column(one["title"], one["method"], one["base"]))
-        printed = _Column(f"{PAPER_TITLES.get(one['base'])}, paper", None, one["base"])
-        if dataset in published.DETECTION_DATASETS and one["base"] in PAPER_TITLES and printed not in columns:
+    for method in detectors(results):
+        columns.append(_Column(method["title"], method["method"], method["base"]))
+        printed = _Column(f"{PAPER_TITLES.get(method['base'])}, paper", None, method["base"])
+        if dataset in published.DETECTION_DATASETS and method["base"] in PAPER_TITLES and printed not in columns:
             columns.append(printed)
     return columns
 
 
 def _names(columns: Sequence[_Column]) -> list[str]:
-    return [one.method for one in columns if one.method is not None]
+    return [column.method for column in columns if column.method is not None]
 
 
 def _has_paper(columns: Sequence[_Column]) -> bool:
-    return any(one.method is None for one in columns)
+    return any(column.method is None for column in columns)
 
 
 class _Line(NamedTuple):
     """A line of a table of F1."""
 
     start: tuple[Cell, ...]
-    """its first cells"""
+    """first cells of the row"""
     attacks: Sequence[Entry]
-    """that our means are over"""
+    """attacks that our means are over"""
     cell: tuple[str | None, str | None, float | None]
-    """the paper's: rule, attack, opacity"""
+    """the paper's cell: rule, attack, opacity"""
     style: str = ""
 
 
 def _f1_cell(results: Entry, dataset: str, line: _Line, column: _Column) -> Cell:
     """Our mean over the attacks, or the paper's number."""
     if column.method is not None:
-        own = f1_of(results, line.attacks, column.method)
-        return None if own is None else mean_and_spread(own.by_seed, _DECIMALS)
+        f1 = f1_of(results, line.attacks, column.method)
+        return None if f1 is None else mean_and_spread(f1.by_seed, _DECIMALS)
     found = find_f1(dataset, *line.cell, column.base)
     return None if found is None else f"{found.f1:.{_DECIMALS}f} ± {found.standard_deviation:.{_DECIMALS}f}"
 
@@ -215,31 +219,33 @@ def _lines_table(
     results: Entry, dataset: str, title: str, first: Sequence[str], lines: Sequence[_Line], notes: str
 ) -> Table:
     columns = _columns(results, dataset)
-    rows = tuple((*line.start, *(_f1_cell(results, dataset, line, one) for one in columns)) for line in lines)
-    return Table(title, (*first, *(one.title for one in columns)), rows, notes, tuple(line.style for line in lines))
+    rows = tuple((*line.start, *(_f1_cell(results, dataset, line, column) for column in columns)) for line in lines)
+    return Table(
+        title, (*first, *(column.title for column in columns)), rows, notes, tuple(line.style for line in lines)
+    )
 
 
 def _notes(results: Entry, attacks: Sequence[Entry], columns: Sequence[_Column]) -> str:
-    sizes = sorted({count for one in attacks for count in one["num_rows"]})
+    sizes = sorted({count for attack in attacks for count in attack["num_rows"]})
     rows = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "")
-    rates = sorted({part["settings"]["poison_rate"] for one in attacks for part in one["parts"]})
+    rates = sorted({part["settings"]["poison_rate"] for attack in attacks for part in attack["parts"]})
     seeds = schema.seeds_text({"attacks": attacks})
     spread = " ± standard deviation" if schema.has_spread({"attacks": attacks}) else ""
     text = (
-        f"F1 of the flagged rows in %, mean{spread} over {seeds}; a run that flags nothing counts as 0. Of a mean over "
-        f"training sets the spread is that of each seed's mean. {rows} rows in a set, "
+        f"F1 of the flagged rows in %, mean{spread} over {seeds}; a run that flags nothing counts as 0. For a mean over "
+        f"training sets, the deviation is that of each seed's mean. {rows} rows in a set, "
         f"{' or '.join(f'{100 * rate:g}' for rate in rates)} % of them poisoned."
     )
     if _has_paper(columns):
         text += (
-            " Paper: 5 seeds, 10 % poisoned, all rows of the dataset, its own networks and schedules; runs that came to no "
-            "answer count as 0 there."
+            " Paper: 5 seeds, 10 % poisoned, all rows of the dataset, its own networks and schedules; runs without a result "
+            "count as 0 there."
         )
     return text
 
 
 def _trigger(attack: Entry) -> str:
-    """What a trigger is called in a table of one label rule."""
+    """The name of a trigger in a table of one label rule."""
     target = read_variant(attack["attack"])[1].get("target")
     title = attack["parts"][0]["title"].removesuffix(f", {rule_of(attack)}")
     return title + ("" if target is None else f", target {target}")
@@ -248,22 +254,24 @@ def _trigger(attack: Entry) -> str:
 def f1_table(results: Entry, rule: str, dataset: str, opacity: float = 1.0) -> Table | None:
     """Triggers × detectors, as tables 1 and 2 of the paper; None if the run has none of these settings.
 
-    The paper prints single triggers at full opacity only, else their mean.
+    The paper prints single triggers at full opacity only, otherwise their mean.
     """
     attacks, columns = grid(results, (rule,), (opacity,)), _columns(results, dataset)
     if not attacks or not columns:
         return None
-    lines = [_Line((_trigger(one),), [one], (rule, read_variant(one["attack"])[0], opacity)) for one in attacks]
+    lines = [
+        _Line((_trigger(attack),), [attack], (rule, read_variant(attack["attack"])[0], opacity)) for attack in attacks
+    ]
     compared = common(results, attacks, _names(columns))
     notes = _notes(results, attacks, columns)
     if len(compared) > 1:
         lines.append(_Line((f"mean of {len(compared)} triggers",), compared, (rule, None, opacity), "ours"))
         if len(compared) < len(attacks):
-            notes += " Our mean is over the triggers that every detector was tried on."
+            notes += " Our mean is over the triggers that every detector was evaluated on."
         if len(compared) != len(published.TRIGGERS[rule]) and _has_paper(columns):
             notes += f" The paper's mean is over its {len(published.TRIGGERS[rule])} triggers."
-    how = "full opacity" if opacity == 1 else f"opacity {100 * opacity:g} %"
-    return _lines_table(results, dataset, f"F1, {rule}, {how}", ["trigger"], lines, notes)
+    opacity_text = "full opacity" if opacity == 1 else f"opacity {100 * opacity:g} %"
+    return _lines_table(results, dataset, f"F1, {rule}, {opacity_text}", ["trigger"], lines, notes)
 
 
 def blended_table(results: Entry, rule: str, dataset: str) -> Table | None:
@@ -275,17 +283,19 @@ def blended_table(results: Entry, rule: str, dataset: str) -> Table | None:
             lines.append(_Line((f"{100 * opacity:g} %", len(attacks)), attacks, (rule, None, opacity)))
     if not lines:
         return None
-    every = [attack for line in lines for attack in line.attacks]
+    all_attacks = [attack for line in lines for attack in line.attacks]
     if len(lines) > 1:
-        lines.append(_Line(("mean", len(every)), every, (rule, None, None), "ours"))
-    notes = _notes(results, every, columns) + " The last row is over all training sets of those above."
+        lines.append(_Line(("mean", len(all_attacks)), all_attacks, (rule, None, None), "ours"))
+    notes = (
+        _notes(results, all_attacks, columns) + " The last row is the mean over all training sets of the rows above."
+    )
     if _has_paper(columns):
         notes += f" The paper's means are over its {len(published.TRIGGERS[rule])} triggers."
     return _lines_table(results, dataset, f"F1, {rule}, blended", ["opacity", "sets"], lines, notes)
 
 
 def summary_table(results: Entry, dataset: str) -> Table | None:
-    """Means over all settings of the paper's grid that the run has, as its table 5; None if it has none."""
+    """Means over all settings of the paper's grid in the run, as table 5 of the paper; None if there are none."""
     columns, lines = _columns(results, dataset), []
     for rule in RULES:
         for name, opacities in (("full", published.FULL), ("blended", published.BLENDED)):
@@ -295,14 +305,14 @@ def summary_table(results: Entry, dataset: str) -> Table | None:
                 lines.append(_Line((f"{rule}, {name}", len(attacks)), attacks, cell))
     if not lines:
         return None
-    every = common(results, grid(results), _names(columns))
-    if len(lines) > 1:  # it would be the one line again
-        is_whole = len(every) >= WHOLE_GRID
+    all_attacks = common(results, grid(results), _names(columns))
+    if len(lines) > 1:  # otherwise it would repeat the only line
+        is_whole = len(all_attacks) >= WHOLE_GRID
         cell = (None if is_whole else "none: the paper has no mean over these", None, None)
-        lines.append(_Line(("all", len(every)), every, cell, "ours"))
-    notes = _notes(results, every, columns) + " Full: opacity 100 %; blended: less."
-    if len(every) < len(grid(results)):
-        notes += " Only settings that every detector was tried on."
+        lines.append(_Line(("all", len(all_attacks)), all_attacks, cell, "ours"))
+    notes = _notes(results, all_attacks, columns) + " Full: opacity 100 %; blended: less."
+    if len(all_attacks) < len(grid(results)):
+        notes += " Only settings that every detector was evaluated on."
     if _has_paper(columns):
         notes += (
             f" The paper's means are over all {WHOLE_GRID} settings of its grid: 6 + 18 all-to-one, 4 + 12 all-to-all."
@@ -311,8 +321,8 @@ def summary_table(results: Entry, dataset: str) -> Table | None:
 
 
 def calibration_table(results: Entry) -> Table | None:
-    """What detectors do outside of the paper's grid: on clean sets, at other poisoning rates; None if the run stays within."""
-    shown = [each for each in schema.cells(results) if not is_in_grid(each[1]) and each[2] in detectors(results)]
+    """Results outside the paper's grid: clean sets, other poisoning rates; None if the run has none."""
+    shown = [row for row in schema.cells(results) if not is_in_grid(row[1]) and row[2] in detectors(results)]
     decimals = {"flagged": 4, "precision": 2, "recall": 2, "f1": 2, "auc": 3}
     measured = {
         shared.LABELS[name]: lambda cell, *_, name=name: schema.number_text(cell, name, decimals[name])
@@ -330,7 +340,7 @@ def calibration_table(results: Entry) -> Table | None:
     if any(FOUND in cell["facts"] for cell in results["cells"]):
         columns[FOUND] = lambda cell, *_: _fact_text(cell, FOUND)
     notes = (
-        "Outside of the paper's grid. Poisoned, flagged: shares of all rows; on a clean set every flagged row is a false "
+        "Outside the paper's grid. Poisoned, flagged: shares of all rows; on a clean set every flagged row is a false "
         "alarm. Mean over seeds, ± standard deviation where there are several. Precision is unknown where a seed flags "
         f"nothing, and there is no F1 where nothing is poisoned; F1 here is from 0 to 1. AUC: {DEFINITIONS['auc']}."
     )
@@ -338,7 +348,7 @@ def calibration_table(results: Entry) -> Table | None:
 
 
 def _rows_flagged(cell: Entry, attack: Entry) -> list[float | None]:
-    """How many rows are flagged of the training set of each seed that the cell has."""
+    """The number of flagged rows in the training set of each of the cell's seeds."""
     sizes = dict(zip(attack["seeds"], attack["num_rows"], strict=True))
     return [None if row["flagged"] is None else row["flagged"] * sizes[row["seed"]] for row in cell["by_seed"]]
 
@@ -348,22 +358,22 @@ def _fact_text(cell: Entry, name: str) -> str:
 
 
 def evidence_table(results: Entry) -> Table | None:
-    """What flags rest on: the classes that a trigger was found of, and how well it works; None if no detector says so."""
-    shown = [each for each in schema.cells(results) if FOUND in each[0]["facts"]]
+    """The evidence behind flags: classes with a found trigger, and how well it works; None if no detector reports that."""
+    shown = [row for row in schema.cells(results) if FOUND in row[0]["facts"]]
     names = [name for name in EVIDENCE if any(name in cell["facts"] for cell, *_ in shown)]
     columns = shared.title_columns("training set", "defense")
     columns |= {name: lambda cell, *_, name=name: _fact_text(cell, name) for name in names}
     notes = (
-        "Mean over seeds, ± standard deviation where there are several. Classes with a pattern: those that a trigger was "
-        "extracted of and kept."
+        "Mean over seeds, ± standard deviation where there are several. Classes with a pattern: classes for which a trigger "
+        "was extracted and kept."
     )
     if "poisoned classes" in names:
-        notes += " Poisoned classes: those that the attack sends rows to."
+        notes += " Poisoned classes: the target classes of the attack."
     return shared.cell_table("Classes and triggers found", shown, columns, notes)
 
 
 def main_table(results: Entry, dataset: str) -> Table | None:
-    """The means over the paper's settings, or what the run has in their place."""
+    """The means over the paper's settings; if there are none, other settings or all detections."""
     return summary_table(results, dataset) or calibration_table(results) or defenses.detection_table(results)
 
 
@@ -371,49 +381,54 @@ def main_table(results: Entry, dataset: str) -> Table | None:
 
 
 def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
-    """Say in words what the numbers say.
+    """Put the numbers into words.
 
-    Means are over the settings of the paper's grid if the run has any, else over all training sets with poisoned rows.
+    Means are over the settings of the paper's grid if the run has any, otherwise over all training sets with poisoned rows.
 
     Args:
-        results: of `summarise`.
+        results: from `summarise`.
         about: names of the defenses that the headline is about; by default all that flag rows.
     """
-    every = detectors(results)
-    shown = [one for one in every if one["method"] in about] or every
-    others = [one for one in every if one not in shown]
+    all_detectors = detectors(results)
+    shown = [detector for detector in all_detectors if detector["method"] in about] or all_detectors
+    competitors = [detector for detector in all_detectors if detector not in shown]
     sets = grid(results)
     where = "the paper's settings" if sets else "the training sets with poisoned rows"
-    known = [(one, _of_detector(results, one, sets or results["attacks"])) for one in shown]
-    known = [(one, measured) for one, measured in known if measured]
-    paragraphs = [_found(one, measured, where) for one, measured in known]
-    paragraphs += [f"{one['title']} is given: {_given(one)}." for one in shown]
+    known = [(detector, _of_detector(results, detector, sets or results["attacks"])) for detector in shown]
+    known = [(detector, measured) for detector, measured in known if measured]
+    paragraphs = [_found(detector, measured, where) for detector, measured in known]
+    paragraphs += [f"{detector['title']} receives: {_inputs(detector)}." for detector in shown]
     paragraphs += _false_alarms(results, shown)
-    paragraphs += [text for one in others if (text := _beside(results, one, shown[0], sets or results["attacks"]))]
-    if len(results["seeds"]) == 1:
-        paragraphs.append("One seed only: small differences mean nothing.")
+    paragraphs += [
+        text
+        for competitor in competitors
+        if (text := _beside(results, competitor, shown[0], sets or results["attacks"]))
+    ]
+    if caveat := schema.one_seed_text(results).strip():
+        paragraphs.append(caveat)
     text = "\n\n".join(paragraphs)
-    if not every:
+    if not all_detectors:
         return Verdict("info", "No defense of this run flags rows.", text)
     if not known:
-        return Verdict("info", "Nothing is known to be poisoned here: what is flagged has no F1.", text)
+        return Verdict("info", "No row is known to be poisoned here, so the flags have no F1.", text)
     words = {detection_word(_mean(measured) / 100) for _, measured in known}
     failed = any(_failed(measured) for _, measured in known)
     level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "clean"
-    said = [
-        f"{one['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %" for one, measured in known
+    sentences = [
+        f"{detector['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %"
+        for detector, measured in known
     ]
     count = len(known[0][1])
     sets_text = f"{count} training set{'s' if count > 1 else ''}"
-    headline = f"{'; '.join(said)} on {sets_text}."
+    headline = f"{'; '.join(sentences)} on {sets_text}."
     if len(known) == 1 and failed:
-        headline = f"{said[0]}, and fails on {len(_failed(known[0][1]))} of {sets_text}."
+        headline = f"{sentences[0]}, and fails on {len(_failed(known[0][1]))} of {sets_text}."
     return Verdict(level, headline, text)
 
 
-def _of_detector(results: Entry, one: Entry, attacks: Sequence) -> list[tuple[str, float]]:
-    """(title, mean F1 in percent) of each training set that F1 is known of."""
-    found = ((each["title"], f1_of(results, [each], one["method"])) for each in attacks)
+def _of_detector(results: Entry, detector: Entry, attacks: Sequence) -> list[tuple[str, float]]:
+    """(title, mean F1 in percent) of each training set with a known F1."""
+    found = ((attack["title"], f1_of(results, [attack], detector["method"])) for attack in attacks)
     return [(title, f1.mean) for title, f1 in found if f1 is not None]
 
 
@@ -425,47 +440,51 @@ def _failed(measured: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
     return [(title, f1) for title, f1 in measured if detection_word(f1 / 100) == "missed"]
 
 
-def _found(one: Entry, measured: Sequence[tuple[str, float]], where: str) -> str:
+def _found(detector: Entry, measured: Sequence[tuple[str, float]], where: str) -> str:
     failed = _failed(measured)
     worst, best = (end(f1 for _, f1 in measured) for end in (min, max))
-    text = f"{one['title']}: mean F1 {_mean(measured):.1f} % over {len(measured)} of {where}, from {worst:.1f} to {best:.1f} %."
+    text = f"{detector['title']}: mean F1 {_mean(measured):.1f} % over {len(measured)} of {where}, "
+    text += f"from {worst:.1f} to {best:.1f} %."
     if not failed:
-        return f"{text} On none of them is F1 below {100 * DETECTION_FAILS:g} %."
+        return f"{text} F1 is never below {100 * DETECTION_FAILS:g} %."
     names = ", ".join(f"{title} ({f1:.1f} %)" for title, f1 in failed[:MOST_NAMES])
     names += f", and {len(failed) - MOST_NAMES} more" if len(failed) > MOST_NAMES else ""
     return f"{text} It fails (F1 below {100 * DETECTION_FAILS:g} %) on {len(failed)}: {names}."
 
 
 def _false_alarms(results: Entry, shown: Sequence[Entry]) -> list[str]:
-    """What is flagged where nothing is poisoned; a sentence if the run has no such set."""
+    """False alarms on clean training sets, or a sentence that the run has none."""
     alarms = []
     for attack in filter(schema.is_clean, results["attacks"]):
-        for one in shown:
-            flagged = mean_of(find(results, attack["attack"], one["method"]), "flagged")
+        for detector in shown:
+            flagged = mean_of(find(results, attack["attack"], detector["method"]), "flagged")
             if flagged is not None:
                 name = attack["title"].replace("no attack", "the clean training set", 1)
-                alarms.append(f"{one['title']} flags {100 * flagged:.2f} % of the rows of {name}")
+                alarms.append(f"{detector['title']} flags {100 * flagged:.2f} % of the rows of {name}")
     if not alarms:
-        return ["No clean training set was tried, so nothing is known of false alarms on one."]
+        return ["No clean training set was evaluated, so the rate of false alarms is unknown."]
     return [f"False alarms: {'; '.join(alarms)}."]
 
 
-def _beside(results: Entry, one: Entry, shown: Entry, sets: Sequence) -> str | None:
-    """How a competitor does where both were tried."""
-    both = common(results, sets, (one["method"], shown["method"]))
+def _beside(results: Entry, competitor: Entry, shown: Entry, sets: Sequence) -> str | None:
+    """A competitor's results on the training sets that both were evaluated on."""
+    both = common(results, sets, (competitor["method"], shown["method"]))
     if not both:
         return None
-    theirs, ours = (_of_detector(results, each, both) for each in (one, shown))
+    competitor_f1, shown_f1 = (_of_detector(results, method, both) for method in (competitor, shown))
     text = (
-        f"{one['title']}: mean F1 {_mean(theirs):.1f} % on {len(both)} training set{'s' if len(both) > 1 else ''} where "
-        f"{shown['title']} has {_mean(ours):.1f} %; fails on {len(_failed(theirs))}. It is given: {_given(one)}."
+        f"{competitor['title']}: mean F1 {_mean(competitor_f1):.1f} % on {len(both)} training set{'s' if len(both) > 1 else ''}"
+        f" where {shown['title']} has {_mean(shown_f1):.1f} %; fails on {len(_failed(competitor_f1))}. "
+        f"It receives: {_inputs(competitor)}."
     )
-    flagged = mean_of(find(results, schema.NO_DEFENSE, one["method"]), "flagged")
+    flagged = mean_of(find(results, schema.NO_DEFENSE, competitor["method"]), "flagged")
     return text + (f" On the clean set it flags {100 * flagged:.2f} %." if flagged is not None else "")
 
 
-def _given(one: Entry) -> str:
-    return ", ".join(f"{need} (no defender has that)" if need in shared.ORACLES else need for need in one["needs"])
+def _inputs(method: Entry) -> str:
+    return ", ".join(
+        f"{need} (not available to a real defender)" if need in shared.ORACLES else need for need in method["needs"]
+    )
 
 
 # ---- The page -------------------------------------------------------------------------------------------------------
@@ -483,31 +502,29 @@ def page(
     about: Sequence[str] = (),
     extra_sections: Sequence[Section] = (),
 ) -> Report:
-    """Draw the figures into the folder, and put the page together; `report.publish` completes it.
+    """Write the figures into the folder and assemble the page; `report.publish` completes it.
 
     Args:
         folder: the open run.
-        results: of `summarise`.
-        comparisons: what they were made of: each defense on each group of suspects that were members of one call. A result
-            may be a `Detection` as well as a `DefenseResult`.
+        results: from `summarise`.
+        comparisons: the comparisons that `results` summarises: each defense on each group of suspects trained in one call. A
+            result may be a `Detection` or a `DefenseResult`.
         train: the training set before poisoning.
-        found: triggers that were extracted, to be shown beside the true ones.
-        seconds: of `sections.seconds_of`.
-        title: of the report; by default "Detectors of poisoned rows on" the dataset.
+        found: extracted triggers, shown beside the true triggers.
+        seconds: from `sections.seconds_of`.
+        title: of the report; by default "Detectors of poisoned rows on" and the dataset.
         about: names of the defenses that the headline is about; by default all that flag rows.
-        extra_sections: of the experiment's own, after the results.
+        extra_sections: sections of this experiment alone, after the results.
     """
     name, chosen = train.name, spread_out(results, comparisons)
     main = [table(results, rule, name) for table in (f1_table, blended_table) for rule in RULES]
     faint = [f1_table(results, rule, name, opacity) for rule in RULES for opacity in reversed(published.BLENDED)]
-    others, rates = calibration_table(results), rate_figures(folder, results)
-    count = len({one.suspect.attack.name for each in chosen for one in each.measured})
-    sample = (
-        f"Of the first seed, {count} of {len(results['attacks'])} training sets, taken from all over the table of them."
-    )
+    outside, rates = calibration_table(results), rate_figures(folder, results)
+    count = len({measurement.suspect.attack.name for comparison in chosen for measurement in comparison.measured})
+    sample = f"First seed; {count} of {len(results['attacks'])} training sets, spread evenly over the table of training sets."
     curves = [*roc_figures(folder, chosen), *shared.score_figures(folder, chosen)]
     settings = shared.settings_of(results)
-    # One group for all attacks, of which there may be dozens.
+    # One group for all attacks: there may be dozens.
     attacks = {
         name.removeprefix("attack "): settings.pop(name) for name in list(settings) if name.startswith("attack ")
     }
@@ -518,10 +535,10 @@ def page(
         facts=defenses.needs_table(results),
         sections=(
             *shared.section("Results", [summary_table(results, name), *main], opacity_figures(folder, results, name)),
-            *shared.section("Beside the paper's settings", [others], rates if others else []),
+            *shared.section("Outside the paper's settings", [outside], rates if outside else []),
             *extra_sections,
             *shared.section("Found triggers", [], trigger_figures(folder, found)),
-            *shared.section("What the flags rest on", [evidence_table(results)]),
+            *shared.section("Evidence behind the flags", [evidence_table(results)]),
             *shared.section("Scores", [], curves, sample),
             *shared.section("Training sets", [defenses.rows_table(results)]),
             *shared.section("Details", [defenses.detection_table(results), *faint, shared.facts_table(results)]),
@@ -532,68 +549,84 @@ def page(
 
 
 def _key_numbers(results: Entry, about: Sequence[str]) -> dict[str, str]:
-    every = detectors(results)
-    shown = [one for one in every if one["method"] in about] or every
-    counts = {"training sets": str(len(results["attacks"])), "detectors": str(len(every))}
+    all_detectors = detectors(results)
+    shown = [detector for detector in all_detectors if detector["method"] in about] or all_detectors
+    counts = {"training sets": str(len(results["attacks"])), "detectors": str(len(all_detectors))}
     means = {}
-    for one in shown[:3]:
-        measured = _of_detector(results, one, grid(results) or results["attacks"])
+    for detector in shown[:3]:
+        measured = _of_detector(results, detector, grid(results) or results["attacks"])
         if measured:
-            means[f"mean F1, {one['title']}"] = f"{_mean(measured):.1f} %"
-        flagged = mean_of(find(results, schema.NO_DEFENSE, one["method"]), "flagged")
+            means[f"mean F1, {detector['title']}"] = f"{_mean(measured):.1f} %"
+        flagged = mean_of(find(results, schema.NO_DEFENSE, detector["method"]), "flagged")
         if flagged is not None:
-            means[f"flagged on a clean set, {one['title']}"] = f"{100 * flagged:.2f} %"
+            means[f"flagged on a clean set, {detector['title']}"] = f"{100 * flagged:.2f} %"
     return means | counts
 
 
 def spread_out(results: Entry, comparisons: Sequence[Comparison], most: int = shared.MOST_SETS) -> list[Comparison]:
-    """The first seed of some training sets alone, taken from all over the run; clean ones are last to be left out.
+    """A sample of the training sets, spread over the run, first seed only; clean sets are kept first.
 
-    Runs go through opacities within triggers, or the other way round. A step that has no divisor in common with the number of
-    sets meets all of both.
+    Runs loop over opacities within triggers, or the other way round. A step that is coprime to the number of sets samples all
+    values of both.
 
     Args:
-        results: of `summarise`.
+        results: from `summarise`.
         comparisons: every defense on every group of suspects.
-        most: how many training sets.
+        most: largest number of training sets.
     """
-    first = {one.suspect.attack.name for each in comparisons for one in each.measured if one.suspect.seed == 0}
-    clean = [one["attack"] for one in results["attacks"] if one["attack"] in first and schema.is_clean(one)][:most]
-    others = [one["attack"] for one in results["attacks"] if one["attack"] in first and one["attack"] not in clean]
-    room = min(most - len(clean), len(others))
+    first = {
+        measurement.suspect.attack.name
+        for comparison in comparisons
+        for measurement in comparison.measured
+        if measurement.suspect.seed == 0
+    }
+    present = [attack for attack in results["attacks"] if attack["attack"] in first]
+    clean = [attack["attack"] for attack in present if schema.is_clean(attack)][:most]
+    rest = [attack["attack"] for attack in present if attack["attack"] not in clean]
+    room = min(most - len(clean), len(rest))
     kept = set(clean)
     if room > 0:
-        step = next(s for s in itertools.count(math.ceil(len(others) / room)) if math.gcd(s, len(others)) == 1)
-        kept |= {others[number * step % len(others)] for number in range(room)}
+        step = next(s for s in itertools.count(math.ceil(len(rest) / room)) if math.gcd(s, len(rest)) == 1)
+        kept |= {rest[number * step % len(rest)] for number in range(room)}
     chosen = []
-    for each in comparisons:
-        which = [i for i, one in enumerate(each.measured) if one.suspect.seed == 0 and one.suspect.attack.name in kept]
-        if which:
-            values = each.result.flags, each.result.scores
-            flags, scores = (None if one is None else np.asarray(one)[which] for one in values)
-            chosen.append(Comparison(each.variant, Detection(flags, scores), [each.measured[i] for i in which]))
+    for comparison in comparisons:
+        indices = [
+            i
+            for i, measurement in enumerate(comparison.measured)
+            if measurement.suspect.seed == 0 and measurement.suspect.attack.name in kept
+        ]
+        if indices:
+            values = comparison.result.flags, comparison.result.scores
+            flags, scores = (None if array is None else np.asarray(array)[indices] for array in values)
+            chosen.append(
+                Comparison(comparison.variant, Detection(flags, scores), [comparison.measured[i] for i in indices])
+            )
     return chosen
 
 
 def opacity_figures(folder: RunFolder, results: Entry, dataset: str) -> list[Figure]:
-    """F1 against the opacity, a panel for each label rule that the run has at several."""
+    """F1 against the opacity, with a panel for each label rule that has several opacities."""
     panels = {}
-    every = detectors(results)
+    all_detectors = detectors(results)
     for rule in RULES:
-        names = [one["method"] for one in every]
-        sets_of = {each: common(results, grid(results, (rule,), (each,)), names) for each in sorted(OPACITIES)}
+        names = [detector["method"] for detector in all_detectors]
+        sets_of = {opacity: common(results, grid(results, (rule,), (opacity,)), names) for opacity in sorted(OPACITIES)}
         of_opacity = {opacity: sets for opacity, sets in sets_of.items() if sets}
         if len(of_opacity) < 2:
             continue
         lines, printed = [], set()
-        for one in every:
-            means = [f1_of(results, sets, one["method"]) for sets in of_opacity.values()]
-            lines.append(_line(one["title"], list(of_opacity), means))
-            if dataset in published.DETECTION_DATASETS and one["base"] in PAPER_TITLES and one["base"] not in printed:
-                printed.add(one["base"])
-                cells = [find_f1(dataset, rule, None, opacity, one["base"]) for opacity in sorted(OPACITIES)]
+        for detector in all_detectors:
+            means = [f1_of(results, sets, detector["method"]) for sets in of_opacity.values()]
+            lines.append(_line(detector["title"], list(of_opacity), means))
+            if (
+                dataset in published.DETECTION_DATASETS
+                and detector["base"] in PAPER_TITLES
+                and detector["base"] not in printed
+            ):
+                printed.add(detector["base"])
+                cells = [find_f1(dataset, rule, None, opacity, detector["base"]) for opacity in sorted(OPACITIES)]
                 f1, deviations = zip(*((cell.f1, cell.standard_deviation) for cell in cells), strict=True)
-                lines.append(Line(one["title"], sorted(OPACITIES), f1, deviations, True))
+                lines.append(Line(detector["title"], sorted(OPACITIES), f1, deviations, True))
         counts = sorted({len(sets) for sets in of_opacity.values()})
         count = f"{counts[0]} trigger{'s' if counts[0] > 1 else ''}" if len(counts) == 1 else "triggers"
         panels[f"{rule}, {count}"] = lines
@@ -602,7 +635,7 @@ def opacity_figures(folder: RunFolder, results: Entry, dataset: str) -> list[Fig
         "mean."
     )
     if any(line.is_paper for lines in panels.values() for line in lines):
-        counts = " and ".join(str(len(each)) for each in published.TRIGGERS.values())
+        counts = " and ".join(str(len(triggers)) for triggers in published.TRIGGERS.values())
         caption += f" Dotted: the paper's, over {counts} triggers."
     return _f1_figures(folder, panels, "opacity", caption, "the numbers are in the tables above")
 
@@ -610,7 +643,7 @@ def opacity_figures(folder: RunFolder, results: Entry, dataset: str) -> list[Fig
 def _f1_figures(
     folder: RunFolder, panels: Mapping[str, Sequence[Line]], against: str, caption: str, where: str
 ) -> list[Figure]:
-    """At most six panels of F1 against something; none if there is no panel."""
+    """A figure of at most six panels of F1 against the quantity `against`; none if there is no panel."""
     if not panels:
         return []
     figure = detector_plots.f1_by(dict(list(panels.items())[:6]), against)
@@ -620,11 +653,11 @@ def _f1_figures(
 
 
 def _line(title: str, x: Sequence[float], means: Sequence[MeanF1]) -> Line:
-    return Line(title, x, [one.mean for one in means], [one.spread for one in means])
+    return Line(title, x, [f1.mean for f1 in means], [f1.spread for f1 in means])
 
 
 def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
-    """F1 against the poisoning rate, a panel for each attack that the run has at several rates."""
+    """F1 against the poisoning rate, with a panel for each attack that has several rates."""
     groups: dict[tuple, dict[float, Entry]] = {}
     for attack in results["attacks"]:
         name, changes = read_variant(attack["attack"])
@@ -637,12 +670,12 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
         if len(of_rate) < 2:
             continue
         lines = []
-        for one in detectors(results):
-            means = {rate: f1_of(results, [of_rate[rate]], one["method"]) for rate in sorted(of_rate)}
+        for detector in detectors(results):
+            means = {rate: f1_of(results, [of_rate[rate]], detector["method"]) for rate in sorted(of_rate)}
             known = {rate: mean for rate, mean in means.items() if mean is not None}
             if known:
-                lines.append(_line(one["title"], list(known), list(known.values())))
-        settings = ", ".join(f"{what.replace('_', ' ')} {value}" for what, value in key[1:])
+                lines.append(_line(detector["title"], list(known), list(known.values())))
+        settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in key[1:])
         part = next(iter(of_rate.values()))["parts"][0]
         panels[part["title"] + (f", {settings}" if settings else "")] = lines
     caption = "F1 against the poisoning rate; bars: standard deviation over seeds."
@@ -650,48 +683,50 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
 
 
 def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
-    """How many false alarms it costs to find how many poisoned rows, a figure for each defense that scores rows."""
+    """ROC curves, a figure for each defense that scores rows."""
     curves: dict[str, list[Curve]] = {}
-    titles = {each.variant.name: each.variant.title for each in comparisons}
-    for each in comparisons:
-        for one, scores in zip(each.measured, () if each.result.scores is None else each.result.scores, strict=False):
-            truth = one.suspect.is_poisoned
+    titles = {comparison.variant.name: comparison.variant.title for comparison in comparisons}
+    for comparison in comparisons:
+        if comparison.result.scores is None:
+            continue
+        for measurement, scores in zip(comparison.measured, comparison.result.scores, strict=False):
+            truth = measurement.suspect.is_poisoned
             if truth is not None and truth.any() and not truth.all():
                 fpr, tpr, _ = roc_curve(truth, scores)
-                curve = Curve(schema.set_title(one.suspect), fpr, tpr, float(auc(fpr, tpr)))
-                curves.setdefault(each.variant.name, []).append(curve)
+                curve = Curve(schema.set_title(measurement.suspect), fpr, tpr, float(auc(fpr, tpr)))
+                curves.setdefault(comparison.variant.name, []).append(curve)
     figures = []
     for name, group in curves.items():
         path = plots.save(detector_plots.roc(group, titles[name]), folder.file(f"roc-{shared.file_name(name)}.png"))
         caption = (
-            f"{titles[name]}: poisoned rows found against clean rows flagged, if the threshold of its score is moved; the "
-            "horizontal axis is square-rooted. Its own flags are one point of the curve at most."
+            f"{titles[name]}: share of poisoned rows found against share of clean rows flagged, for every threshold of its "
+            "score; square-root scale on the horizontal axis. Its own flags are at most one point of the curve."
         )
         figures.append(Figure(path, caption, f"Receiver operating characteristics of {titles[name]}."))
     return figures
 
 
 def choose_patterns(found: Sequence[FoundPattern], most: int = MOST_TRIGGERS) -> list[FoundPattern]:
-    """Some of the found triggers, of as many attacks as possible: the first of each before any second, in their order."""
-    attacks = [one.attack for one in found]
+    """A sample of the found triggers, in their order, from as many attacks as possible: one of each before a second."""
+    attacks = [pattern.attack for pattern in found]
     ranks = [attacks[:number].count(attack) for number, attack in enumerate(attacks)]
     chosen = np.argsort(ranks, kind="stable")[:most]
     return [found[i] for i in sorted(chosen)]
 
 
 def trigger_figures(folder: RunFolder, found: Sequence[FoundPattern]) -> list[Figure]:
-    """The found triggers beside the true ones, and on rows that were flagged."""
+    """The found triggers beside the true triggers, and on flagged rows."""
     shown, figures = choose_patterns(found), []
     for start in range(0, len(shown), TRIGGERS_OF_ONE):
-        some = shown[start : start + TRIGGERS_OF_ONE]
-        figure = detector_plots.trigger_grid(some)
+        group = shown[start : start + TRIGGERS_OF_ONE]
+        figure = detector_plots.trigger_grid(group)
         path = plots.save(figure, folder.file(f"triggers-{start // TRIGGERS_OF_ONE + 1}.png"))
-        caption = f"Triggers {start + 1} to {start + len(some)} of {len(shown)}."
+        caption = f"Triggers {start + 1} to {start + len(group)} of {len(shown)}."
         if not start:
             caption += (
-                " Grey is transparent. A found trigger's colours are those of rows that carry the true one, so a faint one "
-                "is mixed with what lies under it. Red outlines the found pixels."
+                " Grey is transparent. A found trigger's colours come from rows with the true trigger, so a faint trigger is "
+                "mixed with the image below it. Red outlines the found pixels."
             )
             caption += f" {len(found)} were found in all." if len(found) > len(shown) else ""
-        figures.append(Figure(path, caption, "; ".join(map(detector_plots.pattern_caption, some))))
+        figures.append(Figure(path, caption, "; ".join(map(detector_plots.pattern_caption, group))))
     return figures

@@ -1,8 +1,8 @@
-"""The plots of a report, each a function from arrays to a figure.
+"""The plots of a report: functions from arrays to figures.
 
-Figures are made without pyplot, under a fixed style, so that nothing depends on what else the process draws or on the
-reader's own matplotlib settings, and the same arrays give the same bytes. Names are drawn as they are: a dollar sign in
-the name of a class is no formula.
+Figures are made without pyplot and with a fixed style, so that they do not depend on the user's matplotlib settings or on
+other plots of the process, and the same arrays give the same bytes. Names are drawn literally: a dollar sign does not start a
+formula.
 """
 
 import io
@@ -28,7 +28,7 @@ from bdjax.run.folder import write_bytes_atomically
 from bdjax.run.text import printable
 
 DPI = 144
-# Okabe and Ito's colours: told apart with every common form of colour blindness.
+# Okabe and Ito's colours: distinguishable with every common form of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX<>ph"
 
@@ -36,10 +36,10 @@ _LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # ITU-R BT.709
 _INK = "#24292f"
 _FAINT = "#8c959f"
 _GRID = "#e6e8eb"
-_MATRIX_COLOURS = "magma_r"  # perceptually uniform, and light where nothing happens
+_MATRIX_COLOURS = "magma_r"  # perceptually uniform, and light for low values
 _HEAT_COLOURS = "inferno"
 _MAP_COLOURS = "viridis"
-# A decorator for whatever draws a figure of a report.
+# A decorator for functions that draw figures of a report.
 house_style = matplotlib.style.context(
     [
         "default",
@@ -66,13 +66,13 @@ house_style = matplotlib.style.context(
     ]
 )
 
-# Grids are laid out by hand, in pixels, because every pixel of an image must become the same whole number of them.
-_CELL = 132  # roughly, of the longer side of a cell
+# Grids are laid out in pixels, because every pixel of an image must be drawn by the same whole number of pixels.
+_CELL = 132  # approximate length of the longer side of a cell
 _CELL_MAX = 256
 _GAP = 10
 _MARGIN = 16
-_LINE = 26  # the height of a line of text
-_BAR = 20  # the width of a colour bar
+_LINE = 26  # height of a line of text
+_BAR = 20  # width of a colour bar
 
 
 @house_style
@@ -92,15 +92,15 @@ def matrix(
 
     Args:
         values: the rates.
-        row_names: one for each row.
-        column_names: one for each column.
-        title: what the rates are.
+        row_names: a name for each row.
+        column_names: a name for each column.
+        title: of the figure.
         annotate: whether each cell shows its number.
-        separate_last_row: whether a rule sets the last row apart, which is then the reference that the others are
+        separate_last_row: whether a line separates the last row, as the reference that the other rows are
             compared with.
-        row_label: what the rows are: "model".
-        column_label: what the columns are: "trigger".
-        value_label: what stands beside the colour bar: "ASR".
+        row_label: label of the rows: "model".
+        column_label: label of the columns: "trigger".
+        value_label: label of the colour bar: "ASR".
     """
     values = np.asarray(values, np.float64)
     _require_shape("values", values.shape, (len(row_names), len(column_names)))
@@ -121,7 +121,7 @@ def matrix(
     )
     axes.set_yticks(range(rows), [_short(name) for name in row_names])
     axes.tick_params(length=0)
-    # White rules between the cells, drawn as the minor grid.
+    # White lines between the cells, drawn as the minor grid.
     axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
     axes.set_yticks(np.arange(0.5, rows - 1), minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
@@ -150,14 +150,14 @@ def image_grid(
     *,
     captions: Sequence[Sequence[str]] | None = None,
 ) -> Figure:
-    """Draws images in rows and columns, every pixel a square of the same size; one channel is drawn grey.
+    """Draws images in rows and columns, every pixel as a square of the same size, and single-channel images in grey.
 
     Args:
-        images: the images. Rows may be of different lengths.
-        row_names: one for each row, or none at all.
-        column_names: one for each column, or none at all.
-        title: what there is to see.
-        captions: a line under each image, arranged as the images are.
+        images: the images. Rows may have different lengths.
+        row_names: a name for each row, or empty.
+        column_names: a name for each column, or empty.
+        title: of the figure.
+        captions: a line below each image, in the arrangement of the images.
     """
     return _draw_grid([[_to_rgb(image) for image in row] for row in images], row_names, column_names, title, captions)
 
@@ -175,26 +175,28 @@ def overlay_grid(
     captions: Sequence[Sequence[str]] | None = None,
     value_label: str = "Grad-CAM",
 ) -> Figure:
-    """Draws heat maps, such as Grad-CAM's, over the images they belong to.
+    """Draws heat maps, such as Grad-CAM's, over their images.
 
     Args:
         images: the images.
-        heat_maps: one for each image.
-        row_names: one for each row, or none at all.
-        column_names: one for each column, or none at all.
-        title: what there is to see.
-        opacity: the weight of the heat map over the image.
-        grey: whether the image loses its own colours first, so that every colour to be seen is heat.
-        captions: a line under each image, such as the predicted class, arranged as the images are.
-        value_label: what stands beside the colour bar.
+        heat_maps: a heat map for each image.
+        row_names: a name for each row, or empty.
+        column_names: a name for each column, or empty.
+        title: of the figure.
+        opacity: weight of the heat map over the image.
+        grey: whether images are drawn in grey, so that all colour is from the heat map.
+        captions: a line below each image, such as the predicted class, in the arrangement of the images.
+        value_label: label of the colour bar.
     """
     colours = matplotlib.colormaps[_HEAT_COLOURS]
     if len(images) != len(heat_maps):
-        raise ValueError(f"heat_maps has {len(heat_maps)} rows, images has {len(images)}")
+        raise ValueError(f"heat_maps has {len(heat_maps)} rows, images has {len(images)}; they must agree")
     cells = []
     for image_row, heat_row in zip(images, heat_maps, strict=True):
         if len(image_row) != len(heat_row):
-            raise ValueError(f"a row of heat_maps has {len(heat_row)} cells, that of images has {len(image_row)}")
+            raise ValueError(
+                f"a row of heat_maps has {len(heat_row)} cells, the row of images {len(image_row)}; they must agree"
+            )
         cells.append([])
         for image, heat in zip(image_row, heat_row, strict=True):
             image, heat = _to_rgb(image), np.asarray(heat, np.float64)
@@ -203,7 +205,7 @@ def overlay_grid(
             if grey:
                 image = np.repeat((image @ _LUMINANCE)[..., None], 3, axis=-1)
             cells[-1].append((1 - opacity) * image + opacity * colours(heat)[..., :3])
-    # The bar shows the pure colours; on the images they are mixed with what lies below.
+    # The bar shows the pure colours; on the images they are mixed with the image below.
     return _draw_grid(cells, row_names, column_names, title, captions, bar=(_HEAT_COLOURS, value_label))
 
 
@@ -214,22 +216,24 @@ def feature_map_grid(
     *,
     channels: int = 8,
 ) -> Figure:
-    """Draws the first channels, and the mean of all channels, of each stage of each model, for one image.
+    """Draws the mean over all channels and the first channels of each stage of each model, for one image.
 
-    Rows of one stage stand together, so that models are compared line by line. Every map is scaled to its own range:
-    what is compared is where a map is active, not how much.
+    Rows of a stage are adjacent, so that models can be compared line by line. Every map is scaled to its own range: compare
+    where a map is active, not how much.
 
     Args:
-        features: for each model, the features of each stage. Models have the same stages; they need not have the same
+        features: for each model, the features of each stage. Models must have the same stages, but may differ in the
             number of channels.
-        title: what there is to see.
-        channels: how many channels to draw.
+        title: of the figure.
+        channels: number of channels to draw.
     """
     models = list(features)
     stages = list(features[models[0]])
     for model in models:
         if list(features[model]) != stages:
-            raise ValueError(f"model {model!r} has stages {list(features[model])}, {models[0]!r} has {stages}")
+            raise ValueError(
+                f"model {model!r} has stages {list(features[model])}, model {models[0]!r} {stages}; they must agree"
+            )
     colours = matplotlib.colormaps[_MAP_COLOURS]
     cells, row_names = [], []
     shown = min(channels, max(np.shape(maps)[-1] for stage in features.values() for maps in stage.values()))
@@ -237,7 +241,7 @@ def feature_map_grid(
         for model in models:
             maps = np.asarray(features[model][stage], np.float64)
             drawn = [maps.mean(axis=-1), *np.moveaxis(maps[..., :shown], -1, 0)]
-            cells.append([colours(_to_unit_range(each))[..., :3] for each in drawn])
+            cells.append([colours(_to_unit_range(feature_map))[..., :3] for feature_map in drawn])
             row_names.append(f"{stage}\n{model}")
     names = ["mean of all", *(f"channel {index}" for index in range(shown))]
     return _draw_grid(cells, row_names, names, title, None, rows_per_block=len(models))
@@ -251,13 +255,13 @@ def training_curves(
     value_label: str = "loss",
     log_scale: bool = False,
 ) -> Figure:
-    """Draws how metrics went over the epochs, a panel for each model or ensemble.
+    """Draws metrics against epochs, with a panel for each model or ensemble.
 
     Args:
-        histories: for each model, its metrics. Of several members the mean is the line, minimum and maximum the band.
-        title: printed above all panels.
-        value_label: what the vertical axis is.
-        log_scale: whether that axis is logarithmic.
+        histories: for each model, its metrics. With several members, the line is the mean and the band minimum to maximum.
+        title: of the figure.
+        value_label: label of the vertical axis.
+        log_scale: whether the vertical axis is logarithmic.
     """
     columns = min(3, len(histories))
     rows = -(-len(histories) // columns)
@@ -269,7 +273,7 @@ def training_curves(
     for panel, (name, history) in zip(panels, histories.items(), strict=False):
         members = 1
         for metric, series in history.items():
-            # A masked array keeps a member that diverged from erasing the others.
+            # Masked, so that a diverged member does not make the mean of all members NaN.
             lines = np.ma.masked_invalid(np.atleast_2d(np.asarray(series, np.float64)))
             members = max(members, len(lines))
             epochs = np.arange(1, lines.shape[1] + 1)
@@ -280,7 +284,7 @@ def training_curves(
                 panel.fill_between(epochs, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
         panel.set_title(_short(name) + (f" ({members} members)" if members > 1 else ""))
         panel.set(xlabel="epoch", yscale="log" if log_scale else "linear")
-        if log_scale:  # names are never parsed as formulas here, and matplotlib writes powers of ten as formulas
+        if log_scale:  # maths parsing is off (names may contain $), and matplotlib writes powers of ten as formulas
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
@@ -301,26 +305,26 @@ def bars(
     errors: Mapping[str, Sequence[float | None]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Draws rates side by side, such as the clean accuracy and the attack success that each defense leaves.
+    """Draws bars of rates, such as the clean accuracy and the attack success after each defense.
 
     Args:
-        names: what is compared; the first stands on top.
+        names: the groups of bars, from top to bottom.
         series: for each metric, its rate in 0..1 for each name, None if unknown.
         errors: for some metrics, half the length of each error bar, None for no bar.
-        title: what there is to see.
+        title: of the figure.
     """
     errors = errors or {}
     for metric, values in [*series.items(), *errors.items()]:
         _require_shape(metric, (len(values),), (len(names),))
     thickness = 0.8 / len(series)
-    # The legend is a row of the figure like every other, so its place does not depend on the number of bars.
+    # The height leaves room for the legend, whatever the number of bars.
     figure = Figure(figsize=(7.2, 1.1 + len(names) * (0.16 + 0.2 * len(series))), layout="constrained")
     axes = figure.add_subplot()
     for index, (metric, values) in enumerate(series.items()):
         means = np.array([np.nan if value is None else value for value in values], np.float64)
         _require_unit_range(metric, means)
-        given = errors.get(metric, [None] * len(names))
-        spreads = np.array([0.0 if error is None else error for error in given], np.float64)
+        metric_errors = errors.get(metric, [None] * len(names))
+        spreads = np.array([0.0 if error is None else error for error in metric_errors], np.float64)
         heights = np.arange(len(names)) + (index - (len(series) - 1) / 2) * thickness
         colour = COLOURS[index % len(COLOURS)]
         axes.barh(heights, np.nan_to_num(means), thickness * 0.88, color=colour, label=printable(metric))
@@ -350,29 +354,29 @@ def trade_off(
     success: np.ndarray,  # [M, A] in 0..1, NaN where unknown
     title: str = "",
 ) -> Figure:
-    """Draws what each method leaves of the attacks against what it leaves of the accuracy: best is top left.
+    """Draws clean accuracy against attack success after each method: best is top left.
 
-    A small mark is one attack; the large one is their mean over the attacks that all methods have.
+    A small mark is one attack; a large mark is the mean over the attacks that are known for all methods.
 
     Args:
         methods: their names.
         clean_accuracy: CDA of each method for each attack.
         success: ASR of each method for each attack.
-        title: what there is to see.
+        title: of the figure.
     """
     known = np.isfinite(clean_accuracy) & np.isfinite(success)
     common = known.all(axis=0)
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for number, name in enumerate(methods):
-        how = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
         shown = known[number]
-        axes.scatter(success[number, shown], clean_accuracy[number, shown], s=16, alpha=0.4, linewidths=0, **how)
+        axes.scatter(success[number, shown], clean_accuracy[number, shown], s=16, alpha=0.4, linewidths=0, **style)
         if common.any():
             mean = success[number, common].mean(), clean_accuracy[number, common].mean()
-            axes.scatter(*mean, s=90, edgecolors="white", linewidths=0.8, label=printable(name), zorder=3, **how)
+            axes.scatter(*mean, s=90, edgecolors="white", linewidths=0.8, label=printable(name), zorder=3, **style)
     values = clean_accuracy[known] if known.any() else np.array([1.0])
-    # At least so much of the axis that differences of a point or two look as small as they are.
+    # The axis spans at least 0.2, so that differences of a point or two look small.
     low, high = min(values.min(), values.max() - 0.2) - 0.02, values.max() + 0.02
     axes.set(xlabel="ASR (lower is better)", ylabel="CDA (higher is better)", xlim=(-0.03, 1.03), ylim=(low, high))
     axes.grid(color=_GRID, linewidth=0.8)
@@ -390,20 +394,20 @@ class Scores(NamedTuple):
     scores: np.ndarray
     """float [n]"""
     is_poisoned: np.ndarray | None
-    """bool [n]; None if the truth is unknown"""
+    """bool [n]; None if unknown"""
 
 
 @house_style
 def score_histograms(panels: Sequence[Scores], title: str = "", *, bins: int = 40) -> Figure:
-    """Draws how the scores of clean and of poisoned rows are spread, a panel for each training set.
+    """Draws histograms of the scores of clean and of poisoned rows, with a panel for each training set.
 
-    Heights are shares of the clean and of the poisoned rows, so that a few poisoned rows can be seen beside many clean
-    ones. Scores beyond the outer 0.5 % of either group are counted in the outermost bins.
+    Heights are shares of the clean and of the poisoned rows, so that a few poisoned rows are visible beside many clean rows.
+    Scores beyond the outer 0.5 % of either group are counted in the outermost bins.
 
     Args:
-        panels: one for each training set.
-        title: what there is to see.
-        bins: how many.
+        panels: a panel for each training set.
+        title: of the figure.
+        bins: number of bins.
     """
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -446,7 +450,7 @@ def to_png(figure: Figure) -> bytes:
     """Returns the figure as a PNG; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; that is no reason to stop a run.
+        # Characters that the font lacks are drawn as boxes; the warning must not stop a run.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "bdjax"})
     return buffer.getvalue()
@@ -458,9 +462,9 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def draw_title(figure: Figure, title: str) -> None:
-    """Puts a title on top of a figure, in as many lines as its width needs; nothing if it is empty."""
+    """Puts a title on top of a figure, wrapped to its width; nothing if it is empty."""
     if title:
-        # Constrained layout makes room for a title's height, not for its width.
+        # Constrained layout reserves a title's height, not its width.
         figure.suptitle(_wrap(title, round(figure.get_figwidth() * DPI / 1.3)), x=0.01, ha="left")
 
 
@@ -472,18 +476,18 @@ def _draw_grid(
     captions: Sequence[Sequence[str]] | None,
     *,
     bar: tuple[str, str] | None = None,  # colour map, label
-    rows_per_block: int = 0,  # a wider gap after so many rows
+    rows_per_block: int = 0,  # a wider gap after every so many rows
 ) -> Figure:
     rows, columns = len(cells), max((len(row) for row in cells), default=0)
     if not columns:
-        raise ValueError("there are no images to draw")
+        raise ValueError("images is empty; give at least one image")
     if row_names:
         _require_shape("row_names", (len(row_names),), (rows,))
     if column_names:
         _require_shape("column_names", (len(column_names),), (columns,))
     if captions is not None and [len(row) for row in captions] != [len(row) for row in cells]:
         raise ValueError(
-            f"captions come in rows of {[len(row) for row in captions]}, images {[len(row) for row in cells]}"
+            f"captions has rows of lengths {[len(row) for row in captions]}, images {[len(row) for row in cells]}"
         )
     height, width = _cell_size(cells[0][0].shape[:2])
     title = _short(title, 90)
@@ -500,7 +504,7 @@ def _draw_grid(
         for column, cell in enumerate(row):
             left = column * across
             canvas[top : top + height, left : left + width] = _resize(cell, height, width)
-            # A frame of one pixel, outside: a white cell is a cell, too.
+            # A frame of one pixel around the cell, so that white cells are visible.
             for edge in (
                 (slice(max(top - 1, 0), top + height + 1), slice(left + width, left + width + 1)),
                 (slice(max(top - 1, 0), top + height + 1), slice(max(left - 1, 0), left)),
@@ -558,19 +562,19 @@ def _to_rgb(image: np.ndarray) -> np.ndarray:
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3 or image.shape[-1] not in (1, 3) or not image.size:
-        raise ValueError(f"an image has shape {image.shape}; it should be [height, width, 1 or 3]")
+        raise ValueError(f"an image has shape {image.shape}; it must be [height, width, 1 or 3]")
     _require_unit_range("images", image, may_be_unknown=False)
     return np.broadcast_to(np.clip(image, 0, 1), (*image.shape[:2], 3))
 
 
 def _to_unit_range(values: np.ndarray) -> np.ndarray:
-    finite = values[np.isfinite(values)]  # a model that diverged should still get its row, in black
+    finite = values[np.isfinite(values)]  # a diverged model still gets its row, in black
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.where(np.isnan(values), np.nan, 0.0)
 
 
 def _text_width(lines: Sequence[str], size: float = 9, weight: str = "normal") -> int:
-    """Measures in pixels, on a figure that nobody sees."""
+    """Width of the widest line in pixels, measured on a figure that is not shown."""
     figure = Figure(dpi=DPI)
     renderer = FigureCanvasAgg(figure).get_renderer()
     with warnings.catch_warnings():
@@ -586,7 +590,7 @@ def _line_count(text: str) -> int:
 
 
 def _wrap(text: str, width: int) -> str:
-    """Breaks a name into at most three lines that are so many pixels wide, more or less."""
+    """Breaks a name into at most three lines of about `width` pixels."""
     lines = textwrap.wrap(printable(text), max(6, width // 11), max_lines=3, placeholder=" …")
     return "\n".join(lines)
 
@@ -601,19 +605,19 @@ def _words(name: str) -> str:
 
 
 def _text_colour(background: tuple[float, float, float, float]) -> str:
-    # By the lightness that the eye sees, not by the value: colour maps differ in where they turn dark.
+    # By perceived lightness, not by value: colour maps differ in where they turn dark.
     linear = np.asarray(background[:3]) ** 2.2
     return "black" if linear @ _LUMINANCE > 0.2 else "white"
 
 
 def _require_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if tuple(shape) != tuple(expected):
-        raise ValueError(f"{name} has shape {tuple(shape)}, the names call for {tuple(expected)}")
+        raise ValueError(f"{name} has shape {tuple(shape)}; it must have shape {tuple(expected)}, as the names do")
 
 
 def _require_unit_range(name: str, values: np.ndarray, *, may_be_unknown: bool = True) -> None:
     if not may_be_unknown and np.isnan(values).any():
-        raise ValueError(f"{name} have NaN among them; they should lie in 0..1")
-    # Rounding in float32 may lead a little out of the range.
+        raise ValueError(f"{name} has NaN; it must lie in 0..1")
+    # float32 rounding may exceed the range slightly.
     if np.any(values < -1e-4) or np.any(values > 1 + 1e-4):
-        raise ValueError(f"{name} go from {np.nanmin(values):g} to {np.nanmax(values):g}; they should lie in 0..1")
+        raise ValueError(f"{name} ranges from {np.nanmin(values):g} to {np.nanmax(values):g}; it must lie in 0..1")

@@ -1,7 +1,7 @@
-"""The report: one HTML file that needs nothing else, to be read, kept, printed or sent.
+"""The report: one self-contained HTML file.
 
-Everything that is put into it is taken for text from outside and escaped; there is no script in the page, and its
-content security policy lets it load nothing.
+All text in it is treated as untrusted and escaped. The page has no script, and its content security policy allows no
+requests.
 """
 
 import base64
@@ -26,10 +26,10 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader should know who reads nothing else."""
+    """The main result, for a reader who reads nothing else."""
 
     level: str
-    """one of LEVELS: it gives the banner its colour and its word"""
+    """one of LEVELS: sets the banner's colour and word"""
     headline: str
     """one sentence"""
     text: str = ""
@@ -42,7 +42,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with what is written under it, and what is read out to those who do not see it."""
+    """A picture with its caption and its alternative text for screen readers."""
 
     image: Path | bytes
     """a PNG file, or its bytes"""
@@ -52,7 +52,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report, listed in its contents."""
+    """A section of the report, listed in its table of contents."""
 
     title: str
     text: str = ""
@@ -63,17 +63,17 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is printed, in the order it is printed in."""
+    """Everything that is printed, in the order of the page."""
 
     title: str
     verdict: Verdict
     key_numbers: Mapping[str, str] = field(default_factory=dict)
     """a few, such as "ASR of the student" -> "0.5 %" """
     facts: Table | None = None
-    """what each defense was given"""
+    """what each method receives"""
     sections: tuple[Section, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """a mapping as a value makes a group"""
+    """a value that is a mapping becomes a group"""
     timings: Table | None = None
     reproduce: str = ""
     """the command line"""
@@ -120,15 +120,15 @@ def publish(
     reproduce: str,
     sources: Mapping[str, str],
 ) -> None:
-    """Write table.md, timings.json and report.html: the end of every run.
+    """Write table.md, timings.json and report.html, as the last step of every run.
 
     Args:
-        folder: the open run; it has the page's figures already.
-        page: the report, without what every run has. Its own settings stand after those of the run.
+        folder: the open run; the page's figures are already in it.
+        page: the report without the fields below. Its settings come after those of the run.
         settings: every field of the configuration.
         timings: seconds of each stage.
         reproduce: the command line.
-        sources: where the data came from: "training data" -> text.
+        sources: where the data came from, such as "training data" -> text.
     """
     complete = replace(
         page,
@@ -143,7 +143,7 @@ def publish(
 
 
 def tables_of(page: Report) -> list[Table]:
-    """The tables of a page, each once: those of its first section, its facts, and those of the other sections."""
+    """The tables of a page without duplicates: those of its first section, its facts, and those of the other sections."""
     groups = [section.tables for section in page.sections]
     groups.insert(1, (page.facts,) if page.facts else ())
     found: list[Table] = []
@@ -154,17 +154,17 @@ def tables_of(page: Report) -> list[Table]:
 
 
 def level_of(words: Iterable[DefenseWord]) -> str:
-    """The level of a verdict on backdoors: clean if all are removed, attacked if all are kept, and otherwise a warning.
+    """The level of a verdict on backdoors: clean if all are removed, attacked if all are kept, otherwise a warning.
 
     Args:
-        words: of `metrics.defense_word`, of all backdoors that there are to remove; at least one.
+        words: from `metrics.defense_word`, for all backdoors that there are to remove; at least one.
     """
     found = set(words)
     return "clean" if found == {"removed"} else "attacked" if found == {"kept"} else "warning"
 
 
-def timings_table(timings: Mapping[str, float], title: str = "Where the time went") -> Table:
-    """Returns the seconds of each stage, and their share of all."""
+def timings_table(timings: Mapping[str, float], title: str = "Time per stage") -> Table:
+    """Returns the seconds of each stage, and their share of the total."""
     total = sum(timings.values())
     rows = [(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else None) for name, seconds in timings.items()]
     return Table(title, ("stage", "seconds", "share"), (*rows, ("all", f"{total:.1f}", "100%")))
@@ -178,13 +178,13 @@ def _embed(figure: Figure) -> _Image:
     data = figure.image if isinstance(figure.image, bytes) else Path(figure.image).read_bytes()
     if not data.startswith(_PNG_START) or len(data) < 24:
         raise ValueError(f"the figure {figure.caption!r} is not a PNG")
-    # Width and height keep the page from jumping while it loads; the plots are drawn for print, hence the ratio.
+    # Width and height reserve the space while the page loads; the plots are drawn at print resolution, hence the ratio.
     width, height = (round(pixels * 96 / DPI) for pixels in struct.unpack(">II", data[16:24]))
     return _Image(f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}", max(width, 1), max(height, 1))
 
 
 def _groups(mapping: Mapping[str, Any]) -> list[_Group]:
-    """Sorts settings into those that stand alone, which come first, and the groups."""
+    """Splits settings into single ones, which come first, and groups."""
     alone = [(name, _setting(value)) for name, value in mapping.items() if not isinstance(value, Mapping)]
     groups = [
         _Group(name, [(entry, _setting(value)) for entry, value in group.items()])

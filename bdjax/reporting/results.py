@@ -1,4 +1,4 @@
-"""The one schema of results.json, and what every reader of it needs.
+"""The schema of results.json, and functions to read it.
 
 ```
 {"definitions": {name: text}, "test_rows": n, "seeds": [..],
@@ -9,8 +9,8 @@
  "left_out": {name: reason}, ...what only this kind of run has}
 ```
 
-A cell is what one method makes of one attack. The method with the base `NO_DEFENSE` is the baseline: the network that no method
-has touched. Wall times are not in results.json, which is the same whenever a run is repeated.
+A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
+network. Wall times are not in results.json, so that a repeated run writes the same file.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +33,7 @@ NO_DEFENSE = "none"
 def spread(values: Iterable[float | None]) -> dict[str, float | None]:
     """Mean and sample standard deviation of one number over seeds: {"mean", "standard_deviation"}.
 
-    The mean is None if there is no value, or one of them is None; a single seed has no deviation.
+    The mean is None if there is no value or any value is None; a single seed has no deviation.
     """
     known = list(values)
     if not known or any(value is None for value in known):
@@ -55,14 +55,14 @@ def assemble(
     """The content of results.json.
 
     Args:
-        definitions: the names in `metrics.DEFINITIONS` of what the cells and the tables hold.
-        test_rows: how many there are.
+        definitions: names in `metrics.DEFINITIONS` of the numbers and words in the cells and tables.
+        test_rows: number of test rows.
         seeds: their numbers.
-        attacks: an entry for each, with "attack" and "title".
-        methods: an entry for each, with "method", "base", "title" and "needs".
-        cells: of `make_cell`.
-        left_out: an attack or a method -> why the run could not have it.
-        extra: what only this kind of run has.
+        attacks: an entry for each attack, with "attack" and "title".
+        methods: an entry for each method, with "method", "base", "title" and "needs".
+        cells: from `make_cell`.
+        left_out: an attack or a method -> why it is not in the run.
+        extra: entries that only this kind of run has.
     """
     return {
         "definitions": metrics.definitions(*definitions),
@@ -82,7 +82,7 @@ def make_cell(attack: str, method: str, by_seed: Sequence[Mapping[str, Any]], na
     Args:
         attack: its name.
         method: its name.
-        by_seed: the numbers of each seed, "seed" first. Those under "facts", if there are, are the method's own.
+        by_seed: the numbers of each seed, "seed" first. Under "facts" are numbers that only this method reports.
         names: the numbers that are summarised.
     """
     facts = list(dict.fromkeys(name for row in by_seed for name in row.get("facts", {})))
@@ -96,9 +96,9 @@ def make_cell(attack: str, method: str, by_seed: Sequence[Mapping[str, Any]], na
 
 
 def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
-    """The entry of results["attacks"] for the suspects of one attack, seed after seed; `seed` is the number of the first."""
+    """The entry of results["attacks"] for the suspects of one attack, in order of seeds; `seed` is the number of the first."""
     attack = suspects[0].attack
-    targets = list(dict.fromkeys(one.attack.target for one in suspects))
+    targets = list(dict.fromkeys(suspect.attack.target for suspect in suspects))
     other_targets = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(str, targets[1:]))}"
     parts = [
         {
@@ -115,15 +115,15 @@ def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
         "base": read_variant(attack.name)[0],
         "title": set_title(suspects[0]),
         "target": (targets[0] if len(targets) == 1 else targets) if parts else None,
-        "is_clean": all(one.is_poisoned is not None and not one.is_poisoned.any() for one in suspects),
+        "is_clean": all(suspect.is_poisoned is not None and not suspect.is_poisoned.any() for suspect in suspects),
         "suppression": attack.suppression,
         "parts": parts,
-        "seeds": [seed + one.seed for one in suspects],
+        "seeds": [seed + suspect.seed for suspect in suspects],
     }
 
 
 def set_title(suspect: Suspect) -> str:
-    """What a suspect is called: its attack or its label, "no attack" if it is known to be clean, and otherwise "user data"."""
+    """The title of a suspect: its attack or its label, "no attack" if it is known to be clean, otherwise "user data"."""
     if suspect.attack.plan is not None or suspect.attack.label:
         return suspect.attack.title
     is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
@@ -156,37 +156,44 @@ def summarise(
     method_facts: Mapping[str, Mapping[str, Any]] = {},
     **extra: Any,
 ) -> dict[str, Any]:
-    """The content of results.json for defenses on suspects; attacks and methods are in the order in which they first come.
+    """The content of results.json for defenses on suspects; attacks and methods in order of first appearance.
 
     Args:
-        measured: every suspect after every defense.
-        names: the numbers of a cell: some of "cda", "asr", "r_acc", "control_asr" and the fields of `DetectionMetrics`.
+        measured: a measurement for every suspect and every defense.
+        names: the numbers of a cell, from "cda", "asr", "r_acc", "control_asr" and the fields of `DetectionMetrics`.
         definitions, test_rows, left_out, extra: as `assemble` has them.
-        seed: the number of the first.
+        seed: number of the first seed.
         controls: (attack, method, suspect's seed) -> control ASR, where it is known.
-        attack_facts: the suspects of one attack, in the order of their seeds -> what else its entry has.
-        method_facts: a method's name -> what else its entry has.
+        attack_facts: the suspects of one attack, in order of seeds -> further facts for its entry.
+        method_facts: a method's name -> further facts for its entry.
     """
-    keys = [(each.suspect.attack.name, each.variant.name) for each in measured]
+    keys = [(measurement.suspect.attack.name, measurement.variant.name) for measurement in measured]
     suspects: dict[str, list[Suspect]] = {attack: [] for attack, _ in keys}
-    variants = {each.variant.name: each.variant for each in measured}
+    variants = {measurement.variant.name: measurement.variant for measurement in measured}
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {
         (attack, method): [] for attack in suspects for method in variants
     }
-    for key, each in sorted(zip(keys, measured, strict=True), key=lambda pair: pair[1].suspect.seed):
-        number = each.suspect.seed
-        if all(one.seed != number for one in suspects[key[0]]):
-            suspects[key[0]].append(each.suspect)
-        known = {"cda": each.cda, "asr": each.asr, "r_acc": each.r_acc, "control_asr": controls.get((*key, number))}
-        known |= each.detection._asdict()
+    for key, measurement in sorted(zip(keys, measured, strict=True), key=lambda pair: pair[1].suspect.seed):
+        number = measurement.suspect.seed
+        if all(suspect.seed != number for suspect in suspects[key[0]]):
+            suspects[key[0]].append(measurement.suspect)
+        known = {
+            "cda": measurement.cda,
+            "asr": measurement.asr,
+            "r_acc": measurement.r_acc,
+            "control_asr": controls.get((*key, number)),
+        }
+        known |= measurement.detection._asdict()
         row = {"seed": seed + number, **{name: known[name] for name in names}}
-        rows[key].append(row | {"triggers": [one._asdict() for one in each.metrics], "facts": dict(each.facts)})
+        rows[key].append(
+            row | {"triggers": [trigger._asdict() for trigger in measurement.metrics], "facts": dict(measurement.facts)}
+        )
     return assemble(
         definitions,
         test_rows,
-        [seed + number for number in sorted({each.suspect.seed for each in measured})],
-        [describe_attack(each, seed) | attack_facts(each) for each in suspects.values()],
-        [describe_method(one) | method_facts.get(name, {}) for name, one in variants.items()],
+        [seed + number for number in sorted({measurement.suspect.seed for measurement in measured})],
+        [describe_attack(group, seed) | attack_facts(group) for group in suspects.values()],
+        [describe_method(variant) | method_facts.get(name, {}) for name, variant in variants.items()],
         [make_cell(*key, by_seed, names) for key, by_seed in rows.items() if by_seed],
         left_out,
         **extra,
@@ -194,7 +201,7 @@ def summarise(
 
 
 def word_of(results: Mapping[str, Any], attack: str, method: str, before: str | None) -> metrics.DefenseWord | None:
-    """The word for what a method makes of the backdoor that there is under the method `before`; None if a number is unknown."""
+    """The word for how a method changes the backdoor that is there after the method `before`; None if a number is unknown."""
     cells = [find(results, attack, before), find(results, attack, method)]
     asr, cda, control = ([mean_of(cell, name) for cell in cells] for name in ("asr", "cda", "control_asr"))
     return None if None in (*asr, *cda) else metrics.defense_word(*asr, *cda, *control)
@@ -210,14 +217,14 @@ def find(results: Mapping[str, Any], attack: str, method: str | None) -> Mapping
 
 def cells(results: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]]:
     """(cell, its attack, its method) of every cell."""
-    attacks = {one["attack"]: one for one in results["attacks"]}
-    methods = {one["method"]: one for one in results["methods"]}
+    attacks = {attack["attack"]: attack for attack in results["attacks"]}
+    methods = {method["method"]: method for method in results["methods"]}
     for cell in results["cells"]:
         yield cell, attacks[cell["attack"]], methods[cell["method"]]
 
 
 def mean_of(cell: Mapping[str, Any] | None, name: str) -> float | None:
-    """The mean over seeds of a number of a cell; None if it is not known."""
+    """A cell's mean of a number over seeds; None if it is unknown."""
     return None if cell is None or name not in cell["summary"] else cell["summary"][name]["mean"]
 
 
@@ -227,22 +234,22 @@ def number_text(cell: Mapping[str, Any], name: str, decimals: int = 3) -> str:
 
 
 def is_known(results: Mapping[str, Any], name: str) -> bool:
-    """Whether any cell has such a number."""
+    """Whether any cell has this number."""
     return any(mean_of(cell, name) is not None for cell in results["cells"])
 
 
 def undefended(results: Mapping[str, Any]) -> str | None:
-    """The name of the method that is none; None if the run was without it."""
-    return next((one["method"] for one in results["methods"] if one["base"] == NO_DEFENSE), None)
+    """The name of the baseline method, no defense; None if it is not in the run."""
+    return next((method["method"] for method in results["methods"] if method["base"] == NO_DEFENSE), None)
 
 
 def is_clean(attack: Mapping[str, Any]) -> bool:
-    """Whether an entry of results["attacks"] is known to be none: no poisoned row, and a teacher without a backdoor."""
+    """Whether an entry of results["attacks"] is known to be clean: no poisoned row, or a teacher without a backdoor."""
     return attack["is_clean"]
 
 
 def seeds_text(results: Mapping[str, Any]) -> str:
-    """Over how many seeds the means are: "3 seeds"."""
+    """How many seeds the means are over: "3 seeds"."""
     counts = _seed_counts(results)
     if len(counts) == 1:
         return f"{counts[0]} seed{'s' if counts[0] > 1 else ''}"
@@ -250,26 +257,26 @@ def seeds_text(results: Mapping[str, Any]) -> str:
 
 
 def has_spread(results: Mapping[str, Any]) -> bool:
-    """Whether any attack comes with several seeds."""
+    """Whether any attack has several seeds."""
     return _seed_counts(results)[-1] > 1
 
 
 def _seed_counts(results: Mapping[str, Any]) -> list[int]:
-    """Attacks have seeds of their own only where they may differ."""
-    return sorted({len(one["seeds"] if "seeds" in one else results["seeds"]) for one in results["attacks"]})
+    """An attack lists its seeds only in runs where attacks may have different ones."""
+    return sorted({len(attack["seeds"] if "seeds" in attack else results["seeds"]) for attack in results["attacks"]})
 
 
 def mean_text(results: Mapping[str, Any]) -> str:
-    """What a printed number is: "mean ± standard deviation over 3 seeds"."""
+    """Description of the printed numbers: "mean ± standard deviation over 3 seeds"."""
     return f"mean{' ± standard deviation' if has_spread(results) else ''} over {seeds_text(results)}"
 
 
 def one_seed_text(results: Mapping[str, Any]) -> str:
-    """What a verdict adds where there is no spread, with a space before; empty otherwise."""
+    """A caveat for verdicts of runs with a single seed, with a leading space; otherwise empty."""
     return " One seed only: small differences mean nothing." if len(results["seeds"]) == 1 else ""
 
 
 def left_out_text(results: Mapping[str, Any]) -> str:
-    """What the run could not have, with a space before; empty if nothing."""
+    """What is not in the run and why, with a leading space; empty if nothing."""
     reasons = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
     return f" Left out: {reasons}." if reasons else ""

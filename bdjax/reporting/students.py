@@ -1,11 +1,11 @@
-"""The report on what methods make of suspect models: numbers, tables, the verdict in words, the page.
+"""The report on methods that start from suspect models, such as distillation: numbers, tables, verdict and page.
 
 The ASR of a trigger is compared with that of the same trigger where there is no backdoor (`control_asr`): on the clean network
-of the same seed, and on the student that the same method makes of that. Two words follow from the numbers:
+of the same seed, or on the student that the same method makes from it. Two words follow from the numbers:
 
-- a backdoor *passes* through a method if its student has it, by `metrics.has_backdoor`;
-- what a method makes of a backdoor that passes through plain distillation is the word of `metrics.defense_word`. Where none
-  passes, there is nothing to remove, whatever the method leaves.
+- a backdoor *passes* through a method if the student has it, by `metrics.has_backdoor`;
+- a backdoor that passes through plain distillation is then *removed*, *weakened* or *kept* by another method, by
+  `metrics.defense_word`. If it does not pass, there is nothing to remove, whatever its ASR after the method.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,12 +26,12 @@ from bdjax.run.folder import RunFolder
 from bdjax.types import Model, TrainTest
 
 PLAIN = "fkd"
-"""The method of plain distillation, which hands backdoors on: what other methods are compared with."""
+"""Plain distillation, which passes backdoors on: the baseline."""
 _NAMES = ("cda", "asr", "control_asr", "r_acc")
 
 
 class Networks(NamedTuple):
-    """What the teachers are."""
+    """The architecture of the teachers."""
 
     model: Model
     image_shape: tuple[int, int, int]
@@ -49,15 +49,18 @@ def summarise(
 
     Args:
         comparisons: each method on all teachers; the one called "none" is the teacher itself.
-        controls: for each of them and each teacher, the control ASR, or None.
+        controls: the control ASR of each comparison and each teacher, or None.
         teachers: their architecture.
-        test_rows: how many there are.
-        seed: the number of the first.
-        left_out: a method -> why the run could not have it.
+        test_rows: number of test rows.
+        seed: number of the first seed.
+        left_out: a method -> why it is not in the run.
     """
-    measured = [one for comparison in comparisons for one in comparison.measured]
+    measured = [measurement for comparison in comparisons for measurement in comparison.measured]
     values = (value for of_method in controls for value in of_method)
-    keys = ((one.suspect.attack.name, one.variant.name, one.suspect.seed) for one in measured)
+    keys = (
+        (measurement.suspect.attack.name, measurement.variant.name, measurement.suspect.seed)
+        for measurement in measured
+    )
     of_teacher, facts = count_parameters(teachers.model, teachers.image_shape), {}
     for variant, result, _ in comparisons:
         parameters = count_parameters(result.model, teachers.image_shape)
@@ -77,7 +80,7 @@ def summarise(
 
 
 def passes(results: Entry, attack: str, method: str | None) -> bool | None:
-    """Whether a backdoor passes through a method, as `DEFINITIONS["passes"]` has it; None where the control is missing."""
+    """Whether a backdoor passes through a method, as defined by `DEFINITIONS["passes"]`; None if the control is missing."""
     cell = find(results, attack, method)
     asr, control = mean_of(cell, "asr"), mean_of(cell, "control_asr")
     if asr is None or (control is None and has_backdoor(asr, 0.0)):
@@ -86,28 +89,28 @@ def passes(results: Entry, attack: str, method: str | None) -> bool | None:
 
 
 def word_of(results: Entry, attack: str, method: str, plain: str | None) -> DefenseWord | None:
-    """What a method makes of a backdoor, compared with the variant of plain distillation; None where that cannot be said."""
+    """How a method changes a backdoor, compared with plain distillation (the variant `plain`); None where that is unknown."""
     is_student = method not in (plain, schema.undefended(results))
-    can_be_said = is_student and passes(results, attack, plain) is not None
-    return schema.word_of(results, attack, method, plain) if can_be_said else None
+    is_known = is_student and passes(results, attack, plain) is not None
+    return schema.word_of(results, attack, method, plain) if is_known else None
 
 
 def plain_method(results: Entry, plain: str = PLAIN) -> str | None:
-    """The variant of the run that is the plain method: the one without settings of its own, else the first; None if none."""
-    names = [one["method"] for one in results["methods"] if one["base"] == plain]
+    """The run's variant of the plain method: the one with default settings, else the first; None if there is none."""
+    names = [method["method"] for method in results["methods"] if method["base"] == plain]
     return plain if plain in names else next(iter(names), None)
 
 
 def main_table(results: Entry) -> Table:
-    """Methods × teachers: CDA, ASR, and the same trigger's ASR where no backdoor can be."""
-    notes = f" Control: {DEFINITIONS['control_asr']}. ASR that the control has as well is not due to a backdoor."
+    """Methods × teachers: CDA, ASR and control ASR."""
+    notes = f" Control: {DEFINITIONS['control_asr']}. ASR that the control reaches, too, is not due to a backdoor."
     if any(not attack["parts"] for attack in results["attacks"]):
-        notes += f" {UNKNOWN}: no trigger is known, or the run has no such counterpart."
+        notes += f" {UNKNOWN}: no trigger is known, or the run has no control for it."
     return shared.comparison_table(results, ("cda", "asr", "control_asr"), "method", notes, by_method=True)
 
 
 def detail_table(results: Entry, plain: str | None) -> Table | None:
-    """Every number with its spread: a row for each teacher under each method; `plain` is the variant of plain distillation."""
+    """Every number with its spread: a row for each teacher and method; `plain` is the variant of plain distillation."""
 
     def passing(_: Entry, attack: Entry, method: Entry) -> str | None:
         return {None: None, True: "yes", False: "no"}[passes(results, attack["attack"], method["method"])]
@@ -136,54 +139,58 @@ def seed_table(results: Entry) -> Table:
 
 
 def needs_table(results: Entry) -> Table:
-    """Who was given what, and what comes out: the network and its size."""
+    """What each method receives, and the network that it returns, with its size."""
     teacher = results["teacher"]
     notes = f"The teacher is a {teacher['model']} of {teacher['parameters']:,} parameters."
     needs = {"attacked model": "the teacher", "clean rows": "clean rows", **{name: name for name in ORACLES}}
     after = {
-        "network": lambda one: one["model"],
-        "parameters": lambda one: one["parameters"],
-        "of the teacher's": lambda one: f"{100 * one['share_of_teacher']:.1f} %",
-        "paper": lambda one: one["paper"],
+        "network": lambda method: method["model"],
+        "parameters": lambda method: method["parameters"],
+        "of the teacher's": lambda method: f"{100 * method['share_of_teacher']:.1f} %",
+        "paper": lambda method: method["paper"],
     }
-    notes += " No method was given a training set that an attacker touched."
-    return shared.needs_table(results, {"method": lambda one: one["title"]}, needs, after, notes)
+    notes += " No method receives a training set that an attacker touched."
+    return shared.needs_table(results, {"method": lambda method: method["title"]}, needs, after, notes)
 
 
 def attack_table(results: Entry) -> Table:
-    """The teachers: how they were attacked."""
+    """The teachers and their attacks."""
     columns = {
-        "teacher": lambda one: one["title"],
-        "labels": lambda one: "; ".join(part["label_rule"] for part in one["parts"]) or None,
-        "paper": lambda one: "; ".join(part["paper"] for part in one["parts"]) or None,
-        "seeds": lambda one: ", ".join(map(str, one["seeds"])),
+        "teacher": lambda attack: attack["title"],
+        "labels": lambda attack: "; ".join(part["label_rule"] for part in attack["parts"]) or None,
+        "paper": lambda attack: "; ".join(part["paper"] for part in attack["parts"]) or None,
+        "seeds": lambda attack: ", ".join(map(str, attack["seeds"])),
     }
     return shared.entry_table("Teachers", results["attacks"], columns)
 
 
 def verdict(results: Entry, about: str, plain: str = PLAIN) -> Verdict:
-    """Say in words what the numbers say.
+    """Put the numbers into words.
 
     Args:
-        results: of `summarise`.
+        results: from `summarise`.
         about: the base name of the method that the headline is about.
-        plain: that of plain distillation.
+        plain: the base name of plain distillation.
     """
     baseline = plain_method(results, plain)
-    titles = {one["method"]: one["title"] for one in results["methods"]}
-    methods = [one["method"] for one in results["methods"] if one["base"] == about and one["method"] != baseline]
-    attacked = [one for one in results["attacks"] if one["parts"]]
+    titles = {method["method"]: method["title"] for method in results["methods"]}
+    methods = [
+        method["method"] for method in results["methods"] if method["base"] == about and method["method"] != baseline
+    ]
+    attacked = [attack for attack in results["attacks"] if attack["parts"]]
     if not attacked:
         return _without_trigger(results)
     if baseline is None:
-        headline = "Plain distillation is not among the methods, so nothing says which backdoors would have passed."
+        headline = "Plain distillation is not among the methods, so it is unknown which backdoors would have passed."
         return Verdict("info", headline, schema.one_seed_text(results).strip())
-    does_pass = {one["attack"]: passes(results, one["attack"], baseline) for one in attacked}
-    passing = [one for one in attacked if does_pass[one["attack"]]]
-    paragraphs = [_on_attack(results, one, baseline, methods, titles) for one in attacked]
+    does_pass = {attack["attack"]: passes(results, attack["attack"], baseline) for attack in attacked}
+    passing = [attack for attack in attacked if does_pass[attack["attack"]]]
+    paragraphs = [_on_attack(results, attack, baseline, methods, titles) for attack in attacked]
     is_shown = {*methods, baseline, schema.undefended(results)}
-    shown = [one for one in results["methods"] if one["method"] in is_shown]
-    paragraphs += [shared.accuracy_text(results, one, shown) for one in results["attacks"] if schema.is_clean(one)]
+    shown = [method for method in results["methods"] if method["method"] in is_shown]
+    paragraphs += [
+        shared.accuracy_text(results, attack, shown) for attack in results["attacks"] if schema.is_clean(attack)
+    ]
     text = "\n\n".join([*paragraphs, shared.explain("passes", "removed").strip()]) + schema.one_seed_text(results)
     if not passing:
         headline = _nothing_passes(attacked, does_pass, titles[baseline], [titles[method] for method in methods])
@@ -192,20 +199,20 @@ def verdict(results: Entry, about: str, plain: str = PLAIN) -> Verdict:
     if not methods:
         count = f"{len(passing)} backdoor{'s' * several} of {len(attacked)}"
         return Verdict("attacked", f"{count} pass{'es' * (not several)} through {titles[baseline]}.", text)
-    words = [[word_of(results, one["attack"], method, baseline) for one in passing] for method in methods]
-    which = f" that pass{'es' * (not several)} through {titles[baseline]}"
-    headline = shared.headline([titles[method] for method in methods], words, "variants", which)
-    return Verdict(level_of(word for each in words for word in each), headline, text)
+    words = [[word_of(results, attack["attack"], method, baseline) for attack in passing] for method in methods]
+    clause = f" that pass{'es' * (not several)} through {titles[baseline]}"
+    headline = shared.headline([titles[method] for method in methods], words, "variants", clause)
+    return Verdict(level_of(word for outcomes in words for word in outcomes), headline, text)
 
 
 def _nothing_passes(
     attacked: Sequence[Entry], does_pass: Mapping[str, bool | None], plain: str, methods: Sequence[str]
 ) -> str:
-    unsaid = [one["title"] for one in attacked if does_pass[one["attack"]] is None]
-    if unsaid:
-        return f"Whether a backdoor passes through {plain} cannot be said of {', '.join(unsaid)}: there is no control."
+    without_control = [attack["title"] for attack in attacked if does_pass[attack["attack"]] is None]
+    if without_control:
+        return f"It is unknown whether a backdoor passes through {plain}: there is no control for {', '.join(without_control)}."
     about = f" for {methods[0]}" if len(methods) == 1 else ""
-    return f"No backdoor passes through {plain} here, so there was nothing to remove{about}."
+    return f"No backdoor passes through {plain} here, so there is nothing to remove{about}."
 
 
 def _on_attack(results: Entry, attack: Entry, plain: str, methods: Sequence[str], titles: Mapping[str, str]) -> str:
@@ -219,11 +226,11 @@ def _on_attack(results: Entry, attack: Entry, plain: str, methods: Sequence[str]
     text += f", {titles[plain]}'s student {mean_of(student, 'asr'):.2f} ({control}): "
     does_pass = passes(results, name, plain)
     if does_pass is None:
-        return f"{text}whether a backdoor passes through {titles[plain]} cannot be said."
+        return f"{text}it is unknown whether a backdoor passes through {titles[plain]}."
     if passes(results, name, itself) is False:
-        return f"{text}the teacher has no backdoor to hand on, so there was nothing to remove."
+        return f"{text}the teacher has no backdoor, so there is nothing to remove."
     if not does_pass:
-        return f"{text}the backdoor does not pass through {titles[plain]}, so there was nothing to remove."
+        return f"{text}the backdoor does not pass through {titles[plain]}, so there is nothing to remove."
     text += f"the backdoor passes through {titles[plain]}."
     for method in methods:
         cell = find(results, name, method)
@@ -236,12 +243,12 @@ def _on_attack(results: Entry, attack: Entry, plain: str, methods: Sequence[str]
 
 def _without_trigger(results: Entry) -> Verdict:
     lines = [shared.accuracy_text(results, attack, results["methods"]) for attack in results["attacks"]]
-    headline = "The teacher is clean: what the methods cost is all that there is to see."
+    headline = "The teacher is clean: only the cost of the methods can be measured."
     if not all(map(schema.is_clean, results["attacks"])):
-        headline = "Trigger unknown: CDA is all that can be measured."
+        headline = "Trigger unknown: only CDA can be measured."
         lines.append(
-            "A student may have a backdoor that no number here shows. What each method does to known backdoors, a run with "
-            "--attacks on the same data says."
+            "A student may have a backdoor that no number here shows. A run with --attacks on the same data shows what each "
+            "method does to known backdoors."
         )
     return Verdict("info", headline, "\n\n".join(lines) + schema.one_seed_text(results))
 
@@ -258,18 +265,18 @@ def page(
     plain: str = PLAIN,
     extra_sections: Sequence[Section] = (),
 ) -> Report:
-    """Draw the figures into the folder and put the page together; `report.publish` completes it.
+    """Write the figures into the folder and assemble the page; `report.publish` completes it.
 
     Args:
         folder: the open run.
-        results: of `summarise`.
-        comparisons: what they were made of.
+        results: from `summarise`.
+        comparisons: the comparisons that `results` summarises.
         data: the clean training set, and the test set.
-        seconds: of `sections.seconds_of`.
+        seconds: from `sections.seconds_of`.
         title: of the report.
         about: the base name of the method that the headline is about.
-        plain: that of plain distillation.
-        extra_sections: of the experiment, after the results.
+        plain: the base name of plain distillation.
+        extra_sections: sections of this experiment alone, after the results.
     """
     baseline = plain_method(results, plain)
     details = detail_table(results, baseline), seed_table(results), shared.facts_table(results, "teacher", "method")
@@ -293,39 +300,45 @@ def page(
 
 
 def _key_numbers(results: Entry, about: str, plain: str | None) -> dict[str, str]:
-    """Sizes, and the means over attacks of plain distillation and of the method that the report is about."""
-    shown = [one for one in results["methods"] if one["method"] == plain]
-    shown += [one for one in results["methods"] if one["base"] == about][:1]
+    """Sizes, and means over attacks of plain distillation and of the method that the report is about."""
+    shown = [method for method in results["methods"] if method["method"] == plain]
+    shown += [method for method in results["methods"] if method["base"] == about][:1]
     tiles = {"parameters of the teacher": f"{results['teacher']['parameters']:,}"}
     if shown:
         tiles["of the student"] = f"{shown[-1]['parameters']:,} ({100 * shown[-1]['share_of_teacher']:.1f} %)"
-    attacks = [one for one in results["attacks"] if one["parts"]]
-    return tiles | shared.key_numbers(results, {one["method"]: one["title"] for one in shown}, ("asr", "cda"), attacks)
+    attacks = [attack for attack in results["attacks"] if attack["parts"]]
+    return tiles | shared.key_numbers(
+        results, {method["method"]: method["title"] for method in shown}, ("asr", "cda"), attacks
+    )
 
 
 def result_figures(folder: RunFolder, results: Entry) -> list[Figure]:
-    """ASR of each teacher's trigger under each method, and against CDA; none if no trigger is known."""
+    """Bars of ASR for each teacher and method, and ASR against CDA; none if no trigger is known."""
     if not shared.with_asr(results):
         return []
-    about = "ASR, mean over seeds with the standard deviation: the teacher's, and of what each method makes of it."
+    about = "ASR of the teacher and of each method's student: mean over seeds, with the standard deviation."
     figures = [_bars(folder, results, "asr", "asr.png", about, "attack success for each method and attack")]
     if schema.is_known(results, "control_asr"):
-        about = "The same triggers where no backdoor can be: on the clean network, and on what each method makes of it."
+        about = (
+            "Control ASR: the same triggers on the clean network, and on the student that each method makes from it."
+        )
         figures.append(
             _bars(folder, results, "control_asr", "control-asr.png", about, "attack success without a backdoor")
         )
     return [*figures, shared.trade_off_figure(folder, results, "method")]
 
 
-def _bars(folder: RunFolder, results: Entry, name: str, file: str, caption: str, what: str) -> Figure:
-    """Methods are more than attacks, and bars of one colour are compared at a glance: a colour for each attack."""
+def _bars(folder: RunFolder, results: Entry, name: str, file: str, caption: str, content: str) -> Figure:
+    """A group of bars for each method, and a colour for each attack, since there are more methods than attacks."""
     methods = results["methods"]
     values, spreads = (
         {
-            each["title"]: [find(results, each["attack"], one["method"])["summary"][name][key] for one in methods]
-            for each in shared.with_asr(results)
+            attack["title"]: [
+                find(results, attack["attack"], method["method"])["summary"][name][key] for method in methods
+            ]
+            for attack in shared.with_asr(results)
         }
         for key in ("mean", "standard_deviation")
     )
-    path = plots.save(plots.bars([one["title"] for one in methods], values, spreads), folder.file(file))
-    return Figure(path, caption, f"Bars of {what}; the numbers are in the table above.")
+    path = plots.save(plots.bars([method["title"] for method in methods], values, spreads), folder.file(file))
+    return Figure(path, caption, f"Bars of {content}; the numbers are in the table above.")

@@ -1,4 +1,4 @@
-"""A TA-KD run: its numbers (results.json), its tables beside the paper's, its pictures, its verdict and its report."""
+"""The report on TA-KD: numbers (results.json), tables with the paper's numbers, pictures, verdict and page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,18 +26,18 @@ from bdjax.triggers import masked_blend
 from bdjax.types import TrainTest
 
 ATTACK = "outsourcing"
-"""The name of the only attack: each provider plants a trigger of its own."""
+"""The name of the only attack: each provider uses a different trigger."""
 
 
 class Role(NamedTuple):
-    """What is measured: a method of results.json."""
+    """A measured role: a method of results.json."""
 
     title: str
     needs: tuple[str, ...]
 
 
 ROLES: Mapping[str, Role] = {
-    "clean": Role("clean reference", ("all training rows, clean: a reference nobody has",)),
+    "clean": Role("clean reference", ("all training rows, clean: not available to a real defender",)),
     "teachers": Role("teachers (mean)", ()),
     "soft vote": Role("soft vote", ("suspect models",)),
     "hard vote": Role("hard vote", ("suspect models",)),
@@ -46,11 +46,11 @@ ROLES: Mapping[str, Role] = {
     "alone": Role("student's net, clean rows only", ("clean rows",)),
     "fine-tuned": Role("teachers, fine-tuned (mean)", ("suspect models (weights)", "clean rows")),
 }
-"""In the order of the tables."""
+"""In table order."""
 MEMBERWISE = ("teachers", "fine-tuned")
-"""Roles whose members are each measured under their own trigger."""
+"""Roles whose members are each tested with their own trigger."""
 
-# Tables 1 and 2 of Heydari et al. 2025: CDA, ASR, R-ACC of the first six roles. That of the teachers is the mean of seven rows.
+# Tables 1 and 2 of Heydari et al. 2025: CDA, ASR, R-ACC of the first six roles. The teachers' row is the mean of seven rows.
 PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "mnist": dict(zip(ROLES, ((0.994, 0.000, 0.953), (0.990, 1.000, 0.000), (0.995, 0.172, 0.824), (0.995, 0.056, 0.939),
                               (0.989, 0.001, 0.986), (0.989, 0.001, 0.986)), strict=False)),
@@ -59,12 +59,12 @@ PAPER: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 }  # fmt: skip
 
 OUTCOMES: Mapping[DefenseWord, str] = {
-    "removed": "The backdoors are gone",
-    "removed at a cost": "The backdoors are gone, but at a cost of accuracy",
-    "weakened": "The backdoors are weaker but not gone",
-    "kept": "The backdoors survive",
+    "removed": "The backdoors are removed",
+    "removed at a cost": "The backdoors are removed, but at a cost of accuracy",
+    "weakened": "The backdoors are weaker but not removed",
+    "kept": "The backdoors remain",
 }
-"""How the verdict begins, from the best outcome to the worst."""
+"""First words of the verdict, from the best outcome to the worst."""
 
 PICTURES: Mapping[str, tuple[str, str, str]] = {
     "defenses": (
@@ -74,43 +74,43 @@ PICTURES: Mapping[str, tuple[str, str, str]] = {
     ),
     "training_curves": (
         "Training",
-        "Loss per epoch, the mean over all members and their range. Teachers and baselines minimise cross-entropy; the "
-        "aggregated model and the student minimise the distillation loss, whose scale is another.",
+        "Loss per epoch: mean and range over all members. Teachers and baselines minimise cross-entropy; the aggregated "
+        "model and the student minimise the distillation loss, which has a different scale.",
         "Training and validation loss of every role against epochs.",
     ),
     "triggers": (
         "Triggers",
-        "Each provider's trigger taken apart: where it acts, what it paints, and one test image without and with it. The "
-        "last column shows their difference ten times enlarged.",
+        "Each provider's trigger: its mask, its pattern, and one test image without and with it. The last column shows their "
+        "difference, ten times enlarged.",
         "A row for each trigger with mask, trigger, image, triggered image and difference.",
     ),
     "cross_trigger_asr": (
         "Cross-trigger generalisation",
-        "ASR of the first seed's models under every trigger. The diagonal is each teacher's own backdoor; a dark cell beside "
-        "it is a teacher that obeys another's trigger, which is what makes a vote fail.",
+        "ASR of the first seed's models under every trigger. The diagonal is each teacher's own backdoor; a dark cell off the "
+        "diagonal is a teacher that responds to another provider's trigger, which makes votes fail.",
         "A matrix of ASR values, models against triggers.",
     ),
     "cross_trigger_r_acc": (
         "Cross-trigger generalisation",
-        "R-ACC of the first seed's models under every trigger. The share of triggered rows that are still recognised. Low "
-        "values off the diagonal mean that the trigger hides the object, whether or not it is obeyed.",
+        "R-ACC of the first seed's models under every trigger: the share of triggered rows that are still classified "
+        "correctly. Low values off the diagonal mean that the trigger hides the object, with or without a backdoor.",
         "A matrix of R-ACC values, models against triggers.",
     ),
     "grad_cam": (
-        "What the networks see",
-        "Grad-CAM at stage 3 for the predicted class, on a test image of class {label} under each trigger: the first "
-        "outside the target class that the student recognises without one. First each teacher under its own trigger, then "
-        "teacher 1 under all of them, then the models of the defense.",
-        "Heat maps of where each model looks, under each trigger.",
+        "Grad-CAM and feature maps",
+        "Grad-CAM at stage 3 for the predicted class, on a test image of class {label} under each trigger: the first image "
+        "outside the target class that the student classifies correctly without a trigger. First each teacher under its own "
+        "trigger, then teacher 1 under every trigger, then the models of the defense.",
+        "Grad-CAM heat maps of each model under each trigger.",
     ),
     "feature_maps": (
-        "What the networks see",
+        "Grad-CAM and feature maps",
         "Activations of stages 1 to 3 on the image under trigger 1 ({trigger}): the mean over channels, then the "
         "first channels, each stretched to its own range.",
         "Feature maps of teacher 1, the aggregated model and the student.",
     ),
 }
-"""File without its ending -> the section that it stands in, its caption, and what is read out in its place."""
+"""File name without extension -> section, caption, and alternative text."""
 
 _METRICS = ("cda", "asr", "r_acc")
 _DELTAS = ("delta_cda", "delta_asr", "delta_r_acc")
@@ -132,22 +132,22 @@ def summarise(
 
     Args:
         logits: for each seed, role -> float [members, 1 + T, N, K]; the first view is the untouched test set, the
-            others are the same rows under each of T triggers (T may be 0: then there is no ASR).
+            other views are the same rows under each of T triggers (T may be 0: then there is no ASR).
         labels: int32 [N], true labels.
-        triggers: of each seed; None if nobody knows them.
-        parameters: role -> trainable parameters of what is deployed.
-        seed: the number of the first.
+        triggers: of each seed; None if unknown.
+        parameters: role -> trainable parameters of the deployed model.
+        seed: number of the first seed.
         target: the attacker's class.
         vote_space: what the soft vote averages.
-        tie: who wins a tied hard vote.
+        tie: which class wins a tied hard vote.
 
     Returns:
         The tree of `bdjax.reporting.results`, the same for the same inputs, with the roles as methods. Numbers of a seed have
-        "members" for `MEMBERWISE` roles, and "per_trigger" for others. Beside it "ties" and "cross_trigger", of each seed.
+        "members" for `MEMBERWISE` roles, "per_trigger" for other roles. In addition "ties" and "cross_trigger" of each seed.
     """
     measured = [
-        _one_seed(answers, labels, known, target, vote_space, tie)
-        for answers, known in zip(logits, triggers, strict=True)
+        _one_seed(role_logits, labels, known, target, vote_space, tie)
+        for role_logits, known in zip(logits, triggers, strict=True)
     ]
     seeds = [seed + number for number in range(len(measured))]
     methods, cells = [], []
@@ -166,30 +166,30 @@ def summarise(
 
 
 def _one_seed(
-    answers: Mapping[str, np.ndarray],
+    role_logits: Mapping[str, np.ndarray],
     labels: np.ndarray,
     triggers: ProviderTriggers | None,
     target: int,
     vote_space: VoteSpace,
     tie: Tie,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any] | None]:
-    """Numbers of each role; shares of ties; which trigger fires on which model, None without a trigger."""
-    predictions = {role: np.argmax(each, axis=-1) for role, each in answers.items()}  # int [members, 1 + T, N]
-    views = np.moveaxis(answers["teachers"], 1, 0)
+    """Numbers of each role; shares of ties; the cross-trigger matrices, None without a trigger."""
+    predictions = {role: np.argmax(values, axis=-1) for role, values in role_logits.items()}  # int [members, 1 + T, N]
+    views = np.moveaxis(role_logits["teachers"], 1, 0)
     predictions["soft vote"] = np.stack([soft_vote(suspects, vote_space) for suspects in views])[None]
     votes = [hard_vote(suspects, tie) for suspects in views]
     predictions["hard vote"] = np.stack([vote.predictions for vote in votes])[None]
     measured = {
-        role: [metrics.measure(member[0], member[1:], labels, target) for member in each]
-        for role, each in predictions.items()
+        role: [metrics.measure(member[0], member[1:], labels, target) for member in values]
+        for role, values in predictions.items()
     }
     clean = measured["clean"][0] if "clean" in measured else None
     names = triggers.names if triggers else ()
     models = {
-        role: _memberwise(each, names, clean)
+        role: _memberwise(member_metrics, names, clean)
         if role in MEMBERWISE
-        else _single(each[0], None if role == "clean" else clean)
-        for role, each in measured.items()
+        else _single(member_metrics[0], None if role == "clean" else clean)
+        for role, member_metrics in measured.items()
     }
     ties = [float(np.mean(vote.is_tie)) for vote in votes]
     cross = None
@@ -219,10 +219,10 @@ def _memberwise(
     for i, member in enumerate(measured):
         row: dict[str, Any] = {"cda": member.cda, "asr": None, "r_acc": None}
         if i < len(names):
-            own = BackdoorMetrics(member.cda, member.asr[[i]], member.r_acc[[i]])
-            row |= {"trigger": names[i], "asr": float(own.asr[0]), "r_acc": float(own.r_acc[0])}
+            under_trigger = BackdoorMetrics(member.cda, member.asr[[i]], member.r_acc[[i]])
+            row |= {"trigger": names[i], "asr": float(under_trigger.asr[0]), "r_acc": float(under_trigger.r_acc[0])}
             if clean is not None:
-                row |= metrics.deltas(clean, own, [i])
+                row |= metrics.deltas(clean, under_trigger, [i])
         rows.append(row)
     means = {
         name: None if rows[0].get(name) is None else float(np.mean([row[name] for row in rows]))
@@ -232,7 +232,7 @@ def _memberwise(
 
 
 def main_table(results: Mapping[str, Any], dataset: str) -> Table:
-    """Table 2 of the paper, with the baselines, and with the paper's own rows where it has this dataset."""
+    """Table 2 of the paper, with the baselines, and with the paper's rows if it has this dataset."""
     rows, styles = [], []
     paper = PAPER.get(dataset, {})
     for cell, _, method in schema.cells(results):
@@ -246,7 +246,7 @@ def main_table(results: Mapping[str, Any], dataset: str) -> Table:
             styles.append("paper")
     notes = (
         f"{schema.mean_text(results).capitalize()}, {results['test_rows']:,} test rows. ASR and R-ACC are averaged over the "
-        "triggers; teachers are measured each under its own. Δ is against the clean reference."
+        "triggers; each teacher is tested with its own trigger. Δ: difference to the clean reference."
     )
     return Table("Defenses", ("", *_HEADER), tuple(rows), notes, tuple(styles))
 
@@ -264,14 +264,14 @@ def teacher_table(results: Mapping[str, Any], number: int = 0) -> Table:
 
 
 def needs_table(results: Mapping[str, Any]) -> Table:
-    """What each row of the comparison was given."""
-    nothing = "none: the suspect models as they are"
+    """What each method receives."""
+    nothing = "none: the suspect models themselves"
     rows = tuple((method["title"], ", ".join(method["needs"]) or nothing) for method in results["methods"])
-    return Table("What each was given", ("", "given"), rows)
+    return Table("What each method receives", ("", "receives"), rows)
 
 
 def size_table(results: Mapping[str, Any]) -> Table:
-    """Table 3 of the paper: what has to be deployed."""
+    """Table 3 of the paper: the size of the deployed models."""
     methods = {method["method"]: method for method in results["methods"]}
     titles = {"soft vote": "ensemble (votes)"} | {role: ROLES[role].title for role in ("aggregated", "student")}
     sizes = [(title, methods[role]["parameters"]) for role, title in titles.items()]
@@ -281,7 +281,7 @@ def size_table(results: Mapping[str, Any]) -> Table:
 
 
 def verdict(results: Mapping[str, Any]) -> Verdict:
-    """Say in words what the numbers say, and against the baselines, too. The control is the clean reference."""
+    """Put the numbers into words, also compared with the baselines. The control is the clean reference."""
 
     def mean(role: str, name: str) -> float | None:
         return mean_of(find(results, ATTACK, role), name)
@@ -289,17 +289,17 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     before, control = mean("teachers", "asr"), mean("clean", "asr")
     student, alone = mean("student", "cda"), mean("alone", "cda")
     gain = (
-        f"The student's net trained on the same clean rows without any teacher has CDA {alone:.3f} and the student "
-        f"{student:.3f}: the teachers are worth {student - alone:+.3f}."
+        f"The student's network trained on the same clean rows without teachers has CDA {alone:.3f}, the student has "
+        f"{student:.3f}: the gain from the teachers is {student - alone:+.3f}."
     )
     if before is None:
-        headline = "These teachers' triggers are not known, so no attack success rate can be measured."
+        headline = "The teachers' triggers are unknown, so the attack success rate cannot be measured."
         text = f"The aggregated model has CDA {mean('aggregated', 'cda'):.3f}, the teachers on average "
         return Verdict("info", headline, f"{text}{mean('teachers', 'cda'):.3f}.\n\n{gain}")
     count = len(find(results, ATTACK, "teachers")["by_seed"][0]["members"])
     compared = f"Soft vote has ASR {mean('soft vote', 'asr'):.3f}, hard vote {mean('hard vote', 'asr'):.3f}"
     if find(results, ATTACK, "fine-tuned"):
-        compared += f"; the teachers plainly fine-tuned on the clean rows {mean('fine-tuned', 'asr'):.3f}"
+        compared += f"; the teachers fine-tuned on the clean rows {mean('fine-tuned', 'asr'):.3f}"
         compared += f" at CDA {mean('fine-tuned', 'cda'):.3f}"
     text = f"{compared}.\n\n{gain}"
     words = [
@@ -314,7 +314,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         f"{OUTCOMES[worst]}: mean ASR {mean('aggregated', 'asr'):.3f} for the aggregated model and "
         f"{mean('student', 'asr'):.3f} for the student, at CDA {mean('aggregated', 'cda'):.3f} and {student:.3f}."
     )
-    attacked = f"All {count} teachers together reach a mean ASR of {before:.3f} under their own triggers."
+    attacked = f"The {count} teachers reach a mean ASR of {before:.3f}, each under its own trigger."
     return Verdict(level_of([worst]), headline, f"{attacked} {text}")
 
 
@@ -326,15 +326,15 @@ def page(
     data: TrainTest,
     row: int,
 ) -> Report:
-    """The report, without what every run has. Its figures, of the first seed, are drawn into the folder.
+    """The report page, without the parts that `report.publish` adds to every run. Figures (first seed) go into the folder.
 
     Args:
         folder: the open run.
-        results: of `summarise`.
-        nets: role -> networks; black-box teachers are not among them.
-        triggers: of the first seed; None if nobody knows them.
-        data: what was trained and tested on.
-        row: the test row that triggers, Grad-CAM and feature maps are shown on.
+        results: from `summarise`.
+        nets: role -> networks, without black-box teachers.
+        triggers: of the first seed; None if unknown.
+        data: the training and the test set.
+        row: the test row on which triggers, Grad-CAM and feature maps are shown.
     """
     figures: dict[str, list[Figure]] = {}
     fields = {"label": data.test.labels[row], "trigger": triggers.names[0] if triggers else ""}
@@ -346,7 +346,7 @@ def page(
     tied = (
         (
             f"Hard votes tie on {ties['clean']:.1%} of the untouched rows and on {np.mean(ties['triggered']):.1%} of the "
-            "triggered ones (first seed). A tie goes to the lowest class by argmax, which favours an attack on class 0."
+            "triggered ones (first seed). argmax gives a tie to the lowest class, which favours an attack on class 0."
         )
         if ties["triggered"]
         else ""
@@ -371,16 +371,16 @@ def page(
 def _draw(
     results: Mapping[str, Any], nets: Mapping[str, Nets], triggers: ProviderTriggers | None, data: TrainTest, row: int
 ) -> dict[str, Plot]:
-    """Those of `PICTURES` that there are; arguments as those of `page`."""
+    """The figures of `PICTURES` that this run has; arguments as in `page`."""
     known = {title: name for title, name in zip(_HEADER, _METRICS, strict=False) if schema.is_known(results, name)}
     means, errors = (
-        {title: [cell["summary"][name][what] for cell in results["cells"]] for title, name in known.items()}
-        for what in ("mean", "standard_deviation")
+        {title: [cell["summary"][name][statistic] for cell in results["cells"]] for title, name in known.items()}
+        for statistic in ("mean", "standard_deviation")
     )
     curves = {
-        role: {"loss": each.history["loss"], "validation loss": each.history["validation_loss"]}
-        for role, each in nets.items()
-        if each.history
+        role: {"loss": net.history["loss"], "validation loss": net.history["validation_loss"]}
+        for role, net in nets.items()
+        if net.history
     }
     drawn = {
         "defenses": plots.bars([method["title"] for method in results["methods"]], means, errors),
@@ -404,8 +404,8 @@ def _draw(
     explained = {role: nets[role] for role in ("teachers", "aggregated", "student") if role in nets}
     drawn["grad_cam"] = _grad_cams(explained, triggered, columns)
     maps = {}
-    for role, each in explained.items():
-        taken = feature_maps.feature_maps(each.model, members(each.variables, 0), triggered[0], scaled=False)
+    for role, net in explained.items():
+        taken = feature_maps.feature_maps(net.model, members(net.variables, 0), triggered[0], scaled=False)
         title = "teacher 1" if role == "teachers" else ROLES[role].title
         maps[title] = {tap: np.asarray(values) for tap, values in taken.items()}
     return {**drawn, "feature_maps": plots.feature_map_grid(maps, "")}
@@ -413,15 +413,17 @@ def _draw(
 
 def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str]) -> Plot:
     found = {}  # name of the row -> (heat maps, classes)
-    for role, each in nets.items():
+    for role, net in nets.items():
         if role != "teachers":
-            found[ROLES[role].title] = grad_cam.grad_cam(each.model, members(each.variables, 0), triggered)
+            found[ROLES[role].title] = grad_cam.grad_cam(net.model, members(net.variables, 0), triggered)
             continue
-        # The i-th map of teacher i: every teacher under its own trigger, by the compiled call that serves them all.
-        own = [grad_cam.grad_cam(each.model, members(each.variables, i), triggered) for i in range(len(columns))]
-        found["each under its own"] = tuple(np.stack([of[k][i] for i, of in enumerate(own)]) for k in range(2))
-        found["teacher 1"] = own[0]
+        # The i-th map of teacher i is the one under its own trigger; all use the same compiled call.
+        per_teacher = [grad_cam.grad_cam(net.model, members(net.variables, i), triggered) for i in range(len(columns))]
+        found["each under its own trigger"] = tuple(
+            np.stack([of[k][i] for i, of in enumerate(per_teacher)]) for k in range(2)
+        )
+        found["teacher 1"] = per_teacher[0]
     heat = np.stack([np.asarray(maps) for maps, _ in found.values()])
-    captions = [[f"says {answer}" for answer in np.asarray(classes)] for _, classes in found.values()]
+    captions = [[f"predicts {label}" for label in np.asarray(classes)] for _, classes in found.values()]
     images = np.broadcast_to(np.asarray(triggered), (len(found), *triggered.shape))
     return plots.overlay_grid(images, heat, list(found), columns, "", captions=captions)

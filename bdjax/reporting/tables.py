@@ -1,4 +1,4 @@
-"""One table, three forms: Markdown for a file, rich for the terminal, HTML by the report's template."""
+"""Tables, printed as Markdown for files, by rich on the terminal, or as HTML by the report's template."""
 
 import re
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ _MARKDOWN_MARKS = {"": "", "paper": "*", "ours": "**"}
 
 @dataclass(frozen=True)
 class Table:
-    """A table, before it takes a form."""
+    """A table, independent of how it is printed."""
 
     title: str
     header: tuple[str, ...]
@@ -33,7 +33,7 @@ class Table:
     row_styles: tuple[str, ...] = ()
     """one of ROW_STYLES for each row, or empty"""
     decimals: int = 3
-    """of every float; an int keeps none"""
+    """decimals of every float"""
 
     def __post_init__(self) -> None:
         for index, row in enumerate(self.rows):
@@ -51,7 +51,7 @@ class Table:
 
 
 def format_cell(cell: Cell, decimals: int = 3) -> str:
-    """Returns what is printed for a cell: 0.953 for a float, 21,282,122 for an int, "–" for None."""
+    """Returns the printed text of a cell: 0.953 for a float, 21,282,122 for an int, "–" for None."""
     if cell is None:
         return UNKNOWN
     if isinstance(cell, str):
@@ -67,12 +67,12 @@ def mean_and_spread(values: Iterable[float | None] | None, decimals: int = 3) ->
     """Returns the mean and the sample standard deviation over repetitions, "0.953 ± 0.004".
 
     Args:
-        values: one number for each repetition. None, no number at all, or a None among them: unknown, hence "–". A NaN
-            is not unknown, it is a result that went wrong, and is shown.
-        decimals: how many digits follow the point.
+        values: one number for each repetition. If it is None or empty or contains a None, the result is unknown: "–". A NaN
+            is a failed result and is shown.
+        decimals: digits after the point.
 
     Returns:
-        The text; of a single value only the value, as one repetition has no spread.
+        The text; for a single value without a spread.
     """
     known = [] if values is None else list(values)
     if not known or any(value is None for value in known):
@@ -93,7 +93,7 @@ def styles(table: Table) -> tuple[str, ...]:
 
 
 def number_columns(table: Table) -> tuple[bool, ...]:
-    """Returns for each column whether it holds numbers, which are aligned right."""
+    """Returns for each column whether it holds numbers, which are right-aligned."""
 
     def is_number(column: tuple[str, ...]) -> bool:
         known = [text for text in column if text and text != UNKNOWN]
@@ -106,7 +106,7 @@ def number_columns(table: Table) -> tuple[bool, ...]:
 
 
 def to_markdown(table: Table) -> str:
-    """Returns the table in Markdown, with its columns lined up for those who read the file as it is."""
+    """Returns the table in Markdown, with aligned columns so that the source is readable, too."""
 
     def escape(text: str) -> str:
         return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

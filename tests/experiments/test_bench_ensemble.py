@@ -1,6 +1,7 @@
-"""The benchmark of the ensemble engine, run small: its speeds are of no matter here, only that they are there."""
+"""The benchmark of the ensemble engine on tiny networks: its speeds do not matter here, only that they are measured."""
 
 import importlib.util
+import io
 import json
 import pathlib
 import shlex
@@ -10,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_network import make_tiny
 
-from bdjax.benchmarking import interleave, operations, report, settings, worker
+from bdjax.benchmarking import contenders, interleave, operations, report, settings, worker
 from bdjax.errors import InputError
 from bdjax.models import count_parameters, make_model
 from bdjax.models.resnet import BLOCKS
@@ -52,103 +54,198 @@ def test_operations_are_those_counted_by_hand():
     assert operations.training_operations("resnet10", 3, 2, (4, 4, 1)) == 6 * multiplications
 
 
-def test_operations_of_a_bottleneck_block():
-    one = operations.forward_operations("resnet50", 10, 4, (8, 8, 3))
-    # The stem and the classifier are small: four times the pixels are nearly four times the work.
-    assert 3.9 < operations.forward_operations("resnet50", 10, 4, (16, 16, 3)) / one < 4
+def test_operations_of_bottleneck_blocks_are_those_counted_by_hand():
+    multiplications, channels, side = 64 * 9 * 3 * 4, 4, 8
+    for stage, count in enumerate(BLOCKS["resnet50"][1]):
+        width = 4 * 2**stage
+        for number in range(count):
+            before, side = side, side // 2 if stage and not number else side
+            multiplications += before**2 * channels * width + side**2 * (9 * width * width + width * 4 * width)
+            multiplications += side**2 * channels * 4 * width if not number else 0  # the shortcut
+            channels = 4 * width
+    assert operations.forward_operations("resnet50", 10, 4, (8, 8, 3)) == 2 * (multiplications + channels * 10)
 
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("bench") / "run"
-    bench_ensemble.main(flags(output=folder))
-    return folder
+class FakeWorker:
+    """Replies like a worker, without a process: an epoch takes 0.02 s, and contenders in `broken` fail at their first turn."""
+
+    started: list[str] = []
+    broken: set[str] = set()
+
+    def __init__(self, spec: dict[str, Any], scratch: pathlib.Path | None = None, *, own_session: bool = True) -> None:
+        self.spec = spec
+        self.started.append(spec.get("name", f"matmul {spec['library']}"))
+
+    def receive(self, limit: float) -> dict[str, Any]:
+        return {"versions": {self.spec["library"]: "1.0"}}
+
+    def request(self, limit: float, **request: Any) -> dict[str, Any]:
+        if request["do"] == "compile":
+            return {"compile_seconds": 0.5}
+        if request["do"] == "memory":
+            return {"peak_mebibytes": 20.0}
+        if self.spec.get("name") in self.broken:
+            raise interleave.FailedError("ValueError: no such layout")
+        if limit < 0.02:
+            raise interleave.TooLongError
+        return {
+            "seconds": max(0.02, request["seconds"]),
+            "work": self.spec.get("members", 1) * self.spec.get("rows", 1),
+        }
+
+    def end(self) -> None:
+        pass
 
 
-def test_a_run_measures_every_contender(finished):
-    results = json.loads((finished / "results.json").read_text())
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> type[FakeWorker]:
+    monkeypatch.setattr(interleave, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "started", [])
+    monkeypatch.setattr(FakeWorker, "broken", set())
+    return FakeWorker
+
+
+def test_a_run_leaves_tables_and_a_picture_and_resumes(workers, tmp_path, capsys):
+    folder = tmp_path / "run"
+    results = bench_ensemble.main(flags(output=folder, rounds=2))
+    assert json.loads((folder / "results.json").read_text()) == results
     (entry,) = results["settings"]
-    contenders = entry["contenders"]
-    assert list(contenders) == list(TINY["forms"])
+    assert list(entry["contenders"]) == list(TINY["forms"])
     assert entry["operations_per_image"] == operations.training_operations("resnet10", 10, 2, (4, 4, 1))
+    for name, images in {"map-shifted": 16, "alone": 8, "pytorch-contiguous": 8}.items():
+        outcome = entry["contenders"][name]
+        assert outcome["turns"] == [{"seconds": 0.02, "work": images}] * 2
+        assert (outcome["status"], outcome["first_seconds"], outcome["peak_mebibytes"]) == ("done", 0.02, 20.0)
+    assert results["peak"]["float32"]["operations_per_second"] == 1 / 0.02
+    table = (folder / "table.md").read_text()
+    assert all(name in table for name in TINY["forms"]) and "resnet10 width 2 at 4x4x1" in table
+    record = json.loads((folder / "config.json").read_text())
+    assert record["experiment"] == "bench_ensemble" and record["config"]["rounds"] == 2
+    with Image.open(folder / "throughput.png") as picture:
+        assert min(picture.size) > 100
+
+    before, started = (folder / "results.json").read_bytes(), len(workers.started)
+    bench_ensemble.main(flags(output=folder, rounds=2))
+    assert "restored from results.json" in capsys.readouterr().out
+    assert (folder / "results.json").read_bytes() == before and len(workers.started) == started
+    with pytest.raises(InputError, match="rounds 2 -> 3"):
+        bench_ensemble.main(flags(output=folder, rounds=3))
+
+
+def test_a_contender_over_the_limit_is_reported_with_its_bound(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_ensemble.plots, "save", lambda figure, path: path)
+    monkeypatch.setattr(operations, "training_operations", lambda *_: 1)
+    changes = {"members": (1, 2), "forms": ("map-shifted",), "time_limit": 0.01}
+    results = bench_ensemble.main(flags(output=tmp_path / "run", **changes))
+    first, second = (entry["contenders"]["map-shifted"] for entry in results["settings"])
+    assert first["status"] == second["status"] == "slow"
+    assert first["images_per_second_below"] == pytest.approx(8 / 0.01)
+    assert second["images_per_second_below"] == pytest.approx(16 / 0.01)
+    assert "versions" in first and "versions" not in second and workers.started.count("map-shifted") == 1
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "&lt; 800" in table and "| an epoch takes more than 0.01 s" in table
+    assert "not run: an epoch takes more than 0.01 s even with 1 member" in table
+    assert results["peak"]["float32"]["operations_per_second"] is None
+
+
+def test_a_failing_contender_gives_the_reason_and_the_others_continue(workers):
+    workers.broken.add("alone")
+    specs = {name: settings.describe(SETTING, name) for name in ("alone", "map-shifted")}
+    with interleave.WorkerPool() as pool:
+        outcomes = pool.race(specs, interleave.Schedule(1, 0.01, 60.0, 60.0))
+    assert (outcomes["alone"]["status"], outcomes["alone"]["turns"]) == ("failed", [])
+    assert outcomes["alone"]["reason"] == "ValueError: no such layout"
+    assert outcomes["map-shifted"]["status"] == "done" and len(outcomes["map-shifted"]["turns"]) == 1
+
+
+def test_a_contender_that_settings_share_is_started_once(workers):
+    specs = {name: settings.describe(SETTING, name) for name in ("alone", "map-shifted")}
+    with interleave.WorkerPool() as pool:
+        pool.race(specs, interleave.Schedule(1, 0.01, 60.0, 60.0), keep=[specs["alone"]])
+        pool.race(specs, interleave.Schedule(1, 0.01, 60.0, 60.0))
+    assert workers.started == ["alone", "map-shifted", "map-shifted"]
+
+
+def replies(*requests: dict[str, Any]) -> list[dict[str, Any]]:
+    written = io.StringIO()
+    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), written)
+    return [json.loads(line) for line in written.getvalue().splitlines()]
+
+
+def test_a_worker_compiles_trains_and_measures_its_memory(monkeypatch):
+    monkeypatch.setattr(contenders, "make_model", lambda name, num_classes, *_: make_tiny(num_classes))
+    requests = {"do": "compile"}, {"do": "turn", "seconds": 0.01}, {"do": "memory"}
+    started, compiled, turn, memory = replies(settings.describe(SETTING, "map-shifted"), *requests)
+    assert started["versions"]["jax"] == jax.__version__ and compiled["compile_seconds"] > 0
+    assert turn["seconds"] >= 0.01 and turn["work"] > 0 and turn["work"] % 16 == 0
+    assert memory["peak_mebibytes"] > 10
+
+
+def test_a_worker_replies_with_its_error_and_ends():
+    (reply,) = replies(settings.describe(SETTING, "alone") | {"model": "vgg"}, {"do": "compile"})
+    assert reply["error"].startswith("InputError: ") and "vgg" in reply["error"]
+
+
+@pytest.mark.slow
+def test_every_contender_runs_in_its_own_process(tmp_path):
+    bench_ensemble.main(flags(output=tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    (entry,) = results["settings"]
     assert results["peak"]["float32"]["operations_per_second"] > 1e8
     for name, images in {"map-shifted": 16, "alone": 8, "pytorch-contiguous": 8}.items():
-        outcome = contenders[name]
+        outcome = entry["contenders"][name]
         if name.startswith("pytorch") and not HAS_TORCH:
-            assert outcome["reason"] == "not installed"
+            assert outcome["reason"] == "PyTorch is not installed"
             continue
         assert outcome["status"] == "done"
         assert outcome["compile_seconds"] >= 0 and outcome["peak_mebibytes"] > 10
         (turn,) = outcome["turns"]
         assert turn["seconds"] >= 0.01 and turn["work"] > 0 and turn["work"] % images == 0
-        # The other's library would count as this one's memory.
+        # A library of another contender would count as memory of this one.
         assert list(outcome["versions"]) == (["torch"] if name.startswith("pytorch") else ["jax"])
 
 
-def test_a_run_leaves_tables_and_a_picture(finished):
-    table = (finished / "table.md").read_text()
-    for name in TINY["forms"]:
-        assert name in table
-    assert "resnet10 width 2 at 4x4x1" in table
-    record = json.loads((finished / "config.json").read_text())
-    assert record["experiment"] == "bench_ensemble" and record["config"]["rounds"] == 1
-    with Image.open(finished / "throughput.png") as picture:
-        assert min(picture.size) > 100
-
-
-def test_the_same_command_goes_on_and_another_is_refused(finished, capsys):
-    before = (finished / "results.json").read_bytes()
-    bench_ensemble.main(flags(output=finished))
-    assert "done before" in capsys.readouterr().out
-    assert (finished / "results.json").read_bytes() == before
-    with pytest.raises(InputError, match="rounds 1 -> 2"):
-        bench_ensemble.main(flags(output=finished, rounds=2))
-
-
-def test_a_contender_over_the_limit_is_reported_with_its_bound(tmp_path):
-    limit = 1e-6  # no epoch is that quick
-    changes = {"members": (1, 2), "forms": ("map-shifted",), "time_limit": limit}
-    results = bench_ensemble.main(flags(output=tmp_path / "run", **changes))
-    first, second = (entry["contenders"]["map-shifted"] for entry in results["settings"])
-    assert first["status"] == second["status"] == "slow"
-    assert first["images_per_second_below"] == pytest.approx(8 / limit)
-    assert second["images_per_second_below"] == pytest.approx(16 / limit)
-    assert "versions" in first and "versions" not in second  # the second was not even started
-    table = (tmp_path / "run" / "table.md").read_text()
-    assert "&lt; 8,000,000" in table and "an epoch takes over 1e-06 s" in table
-    assert "with 1 member already; not run" in table
-    assert results["peak"]["float32"]["operations_per_second"] is None
+@pytest.mark.slow
+def test_a_process_that_fails_or_is_too_slow_is_ended():
+    broken = settings.describe(SETTING, "alone") | {"layout": "sideways"}
+    slow = settings.describe_matmul("jax", "float32")
+    with interleave.WorkerPool() as pool:
+        outcomes = pool.race({"broken": broken, "slow": slow}, interleave.Schedule(1, 0.01, 1e-6, 60.0))
+        assert not pool._workers
+    assert outcomes["broken"]["status"] == "failed"
+    assert outcomes["broken"]["reason"].startswith("ValueError: layout 'sideways' is not one of")
+    assert outcomes["slow"]["status"] == "slow" and outcomes["slow"]["turns"] == []
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"members": (0,)}, "--members 0 is not within 1 and 35"),
-        ({"members": (36,)}, "--members 36 is not within 1 and 35"),
-        ({"widths": (0,)}, "--widths 0 is not at least 1"),
-        ({"shapes": ("8x8",)}, "--shapes '8x8' is not height x width x channels"),
-        ({"shapes": ("0x8x1",)}, "--shapes '0x8x1' is not height x width x channels"),
-        ({"rows": 10}, "--rows 10 is not a multiple of --batch-size 4"),
-        ({"rounds": 0}, "--rounds 0 is not at least 1"),
-        ({"seconds_per_turn": -1.0}, "--seconds-per-turn -1 is not above 0"),
-        ({"time_limit": 0.0}, "--time-limit 0 is not above 0"),
-        ({"model": "vgg"}, "--model 'vgg' is not one of resnet10"),
+        ({"members": (0,)}, "--members 0 must be between 1 and 35"),
+        ({"members": (36,)}, "--members 36 must be between 1 and 35"),
+        ({"widths": (0,)}, "--widths 0 must be at least 1"),
+        ({"shapes": ("8x8",)}, "--shapes '8x8' must be height x width x channels"),
+        ({"shapes": ("0x8x1",)}, "--shapes '0x8x1' must be height x width x channels"),
+        ({"rows": 10}, "--rows 10 must be a multiple of --batch-size 4"),
+        ({"rounds": 0}, "--rounds 0 must be at least 1"),
+        ({"seconds_per_turn": -1.0}, "--seconds-per-turn -1 must be above 0"),
+        ({"time_limit": 0.0}, "--time-limit 0 must be above 0"),
+        ({"model": "vgg"}, "--model 'vgg' does not exist; choose one of resnet10"),
         ({"forms": ("map-*", "tensorflow")}, "--forms 'tensorflow' matches none of vmap-native"),
-        ({"forms": ("alone", "!alone")}, "leaves no contender"),
-        ({"preset": "slow"}, "--preset 'slow' is not one of quick, full, gpu"),
+        ({"forms": ("alone", "!alone")}, "excludes every contender"),
+        ({"preset": "slow"}, "--preset 'slow' does not exist; choose one of quick, full, gpu"),
     ],
 )
-def test_flags_that_cannot_be_are_one_line(tmp_path, changes, message):
+def test_invalid_flags_give_an_error_of_one_line(tmp_path, changes, message):
     with pytest.raises(InputError) as caught:
         bench_ensemble.main(flags(output=tmp_path / "run", **changes))
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
-# ---- Who takes part -------------------------------------------------------------------------------------------------
+# ---- Contenders -----------------------------------------------------------------------------------------------------
 
 
 def test_presets_make_the_grid():
@@ -171,31 +268,21 @@ def test_forms_are_chosen_by_pattern():
     assert "pytorch-compiled-graphs" in settings.all_forms(has_gpu=True)
 
 
-def test_contenders_that_train_more_models_than_asked_for_are_left_out(monkeypatch):
+def test_contenders_that_train_more_models_than_members_are_left_out(monkeypatch):
     monkeypatch.setattr(settings, "num_cores", lambda: 4)
-    assert settings.that_fit(SETTING, ("map-shifted", "alone", "pytorch-contiguous-per-core")) == (
+    assert settings.fitting_forms(SETTING, ("map-shifted", "alone", "pytorch-contiguous-per-core")) == (
         "map-shifted",
         "alone",
     )
 
 
-def test_every_round_starts_with_another():
+def test_every_round_starts_with_another_contender():
     assert [interleave.rotate("abc", number) for number in range(4)] == [*map(tuple, ("abc", "bca", "cab", "abc"))]
 
 
-def test_a_contender_that_fails_says_why_and_the_others_go_on():
-    broken = settings.describe(SETTING, "alone") | {"layout": "sideways"}
-    with interleave.Stable() as stable:
-        schedule = interleave.Schedule(1, 0.01, 60.0, 60.0)
-        outcomes = stable.race({"broken": broken, "good": settings.describe(SETTING, "map-shifted")}, schedule)
-    assert outcomes["broken"]["status"] == "failed"
-    assert outcomes["broken"]["reason"].startswith("ValueError: layout 'sideways' is not one of")
-    assert outcomes["good"]["status"] == "done" and len(outcomes["good"]["turns"]) == 1
-
-
-def test_without_pytorch_the_table_says_so(monkeypatch):
+def test_without_pytorch_its_contenders_are_unavailable(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(worker.UnavailableError, match="^not installed$"):
+    with pytest.raises(worker.UnavailableError, match="^PyTorch is not installed$"):
         worker.make_contender(settings.describe(SETTING, "pytorch-contiguous"))
 
 
@@ -227,7 +314,7 @@ def test_tables_have_medians_ratios_and_bounds():
     assert summary[1:] == (2, "map-shifted", 1000, "contiguous", 200, "5.00", "3.00", "2.00")
     rows = {row[2]: row for row in report.details_table(results).rows}
     assert rows["map-shifted"][3:9] == (1000, 900, 1100, "5.00", "1.0", "25.0 %")
-    assert rows["vmap-native"][3] == "< 40" and rows["vmap-native"][-1] == "an epoch takes over 5 s"
+    assert rows["vmap-native"][3] == "< 40" and rows["vmap-native"][-1] == "an epoch takes more than 5 s"
     assert rows["pytorch-compiled"][3] is None and rows["pytorch-compiled"][-1] == "no compiler"
     figure = report.throughput(results)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["resnet10 width 2 at 4x4x1"]
@@ -257,28 +344,28 @@ def test_the_peer_gives_the_same_logits_with_our_weights(name):
     variables = jax.jit(ours.init, static_argnums=1)(jax.random.key(0), (8, 8, 3))
     params = variables["params"]
 
-    def put(layer: Any, own: dict[str, Any]) -> None:
+    def put(layer: Any, weights: dict[str, Any]) -> None:
         with torch.no_grad():
-            if "scale" in own:
-                layer.weight.copy_(torch.tensor(np.asarray(own["scale"])))
+            if "scale" in weights:
+                layer.weight.copy_(torch.tensor(np.asarray(weights["scale"])))
             else:
-                kernel = np.asarray(own["kernel"])
+                kernel = np.asarray(weights["kernel"])
                 layer.weight.copy_(torch.tensor(kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel.T))
-            if "bias" in own:
-                layer.bias.copy_(torch.tensor(np.asarray(own["bias"])))
+            if "bias" in weights:
+                layer.bias.copy_(torch.tensor(np.asarray(weights["bias"])))
 
     for part in ("stem_conv", "stem_norm", "classifier"):
         put(getattr(peer, part), params[part])
     names = [f"stage{stage + 1}_block{i + 1}" for stage, count in enumerate(BLOCKS[name][1]) for i in range(count)]
     for block, block_name in zip(peer.blocks, names, strict=True):
-        own = params[block_name]
+        weights = params[block_name]
         for index, (conv, norm) in enumerate(zip(block.convs, block.norms, strict=True)):
-            put(conv, own[f"Conv_{index}"])
-            put(norm, own[f"BatchNorm_{index}"])
-        assert block.has_shortcut == ("shortcut_conv" in own)
+            put(conv, weights[f"Conv_{index}"])
+            put(norm, weights[f"BatchNorm_{index}"])
+        assert block.has_shortcut == ("shortcut_conv" in weights)
         if block.has_shortcut:
-            put(block.shortcut_conv, own["shortcut_conv"])
-            put(block.shortcut_norm, own["shortcut_norm"])
+            put(block.shortcut_conv, weights["shortcut_conv"])
+            put(block.shortcut_norm, weights["shortcut_norm"])
     images = np.random.default_rng(0).random((5, 8, 8, 3), dtype=np.float32)
     expected = jax.jit(lambda variables, images: ours.apply(variables, images, train=True).logits)(variables, images)
     logits = peer.train()(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()

@@ -80,7 +80,7 @@ def test_the_table_says_what_works_and_what_the_papers_have(results):
     )
     assert "0.970 ± 0.028" in badnets and "| yes" in badnets and "ABM 79.3 / 98" in badnets
     assert "| no " in wanet and "training" in wanet and "10 % + 20 %" in wanet
-    assert "the papers'" not in to_markdown(main_table(results, "mnist"))
+    assert "papers (CDA / ASR)" not in to_markdown(main_table(results, "mnist"))
     assert "Mean ± standard deviation over 1 to 2 seeds" in text
 
 
@@ -108,9 +108,9 @@ def test_words(asr, control, word):
 
 
 def test_verdict_names_what_fails_and_what_fools_a_clean_network(results):
-    said = verdict(results)
-    assert said.level == "warning" and said.headline == "1 of 2 triggers work."
-    assert "Not (mean ASR): WaNet (0.30)." in said.text and "fool a clean network" not in said.text
+    outcome = verdict(results)
+    assert outcome.level == "warning" and outcome.headline == "1 of 2 triggers work."
+    assert "Not working (mean ASR): WaNet (0.30)." in outcome.text and "fool a clean network" not in outcome.text
     alone = verdict(summarise([[trial("badnets", 1.0)]], IMAGES, LABELS, 0))
     assert alone.level == "attacked" and alone.headline == "BadNets works here: mean ASR 1.000."
     fooling = verdict(summarise([[trial("badnets", 1.0, clean_asr=0.7)]], IMAGES, LABELS, 0))
@@ -124,17 +124,17 @@ def test_verdict_names_what_fails_and_what_fools_a_clean_network(results):
 
 def test_a_hybrid_has_an_entry_and_a_cell_for_each_part():
     parts = [trial("badnets", 0.99), trial("sig", 0.4)]
-    plan = Plan("badnets+sig", tuple(each.part for each in parts))
+    plan = Plan("badnets+sig", tuple(part.part for part in parts))
     prepared = parts[0].victim.prepared._replace(plan=plan, poisoned_by=(np.array([1]), np.array([2, 3])))
-    hybrid = [each._replace(victim=each.victim._replace(prepared=prepared)) for each in parts]
+    hybrid = [part._replace(victim=part.victim._replace(prepared=prepared)) for part in parts]
     results = summarise([hybrid, [trial("badnets", 0.7)]], IMAGES, LABELS, 0)
     names = ["badnets in badnets+sig", "sig in badnets+sig", "badnets"]
-    assert [(each["attack"], each["base"], each["with"]) for each in results["attacks"]] == [
+    assert [(entry["attack"], entry["base"], entry["with"]) for entry in results["attacks"]] == [
         (names[0], "badnets", ["sig"]),
         (names[1], "sig", ["badnets"]),
         (names[2], "badnets", []),
     ]
-    assert [each["num_poisoned"] for each in results["attacks"]] == [[1], [2], [2]]
+    assert [entry["num_poisoned"] for entry in results["attacks"]] == [[1], [2], [2]]
     assert [find(results, name, "none")["by_seed"][0]["asr"] for name in names] == [0.99, 0.4, 0.7]
     assert [row[0] for row in main_table(results, "mnist").rows[1:]] == [
         "BadNets, beside SIG",
@@ -143,11 +143,15 @@ def test_a_hybrid_has_an_entry_and_a_cell_for_each_part():
     ]
 
 
-def test_the_page_has_the_tables_in_order_and_the_pictures_in_the_folder(results, tmp_path):
+def test_the_page_has_the_tables_in_order_and_the_pictures_in_the_folder(results, tmp_path, undrawn):
     runs = [[trial("badnets", 0.99), trial("badnets", 0.95, 1)], [trial("wanet", 0.3, cover=0.8, is_inside=True)]]
     made = page(RunFolder(tmp_path, True), results, runs, DATA)
     assert made.title == "Attacks on cifar10" and made.verdict == verdict(results)
-    assert [table.title for table in tables_of(made)] == ["Attacks", "Other readings", "What each attacker has"]
+    assert [table.title for table in tables_of(made)] == [
+        "Attacks",
+        "Other measures of success",
+        "What each attacker has",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.png", "success.png"]
     assert [section.title for section in made.sections] == ["Results", "Gallery", "What each attacker has"]
     assert made.key_numbers == {"triggers": "2", "median ASR": "0.635", "clean CDA": "0.950"}

@@ -28,8 +28,8 @@ def dataset(**changes):
     values = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 1)).astype(np.uint8)
     labels = (np.arange(ROWS) % CLASSES).astype(np.int32)
     names = ("ant", "bee", "cat", "dog")
-    given = {"images": values, "labels": labels, "num_classes": CLASSES, "name": "mine", "source": "mine.npz"}
-    return Dataset(**(given | {"class_names": names} | changes))
+    fields = {"images": values, "labels": labels, "num_classes": CLASSES, "name": "mine", "source": "mine.npz"}
+    return Dataset(**(fields | {"class_names": names} | changes))
 
 
 def poisoned(is_poisoned):
@@ -39,17 +39,17 @@ def poisoned(is_poisoned):
 
 
 def analysis(found=(3,), flagged=4, success=0.9, accuracy=0.95):
-    """VBD's answer: a pattern of 2 x 2 pixels in a corner for some classes, on the first rows of each."""
+    """VBD's result: a pattern of 2 x 2 pixels in a corner for some classes, on the first rows of each."""
     flags, scores = np.zeros((1, ROWS), bool), np.zeros((1, ROWS), np.float32)
     p_values, rates = np.full((1, 2, CLASSES), 0.4), np.zeros((1, 2, CLASSES))
     network = np.full((1, CLASSES), -1)
     masks, patterns = np.zeros((1, CLASSES, 8, 8), bool), np.zeros((1, CLASSES, 8, 8, 1), np.float32)
     accuracies = np.zeros((1, CLASSES))
     for label in found:
-        own = np.arange(ROWS)[np.arange(ROWS) % CLASSES == label]
-        scores[0, own] = np.linspace(0.4, 0.1, OF_A_CLASS)
-        scores[0, own[:flagged]] = 0.9 + 0.01 * np.arange(flagged)
-        flags[0, own[:flagged]] = accuracy >= SETTINGS.least_accuracy
+        in_class = np.arange(ROWS)[np.arange(ROWS) % CLASSES == label]
+        scores[0, in_class] = np.linspace(0.4, 0.1, OF_A_CLASS)
+        scores[0, in_class[:flagged]] = 0.9 + 0.01 * np.arange(flagged)
+        flags[0, in_class[:flagged]] = accuracy >= SETTINGS.least_accuracy
         p_values[0, 1, label], rates[0, 1, label], network[0, label] = 1e-6, success, 1
         masks[0, label, 6:, 6:] = True
         patterns[0, label, 6:, 6:] = 1.0
@@ -66,22 +66,22 @@ def suspect_of(rows):
 
 
 def summarise(rows, found, settings):
-    """What VBD says of rows."""
+    """The numbers of an audit by VBD."""
     variant = DefenseVariant("vbd", DEFENSES["vbd"], settings)
     return audit.summarise(suspect_of(rows), to_detection(found, settings), variant)
 
 
-def said(rows=None, **changes):
+def verdict_of(rows=None, **changes):
     return summarise(rows or dataset(), analysis(**changes), SETTINGS)["verdict"]
 
 
 def test_a_class_with_a_trigger():
-    told = said()
-    assert (told["level"], told["headline"]) == (
+    verdict = verdict_of()
+    assert (verdict["level"], verdict["headline"]) == (
         "attacked",
         "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged.",
     )
-    assert told["text"].startswith(
+    assert verdict["text"].startswith(
         "Class 3 (dog): a pattern of 4 of 64 pixels turns 90 % of other rows into this class; p-value 1e-06; 4 of its 10 rows "
         "are flagged (40 %).\n\nOther rows may be poisoned, too. "
     )
@@ -112,40 +112,40 @@ def test_a_class_with_a_trigger():
     ],
 )
 def test_every_finding_has_its_sentence(changes, level, headline):
-    told = said(**changes)
-    assert (told["level"], told["headline"]) == (level, headline)
-    assert audit.VBD_NOT_FOUND in told["text"]
+    verdict = verdict_of(**changes)
+    assert (verdict["level"], verdict["headline"]) == (level, headline)
+    assert audit.VBD_NOT_FOUND in verdict["text"]
 
 
 def test_why_evidence_is_weak():
-    assert "Weak evidence: class 3 (dog) (its pattern turns 40 % of other rows)." in said(success=0.4)["text"]
-    assert "(none of its 10 rows are flagged)" in said(flagged=0)["text"]
-    assert "(its detector has accuracy 0.70, below 0.75, and is not used)" in said(accuracy=0.7)["text"]
+    assert "Weak evidence: class 3 (dog) (its pattern turns 40 % of other rows)." in verdict_of(success=0.4)["text"]
+    assert "(none of its 10 rows are flagged)" in verdict_of(flagged=0)["text"]
+    assert "(its detector has accuracy 0.70, below 0.75, and is not used)" in verdict_of(accuracy=0.7)["text"]
 
 
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
-    told = said(flagged=10)
-    assert told["level"] == "warning" and "(10 of its 10 rows are flagged, as if the pattern were" in told["text"]
-    assert said(flagged=9)["level"] == "attacked"
+    verdict = verdict_of(flagged=10)
+    assert verdict["level"] == "warning" and "(10 of its 10 rows are flagged, as if the pattern were" in verdict["text"]
+    assert verdict_of(flagged=9)["level"] == "attacked"
 
 
 def test_almost_all_of_a_class_may_be_poisoned_if_it_has_too_many_rows():
-    # Dirty-label poison of many classes' rows comes on top of one class, and outnumbers it.
+    # Mislabelled poisoned rows of many classes are added to one class and outnumber its own rows.
     base = analysis(found=())
     for size, level in ((30, "attacked"), (10, "warning")):
         labels = np.repeat([0, 1, 2, 3], [size, 5, 5, ROWS - size - 10]).astype(np.int32)
-        given = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
-        given = given._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
-        given.p_values[0, 1, 0], given.success[0, 1, 0] = 1e-4, 0.9
-        assert summarise(dataset(labels=labels), given, SETTINGS)["verdict"]["level"] == level
+        found = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
+        found = found._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
+        found.p_values[0, 1, 0], found.success[0, 1, 0] = 1e-4, 0.9
+        assert summarise(dataset(labels=labels), found, SETTINGS)["verdict"]["level"] == level
 
 
 def test_one_certain_class_among_weak_ones_is_the_one_that_is_named():
-    given = analysis(found=(1, 3))
-    given.success[0, 1, 1] = 0.4
-    told = summarise(dataset(), given, SETTINGS)["verdict"]
-    assert told["headline"] == "Class 3 (dog) carries a trigger: 8 of 40 rows are flagged."
-    assert "Weak evidence: class 1 (bee)" in told["text"] and "Class 1" not in told["text"]
+    found = analysis(found=(1, 3))
+    found.success[0, 1, 1] = 0.4
+    verdict = summarise(dataset(), found, SETTINGS)["verdict"]
+    assert verdict["headline"] == "Class 3 (dog) carries a trigger: 8 of 40 rows are flagged."
+    assert "Weak evidence: class 1 (bee)" in verdict["text"] and "Class 1" not in verdict["text"]
 
 
 def test_half_a_percent_of_the_class_is_the_least():
@@ -153,7 +153,7 @@ def test_half_a_percent_of_the_class_is_the_least():
     labels[:2] = (1, 1)
     many = Dataset(np.zeros((1000, 8, 8, 1), np.uint8), labels, 2, "many", "")
     base = analysis(found=())
-    given = base._replace(
+    found = base._replace(
         flags=np.zeros((1, 1000), bool),
         scores=np.zeros((1, 1000), np.float32),
         p_values=np.full((1, 2, 2), 1e-3),
@@ -163,27 +163,27 @@ def test_half_a_percent_of_the_class_is_the_least():
         detector_accuracies=np.array([[0.9, 0.0]]),
     )
     for count, level in ((4, "warning"), (5, "attacked")):
-        given.flags[0, 2 : 2 + count] = True
-        assert summarise(many, given, SETTINGS)["verdict"]["level"] == level
+        found.flags[0, 2 : 2 + count] = True
+        assert summarise(many, found, SETTINGS)["verdict"]["level"] == level
 
 
 def test_many_classes_are_counted_not_named():
-    given = analysis(found=range(CLASSES))
+    found = analysis(found=range(CLASSES))
     names = {"class_names": ()}
-    told = summarise(dataset(**names), given, SETTINGS)["verdict"]
-    assert told["headline"].startswith("Classes 0, 1, 2 and 3 carry a trigger: ")
+    verdict = summarise(dataset(**names), found, SETTINGS)["verdict"]
+    assert verdict["headline"].startswith("Classes 0, 1, 2 and 3 carry a trigger: ")
     assert audit._listed([{"title": f"class {number}"} for number in range(5)]) == "5 classes"
 
 
 def test_nothing_compared_is_nothing_known():
-    given = analysis(found=())
-    given.p_values[:] = 1
-    told = summarise(dataset(), given, SETTINGS)
-    assert told["verdict"]["level"] == "warning" and "No class could be tested" in told["verdict"]["headline"]
-    given.p_values[0, 0, 1:] = 0.3
-    told = summarise(dataset(), given, SETTINGS)
-    assert told["verdict"]["level"] == "clean"
-    assert any(text.startswith("Class 0 (ant): not tested") for text in told["caveats"])
+    found = analysis(found=())
+    found.p_values[:] = 1
+    results = summarise(dataset(), found, SETTINGS)
+    assert results["verdict"]["level"] == "warning" and "No class could be tested" in results["verdict"]["headline"]
+    found.p_values[0, 0, 1:] = 0.3
+    results = summarise(dataset(), found, SETTINGS)
+    assert results["verdict"]["level"] == "clean"
+    assert any(text.startswith("Class 0 (ant): not tested") for text in results["caveats"])
 
 
 @pytest.mark.parametrize(
@@ -196,27 +196,27 @@ def test_names_of_classes_are_made_printable(name, title):
 
 def test_numbers_of_a_class_and_that_they_are_json():
     results = summarise(dataset(), analysis(), SETTINGS)
-    one = results["classes"][3]
-    assert one["p_values"] == {"64P": 0.4, "16-16P": 1e-6}
-    assert one["success"] == {"64P": None, "16-16P": 0.9}  # no candidate is not a success of 0
-    assert (one["rows"], one["flagged"], one["network"], one["mask_pixels"]) == (10, 4, "16-16P", 4)
-    assert (one["finding"], results["classes"][0]["finding"]) == ("trigger", "none")
+    dog = results["classes"][3]
+    assert dog["p_values"] == {"64P": 0.4, "16-16P": 1e-6}
+    assert dog["success"] == {"64P": None, "16-16P": 0.9}  # no candidate is not a success of 0
+    assert (dog["rows"], dog["flagged"], dog["network"], dog["mask_pixels"]) == (10, 4, "16-16P", 4)
+    assert (dog["finding"], results["classes"][0]["finding"]) == ("trigger", "none")
     assert results["classes"][0]["detector_accuracy"] is results["classes"][0]["mask_pixels"] is None
     assert results["methods"][0]["settings"]["networks"] == "64P+16-16P" and results["flagged_share"] == 0.1
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 def test_several_training_sets_are_not_one():
-    double = Analysis(*(np.concatenate([each, each]) for each in analysis()))
-    with pytest.raises(ValueError, match="of 2 training sets"):
+    double = Analysis(*(np.concatenate([part, part]) for part in analysis()))
+    with pytest.raises(ValueError, match="has 2 training sets"):
         summarise(dataset(), double, SETTINGS)
 
 
 def test_evidence_names_suspicious_classes_first_then_by_p_value():
-    given = analysis(found=(2, 3))
-    given.success[0, 1, 2] = 0.4
-    given.p_values[0, 0, 1] = 0.02
-    table = main_table(summarise(dataset(), given, SETTINGS))
+    found = analysis(found=(2, 3))
+    found.success[0, 1, 2] = 0.4
+    found.p_values[0, 0, 1] = 0.02
+    table = main_table(summarise(dataset(), found, SETTINGS))
     assert [row[:2] for row in table.rows] == [
         ("Class 3 (dog)", "trigger"),
         ("Class 2 (cat)", "weak"),
@@ -233,21 +233,21 @@ def test_long_tables_are_cut_but_never_the_classes_with_a_pattern(monkeypatch):
     assert len(table.rows) == 2 and "2 of 4 classes" in table.notes
 
 
-def test_known_truth_is_told():
+def test_flags_are_compared_with_a_known_ground_truth():
     truth = np.zeros(ROWS, bool)
-    truth[[3, 7, 11, 1]] = True  # three of the four flagged rows, and one that nobody flags
+    truth[[3, 7, 11, 1]] = True  # three of the four flagged rows, and one that is not flagged
     results = summarise(poisoned(truth), analysis(), SETTINGS)
-    every, bees, dogs = results["detection"]
-    assert (every["precision"], every["recall"], every["f1"], every["hits"]) == (0.75, 0.75, 0.75, 3)
+    overall, bees, dogs = results["detection"]
+    assert (overall["precision"], overall["recall"], overall["f1"], overall["hits"]) == (0.75, 0.75, 0.75, 3)
     assert (bees["class"], bees["recall"], dogs["class"], dogs["recall"]) == (1, 0.0, 3, 1.0)
-    assert "3 of 4 poisoned rows are flagged, and 1 of 36 others." in results["verdict"]["text"]
+    assert "3 of 4 poisoned rows are flagged, and 1 of 36 clean rows." in results["verdict"]["text"]
     assert truth_table(results).rows[2][:5] == ("Class 3 (dog)", 10, 3, 4, 3)
     assert truth_table(summarise(dataset(), analysis(), SETTINGS)) is None
 
 
 def test_flags_on_a_set_that_is_known_to_be_clean_are_false_alarms():
-    told = said(poisoned(np.zeros(ROWS, bool)))
-    assert "Here it is known that no row is poisoned: a false alarm." in told["text"]
+    verdict = verdict_of(poisoned(np.zeros(ROWS, bool)))
+    assert "The ground truth is known here: no row is poisoned, so this is a false alarm." in verdict["text"]
 
 
 def test_a_class_that_loses_most_of_its_rows_is_pointed_out():
@@ -260,7 +260,7 @@ def test_a_class_that_loses_most_of_its_rows_is_pointed_out():
 
 
 def flagged_by(rows, name="spectral_signatures", count=6):
-    """What a detector that extracts nothing says of rows: the first of class 3 are flagged, and one of class 0."""
+    """An audit by a detector without patterns, which flags the first rows of class 3 and one row of class 0."""
     flags = np.zeros((1, ROWS), bool)
     flags[0, np.flatnonzero(rows.labels == 3)[: count - 1]] = count > 0
     flags[0, 0] = count > 0
@@ -270,20 +270,20 @@ def flagged_by(rows, name="spectral_signatures", count=6):
 
 def test_a_detector_without_patterns_names_rows_and_no_trigger():
     results = flagged_by(dataset())
-    told = results["verdict"]
-    assert (told["level"], told["headline"]) == ("warning", "Spectral signatures flags 6 of 40 rows (15 %).")
-    assert told["text"].startswith("5 of the flagged rows are of class 3 (dog): 50 % of its 10 rows.")
-    text = told["text"] + " ".join(results["caveats"])
+    verdict = results["verdict"]
+    assert (verdict["level"], verdict["headline"]) == ("warning", "Spectral signatures flags 6 of 40 rows (15 %).")
+    assert verdict["text"].startswith("5 of the flagged rows are in class 3 (dog): 50 % of its 10 rows.")
+    text = verdict["text"] + " ".join(results["caveats"])
     assert not results["extracts_patterns"] and results["networks"] == []
     assert audit.VBD_NOT_FOUND not in text and audit.NOT_FOUND in text and "p-value" not in text
-    assert all("p_values" not in one and "network" not in one for one in results["classes"])
+    assert all("p_values" not in entry and "network" not in entry for entry in results["classes"])
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 def test_no_flag_is_no_verdict_on_the_rows():
-    told = flagged_by(dataset(), count=0)["verdict"]
-    assert (told["level"], told["headline"]) == ("info", "Spectral signatures flags none of the 40 rows.")
-    assert told["text"].startswith("That is not to say that the rows are clean.")
+    verdict = flagged_by(dataset(), count=0)["verdict"]
+    assert (verdict["level"], verdict["headline"]) == ("info", "Spectral signatures flags none of the 40 rows.")
+    assert verdict["text"].startswith("This does not mean that the rows are clean.")
 
 
 def test_its_tables_have_its_own_numbers_and_none_of_vbd():
@@ -301,7 +301,7 @@ def test_flags_of_any_detector_are_measured_where_the_truth_is_known():
     (cell,) = results["cells"]
     assert (cell["summary"]["precision"]["mean"], cell["summary"]["recall"]["mean"]) == (5 / 6, 0.5)
     assert results["detection"][0]["precision"] == 5 / 6
-    assert "5 of 10 poisoned rows are flagged, and 1 of 30 others." in results["verdict"]["text"]
+    assert "5 of 10 poisoned rows are flagged, and 1 of 30 clean rows." in results["verdict"]["text"]
 
 
 # ---- Pictures and page ----------------------------------------------------------------------------------------------
@@ -316,8 +316,8 @@ def pixels():
 
 
 def dozen(**changes):
-    given = {"images": pixels(), "labels": LABELS, "num_classes": 2, "name": "mine", "source": "here"}
-    return Dataset(**(given | changes))
+    fields = {"images": pixels(), "labels": LABELS, "num_classes": 2, "name": "mine", "source": "here"}
+    return Dataset(**(fields | changes))
 
 
 def small_analysis(flagged=tuple(FLAGGED)):
@@ -361,7 +361,7 @@ def publish(folder, results, rows, found):
     report.publish(folder, page, **run, sources={"rows": rows.source})
 
 
-def test_what_was_not_copied_is_named(tmp_path):
+def test_what_was_not_copied_is_named(tmp_path, undrawn):
     left_out = [{"file": "train/ant/00.png", "why": "another file of this name is there already"}]
     left_out.append({"file": "not-\udce4-utf8.png", "why": "is no file"})
     copied = {"kind": "folder", "rows": 9, "copied": 7, "left_out": left_out, "strangers": ["cleaned/ant/old.png"]}
@@ -371,17 +371,17 @@ def test_what_was_not_copied_is_named(tmp_path):
     assert b"Not copied: train/ant/00.png (another file" in page and b"cleaned/ant/old.png" in page
 
 
-def test_truth_has_a_part_of_its_own(tmp_path):
+def test_truth_has_a_part_of_its_own(tmp_path, undrawn):
     truth = {
         "is_poisoned": np.isin(np.arange(DOZEN), FLAGGED),
         "original_labels": LABELS,
         "is_cover": np.zeros(DOZEN, bool),
     }
     write(tmp_path, PoisonedDataset(**vars(dozen()), **truth))
-    assert b"Against the truth" in (tmp_path / "report.html").read_bytes()
+    assert b"Against the ground truth" in (tmp_path / "report.html").read_bytes()
 
 
-def test_triggers_are_large_and_transparent_outside_the_mask(tmp_path):
+def test_triggers_are_large_and_transparent_outside_the_mask(tmp_path, undrawn):
     write(tmp_path)
     names = sorted(path.name for path in (tmp_path / "triggers").iterdir())
     assert names == [f"class-1-{name}.png" for name in ("example-1", "example-2", "example-3", "mask", "trigger")]
@@ -401,7 +401,7 @@ def test_triggers_are_large_and_transparent_outside_the_mask(tmp_path):
     assert not changed[:192].any() and not changed[:, :192].any()
 
 
-def test_grey_patterns_and_oblong_images(tmp_path):
+def test_grey_patterns_and_oblong_images(tmp_path, undrawn):
     found = small_analysis()
     found = found._replace(masks=found.masks[:, :, :, 4:], patterns=found.patterns[:, :, :, 4:, :1])
     write(tmp_path, dozen(images=pixels()[:, :, 4:, :1]), found)
@@ -409,7 +409,7 @@ def test_grey_patterns_and_oblong_images(tmp_path):
         assert (image.mode, image.size) == ("RGBA", (128, 256)) and image.getpixel((127, 255)) == (255, 255, 255, 255)
 
 
-def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path):
+def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path, undrawn):
     results = write(tmp_path, dozen(class_names=("ant", "<b>bee</b>")))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Class 1 (&lt;b&gt;bee&lt;/b&gt;) carries a trigger: 3 of 12 rows are flagged." in page and "<b>" not in page
@@ -421,15 +421,15 @@ def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path):
     assert "Evidence for each class" in (tmp_path / "table.md").read_text("utf-8")
 
 
-def test_a_clean_verdict_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path):
+def test_a_clean_verdict_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path, undrawn):
     results = write(tmp_path, found=small_analysis(()))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert results["verdict"]["level"] == "clean" and not (tmp_path / "triggers").exists()
-    assert "That is not to say that the rows are clean." in page and "data:image/png" not in page
+    assert "This does not mean that the rows are clean." in page and "data:image/png" not in page
 
 
 def test_the_same_audit_writes_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "describe_environment", dict)  # somebody may commit meanwhile
+    monkeypatch.setattr(report, "describe_environment", dict)  # the git revision may change meanwhile
     for name in ("one", "two"):
         write(tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
@@ -437,7 +437,7 @@ def test_the_same_audit_writes_the_same_bytes(tmp_path, monkeypatch):
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
 
 
-def test_what_to_do_next_depends_on_the_finding(tmp_path):
+def test_what_to_do_next_depends_on_the_finding(tmp_path, undrawn):
     doubtful = small_analysis()._replace(success=np.array([[[0.0, 0.4]]]))
     unsure = small_analysis()._replace(flags=np.zeros((1, DOZEN), bool), detector_accuracies=np.array([[0.0, 0.7]]))
     untested = small_analysis(())._replace(p_values=np.ones((1, 1, 2)))
@@ -445,8 +445,8 @@ def test_what_to_do_next_depends_on_the_finding(tmp_path):
         "Compare the triggers": small_analysis(),
         "Look at the triggers below and at the rows in flagged.csv": doubtful,
         "Look at the triggers below. If": unsure,
-        "Try again": untested,
-        "There is nothing to leave out.": small_analysis(()),
+        "Run the audit again": untested,
+        "There are no rows to remove.": small_analysis(()),
     }
     for number, (start, found) in enumerate(begins.items()):
         steps = audit.next_steps(write(tmp_path / str(number), found=found))
@@ -454,12 +454,14 @@ def test_what_to_do_next_depends_on_the_finding(tmp_path):
         assert ("flagged.csv lists" in steps[-1]) == found.flags.any()
 
 
-def test_a_class_that_would_be_gone_is_pointed_out(tmp_path):
+def test_a_class_that_would_be_gone_is_pointed_out(tmp_path, undrawn):
     steps = audit.next_steps(write(tmp_path, found=small_analysis(tuple(range(6, DOZEN)))))
-    assert any(text.startswith("Every row is flagged of class 1: without them the class is gone.") for text in steps)
+    assert any(
+        text.startswith("Every row of class 1 is flagged: without these rows the class is gone.") for text in steps
+    )
 
 
-def test_many_classes_are_all_in_the_folder_but_not_all_in_the_report(tmp_path, monkeypatch):
+def test_many_classes_are_all_in_the_folder_but_not_all_in_the_report(tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(audit, "MOST_CLASSES", 1)
     found = small_analysis()
     found.network[0, 0], found.p_values[0, 0, 0], found.flags[0, 2] = 0, 1e-3, True
@@ -482,14 +484,14 @@ def test_suspicious_rows_are_captioned_with_what_the_owner_calls_them(tmp_path, 
     assert drawn[::6] == ["row 10: class 1", "row 10: class 1", "10.png: bee"]
 
 
-def test_the_page_of_a_detector_without_patterns(tmp_path):
+def test_the_page_of_a_detector_without_patterns(tmp_path, undrawn):
     results = flagged_by(dataset()) | {"cleaned": {"kind": "npz", "rows": 34}}
     flags = np.isin(np.arange(ROWS), [0, 3, 7, 11, 15, 19])[None]
     folder = RunFolder(tmp_path, is_new=True)
     publish(folder, results, dataset(), Detection(flags, flags.astype(np.float32)))
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "Spectral signatures flags 6 of 40 rows (15 %)." in page and ">spectral signatures<" in page
-    assert "Look at the rows in flagged.csv, and at the most suspicious ones below" in page
+    assert "Look at the rows in flagged.csv, and at the most suspicious rows below" in page
     for text in ("VBD", "p-value", "triggers", "simple networks", "From 0 to 1"):
         assert text not in page, text
     assert page.count('src="data:image/png') == 2 and not (tmp_path / "triggers").exists()

@@ -47,7 +47,7 @@ ABL = DefenseVariant(
 
 
 def suspect(attack, seed=0, truth=True):
-    """Badnets-like sets have the four rows above; "none" none, and None as its truth is one that nobody knows."""
+    """Attacked sets have the four poisoned rows above, "none" has none; its ground truth is unknown if `truth` is False."""
     variant = read_attack(attack, TRAIN, 0)
     if variant.plan is None:
         return Suspect(variant, seed, TRAIN, (), np.zeros(ROWS, bool) if truth else None)
@@ -58,10 +58,10 @@ def under(asr, cda):
     return AttackMetrics(cda, asr, 1 - asr, asr, 1 - asr, None)
 
 
-def tried(attack, variant, cda, *asr, seed=0, flags=None, scores=None, truth=True, facts=None, seconds=2.0):
-    one = suspect(attack, seed, truth)
-    detection = measure_detection(flags, scores, one.is_poisoned)
-    return Measured(one, variant, cda, tuple(under(each, cda) for each in asr), detection, facts or {}, seconds)
+def measure(attack, variant, cda, *asr, seed=0, flags=None, scores=None, truth=True, facts=None, seconds=2.0):
+    case = suspect(attack, seed, truth)
+    detection = measure_detection(flags, scores, case.is_poisoned)
+    return Measured(case, variant, cda, tuple(under(value, cda) for value in asr), detection, facts or {}, seconds)
 
 
 SCORES = np.where(IS_POISONED, 2.0, 0.0) + np.arange(ROWS) / 100
@@ -69,21 +69,21 @@ FLAGS = np.isin(np.arange(ROWS), [1, 2, 5, 7])
 
 
 def everything():
-    ones = []
+    measured = []
     for seed in (0, 1):
-        ones += [
-            tried("badnets", NONE, 0.9, 0.98, seed=seed),
-            tried("badnets+sig", NONE, 0.92, 1.0, 0.6, seed=seed),
-            tried("blended", NONE, 0.91, 0.3, seed=seed),
-            tried("none", NONE, 0.95 - 0.01 * seed, seed=seed),
-            tried(
+        measured += [
+            measure("badnets", NONE, 0.9, 0.98, seed=seed),
+            measure("badnets+sig", NONE, 0.92, 1.0, 0.6, seed=seed),
+            measure("blended", NONE, 0.91, 0.3, seed=seed),
+            measure("none", NONE, 0.95 - 0.01 * seed, seed=seed),
+            measure(
                 "badnets", LFD, 0.88 + 0.02 * seed, 0.02, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}
             ),
-            tried("badnets+sig", LFD, 0.85, 0.1, 0.5, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
-            tried("blended", LFD, 0.9, 0.01, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
-            tried("none", LFD, 0.9 + 0.01 * seed, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+            measure("badnets+sig", LFD, 0.85, 0.1, 0.5, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+            measure("blended", LFD, 0.9, 0.01, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
+            measure("none", LFD, 0.9 + 0.01 * seed, seed=seed, flags=FLAGS, scores=SCORES, facts={"kept": 36.0}),
         ]
-    return ones
+    return measured
 
 
 @pytest.fixture(scope="module")
@@ -92,24 +92,24 @@ def results():
 
 
 def line(table, *starts):
-    """The row of a table whose first cells are these."""
+    """The row of a table that starts with these cells."""
     (found,) = [row for row in table.rows if row[: len(starts)] == starts]
     return found
 
 
 def test_results_are_plain_and_the_same_whenever_a_run_is_repeated(results):
-    again = [one._replace(seconds=99.0) for one in everything()]
+    again = [measurement._replace(seconds=99.0) for measurement in everything()]
     assert json.dumps(numbers.summarise(again, 100, 5, {"issba": "no room"})) == json.dumps(results)
 
 
 def test_the_order_of_what_was_measured_is_that_of_the_tables_and_seeds_are_sorted(results):
     turned = numbers.summarise(everything()[::-1], 100, 5, {"issba": "no room"})
-    assert [one["attack"] for one in turned["attacks"]] == ["none", "blended", "badnets+sig", "badnets"]
-    assert [one["method"] for one in turned["methods"]] == [LFD.name, NONE.name]
+    assert [entry["attack"] for entry in turned["attacks"]] == ["none", "blended", "badnets+sig", "badnets"]
+    assert [entry["method"] for entry in turned["methods"]] == [LFD.name, NONE.name]
     assert all([row["seed"] for row in cell["by_seed"]] == [5, 6] for cell in turned["cells"])
     for cell in results["cells"]:
         assert schema.find(turned, cell["attack"], cell["method"]) == cell
-    assert [one["seeds"] for one in turned["attacks"]] == [[5, 6]] * 4
+    assert [entry["seeds"] for entry in turned["attacks"]] == [[5, 6]] * 4
 
 
 def test_numbers_and_their_spread(results):
@@ -137,7 +137,7 @@ def test_success_of_a_hybrid_is_the_mean_over_its_triggers_and_each_has_a_row_of
         "0.600 ± 0.000",
         "0.500 ± 0.000",
     ]
-    alone = numbers.summarise([tried("badnets", NONE, 0.9, 1.0)], 100, 0)
+    alone = numbers.summarise([measure("badnets", NONE, 0.9, 1.0)], 100, 0)
     assert numbers.trigger_table(alone) is None
 
 
@@ -154,16 +154,16 @@ def test_main_table(results):
     assert line(numbers.main_table(results, "r_acc"), "BadNets")[2] == "0.890 / 0.980"
 
 
-def test_the_mean_is_over_attacks_that_every_defense_was_tried_on():
-    ones = [
-        *(tried(attack, NONE, 0.9, 1.0) for attack in ("badnets", "blended", "sig")),
-        tried("badnets", LFD, 0.8, 0.2),
-        tried("blended", LFD, 0.6, 0.0),
+def test_the_mean_is_over_attacks_that_every_defense_was_evaluated_on():
+    measured = [
+        *(measure(attack, NONE, 0.9, 1.0) for attack in ("badnets", "blended", "sig")),
+        measure("badnets", LFD, 0.8, 0.2),
+        measure("blended", LFD, 0.6, 0.0),
     ]
-    table = numbers.main_table(numbers.summarise(ones, 10, 0))
+    table = numbers.main_table(numbers.summarise(measured, 10, 0))
     assert line(table, "mean of 2 attacks") == ("mean of 2 attacks", "0.900 / 1.000", "0.700 / 0.100")
-    assert line(table, "SIG")[2] is None and "those attacks that have ASR under every defense" in table.notes
-    assert "A single seed has no spread" in table.notes
+    assert line(table, "SIG")[2] is None and "the attacks that have ASR under every defense" in table.notes
+    assert "One seed only" in table.notes
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ def test_the_mean_is_over_attacks_that_every_defense_was_tried_on():
     ],
 )
 def test_every_cell_has_the_word_of_the_definitions(before, after, cda, expected):
-    ones = [tried("badnets", NONE, 0.9, before), tried("badnets", LFD, cda, after)]
-    results = numbers.summarise(ones, 10, 0)
+    measured = [measure("badnets", NONE, 0.9, before), measure("badnets", LFD, cda, after)]
+    results = numbers.summarise(measured, 10, 0)
     assert numbers.word_of(results, "badnets", LFD.name) == expected
     assert numbers.word_of(results, "badnets", NONE.name) is None
     table = numbers.detail_table(results)
@@ -189,23 +189,28 @@ def test_every_cell_has_the_word_of_the_definitions(before, after, cda, expected
 
 def test_what_is_unknown_has_no_word(results):
     assert numbers.word_of(results, "none", LFD.name) is None
-    without = [tried("badnets", LFD, 0.9, 0.1)]
+    without = [measure("badnets", LFD, 0.9, 0.1)]
     assert numbers.word_of(numbers.summarise(without, 10, 0), "badnets", LFD.name) is None
 
 
 def test_a_control_stands_beside_the_success_where_there_is_one(results):
     assert "control_asr" not in json.dumps(results)
-    ones = [tried("badnets", NONE, 0.9, 0.95), tried("badnets", LFD, 0.9, 0.5), tried("sig", NONE, 0.9, 0.6)]
+    measured = [measure("badnets", NONE, 0.9, 0.95), measure("badnets", LFD, 0.9, 0.5), measure("sig", NONE, 0.9, 0.6)]
     controls = {("badnets", "none", 0): 0.05, ("badnets", LFD.name, 0): 0.48, ("sig", "none", 0): 0.45}
-    made = numbers.summarise(ones, 10, 0, controls=controls)
+    made = numbers.summarise(measured, 10, 0, controls=controls)
     assert made["definitions"]["control_asr"] and made["cells"][0]["by_seed"][0]["control_asr"] == 0.05
-    assert "Control ASR: of the same trigger on what the same defense makes" in numbers.main_table(made).notes
+    assert (
+        "Control ASR: of the same trigger on the network that the same defense trains" in numbers.main_table(made).notes
+    )
     assert line(numbers.main_table(made), "BadNets")[1:] == ("0.900 / 0.950 / 0.050", "0.900 / 0.500 / 0.480")
     assert numbers.main_table(made, "r_acc").title == "CDA / R-ACC"
     assert line(numbers.detail_table(made), "BadNets", LFD.title)[2:] == ("0.900", "0.500", "0.480", "0.500", "removed")
     # SIG fools clean networks, so that there is no backdoor to remove.
-    said = numbers.verdict(made)
-    assert said.headline == "LfD (alpha 0.5) removes the backdoor." and "no backdoor even without defense" in said.text
+    outcome = numbers.verdict(made)
+    assert (
+        outcome.headline == "LfD (alpha 0.5) removes the backdoor."
+        and "no backdoor even without defense" in outcome.text
+    )
 
 
 def test_detection_and_false_alarms(results):
@@ -218,21 +223,21 @@ def test_detection_and_false_alarms(results):
     table = numbers.false_alarm_table(results)
     assert line(table, "LfD (alpha 0.5)")[1:] == ("0.905 ± 0.007", "-0.040 ± 0.014", "0.100 ± 0.000")
     assert line(table, "no defense")[2:] == (None, "–")
-    poisoned = numbers.summarise([tried("badnets", NONE, 0.9, 1.0)], 10, 0)
+    poisoned = numbers.summarise([measure("badnets", NONE, 0.9, 1.0)], 10, 0)
     assert numbers.detection_table(poisoned) is None and numbers.false_alarm_table(poisoned) is None
 
 
-def test_who_was_given_what():
-    ones = [tried("badnets", variant, 0.9, 1.0) for variant in (NONE, LFD, ABL)]
-    table = numbers.needs_table(numbers.summarise(ones, 10, 0))
+def test_what_each_defense_receives():
+    measured = [measure("badnets", variant, 0.9, 1.0) for variant in (NONE, LFD, ABL)]
+    table = numbers.needs_table(numbers.summarise(measured, 10, 0))
     assert table.header[2:-1] == ("training set", "attacked model", "clean rows", "number of poisons")
     assert line(table, "no defense")[2:6] == (None, "yes", None, None)
     assert line(table, "LfD (alpha 0.5)")[2:6] == ("yes", None, "yes", None)
     assert line(table, "ABL")[2:6] == ("yes", None, None, "yes")
-    assert "Number of poisons: no defender has that" in table.notes
+    assert "Number of poisons: not available to a real defender" in table.notes
 
 
-def test_beside_the_papers(results):
+def test_our_numbers_stand_beside_the_papers(results):
     table = shared.published_table(results, "cifar10")
     rows = {(row[0], row[1], row[-1]): row[2:6] for row in table.rows}
     ours, papers, asr, success = rows["Blended, random pixels", "LfD (alpha 0.5)", "LfD Table 1"]
@@ -242,13 +247,13 @@ def test_beside_the_papers(results):
     assert shared.published_table(results, "mnist") is None
 
 
-def test_a_suppressed_attack_is_not_the_papers():
-    ones = [tried("badnets:suppression=10", NONE, 0.9, 1.0)]
-    assert shared.published_table(numbers.summarise(ones, 10, 0), "cifar10") is None
+def test_a_suppressed_attack_has_no_paper_to_compare_with():
+    measured = [measure("badnets:suppression=10", NONE, 0.9, 1.0)]
+    assert shared.published_table(numbers.summarise(measured, 10, 0), "cifar10") is None
 
 
-def test_what_failed_in_the_paper_says_so():
-    abl = tried("narcissus", ABL, 0.9, 1.0)
+def test_a_failure_in_the_paper_is_shown_as_such():
+    abl = measure("narcissus", ABL, 0.9, 1.0)
     table = shared.published_table(numbers.summarise([abl], 10, 0), "gtsrb")
     assert [row[2:] for row in table.rows] == [(90, "fail", 100, "fail", "ABM Table III")]
 
@@ -256,13 +261,13 @@ def test_what_failed_in_the_paper_says_so():
 def test_times(results):
     table = shared.time_table(results, {"none": 4.0, "lfd:alpha=0.5": 10.0})
     assert table.rows == (("no defense", "4.00", None), ("LfD (alpha 0.5)", "10.00", "2.50 ×"))
-    assert "No defense: the plain training" in table.notes
+    assert "No defense: plain training" in table.notes
     assert shared.time_table(results, {}) is None
     alone = shared.time_table(results, {"lfd:alpha=0.5": 10.0}, True, "teacher", "method")
     assert alone.header == ("method", "seconds per teacher") and alone.rows == (("LfD (alpha 0.5)", "10.00"),)
-    assert "shared by all teachers" in alone.notes and "another method" in alone.notes
+    assert "divided by the number of teachers" in alone.notes and "another method" in alone.notes
     continued = shared.time_table(results, {"none": 0.1, "lfd:alpha=0.5": 10.0}, is_whole=False)
-    assert [row[2] for row in continued.rows] == [None, None] and "was continued" in continued.notes
+    assert [row[2] for row in continued.rows] == [None, None] and "was resumed" in continued.notes
 
 
 def test_facts_and_rows(results):
@@ -271,38 +276,42 @@ def test_facts_and_rows(results):
 
 
 def unknown():
-    ones = [tried("none", NONE, 0.9, truth=False), tried("none", LFD, 0.8, truth=False, flags=FLAGS, scores=SCORES)]
-    return numbers.summarise(ones, 10, 0)
+    measured = [
+        measure("none", NONE, 0.9, truth=False),
+        measure("none", LFD, 0.8, truth=False, flags=FLAGS, scores=SCORES),
+    ]
+    return numbers.summarise(measured, 10, 0)
 
 
-def test_rows_of_ones_own_have_no_success_and_no_false_alarms():
-    own = unknown()
-    assert own["attacks"][0]["num_poisoned"] is None
-    table = numbers.main_table(own)
-    assert line(table, "user data")[1:] == ("0.900 / –", "0.800 / –") and "ASR is unknown" in table.notes
-    assert numbers.false_alarm_table(own) is None
-    assert line(numbers.detection_table(own), "user data")[1:] == (
+def test_user_data_has_no_success_and_no_false_alarms():
+    user_data = unknown()
+    assert user_data["attacks"][0]["num_poisoned"] is None
+    table = numbers.main_table(user_data)
+    assert line(table, "user data")[1:] == ("0.900 / –", "0.800 / –") and "is unknown, and so is its ASR" in table.notes
+    assert numbers.false_alarm_table(user_data) is None
+    assert line(numbers.detection_table(user_data), "user data")[1:] == (
         None,
         "LfD (alpha 0.5)",
         "0.100",
         *["–"] * 4,
     )
-    said = numbers.verdict(own)
-    assert said.level == "info" and "Ground truth unknown" in said.headline
+    outcome = numbers.verdict(user_data)
+    assert outcome.level == "info" and "Ground truth unknown" in outcome.headline
     line_of_it = "User data: no defense has CDA 0.900; LfD (alpha 0.5) has CDA 0.800 and flags 10.0 % of the rows."
-    assert line_of_it in said.text
+    assert line_of_it in outcome.text
 
 
 def test_verdict_says_what_works_and_what_does_not(results):
-    said = numbers.verdict(results)
-    assert said.level == "warning" and said.headline == "LfD (alpha 0.5) removes 1 of 2 backdoors."
-    assert "mean ASR 0.890 becomes 0.160, mean CDA 0.910 becomes 0.870" in said.text
-    assert "Not removed: BadNets + SIG (weakened: ASR 0.30, CDA 0.85)." in said.text
-    assert "there is no backdoor even without defense (mean ASR): Blended, random pixels (0.30)" in said.text
+    outcome = numbers.verdict(results)
+    assert outcome.level == "warning" and outcome.headline == "LfD (alpha 0.5) removes 1 of 2 backdoors."
+    assert "mean ASR 0.890 becomes 0.160, mean CDA 0.910 becomes 0.870" in outcome.text
+    assert "Not removed: BadNets + SIG (weakened: ASR 0.30, CDA 0.85)." in outcome.text
+    assert "there is no backdoor even without defense (mean ASR): Blended, random pixels (0.30)" in outcome.text
     assert (
-        "No attack: no defense has CDA 0.945; LfD (alpha 0.5) has CDA 0.905 and flags 10.0 % of the rows." in said.text
+        "No attack: no defense has CDA 0.945; LfD (alpha 0.5) has CDA 0.905 and flags 10.0 % of the rows."
+        in outcome.text
     )
-    assert "One seed" not in said.text
+    assert "One seed" not in outcome.text
 
 
 @pytest.mark.parametrize(
@@ -317,16 +326,24 @@ def test_verdict_says_what_works_and_what_does_not(results):
     ],
 )
 def test_every_outcome_has_its_words(lfd, abl, about, level, headline):
-    ones = [tried("badnets", NONE, 0.9, 1.0), tried("badnets", LFD, 0.9, lfd), tried("badnets", ABL, 0.9, abl)]
-    said = numbers.verdict(numbers.summarise(ones, 10, 0), about)
-    assert (said.level, said.headline) == (level, headline) and "One seed only" in said.text
+    measured = [
+        measure("badnets", NONE, 0.9, 1.0),
+        measure("badnets", LFD, 0.9, lfd),
+        measure("badnets", ABL, 0.9, abl),
+    ]
+    outcome = numbers.verdict(numbers.summarise(measured, 10, 0), about)
+    assert (outcome.level, outcome.headline) == (level, headline) and "One seed only" in outcome.text
 
 
 def test_without_an_attack_that_works_there_is_nothing_to_say():
-    ones = [tried("badnets", NONE, 0.9, 0.2), tried("badnets", LFD, 0.9, 0.0)]
-    said = numbers.verdict(numbers.summarise(ones, 10, 0))
-    assert said.level == "info" and "so there is nothing to remove" in said.headline and "BadNets (0.20)" in said.text
-    clean = numbers.summarise([tried("none", NONE, 0.9), tried("none", LFD, 0.9, flags=FLAGS)], 10, 0)
+    measured = [measure("badnets", NONE, 0.9, 0.2), measure("badnets", LFD, 0.9, 0.0)]
+    outcome = numbers.verdict(numbers.summarise(measured, 10, 0))
+    assert (
+        outcome.level == "info"
+        and "so there is nothing to remove" in outcome.headline
+        and "BadNets (0.20)" in outcome.text
+    )
+    clean = numbers.summarise([measure("none", NONE, 0.9), measure("none", LFD, 0.9, flags=FLAGS)], 10, 0)
     assert numbers.verdict(clean).headline.startswith("The training set is clean")
 
 
@@ -334,18 +351,18 @@ def comparisons(names, variants=(NONE, LFD), truth=True):
     made = []
     for variant in variants:
         found = {} if variant is NONE else {"flags": FLAGS, "scores": SCORES}
-        ones = []
+        measured = []
         for name in names:
             success = [] if name == "none" else [0.5] * len(name.split("+"))
-            ones += [tried(name, variant, 0.9, *success, seed=seed, truth=truth, **found) for seed in (0, 1)]
-        num = len(ones)
+            measured += [measure(name, variant, 0.9, *success, seed=seed, truth=truth, **found) for seed in (0, 1)]
+        num = len(measured)
         if variant is NONE:
             result = DefenseResult(None, {})
         else:
             pictures = {"reversed trigger": np.random.default_rng(0).random((num, 3, 8, 8, 1)).astype(np.float32)}
             flags, scores = np.tile(FLAGS, (num, 1)), np.tile(SCORES, (num, 1)).astype(np.float32)
             result = DefenseResult(None, {}, flags, scores, {}, pictures)
-        made.append(Comparison(variant, result, ones))
+        made.append(Comparison(variant, result, measured))
     return made
 
 
@@ -355,9 +372,9 @@ class Config:
 
 
 @pytest.mark.parametrize("names", [("badnets",), ("badnets", "badnets+sig", "none")])
-def test_the_report_is_complete(tmp_path, names):
+def test_the_report_is_complete(tmp_path, undrawn, names):
     made = comparisons(names)
-    measured = numbers.summarise([one for each in made for one in each.measured], 10, 0)
+    measured = numbers.summarise([measurement for comparison in made for measurement in comparison.measured], 10, 0)
     folder = open_run(tmp_path / "run", Config(), experiment="lfd")
     extra = Section("Curves of its own", "", (Table("Its own table", ("a",), ((1,),)),))
     timings = {"no defense": 8.0, "lfd": 5.0}
@@ -376,7 +393,7 @@ def test_the_report_is_complete(tmp_path, names):
     page = (folder.path / "report.html").read_text("utf-8")
     for text in (
         "Curves of its own",
-        "Who was given what",
+        "What each method receives",
         "Detection of poisoned rows",
         "python x.py",
         "LfD (alpha 0.5)",
@@ -386,8 +403,8 @@ def test_the_report_is_complete(tmp_path, names):
     markdown = (folder.path / "table.md").read_text("utf-8")
     assert "Its own table" in markdown and ("Hybrid attacks" in markdown) == (len(names) > 1)
     assert to_markdown(numbers.main_table(measured)) in markdown
-    each = {name: f"scores/lfd-alpha=0.5/{name}.csv" for name in names}
-    assert sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*.csv")) == sorted(each.values())
+    paths = {name: f"scores/lfd-alpha=0.5/{name}.csv" for name in names}
+    assert sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*.csv")) == sorted(paths.values())
     assert json.loads((folder.path / "timings.json").read_text()) == {"seconds": timings}
     assert f"{8 / 2 / len(names):.2f}" in page  # of plain training, for one of the suspects
 
@@ -413,7 +430,7 @@ def test_pictures_are_of_the_rows_that_the_defense_suspects(monkeypatch, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         shared.suspicious_figures(folder, comparisons(("badnets",)), TRAIN)
     first = [cell for row in seen["captions"] for cell in row]
-    # Flagged are 1, 2, 5 and 7, of which 7 is clean and has the lowest score; 6 is poisoned and was missed.
+    # Rows 1, 2, 5 and 7 are flagged; 7 is clean and has the lowest score, 6 is poisoned and not flagged.
     assert first[:5] == ["dog: poisoned", "cow: poisoned", "dog: poisoned", "hen: clean", "cow: poisoned"]
     assert len(first) == 24 and not any(seen["names"])
     np.testing.assert_array_equal(seen["images"][0][0], IMAGES[5].astype(np.float32) / 255)

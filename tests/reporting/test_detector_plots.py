@@ -19,7 +19,7 @@ MASK[5:, 5:] = True
 
 
 def pattern(**changes):
-    told = {
+    fields = {
         "attack": "white square 50 %",
         "seed": 2,
         "label": 1,
@@ -32,7 +32,7 @@ def pattern(**changes):
         "example": np.full((8, 8, 1), 60, np.uint8),
         "is_true_class": True,
     }
-    return FoundPattern(**{**told, **changes})
+    return FoundPattern(**{**fields, **changes})
 
 
 def test_captions():
@@ -80,10 +80,10 @@ def test_roc():
 
 
 def test_f1_by():
-    own = Line("VBD", (0.1, 0.2, 1.0), (50, 60, 99.5), (1.0, 2.0, 0.5))
+    vbd = Line("VBD", (0.1, 0.2, 1.0), (50, 60, 99.5), (1.0, 2.0, 0.5))
     single = Line("SCAn", (0.1, 1.0), (0, 90), (None, None))
     paper = Line("VBD", (0.1, 1.0), (93.34, 99.3), (1.0, 1.0), is_paper=True)
-    figure = f1_by({"all-to-one": [own, paper, single], "all-to-all": [single]}, "opacity")
+    figure = f1_by({"all-to-one": [vbd, paper, single], "all-to-all": [single]}, "opacity")
     first, second = figure.axes
     assert first.get_xscale() == "log" and [text.get_text() for text in figure.legends[0].get_texts()] == [
         "VBD",
@@ -93,7 +93,7 @@ def test_f1_by():
     assert [f"{tick:g}" for tick in first.get_xticks()] == ["10", "20", "100"]
     bars, scan = first.containers
     np.testing.assert_allclose(bars.lines[0].get_xydata(), [[10, 50], [20, 60], [100, 99.5]])
-    np.testing.assert_allclose([each[:, 1] for each in bars.lines[2][0].get_segments()][1], [58, 62])
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.lines[2][0].get_segments()][1], [58, 62])
     assert not scan.has_yerr
     assert scan.lines[0].get_color() == second.containers[0].lines[0].get_color() != bars.lines[0].get_color()
     assert to_png(figure)

@@ -39,7 +39,7 @@ VBD, SCAN, ABL = (
 
 
 def flags(hits, false=0):
-    """So many of the 20 poisoned rows, and of the clean ones."""
+    """Flags on the first `hits` of the 20 poisoned rows and on `false` clean rows."""
     return (np.arange(ROWS) < hits) | (np.arange(ROWS) >= ROWS - false)
 
 
@@ -54,14 +54,14 @@ def suspect(attack, seed=0):
     return Suspect(read, seed, POISONED, ((),) * len(read.plan.parts), IS_POISONED)
 
 
-def tried(attack, defense, own_flags, seed=0, facts=None):
-    one = suspect(attack, seed)
-    detection = measure_detection(own_flags, own_flags.astype(float), one.is_poisoned)
-    return Measured(one, defense, None, (), detection, facts or {}, 2.0)
+def measure(attack, defense, own_flags, seed=0, facts=None):
+    case = suspect(attack, seed)
+    detection = measure_detection(own_flags, own_flags.astype(float), case.is_poisoned)
+    return Measured(case, defense, None, (), detection, facts or {}, 2.0)
 
 
-def summarise(*ones):
-    return detectors.summarise(ones, 3)
+def summarise(*measured):
+    return detectors.summarise(measured, 3)
 
 
 def line(table, *starts):
@@ -71,26 +71,26 @@ def line(table, *starts):
 
 @pytest.fixture(scope="module")
 def results():
-    ones = []
+    measured = []
     for seed in (0, 1):
-        ones += [
-            tried("white_square", VBD, flags(20 - 10 * seed), seed, {FOUND: 1.0, "smallest p-value": 0.0}),
-            tried("white_square", SCAN, flags(20), seed),
-            tried("big_kitty", VBD, flags(20), seed, {FOUND: 2.0, "smallest p-value": 0.0}),
-            tried("big_kitty", SCAN, flags(0), seed),
-            tried("white_square:opacity=0.1", VBD, flags(10), seed, {FOUND: 1.0}),
-            tried("white_square:opacity=0.1", SCAN, flags(20), seed),
-            tried("big_kitty:opacity=0.1", VBD, flags(20), seed, {FOUND: 1.0}),
-            tried("big_kitty:opacity=0.1", SCAN, flags(20), seed),
-            tried("white_square:opacity=0.5", VBD, flags(20), seed, {FOUND: 1.0}),
-            tried("white_square:opacity=0.5", SCAN, flags(20), seed),
-            tried("white_square_all_to_all:opacity=0.2", VBD, flags(20, 5), seed, {FOUND: 4.0}),
-            tried("white_square_all_to_all:opacity=0.2", SCAN, flags(0), seed),
-            tried("white_square:poison_rate=0.01", VBD, flags(20, 20), seed, {FOUND: 1.0}),
-            tried("none", VBD, flags(0, 4 * seed), seed, {FOUND: 0.0 + seed}),
-            tried("none", SCAN, flags(0, 2), seed),
+        measured += [
+            measure("white_square", VBD, flags(20 - 10 * seed), seed, {FOUND: 1.0, "smallest p-value": 0.0}),
+            measure("white_square", SCAN, flags(20), seed),
+            measure("big_kitty", VBD, flags(20), seed, {FOUND: 2.0, "smallest p-value": 0.0}),
+            measure("big_kitty", SCAN, flags(0), seed),
+            measure("white_square:opacity=0.1", VBD, flags(10), seed, {FOUND: 1.0}),
+            measure("white_square:opacity=0.1", SCAN, flags(20), seed),
+            measure("big_kitty:opacity=0.1", VBD, flags(20), seed, {FOUND: 1.0}),
+            measure("big_kitty:opacity=0.1", SCAN, flags(20), seed),
+            measure("white_square:opacity=0.5", VBD, flags(20), seed, {FOUND: 1.0}),
+            measure("white_square:opacity=0.5", SCAN, flags(20), seed),
+            measure("white_square_all_to_all:opacity=0.2", VBD, flags(20, 5), seed, {FOUND: 4.0}),
+            measure("white_square_all_to_all:opacity=0.2", SCAN, flags(0), seed),
+            measure("white_square:poison_rate=0.01", VBD, flags(20, 20), seed, {FOUND: 1.0}),
+            measure("none", VBD, flags(0, 4 * seed), seed, {FOUND: 0.0 + seed}),
+            measure("none", SCAN, flags(0, 2), seed),
         ]
-    return summarise(*ones)
+    return summarise(*measured)
 
 
 def test_the_grid_is_the_papers():
@@ -108,9 +108,11 @@ def test_the_grid_is_the_papers():
         "badnets",
         "none",
     ]
-    results = summarise(*(tried(name, VBD, flags(1)) for name in names))
-    assert [one["attack"] for one in detectors.grid(results)] == names[:4]
-    assert [one["attack"] for one in detectors.grid(results, (ALL_TO_ALL,), (1.0,))] == ["white_square_all_to_all"]
+    results = summarise(*(measure(name, VBD, flags(1)) for name in names))
+    assert [attack["attack"] for attack in detectors.grid(results)] == names[:4]
+    assert [attack["attack"] for attack in detectors.grid(results, (ALL_TO_ALL,), (1.0,))] == [
+        "white_square_all_to_all"
+    ]
     assert detectors.calibration_table(results).rows[-1][0] == "no attack"
     assert len(detectors.calibration_table(results).rows) == len(names) - 4
 
@@ -119,8 +121,8 @@ def test_f1_by_trigger_beside_the_paper(results):
     table = detectors.f1_table(results, ALL_TO_ONE, "cifar10")
     assert table.header == ("trigger", "VBD", "VBD, paper", "SCAn", "SCAn, paper")
     spread = 100 * np.std([1, f1(10)], ddof=1)
-    own = f"{50 * (1 + f1(10)):.1f} ± {spread:.1f}"
-    assert line(table, "White square") == (own, "97.5 ± 0.3", "100.0 ± 0.0", "97.9 ± 0.1")
+    ours = f"{50 * (1 + f1(10)):.1f} ± {spread:.1f}"
+    assert line(table, "White square") == (ours, "97.5 ± 0.3", "100.0 ± 0.0", "97.9 ± 0.1")
     assert line(table, "Big kitty") == ("100.0 ± 0.0", "99.9 ± 0.2", "0.0 ± 0.0", "100.0 ± 0.0")
     # Of the mean, the spread is that of the seeds' means: half the one above.
     mean = f"{100 * (3 + f1(10)) / 4:.1f} ± {spread / 2:.1f}"
@@ -157,33 +159,33 @@ def test_summary(results):
         ("all-to-all, blended", 1),
         ("all", 6),
     ]
-    every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
+    mean = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
     assert (
-        line(table, "all")[1].startswith(f"{every:.1f} ±") and line(table, "all")[2] is None
+        line(table, "all")[1].startswith(f"{mean:.1f} ±") and line(table, "all")[2] is None
     )  # the paper has no mean over these six
     assert line(table, "all-to-all, blended")[2] == "73.3 ± 0.8"
 
 
-def test_means_are_over_what_every_detector_was_tried_on():
+def test_means_are_over_sets_that_every_detector_was_evaluated_on():
     results = summarise(
-        tried("white_square", VBD, flags(20)),
-        tried("big_kitty", VBD, flags(0)),
-        tried("green_square", VBD, flags(10)),
-        tried("white_square", SCAN, flags(10)),
-        tried("big_kitty", SCAN, flags(10)),
+        measure("white_square", VBD, flags(20)),
+        measure("big_kitty", VBD, flags(0)),
+        measure("green_square", VBD, flags(10)),
+        measure("white_square", SCAN, flags(10)),
+        measure("big_kitty", SCAN, flags(10)),
     )
     table = detectors.f1_table(results, ALL_TO_ONE, "digits")
     assert line(table, "Green square") == (f"{100 * f1(10):.1f}", None)
     assert line(table, "mean of 2 triggers") == ("50.0", f"{100 * f1(10):.1f}")
-    assert "that every detector was tried on" in table.notes
+    assert "that every detector was evaluated on" in table.notes
     assert "Only settings" in detectors.summary_table(results, "digits").notes
 
 
 def test_sets_with_other_seeds_have_a_mean_without_spread():
     results = summarise(
-        tried("white_square", VBD, flags(20), 0),
-        tried("white_square", VBD, flags(0), 1),
-        tried("big_kitty", VBD, flags(20), 2),
+        measure("white_square", VBD, flags(20), 0),
+        measure("white_square", VBD, flags(0), 1),
+        measure("big_kitty", VBD, flags(20), 2),
     )
     mean = detectors.f1_of(results, results["attacks"], "vbd")
     assert mean.mean == pytest.approx(75) and mean.spread is None and mean.count == 2
@@ -199,7 +201,7 @@ def test_clean_sets_and_other_rates(results):
     assert line(table, "no attack", 0.0, "SCAn")[-1] == "–"
     rare = line(table, "White square (poison rate 0.01)", 0.1, "VBD")
     assert rare[2:5] == ("0.50 ± 0.00", "1.00 ± 0.00", f"{f1(20, 20):.2f} ± 0.00")
-    assert detectors.calibration_table(summarise(tried("white_square", VBD, flags(3)))) is None
+    assert detectors.calibration_table(summarise(measure("white_square", VBD, flags(3)))) is None
 
 
 def test_evidence(results):
@@ -207,7 +209,7 @@ def test_evidence(results):
     assert table.header == ("training set", "defense", FOUND)  # the p-value is in the table of every fact
     assert line(table, "Big kitty", "VBD") == ("2.0 ± 0.0",)
     assert all(row[1] == "VBD" for row in table.rows) and len(table.rows) == 8
-    assert detectors.evidence_table(summarise(tried("white_square", SCAN, flags(3)))) is None
+    assert detectors.evidence_table(summarise(measure("white_square", SCAN, flags(3)))) is None
 
 
 def test_nothing_to_show():
@@ -221,13 +223,13 @@ def test_nothing_to_show():
 
 
 def test_verdict(results):
-    said = detectors.verdict(results, ("vbd",))
-    every = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
-    assert said.headline == f"VBD finds the poisoned rows with a mean F1 of {every:.1f} % on 6 training sets."
-    assert said.level == "warning" and "On none of them is F1 below 50 %." in said.text
-    assert "False alarms: VBD flags 1.00 % of the rows of the clean training set." in said.text
-    assert f"SCAn: mean F1 66.7 % on 6 training sets where VBD has {every:.1f} %; fails on 2." in said.text
-    assert "given: training set, clean rows. On the clean set it flags 1.00 %." in said.text
+    outcome = detectors.verdict(results, ("vbd",))
+    mean = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
+    assert outcome.headline == f"VBD finds the poisoned rows with a mean F1 of {mean:.1f} % on 6 training sets."
+    assert outcome.level == "warning" and "F1 is never below 50 %." in outcome.text
+    assert "False alarms: VBD flags 1.00 % of the rows of the clean training set." in outcome.text
+    assert f"SCAn: mean F1 66.7 % on 6 training sets where VBD has {mean:.1f} %; fails on 2." in outcome.text
+    assert "receives: training set, clean rows. On the clean set it flags 1.00 %." in outcome.text
     other = detectors.verdict(results, ("scan",))
     assert other.level == "warning"
     assert other.headline.endswith("66.7 %, and fails on 2 of 6 training sets.")
@@ -236,43 +238,45 @@ def test_verdict(results):
 
 @pytest.mark.parametrize(("hits", "level"), [(20, "clean"), (15, "warning"), (5, "attacked")])
 def test_levels(hits, level):
-    results = summarise(tried("badnets", VBD, flags(hits)), tried("badnets", ABL, flags(10)))
-    said = detectors.verdict(results, ("vbd",))
-    assert said.level == level and "1 of the training sets with poisoned rows" in said.text
-    assert "number of poisons (no defender has that)" in said.text and "One seed only" in said.text
-    assert "nothing is known of false alarms" in said.text
+    results = summarise(measure("badnets", VBD, flags(hits)), measure("badnets", ABL, flags(10)))
+    outcome = detectors.verdict(results, ("vbd",))
+    assert outcome.level == level and "1 of the training sets with poisoned rows" in outcome.text
+    assert "number of poisons (not available to a real defender)" in outcome.text and "One seed only" in outcome.text
+    assert "the rate of false alarms is unknown" in outcome.text
 
 
 def test_verdict_of_a_clean_run():
-    said = detectors.verdict(summarise(tried("none", VBD, flags(0, 2))), ("vbd",))
-    assert said.level == "info" and "VBD flags 1.00 %" in said.text
+    outcome = detectors.verdict(summarise(measure("none", VBD, flags(0, 2))), ("vbd",))
+    assert outcome.level == "info" and "VBD flags 1.00 %" in outcome.text
 
 
 def comparisons():
     names = ["white_square", "white_square:opacity=0.5", "none", "white_square:poison_rate=0.01", "badnets+sig"]
     result = []
     for defense in (VBD, SCAN):
-        ones = [tried(name, defense, flags(15, 3), seed, {FOUND: 1.0}) for name in names for seed in (0, 1)]
-        noise = np.random.default_rng(1).random((len(ones), ROWS)).astype(np.float32)
-        result.append(Comparison(defense, Detection(np.stack([flags(15, 3)] * len(ones)), noise + flags(15, 3)), ones))
+        measured = [measure(name, defense, flags(15, 3), seed, {FOUND: 1.0}) for name in names for seed in (0, 1)]
+        noise = np.random.default_rng(1).random((len(measured), ROWS)).astype(np.float32)
+        result.append(
+            Comparison(defense, Detection(np.stack([flags(15, 3)] * len(measured)), noise + flags(15, 3)), measured)
+        )
     return result
 
 
 def test_sets_that_are_drawn_are_spread_out():
-    every = comparisons()
-    results = summarise(*(one for each in every for one in each.measured))
-    vbd, scan = detectors.spread_out(results, every, 3)
-    assert [one.suspect.attack.name for one in vbd.measured] == ["white_square", "none", "badnets+sig"]
-    assert {one.suspect.seed for one in scan.measured} == {0}
-    np.testing.assert_array_equal(scan.result.scores, every[1].result.scores[[0, 4, 8]])
-    assert len(detectors.spread_out(results, every)[0].measured) == 5
+    compared = comparisons()
+    results = summarise(*(measurement for comparison in compared for measurement in comparison.measured))
+    vbd, scan = detectors.spread_out(results, compared, 3)
+    assert [measurement.suspect.attack.name for measurement in vbd.measured] == ["white_square", "none", "badnets+sig"]
+    assert {measurement.suspect.seed for measurement in scan.measured} == {0}
+    np.testing.assert_array_equal(scan.result.scores, compared[1].result.scores[[0, 4, 8]])
+    assert len(detectors.spread_out(results, compared)[0].measured) == 5
     triggers, opacities = ("white_square", "big_kitty", "small_kitty"), (0.1, 0.2, 0.5, 1)
-    ones = [tried(f"{name}:opacity={opacity}", VBD, flags(3)) for name in triggers for opacity in opacities]
-    every = [Comparison(VBD, Detection(np.zeros((12, ROWS), bool), np.zeros((12, ROWS))), ones)]
-    (some,) = detectors.spread_out(summarise(*ones), every, 4)
-    settings = [one.suspect.attack.plan.parts[0] for one in some.measured]
-    assert {one.settings.opacity for one in settings} == set(opacities)
-    assert {one.attack.name for one in settings} == set(triggers)
+    measured = [measure(f"{name}:opacity={opacity}", VBD, flags(3)) for name in triggers for opacity in opacities]
+    compared = [Comparison(VBD, Detection(np.zeros((12, ROWS), bool), np.zeros((12, ROWS))), measured)]
+    (sample,) = detectors.spread_out(summarise(*measured), compared, 4)
+    settings = [measurement.suspect.attack.plan.parts[0] for measurement in sample.measured]
+    assert {part.settings.opacity for part in settings} == set(opacities)
+    assert {part.attack.name for part in settings} == set(triggers)
 
 
 def pattern(attack, label=1, known=True):
@@ -287,23 +291,23 @@ def pattern(attack, label=1, known=True):
 def test_patterns_that_are_drawn_are_of_many_attacks():
     found = [pattern("a", number) for number in range(3)] + [pattern("b"), pattern("c")]
     chosen = detectors.choose_patterns(found, 4)
-    assert [(one.attack, one.label) for one in chosen] == [("a", 0), ("a", 1), ("b", 1), ("c", 1)]
+    assert [(trigger.attack, trigger.label) for trigger in chosen] == [("a", 0), ("a", 1), ("b", 1), ("c", 1)]
 
 
-def test_report(tmp_path):
+def test_report(tmp_path, undrawn):
     folder = open_run(tmp_path / "run", UndefendedSettings(), experiment="vbd")
-    every = comparisons()
-    results = summarise(*(one for each in every for one in each.measured))
+    compared = comparisons()
+    results = summarise(*(measurement for comparison in compared for measurement in comparison.measured))
     found = [pattern("white square", label, known) for label in (1, 2) for known in (True, False)] * 2
     page = detectors.page(
         folder,
         results,
-        every,
+        compared,
         TRAIN,
         found,
         seconds={},
         about=("vbd",),
-        extra_sections=(Section("Of my own", "said <here>"),),
+        extra_sections=(Section("My section", "said <here>"),),
     )
     run = {"settings": {"dataset": "cifar10"}, "timings": {"no defense": 1.0}, "reproduce": "python -m experiments.vbd"}
     publish(folder, page, **run, sources={"training data": TRAIN.source})
@@ -311,10 +315,10 @@ def test_report(tmp_path):
     for title in (
         "Results",
         "Clean sets and other settings",
-        "Of my own",
+        "My section",
         "Found triggers",
         "Scores",
-        "What the flags rest on",
+        "Evidence behind the flags",
     ):
         assert title in page
     assert "said &lt;here&gt;" in page and "VBD, paper" in page and "target 2: a false alarm" in page
@@ -327,6 +331,6 @@ def test_report(tmp_path):
         *(f"{kind}-{name}.png" for kind in ("roc", "scores") for name in ("vbd", "scan")),
     }
     table = (folder.path / "table.md").read_text()
-    assert "**F1, all-to-one, full opacity**" in table and "**Who was given what**" in table
+    assert "**F1, all-to-one, full opacity**" in table and "**What each method receives**" in table
     assert table.startswith(f"**{detectors.main_table(results, 'cifar10').title}**")
     assert (folder.path / "timings.json").exists()

@@ -75,7 +75,7 @@ def test_the_places_are_all_there():
     assert table.rows[1][1:4] == ("1.00", "0 of 3", "0 of 3") and table.rows[1][4] == pytest.approx(0.5)
 
 
-def test_a_section_with_its_numbers(tmp_path):
+def test_a_section_with_its_numbers(tmp_path, undrawn):
     (section,) = feature_variance(RunFolder(tmp_path, True), MEASURED)
     assert section.title == "Feature variance"
     assert "Yes: 2 of 2 backdoored networks" in section.text and "factor of" in section.text
@@ -90,7 +90,7 @@ def test_no_section_without_an_attacked_network(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["feature_variance.json"]
 
 
-def test_the_loss_gap_has_a_figure_for_each_attack_and_a_row_for_each_network(tmp_path):
+def test_the_loss_gap_has_a_figure_for_each_attack_and_a_row_for_each_network(tmp_path, undrawn):
     curves = {"clean rows": np.ones((2, 8)), "poisoned rows": np.full((2, 8), 0.5)}
     small, large = (LossGap(name, 1200, curves, (3, 5), 20, (0.9, 0.7)) for name in ("small", "large"))
     (section,) = loss_gap(RunFolder(tmp_path, True), [("BadNets", [small, large]), ("Blended", [small])])
@@ -103,7 +103,7 @@ def test_the_loss_gap_has_a_figure_for_each_attack_and_a_row_for_each_network(tm
     assert loss_gap(RunFolder(tmp_path, True), []) == ()
 
 
-def test_the_verification_section_names_every_answer(tmp_path, monkeypatch):
+def test_the_verification_section_names_every_predicted_class(tmp_path, monkeypatch, undrawn):
     heat = VerificationHeat(
         np.full((IMAGES, len(VIEWS), 8, 8, 1), 0.5, np.float32),
         np.zeros((IMAGES, len(VIEWS), 8, 8), np.float32),
@@ -118,7 +118,7 @@ def test_the_verification_section_names_every_answer(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "overlay_grid", overlay_grid)
     (section,) = verification(RunFolder(tmp_path, True), [("BadNets", heat), ("Blended", heat)], 10)
-    assert section.title == "Where the verification network looks"
+    assert section.title == "Grad-CAM of the verification network"
     assert section.figures[0].image == tmp_path / "verification.png" and section.figures[0].image.stat().st_size > 0
     assert drawn["names"] == ["BadNets"] * IMAGES + ["Blended"] * IMAGES and drawn["shape"][:2] == (2 * IMAGES, 4)
     assert drawn["captions"][0] == ["class 3", "the defender's class", "class 0", "class 0"]

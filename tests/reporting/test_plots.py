@@ -1,5 +1,6 @@
 import io
 import os
+from functools import cache
 
 import matplotlib
 import matplotlib.colors
@@ -31,10 +32,18 @@ FIGURES = {
     "training_curves": lambda: plots.training_curves(
         {"teachers": {"loss": MATRIX, "validation_loss": MATRIX + 1}, "student": {"loss": MATRIX[0]}}, "Training"
     ),
+    "score_histograms": lambda: plots.score_histograms(
+        [plots.Scores("one", MATRIX.ravel(), MATRIX.ravel() > 0.7), plots.Scores("two", MATRIX.ravel(), None)], "LfD"
+    ),
     "bars": lambda: plots.bars(
         NAMES, {"CDA": [0.9, 0.8, 0.7], "ASR": [0.1, None, 0.0]}, {"CDA": [0.01, None, 0.02]}, "Defenses"
     ),
 }
+
+
+@cache
+def png_of(name: str) -> bytes:
+    return plots.to_png(FIGURES[name]())
 
 
 def pixels_of(figure) -> np.ndarray:
@@ -54,9 +63,9 @@ def count_blocks(pixels: np.ndarray, colour, side: int) -> int:
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_same_arrays_give_the_same_png(name):
-    first, second = plots.to_png(FIGURES[name]()), plots.to_png(FIGURES[name]())
+    first = png_of(name)
     assert first.startswith(b"\x89PNG\r\n\x1a\n")
-    assert first == second
+    assert first == plots.to_png(FIGURES[name]())
     image = Image.open(io.BytesIO(first))
     assert image.width > 100
     assert image.height > 100
@@ -64,21 +73,20 @@ def test_the_same_arrays_give_the_same_png(name):
     assert "Creation Time" not in image.info
 
 
-def test_figures_do_not_depend_on_the_readers_settings_nor_change_them():
-    expected = plots.to_png(FIGURES["bars"]())
+def test_figures_neither_depend_on_the_users_settings_nor_change_them():
     with matplotlib.rc_context({"font.size": 30, "figure.dpi": 30, "axes.facecolor": "red"}):
         before = dict(matplotlib.rcParams)
-        assert plots.to_png(FIGURES["bars"]()) == expected
+        assert plots.to_png(FIGURES["bars"]()) == png_of("bars")
         assert dict(matplotlib.rcParams) == before
 
 
 def test_save_is_atomic(tmp_path, monkeypatch):
     path = plots.save(FIGURES["image_grid"](), tmp_path / "triggers.png")
     before = path.read_bytes()
-    assert before == plots.to_png(FIGURES["image_grid"]())
+    assert before == png_of("image_grid")
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        plots.save(FIGURES["bars"](), path)
+        plots.save(FIGURES["colour_image_grid"](), path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["triggers.png"]
 
@@ -115,7 +123,7 @@ def test_matrix_prints_numbers_that_can_be_read():
             for colour in (image.cmap(image.norm(value))[:3], text.get_color())
         ]
         contrast = (max(luminances) + 0.05) / (min(luminances) + 0.05)
-        assert contrast > 4.5, (value, contrast)  # what accessibility guidelines ask for
+        assert contrast > 4.5, (value, contrast)  # the minimum of the accessibility guidelines
 
 
 def test_matrix_sets_the_last_row_apart():
@@ -196,17 +204,17 @@ def test_names_in_scripts_the_font_lacks_are_no_reason_to_stop():
 @pytest.mark.parametrize(
     ("draw", "message"),
     [
-        (lambda: plots.matrix(MATRIX, ["a"], ["b"], "t"), r"shape \(8, 7\), the names call for \(1, 1\)"),
-        (lambda: plots.matrix(MATRIX[:1, :1] + 1, ["a"], ["b"], "t"), r"should lie in 0\.\.1"),
-        (lambda: plots.image_grid([[np.zeros((8, 8, 2))]], [], [], "t"), r"should be \[height, width, 1 or 3\]"),
-        (lambda: plots.image_grid(IMAGES * 255, [], [], "t"), r"images go from .* should lie in 0\.\.1"),
-        (lambda: plots.image_grid(IMAGES * np.nan, [], [], "t"), "have NaN among them"),
-        (lambda: plots.image_grid([], [], [], "t"), "no images to draw"),
+        (lambda: plots.matrix(MATRIX, ["a"], ["b"], "t"), r"shape \(8, 7\); it must have shape \(1, 1\)"),
+        (lambda: plots.matrix(MATRIX[:1, :1] + 1, ["a"], ["b"], "t"), r"must lie in 0\.\.1"),
+        (lambda: plots.image_grid([[np.zeros((8, 8, 2))]], [], [], "t"), r"must be \[height, width, 1 or 3\]"),
+        (lambda: plots.image_grid(IMAGES * 255, [], [], "t"), r"images ranges from .* must lie in 0\.\.1"),
+        (lambda: plots.image_grid(IMAGES * np.nan, [], [], "t"), "images has NaN"),
+        (lambda: plots.image_grid([], [], [], "t"), "images is empty"),
         (lambda: plots.image_grid(IMAGES, ["a"], [], "t"), "row_names has shape"),
         (lambda: plots.image_grid(IMAGES, [], ["a"], "t"), "column_names has shape"),
         (
             lambda: plots.image_grid(IMAGES, [], [], "t", captions=[["a"]]),
-            r"captions come in rows of \[1\], images \[3, 3\]",
+            r"captions has rows of lengths \[1\], images \[3, 3\]",
         ),
         (lambda: plots.overlay_grid(IMAGES, IMAGES[:1, ..., 0], [], [], "t"), "heat_maps has 1 rows, images has 2"),
         (lambda: plots.overlay_grid(IMAGES, IMAGES[..., :4, 0], [], [], "t"), "a heat map has shape"),
@@ -256,7 +264,7 @@ def test_histograms_are_shares_of_each_group_outliers_included():
         [plots.Scores("one", scores, is_poisoned), plots.Scores("two", scores, None)], "LfD", bins=10
     )
     first, second = figure.axes
-    assert [sum(each) for each in heights(first)] == [pytest.approx(1)] * 2 and len(first.patches) == 2
+    assert [sum(shares) for shares in heights(first)] == [pytest.approx(1)] * 2 and len(first.patches) == 2
     assert first.get_xlim()[1] < 4 and len(second.patches) == 1
     assert heights(first)[1][:5].sum() == 0 and sum(heights(second)[0]) == pytest.approx(1)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "poisoned", "rows"]

@@ -68,7 +68,7 @@ def make_report(name: str = "student") -> Report:
         title=f"TA-KD, {name}",
         verdict=Verdict("clean", f"All is well with {name}.", f"First.\n\nSecond {name}."),
         key_numbers={name: "0.95"},
-        facts=Table("What each defense was given", ("defense", "needs"), ((name, "clean data"),)),
+        facts=Table("What each method receives", ("defense", "needs"), ((name, "clean data"),)),
         sections=(
             Section(f"Results of {name}", f"One.\n\nTwo {name}.", (table,), (Figure(PNG, name, name),)),
             Section("Nothing more"),
@@ -86,7 +86,7 @@ def test_the_page_is_well_formed_and_complete():
     assert page.open == []
     assert source.startswith("<!DOCTYPE html>")
     assert page.text["title"] == page.text["h1"] == ["TA-KD, student"]
-    contents = ["What each defense was given", "Results of student", "Nothing more", "Reproduce this", "Timings"]
+    contents = ["What each method receives", "Results of student", "Nothing more", "Reproduce this", "Timings"]
     assert [text for text in page.text["h2"] if text != "Contents"] == [*contents, "Settings", "Provenance"]
     assert page.text["figcaption"] == ["Table of student", "student"]
     assert page.text["code"] == ["python experiments/ta_kd.py --dataset=student"]
@@ -99,7 +99,7 @@ def test_the_page_is_well_formed_and_complete():
 def test_the_verdict_comes_first():
     source = render(make_report())
     body = source[source.index("<body>") :]
-    assert body.index("All is well") < body.index("Contents") < body.index("What each defense was given")
+    assert body.index("All is well") < body.index("Contents") < body.index("What each method receives")
 
 
 def test_every_link_of_the_contents_leads_somewhere():

@@ -62,11 +62,11 @@ class TestAssemble:
             schema.assemble(("charm",), 10, SEEDS, [], [], [])
 
     def test_a_cell_holds_means_facts_and_every_seed(self):
-        one = cell("badnets", "abl", 0.8, 0.1)
-        assert list(one) == ["attack", "method", "summary", "facts", "by_seed"]
-        assert one["summary"]["asr"] == {"mean": pytest.approx(0.2), "standard_deviation": pytest.approx(0.02**0.5)}
-        assert one["facts"] == {"kept": {"mean": 7.0, "standard_deviation": 0.0}}
-        assert [row["seed"] for row in one["by_seed"]] == [3, 4]
+        made = cell("badnets", "abl", 0.8, 0.1)
+        assert list(made) == ["attack", "method", "summary", "facts", "by_seed"]
+        assert made["summary"]["asr"] == {"mean": pytest.approx(0.2), "standard_deviation": pytest.approx(0.02**0.5)}
+        assert made["facts"] == {"kept": {"mean": 7.0, "standard_deviation": 0.0}}
+        assert [row["seed"] for row in made["by_seed"]] == [3, 4]
 
     def test_a_fact_that_a_seed_does_not_have_is_unknown(self):
         rows = [{"seed": 0, "facts": {"a": 1.0}}, {"seed": 1, "facts": {"b": 2.0}}]
@@ -92,8 +92,8 @@ class TestLookUp:
         assert schema.is_known(results, "asr") and not schema.is_known(results, "control_asr")
 
     def test_texts_of_numbers(self):
-        one = schema.find(make(), "badnets", "none")
-        assert [schema.number_text(one, name, 2) for name in ("cda", "asr", "control_asr")] == [
+        badnets = schema.find(make(), "badnets", "none")
+        assert [schema.number_text(badnets, name, 2) for name in ("cda", "asr", "control_asr")] == [
             "0.90 ± 0.00",
             "0.70 ± 0.14",
             "–",

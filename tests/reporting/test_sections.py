@@ -80,15 +80,15 @@ class TestComparisonTable:
         assert [row[0] for row in turned.rows] == ["no defense", "ABL", "LfD, then ABL"]
 
     def test_a_single_seed_has_no_spread(self):
-        tree = make(attacks=[{**one, "seeds": [0]} for one in ATTACKS], seeds=[0])
+        tree = make(attacks=[{**attack, "seeds": [0]} for attack in ATTACKS], seeds=[0])
         notes = shared.comparison_table(tree, ("cda",), "training set").notes
-        assert "A single seed has no spread" in notes and "Largest" not in notes
+        assert "One seed only" in notes and "Largest" not in notes
 
 
 class TestTables:
     def test_needs_have_a_column_if_a_method_has_them(self):
         needs = {"training set": "rows", "clean rows": "clean rows", "number of poisons": "count"}
-        first, last = {"defense": lambda one: one["title"]}, {"base": lambda one: one["base"]}
+        first, last = {"defense": lambda method: method["title"]}, {"base": lambda method: method["base"]}
         table = shared.needs_table(make(), first, needs, last, "Given.")
         assert table.header == ("defense", "clean rows", "count", "base")
         assert table.rows[1] == ("ABL", None, "yes", "abl") and table.rows[2] == (
@@ -97,7 +97,7 @@ class TestTables:
             None,
             "lfd+abl",
         )
-        assert table.notes == "Given. Number of poisons: no defender has that."
+        assert table.notes == "Given. Number of poisons: not available to a real defender."
 
     def test_cells_as_rows(self):
         tree = make()
@@ -116,7 +116,7 @@ class TestSentences:
             ([["removed at a cost"]], "ABL removes the backdoor, but at a cost of accuracy."),
             ([["weakened"]], "ABL weakens the backdoor, but does not remove it."),
             ([["kept"]], "ABL does not remove the backdoor."),
-            ([[None]], "ABL was not tried on the backdoor."),
+            ([[None]], "ABL was not evaluated on the backdoor."),
             ([["removed", "kept", None]], "ABL removes 1 of 3 backdoors."),
             ([["removed"], ["kept"]], "1 of 2 defenses remove the backdoor."),
             ([["removed", "removed"], ["removed", "weakened"]], "1 of 2 defenses remove all 2 backdoors."),

@@ -31,7 +31,7 @@ TEACHER, STUDENT = make_model("wrn_28_4", 4, 4), make_model("wrn_16_2", 4, 4)
 @dataclass(frozen=True)
 class Settings:
     epochs: int = 1
-    """of it"""
+    """number of epochs"""
 
 
 def method(text, title, *needs):
@@ -65,23 +65,23 @@ def suspect(text, seed, label=""):
 def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label=""):
     comparisons, controls = [], []
     for variant in variants:
-        tried, own = [], []
+        measured, method_controls = [], []
         for text, by_method in cells.items():
             for seed in seeds:
                 cda, asr, control = by_method[variant.defense.name]
                 under = () if asr is None else (AttackMetrics(cda, asr, 1 - asr, None, None, None),)
-                one, nothing = suspect(text, seed, label), measure_detection(None, None, None)
-                tried.append(Measured(one, variant, cda + 0.02 * seed, under, nothing, {"kept": 1.0}, 2.0))
-                own.append(control)
+                teacher, nothing = suspect(text, seed, label), measure_detection(None, None, None)
+                measured.append(Measured(teacher, variant, cda + 0.02 * seed, under, nothing, {"kept": 1.0}, 2.0))
+                method_controls.append(control)
         result = DefenseResult(TEACHER if variant is NONE else STUDENT, {})
-        comparisons.append(Comparison(variant, result, tried))
-        controls.append(own)
+        comparisons.append(Comparison(variant, result, measured))
+        controls.append(method_controls)
     return numbers.summarise(comparisons, controls, numbers.Networks(TEACHER, SHAPE), 100, 5), comparisons
 
 
 @pytest.fixture(scope="module", autouse=True)
 def count_once():
-    """Counting a deep network takes longer than all else here."""
+    """Counting the parameters of a deep network takes longer than everything else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(numbers, "count_parameters", cache(count_parameters))
         yield
@@ -106,10 +106,10 @@ class TestSummarise:
         assert cell["summary"]["cda"]["mean"] == pytest.approx(0.89)
         assert find(results, "none", "fkd")["summary"]["control_asr"] == {"mean": None, "standard_deviation": None}
 
-    def test_nothing_is_said_of_training_sets(self, results):
+    def test_there_are_no_numbers_on_training_sets(self, results):
         text = json.dumps(results)
         assert "num_poisoned" not in text and "flagged" not in text
-        assert [one["is_clean"] for one in results["attacks"]] == [False, False, False, True]
+        assert [attack["is_clean"] for attack in results["attacks"]] == [False, False, False, True]
         assert results["attacks"][-1]["title"] == "clean teacher"
 
     def test_networks_and_their_sizes(self, results):
@@ -127,14 +127,14 @@ class TestWords:
     def test_a_backdoor_passes_if_it_succeeds_and_the_control_does_not(self, results, attack, expected):
         assert numbers.passes(results, attack, "fkd") is expected
 
-    def test_without_a_control_only_failure_can_be_told(self):
+    def test_without_a_control_only_failure_is_known(self):
         cells = {
             name: {"none": (0.9, 1.0, None), "fkd": (0.9, asr, None)} for name, asr in (("badnets", 0.9), ("sig", 0.1))
         }
         results, _ = summarise(cells, (NONE, FKD))
         assert numbers.passes(results, "badnets", "fkd") is None and numbers.passes(results, "sig", "fkd") is False
-        said = numbers.verdict(results, "robust_kd")
-        assert said.level == "info" and "cannot be said of BadNets: there is no control" in said.headline
+        outcome = numbers.verdict(results, "robust_kd")
+        assert outcome.level == "info" and "passes through FKD: there is no control for BadNets" in outcome.headline
 
     def test_only_what_passes_can_be_removed(self, results):
         assert numbers.word_of(results, "badnets", "robust_kd", "fkd") == "removed"
@@ -145,7 +145,7 @@ class TestWords:
         assert numbers.word_of(results, "badnets", "fkd", "fkd") is None
 
     @pytest.mark.parametrize(
-        ("own", "expected"),
+        ("numbers_after", "expected"),
         [
             ((0.86, 0.1, 0.0), "removed"),
             ((0.86, 0.23, 0.0), "removed"),
@@ -155,8 +155,8 @@ class TestWords:
             ((0.77, 0.0, 0.0), "removed at a cost"),
         ],
     )
-    def test_a_method_removes_at_a_price_that_is_bounded(self, own, expected):
-        cells = {"badnets": {**CELLS["badnets"], "robust_kd": own}}
+    def test_a_method_removes_at_a_price_that_is_bounded(self, numbers_after, expected):
+        cells = {"badnets": {**CELLS["badnets"], "robust_kd": numbers_after}}
         assert numbers.word_of(summarise(cells)[0], "badnets", "robust_kd", "fkd") == expected
 
     def test_the_plain_method_is_the_one_without_settings(self):
@@ -168,55 +168,59 @@ class TestWords:
 
 class TestVerdict:
     def test_by_hand(self, results):
-        said = numbers.verdict(results, "robust_kd")
-        assert said.level == "clean"
-        assert said.headline == "RobustKD removes the backdoor that passes through FKD."
+        outcome = numbers.verdict(results, "robust_kd")
+        assert outcome.level == "clean"
+        assert outcome.headline == "RobustKD removes the backdoor that passes through FKD."
         assert (
             "BadNets: the teacher has ASR 1.00 (the clean network 0.05), FKD's student 0.90 (clean teacher's 0.10)"
-            in said.text
+            in outcome.text
         )
-        assert "RobustKD removes it: ASR 0.05 (clean teacher's 0.04), CDA 0.87 against 0.89." in said.text
+        assert "RobustKD removes it: ASR 0.05 (clean teacher's 0.04), CDA 0.87 against 0.89." in outcome.text
         for title in ("Blended", "SIG"):
-            line = next(line for line in said.text.split("\n\n") if line.startswith(title))
-            assert line.endswith("the backdoor does not pass through FKD, so there was nothing to remove.")
-        assert "Clean teacher: teacher itself has CDA 0.930; FKD has CDA 0.910; RobustKD has CDA 0.900." in said.text
+            line = next(line for line in outcome.text.split("\n\n") if line.startswith(title))
+            assert line.endswith("the backdoor does not pass through FKD, so there is nothing to remove.")
+        assert "Clean teacher: teacher itself has CDA 0.930; FKD has CDA 0.910; RobustKD has CDA 0.900." in outcome.text
 
     def test_where_none_passes_nothing_is_claimed(self):
         results, _ = summarise({name: CELLS[name] for name in ("blended", "sig", "none")})
-        said = numbers.verdict(results, "robust_kd")
-        assert said.level == "info"
-        assert said.headline == "No backdoor passes through FKD here, so there was nothing to remove for RobustKD."
+        outcome = numbers.verdict(results, "robust_kd")
+        assert outcome.level == "info"
+        assert outcome.headline == "No backdoor passes through FKD here, so there is nothing to remove for RobustKD."
 
-    def test_a_teacher_without_a_backdoor_has_none_to_hand_on(self):
+    def test_a_teacher_without_a_backdoor_has_nothing_to_pass_on(self):
         cells = {"badnets": {**CELLS["badnets"], "none": (0.9, 0.29, 0.1), "fkd": (0.9, 0.2, 0.1)}, "sig": CELLS["sig"]}
-        said = numbers.verdict(summarise(cells)[0], "robust_kd")
-        assert said.text.split("\n\n")[0].endswith(
-            "the teacher has no backdoor to hand on, so there was nothing to remove."
-        )
-        assert said.text.split("\n\n")[1].endswith("does not pass through FKD, so there was nothing to remove.")
+        outcome = numbers.verdict(summarise(cells)[0], "robust_kd")
+        assert outcome.text.split("\n\n")[0].endswith("the teacher has no backdoor, so there is nothing to remove.")
+        assert outcome.text.split("\n\n")[1].endswith("does not pass through FKD, so there is nothing to remove.")
 
     def test_what_is_not_removed(self):
         cells = {name: {**CELLS["badnets"], "robust_kd": (0.8, 0.8, 0.1)} for name in ("badnets", "sig")}
-        said = numbers.verdict(summarise(cells)[0], "robust_kd")
-        assert (said.level, said.headline) == ("attacked", "RobustKD removes 0 of 2 backdoors that pass through FKD.")
+        outcome = numbers.verdict(summarise(cells)[0], "robust_kd")
+        assert (outcome.level, outcome.headline) == (
+            "attacked",
+            "RobustKD removes 0 of 2 backdoors that pass through FKD.",
+        )
         cells["sig"] = CELLS["badnets"]
-        said = numbers.verdict(summarise(cells)[0], "robust_kd")
-        assert (said.level, said.headline) == ("warning", "RobustKD removes 1 of 2 backdoors that pass through FKD.")
+        outcome = numbers.verdict(summarise(cells)[0], "robust_kd")
+        assert (outcome.level, outcome.headline) == (
+            "warning",
+            "RobustKD removes 1 of 2 backdoors that pass through FKD.",
+        )
 
     def test_variants_and_none(self):
         results, _ = summarise(variants=(NONE, FKD, ROBUST, ORACLE))
         assert numbers.verdict(results, "robust_kd").headline.startswith("2 of 2 variants remove the backdoor")
         results, _ = summarise(variants=(NONE, FKD))
-        said = numbers.verdict(results, "robust_kd")
-        assert (said.level, said.headline) == ("attacked", "1 backdoor of 3 passes through FKD.")
+        outcome = numbers.verdict(results, "robust_kd")
+        assert (outcome.level, outcome.headline) == ("attacked", "1 backdoor of 3 passes through FKD.")
         results, _ = summarise(variants=(NONE, ROBUST))
         assert "Plain distillation is not among" in numbers.verdict(results, "robust_kd").headline
 
-    def test_nobody_knows_the_trigger(self):
+    def test_an_unknown_trigger(self):
         results, _ = summarise({"none": CELLS["none"]}, seeds=(0,), label="your teacher")
-        said = numbers.verdict(results, "robust_kd")
-        assert said.level == "info" and said.headline.startswith("Trigger unknown")
-        assert "Your teacher: teacher itself has CDA 0.920" in said.text and said.text.endswith(
+        outcome = numbers.verdict(results, "robust_kd")
+        assert outcome.level == "info" and outcome.headline.startswith("Trigger unknown")
+        assert "Your teacher: teacher itself has CDA 0.920" in outcome.text and outcome.text.endswith(
             "small differences mean nothing."
         )
         results, _ = summarise({"none": CELLS["none"]})
@@ -236,7 +240,7 @@ class TestTables:
         assert table.rows[1][4] == "0.910 / – / –"
         assert "CDA 0.014" in table.notes and "ASR 0.000" in table.notes
 
-    def test_details_tell_what_passes_and_what_is_removed(self, results):
+    def test_details_show_what_passes_and_what_is_removed(self, results):
         table = numbers.detail_table(results, "fkd")
         found = {row[:2]: row[-2:] for row in table.rows}
         assert found["BadNets", "teacher itself"] == ("yes", None)
@@ -248,12 +252,12 @@ class TestTables:
         assert len(table.rows) == 4 * 3 * 2
         assert table.rows[3] == ("BadNets", "FKD", "6", pytest.approx(0.9), 0.9, 0.1, pytest.approx(0.1))
 
-    def test_who_was_given_what(self):
+    def test_what_each_method_receives(self):
         table = numbers.needs_table(summarise(variants=(NONE, FKD, ORACLE))[0])
         assert table.header[1:4] == ("the teacher", "clean rows", "attacker's trigger")
         assert [row[1:4] for row in table.rows] == [(None,) * 3, ("yes", "yes", None), ("yes", "yes", "yes")]
         assert table.rows[0][6] == "100.0 %" and table.rows[1][4] == "wrn_16_2 width 4"
-        assert "no defender has that" in table.notes
+        assert "not available to a real defender" in table.notes
 
     def test_beside_the_paper(self):
         cells = {"ckd": CELLS["badnets"], "latent_backdoor": CELLS["badnets"], "sig": CELLS["sig"]}
@@ -278,10 +282,10 @@ class TestTables:
         assert shared.published_table(results, "digits") is None
 
 
-def test_the_report_and_its_files(everything, tmp_path):
+def test_the_report_and_its_files(everything, tmp_path, undrawn):
     results, comparisons = everything
     folder = open_run(tmp_path / "run", Settings(), experiment="robust_kd")
-    own = Section("Variance", "Of features.", (Table("mine", ("a",), ((1,),)),))
+    section = Section("Variance", "Of features.", (Table("mine", ("a",), ((1,),)),))
     timings = {"method fkd": 3.0}
     made = numbers.page(
         folder,
@@ -291,7 +295,7 @@ def test_the_report_and_its_files(everything, tmp_path):
         seconds=shared.seconds_of(comparisons, timings),
         title="RobustKD on it",
         about="robust_kd",
-        extra_sections=(own,),
+        extra_sections=(section,),
     )
     assert list(made.key_numbers) == [
         "parameters of the teacher",

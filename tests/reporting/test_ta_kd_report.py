@@ -16,7 +16,7 @@ TRIGGERS = make_provider_triggers(jax.random.key(0), (8, 8, 1), 2)._replace(name
 
 
 def logits(classes, strength=1.0):
-    """Logits that name these classes, int [members, views, N]."""
+    """Logits that predict these classes, int [members, views, N]."""
     return strength * np.eye(3, dtype=np.float32)[np.asarray(classes)]
 
 
@@ -24,7 +24,7 @@ def logits(classes, strength=1.0):
 CLEAN = logits([[[0, 1, 2, 1, 2], [0, 1, 2, 1, 0], [0, 1, 2, 1, 2]]])
 TEACHERS = logits(
     [
-        [[0, 1, 2, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 0, 2]],  # the first obeys its own trigger
+        [[0, 1, 2, 1, 1], [0, 0, 0, 0, 0], [0, 1, 2, 0, 2]],  # the first responds to its own trigger
         [[0, 1, 2, 2, 1], [0, 1, 2, 1, 2], [0, 0, 0, 0, 2]],
     ]
 )
@@ -82,7 +82,7 @@ def test_votes_and_their_ties():
     assert hard["per_trigger"] == {"asr": [1.0, 0.75], "r_acc": [0.0, 0.25]}
     assert results["ties"] == [{"clean": 0.2, "triggered": [0.8, 0.4]}]
 
-    sure = np.concatenate([TEACHERS[:1], 5 * TEACHERS[1:]])  # the second teacher is surer of what it says
+    sure = np.concatenate([TEACHERS[:1], 5 * TEACHERS[1:]])  # the second teacher is more confident
     answers = [{"clean": CLEAN} | ANSWERS | {"teachers": sure}]
     results = summarise(answers, tie="soft")
     for vote in ("soft vote", "hard vote"):
@@ -92,7 +92,7 @@ def test_votes_and_their_ties():
 
 
 def test_the_soft_votes_space():
-    # Raw logits let one loud teacher decide; probabilities count it once.
+    # Raw logits let one confident teacher decide; probabilities count it once.
     quiet = logits(np.tile([0, 1, 2, 1, 2], (2, 3, 1)), 4.0)
     loud = logits(np.ones((1, 3, 5), int), 50.0)
     answers = [ANSWERS | {"teachers": np.concatenate([quiet, loud])}]
@@ -117,8 +117,8 @@ def test_without_a_clean_reference_there_are_no_differences():
         assert set(cell["summary"]) == {"cda", "asr", "r_acc"}
 
 
-def test_without_triggers_nothing_is_said_of_attacks():
-    answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
+def test_without_triggers_there_is_no_success_rate():
+    answers = [{role: role_logits[:, :1] for role, role_logits in ANSWERS.items()}]
     results = summarise(answers, [None])
     assert results["attacks"][0]["triggers"] == [None] and results["cross_trigger"] == [None]
     assert results["ties"] == [{"clean": 0.2, "triggered": []}]
@@ -167,12 +167,12 @@ def test_the_papers_rows_stand_beside_ours(dataset):
     for row, style in zip(rows, table.row_styles, strict=True):
         assert (style == "paper") == row[0].startswith("the paper's ")
         assert (style == "ours") == (row[0] in ("aggregated model (TA)", "student"))
-    own = [row[0] for row in rows]
+    names = [row[0] for row in rows]
     for name in (row[0].removeprefix("the paper's ") for row in printed):
-        assert own.index(f"the paper's {name}") == own.index(name) + 1
+        assert names.index(f"the paper's {name}") == names.index(name) + 1
 
 
-def test_no_paper_has_other_data():
+def test_other_data_has_no_rows_of_the_paper():
     assert not any(row[0].startswith("the paper's") for row in cells(ta_kd.main_table(summarise(), "mine")))
 
 
@@ -235,7 +235,7 @@ def test_the_table_of_teachers():
         ("teacher 1", "solid", "0.800", "1.000", "0.000", "0.200", "0.875", "0.875"),
         ("teacher 2", "noise", "0.600", "0.750", "0.250", "0.400", "0.625", "0.625"),
     )
-    answers = [{role: each[:, :1] for role, each in ANSWERS.items()}]
+    answers = [{role: role_logits[:, :1] for role, role_logits in ANSWERS.items()}]
     unknown = cells(ta_kd.teacher_table(summarise(answers, [None])))
     assert unknown[0] == ("teacher 1", "–", "0.800", *("–",) * 5)
 
@@ -244,7 +244,7 @@ def test_the_table_of_sizes_and_of_needs():
     assert cells(ta_kd.size_table(summarise())) == (("ensemble (votes)", "50"), ("student", "12"))
     needs = dict(ta_kd.needs_table(summarise()).rows)
     assert needs["hard vote"] == "suspect models" and needs["student's net, clean rows only"] == "clean rows"
-    assert needs["teachers (mean)"] == "none: the suspect models as they are"
+    assert needs["teachers (mean)"] == "none: the suspect models themselves"
     assert needs["student"] == "the aggregated model, clean rows"
 
 
@@ -252,7 +252,7 @@ def test_the_table_of_sizes_and_of_needs():
 
 
 def measured(teachers=0.9, aggregated=0.01, student=0.02, fine_tuned=0.4, cda=0.8, clean=None):
-    """As `summarise` gives it, with no more than a verdict reads."""
+    """The result of `summarise`, reduced to what a verdict reads."""
     asr = {
         **{"teachers": teachers, "soft vote": 0.31, "hard vote": 0.32, "aggregated": aggregated, "student": student},
         **{"alone": 0.03, "fine-tuned": fine_tuned},
@@ -273,52 +273,52 @@ def measured(teachers=0.9, aggregated=0.01, student=0.02, fine_tuned=0.4, cda=0.
 
 
 def test_removed():
-    said = ta_kd.verdict(measured())
-    assert said.level == "clean"
-    assert said.headline == (
-        "The backdoors are gone: mean ASR 0.010 for the aggregated model and 0.020 for the student, at CDA 0.750 and 0.800."
+    outcome = ta_kd.verdict(measured())
+    assert outcome.level == "clean"
+    assert outcome.headline == (
+        "The backdoors are removed: mean ASR 0.010 for the aggregated model and 0.020 for the student, at CDA 0.750 and 0.800."
     )
-    assert said.text.startswith("All 7 teachers together reach a mean ASR of 0.900 under their own triggers. Soft vote")
-    assert "Soft vote has ASR 0.310, hard vote 0.320; the teachers plainly fine-tuned" in said.text
-    assert "on the clean rows 0.400 at CDA 0.750." in said.text
+    assert outcome.text.startswith("The 7 teachers reach a mean ASR of 0.900, each under its own trigger. Soft vote")
+    assert "Soft vote has ASR 0.310, hard vote 0.320; the teachers fine-tuned" in outcome.text
+    assert "on the clean rows 0.400 at CDA 0.750." in outcome.text
 
 
 @pytest.mark.parametrize(
     ("numbers", "level", "begins"),
     [
-        ({"teachers": 0.6, "aggregated": 0.18, "student": REMOVED_ASR}, "clean", "The backdoors are gone: "),
-        ({"aggregated": 0.3}, "warning", "The backdoors are weaker but not gone: "),
-        ({"student": 0.3}, "warning", "The backdoors are weaker but not gone: "),
-        ({"student": 0.9 * WEAKENED_SHARE + 0.01}, "attacked", "The backdoors survive: "),
-        ({"aggregated": 0.9}, "attacked", "The backdoors survive: "),
-        ({"cda": 0.6}, "warning", "The backdoors are gone, but at a cost of accuracy: "),
+        ({"teachers": 0.6, "aggregated": 0.18, "student": REMOVED_ASR}, "clean", "The backdoors are removed: "),
+        ({"aggregated": 0.3}, "warning", "The backdoors are weaker but not removed: "),
+        ({"student": 0.3}, "warning", "The backdoors are weaker but not removed: "),
+        ({"student": 0.9 * WEAKENED_SHARE + 0.01}, "attacked", "The backdoors remain: "),
+        ({"aggregated": 0.9}, "attacked", "The backdoors remain: "),
+        ({"cda": 0.6}, "warning", "The backdoors are removed, but at a cost of accuracy: "),
         (
             {"teachers": 0.49},
             "warning",
             "The attack does not work here: mean ASR 0.490 under the 7 teachers' own triggers.",
         ),
-        ({"teachers": 0.5}, "clean", "The backdoors are gone: "),
+        ({"teachers": 0.5}, "clean", "The backdoors are removed: "),
         (
             {"clean": 0.9 - BACKDOOR_ABOVE_CONTROL + 0.01},
             "warning",
             "The attack does not work here: mean ASR 0.900 under the 7 teachers' own triggers; a clean model has 0.710.",
         ),
         # Of what is above the clean model's 0.2, more than half is left.
-        ({"teachers": 0.8, "student": 0.52, "clean": 0.2}, "attacked", "The backdoors survive: "),
-        ({"teachers": 0.8, "student": 0.38, "clean": 0.2}, "clean", "The backdoors are gone: "),
-        ({"teachers": None}, "info", "These teachers' triggers are not known, so no attack success rate"),
+        ({"teachers": 0.8, "student": 0.52, "clean": 0.2}, "attacked", "The backdoors remain: "),
+        ({"teachers": 0.8, "student": 0.38, "clean": 0.2}, "clean", "The backdoors are removed: "),
+        ({"teachers": None}, "info", "The teachers' triggers are unknown, so the attack success rate"),
     ],
 )
 def test_every_outcome_has_its_words(numbers, level, begins):
-    said = ta_kd.verdict(measured(**numbers))
-    assert (said.level, said.headline[: len(begins)]) == (level, begins)
+    outcome = ta_kd.verdict(measured(**numbers))
+    assert (outcome.level, outcome.headline[: len(begins)]) == (level, begins)
 
 
 @pytest.mark.parametrize("teachers", [0.9, 0.1, None])
 @pytest.mark.parametrize(("cda", "worth"), [(0.8, "+0.050"), (0.6, "-0.150")])
-def test_the_students_gain_over_no_teacher_at_all_is_always_said(teachers, cda, worth):
+def test_the_students_gain_from_its_teachers_is_always_in_the_text(teachers, cda, worth):
     text = ta_kd.verdict(measured(teachers=teachers, cda=cda)).text
-    assert f"without any teacher has CDA 0.750 and the student {cda:.3f}: the teachers are worth {worth}." in text
+    assert f"without teachers has CDA 0.750, the student has {cda:.3f}: the gain from the teachers is {worth}." in text
 
 
 @pytest.mark.parametrize("teachers", [0.9, 0.1])

@@ -264,7 +264,7 @@ def test_teachers_that_were_handed_over_with_and_without_their_triggers(finished
         # Triggers have no part in the defense.
         assert cell["method"] == with_triggers["method"]
         assert cell["summary"]["cda"] == with_triggers["summary"]["cda"]
-    assert "triggers are not known" in (tmp_path / "unknown" / "report.html").read_text()
+    assert "triggers are unknown" in (tmp_path / "unknown" / "report.html").read_text()
     assert not (tmp_path / "unknown" / "triggers.png").exists()
 
 
