@@ -349,9 +349,9 @@ def main_table(results: Entry) -> Table:
         columns["p-value"] = [" / ".join(f"{entry['p_values'][name]:.2g}" for name in networks) for entry in shown]
         columns["success"] = [" / ".join(_rate(entry["success"][name]) for name in networks) for entry in shown]
         notes.append(
-            f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the most important pixel "
-            "differs between the class's most and least confidently predicted rows. Success: share of rows of other classes "
-            f"that the extracted pattern turns into this class; a pattern is kept if it is at least "
+            f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the class's most and "
+            "least confidently predicted rows use their most important pixel differently. Success: share of rows of other "
+            "classes that the extracted pattern turns into this class; a pattern is kept if it is at least "
             f"{settings['least_success']:g}. Detector: accuracy on rows with and without the pattern; below "
             f"{settings['least_accuracy']:g} it flags nothing."
         )
@@ -467,9 +467,7 @@ def _key_numbers(results: Entry) -> dict[str, str]:
 def next_steps(results: Entry) -> list[str]:
     """What the owner of the rows can do now, as paragraphs."""
     level, cleaned = results["verdict"]["level"], results["cleaned"]
-    costs = (
-        "Removing clean rows costs a little accuracy; training on poisoned rows gives an attacker control of the model."
-    )
+    costs = "Removing clean rows costs a little accuracy; training on poisoned rows may give an attacker control of the model."
     if level == "attacked":
         first = (
             "Compare the triggers and the examples below with your own images. If they do not belong there, remove the rows in "

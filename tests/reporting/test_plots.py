@@ -14,7 +14,7 @@ GENERATOR = np.random.default_rng(0)
 MATRIX = GENERATOR.random((8, 7))
 IMAGES = GENERATOR.random((2, 3, 8, 8, 1)).astype(np.float32)
 COLOUR_IMAGES = GENERATOR.random((1, 2, 32, 32, 3))
-NAMES = ["τ1", "$x_{", "badly named trigger with a lot to say"]
+NAMES = ["τ1", "$x_{$", "badly named trigger with a lot to say"]
 
 FIGURES = {
     "matrix": lambda: plots.matrix(
