@@ -225,12 +225,9 @@ def page(folder: RunFolder, results: Mapping[str, Any], trials: Sequence[Sequenc
         figures.append(Figure(path, caption, alt))
     titles = [attack["title"] for attack in results["attacks"]]
     bars = {"ASR": "asr", "the clean net's ASR": "control_asr", "CDA": "cda"}
-    values, errors = (
-        {title: [cell["summary"][name][statistic] for cell in results["cells"]] for title, name in bars.items()}
-        for statistic in ("mean", "standard_deviation")
-    )
+    means, deviations = schema.means_and_deviations(results, bars)
     success = Figure(
-        plots.save(plots.bars(titles, values, errors), folder.file("success.png")),
+        plots.save(plots.bars(titles, means, deviations), folder.file("success.png")),
         "ASR of each trigger on the victims and on a clean network, and CDA of the victims. Error bars: standard deviation "
         "over seeds.",
         "Bars of the attack success rates of victims and of clean networks, and of the clean accuracy.",

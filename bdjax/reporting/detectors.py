@@ -390,7 +390,7 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
         about: names of the defenses that the headline is about; by default all that flag rows.
     """
     all_detectors = detectors(results)
-    shown = [detector for detector in all_detectors if detector["method"] in about] or all_detectors
+    shown = _shown(results, about)
     competitors = [detector for detector in all_detectors if detector not in shown]
     sets = grid(results)
     where = "the paper's settings" if sets else "the training sets with poisoned rows"
@@ -424,6 +424,11 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     if len(known) == 1 and failed:
         headline = f"{sentences[0]}, and fails on {len(_failed(known[0][1]))} of {sets_text}."
     return Verdict(level, headline, text)
+
+
+def _shown(results: Entry, about: Sequence[str]) -> list[Entry]:
+    """The detectors that the report is about."""
+    return [detector for detector in detectors(results) if detector["method"] in about] or detectors(results)
 
 
 def _of_detector(results: Entry, detector: Entry, attacks: Sequence) -> list[tuple[str, float]]:
@@ -549,11 +554,9 @@ def page(
 
 
 def _key_numbers(results: Entry, about: Sequence[str]) -> dict[str, str]:
-    all_detectors = detectors(results)
-    shown = [detector for detector in all_detectors if detector["method"] in about] or all_detectors
-    counts = {"training sets": str(len(results["attacks"])), "detectors": str(len(all_detectors))}
+    counts = {"training sets": str(len(results["attacks"])), "detectors": str(len(detectors(results)))}
     means = {}
-    for detector in shown[:3]:
+    for detector in _shown(results, about)[:3]:
         measured = _of_detector(results, detector, grid(results) or results["attacks"])
         if measured:
             means[f"mean F1, {detector['title']}"] = f"{_mean(measured):.1f} %"

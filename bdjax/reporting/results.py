@@ -233,6 +233,17 @@ def number_text(cell: Mapping[str, Any], name: str, decimals: int = 3) -> str:
     return mean_and_spread([row.get(name) for row in cell["by_seed"]], decimals)
 
 
+def means_and_deviations(
+    results: Mapping[str, Any], names: Mapping[str, str]
+) -> tuple[dict[str, list[float | None]], dict[str, list[float | None]]]:
+    """Title -> the mean of every cell, and title -> its standard deviation; `names` is title -> number."""
+    means, deviations = (
+        {title: [cell["summary"][name][statistic] for cell in results["cells"]] for title, name in names.items()}
+        for statistic in ("mean", "standard_deviation")
+    )
+    return means, deviations
+
+
 def is_known(results: Mapping[str, Any], name: str) -> bool:
     """Whether any cell has this number."""
     return any(mean_of(cell, name) is not None for cell in results["cells"])

@@ -373,17 +373,14 @@ def _draw(
 ) -> dict[str, Plot]:
     """The figures of `PICTURES` that this run has; arguments as in `page`."""
     known = {title: name for title, name in zip(_HEADER, _METRICS, strict=False) if schema.is_known(results, name)}
-    means, errors = (
-        {title: [cell["summary"][name][statistic] for cell in results["cells"]] for title, name in known.items()}
-        for statistic in ("mean", "standard_deviation")
-    )
+    means, deviations = schema.means_and_deviations(results, known)
     curves = {
         role: {"loss": net.history["loss"], "validation loss": net.history["validation_loss"]}
         for role, net in nets.items()
         if net.history
     }
     drawn = {
-        "defenses": plots.bars([method["title"] for method in results["methods"]], means, errors),
+        "defenses": plots.bars([method["title"] for method in results["methods"]], means, deviations),
         "training_curves": plots.training_curves(curves, log_scale=True),
     }
     if triggers is None:
