@@ -163,7 +163,7 @@ def needs_table(results: Entry) -> Table:
     """What each defense receives."""
     notes = "Attacked model: the network from plain training on the suspect rows."
     if any("clean rows" in method["needs"] for method in results["methods"]):
-        notes += " Clean rows: a few rows that are known to be clean."
+        notes += " Clean rows: rows that are known to be clean."
     before = {"defense": lambda method: method["title"], "when": lambda method: method["stage"]}
     needs = {name: name for name in ("training set", "attacked model", "clean rows", *ORACLES)}
     return shared.needs_table(results, before, needs, {"paper": lambda method: method["paper"]}, notes)

@@ -414,10 +414,7 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     words = {detection_word(_mean(measured) / 100) for _, measured in known}
     failed = any(_failed(measured) for _, measured in known)
     level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "clean"
-    sentences = [
-        f"{detector['title']} finds the poisoned rows with a mean F1 of {_mean(measured):.1f} %"
-        for detector, measured in known
-    ]
+    sentences = [f"{detector['title']} has a mean F1 of {_mean(measured):.1f} %" for detector, measured in known]
     count = len(known[0][1])
     sets_text = f"{count} training set{'s' if count > 1 else ''}"
     headline = f"{'; '.join(sentences)} on {sets_text}."

@@ -225,7 +225,7 @@ def test_nothing_to_show():
 def test_verdict(results):
     outcome = detectors.verdict(results, ("vbd",))
     mean = 100 * np.mean([(1 + f1(10)) / 2, 1, f1(10), 1, 1, f1(20, 5)])
-    assert outcome.headline == f"VBD finds the poisoned rows with a mean F1 of {mean:.1f} % on 6 training sets."
+    assert outcome.headline == f"VBD has a mean F1 of {mean:.1f} % on 6 training sets."
     assert outcome.level == "warning" and "F1 is never below 50 %." in outcome.text
     assert "False alarms: VBD flags 1.00 % of the rows of the clean training set." in outcome.text
     assert f"SCAn: mean F1 66.7 % on 6 training sets where VBD has {mean:.1f} %; fails on 2." in outcome.text
