@@ -144,6 +144,8 @@ def commands(page: pathlib.Path) -> Iterator[str]:
     for code in INLINE_CODE.findall(prose(page)):
         if re.match(r"(python |pip install|\.ci/run$)", code):
             yield code
+        elif re.fullmatch(r"'\.\[[\w,]+\]'", code):
+            yield f"pip install -e {code}"
         elif re.match(r"experiments/\w+\.py --", code):
             yield f"python {code}"
 

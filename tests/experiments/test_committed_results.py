@@ -1,4 +1,4 @@
-"""The tables on the pages of docs/results/ are those that runs wrote, and those that the present code makes of their numbers."""
+"""The tables on the pages of docs/results/ are those that runs wrote, and what the present code makes of their numbers."""
 
 import json
 import pathlib
