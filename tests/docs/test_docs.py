@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 import pytest
@@ -214,6 +215,7 @@ def check_pytest(options: list[str]) -> None:
         assert options[1] in markers
 
 
+@cache
 def some_rows(dataset: str) -> Dataset:
     """Rows of the shape and the classes of a dataset, all black: what attacks' settings are checked against."""
     shape, classes = IMAGE_SHAPES.get(dataset, (32, 32, 3)), NUM_CLASSES.get(dataset, 10)
@@ -233,13 +235,13 @@ def check_experiment(name: str, flags: list[str]) -> None:
         return
     config = base.read_flags(script.EXPERIMENT, "", flags)
     assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
-    train, like = some_rows(config.dataset), adapted_to(config)
+    like = adapted_to(config)
     if name == "ta_kd":
         ta_kd_workflow.check(config)
         return
     if name == "attack":
         attack_workflow.check(config)
-        attack_workflow.make_plans(config, train)
+        attack_workflow.make_plans(config, some_rows(config.dataset))
         return
     if name == "vbd":
         attacks, defenses = detection.settle(config, script.EXPERIMENT)
@@ -251,7 +253,13 @@ def check_experiment(name: str, flags: list[str]) -> None:
             read_defense(text, config.preset, like)
     gets = "model" if name == "robust_kd" else "training set"
     for text in attacks:
-        read_attack(text, train, config.target, like=like, defender_gets=gets)
+        check_attack(text, config.dataset, config.target, like, gets)
+
+
+@cache
+def check_attack(text: str, dataset: str, target: int, like: str | None, gets: str) -> None:
+    """Many commands name the same attacks."""
+    read_attack(text, some_rows(dataset), target, like=like, defender_gets=gets)
 
 
 def test_a_flag_that_is_not_there_would_be_noticed():
