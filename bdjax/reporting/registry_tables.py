@@ -1,9 +1,9 @@
-"""The tables of attacks, defenses, datasets and quick presets in docs/, made from the registries.
+"""The tables of docs/: attacks, defenses, datasets and quick presets from the registries, results from committed runs.
 
     python -m bdjax.reporting.registry_tables docs
 
-rewrites every block of docs/*.md between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a key of `TABLES`.
-A test compares the blocks with the registries.
+rewrites every block between `<!-- table: NAME -->` and `<!-- end of table -->`, each at the start of a line. NAME is a key of
+`TABLES`, or "attack/cifar10 #1": table 1 of docs/results/attack/cifar10/table.md. A test checks that all are up to date.
 """
 
 import dataclasses
@@ -21,7 +21,10 @@ from bdjax.defenses.registry import DEFENSES
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.presets import QUICK
 
-_BLOCK = re.compile(r"(?P<begin><!-- table: (?P<name>[\w ]+) -->\n).*?(?P<end><!-- end of table -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(?P<begin>^<!-- table: (?P<name>[^\n]+?) -->\n).*?(?P<end>^<!-- end of table -->)", re.DOTALL | re.MULTILINE
+)
+_COMMITTED = re.compile(r"(?P<run>[\w-]+/[\w-]+) #(?P<number>[1-9]\d*)")
 
 
 def attacks_table(attacks: Mapping[str, Attack] = ATTACKS) -> Table:
@@ -82,16 +85,42 @@ TABLES: Mapping[str, Callable[[], Table]] = {
 """Name of a block -> the table that stands in it."""
 
 
-def fill_blocks(text: str) -> str:
+def fill_blocks(text: str, results: pathlib.Path) -> str:
     """A page with every block made anew.
 
     Args:
         text: Markdown with blocks or without.
+        results: the folder of the committed runs, docs/results.
 
     Raises:
-        KeyError: a block's name is not in `TABLES`.
+        KeyError: a block's name is neither a key of `TABLES` nor a table of a committed run.
     """
-    return _BLOCK.sub(lambda block: f"{block['begin']}\n{_compact(TABLES[block['name']]())}\n{block['end']}", text)
+
+    def fill(block: re.Match[str]) -> str:
+        committed = _COMMITTED.fullmatch(block["name"])
+        if committed:
+            table = committed_table(results / committed["run"] / "table.md", int(committed["number"]))
+        else:
+            table = _compact(TABLES[block["name"]]())
+        return f"{block['begin']}\n{table}\n{block['end']}"
+
+    return _BLOCK.sub(fill, text)
+
+
+def committed_table(path: pathlib.Path, number: int) -> str:
+    """One table of a run's table.md, without its title and notes.
+
+    Args:
+        path: the file.
+        number: 1 for the first.
+
+    Raises:
+        KeyError: the file has fewer.
+    """
+    found = re.findall(r"(?:^\|.*\n)+", path.read_text("utf-8"), re.MULTILINE)
+    if number > len(found):
+        raise KeyError(f"{path} has {len(found)} tables, and not {number}")
+    return found[number - 1]
 
 
 def block_names(text: str) -> list[str]:
@@ -143,9 +172,9 @@ def _code(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Rewrite the blocks of all pages in a folder."""
     (folder,) = sys.argv[1:] if arguments is None else arguments
-    for page in sorted(pathlib.Path(folder).rglob("*.md")):
+    for page in sorted(page for page in pathlib.Path(folder).rglob("*.md") if page.name != "table.md"):
         text = page.read_text("utf-8")
-        filled = fill_blocks(text)
+        filled = fill_blocks(text, pathlib.Path(folder) / "results")
         if filled != text:
             page.write_text(filled, "utf-8")
             print(f"rewrote {page}")

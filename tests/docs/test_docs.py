@@ -299,24 +299,34 @@ def test_every_study_has_a_result_or_is_listed_as_never_run(name):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_generated_tables_are_what_the_registries_make(page):
+def test_generated_tables_are_up_to_date(page):
     text = page.read_text("utf-8")
-    assert fill_blocks(text) == text, "run: python -m bdjax.reporting.registry_tables docs"
+    assert fill_blocks(text, DOCS / "results") == text, "run: python -m bdjax.reporting.registry_tables docs"
 
 
-def test_every_generated_table_stands_on_a_page():
-    assert sorted(name for page in PAGES for name in block_names(page.read_text("utf-8"))) == sorted(TABLES)
+def test_every_generated_table_stands_on_a_page_once():
+    names = [name for page in PAGES for name in block_names(page.read_text("utf-8"))]
+    assert len(names) == len(set(names)) and set(TABLES) == {name for name in names if "#" not in name}
 
 
 def test_pages_are_rewritten_by_the_command(tmp_path, capsys):
     page, other = tmp_path / "page.md", tmp_path / "other.md"
     page.write_text("before\n\n<!-- table: datasets -->\nold\n<!-- end of table -->\n\nafter\n")
     other.write_text("nothing to fill\n")
+    run = tmp_path / "results" / "attack" / "a-run"
+    run.mkdir(parents=True)
+    (run / "table.md").write_text("**Title**\n\n| a |\n| - |\n| 1 |\n\nnotes\n\n| b |\n| - |\n| 2 |\n")
+    (tmp_path / "results" / "attack.md").write_text("<!-- table: attack/a-run #2 -->\n<!-- end of table -->\n")
     main([str(tmp_path)])
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     assert [line.split("`")[1] for line in lines if line.startswith("| `")] == list(DATASETS)
-    assert capsys.readouterr().out == f"rewrote {page}\n"
+    filled = (tmp_path / "results" / "attack.md").read_text()
+    assert filled == "<!-- table: attack/a-run #2 -->\n\n| b |\n| - |\n| 2 |\n\n<!-- end of table -->\n"
+    assert capsys.readouterr().out.splitlines() == [f"rewrote {page}", f"rewrote {tmp_path}/results/attack.md"]
+    for name in ("no such table", "attack/a-run #3"):
+        with pytest.raises(KeyError):
+            fill_blocks(f"<!-- table: {name} -->\n<!-- end of table -->\n", tmp_path / "results")
 
 
 def names_in_table(page: str, heading: str) -> set[str]:
