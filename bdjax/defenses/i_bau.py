@@ -1,23 +1,23 @@
-"""I-BAU: unlearn the universal perturbation that hurts most, with a gradient that knows how that perturbation will answer.
+"""I-BAU: unlearn the worst universal perturbation, with a gradient that accounts for how that perturbation responds.
 
-A backdoor is a perturbation of the input that works on every image, so removing it is a game of two players on clean rows,
+A backdoor is a perturbation of the input that works on every image, so removing it is a minimax problem on clean rows,
 
     min over theta of max over delta of  mean CE(f_theta(x + delta), y),   ||delta|| <= C                   (equation 1)
 
 Each round first finds delta: from 0, one pass of gradient ascent, with a penalty of 0.001 ||delta||^2. Then the network
-steps down the hyper-gradient of its loss F(delta, theta): beside theta's own gradient it has a part through delta, which is
-the fixed point of an ascent step Phi(delta, theta),
+descends the hyper-gradient of its loss F(delta, theta): the gradient by theta plus a term through delta, which is the fixed
+point of an ascent step Phi(delta, theta),
 
     dF/dtheta = d_theta F + (d_theta Phi)^T (I - (d_delta Phi)^T)^-1 d_delta F                              (equation 4)
 
-where K terms of a Neumann series stand for the inverse (the paper's fixed-point iteration).
+where the inverse is approximated by K terms of a Neumann series (the paper's fixed-point iteration).
 
-Batch normalisation uses running statistics throughout, as in the authors' code. There Phi always sees the first batch;
-here the batch at hand. There the perturbed share of a batch is 1 % of its rows rounded down, which is none for a batch of
-fewer than 100; here it is at least one row. Perturbed images are not clipped to [0, 1] in either.
+Batch normalisation uses running statistics throughout, as in the authors' code. Two things differ from that code: Phi sees
+the current batch (there always the first one), and the perturbed share of a batch is at least one row (there 1 % rounded
+down, which is none for a batch of fewer than 100). Perturbed images are not clipped to [0, 1] in either.
 
 The paper bounds delta's norm; the authors' code does not (a bound of 10 is commented out) and relies on one short pass.
-Without a bound a few steps at its rate may lead far outside of what an image can be, so there is a `norm_bound` to choose.
+Without a bound, a few steps at its learning rate may leave the range of images; `norm_bound` sets one.
 """
 
 from collections.abc import Callable
@@ -48,29 +48,29 @@ from bdjax.types import Array, DefenseResult, Model, PyTree
 @dataclass(frozen=True)
 class IBauSettings:
     rounds: int = 5
-    """of both players"""
+    """rounds; each finds a perturbation, then unlearns it"""
     batch_size: int = 256
-    """clean rows in a step of either"""
+    """clean rows per step, for the perturbation and for the network"""
     passes: int = 1
-    """over the clean rows in each round, for the perturbation"""
+    """passes over the clean rows to find the perturbation of a round"""
     perturbation_rate: float = 10.0
-    """of gradient ascent on the perturbation"""
+    """step size of the gradient ascent on the perturbation"""
     norm_bound: float = 0.0
-    """largest norm of the perturbation, kept to after each step of ascent; 0 for none"""
+    """largest L2 norm of the perturbation, enforced after each ascent step; 0 for no bound"""
     penalty: float = 0.001
-    """of the perturbation's squared norm"""
+    """weight of the perturbation's squared norm"""
     fixed_point_rate: float = 0.1
-    """of the ascent step Phi in the hyper-gradient"""
+    """step size of the ascent step Phi in the hyper-gradient"""
     terms: int = 5
-    """K, of the Neumann series"""
+    """K, number of terms of the Neumann series; 0 for the direct gradient alone"""
     share: float = 0.01
-    """of a batch's rows that carry the perturbation in the network's step; at least one does"""
+    """share of a batch that carries the perturbation when the network is updated, in [0, 1]; at least one row does"""
     learning_rate: float = 1e-4
-    """of Adam, for the network; the authors' code has 0.001"""
+    """learning rate of Adam for the network; the authors' code has 0.001"""
 
 
 def check(settings: IBauSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.
@@ -90,49 +90,49 @@ def hyper_gradient(
     outer: PyTree,
     terms: int,
 ) -> PyTree:
-    """The gradient of F(w(theta), theta) by theta, where w(theta) is the fixed point of a step Phi(w, theta).
+    """Gradient of F(w(theta), theta) with respect to theta, where w(theta) is the fixed point of a step Phi(w, theta).
 
     Args:
         loss: F, of the inner and the outer variables.
         inner_step: Phi, a contraction in w.
-        inner: w, at its fixed point or near it.
+        inner: w, at or near its fixed point.
         outer: theta.
         terms: K of the series sum over k < K of (d_w Phi)^T^k; 0 for the direct gradient alone.
 
     Returns:
-        Shaped as `outer`.
+        The same structure as `outer`.
 
     References:
         Zeng et al. 2022, equation 4; Grazzi et al. 2020, On the Iteration Complexity of Hypergradient Computation.
     """
     by_inner, direct = jax.grad(loss, argnums=(0, 1))(inner, outer)
     _, pull_back = jax.vjp(inner_step, inner, outer)
-    nothing = jax.tree.map(jnp.zeros_like, by_inner)
-    series = lax.fori_loop(0, terms, lambda _, sum_: jax.tree.map(jnp.add, pull_back(sum_)[0], by_inner), nothing)
+    zeros = jax.tree.map(jnp.zeros_like, by_inner)
+    series = lax.fori_loop(0, terms, lambda _, sum_: jax.tree.map(jnp.add, pull_back(sum_)[0], by_inner), zeros)
     return jax.tree.map(jnp.add, direct, pull_back(series)[1])
 
 
-def shorten(delta: Array, bound: float) -> Array:
-    """The nearest point of norm at most `bound`."""
+def clip_norm(delta: Array, bound: float) -> Array:
+    """Project onto the L2 ball of radius `bound`."""
     return delta * jnp.minimum(1.0, bound / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(delta))), 1e-12))
 
 
 def make_round(
     model: Model, config: TrainConfig, settings: IBauSettings
 ) -> Callable[[TrainState, Rows, Array], TrainState]:
-    """One round of one member: a pass over the clean rows for the perturbation, and one for the network.
+    """One round for one member: passes over the clean rows to find the perturbation, then one pass to train the network.
 
     Args:
-        model: its architecture.
-        config: the optimiser, batch size and rate of the network's steps.
-        settings: of the perturbation.
+        model: the architecture.
+        config: optimiser, batch size and learning rate for the network.
+        settings: of the defense.
 
     Returns:
         `round(state, rows, pool) -> state`, with rows [n] of the pool, uint8 [P, H, W, C].
     """
     optimiser = make_optimiser(config)
 
-    def round_of_both(state: TrainState, rows: Rows, pool: Array) -> TrainState:
+    def run_round(state: TrainState, rows: Rows, pool: Array) -> TrainState:
         statistics = {name: part for name, part in state.variables.items() if name != "params"}
         num_batches = len(rows.index) // config.batch_size
         key = jax.random.fold_in(state.key, state.epoch)
@@ -151,15 +151,15 @@ def make_round(
             loss, _ = mean_loss(images + delta[None], labels, params)
             return settings.penalty * jnp.sum(jnp.square(delta)) - loss
 
-        def improve_perturbation(delta: Array, where: Array) -> tuple[Array, None]:
-            slope = jax.grad(ascent_loss)(delta, state.variables["params"], *read(where))
-            delta = delta - settings.perturbation_rate * slope
-            return shorten(delta, settings.norm_bound) if settings.norm_bound else delta, None
+        def ascend(delta: Array, where: Array) -> tuple[Array, None]:
+            gradient = jax.grad(ascent_loss)(delta, state.variables["params"], *read(where))
+            delta = delta - settings.perturbation_rate * gradient
+            return clip_norm(delta, settings.norm_bound) if settings.norm_bound else delta, None
 
         start = jnp.zeros(pool.shape[1:], jnp.float32)
-        delta, _ = lax.scan(improve_perturbation, start, jnp.tile(batches, (settings.passes, 1)))
+        delta, _ = lax.scan(ascend, start, jnp.tile(batches, (settings.passes, 1)))
 
-        def improve_network(carry: tuple[PyTree, PyTree], where: Array):
+        def update_network(carry: tuple[PyTree, PyTree], where: Array):
             params, optimiser_state = carry
             images, labels = read(where)
 
@@ -167,7 +167,7 @@ def make_round(
                 return delta - settings.fixed_point_rate * jax.grad(ascent_loss)(delta, params, images, labels)
 
             def outer_loss(delta: Array, params: PyTree) -> Array:
-                # The order is random already, so the first rows of a batch are a random share of it.
+                # Rows are in random order, so the first rows of a batch are a random sample of it.
                 shift = jnp.where(is_perturbed[:, None, None, None], delta[None], 0.0)
                 return mean_loss(images + shift, labels, params)[0]
 
@@ -180,26 +180,26 @@ def make_round(
             return (params, optimiser_state), {"loss": loss, "accuracy": accuracy}
 
         carry = state.variables["params"], state.optimiser
-        (params, optimiser_state), metrics = lax.scan(improve_network, carry, batches)
-        measured = {name: jnp.mean(values) for name, values in metrics.items()}
-        measured = {**measured, "validation_loss": measured["loss"], "learning_rate": config.learning_rate}
+        (params, optimiser_state), metrics = lax.scan(update_network, carry, batches)
+        means = {name: jnp.mean(values) for name, values in metrics.items()}
+        means = {**means, "validation_loss": means["loss"], "learning_rate": config.learning_rate}
         return state._replace(
             variables={**state.variables, "params": params},
             optimiser=optimiser_state,
             epoch=state.epoch + 1,
-            history={name: state.history[name].at[state.epoch].set(measured[name]) for name in HISTORY},
+            history={name: state.history[name].at[state.epoch].set(means[name]) for name in HISTORY},
         )
 
-    return round_of_both
+    return run_round
 
 
 def run(inputs: DefenseInput, settings: IBauSettings) -> DefenseResult:
-    """Play the rounds for all suspects.
+    """Run all rounds for all suspects.
 
-    Members go in turn on each device: a round holds the gradients of gradients, and there are few rounds.
+    Members are mapped, not vmapped: a round holds second-order gradients, and there are few rounds.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
     """
     check(settings)
     model, rows = inputs.attacked.model, inputs.clean_rows()
@@ -214,15 +214,17 @@ def run(inputs: DefenseInput, settings: IBauSettings) -> DefenseResult:
     keys = inputs.keys_for(stage)
 
     def fit(on_epoch: Callable[[TrainState], None] | None, **where: Any) -> TrainState:
-        del where  # a few rounds are not cut into groups, nor kept before the last is done
+        del where  # rounds are few: no chunks of members, no intermediate checkpoints
         states = ensemble.init_members(
             lambda variables, key: resume_from(variables, key, config), inputs.attacked.variables, keys
         )
         spread = ensemble.spread_members(num)
-        play = ensemble.compile_members(make_round(model, config, settings), "map", spread, num_shared=1, donate=True)
-        placed, own_rows, pool = spread.place(states), spread.place(rows), spread.replicate(inputs.pool)
+        compiled = ensemble.compile_members(
+            make_round(model, config, settings), "map", spread, num_shared=1, donate=True
+        )
+        placed, placed_rows, pool = spread.place(states), spread.place(rows), spread.replicate(inputs.pool)
         for _ in range(settings.rounds):
-            placed = play(placed, own_rows, pool)
+            placed = compiled(placed, placed_rows, pool)
             states = spread.gather(placed)
             if on_epoch is not None:
                 on_epoch(states)
@@ -246,8 +248,8 @@ I_BAU = Defense(
     check=check,
     changes={
         "quick": {"batch_size": 32, "learning_rate": 1e-3},
-        # Few rows make few steps, and on so small an image a short perturbation should be more like a trigger. A smaller
-        # fixed-point rate is meant to keep the step a contraction where the loss is more curved, so that the series ends.
+        # Few rows make few steps, so there are more rounds and passes. The bound keeps the perturbation of so small an image
+        # close to a trigger. The smaller fixed-point rate is meant to keep Phi a contraction, so that the series converges.
         "quick digits": {
             "rounds": 15,
             "passes": 5,

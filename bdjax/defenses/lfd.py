@@ -1,16 +1,16 @@
-"""LfD: Learning from Distinction, a low-capacity teacher says which rows to unlearn (anonymous, under review 2024).
+"""LfD, Learning from Distinction: the losses of a low-capacity teacher weight the rows (anonymous, under review 2024).
 
-A network with a handful of neurons learns a trigger as fast as a big one, but hardly anything else. So its loss tells
-poisoned rows (low) from clean ones (high) better than a big network's would. LfD trains such a teacher for a few epochs,
-takes its loss u_i of every row, and trains the student on all rows with weights (equations 4 and 6)
+A tiny network learns a trigger as fast as a large one, but hardly anything else. So its loss separates poisoned rows (low)
+from clean rows (high) better than a large network's. LfD trains such a teacher for a few epochs, computes its loss u_i of
+every row, and trains the student on all rows with weights (equations 4 and 6)
 
     gamma = the (alpha n)-th smallest u_i
     w_i   = u_i / max u                    where u_i > gamma
-    w_i   = beta (u_i - gamma) / max u     where u_i <= gamma: not above 0, so the student's loss is *raised* there
+    w_i   = beta (u_i - gamma) / max u     where u_i <= gamma: at most 0, so the student's loss is *raised* there
 
-Equations 5 and 6 print the teacher's loss behind the weights; it has no gradient with respect to the student, so it can only
-be the student's. With the paper's beta of 1e-3 the ascent is faint (the strongest weight is near -3e-5): what LfD does
-is mostly to leave the alpha n easiest rows out and to weigh the others by difficulty.
+Equations 5 and 6 print the teacher's loss behind the weights; that has no gradient with respect to the student, so the
+student's must be meant. With the paper's beta of 1e-3 the ascent is faint (the strongest weight is near -3e-5): mostly LfD
+leaves out the alpha n easiest rows and weights the others by difficulty.
 """
 
 import math
@@ -34,30 +34,30 @@ Weighting = Literal["weighted ascent", "ascent", "drop", "plain"]
 
 @dataclass(frozen=True)
 class LfdSettings:
-    """The paper's values for CIFAR-10 (section 5), which leaves the teacher's training open."""
+    """The paper's values for CIFAR-10 (section 5). The paper does not say how the teacher is trained."""
 
     teacher: str = "resnet_s"
-    """any network; the lower its capacity, the better it tells"""
+    """architecture of the teacher; the lower its capacity, the better its losses separate poisoned from clean rows"""
     teacher_epochs: int = 5
-    """"a few"; figure 2 is drawn at the fifth"""
+    """training epochs of a teacher; the paper says "a few", and its figure 2 shows the fifth"""
     teacher_learning_rate: float = 1e-3
-    """Adam's (appendix A.1)"""
+    """learning rate of Adam for a teacher (appendix A.1)"""
     teachers: int = 1
-    """the paper's; the mean loss of several depends less on how a tiny network happened to start"""
+    """number of teachers whose losses are averaged; the paper has 1, more depend less on a tiny network's initial weights"""
     alpha: float = 0.15
-    """share of all rows, those of the lowest loss, that are taken for candidates"""
+    """share of all rows, those of the lowest loss, that become candidates for unlearning, in (0, 1]"""
     beta: float = 1e-3
-    """how strong the ascent on candidates is against the descent on all others"""
+    """strength of the ascent on candidates relative to the descent on all other rows"""
     weighting: str = "weighted ascent"
-    """equation 6; "ascent": equation 5; "drop": candidates count 0; "plain": all count 1"""
+    """how rows are weighted: "weighted ascent" (equation 6), "ascent" (equation 5), "drop" (candidates 0) or "plain" (all 1)"""
     loss_cap: float = 0.0
-    """of a candidate's loss, above which it is no longer raised; 0 for none"""
+    """student's loss above which a candidate's loss is no longer raised; 0 for no cap"""
     max_percentile: float = 100.0
-    """of the teacher's losses, taken for their maximum: 100 is the maximum itself"""
+    """percentile of the teacher's losses used as max u, in (0, 100]; 100 is the maximum itself"""
 
 
 def check(settings: LfdSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.
@@ -73,30 +73,29 @@ def check(settings: LfdSettings) -> None:
 
 
 def threshold(losses: np.ndarray, alpha: float) -> float:
-    """gamma (equation 4): the loss at rank alpha n, so that the rows up to it are ceil(alpha n), ties aside.
+    """gamma (equation 4): the loss of rank ceil(alpha n), so that without ties that many rows are at most gamma.
 
     Args:
         losses: float [n], the teacher's.
         alpha: in (0, 1].
     """
-    # The tiny share keeps an alpha n that is whole from being rounded up.
+    # The small term keeps ceil from raising an alpha n that is an integer up to rounding.
     rank = max(math.ceil(alpha * len(losses) - 1e-9), 1)
     return np.sort(losses)[rank - 1]
 
 
 def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
-    """What each row's loss is multiplied by in the student's training (equation 6, and its ablations).
+    """The factor of each row's loss in the student's training (equation 6, and its ablations).
 
     Args:
         losses: float [n], the teacher's, of all rows.
-        settings: `alpha`, `beta`, `weighting` and `max_percentile` are read.
+        settings: reads `alpha`, `beta`, `weighting` and `max_percentile`.
 
     Returns:
-        float32 [n]: at most 0 for the candidates, at most 1 for all others (above it where a percentile below 100 is
-        taken for the maximum: those are cut off at 1).
+        float32 [n]: at most 0 for candidates ("plain": 1), at most 1 for all other rows.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
     """
     check(settings)
     gamma = threshold(losses, settings.alpha)
@@ -113,42 +112,42 @@ def row_weights(losses: np.ndarray, settings: LfdSettings) -> np.ndarray:
 
 
 def teacher_config(inputs: DefenseInput, epochs: int, learning_rate: float = 0.0) -> TrainConfig:
-    """How stage 1 trains: plainly, for a few epochs, without augmentation and at one learning rate, by Adam."""
+    """How a teacher is trained: Adam at a constant learning rate, without augmentation or weight decay."""
     config = inputs.config(epochs=epochs, optimiser="adam", schedule="constant", augmentation="none", weight_decay=0.0)
     return replace(config, learning_rate=learning_rate) if learning_rate else config
 
 
 def teacher_losses(inputs: DefenseInput, settings: LfdSettings) -> np.ndarray:
-    """Stage 1: train the teacher from scratch, and take its cross-entropy of each row.
+    """Stage 1: train the teacher from scratch, and compute its cross-entropy of each row.
 
     Args:
         inputs: the suspects.
-        settings: `teacher`, its epochs and rate, and `teachers` are read.
+        settings: reads the teachers' settings.
 
     Returns:
-        float32 [M, n], un-augmented and with running statistics; the mean over several teachers.
+        float32 [M, n], un-augmented and with running statistics; the mean over the teachers.
     """
     config = teacher_config(inputs, settings.teacher_epochs, settings.teacher_learning_rate)
-    model, rows, told = inputs.make_model(settings.teacher), inputs.all_rows(), []
+    model, rows, losses = inputs.make_model(settings.teacher), inputs.all_rows(), []
     for number in range(settings.teachers):
         stage = f"lfd teacher {settings.teacher}, {settings.teacher_epochs} epochs at {config.learning_rate}, {number}"
         nets = inputs.train(stage, model, config, rows)
-        told.append(inputs.losses(nets.model, nets.variables, rows))
-    return np.mean(told, axis=0)
+        losses.append(inputs.losses(nets.model, nets.variables, rows))
+    return np.mean(losses, axis=0)
 
 
 @cache
 def recording_cross_entropy(model: Model, epochs: int, batches: int) -> Objective:
-    """Cross-entropy that keeps every loss in the member's variables: "recorded" float32 [epochs, n], "batch" int32 [].
+    """Cross-entropy that records every loss in the member's variables: "recorded" float32 [epochs, n], "batch" int32 [].
 
-    Targets have each row's number in the training set, "row". What is kept of an epoch is what the network made of a row
-    when its turn came, as training curves have it.
+    Targets hold each row's number in the training set, "row". As in a training curve, a row's loss is that of the step in
+    which the row was used.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
-        own = {name: value for name, value in variables.items() if name not in ("recorded", "batch")}
-        output = model.apply({**own, "params": params}, images, train=True)
+        network = {name: value for name, value in variables.items() if name not in ("recorded", "batch")}
+        output = model.apply({**network, "params": params}, images, train=True)
         loss = cross_entropy(output.logits, targets["labels"])
         recorded = variables["recorded"].at[variables["batch"] // batches, targets["row"]].set(lax.stop_gradient(loss))
         after = {**output.variables, "recorded": recorded, "batch": variables["batch"] + 1}
@@ -158,15 +157,15 @@ def recording_cross_entropy(model: Model, epochs: int, batches: int) -> Objectiv
 
 
 def loss_history(inputs: DefenseInput, name: str | None, epochs: int) -> np.ndarray:
-    """Every row's loss in every epoch of a network trained as teachers are: what figures 1, 2 and 6 are drawn from.
+    """Every row's loss in every epoch of a network trained as a teacher is: the data of figures 1, 2 and 6.
 
     Args:
         inputs: the suspects.
-        name: of the network; None for the undefended one's.
+        name: the architecture; None for that of the undefended network.
         epochs: how many.
 
     Returns:
-        float32 [M, epochs, n]; NaN for rows that an epoch left out with its incomplete last batch.
+        float32 [M, epochs, n]; NaN for rows of an incomplete last batch, which an epoch may leave out.
     """
     model = inputs.make_model(name)
     config = teacher_config(inputs, epochs)
@@ -187,24 +186,24 @@ def loss_history(inputs: DefenseInput, name: str | None, epochs: int) -> np.ndar
 
 
 def above_clean_mean(losses: np.ndarray, is_poisoned: np.ndarray) -> int:
-    """How many poisoned rows a loss threshold at the clean rows' mean would miss (figure 2).
+    """How many poisoned rows a threshold at the clean rows' mean loss would miss (figure 2).
 
     Args:
-        losses: float [n]; NaN for rows that do not count.
+        losses: float [n]; NaN for rows to ignore.
         is_poisoned: bool [n].
     """
     return int(np.sum(losses[is_poisoned] > np.nanmean(losses[~is_poisoned])))
 
 
 def run(inputs: DefenseInput, settings: LfdSettings) -> DefenseResult:
-    """Train the teacher, weigh the rows, train the student as an undefended network is trained."""
+    """Train the teacher, weight the rows, train the student with the undefended network's recipe."""
     losses = teacher_losses(inputs, settings)
-    weights = np.stack([row_weights(own, settings) for own in losses])
+    weights = np.stack([row_weights(member_losses, settings) for member_losses in losses])
     rows = inputs.all_rows()
     rows = rows._replace(targets={**rows.targets, "weight": jnp.asarray(weights)})
     stage = f"lfd student {fingerprint(**vars(settings))}"
     student = inputs.train(stage, inputs.make_model(), inputs.recipe, rows, loss_cap=settings.loss_cap)
-    thresholds = np.array([threshold(own, settings.alpha) for own in losses])
+    thresholds = np.array([threshold(member_losses, settings.alpha) for member_losses in losses])
     return DefenseResult(
         student.model,
         student.variables,
@@ -230,7 +229,7 @@ LFD = Defense(
     check=check,
     changes={
         "gtsrb": {"alpha": 0.2, "beta": 3e-3},
-        # At an eighth of the width a teacher's stem is so narrow that one in a few learns nothing of the trigger.
+        # At an eighth of the width a teacher's stem is so narrow that some teachers do not learn the trigger.
         "quick": {"teacher_learning_rate": 3e-3, "teachers": 3},
         "strong": {"teachers": 7, "alpha": 0.2, "weighting": "drop"},
     },

@@ -1,9 +1,9 @@
-"""Knowledge distillation by logits (Hinton et al. 2015): the student learns labels and the teacher's softened answers.
+"""Knowledge distillation by logits (Hinton et al. 2015): the student learns the labels and the teacher's softened outputs.
 
     alpha T^2 KL(teacher_T || student_T) + (1 - alpha) CE
 
-On clean images a backdoored teacher's answers are those of a clean one, so little of the backdoor is in them: what feature
-distillation is held against.
+On clean images a backdoored teacher's outputs are those of a clean one, so little of the backdoor is in them. This is the
+baseline of feature distillation.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ from bdjax.types import Array, DefenseResult, ModelOutput, PyTree
 @dataclass(frozen=True)
 class LogitDistillationSettings(StudentSettings):
     temperature: float = 4.0
-    """T"""
+    """T, temperature of both softmaxes; larger values give softer targets"""
     alpha: float = 0.9
-    """weight of the teacher's answers against the labels (usual for small images: Zagoruyko and Komodakis 2017)"""
+    """weight of the teacher's outputs, in [0, 1]; the labels get the rest (0.9 is usual for small images: Zagoruyko and
+    Komodakis 2017)"""
 
 
 @cache
-def softened_answers(temperature: float, alpha: float) -> Method:
+def distillation_method(temperature: float, alpha: float) -> Method:
     """The method, for `bdjax.defenses.distillation`."""
 
     def loss(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
@@ -44,14 +45,14 @@ def softened_answers(temperature: float, alpha: float) -> Method:
 
 
 def check(settings: LogitDistillationSettings, owner: str = "defense logit_distillation") -> None:
-    """Refuse what cannot be."""
+    """Reject invalid settings."""
     check_student(owner, settings)
     check_values(owner, settings, above={"temperature": 0}, at_least={"alpha": 0}, at_most={"alpha": 1})
 
 
 def run(inputs: DefenseInput, settings: LogitDistillationSettings) -> DefenseResult:
     """Distil the attacked networks."""
-    return distil(inputs, "KD", settings, softened_answers(settings.temperature, settings.alpha))
+    return distil(inputs, "KD", settings, distillation_method(settings.temperature, settings.alpha))
 
 
 LOGIT_DISTILLATION = Defense(

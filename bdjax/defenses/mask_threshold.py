@@ -1,6 +1,6 @@
-"""Who chooses the weight m of RobustKD's masks, and how: the defender on held-out clean rows, or an oracle.
+"""Two ways to choose the weight m of RobustKD's masks: by the defender, on held-out clean rows, or by an oracle.
 
-The oracle is the paper's algorithm 1, which goes by the ASR of students: only who has the trigger can measure that.
+The oracle is the paper's algorithm 1, which uses the students' ASR: measuring that takes the attacker's trigger.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from bdjax.types import PyTree
 
 
 def repeat(tree: PyTree, count: int) -> PyTree:
-    """Stacked members [M, ...], each `count` times in a row: [M count, ...]."""
+    """Repeat each stacked member `count` times in a row: [M, ...] -> [M count, ...]."""
     return jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), tree)
 
 
 def split_rows(inputs: DefenseInput, share: float) -> tuple[Rows, Rows]:
-    """Each suspect's clean rows, without and with a share of them that is held out: leaves [M, n - h] and [M, h]."""
+    """Split each suspect's clean rows into those kept and a held-out share: leaves [M, n - h] and [M, h]."""
     rows = inputs.clean_rows()
     held_out, kept = [], []
     for key in inputs.keys_for("RobustKD: held-out rows"):
@@ -41,17 +41,17 @@ def split_rows(inputs: DefenseInput, share: float) -> tuple[Rows, Rows]:
 
 
 def choose_by_validation(accuracy: np.ndarray, variances: np.ndarray, plain: np.ndarray, allowed: float) -> np.ndarray:
-    """The threshold of least variance among those that cost at most the allowed accuracy; if all cost more, the one that
-    costs least.
+    """The threshold of least variance among those that lose at most the allowed accuracy; if all lose more, the one that
+    loses least.
 
     Args:
         accuracy: float [M, T], of masked networks.
-        variances: float [M, T], likewise.
+        variances: float [M, T], feature variance of masked networks.
         plain: float [M], accuracy without masks.
-        allowed: by how much it may fall.
+        allowed: largest allowed loss of accuracy.
 
     Returns:
-        int [M].
+        int [M], index of the chosen threshold.
     """
     is_allowed = accuracy >= plain[:, None] - allowed - 1e-9
     least = np.argmin(np.where(is_allowed, variances, np.inf), axis=1)
@@ -66,20 +66,20 @@ def choose_by_oracle(
     Args:
         inputs: M suspects, with the attackers' triggers.
         settings: of the students.
-        teachers: M T masked networks, all thresholds of the first suspect first.
+        teachers: M T masked networks: all thresholds of the first suspect, then of the second.
         num: T.
         kept: rows to distil on, leaves [M, n].
         held_out: rows to measure on, leaves [M, h].
 
     Returns:
-        int [M].
+        int [M], index of the chosen threshold.
     """
-    # Students of one suspect have the same keys. All else that they are trained from is in the arguments beside `given`.
-    many = dataclasses.replace(inputs, keys=repeat(inputs.keys, num), knowledge={})
-    students = fkd.run_from(many, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
+    # The students of one suspect share its key; everything else they are trained from is passed explicitly.
+    repeated = dataclasses.replace(inputs, keys=repeat(inputs.keys, num), knowledge={})
+    students = fkd.run_from(repeated, "RobustKD for the oracle", settings, teachers, rows=repeat(kept, num))
     index, labels = np.asarray(held_out.index), np.asarray(held_out.targets["labels"])
     pool = np.asarray(inputs.pool)
-    plain = np.concatenate([pool[own] for own in index for _ in range(num)]).reshape(
+    plain = np.concatenate([pool[member_rows] for member_rows in index for _ in range(num)]).reshape(
         len(index) * num, -1, *pool.shape[1:]
     )
     triggered = plain.copy()

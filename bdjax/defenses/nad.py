@@ -1,16 +1,16 @@
-"""NAD, neural attention distillation (Li et al. 2021): the fine-tuned network shows the attacked one where to look.
+"""NAD, neural attention distillation (Li et al. 2021): a fine-tuned copy guides the attention of the attacked network.
 
-A *teacher* is the attacked network after some fine-tuning on clean rows. The *student* starts from the attacked network
-again, and is trained on the same rows by their labels and so that its attention maps, at several depths, are the teacher's:
+The *teacher* is the attacked network after some fine-tuning on clean rows. The *student* starts from the attacked network
+again, and learns the labels of the same rows together with the teacher's attention maps at several depths:
 
     a(F) = sum over channels of |F_c|^p,   CE + sum over taps of beta_l MSE(a_s / ||a_s||_2, a_t / ||a_t||_2)
 
-The norm is over the pixels of one image, the mean square over them as well. Both see the same augmented batch; the teacher
-is frozen, with running statistics.
+The norm and the mean square are over the pixels of one image. Both networks see the same augmented batch; the teacher is
+frozen, with running statistics.
 
-What public code gets wrong, and this does not: taking "every child but the last" of a network for taps ends *after* the
-global pooling, where a map is a single pixel, which is 1 for both networks whatever they see, and a third of the loss is
-constant. The taps here are feature maps.
+A mistake of public code that is not made here: it takes "every child but the last" of a network as taps, which includes the
+output of the global pooling. There a map is a single pixel, normalised to 1 in both networks, and a third of the loss is
+constant. The taps here are all feature maps.
 """
 
 import dataclasses
@@ -31,27 +31,28 @@ from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 @dataclass(frozen=True)
 class NadSettings:
     betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
-    """weights of the attention losses of the network's last taps, in its order; with fewer taps the last few count"""
+    """weights of the attention losses at the network's last taps, in order of depth; a network with fewer taps uses the last
+    weights"""
     power: float = 2.0
-    """p, of the attention maps"""
+    """p, exponent of the attention maps"""
     teacher_epochs: int = 10
-    """of fine-tuning, by labels alone"""
+    """epochs of fine-tuning the teacher, by labels alone"""
     epochs: int = 20
-    """of the student"""
+    """training epochs of the student"""
     batch_size: int = 64
-    """or all clean rows, if they are fewer"""
+    """rows per step, at most the number of clean rows"""
     learning_rate: float = 0.1
-    """of SGD with Nesterov momentum 0.9, for teacher and student, in the first epochs"""
+    """initial learning rate of SGD with Nesterov momentum 0.9, for teacher and student"""
     steps: tuple[tuple[int, float], ...] = ((2, 0.01), (20, 1e-4))
-    """(epoch, learning rate from it on)"""
+    """(epoch, learning rate from that epoch on)"""
     weight_decay: float = 1e-4
-    """L2, on every parameter"""
+    """L2 penalty on every parameter"""
     cutout: int = 3
-    """side in pixels of a square that is blacked out in every image, beside the run's augmentation; 0 for none"""
+    """side in pixels of a square blacked out in every image, in addition to the run's augmentation; 0 for none"""
 
 
 def cutout(key: Key, images: Array, side: int) -> Array:
-    """Black out a square at a random place of each image (DeVries and Taylor 2017); over the edge, a part of it.
+    """Black out a square at a random place of each image, clipped at the edge (DeVries and Taylor 2017).
 
     Args:
         key: for the batch.
@@ -73,8 +74,8 @@ def cutout(key: Key, images: Array, side: int) -> Array:
 
 
 @cache
-def on_labels(model: Model, hole: int) -> Objective:
-    """What the teacher minimises: cross-entropy, on images with `hole` pixels' square cut out."""
+def teacher_objective(model: Model, hole: int) -> Objective:
+    """What the teacher minimises: cross-entropy on images with a square of side `hole` cut out."""
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         output = model.apply({**variables, "params": params}, cutout(key, images, hole), train=True)
@@ -89,10 +90,10 @@ def attention_distillation(model: Model, betas: tuple[float, ...], power: float,
     """What the student minimises (equation 4).
 
     Args:
-        model: of both.
+        model: the architecture of teacher and student.
         betas: see `NadSettings`.
-        power: likewise.
-        hole: `cutout`, likewise.
+        power: see `NadSettings`.
+        hole: `cutout` of `NadSettings`.
 
     Returns:
         An objective whose variables hold the frozen teacher's as "teacher".
@@ -101,8 +102,8 @@ def attention_distillation(model: Model, betas: tuple[float, ...], power: float,
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         images = cutout(key, images, hole)
         teacher = model.apply(variables["teacher"], images, train=False)
-        own = {name: value for name, value in variables.items() if name != "teacher"}
-        student = model.apply({**own, "params": params}, images, train=True)
+        network = {name: value for name, value in variables.items() if name != "teacher"}
+        student = model.apply({**network, "params": params}, images, train=True)
         attention = distillation_loss(list(student.features.values()), list(teacher.features.values()), betas, power)
         loss = losses.cross_entropy(student.logits, targets["labels"]) + attention
         return Outcome(loss, student.logits, targets["labels"], {**student.variables, "teacher": variables["teacher"]})
@@ -111,7 +112,7 @@ def attention_distillation(model: Model, betas: tuple[float, ...], power: float,
 
 
 def run(inputs: DefenseInput, settings: NadSettings) -> DefenseResult:
-    """Fine-tune teachers, then let them guide students that start from the attacked networks."""
+    """Fine-tune the teachers, then train students that start from the attacked networks."""
     model, attacked = inputs.attacked.model, inputs.attacked.variables
     config = inputs.config(
         epochs=settings.teacher_epochs,
@@ -125,15 +126,15 @@ def run(inputs: DefenseInput, settings: NadSettings) -> DefenseResult:
         steps=settings.steps,
     )
     # Variants that differ in the student alone share their teachers.
-    of_student = ("betas", "power", "epochs")
-    shared = {name: value for name, value in vars(settings).items() if name not in of_student}
+    student_settings = ("betas", "power", "epochs")
+    shared = {name: value for name, value in vars(settings).items() if name not in student_settings}
     teachers = tune(
         inputs,
         f"NAD teacher {fingerprint(**shared)}",
         model,
         config,
         attacked,
-        on_labels(model, settings.cutout),
+        teacher_objective(model, settings.cutout),
     )
     student = tune(
         inputs,
@@ -162,8 +163,8 @@ NAD = Defense(
     changes={
         "quick": {"batch_size": 32},
         # The mean square of maps of norm 1 is 16 times as large with 8x8 pixels as with 32x32, so the betas are smaller by
-        # as much, and by half again to keep the accuracy; a black square of 3x3 would hide a seventh of a digit; and two
-        # steps an epoch want more epochs.
+        # that factor, and by another half to keep the accuracy. A black square of 3x3 would hide a seventh of a digit. With
+        # two steps an epoch, more epochs are needed.
         "quick digits": {
             "betas": (15.0, 30.0, 30.0),
             "cutout": 0,

@@ -1,17 +1,17 @@
-"""NBAB: find a stronger backdoor with a weaker one of one's own (ABM, Chen et al. 2024, section IV-A, algorithm 1).
+"""NBAB: find a strong backdoor with a weaker one that the defender plants (ABM, Chen et al. 2024, section IV-A, algorithm 1).
 
-The defender plants a backdoor into the suspect rows: a small white square that leads to a class of its own, number K. The
+The defender plants a backdoor into the suspect rows: a small white square that leads to an extra class, number K. The
 verification network learns it along with everything else, but weakly, since features of stamped images are pulled to those
-of the same images without the stamp (equation 2; see `bdjax/attacks/suppression.py`). Then *every* row is stamped. Where the
-square is all there is to see, the answer is K; where the attacker's trigger is there too, it drowns the square. So rows
-that are not answered by K are suspicious.
+of the same images without the stamp (equation 2; see `bdjax/attacks/suppression.py`). Then *every* row is stamped. A clean
+row with the square is predicted as K; where the attacker's trigger is present too, it dominates the square. So rows that are
+not predicted as K are suspicious.
 
 The paper leaves open how many rows are stamped in training (here a tenth, balanced over the given labels), which layer is
-aligned (here what the last one sees), how a distance is scaled (the mean over features), what colour the square has and how
-the suspicious rows become 1 % of the set. A white square cannot be seen on a white corner, where a clean row would fail the
-test for that alone, so here it is a checkerboard. And suspicious rows are taken in the order of how
-sure the network is of what it answers instead of K, since a backdoor excites its class far more than clean rows do theirs
-(the paper's figure 3); by their margin over K, images come first on which the square is hard to see.
+aligned (here the input of the last one), how a distance is scaled (here the mean over features), which colour the square has
+and how the suspicious rows are reduced to 1 % of the set. On a white corner a white square is invisible, and a clean row would
+be suspicious for that reason alone, so the square here is a checkerboard. Suspicious rows are ranked by the highest logit
+beside K, since a backdoor activates its class far more than clean rows do theirs (the paper's figure 3); a ranking by the
+margin over K puts images first on which the square is hard to see.
 """
 
 import dataclasses
@@ -30,45 +30,48 @@ from bdjax.training.member import Optimiser, Rows
 from bdjax.training.stages import Nets
 
 Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(uint8 images [N, H, W, C], labels [N]) -> the same with the defender's trigger."""
+"""(uint8 images [N, H, W, C], labels [N]) -> the same images with the defender's trigger."""
 CHUNK = 4096
 """Rows of each member that are stamped at a time."""
 PATTERNS = ("checkerboard", "white")
 RANKS = ("suspicious", "activation", "margin")
-"""Orders that rows may be isolated in: see `suspicion`."""
+"""How rows are ranked for isolation: see `suspicion`."""
 
 
 @dataclass(frozen=True)
 class NbabSettings:
-    """The paper's values for CIFAR-10; its optimiser's rate and batch are those of the code that it builds on."""
+    """The paper's values for CIFAR-10; learning rate and batch size are those of the code that it builds on."""
 
     alpha: float = 1000.0
-    """weight of the alignment; 2000 on GTSRB"""
+    """weight of the alignment; larger values weaken the planted backdoor; 2000 on GTSRB"""
     epochs: int = 10
+    """training epochs of a verification network"""
     learning_rate: float = 0.01
+    """constant learning rate of a verification network"""
     optimiser: str = "sgd"
-    """or "adam" """
+    """optimiser of a verification network: "sgd" or "adam" """
     weight_decay: float = 1e-4
+    """weight decay of a verification network"""
     implant_rate: float = 0.1
-    """share of all rows that are stamped for training"""
+    """share of all rows that are stamped for training, in (0, 1]"""
     patch_size: int = 2
-    """of the white square in the upper left; 16 on the ImageNet subset"""
+    """side in pixels of the square in the upper left; 16 on the ImageNet subset"""
     pattern: str = "checkerboard"
-    """of the square; or "white" """
+    """pattern of the square: "checkerboard" or "white" """
     trigger: str = "patch"
-    """"attacker": the attacker's own, the worst case of appendix E, which takes an oracle"""
+    """the planted trigger: "patch", or "attacker" for the attacker's trigger (the worst case of appendix E, an oracle)"""
     weak_by: str = "alignment"
-    """"cover": instead, appendix A: some stamped rows keep their label"""
+    """how the planted backdoor is weakened: "alignment", or "cover" (appendix A): some stamped rows keep their label"""
     cover_rate: float = 0.2
-    """of "cover": share of the stamped rows that keep their label"""
+    """share of the stamped rows that keep their label if `weak_by` is "cover", in [0, 1]"""
 
 
 def check_planting(owner: str, settings: NbabSettings) -> None:
-    """Refuse settings of the planted backdoor that cannot be.
+    """Reject invalid settings of the planted backdoor.
 
     Args:
-        owner: whose they are, as a message says it: "defense abm".
-        settings: those.
+        owner: whose settings they are, as an error message names it: "defense abm".
+        settings: to check.
 
     Raises:
         InputError: naming the setting.
@@ -89,20 +92,20 @@ def check_planting(owner: str, settings: NbabSettings) -> None:
 
 
 class Verified(NamedTuple):
-    """What the verification networks say of every row."""
+    """What the verification networks predict for every row."""
 
     margins: np.ndarray
-    """float32 [M, n]: logit of class K minus the highest other, stamped; below 0 the row fails"""
+    """float32 [M, n]: of the stamped row, the logit of class K minus the highest other logit; below 0 it is suspicious"""
     activations: np.ndarray
-    """float32 [M, n]: that highest other logit"""
+    """float32 [M, n]: of the stamped row, the highest logit beside that of class K"""
     implant_success: np.ndarray
-    """float64 [M]: share of the stamped training rows that are answered by K"""
+    """float64 [M]: share of the stamped training rows that are predicted as K"""
     clean_accuracy: np.ndarray
-    """float64 [M]: share of all rows, unstamped, that get their given label"""
+    """float64 [M]: share of all rows that, unstamped, are predicted as their given label"""
     nets: Nets
     """the verification networks, K + 1 classes"""
     predictions: np.ndarray
-    """int [M, n]: of the stamped rows"""
+    """int [M, n]: the classes predicted for the stamped rows"""
 
 
 def make_patch(size: int, pattern: str) -> Stamp:
@@ -113,7 +116,7 @@ def make_patch(size: int, pattern: str) -> Stamp:
         pattern: "checkerboard", black first, or "white".
 
     Raises:
-        ValueError: if the pattern is not known.
+        ValueError: an unknown pattern.
     """
     if pattern not in PATTERNS:
         raise ValueError(f"pattern {pattern!r} is not one of {', '.join(PATTERNS)}")
@@ -130,31 +133,31 @@ def make_patch(size: int, pattern: str) -> Stamp:
 
 
 def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Generator) -> np.ndarray:
-    """Rows to stamp, as many of each given label as their share, at least one: int32 [m], sorted.
+    """Choose rows to stamp, stratified by label: int32 [m], sorted, m at least 1.
 
     Args:
-        labels: int [n], as given.
+        labels: int [n], the given labels.
         rate: share of all rows.
-        generator: decides which.
+        generator: chooses the rows.
     """
     total = max(1, round(rate * len(labels)))
     order = generator.permutation(len(labels))
     by_label = np.concatenate([order[labels[order] == label] for label in np.unique(labels)])
-    # Evenly spaced places in rows sorted by label are balanced over the labels, and of a fixed number.
+    # Evenly spaced places in rows sorted by label are balanced over the labels, and their number does not depend on them.
     places = (np.arange(total) * len(labels)) // total
     return np.sort(by_label[places]).astype(np.int32)
 
 
 def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Verified:
-    """Train a verification network on each suspect, and put every row to the test.
+    """Train a verification network on each suspect, and predict every row with the stamp on it.
 
     Args:
         inputs: the suspects.
         settings: of the planted backdoor.
-        number: which of several verification networks: each has its own weights and its own implants.
+        number: which of several verification networks: each has its own weights and its own stamped rows.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
     """
     check_planting("nbab", settings)
     num_members, num_rows = inputs.index.shape
@@ -162,8 +165,8 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
     pool = np.asarray(inputs.pool)
     implants = np.stack(
         [
-            choose_implants(own, settings.implant_rate, np.random.default_rng((number, member)))
-            for member, own in enumerate(inputs.labels)
+            choose_implants(labels, settings.implant_rate, np.random.default_rng((number, member)))
+            for member, labels in enumerate(inputs.labels)
         ]
     )
     num_implants = implants.shape[1]
@@ -176,14 +179,14 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
     new_labels, alpha = np.full(implants.shape, inputs.num_classes, np.int32), settings.alpha
     if settings.weak_by == "cover":
         num_covers, alpha = round(settings.cover_rate * num_implants), 0.0
-        # Evenly spread, so that covers are balanced over the labels as all implants are.
+        # Evenly spaced, so that the rows that keep their label are balanced over the labels.
         covers = (np.arange(num_covers) * num_implants) // max(num_covers, 1)
         new_labels[:, covers] = np.take_along_axis(inputs.labels, implants[:, covers], axis=1)
-    # What an attacker who weakens its own backdoor does, it does wherever its rows are learnt.
-    own_suppression, partner = np.zeros((num_members, num_rows), np.float32), inputs.index
+    # An adaptive attacker suppresses its backdoor in every training on its rows, so here too.
+    suppression, partner = np.zeros((num_members, num_rows), np.float32), inputs.index
     if inputs.attacker is not None:
-        own_suppression = inputs.attacker.suppression
-        partner = np.where(own_suppression > 0, inputs.attacker.partner, inputs.index)
+        suppression = inputs.attacker.suppression
+        partner = np.where(suppression > 0, inputs.attacker.partner, inputs.index)
     rows = Rows(
         jnp.asarray(
             np.stack([np.concatenate([inputs.index, where], 1), np.concatenate([partner, source], 1)], -1), jnp.int32
@@ -191,7 +194,7 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
         {
             "labels": jnp.asarray(np.concatenate([inputs.labels, new_labels], 1), jnp.int32),
             "suppression": jnp.asarray(
-                np.concatenate([own_suppression, np.full(implants.shape, alpha, np.float32)], 1), jnp.float32
+                np.concatenate([suppression, np.full(implants.shape, alpha, np.float32)], 1), jnp.float32
             ),
         },
     )
@@ -205,8 +208,8 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
         augmentation="none",
     )
     stage = f"nbab {fingerprint(number=number, **vars(settings))}"
-    larger = dataclasses.replace(inputs, pool=jnp.asarray(np.concatenate([pool, *stamped])))
-    nets = larger.train(stage, model, config, rows, objective=suppressed_cross_entropy(model))
+    with_stamped = dataclasses.replace(inputs, pool=jnp.asarray(np.concatenate([pool, *stamped])))
+    nets = with_stamped.train(stage, model, config, rows, objective=suppressed_cross_entropy(model))
     logits = stamped_logits(inputs, nets, stamps)
     predictions = np.argmax(logits, -1)
     plain = np.argmax(inputs.logits(model, nets.variables, inputs.all_rows()), -1)
@@ -221,20 +224,20 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
 
 
 def _stamp_of(inputs: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
-    own = inputs.attacker_triggers[member] if settings.trigger == "attacker" else None
-    # Where there is no attacker there is no trigger to share.
-    return own or make_patch(settings.patch_size, settings.pattern)
+    trigger = inputs.attacker_triggers[member] if settings.trigger == "attacker" else None
+    # A suspect without an attacker has no trigger: it gets the patch.
+    return trigger or make_patch(settings.patch_size, settings.pattern)
 
 
 def stamped_logits(inputs: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.ndarray:
-    """What networks say of every row with the defender's trigger on it: float32 [M, n, K + 1].
+    """The logits of every row with the defender's trigger on it: float32 [M, n, K + 1].
 
     Args:
         inputs: the suspects.
-        nets: one network for each.
-        stamps: likewise.
+        nets: a network for each suspect.
+        stamps: the defender's trigger for each suspect.
     """
-    pool, answers = np.asarray(inputs.pool), []
+    pool, logits = np.asarray(inputs.pool), []
     for start in range(0, inputs.index.shape[1], CHUNK):
         images = np.stack(
             [
@@ -243,20 +246,20 @@ def stamped_logits(inputs: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.
             ]
         )
         batch_size = inputs.recipe.evaluation_batch_size
-        answers.append(inputs.runner.predict_own(nets.model, nets.variables, images, batch_size))
-    return np.concatenate(answers, axis=1)
+        logits.append(inputs.runner.predict_own(nets.model, nets.variables, images, batch_size))
+    return np.concatenate(logits, axis=1)
 
 
 def suspicion(verified: Verified, rank: str) -> np.ndarray:
-    """A number for each row, the higher, the more suspicious: float32 [M, n].
+    """Score the rows: float32 [M, n], higher is more suspicious.
 
     Args:
-        verified: what the networks said.
-        rank: "suspicious": rows that fail the test before all others, as in the paper, both in the order of how high the
-            highest logit beside K is; "activation": that order alone; "margin": how far that logit is above K's.
+        verified: predictions of the verification networks.
+        rank: "activation": the highest logit beside K; "suspicious": the same, but rows that are not predicted as K come
+            before all others, as in the paper; "margin": how far that logit is above K's.
 
     Raises:
-        ValueError: if the rank is not known.
+        ValueError: an unknown rank.
     """
     if rank == "margin":
         return -verified.margins
@@ -269,14 +272,14 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
 
 
 def isolate(scores: np.ndarray, rate: float) -> np.ndarray:
-    """The most suspicious rows.
+    """Flag the most suspicious rows.
 
     Args:
         scores: float [M, n].
         rate: share of all rows to isolate.
 
     Returns:
-        bool [M, n], ceil(rate n) of each member.
+        bool [M, n], ceil(rate n) rows of each member.
     """
     count = math.ceil(rate * scores.shape[1] - 1e-9)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :count]

@@ -1,19 +1,18 @@
 """Neural Cleanse: find the smallest trigger into each class; a class with a far smaller one than the others has a backdoor.
 
-For each class c a mask m and a pattern p are optimised on clean rows, so that the network answers c on
+For each class c a mask m and a pattern p are optimised on clean rows, so that the network predicts c for
 
     x' = (1 - m) x + m p,        min over m, p of CE(f(x'), c) + lambda ||m||_1                     (equations 2 and 3)
 
-while lambda follows the success: it grows where the trigger works and shrinks where it does not. Without a backdoor it
-takes about as large a mask to reach any class; the norms' outlier towards small ones is the target of an attack. The
+while lambda follows the success rate: it grows while the trigger works and shrinks while it does not. Without a backdoor, all
+classes need masks of about the same size; a norm that is an outlier towards small values marks the target of an attack. The
 network then unlearns the trigger that was found: it is fine-tuned on clean rows, some of which carry it under their true
-labels. If no class stands out, the network is handed back as it was.
+labels. If no class stands out, the network is returned unchanged.
 
-A member here is one suspect, which holds one copy of the network and searches the triggers of all its K classes at once,
-each with a lambda, a best trigger and an early stop of its own. Epochs are passes over the clean rows, and lambda changes
-between them.
+A member here is one suspect: one copy of the network, and the search for the triggers of all its K classes at once, each
+class with its own lambda, best trigger and early stop. Epochs are passes over the clean rows; lambda changes between epochs.
 
-What implementations differ in: here the unlearning stamps the pattern through its mask, for every class flagged, on rows
+Where implementations differ: here the unlearning stamps the pattern through its mask, for every flagged class, on rows
 drawn anew in each batch; search and unlearning use clean rows only; and Adam's first moment decays by 0.9 as everywhere in
 bdjax, not by 0.5.
 """
@@ -33,47 +32,47 @@ from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 MAD_CONSISTENCY = 1.4826
-"""Makes the median absolute deviation of normal numbers their standard deviation."""
+"""Ratio of a normal distribution's standard deviation to its median absolute deviation."""
 
 
 @dataclass(frozen=True)
 class NeuralCleanseSettings:
-    """The search's values are those of the paper's code, the repair's those of BackdoorBench (the paper has one epoch)."""
+    """The search has the values of the paper's code, the repair those of BackdoorBench (the paper has one epoch)."""
 
     epochs: int = 80
-    """passes over the clean rows, of the search"""
+    """passes over the clean rows in the search"""
     batch_size: int = 64
-    """clean rows in a step; each is stamped with the triggers of all K classes"""
+    """clean rows per search step; each is stamped with the triggers of all K classes"""
     learning_rate: float = 0.1
-    """of Adam, for masks and patterns"""
+    """learning rate of Adam for masks and patterns"""
     weight: float = 1e-3
-    """lambda to begin with"""
+    """initial lambda, the weight of the mask's norm; larger values give smaller masks"""
     weight_factor: float = 2.0
-    """lambda times this after `patience` epochs of success, and over this to the power 1.5 after as many without"""
+    """factor by which lambda grows after `patience` successful epochs; after as many others it is divided by its 1.5th power"""
     patience: int = 5
-    """epochs"""
+    """epochs in a row, successful or not, after which lambda changes"""
     success: float = 0.98
-    """share of stamped rows that reach the class, from which an epoch is a success"""
+    """share of stamped rows predicted as the class that makes an epoch a success, in (0, 1]"""
     stop_patience: int = 25
-    """a class whose best norm gained nothing for so many epochs, and whose lambda went both ways, is done"""
+    """epochs without a smaller norm after which a class is done, once its lambda has grown and shrunk"""
     stop_gain: float = 0.01
-    """relative gain that counts as one"""
+    """smallest relative improvement of the norm that counts"""
     threshold: float = 2.0
     """anomaly index above which a class with a small norm is flagged"""
     repair_epochs: int = 100
-    """of unlearning, over the clean rows"""
+    """epochs of unlearning, over the clean rows"""
     repair_batch_size: int = 256
-    """clean rows in a step"""
+    """clean rows per step of unlearning"""
     repair_learning_rate: float = 0.01
-    """of SGD, half a cosine down to 0"""
+    """initial learning rate of SGD in unlearning, with cosine decay to 0"""
     repair_weight_decay: float = 5e-4
-    """of SGD"""
+    """weight decay of SGD in unlearning"""
     repair_share: float = 0.2
-    """of the rows of a batch that carry a trigger of a flagged class"""
+    """share of a batch that carries the trigger of a flagged class in unlearning, in [0, 1]"""
 
 
 def check(settings: NeuralCleanseSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.
@@ -98,32 +97,32 @@ class Triggers(NamedTuple):
 
 
 class Search(NamedTuple):
-    """How the search of each class stands."""
+    """The state of the search, by class."""
 
     best: Triggers
-    """the smallest that made an epoch a success; until there is one, the last"""
+    """the smallest triggers of a successful epoch; before the first such epoch, the latest triggers"""
     best_norm: Array
-    """float32 [K]: the mean over that epoch; infinity until then"""
+    """float32 [K]: the mean mask norm over the best epoch; infinity before the first successful epoch"""
     weight: Array
     """float32 [K]: lambda"""
     good_epochs: Array
-    """int32 [K]: successes in a row"""
+    """int32 [K]: successful epochs in a row"""
     bad_epochs: Array
-    """int32 [K]"""
+    """int32 [K]: unsuccessful epochs in a row"""
     was_raised: Array
-    """bool [K]: lambda, at some time"""
+    """bool [K]: lambda has been raised before"""
     was_lowered: Array
-    """bool [K]"""
+    """bool [K]: lambda has been lowered before"""
     stalled_epochs: Array
-    """int32 [K]: without a gain"""
+    """int32 [K]: epochs since the norm last improved"""
     is_done: Array
-    """bool [K]: `best` changes no more"""
+    """bool [K]: `best` no longer changes"""
     batches: Array
-    """int32 []: seen in this epoch"""
+    """int32 []: batches of this epoch so far"""
     success: Array
-    """float32 [K]: summed over them"""
+    """float32 [K]: success rate, summed over these batches"""
     norm: Array
-    """float32 [K]: likewise"""
+    """float32 [K]: mask norm, summed over these batches"""
 
 
 def init_params(num_classes: int, image_shape: tuple[int, int, int]) -> dict[str, Array]:
@@ -136,23 +135,23 @@ def init_params(num_classes: int, image_shape: tuple[int, int, int]) -> dict[str
 
 
 def triggers_of(params: dict[str, Array]) -> Triggers:
-    """tanh / 2 + 1/2 of what is optimised."""
+    """Map the optimised parameters to [0, 1]: tanh / 2 + 1/2."""
     return Triggers(jnp.tanh(params["mask"]) / 2 + 0.5, jnp.tanh(params["pattern"]) / 2 + 0.5)
 
 
 def init_search(num_classes: int, image_shape: tuple[int, int, int], weight: float) -> Search:
-    """The search of K classes before its first epoch."""
-    none = jnp.zeros(num_classes, jnp.int32)
+    """The state of the search before its first epoch."""
+    zeros = jnp.zeros(num_classes, jnp.int32)
     return Search(
         best=triggers_of(init_params(num_classes, image_shape)),
         best_norm=jnp.full(num_classes, jnp.inf, jnp.float32),
         weight=jnp.full(num_classes, weight, jnp.float32),
-        good_epochs=none,
-        bad_epochs=none,
-        was_raised=none > 0,
-        was_lowered=none > 0,
-        stalled_epochs=none,
-        is_done=none > 0,
+        good_epochs=zeros,
+        bad_epochs=zeros,
+        was_raised=zeros > 0,
+        was_lowered=zeros > 0,
+        stalled_epochs=zeros,
+        is_done=zeros > 0,
         batches=jnp.zeros((), jnp.int32),
         success=jnp.zeros(num_classes, jnp.float32),
         norm=jnp.zeros(num_classes, jnp.float32),
@@ -160,20 +159,20 @@ def init_search(num_classes: int, image_shape: tuple[int, int, int], weight: flo
 
 
 def stamp(images: Array, mask: Array, pattern: Array) -> Array:
-    """(1 - m) x + m p: equation 2, for shapes of one rank."""
+    """(1 - m) x + m p: equation 2, with broadcasting."""
     return (1 - mask) * images + mask * pattern
 
 
 def end_epoch(search: Search, current: Triggers, settings: NeuralCleanseSettings) -> Search:
-    """Keep the best triggers, see which classes are done, and change lambda.
+    """Update the best triggers, the early stops and lambda after an epoch.
 
     Args:
-        search: with the sums of an epoch.
+        search: with the sums of the epoch.
         current: the triggers of its last batch.
-        settings: the rules.
+        settings: of the search.
 
     Returns:
-        The search before the next epoch.
+        The state before the next epoch.
     """
     batches = search.batches.astype(jnp.float32)
     success, norm = search.success / batches, search.norm / batches
@@ -190,7 +189,7 @@ def end_epoch(search: Search, current: Triggers, settings: NeuralCleanseSettings
     is_raised, is_lowered = good >= settings.patience, bad >= settings.patience
     weight = jnp.where(is_raised, search.weight * settings.weight_factor, search.weight)
     weight = jnp.where(is_lowered, weight / settings.weight_factor**1.5, weight)
-    nothing = jnp.zeros_like(search.success)
+    zeros = jnp.zeros_like(search.success)
     return Search(
         best=best,
         best_norm=best_norm,
@@ -202,8 +201,8 @@ def end_epoch(search: Search, current: Triggers, settings: NeuralCleanseSettings
         stalled_epochs=stalled,
         is_done=is_done,
         batches=jnp.zeros_like(search.batches),
-        success=nothing,
-        norm=nothing,
+        success=zeros,
+        norm=zeros,
     )
 
 
@@ -211,8 +210,9 @@ def end_epoch(search: Search, current: Triggers, settings: NeuralCleanseSettings
 def trigger_objective(model: Model, settings: NeuralCleanseSettings, batches_per_epoch: int) -> Objective:
     """CE(f(x'), c) + lambda_c ||m_c||_1, summed over the classes: equation 3 for all of them at once.
 
-    `params` is that of `init_params`; the variables hold the frozen "network" and the "search". A row's loss is the sum of
-    its K copies' losses; its logits are those of one copy, by turns, for the accuracy in the history.
+    `params` are those of `init_params`; the variables hold the frozen "network" and the "search". A row's loss is the sum of
+    the losses of its K stamped copies. Its logits, which give the accuracy in the history, are those of the copy for class
+    (row number mod K).
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
@@ -221,11 +221,11 @@ def trigger_objective(model: Model, settings: NeuralCleanseSettings, batches_per
         rows, classes = len(images), model.num_classes
         stamped = stamp(images[None], current.masks[:, None], current.patterns[:, None])
         stamped = stamped.reshape(classes * rows, *images.shape[1:])
-        # Running statistics: those of a batch full of triggers would normalise them away.
+        # Running statistics: the statistics of a batch full of triggers would normalise the triggers away.
         logits = model.apply(variables["network"], stamped, train=False).logits
         wanted = jnp.repeat(jnp.arange(classes, dtype=jnp.int32), rows)
         entropies = losses.cross_entropy(logits, wanted).reshape(classes, rows)
-        norms = current.masks.sum(axis=(1, 2, 3))  # masks are not negative
+        norms = current.masks.sum(axis=(1, 2, 3))  # the L1 norm, since masks are not negative
         losses_by_class = entropies + (search.weight * norms)[:, None]
         reached = (jnp.argmax(logits, axis=1) == wanted).reshape(classes, rows)
         search = search._replace(
@@ -236,10 +236,10 @@ def trigger_objective(model: Model, settings: NeuralCleanseSettings, batches_per
         is_over = search.batches == batches_per_epoch
         ended = end_epoch(search, current, settings)
         search = jax.tree.map(lambda after, before: jnp.where(is_over, after, before), ended, search)
-        shown = jnp.arange(rows, dtype=jnp.int32) % classes
+        recorded = jnp.arange(rows, dtype=jnp.int32) % classes
         by_class = logits.reshape(classes, rows, classes)
         return Outcome(
-            losses_by_class.sum(axis=0), by_class[shown, jnp.arange(rows)], shown, {**variables, "search": search}
+            losses_by_class.sum(axis=0), by_class[recorded, jnp.arange(rows)], recorded, {**variables, "search": search}
         )
 
     return objective
@@ -252,8 +252,8 @@ def anomaly_index(norms: np.ndarray) -> np.ndarray:
         norms: float [..., K].
 
     Returns:
-        float [..., K], at least 0. Where more than half of the norms are equal the deviation is 0 and replaced by a tiny
-        one, so that any other norm stands out.
+        float [..., K], at least 0. Where more than half of the norms are equal, the MAD is 0 and is replaced by a tiny
+        number, so that any other norm stands out.
 
     References:
         Wang et al. 2019, section IV-B; Hampel 1974.
@@ -270,7 +270,7 @@ def flag_classes(norms: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def find_triggers(inputs: DefenseInput, settings: NeuralCleanseSettings) -> Triggers:
-    """Search the triggers of all classes of all suspects.
+    """Search for the triggers into all classes of all suspects.
 
     Returns:
         NumPy leaves [M, K, ...].
@@ -284,14 +284,14 @@ def find_triggers(inputs: DefenseInput, settings: NeuralCleanseSettings) -> Trig
         evaluation_batch_size=inputs.recipe.evaluation_batch_size,
         learning_rate=settings.learning_rate,
         schedule="constant",
-        keep_last_batch=False,  # a batch of a few rows would count as a whole one
+        keep_last_batch=False,  # an epoch's sums weight all batches equally, however few rows they have
     )
     shape = inputs.runner.image_shape
-    each = {
+    start = {
         "params": init_params(model.num_classes, shape),
         "search": init_search(model.num_classes, shape, settings.weight),
     }
-    variables = jax.tree.map(lambda leaf: jnp.tile(leaf[None], (num,) + (1,) * leaf.ndim), each)
+    variables = jax.tree.map(lambda leaf: jnp.tile(leaf[None], (num,) + (1,) * leaf.ndim), start)
     variables["network"] = inputs.attacked.variables
     objective = trigger_objective(model, settings, num_rows // batch_size)
     nets = inputs.train(_search_stage(settings), model, config, rows, variables=variables, objective=objective)
@@ -315,10 +315,10 @@ def _search_stage(settings: NeuralCleanseSettings) -> str:
 
 @cache
 def unlearning_objective(model: Model, share: float) -> Objective:
-    """Cross-entropy of true labels, on rows of which some carry a trigger that was found.
+    """Cross-entropy with the true labels, on rows some of which carry a trigger that was found.
 
-    The variables hold, beside the network's own, "found": the triggers and which classes are flagged, float32 [K]. Each row
-    is stamped with probability `share`, with the trigger of one of the flagged classes; without any, none is.
+    In addition to the network's, the variables hold "found": the triggers and which classes are flagged, float32 [K]. Each
+    row is stamped with probability `share`, with the trigger of a random flagged class; if no class is flagged, no row is.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
@@ -343,10 +343,10 @@ def repair(inputs: DefenseInput, triggers: Triggers, flagged: np.ndarray, settin
         inputs: the suspects.
         triggers: leaves [M, K, ...].
         flagged: bool [M, K].
-        settings: how.
+        settings: of the repair.
 
     Returns:
-        Variables [M, ...]; those of a suspect without a flagged class are the attacked ones.
+        Variables [M, ...]; a suspect without a flagged class keeps the attacked network.
     """
     attacked = inputs.attacked.variables
     if not flagged.any():
@@ -387,7 +387,7 @@ def run(inputs: DefenseInput, settings: NeuralCleanseSettings) -> DefenseResult:
     """Find the triggers, flag the classes, unlearn.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
     """
     check(settings)
     triggers = find_triggers(inputs, settings)

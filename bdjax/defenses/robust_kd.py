@@ -1,22 +1,22 @@
-"""RobustKD: masks that lower the variance of a suspect teacher's features, and then FKD from those (Chen et al. 2024).
+"""RobustKD: masks lower the variance of a suspect teacher's features, then FKD distils from those (Chen et al. 2024).
 
 The paper observes that backdoored networks have features of larger variance than clean ones. Before distillation it learns,
-for each group of blocks, a tensor p of the size of one image's features, which is added with a weight m to what the group
-hands on, whatever the image (equation 7, section 4.2):
+for each group of blocks, a tensor p of the size of one image's features, which is added with a weight m to the group's output,
+the same for every image (equation 7, section 4.2):
 
     F'_l = F_l + m p_l
 
-Masks are cumulative: F'_1 goes on to the second group, whose output gets p_2, and so on. All of the teacher is frozen, and the
-masks alone minimise, on clean rows, the labels' cross-entropy and the variance of the last group's masked output (equations 8
-to 10); they start as the mean features. FKD then takes the masked features for the teacher's.
+Masks are cumulative: F'_1 goes on to the second group, whose output gets p_2, and so on. The teacher is frozen; the masks alone
+minimise, on clean rows, the labels' cross-entropy and the variance of the last group's masked output (equations 8 to 10).
+They start as the mean features. FKD then distils from the masked features.
 
 What the paper leaves open:
 - Over what the variance is taken. p is the same for all images, so at the last group the variance *across images* does not
   depend on it at all, and its gradient is zero; only the variance over one image's elements can be lowered. That is the
-  default, and the others are there to see.
+  default; the other choices are there for comparison.
 - What m is. The text fixes it at 0.2, finds 0.1 best in its figure 4, and its algorithm 1 stops on the student's ASR, which no
-  defender knows. Here the defender chooses: of some thresholds, the one with the least variance among those that cost the
-  masked teacher at most a point of accuracy on clean rows that were held out. The paper's way is there as an oracle.
+  defender knows. Here the defender chooses among several values (thresholds): the one with the least variance among those that
+  cost the masked teacher at most a point of accuracy on held-out clean rows. The paper's way is available as an oracle.
 """
 
 from collections.abc import Callable
@@ -49,39 +49,39 @@ Select = Literal["validation", "oracle"]
 @dataclass(frozen=True)
 class RobustKdSettings(fkd.FkdSettings):
     epochs: int = 300
-    """of distillation"""
+    """epochs of distillation"""
     batch_size: int = 64
-    """of masks and students; or all clean rows, if they are fewer"""
+    """rows per step for masks and students, at most the number of clean rows"""
     select: Select = "validation"
-    """who chooses m: validation (least variance at an allowed loss of accuracy), or oracle, as the paper's algorithm 1: the
-    student with the highest accuracy and the lowest ASR, which only the attacker can measure"""
+    """how m is chosen: "validation" (least variance within the allowed loss of accuracy), or "oracle" (the paper's algorithm 1:
+    the student with the largest accuracy minus ASR, which only the attacker can measure)"""
     thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.6)
-    """m, to choose from; a single one is fixed, as the paper's text has it: (0.2,)"""
+    """values of m to choose from; a single value fixes m, as the paper's text does: (0.2,)"""
     validation_share: float = 0.1
-    """of the clean rows: held out from the masks' training, to choose m by"""
+    """share of the clean rows that is held out from training the masks, to choose m, in (0, 1)"""
     allowed_drop: float = 0.01
-    """of the masked teacher's accuracy on those rows"""
+    """largest loss of the masked teacher's accuracy on the held-out rows, as a fraction"""
     form: Form = "added"
-    """added: F + m p (equation 7); mixed: (1 - m) F + m p (equation 15); elementwise: F + m relu(tanh(v)) p, v trained too"""
+    """"added": F + m p (equation 7); "mixed": (1 - m) F + m p (equation 15); "elementwise": F + m relu(tanh(v)) p, v trained"""
     loss: MaskLoss = "both"
-    """what the masks minimise: cross-entropy and variance, or one of them"""
+    """what the masks minimise: "both", "cross_entropy" or "variance" """
     variance_axes: Axes = "elements"
-    """over what the variance is: each image's elements, all of a batch's, or the batch (no gradient for the last mask)"""
+    """variance over the "elements" of each image, "all" elements of a batch, or the "batch" (no gradient for the last mask)"""
     variance_weight: float = 1.0
-    """of the variance beside the cross-entropy"""
+    """weight of the variance relative to the cross-entropy"""
     layers: int = 0
     """how many groups have a mask, counted from the last one; 0 for all"""
     mask_epochs: int = 40
-    """of the masks' training"""
+    """epochs of training the masks"""
     mask_learning_rate: float = 1e-3
-    """of Adam there (the paper does not name the optimiser)"""
+    """learning rate of Adam for the masks (the paper does not name the optimiser)"""
 
 
 Mask = dict[str, Array]
-"""One group's: "pattern" float32 [h, w, C], and "gate" of the same shape where the form is elementwise."""
+"""The mask of one group: "pattern" float32 [h, w, C], and "gate" of the same shape if the form is elementwise."""
 
 
-def put_on(features: Array, mask: Mask, threshold: Array, form: Form) -> Array:
+def apply_mask(features: Array, mask: Mask, threshold: Array, form: Form) -> Array:
     """F', a group's masked output (equations 7 and 15).
 
     Args:
@@ -105,12 +105,12 @@ def put_on(features: Array, mask: Mask, threshold: Array, form: Form) -> Array:
 
 @cache
 def masked(teacher: Model, form: Form) -> Model:
-    """A network with masks: its variables hold the network's as "network", and "masks" and "threshold" (float32 []) beside.
+    """A network with masks. Its variables are "network", "masks" and "threshold" (float32 []).
 
-    Its output is the network's own with masked groups: logits, taps and groups all follow from those.
+    Logits, taps and groups of its output all follow from the masked groups.
 
     Args:
-        teacher: its architecture; it has groups.
+        teacher: the architecture; it has groups.
         form: of the masks.
     """
 
@@ -118,8 +118,8 @@ def masked(teacher: Model, form: Form) -> Model:
         edits = dict(edits or {})
         for name, mask in variables["masks"].items():
             after = edits.get(name, lambda features: features)
-            put = partial(put_on, mask=mask, threshold=variables["threshold"], form=form)
-            edits[name] = lambda features, put=put, after=after: after(put(features))
+            put_on = partial(apply_mask, mask=mask, threshold=variables["threshold"], form=form)
+            edits[name] = lambda features, put_on=put_on, after=after: after(put_on(features))
         output = teacher.apply(variables["network"], images, train=train, edits=edits)
         return output._replace(variables={**variables, "network": output.variables})
 
@@ -130,14 +130,14 @@ def masked(teacher: Model, form: Form) -> Model:
 
 
 def variance(features: Array, axes: Axes) -> Array:
-    """The biased variance of features (equation 8): of each image's elements, of all of a batch's, or across the batch.
+    """The biased variance of features (equation 8).
 
     Args:
         features: float32 [N, h, w, C].
         axes: see `RobustKdSettings`.
 
     Returns:
-        float32 [N]; one value N times where it is of the whole batch.
+        float32 [N]; the same value N times for a variance of the whole batch.
     """
     if axes == "elements":
         return losses.feature_variance(features)
@@ -149,7 +149,7 @@ def variance(features: Array, axes: Axes) -> Array:
 
 
 def last_output(output: ModelOutput) -> Array:
-    """What the last group hands on, float32 [N, h, w, C]."""
+    """The output of the last group, float32 [N, h, w, C]."""
     return list(output.groups.values())[-1].output
 
 
@@ -158,14 +158,14 @@ def mask_objective(teacher: Model, form: Form, loss: MaskLoss, axes: Axes, weigh
     """What the masks minimise (equation 10), on a frozen network with running statistics.
 
     Args:
-        teacher: its architecture.
+        teacher: the architecture.
         form: of the masks.
         loss: see `RobustKdSettings`.
         axes: of the variance.
         weight: of the variance.
 
     Returns:
-        An objective whose `params` are the masks, and whose variables are those of `masked` beside.
+        An objective whose `params` are the masks, and whose variables are the other ones of `masked`.
     """
     model = masked(teacher, form)
 
@@ -192,15 +192,15 @@ def group_outputs(teacher: Model) -> Callable[..., PyTree]:
 
 
 @cache
-def judge_row(teacher: Model) -> Callable[..., PyTree]:
-    """For `StageRunner.mean`: whether a row is classified as its label says, and the variance of its last group's output."""
+def accuracy_and_variance(teacher: Model) -> Callable[..., PyTree]:
+    """For `StageRunner.mean`: whether a row is predicted as its label, and the variance of its last group's output."""
 
-    def judge(variables: PyTree, images: Array, targets: dict[str, Array]) -> dict[str, Array]:
+    def evaluate(variables: PyTree, images: Array, targets: dict[str, Array]) -> dict[str, Array]:
         output = teacher.apply(variables, images, train=False)
         correct = (jnp.argmax(output.logits, axis=1) == targets["labels"]).astype(jnp.float32)
         return {"accuracy": correct, "variance": variance(last_output(output), "elements")}
 
-    return judge
+    return evaluate
 
 
 def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]) -> list[str]:
@@ -212,20 +212,20 @@ def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]
         image_shape: (H, W, C).
 
     Raises:
-        InputError: the network has no groups, or fewer than that.
+        InputError: the network has no groups, or fewer than `layers`.
     """
     names = list(group_shapes(teacher, image_shape))
     if not names:
-        raise InputError(f"{teacher.description} has no groups to mask: take a WRN, a ResNet or a PyramidNet")
+        raise InputError(f"{teacher.description} has no groups to mask; use a WRN, a ResNet or a PyramidNet")
     if layers > len(names):
         raise InputError(
-            f"defense robust_kd: layers {layers} is not at most {len(names)}, the groups of {teacher.description}"
+            f"defense robust_kd: layers {layers} is not at most {len(names)}, the number of groups of {teacher.description}"
         )
     return names[len(names) - (layers or len(names)) :]
 
 
 def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) -> TeacherNetworks:
-    """Learn masks for each suspect and each of T thresholds, all as members of one call.
+    """Learn masks for each suspect and each of T thresholds, in one call.
 
     Args:
         inputs: M suspects.
@@ -236,7 +236,7 @@ def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) ->
         M T masked networks: all thresholds of the first suspect, then of the second.
 
     Raises:
-        InputError: the network has no groups, or fewer than are to be masked.
+        InputError: the network has no groups, or fewer than `settings.layers`.
     """
     teacher, attacked = inputs.attacked.model, inputs.attacked.variables
     names = masked_groups(teacher, settings.layers, inputs.runner.image_shape)
@@ -246,8 +246,8 @@ def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) ->
     if settings.form == "elementwise":
         masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
     count = len(settings.thresholds)
-    own = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(inputs.keys))
-    variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": own}
+    thresholds = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(inputs.keys))
+    variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": thresholds}
     config = inputs.config(
         epochs=settings.mask_epochs,
         batch_size=settings.batch_size,
@@ -256,10 +256,10 @@ def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) ->
         optimiser="adam",
         schedule="constant",
     )
-    of_masks = ("form", "loss", "variance_axes", "variance_weight", "layers", "mask_epochs", "mask_learning_rate")
-    told = {name: getattr(settings, name) for name in (*of_masks, "batch_size", "validation_share", "thresholds")}
+    mask_settings = ("form", "loss", "variance_axes", "variance_weight", "layers", "mask_epochs", "mask_learning_rate")
+    used = {name: getattr(settings, name) for name in (*mask_settings, "batch_size", "validation_share", "thresholds")}
     nets = inputs.runner.from_variables(
-        f"RobustKD masks {fingerprint(**told)}",
+        f"RobustKD masks {fingerprint(**used)}",
         teacher,
         config,
         variables,
@@ -269,28 +269,30 @@ def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) ->
         repeat(rows, count),
         mask_objective(teacher, settings.form, settings.loss, settings.variance_axes, settings.variance_weight),
     )
-    trained = {"network": nets.variables["network"], "threshold": own, "masks": nets.variables["params"]}
+    trained = {"network": nets.variables["network"], "threshold": thresholds, "masks": nets.variables["params"]}
     return TeacherNetworks(masked(teacher, settings.form), trained)
 
 
 def detoxify(inputs: DefenseInput, settings: RobustKdSettings) -> tuple[TeacherNetworks, dict[str, np.ndarray]]:
-    """The first half of the method: masked networks, with the threshold chosen.
+    """The first half of the method: train masked networks and choose the threshold.
 
     Returns:
-        M masked networks; and what a report tells of them, float [M] each.
+        M masked networks, and facts for the report, float [M] each.
     """
     num, batch_size = len(settings.thresholds), inputs.recipe.evaluation_batch_size
     kept, held_out = split_rows(inputs, settings.validation_share)
     teachers = train_masks(inputs, settings, kept)
-    how = {"pool": inputs.pool, "batch_size": batch_size}
-    plain = inputs.runner.mean(judge_row(inputs.attacked.model), inputs.attacked.variables, held_out, **how)
-    after = inputs.runner.mean(judge_row(teachers.model), teachers.variables, repeat(held_out, num), **how)
-    accuracy, variances = (after[name].reshape(-1, num) for name in ("accuracy", "variance"))
+    attacked, pool = inputs.attacked, inputs.pool
+    plain = inputs.runner.mean(accuracy_and_variance(attacked.model), attacked.variables, held_out, pool, batch_size)
+    with_masks = inputs.runner.mean(
+        accuracy_and_variance(teachers.model), teachers.variables, repeat(held_out, num), pool, batch_size
+    )
+    accuracy, variances = (with_masks[name].reshape(-1, num) for name in ("accuracy", "variance"))
     if settings.select == "oracle":
         chosen = choose_by_oracle(inputs, settings, teachers, num, kept, held_out)
     else:
         chosen = choose_by_validation(accuracy, variances, plain["accuracy"], settings.allowed_drop)
-    where = np.arange(len(chosen)) * num + chosen
+    members = np.arange(len(chosen)) * num + chosen
     of_chosen = np.arange(len(chosen)), chosen
     facts = {
         "mask threshold": np.asarray(settings.thresholds)[chosen],
@@ -299,11 +301,11 @@ def detoxify(inputs: DefenseInput, settings: RobustKdSettings) -> tuple[TeacherN
         "feature variance": plain["variance"],
         "masked feature variance": variances[of_chosen],
     }
-    return TeacherNetworks(teachers.model, ensemble.members(teachers.variables, where)), facts
+    return TeacherNetworks(teachers.model, ensemble.members(teachers.variables, members)), facts
 
 
 def run(inputs: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
-    """Learn masks, choose their threshold, distil."""
+    """Learn masks, choose the threshold, distil."""
     teachers, facts = detoxify(inputs, settings)
     return fkd.run_from(inputs, "RobustKD", settings, teachers)._replace(facts=facts)
 
@@ -311,18 +313,18 @@ def run(inputs: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
 def network_after(
     settings: RobustKdSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
 ) -> Model:
-    """The student, if the teacher has the groups that are to be masked and the student can learn them."""
+    """The student, after checking that the teacher has the groups to mask and that the student can learn them."""
     masked_groups(attacked, settings.layers, image_shape)
     return fkd.student_of_pair(settings, attacked, make_model, image_shape)
 
 
 def oracles(settings: RobustKdSettings) -> tuple[Need, ...]:
-    """Algorithm 1 needs what only the attacker has."""
+    """Algorithm 1 needs the attacker's trigger."""
     return ("attacker's trigger",) if settings.select == "oracle" else ()
 
 
 def check(settings: RobustKdSettings) -> None:
-    """Refuse what cannot be."""
+    """Reject invalid settings."""
     check_student("defense robust_kd", settings)
     check_values(
         "defense robust_kd",
@@ -342,8 +344,10 @@ def check(settings: RobustKdSettings) -> None:
         above={"divisor": 0, "validation_share": 0, "mask_learning_rate": 0},
         below={"validation_share": 1},
     )
-    if not settings.thresholds or not all(0 <= one < np.inf for one in settings.thresholds):
-        raise InputError(f"defense robust_kd: thresholds {settings.thresholds} is not one of numbers of at least 0")
+    if not settings.thresholds or not all(0 <= threshold < np.inf for threshold in settings.thresholds):
+        raise InputError(
+            f"defense robust_kd: thresholds {settings.thresholds} should be one or more numbers, at least 0 each"
+        )
 
 
 ROBUST_KD = Defense(
@@ -357,8 +361,8 @@ ROBUST_KD = Defense(
     check=check,
     network_after=network_after,
     oracles=oracles,
-    # Adam moves a mask by its rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3 and small runs a few
-    # hundred, so that masks move about as far only at a rate that is as much larger.
+    # Adam moves a mask by about its learning rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3; small
+    # runs take a few hundred, so their rate is larger by about the same factor.
     changes={
         "quick": {**fkd.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
         "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 15, "mask_learning_rate": 0.1, "thresholds": (0.1, 0.3)},

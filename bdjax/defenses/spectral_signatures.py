@@ -1,18 +1,17 @@
-"""Spectral signatures: poisoned rows stick out along the first principal direction of their class (Tran et al. 2018).
+"""Spectral signatures: poisoned rows are outliers along the first principal direction of their class (Tran et al. 2018).
 
-If some rows of a class carry a trigger, the network has to tell the class by two things, and its embeddings are a mixture of
-two groups. When the groups are far enough apart for their spread, the direction in which the class varies most is the one
-between them, and the minority is what lies far out along it.
+If some rows of a class carry a trigger, the network recognises the class by two features, and its embeddings are a mixture of
+two groups. If the groups are far apart relative to their spread, the direction of largest variance is the one between them,
+and the minority lies far out along it.
 
-    R_c: the embeddings of class c, its mean taken off;  v: the first right singular vector of R_c
+    R_c: the centred embeddings of class c;  v: the first right singular vector of R_c
     score of a row = ((r - mean) . v)^2                                                         (Tran et al., algorithm 1)
 
-The highest scores of every class are left out, for nobody says which class is the target, and a network is trained on the
-rest. Which share is left out has to be assumed: the paper knows a bound on the number of poisons, which no defender does.
+The rows with the highest scores of every class are left out, since the target class is unknown, and a network is trained on
+the rest. Which share is left out has to be assumed: the paper uses a bound on the number of poisons, which no defender knows.
 
-A widely used benchmark's code projects the embeddings as they are on the vector that it found from the centred ones; then a
-row scores for its norm, and the sign of v, which means nothing, decides which end of a class looks suspicious. Here both are
-centred.
+A widely used benchmark's code computes v from the centred embeddings but projects the uncentred ones on it; then a row's score
+depends on its norm, and the arbitrary sign of v decides which end of a class looks suspicious. Here both are centred.
 """
 
 from dataclasses import dataclass
@@ -26,25 +25,25 @@ from bdjax.settings import check_values
 from bdjax.types import DefenseResult, Detection
 
 NAME = "spectral_signatures"
-BEYOND = 1.5  # the paper leaves out half as many again as there may be poisons
+MARGIN = 1.5  # the paper leaves out this many times the assumed number of poisons
 
 
 @dataclass(frozen=True)
 class SpectralSignaturesSettings:
-    """What is taken off each class."""
+    """Which rows of each class are left out."""
 
     rule: Literal["percentile", "poison_rate"] = "percentile"
-    """percentile: what scores above it in its class, as in BackdoorBench; poison_rate: 1.5 times as many rows of each class
-    as there would be poisons, as in the paper"""
+    """which rows of each class are left out: "percentile" (scores above that percentile, as in BackdoorBench) or "poison_rate"
+    (1.5 times the assumed number of poisons, as in the paper)"""
     percentile: float = 85.0
-    """of the scores of a class; 15 % of it is what the paper takes off where a tenth of the target class is poisoned"""
+    """percentile of a class's scores, in [0, 100]; 85 leaves out 15 %, as the paper does if a tenth of the class is poisoned"""
     poison_rate: float = 0.01
-    """assumed share of all rows that are poisoned; the paper knows it, and has 500 of 50,000. No more than half of a class is
-    left out: a higher rate would leave nothing of the other classes"""
+    """assumed share of all rows that are poisoned, in [0, 1); the paper knows it (500 of 50,000). At most half of a class is
+    left out, so that a high rate does not remove the other classes"""
 
 
 def check(settings: SpectralSignaturesSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.
@@ -60,7 +59,7 @@ def check(settings: SpectralSignaturesSettings) -> None:
 
 
 def spectral_scores(embeddings: np.ndarray) -> np.ndarray:
-    """Squared projections of one class on the direction in which it varies most (algorithm 1, line 8).
+    """Squared projections of one class on its direction of largest variance (algorithm 1, line 8).
 
     Args:
         embeddings: float [n, d], the rows of one class.
@@ -70,7 +69,7 @@ def spectral_scores(embeddings: np.ndarray) -> np.ndarray:
     """
     centred = embeddings.astype(np.float64)
     centred -= centred.mean(axis=0)
-    # The right singular vectors of the rows are the eigenvectors of their d x d scatter, in ascending order.
+    # The right singular vectors of the rows are the eigenvectors of their d x d scatter matrix, here in ascending order.
     _, directions = np.linalg.eigh(centred.T @ centred)
     return (centred @ directions[:, -1]) ** 2
 
@@ -80,15 +79,15 @@ def most_suspicious(scores: np.ndarray, num_rows: int, settings: SpectralSignatu
 
     Args:
         scores: float [n], of one class.
-        num_rows: of all classes together.
+        num_rows: number of rows of all classes together.
         settings: the rule.
 
     Returns:
-        bool [n]. Rows that tie with the first one to stay are kept, so that their order is of no weight.
+        bool [n]. Rows tied with the highest score that stays are kept too, so the order of rows does not matter.
     """
     if settings.rule == "percentile":
         return scores > np.percentile(scores, settings.percentile)
-    count = min(int(BEYOND * settings.poison_rate * num_rows), len(scores) // 2)
+    count = min(int(MARGIN * settings.poison_rate * num_rows), len(scores) // 2)
     return scores > np.sort(scores)[::-1][count]
 
 
@@ -103,52 +102,51 @@ def find_poisons(
         settings: the rule.
 
     Returns:
-        Flags bool [n], scores float32 [n], and the largest share of a class's variance that its first direction holds.
+        Flags bool [n], scores float32 [n], and the largest share of a class's variance along its first direction.
     """
     flags, scores, largest = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        own = spectral_scores(embeddings[rows])
-        scores[rows] = own
-        flags[rows] = most_suspicious(own, len(labels), settings)
+        class_scores = spectral_scores(embeddings[rows])
+        scores[rows] = class_scores
+        flags[rows] = most_suspicious(class_scores, len(labels), settings)
         spread = len(rows) * np.var(embeddings[rows].astype(np.float64), axis=0).sum()
-        largest = max(largest, own.sum() / spread) if spread > 0 else largest
+        largest = max(largest, class_scores.sum() / spread) if spread > 0 else largest
     return flags, scores, largest
 
 
 def detect(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> Detection:
-    """Flag the far end of every class.
+    """Flag the outliers of every class.
 
     Args:
-        inputs: the suspects; used are their training sets and attacked networks.
+        inputs: the suspects; reads their training sets and attacked networks.
         settings: the rule.
 
     Returns:
         Flags and scores of all rows.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
 
     References:
         Tran et al. 2018, algorithm 1.
     """
     check(settings)
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
-    found = [find_poisons(*own, settings) for own in zip(embeddings, inputs.labels, strict=True)]
-    flags, scores, largest = (np.stack(each) for each in zip(*found, strict=True))
+    found = [find_poisons(*arrays, settings) for arrays in zip(embeddings, inputs.labels, strict=True)]
+    flags, scores, largest = (np.stack(values) for values in zip(*found, strict=True))
     facts = {"rows left out": flags.sum(axis=1), "largest share of variance in one direction": largest}
     return Detection(flags, scores, facts)
 
 
 def run(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> DefenseResult:
-    """`detect`, and train on what is left.
+    """`detect`, then train on the rows that are not flagged.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
     """
     found = detect(inputs, settings)
-    told = f"{settings.rule} {getattr(settings, settings.rule):g}"
-    return retrained(inputs, f"spectral signatures: {told}", found)
+    return retrained(inputs, f"spectral signatures: {settings.rule} {getattr(settings, settings.rule):g}", found)
 
 
 SPECTRAL_SIGNATURES = Defense(

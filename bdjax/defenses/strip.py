@@ -1,16 +1,16 @@
-"""STRIP: an image whose prediction no other image can disturb carries a trigger (Gao et al. 2019).
+"""STRIP: an image whose prediction no overlay changes carries a trigger (Gao et al. 2019).
 
-Lay N clean images over the image that came in, one at a time. What a clean image is predicted as changes with what lies over
-it, so its N predictions are of high entropy; a trigger survives the mix, and they all say the target class. At test time
+Blend the incoming image with N clean images, one at a time. The prediction of a clean image changes with the overlay, so its N
+predictions have high entropy; a trigger survives the blend, and all N predict the target class with certainty. At test time
 
     H(x) = -1/N sum_n sum_k p_k(x_n) log p_k(x_n),   x_n = the mix of x and the n-th clean image       (Gao et al., eq. 3-4)
 
-is held against a threshold that clean images fall below as seldom as the defender will have it. What is below is rejected:
-the defended classifier has one more class, K, for that, and answers as the network does otherwise.
+is compared with a threshold, chosen for the share of clean images that the defender accepts to lose. An image below it is
+rejected: the defended classifier predicts an extra class, K. All other images are predicted as before.
 
-The threshold is the quantile of the entropies of the clean rows that the defender has, where the paper fits a normal
-distribution to them; entropies are not negative, and much of them lies close to 0. The images to lay over come from the same
-rows, so a row's own image is left out of its own entropy: laid over itself an image stays as it is, which says nothing.
+The threshold is a quantile of the entropies of the defender's clean rows, where the paper fits a normal distribution to them;
+entropies are not negative, and many lie close to 0. The overlays are clean rows too, so a row is left out of its own entropy:
+an image blended with itself is unchanged, which carries no information.
 """
 
 from collections.abc import Callable
@@ -31,25 +31,25 @@ from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
 NAME = "strip"
 MODES = ("convex", "sum")
-FAR = 1e6  # how far the logit of "rejected" is above, or below, all others
+FAR = 1e6  # distance of the logit of "rejected" from all other logits
 
 
 @dataclass(frozen=True)
 class StripSettings:
-    """How images are mixed, and how many clean ones may be rejected."""
+    """How images are blended, and how many clean images may be rejected."""
 
     num_overlays: int = 100
-    """N, the clean images to lay over; all clean rows where there are fewer"""
+    """N, number of overlays, at most the number of clean rows; more cost as many more predictions"""
     false_rejection_rate: float = 0.01
-    """share of the clean rows below the threshold, at most; 0.05 in BackdoorBench"""
+    """largest share of the clean rows below the threshold, in [0, 1); 0.05 in BackdoorBench"""
     mode: Literal["convex", "sum"] = "convex"
-    """convex: (1 - weight) x + weight x'; sum: x + weight x', which may leave the range of pixels, as in public code"""
+    """"convex": (1 - weight) x + weight x'; "sum": x + weight x', which may leave the range of pixels, as in public code"""
     weight: float = 0.5
-    """of the image that is laid over; sums in the paper's code have 1"""
+    """weight of the overlay, in (0, 1]; 1 for the sums in the paper's code"""
 
 
 def check(settings: StripSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.
@@ -66,61 +66,61 @@ def check(settings: StripSettings) -> None:
 
 
 def mix(images: Array, overlay: Array, mode: str, weight: float) -> Array:
-    """Lay one image over others.
+    """Blend one image into others.
 
     Args:
         images: float32 [B, H, W, C] in [0, 1].
         overlay: float32 [H, W, C] in [0, 1].
-        mode: a key of `MODES`.
+        mode: one of `MODES`.
         weight: of the overlay.
 
     Returns:
         float32 [B, H, W, C]; in [0, 1] if the mode is convex.
     """
-    kept = 1.0 - weight if mode == "convex" else 1.0
-    return kept * images + weight * overlay[None]
+    image_weight = 1.0 - weight if mode == "convex" else 1.0
+    return image_weight * images + weight * overlay[None]
 
 
 def mixed_entropies(
     predict: Callable[[Array], Array], images: Array, overlays: Array, mode: str, weight: float
 ) -> Array:
-    """The entropy of what is predicted for each image under each overlay, in nats (equation 3).
+    """The entropy of the prediction for each image under each overlay, in nats (equation 3).
 
-    One overlay at a time, so memory is that of one batch however many overlays there are.
+    One overlay at a time, so memory does not grow with the number of overlays.
 
     Args:
         predict: from images float32 [B, H, W, C] to logits float32 [B, K].
         images: float32 [B, H, W, C] in [0, 1].
         overlays: float32 [N, H, W, C] in [0, 1].
-        mode: a key of `MODES`.
+        mode: one of `MODES`.
         weight: of the overlay.
 
     Returns:
         float32 [B, N], in [0, log K].
     """
 
-    def under(overlay: Array) -> Array:
+    def entropies_under(overlay: Array) -> Array:
         logs = jax.nn.log_softmax(predict(mix(images, overlay, mode, weight)))
         return -jnp.sum(jnp.exp(logs) * logs, axis=-1)
 
-    return lax.map(under, overlays).T
+    return lax.map(entropies_under, overlays).T
 
 
 @cache
-def rejecting(model: Model, num_overlays: int, mode: str, weight: float) -> Model:
-    """The network with one more class, K, which it answers for images whose mixes it is too sure of.
+def with_rejection(model: Model, num_overlays: int, mode: str, weight: float) -> Model:
+    """The network with an extra class, K, which it predicts for images whose mean entropy is below the threshold.
 
     Its variables are {"network": the network's, "overlays": float32 [N, H, W, C] in [0, 1], "threshold": float32 []}. Fresh
-    ones reject nothing. Its taps are those of the image as it came in.
+    variables reject nothing. Its taps are those of the image without an overlay.
 
     Args:
-        model: the network to serve.
+        model: the network.
         num_overlays: N.
-        mode: a key of `MODES`.
+        mode: one of `MODES`.
         weight: of the overlay.
 
     Returns:
-        The model. It has logits float32 [B, K + 1], and raises ValueError if it is called to be trained: train the network.
+        The model, with logits float32 [B, K + 1]. It raises ValueError if called with `train`.
     """
 
     def init(key: Key, image_shape: tuple[int, int, int]) -> PyTree:
@@ -129,7 +129,7 @@ def rejecting(model: Model, num_overlays: int, mode: str, weight: float) -> Mode
 
     def apply(variables: PyTree, images: Array, *, train: bool, edits=None) -> ModelOutput:
         if train:
-            raise ValueError("a network behind STRIP is for serving; train the network itself")
+            raise ValueError("a network behind STRIP cannot be trained; train the network without STRIP")
 
         def network(images: Array) -> ModelOutput:
             return model.apply(variables["network"], images, train=False, edits=edits)
@@ -146,9 +146,9 @@ def rejecting(model: Model, num_overlays: int, mode: str, weight: float) -> Mode
 
 @cache
 def row_entropies(model: Model, mode: str, weight: float) -> Callable[..., Array]:
-    """For `DefenseInput.per_row`: each row's entropy H, its own image among the overlays left out.
+    """For `DefenseInput.per_row`: each row's entropy H, without the overlay that is the row itself.
 
-    Variables hold "network" and "overlays", targets "own": int32 [B], which overlay the row is, or -1.
+    Variables hold "network" and "overlays", targets "overlay": int32 [B], which overlay is the row itself, or -1.
     """
 
     def function(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
@@ -156,7 +156,7 @@ def row_entropies(model: Model, mode: str, weight: float) -> Callable[..., Array
         entropies = mixed_entropies(
             lambda mixed: model.apply(variables["network"], mixed, train=False).logits, images, overlays, mode, weight
         )
-        counts = (targets["own"][:, None] != jnp.arange(len(overlays))[None]).astype(jnp.float32)
+        counts = (targets["overlay"][:, None] != jnp.arange(len(overlays))[None]).astype(jnp.float32)
         return jnp.sum(counts * entropies, axis=1) / jnp.sum(counts, axis=1)
 
     return function
@@ -171,26 +171,27 @@ def choose_overlays(keys: Key, num_rows: int, count: int) -> tuple[np.ndarray, n
         count: N, at most c.
 
     Returns:
-        Which rows, int32 [M, N], and of each row which overlay it is or -1, int32 [M, c].
+        The chosen rows, int32 [M, N], and for each clean row which overlay it is, or -1, int32 [M, c].
     """
     chosen = np.asarray(jax.vmap(lambda key: jax.random.permutation(key, num_rows)[:count])(keys)).astype(np.int32)
-    own = np.full((len(chosen), num_rows), -1, np.int32)
-    np.put_along_axis(own, chosen, np.arange(count, dtype=np.int32)[None], axis=1)
-    return chosen, own
+    overlay_of_row = np.full((len(chosen), num_rows), -1, np.int32)
+    np.put_along_axis(overlay_of_row, chosen, np.arange(count, dtype=np.int32)[None], axis=1)
+    return chosen, overlay_of_row
 
 
 def run(inputs: DefenseInput, settings: StripSettings) -> DefenseResult:
     """Put the attacked networks behind STRIP.
 
     Args:
-        inputs: the suspects; used are their attacked networks and clean rows.
-        settings: how.
+        inputs: the suspects; reads their attacked networks and clean rows.
+        settings: of the defense.
 
     Returns:
-        Networks that answer K, one more than the classes, for what they reject. There are no flags: it sees no training set.
+        Networks that predict K, an extra class, for images they reject. There are no flags: STRIP does not use the training
+        set.
 
     Raises:
-        InputError: a setting that cannot be, or fewer than two clean rows.
+        InputError: an invalid setting, or fewer than two clean rows.
 
     References:
         Gao et al. 2019, section 5.
@@ -199,18 +200,18 @@ def run(inputs: DefenseInput, settings: StripSettings) -> DefenseResult:
     rows, network = inputs.clean_rows(), inputs.attacked
     num_clean = rows.index.shape[1]
     if num_clean < 2:
-        raise InputError(f"defense {NAME}: {num_clean} clean rows are too few: there must be another to lay over one")
+        raise InputError(f"defense {NAME}: {num_clean} clean rows are too few; it needs at least 2")
     count = min(settings.num_overlays, num_clean)
-    chosen, own = choose_overlays(inputs.keys_for("strip: overlays"), num_clean, count)
+    chosen, overlay_of_row = choose_overlays(inputs.keys_for("strip: overlays"), num_clean, count)
     overlays = as_float(inputs.pool[np.take_along_axis(inputs.clean_index, chosen, axis=1)])
     rows = labelled(inputs.clean_index, inputs.clean_labels)._replace(
-        targets={"labels": rows.targets["labels"], "own": jnp.asarray(own)}
+        targets={"labels": rows.targets["labels"], "overlay": jnp.asarray(overlay_of_row)}
     )
     variables = {"network": network.variables, "overlays": overlays}
     entropies = inputs.per_row(row_entropies(network.model, settings.mode, settings.weight), variables, rows)
-    # The lower of two neighbours, so that no larger share of the clean rows than asked for is below it.
+    # "lower", so that at most the set share of the clean rows is below the threshold.
     thresholds = np.quantile(entropies, settings.false_rejection_rate, axis=1, method="lower").astype(np.float32)
-    model = rejecting(network.model, count, settings.mode, settings.weight)
+    model = with_rejection(network.model, count, settings.mode, settings.weight)
     facts = {"threshold": thresholds, "median entropy of the clean rows": np.median(entropies, axis=1)}
     return DefenseResult(model, {**variables, "threshold": jnp.asarray(thresholds)}, facts=facts)
 
@@ -226,8 +227,8 @@ STRIP = Defense(
     check=check,
     changes={
         "quick": {"num_overlays": 20},
-        # At half its brightness a patch of a few pixels is no trigger any more; on black, a sum keeps it whole, as in the
-        # paper's code. Pictures that are blended in are the other way round: the sum hides them, the mean does not.
+        # At half its brightness a patch of a few pixels no longer works as a trigger; on a black background a sum preserves it,
+        # as in the paper's code. For blended triggers it is the other way round: the sum hides them, the mean does not.
         "quick digits": {"mode": "sum", "weight": 1.0},
     },
 )

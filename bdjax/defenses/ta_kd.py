@@ -1,15 +1,15 @@
 """TA-KD: Teacher Aggregation and Knowledge Distillation (Heydari et al. 2025, section 3 and stage 4 of figure 1).
 
 The defender holds N untrusted classifiers and a small clean labelled set. Stage 4.1 trains the Teacher-Aggregation model on
-the clean set, by its labels and by the average of the teachers' logits; stage 4.2 trains a small student in the same way
-with the TA model as the teacher. A trigger never appears in the clean set, so what it does is not handed on.
+the clean set, from its labels and the average of the teachers' logits; stage 4.2 trains a small student in the same way
+with the TA model as the teacher. No trigger appears in the clean set, so its effect is not passed on.
 
 The teachers are frozen, so their logits on the clean set are computed once, before training; a black-box teacher costs
-one call per set of images. With augmentation the defender draws `views` changed copies of every clean row up front and
-asks for logits on those: the student still sees each image together with what the teachers say of *that* image.
+one call per set of images. With augmentation the defender draws `views` augmented copies of every clean row in advance and
+queries the teachers on those, so the student sees each image with the teachers' logits for exactly *that* image.
 
-Two baselines share the calls, as members with alpha = 0: the student's architecture trained on the clean labels alone,
-and each teacher fine-tuned on them. A defense that is no better than these has not earned its teachers.
+Two baselines are members of the same calls, with alpha = 0: the student's architecture trained on the clean labels alone,
+and each teacher fine-tuned on them. A defense that is no better than these gains nothing from its teachers.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,18 +32,22 @@ from bdjax.types import Array, Key, Model, PyTree
 
 @dataclass(frozen=True)
 class TaKdConfig:
-    """What TA-KD leaves to choose. T and alpha are not in the paper: 4 and 0.5 are its public code's."""
+    """Settings of TA-KD. The paper does not give T and alpha: 4 and 0.5 are those of its public code."""
 
     temperature: float = 4.0
+    """T, temperature of both softmaxes"""
     alpha: float = 0.5
-    """weight of the teachers' word against the clean labels'"""
+    """weight of the teachers' logits, in [0, 1]; the clean labels get the rest"""
     direction: losses.Direction = "teacher_student"
+    """direction of the KL divergence"""
     aggregation: Aggregation = "mean"
+    """how the teachers' logits are averaged"""
     trim: int = 1
-    """for the trimmed mean"""
+    """lowest and highest values that the trimmed mean leaves out, each"""
     augmentation: Augmentation = "none"
+    """augmentation of the copies of clean rows"""
     views: int = 1
-    """copies of each clean row; the first is the row as it is"""
+    """copies of each clean row; the first is not augmented"""
 
 
 class CleanSet(NamedTuple):
@@ -52,7 +56,7 @@ class CleanSet(NamedTuple):
     images: np.ndarray
     """uint8 [n * views + n', H, W, C]"""
     labels: np.ndarray
-    """int32, of all of them"""
+    """int32 [n * views + n']"""
     num_train: int
     """n * views"""
 
@@ -65,27 +69,27 @@ def make_clean_set(
     validation_rows: np.ndarray,
     config: TaKdConfig,
 ) -> CleanSet:
-    """Lay out the clean rows, with augmented copies of the training rows where the configuration asks for them.
+    """Collect the clean rows, with augmented copies of the training rows if `config.views` is above 1.
 
     Args:
         key: of the augmentation.
         images: uint8 [P, H, W, C], of the whole set.
         labels: int32 [P].
         train_rows: int [n], to train on.
-        validation_rows: int [n'], for the learning-rate rule; may be empty.
-        config: `augmentation` and `views` are read.
+        validation_rows: int [n'], for the learning-rate schedule; may be empty.
+        config: reads `augmentation` and `views`.
     """
     views = [images[train_rows]]
-    change = jax.jit(partial(augment, kind=config.augmentation))
+    augmented = jax.jit(partial(augment, kind=config.augmentation))
     for view in range(1, config.views):
-        views.append(np.asarray(change(jax.random.fold_in(key, view), jnp.asarray(images[train_rows]))))
-    everything = np.concatenate([*views, images[validation_rows]])
+        views.append(np.asarray(augmented(jax.random.fold_in(key, view), jnp.asarray(images[train_rows]))))
+    all_images = np.concatenate([*views, images[validation_rows]])
     all_labels = np.concatenate([np.tile(labels[train_rows], config.views), labels[validation_rows]])
-    return CleanSet(everything, all_labels.astype(np.int32), len(train_rows) * config.views)
+    return CleanSet(all_images, all_labels.astype(np.int32), len(train_rows) * config.views)
 
 
 def distillation_loss(config: TaKdConfig) -> Callable[[Array, dict[str, Array]], Array]:
-    """Equations 3-6 for the training engine; each row brings its own alpha, so that baselines are members too."""
+    """Equations 3-6 for the training engine. Alpha is a target of each row, so that baselines can be members too."""
 
     def loss(logits: Array, targets: dict[str, Array]) -> Array:
         return losses.distillation(
@@ -101,40 +105,42 @@ def distillation_loss(config: TaKdConfig) -> Callable[[Array, dict[str, Array]],
 
 
 class Learners(NamedTuple):
-    """Members of one architecture to be trained on the clean sets, and what each is told."""
+    """Members of one architecture to be trained on the clean sets, with the logits that they learn from."""
 
     variables: PyTree | None
     """stacked [M, ...]; None for fresh networks"""
     clean_set: np.ndarray
-    """int [M]: which seed's clean set"""
+    """int [M]: the seed whose clean set is used"""
     teacher_logits: np.ndarray
     """float32 [M, rows of a clean set, K]"""
     alpha: np.ndarray
-    """float32 [M]"""
+    """float32 [M]: weight of the teacher logits"""
 
 
-def make_learners(variables: PyTree | None, clean_set: np.ndarray, told: np.ndarray, alpha: float) -> Learners:
-    """Learners who are told the same as all others of their seed.
+def make_learners(
+    variables: PyTree | None, clean_set: np.ndarray, teacher_logits: np.ndarray, alpha: float
+) -> Learners:
+    """Make learners; all learners of one seed have the same teacher logits.
 
     Args:
         variables: stacked [M, ...], or None for fresh networks.
         clean_set: int [M], each learner's seed.
-        told: float32 [seeds, rows of a clean set, K], the logits to imitate.
-        alpha: the weight of those against the labels; 0 for a baseline that is told nothing.
+        teacher_logits: float32 [seeds, rows of a clean set, K].
+        alpha: weight of the teacher logits; the labels get the rest. 0 for a baseline without teachers.
     """
-    return Learners(variables, clean_set, told[clean_set], np.full(len(clean_set), alpha, np.float32))
+    return Learners(variables, clean_set, teacher_logits[clean_set], np.full(len(clean_set), alpha, np.float32))
 
 
 def initialise(learners: Learners, model: Model, image_shape: tuple[int, int, int], key: Key) -> Learners:
-    """Give fresh learners their weights; others keep theirs."""
+    """Initialise the weights of fresh learners; other learners are returned unchanged."""
     if learners.variables is not None:
         return learners
     keys = jax.random.split(key, len(learners.alpha))
-    return learners._replace(variables=ensemble.init_members(lambda one: model.init(one, image_shape), keys))
+    return learners._replace(variables=ensemble.init_members(lambda key: model.init(key, image_shape), keys))
 
 
 def join_learners(parts: list[Learners]) -> Learners:
-    """Put initialised learners of one architecture into one stack, so that they share every call."""
+    """Stack initialised learners of one architecture."""
     return Learners(
         ensemble.join([part.variables for part in parts]),
         np.concatenate([part.clean_set for part in parts]),
@@ -151,10 +157,10 @@ def train_parts(
     clean_sets: list[CleanSet],
     key: Key,
 ) -> dict[str, Nets]:
-    """Train learners of several roles, those of one architecture in one call.
+    """Train learners of several roles; learners of one architecture share a call.
 
     Args:
-        runner: where checkpoints go.
+        runner: trains and keeps checkpoints.
         parts: role -> (architecture, learners).
         config: of the distillation.
         train_config: of the training.
@@ -182,13 +188,13 @@ def train_parts(
         start = 0
         for name in names:
             count = len(parts[name][1].alpha)
-            own = slice(start, start + count)
+            members = slice(start, start + count)
             start += count
             trained[name] = Nets(
                 model,
-                ensemble.members(result.variables, own),
+                ensemble.members(result.variables, members),
                 count // len(clean_sets),
-                {metric: np.asarray(values[own]) for metric, values in result.history.items()},
+                {metric: np.asarray(values[members]) for metric, values in result.history.items()},
             )
     return trained
 
@@ -200,7 +206,7 @@ def train_on_clean_sets(
     learners: Learners,
     clean_sets: list[CleanSet],
     key: Key,
-    **how: Any,
+    **options: Any,
 ) -> TrainState:
     """Train all learners of one architecture in one call.
 
@@ -209,16 +215,16 @@ def train_on_clean_sets(
         config: of the distillation.
         train_config: of the training.
         learners: with variables.
-        clean_sets: of each seed, all of one size.
+        clean_sets: of each seed, all of the same size.
         key: of the shuffles.
-        how: keyword arguments of `ensemble.fit`, `layout` at least.
+        options: keyword arguments of `ensemble.fit`, `layout` at least.
 
     Returns:
         The stacked final state, in the learners' order.
     """
     size, num_train = len(clean_sets[0].labels), clean_sets[0].num_train
-    pool = jnp.asarray(np.concatenate([each.images for each in clean_sets]))
-    labels = np.stack([each.labels for each in clean_sets])[learners.clean_set]  # [M, size]
+    pool = jnp.asarray(np.concatenate([clean_set.images for clean_set in clean_sets]))
+    labels = np.stack([clean_set.labels for clean_set in clean_sets])[learners.clean_set]  # [M, size]
     index = learners.clean_set[:, None] * size + np.arange(size)
     alpha = np.broadcast_to(learners.alpha[:, None], labels.shape).astype(np.float32)
 
@@ -242,5 +248,5 @@ def train_on_clean_sets(
         pool,
         rows(slice(0, num_train)),
         rows(slice(num_train, size)),
-        **how,
+        **options,
     )

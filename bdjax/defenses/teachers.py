@@ -1,4 +1,4 @@
-"""What TA-KD asks of its teachers: logits. Anything that gives them can be a teacher."""
+"""Teachers for TA-KD: anything that returns logits."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,41 +12,41 @@ TeacherLogits = Callable[[np.ndarray], np.ndarray]
 
 
 def from_members(predict: Callable[[PyTree, Array], Array], variables: PyTree) -> TeacherLogits:
-    """Stacked bdjax members as teachers.
+    """Use stacked bdjax members as teachers.
 
     Args:
-        predict: of `bdjax.training.ensemble.make_predict`.
+        predict: from `bdjax.training.ensemble.make_predict`.
         variables: stacked [N, ...].
     """
     return lambda images: np.asarray(predict(variables, images))
 
 
 def from_classifiers(classifiers: Sequence[Classifier], num_classes: int) -> TeacherLogits:
-    """Any Python callables as teachers, a PyTorch model or a remote service behind a function, say.
+    """Use Python callables as teachers: for example a PyTorch model, or a function that queries a remote service.
 
-    They are called from outside every compiled function, once for each set of images, and never differentiated.
+    They are called outside compiled functions, once for each set of images, and are not differentiated.
 
     Args:
         classifiers: each maps float32 [B, H, W, C] in [0, 1] to logits [B, K].
         num_classes: K.
 
     Raises:
-        InputError: when one returns another shape, or values that are not finite.
+        InputError: no classifiers; later, one that returns another shape or values that are not finite.
     """
     if not classifiers:
-        raise InputError("no teachers were given: TA-KD needs at least one")
+        raise InputError("no teachers: TA-KD needs at least one")
 
     def logits(images: np.ndarray) -> np.ndarray:
-        answers = []
+        outputs = []
         for i, classifier in enumerate(classifiers):
-            answer = np.asarray(classifier(images.astype(np.float32) / 255), np.float32)
-            if answer.shape != (len(images), num_classes):
+            output = np.asarray(classifier(images.astype(np.float32) / 255), np.float32)
+            if output.shape != (len(images), num_classes):
                 raise InputError(
-                    f"teacher {i + 1} returned logits of shape {answer.shape}; should be {(len(images), num_classes)}"
+                    f"teacher {i + 1} returned logits of shape {output.shape}; should be {(len(images), num_classes)}"
                 )
-            if not np.isfinite(answer).all():
+            if not np.isfinite(output).all():
                 raise InputError(f"teacher {i + 1} returned logits that are not finite")
-            answers.append(answer)
-        return np.stack(answers)
+            outputs.append(output)
+        return np.stack(outputs)
 
     return logits

@@ -1,4 +1,4 @@
-"""No defense: the network that plain training on the suspect rows gives. What every other row of a table is held against."""
+"""No defense: the network of plain training on the suspect rows. It is the baseline of every table."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from bdjax.types import DefenseResult
 
 @dataclass(frozen=True)
 class UndefendedSettings:
-    """Nothing to choose: the run's own recipe."""
+    """No settings: the network is trained with the run's recipe."""
 
 
 def run(inputs: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
-    """Hand the attacked networks on."""
+    """Return the attacked networks."""
     del settings
     return DefenseResult(inputs.attacked.model, inputs.attacked.variables)
 

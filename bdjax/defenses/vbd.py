@@ -1,20 +1,20 @@
 """VBD: variance-based defense (Aseervatham et al. 2025). Which rows are poisoned, and what does the trigger look like?
 
-1. Three networks too simple for the classes are trained on most of the suspect rows. Of the rest, the rows of each class that
-   they are surest of are taken for malicious.
-2. to 4. A class whose surest and least sure rows use their most important pixel differently is suspicious; its trigger is taken
-   out, and kept if it works on rows of other classes. That is `bdjax/defenses/vbd_patterns.py`, network by network; of several
-   patterns of one class, the one of the least accurate network and the most success is kept.
-5. A detector of each pattern learns from gradient images: g(x; c) of rows of other classes as they are (0) and with the
-   pattern blended in at random opacities (1); later also of the rows of class c themselves, by its own answers.
-6. Rows of class c that its detector answers 1 on are flagged. These two are `bdjax/defenses/vbd_detector.py`.
+1. Three networks too simple for the classes are trained on most of the suspect rows. Of the held-out rows, those of each class
+   with the most confident predictions are assumed to be malicious.
+2. to 4. A class is suspicious if its most and least confident rows use the most important pixel differently. Its trigger is
+   extracted, and kept if it works on rows of other classes. That is `bdjax/defenses/vbd_patterns.py`, for one network at a
+   time; of several patterns of one class, the best is kept by low accuracy of the network and high success of the pattern.
+5. For each pattern a detector learns from gradient images g(x; c) of rows of other classes, unchanged (0) and with the pattern
+   blended in at random opacities (1); later also from the rows of class c, with its own predictions as labels.
+6. Rows of class c that its detector predicts as 1 are flagged. Stages 5 and 6 are `bdjax/defenses/vbd_detector.py`.
 7. A clean network is trained without the flagged rows, or with new labels for them.
 
-Everything is done for M suspect training sets at once, and a detector is a member of a call like any other.
+All M suspect training sets are processed together; each detector is a member of a call.
 
-What the paper leaves open or its code does otherwise: rows of all the training set train the detectors in the code, those of
-the detection split in the text. A row goes to the detector of its own class here, as in the code (the text sends every row to
-every detector).
+What the paper leaves open, or where its text and code differ: in the code the detectors are trained on rows of the whole
+training set, in the text on those of the detection split. Here, as in the code, a row goes to the detector of its own class
+(in the text, every row goes to every detector).
 """
 
 from typing import NamedTuple
@@ -36,9 +36,9 @@ from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult, Detection, ExtractedPattern, Key
 
 LEAST_CHECKED = 100
-"""Rows that a pattern is checked on where a tenth of the detection split is fewer; ours, for small sets."""
+"""Smallest number of rows that a pattern is checked on; not in the paper, for small sets."""
 CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
-"""How many share a call, which bounds memory where there are hundreds of classes."""
+"""How many share a call, which bounds the memory for hundreds of classes."""
 
 
 class Analysis(NamedTuple):
@@ -47,23 +47,23 @@ class Analysis(NamedTuple):
     flags: np.ndarray
     """bool [M, n]"""
     scores: np.ndarray
-    """float32 [M, n]: the detector's probability; 0 for rows of a class without one"""
+    """float32 [M, n]: the detector's probability; 0 for rows of a class without a detector"""
     accuracies: np.ndarray
-    """float64 [M, J]: of the simple networks, in the last epoch of their training"""
+    """float64 [M, J]: training accuracy of the simple networks in the last epoch"""
     p_values: np.ndarray
     """float64 [M, J, K]"""
     success: np.ndarray
-    """float64 [M, J, K]: of the candidate pattern in the check; 0 where there was none"""
+    """float64 [M, J, K]: success rate of the candidate pattern in the check; 0 without a candidate"""
     network: np.ndarray
-    """int [M, K]: whose pattern is kept, or -1"""
+    """int [M, K]: the network whose pattern is kept, or -1"""
     masks: np.ndarray
-    """bool [M, K, H, W]: of the pattern that is kept"""
+    """bool [M, K, H, W]: mask of the pattern that is kept"""
     patterns: np.ndarray
     """float32 [M, K, H, W, C] in [0, 1], zero outside the mask"""
     detector_accuracies: np.ndarray
-    """float64 [M, K]; 0 where there is no pattern"""
+    """float64 [M, K]; 0 without a pattern"""
     new_labels: np.ndarray
-    """int32 [M, n]: second-best class of flagged rows, the label of others"""
+    """int32 [M, n]: the second most likely class of flagged rows, the given label of all others"""
 
     @property
     def is_poisoned_class(self) -> np.ndarray:
@@ -72,7 +72,7 @@ class Analysis(NamedTuple):
 
 
 def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cut one set in two, each class in the same proportion.
+    """Split one set into two, stratified by class.
 
     Args:
         key: of the order within the classes.
@@ -81,21 +81,21 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
 
     Returns:
         Row numbers, int32 [n1] and [n2]. The sizes depend on n alone, so that sets with other labels fit into the same
-        call; a start of the second part is again cut in proportion.
+        call. The first rows of the second part are again stratified by class.
     """
     order = splits.permutation(key, len(labels))
     rank = np.empty(len(labels))
     for label in np.unique(labels):
-        own = order[labels[order] == label]
-        rank[own] = (np.arange(len(own)) + 0.5) / len(own)
+        class_rows = order[labels[order] == label]
+        rank[class_rows] = (np.arange(len(class_rows)) + 0.5) / len(class_rows)
     order = order[np.argsort(rank[order], kind="stable")]
     count = round(share * len(labels))
     return np.sort(order[count:]), order[:count]
 
 
 def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
-    """Stage 1: each simple network on its suspect's rows, int [M, n'] into the training set."""
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
+    """Stage 1: train each simple network on some rows of each suspect, int [M, n'] into the training set."""
+    index, labels = (np.take_along_axis(values, rows, axis=1) for values in (inputs.index, inputs.labels))
     epochs = epochs_for(settings.epochs, settings.least_steps, rows.shape[1], settings.batch_size)
     config = inputs.config(
         epochs=epochs,
@@ -109,12 +109,14 @@ def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray
         augmentation="none",
         keep_last_batch=False,
     )
-    told = (
+    description = (
         f"{epochs} epochs, batch {settings.batch_size}, {settings.optimiser} {settings.learning_rate:g}, decay "
         f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
     )
     return [
-        inputs.train(f"vbd: {layers}, {told}", inputs.make_model(network_name(layers)), config, labelled(index, labels))
+        inputs.train(
+            f"vbd: {layers}, {description}", inputs.make_model(network_name(layers)), config, labelled(index, labels)
+        )
         for layers in settings.networks.split("+")
     ]
 
@@ -126,19 +128,19 @@ def find_candidates(
 
     Args:
         inputs: the suspects.
-        settings: how.
-        nets: the network, of each suspect.
+        settings: of the defense.
+        nets: one simple network, trained on each suspect.
         held_back: int [M, d], rows of the training sets.
     """
-    index, labels = (np.take_along_axis(each, held_back, axis=1) for each in (inputs.index, inputs.labels))
+    index, labels = (np.take_along_axis(values, held_back, axis=1) for values in (inputs.index, inputs.labels))
     logits = inputs.logits(nets.model, nets.variables, labelled(index, labels))
     found: list[list[Candidate]] = [[] for _ in index]
     # Gradients are as large as images, and there may be hundreds of classes.
     for start in range(0, inputs.num_classes, CLASSES_AT_ONCE):
-        classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes  # of one shape for every turn
+        classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes  # the same shape in each iteration
         rows = [
-            [vbd_patterns.select_rows(*own, label, settings.rows_per_class) for label in classes]
-            for own in zip(logits, labels, strict=True)
+            [vbd_patterns.select_rows(*of_member, label, settings.rows_per_class) for label in classes]
+            for of_member in zip(logits, labels, strict=True)
         ]
         gradients = _gradients(inputs, nets, index, rows, classes, settings.rows_per_class)
         for member, of_member in enumerate(rows):
@@ -162,12 +164,12 @@ def find_candidates(
 def _gradients(
     inputs: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int
 ) -> np.ndarray:
-    """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]: of those that there are."""
+    """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]; meaningless beyond the number of chosen rows."""
     which = np.zeros((len(index), len(classes), 2, count), np.int64)
     for member, of_member in enumerate(rows):
         for place, parts in enumerate(of_member):
-            for part, own in enumerate(parts):
-                which[member, place, part, : len(own)] = own
+            for part, chosen in enumerate(parts):
+                which[member, place, part, : len(chosen)] = chosen
     wanted = np.broadcast_to(classes[:, None, None], which.shape).reshape(len(index), -1)
     chosen = np.take_along_axis(index, which.reshape(len(index), -1), axis=1)
     function = vbd_patterns.row_margin_gradients(nets.model)
@@ -178,53 +180,57 @@ def _gradients(
 def check_candidates(
     inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
 ) -> np.ndarray:
-    """Stage 4 with one network: how often each candidate turns a row of another class, at full opacity.
+    """Stage 4 with one network: the success rate of each candidate on rows of other classes, at full opacity.
 
     Args:
         inputs: the suspects.
-        settings: how.
-        nets: the network that found them.
+        settings: of the defense.
+        nets: the network that found the candidates.
         held_back: int [M, d], in the order of `split_rows`.
-        found: of each suspect and class.
+        found: the candidate of each suspect and class.
 
     Returns:
-        float64 [M, K]; 0 where there is no candidate.
+        float64 [M, K]; 0 without a candidate.
     """
     count = min(max(round(settings.check_share * held_back.shape[1]), LEAST_CHECKED), held_back.shape[1])
-    index, labels = (np.take_along_axis(each, held_back[:, :count], axis=1) for each in (inputs.index, inputs.labels))
+    index, labels = (
+        np.take_along_axis(values, held_back[:, :count], axis=1) for values in (inputs.index, inputs.labels)
+    )
     success = np.zeros((len(index), inputs.num_classes))
     for start in range(0, inputs.num_classes, CLASSES_AT_ONCE):
         classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes
         of_classes = [[of_member[label] for label in classes] for of_member in found]
-        if not any(one.mask.any() for of_member in of_classes for one in of_member):
+        if not any(candidate.mask.any() for of_member in of_classes for candidate in of_member):
             continue
+        masks = [[candidate.mask[..., None] for candidate in of_member] for of_member in of_classes]
+        patterns = [[candidate.pattern for candidate in of_member] for of_member in of_classes]
         variables = {
             "network": nets.variables,
-            "masks": jnp.asarray([[one.mask[..., None] for one in each] for each in of_classes], jnp.float32),
-            "patterns": jnp.asarray([[one.pattern for one in each] for each in of_classes]),
+            "masks": jnp.asarray(masks, jnp.float32),
+            "patterns": jnp.asarray(patterns),
         }
         wanted = np.tile(np.repeat(np.arange(CLASSES_AT_ONCE), count), (len(index), 1))
         rows = of_class(np.tile(index, (1, CLASSES_AT_ONCE)), wanted)
-        answers = inputs.per_row(vbd_patterns.row_patched_answers(nets.model), variables, rows)
-        answers = answers.reshape(len(index), CLASSES_AT_ONCE, count)
+        predictions = inputs.per_row(vbd_patterns.row_patched_predictions(nets.model), variables, rows)
+        predictions = predictions.reshape(len(index), CLASSES_AT_ONCE, count)
         for member, of_member in enumerate(of_classes):
             for place in range(min(CLASSES_AT_ONCE, inputs.num_classes - start)):
                 others = labels[member] != classes[place]
                 if of_member[place].mask.any() and others.any():
-                    success[member, classes[place]] = np.mean(answers[member, place, others] == classes[place])
+                    success[member, classes[place]] = np.mean(predictions[member, place, others] == classes[place])
     return success
 
 
 def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSettings) -> np.ndarray:
-    """Whose pattern of each class is kept (section 3.3.8).
+    """Choose the network whose pattern is kept, for each class (section 3.3.8).
 
     Args:
         accuracies: float [M, J].
         success: float [M, J, K].
-        settings: the threshold, the votes and the weight.
+        settings: reads `least_success`, `votes` and `accuracy_weight`.
 
     Returns:
-        int [M, K]: a network, or -1 where too few have a pattern that works.
+        int [M, K]: a network, or -1 if too few networks have a pattern that works.
     """
     works = success >= settings.least_success
     score = vbd_patterns.pair_score(accuracies[:, :, None], success, settings.accuracy_weight)
@@ -236,14 +242,11 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     """Stages 1 to 6.
 
     Args:
-        inputs: the suspects; used are their training sets alone.
-        settings: how.
-
-    Returns:
-        All that is found.
+        inputs: the suspects; reads only their training sets.
+        settings: of the defense.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: an invalid setting.
 
     References:
         Aseervatham et al. 2025, algorithm 1 and section 3.3.8.
@@ -251,14 +254,18 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     check(settings)
     keys = inputs.keys_for("vbd: split")
     parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(inputs.labels)]
-    training, held_back = (np.stack(each) for each in zip(*parts, strict=True))
-    nets = train_networks(inputs, settings, training)
-    found = [find_candidates(inputs, settings, one, held_back) for one in nets]
+    training, held_back = (np.stack(rows) for rows in zip(*parts, strict=True))
+    networks = train_networks(inputs, settings, training)
+    found = [find_candidates(inputs, settings, nets, held_back) for nets in networks]
     success = np.stack(
-        [check_candidates(inputs, settings, one, held_back, own) for one, own in zip(nets, found, strict=True)], axis=1
+        [
+            check_candidates(inputs, settings, nets, held_back, candidates)
+            for nets, candidates in zip(networks, found, strict=True)
+        ],
+        axis=1,
     )
-    accuracies = np.stack([one.history["accuracy"][:, -1] for one in nets], axis=1).astype(np.float64)
-    network = choose_networks(accuracies, success, settings)
+    accuracies = np.stack([nets.history["accuracy"][:, -1] for nets in networks], axis=1).astype(np.float64)
+    chosen = choose_networks(accuracies, success, settings)
 
     num, num_rows = inputs.labels.shape
     height, width, channels = inputs.runner.image_shape
@@ -267,14 +274,14 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     detector_accuracies = np.zeros((num, inputs.num_classes))
     scores = np.zeros((num, num_rows), np.float32)
     flags, new_labels = np.zeros((num, num_rows), bool), inputs.labels.copy()
-    everything = np.tile(np.arange(num_rows), (num, 1))
-    for number, one in enumerate(nets):
-        kept = [Pattern(int(m), int(c), number) for m, c in np.argwhere(network == number)]
+    all_rows = np.tile(np.arange(num_rows), (num, 1))
+    for number, nets in enumerate(networks):
+        kept = [Pattern(int(m), int(c), number) for m, c in np.argwhere(chosen == number)]
         for start in range(0, len(kept), PATTERNS_AT_ONCE):
-            some = kept[start : start + PATTERNS_AT_ONCE]
-            rows = held_back if settings.detector_rows == "held_back" else everything
-            told = train_detectors(inputs, settings, one, some, found[number], rows)
-            for pattern, (where, probabilities, accuracy) in zip(some, told, strict=True):
+            chunk = kept[start : start + PATTERNS_AT_ONCE]
+            rows = held_back if settings.detector_rows == "held_back" else all_rows
+            detections = train_detectors(inputs, settings, nets, chunk, found[number], rows)
+            for pattern, (where, probabilities, accuracy) in zip(chunk, detections, strict=True):
                 member, label = pattern.member, pattern.label
                 masks[member, label] = found[number][member][label].mask
                 patterns[member, label] = found[number][member][label].pattern
@@ -283,14 +290,16 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
                 if accuracy >= settings.least_accuracy:
                     flags[member, where] = probabilities >= 0.5
         if kept:
-            new_labels = _second_best(inputs, one, network == number, flags, new_labels)
+            new_labels = _second_best(inputs, nets, chosen == number, flags, new_labels)
     return Analysis(
         flags=flags,
         scores=scores,
         accuracies=accuracies,
-        p_values=np.array([[[one.p_value for one in of_member] for of_member in own] for own in found]).swapaxes(0, 1),
+        p_values=np.array(
+            [[[candidate.p_value for candidate in of_member] for of_member in of_network] for of_network in found]
+        ).swapaxes(0, 1),
         success=success,
-        network=network,
+        network=chosen,
         masks=masks,
         patterns=patterns,
         detector_accuracies=detector_accuracies,
@@ -299,30 +308,30 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
 
 
 def _second_best(
-    inputs: DefenseInput, nets: Nets, is_own: np.ndarray, flags: np.ndarray, labels: np.ndarray
+    inputs: DefenseInput, nets: Nets, classes: np.ndarray, flags: np.ndarray, labels: np.ndarray
 ) -> np.ndarray:
-    """Give flagged rows of the classes that a network has, bool [M, K], the class it finds most likely beside their own."""
+    """Relabel the flagged rows of some classes, bool [M, K], with a network's second most likely class."""
     flagged = [
-        np.flatnonzero(own & flags)
-        for own, flags in zip(np.take_along_axis(is_own, inputs.labels, 1), flags, strict=True)
+        np.flatnonzero(of_classes & flags)
+        for of_classes, flags in zip(np.take_along_axis(classes, inputs.labels, 1), flags, strict=True)
     ]
     longest = max(map(len, flagged))
     if not longest:
         return labels
     padded = np.stack([np.resize(rows, longest) if len(rows) else np.zeros(longest, int) for rows in flagged])
-    rows = labelled(*(np.take_along_axis(each, padded, axis=1) for each in (inputs.index, inputs.labels)))
+    rows = labelled(*(np.take_along_axis(values, padded, axis=1) for values in (inputs.index, inputs.labels)))
     logits = np.array(inputs.logits(nets.model, nets.variables, rows))
     np.put_along_axis(logits, np.asarray(rows.targets["labels"])[..., None], -np.inf, axis=2)
     labels = labels.copy()
-    for member, own in enumerate(flagged):
-        labels[member, own] = np.argmax(logits[member, : len(own)], axis=1)
+    for member, rows in enumerate(flagged):
+        labels[member, rows] = np.argmax(logits[member, : len(rows)], axis=1)
     return labels
 
 
 def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
-    """What every detector says: flags, scores, patterns, and a few numbers and pictures of its own.
+    """Convert an analysis to a `Detection`.
 
-    The evidence has the "accuracies" [M, J], the "p_values" [M, J, K] and the "success" [M, J, K] of `Analysis`.
+    Its evidence has the "accuracies" [M, J], the "p_values" [M, J, K] and the "success" [M, J, K] of `Analysis`.
     """
     found = analysis.is_poisoned_class
     facts = {
@@ -331,7 +340,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         "best success of a pattern": analysis.success.max(axis=(1, 2)),
         "mean accuracy of the simple networks": analysis.accuracies.mean(axis=1),
     }
-    # The same number of pictures for every suspect: of the classes that any has a pattern of.
+    # The same number of pictures for every suspect: of all classes with a pattern in any suspect.
     shown = np.flatnonzero(found.any(axis=0))
     pictures = {}
     if len(shown):
@@ -344,7 +353,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
 
 
 def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[ExtractedPattern, ...]:
-    """The patterns that were kept of one suspect, by class."""
+    """The patterns kept for one suspect, by class."""
     networks, chosen = settings.networks.split("+"), analysis.network[member]
     return tuple(
         ExtractedPattern(
@@ -360,22 +369,22 @@ def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[E
 
 
 def detect(inputs: DefenseInput, settings: VBDSettings) -> Detection:
-    """`analyse`, as every detector answers."""
+    """Run `analyse`, and return its result as a `Detection`."""
     return to_detection(analyse(inputs, settings), settings)
 
 
 def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
-    """Stage 7 too: networks trained without the flagged rows, or with other labels for them.
+    """All stages: detect, then train networks without the flagged rows, or with other labels for them.
 
     Args:
-        inputs: the suspects; used are their training sets alone.
-        settings: how.
+        inputs: the suspects; reads only their training sets.
+        settings: of the defense.
 
     Returns:
-        The clean networks, with flags, scores and the patterns of all rows.
+        The clean networks, with the flags and scores of all rows.
 
     Raises:
-        InputError: as `analyse`.
+        InputError: an invalid setting.
     """
     analysis = analyse(inputs, settings)
     found = to_detection(analysis, settings)
@@ -388,7 +397,7 @@ def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
 
 
 def check(settings: VBDSettings) -> None:
-    """Refuse settings that cannot be.
+    """Reject invalid settings.
 
     Raises:
         InputError: naming the setting.

@@ -1,12 +1,12 @@
 """VBD, stages 5 and 6 (Aseervatham et al. 2025, algorithm 3): a detector for each pattern, and the rows that it flags.
 
-A detector is a small network on gradient images g(x; c) of the simple network that gave the pattern away. It learns from rows
-of other classes, half of them as they are (0) and half with the pattern blended in at random opacities (1); after some
-epochs rows of class c itself are added, under what it says of them (pseudo-labels).
+A detector is a small network on gradient images g(x; c) of the simple network that revealed the pattern. It learns from rows
+of other classes, half of them unchanged (0) and half with the pattern blended in at random opacities (1); after some epochs,
+rows of class c itself are added, with the detector's own predictions as labels (pseudo-labels).
 
-Algorithm 3 prints that the rows with y != c are removed; they are what the prose and the code train on. The opacities are
-U(0.1, 1) in the paper and U(0.2, 1) in the code. Pseudo-labels are renewed whenever a row comes by rather than once an epoch,
-which costs nothing, since its gradient is there.
+Algorithm 3 prints that the rows with y != c are removed; the text and the code train on them. The opacities are U(0.1, 1) in
+the paper and U(0.2, 1) in the code. Pseudo-labels are renewed whenever a row is used rather than once an epoch, at no cost,
+since its gradient is computed anyway.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ from bdjax.training.stages import Nets
 from bdjax.types import Array, Key, Model, PyTree
 
 SCALE_ROWS = 1000
-"""Rows whose pixels say by how much standardising would divide."""
+"""Rows whose pixels give the standard deviations by which gradients are scaled."""
 
 
 class Pattern(NamedTuple):
-    """One pattern that a detector is to be trained for."""
+    """A pattern to train a detector for."""
 
     member: int
     label: int
@@ -41,7 +41,7 @@ class Pattern(NamedTuple):
 
 
 def epochs_for(epochs: int, least_steps: int, num_rows: int, batch_size: int) -> int:
-    """The epochs that are asked for, or as many more as so many steps need."""
+    """The given epochs, or more if those have fewer than `least_steps` steps."""
     steps = max(num_rows // min(batch_size, num_rows), 1)
     return max(epochs, -(-least_steps // steps))
 
@@ -52,18 +52,18 @@ def pixels(inputs: DefenseInput, rows: np.ndarray) -> np.ndarray:
 
 
 def of_class(index: np.ndarray, classes: np.ndarray) -> Rows:
-    """Rows of the pool with a class to ask about, int [M, n] each."""
+    """Rows of the pool with the class to evaluate, int [M, n] each."""
     return Rows(jnp.asarray(index, jnp.int32), {"class": jnp.asarray(classes, jnp.int32)})
 
 
 @cache
 def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch: int) -> Objective:
-    """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the class's own rows.
+    """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the rows of the class itself.
 
-    `params` is the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", what gradients
-    are multiplied by ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps".
-    A row is a pair of views: a row of another class, and one of the class itself, whose number is targets["own"]. Accuracy is
-    counted on the rows of other classes alone.
+    `params` are the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", the factor of
+    gradients ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps". A row is a
+    pair of views: a row of another class, and a row of the class itself, whose number is targets["own"]. Accuracy is measured
+    on the rows of other classes alone.
     """
     detector = make_pattern_detector()
 
@@ -76,28 +76,28 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
         opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
         patched = vbd_patterns.blend(others, variables["mask"][None], variables["pattern"][None], opacity)
         others = jnp.where(is_patched[:, None, None, None], patched, others)
-        inputs = scaled_gradients(network, variables, jnp.concatenate([others, own]))
-        flat = embedding(detector.apply(_weights(params), inputs, train=True).features)
+        gradients = scaled_gradients(network, variables, jnp.concatenate([others, own]))
+        flat = embedding(detector.apply(_weights(params), gradients, train=True).features)
         is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
-        learnt = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
-        told = last_layer(params, flat[count:])[:, 0]  # compared with 0 alone: no gradient
+        output = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
+        own_output = last_layer(params, flat[count:])[:, 0]  # without dropout; gives labels only, no gradient
 
         epoch = variables["steps"] // batches_per_epoch
         has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
         is_labelling = (epoch >= settings.first_labelling) & (epoch <= settings.last_labelling)
         pseudo_labels = variables["pseudo_labels"]
         wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
-        entropies = optax.sigmoid_binary_cross_entropy(learnt, wanted)
-        # The mean over all rows of the step, told as one loss for each row of other classes.
-        of_own = jnp.sum(entropies[count:]) / count
-        losses = (entropies[:count] + has_labels * of_own) / (1 + has_labels * own_count / count)
-        renewed = pseudo_labels.at[which].set((told >= 0).astype(jnp.float32))
+        entropies = optax.sigmoid_binary_cross_entropy(output, wanted)
+        # The mean over all rows of the step, written as a loss for each row of another class.
+        own_share = jnp.sum(entropies[count:]) / count
+        losses = (entropies[:count] + has_labels * own_share) / (1 + has_labels * own_count / count)
+        renewed = pseudo_labels.at[which].set((own_output >= 0).astype(jnp.float32))
         variables = {
             **variables,
             "pseudo_labels": jnp.where(is_labelling, renewed, pseudo_labels),
             "steps": variables["steps"] + 1,
         }
-        logits = jnp.stack([jnp.zeros_like(learnt), learnt], axis=1)[:count]
+        logits = jnp.stack([jnp.zeros_like(output), output], axis=1)[:count]
         return Outcome(losses, logits, is_patched.astype(jnp.int32), variables)
 
     return objective
@@ -108,7 +108,7 @@ def _weights(params: PyTree) -> PyTree:
 
 
 def scaled_gradients(network: Model, variables: PyTree, images: Array) -> Array:
-    """What a detector sees of images: g for its class, as if pixels were standardised. It is a constant to its training."""
+    """A detector's input: g for its class, as if pixels were standardised, without a gradient of its own."""
     classes = jnp.full(len(images), variables["class"])
     gradients = vbd_patterns.margin_gradients(network, variables["network"], images, classes)
     return jax.lax.stop_gradient(gradients * variables["scale"][None, None, None])
@@ -121,8 +121,8 @@ def row_detections(network: Model) -> Callable[..., Array]:
 
     def probabilities(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
         del targets
-        inputs = scaled_gradients(network, variables, images)
-        return jax.nn.sigmoid(detector.apply(_weights(variables["params"]), inputs, train=False).logits[:, 0])
+        gradients = scaled_gradients(network, variables, images)
+        return jax.nn.sigmoid(detector.apply(_weights(variables["params"]), gradients, train=False).logits[:, 0])
 
     return probabilities
 
@@ -135,48 +135,46 @@ def train_detectors(
     found: list[list[Candidate]],
     rows: np.ndarray,
 ) -> list[tuple[np.ndarray, np.ndarray, float]]:
-    """Stages 5 and 6 for patterns of one network: a detector for each, and what it says of the rows of its class.
+    """Stages 5 and 6 for patterns of one network: train a detector for each, and apply it to the rows of its class.
 
     Args:
         inputs: the suspects.
-        settings: how.
-        nets: the network, of each suspect.
-        patterns: of which suspects and classes.
-        found: the candidates of this network.
+        settings: of the defense.
+        nets: one simple network, trained on each suspect.
+        patterns: the suspects and classes to train detectors for.
+        found: the candidates of this network, of each suspect and class.
         rows: int [M, r], rows of the training sets to train on.
 
     Returns:
-        For each pattern: the rows of its class, int [n_c]; the probability of each, float32 [n_c]; and the detector's accuracy
-        in the last epoch of its training.
+        For each pattern: the rows of its class, int [n_c]; the probability of each row, float32 [n_c]; and the detector's
+        training accuracy in the last epoch.
     """
     per_epoch = round(rows.shape[1] * (inputs.num_classes - 1) / inputs.num_classes)
     batch_size = min(settings.detector_batch_size, per_epoch)
     pairs, own_counts, scales = [], [], []
-    for one in patterns:
-        labels = inputs.labels[one.member, rows[one.member]]
-        others, own = rows[one.member, labels != one.label], rows[one.member, labels == one.label]
+    for member, label, _ in patterns:
+        labels = inputs.labels[member, rows[member]]
+        others, own = rows[member, labels != label], rows[member, labels == label]
         number = np.arange(per_epoch)
-        # As many rows of other classes as a balanced set has; those of the class itself go round.
-        pairs.append(
-            np.stack([inputs.index[one.member, other[number % len(other)]] for other in (others, own)], axis=-1)
-        )
+        # As many rows of other classes as a balanced set has; rows of the class itself are repeated.
+        pairs.append(np.stack([inputs.index[member, views[number % len(views)]] for views in (others, own)], axis=-1))
         own_counts.append(len(own))
-        sample = inputs.index[one.member, rows[one.member, :SCALE_ROWS]]
+        sample = inputs.index[member, rows[member, :SCALE_ROWS]]
         scales.append(pixels(inputs, sample).std(axis=(0, 1, 2)))
     own = np.stack([np.arange(per_epoch) % count for count in own_counts])
     targets = {"labels": jnp.zeros(own.shape, jnp.int32), "own": jnp.asarray(own, jnp.int32)}
-    members = np.array([one.member for one in patterns])
-    candidates = [found[one.member][one.label] for one in patterns]
+    members = np.array([pattern.member for pattern in patterns])
+    candidates = [found[pattern.member][pattern.label] for pattern in patterns]
     keys = inputs.keys_for("vbd: detectors")
-    keys = jnp.stack([jax.random.fold_in(keys[one.member], one.label) for one in patterns])
+    keys = jnp.stack([jax.random.fold_in(keys[pattern.member], pattern.label) for pattern in patterns])
     init_keys, shuffle_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     detector = make_pattern_detector()
     variables = {
         "params": ensemble.init_members(lambda key: detector.init(key, inputs.runner.image_shape)["params"], init_keys),
         "network": ensemble.members(nets.variables, members),
-        "mask": jnp.asarray([one.mask[..., None] for one in candidates], jnp.float32),
-        "pattern": jnp.asarray([one.pattern for one in candidates]),
-        "class": jnp.asarray([one.label for one in patterns], jnp.int32),
+        "mask": jnp.asarray([candidate.mask[..., None] for candidate in candidates], jnp.float32),
+        "pattern": jnp.asarray([candidate.pattern for candidate in candidates]),
+        "class": jnp.asarray([pattern.label for pattern in patterns], jnp.int32),
         "scale": jnp.asarray(np.stack(scales), jnp.float32),
         "pseudo_labels": jnp.zeros((len(patterns), max(own_counts)), jnp.float32),
         "steps": jnp.zeros(len(patterns), jnp.int32),
@@ -193,9 +191,9 @@ def train_detectors(
         augmentation="none",
         keep_last_batch=False,
     )
-    told = fingerprint(settings=settings, patterns=patterns, masks=[one.mask.tobytes() for one in candidates])
+    masks = [candidate.mask.tobytes() for candidate in candidates]
     trained = inputs.runner.from_variables(
-        f"vbd: detectors of {nets.model.description} {told}",
+        f"vbd: detectors of {nets.model.description} {fingerprint(settings=settings, patterns=patterns, masks=masks)}",
         detector,
         config,
         variables,
@@ -205,12 +203,15 @@ def train_detectors(
         Rows(jnp.asarray(np.stack(pairs), jnp.int32), targets),
         detector_objective(nets.model, settings, per_epoch // batch_size),
     )
-    class_rows = [np.flatnonzero(inputs.labels[one.member] == one.label) for one in patterns]
-    longest = max(len(each) for each in class_rows)
+    class_rows = [np.flatnonzero(inputs.labels[member] == label) for member, label, _ in patterns]
+    longest = max(map(len, class_rows))
     padded = np.stack(
-        [inputs.index[one.member, np.resize(each, longest)] for one, each in zip(patterns, class_rows, strict=True)]
+        [
+            inputs.index[pattern.member, np.resize(own_rows, longest)]
+            for pattern, own_rows in zip(patterns, class_rows, strict=True)
+        ]
     )
-    said = inputs.runner.per_row(
+    probabilities = inputs.runner.per_row(
         row_detections(nets.model),
         trained.variables,
         of_class(padded, np.zeros_like(padded)),
@@ -218,4 +219,7 @@ def train_detectors(
         inputs.recipe.evaluation_batch_size,
     )
     accuracies = trained.history["accuracy"][:, -1]
-    return [(each, said[number, : len(each)], float(accuracies[number])) for number, each in enumerate(class_rows)]
+    return [
+        (own_rows, probabilities[number, : len(own_rows)], float(accuracies[number]))
+        for number, own_rows in enumerate(class_rows)
+    ]

@@ -1,16 +1,17 @@
 """VBD, stages 2 to 4 (Aseervatham et al. 2025): is a class poisoned, and what is its trigger?
 
-Given a network too simple to learn the classes well, and the rows of a class that it is surest of, a trigger shows in three
-ways: a few pixels dominate the gradient, they do so on those rows and not on the class's others, and they hardly vary.
+Given a network too simple to learn the classes well, and the rows of a class with its most confident predictions, a trigger
+shows in three ways: a few pixels dominate the gradient, they do so on those rows but not on other rows of the class, and their
+values hardly vary.
 
     psi(x, c) = z_c - max_{k != c} z_k          g(x) = d psi / d x                    (equations 5 and 6, on logits)
     (i*, j*) = argmax |mean over channels of the mean g|,   I(x) = max over channels |g(x)_{i* j*}|       (7 and 8)
 
-Class c is suspicious if I is distributed differently on its surest and its least sure rows (Kolmogorov-Smirnov). Its mask
-keeps what the gradient says matters and the variance says is constant (algorithm 2), and its pattern is the mean image there.
+Class c is suspicious if I is distributed differently on its most and its least confident rows (Kolmogorov-Smirnov). The mask
+keeps the pixels with a large gradient and little variance (algorithm 2), and the pattern is the mean image there.
 
-All of this is small and data dependent, so it is NumPy on the host. `bdjax/defenses/vbd.py` has the other stages. The
-settings of all stages are here, where every file of the method can read them.
+The computations are small and their shapes depend on the data, so they are NumPy on the host. `bdjax/defenses/vbd.py` has the
+other stages. The settings of all stages are here, where every file of the method can import them.
 """
 
 from dataclasses import dataclass
@@ -34,78 +35,78 @@ class VBDSettings:
     """The values of the paper, and of its code where the paper gives none."""
 
     networks: str = "64P+10-10P+16-16P"
-    """the simple networks, by their layers, with + between them; see `bdjax/models/simple_cnn.py`"""
+    """layers of the simple networks, joined by +; see `bdjax/models/simple_cnn.py`"""
     detect_share: float = 0.2
-    """of the rows, held back from training the simple networks"""
+    """share of the rows that is held back from training the simple networks, in (0, 1)"""
     epochs: int = 20
-    """of the simple networks"""
+    """training epochs of the simple networks"""
     least_steps: int = 0
-    """of their training: small sets get more epochs"""
+    """smallest number of training steps of the simple networks; small sets get more epochs"""
     batch_size: int = 256
-    """256 for CIFAR-10, 64 for Tiny ImageNet"""
+    """rows per step for the simple networks; 256 for CIFAR-10, 64 for Tiny ImageNet"""
     optimiser: Literal["sgd", "adam"] = "sgd"
-    """of the simple networks; SGD has momentum 0.9"""
+    """optimiser of the simple networks; SGD has momentum 0.9"""
     learning_rate: float = 0.01
-    """of the simple networks, throughout"""
+    """constant learning rate of the simple networks"""
     weight_decay: float = 5e-4
-    """of the simple networks"""
+    """weight decay of the simple networks"""
     rows_per_class: int = 20
-    """N: rows of a class taken for malicious, and as many for clean"""
+    """N, number of rows of a class assumed to be malicious, and of those assumed to be clean"""
     least_rows: int = 5
-    """a class with fewer of either is not tested"""
+    """a class with fewer malicious or fewer clean rows is not tested"""
     p_value: float = 0.01
-    """below which a class is suspicious"""
+    """p-value below which a class is suspicious, in (0, 1); smaller values find fewer classes"""
     pixel_rule: Literal["paper", "code"] = "paper"
-    """whether the most important pixel is that of the channels' mean gradient, or of the largest single entry"""
+    """most important pixel: by the gradient's mean over channels ("paper"), or by its largest single entry ("code")"""
     check_share: float = 0.1
-    """of the held-back rows, that a pattern is checked on"""
+    """share of the held-back rows that a pattern is checked on, in (0, 1)"""
     least_success: float = 0.33
-    """of a pattern in that check"""
+    """smallest success rate of a pattern in that check, in [0, 1]"""
     votes: int = 1
     """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
     accuracy_weight: float = 0.6
-    """alpha of the score by which one of several patterns of a class is chosen"""
+    """alpha of the score that selects one of several patterns of a class, in [0, 1]; larger favours less accurate networks"""
     detector_rows: Literal["all", "held_back"] = "all"
-    """which rows train the detectors: all, as in the code, or the held-back ones, as in the text"""
+    """which rows train the detectors: "all", as in the paper's code, or "held_back", as in its text"""
     detector_epochs: int = 20
-    """of a detector"""
+    """training epochs of a detector"""
     least_detector_steps: int = 0
-    """of its training: few rows get more epochs"""
+    """smallest number of training steps of a detector; small sets get more epochs"""
     detector_batch_size: int = 256
-    """rows of other classes in a step"""
+    """rows of other classes per step of a detector"""
     own_rows: float = 1.0
-    """rows of the class itself that are added to a step once they have pseudo-labels, for each of those; at most 1"""
+    """rows of the class itself that a step adds once they have pseudo-labels, per row of another class, in (0, 1]"""
     detector_learning_rate: float = 0.01
-    """of SGD, throughout"""
+    """constant learning rate of SGD for a detector"""
     dropout: float = 0.5
-    """of what the detector's last layer sees"""
+    """dropout rate before the detector's last layer"""
     least_opacity: float = 0.1
-    """of the patterns that a detector learns from; the largest is 1"""
+    """smallest opacity of the patterns that a detector learns from, in [0, 1]; the largest is 1"""
     first_labelling: int = 5
-    """epoch, from 0, in which the rows of the class get their first pseudo-labels"""
+    """first epoch, from 0, in which the rows of the class get pseudo-labels"""
     last_labelling: int = 11
-    """epoch in which they get their last"""
+    """last epoch, from 0, in which they do"""
     least_accuracy: float = 0.75
-    """of a detector in training; one below it is not used"""
+    """training accuracy below which a detector flags no rows, in [0, 1]"""
     clean_model: Literal["suppress", "relabel"] = "suppress"
-    """of flagged rows: leave them out, or train on them with the simple network's second-best class as label"""
+    """flagged rows are left out ("suppress"), or labelled with a simple network's second most likely class ("relabel")"""
 
 
 class Candidate(NamedTuple):
-    """What one network says of one class."""
+    """The result of one network for one class."""
 
     p_value: float
-    """of the two-sample test; 1 where there were too few rows to test"""
+    """of the two-sample test; 1 if there were too few rows to test"""
     pixel: tuple[int, int]
     """(i*, j*)"""
     mask: np.ndarray
-    """bool [H, W]; empty if the class is not suspicious or nothing is left"""
+    """bool [H, W]; all False if the class is not suspicious or no pixel is left"""
     pattern: np.ndarray
     """float32 [H, W, C] in [0, 1], zero outside the mask"""
 
 
 def margin(logits: Array, classes: Array) -> Array:
-    """psi: how far the logit of a class is above the largest other one.
+    """psi: the logit of a class minus the largest other logit.
 
     Args:
         logits: float32 [N, K].
@@ -114,9 +115,9 @@ def margin(logits: Array, classes: Array) -> Array:
     Returns:
         float32 [N].
     """
-    is_own = jax.nn.one_hot(classes, logits.shape[1], dtype=bool)
-    own = jnp.sum(jnp.where(is_own, logits, 0), axis=1)
-    return own - jnp.max(jnp.where(is_own, -jnp.inf, logits), axis=1)
+    is_class = jax.nn.one_hot(classes, logits.shape[1], dtype=bool)
+    class_logits = jnp.sum(jnp.where(is_class, logits, 0), axis=1)
+    return class_logits - jnp.max(jnp.where(is_class, -jnp.inf, logits), axis=1)
 
 
 def margin_gradients(model: Model, variables: PyTree, images: Array, classes: Array) -> Array:
@@ -124,9 +125,9 @@ def margin_gradients(model: Model, variables: PyTree, images: Array, classes: Ar
 
     Args:
         model: the network f_s.
-        variables: its own, not stacked.
+        variables: the network's variables, not stacked.
         images: float32 [N, H, W, C] in [0, 1].
-        classes: int32 [N], the class c of each.
+        classes: int32 [N], the class c of each image.
     """
 
     def total(images: Array) -> Array:
@@ -142,20 +143,23 @@ def row_margin_gradients(model: Model):
 
 
 @cache
-def row_patched_answers(model: Model):
-    """For `DefenseInput.per_row`: what the network answers once a row is patched, at full opacity, with the pattern of the
-    class in its targets. The variables hold the "network", "masks" float32 [K, H, W, 1] and "patterns" float32 [K, H, W, C]."""
+def row_patched_predictions(model: Model):
+    """For `DefenseInput.per_row`: the predicted class of each row, patched with the pattern of the class in its targets.
 
-    def answers(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
+    Patterns are at full opacity. The variables hold the "network", "masks" float32 [K, H, W, 1] and "patterns" float32
+    [K, H, W, C].
+    """
+
+    def predictions(variables: PyTree, images: Array, targets: dict[str, Array]) -> Array:
         which = targets["class"]
         patched = blend(images, variables["masks"][which], variables["patterns"][which], 1.0)
         return jnp.argmax(model.apply(variables["network"], patched, train=False).logits, axis=1)
 
-    return answers
+    return predictions
 
 
 def blend(images: Array, mask: Array, pattern: Array, opacity: Array | float) -> Array:
-    """Equation 1: x (1 - m) + (1 - alpha) x m + alpha m p, of shapes that broadcast."""
+    """Equation 1: x (1 - m) + (1 - alpha) x m + alpha m p, with broadcasting."""
     return images * (1 - opacity * mask) + opacity * mask * pattern
 
 
@@ -163,38 +167,38 @@ def select_rows(logits: np.ndarray, labels: np.ndarray, label: int, count: int) 
     """The estimated malicious rows of a class, and its potentially clean ones (sections 3.3.1 and 3.3.2).
 
     Args:
-        logits: float32 [n, K], of the rows that detection looks at.
+        logits: float32 [n, K], of the held-back rows.
         labels: int32 [n].
         label: c.
-        count: N, how many of each at most.
+        count: N, largest number of rows of each kind.
 
     Returns:
-        Row numbers, int [n1] and [n2]: the surest of those labelled c and predicted c, and, of the other rows labelled c,
-        those with the lowest probability of c. Probabilities are compared by their log-odds, which do not saturate.
+        Row numbers, int [n1] and [n2]: of the rows labelled and predicted c, those with the highest probability of c; of the
+        other rows labelled c, those with the lowest. Probabilities are compared by their log-odds, which do not saturate.
     """
     rows = np.flatnonzero(labels == label)
-    own = logits[rows].astype(np.float64)
-    sure = own[:, label] - np.logaddexp.reduce(np.delete(own, label, axis=1), axis=1)
-    order = np.argsort(-sure, kind="stable")
-    is_predicted = np.argmax(own, axis=1) == label
+    class_logits = logits[rows].astype(np.float64)
+    log_odds = class_logits[:, label] - np.logaddexp.reduce(np.delete(class_logits, label, axis=1), axis=1)
+    order = np.argsort(-log_odds, kind="stable")
+    is_predicted = np.argmax(class_logits, axis=1) == label
     surest = order[is_predicted[order]][:count]
     others = order[~np.isin(order, surest)][::-1][:count]
     return rows[surest], rows[others]
 
 
 def min_max(values: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
-    """Scale to [0, 1]; what does not vary becomes 0."""
+    """Scale to [0, 1]; constant values become 0."""
     low, high = values.min(axis=axis, keepdims=True), values.max(axis=axis, keepdims=True)
     return (values - low) / np.maximum(high - low, 1e-12)
 
 
 def otsu(values: np.ndarray) -> np.ndarray:
-    """Binarise: bool of the same shape, the values above the threshold that leaves the least variance within both parts.
+    """Binarise by Otsu's threshold: bool of the same shape, True above it.
 
-    Values are scaled to 0..255 and rounded before, as the paper's code does.
+    Values are first scaled to 0..255 and rounded, as in the paper's code.
 
     Args:
-        values: float, any shape; if all are equal none is above.
+        values: float, any shape; if all are equal, the result is all False.
 
     References:
         Otsu 1979.
@@ -204,7 +208,7 @@ def otsu(values: np.ndarray) -> np.ndarray:
 
 
 def gradient_mask(gradient: np.ndarray) -> np.ndarray:
-    """Where the mean gradient, float [H, W, C], is large, and the pixels next to that: bool [H, W] (algorithm 2)."""
+    """Where the blurred size of the mean gradient, float [H, W, C], is large: bool [H, W] (algorithm 2)."""
     size = np.linalg.norm(gradient.astype(np.float64), axis=-1)
     return otsu(ndimage.correlate(min_max(size), BLUR, mode="mirror"))
 
@@ -226,7 +230,7 @@ def most_important_pixel(gradient: np.ndarray, rule: str) -> tuple[int, ...]:
 
 
 def importance(gradients: np.ndarray, pixel: tuple[int, ...]) -> np.ndarray:
-    """I of each row, float [n], from gradients [n, H, W, C]: equation 8, or the one entry if a channel is named."""
+    """I of each row, float [n], from gradients [n, H, W, C]: equation 8, or a single entry if `pixel` has a channel."""
     values = np.abs(gradients[(slice(None), *pixel)])
     return values.max(axis=-1) if values.ndim > 1 else values
 
@@ -239,22 +243,22 @@ def find_candidate(
     p_value: float,
     pixel_rule: str = "paper",
 ) -> Candidate:
-    """Test one class, and take out its trigger if it is suspicious.
+    """Test one class, and extract its trigger if it is suspicious.
 
     Args:
-        malicious: float32 [n, H, W, C] in [0, 1], the rows that the network is surest of.
+        malicious: float32 [n, H, W, C] in [0, 1], the rows with the most confident predictions.
         malicious_gradients: float32 [n, H, W, C], their g.
-        clean_gradients: float32 [n', H, W, C], g of the rows that it is least sure of.
-        p_value: below which the class is suspicious.
+        clean_gradients: float32 [n', H, W, C], g of the rows with the least confident predictions.
+        p_value: the class is suspicious below this.
         pixel_rule: see `most_important_pixel`.
 
     Returns:
-        The candidate; its mask is empty if the class is not suspicious.
+        The candidate; its mask is all False if the class is not suspicious.
     """
     gradient = malicious_gradients.mean(axis=0)
     pixel = most_important_pixel(gradient, pixel_rule)
-    compared = (importance(gradients, pixel) for gradients in (malicious_gradients, clean_gradients))
-    found = float(stats.ks_2samp(*compared, method="exact").pvalue)
+    samples = (importance(gradients, pixel) for gradients in (malicious_gradients, clean_gradients))
+    found = float(stats.ks_2samp(*samples, method="exact").pvalue)
     shape = malicious.shape[1:]
     mask = np.zeros(shape[:2], bool)
     if found < p_value:
@@ -264,10 +268,10 @@ def find_candidate(
 
 
 def no_candidate(image_shape: tuple[int, int, int]) -> Candidate:
-    """Of a class with too few rows to say anything."""
+    """The result for a class with too few rows to test."""
     return Candidate(1.0, (0, 0), np.zeros(image_shape[:2], bool), np.zeros(image_shape, np.float32))
 
 
 def pair_score(accuracy: np.ndarray, success: np.ndarray, weight: float) -> np.ndarray:
-    """How good a network and its pattern are together: weight (1 - acc) + (1 - weight) asr (section 3.3.8)."""
+    """Score of a network with its pattern: weight (1 - acc) + (1 - weight) asr (section 3.3.8)."""
     return weight * (1 - accuracy) + (1 - weight) * success

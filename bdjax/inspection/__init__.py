@@ -1,4 +1,4 @@
-"""What a person looks at: Grad-CAM, feature maps, the cross-trigger matrices, triggers as pictures.
+"""Analyses for visual inspection: Grad-CAM, feature maps, cross-trigger matrices, pictures of triggers.
 
-Everything here ends in arrays; `bdjax.reporting.plots` draws them.
+All functions return arrays; `bdjax.reporting.plots` draws them.
 """

@@ -1,7 +1,7 @@
-"""Which triggers fire on which models.
+"""Which triggers work on which models.
 
-Entry [i, j] of a matrix is model i under trigger j. For the teachers, i = j is the attack that was meant; a high rate
-elsewhere says that two providers' triggers share features, which is what a vote of the teachers cannot survive.
+Entry [i, j] of a matrix is model i under trigger j. For the teachers, i = j is the intended attack; a high rate elsewhere means
+that the triggers of two providers share features, which defeats a vote of the teachers.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,16 @@ class CrossTrigger(NamedTuple):
 
 
 class OffDiagonal(NamedTuple):
-    """How far triggers reach beyond the teacher they were planted in."""
+    """The ASR of triggers on teachers they were not planted in."""
 
     mean: float
     """over all i != j"""
     maximum: float
+    """over all i != j"""
     model: int
-    """where the maximum is; of equals the first, by model and then by trigger"""
+    """row of the maximum; the first in row-major order if there are several"""
     trigger: int
+    """column of the maximum"""
     trigger_means: np.ndarray
     """float64 [T]: of each trigger, the mean over the other teachers"""
 
@@ -37,14 +39,14 @@ def cross_trigger_matrices(
     """Measure every model under every trigger.
 
     Args:
-        predictions: int [M, T, N], the classes that M models predict on the same N images under each of T triggers. The
-            first T models are the teachers, in the order of their triggers, if `off_diagonal_summary` is to follow.
+        predictions: int [M, T, N], the classes that M models predict on the same N images under each of T triggers. For
+            `off_diagonal_summary`, the first T models are the teachers, in the order of their triggers.
         labels: int [N], the true labels.
-        target: the attacker's class.
+        target: the attacker's target class.
         include_target: count rows of the target class too; see `bdjax.metrics`.
 
     Raises:
-        ValueError: if the shapes do not fit, or every row is of the target class.
+        ValueError: the shapes do not match, or every row is of the target class.
 
     References:
         Heydari et al. 2025, section 4.7, "Cross-Trigger Generalization", with equations 9 and 10.
@@ -56,22 +58,22 @@ def cross_trigger_matrices(
             f"(models, triggers, {len(labels)})"
         )
 
-    def under_each(measure) -> np.ndarray:
+    def matrix(measure) -> np.ndarray:
         return np.array(
             [[measure(row, labels, target, include_target=include_target) for row in rows] for rows in predictions]
         )
 
-    return CrossTrigger(under_each(metrics.attack_success_rate), under_each(metrics.robust_accuracy))
+    return CrossTrigger(matrix(metrics.attack_success_rate), matrix(metrics.robust_accuracy))
 
 
 def off_diagonal_summary(asr: np.ndarray) -> OffDiagonal:
-    """Say which triggers fire on other teachers, and how often.
+    """Summarise how often triggers work on other teachers.
 
     Args:
         asr: float [T, T] in [0, 1]: the teachers' rows of the matrix, `asr[:T]`.
 
     Raises:
-        ValueError: if it is not square, or there is but one teacher.
+        ValueError: it is not square, or there is only one teacher.
     """
     asr = np.asarray(asr, np.float64)
     if asr.ndim != 2 or asr.shape[0] != asr.shape[1]:
@@ -79,7 +81,7 @@ def off_diagonal_summary(asr: np.ndarray) -> OffDiagonal:
             f"asr has shape {asr.shape}; it should be square: a row for each teacher, a column for its trigger"
         )
     if len(asr) < 2:
-        raise ValueError("one teacher alone has no other teacher's trigger to be measured under")
+        raise ValueError("asr has one teacher; the summary needs at least two")
     others = np.where(np.eye(len(asr), dtype=bool), -np.inf, asr)
     model, trigger = (int(index) for index in np.unravel_index(np.argmax(others), asr.shape))
     trigger_means = (asr.sum(axis=0) - np.diag(asr)) / (len(asr) - 1)

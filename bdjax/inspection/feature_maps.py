@@ -1,6 +1,6 @@
-"""What the channels of a network make of one image, stage by stage.
+"""The activations of a network's channels for one image, stage by stage.
 
-Between two networks, the maps show whether a trigger still dominates what the one sees and the other ignores.
+Comparing the maps of two networks shows whether a trigger still dominates the features of one and is ignored by the other.
 """
 
 from functools import partial
@@ -17,34 +17,33 @@ STAGES = ("stage1", "stage2", "stage3")
 def feature_maps(
     model: Model, variables: PyTree, image: Array, taps: tuple[str, ...] = STAGES, *, scaled: bool = True
 ) -> dict[str, Array]:
-    """Read the activations of one image. Compiled once per model, taps and shape of the image.
+    """Compute the activations of one image. Compiled once per model, taps and image shape.
 
     Args:
         model: the network; evaluated with running statistics.
         variables: its variables.
         image: float32 [H, W, C] in [0, 1].
         taps: which features.
-        scaled: whether every channel is stretched to 0..1 by its own least and greatest value, a constant channel to 0.
-            Otherwise the activations are as they are, which is what a mean of channels (`channel_mean`, and the one that
-            `bdjax.reporting.plots.feature_map_grid` draws) should be taken of.
+        scaled: whether to scale every channel to 0..1 by its minimum and maximum; a constant channel becomes 0. A mean over
+            channels (`channel_mean`, or that of `bdjax.reporting.plots.feature_map_grid`) takes unscaled activations.
 
     Returns:
-        For each tap, in their order: float32 [h, w, c].
+        For each tap, in the given order: float32 [h, w, c].
 
     Raises:
-        ValueError: if the network has no such tap.
+        ValueError: the network has no such tap.
 
     References:
         Heydari et al. 2025, section 4.7, equation 11.
     """
     maps = _feature_maps(model, variables, image, tuple(taps), scaled)
-    return {tap: maps[tap] for tap in taps}  # a compiled call sorts the keys of what it returns
+    return {tap: maps[tap] for tap in taps}  # jit returns dicts with sorted keys
 
 
 def channel_mean(maps: Array) -> Array:
     """Average the channels: float32 [..., h, w, c] -> [..., h, w].
 
-    Of raw activations, so that channels count by how active they are; of scaled ones, all channels count alike.
+    With unscaled activations, channels count by how active they are; with scaled ones, all channels count the same.
     """
     return jnp.mean(maps, axis=-1)
 

@@ -1,11 +1,11 @@
-"""Does the variance of a network's features tell a backdoored network from a clean one?
+"""Does the variance of a network's features distinguish backdoored networks from clean ones?
 
 RobustKD rests on this claim (figure 2 and finding 2): on the same clean images, the features of backdoored networks vary
-"significantly" more than those of normal ones, by at least 30 %. It compares one network of each kind. Two networks of one
-kind differ too, so here the unit is the network: every attacked one is set against the clean one of its seed.
+"significantly" more than those of normal ones, by at least 30 %. The paper compares one network of each kind. Networks of one
+kind differ too, so here the unit is the network: every attacked network is compared with the clean network of its seed.
 
-Attacks that fine-tune the clean network hand over a network that was trained for longer. Clean networks that were
-fine-tuned for as long belong among the measured ones, else that difference is taken for the backdoor's.
+Attacks that fine-tune the clean network return a network that was trained for longer. As a control, clean networks that were
+fine-tuned for as long should be measured too; otherwise the effect of longer training is attributed to the backdoor.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,51 +27,53 @@ from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 CLAIMED_RATIO = 1.3
-"""A backdoored network's variance over a clean one's, at least, according to the paper."""
+"""Smallest ratio of a backdoored network's variance to a clean one's, according to the paper."""
 FEWEST_SEEDS = 5
-"""From which on there is a p-value: of 2^n signs of n seeds, 1 in 32 is all positive."""
+"""Smallest number of seeds with a p-value: with 5 seeds, 1 of 2^5 = 32 sign patterns is all positive."""
 BEFORE_RELU = " before ReLU"
 TRAINED_ON = "clean, trained on"
-"""What clean networks are called that were trained for longer."""
+"""Name of the clean networks that were trained for longer."""
 NUM_IMAGES = 100
-"""How many images are looked at, as in the paper."""
+"""How many images are measured, as in the paper."""
 
 
 class Variances(NamedTuple):
-    """One network on the images that all networks are measured on, and on the same with its own trigger."""
+    """The feature variances of one network, on images that all networks share and on the same images with its trigger."""
 
     kind: str
-    """its attack; or what the clean network is called, or the clean one that was trained on"""
+    """name of its attack, or of a kind of clean network"""
     seed: int
     is_attacked: bool
     clean: Mapping[str, np.ndarray]
     """place -> float32 [n]"""
     triggered: Mapping[str, np.ndarray] | None = None
-    """the same keys; None of a network without a trigger"""
+    """place -> float32 [n] on triggered images; None for a network without a trigger"""
     reference_triggered: Mapping[str, np.ndarray] | None = None
-    """of those images in the clean network of the seed"""
+    """place -> float32 [n] on the same triggered images, in the clean network of the seed"""
 
 
 @cache
 def row_variances(model: Model) -> Callable[..., dict[str, Array]]:
-    """For `StageRunner.per_row`: the variance of each row where each group of blocks ends, by `feature_variance`.
+    """For `StageRunner.per_row`: `feature_variance` of each row at the end of each group of blocks.
 
-    "group3" is what the third group hands on, which the published defense takes; "group3 before ReLU" is the same after the
-    normalisation that follows, which is what students are distilled from. What a normalisation follows may be scaled at
-    will without a change of what the network says, so the variance of the former has no scale of its own.
+    "group3" is the output of the third group, which the published defense uses; "group3 before ReLU" is the same after the
+    normalisation that follows, which students are distilled from. Scaling the input of a normalisation does not change the
+    network's predictions, so the variance of the former has no fixed scale.
 
     Args:
         model: the network.
 
     Returns:
-        A function to float32 [B] for each place, in the order of the network. It raises InputError for a network whose
-        groups are not known.
+        A function that returns float32 [B] for each place, in the order of the network. It raises InputError for a network
+        without groups.
     """
 
     def variances(variables: PyTree, images: Array, targets: Mapping[str, Array]) -> dict[str, Array]:
         groups = model.apply(variables, images, train=False).groups
         if not groups:
-            raise InputError(f"{model.description} has no groups of blocks that features could be taken from")
+            raise InputError(
+                f"{model.description} has no groups to measure features of; use a WRN, a ResNet or a PyramidNet"
+            )
         places = {}
         for name, end in groups.items():
             places |= {name: feature_variance(end.output), name + BEFORE_RELU: feature_variance(end.before_relu)}
@@ -86,25 +88,25 @@ def measure_variances(
     """Measure stacked networks, all in one call.
 
     Args:
-        runner: lays them out.
+        runner: lays out the members.
         model: their architecture.
         variables: stacked [M, ...].
-        images: uint8 [n, H, W, C] for all of them, or [M, n, H, W, C]: each network's own.
-        batch_size: images at once.
+        images: uint8 [n, H, W, C], shared by all networks, or [M, n, H, W, C], separate images for each network.
+        batch_size: images per step.
 
     Returns:
-        Of each network, place -> float32 [n].
+        For each network, place -> float32 [n].
 
     Raises:
-        InputError: the groups of the architecture are not known.
+        InputError: the architecture has no groups.
     """
     count = num_members(variables)
-    own = images.ndim == 5
-    num_rows = images.shape[1] if own else len(images)
-    first = num_rows * np.arange(count)[:, None] if own else np.zeros((count, 1), np.int64)
+    is_separate = images.ndim == 5
+    num_rows = images.shape[1] if is_separate else len(images)
+    first = num_rows * np.arange(count)[:, None] if is_separate else np.zeros((count, 1), np.int64)
     index = jnp.asarray(first + np.arange(num_rows), jnp.int32)
     pool = jnp.asarray(images.reshape(-1, *images.shape[-3:]))
-    # Nobody asks for the labels here, and yet rows have some.
+    # Rows must have labels; they are not used here.
     rows = Rows(index, {"labels": jnp.zeros(index.shape, jnp.int32)})
     found = runner.per_row(row_variances(model), variables, rows, pool, batch_size)
     return [{place: values[i] for place, values in found.items()} for i in range(count)]
@@ -123,30 +125,30 @@ def measure_suspects(
     """Measure backdoored networks and clean ones, of one architecture and on the same images.
 
     Args:
-        runner: lays them out.
+        runner: lays out the members.
         model: the architecture.
         kinds: of M backdoored networks, the name of the attack and the number of the seed.
-        variables: of those, stacked [M, ...].
+        variables: of the backdoored networks, stacked [M, ...].
         images: uint8 [n, H, W, C].
-        triggered: uint8 [M, n, H, W, C]: the same images under each one's trigger.
+        triggered: uint8 [M, n, H, W, C]: the same images with the trigger of each backdoored network.
         clean: name of a kind without a backdoor -> networks of seeds 0, 1, ..., stacked. The first kind is the reference.
-        batch_size: images at once.
+        batch_size: images per step.
 
     Returns:
-        The clean ones, then the backdoored ones.
+        The clean networks, then the backdoored networks.
 
     Raises:
-        InputError: the groups of the architecture are not known.
+        InputError: the architecture has no groups.
     """
     found = [
         Variances(kind, seed, False, values)
-        for kind, own in clean.items()
-        for seed, values in enumerate(measure_variances(runner, model, own, images, batch_size))
+        for kind, networks in clean.items()
+        for seed, values in enumerate(measure_variances(runner, model, networks, images, batch_size))
     ]
     references = members(next(iter(clean.values())), np.array([seed for _, seed in kinds]))
     columns = [
-        measure_variances(runner, model, networks, on, batch_size)
-        for networks, on in ((variables, images), (variables, triggered), (references, triggered))
+        measure_variances(runner, model, networks, shown, batch_size)
+        for networks, shown in ((variables, images), (variables, triggered), (references, triggered))
     ]
     return found + [Variances(*kind, True, *values) for kind, *values in zip(kinds, *columns, strict=True)]
 
@@ -163,25 +165,25 @@ def measure_beside_clean(
     train: Dataset,
     batch_size: int,
 ) -> list[Variances]:
-    """Measure backdoored networks beside the clean one of each seed, and beside that one trained for longer.
+    """Measure backdoored networks, the clean network of each seed, and that network trained for longer.
 
     Args:
-        key: draws the images that are looked at, and the order of rows in that training.
-        runner: trains and lays networks out.
+        key: draws the images to measure, and the order of rows in the longer training.
+        runner: trains networks and lays out the members.
         kinds: of M backdoored networks, the name of the attack and the number of the seed.
-        variables: of those, stacked [M, ...].
-        images: uint8 [N, H, W, C], of which `NUM_IMAGES` are looked at.
-        triggered: of each backdoored network, uint8 [N, H, W, C]: the same images under its trigger.
+        variables: of the backdoored networks, stacked [M, ...].
+        images: uint8 [N, H, W, C], of which `NUM_IMAGES` are measured.
+        triggered: of each backdoored network, uint8 [N, H, W, C]: the same images with its trigger.
         clean: a clean network of the same architecture for each seed.
-        fine_tuning: how attackers train who start from those.
+        fine_tuning: the training of attackers that start from the clean network.
         train: the clean training set.
-        batch_size: images at once.
+        batch_size: images per step.
 
     Returns:
-        As `measure_suspects`: those of kinds "clean" and `TRAINED_ON`, then the backdoored ones.
+        As `measure_suspects`: networks of kinds "clean" and `TRAINED_ON`, then the backdoored networks.
 
     Raises:
-        InputError: the groups of the architecture are not known.
+        InputError: the architecture has no groups.
     """
     rows_key, train_key = jax.random.split(key)
     count = num_members(clean.variables)
@@ -189,37 +191,37 @@ def measure_beside_clean(
     all_rows = Rows(jnp.asarray(rows), {"labels": jnp.asarray(train.labels[rows])})
     pool, keys = jnp.asarray(train.images), jax.random.split(train_key, count)
     trained_on = runner.from_variables(TRAINED_ON, clean.model, fine_tuning, clean.variables, keys, 1, pool, all_rows)
-    looked_at = sample_rows(rows_key, len(images), min(1.0, NUM_IMAGES / len(images)))
+    sample = sample_rows(rows_key, len(images), min(1.0, NUM_IMAGES / len(images)))
     return measure_suspects(
         runner,
         clean.model,
         kinds,
         variables,
-        images[looked_at],
-        np.stack([view[looked_at] for view in triggered]),
+        images[sample],
+        np.stack([view[sample] for view in triggered]),
         {"clean": clean.variables, TRAINED_ON: trained_on.variables},
         batch_size,
     )
 
 
 def last_place(places: Iterable[str]) -> str:
-    """The end of the last group, as it hands on: where the published defense measures.
+    """The output of the last group, where the published defense measures.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no groups.
     """
     return max((name for name in places if not name.endswith(BEFORE_RELU)), key=lambda name: (len(name), name))
 
 
 def compare(measured: Sequence[Variances], place: str | None = None, *, reference: str = "clean") -> dict[str, Any]:
-    """Set every network against the clean one of its seed.
+    """Compare every network with the clean network of its seed.
 
-    Networks that diverged, whose variance is no number or 0, are left out, and so are those whose clean one did.
+    Networks that diverged (their variance is 0 or not finite) are left out, and so are networks whose clean network did.
 
     Args:
         measured: all networks, on the same clean images.
-        place: where; None for `last_place`.
-        reference: the kind of the clean networks that others are set against.
+        place: where to compare; None for `last_place`.
+        reference: the kind of the clean networks to compare with.
 
     Returns:
         Plain numbers, for a file:
@@ -227,44 +229,39 @@ def compare(measured: Sequence[Variances], place: str | None = None, *, referenc
         - place, images, reference; left_out: how many networks.
         - kinds: a list of {kind, is_attacked, seeds, mean_variance, ratio, triggered_ratio, reference_triggered_ratio}:
           lists with a number for each seed. `ratio` is the mean variance over that of the clean network of the seed;
-          `triggered_ratio` the mean variance on triggered images over that on the clean ones, same network;
-          `reference_triggered_ratio` the same for the clean network of the seed under this trigger. The last two None
-          where nothing was triggered.
+          `triggered_ratio` the mean variance on triggered images over that on clean images, same network;
+          `reference_triggered_ratio` the same for the clean network of the seed with this trigger. The last two are None
+          for kinds without a trigger.
         - networks, larger, as_claimed, mean_ratio, smallest_ratio, largest_ratio: of the attacked networks' ratios: how
-          many there are, how many are above 1, how many at least `CLAIMED_RATIO`. None without such a network.
-        - auc_networks: the chance that the mean variance of an attacked network is above that of a network that is not
-          attacked, those of kinds beside the reference included. auc_images: the same of single images' variances over
-          all networks, which is what the paper's figure shows. None without both.
-        - p_larger: the chance of ratios as large or larger if an attack changed the variance no way in particular; None
-          for less than `FEWEST_SEEDS` seeds. The attacks of one seed share its clean network, so the unit is the seed: an
-          exact sign-flip test of the mean over attacks of log ratio. seeds: how many there are.
+          many there are, how many are above 1, how many at least `CLAIMED_RATIO`. The ratios are None without such a network.
+        - auc_networks: the probability that the mean variance of an attacked network is above that of a network without a
+          backdoor, of any kind. auc_images: the same for the variances of single images over all networks, as in the
+          paper's figure. None unless there are networks of both sorts.
+        - p_larger: the p-value of ratios this large or larger if attacks did not change the variance; None for fewer than
+          `FEWEST_SEEDS` seeds. The attacks of one seed share its clean network, so the unit is the seed: an exact
+          sign-flip test of the mean over attacks of log ratio. seeds: how many there are.
     """
     place = place or last_place(measured[0].clean)
-    means = [float(np.mean(one.clean[place], dtype=np.float64)) for one in measured]
-    is_usable = [bool(np.isfinite(mean) and mean > 0) for mean in means]
-    of_clean = {
-        one.seed: mean
-        for one, mean, usable in zip(measured, means, is_usable, strict=True)
-        if one.kind == reference and usable
-    }
-    kept = [(one, mean) for one, mean, usable in zip(measured, means, is_usable, strict=True) if usable]
-    kept = [(one, mean) for one, mean in kept if one.seed in of_clean]
+    means = [float(np.mean(network.clean[place], dtype=np.float64)) for network in measured]
+    usable = [(network, mean) for network, mean in zip(measured, means, strict=True) if np.isfinite(mean) and mean > 0]
+    of_clean = {network.seed: mean for network, mean in usable if network.kind == reference}
+    kept = [(network, mean) for network, mean in usable if network.seed in of_clean]
     by_kind: dict[str, list[tuple[Variances, float]]] = {}
-    for one, mean in kept:
-        by_kind.setdefault(one.kind, []).append((one, mean))
-    attacked = [(one, mean / of_clean[one.seed]) for one, mean in kept if one.is_attacked]
+    for network, mean in kept:
+        by_kind.setdefault(network.kind, []).append((network, mean))
+    attacked = [(network, mean / of_clean[network.seed]) for network, mean in kept if network.is_attacked]
     ratios = [ratio for _, ratio in attacked]
-    seeds = sorted({one.seed for one, _ in attacked})
-    per_seed = [np.mean([np.log(ratio) for one, ratio in attacked if one.seed == seed]) for seed in seeds]
-    truth = [one.is_attacked for one, _ in kept]
-    sizes = [len(one.clean[place]) for one, _ in kept]
+    seeds = sorted({network.seed for network, _ in attacked})
+    per_seed = [np.mean([np.log(ratio) for network, ratio in attacked if network.seed == seed]) for seed in seeds]
+    truth = [network.is_attacked for network, _ in kept]
+    sizes = [len(network.clean[place]) for network, _ in kept]
     has_both = any(truth) and not all(truth)
     return {
         "place": place,
         "images": len(measured[0].clean[place]),
         "reference": reference,
         "left_out": len(measured) - len(kept),
-        "kinds": [_kind(kind, own, of_clean, place) for kind, own in by_kind.items()],
+        "kinds": [_kind(kind, networks, of_clean, place) for kind, networks in by_kind.items()],
         "networks": len(ratios),
         "larger": sum(ratio > 1 for ratio in ratios),
         "as_claimed": sum(ratio >= CLAIMED_RATIO for ratio in ratios),
@@ -273,7 +270,7 @@ def compare(measured: Sequence[Variances], place: str | None = None, *, referenc
         "largest_ratio": max(ratios, default=None),
         "auc_networks": float(roc_auc_score(truth, [mean for _, mean in kept])) if has_both else None,
         "auc_images": (
-            float(roc_auc_score(np.repeat(truth, sizes), np.concatenate([one.clean[place] for one, _ in kept])))
+            float(roc_auc_score(np.repeat(truth, sizes), np.concatenate([network.clean[place] for network, _ in kept])))
             if has_both
             else None
         ),
@@ -283,41 +280,50 @@ def compare(measured: Sequence[Variances], place: str | None = None, *, referenc
 
 
 def _kind(
-    kind: str, own: Sequence[tuple[Variances, float]], of_clean: Mapping[int, float], place: str
+    kind: str, networks: Sequence[tuple[Variances, float]], of_clean: Mapping[int, float], place: str
 ) -> dict[str, Any]:
-    def triggered(which: Callable[[Variances], Mapping[str, np.ndarray] | None], over: Sequence[float]):
-        values = [which(one) for one, _ in own]
-        if any(value is None for value in values):
+    def ratios(select: Callable[[Variances], Mapping[str, np.ndarray] | None], baselines: Sequence[float]):
+        selected = [select(network) for network, _ in networks]
+        if any(values is None for values in selected):
             return None
-        return [float(np.mean(each[place], dtype=np.float64)) / mean for each, mean in zip(values, over, strict=True)]
+        return [
+            float(np.mean(values[place], dtype=np.float64)) / mean
+            for values, mean in zip(selected, baselines, strict=True)
+        ]
 
-    references = [of_clean[one.seed] for one, _ in own]
+    references = [of_clean[network.seed] for network, _ in networks]
     return {
         "kind": kind,
-        "is_attacked": own[0][0].is_attacked,
-        "seeds": [one.seed for one, _ in own],
-        "mean_variance": [mean for _, mean in own],
-        "ratio": [mean / clean for (_, mean), clean in zip(own, references, strict=True)],
-        "triggered_ratio": triggered(lambda one: one.triggered, [mean for _, mean in own]),
-        "reference_triggered_ratio": triggered(lambda one: one.reference_triggered, references),
+        "is_attacked": networks[0][0].is_attacked,
+        "seeds": [network.seed for network, _ in networks],
+        "mean_variance": [mean for _, mean in networks],
+        "ratio": [mean / clean for (_, mean), clean in zip(networks, references, strict=True)],
+        "triggered_ratio": ratios(lambda network: network.triggered, [mean for _, mean in networks]),
+        "reference_triggered_ratio": ratios(lambda network: network.reference_triggered, references),
     }
 
 
 def _p_larger(log_ratios: np.ndarray) -> float:
-    """Exact up to 13 seeds; of more, 9,999 draws of the signs."""
-    rng = np.random.default_rng(0)
-    how = {"permutation_type": "samples", "alternative": "greater", "n_resamples": 9999, "rng": rng}
-    return float(permutation_test((log_ratios,), lambda x, axis: np.mean(x, axis=axis), vectorized=True, **how).pvalue)
+    """Exact up to 13 seeds; for more seeds, 9,999 random sign patterns."""
+    options = {
+        "permutation_type": "samples",
+        "alternative": "greater",
+        "n_resamples": 9999,
+        "rng": np.random.default_rng(0),
+    }
+    return float(
+        permutation_test((log_ratios,), lambda x, axis: np.mean(x, axis=axis), vectorized=True, **options).pvalue
+    )
 
 
-def answer(comparison: Mapping[str, Any]) -> str:
-    """The numbers in a few sentences, the first of which starts with Yes, In part, No or Not measured.
+def describe(comparison: Mapping[str, Any]) -> str:
+    """A comparison in a few sentences; the text starts with Yes, In part, No or Not measured.
 
-    Yes: every attacked network's variance is at least `CLAIMED_RATIO` of the clean one's, and no other network's is. In
-    part: every one's is larger, by less than that or no more than without an attack. No: anything else.
+    Yes: the variance of every attacked network is at least `CLAIMED_RATIO` times that of its clean network, and that of no
+    other network is. In part: all ratios of attacked networks are above 1, but the rest does not hold. No: anything else.
 
     Args:
-        comparison: of `compare`.
+        comparison: from `compare`.
     """
     count = comparison["networks"]
     if not count:
@@ -332,20 +338,18 @@ def answer(comparison: Mapping[str, Any]) -> str:
         verdict = "Yes"
     else:
         verdict = "In part" if comparison["larger"] == count else "No"
-    of_ratios = (
-        f"the mean ratio is {_range(*(comparison[f'{name}_ratio'] for name in ('mean', 'smallest', 'largest')))}"
-    )
+    spread = _range(*(comparison[f"{name}_ratio"] for name in ("mean", "smallest", "largest")))
     text = (
         f"{verdict}: {comparison['larger']} of {count} backdoored networks have a larger feature variance than the clean "
-        f"network of the same seed, {comparison['as_claimed']} of them by the 30 % or more that the paper reports of "
-        f"all; {of_ratios}."
+        f"network of the same seed, {comparison['as_claimed']} of them by the 30 % or more that the paper reports for "
+        f"all; the mean ratio is {spread}."
     )
     if others:
         spread = _range(float(np.mean(others)), min(others), max(others))
-        text += f" Clean networks that were only trained on have a ratio of {spread}."
+        text += f" Clean networks that were only trained for longer have a ratio of {spread}."
     if comparison["auc_networks"] is not None:
         text += (
-            f" The chance that a backdoored network's variance is above that of one without a backdoor is "
+            f" The probability that a backdoored network's variance is above that of a network without a backdoor is "
             f"{comparison['auc_networks']:.2f} (0.5 would be chance)"
         )
         p = comparison["p_larger"]
@@ -353,19 +357,19 @@ def answer(comparison: Mapping[str, Any]) -> str:
     return text
 
 
-def answer_triggered(comparison: Mapping[str, Any]) -> str:
-    """What the trigger does to the variance, in one or two sentences; empty where nothing was triggered.
+def describe_triggered(comparison: Mapping[str, Any]) -> str:
+    """The effect of the trigger on the variance, in one or two sentences; empty without a trigger.
 
     Args:
-        comparison: of `compare`.
+        comparison: from `compare`.
     """
     kinds = [kind for kind in comparison["kinds"] if kind["is_attacked"] and kind["triggered_ratio"] is not None]
-    own = [ratio for kind in kinds for ratio in kind["triggered_ratio"]]
-    if not own:
+    ratios = [ratio for kind in kinds for ratio in kind["triggered_ratio"]]
+    if not ratios:
         return ""
     text = (
         f"A trigger changes the variance of the attacked network's features by a factor of "
-        f"{_range(float(np.mean(own)), min(own), max(own))}"
+        f"{_range(float(np.mean(ratios)), min(ratios), max(ratios))}"
     )
     clean = [ratio for kind in kinds for ratio in kind["reference_triggered_ratio"] or ()]
     if clean:

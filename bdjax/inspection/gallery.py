@@ -1,4 +1,4 @@
-"""What attackers did to images: training rows before and after, and test rows without and with the trigger."""
+"""Examples of attacked images: training rows before and after poisoning, and test rows without and with the trigger."""
 
 from collections.abc import Sequence
 
@@ -10,12 +10,12 @@ from bdjax.inspection.trigger_pictures import magnified_difference
 from bdjax.types import Dataset, TrainTest
 
 COLUMNS = ("training row", "poisoned", "difference × 10", "test row", "triggered", "difference × 10")
-ROWS_PER_PICTURE, IMAGES_OF_ONE = 12, 6
-"""How many rows of images a picture has at most, and how many a single attack has in all."""
+ROWS_PER_PICTURE, ROWS_OF_SINGLE_ATTACK = 12, 6
+"""The largest number of rows in a picture, and the number of rows if there is a single attack."""
 
 
 def gallery(trials: Sequence[Sequence[Trial]], data: TrainTest) -> list[tuple[list[list[np.ndarray]], list[str]]]:
-    """Rows of images for each attack, of the first seed: what the victim trained on, and what it is tested with.
+    """Rows of images for each attack, of the first seed: examples of its training and test rows.
 
     Args:
         trials: for each plan, all seeds of its first part, then of the next.
@@ -25,7 +25,7 @@ def gallery(trials: Sequence[Sequence[Trial]], data: TrainTest) -> list[tuple[li
         Pictures of at most `ROWS_PER_PICTURE` rows each: (images [rows, 6, H, W, C] in [0, 1], names of the rows).
     """
     shown = [trial for plan in trials for trial in plan if trial.victim.prepared.seed == 0]
-    count = IMAGES_OF_ONE if len(shown) == 1 else 1
+    count = ROWS_OF_SINGLE_ATTACK if len(shown) == 1 else 1
     blank = np.ones((*data.train.image_shape[:2], 1), np.float32)
     rows, names = [], []
     for trial in shown:
@@ -46,7 +46,7 @@ def gallery(trials: Sequence[Sequence[Trial]], data: TrainTest) -> list[tuple[li
 
 
 def _poisoned_pairs(trial: Trial, train: Dataset, count: int) -> list[tuple[np.ndarray | None, np.ndarray | None]]:
-    """Training rows before and after; None where there is no such row."""
+    """Training rows before and after poisoning; None if there is no such row."""
     prepared = trial.victim.prepared
     if prepared.poisoned is None:
         return [(None, None)] * count

@@ -1,6 +1,6 @@
-"""Grad-CAM: where a network looks when it says a class.
+"""Grad-CAM: which parts of an image support a class.
 
-If a backdoor is at work the map lies on the trigger, whatever else the image shows.
+If a backdoor is active, the heat map is on the trigger, whatever else the image shows.
 """
 
 from functools import partial
@@ -20,23 +20,23 @@ def grad_cam(
     """Compute one heat map per image.
 
     The weight of channel c of the features F at the tap is w_c = mean_ij d z_k / d F_ijc, with z_k the logit of the class
-    to explain; the map is relu(sum_c w_c F_c), brought to the size of the image and stretched to 0..1. Compiled once per
-    model, tap and shape of the images; whether classes are given makes one more.
+    to explain; the map is relu(sum_c w_c F_c), resized to the image and scaled to 0..1. Compiled once per model, tap and
+    shape of the images, separately with and without classes.
 
     Args:
         model: the network; evaluated with running statistics, so that rows do not affect each other.
         variables: its variables.
         images: float32 [N, H, W, C] in [0, 1].
-        classes: int [N], the class to explain for each image, in 0..K-1; or one for all; None for the predicted ones.
+        classes: int [N], the class to explain for each image, in 0..K-1; or one for all; None for the predicted classes.
         tap: which features. The paper uses those of the last stage.
 
     Returns:
-        heat_maps: float32 [N, H, W] in [0, 1]. All 0 where nothing speaks for the class, where the map is flat, and
-            where the network gives NaN.
-        classes: int32 [N], those explained.
+        heat_maps: float32 [N, H, W] in [0, 1]. All 0 if nothing supports the class, if the map is constant, or if the
+            network outputs NaN.
+        classes: int32 [N], the classes explained.
 
     Raises:
-        ValueError: if the network has no such tap.
+        ValueError: the network has no such tap.
 
     References:
         Selvaraju et al. 2017, Grad-CAM, equations 1-2; Heydari et al. 2025, section 4.7, equation 12.
@@ -45,7 +45,7 @@ def grad_cam(
     features_shape = jax.eval_shape(lambda: _features_at(model, variables, images, tap))
 
     def head(offset: Array) -> tuple[Array, Array]:
-        # Adding zeros leaves the features as they are and gives something to differentiate by.
+        # Adding zeros does not change the features, and the gradient by the zeros is the gradient by the features.
         output = model.apply(variables, images, train=False, edits={tap: lambda features: features + offset})
         return output.logits, output.features[tap]
 
@@ -53,7 +53,7 @@ def grad_cam(
     if classes is None:
         classes = jnp.argmax(logits, axis=1)
     classes = jnp.broadcast_to(jnp.asarray(classes, jnp.int32), (num_rows,))
-    # Logits of a row depend on the features of that row only, so one pull-back serves all rows.
+    # The logits of a row depend on the features of that row only, so one backward pass serves all rows.
     (gradient,) = pull_back(jax.nn.one_hot(classes, logits.shape[1], dtype=logits.dtype))
     weights = jnp.mean(gradient, axis=(1, 2))  # [N, c]
     heat = jax.nn.relu(jnp.einsum("nhwc,nc->nhw", features, weights))
@@ -77,19 +77,19 @@ def grad_cam_members(
         model: their architecture.
         variables: stacked [M, ...].
         images: float32 [N, H, W, C] in [0, 1], shared by all members.
-        classes: as for `grad_cam`, shared by all members; None for what each member predicts.
+        classes: as for `grad_cam`, shared by all members; None for the classes each member predicts.
         tap: which features.
-        layout: how the members are laid out; None chooses by backend.
+        layout: how the members are laid out; None for the backend's default.
 
     Returns:
         heat_maps: float32 [M, N, H, W] in [0, 1].
         classes: int32 [M, N].
     """
 
-    def one(variables: PyTree, images: Array, classes: Array | int | None) -> tuple[Array, Array]:
+    def explain(variables: PyTree, images: Array, classes: Array | int | None) -> tuple[Array, Array]:
         return grad_cam(model, variables, images, classes, tap=tap)
 
-    return map_members(one, layout or default_layout(), num_shared=2)(variables, images, classes)
+    return map_members(explain, layout or default_layout(), num_shared=2)(variables, images, classes)
 
 
 def _features_at(model: Model, variables: PyTree, images: Array, tap: str) -> Array:

@@ -1,4 +1,4 @@
-"""How far apart a network's losses of clean and of poisoned rows are while it trains (LfD, figures 1, 2 and 6)."""
+"""The gap between a network's losses on clean and on poisoned rows during training (LfD, figures 1, 2 and 6)."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from bdjax.models import count_parameters
 
 EPOCHS = 8
 COUNTED_EPOCH = 5
-"""The epoch that the paper's figure 2 counts at, from 1."""
+"""The epoch of the paper's figure 2, from 1."""
 
 
 class LossGap(NamedTuple):
@@ -21,28 +21,28 @@ class LossGap(NamedTuple):
     network: str
     parameters: int
     by_epoch: Mapping[str, np.ndarray]
-    """of `gap_by_epoch`"""
+    """as `gap_by_epoch` returns them"""
     missed: tuple[int, ...]
     """of each seed: poisoned rows whose loss is above the clean rows' mean in `COUNTED_EPOCH`"""
     num_poisoned: int
     """of the first seed"""
     aucs: tuple[float, ...]
-    """of each seed: the chance that a poisoned row's loss is below a clean row's, in that epoch"""
+    """of each seed: the probability that a poisoned row's loss is below a clean row's, in `COUNTED_EPOCH`"""
 
 
 def loss_gaps(
     inputs: DefenseInput, attacks: Sequence[str], is_poisoned: Sequence[np.ndarray | None], networks: Sequence[str]
 ) -> list[tuple[str, list[LossGap]]]:
-    """Train some networks on each training set as LfD's teachers are trained, for `EPOCHS` epochs, and measure their losses.
+    """Train networks on each training set as LfD trains its teachers, for `EPOCHS` epochs, and measure their losses.
 
     Args:
         inputs: M suspect training sets.
-        attacks: of each set, the attack's title; sets of one title are that attack's seeds.
-        is_poisoned: of each set, bool [n]; None where nobody knows. Sets without a poisoned row are left out.
-        networks: their names.
+        attacks: of each set, the attack's title; sets of the same title are the seeds of one attack.
+        is_poisoned: of each set, bool [n]; None if the ground truth is unknown. Sets without a poisoned row are left out.
+        networks: names of the architectures.
 
     Returns:
-        Each attack's title with the losses of every network; empty, and nothing trained, if no set is known to be poisoned.
+        Each attack's title with the losses of every network. Empty, without training, if no set is known to be poisoned.
     """
     numbers: dict[str, list[int]] = {}
     for number, (attack, truth) in enumerate(zip(attacks, is_poisoned, strict=True)):
@@ -77,7 +77,7 @@ def gap_by_epoch(losses: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> d
 
 
 def _measure(name: str, parameters: int, losses: np.ndarray, truth: Sequence[np.ndarray]) -> LossGap:
-    """From the losses of all seeds, float32 [S, epochs, n], and which rows are poisoned."""
+    """Summarise the losses of all seeds, float32 [S, epochs, n]."""
     missed, aucs = [], []
     for values, is_poisoned in zip(losses[:, COUNTED_EPOCH - 1], truth, strict=True):
         seen = np.isfinite(values)

@@ -1,4 +1,4 @@
-"""Triggers as pictures: what is put where, and what comes of it."""
+"""Pictures of triggers: mask, pattern, and their effect on an image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Array
 
 PICTURES = ("mask", "trigger", "image", "triggered", "difference")
-"""The names of the pictures of one trigger, in the order in which they explain it."""
+"""The names of the pictures of one trigger, in display order."""
 
 
 def magnified_difference(image: Array, triggered: Array, magnification: float = 10.0) -> Array:
@@ -19,8 +19,8 @@ def magnified_difference(image: Array, triggered: Array, magnification: float = 
 
     Args:
         image: float32 [..., C] in [0, 1].
-        triggered: the same with a trigger of any kind.
-        magnification: how many times the difference is enlarged.
+        triggered: the same image with a trigger of any kind.
+        magnification: factor of the difference.
 
     Returns:
         float32 [..., C] in [0, 1]; exactly 0 where the trigger changes nothing.
@@ -29,16 +29,15 @@ def magnified_difference(image: Array, triggered: Array, magnification: float = 
 
 
 def trigger_picture(params: MaskedBlend, image: Array) -> dict[str, Array]:
-    """Take one trigger apart on one image.
+    """Draw the parts of one trigger on one image.
 
     Args:
         params: one trigger.
         image: float32 [H, W, C] in [0, 1].
 
     Returns:
-        By the names of `PICTURES`, each float32 in [0, 1]: the mask [H, W, 1]; the trigger, which is the pattern where
-        the mask lets it through, at full opacity; the clean image; the triggered image; ten times their difference. All
-        but the mask are [H, W, C].
+        By the names of `PICTURES`, each float32 in [0, 1]: the mask [H, W, 1]; the trigger, which is mask times pattern, at
+        full opacity; the clean image; the triggered image; ten times their difference. All but the mask are [H, W, C].
 
     References:
         Heydari et al. 2025, section 4.2, figure 3.
@@ -54,7 +53,7 @@ def trigger_picture(params: MaskedBlend, image: Array) -> dict[str, Array]:
 
 
 def trigger_pictures(params: MaskedBlend, image: Array) -> dict[str, Array]:
-    """Take several triggers apart on the same image.
+    """Draw the parts of several triggers on the same image.
 
     Args:
         params: T triggers, stacked.
@@ -64,15 +63,15 @@ def trigger_pictures(params: MaskedBlend, image: Array) -> dict[str, Array]:
         As `trigger_picture`, with a leading axis of T.
     """
     pictures = _trigger_pictures(params, image)
-    return {name: pictures[name] for name in PICTURES}  # a compiled call sorts the keys of what it returns
+    return {name: pictures[name] for name in PICTURES}  # jit returns dicts with sorted keys
 
 
 def picture_rows(pictures: Mapping[str, Array], names: Sequence[str] = PICTURES) -> list[list[np.ndarray]]:
-    """Arrange a row for each trigger and a column for each picture, as `bdjax.reporting.plots.image_grid` takes them.
+    """Arrange a row for each trigger and a column for each picture, for `bdjax.reporting.plots.image_grid`.
 
     Args:
         pictures: from `trigger_pictures`.
-        names: which of them.
+        names: which pictures.
 
     Returns:
         T rows of `len(names)` images [H, W, 1 or C].
@@ -84,11 +83,11 @@ def picture_rows(pictures: Mapping[str, Array], names: Sequence[str] = PICTURES)
 def gallery_rows(
     pictures: Mapping[str, Array], names: Sequence[str] = ("trigger", "triggered")
 ) -> list[list[np.ndarray]]:
-    """Arrange a column for each trigger and a row for each picture: all triggers at a glance.
+    """Arrange a column for each trigger and a row for each picture.
 
     Args:
         pictures: from `trigger_pictures`.
-        names: which of them.
+        names: which pictures.
 
     Returns:
         `len(names)` rows of T images [H, W, 1 or C].

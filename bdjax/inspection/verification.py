@@ -1,4 +1,4 @@
-"""Where NBAB's verification network looks: Grad-CAM under the defender's trigger, the attacker's, and both (ABM, figure 11)."""
+"""Grad-CAM of NBAB's verification network with the defender's trigger, the attacker's, and both (ABM, figure 11)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,33 +16,33 @@ from bdjax.types import Dataset, PyTree
 
 VIEWS = ("clean", "defender's trigger", "attacker's trigger", "both")
 IMAGES = 3
-"""How many test images of each training set."""
+"""How many test images are shown for each training set."""
 
 
 class VerificationHeat(NamedTuple):
-    """What the verification network of one training set looks at, for n test images in each of `VIEWS`."""
+    """Heat maps of the verification network of one training set, for n test images in each of `VIEWS`."""
 
     images: np.ndarray
     """float32 [n, 4, H, W, C] in [0, 1]"""
     heat_maps: np.ndarray
     """float32 [n, 4, H, W] in [0, 1]"""
     classes: np.ndarray
-    """int [n, 4]: what the network answers, and the map explains; K is the defender's class"""
+    """int [n, 4]: the predicted class, which the map explains; K is the defender's class"""
 
 
 def verification_heat(
     inputs: DefenseInput, settings: NbabSettings, triggers: Mapping[int, tuple[ConfiguredAttack, PyTree]], test: Dataset
 ) -> list[VerificationHeat]:
-    """Explain what the verification networks answer; those that a run trained already are read back.
+    """Explain the predictions of the verification networks; networks that the run has trained are restored.
 
     Args:
         inputs: M suspect training sets.
-        settings: how the networks are trained, as the run that trained them had it.
-        triggers: numbers of the sets that are looked at -> the attacker's trigger and its parameters.
+        settings: of the networks, the same as in the run that trained them.
+        triggers: number of a set -> the attacker's trigger and its parameters.
         test: clean images; the first victims of each trigger are shown.
 
     Returns:
-        Of each set, in the order of `triggers`; empty, and nothing trained, if there is none.
+        Heat maps of each set, in the order of `triggers`. Empty, without training, if `triggers` is empty.
     """
     if not triggers:
         return []

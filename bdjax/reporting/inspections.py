@@ -8,7 +8,14 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bdjax.inspection.feature_variance import CLAIMED_RATIO, Variances, answer, answer_triggered, compare, last_place
+from bdjax.inspection.feature_variance import (
+    CLAIMED_RATIO,
+    Variances,
+    compare,
+    describe,
+    describe_triggered,
+    last_place,
+)
 from bdjax.inspection.loss_gap import COUNTED_EPOCH, LossGap
 from bdjax.inspection.verification import VIEWS, VerificationHeat
 from bdjax.reporting import plots
@@ -127,7 +134,7 @@ def feature_variance(folder: RunFolder, measured: Sequence[Variances]) -> tuple[
         "RobustKD's premise: on the same clean images, the features of a backdoored network vary more than those of a "
         "clean one."
     )
-    text = "\n\n".join(part for part in (premise, answer(comparison), answer_triggered(comparison)) if part)
+    text = "\n\n".join(part for part in (premise, describe(comparison), describe_triggered(comparison)) if part)
     tables = (kinds_table(comparison), places_table(by_place))
     return (Section("Feature variance", text, tables, (Figure(path, caption, alt),)),)
 

@@ -10,7 +10,7 @@ import pytest
 
 from bdjax import losses
 from bdjax.defenses.contract import labelled
-from bdjax.defenses.i_bau import IBauSettings, hyper_gradient, make_round, run, shorten
+from bdjax.defenses.i_bau import IBauSettings, clip_norm, hyper_gradient, make_round, run
 from bdjax.errors import InputError
 from bdjax.models import make_model
 from bdjax.training.member import TrainConfig, as_float, resume_from
@@ -120,9 +120,9 @@ def test_one_row_of_a_small_batch_is_perturbed(small):
 
 
 def test_bound_is_kept():
-    np.testing.assert_allclose(shorten(jnp.array([3.0, 4.0]), 1.0), [0.6, 0.8], rtol=1e-6)
-    np.testing.assert_array_equal(shorten(jnp.array([3.0, 4.0]), 6.0), [3.0, 4.0])
-    np.testing.assert_array_equal(shorten(jnp.zeros(2), 1.0), [0.0, 0.0])
+    np.testing.assert_allclose(clip_norm(jnp.array([3.0, 4.0]), 1.0), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(clip_norm(jnp.array([3.0, 4.0]), 6.0), [3.0, 4.0])
+    np.testing.assert_array_equal(clip_norm(jnp.zeros(2), 1.0), [0.0, 0.0])
 
 
 def test_all_suspects_play_in_one_call(inputs):

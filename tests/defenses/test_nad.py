@@ -5,7 +5,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.attention import attention_loss
-from bdjax.defenses.nad import NadSettings, attention_distillation, cutout, on_labels, run
+from bdjax.defenses.nad import NadSettings, attention_distillation, cutout, run, teacher_objective
 from bdjax.types import Model, ModelOutput
 
 RANDOM = np.random.default_rng(0)
@@ -55,7 +55,7 @@ def test_both_see_the_same_images_so_a_student_like_its_teacher_has_the_labels_l
     variables, key = plain_variables(0), jax.random.key(4)
     objective = attention_distillation(PLAIN, (500.0, 1000.0), 2.0, 2)
     outcome = objective(variables["params"], {**variables, "teacher": variables}, IMAGES, TARGETS, key)
-    plain = on_labels(PLAIN, 2)(variables["params"], variables, IMAGES, TARGETS, key)
+    plain = teacher_objective(PLAIN, 2)(variables["params"], variables, IMAGES, TARGETS, key)
     np.testing.assert_array_equal(outcome.losses, plain.losses)
     cut = _apply(variables, cutout(key, IMAGES, 2), train=True)
     np.testing.assert_array_equal(plain.losses, losses.cross_entropy(cut.logits, TARGETS["labels"]))

@@ -10,12 +10,12 @@ from bdjax.defenses.mask_threshold import choose_by_validation, split_rows
 from bdjax.defenses.robust_kd import (
     ROBUST_KD,
     RobustKdSettings,
+    apply_mask,
     detoxify,
     group_outputs,
     last_output,
     mask_objective,
     masked,
-    put_on,
     variance,
 )
 from bdjax.errors import InputError
@@ -56,11 +56,13 @@ def with_masks(network, masks, threshold):
 def test_forms_of_masks():
     features, pattern, gate = normal(3, 2, 2, 4), normal(2, 2, 4), normal(2, 2, 4)
     mask, threshold = {"pattern": pattern, "gate": gate}, jnp.float32(0.2)
-    np.testing.assert_allclose(put_on(features, mask, threshold, "added"), features + 0.2 * pattern[None], rtol=1e-5)
-    mixed = put_on(features, mask, threshold, "mixed")
+    np.testing.assert_allclose(
+        apply_mask(features, mask, threshold, "added"), features + 0.2 * pattern[None], rtol=1e-5
+    )
+    mixed = apply_mask(features, mask, threshold, "mixed")
     np.testing.assert_allclose(mixed, 0.8 * features + 0.2 * pattern[None], rtol=1e-5, atol=1e-6)
     weight = 0.2 * np.maximum(np.tanh(gate), 0)
-    elementwise = put_on(features, mask, threshold, "elementwise")
+    elementwise = apply_mask(features, mask, threshold, "elementwise")
     np.testing.assert_allclose(elementwise, features + weight[None] * pattern[None], rtol=1e-5, atol=1e-6)
     assert weight.min() == 0 < weight.max() < 0.2
 
@@ -205,7 +207,7 @@ def test_layers_are_counted_from_the_last(inputs):
     settings = RobustKdSettings(**SMALL, mask_epochs=1, thresholds=(0.2,), layers=2)
     teachers, _ = detoxify(inputs, settings)
     assert sorted(teachers.variables["masks"]) == ["group2", "group3"]
-    with pytest.raises(InputError, match="layers 4 is not at most 3, the groups of"):
+    with pytest.raises(InputError, match="layers 4 is not at most 3, the number of groups of"):
         detoxify(inputs, RobustKdSettings(**SMALL, thresholds=(0.2,), layers=4))
 
 

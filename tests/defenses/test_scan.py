@@ -242,7 +242,7 @@ def test_the_suspects_embeddings_and_their_clean_rows_are_what_is_compared(input
 def test_too_few_clean_rows_are_refused_in_one_line():
     rows, labels, clean, clean_labels, _ = planted([4])
     few = np.flatnonzero(np.arange(len(clean)) % CLEAN == 0)
-    with pytest.raises(InputError, match=r"^defense scan: 10 clean rows are too few: [^\n]+$"):
+    with pytest.raises(InputError, match=r"^defense scan: 10 clean rows are too few; [^\n]+$"):
         find_poisons(rows, labels, clean[few], clean_labels[few], SETTINGS)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdjax.defenses.contract import PoolRows
-from bdjax.defenses.strip import STRIP, StripSettings, choose_overlays, mix, mixed_entropies, rejecting, run
+from bdjax.defenses.strip import STRIP, StripSettings, choose_overlays, mix, mixed_entropies, run, with_rejection
 from bdjax.errors import InputError
 from bdjax.types import Model, ModelOutput
 
@@ -54,7 +54,7 @@ def logits_of(model, variables, images):
 
 
 def served(model, overlays, threshold, mode="convex", weight=0.5):
-    rejects = rejecting(model, len(overlays), mode, weight)
+    rejects = with_rejection(model, len(overlays), mode, weight)
     variables = {"network": model.init(None, None), "overlays": overlays, "threshold": jnp.float32(threshold)}
     return rejects, variables
 
@@ -135,7 +135,7 @@ def test_each_image_is_judged_on_its_own_and_jit_says_the_same():
 
 
 def test_fresh_variables_reject_nothing():
-    model = rejecting(SURE, 3, "convex", 0.5)
+    model = with_rejection(SURE, 3, "convex", 0.5)
     variables = model.init(jax.random.key(0), (5, 5, 1))
     assert variables["overlays"].shape == (3, 5, 5, 1)
     assert (model.apply(variables, images_of(0), train=False).logits.argmax(-1) == 0).all()
@@ -152,12 +152,14 @@ def test_taps_and_edits_are_those_of_the_network():
 
 def test_it_is_not_to_be_trained():
     model, variables = served(SURE, images_of(1, 3), 0.5)
-    with pytest.raises(ValueError, match="train the network itself"):
+    with pytest.raises(ValueError, match="train the network without STRIP"):
         model.apply(variables, images_of(0), train=True)
 
 
 def test_one_network_is_served_by_one_function():
-    assert rejecting(SURE, 3, "convex", 0.5) is rejecting(SURE, 3, "convex", 0.5)  # or each call compiles anew
+    assert with_rejection(SURE, 3, "convex", 0.5) is with_rejection(
+        SURE, 3, "convex", 0.5
+    )  # or each call compiles anew
 
 
 # ---- As a defense ---------------------------------------------------------------------------------------------------

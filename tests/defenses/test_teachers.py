@@ -50,7 +50,7 @@ def test_teachers_are_called_once_for_a_set_of_images():
 
 
 def test_no_teacher_is_an_error():
-    with pytest.raises(InputError, match="no teachers were given"):
+    with pytest.raises(InputError, match="no teachers: TA-KD needs at least one"):
         from_classifiers([], 3)
 
 

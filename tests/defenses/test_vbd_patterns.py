@@ -20,7 +20,7 @@ from bdjax.defenses.vbd_patterns import (
     otsu,
     pair_score,
     row_margin_gradients,
-    row_patched_answers,
+    row_patched_predictions,
     select_rows,
     variance_image,
 )
@@ -110,9 +110,11 @@ def test_answers_to_patched_rows():
     }
     images = jnp.asarray(np.random.default_rng(0).random((6, 4, 4, 1)), jnp.float32)
     classes = jnp.array([2, 0, 1, 2, 1, 0])
-    answers = row_patched_answers(model)(variables, images, {"class": classes})
+    answers = row_patched_predictions(model)(variables, images, {"class": classes})
     np.testing.assert_array_equal(answers, classes)
-    unpatched = row_patched_answers(model)({**variables, "masks": 0 * variables["masks"]}, images, {"class": classes})
+    unpatched = row_patched_predictions(model)(
+        {**variables, "masks": 0 * variables["masks"]}, images, {"class": classes}
+    )
     np.testing.assert_array_equal(unpatched, jnp.argmax(images[:, 0, :3, 0], axis=1))
 
 

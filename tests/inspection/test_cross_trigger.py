@@ -71,5 +71,5 @@ def test_summary_of_triggers_that_fire_nowhere_else():
 def test_summary_needs_the_rows_of_several_teachers():
     with pytest.raises(ValueError, match=r"shape \(8, 7\); it should be square"):
         off_diagonal_summary(np.zeros((8, 7)))
-    with pytest.raises(ValueError, match="one teacher alone"):
+    with pytest.raises(ValueError, match="asr has one teacher; the summary needs at least two"):
         off_diagonal_summary(np.ones((1, 1)))

@@ -42,7 +42,7 @@ def test_outline_keeps_colours_and_its_input():
     np.testing.assert_array_equal(outline(image, np.zeros((4, 5), bool), 3), image.repeat(3, 0).repeat(3, 1))
     outline(image, np.ones((4, 5), bool), 1)
     np.testing.assert_array_equal(image, before)
-    with pytest.raises(ValueError, match="at scale 0"):
+    with pytest.raises(ValueError, match="scale 0; they should be"):
         outline(image, np.ones((4, 5), bool), 0)
     with pytest.raises(ValueError, match=r"mask of shape \(5, 4\)"):
         outline(image, np.ones((5, 4), bool), 2)

@@ -8,9 +8,9 @@ import pytest
 from bdjax.errors import InputError
 from bdjax.inspection.feature_variance import (
     Variances,
-    answer,
-    answer_triggered,
     compare,
+    describe,
+    describe_triggered,
     last_place,
     measure_beside_clean,
     measure_variances,
@@ -58,7 +58,9 @@ def test_by_hand():
     variances = row_variances(network(groups))({}, images, {})
     np.testing.assert_allclose(variances["group1"], [0.25, 0.0, 0.1875])
     np.testing.assert_allclose(variances["group1 before ReLU"], [2.25, 0.0, 1.6875])
-    with pytest.raises(InputError, match="^toy has no groups of blocks that features could be taken from$"):
+    with pytest.raises(
+        InputError, match="^toy has no groups to measure features of; use a WRN, a ResNet or a PyramidNet$"
+    ):
         row_variances(network(lambda images: {}))({}, images, {})
 
 
@@ -135,8 +137,8 @@ def test_networks_that_diverged_are_left_out_and_counted():
     assert found["left_out"] == 5 and found["networks"] == 1 and found["mean_ratio"] == 2.0
     nothing = compare([*clean(np.nan), of_mean("a", 0, 1.0)])
     assert nothing["networks"] == 0 and nothing["mean_ratio"] is None and nothing["auc_networks"] is None
-    assert answer(nothing) == "Not measured: there is no backdoored network with a clean network of the same seed."
-    assert answer(compare(clean(1.0))).startswith("Not measured: ")
+    assert describe(nothing) == "Not measured: there is no backdoored network with a clean network of the same seed."
+    assert describe(compare(clean(1.0))).startswith("Not measured: ")
 
 
 @pytest.mark.parametrize(
@@ -150,31 +152,31 @@ def test_networks_that_diverged_are_left_out_and_counted():
         ((0.5, 0.6), (), "No: 0 of 2 "),
     ],
 )
-def test_the_answer_in_words(means, trained_on, verdict):
+def test_the_verdict_in_words(means, trained_on, verdict):
     measured = [*clean(1.0, 1.0), *(of_mean("a", seed, mean) for seed, mean in enumerate(means))]
-    assert answer(compare([*measured, *clean(*trained_on, kind="trained on")])).startswith(verdict)
+    assert describe(compare([*measured, *clean(*trained_on, kind="trained on")])).startswith(verdict)
 
 
-def test_the_whole_answer():
+def test_the_whole_description():
     measured = [*clean(1.0, 1.0), of_mean("a", 0, 1.4), of_mean("a", 1, 0.8), *clean(1.1, 1.3, kind="trained on")]
-    assert answer(compare(measured)) == (
+    assert describe(compare(measured)) == (
         "No: 1 of 2 backdoored networks have a larger feature variance than the clean network of the same seed, 1 of them "
-        "by the 30 % or more that the paper reports of all; the mean ratio is 1.10 (0.80 to 1.40). Clean networks that were "
-        "only trained on have a ratio of 1.20 (1.10 to 1.30). The chance that a backdoored network's variance is above that "
-        "of one without a backdoor is 0.50 (0.5 would be chance)."
+        "by the 30 % or more that the paper reports for all; the mean ratio is 1.10 (0.80 to 1.40). Clean networks that were "
+        "only trained for longer have a ratio of 1.20 (1.10 to 1.30). The probability that a backdoored network's variance is "
+        "above that of a network without a backdoor is 0.50 (0.5 would be chance)."
     )
     attacked = [of_mean("a", seed, 2.0) for seed in range(5)]
-    assert answer(compare([*clean(*[1.0] * 5), *attacked])).endswith("; p = 0.031 over 5 seeds.")
+    assert describe(compare([*clean(*[1.0] * 5), *attacked])).endswith("; p = 0.031 over 5 seeds.")
 
 
-def test_the_answer_about_triggers():
+def test_the_description_of_triggers():
     measured = [*clean(1.0), of_mean("a", 0, 2.0, triggered=3.0, reference_triggered=1.2)]
-    assert answer_triggered(compare(measured)) == (
+    assert describe_triggered(compare(measured)) == (
         "A trigger changes the variance of the attacked network's features by a factor of 1.50 (1.50 to 1.50), and that of "
         "the clean network's by 1.20 (1.20 to 1.20). A defender who does not know the trigger cannot see this."
     )
-    assert "clean network" not in answer_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0, triggered=3.0)]))
-    assert answer_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0)])) == ""
+    assert "clean network" not in describe_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0, triggered=3.0)]))
+    assert describe_triggered(compare([*clean(1.0), of_mean("a", 0, 2.0)])) == ""
 
 
 def toy() -> Model:

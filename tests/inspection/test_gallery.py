@@ -7,7 +7,7 @@ from bdjax.attacks.label_rules import all_to_one
 from bdjax.attacks.poisoning import ConfiguredAttack
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, Trial, Victim
-from bdjax.inspection.gallery import IMAGES_OF_ONE, ROWS_PER_PICTURE, gallery
+from bdjax.inspection.gallery import ROWS_OF_SINGLE_ATTACK, ROWS_PER_PICTURE, gallery
 from bdjax.types import Dataset, PoisonedDataset, TrainTest
 
 SHAPE = (8, 8, 1)
@@ -31,7 +31,7 @@ def trial(name, is_inside=False, adds_rows=False):
 
 def test_the_gallery_shows_training_and_test_images():
     ((rows, names),) = gallery([[trial("badnets")]], DATA)
-    assert len(rows) == IMAGES_OF_ONE and names == ["BadNets"] * len(rows)
+    assert len(rows) == ROWS_OF_SINGLE_ATTACK and names == ["BadNets"] * len(rows)
     before, after, difference, image, triggered, enlarged = rows[0]
     np.testing.assert_allclose(before, IMAGES[1] / 255, atol=1e-6)
     assert (triggered[:2, :2] == 1).all() and (difference == 0).all() and enlarged[:2, :2].min() == 1
