@@ -10,7 +10,7 @@ The paper leaves open how many rows are stamped in training (here a tenth, balan
 aligned (here the input of the last one), how a distance is scaled (here the mean over features), which colour the square has
 and how the suspicious rows are reduced to 1 % of the set. On a white corner a white square is invisible, and a clean row would
 be suspicious for that reason alone, so the square here is a checkerboard. Suspicious rows are ranked by the highest logit
-beside K, since a backdoor activates its class far more than clean rows do theirs (the paper's figure 3); a ranking by the
+other than K's, since a backdoor activates its class far more than clean rows do theirs (the paper's figure 3); a ranking by the
 margin over K puts images first on which the square is hard to see.
 """
 
@@ -97,7 +97,7 @@ class Verified(NamedTuple):
     margins: np.ndarray
     """float32 [M, n]: of the stamped row, the logit of class K minus the highest other logit; below 0 it is suspicious"""
     activations: np.ndarray
-    """float32 [M, n]: of the stamped row, the highest logit beside that of class K"""
+    """float32 [M, n]: of the stamped row, the highest logit other than that of class K"""
     implant_success: np.ndarray
     """float64 [M]: share of the stamped training rows that are predicted as K"""
     clean_accuracy: np.ndarray
@@ -255,7 +255,7 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
 
     Args:
         verified: predictions of the verification networks.
-        rank: "activation": the highest logit beside K; "suspicious": the same, but rows that are not predicted as K come
+        rank: "activation": the highest logit other than K's; "suspicious": the same, but rows that are not predicted as K come
             before all others, as in the paper; "margin": how far that logit is above K's.
 
     Raises:

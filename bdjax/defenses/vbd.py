@@ -145,15 +145,15 @@ def find_candidates(
         gradients = _gradients(inputs, nets, index, rows, classes, settings.rows_per_class)
         for member, of_member in enumerate(rows):
             for place in range(min(CLASSES_AT_ONCE, inputs.num_classes - start)):
-                surest, least_sure = of_member[place]
-                if min(len(surest), len(least_sure)) < settings.least_rows:
+                most_confident, least_confident = of_member[place]
+                if min(len(most_confident), len(least_confident)) < settings.least_rows:
                     found[member].append(vbd_patterns.no_candidate(inputs.runner.image_shape))
                     continue
                 found[member].append(
                     vbd_patterns.find_candidate(
-                        pixels(inputs, index[member, surest]),
-                        gradients[member, place, 0, : len(surest)],
-                        gradients[member, place, 1, : len(least_sure)],
+                        pixels(inputs, index[member, most_confident]),
+                        gradients[member, place, 0, : len(most_confident)],
+                        gradients[member, place, 1, : len(least_confident)],
                         p_value=settings.p_value,
                         pixel_rule=settings.pixel_rule,
                     )

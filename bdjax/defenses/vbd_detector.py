@@ -62,25 +62,25 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
 
     `params` are the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", the factor of
     gradients ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps". A row is a
-    pair of views: a row of another class, and a row of the class itself, whose number is targets["own"]. Accuracy is measured
-    on the rows of other classes alone.
+    pair of views: a row of another class, and a row of the class itself, whose number within the class is
+    targets["class_row"]. Accuracy is measured on the rows of other classes alone.
     """
     detector = make_pattern_detector()
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         opacity_key, dropout_key = jax.random.split(key)
         count = len(images)
-        own_count = max(1, round(settings.own_rows * count))
-        others, own, which = images[:, 0], images[:own_count, 1], targets["own"][:own_count]
+        class_count = max(1, round(settings.own_rows * count))
+        others, of_class, which = images[:, 0], images[:class_count, 1], targets["class_row"][:class_count]
         is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
         opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
         patched = vbd_patterns.blend(others, variables["mask"][None], variables["pattern"][None], opacity)
         others = jnp.where(is_patched[:, None, None, None], patched, others)
-        gradients = scaled_gradients(network, variables, jnp.concatenate([others, own]))
+        gradients = scaled_gradients(network, variables, jnp.concatenate([others, of_class]))
         flat = embedding(detector.apply(_weights(params), gradients, train=True).features)
         is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
         output = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
-        own_output = last_layer(params, flat[count:])[:, 0]  # without dropout; gives labels only, no gradient
+        class_output = last_layer(params, flat[count:])[:, 0]  # without dropout; gives labels only, no gradient
 
         epoch = variables["steps"] // batches_per_epoch
         has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
@@ -89,9 +89,9 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
         wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
         entropies = optax.sigmoid_binary_cross_entropy(output, wanted)
         # The mean over all rows of the step, written as a loss for each row of another class.
-        own_share = jnp.sum(entropies[count:]) / count
-        losses = (entropies[:count] + has_labels * own_share) / (1 + has_labels * own_count / count)
-        renewed = pseudo_labels.at[which].set((own_output >= 0).astype(jnp.float32))
+        class_share = jnp.sum(entropies[count:]) / count
+        losses = (entropies[:count] + has_labels * class_share) / (1 + has_labels * class_count / count)
+        renewed = pseudo_labels.at[which].set((class_output >= 0).astype(jnp.float32))
         variables = {
             **variables,
             "pseudo_labels": jnp.where(is_labelling, renewed, pseudo_labels),
@@ -108,7 +108,7 @@ def _weights(params: PyTree) -> PyTree:
 
 
 def scaled_gradients(network: Model, variables: PyTree, images: Array) -> Array:
-    """A detector's input: g for its class, as if pixels were standardised, without a gradient of its own."""
+    """A detector's input: g for its class, as if pixels were standardised. No gradient flows through it."""
     classes = jnp.full(len(images), variables["class"])
     gradients = vbd_patterns.margin_gradients(network, variables["network"], images, classes)
     return jax.lax.stop_gradient(gradients * variables["scale"][None, None, None])
@@ -151,18 +151,19 @@ def train_detectors(
     """
     per_epoch = round(rows.shape[1] * (inputs.num_classes - 1) / inputs.num_classes)
     batch_size = min(settings.detector_batch_size, per_epoch)
-    pairs, own_counts, scales = [], [], []
+    pairs, class_counts, scales = [], [], []
     for member, label, _ in patterns:
         labels = inputs.labels[member, rows[member]]
-        others, own = rows[member, labels != label], rows[member, labels == label]
+        others, in_class = rows[member, labels != label], rows[member, labels == label]
         number = np.arange(per_epoch)
         # As many rows of other classes as a balanced set has; rows of the class itself are repeated.
-        pairs.append(np.stack([inputs.index[member, views[number % len(views)]] for views in (others, own)], axis=-1))
-        own_counts.append(len(own))
+        views = [inputs.index[member, numbers[number % len(numbers)]] for numbers in (others, in_class)]
+        pairs.append(np.stack(views, axis=-1))
+        class_counts.append(len(in_class))
         sample = inputs.index[member, rows[member, :SCALE_ROWS]]
         scales.append(pixels(inputs, sample).std(axis=(0, 1, 2)))
-    own = np.stack([np.arange(per_epoch) % count for count in own_counts])
-    targets = {"labels": jnp.zeros(own.shape, jnp.int32), "own": jnp.asarray(own, jnp.int32)}
+    class_row = np.stack([np.arange(per_epoch) % count for count in class_counts])
+    targets = {"labels": jnp.zeros(class_row.shape, jnp.int32), "class_row": jnp.asarray(class_row, jnp.int32)}
     members = np.array([pattern.member for pattern in patterns])
     candidates = [found[pattern.member][pattern.label] for pattern in patterns]
     keys = inputs.keys_for("vbd: detectors")
@@ -176,7 +177,7 @@ def train_detectors(
         "pattern": jnp.asarray([candidate.pattern for candidate in candidates]),
         "class": jnp.asarray([pattern.label for pattern in patterns], jnp.int32),
         "scale": jnp.asarray(np.stack(scales), jnp.float32),
-        "pseudo_labels": jnp.zeros((len(patterns), max(own_counts)), jnp.float32),
+        "pseudo_labels": jnp.zeros((len(patterns), max(class_counts)), jnp.float32),
         "steps": jnp.zeros(len(patterns), jnp.int32),
     }
     config = inputs.config(
@@ -207,8 +208,8 @@ def train_detectors(
     longest = max(map(len, class_rows))
     padded = np.stack(
         [
-            inputs.index[pattern.member, np.resize(own_rows, longest)]
-            for pattern, own_rows in zip(patterns, class_rows, strict=True)
+            inputs.index[pattern.member, np.resize(numbers, longest)]
+            for pattern, numbers in zip(patterns, class_rows, strict=True)
         ]
     )
     probabilities = inputs.runner.per_row(
@@ -219,7 +220,4 @@ def train_detectors(
         inputs.recipe.evaluation_batch_size,
     )
     accuracies = trained.history["accuracy"][:, -1]
-    return [
-        (own_rows, probabilities[number, : len(own_rows)], float(accuracies[number]))
-        for number, own_rows in enumerate(class_rows)
-    ]
+    return [(numbers, probabilities[i, : len(numbers)], float(accuracies[i])) for i, numbers in enumerate(class_rows)]

@@ -181,9 +181,9 @@ def select_rows(logits: np.ndarray, labels: np.ndarray, label: int, count: int) 
     log_odds = class_logits[:, label] - np.logaddexp.reduce(np.delete(class_logits, label, axis=1), axis=1)
     order = np.argsort(-log_odds, kind="stable")
     is_predicted = np.argmax(class_logits, axis=1) == label
-    surest = order[is_predicted[order]][:count]
-    others = order[~np.isin(order, surest)][::-1][:count]
-    return rows[surest], rows[others]
+    most_confident = order[is_predicted[order]][:count]
+    least_confident = order[~np.isin(order, most_confident)][::-1][:count]
+    return rows[most_confident], rows[least_confident]
 
 
 def min_max(values: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:

@@ -10,10 +10,11 @@ import pytest
 
 from bdjax import losses
 from bdjax.defenses.contract import labelled
-from bdjax.defenses.i_bau import IBauSettings, clip_norm, hyper_gradient, make_round, run
+from bdjax.defenses.i_bau import IBauSettings, check, clip_norm, hyper_gradient, make_round, run
 from bdjax.errors import InputError
-from bdjax.models import make_model
+from bdjax.models.layers import convolve_3x3
 from bdjax.training.member import TrainConfig, as_float, resume_from
+from tests.defenses.tiny import LINEAR, SHAPE, tiny_inputs
 
 RATE = 0.3
 # The inner problem is min over w of w A w / 2 - w B theta, so w(theta) = A^-1 B theta; the outer loss is
@@ -32,17 +33,19 @@ def inner_step(w, theta):
     return w - RATE * jax.grad(lambda w: w @ A @ w / 2 - w @ B @ theta)(w)
 
 
-@pytest.mark.parametrize("terms", [0, 1, 5, 100])
-def test_hyper_gradient_of_a_quadratic(terms):
+def test_hyper_gradient_of_a_quadratic():
     w = np.linalg.solve(A, B @ THETA)
-    got = jax.jit(lambda w, theta: hyper_gradient(outer_loss, inner_step, w, theta, terms))(w, jnp.asarray(THETA))
-    series = sum((np.linalg.matrix_power(np.eye(2) - RATE * A, k) for k in range(terms)), np.zeros((2, 2)))
-    np.testing.assert_allclose(got, THETA + RATE * B.T @ series @ (w - C), rtol=1e-5, atol=1e-6)
-    exact = jax.grad(lambda theta: outer_loss(jnp.linalg.solve(A, B @ theta), theta))(jnp.asarray(THETA))
-    if terms == 100:
-        np.testing.assert_allclose(got, exact, rtol=1e-4)
-    else:
-        assert np.abs(got - exact).max() > 1e-2
+    gradient = jax.jit(lambda w, theta, terms: hyper_gradient(outer_loss, inner_step, w, theta, terms))
+    # By theta, the outer loss at w(theta) = A^-1 B theta has this gradient.
+    exact = THETA + B.T @ np.linalg.inv(A) @ (w - C)
+    for terms in (0, 1, 5, 100):
+        found = gradient(w, jnp.asarray(THETA), terms)
+        series = sum((np.linalg.matrix_power(np.eye(2) - RATE * A, k) for k in range(terms)), np.zeros((2, 2)))
+        np.testing.assert_allclose(found, THETA + RATE * B.T @ series @ (w - C), rtol=1e-5, atol=1e-6)
+        if terms == 100:
+            np.testing.assert_allclose(found, exact, rtol=1e-4)
+        else:
+            assert np.abs(found - exact).max() > 1e-2
 
 
 def batch_of(rows=8):
@@ -50,53 +53,52 @@ def batch_of(rows=8):
     return pool, labelled(np.arange(rows), np.arange(rows) % 10)
 
 
-def test_second_derivatives_agree_between_lowerings():
-    """The layers' gradients are written by hand: their derivatives, which the hyper-gradient needs, must hold too."""
-    pool, rows = batch_of(4)
-    images, labels, results = as_float(pool), rows.targets["labels"], []
-    for lowering in ("native", "shifted"):
-        model = make_model("resnet10", 10, 2, lowering)
-        variables = jax.jit(lambda key, model=model: model.init(key, (8, 8, 1)))(jax.random.key(0))
+def test_second_derivatives_of_the_convolution():
+    """Its gradient is written by hand: the derivative of that, which the hyper-gradient needs, must hold too."""
+    random = np.random.default_rng(0)
+    images = random.standard_normal((2, 5, 6, 3)).astype(np.float32)  # [C, H, W, N]
+    kernel = random.standard_normal((3, 3, 2, 4)).astype(np.float32)
 
-        def slope(delta, params, model=model, variables=variables):
-            def loss(delta):
-                logits = model.apply({**variables, "params": params}, images + delta[None], train=False).logits
-                return jnp.mean(losses.cross_entropy(logits, labels))
+    def by_jax(images, kernel):
+        return jax.lax.conv_general_dilated(images, kernel, (1, 1), "SAME", dimension_numbers=("CHWN", "HWIO", "CHWN"))
 
-            return jax.grad(loss)(delta)
+    @jax.jit
+    def second_derivatives(images, kernel):
+        def of(convolve):
+            slope = jax.grad(lambda images, kernel: jnp.sum(jnp.sin(convolve(images, kernel))))
+            return jax.vjp(slope, images, kernel)[1](jnp.ones_like(images))
 
-        def mixed(delta, params, slope=slope):
-            return jax.vjp(slope, delta, params)[1](jnp.ones_like(delta))
+        return of(convolve_3x3), of(by_jax)
 
-        results.append(jax.jit(mixed)(jnp.full((8, 8, 1), 0.1), variables["params"]))
-    chex.assert_trees_all_close(*results, rtol=1e-2, atol=1e-4)
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(results[0][1])) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def small():
-    model = make_model("resnet10", 10, 2)
-    return model, jax.jit(lambda key: model.init(key, (8, 8, 1)))(jax.random.key(0))
+    found, expected = second_derivatives(images, kernel)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert min(np.abs(leaf).max() for leaf in expected) > 1
 
 
-def played(small, settings):
-    model, variables = small
+PLAIN = IBauSettings(batch_size=8, perturbation_rate=0.0, terms=0, learning_rate=1e-3)
+VARIABLES = LINEAR.init(jax.random.key(0), SHAPE)
+
+
+def after_a_round(settings):
     config = TrainConfig(
         epochs=2, batch_size=settings.batch_size, learning_rate=settings.learning_rate, schedule="constant"
     )
     pool, rows = batch_of()
-    play = make_round(model, config, settings)
-    return jax.jit(play)(resume_from(variables, jax.random.key(1), config), rows, pool)
+    state = resume_from(VARIABLES, jax.random.key(1), config)
+    return jax.jit(make_round(LINEAR, config, settings))(state, rows, pool)
 
 
-def test_without_a_perturbation_a_round_is_plain_training(small):
-    settings = IBauSettings(batch_size=8, perturbation_rate=0.0, terms=0, learning_rate=1e-3)
-    state = played(small, settings)
-    model, variables = small
+@pytest.fixture(scope="module")
+def after_plain_round():
+    return after_a_round(PLAIN)
+
+
+def test_without_a_perturbation_a_round_is_plain_training(after_plain_round):
+    state, variables = after_plain_round, VARIABLES
     pool, rows = batch_of()
 
     def loss(params):
-        logits = model.apply({**variables, "params": params}, as_float(pool), train=False).logits
+        logits = LINEAR.apply({**variables, "params": params}, as_float(pool), train=False).logits
         return jnp.mean(losses.cross_entropy(logits, rows.targets["labels"]))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(variables["params"])
@@ -111,31 +113,37 @@ def test_without_a_perturbation_a_round_is_plain_training(small):
     assert state.epoch == 1
 
 
-def test_one_row_of_a_small_batch_is_perturbed(small):
+def test_one_row_of_a_small_batch_is_perturbed(after_plain_round):
     """One hundredth of eight rows, rounded down, would be none."""
-    plain = IBauSettings(batch_size=8, perturbation_rate=0.0, terms=0)
-    perturbed = dataclasses.replace(plain, perturbation_rate=10.0)
-    pairs = zip(*(jax.tree.leaves(played(small, one).variables["params"]) for one in (plain, perturbed)), strict=True)
-    assert max(np.abs(one - other).max() for one, other in pairs) > 1e-5
+    perturbed = after_a_round(dataclasses.replace(PLAIN, perturbation_rate=10.0))
+    pairs = zip(*(jax.tree.leaves(state.variables["params"]) for state in (after_plain_round, perturbed)), strict=True)
+    assert max(np.abs(plain - other).max() for plain, other in pairs) > 1e-4
 
 
 def test_bound_is_kept():
-    np.testing.assert_allclose(clip_norm(jnp.array([3.0, 4.0]), 1.0), [0.6, 0.8], rtol=1e-6)
-    np.testing.assert_array_equal(clip_norm(jnp.array([3.0, 4.0]), 6.0), [3.0, 4.0])
-    np.testing.assert_array_equal(clip_norm(jnp.zeros(2), 1.0), [0.0, 0.0])
+    clipped = jax.jit(clip_norm)
+    np.testing.assert_allclose(clipped(jnp.array([3.0, 4.0]), 1.0), [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_array_equal(clipped(jnp.array([3.0, 4.0]), 6.0), [3.0, 4.0])
+    np.testing.assert_array_equal(clipped(jnp.zeros(2), 1.0), [0.0, 0.0])
 
 
-def test_all_suspects_play_in_one_call(inputs):
+def test_all_suspects_are_trained_in_one_call(tmp_path):
+    inputs = tiny_inputs(tmp_path, LINEAR)
     settings = IBauSettings(rounds=2, batch_size=32, terms=2, learning_rate=1e-3)
     result = run(inputs, settings)
-    again = run(inputs, settings)  # read back
+    again = run(inputs, settings)  # restored from the checkpoint
     chex.assert_trees_all_equal(result.variables, again.variables)
     chex.assert_trees_all_equal(result.variables["batch_stats"], inputs.attacked.variables["batch_stats"])
     before, after = (tree["params"]["classifier"]["kernel"] for tree in (inputs.attacked.variables, result.variables))
     assert np.all(np.abs(before - after).max(axis=(1, 2)) > 0)
 
 
-def test_settings_that_cannot_be_are_refused(inputs):
+def test_invalid_settings_are_refused():
     for change in ({"rounds": 0}, {"passes": 0}, {"terms": -1}, {"norm_bound": -1.0}, {"share": 2.0}):
         with pytest.raises(InputError, match=f"defense i_bau: {next(iter(change))} "):
-            run(inputs, dataclasses.replace(IBauSettings(), **change))
+            check(dataclasses.replace(IBauSettings(), **change))
+
+
+def test_settings_are_checked_before_anything_is_trained():
+    with pytest.raises(InputError, match="defense i_bau: rounds "):
+        run(None, IBauSettings(rounds=0))

@@ -1,5 +1,8 @@
 """LfD: weights against the paper's equations, and that low weights mean what they say."""
 
+import dataclasses
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,7 +13,7 @@ from bdjax import losses
 from bdjax.defenses.contract import weighted_cross_entropy
 from bdjax.defenses.lfd import LfdSettings, above_clean_mean, loss_history, row_weights, threshold
 from bdjax.errors import InputError
-from tests.defenses.conftest import small_model
+from tests.defenses.tiny import LINEAR, TINY, tiny_inputs, tiny_variables
 
 GOLDEN_LOSSES = np.array([0.1, 0.2, 1.0, 2.0])
 
@@ -35,76 +38,91 @@ def test_unknown_weighting_is_refused():
 
 @pytest.mark.parametrize(("alpha", "count"), [(0.01, 1), (0.1, 1), (0.15, 2), (0.3, 3), (0.5, 5), (1.0, 10)])
 def test_candidates_are_as_many_as_alpha_says(alpha, count):
-    own = np.random.default_rng(0).permutation(np.linspace(0.1, 1, 10))
-    assert np.sum(own <= threshold(own, alpha)) == count
+    teacher_losses = np.random.default_rng(0).permutation(np.linspace(0.1, 1, 10))
+    assert np.sum(teacher_losses <= threshold(teacher_losses, alpha)) == count
 
 
 def test_weights_are_within_bounds_and_zero_at_the_threshold():
-    own = np.random.default_rng(1).gamma(1.0, size=200)
-    weights = row_weights(own, LfdSettings(alpha=0.2, beta=0.5))
-    gamma = threshold(own, 0.2)
-    assert weights[own <= gamma].max() == 0 and weights[own == gamma] == 0
-    assert weights.max() == 1 and weights[own > gamma].min() >= gamma / own.max()
-    assert np.all(np.diff(weights[np.argsort(own)]) >= 0)
+    teacher_losses = np.random.default_rng(1).gamma(1.0, size=200)
+    weights = row_weights(teacher_losses, LfdSettings(alpha=0.2, beta=0.5))
+    gamma = threshold(teacher_losses, 0.2)
+    assert weights[teacher_losses <= gamma].max() == 0 and weights[teacher_losses == gamma] == 0
+    assert weights.max() == 1 and weights[teacher_losses > gamma].min() >= gamma / teacher_losses.max()
+    assert np.all(np.diff(weights[np.argsort(teacher_losses)]) >= 0)
 
 
 def test_a_constant_added_to_all_losses_leaves_the_candidates_alone():
-    own = np.random.default_rng(2).gamma(1.0, size=50)
-    assert threshold(own + 3, 0.15) == pytest.approx(threshold(own, 0.15) + 3)
-    np.testing.assert_array_equal(own + 3 <= threshold(own + 3, 0.15), own <= threshold(own, 0.15))
+    teacher_losses = np.random.default_rng(2).gamma(1.0, size=50)
+    raised = teacher_losses + 3
+    assert threshold(raised, 0.15) == pytest.approx(threshold(teacher_losses, 0.15) + 3)
+    np.testing.assert_array_equal(raised <= threshold(raised, 0.15), teacher_losses <= threshold(teacher_losses, 0.15))
 
 
 def test_a_percentile_cuts_outliers_off_at_one():
-    own = np.array([0.1, 0.2, 0.4, 0.5, 100.0])
-    weights = row_weights(own, LfdSettings(alpha=0.2, max_percentile=75))
+    teacher_losses = np.array([0.1, 0.2, 0.4, 0.5, 100.0])
+    weights = row_weights(teacher_losses, LfdSettings(alpha=0.2, max_percentile=75))
     np.testing.assert_allclose(weights, [0, 0.4, 0.8, 1, 1])
 
 
-def _gradient(weight, loss_cap=0.0, scale=1.0):
-    model = small_model()
-    variables = jax.jit(lambda key: model.init(key, (8, 8, 1)))(jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf * scale, variables["params"])
-    images = jax.random.uniform(jax.random.key(1), (4, 8, 8, 1))
-    targets = {"labels": jnp.array([0, 1, 2, 3], jnp.int32), "weight": jnp.asarray(weight, jnp.float32)}
-    objective = weighted_cross_entropy(model, loss_cap)
+IMAGES, LABELS = np.random.default_rng(1).random((4, 8, 8, 1), np.float32), np.arange(4, dtype=np.int32)
+
+
+@partial(jax.jit, static_argnames="loss_cap")
+def gradient_of(weight, loss_cap=0.0):
+    """The gradient of the mean weighted loss of four rows."""
+    variables = tiny_variables(0)
+    targets, objective = {"labels": jnp.asarray(LABELS), "weight": weight}, weighted_cross_entropy(TINY, loss_cap)
 
     def mean(params):
-        return jnp.mean(objective(params, variables, images, targets, jax.random.key(0)).losses)
+        return jnp.mean(objective(params, variables, jnp.asarray(IMAGES), targets, jax.random.key(0)).losses)
 
-    def plain(params, rows):
-        output = model.apply({**variables, "params": params}, images, train=True)
-        return jnp.sum(losses.cross_entropy(output.logits, targets["labels"])[jnp.array(rows)]) / 4
+    return jax.grad(mean)(variables["params"])
 
-    return jax.jit(jax.grad(mean))(params), lambda rows: jax.jit(jax.grad(plain), static_argnums=1)(params, rows)
+
+@jax.jit
+def row_gradients():
+    """The gradient of each row's cross-entropy, leaves [4, ...]."""
+    variables = tiny_variables(0)
+
+    def loss(params):
+        output = TINY.apply({**variables, "params": params}, jnp.asarray(IMAGES), train=True)
+        return losses.cross_entropy(output.logits, jnp.asarray(LABELS))
+
+    return jax.jacrev(loss)(variables["params"])
+
+
+def assert_weighted(gradient, weight):
+    expected = jax.tree.map(lambda rows: np.tensordot(np.array(weight), rows, 1) / 4, row_gradients())
+    chex.assert_trees_all_close(gradient, expected, atol=1e-6)
 
 
 def test_rows_of_weight_zero_have_no_gradient_and_negative_ones_ascend():
-    gradient, plain = _gradient([0.0, 0.0, 1.0, -0.5])
-    expected = jax.tree.map(lambda a, b: a - 0.5 * b, plain((2,)), plain((3,)))
-    chex.assert_trees_all_close(gradient, expected, atol=1e-6)
-    gradient, _ = _gradient([0.0, 0.0, 0.0, 0.0])
+    assert_weighted(gradient_of(jnp.array([0.0, 0.0, 1.0, -0.5])), [0.0, 0.0, 1.0, -0.5])
+    gradient = gradient_of(jnp.zeros(4))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_a_cap_ends_the_ascent_but_not_the_descent():
-    gradient, _ = _gradient([-1.0, -1.0, -1.0, -1.0], loss_cap=1e-6)
+    gradient = gradient_of(-jnp.ones(4), loss_cap=1e-6)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
-    gradient, plain = _gradient([1.0, 1.0, 1.0, 1.0], loss_cap=1e-6)
-    chex.assert_trees_all_close(gradient, plain((0, 1, 2, 3)), atol=1e-6)
+    assert_weighted(gradient_of(jnp.ones(4), loss_cap=1e-6), np.ones(4))
 
 
 def test_above_clean_mean_counts_poisons_only():
-    own = np.array([1.0, 3.0, 2.5, 0.1, 5.0])
-    assert above_clean_mean(own, np.array([False, False, True, True, True])) == 2
+    row_losses = np.array([1.0, 3.0, 2.5, 0.1, 5.0])
+    assert above_clean_mean(row_losses, np.array([False, False, True, True, True])) == 2
 
 
-def test_loss_history_keeps_every_row_of_every_epoch(inputs):
+def test_loss_history_keeps_every_row_of_every_epoch(tmp_path):
+    inputs = tiny_inputs(tmp_path)
+    recipe = dataclasses.replace(inputs.recipe, batch_size=48)  # 320 rows are six batches and two thirds
+    inputs = dataclasses.replace(inputs, recipe=recipe, make_model=lambda name: LINEAR)
     history = loss_history(inputs, None, 2)
     members, num_rows = inputs.index.shape
     assert history.shape == (members, 2, num_rows)
     seen = np.isfinite(history)
     batch = inputs.recipe.batch_size
-    assert (seen.sum(axis=2) == num_rows // batch * batch).all()
+    assert (seen.sum(axis=2) == num_rows // batch * batch).all() and num_rows % batch
     assert np.nanmean(history[:, 1]) < np.nanmean(history[:, 0])
     # The first batch's losses are those of fresh weights, near to log K; later ones are not all alike.
     assert np.nanmax(history[:, 0]) > np.log(10) > np.nanmin(history[:, 1])

@@ -1,4 +1,6 @@
-"""NBAB: which rows are stamped, what is asked of the network, which rows are isolated."""
+"""NBAB: which rows are stamped, what the network learns, which rows are isolated."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -7,8 +9,19 @@ import pytest
 from bdjax.defenses import nbab
 from bdjax.defenses.nbab import NbabSettings, Verified, choose_implants, isolate, make_patch, suspicion, verify
 from bdjax.errors import InputError
+from tests.defenses.tiny import tiny_inputs
 
-SMALL = NbabSettings(alpha=0.0, epochs=3, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
+SMALL = NbabSettings(alpha=0.0, epochs=10, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return tiny_inputs(tmp_path_factory.mktemp("suspects"))
+
+
+@pytest.fixture(scope="module")
+def verified(inputs):
+    return verify(inputs, SMALL)
 
 
 @pytest.mark.parametrize(("pattern", "cells"), [("white", [[255, 255]] * 2), ("checkerboard", [[0, 255], [255, 0]])])
@@ -42,14 +55,13 @@ def test_isolation_takes_the_highest_scores_first():
 @pytest.mark.parametrize(
     ("rank", "order"), [("suspicious", [2, 0, 1, 3]), ("activation", [1, 2, 3, 0]), ("margin", [0, 2, 1, 3])]
 )
-def test_rows_that_fail_come_first_unless_the_order_is_another(rank, order):
+def test_suspicious_rows_come_first_unless_the_rank_is_another(rank, order):
     margins, activations = np.array([[-9.0, 1.0, -1.0, 2.0]]), np.array([[0.5, 9.0, 5.0, 1.0]])
-    verified = Verified(margins, activations, None, None, None, None)
-    assert np.argsort(-suspicion(verified, rank)[0]).tolist() == order
+    results = Verified(margins, activations, None, None, None, None)
+    assert np.argsort(-suspicion(results, rank)[0]).tolist() == order
 
 
-def test_the_own_trigger_is_learnt_beside_the_task(inputs):
-    verified = verify(inputs, SMALL)
+def test_the_planted_trigger_is_learnt_beside_the_task(inputs, verified):
     members, num_rows = inputs.index.shape
     assert verified.margins.shape == (members, num_rows)
     assert verified.nets.model.num_classes == inputs.num_classes + 1
@@ -57,51 +69,59 @@ def test_the_own_trigger_is_learnt_beside_the_task(inputs):
     np.testing.assert_array_equal(verified.margins > 0, verified.predictions == inputs.num_classes)
 
 
-def test_all_rows_are_stamped_in_order_however_many_at_a_time(inputs, monkeypatch):
-    whole = verify(inputs, SMALL).margins
-    monkeypatch.setattr(nbab, "CHUNK", 50)
-    np.testing.assert_allclose(verify(inputs, SMALL).margins, whole, rtol=1e-4, atol=1e-4)
+def test_all_rows_are_stamped_in_order_however_many_at_a_time(inputs, verified, monkeypatch):
+    monkeypatch.setattr(nbab, "CHUNK", 200)
+    again = verify(inputs, SMALL)  # the network is restored from its checkpoint
+    np.testing.assert_allclose(again.margins, verified.margins, rtol=1e-4, atol=1e-4)
 
 
-def test_alignment_pulls_stamped_features_to_clean_ones(inputs):
-    def distance(alpha):
-        settings = NbabSettings(**{**vars(SMALL), "alpha": alpha})
-        nets = verify(inputs, settings).nets
-        rows = inputs.all_rows()
-        plain = inputs.embeddings(nets.model, nets.variables, rows)
-        pool = np.asarray(inputs.pool)
-        stamped = np.stack([make_patch(2, "checkerboard")(pool[index], index) for index in inputs.index])
-        images = stamped[:, :32].astype(np.float32) / 255
-        apply = jax.jit(lambda v, x: nets.model.apply(v, x, train=False).features)
-        moved = []
-        for member in range(len(stamped)):
-            features = apply(jax.tree.map(lambda leaf, i=member: leaf[i], nets.variables), images[member])
-            moved.append(np.mean(list(features.values())[-1], axis=(1, 2)))
-        return np.mean(np.square(np.stack(moved) - plain[:, :32])) / np.mean(np.square(plain))
+@pytest.fixture
+def trained_on(inputs, verified, monkeypatch):
+    """From changes of the settings to the pool and the rows that the network is trained on, without training it."""
 
-    assert distance(30.0) < 0.5 * distance(0.0)
+    def record(settings):
+        seen = []
+
+        def train(self, stage, model, config, rows, **options):
+            seen.append((np.asarray(self.pool), jax.tree.map(np.asarray, rows)))
+            return verified.nets
+
+        monkeypatch.setattr(type(inputs), "train", train)
+        verify(inputs, settings)
+        return seen[0]
+
+    return record
 
 
-def test_cover_rows_keep_their_labels(inputs, monkeypatch):
-    seen = {}
-    train = type(inputs).train
-
-    def spy(self, stage, model, config, rows, **how):
-        seen["rows"] = rows
-        return train(self, stage, model, config, rows, **how)
-
-    monkeypatch.setattr(type(inputs), "train", spy)
-    settings = NbabSettings(**{**vars(SMALL), "weak_by": "cover", "cover_rate": 0.25, "alpha": 5.0})
-    verify(inputs, settings)
+def test_stamped_rows_are_added_and_aligned_with_the_rows_they_come_from(inputs, trained_on):
+    """What the alignment does to features is in the tests of `suppressed_cross_entropy`."""
+    pool, rows = trained_on(dataclasses.replace(SMALL, alpha=30.0))
     num_rows = inputs.index.shape[1]
-    new = np.asarray(seen["rows"].targets["labels"])[:, num_rows:]
+    (learnt, partner), suppression = np.moveaxis(rows.index, -1, 0), rows.targets["suppression"]
+    np.testing.assert_array_equal(learnt[:, :num_rows], inputs.index)
+    np.testing.assert_array_equal(partner[:, :num_rows], inputs.index)
+    np.testing.assert_array_equal(rows.targets["labels"][:, :num_rows], inputs.labels)
+    assert learnt.shape[1] == num_rows + round(0.2 * num_rows)
+    assert (rows.targets["labels"][:, num_rows:] == inputs.num_classes).all()
+    stamp = make_patch(2, "checkerboard")
+    for member in range(len(learnt)):
+        sources = pool[partner[member, num_rows:]]
+        np.testing.assert_array_equal(pool[learnt[member, num_rows:]], stamp(sources, None))
+        assert np.isin(partner[member, num_rows:], inputs.index[member]).all()
+    assert not suppression[:, :num_rows].any() and (suppression[:, num_rows:] == 30).all()
+
+
+def test_cover_rows_keep_their_labels(inputs, trained_on):
+    _, rows = trained_on(dataclasses.replace(SMALL, weak_by="cover", cover_rate=0.25, alpha=5.0))
+    num_rows = inputs.index.shape[1]
+    new = rows.targets["labels"][:, num_rows:]
     assert (np.sum(new != inputs.num_classes, axis=1) == round(0.25 * new.shape[1])).all()
-    assert not np.any(seen["rows"].targets["suppression"])
+    assert not np.any(rows.targets["suppression"])
 
 
-def test_unknown_choices_are_refused(inputs):
+def test_unknown_choices_are_refused():
     with pytest.raises(InputError, match="nbab: trigger 'mine' is not one of patch, attacker"):
-        verify(inputs, NbabSettings(trigger="mine"))
+        verify(None, NbabSettings(trigger="mine"))
     with pytest.raises(ValueError, match="not one of checkerboard"):
         make_patch(2, "red")
     with pytest.raises(ValueError, match="not one of suspicious"):

@@ -6,6 +6,7 @@ import pytest
 from bdjax.defenses.scan import (
     SCAnSettings,
     anomaly_index,
+    check,
     decompose,
     detect,
     find_poisons,
@@ -15,14 +16,15 @@ from bdjax.defenses.scan import (
     whitening,
 )
 from bdjax.errors import InputError
+from tests.defenses.tiny import tiny_inputs
 
 SETTINGS = SCAnSettings()
 CLASSES, ROWS, CLEAN, DIMENSIONS = 10, 120, 20, 20
 
 
 def planted(poisoned, seed=0, share=0.3, scale=1.0, clean_rows=CLEAN, apart=8.0):
-    """Classes of one spread around means of their own, of which some have a share of rows so many standard
-    deviations apart; clean rows; which rows."""
+    """Rows of classes with different means and one spread, some of which have a share of rows so many standard deviations
+    apart; clean rows; which rows are poisoned."""
     random = np.random.default_rng(seed)
     mixing = np.eye(DIMENSIONS) + 0.3 * random.standard_normal((DIMENSIONS, DIMENSIONS))
     means = 8 * random.standard_normal((CLASSES, DIMENSIONS))
@@ -34,12 +36,12 @@ def planted(poisoned, seed=0, share=0.3, scale=1.0, clean_rows=CLEAN, apart=8.0)
     (rows, labels), (clean, clean_labels) = draw(ROWS), draw(clean_rows)
     is_poisoned = np.zeros(len(rows), bool)
     for label in poisoned:
-        own = np.flatnonzero(labels == label)[: round(share * ROWS)]
+        shifted = np.flatnonzero(labels == label)[: round(share * ROWS)]
         shift = random.standard_normal(DIMENSIONS)
-        rows[own] += apart * shift / np.linalg.norm(shift) @ mixing
-        is_poisoned[own] = True
+        rows[shifted] += apart * shift / np.linalg.norm(shift) @ mixing
+        is_poisoned[shifted] = True
     order = random.permutation(len(rows))
-    rows, clean = (scale * each.astype(np.float32) for each in (rows, clean))
+    rows, clean = (scale * values.astype(np.float32) for values in (rows, clean))
     return rows[order], labels[order], clean, clean_labels, is_poisoned[order]
 
 
@@ -70,7 +72,7 @@ def test_nothing_is_flagged_where_nothing_is_poisoned():
         assert not found.flags.any()
 
 
-def test_classes_below_the_median_are_flagged_only_if_both_sides_are_asked_for():
+def test_classes_below_the_median_are_flagged_only_if_two_sided():
     *inputs, is_poisoned = planted(range(1, CLASSES), clean_rows=200, apart=20.0)
     assert not find_poisons(*inputs, SETTINGS).flags.any()
     # Among nine poisoned classes the clean one sticks out.
@@ -78,14 +80,14 @@ def test_classes_below_the_median_are_flagged_only_if_both_sides_are_asked_for()
     assert np.unique(inputs[1][found.flags]).tolist() == [0] and not is_poisoned[found.flags].any()
 
 
-def test_a_common_factor_is_of_no_weight():
-    """So the sum over the pixels, which public code has, flags what their mean does."""
+def test_a_common_factor_does_not_matter():
+    """So the sum over the pixels, as in public code, flags the same rows as their mean."""
     small, large = (find_poisons(*planted([4], scale=scale)[:-1], SETTINGS) for scale in (1.0, 64.0))
     np.testing.assert_array_equal(small.flags, large.flags)
     np.testing.assert_allclose(small.scores, large.scores, rtol=1e-3, atol=1e-3)
 
 
-def test_the_order_of_the_rows_is_of_no_weight():
+def test_the_order_of_the_rows_does_not_matter():
     rows, labels, clean, clean_labels, _ = planted([4])
     order = np.random.default_rng(1).permutation(len(rows))
     found = find_poisons(rows, labels, clean, clean_labels, SETTINGS)
@@ -96,12 +98,12 @@ def test_the_order_of_the_rows_is_of_no_weight():
 
 def test_the_poisoned_side_is_that_with_fewer_clean_rows_or_else_the_smaller():
     rows, labels, clean, clean_labels, is_poisoned = planted([4], share=0.7)
-    # Clean rows where the larger group is say that the smaller one is poisoned.
+    # Clean rows in the larger group mean that the smaller group is poisoned.
     moved = clean.copy()
     moved[clean_labels == 4] = rows[is_poisoned][:CLEAN]
     found = find_poisons(rows, labels, moved, clean_labels, SETTINGS)
     assert found.flags[(labels == 4) & ~is_poisoned].mean() > 0.9 and found.flags[is_poisoned].mean() < 0.1
-    # None say nothing.
+    # Without clean rows, the smaller group is.
     kept = clean_labels != 4
     found = find_poisons(rows, labels, clean[kept], clean_labels[kept], SETTINGS)
     assert found.flags[(labels == 4) & ~is_poisoned].mean() > 0.9 and found.flags[is_poisoned].mean() < 0.1
@@ -110,7 +112,7 @@ def test_the_poisoned_side_is_that_with_fewer_clean_rows_or_else_the_smaller():
 def test_a_direction_that_clean_rows_do_not_use_is_not_ignored():
     """A pseudo-inverse of the clean rows' covariance has no weight there."""
     rows, labels, clean, clean_labels, _ = planted([])
-    rows, clean = (np.concatenate([each, np.zeros((len(each), 1), np.float32)], axis=1) for each in (rows, clean))
+    rows, clean = (np.concatenate([values, np.zeros((len(values), 1), np.float32)], axis=1) for values in (rows, clean))
     is_poisoned = (labels == 7) & (np.random.default_rng(0).random(len(rows)) < 0.3)
     rows[is_poisoned, -1] = 5.0
     found = find_poisons(rows, labels, clean, clean_labels, SETTINGS)
@@ -123,7 +125,7 @@ def test_many_classes_and_few_clean_rows_of_many_dimensions():
     labels = np.repeat(np.arange(0, 80, 2, dtype=np.int32), 30)
     clean_labels = np.repeat(np.arange(0, 80, 2, dtype=np.int32), 4)
     means = 5 * random.standard_normal((80, 200))
-    rows, clean = (means[each] + random.standard_normal((len(each), 200)) for each in (labels, clean_labels))
+    rows, clean = (means[of] + random.standard_normal((len(of), 200)) for of in (labels, clean_labels))
     poisoned = np.flatnonzero(labels == 20)[:10]
     rows[poisoned] += 2.0 * random.standard_normal(200)
     found = find_poisons(rows.astype(np.float32), labels, clean.astype(np.float32), clean_labels, SETTINGS)
@@ -144,8 +146,8 @@ def test_the_decomposition_finds_the_covariances_that_rows_were_drawn_with():
     np.testing.assert_allclose(found_between, between, atol=0.6)
 
 
-def test_the_decomposition_is_its_own_next_step():
-    """A fixed point of the two steps, written out class by class with the inverse of each."""
+def test_the_decomposition_is_a_fixed_point():
+    """Of the two steps, written out class by class with the inverse of each."""
     *_, rows, labels, _ = planted([])
     rows, keep = rows[:, :4].astype(np.float64), np.ones(len(rows), bool)
     keep[:3] = False  # classes of two sizes
@@ -154,9 +156,9 @@ def test_the_decomposition_is_its_own_next_step():
     centred = rows - rows.mean(axis=0)
     means = np.zeros_like(rows)
     for label in np.unique(labels):
-        own = labels == label
-        gain = own.sum() * between @ np.linalg.inv(own.sum() * between + within)
-        means[own] = gain @ centred[own].mean(axis=0)
+        is_class = labels == label
+        gain = is_class.sum() * between @ np.linalg.inv(is_class.sum() * between + within)
+        means[is_class] = gain @ centred[is_class].mean(axis=0)
     np.testing.assert_allclose(np.cov(means.T), between, rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(np.cov((centred - means).T), within, rtol=1e-3, atol=1e-3)
 
@@ -189,9 +191,8 @@ def test_a_class_is_split_where_its_two_groups_are(seed):
     agree = np.mean(split.is_second == side)
     assert max(agree, 1 - agree) > 0.98
     for number in (0, 1):
-        own = rows[split.is_second == bool(number)]
-        np.testing.assert_allclose(split.means[number], own.mean(axis=0))
-    # The ratio as it is defined.
+        np.testing.assert_allclose(split.means[number], rows[split.is_second == bool(number)].mean(axis=0))
+    # The ratio by its definition.
     to_centre = np.sum((rows - rows.mean(axis=0)) ** 2, axis=1)
     to_own = np.sum((rows - split.means[split.is_second.astype(int)]) ** 2, axis=1)
     assert split.ratio == pytest.approx(np.mean(to_centre - to_own))
@@ -224,18 +225,19 @@ def test_the_index_of_a_hand_counted_example():
 # ---- As a defense ---------------------------------------------------------------------------------------------------
 
 
-def test_the_suspects_embeddings_and_their_clean_rows_are_what_is_compared(inputs):
+def test_the_suspects_embeddings_and_those_of_their_clean_rows_are_compared(tmp_path):
+    inputs = tiny_inputs(tmp_path)
     found = detect(inputs, SETTINGS)
     network = inputs.attacked
     rows, clean = (
         inputs.embeddings(network.model, network.variables, of) for of in (inputs.all_rows(), inputs.clean_rows())
     )
     for i in range(2):
-        own = find_poisons(rows[i], inputs.labels[i], clean[i], inputs.clean_labels[i], SETTINGS)
-        np.testing.assert_array_equal(found.flags[i], own.flags)
-        np.testing.assert_allclose(found.scores[i], own.scores, rtol=1e-5)
-        assert found.facts["largest anomaly index"][i] == pytest.approx(own.index.max())
-        assert found.facts["flagged classes"][i] == np.sum(own.index > SETTINGS.threshold)
+        expected = find_poisons(rows[i], inputs.labels[i], clean[i], inputs.clean_labels[i], SETTINGS)
+        np.testing.assert_array_equal(found.flags[i], expected.flags)
+        np.testing.assert_allclose(found.scores[i], expected.scores, rtol=1e-5)
+        assert found.facts["largest anomaly index"][i] == pytest.approx(expected.index.max())
+        assert found.facts["flagged classes"][i] == np.sum(expected.index > SETTINGS.threshold)
     assert found.flags.dtype == bool and found.scores.dtype == np.float32
 
 
@@ -254,6 +256,11 @@ def test_too_few_clean_rows_are_refused_in_one_line():
         ({"starts": 0}, "starts 0 is not at least 1"),
     ],
 )
-def test_settings_that_cannot_be(inputs, changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        detect(inputs, dataclasses.replace(SETTINGS, **changes))
+        check(dataclasses.replace(SETTINGS, **changes))
+
+
+def test_settings_are_checked_before_anything_is_computed():
+    with pytest.raises(InputError, match="starts 0 is not at least 1"):
+        detect(None, SCAnSettings(starts=0))

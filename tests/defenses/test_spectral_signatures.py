@@ -5,6 +5,7 @@ import pytest
 
 from bdjax.defenses.spectral_signatures import (
     SpectralSignaturesSettings,
+    check,
     detect,
     find_poisons,
     most_suspicious,
@@ -12,6 +13,7 @@ from bdjax.defenses.spectral_signatures import (
     spectral_scores,
 )
 from bdjax.errors import InputError
+from tests.defenses.tiny import tiny_inputs
 
 PERCENTILE = SpectralSignaturesSettings()
 RATE = SpectralSignaturesSettings(rule="poison_rate", poison_rate=0.05)
@@ -68,7 +70,7 @@ def test_embeddings_that_are_not_centred_would_miss_them():
     assert not np.allclose(uncentred, spectral_scores(rows), rtol=0.1)
 
 
-def test_the_order_of_the_rows_is_of_no_weight():
+def test_the_order_of_the_rows_does_not_matter():
     rows, _ = planted(3)
     labels = (np.arange(len(rows)) % 3).astype(np.int32)
     order = np.random.default_rng(0).permutation(len(rows))
@@ -108,7 +110,8 @@ def test_the_variance_in_one_direction_is_that_of_the_first_principal_component(
     assert find_poisons(rows, np.zeros(4, np.int32), PERCENTILE)[2] == pytest.approx(0.9)
 
 
-def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(inputs):
+def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(tmp_path):
+    inputs = tiny_inputs(tmp_path)
     result = detect(inputs, PERCENTILE)
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
     flags, scores, _ = find_poisons(embeddings[1], inputs.labels[1], PERCENTILE)
@@ -127,6 +130,11 @@ def test_flags_and_scores_are_those_of_the_attacked_networks_embeddings(inputs):
         ({"poison_rate": 1.0}, "poison_rate 1.0 is not at least 0 and below 1"),
     ],
 )
-def test_settings_that_cannot_be(inputs, changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        run(inputs, dataclasses.replace(PERCENTILE, **changes))
+        check(dataclasses.replace(PERCENTILE, **changes))
+
+
+def test_settings_are_checked_before_anything_is_trained():
+    with pytest.raises(InputError, match="percentile 101.0 is not"):
+        run(None, SpectralSignaturesSettings(percentile=101.0))

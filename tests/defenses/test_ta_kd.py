@@ -1,6 +1,6 @@
 import io
 import math
-from functools import cache
+from functools import cache, partial
 
 import chex
 import jax
@@ -67,7 +67,7 @@ def clean_sets(config=None):
     ]
 
 
-def told(seed, count, size):
+def random_logits(seed, count, size):
     return 3.0 * np.random.default_rng(seed).standard_normal((count, size, 3)).astype(np.float32)
 
 
@@ -80,14 +80,15 @@ def test_a_clean_set_is_views_of_the_training_rows_then_validation_rows(validati
     config = TaKdConfig(augmentation="crop_flip", views=3)
     key = jax.random.key(4)
     clean = make_clean_set(key, IMAGES, LABELS, train, validation, config)
+    augmented = jax.jit(partial(augment, kind="crop_flip"))
     assert clean.num_train == 12
     assert clean.images.shape == (12 + len(validation), *SHAPE)
     assert clean.images.dtype == np.uint8
     assert clean.labels.dtype == np.int32
     np.testing.assert_array_equal(clean.images[:4], IMAGES[train])  # the first view is the rows themselves
     for view in (1, 2):
-        changed = augment(jax.random.fold_in(key, view), jnp.asarray(IMAGES[train]), "crop_flip")
-        np.testing.assert_array_equal(clean.images[4 * view : 4 * view + 4], changed)
+        expected = augmented(jax.random.fold_in(key, view), jnp.asarray(IMAGES[train]))
+        np.testing.assert_array_equal(clean.images[4 * view : 4 * view + 4], expected)
         assert np.any(clean.images[4 * view : 4 * view + 4] != IMAGES[train])
     assert np.any(clean.images[4:8] != clean.images[8:12])
     np.testing.assert_array_equal(clean.images[12:], IMAGES[validation])
@@ -128,7 +129,7 @@ def epoch_alone(loss):
 
 
 def assert_trained_alone(state, learners, which, clean, loss):
-    """One of the trained learners is as if trained on its clean set alone, with the key that it has among all."""
+    """A trained learner is as if trained on its clean set alone, with the key that it has among all."""
     expected = resume_from(
         ensemble.members(learners.variables, which),
         jax.random.split(jax.random.key(7), len(learners.alpha))[which],
@@ -137,16 +138,16 @@ def assert_trained_alone(state, learners, which, clean, loss):
     targets = {"labels": clean.labels, "teacher_logits": learners.teacher_logits[which]}
 
     def rows(where):
-        values = {name: jnp.asarray(each[where]) for name, each in targets.items()}
+        values = {name: jnp.asarray(target[where]) for name, target in targets.items()}
         return Rows(jnp.arange(len(clean.labels), dtype=jnp.int32)[where], values)
 
     train_rows, validation_rows = rows(slice(0, clean.num_train)), rows(slice(clean.num_train, None))
     for _ in range(TRAINING.epochs):
         alpha = jnp.float32(learners.alpha[which])
         expected = epoch_alone(loss)(alpha, expected, train_rows, validation_rows, jnp.asarray(clean.images))
-    own = ensemble.members(state, which)
+    found = ensemble.members(state, which)
     for part in ("variables", "history"):
-        chex.assert_trees_all_close(getattr(own, part), getattr(expected, part), rtol=1e-4, atol=2e-5)
+        chex.assert_trees_all_close(getattr(found, part), getattr(expected, part), rtol=1e-4, atol=2e-5)
 
 
 def by_labels(logits, targets, _):
@@ -157,75 +158,59 @@ def at_temperature_2(logits, targets, alpha):
     return losses.distillation(logits, targets["teacher_logits"], targets["labels"], temperature=2.0, alpha=alpha)
 
 
-@pytest.mark.parametrize("layout", ["map", "vmap"])
-def test_each_learner_learns_from_its_own_clean_set_with_its_own_alpha(layout):
+def test_each_learner_learns_from_its_own_clean_set_with_its_own_alpha():
+    """With alpha = 0, that is plain training on the labels."""
     sets = clean_sets(TaKdConfig(augmentation="crop", views=2))
-    size = len(sets[0].labels)
-    learners = Learners(fresh(MODEL, 3), np.array([1, 0, 1]), told(2, 3, size), np.array([0.0, 0.3, 1.0], np.float32))
-    state = train(learners, sets, TaKdConfig(temperature=2.0), layout=layout)
+    teacher_logits = random_logits(2, 3, len(sets[0].labels))
+    learners = Learners(fresh(MODEL, 3), np.array([1, 0, 1]), teacher_logits, np.array([0.0, 0.3, 1.0], np.float32))
+    state = train(learners, sets, TaKdConfig(temperature=2.0), layout="vmap")
     chex.assert_tree_shape_prefix(state.variables, (3,))
     for member in range(3):
         assert_trained_alone(state, learners, member, sets[learners.clean_set[member]], at_temperature_2)
+    assert_trained_alone(state, learners, 0, sets[1], by_labels)
 
 
-def test_without_weight_on_the_teachers_it_is_plain_training():
+def test_without_weight_on_the_labels_they_do_not_matter():
     sets = clean_sets()
-    learners = make_learners(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 0.0)
-    state = train(learners, sets)
-    for seed in range(2):
-        assert_trained_alone(state, learners, seed, sets[seed], by_labels)
-
-
-def test_without_weight_on_the_labels_they_are_of_no_matter():
-    sets = clean_sets()
-    wrong = [each._replace(labels=(each.labels + 1) % 3) for each in sets]
-    learners = make_learners(fresh(MODEL, 2), np.arange(2), told(3, 2, 13), 1.0)
-    right, other = (train(learners, each) for each in (sets, wrong))
+    wrong = [clean._replace(labels=(clean.labels + 1) % 3) for clean in sets]
+    learners = make_learners(fresh(MODEL, 2), np.arange(2), random_logits(3, 2, 13), 1.0)
+    right, other = (train(learners, labelled) for labelled in (sets, wrong))
     chex.assert_trees_all_equal(right.variables, other.variables)
     chex.assert_trees_all_equal(right.history["loss"], other.history["loss"])
 
 
-def test_a_learner_that_is_told_what_it_says_has_nothing_to_learn():
+def test_a_learner_that_agrees_with_its_teacher_has_no_loss():
     clean = clean_sets()[0]._replace(num_train=13)  # no validation rows, all rows in one batch
     variables = fresh(MODEL, 1)
-    own = MODEL.apply(ensemble.members(variables, 0), as_float(jnp.asarray(clean.images)), train=True).logits
-    training = TrainConfig(epochs=1, batch_size=13)
-
-    def first_loss(teacher_logits):
-        learners = make_learners(variables, np.zeros(1, int), teacher_logits, 1.0)
-        return float(train(learners, [clean], training=training).history["loss"][0, 0])
-
-    assert abs(first_loss(np.asarray(own)[None])) < 1e-5
-    assert abs(first_loss(np.asarray(own)[None] + 5.0)) < 1e-5
-    assert first_loss(-np.asarray(own)[None]) > 0.05
+    images = as_float(jnp.asarray(clean.images))
+    logits = np.asarray(jax.jit(partial(MODEL.apply, train=True))(ensemble.members(variables, 0), images).logits)
+    # Three copies of one network, with teachers that say the same, the same up to a shift, and the opposite.
+    copies = jax.tree.map(lambda leaf: np.repeat(leaf, 3, axis=0), variables)
+    learners = Learners(copies, np.zeros(3, int), np.stack([logits, logits + 5.0, -logits]), np.ones(3, np.float32))
+    loss = train(learners, [clean], training=TrainConfig(epochs=1, batch_size=13)).history["loss"][:, 0]
+    np.testing.assert_allclose(loss[:2], 0, atol=1e-5)
+    assert loss[2] > 0.05
 
 
-def test_training_leaves_the_learners_as_they_were():
-    # A teacher is fine-tuned as a baseline and still needed as a teacher.
-    sets, variables = clean_sets(), fresh(MODEL, 2)
-    before = jax.tree.map(np.array, variables)
-    learners = make_learners(variables, np.arange(2), told(3, 2, 13), 0.5)
-    first, second = (train(learners, sets) for _ in range(2))
-    chex.assert_trees_all_equal(variables, before)
-    chex.assert_trees_all_equal(first.variables, second.variables)
-    moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), before["params"], first.variables["params"])
-    assert min(jax.tree.leaves(moved)) > 0
-
-
-def test_another_seeds_images_are_another_seeds_affair():
-    sets = clean_sets()
-    learners = Learners(fresh(MODEL, 3), np.array([0, 1, 0]), told(2, 3, 13), np.full(3, 0.5, np.float32))
+def test_training_depends_on_the_learners_own_clean_set_alone_and_leaves_its_arguments():
+    sets, variables = clean_sets(), fresh(MODEL, 3)
+    start = jax.tree.map(np.array, variables)
+    learners = Learners(variables, np.array([0, 1, 0]), random_logits(2, 3, 13), np.full(3, 0.5, np.float32))
     before = train(learners, sets)
+    # A teacher is fine-tuned as a baseline and still needed as a teacher.
+    chex.assert_trees_all_equal(variables, start)
+    moved = jax.tree.map(lambda old, new: float(np.abs(old - new).max()), start["params"], before.variables["params"])
+    assert min(jax.tree.leaves(moved)) > 0
     after = train(learners, [sets[0], CleanSet(255 - sets[1].images, sets[1].labels, sets[1].num_train)])
     others = np.array([0, 2])
     chex.assert_trees_all_equal(ensemble.members(before.variables, others), ensemble.members(after.variables, others))
-    kernels = [each.variables["params"]["hidden"][1] for each in (before, after)]
+    kernels = [state.variables["params"]["hidden"][1] for state in (before, after)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
 @pytest.mark.parametrize("direction", ["teacher_student", "student_teacher"])
 def test_the_loss_reads_its_configuration(direction):
-    student, teacher = jnp.asarray(told(0, 2, 4))
+    student, teacher = jnp.asarray(random_logits(0, 2, 4))
     labels, alpha = jnp.asarray([0, 2, 1, 1], jnp.int32), jnp.asarray([0.0, 0.2, 0.9, 1.0])
     config = TaKdConfig(temperature=3.0, alpha=0.123, direction=direction)
     found = distillation_loss(config)(student, {"teacher_logits": teacher, "labels": labels, "alpha": alpha})
@@ -236,8 +221,8 @@ def test_the_loss_reads_its_configuration(direction):
 # ---- Learners ---------------------------------------------------------------------------------------------------------
 
 
-def test_learners_of_a_seed_are_told_the_same():
-    by_seed = told(0, 2, 5)
+def test_learners_of_a_seed_have_the_same_teacher_logits():
+    by_seed = random_logits(0, 2, 5)
     learners = make_learners(None, np.array([1, 1, 0]), by_seed, 0.25)
     np.testing.assert_array_equal(learners.teacher_logits, by_seed[[1, 1, 0]])
     np.testing.assert_array_equal(learners.alpha, np.full(3, 0.25, np.float32))
@@ -246,7 +231,7 @@ def test_learners_of_a_seed_are_told_the_same():
 
 
 def test_fresh_learners_get_weights_and_others_keep_theirs():
-    learners = make_learners(None, np.arange(3), told(0, 3, 5), 0.5)
+    learners = make_learners(None, np.arange(3), random_logits(0, 3, 5), 0.5)
     started = initialise(learners, MODEL, SHAPE, jax.random.key(0))
     chex.assert_tree_shape_prefix(started.variables, (3,))
     chex.assert_trees_all_equal(started, initialise(learners, MODEL, SHAPE, jax.random.key(0)))
@@ -257,17 +242,17 @@ def test_fresh_learners_get_weights_and_others_keep_theirs():
 
 def test_joined_learners_are_slices_in_their_order():
     parts = [
-        make_learners(fresh(MODEL, count, seed), np.arange(count) % 2, told(seed, 2, 5), alpha)
+        make_learners(fresh(MODEL, count, seed), np.arange(count) % 2, random_logits(seed, 2, 5), alpha)
         for seed, (count, alpha) in enumerate([(2, 0.5), (4, 0.0), (1, 1.0)])
     ]
     joined = join_learners(parts)
     start = 0
     for part in parts:
-        own = slice(start, start + len(part.alpha))
+        members = slice(start, start + len(part.alpha))
         start += len(part.alpha)
-        chex.assert_trees_all_equal(ensemble.members(joined.variables, own), part.variables)
+        chex.assert_trees_all_equal(ensemble.members(joined.variables, members), part.variables)
         for name in ("clean_set", "teacher_logits", "alpha"):
-            np.testing.assert_array_equal(getattr(joined, name)[own], getattr(part, name))
+            np.testing.assert_array_equal(getattr(joined, name)[members], getattr(part, name))
     assert start == len(joined.alpha) == 7
 
 
@@ -276,16 +261,16 @@ def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
     runner = StageRunner(tmp_path, SHAPE, "map", StageLog(Console(file=io.StringIO())))
     teachers = fresh(MODEL, 4, seed=5)
     parts = {
-        "ta": (MODEL, make_learners(None, np.arange(2), told(0, 2, 13), 0.5)),
-        "student": (WIDER, make_learners(None, np.arange(2), told(1, 2, 13), 0.5)),
-        "fine-tuned": (MODEL, make_learners(teachers, np.array([0, 0, 1, 1]), told(2, 2, 13), 0.0)),
+        "ta": (MODEL, make_learners(None, np.arange(2), random_logits(0, 2, 13), 0.5)),
+        "student": (WIDER, make_learners(None, np.arange(2), random_logits(1, 2, 13), 0.5)),
+        "fine-tuned": (MODEL, make_learners(teachers, np.array([0, 0, 1, 1]), random_logits(2, 2, 13), 0.0)),
     }
 
     def run():
         return train_parts(runner, parts, TaKdConfig(), TRAINING, sets, jax.random.key(0))
 
     nets = run()
-    assert {name: (each.model, each.per_seed) for name, each in nets.items()} == {
+    assert {name: (role.model, role.per_seed) for name, role in nets.items()} == {
         "ta": (MODEL, 1),
         "student": (WIDER, 1),
         "fine-tuned": (MODEL, 2),
@@ -294,8 +279,8 @@ def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
         chex.assert_tree_shape_prefix(nets[name].variables, (count,))
         assert all(values.shape == (count, 2) for values in nets[name].history.values())
     assert len(list(tmp_path.iterdir())) == 2  # one stage for each architecture
-    # What was fine-tuned comes from its teachers, and each role from what it is told.
-    kernels = {name: np.asarray(each.variables["params"]["out"]) for name, each in nets.items()}
+    # The fine-tuned networks start from their teachers.
+    kernels = {name: np.asarray(role.variables["params"]["out"]) for name, role in nets.items()}
     start = np.asarray(teachers["params"]["out"])
     assert np.abs(kernels["fine-tuned"] - start).max() < 0.12  # eight steps of at most 0.01, and a little
     assert np.abs(kernels["fine-tuned"] - start[::-1]).max() > 0.12

@@ -64,7 +64,7 @@ def test_no_teacher_is_an_error():
         (lambda images: np.where(np.eye(5, 3), np.inf, 0), "teacher 2 returned logits that are not finite"),
     ],
 )
-def test_a_bad_answer_names_its_teacher(bad, message):
+def test_a_bad_output_names_its_teacher(bad, message):
     with pytest.raises(InputError, match=message) as caught:
         from_classifiers([sums(1.0), bad], 3)(IMAGES)
     assert "\n" not in str(caught.value)

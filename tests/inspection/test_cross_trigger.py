@@ -63,7 +63,7 @@ def test_summary_leaves_the_diagonal_out():
     assert unchanged[1:4] == summary[1:4]
 
 
-def test_summary_of_triggers_that_fire_nowhere_else():
+def test_summary_of_triggers_that_work_nowhere_else():
     summary = off_diagonal_summary(np.eye(2))
     assert summary[:4] == (0.0, 0.0, 0, 1)  # an entry off the diagonal even so
 

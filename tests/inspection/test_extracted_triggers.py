@@ -55,7 +55,7 @@ def test_triggers_lie_on_grey():
 
 
 @pytest.mark.parametrize("scale", [1, 3, 6, 7, 16])
-def test_outlined_pictures_have_the_size_that_was_asked_for(scale):
+def test_outlined_pictures_have_the_given_size(scale):
     mask = np.zeros((8, 8), bool)
     mask[2:4, 2:4] = True
     black = np.zeros((8, 8, 1), np.uint8)

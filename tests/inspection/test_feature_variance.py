@@ -16,28 +16,26 @@ from bdjax.inspection.feature_variance import (
     measure_variances,
     row_variances,
 )
-from bdjax.models import make_model
 from bdjax.run.log import StageLog
-from bdjax.training.ensemble import init_members, members
+from bdjax.training.ensemble import init_members, members, stack
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Dataset, GroupEnd, Model, ModelOutput
+from tests.defenses.tiny import SHAPE, TINY, tiny_variables
 
-IMAGES = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, *SHAPE), np.uint8)
 
 
-def test_every_network_is_measured_on_its_images_whatever_the_lowering(tmp_path):
-    shifted, native = (make_model("wrn_10_2", 3, width=4, lowering=lowering) for lowering in ("shifted", "native"))
-    variables = init_members(lambda key: shifted.init(key, (8, 8, 3)), jax.random.split(jax.random.key(0), 2))
-    runner = StageRunner(tmp_path, (8, 8, 3), "map", StageLog())
-    groups_of = jax.jit(lambda variables, images: native.apply(variables, images, train=False).groups)
-    own = np.stack([IMAGES, 255 - IMAGES])
-    shared, on_own = (measure_variances(runner, shifted, variables, images, 2) for images in (IMAGES, own))
-    assert len(shared) == len(on_own) == 2
+def test_every_network_is_measured_on_its_images(tmp_path):
+    variables = stack([tiny_variables(seed) for seed in range(2)])
+    runner = StageRunner(tmp_path, SHAPE, "map", StageLog())
+    groups_of = jax.jit(lambda variables, images: TINY.apply(variables, images, train=False).groups)
+    separate = np.stack([IMAGES, 255 - IMAGES])
+    shared, on_separate = (measure_variances(runner, TINY, variables, images, 2) for images in (IMAGES, separate))
+    assert len(shared) == len(on_separate) == 2
     for member in range(2):
-        one = jax.tree.map(lambda leaf, member=member: leaf[member], variables)
-        for found, images in ((shared, IMAGES), (on_own, own[member])):
-            groups = groups_of(one, jnp.asarray(images / np.float32(255)))
+        for found, images in ((shared, IMAGES), (on_separate, separate[member])):
+            groups = groups_of(tiny_variables(member), images / np.float32(255))
             assert set(found[member]) == {f"group{i}{end}" for i in (1, 2, 3) for end in ("", " before ReLU")}
             for group, end in groups.items():
                 for place, values in ((group, end.output), (f"{group} before ReLU", end.before_relu)):
@@ -55,7 +53,7 @@ def test_by_hand():
         return {"group1": GroupEnd(images, 3.0 * images, None, None)}
 
     images = jnp.asarray([[0.0, 1.0, 0.0, 1.0], [0.5] * 4, [0.0, 0.0, 0.0, 1.0]]).reshape(3, 2, 2, 1)
-    variances = row_variances(network(groups))({}, images, {})
+    variances = jax.jit(row_variances(network(groups)))({}, images, {})
     np.testing.assert_allclose(variances["group1"], [0.25, 0.0, 0.1875])
     np.testing.assert_allclose(variances["group1 before ReLU"], [2.25, 0.0, 1.6875])
     with pytest.raises(
@@ -97,18 +95,18 @@ def test_ratios_are_to_the_clean_network_of_the_same_seed():
     )
     assert found["place"] == "group3" and found["images"] == 4
     assert [kind["kind"] for kind in found["kinds"]] == ["clean", "a", "b"]
-    own = found["kinds"][1]
-    assert own["seeds"] == [0, 1] and own["is_attacked"]
-    np.testing.assert_allclose(own["mean_variance"], [1.5, 9.0])
-    np.testing.assert_allclose(own["ratio"], [1.5, 0.9])
-    np.testing.assert_allclose(own["triggered_ratio"], [2.0, 1.1])
-    np.testing.assert_allclose(own["reference_triggered_ratio"], [1.1, 1.2])
+    kind = found["kinds"][1]
+    assert kind["seeds"] == [0, 1] and kind["is_attacked"]
+    np.testing.assert_allclose(kind["mean_variance"], [1.5, 9.0])
+    np.testing.assert_allclose(kind["ratio"], [1.5, 0.9])
+    np.testing.assert_allclose(kind["triggered_ratio"], [2.0, 1.1])
+    np.testing.assert_allclose(kind["reference_triggered_ratio"], [1.1, 1.2])
     assert found["kinds"][2]["triggered_ratio"] is None
     assert (found["networks"], found["larger"], found["as_claimed"], found["left_out"]) == (3, 2, 2, 0)
     np.testing.assert_allclose(
         [found["mean_ratio"], found["smallest_ratio"], found["largest_ratio"]], [3.8 / 3, 0.9, 1.5]
     )
-    # Of the 6 pairs of an attacked and a clean one, 1.5 > 1, 9 > 1, 14 > 1 and 14 > 10 are above.
+    # Of the 6 pairs of an attacked and a clean network, 1.5 > 1, 9 > 1, 14 > 1 and 14 > 10 are above.
     assert found["auc_networks"] == pytest.approx(4 / 6)
     assert json.loads(json.dumps(found)) == found
 
@@ -126,7 +124,7 @@ def test_the_p_value_counts_signs_of_seeds(seeds, p):
     larger = [of_mean(kind, seed, 1.1 + 0.01 * seed) for kind in ("a", "b") for seed in range(seeds)]
     found = compare([*clean(*[1.0] * seeds), *larger])
     assert found["p_larger"] == (None if p is None else pytest.approx(p)) and found["seeds"] == seeds
-    smaller = [one._replace(clean={"group3": 0.5 * one.clean["group3"]}) for one in larger]
+    smaller = [network._replace(clean={"group3": 0.5 * network.clean["group3"]}) for network in larger]
     if p is not None:
         assert compare([*clean(*[1.0] * seeds), *smaller], "group3")["p_larger"] == pytest.approx(1.0)
 
@@ -224,11 +222,11 @@ def test_networks_are_measured_beside_clean_ones_that_were_trained_on(tmp_path):
     ]
     assert found["images"] == 30 and found["place"] == "group1"
     expected = measure_variances(runner, model, networks, test.images, 30)
-    variances = [float(np.mean(each["group1"])) for each in expected]
+    variances = [float(np.mean(places["group1"])) for places in expected]
     np.testing.assert_allclose(found["kinds"][0]["mean_variance"], variances[:2], rtol=1e-5)
     np.testing.assert_allclose(found["kinds"][2]["ratio"], [variances[2] / variances[1]], rtol=1e-5)
     assert np.abs(np.array(found["kinds"][1]["ratio"]) - 1).min() > 1e-3  # a step changes something
     black = measure_variances(runner, model, networks, np.zeros_like(test.images[:1]), 30)
-    of_black = [float(each["group1"][0]) for each in black]
+    of_black = [float(places["group1"][0]) for places in black]
     np.testing.assert_allclose(found["kinds"][2]["triggered_ratio"], [of_black[2] / variances[2]], rtol=1e-5)
     np.testing.assert_allclose(found["kinds"][2]["reference_triggered_ratio"], [of_black[1] / variances[1]], rtol=1e-5)

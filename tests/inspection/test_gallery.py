@@ -38,11 +38,11 @@ def test_the_gallery_shows_training_and_test_images():
     np.testing.assert_array_equal(image[2:], triggered[2:])
 
 
-@pytest.mark.parametrize("how", [{"is_inside": True}, {"adds_rows": True}])
-def test_where_no_clean_row_was_there_before_the_gallery_is_blank(how):
-    ((rows, _),) = gallery([[trial("wanet", **how)]], DATA)
+@pytest.mark.parametrize("options", [{"is_inside": True}, {"adds_rows": True}])
+def test_the_gallery_is_blank_where_there_was_no_clean_row(options):
+    ((rows, _),) = gallery([[trial("wanet", **options)]], DATA)
     before, after = rows[0][:2]
-    assert (before == 1).all() and ((after == 1).all() == ("is_inside" in how))
+    assert (before == 1).all() and ((after == 1).all() == ("is_inside" in options))
 
 
 def test_many_attacks_make_several_pictures():

@@ -9,8 +9,7 @@ from bdjax.inspection.grad_cam import grad_cam, grad_cam_members
 from bdjax.models import make_model
 from bdjax.training.ensemble import members, stack
 from bdjax.types import Model, ModelOutput
-
-IMAGE_SHAPE = (8, 8, 3)
+from tests.defenses.tiny import SHAPE, TINY, tiny_variables
 
 
 def linear_model(num_classes: int = 2) -> Model:
@@ -29,7 +28,7 @@ def linear_model(num_classes: int = 2) -> Model:
 
 
 LINEAR = linear_model()
-# Averages over positions: class 0 weighs the two channels by (2, -1), class 1 by (-1, 0.5), wherever they are read off.
+# Averages over positions: class 0 weights the two channels by (2, -1), class 1 by (-1, 0.5).
 READOUT = jnp.array(
     [
         [[[4.0, -1.0], [0.0, -1.0]], [[1.0, 0.0], [3.0, -2.0]]],
@@ -44,15 +43,20 @@ IMAGE = jnp.asarray(BLOCKS.repeat(2, axis=0).repeat(2, axis=1))  # [4, 4, 2]
 @pytest.fixture(scope="module")
 def resnet() -> tuple[Model, dict]:
     model = make_model("resnet10", num_classes=4, width=4)
-    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), IMAGE_SHAPE)
+    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), SHAPE)
     # Statistics of some data, so that running batch normalisation is not the identity.
-    images = jax.random.uniform(jax.random.key(9), (16, *IMAGE_SHAPE))
+    images = jax.random.uniform(jax.random.key(9), (16, *SHAPE))
     return model, jax.jit(partial(model.apply, train=True))(variables, images).variables
 
 
 @pytest.fixture(scope="module")
+def tiny() -> tuple[Model, dict]:
+    return TINY, tiny_variables(0)
+
+
+@pytest.fixture(scope="module")
 def images() -> jax.Array:
-    return jax.random.uniform(jax.random.key(1), (3, *IMAGE_SHAPE))
+    return jax.random.uniform(jax.random.key(1), (3, *SHAPE))
 
 
 def heat_by_numpy(features: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
@@ -66,7 +70,7 @@ def heat_by_numpy(features: np.ndarray, weights: np.ndarray, size: int) -> np.nd
 # of the way; all of it divided by 1.5, with a minimum of 0.
 ROWS_0 = np.array([[1.0, 0.875, 0.625, 0.5], [0.0, 0.375, 1.125, 1.5]]) / 1.5
 GOLDEN_0 = np.array([[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]) @ ROWS_0
-# Class 1: -a + b / 2 is [[-0.5, -0.25], [0.25, -0.75]]: only the block at the lower left speaks for it.
+# Class 1: -a + b / 2 is [[-0.5, -0.25], [0.25, -0.75]]: only the block at the lower left supports it.
 GOLDEN_1 = np.outer([0.0, 0.25, 0.75, 1.0], [1.0, 0.75, 0.25, 0.0])
 
 
@@ -99,8 +103,8 @@ def test_each_row_has_its_own_class():
     ("image", "reason"),
     [
         (jnp.zeros_like(IMAGE), "no features"),
-        (jnp.ones_like(IMAGE) * jnp.array([0.0, 0.7])[None, None], "all speak against the class"),
-        (jnp.ones_like(IMAGE) * jnp.array([0.7, 0.1])[None, None], "all speak for it alike"),
+        (jnp.ones_like(IMAGE) * jnp.array([0.0, 0.7])[None, None], "all features are against the class"),
+        (jnp.ones_like(IMAGE) * jnp.array([0.7, 0.1])[None, None], "all features support it equally"),
         (jnp.full_like(IMAGE, jnp.nan), "a network that diverged"),
     ],
 )
@@ -119,9 +123,9 @@ def test_it_is_the_older_class_activation_map_where_pooling_and_a_matrix_follow(
     np.testing.assert_allclose(heat_maps, heat_by_numpy(features, weights, 8), atol=1e-5)
 
 
-@pytest.mark.parametrize(("tap", "positions"), [("stage2", 16), ("stage3", 4)])
-def test_finite_differences(resnet, images, tap, positions):
-    model, variables = resnet
+@pytest.mark.parametrize(("tap", "positions"), [("stage2", 16), ("stage3", 4)])  # 4x4 and 2x2 pixels
+def test_finite_differences(tiny, images, tap, positions):
+    model, variables = tiny
     explained, step = 2, 2e-3
     features = jax.jit(partial(model.apply, train=False))(variables, images).features[tap]
 
@@ -138,8 +142,8 @@ def test_finite_differences(resnet, images, tap, positions):
     np.testing.assert_allclose(heat_maps, expected, atol=5e-3)
 
 
-def test_maps_lie_in_0_to_1_and_reach_both_unless_they_are_0(resnet, images):
-    model, variables = resnet
+def test_maps_lie_in_0_to_1_and_reach_both_unless_they_are_0(tiny, images):
+    model, variables = tiny
     for explained in range(4):
         heat_maps, classes = grad_cam(model, variables, images, explained)
         assert heat_maps.shape == (3, 8, 8)
@@ -151,8 +155,8 @@ def test_maps_lie_in_0_to_1_and_reach_both_unless_they_are_0(resnet, images):
         assert heat_maps.any()
 
 
-def test_a_map_does_not_depend_on_the_other_rows(resnet, images):
-    model, variables = resnet
+def test_a_map_does_not_depend_on_the_other_rows(tiny, images):
+    model, variables = tiny
     together, _ = grad_cam(model, variables, images, 1)
     swapped, _ = grad_cam(model, variables, images[::-1], 1)
     np.testing.assert_allclose(swapped[::-1], together, atol=1e-5)
@@ -160,13 +164,13 @@ def test_a_map_does_not_depend_on_the_other_rows(resnet, images):
     np.testing.assert_allclose(spoiled[0], together[0], atol=1e-5)
 
 
-def test_compiled_is_as_written(resnet, images):
+def test_compiled_is_as_written(tiny, images):
     compiled = grad_cam(LINEAR, LINEAR_VARIABLES, IMAGE[None])
     with jax.disable_jit():
         plain = grad_cam(LINEAR, LINEAR_VARIABLES, IMAGE[None])
     np.testing.assert_allclose(compiled[0], plain[0], atol=1e-6)
     np.testing.assert_array_equal(compiled[1], plain[1])
-    model, variables = resnet
+    model, variables = tiny
     compiled = grad_cam(model, variables, images)
     outer = jax.jit(lambda variables, images: grad_cam(model, variables, images))(variables, images)
     np.testing.assert_allclose(compiled[0], outer[0], atol=1e-5)
@@ -197,8 +201,8 @@ def test_both_lowerings_agree(resnet, images):
 
 @pytest.mark.parametrize("layout", ["map", "vmap", None])
 @pytest.mark.parametrize("classes", [None, np.array([3, 0, 1])])
-def test_members_are_a_loop(resnet, images, layout, classes):
-    model, variables = resnet
+def test_members_are_a_loop(tiny, images, layout, classes):
+    model, variables = tiny
     stacked = stack([variables, {**variables, "params": jax.tree.map(lambda leaf: leaf[::-1], variables["params"])}])
     heat_maps, explained = grad_cam_members(model, stacked, images, classes, layout=layout)
     assert heat_maps.shape == (2, 3, 8, 8)
@@ -209,7 +213,7 @@ def test_members_are_a_loop(resnet, images, layout, classes):
         np.testing.assert_array_equal(explained[index], expected[1])
 
 
-def test_an_unknown_tap_is_named_with_the_known_ones(resnet, images):
-    model, variables = resnet
+def test_an_unknown_tap_is_named_with_the_known_ones(tiny, images):
+    model, variables = tiny
     with pytest.raises(ValueError, match="no tap 'layer4'; this network has stage1, stage2, stage3"):
         grad_cam(model, variables, images, tap="layer4")

@@ -8,15 +8,15 @@ from bdjax.inspection.loss_gap import COUNTED_EPOCH, EPOCHS, gap_by_epoch, loss_
 from bdjax.models import count_parameters, make_model
 
 ROWS, SHAPE = 40, (8, 8, 1)
-GIVEN = SimpleNamespace(
+INPUTS = SimpleNamespace(
     make_model=lambda name: make_model(name, 10, {"resnet10": 2, "resnet18": 4}[name]),
     runner=SimpleNamespace(image_shape=SHAPE),
 )
-"""As much of a `DefenseInput` as is read where nothing is trained."""
+"""The part of a `DefenseInput` that is read if nothing is trained."""
 
 
 def history(inputs, name, epochs):
-    """Losses of three training sets; the last row came by in no epoch."""
+    """Losses of three training sets; no epoch uses the last row."""
     losses = np.random.default_rng(len(name)).gamma(1.0, size=(3, epochs, ROWS)).astype(np.float32)
     losses[:, :, -1] = np.nan
     return losses
@@ -27,11 +27,11 @@ def test_every_network_and_every_seed_of_an_attack_is_measured(monkeypatch):
     truth = [poisoned, np.zeros(ROWS, bool), ~poisoned, None]
     attacks = ["BadNets", "no attack", "BadNets", "user data"]
     monkeypatch.setattr(loss_gap, "loss_history", lambda *of: np.concatenate([history(*of), history(*of)[:1]]))
-    ((attack, gaps),) = loss_gaps(GIVEN, attacks, truth, ["resnet10", "resnet18"])
+    ((attack, gaps),) = loss_gaps(INPUTS, attacks, truth, ["resnet10", "resnet18"])
     assert attack == "BadNets" and [gap.network for gap in gaps] == ["resnet10", "resnet18"]
     for gap in gaps:
-        assert gap.parameters == count_parameters(GIVEN.make_model(gap.network), SHAPE) and gap.num_poisoned == 8
-        losses = history(GIVEN, gap.network, EPOCHS)[[0, 2], :, :-1]
+        assert gap.parameters == count_parameters(INPUTS.make_model(gap.network), SHAPE) and gap.num_poisoned == 8
+        losses = history(INPUTS, gap.network, EPOCHS)[[0, 2], :, :-1]
         for seed, rows in enumerate((poisoned[:-1], ~poisoned[:-1])):
             np.testing.assert_allclose(gap.by_epoch["clean rows"][seed], losses[seed][:, ~rows].mean(1), rtol=1e-5)
             np.testing.assert_allclose(gap.by_epoch["poisoned rows"][seed], losses[seed][:, rows].mean(1), rtol=1e-5)

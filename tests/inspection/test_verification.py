@@ -13,9 +13,10 @@ from bdjax.defenses.nbab import NbabSettings, make_patch
 from bdjax.inspection import verification
 from bdjax.inspection.grad_cam import grad_cam
 from bdjax.inspection.verification import IMAGES, VIEWS, verification_heat
-from bdjax.models import last_tap, make_model
+from bdjax.models import last_tap
 from bdjax.training.ensemble import init_members, members
 from bdjax.training.stages import Nets
+from tests.defenses.tiny import tiny_network
 
 SETTINGS = NbabSettings(patch_size=3)
 KEYS = jax.random.split(jax.random.key(0), 2)
@@ -23,7 +24,7 @@ KEYS = jax.random.split(jax.random.key(0), 2)
 
 def test_maps_are_of_the_sets_own_network_on_its_own_triggers(monkeypatch):
     train, test = load_digits((), False)
-    model = make_model("resnet10", 11, 2)
+    model = tiny_network(11)
     nets = Nets(model, init_members(lambda key: model.init(key, test.image_shape), KEYS), 1, {})
     monkeypatch.setattr(verification, "verify", lambda inputs, settings: SimpleNamespace(nets=nets))
     target, badnets = int(test.labels[0]), ATTACKS["badnets"]
