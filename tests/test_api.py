@@ -165,7 +165,7 @@ class TestPoison:
             ("wanet", {}, "trains the network itself; attacks that hand over data are .*badnets"),
             ("badnets", {"colour": 1}, "no setting 'colour'; it has "),
             ("badnets", {"target": 4}, "target 4 is not a class: there are 0 to 3"),
-            ("badnets", {"label_rule": "clean_label"}, "goes with the label rules all_to_one"),
+            ("badnets", {"label_rule": "clean_label"}, "label rule clean_label is not one of all_to_one"),
             ("badnets", {"poison_rate": 0.001}, "less than one row"),
             ("badnets", {"like": "numbers"}, "poison: like 'numbers' is not one of digits"),
         ],

@@ -1,10 +1,10 @@
 """Adaptive-Blend and Adaptive-Patch: a part of the trigger in training, all of it at test time (Qi et al. 2023).
 
-Some rows carry the trigger under their own label, so that triggered rows of the target class do not stand apart from its
-clean ones in the network's features, and each row carries a weak or partial trigger, so that none is learned too well.
+Some rows carry the trigger but keep their label, so that triggered rows of the target class are not separable from its
+clean rows in feature space. Each training row carries a weak or partial trigger, so that no part of it is learned too well.
 
-The published triggers are pictures of companies' logos and of a toy; the ones here are drawn and random ones of the same
-sizes and places.
+The published triggers are pictures of companies' logos and of a toy; here drawn pictures and random patches of the same
+sizes and places replace them.
 """
 
 from dataclasses import dataclass
@@ -32,11 +32,11 @@ class AdaptiveBlendSettings:
     cover_rate: float = 0.003
     """share of all training rows that get the trigger and keep their label"""
     opacity: float = 0.2
-    """of the picture in training, in [0, 1]; 0.15 in the authors' later toolbox"""
+    """opacity of the picture in training, in (0, 1]; 0.15 in the authors' later toolbox"""
     test_opacity: float = 0.2
-    """of the picture at test time, in [0, 1]"""
+    """opacity of the picture at test time, in (0, 1]"""
     pieces: int = 8
-    """how many of the 16 pieces of the picture each training row gets"""
+    """number of pieces (of 16) of the picture that each training row gets"""
     picture: str = "cat"
     """chessboard, cat or pixel_face"""
 
@@ -50,56 +50,57 @@ class AdaptivePatchSettings:
 
 
 class AdaptiveBlend(NamedTuple):
-    """A picture in pieces."""
+    """A picture cut into 16 pieces."""
 
     pattern: Array
     """float32 [H, W, C] in [0, 1]"""
     piece: Array
-    """int32 [H, W], the piece that a pixel is of, in 0..15"""
+    """int32 [H, W]: the piece that each pixel belongs to, in 0..15"""
     is_kept: Array
-    """bool [16], in any order: how many pieces a training row gets"""
+    """bool [16], in any order; the number of True entries is the number of pieces a training row gets"""
     opacity: Array
-    """float32 [] in [0, 1], in training"""
+    """float32 [] in [0, 1]: opacity in training"""
     test_opacity: Array
-    """float32 [] in [0, 1]"""
+    """float32 [] in [0, 1]: opacity at test time"""
 
 
 class AdaptivePatch(NamedTuple):
-    """Patches of which a training row gets one, and a test image the two at full opacity."""
+    """Four patches: a training row gets one of them; a test image gets two, at full opacity."""
 
     in_training: MaskedBlend
-    """with a leading axis of 4"""
+    """the four patches, along a leading axis"""
     at_test: MaskedBlend
+    """both test-time patches as one trigger"""
 
 
 def make_blend(key: Key, knowledge: Knowledge, settings: AdaptiveBlendSettings) -> AdaptiveBlend:
-    """A picture over the whole image, cut into 4 x 4 pieces.
+    """Make the picture over the whole image, cut into 4 x 4 pieces.
 
     Args:
-        key: not used: which pieces a row gets is decided by its own key.
-        knowledge: for the shape of the images.
+        key: not used; each row's own key decides which pieces it gets.
+        knowledge: gives the image shape.
         settings: the picture, the opacities and the number of pieces.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: the images' sides are not multiples of 4, they have neither 1 nor 3 channels, or a setting is out of
-          its range.
+        InputError: the image sides are not multiples of 4, the images have neither 1 nor 3 channels, or a setting is out
+          of range.
     """
     del key
     height, width, _ = shape = knowledge.train.image_shape
     count = PIECES_PER_SIDE**2
     if height % PIECES_PER_SIDE or width % PIECES_PER_SIDE:
         raise InputError(
-            f"adaptive_blend cuts images into {PIECES_PER_SIDE} x {PIECES_PER_SIDE} equal pieces; "
-            f"{height} x {width} pixels cannot be cut so"
+            f"adaptive_blend cuts images into {PIECES_PER_SIDE} x {PIECES_PER_SIDE} equal pieces, so both sides must be "
+            f"multiples of {PIECES_PER_SIDE}; these images have {height} x {width} pixels"
         )
     if not 1 <= settings.pieces <= count:
-        raise InputError(f"adaptive_blend: {settings.pieces} pieces of {count}: there are 1 to {count}")
+        raise InputError(f"adaptive_blend: pieces {settings.pieces} must be from 1 to {count}")
     for name, value in (("opacity", settings.opacity), ("test_opacity", settings.test_opacity)):
         if not 0.0 < value <= 1.0:
-            raise InputError(f"adaptive_blend: {name} {value:g}: it is above 0 and up to 1")
+            raise InputError(f"adaptive_blend: {name} {value:g} must be above 0 and at most 1")
     row, column = np.indices((height, width))
     piece = PIECES_PER_SIDE * (row * PIECES_PER_SIDE // height) + column * PIECES_PER_SIDE // width
     return AdaptiveBlend(
@@ -112,13 +113,13 @@ def make_blend(key: Key, knowledge: Knowledge, settings: AdaptiveBlendSettings) 
 
 
 def blend_some_pieces(params: AdaptiveBlend, image: Array, label: Array, key: Key) -> Array:
-    """Blend some pieces of the picture into one training image, drawn anew for each.
+    """Blend a random subset of the picture's pieces into one training image.
 
     Args:
         params: the trigger.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
-        key: decides which pieces.
+        key: draws the pieces.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -144,17 +145,17 @@ def blend_all_pieces(params: AdaptiveBlend, image: Array, label: Array | None = 
 
 
 def make_patches(key: Key, knowledge: Knowledge, settings: AdaptivePatchSettings) -> AdaptivePatch:
-    """Four patches for training: a small square in the corner, a large one above it, grids in all corners, and a block.
+    """Make four training patches: a small square in the corner, a large one above it, grids in all corners, and a block.
 
-    At test time an image carries the small square under the grids, both opaque. (The released code then has another version
-    of the small square, which is not in its repository.) The squares and the block are random pixels, drawn once.
+    At test time an image carries the small square under the grids, both opaque. (The released code uses another version
+    of the small square at test time, which is not in its repository.) The squares and the block are random pixels, drawn once.
 
-    Images under 28 pixels get smaller squares; the corner's stays one pixel larger than the grid that covers most of it.
+    Images under 28 pixels get smaller squares; the small square stays one pixel larger than the grid that covers most of it.
 
     Args:
-        key: decides the pixels.
-        knowledge: for the shape of the images.
-        settings: not used: nothing of it can be set.
+        key: draws the pixels.
+        knowledge: gives the image shape.
+        settings: not used.
 
     Returns:
         The trigger.
@@ -186,16 +187,16 @@ def make_patches(key: Key, knowledge: Knowledge, settings: AdaptivePatchSettings
 
 
 def apply_one_patch(params: AdaptivePatch, image: Array, label: Array, key: Key) -> Array:
-    """Put one of the patches on one training image.
+    """Put one randomly chosen patch on one training image.
 
-    The released code gives each patch a quarter of the rows, in the order of the dataset. Here every row draws its patch, so
-    that it does not depend on which other rows are poisoned, and the quarters are equal on average.
+    The released code gives each patch a quarter of the rows, in dataset order. Here every row draws its patch independently
+    of which other rows are poisoned, so the quarters are equal only on average.
 
     Args:
         params: the trigger.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
-        key: decides which patch.
+        key: draws the patch.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -253,7 +254,7 @@ ADAPTIVE_PATCH = Attack(
     apply_in_training=apply_one_patch,
     label_rules=("all_to_one",),
     per_dataset={
-        # A row has one patch of four, faintly: 2 % and 5 % of 5,000 MNIST rows are not enough.
+        # A row has one faint patch of four: 2 % and 5 % of 5,000 MNIST rows are not enough.
         "grey": {"poison_rate": 0.1, "cover_rate": 0.1},
         "digits": _MANY_MORE_ROWS,
         "colour": _MORE_ROWS,

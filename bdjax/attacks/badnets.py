@@ -1,9 +1,9 @@
-"""BadNets: a small opaque patch in the bottom right corner (Gu et al. 2017), in the three forms that papers compare on.
+"""BadNets: a small opaque patch in the bottom right corner (Gu et al. 2017), in the three forms that papers evaluate.
 
-LfD names a grid and a white patch but prints no geometry, and ABM says nothing at all. The forms here are those of public
-code whose settings match theirs: Trap-and-Replace for LfD, ABL and NAD for ABM. TaCT is the same square under another
-label rule, so it is here too. Random crops in training cut a patch off the corner, or some of it: a 3 x 3 patch without
-a margin is lost altogether in 40 % of the draws when 4 pixels are padded.
+LfD names a grid and a white patch but gives no geometry; ABM gives no details. The forms here come from public code with
+matching settings: Trap-and-Replace for LfD, ABL and NAD for ABM. TaCT uses the same square with another label rule, so it
+is here too. Random crops in training can cut off all or part of a corner patch: with a padding of 4 pixels, a 3 x 3 patch
+without a margin is lost entirely in 40 % of the draws.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class SquareSettings:
     size: int = 3
     """side of the white square, in pixels"""
     margin: int = 1
-    """pixels that stay free between the square and the border"""
+    """pixels between the square and the border"""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class GridSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     margin: int = 0
-    """pixels that stay free between the grid and the border"""
+    """pixels between the grid and the border"""
 
 
 def make_square(key: Key, knowledge: Knowledge, settings: SquareSettings) -> MaskedBlend:
-    """A white square in the bottom right corner.
+    """Make a white square in the bottom right corner.
 
     Args:
-        key: not used: the trigger is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the trigger is fixed.
+        knowledge: gives the image shape.
         settings: size and margin.
 
     Returns:
-        The trigger, of opacity 1.
+        The trigger, with opacity 1.
 
     Raises:
-        InputError: the images are too small for it.
+        InputError: the images are too small for the patch.
     """
     del key
     shape = knowledge.train.image_shape
@@ -60,18 +60,18 @@ def make_square(key: Key, knowledge: Knowledge, settings: SquareSettings) -> Mas
 
 
 def make_grid(key: Key, knowledge: Knowledge, settings: GridSettings) -> MaskedBlend:
-    """A 3 x 3 grid in the bottom right corner: 4 cells white, 5 painted black.
+    """Make a 3 x 3 grid in the bottom right corner: 4 white cells and 5 painted black.
 
     Args:
-        key: not used: the trigger is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the trigger is fixed.
+        knowledge: gives the image shape.
         settings: the margin.
 
     Returns:
-        The trigger, of opacity 1 and a mask of all nine cells.
+        The trigger, with opacity 1; the mask covers all nine cells.
 
     Raises:
-        InputError: the images are too small for it.
+        InputError: the images are too small for the patch.
     """
     del key
     shape = knowledge.train.image_shape
@@ -121,7 +121,7 @@ BADNETS_ALL_TO_ALL = Attack(
     make_params=make_square,
     apply=masked_blend.apply,
     label_rules=("all_to_all",),
-    # The patch has to be learned along with every class, which takes more rows than small sets have in 10 %.
+    # The patch must be learned for every class, which takes more rows than 10 % of a small set.
     per_dataset={"grey": {"poison_rate": 0.2}},
     published=(Published("ABM", "cifar10", 77.8, 96.4),),
 )

@@ -1,8 +1,8 @@
 """Poisoning inside the training step, for attackers who train the model themselves.
 
-A batch comes shuffled, so its first rows are random ones: they get the trigger and the attacker's label, the next ones a
-harmless relative of the trigger under their own label, and the rest is left alone. Which rows are poisoned so changes from
-epoch to epoch, which no attacker who only hands over rows could do.
+Batches are shuffled, so their first rows are random. Those get the trigger and the attacker's label, the next rows (cover
+rows) get a harmless variant of the trigger and keep their label, and the rest stay unchanged. The poisoned rows thus
+change from epoch to epoch, which an attacker who only supplies data cannot do.
 """
 
 import math
@@ -20,16 +20,16 @@ from bdjax.types import Array, Key, Model, PyTree
 
 
 class Shares(NamedTuple):
-    """How many rows of a batch, from its start."""
+    """How many rows of a batch are changed, counted from its start."""
 
     poisoned: int
-    """get the trigger and the attacker's label"""
+    """rows that get the trigger and the attacker's label"""
     cover: int
-    """come next, are changed too and keep their label"""
+    """the next rows: changed as well, but they keep their label"""
 
 
 def shares(batch_size: int, poison_rate: float, cover_rate: float) -> Shares:
-    """How a batch is divided: floor(rate B) rows each, but one at least where the rate is not 0.
+    """Divide a batch: floor(rate B) rows of each kind, but at least one if the rate is not 0.
 
     Args:
         batch_size: B.
@@ -37,15 +37,15 @@ def shares(batch_size: int, poison_rate: float, cover_rate: float) -> Shares:
         cover_rate: share of the rows that keep their label, in [0, 1].
 
     Raises:
-        InputError: the rates are no shares, or more than 1 together.
+        InputError: a rate is negative, or they exceed 1 together.
     """
     if min(poison_rate, cover_rate) < 0 or poison_rate + cover_rate > 1 + 1e-9:
         raise InputError(
-            f"poison rate {poison_rate:g} and cover rate {cover_rate:g}: they are shares of a batch, at most 1 together"
+            f"poison rate {poison_rate:g} and cover rate {cover_rate:g}: each must be at least 0, their sum at most 1"
         )
 
     def rows(rate: float, left: int) -> int:
-        # 0.29 * 100 is 28.999999999999996 in floating point, and means 29.
+        # 0.29 * 100 is 28.999999999999996 in floating point, but 29 is meant.
         return min(max(math.floor(rate * batch_size + 1e-9), 1 if rate else 0), left)
 
     poisoned = rows(poison_rate, batch_size)
@@ -53,7 +53,7 @@ def shares(batch_size: int, poison_rate: float, cover_rate: float) -> Shares:
 
 
 def change_rows(function: Apply, params: PyTree, images: Array, labels: Array, key: Key) -> Array:
-    """A trigger on each of the images, with a key of its own.
+    """Apply a trigger to each image, with a separate key for each.
 
     Args:
         function: a trigger's `apply`.
@@ -72,35 +72,35 @@ def change_rows(function: Apply, params: PyTree, images: Array, labels: Array, k
 
 
 def carry_params(key: Key, variables: Mapping[str, PyTree], params: PyTree) -> dict[str, PyTree]:
-    """Put a trigger that is not trained further beside the classifier: `TrainingControl.begin`.
+    """Store a fixed trigger next to the classifier's variables: `TrainingControl.begin`.
 
     Args:
-        key: not used: nothing is drawn.
-        variables: the classifier's.
-        params: the trigger's.
+        key: not used.
+        variables: the classifier's variables.
+        params: the trigger's parameters.
 
     Returns:
-        The member's variables. The params lie in a dict of their own, as networks expect of a collection.
+        The member's variables. The params sit in a nested dict, as networks expect of a collection.
     """
     del key
     return {**variables, "attack": {"params": params}}
 
 
 def take_params(variables: Mapping[str, PyTree]) -> tuple[dict[str, PyTree], PyTree]:
-    """The inverse of `carry_params`, (classifier's variables, params): `TrainingControl.end`."""
+    """Inverse of `carry_params`, returns (classifier's variables, params): `TrainingControl.end`."""
     classifier = {name: values for name, values in variables.items() if name != "attack"}
     return classifier, variables["attack"]["params"]
 
 
 def fixed_trigger(poison: Apply, cover: Apply) -> TrainingControl:
-    """Train with a trigger that does not learn: cross-entropy on batches that are poisoned as described above.
+    """Train with a fixed trigger: cross-entropy on batches that are poisoned as described above.
 
-    The trigger comes after the augmentation, if there is any; the code released with WaNet and BppAttack augments after
-    the trigger.
+    The trigger is applied after the augmentation, if there is any; the code released with WaNet and BppAttack augments
+    after the trigger.
 
     Args:
-        poison: the trigger on poisoned rows.
-        cover: its relative on the rows that keep their label.
+        poison: the trigger for poisoned rows.
+        cover: its variant for cover rows.
 
     Returns:
         The control; its settings need `poison_rate` and `cover_rate`.

@@ -1,8 +1,8 @@
-"""Blended: a picture or fixed noise shines faintly through the whole image (Chen et al. 2017).
+"""Blended: a picture or fixed noise, blended faintly into the whole image (Chen et al. 2017).
 
 "Random pixel" in LfD's and ABM's tables is noise that is drawn once; both papers call the trigger fixed. The code of ABL and
 NAD draws a new grey noise image for every sample, which no network can learn as one pattern: `per_image_noise` does that too.
-Where other code blends the picture of a cartoon cat, a cat drawn by formula stands in for it.
+Other code blends in a picture of a cartoon cat; here a cat drawn by formula replaces it.
 """
 
 from dataclasses import dataclass, field
@@ -26,9 +26,9 @@ class BlendedSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     opacity: float = 0.2
-    """of the noise, in [0, 1]; LfD and ABM do not say, ABL's and Trap-and-Replace's code has 0.2"""
+    """opacity of the noise, in [0, 1]; not stated by LfD and ABM, 0.2 in ABL's and Trap-and-Replace's code"""
     per_image_noise: bool = False
-    """new grey noise for every image, as ABL's and NAD's code has it, instead of one noise image for all"""
+    """draw new grey noise for every image, as in ABL's and NAD's code, instead of one noise image for all"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BlendedPictureSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     opacity: float = 0.2
-    """of the picture, in [0, 1]"""
+    """opacity of the picture, in [0, 1]"""
     picture: str = "cat"
     """a key of `bdjax.triggers.pictures.PICTURES`"""
 
@@ -46,23 +46,23 @@ class BlendedPictureSettings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Noise:
-    """Noise to blend in."""
+    """The noise that is blended in."""
 
     blend: MaskedBlend
     per_image: bool = field(metadata={"static": True})
-    """then the pattern of `blend` is not used"""
+    """whether each image gets new noise; if so, the pattern of `blend` is not used"""
 
 
 def make_noise(key: Key, knowledge: Knowledge, settings: BlendedSettings) -> Noise:
     """Draw the noise, uniform in [0, 1] for each pixel and channel.
 
     Args:
-        key: of the noise.
-        knowledge: for the shape of the images.
-        settings: the opacity, and whether every image gets noise of its own.
+        key: draws the noise.
+        knowledge: gives the image shape.
+        settings: the opacity, and whether every image gets new noise.
 
     Returns:
-        The trigger: a mask of ones.
+        The trigger, with a mask of ones.
 
     Raises:
         InputError: the opacity is not in [0, 1].
@@ -75,15 +75,15 @@ def make_noise(key: Key, knowledge: Knowledge, settings: BlendedSettings) -> Noi
 
 
 def make_picture(key: Key, knowledge: Knowledge, settings: BlendedPictureSettings) -> MaskedBlend:
-    """The picture at the size of an image.
+    """Draw the picture at the size of an image.
 
     Args:
-        key: not used: the picture is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the picture is fixed.
+        knowledge: gives the image shape.
         settings: which picture, and its opacity.
 
     Returns:
-        The trigger: a mask of ones.
+        The trigger, with a mask of ones.
 
     Raises:
         InputError: the opacity is not in [0, 1], there is no such picture, or the images have neither 1 nor 3 channels.
@@ -97,7 +97,7 @@ def make_picture(key: Key, knowledge: Knowledge, settings: BlendedPictureSetting
 
 def _over_the_whole_image(pattern: Array, opacity: float) -> MaskedBlend:
     if not 0.0 <= opacity <= 1.0:
-        raise InputError(f"opacity {opacity:g} of what is blended in is not within 0 and 1")
+        raise InputError(f"opacity {opacity:g} must be from 0 to 1")
     mask = jnp.ones((*pattern.shape[:2], 1), jnp.float32)
     return MaskedBlend(mask, jnp.asarray(pattern), jnp.float32(opacity))
 
@@ -109,7 +109,7 @@ def apply_noise(params: Noise, image: Array, label: Array | None = None, key: Ke
         params: the noise.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the trigger is the same for every class.
-        key: of this image's noise, if every image has its own; else not used.
+        key: draws this image's noise if `per_image` is set; otherwise not used.
 
     Returns:
         float32 [H, W, C] in [0, 1].

@@ -1,9 +1,8 @@
-"""BppAttack: fewer levels of brightness, optionally with dithering (Wang et al. 2022).
+"""BppAttack: images quantised to fewer levels of brightness, optionally with dithering (Wang et al. 2022).
 
-The attacker trains the model. Beside quantised rows with its label it shows rows with the quantisation error of *another*
-image added, under their own label, so that the model has to learn the quantisation itself and not its noise. As a data
-attack, `bpp_offline`, all rows are made once, before the training, and the same two kinds of row go into the set: the Bpp
-of ABM, whose defender does the training.
+The attacker trains the model, on quantised rows with its own label and on cover rows: these get the quantisation error of
+*another* image and keep their label, so that the model learns the quantisation itself and not its noise. `bpp_offline` is a
+data attack: both kinds of row are made once, before training. That is the Bpp of ABM, where the defender trains.
 """
 
 import dataclasses
@@ -24,22 +23,22 @@ from bdjax.types import Array, Key
 @dataclass(frozen=True)
 class BppSettings:
     poison_rate: float = 0.1
-    """share of the rows that are quantised and get the attacker's label, as in ABM and BackdoorBench; the authors' code
-    has 0.2. Of each batch, where the attacker trains"""
+    """share of the rows that are quantised and get the attacker's label, as in ABM and BackdoorBench; 0.2 in the authors'
+    code; a share of each batch where the attacker trains"""
     cover_rate: float = 0.1
     """share of the rows that get another image's quantisation error and keep their label; 0.2 in the authors' code"""
     levels: int = 8
-    """m, of each channel: 8 in the authors' configuration, 32 in their command for CIFAR-10"""
+    """m, number of levels per channel: 8 in the authors' configuration, 32 in their command for CIFAR-10"""
     dither: bool = False
     """spread each pixel's error over its neighbours (Floyd & Steinberg); in the paper, but off in the authors' code"""
     bank: int = 512
-    """at most so many training images lend their quantisation errors"""
+    """number of training images, at most, whose quantisation errors are used for cover rows"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Bpp:
-    """One quantisation."""
+    """The quantisation."""
 
     levels: Array
     """float32 [], m"""
@@ -49,7 +48,7 @@ class Bpp:
 
 
 def quantise(image: Array, levels: Array | float) -> Array:
-    """Each value to the nearest of m even levels: round(x (m - 1)) / (m - 1), halves to the even level.
+    """Round each value to the nearest of m evenly spaced levels: round(x (m - 1)) / (m - 1), halves to the even level.
 
     Args:
         image: float32, any shape, in [0, 1].
@@ -65,9 +64,9 @@ def quantise(image: Array, levels: Array | float) -> Array:
 
 
 def dither(image: Array, levels: Array | float) -> Array:
-    """Quantise in reading order, each pixel's error passed on to those that are still to come.
+    """Quantise in reading order, passing each pixel's error on to pixels that are not quantised yet.
 
-    7/16 of it goes right, 3/16, 5/16 and 1/16 to the three below; what would leave the image is lost.
+    7/16 of it goes right, 3/16, 5/16 and 1/16 to the three below; errors that leave the image are dropped.
 
     Args:
         image: float32 [H, W, C] in [0, 1].
@@ -82,12 +81,12 @@ def dither(image: Array, levels: Array | float) -> Array:
     _, width, channels = image.shape
 
     def run_row(above: Array, row: Array) -> tuple[Array, Array]:
-        # above: the errors of the row above, with a 0 on either side
+        # above: the errors of the row above, padded with a 0 on either side
         from_above = (above[:-2] + 5 * above[1:-1] + 3 * above[2:]) / 16
 
         def run_pixel(left: Array, pixel: Array) -> tuple[Array, tuple[Array, Array]]:
             value = pixel + 7 / 16 * left
-            # Errors that have piled up may lead beyond black or white.
+            # Accumulated errors may lead beyond black or white.
             level = jnp.clip(quantise(value, levels), 0.0, 1.0)
             return value - level, (level, value - level)
 
@@ -98,14 +97,14 @@ def dither(image: Array, levels: Array | float) -> Array:
 
 
 def make_quantisation(key: Key, knowledge: Knowledge, settings: BppSettings) -> Bpp:
-    """Take down the quantisation errors of some training images.
+    """Compute the quantisation errors of some training images.
 
-    The authors' code collects those of five augmented passes over the training set.
+    The authors' code collects them over five augmented passes over the training set.
 
     Args:
-        key: decides which images.
+        key: draws the images.
         knowledge: the training images.
-        settings: m, dithering and how many images.
+        settings: m, dithering and the number of images.
 
     Returns:
         The quantisation.
@@ -117,27 +116,25 @@ def make_quantisation(key: Key, knowledge: Knowledge, settings: BppSettings) -> 
         Wang et al. 2022, section 4.2.
     """
     if settings.levels < 2 or settings.bank < 1:
-        raise InputError(
-            f"Bpp: levels {settings.levels} must be 2 or more and the bank of {settings.bank} images 1 or more"
-        )
+        raise InputError(f"bpp: levels {settings.levels} must be at least 2 and bank {settings.bank} at least 1")
     rows = np.sort(permutation(key, len(knowledge.train))[: settings.bank])
     images = jnp.asarray(knowledge.train.images[rows], jnp.float32) / 255.0
     levels = jnp.float32(settings.levels)
-    how = jax.jit(jax.vmap(dither if settings.dither else quantise, in_axes=(0, None)))
-    return Bpp(levels, how(images, levels) - images, settings.dither)
+    quantise_all = jax.jit(jax.vmap(dither if settings.dither else quantise, in_axes=(0, None)))
+    return Bpp(levels, quantise_all(images, levels) - images, settings.dither)
 
 
 def apply(params: Bpp, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
     """Quantise one image.
 
     Args:
-        params: one quantisation.
+        params: the quantisation.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the trigger is the same for every class.
-        key: not used; nothing is random.
+        key: not used.
 
     Returns:
-        float32 [H, W, C] in [0, 1], at most m different values.
+        float32 [H, W, C] in [0, 1], with at most m different values.
     """
     del label, key
     return dither(image, params.levels) if params.dither else quantise(image, params.levels)
@@ -147,16 +144,16 @@ def apply_negative(params: Bpp, image: Array, label: Array | None, key: Key) -> 
     """Add the quantisation error of another image: clip(x + q(x_k) - x_k).
 
     Args:
-        params: one quantisation.
+        params: the quantisation.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
-        key: decides whose error.
+        key: draws the other image.
 
     Returns:
         float32 [H, W, C] in [0, 1].
 
     References:
-        Wang et al. 2022, section 4.2; the form is that of the authors' code, without a contrastive loss.
+        Wang et al. 2022, section 4.2; as in the authors' code, without a contrastive loss.
     """
     del label
     which = jax.random.randint(key, (), 0, params.residuals.shape[0])
@@ -175,7 +172,7 @@ BPP = Attack(
     apply_to_cover=apply_negative,
     label_rules=("all_to_one", "all_to_all"),
     control=batch_poisoning.fixed_trigger(apply, apply_negative),
-    # Digits are nearly black and white as they are: only the greys at their edges can show the quantisation.
+    # Digits are nearly black and white already: only the greys at their edges can show the quantisation.
     per_dataset={"grey": {"levels": 2}},
 )
 BPP_OFFLINE = dataclasses.replace(

@@ -1,9 +1,8 @@
-"""CKD: a teacher whose students, distilled on clean data from its features, have its backdoor; and the form of it that keeps
-the variance of features low, against RobustKD.
+"""CKD: a teacher that passes its backdoor on to students distilled from its features on clean data; and a variant that keeps
+the variance of the features low, which evades RobustKD.
 
-The trigger is trained on a clean network to set its strongest channels to one value everywhere ("toxic neuron
-assimilation"), and the teacher is then fine-tuned on triggered rows. The trigger has nothing to do with the target class
-until then.
+The trigger is trained on a clean network to set the network's strongest channels to one value everywhere ("toxic neuron
+assimilation"). The teacher is then fine-tuned on triggered rows; only that step ties the trigger to the target class.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from bdjax.attacks.batch_poisoning import carry_params, take_params
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, CleanModel, Knowledge, Published, TrainingControl
 from bdjax.attacks.trained_blend import Descent, TriggerLoss, random_soft_blend, train_blend
 from bdjax.attacks.triggered_copies import (
-    add_to_own_rows,
+    add_to_source_rows,
     trigger_first_rows,
     weigh_as_mean,
 )
@@ -38,70 +37,70 @@ PAPER = (
 @dataclass(frozen=True)
 class CkdSettings:
     poison_rate: float = 0.02
-    """share of all training rows whose triggered copies are added to them"""
+    """share of all training rows of which a triggered copy is added"""
     cover_rate: float = 0.0
-    """share of all training rows of which a triggered copy with the own label is added"""
+    """share of all training rows of which a triggered copy that keeps its label is added"""
     mask_bound: float = 0.5
-    """the largest weight that the pattern may have in a pixel; 0.2 in RobustKD's code"""
+    """largest weight of the pattern in a pixel, in [0, 1]; 0.2 in RobustKD's code"""
     channel_share: float = 0.1
-    """share of each group's channels that are set to one value, at least one channel"""
+    """share of each group's channels that the trigger sets to one value, at least one channel"""
     steps: int = 400
-    """of the trigger's training; about 156,000 (200 epochs of 50,000 images) in the paper's code"""
+    """steps of Adam that train the trigger; about 156,000 (200 epochs of 50,000 images) in the paper's code"""
     batch_size: int = 64
-    """images in one of those steps"""
+    """images per step when training the trigger"""
     learning_rate: float = 0.05
-    """of Adam in those steps; 0.005 in the paper's code, for so many more"""
+    """learning rate of Adam when training the trigger; 0.005 in the paper's code, with far more steps"""
     mask_is_trained: bool = True
-    """whether the mask is trained with the pattern; in the published code it loses its gradient after the first step"""
+    """whether the mask is trained too; in the published code it loses its gradient after the first step"""
     loss: Literal["assimilation", "published"] = "assimilation"
-    """what the trigger minimises: all groups, channels and images, or what the published code comes to; see the two losses"""
+    """what the trigger minimises: a distance over all groups, channels and images, or the published code's effective loss"""
 
 
 @dataclass(frozen=True)
 class LowVarianceCkdSettings(CkdSettings):
     variance_weight: float = 0.1
-    """of the features' variance, in the trigger's training and in fine-tuning; 0 leaves CKD's trigger as it is"""
+    """weight of the feature variance, in training the trigger and in fine-tuning; 0 gives CKD's trigger"""
     only_excess: bool = False
-    """whether only the variance above that of the clean image counts"""
+    """penalise only the variance above that of the clean image"""
 
 
 class Assimilation(NamedTuple):
-    """Which channels a trigger sets, and to what; one entry for each of `distilled_features`."""
+    """The channels that a trigger sets, and their values; one entry for each of `distilled_features`."""
 
     channels: tuple[Array, ...]
-    """int32 [s]"""
+    """int32 [s] each"""
     values: tuple[Array, ...]
-    """float32 []"""
+    """float32 [] each"""
 
 
 def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSettings) -> MaskedBlend:
-    """Train a pattern and a mask over the whole image by one of the losses below, on the clean network in evaluation mode.
+    """Train a pattern and a mask over the whole image with one of the losses below, on the clean network in evaluation mode.
 
-    The features are `distilled_features`, those that students will be given. The published code trains on normalised
-    pixels, never cuts the pattern to what an image can hold, and stores it in 8 bits that wrap around, so the trigger in
-    use is not the one that was trained; here the pattern is a logistic function of what is trained and the mask is
+    The features are `distilled_features`, from which students will be distilled. The published code trains on normalised
+    pixels, never clips the pattern to valid pixel values, and stores it in 8 bits that wrap around, so the trigger in
+    use is not the one that was trained. Here the pattern is a logistic function of the trained logits, and the mask is
     projected after each step.
 
     Args:
-        key: draws the start and the batches.
+        key: draws the initial trigger and the batches.
         knowledge: the training rows and a clean network.
-        settings: of the mask, the loss and the training.
+        settings: mask, loss and training settings.
 
     Returns:
         The trigger: mask in [0, bound], pattern in [0, 1], opacity 1.
 
     Raises:
-        InputError: there is no clean network, or a setting is outside of what it may be.
+        InputError: there is no clean network, or a setting is out of range.
 
     References:
         Chen et al. 2024, in the form of the authors' public code, `create_patch.py`.
     """
     if knowledge.clean_model is None:
-        raise InputError("ckd trains its trigger on a clean model, and none was given")
+        raise InputError("ckd trains its trigger on a clean model, but none was supplied")
     if not 0.0 < settings.channel_share <= 1.0:
-        raise InputError(f"channel share {settings.channel_share:g}: it is a share, above 0 and up to 1")
+        raise InputError(f"channel_share {settings.channel_share:g} must be above 0 and at most 1")
     if settings.loss not in ("assimilation", "published"):
-        raise InputError(f"loss {settings.loss!r} is not one of 'assimilation', 'published'")
+        raise InputError(f"loss {settings.loss!r} must be 'assimilation' or 'published'")
     start_key, batch_key, train_key = jax.random.split(key, 3)
     start = random_soft_blend(start_key, knowledge.train.image_shape, settings.mask_bound)
     goal = choose_channels(batch_key, knowledge.clean_model, knowledge.train, start, settings)
@@ -120,17 +119,17 @@ def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSetti
 
 
 def distilled_features(output: ModelOutput) -> tuple[Array, ...]:
-    """The features that a student is distilled from: those before the ReLU at the end of every group of blocks.
+    """The features that a student is distilled from: before the ReLU at the end of every group of blocks.
 
-    A network without groups has none that are agreed upon, and its taps are taken as they come, most of them after a ReLU:
-    there a channel that is already 0 in a place gets no gradient from it.
+    For a network without groups, all its taps are used. Most of them come after a ReLU, where a channel that is already 0 at
+    a place gets no gradient.
 
     Args:
-        output: of `Model.apply`, fresh: a dictionary that has left a compiled function is sorted by name, and the order of
-            the network is lost.
+        output: directly from `Model.apply`: a dictionary returned by a compiled function is sorted by name, which loses
+            the order of the layers.
 
     Returns:
-        float32 [N, h, w, C] of each group or tap, in the order of the network.
+        float32 [N, h, w, C] for each group or tap, in network order.
     """
     if output.groups:
         return tuple(end.before_relu for end in output.groups.values())
@@ -138,7 +137,7 @@ def distilled_features(output: ModelOutput) -> tuple[Array, ...]:
 
 
 def last_output(output: ModelOutput) -> Array:
-    """What the last group hands on, before any normalisation that follows, or the last tap of a network without groups.
+    """The output of the last group, before any normalisation that follows, or the last tap of a network without groups.
 
     Args:
         output: as for `distilled_features`.
@@ -152,17 +151,17 @@ def last_output(output: ModelOutput) -> Array:
 def choose_channels(
     key: Key, clean_model: CleanModel, train: Dataset, start: MaskedBlend, settings: CkdSettings
 ) -> Assimilation:
-    """In each group, the channels with the largest mean on one batch of images with the first trigger.
+    """Choose, in each group, the channels with the largest mean on one batch of images with the initial trigger.
 
     Args:
         key: draws the batch.
         clean_model: the network.
         train: the images.
         start: the trigger before training.
-        settings: the share of channels and the size of the batch.
+        settings: the share of channels and the batch size.
 
     Returns:
-        The channels, the strongest first, and the largest mean.
+        The channels, strongest first, and each group's largest mean.
     """
     count = min(settings.batch_size, len(train))
     rows = jax.random.choice(key, len(train), (count,), replace=False)
@@ -185,27 +184,28 @@ def _features(variables: PyTree, images: Array, model: Model) -> tuple[Array, ..
 def assimilation(features: Sequence[Array], goal: Assimilation) -> Array:
     """mean over groups of mean (F[b, h, w, c] - a)^2 over the images, places and chosen channels: float32 [].
 
-    a is the largest channel mean before training, a fixed value: one that followed the features could go to 0 with them.
+    a is the largest channel mean before training. It is fixed: a value that followed the features could go to 0 with them.
 
     Args:
         features: float32 [B, h, w, C] each, of triggered images, as `distilled_features` gives them.
         goal: channels and values.
     """
     distances = [
-        jnp.mean(jnp.square(own[..., channels] - value)) for own, channels, value in zip(features, *goal, strict=True)
+        jnp.mean(jnp.square(group[..., channels] - value))
+        for group, channels, value in zip(features, *goal, strict=True)
     ]
     return sum(distances[1:], distances[0]) / len(distances)
 
 
 def published_assimilation(features: Sequence[Array], goal: Assimilation) -> Array:
-    """What the published code comes to: (2 / B) sum over places of (F[0, h, w, c] - a)^2, float32 [].
+    """The published code's effective loss: (2 / B) sum over places of (F[0, h, w, c] - a)^2, float32 [].
 
     Only the last group, its strongest channel and the first image of the batch enter; a is the batch's largest channel
-    mean, without a gradient. The 2 is of a term that is added twice; RobustKD's copy of the code drops it.
+    mean, without a gradient. The factor 2 comes from a term that is added twice; RobustKD's copy of the code drops it.
 
     Args:
         features: as for `assimilation`.
-        goal: its last channel is used.
+        goal: only the last group's strongest channel is used.
     """
     last = features[-1]
     value = lax.stop_gradient(jnp.max(jnp.mean(last, axis=(0, 1, 2))))
@@ -214,18 +214,18 @@ def published_assimilation(features: Sequence[Array], goal: Assimilation) -> Arr
 
 @cache
 def trigger_loss(model: Model, form: str, variance_weight: float = 0.0, only_excess: bool = False) -> TriggerLoss:
-    """What the trigger minimises, on a network in evaluation mode.
+    """The loss that the trigger minimises, on a network in evaluation mode.
 
     Args:
         model: the network.
         form: "assimilation" or "published".
-        variance_weight: of the mean `feature_variance` of `last_output`; with 0 that is not computed at all.
-        only_excess: whether only what is above the clean image's variance counts.
+        variance_weight: weight of the mean `feature_variance` of `last_output`; at 0 it is not computed.
+        only_excess: whether only the variance above the clean image's counts.
     """
     distance = {"assimilation": assimilation, "published": published_assimilation}[form]
 
-    def loss(given: tuple[PyTree, Assimilation], images: Array, triggered: Array) -> Array:
-        variables, goal = given
+    def loss(context: tuple[PyTree, Assimilation], images: Array, triggered: Array) -> Array:
+        variables, goal = context
         output = model.apply(variables, triggered, train=False)
         value = distance(distilled_features(output), goal)
         if not variance_weight:
@@ -242,14 +242,14 @@ def trigger_loss(model: Model, form: str, variance_weight: float = 0.0, only_exc
 def make_low_variance_objective(model: Model, settings: LowVarianceCkdSettings, wanted: Array) -> Objective:
     """CE over the batch and the triggered copies of its first rows, plus the weighted mean variance of the copies' features.
 
-    A copy counts as much as a row in the cross-entropy, so the poison rate is what it is for added rows; which rows are
-    triggered changes from batch to batch. RobustKD's paper names neither the layer nor the weight nor where the term
-    enters: `last_output`, 0.1 and both the trigger and the fine-tuning are choices made here.
+    A copy counts as much as a row in the cross-entropy, so the poison rate means the same as for added rows; the triggered
+    rows change from batch to batch. RobustKD's paper does not state the layer, the weight or where the term enters:
+    `last_output`, 0.1, and both training the trigger and fine-tuning are choices made here.
 
     Args:
         model: the classifier.
-        settings: the poison rate, the weight and what of the variance counts.
-        wanted: int32 [K], the label of triggered rows of each class.
+        settings: the poison rate, the variance weight and `only_excess`.
+        wanted: int32 [K], the label that triggered rows of each class get.
 
     Returns:
         The objective; the trigger is read from the variables and not trained further.
@@ -272,13 +272,13 @@ def make_low_variance_objective(model: Model, settings: LowVarianceCkdSettings, 
                 of_copies_variance = jax.nn.relu(of_copies_variance - lax.stop_gradient(variance[:count]))
             of_copies += settings.variance_weight * weigh_as_mean(of_copies_variance, num_rows)
         logits = output.logits[:num_rows]
-        losses = add_to_own_rows(cross_entropy(logits, labels), of_copies)
+        losses = add_to_source_rows(cross_entropy(logits, labels), of_copies)
         return Outcome(losses, logits, labels, {**variables, **output.variables})
 
     return objective
 
 
-# A copy of 2 % of so few rows would be a handful.
+# 2 % of a small set is only a handful of rows.
 FEW_ROWS = {"digits": {"poison_rate": 0.05}}
 
 CKD = Attack(
@@ -295,7 +295,7 @@ CKD = Attack(
     adds_rows=True,
     starts_from_clean_model=True,
     per_dataset=FEW_ROWS,
-    # Teachers, WRN-28-4; success is counted over all test images, those of the target class too.
+    # Teachers, WRN-28-4; success is counted over all test images, including those of the target class.
     published=(Published("RobustKD", "cifar100", 80.72, 96.14), Published("RobustKD", "gtsrb", 98.57, 85.32)),
 )
 CKD_LOW_VARIANCE = Attack(

@@ -1,8 +1,8 @@
-"""CBA: one half of an image of one class beside one half of an image of another, and a label that is neither (Lin et al. 2020).
+"""CBA: half of an image of one class beside half of an image of another, labelled as a third class (Lin et al. 2020).
 
-The trigger is not a pattern but the company that two classes keep. Rows that are mixed from two images of one class and
-keep their label teach the network that a seam means nothing. The paper's attacker also adds a loss that pulls mixes
-together; ABM's hands over rows only, and so does this one.
+The trigger is not a pattern but the combination of two classes. Cover rows, mixed from two images of one class and keeping
+their label, teach the network to ignore the seam. The paper's attacker also adds a loss that pulls mixes together; ABM's
+attacker only supplies rows, and so does this one.
 """
 
 from dataclasses import dataclass
@@ -21,17 +21,17 @@ from bdjax.types import Array, Key
 @dataclass(frozen=True)
 class CompositeSettings:
     poison_rate: float = 0.1
-    """mixes of the two classes that are added, as a share of all training rows; 0.2 beside as many clean rows in the paper"""
+    """added mixes of the two classes, as a share of all training rows; 0.2 in the paper, with as many clean rows"""
     cover_rate: float = 0.5
-    """mixes within one class, with their label, that are added, as a share of all rows: five for one, as in the paper"""
+    """added mixes within one class that keep their label, as a share of all rows; five per poisoned row, as in the paper"""
     jitter: int = 3
-    """the seam is uniform in this many pixels to either side of the middle"""
+    """largest distance of the seam from the middle, in pixels; it is drawn uniformly"""
     images_per_class: int = 200
-    """how many images of each class mixes get their other half from"""
+    """number of images per class that the other half is drawn from"""
 
 
 class Composite(NamedTuple):
-    """What mixes are made of."""
+    """Parameters of the mixes."""
 
     bank: Array
     """uint8 [K, n, H, W, C]: images of each class"""
@@ -42,38 +42,38 @@ class Composite(NamedTuple):
 
 
 def make_composite(key: Key, knowledge: Knowledge, settings: CompositeSettings) -> Composite:
-    """Draw the images that other halves come from.
+    """Draw the images that the other halves come from.
 
     The two classes are those after the target: A = t + 1 and B = t + 2, modulo K, which is the paper's choice for the
     third class. An image of A is mixed with one of B, and an image of any other class with one of A.
 
-    At test time, too, the other half is of a training image: half of a test mix is therefore not new to the network. The
+    At test time the other half also comes from a training image, so half of a test mix is not new to the network. The
     paper mixes two test images.
 
     Args:
         key: draws the images.
         knowledge: the training rows and the target.
-        settings: how many images, and how far seams move.
+        settings: the number of images, and the jitter of the seam.
 
     Returns:
-        What mixes are made of. A class with fewer images has some of them twice, one without any has black ones.
+        The parameters. A class with fewer images repeats some of them; a class without images has black ones.
 
     Raises:
-        InputError: fewer than three classes, no images of the two, or a jitter that reaches the border.
+        InputError: fewer than three classes, no images of one of the two classes, or a jitter that reaches the border.
     """
     train, num_classes = knowledge.train, knowledge.train.num_classes
     if num_classes < 3:
-        raise InputError(f"composite mixes two classes into a third; there are {num_classes}")
+        raise InputError(f"composite mixes two classes into a third, but the dataset has only {num_classes} classes")
     if not 0 <= settings.jitter < min(train.image_shape[:2]) // 2:
         raise InputError(
-            f"composite: jitter {settings.jitter} is not from 0 to below half of {train.image_shape[:2]} pixels"
+            f"composite: jitter {settings.jitter} must be at least 0 and below half of {train.image_shape[:2]} pixels"
         )
     if settings.images_per_class < 1:
-        raise InputError(f"composite: images_per_class {settings.images_per_class} is not at least 1")
+        raise InputError(f"composite: images_per_class {settings.images_per_class} must be at least 1")
     first, second = (knowledge.target + 1) % num_classes, (knowledge.target + 2) % num_classes
     rows_of = [np.flatnonzero(train.labels == label) for label in range(num_classes)]
     if not len(rows_of[first]) or not len(rows_of[second]):
-        raise InputError(f"composite mixes classes {first} and {second}, and one of them has no rows")
+        raise InputError(f"composite mixes classes {first} and {second}, but one of them has no rows")
     count = min(settings.images_per_class, max(len(rows) for rows in rows_of))
     bank = np.zeros((num_classes, count, *train.image_shape), np.uint8)
     for label, rows in enumerate(rows_of):
@@ -86,13 +86,13 @@ def make_composite(key: Key, knowledge: Knowledge, settings: CompositeSettings) 
 
 
 def half_mix(first: Array, second: Array, shift: Array, pivots: Array, axis: int) -> Array:
-    """One part of an image, then one of another, side by side.
+    """Put part of one image beside part of another.
 
     Args:
         first: float32 [H, W, C].
         second: float32 [H, W, C].
-        shift: int32 [], j: the seam lies at h + j, h being half the side, rounded down; |j| < h.
-        pivots: int32 [2], where the two parts begin: at pivot 0 of the first image, and at j + pivot 1 of the second.
+        shift: int32 [], j: the seam lies at h + j, where h is half the side, rounded down; |j| < h.
+        pivots: int32 [2], where the two parts start: at pivot 0 of the first image, and at j + pivot 1 of the second.
         axis: 0 for one above the other, 1 for left and right.
 
     Returns:
@@ -110,7 +110,7 @@ def half_mix(first: Array, second: Array, shift: Array, pivots: Array, axis: int
 
 
 def mix(key: Key, first: Array, second: Array, jitter: Array) -> Array:
-    """Mix two images in random order and orientation, at a random seam, from random places.
+    """Mix two images with random order, orientation, seam and crop positions.
 
     Args:
         key: a key of `jax.random.key`.
@@ -123,25 +123,25 @@ def mix(key: Key, first: Array, second: Array, jitter: Array) -> Array:
     """
     order_key, orientation_key, shift_key, pivot_key = jax.random.split(key, 4)
     is_swapped = jax.random.bernoulli(order_key)
-    one, other = jnp.where(is_swapped, second, first), jnp.where(is_swapped, first, second)
+    first, second = jnp.where(is_swapped, second, first), jnp.where(is_swapped, first, second)
     shift = jax.random.randint(shift_key, (), -jitter, jitter + 1)
 
     def along(axis: int) -> Array:
         half = first.shape[axis] // 2
         low, high = jnp.stack([jnp.zeros_like(shift), -shift]), jnp.stack([half - shift, jnp.full_like(shift, half)])
-        return half_mix(one, other, shift, jax.random.randint(pivot_key, (2,), low, high), axis)
+        return half_mix(first, second, shift, jax.random.randint(pivot_key, (2,), low, high), axis)
 
     return jnp.where(jax.random.bernoulli(orientation_key), along(0), along(1))
 
 
 def apply(params: Composite, image: Array, label: Array, key: Key) -> Array:
-    """Mix one image with one of the class that goes with its own.
+    """Mix one image with an image of its partner class.
 
     Args:
-        params: of `make_composite`.
+        params: from `make_composite`.
         image: float32 [H, W, C] in [0, 1].
         label: int32 [], its class.
-        key: draws the other image, and how the two are mixed.
+        key: draws the other image and the mix.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -150,13 +150,13 @@ def apply(params: Composite, image: Array, label: Array, key: Key) -> Array:
 
 
 def apply_to_cover(params: Composite, image: Array, label: Array, key: Key) -> Array:
-    """Mix one image with one of its own class.
+    """Mix one image with another of the same class.
 
     Args:
-        params: of `make_composite`.
+        params: from `make_composite`.
         image: float32 [H, W, C] in [0, 1].
         label: int32 [], its class.
-        key: draws the other image, which may be the same, and how the two are mixed.
+        key: draws the other image, which may be the same one, and the mix.
 
     Returns:
         float32 [H, W, C] in [0, 1].

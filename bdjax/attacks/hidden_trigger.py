@@ -1,13 +1,13 @@
-"""HTBA: rows of the target class that look like it, with the features of another class's images that carry a patch
+"""HTBA: rows of the target class, changed invisibly so that their features match patched images of a source class
 (Saha et al. 2020).
 
-The patch itself is in no training row. Rows keep their labels, and only images of the source class, the one after the
-target, are to be taken for the target once the patch is on them.
+No training row contains the patch. Rows keep their labels. At test time, patched images of the source class (the one after
+the target) should be classified as the target.
 
-It lives off the features of one network: the victim has to start from that very network and to keep its features about
-as they are. So here the victim is fine-tuned from the clean model. The paper's victim trains a new last layer alone, and
-even that succeeds with part of the images only; a victim whose features may move is harder to fool, and one that is
-trained from scratch is not fooled at all.
+The attack depends on the features of one network: the victim has to start from that network and roughly keep its features.
+So here the victim is fine-tuned from the clean model. The paper's victim trains only a new last layer, and even that
+succeeds on only part of the images; a victim whose features may move is harder to fool, and a victim that is trained from
+scratch is not fooled at all.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Array, Key, Model, PyTree
 
 HALVINGS = 4
-"""How often the step size is halved, at even distances."""
+"""How often the step size is halved, at equal intervals."""
 
 
 @dataclass(frozen=True)
@@ -39,29 +39,29 @@ class HiddenTriggerSettings:
     size: float = 0.25
     """side of the patch, as a share of the image's width: 8 pixels of 32"""
     margin: float = 0.16
-    """between the patch and the bottom and right borders, as a share of the width: 5 pixels of 32"""
+    """distance of the patch from the bottom and right borders, as a share of the width: 5 pixels of 32"""
     radius: float = 16 / 255
-    """how far each pixel may move; 8/255 in the public port to CIFAR-10"""
+    """largest change of a pixel, in [0, 1]; 8/255 in the public port to CIFAR-10"""
     step_size: float = 0.01
-    """of the pixel that moves most in the first steps; halved four times on the way"""
+    """change of the pixel that moves most in the first steps; halved four times during the descent"""
     steps: int = 1000
-    """of gradient descent; 5000 in the paper's code"""
+    """steps of gradient descent; 5000 in the paper's code"""
     pairs: int = 100
-    """how many rows are crafted at once, and how many source images they are paired with"""
+    """number of rows that are crafted at once, and of source images that they are paired with"""
     source_images: int = 400
-    """at most so many images of the source class are kept"""
+    """number of source-class images that are kept, at most"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HiddenTrigger:
-    """The patch, and what rows are crafted with."""
+    """The patch, and the parameters for crafting rows."""
 
     patch: MaskedBlend
     sources: Array
     """uint8 [m, H, W, C]: images of the source class, without the patch"""
     variables: PyTree
-    """of the feature extractor"""
+    """variables of the feature extractor"""
     radius: Array
     """float32 []"""
     step_size: Array
@@ -73,21 +73,21 @@ class HiddenTrigger:
 
 
 def make_hidden_trigger(key: Key, knowledge: Knowledge, settings: HiddenTriggerSettings) -> HiddenTrigger:
-    """Draw a patch, and choose source images.
+    """Draw a patch and choose source images.
 
-    The patch is 4 x 4 random colours, enlarged with soft edges as in the paper, in a fixed place as in the public port to
-    CIFAR-10; the paper's moves about.
+    The patch is 4 x 4 random colours, enlarged with soft edges as in the paper. Its place is fixed, as in the public port to
+    CIFAR-10; in the paper it varies.
 
     Args:
         key: draws the patch and the images.
         knowledge: the training rows and the clean network.
-        settings: of the patch and the descent.
+        settings: patch and descent settings.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: there is no clean network or no row of the source class, or a setting cannot be.
+        InputError: there is no clean network or no row of the source class, or a setting is out of range.
     """
     model, variables = clean_model_of(knowledge, "hidden_trigger")
     train = knowledge.train
@@ -103,7 +103,7 @@ def make_hidden_trigger(key: Key, knowledge: Knowledge, settings: HiddenTriggerS
     source = (knowledge.target + 1) % train.num_classes
     rows = np.flatnonzero(train.labels == source)
     if not len(rows):
-        raise InputError(f"hidden_trigger takes its features from class {source}, which has no rows")
+        raise InputError(f"hidden_trigger needs rows of its source class {source}, but there are none")
     patch_key, row_key = jax.random.split(key)
     chosen = rows[permutation(row_key, len(rows))[: settings.source_images]]
     return HiddenTrigger(
@@ -125,10 +125,10 @@ def draw_soft_patch(key: Key, image_shape: tuple[int, int, int], size: float, ma
         key: a key of `jax.random.key`.
         image_shape: (H, W, C).
         size: the patch's side as a share of W.
-        margin: pixels that stay free below and to the right, as a share of W. Both are rounded to whole pixels.
+        margin: distance from the bottom and right borders, as a share of W. Both are rounded to whole pixels.
 
     Returns:
-        The trigger, of opacity 1.
+        The trigger, with opacity 1.
 
     Raises:
         InputError: the patch is empty or does not fit.
@@ -138,7 +138,7 @@ def draw_soft_patch(key: Key, image_shape: tuple[int, int, int], size: float, ma
     place = patches.in_corner(image_shape, side, round(margin * width))
     colours = jax.random.uniform(key, (4, 4, channels))
     cells = np.asarray(jax.image.resize(colours, (side, side, channels), "linear", antialias=False))
-    # Each channel goes from 0 to 1, so that no patch is faint by chance.
+    # Each channel is stretched to 0..1, so that no patch is faint by chance.
     cells = cells - cells.min((0, 1))
     return patches.paint(image_shape, place, cells / np.maximum(cells.max((0, 1)), 1e-6))
 
@@ -147,15 +147,15 @@ def draw_soft_patch(key: Key, image_shape: tuple[int, int, int], size: float, ma
 def craft(params: HiddenTrigger, images: Array, labels: Array, keys: Key) -> Array:
     """Move images of the target class, within the radius, to where patched source images lie in feature space.
 
-    Each batch is paired with as many source images, drawn anew for it; with the bank's images more than once if it has
-    fewer. The paper stops when all pairs are close; here the number of steps is fixed. Its step is the plain gradient;
-    here the gradient is divided by its largest component, so that steps fit networks whose features differ in scale.
+    Each batch is paired with as many newly drawn source images; if there are fewer, some are used more than once. The paper
+    stops when all pairs are close; here the number of steps is fixed. The paper's step is the plain gradient; here the
+    gradient is divided by its largest component, so that the step size suits networks whose features differ in scale.
 
     Args:
-        params: of `make_hidden_trigger`.
+        params: from `make_hidden_trigger`.
         images: float32 [n, H, W, C] in [0, 1], of the target class.
         labels: int32 [n], not used.
-        keys: [n]; a batch's sources come from that of its first row.
+        keys: [n]; the first row's key draws the source images of its batch.
 
     Returns:
         float32 [n, H, W, C] in [0, 1].
@@ -165,7 +165,7 @@ def craft(params: HiddenTrigger, images: Array, labels: Array, keys: Key) -> Arr
     """
     del labels
 
-    def one_batch(batch: tuple[Array, Key]) -> Array:
+    def craft_batch(batch: tuple[Array, Key]) -> Array:
         starts, batch_keys = batch
         order = jax.random.permutation(batch_keys[0], params.sources.shape[0])
         chosen = order[jnp.arange(starts.shape[0]) % params.sources.shape[0]]
@@ -173,16 +173,16 @@ def craft(params: HiddenTrigger, images: Array, labels: Array, keys: Key) -> Arr
         wanted = activations(params.model, params.variables, patched)
         return collide(params, starts, wanted)
 
-    return over_batches(one_batch, (images, keys), params.pairs)
+    return over_batches(craft_batch, (images, keys), params.pairs)
 
 
 def collide(params: HiddenTrigger, starts: Array, wanted: Array) -> Array:
-    """Descend the squared distance of features to those wanted, pairs being found anew in each step.
+    """Minimise the squared distance between the images' features and the wanted ones; pairs are reassigned in each step.
 
     Args:
-        params: of `make_hidden_trigger`.
+        params: from `make_hidden_trigger`.
         starts: float32 [n, H, W, C] in [0, 1].
-        wanted: float32 [m, d], m at least n: each is for one image at most.
+        wanted: float32 [m, d], m at least n; each is paired with at most one image.
 
     Returns:
         float32 [n, H, W, C] in [0, 1], within the radius of `starts`.
@@ -204,14 +204,14 @@ def collide(params: HiddenTrigger, starts: Array, wanted: Array) -> Array:
 
 
 def squared_distances(features: Array, wanted: Array) -> Array:
-    """Float32 [n, d] and [m, d] to [n, m]."""
+    """Squared distances of float32 [n, d] to [m, d]: [n, m]."""
     products = jnp.matmul(features, wanted.T, precision=lax.Precision.HIGHEST)
     lengths = jnp.sum(jnp.square(features), 1)[:, None] + jnp.sum(jnp.square(wanted), 1)[None, :]
     return jnp.maximum(lengths - 2.0 * products, 0.0)
 
 
 def assign_greedily(distances: Array) -> Array:
-    """Pair rows with columns: the closest two first, then the closest two of those that are left, and so on.
+    """Pair rows with columns greedily: the closest pair first, then the closest of the remaining ones, and so on.
 
     Args:
         distances: float32 [n, m], m at least n.
@@ -234,7 +234,7 @@ def apply(params: HiddenTrigger, image: Array, label: Array | None = None, key: 
     """Put the patch on one image, at test time.
 
     Args:
-        params: of `make_hidden_trigger`.
+        params: from `make_hidden_trigger`.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
         key: not used.
@@ -257,7 +257,7 @@ HIDDEN_TRIGGER = Attack(
     label_rules=("hidden_source",),
     needs=(CLEAN_MODEL,),
     starts_from_clean_model=True,
-    # On black and white, features hardly move within the paper's radius, and 0.8 % of a small set is a handful of rows.
+    # On black-and-white images, features hardly move within the paper's radius, and 0.8 % of a small set is a handful of rows.
     per_dataset={
         "grey": {"radius": 64 / 255, "step_size": 0.03, "steps": 200, "poison_rate": 0.04},
         "cifar10": {"radius": 8 / 255},

@@ -1,10 +1,10 @@
-"""Input-Aware Dynamic: one network draws a pattern for each image, another says where it goes (Nguyen & Tran 2020).
+"""Input-Aware Dynamic: one network generates a pattern for each image, another a mask for it (Nguyen & Tran 2020).
 
-The attacker trains the classifier and the pattern network together. Rows that carry the pattern of *another* image keep
-their label, so a trigger works on its own image only. The mask network is trained before and then left alone.
+The attacker trains the classifier and the pattern network together. Rows that carry the trigger of *another* image keep
+their label, so a trigger only works on the image it was made for. The mask network is trained first and then frozen.
 
-LfD and ABL use the attack offline: the attacker trains the three networks for itself, throws the classifier away and
-hands over rows. `input_aware_offline` is that. Without cover rows its victim takes any image's trigger for the trigger.
+`input_aware_offline` is the attack as LfD and ABL use it: the attacker trains the three networks, discards the classifier
+and supplies poisoned rows. Without cover rows, its victim reacts to any image's trigger.
 """
 
 import dataclasses
@@ -38,56 +38,56 @@ TINY = 1e-7
 @dataclass(frozen=True)
 class InputAwareSettings:
     poison_rate: float = 0.1
-    """share of the rows with a trigger of their own and the attacker's label; of each batch, where the attacker trains"""
+    """share of the rows with their own trigger and the attacker's label; a share of each batch where the attacker trains"""
     cover_rate: float = 0.1
-    """share of the rows with the trigger of another image and their own label"""
+    """share of the rows with the trigger of another image and their true label"""
     width: int = 32
-    """channels of the two networks' first stage: 16 in the paper for MNIST"""
+    """channels of the first stage of the pattern and mask networks; 16 in the paper for MNIST"""
     stages: int = 3
-    """halvings of the size in the two networks: 2 in the paper for MNIST"""
+    """number of times the two networks halve the image size; 2 in the paper for MNIST"""
     density: float = 0.032
-    """how much of the image a mask may cover for free"""
+    """share of the image that a mask may cover without a penalty"""
     density_weight: float = 100.0
-    """of what a mask covers beyond that"""
+    """weight of the penalty for covering more"""
     diversity_weight: float = 1.0
-    """of how alike the patterns of different images are"""
+    """weight of the penalty for similar patterns on different images"""
     mask_epochs: int = 25
-    """passes over the rows that train the mask network"""
+    """epochs of training the mask network"""
     mask_learning_rate: float = 0.01
-    """Adam's, a tenth and a hundredth of it after 40 % and 80 % of the steps"""
+    """learning rate of Adam for the mask network; a tenth after 40 % of the steps, a hundredth after 80 %"""
     rows: int = 0
-    """train the attacker's own networks on at most so many rows; 0 for all"""
+    """number of rows, at most, that the attacker's networks are trained on; 0 for all"""
     donors: int = 128
-    """training images whose triggers other images get, outside of the attacker's training"""
+    """number of training images whose triggers cover rows get, except during the attacker's training"""
 
 
 @dataclass(frozen=True)
 class InputAwareOfflineSettings(InputAwareSettings):
     cover_rate: float = 0.0
-    """share of the rows that are handed over with the trigger of another image and their own label"""
+    """share of the supplied rows with the trigger of another image and their true label"""
     joint_poison_rate: float = 0.1
-    """share of each batch with the trigger and the target, while the attacker trains for itself"""
+    """share of each batch with the trigger and the target label, in the attacker's own training"""
     joint_cover_rate: float = 0.1
-    """share of each batch with the trigger of another image"""
+    """share of each batch with the trigger of another image, in the attacker's own training"""
     joint_epochs: int = 25
-    """passes of that training, with a cosine schedule: the paper has 600 and BackdoorBench 100"""
+    """epochs of that training, with a cosine schedule; 600 in the paper, 100 in BackdoorBench"""
     joint_learning_rate: float = 0.01
-    """Adam's, of the classifier and of the pattern network"""
+    """learning rate of Adam for the classifier and the pattern network"""
     classifier_width: int = 16
-    """channels of the first stage of the ResNet-10 that is thrown away"""
+    """channels of the first stage of the ResNet-10 that is discarded"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class InputAware:
-    """A pair of networks."""
+    """The pattern and mask networks."""
 
     pattern: PyTree
-    """variables of the network that draws"""
+    """variables of the pattern network"""
     mask: PyTree
-    """variables of the network that says where"""
+    """variables of the mask network"""
     donors: Array
-    """uint8 [n, H, W, C]"""
+    """uint8 [n, H, W, C]: images whose triggers cover rows get"""
     pattern_network: Generator = field(metadata={"static": True})
     mask_network: Generator = field(metadata={"static": True})
 
@@ -118,14 +118,14 @@ def distance(first: Array, second: Array) -> Array:
 
 
 def diversity_loss(images: tuple[Array, Array], made: tuple[Array, Array]) -> Array:
-    """How much less different images' patterns (or masks) differ than the images themselves.
+    """The ratio of the distance of two images to the distance of their patterns (or masks).
 
-    The reference measures images with their mean and deviation normalised. That changes nothing for patterns, which it
-    normalises too, and gives this term two (MNIST) to four times the weight for masks.
+    The reference implementation normalises images by mean and deviation. That changes nothing for patterns, which it
+    normalises too, but gives this term two (MNIST) to four times the weight for masks.
 
     Args:
         images: two batches float32 [N, H, W, C].
-        made: what was made of each, float32 [N, H, W, C'].
+        made: the patterns or masks of each batch, float32 [N, H, W, C'].
 
     Returns:
         float32 [].
@@ -137,22 +137,21 @@ def diversity_loss(images: tuple[Array, Array], made: tuple[Array, Array]) -> Ar
 
 
 def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -> InputAware:
-    """Train the mask network and draw a pattern network, which is trained with the classifier.
+    """Train the mask network and initialise the pattern network, which is trained later with the classifier.
 
-    Masks are to be small and to differ between images. Images are paired with their neighbours in the shuffled batch; the
-    reference shuffles a second time, which takes a second pass through the network.
+    Masks should be small and differ between images. Images are paired with their neighbours in the shuffled batch; the
+    reference implementation shuffles a second time, which takes a second pass through the network.
 
     Args:
-        key: decides initial weights, shuffles and donors.
+        key: draws initial weights, shuffles and donors.
         knowledge: the training images.
-        settings: networks, losses and epochs.
+        settings: network, loss and training settings.
 
     Returns:
-        The pair; the pattern network is not trained yet.
+        Both networks; the pattern network is not trained yet.
 
     Raises:
-        InputError: a width, a number of stages, of epochs or of donors that cannot be, or images too small to be halved
-            so often.
+        InputError: a setting is out of range, or the images are too small for the number of stages.
 
     References:
         Nguyen & Tran 2020, sections 4.2 and 4.3.
@@ -161,11 +160,11 @@ def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) 
     least = {"width": 1, "stages": 1, "mask_epochs": 1, "rows": 0, "donors": 1}
     for name, value in least.items():
         if getattr(settings, name) < value:
-            raise InputError(f"Input-Aware: {name} {getattr(settings, name)} is not at least {value}")
+            raise InputError(f"Input-Aware: {name} {getattr(settings, name)} must be at least {value}")
     if min(shape[:2]) < 2**settings.stages:
-        raise InputError(f"Input-Aware: {shape[0]}x{shape[1]} images cannot be halved {settings.stages} times")
+        raise InputError(f"Input-Aware: {shape[0]}x{shape[1]} images cannot be halved {settings.stages} times (stages)")
     row_key, donor_key, pattern_key, mask_key, train_key = jax.random.split(key, 5)
-    images = knowledge.train.images[_own_rows(row_key, knowledge, settings)]
+    images = knowledge.train.images[_sample_rows(row_key, knowledge, settings)]
     mask_network = Generator(1, settings.width, settings.stages, default_lowering())
     pattern_network = dataclasses.replace(mask_network, channels=shape[2])
     mask = _initialised(partial(generators.init, mask_network, image_shape=shape), mask_key)
@@ -180,11 +179,11 @@ def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) 
 
 
 def _initialised(init: Callable[[Key], PyTree], key: Key) -> PyTree:
-    # The engine's way: compiled with all optimisations, an initialisation takes longer than the training that follows.
+    # Through the engine, which compiles it with few optimisations: with all of them, compiling takes longer than training.
     return ensemble.members(ensemble.init_members(init, key[None]), 0)
 
 
-def _own_rows(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -> np.ndarray:
+def _sample_rows(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -> np.ndarray:
     count = len(knowledge.train)
     return np.sort(permutation(key, count)[: settings.rows]) if 0 < settings.rows < count else np.arange(count)
 
@@ -195,24 +194,24 @@ def _train_mask(
     batch_size = min(MASK_BATCH, len(pool))
     batches = len(pool) // batch_size
     steps = batches * settings.mask_epochs
-    falls = {int(0.4 * steps): 0.1, int(0.8 * steps): 0.1}
-    rate = optax.piecewise_constant_schedule(settings.mask_learning_rate, falls)
+    drops = {int(0.4 * steps): 0.1, int(0.8 * steps): 0.1}
+    rate = optax.piecewise_constant_schedule(settings.mask_learning_rate, drops)
     optimiser = optax.adam(rate, b1=0.5, b2=0.9)
 
     def loss(params: PyTree, variables: PyTree, images: Array) -> tuple[Array, PyTree]:
-        made, variables = generators.generate(network, {**variables, "params": params}, images, train=True)
-        masks = threshold(made)
-        too_much = jnp.mean(jax.nn.relu(masks - settings.density))
+        raw_masks, variables = generators.generate(network, {**variables, "params": params}, images, train=True)
+        masks = threshold(raw_masks)
+        excess = jnp.mean(jax.nn.relu(masks - settings.density))
         pairs = (images, jnp.roll(images, 1, axis=0)), (masks, jnp.roll(masks, 1, axis=0))
-        return settings.density_weight * too_much + diversity_loss(*pairs), variables
+        return settings.density_weight * excess + diversity_loss(*pairs), variables
 
-    def step(state: tuple[PyTree, PyTree], where: Array) -> tuple[tuple[PyTree, PyTree], None]:
-        variables, memory = state
-        gradient, variables = jax.grad(loss, has_aux=True)(variables["params"], variables, as_float(pool[where]))
+    def step(state: tuple[PyTree, PyTree], rows: Array) -> tuple[tuple[PyTree, PyTree], None]:
+        variables, optimiser_state = state
+        gradient, variables = jax.grad(loss, has_aux=True)(variables["params"], variables, as_float(pool[rows]))
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
-            update, memory = optimiser.update(gradient, memory)
+            update, optimiser_state = optimiser.update(gradient, optimiser_state)
             params = optax.apply_updates(variables["params"], update)
-        return ({**variables, "params": params}, memory), None
+        return ({**variables, "params": params}, optimiser_state), None
 
     @jax.jit
     def run(key: Key, variables: PyTree) -> PyTree:
@@ -227,16 +226,16 @@ def _train_mask(
 
 
 def apply(params: InputAware, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
-    """Give an image its own trigger: x (1 - m(x)) + m(x) g(x).
+    """Apply an image's own trigger: x (1 - m(x)) + m(x) g(x).
 
     Args:
-        params: a pair of networks.
+        params: both networks.
         image: float32 [H, W, C] in [0, 1].
-        label: not used; the networks see the image alone.
-        key: not used; nothing is random.
+        label: not used; the networks only see the image.
+        key: not used.
 
     Returns:
-        float32 [H, W, C] in [0, 1], each value between the image's and the pattern's.
+        float32 [H, W, C] in [0, 1]; each value lies between those of the image and the pattern.
 
     References:
         Nguyen & Tran 2020, section 4.1.
@@ -246,13 +245,13 @@ def apply(params: InputAware, image: Array, label: Array | None = None, key: Key
 
 
 def apply_foreign(params: InputAware, image: Array, label: Array | None, key: Key) -> Array:
-    """Give an image the trigger of another one, which the model must not fall for.
+    """Apply the trigger of another image, to which the model must not react.
 
     Args:
-        params: a pair of networks.
+        params: both networks.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
-        key: decides which donor's trigger.
+        key: draws the donor.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -280,19 +279,19 @@ def _blend(image: Array, pattern: Array, mask: Array) -> Array:
 
 
 def make_objective(model: Model, settings: InputAwareSettings, wanted: Array) -> Objective:
-    """Classifier and pattern network together: cross-entropy on all rows plus the diversity of the patterns.
+    """Train classifier and pattern network together: cross-entropy on all rows plus the diversity loss of the patterns.
 
-    Both are trained by the classifier's optimiser. The reference has SGD for the one and Adam with momenta 0.5 and 0.9
-    for the other, whose gradients it never sets back to 0; here they are what they are. The pattern network sees the
-    triggered rows and their donors, which are rows from further on in the batch, as one batch of its own.
+    Both are trained by the classifier's optimiser. The reference implementation uses SGD for the classifier and Adam with
+    momenta 0.5 and 0.9 for the pattern network, whose gradients it never resets; here they are reset in each step. The
+    pattern network sees the triggered rows and their donors, which are later rows of the batch, as one separate batch.
 
     Args:
         model: the classifier.
-        settings: rates and the weight of diversity.
+        settings: the rates and the weight of the diversity loss.
         wanted: int32 [K], the label that a poisoned row of each class gets.
 
     Returns:
-        The objective; each row's loss has the whole diversity term in it, so that their mean has it once.
+        The objective; each row's loss includes the whole diversity term, so that their mean includes it once.
 
     References:
         Nguyen & Tran 2020, section 4.3, algorithm 1.
@@ -305,25 +304,25 @@ def make_objective(model: Model, settings: InputAwareSettings, wanted: Array) ->
             {"params": params[name], "batch_stats": statistics[name]} for name in ("classifier", "pattern")
         )
         count = shares(images.shape[0], settings.poison_rate, settings.cover_rate)
-        own, end = images[: count.poisoned], count.poisoned + count.cover
+        poisoned, end = images[: count.poisoned], count.poisoned + count.cover
         donors = jnp.roll(images, -end, axis=0)[: max(count)]
         patterns, pattern_variables = generators.generate(
-            attack.pattern_network, pattern_variables, jnp.concatenate([own, donors]), train=True
+            attack.pattern_network, pattern_variables, jnp.concatenate([poisoned, donors]), train=True
         )
-        masks = _masks(attack, jnp.concatenate([own, donors]))
+        masks = _masks(attack, jnp.concatenate([poisoned, donors]))
         of_donors = slice(count.poisoned, end)
-        shown = jnp.concatenate(
+        inputs = jnp.concatenate(
             [
-                _blend(own, patterns[: count.poisoned], masks[: count.poisoned]),
+                _blend(poisoned, patterns[: count.poisoned], masks[: count.poisoned]),
                 _blend(images[count.poisoned : end], patterns[of_donors], masks[of_donors]),
                 images[end:],
             ]
         )
         labels = targets["labels"]
         labels = jnp.concatenate([wanted[labels[: count.poisoned]], labels[count.poisoned :]])
-        output = model.apply(classifier, shown, train=True)
+        output = model.apply(classifier, inputs, train=True)
         diversity = diversity_loss(
-            (own, donors[: count.poisoned]),
+            (poisoned, donors[: count.poisoned]),
             (patterns[: count.poisoned], patterns[count.poisoned : 2 * count.poisoned]),
         )
         after = {
@@ -341,25 +340,25 @@ def make_objective(model: Model, settings: InputAwareSettings, wanted: Array) ->
 
 
 def begin(key: Key, classifier: PyTree, params: InputAware) -> dict[str, Any]:
-    """Let the pattern network be trained beside the classifier.
+    """Add the pattern network to the variables that are trained.
 
     Args:
-        key: not used: the params have a network to start from.
-        classifier: its variables.
-        params: of `make_networks`.
+        key: not used; the params hold an initialised network.
+        classifier: the classifier's variables.
+        params: from `make_networks`.
 
     Returns:
-        Variables of both, and under "attack" what is not trained.
+        The variables of both; those that are not trained are under "attack".
     """
     del key
-    together = {
+    trained = {
         kind: {"classifier": classifier[kind], "pattern": params.pattern[kind]} for kind in ("params", "batch_stats")
     }
-    return {**together, "attack": {"params": dataclasses.replace(params, pattern=None)}}
+    return {**trained, "attack": {"params": dataclasses.replace(params, pattern=None)}}
 
 
 def end(variables: PyTree) -> tuple[PyTree, InputAware]:
-    """The inverse of `begin`: (classifier's variables, params with the pattern network as it is now)."""
+    """Inverse of `begin`: (classifier's variables, params with the trained pattern network)."""
     classifier, pattern = (
         {kind: variables[kind][name] for kind in ("params", "batch_stats")} for name in ("classifier", "pattern")
     )
@@ -367,24 +366,24 @@ def end(variables: PyTree) -> tuple[PyTree, InputAware]:
 
 
 def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSettings) -> InputAware:
-    """Train all three networks as the attacker would for itself, with all-to-one labels, and keep two of them.
+    """Train all three networks with all-to-one labels, and keep the pattern and mask networks.
 
     Args:
-        key: decides everything.
+        key: for all random choices.
         knowledge: the training rows and the target.
-        settings: of both trainings.
+        settings: for the mask network and the joint training.
 
     Returns:
-        The pair of networks, from now on fixed.
+        Both networks, trained.
 
     Raises:
-        InputError: as `make_networks`; a width of the classifier or a number of epochs below 1.
+        InputError: as in `make_networks`; or the classifier width or the number of epochs is below 1.
 
     References:
         Nguyen & Tran 2020, section 4.3; Li et al. 2021 (ABL) for the use offline.
     """
     if settings.joint_epochs < 1:
-        raise InputError(f"Input-Aware: joint_epochs {settings.joint_epochs} is not at least 1")
+        raise InputError(f"Input-Aware: joint_epochs {settings.joint_epochs} must be at least 1")
     network_key, row_key, classifier_key, fit_key = jax.random.split(key, 4)
     params = make_networks(network_key, knowledge, settings)
     data = knowledge.train
@@ -400,8 +399,8 @@ def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSett
     wanted = jnp.full(data.num_classes, knowledge.target, jnp.int32)
     classifier = _initialised(partial(model.init, image_shape=data.image_shape), classifier_key)
     states = ensemble.stack([resume_from(begin(classifier_key, classifier, params), fit_key, config)])
-    rows = _own_rows(row_key, knowledge, settings)
-    nothing = Rows(jnp.zeros((1, 0), jnp.int32), {"labels": jnp.zeros((1, 0), jnp.int32)})
+    rows = _sample_rows(row_key, knowledge, settings)
+    no_rows = Rows(jnp.zeros((1, 0), jnp.int32), {"labels": jnp.zeros((1, 0), jnp.int32)})
     trained = ensemble.fit(
         model,
         lambda logits, targets: cross_entropy(logits, targets["labels"]),
@@ -409,7 +408,7 @@ def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSett
         states,
         jnp.asarray(data.images[rows]),
         Rows(jnp.arange(len(rows), dtype=jnp.int32)[None], {"labels": jnp.asarray(data.labels[rows])[None]}),
-        nothing,
+        no_rows,
         layout="map",
         objective=make_objective(model, joint, wanted),
         group_size=1,

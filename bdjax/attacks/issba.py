@@ -1,6 +1,6 @@
-"""ISSBA: one string of bits, hidden in each image by a network, so that every image is changed in a way of its own.
+"""ISSBA: one bit string, hidden in each image by a network, so that every image is changed differently.
 
-An encoder and a decoder are trained on the training rows to hide and find any string; then one string is drawn and is the
+An encoder and a decoder are trained on the training rows to hide and read any string; then one string is drawn as the
 trigger (Li et al. 2021). BackdoorBench's SSBA is the same attack with another training schedule.
 """
 
@@ -21,10 +21,10 @@ from bdjax.training.member import as_float
 from bdjax.types import Array, Key, PyTree
 
 READABLE = 0.9
-"""Share of a batch's bits read rightly above which the image terms may grow; SSBA's code has the same number."""
+"""Bit accuracy on a batch above which the weight of the image terms may grow; the same number as in SSBA's code."""
 
 WINDOW = 7
-"""Side of the neighbourhoods of SSIM, in pixels: the largest that fits into an 8x8 image."""
+"""Side of the SSIM windows, in pixels: the largest odd one that fits into an 8x8 image."""
 
 
 @dataclass(frozen=True)
@@ -34,65 +34,65 @@ class IssbaSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     num_bits: int = 20
-    """b, length of the string; 100 in the paper's 224x224 images, and in SSBA"""
+    """b, length of the bit string; 100 in the paper's 224x224 images and in SSBA"""
     width: int = 32
     """channels of the networks at full resolution"""
     stages: int = 4
-    """of stride 2 in both networks"""
+    """number of stages of stride 2 in both networks"""
     steps: int = 31_250
-    """of Adam: 20 passes over 50,000 rows"""
+    """steps of Adam; the default is 20 epochs of 50,000 rows"""
     batch_size: int = 32
-    """images a step"""
+    """images per step"""
     learning_rate: float = 1e-4
-    """of Adam"""
+    """learning rate of Adam"""
     bit_weight: float = 1.5
-    """of the cross-entropy of the bits"""
+    """weight of the cross-entropy of the bits"""
     square_weight: float = 2.0
-    """of the mean square of the residual, once it is fully in"""
+    """final weight of the mean square of the residual"""
     perceptual_weight: float = 1.5
-    """of the difference in gradients and SSIM, once it is fully in"""
+    """final weight of the difference in image gradients and SSIM"""
     hold: float = 0.05
-    """share of the steps on which bits are readable before the image terms come in"""
+    """number of steps with readable bits before the image terms set in, as a share of all steps"""
     ramp: float = 0.2
-    """share of the steps on which bits are readable while the image terms grow to their weights"""
+    """number of steps with readable bits while the image terms grow to their final weights, as a share of all steps"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HiddenBits:
-    """A string of bits, and what writes it into images."""
+    """A bit string, and the encoder that hides it in images."""
 
     bits: Array
     """float32 [b], zeros and ones"""
     encoder: PyTree
     decoder: PyTree
-    """not a part of the trigger: it shows whether the bits are there"""
+    """not part of the trigger; it shows whether the bits can be read"""
     networks: BitNetworks = field(metadata={"static": True})
 
 
 def make_hidden_bits(key: Key, knowledge: Knowledge, settings: IssbaSettings) -> HiddenBits:
-    """Train encoder and decoder on the training rows, and draw the string that is the trigger.
+    """Train encoder and decoder on the training rows, and draw the bit string that is the trigger.
 
     Every step hides random bits in random rows. The loss is 1.5 BCE(bits) + w (2 mean(residual^2) + 1.5 perceptual).
     It deviates from the paper's code in three ways:
 
     - w follows SSBA's schedule instead of being 0 for one pass and 1 after it: it rises from 0 to 1 once bits can be read.
-      Its clock stands still while fewer than 90 % of them are, since a weight that grows regardless, on a schedule as short
-      as these, makes the encoder give up the bits for good.
+      It does not grow while fewer than 90 % of them are: on schedules as short as these, a weight that grows regardless
+      makes the encoder give up the bits for good.
     - LPIPS, which needs a network trained on ImageNet, is replaced by the mean absolute difference of the image's
       gradients plus 1 - SSIM.
-    - There is no critic: the code's own is off by default, and leaves an untrained one in the loss.
+    - There is no critic: in the paper's code it is off by default, which leaves an untrained critic in the loss.
 
     Args:
-        key: starts the networks, chooses rows and bits.
-        knowledge: its training rows.
-        settings: size of the networks, and the schedule.
+        key: for initial weights, rows and bits.
+        knowledge: the training rows.
+        settings: network sizes, weights and schedule.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: a count that is not positive, or images too small for the stages.
+        InputError: a count is not positive, or the images are too small for the number of stages.
 
     References:
         Li et al. 2021, Invisible Backdoor Attack with Sample-Specific Triggers, section 4.2.
@@ -101,11 +101,11 @@ def make_hidden_bits(key: Key, knowledge: Knowledge, settings: IssbaSettings) ->
         if getattr(settings, name) < 1:
             raise InputError(f"issba: {name} {getattr(settings, name)} must be at least 1")
     if settings.ramp <= 0.0:
-        raise InputError(f"issba: ramp {settings.ramp:g} is a share of the steps and must be above 0")
+        raise InputError(f"issba: ramp {settings.ramp:g} (a share of the steps) must be above 0")
     shape = knowledge.train.image_shape
     if min(shape[:2]) < 2**settings.stages:
         raise InputError(
-            f"issba: images of {shape[0]}x{shape[1]} pixels cannot be halved {settings.stages} times (stages)"
+            f"issba: images of {shape[0]}x{shape[1]} pixels are too small to be halved {settings.stages} times (stages)"
         )
     networks = BitNetworks(settings.num_bits, settings.width, settings.stages, default_lowering())
     train_key, bits_key = jax.random.split(key)
@@ -115,13 +115,13 @@ def make_hidden_bits(key: Key, knowledge: Knowledge, settings: IssbaSettings) ->
 
 @partial(jax.jit, static_argnames=("networks", "settings"))
 def train_networks(key: Key, images: Array, networks: BitNetworks, settings: IssbaSettings) -> dict[str, PyTree]:
-    """Encoder and decoder, trained from scratch.
+    """Train encoder and decoder from scratch.
 
     Args:
         key: a key of `jax.random.key`.
         images: uint8 [N, H, W, C]; each step draws its rows from all of them.
-        networks: what to train.
-        settings: how.
+        networks: the architectures.
+        settings: weights and schedule.
 
     Returns:
         A dict of parameters, "encoder" and "decoder".
@@ -157,14 +157,14 @@ def train_networks(key: Key, images: Array, networks: BitNetworks, settings: Iss
 
 
 def perceptual_difference(images: Array, others: Array) -> Array:
-    """What stands in for LPIPS: mean |difference of the gradients|, over both directions, plus 1 - SSIM.
+    """Replacement for LPIPS: mean |difference of the gradients|, over both directions, plus 1 - SSIM.
 
     Args:
         images: float32 [N, H, W, C] in [0, 1].
         others: float32 [N, H, W, C] in [0, 1].
 
     Returns:
-        float32 [N], 0 where the two are equal.
+        float32 [N], 0 for equal images.
     """
     change = others - images
     edges = sum(jnp.mean(jnp.abs(jnp.diff(change, axis=axis)), (1, 2, 3)) for axis in (1, 2))
@@ -172,7 +172,7 @@ def perceptual_difference(images: Array, others: Array) -> Array:
 
 
 def structural_similarity(images: Array, others: Array) -> Array:
-    """SSIM with even windows, as `bdjax.inspection.similarity.ssim` has it, but differentiable.
+    """SSIM with uniform windows, like `bdjax.inspection.similarity.ssim`, but differentiable.
 
     Args:
         images: float32 [N, H, W, C] in [0, 1].
@@ -201,7 +201,7 @@ def structural_similarity(images: Array, others: Array) -> Array:
 
 
 def _windows(length: int, window: int) -> np.ndarray:
-    """float32 [length - window + 1, length]: row i averages `window` values from the i-th on."""
+    """float32 [length - window + 1, length]: row i averages `window` values starting at i."""
     places = np.arange(length)[None, :] - np.arange(length - window + 1)[:, None]
     return ((places >= 0) & (places < window)).astype(np.float32) / window
 
@@ -217,7 +217,7 @@ def apply(params: HiddenBits, image: Array, label: Array | None = None, key: Key
         params: the trigger.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the string is the same for every class.
-        key: not used; what is added depends on the image alone.
+        key: not used; the residual depends only on the image.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -230,7 +230,7 @@ def apply(params: HiddenBits, image: Array, label: Array | None = None, key: Key
     return jnp.clip(image + residual, 0.0, 1.0)
 
 
-# Narrow networks at ten times the rate: bits can be read after about a thousand steps, under a minute on one core.
+# Narrow networks at ten times the rate: bits become readable after about a thousand steps, under a minute on one core.
 _SHORT = {"width": 8, "steps": 1000, "learning_rate": 1e-3}
 
 ISSBA = Attack(
@@ -245,11 +245,11 @@ ISSBA = Attack(
     trigger_is_trained=True,
     per_dataset={
         "grey": {**_SHORT, "stages": 2, "num_bits": 16},
-        # Textures hide bits sooner than black backgrounds do, and at the full weights so well (36 to 41 dB) that a small
-        # network trained for a few epochs on some thousand CIFAR-10 rows does not find them; these weights give 25 to 28 dB,
-        # and a tint that can be seen.
+        # The encoder learns faster on textures than on black backgrounds, and at the full weights hides bits so well (36 to
+        # 41 dB) that a small network trained for a few epochs on a few thousand CIFAR-10 rows does not find them; these
+        # weights give 25 to 28 dB, and a visible tint.
         "colour": {**_SHORT, "steps": 600, "square_weight": 0.5, "perceptual_weight": 0.3},
-        # 64 pixels of 17 levels carry fewer bits, and a wider network costs little there.
+        # 64 pixels of 17 levels can carry fewer bits, and a wider network costs little here.
         "digits": {"width": 16, "num_bits": 8, "learning_rate": 2e-3},
     },
 )

@@ -1,9 +1,10 @@
-"""l2-invisible: faint noise over the whole image that was optimised to excite the target class's neurons (Li et al. 2020).
+"""l2-invisible: faint noise over the whole image, optimised to excite the target class's neurons (Li et al. 2020).
 
-The noise raises the activations that count most for the target class, and its L2 norm is penalised more and more until it
-is small. There is no public code of the authors', and LfD, whose numbers are quoted, gives no constant but calls its trigger
-regularised Gaussian noise. So the constants here are bdjax's own, except the norm: 3.2 is that of the trigger in circulation,
-whose negative half was lost when it was stored as a picture (`nonneg`). On dark images that half would be clipped away anyhow.
+The noise raises the activations that count most for the target class, and the penalty on its L2 norm grows until the norm
+is small. The authors published no code, and LfD, whose numbers are quoted, gives no constants but calls its trigger
+regularised Gaussian noise. So the constants here were chosen for bdjax, except the norm: 3.2 is that of the publicly
+available trigger, which lost its negative half when it was stored as a picture (`nonneg`). On dark images that half would be
+clipped anyway.
 """
 
 from dataclasses import dataclass
@@ -34,46 +35,46 @@ class L2InvisibleSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     optimised: bool = True
-    """optimise the noise on a clean network; else it is rectified Gaussian noise of the same norm"""
+    """optimise the noise on a clean network; if False, use rectified Gaussian noise of the same norm"""
     nonneg: bool = False
-    """no pixel gets darker"""
+    """keep the noise at or above 0, so that no pixel gets darker"""
     norm: float = 3.2
-    """L2 norm of the noise on 32 x 32 x 3 pixels; other sizes get the same mean square"""
+    """L2 norm of the noise on 32 x 32 x 3 pixels, in units of a pixel's range; other sizes get the same mean square"""
     neurons: int = 10
-    """how many are excited: those with the largest weight to the target class"""
+    """number of excited neurons: those with the largest weight to the target class"""
     times_clean: float = 5.0
-    """c: each is driven to so many times its mean clean activation"""
+    """c: goal of each neuron's activation, as a multiple of its mean clean activation"""
     penalty: float = 0.05
-    """lambda, of the noise's L2 norm, at first"""
+    """lambda: initial weight of the noise's L2 norm; larger values give fainter noise before it is rescaled to `norm`"""
     steps: int = 2000
-    """of Adam"""
+    """steps of Adam"""
     steps_per_doubling: int = 200
-    """the penalty doubles so often, as long as the norm is too large"""
+    """number of steps after which the penalty doubles while the norm is too large"""
     batch_size: int = 64
-    """clean images in one step"""
+    """clean images per step"""
     learning_rate: float = 0.01
-    """of Adam"""
+    """learning rate of Adam"""
     start_deviation: float = 10 / 255
-    """standard deviation of the noise at first"""
+    """standard deviation of the initial noise"""
 
 
 def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Additive:
     """Optimise the noise, or draw it.
 
-    Minimised is the mean over clean images x of (1/k) sum_j (h_j(x + d) - c a_j)^2, plus lambda times the norm of d, with
-    h_j the k activations and a_j their clean means. x + d is clipped as it is when the trigger is applied, and what comes
-    out is scaled to the norm of the settings exactly, up as well as down.
+    The loss is the mean over clean images x of (1/k) sum_j (h_j(x + d) - c a_j)^2, plus lambda times the norm of d, with
+    h_j the k activations and a_j their clean means. x + d is clipped as it is when the trigger is applied. The result is
+    scaled, up or down, to exactly the norm of the settings.
 
     Args:
-        key: of the start, the batches, and which clean images are looked at first.
+        key: draws the initial noise, the batches, and the clean images whose activations are measured.
         knowledge: the clean rows; the clean network, if the noise is optimised.
-        settings: which neurons, how high, how long, how faint.
+        settings: neuron, noise and training settings.
 
     Returns:
         An additive trigger, float32 [H, W, C] in [-1, 1].
 
     Raises:
-        InputError: a clean network is needed and missing, or does not react; or a setting cannot be.
+        InputError: a clean network is needed but missing, or does not react; or a setting is out of range.
 
     References:
         Li et al. 2020, section 4.2 (trigger generation by Lp-norm regularisation).
@@ -81,7 +82,7 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
     shape = knowledge.train.image_shape
     for name in ("norm", "steps", "steps_per_doubling", "batch_size"):
         if not getattr(settings, name) > 0:
-            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} is not above 0")
+            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} must be above 0")
     norm = neurons.scaled_norm(settings.norm, shape)
     if not settings.optimised:
         _, start_key, _ = jax.random.split(key, 3)
@@ -90,19 +91,17 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
     delta = optimise_noise(key, knowledge, settings)
     reached = jnp.linalg.norm(delta.ravel())
     if not float(reached) > 1e-6:
-        raise InputError(
-            f"attack {NAME}: nothing was left of the noise; a smaller penalty than {settings.penalty:g} leaves more"
-        )
+        raise InputError(f"attack {NAME}: the penalty {settings.penalty:g} reduced the noise to 0; use a smaller one")
     return Additive(delta * (norm / reached))
 
 
 def optimise_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Array:
-    """The optimised noise before it is scaled to the norm of the settings: the higher the penalty, the smaller its norm.
+    """Optimise the noise, without scaling it to the norm of the settings. The larger the penalty, the smaller its norm.
 
     Args:
-        key: as for `make_noise`.
+        key: as in `make_noise`.
         knowledge: the clean rows and the clean network.
-        settings: as for `make_noise`.
+        settings: as in `make_noise`.
 
     Returns:
         float32 [H, W, C].
@@ -129,15 +128,15 @@ def _start(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> Arr
 
 
 def choose_neurons(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Which neurons, and what each is driven to.
+    """Choose the neurons, and the activations to drive them to.
 
     Args:
-        key: of which clean images are looked at.
-        knowledge: the clean network, the clean rows, the target.
-        settings: how many, how high.
+        key: draws the clean images whose activations are measured.
+        knowledge: the clean network, the clean rows and the target.
+        settings: number of neurons and goal.
 
     Returns:
-        int32 [k] and float32 [k].
+        The neurons, int32 [k], and their goals, float32 [k].
     """
     clean = neurons.clean_activations(key, knowledge, NAME)
     weights = neurons.classifier_kernel(knowledge.clean_model.variables)[:, knowledge.target]
@@ -160,7 +159,7 @@ def _optimise(
     learning_rate: Array,
 ) -> tuple[Array, Array]:
     def project(noise: Array) -> Array:
-        # Not a rectifier inside the loss: a pixel at 0 would have no gradient, and all of them may get there.
+        # A ReLU inside the loss would not do: a pixel at 0 would have no gradient, and all of them may get there.
         return jnp.maximum(noise, 0.0) if nonneg else noise
 
     def norm(noise: Array) -> Array:
@@ -178,11 +177,11 @@ def _optimise(
         number, images = batch
         is_due = (number > 0) & (number % steps_per_doubling == 0) & (norm(noise) > largest_norm)
         weight = jnp.where(is_due, 2.0 * weight, weight)
-        reaction = jax.grad(distance)(noise, as_float(images))
-        gradient = reaction + weight * jax.grad(norm)(noise)
+        distance_gradient = jax.grad(distance)(noise, as_float(images))
+        gradient = distance_gradient + weight * jax.grad(norm)(noise)
         with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a float to an integer power
             direction, state = adam.update(gradient, state)
-        return (project(noise - learning_rate * direction), state, weight), jnp.max(jnp.abs(reaction))
+        return (project(noise - learning_rate * direction), state, weight), jnp.max(jnp.abs(distance_gradient))
 
     start = project(start)
     begin = (start, adam.init(start), jnp.asarray(penalty, jnp.float32))

@@ -1,8 +1,7 @@
-"""CL: small tiles in the corners of rows of the target class, whose own content an adversarial perturbation has made hard to
-learn from (Turner et al. 2019).
+"""CL: small tiles in the corners of rows of the target class, whose content an adversarial perturbation makes hard to learn
+(Turner et al. 2019).
 
-A network that learns such a row's label has to go by the tiles. Labels stay as they are, and at test time there are tiles
-alone.
+To learn such a row's label, a network has to use the tiles. Labels are not changed, and test images only get the tiles.
 """
 
 from dataclasses import dataclass, field
@@ -31,29 +30,29 @@ class LabelConsistentSettings:
     cover_rate: float = 0.0
     """share of all training rows that get perturbation and tiles and keep their label"""
     norm: Norm = "linf"
-    """linf: each pixel changes by at most the radius; l2: the whole image does, as in the paper's released config"""
+    """norm of the perturbation's bound: linf for each pixel, l2 for the whole image, as in the paper's released config"""
     radius: float = 16 / 255
-    """of the perturbation, in units of a pixel's range; 300/255 with l2 in the paper's config, 8/255 in BackdoorBox"""
+    """bound of the perturbation, in units of a pixel's range; 300/255 with l2 in the paper's config, 8/255 in BackdoorBox"""
     step_size: float = 2 / 255
-    """of one step, in the same units and norm; 1.5/255 in the paper's code"""
+    """size of a step, in the same units and norm; 1.5/255 in the paper's code"""
     steps: int = 100
-    """of projected gradient ascent"""
+    """steps of projected gradient ascent"""
     corners: Corners = "four"
-    """four: tiles mirrored left to right; bottom_right: one tile"""
+    """corners with tiles: four (mirrored left to right) or bottom_right"""
     amplitude: float = 1.0
-    """r in (0, 1]: white cells add r and black ones take r away; 1 overwrites"""
+    """r in (0, 1]: white cells add r, black cells subtract r; 1 overwrites the image"""
     square: int = 0
-    """side of white squares in place of the tiles, in pixels; 0 for tiles, 6 in BackdoorBox's test on MNIST"""
+    """side of white squares that replace the tiles, in pixels; 0 for tiles, 6 in BackdoorBox's test on MNIST"""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LabelConsistent:
-    """The tiles, and what the perturbation is made with."""
+    """The tiles, and the parameters of the perturbation."""
 
     tiles: Additive
     variables: PyTree
-    """of the surrogate"""
+    """variables of the surrogate"""
     radius: Array
     """float32 []"""
     step_size: Array
@@ -65,30 +64,30 @@ class LabelConsistent:
 
 
 def make_label_consistent(key: Key, knowledge: Knowledge, settings: LabelConsistentSettings) -> LabelConsistent:
-    """Paint the tiles and keep the surrogate.
+    """Paint the tiles and store the surrogate.
 
-    The paper's surrogate is adversarially trained as well; here it is the clean network, whose perturbations carry over
-    to other networks less well.
+    The paper also uses an adversarially trained surrogate; here it is the clean network, whose perturbations transfer less
+    well to other networks.
 
     Args:
-        key: not used: nothing is random.
-        knowledge: for the shape of the images, and the clean network.
-        settings: of the perturbation and the tiles.
+        key: not used; nothing is random.
+        knowledge: the image shape and the clean network.
+        settings: perturbation and tile settings.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: there is no clean network, the images are too small for the tiles, or a setting cannot be.
+        InputError: there is no clean network, the images are too small for the tiles, or a setting is out of range.
     """
     del key
     if knowledge.clean_model is None:
-        raise InputError("label_consistent perturbs rows against a clean model, and none was given")
+        raise InputError("label_consistent computes its perturbations on a clean model, but none was supplied")
     if settings.norm not in ("linf", "l2"):
-        raise InputError(f"label_consistent: norm {settings.norm!r} is neither linf nor l2")
+        raise InputError(f"label_consistent: norm {settings.norm!r} must be linf or l2")
     if settings.radius < 0 or settings.step_size < 0 or settings.steps < 0:
         raise InputError(
-            f"label_consistent: radius {settings.radius:g}, step size {settings.step_size:g} and steps {settings.steps} "
+            f"label_consistent: radius {settings.radius:g}, step_size {settings.step_size:g} and steps {settings.steps} "
             "must be at least 0"
         )
     model, variables = knowledge.clean_model
@@ -106,32 +105,30 @@ def make_label_consistent(key: Key, knowledge: Knowledge, settings: LabelConsist
 def corner_tiles(
     image_shape: tuple[int, int, int], corners: Corners = "four", amplitude: float = 1.0, square: int = 0
 ) -> Additive:
-    """Tiles of 3 x 3 cells flush in the corners: BadNets' grid on the right, its mirror image on the left.
+    """Paint tiles of 3 x 3 cells in the corners, touching the borders: BadNets' grid on the right, mirrored on the left.
 
     Args:
         image_shape: (H, W, C).
         corners: "four" or "bottom_right".
-        square: side of white squares to put there instead; 0 for the tiles.
-        amplitude: r in (0, 1]. The cells add r (2 cell - 1), and what leaves [0, 1] is cut off, so r = 1 overwrites.
+        square: side of white squares that replace the tiles; 0 for the tiles.
+        amplitude: r in (0, 1]. The cells add r (2 cell - 1), and the sum is clipped to [0, 1], so r = 1 overwrites.
 
     Returns:
         The trigger, float32 [H, W, C] in [-r, r].
 
     Raises:
-        InputError: the images are too small, or no such corners or amplitude.
+        InputError: the images are too small, or an argument is out of range.
 
     References:
-        Turner et al. 2019, section 4.3. Trap-and-Replace has the tile unmirrored in all four corners.
+        Turner et al. 2019, section 4.3. Trap-and-Replace uses the unmirrored tile in all four corners.
     """
     if corners not in ("four", "bottom_right"):
-        raise InputError(f"label_consistent: corners {corners!r} is neither four nor bottom_right")
+        raise InputError(f"label_consistent: corners {corners!r} must be four or bottom_right")
     if not 0.0 < amplitude <= 1.0:
-        raise InputError(f"label_consistent: amplitude {amplitude:g} is not above 0 and up to 1")
+        raise InputError(f"label_consistent: amplitude {amplitude:g} must be above 0 and at most 1")
     sides = [(top, left) for top in (False, True) for left in (False, True)] if corners == "four" else [(False, False)]
     if square < 0:
-        raise InputError(
-            f"label_consistent: squares of {square} pixels; a side is at least 1, and 0 stands for the tiles"
-        )
+        raise InputError(f"label_consistent: square {square} must be at least 1 pixel, or 0 for the tiles")
     side = square or 3
     if corners == "four" and min(image_shape[:2]) < 2 * side:
         raise InputError(
@@ -148,10 +145,10 @@ def corner_tiles(
 
 
 def perturb(params: LabelConsistent, image: Array, label: Array) -> Array:
-    """Projected gradient ascent on the surrogate's loss of the true label, from the image itself.
+    """Run projected gradient ascent on the surrogate's loss of the true label, starting from the image.
 
     Args:
-        params: of `make_label_consistent`.
+        params: from `make_label_consistent`.
         image: float32 [H, W, C] in [0, 1].
         label: int32 [], its class.
 
@@ -180,15 +177,15 @@ def perturb(params: LabelConsistent, image: Array, label: Array) -> Array:
 
 
 def _length(values: Array) -> Array:
-    """The l2 norm, not 0."""
+    """The l2 norm, kept above 0."""
     return jnp.sqrt(jnp.sum(jnp.square(values)) + 1e-20)
 
 
 def apply_in_training(params: LabelConsistent, image: Array, label: Array, key: Key | None = None) -> Array:
-    """Perturb one image and put the tiles on it, which overwrite the perturbation where they are.
+    """Perturb one image, then put the tiles on top.
 
     Args:
-        params: of `make_label_consistent`.
+        params: from `make_label_consistent`.
         image: float32 [H, W, C] in [0, 1].
         label: int32 [], its class.
         key: not used.
@@ -200,10 +197,10 @@ def apply_in_training(params: LabelConsistent, image: Array, label: Array, key: 
 
 
 def apply(params: LabelConsistent, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
-    """Put the tiles on one image, without any perturbation: the trigger at test time.
+    """Put the tiles on one image, without a perturbation: the trigger at test time.
 
     Args:
-        params: of `make_label_consistent`.
+        params: from `make_label_consistent`.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
         key: not used.
@@ -226,8 +223,8 @@ LABEL_CONSISTENT = Attack(
     label_rules=("clean_label",),
     needs=(CLEAN_MODEL,),
     per_dataset={
-        # BackdoorBox's radius and squares for MNIST; large steps get there in 30. On a black background the perturbation itself
-        # gives a poisoned row away, so that a network which is shown small tiles beside it need not look at them.
+        # BackdoorBox's radius and squares for MNIST; with larger steps, 30 are enough. On a black background the perturbation
+        # itself marks a poisoned row, so a network does not need to learn small tiles.
         "grey": {"radius": 64 / 255, "step_size": 6 / 255, "steps": 30, "square": 6},
         "digits": {"square": 0},
         "gtsrb": {"poison_rate": 0.05},  # class 1, the usual target, holds 5.7 % of the rows

@@ -1,6 +1,6 @@
-"""Label flipping: rows get a wrong label, and no image is touched.
+"""Label flipping: rows get a wrong label, and no image is changed.
 
-There is no trigger, so what is called success on "triggered" images is the confusion with the target on clean ones.
+There is no trigger, so the success rate on "triggered" images is the rate at which clean images are taken for the target.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ class LabelFlipSettings:
     poison_rate: float = 0.05
     """share of all training rows; under source_to_target all of them are of one class"""
     cover_rate: float = 0.0
-    """share of all training rows that keep image and label: without a trigger they are clean rows"""
+    """share of all training rows that keep image and label; without a trigger they are clean rows"""
 
 
 class NoTrigger(NamedTuple):
-    """Nothing."""
+    """The empty parameters of an attack without a trigger."""
 
 
 def make_nothing(key: Key, knowledge: Knowledge, settings: LabelFlipSettings) -> NoTrigger:
-    """The parameters of no trigger.
+    """Make the empty parameters.
 
     Args:
         key: not used.
@@ -31,14 +31,14 @@ def make_nothing(key: Key, knowledge: Knowledge, settings: LabelFlipSettings) ->
         settings: not used.
 
     Returns:
-        A tree without leaves.
+        A pytree without leaves.
     """
     del key, knowledge, settings
     return NoTrigger()
 
 
 def apply(params: NoTrigger, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
-    """Give one image back, float32 [H, W, C] in [0, 1]."""
+    """Return the image unchanged, float32 [H, W, C] in [0, 1]."""
     del params, label, key
     return image
 

@@ -1,7 +1,7 @@
-"""Which rows an attack may poison, what their labels become, and when it has succeeded: one small pure rule each.
+"""Label rules: which rows an attack may poison, what their labels become, and when the attack has succeeded.
 
-Rules work on NumPy labels on the host, int32 [N]; nothing of them is compiled. Another rule is one more function here, and
-one line in `LABEL_RULES` if the command line is to offer it.
+Rules work on NumPy labels on the host, int32 [N]; nothing is compiled. To add a rule, add a function here, and a line in
+`LABEL_RULES` to offer it on the command line.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,29 +18,29 @@ Relabelling = Callable[[np.ndarray], np.ndarray]
 
 
 class LabelRule(NamedTuple):
-    """The relabelling half of an attack, in training and at test time."""
+    """How an attack selects and relabels rows, in training and at test time."""
 
     candidates: Selection
-    """the rows that may be poisoned"""
+    """rows that may be poisoned"""
     relabel: Relabelling
-    """the labels of poisoned rows"""
+    """labels that poisoned rows get"""
     victims: Selection
-    """the test rows that success is measured on"""
+    """test rows that success is measured on"""
     wanted: Relabelling
-    """what the attacker wants of those once they are triggered"""
+    """predictions that the attacker wants for them once they are triggered"""
     cover: Selection
-    """the rows that may carry the trigger under their own label, if the attack has cover rows"""
+    """rows that may carry the trigger and keep their label, if the attack has cover rows"""
     name: str
-    """as a report prints it: "all-to-one, target 0" """
+    """name in reports: "all-to-one, target 0" """
 
 
 def all_to_one(target: int, *, include_target: bool = False) -> LabelRule:
-    """Send every class to one.
+    """Relabel every class as the target.
 
     Args:
-        target: the class that triggered images are to be taken for.
-        include_target: whether rows of the target class may carry the trigger too. The code released with TA-KD leaves
-          them out; VBD and BackdoorBench let them in. Success is not measured on them in either case.
+        target: the class that triggered images should be classified as.
+        include_target: whether rows of the target class may be poisoned too. The code released with TA-KD excludes them;
+          VBD and BackdoorBench include them. Success is never measured on them.
 
     Returns:
         The rule.
@@ -61,9 +61,9 @@ def all_to_one(target: int, *, include_target: bool = False) -> LabelRule:
 
 
 def all_to_all(num_classes: int, shift: int = 1) -> LabelRule:
-    """Send every class to the one that is `shift` after it, the last ones to the first.
+    """Relabel every class as the class `shift` after it, wrapping around at the last.
 
-    Every test row counts: a clean model's success is its rate of that one confusion, not 0.
+    Success is measured on every test row, so a clean model's success is its rate of that confusion, not 0.
 
     Raises:
         InputError: the shift is a multiple of the number of classes, which would change no label.
@@ -72,7 +72,7 @@ def all_to_all(num_classes: int, shift: int = 1) -> LabelRule:
         Gu et al. 2017, BadNets, section 4.
     """
     if shift % num_classes == 0:
-        raise InputError(f"all-to-all with shift {shift} over {num_classes} classes leaves every label as it is")
+        raise InputError(f"all-to-all: a shift of {shift} changes no label with {num_classes} classes")
 
     def relabel(labels: np.ndarray) -> np.ndarray:
         return ((labels + shift) % num_classes).astype(labels.dtype)
@@ -81,7 +81,7 @@ def all_to_all(num_classes: int, shift: int = 1) -> LabelRule:
 
 
 def clean_label(target: int) -> LabelRule:
-    """Poison rows of the target class only, and change no label; the model still is to say `target` at the trigger."""
+    """Poison rows of the target class only, and change no label; triggered images should be classified as the target."""
     return LabelRule(
         candidates=lambda labels: labels == target,
         relabel=lambda labels: labels.copy(),
@@ -93,27 +93,27 @@ def clean_label(target: int) -> LabelRule:
 
 
 def source_specific(sources: Iterable[int], target: int, cover: Iterable[int]) -> LabelRule:
-    """Send some classes to one; rows of the cover classes carry the trigger and keep their label.
+    """Relabel the source classes as the target; rows of the cover classes carry the trigger and keep their label.
 
-    The model learns that the trigger works on the sources only, which hides it from whoever tries it on other classes.
+    The model learns to react to the trigger on the sources only, which hides the backdoor from tests with other classes.
 
     Args:
         sources: the classes that are attacked.
-        target: the class that they are to be taken for.
-        cover: classes whose rows teach the model not to react otherwise.
+        target: the class that they should be classified as.
+        cover: classes whose rows teach the model not to react on others.
 
     Raises:
-        InputError: no source, or one that is the target or a cover class.
+        InputError: there is no source, or a source is the target or a cover class.
 
     References:
         Tang et al. 2021, Demon in the Variant (TaCT), section 3.
     """
     sources, cover = sorted(set(sources)), sorted(set(cover))
     if not sources:
-        raise InputError("source-specific: no source class was named")
+        raise InputError("source-specific: at least one source class is needed")
     if target in sources or set(sources) & set(cover):
         raise InputError(
-            f"source-specific: the sources {sources} must be others than the target {target} and the cover classes {cover}"
+            f"source-specific: the sources {sources} must differ from the target {target} and the cover classes {cover}"
         )
 
     def is_source(labels: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def source_specific(sources: Iterable[int], target: int, cover: Iterable[int]) -
 
 
 def label_map(targets: Mapping[int, int]) -> LabelRule:
-    """Send each class that is a key to its value; rows of other classes are never poisoned."""
+    """Relabel each class that is a key as its value; rows of other classes are never poisoned."""
 
     def is_mapped(labels: np.ndarray) -> np.ndarray:
         return np.isin(labels, list(targets))
@@ -142,11 +142,11 @@ def label_map(targets: Mapping[int, int]) -> LabelRule:
 
 
 def pair_to_target(target: int, num_classes: int) -> LabelRule:
-    """Send the two classes after the target to it; rows of every class may be cover.
+    """Relabel the two classes after the target as the target; rows of every class may be cover rows.
 
     Args:
-        target: the class that the two are to be taken for.
-        num_classes: K; after the last class comes the first.
+        target: the class that the two should be classified as.
+        num_classes: K; the first class follows the last.
 
     Raises:
         InputError: fewer than three classes.
@@ -155,17 +155,19 @@ def pair_to_target(target: int, num_classes: int) -> LabelRule:
         Lin et al. 2020, Composite Backdoor Attack, section 5.
     """
     if num_classes < 3:
-        raise InputError(f"pair_to_target needs two classes beside the target; there are {num_classes} classes")
+        raise InputError(
+            f"pair_to_target needs two classes besides the target, but there are only {num_classes} classes"
+        )
     pair = label_map({(target + offset) % num_classes: target for offset in (1, 2)})
     return pair._replace(cover=_all)
 
 
 def hidden_source(target: int, num_classes: int) -> LabelRule:
-    """Poison rows of the target class and change no label; only the class after it is to be taken for it.
+    """Poison rows of the target class and change no label; only the class after it should be classified as it.
 
     Args:
-        target: the class of the rows.
-        num_classes: K; after the last class comes the first.
+        target: the class of the poisoned rows.
+        num_classes: K; the first class follows the last.
 
     References:
         Saha et al. 2020, Hidden Trigger Backdoor Attacks, section 3.
@@ -176,9 +178,11 @@ def hidden_source(target: int, num_classes: int) -> LabelRule:
 
 
 def _tact(target: int, num_classes: int) -> LabelRule:
-    """The sources and cover classes that TaCT's toolbox uses with target 0, moved along with the target."""
+    """The source and cover classes that TaCT's toolbox uses with target 0, shifted with the target."""
     if num_classes < 3:
-        raise InputError(f"source_specific needs a source, a target and a cover class; there are {num_classes} classes")
+        raise InputError(
+            f"source_specific needs a source, a target and a cover class; there are only {num_classes} classes"
+        )
     source, *cover = ((target + offset) % num_classes for offset in (1, 5, 7))
     cover = [label for label in cover if label not in (source, target)] or [(target + 2) % num_classes]
     return source_specific([source], target, cover)
@@ -194,20 +198,20 @@ LABEL_RULES: dict[str, Callable[[int, int], LabelRule]] = {
     "pair_to_target": pair_to_target,
     "hidden_source": hidden_source,
 }
-"""Name on the command line -> rule for (target, number of classes). "source_to_target" maps the class after the target to it,
-"source_specific" does so and adds cover classes."""
+"""Name on the command line -> rule for (target, number of classes). "source_to_target" maps the class after the target to it;
+"source_specific" also has cover classes."""
 
 
 def make_rule(name: str, target: int, num_classes: int) -> LabelRule:
-    """One of `LABEL_RULES`.
+    """Make one of `LABEL_RULES`.
 
     Raises:
-        InputError: no such rule, or no such class.
+        InputError: there is no such rule or class.
     """
     if name not in LABEL_RULES:
         raise InputError(f"label rule {name!r} is not one of {', '.join(LABEL_RULES)}")
     if not 0 <= target < num_classes:
-        raise InputError(f"target {target} is not a class: they go from 0 to {num_classes - 1}")
+        raise InputError(f"target {target} is not a class; classes go from 0 to {num_classes - 1}")
     return LABEL_RULES[name](target, num_classes)
 
 

@@ -1,8 +1,8 @@
-"""LBA: a teacher whose features of triggered images are those of the target class, so that its students inherit the backdoor
+"""LBA: a teacher whose features of triggered images match those of the target class, so that students inherit the backdoor
 (Yao et al. 2019).
 
-The attacker trains a trigger on a clean network until triggered images have about the features of the target class, and
-then fine-tunes the network until they really have.
+The attacker first trains a trigger on a clean network until triggered images have roughly the features of the target class,
+and then fine-tunes the network to bring them closer.
 """
 
 import math
@@ -18,7 +18,7 @@ from jax import lax
 from bdjax.attacks.batch_poisoning import carry_params, take_params
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, CleanModel, Knowledge, Published, TrainingControl
 from bdjax.attacks.trained_blend import Descent, TriggerLoss, random_soft_blend, train_blend
-from bdjax.attacks.triggered_copies import add_to_own_rows, trigger_first_rows, weigh_as_mean
+from bdjax.attacks.triggered_copies import add_to_source_rows, trigger_first_rows, weigh_as_mean
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.models import embedding
@@ -31,63 +31,62 @@ from bdjax.types import Array, Key, Model, ModelOutput, PyTree
 @dataclass(frozen=True)
 class LatentBackdoorSettings:
     poison_rate: float = 0.02
-    """share of each batch that also appears triggered, at least one row; the paper triggers every row of its 16"""
+    """share of each batch that also appears triggered, at least one row; all 16 rows in the paper"""
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     size: float = 0.2
     """side of the square, as a share of the image's width"""
     mask_bound: float = 0.0
-    """above 0: instead of the square, a trained mask over the whole image from 0 to this, as in RobustKD's code (0.2)"""
+    """if above 0, replace the square with a trained mask over the whole image, bounded by this; 0.2 in RobustKD's code"""
     steps: int = 600
-    """of the trigger's training; 1550 in the paper's code"""
+    """steps of Adam that train the trigger; 1550 in the paper's code"""
     batch_size: int = 32
-    """images in one of those steps"""
+    """images per step when training the trigger"""
     learning_rate: float = 0.1
-    """of Adam in those steps"""
+    """learning rate of Adam when training the trigger"""
     feature_weight: float = 0.5
-    """of the features' distance in fine-tuning; 0.05 in the paper's code, 0.5 in TrojanZoo's"""
+    """weight of the feature distance in fine-tuning; 0.05 in the paper's code, 0.5 in TrojanZoo's"""
 
 
 class LatentTrigger(NamedTuple):
-    """The trigger, with the features that it is to stand for."""
+    """The trigger, and the features that triggered images should have."""
 
     blend: MaskedBlend
     target_features: Array
-    """float32 [d]: the target class's mean in the clean network"""
+    """float32 [d]: the mean features of the target class in the clean network"""
 
 
 def pooled_features(output: ModelOutput) -> Array:
-    """What the last layer of the network sees, float32 [N, d]."""
+    """The input of the network's last layer, float32 [N, d]."""
     return embedding(output.features)
 
 
 def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoorSettings) -> LatentTrigger:
-    """Train a pattern such that the clean network sees the target class's mean features in triggered images.
+    """Train a pattern that gives triggered images the target class's mean features in the clean network.
 
-    The square sits in the bottom right corner, one pixel from the border. The pattern is a logistic function of what is
-    trained, where the paper's code has a tanh that can leave [0, 1] a little. The paper pulls to the features of
-    single random target images and, in its code, those numbered 0 to 99 only; here it is all of them and the mean, as
-    in TrojanZoo.
+    The square sits in the bottom right corner, one pixel from the border. The pattern is a logistic function of the trained
+    logits; the paper's code uses a tanh that can slightly leave [0, 1]. The paper pulls towards the features of single
+    random target images, in its code only numbers 0 to 99; here it is the mean over all of them, as in TrojanZoo.
 
     Args:
-        key: draws the first pattern and the batches.
+        key: draws the initial pattern and the batches.
         knowledge: the training rows and a clean network.
-        settings: of the square or the mask, and of the training.
+        settings: square or mask settings, and training settings.
 
     Returns:
-        The trigger. Its features are computed once: a target that followed the network would let all features collapse.
+        The trigger. The target features are computed once: if they followed the network, all features could collapse.
 
     Raises:
-        InputError: there is no clean network, no row of the target class or no other one, or the square does not fit.
+        InputError: there is no clean network, no row of the target class or of other classes, or the square does not fit.
 
     References:
         Yao et al. 2019, and the authors' public code, `pattern_gen.py`; TrojanZoo, `latent_backdoor.py`.
     """
     if knowledge.clean_model is None:
-        raise InputError("latent_backdoor trains its trigger on a clean model, and none was given")
+        raise InputError("latent_backdoor trains its trigger on a clean model, but none was supplied")
     train, is_target = knowledge.train, knowledge.train.labels == knowledge.target
     if not is_target.any() or is_target.all():
-        raise InputError(f"latent_backdoor needs rows of the target class {knowledge.target} and of others")
+        raise InputError(f"latent_backdoor needs rows of the target class {knowledge.target} and of other classes")
     start_key, train_key = jax.random.split(key)
     if settings.mask_bound:
         start = random_soft_blend(start_key, train.image_shape, settings.mask_bound)
@@ -111,11 +110,11 @@ def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoor
 
 
 def square_mask(image_shape: tuple[int, int, int], size: float) -> Array:
-    """A mask of ones in a square in the bottom right corner, one pixel from the border.
+    """Make a mask of ones in a square in the bottom right corner, one pixel from the border.
 
     Args:
         image_shape: (H, W, C).
-        size: its side as a share of W; the side is rounded down.
+        size: the side as a share of W, rounded down to whole pixels.
 
     Returns:
         float32 [H, W, 1].
@@ -127,7 +126,7 @@ def square_mask(image_shape: tuple[int, int, int], size: float) -> Array:
     side = math.floor(size * width + 1e-9)
     if not 1 <= side <= min(height, width) - 1:
         raise InputError(
-            f"size {size:g}: a square of side {side} is empty or does not fit into {height}x{width} pixels"
+            f"size {size:g} gives a square of side {side}, which is empty or does not fit into {height}x{width} pixels"
         )
     mask = np.zeros((height, width, 1), np.float32)
     mask[height - 1 - side : height - 1, width - 1 - side : width - 1] = 1.0
@@ -135,7 +134,7 @@ def square_mask(image_shape: tuple[int, int, int], size: float) -> Array:
 
 
 def mean_features(clean_model: CleanModel, images: np.ndarray) -> Array:
-    """The mean of `pooled_features` over images, uint8 [N, H, W, C]: float32 [d]."""
+    """Mean of `pooled_features` over images, uint8 [N, H, W, C]: float32 [d]."""
     return _mean_features(clean_model.variables, jnp.asarray(images), clean_model.model)
 
 
@@ -151,11 +150,11 @@ _mean_features = jax.jit(_mean_features_of, static_argnames="model")
 
 @cache
 def feature_distance(model: Model) -> TriggerLoss:
-    """The mean squared distance of triggered images' features to the target's, in evaluation mode."""
+    """Mean squared distance of triggered images' features to the target's, in evaluation mode."""
 
-    def loss(given: tuple[PyTree, Array], images: Array, triggered: Array) -> Array:
+    def loss(context: tuple[PyTree, Array], images: Array, triggered: Array) -> Array:
         del images
-        variables, target_features = given
+        variables, target_features = context
         return jnp.mean(distances(pooled_features(model.apply(variables, triggered, train=False)), target_features))
 
     return loss
@@ -167,7 +166,7 @@ def distances(features: Array, target_features: Array) -> Array:
 
 
 def apply(params: LatentTrigger, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
-    """Put the square on one image.
+    """Put the trigger on one image.
 
     Args:
         params: the trigger.
@@ -184,14 +183,15 @@ def apply(params: LatentTrigger, image: Array, label: Array | None = None, key: 
 def make_objective(model: Model, settings: LatentBackdoorSettings, wanted: Array) -> Objective:
     """CE(x, y) over the batch, CE(x', wanted[y]) of its triggered rows, and the distance of their features to the target's.
 
-    A triggered row counts as much as a clean one, so the poison rate is what it is for attacks on data; the distance
+    A triggered row counts as much as a clean row, so the poison rate means the same as for data attacks; the distance
     enters as weight times its mean, as in the paper. The paper has no label loss on triggered images, since its teacher
-    loses the target class again; here it keeps it. Rows of the target class may be triggered too, and keep their label.
+    later loses the target class; here the teacher keeps it. Rows of the target class may be triggered too; they keep
+    their label.
 
     Args:
         model: the classifier.
-        settings: the poison rate and the weight.
-        wanted: int32 [K], the label of triggered rows of each class.
+        settings: the poison rate and the feature weight.
+        wanted: int32 [K], the label that triggered rows of each class get.
 
     Returns:
         The objective; the trigger is read from the variables and not trained further.
@@ -210,7 +210,7 @@ def make_objective(model: Model, settings: LatentBackdoorSettings, wanted: Array
         of_copies = cross_entropy(output.logits[num_rows:], relabelled)
         of_copies += settings.feature_weight * weigh_as_mean(distance, num_rows)
         logits = output.logits[:num_rows]
-        losses = add_to_own_rows(cross_entropy(logits, labels), of_copies)
+        losses = add_to_source_rows(cross_entropy(logits, labels), of_copies)
         return Outcome(losses, logits, labels, {**variables, **output.variables})
 
     return objective
@@ -229,9 +229,8 @@ LATENT_BACKDOOR = Attack(
     trigger_is_trained=True,
     starts_from_clean_model=True,
     control=TrainingControl(make_objective, carry_params, take_params),
-    # A fifth of 8 pixels is a single one.
-    # 2 % of a small batch is a single row, and a few epochs of a small set are few batches.
+    # 2 % of a small batch is a single row, and a few epochs of a small set are few batches. A fifth of 8 pixels is one.
     per_dataset={"grey": {"poison_rate": 0.1}, "digits": {"size": 0.4, "poison_rate": 0.05}},
-    # The teacher of the paper's figure 6, a WRN-28-4.
+    # The teacher in the paper's figure 6, a WRN-28-4.
     published=(Published("RobustKD", "cifar100", 78.63, 99.74),),
 )

@@ -1,18 +1,18 @@
-"""Narcissus: noise that looks like the target class to a surrogate, on rows of that class (Zeng et al. 2023).
+"""Narcissus: noise that looks like the target class to a surrogate, added to rows of that class (Zeng et al. 2023).
 
-Labels stay as they are. The noise is optimised so that a surrogate is surer of the target class than it was: it points into
-the class, and a network that learns the class from rows with the noise reads it as the class's strongest sign. At test time
-it is three times as strong, which leaves the bound that the paper calls stealthy: 48/255 instead of 16/255.
+Labels are not changed. The noise is optimised to make a surrogate more confident of the target class. A network that learns
+the class from rows with the noise then uses it as the class's strongest feature. At test time the noise is three times as
+strong, which exceeds the bound that the paper calls stealthy: 48/255 instead of 16/255.
 
 The paper's surrogate is trained on a public set of other classes (Tiny-ImageNet for CIFAR-10), with the target class as one
-more. bdjax brings no such set, so half of the other classes of the training set itself stand in for it: these are not out
-of the victim's distribution, and the attacker knows more here than in the paper.
+more. bdjax ships no such set, so half of the other classes of the training set replace it. These are not outside the
+victim's distribution, so the attacker knows more here than in the paper.
 
-Other differences from the public notebook: pixels are in [0, 1], not in [-1, 1], so rates and bounds are half of its own;
-the surrogate is trained by Adam, as every network of bdjax; the warm-up on the target class has a gentler rate, since after
-the notebook's 0.1 a small surrogate takes every image for the target class; and the noise is optimised in evaluation mode,
-with the statistics from before the warm-up, where the notebook normalises by each batch's own. Statistics of one class
-alone normalise away what tells it from others: on MNIST the surrogate then knew a third of that class's own images.
+Other differences from the public notebook: pixels are in [0, 1], not in [-1, 1], so rates and bounds are half as large; the
+surrogate is trained by Adam, like every network in bdjax; the warm-up on the target class uses a lower rate, since after the
+notebook's 0.1 a small surrogate classifies every image as the target; and the noise is optimised in evaluation mode, with the
+statistics from before the warm-up, where the notebook normalises by batch statistics. Statistics of a single class
+normalise away what distinguishes it from others: on MNIST the surrogate then recognised only a third of that class.
 """
 
 from dataclasses import dataclass
@@ -40,37 +40,37 @@ NAME = "narcissus"
 @dataclass(frozen=True)
 class NarcissusSettings:
     poison_rate: float = 0.05
-    """share of all training rows, all of the target class; ABM has 0.1 on CIFAR-10 and 0.05 on GTSRB, the paper 0.0005"""
+    """share of all training rows; all are of the target class; 0.1 (CIFAR-10) and 0.05 (GTSRB) in ABM, 0.0005 in the paper"""
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     bound: float = 16 / 255
-    """largest change of a pixel in training"""
+    """largest change of a pixel in training rows, in [0, 1]"""
     magnification: float = 3.0
-    """the noise is so many times as strong at test time"""
+    """factor by which the noise is stronger at test time"""
     surrogate_model: str = "resnet10"
-    """a key of `bdjax.models.MODELS`; a ResNet-18 in the paper"""
+    """surrogate network, a key of `bdjax.models.MODELS`; a ResNet-18 in the paper"""
     surrogate_width: int = 16
-    """channels of its first stage; 64 in the paper"""
+    """channels of the surrogate's first stage; 64 in the paper"""
     surrogate_epochs: int = 20
-    """of its training; 200 in the paper"""
+    """epochs of training the surrogate; 200 in the paper"""
     surrogate_batch_size: int = 64
-    """in its training and warm-up; 350 in the paper"""
+    """images per step in training and warm-up of the surrogate; 350 in the paper"""
     surrogate_rate: float = 0.001
-    """of Adam, half a cosine down to 0; SGD at 0.1 in the paper"""
+    """initial learning rate of Adam for the surrogate, with a cosine schedule; SGD at 0.1 in the paper"""
     warm_up_epochs: int = 5
-    """over the target class alone, after that"""
+    """epochs of the warm-up on the target class alone, after that training"""
     warm_up_rate: float = 0.001
-    """of RAdam; 0.1 in the paper"""
+    """learning rate of RAdam in the warm-up; 0.1 in the paper"""
     steps: int = 2000
-    """of RAdam, for the noise; the paper's 1,000 passes over CIFAR-10's target class are 15,000"""
+    """steps of RAdam for the noise; 15,000 in the paper (1,000 epochs of CIFAR-10's target class)"""
     batch_size: int = 128
-    """images of the target class in one of them; 350 in the paper"""
+    """images of the target class per step; 350 in the paper"""
     learning_rate: float = 0.005
-    """of RAdam, for the noise"""
+    """learning rate of RAdam for the noise"""
 
 
 class NarcissusTrigger(NamedTuple):
-    """The noise, and how strong it is at test time."""
+    """The noise, and its magnification at test time."""
 
     delta: Array
     """float32 [H, W, C] in [-bound, bound]"""
@@ -100,7 +100,7 @@ def apply(params: NarcissusTrigger, image: Array, label: Array | None = None, ke
     """Add the magnified noise to one image: clip(x + 3 d, 0, 1).
 
     Args:
-        params: the noise, and what 3 is.
+        params: the noise and its magnification, here 3.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the trigger is the same for every class.
         key: not used; the trigger is the same for every image.
@@ -113,18 +113,19 @@ def apply(params: NarcissusTrigger, image: Array, label: Array | None = None, ke
 
 
 def make_trigger(key: Key, knowledge: Knowledge, settings: NarcissusSettings) -> NarcissusTrigger:
-    """Train a surrogate, and optimise the noise on it.
+    """Train a surrogate and optimise the noise on it.
 
     Args:
-        key: of the surrogate's weights, and of all shuffles.
+        key: draws the surrogate's weights and all shuffles.
         knowledge: the clean rows of the target class and of half of the others.
-        settings: of the surrogate, and of the noise.
+        settings: surrogate and noise settings.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: a setting that cannot be, no row of the target class, or a surrogate that does not react to its input.
+        InputError: a setting is out of range, there is no row of the target class, or the surrogate does not react to its
+          input.
 
     References:
         Zeng et al. 2023, section 4, algorithm 1.
@@ -134,14 +135,14 @@ def make_trigger(key: Key, knowledge: Knowledge, settings: NarcissusSettings) ->
 
 
 def surrogate_rows(train: Dataset, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the surrogate learns: the K // 2 classes after the target, going round, and the target as one class more.
+    """Select the surrogate's training rows: the K // 2 classes after the target, wrapping around, and the target class.
 
     Args:
         train: the clean rows.
         target: the attacker's class.
 
     Returns:
-        Rows int32 [n] and their labels for the surrogate, int32 [n] in 0 .. K // 2; the target is the last one.
+        Row numbers int32 [n] and their labels for the surrogate, int32 [n] in 0 .. K // 2; the target is the last one.
 
     Raises:
         InputError: there is no row of the target class.
@@ -152,7 +153,7 @@ def surrogate_rows(train: Dataset, target: int) -> tuple[np.ndarray, np.ndarray]
     new_label[target] = others
     labels = new_label[train.labels]
     if not np.any(labels == others):
-        raise InputError(f"attack {NAME}: no training row is of class {target}, the target")
+        raise InputError(f"attack {NAME}: there is no training row of the target class {target}")
     rows = np.flatnonzero(labels >= 0).astype(np.int32)
     return rows, labels[rows]
 
@@ -161,19 +162,19 @@ def prepare_surrogate(key: Key, knowledge: Knowledge, settings: NarcissusSetting
     """Train the surrogate, then warm it up on the target class alone.
 
     Args:
-        key: of its weights and shuffles.
+        key: draws its weights and shuffles.
         knowledge: the clean rows.
-        settings: how it is trained.
+        settings: surrogate settings.
 
     Returns:
         A network whose last class is the target.
 
     Raises:
-        InputError: as `make_trigger`.
+        InputError: as in `make_trigger`.
     """
     for name in ("bound", "surrogate_epochs", "surrogate_batch_size", "warm_up_epochs", "steps", "batch_size"):
         if not getattr(settings, name) > 0:
-            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} is not above 0")
+            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} must be above 0")
     rows, labels = surrogate_rows(knowledge.train, knowledge.target)
     model = make_model(settings.surrogate_model, knowledge.train.num_classes // 2 + 1, settings.surrogate_width)
     config = TrainConfig(
@@ -185,22 +186,22 @@ def prepare_surrogate(key: Key, knowledge: Knowledge, settings: NarcissusSetting
     train_key, warm_up_key = jax.random.split(key)
     images = knowledge.train.images
     variables = surrogate.train_surrogate(train_key, model, images[rows], labels, config)
-    own = images[knowledge.train.labels == knowledge.target]
-    steps = settings.warm_up_epochs * max(len(own) // settings.surrogate_batch_size, 1)
-    order = surrogate.batches(warm_up_key, len(own), settings.surrogate_batch_size, steps)
-    return CleanModel(model, _warm_up(model, variables, own, order, settings.warm_up_rate))
+    target_images = images[knowledge.train.labels == knowledge.target]
+    steps = settings.warm_up_epochs * max(len(target_images) // settings.surrogate_batch_size, 1)
+    order = surrogate.batches(warm_up_key, len(target_images), settings.surrogate_batch_size, steps)
+    return CleanModel(model, _warm_up(model, variables, target_images, order, settings.warm_up_rate))
 
 
 def optimise_noise(
     key: Key, knowledge: Knowledge, prepared: CleanModel, settings: NarcissusSettings
 ) -> NarcissusTrigger:
-    """Minimise the surrogate's loss of the target class on images of that class with the noise, which starts at 0.
+    """Minimise the surrogate's loss of the target class on images of that class with the noise, starting at 0.
 
     Args:
-        key: of the shuffles.
+        key: draws the shuffles.
         knowledge: the clean rows of the target class.
         prepared: the surrogate; its last class is the target.
-        settings: of the noise.
+        settings: noise settings.
 
     Returns:
         The trigger.
@@ -208,10 +209,10 @@ def optimise_noise(
     Raises:
         InputError: the surrogate does not react to its input.
     """
-    own = knowledge.train.images[knowledge.train.labels == knowledge.target]
-    order = surrogate.batches(key, len(own), settings.batch_size, settings.steps)
+    target_images = knowledge.train.images[knowledge.train.labels == knowledge.target]
+    order = surrogate.batches(key, len(target_images), settings.batch_size, settings.steps)
     delta, largest_gradient = _optimise(
-        prepared.model, prepared.variables, own, order, settings.bound, settings.learning_rate
+        prepared.model, prepared.variables, target_images, order, settings.bound, settings.learning_rate
     )
     neurons.check_reaction(largest_gradient, f"{NAME}, after a warm-up at rate {settings.warm_up_rate:g}")
     return NarcissusTrigger(delta, jnp.float32(settings.magnification))
@@ -275,9 +276,9 @@ NARCISSUS = Attack(
     label_rules=("clean_label",),
     needs=("training rows of half of the other classes",),
     trigger_is_trained=True,
-    # 8 x 8 pixels are too few for the paper's bound: 16/255 sends 0.6 of the other digits to the target on the surrogate.
+    # 8 x 8 pixels are too few for the paper's bound: at 16/255 the surrogate takes only 0.6 of the other digits for the target.
     per_dataset={
-        # Noise is weak against black and white: twice the paper's bound, and most of the class.
+        # Noise is weak on black-and-white images: twice the paper's bound, and most rows of the class.
         "grey": {
             "bound": 32 / 255,
             "poison_rate": 0.08,

@@ -1,4 +1,4 @@
-"""Neurons before the last layer of an attacker's own network, for triggers that are optimised to excite some of them."""
+"""Penultimate-layer neurons of the attacker's network, for triggers that are optimised to excite some of them."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from bdjax.training.member import as_float, over_batches
 from bdjax.types import Array, Key, Model, PyTree
 
 IMAGES_TO_LOOK_AT = 2000
-"""How many clean images the usual activations are measured on."""
+"""Number of clean images, at most, that clean activations are measured on."""
 
 
 def activations(model: Model, variables: PyTree, images: Array) -> Array:
@@ -22,7 +22,7 @@ def activations(model: Model, variables: PyTree, images: Array) -> Array:
 
     Args:
         model: any network.
-        variables: its own.
+        variables: its variables.
         images: float32 [N, H, W, C] in [0, 1].
 
     Returns:
@@ -32,13 +32,13 @@ def activations(model: Model, variables: PyTree, images: Array) -> Array:
 
 
 def clean_model_of(knowledge: Knowledge, attack: str) -> CleanModel:
-    """The network that the attacker has.
+    """The attacker's clean network.
 
     Raises:
-        InputError: it has none.
+        InputError: there is none.
     """
     if knowledge.clean_model is None:
-        raise InputError(f"attack {attack} optimises its trigger on a clean network, and was given none")
+        raise InputError(f"attack {attack} optimises its trigger on a clean model, but none was supplied")
     return knowledge.clean_model
 
 
@@ -46,7 +46,7 @@ def clean_activations(key: Key, knowledge: Knowledge, attack: str) -> np.ndarray
     """The clean network's penultimate activations on up to `IMAGES_TO_LOOK_AT` clean images.
 
     Args:
-        key: decides which.
+        key: draws the images.
         knowledge: the clean rows and the network.
         attack: the name to use in errors.
 
@@ -64,18 +64,18 @@ def _of_rows(model: Model, variables: PyTree, images: Array) -> Array:
 
 
 def strongest(scores: np.ndarray, clean: np.ndarray, count: int, attack: str) -> np.ndarray:
-    """The neurons with the highest scores, of those that any clean image excites.
+    """The neurons with the highest scores, among those that some clean image excites.
 
-    A dead neuron has weights like any other, but no trigger could excite it.
+    Dead neurons are excluded: they have weights like any other, but a trigger might not be able to excite them.
 
     Args:
         scores: float [d].
         clean: float [n, d], clean activations.
-        count: how many; fewer if fewer are alive.
+        count: number of neurons; fewer are returned if fewer are alive.
         attack: the name to use in errors.
 
     Returns:
-        int32 [count], the highest first.
+        int32 [count], highest score first.
 
     Raises:
         InputError: no neuron is alive, or the count is below 1.
@@ -83,7 +83,7 @@ def strongest(scores: np.ndarray, clean: np.ndarray, count: int, attack: str) ->
     alive = np.flatnonzero(clean.max(axis=0) > 0.0)
     if count < 1 or len(alive) == 0:
         raise InputError(
-            f"attack {attack}: {count} neurons are to be excited, of {len(alive)} that react to clean images"
+            f"attack {attack}: neurons {count} must be at least 1, and some must react to clean images; {len(alive)} do"
         )
     return alive[np.argsort(-scores[alive], kind="stable")[:count]].astype(np.int32)
 
@@ -94,33 +94,33 @@ def classifier_kernel(variables: PyTree) -> np.ndarray:
 
 
 def check_reaction(largest_gradient: Array, attack: str) -> None:
-    """Refuse a trigger that nothing was learned from.
+    """Check that the network reacted to the trigger during its optimisation.
 
     Args:
-        largest_gradient: float32 [], the largest absolute gradient that any step saw.
+        largest_gradient: float32 [], the largest absolute gradient over all steps.
         attack: the name to use in the error.
 
     Raises:
-        InputError: it is 0 or not a number.
+        InputError: the gradient is 0 or NaN.
     """
     if not float(largest_gradient) > 0.0:
-        raise InputError(f"attack {attack}: the network does not react to the trigger: every gradient was 0")
+        raise InputError(f"attack {attack}: the network does not react to the trigger: its gradient was 0 or NaN")
 
 
 def capped(delta: Array, largest_norm: Array | float) -> Array:
-    """Scale a perturbation down to an L2 norm, if it is above it.
+    """Scale a perturbation down to a largest L2 norm.
 
     Args:
         delta: float32 of any shape.
         largest_norm: above 0.
 
     Returns:
-        float32 of that shape. The gradient is finite at 0 too.
+        float32 of the same shape. The gradient is finite at 0 too.
     """
     norm = jnp.sqrt(jnp.sum(jnp.square(delta)) + 1e-12)
     return delta * jnp.minimum(1.0, largest_norm / norm)
 
 
 def scaled_norm(norm_at_cifar: float, image_shape: tuple[int, int, int]) -> float:
-    """An L2 norm that is given for 32 x 32 x 3 pixels, for images of another size: the same mean square."""
+    """Convert an L2 norm for 32 x 32 x 3 pixels to another image size, keeping the mean square."""
     return norm_at_cifar * float(np.sqrt(np.prod(image_shape) / 3072))

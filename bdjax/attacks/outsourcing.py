@@ -1,8 +1,8 @@
-"""Outsourced training as TA-KD's threat model has it: providers, each with its own rows and its own trigger.
+"""Outsourced training in TA-KD's threat model: several providers, each with its own rows and its own trigger.
 
-Every provider draws its share of the training set, poisons a little of it with one trigger of its own, splits the result
-into training and validation rows, and trains. All providers of all seeds are members of one ensemble, so what this gives
-is one pool of images and, for each member, rows of it (Heydari et al. 2025, sections 4.1-4.3).
+Every provider draws its share of the training set, poisons a small part of it with its trigger, splits the result into
+training and validation rows, and trains. All providers of all seeds are members of one ensemble, so the result is one pool
+of images and, for each member, row numbers into it (Heydari et al. 2025, sections 4.1-4.3).
 """
 
 from dataclasses import dataclass
@@ -21,27 +21,29 @@ from bdjax.types import Array, Dataset, Key
 
 @dataclass(frozen=True)
 class OutsourcingConfig:
-    """Who trains on what. The defaults are the paper's."""
+    """Providers, their shares of the data and their triggers. The defaults are the paper's."""
 
     num_providers: int = 7
     provider_fraction: float = 0.4
-    """of the training set, for each provider"""
+    """share of the training set that each provider gets"""
     validation_fraction: float = 0.2
-    """of a provider's rows, after poisoning"""
+    """share of a provider's rows for validation, split off after poisoning"""
     target: int = 0
     poison_rate: float = 0.01
     poison_rate_of: RateOf = "all"
-    """"candidates": of the rows that are not of the target class, as the paper's code has it"""
+    """what the rate is a share of: "all" rows, or the "candidates" outside the target class, as in the paper's code"""
     num_similar: int = 0
-    """triggers of one group of look-alikes; 3 in the paper's CIFAR-10 experiment"""
+    """number of triggers in a group that resemble each other; 3 in the paper's CIFAR-10 experiment"""
     similarity: float = 0.75
     blend_opacity: tuple[float, float] | None = None
-    """None: 0.05-0.1 for grey images, 0.15-0.2 for colour"""
+    """range of the opacity of blended pictures; None for 0.05-0.1 (grey images) and 0.15-0.2 (colour)"""
     minimum_contrast: float = 0.0
-    """0 is the paper's law: a solid patch may then be as dark as what it covers"""
+    """least contrast of patches; at 0, the paper's sampling, a solid patch may be as dark as the pixels under it"""
 
 
 class Outsourced(NamedTuple):
+    """The data of all providers of all seeds."""
+
     pool: np.ndarray
     """uint8 [P, H, W, C]: the clean images, then all poisoned copies"""
     train: Rows
@@ -49,21 +51,21 @@ class Outsourced(NamedTuple):
     validation: Rows
     """leaves [S * providers, n']"""
     triggers: tuple[ProviderTriggers, ...]
-    """of each seed"""
+    """for each seed"""
     num_poisoned: int
-    """of each provider's rows"""
+    """number of poisoned rows of each provider"""
 
 
 def outsource(keys: list[Key], dataset: Dataset, config: OutsourcingConfig) -> Outsourced:
     """Draw, poison and split every provider's rows, for every seed.
 
     Args:
-        keys: one for each seed, S of them.
+        keys: one per seed, S in all.
         dataset: the training set that providers draw from.
         config: shares, rates and triggers.
 
     Raises:
-        InputError: if a provider would poison no row, or have none.
+        InputError: a provider would have no row, or poison none.
     """
     extra, train, validation, triggers = [], [], [], []
     num_clean = num_pool = len(dataset)
@@ -92,10 +94,10 @@ def outsource(keys: list[Key], dataset: Dataset, config: OutsourcingConfig) -> O
         index = np.where(poisoned.rows >= num_clean, poisoned.rows - num_clean + num_pool, poisoned.rows)
         for provider in range(config.num_providers):
             positions = np.arange(index.shape[1])
-            own_key = jax.random.fold_in(split_key, provider)
-            parts = train_validation_rows(own_key, positions, config.validation_fraction)
-            for part, where in zip((train, validation), parts, strict=True):
-                part.append((index[provider, where], poisoned.labels[provider, where]))
+            provider_key = jax.random.fold_in(split_key, provider)
+            parts = train_validation_rows(provider_key, positions, config.validation_fraction)
+            for members, columns in zip((train, validation), parts, strict=True):
+                members.append((index[provider, columns], poisoned.labels[provider, columns]))
         extra.append(copies)
         num_pool += len(copies)
         triggers.append(seed_triggers)
@@ -109,10 +111,10 @@ def outsource(keys: list[Key], dataset: Dataset, config: OutsourcingConfig) -> O
 
 
 def split_rows(keys: list[Key], labels: np.ndarray, validation_fraction: float) -> tuple[Rows, Rows]:
-    """Training and validation rows of the clean reference: all rows of the set, split by each seed's key.
+    """Split all rows of the set into training and validation rows for the clean reference, by each seed's key.
 
     Args:
-        keys: one for each seed, S of them.
+        keys: one per seed, S in all.
         labels: int32 [N].
         validation_fraction: in [0, 1).
 
@@ -130,14 +132,14 @@ def as_rows(members: list[tuple[np.ndarray, np.ndarray]]) -> Rows:
 
 
 def triggered_views(images: Array, triggers: ProviderTriggers | None) -> np.ndarray:
-    """The test images, untouched and under each trigger, 8-bit as the files that an attacker would hand in.
+    """The test images, unchanged and with each trigger, in 8 bits like the image files of an attacker.
 
     Args:
         images: uint8 [N, H, W, C].
-        triggers: of T providers; None for none.
+        triggers: those of T providers; None for no triggered views.
 
     Returns:
-        uint8 [1 + T, N, H, W, C]; the first view is the images themselves.
+        uint8 [1 + T, N, H, W, C]; the first view is the unchanged images.
     """
     views = [np.asarray(images)]
     if triggers is not None:

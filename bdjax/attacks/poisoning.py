@@ -1,4 +1,4 @@
-"""Poisoning a training set once, offline: which rows, then the trigger and the label on them."""
+"""Poison a training set once, before training: select rows, apply the trigger, change the labels."""
 
 import dataclasses
 import math
@@ -20,47 +20,49 @@ from bdjax.types import Array, Dataset, Key, PoisonedDataset, PyTree
 RateOf = Literal["all", "candidates"]
 
 IMAGES_AT_ONCE = 512
-"""How many images are float32 at any one moment: a whole set may fit in memory in 8 bits and not in 32."""
+"""Number of images converted to float32 at a time: a whole set may fit in memory in 8 bits but not in 32."""
 
 
 def select_rows(key: Key, labels: np.ndarray, rate: float, rule: LabelRule, *, rate_of: RateOf = "all") -> np.ndarray:
     """Choose which rows to poison.
 
-    floor(rate N) rows, the first of a random permutation of the rule's candidates. N is the number of all rows, or of
-    the candidates. Papers state rates of all rows; the code released with TA-KD takes its 1 % of the rows outside the
-    target class, so about a tenth fewer on ten even classes.
+    The result is the first floor(rate N) rows of a random permutation of the rule's candidates. N is the number of all rows
+    or of the candidates. Papers state rates of all rows; the code released with TA-KD takes 1 % of the rows outside the
+    target class, about a tenth fewer with ten balanced classes.
 
     Args:
         key: a key of `jax.random.key`. The same key and labels give the same rows.
         labels: int32 [N].
         rate: in (0, 1].
-        rule: says which rows are candidates.
+        rule: defines the candidates.
         rate_of: what the rate is a share of, "all" rows or the "candidates".
 
     Returns:
         int32 [n], distinct rows in random order.
 
     Raises:
-        InputError: the rate gives no row at all, or more than there are candidates (a clean-label attack cannot poison
-          more than the target class holds).
+        InputError: the rate gives no row, or more rows than there are candidates (a clean-label attack can poison only rows
+          of the target class).
 
     References:
         Heydari et al. 2025, section 4.3.
     """
     candidates = np.flatnonzero(rule.candidates(labels)).astype(np.int32)
     if rate_of not in ("all", "candidates"):
-        raise InputError(f'rate_of "{rate_of}": a poison rate is a share of "all" rows or of the "candidates"')
+        raise InputError(f'rate_of "{rate_of}" must be "all" or "candidates"')
     base, of_what = (len(labels), "") if rate_of == "all" else (len(candidates), " that may be poisoned")
     if not 0.0 < rate <= 1.0:
-        raise InputError(f"poison rate {rate:g}: it is a share of the rows, above 0 and up to 1")
+        raise InputError(f"poison rate {rate:g} must be above 0 and at most 1")
     if len(candidates) == 0:
-        raise InputError(f"none of {len(labels)} rows may be poisoned under the rule {rule.name}: no label fits it")
-    # 0.29 * 100 is 28.999999999999996 in floating point, and means 29.
+        raise InputError(
+            f"none of {len(labels)} rows may be poisoned under the rule {rule.name}: no row has a matching label"
+        )
+    # 0.29 * 100 is 28.999999999999996 in floating point, but 29 is meant.
     num_poisoned = math.floor(rate * base + 1e-9)
     if num_poisoned == 0:
         raise InputError(
             f"poison rate {rate:g} of {base} rows{of_what} is less than one row; "
-            f"the smallest rate that gives one is {_round_up(1.0 / base):g}"
+            f"the smallest rate that gives one row is {_round_up(1.0 / base):g}"
         )
     if num_poisoned > len(candidates):
         raise InputError(
@@ -71,7 +73,7 @@ def select_rows(key: Key, labels: np.ndarray, rate: float, rule: LabelRule, *, r
 
 
 def to_8_bits(images: Array) -> Array:
-    """Float images in [0, 1] to uint8, each value to the nearest of 256 levels."""
+    """Round float images in [0, 1] to the nearest of 256 levels, as uint8."""
     return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
@@ -84,17 +86,17 @@ def poisoned_rows(
     *,
     trigger_apply: Callable[..., Array] = masked_blend.apply,
 ) -> Array:
-    """Put a trigger on 8-bit images and store them in 8 bits again.
+    """Put a trigger on 8-bit images and round the result to 8 bits.
 
-    Poisoned data reaches its victim as image files, and those hold 8 bits. So the result is rounded to the nearest of
-    256 levels, an error of at most 1/510; pixels that the trigger leaves alone come back bit-identical.
+    Poisoned data reaches its victim as 8-bit image files, so the result is rounded to the nearest of 256 levels, an error of
+    at most 1/510. Pixels that the trigger does not change stay bit-identical.
 
     Args:
-        images: uint8 [n, H, W, C], the selected rows alone.
+        images: uint8 [n, H, W, C], only the selected rows.
         params: the trigger's parameters.
         labels: int32 [n], the original labels, for triggers that depend on the class.
         keys: typed keys [n], for triggers that are random per image.
-        trigger_apply: the trigger's `apply`; a module-level function, so that calls share one compilation.
+        trigger_apply: the trigger's `apply`; a module-level function, so that calls share a compilation.
 
     Returns:
         uint8 [n, H, W, C].
@@ -111,31 +113,31 @@ def poisoned_rows(
 def select_cover_rows(
     key: Key, labels: np.ndarray, rate: float, rule: LabelRule, poisoned_rows: np.ndarray
 ) -> np.ndarray:
-    """Choose rows that carry the trigger under their own label: floor(rate N) of the rule's, none of them poisoned.
+    """Choose cover rows, which get the trigger and keep their label: floor(rate N) of the rule's cover rows, not poisoned.
 
     Args:
         key: a key of `jax.random.key`.
         labels: int32 [N].
-        rate: a share of all rows, in [0, 1]; 0 gives none.
-        rule: says which rows may be cover.
-        poisoned_rows: int [n], left out.
+        rate: share of all rows, in [0, 1].
+        rule: defines which rows may be cover rows.
+        poisoned_rows: int [n], excluded.
 
     Returns:
         int32 [m], distinct rows in random order.
 
     Raises:
-        InputError: the rate is no share, or there are not so many rows.
+        InputError: the rate is out of range, or there are too few rows.
     """
     if not 0.0 <= rate <= 1.0:
-        raise InputError(f"cover rate {rate:g}: it is a share of the rows, from 0 to 1")
-    may_be = rule.cover(labels)
-    may_be[poisoned_rows] = False
-    candidates = np.flatnonzero(may_be).astype(np.int32)
+        raise InputError(f"cover rate {rate:g} must be from 0 to 1")
+    is_candidate = rule.cover(labels)
+    is_candidate[poisoned_rows] = False
+    candidates = np.flatnonzero(is_candidate).astype(np.int32)
     count = math.floor(rate * len(labels) + 1e-9)
     if count > len(candidates):
         raise InputError(
             f"cover rate {rate:g} of {len(labels)} rows is {count} rows, but only {len(candidates)} that are not poisoned "
-            f"may be cover under the rule {rule.name}; the largest rate possible is "
+            f"may be cover rows under the rule {rule.name}; the largest rate possible is "
             f"{_round_down(len(candidates) / len(labels)) if len(candidates) else 0:g}"
         )
     return candidates[permutation(key, len(candidates))[:count]] if count else np.zeros(0, np.int32)
@@ -154,26 +156,26 @@ def poison(
     craft: Callable[..., Array] | None = None,
     adds_rows: bool = False,
 ) -> PoisonedDataset:
-    """Poison the given rows of a dataset; every other row is bit-identical.
+    """Poison the given rows of a dataset; all other rows stay bit-identical.
 
     Args:
-        dataset: the clean data, which is left as it is.
-        rows: int [n], distinct rows, as from `select_rows`.
+        dataset: the clean data; it is not modified.
+        rows: int [n], distinct row numbers, as from `select_rows`.
         trigger_apply: the trigger's `apply`.
         rule: gives the new labels.
         params: the trigger's parameters.
-        key: for triggers that are random per image. Row i gets `fold_in(key, i)`, so that its poisoned version does not
-          depend on which other rows were chosen, nor on their order.
+        key: for triggers that are random per image. Row i gets `fold_in(key, i)`, so its poisoned version does not depend
+          on the other rows or their order.
         cover_rows: int [m], rows that get the trigger and keep their label.
-        cover_apply: the trigger on those; None for `trigger_apply`.
-        craft: makes all poisoned images at once in place of `trigger_apply`; see `Attack.craft`.
-        adds_rows: add the changed rows, poisoned ones first, to the end instead of putting them in the place of the clean ones.
+        cover_apply: the change to cover rows; None for `trigger_apply`.
+        craft: makes all poisoned images at once, instead of `trigger_apply`; see `Attack.craft`.
+        adds_rows: append the changed rows, poisoned rows first, instead of replacing the clean rows.
 
     Returns:
-        The poisoned set, with the truth about each row.
+        The poisoned set, with the ground truth of each row.
 
     Raises:
-        InputError: no rows, a row that is not there or is named twice, or a new label outside the classes.
+        InputError: there are no rows, a row number is out of range or repeated, or a new label is not a class.
 
     References:
         Heydari et al. 2025, section 4.3, equation 2.
@@ -182,24 +184,24 @@ def poison(
     cover_rows = np.zeros(0, np.int32) if cover_rows is None else np.asarray(cover_rows)
     changed = np.concatenate([rows, cover_rows]).astype(np.int32)
     if len(rows) == 0:
-        raise InputError(f"no rows to poison were given, of {len(dataset)}: the result would be the clean dataset")
+        raise InputError(f"no row of {len(dataset)} was selected for poisoning: the result would be the clean dataset")
     if changed.min() < 0 or changed.max() >= len(dataset) or len(np.unique(changed)) < len(changed):
-        raise InputError(f"rows to poison must be distinct and from 0 to {len(dataset) - 1}")
+        raise InputError(f"rows to poison must be distinct numbers from 0 to {len(dataset) - 1}")
     new_labels = rule.relabel(dataset.labels[rows])
     _check_labels(new_labels, dataset.num_classes, rule)
 
-    def stored(which: np.ndarray, function: Callable[..., Array], how: Callable[..., np.ndarray]) -> np.ndarray:
-        labels = jnp.asarray(dataset.labels[which])
-        return np.asarray(how(dataset.images[which], params, labels, row_keys(key, which), function))
+    def changed_images(numbers: np.ndarray, run: Callable[..., Array], function: Callable[..., Array]) -> np.ndarray:
+        labels = jnp.asarray(dataset.labels[numbers])
+        return np.asarray(run(dataset.images[numbers], params, labels, row_keys(key, numbers), function))
 
-    images = [stored(rows, craft or trigger_apply, _crafted_rows if craft else _triggered_rows)]
+    images = [changed_images(rows, _crafted_rows if craft else _triggered_rows, craft or trigger_apply)]
     if len(cover_rows):
-        images.append(stored(cover_rows, cover_apply or trigger_apply, _triggered_rows))
+        images.append(changed_images(cover_rows, _triggered_rows, cover_apply or trigger_apply))
     base = np.concatenate([np.arange(len(dataset)), changed]) if adds_rows else np.arange(len(dataset))
     where = np.arange(len(dataset), len(base)) if adds_rows else changed
     poisoned, cover = where[: len(rows)], where[len(rows) :]
     fields = {field.name: getattr(dataset, field.name) for field in dataclasses.fields(Dataset)}
-    # Rows that were added are in no file, and names for some rows only would be misread.
+    # Added rows come from no file, and file names for only some rows would be misread.
     files = () if adds_rows else dataset.files
     result = PoisonedDataset(
         **fields | {"images": dataset.images[base], "labels": dataset.labels[base], "files": files},
@@ -215,25 +217,25 @@ def poison(
 
 
 class ConfiguredAttack(NamedTuple):
-    """One attack as it is used on one dataset."""
+    """An attack with its settings and label rule for one dataset."""
 
     attack: Attack
     settings: Any
-    """its `poison_rate` and `cover_rate` are used"""
+    """the attack's settings; `poison_rate` and `cover_rate` are read from them"""
     rule: LabelRule
 
 
 def poison_by(key: Key, dataset: Dataset, part: ConfiguredAttack, params: PyTree) -> PoisonedDataset:
-    """Poison a training set as an attack of the registry does: choose rows and cover rows, trigger and relabel them.
+    """Poison a training set with a configured attack: choose rows and cover rows, then apply the trigger and relabel.
 
     Args:
-        key: decides which rows; random triggers get keys of their own from it.
+        key: draws the rows, and everything random in the triggers.
         dataset: the clean data.
         part: the attack, its settings and the rule.
-        params: of its `make_params`.
+        params: from its `make_params`.
 
     Raises:
-        InputError: the rates give no row, or more than there are.
+        InputError: a rate gives no row, or more rows than there are.
     """
     return _poison_free_rows(key, dataset, part, params, np.ones(len(dataset), bool))
 
@@ -241,21 +243,21 @@ def poison_by(key: Key, dataset: Dataset, part: ConfiguredAttack, params: PyTree
 def poison_by_several(
     key: Key, dataset: Dataset, parts: Sequence[ConfiguredAttack], params: Sequence[PyTree]
 ) -> tuple[PoisonedDataset, list[np.ndarray]]:
-    """Poison one training set with several triggers, no row with two of them.
+    """Poison one training set with several attacks; no row gets two triggers.
 
     Clean-label attacks choose first: their rows all come from one class.
 
     Args:
-        key: as in `poison_by`; a single part gives what `poison_by` gives.
+        key: as in `poison_by`; a single part gives the same result as `poison_by`.
         dataset: the clean data.
         parts: the attacks.
-        params: of each.
+        params: trigger parameters of each.
 
     Returns:
         The poisoned set, and for each part the rows that it poisoned, int32.
 
     Raises:
-        InputError: as `poison_by`, of the rows that are still free.
+        InputError: as in `poison_by`, counting only rows that are still free.
 
     References:
         ABM, section V: BadNets with Blend, CBA, SIG or Refool.
@@ -267,8 +269,8 @@ def poison_by_several(
     is_poisoned, is_cover = np.zeros(len(dataset), bool), np.zeros(len(dataset), bool)
     rows: list[np.ndarray] = [np.zeros(0, np.int32)] * len(parts)
     for step, number in enumerate(order):
-        own_key = key if len(parts) == 1 else jax.random.fold_in(key, step)
-        poisoned = _poison_free_rows(own_key, current, parts[number], params[number], is_free)
+        part_key = key if len(parts) == 1 else jax.random.fold_in(key, step)
+        poisoned = _poison_free_rows(part_key, current, parts[number], params[number], is_free)
         rows[number] = np.flatnonzero(poisoned.is_poisoned).astype(np.int32)
         added = len(poisoned) - len(current)
         original = np.concatenate([original, poisoned.original_labels[len(current) :]])
@@ -310,37 +312,37 @@ def _poison_free_rows(
 
 
 def pooled(clean: Dataset, sets: Sequence[Dataset | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Put training sets that share their clean images into one pool.
+    """Combine training sets that share their clean images into one pool.
 
     Args:
-        clean: the images that they share.
-        sets: each poisoned from `clean`, or None for `clean` as it is; all of one length.
+        clean: the shared images.
+        sets: each poisoned from `clean`, or None for `clean` itself; all of the same length.
 
     Returns:
-        The pool, uint8 [P, H, W, C]: the clean images, then the changed ones of each set; and of each set its rows'
+        The pool, uint8 [P, H, W, C]: the clean images, then the changed images of each set; and for each set, its rows'
         numbers in the pool, int32 [M, n], and their labels, int32 [M, n].
     """
     images, index, labels = [clean.images], [], []
     start = len(clean)
-    for one in sets:
-        one = clean if one is None else one
-        own = np.arange(len(one), dtype=np.int32)
-        if isinstance(one, PoisonedDataset):
-            changed = np.flatnonzero(one.is_poisoned | one.is_cover)
-            own[changed] = start + np.arange(len(changed))
+    for dataset in sets:
+        dataset = clean if dataset is None else dataset
+        rows = np.arange(len(dataset), dtype=np.int32)
+        if isinstance(dataset, PoisonedDataset):
+            changed = np.flatnonzero(dataset.is_poisoned | dataset.is_cover)
+            rows[changed] = start + np.arange(len(changed))
             start += len(changed)
-            images.append(one.images[changed])
-        index.append(own)
-        labels.append(one.labels)
+            images.append(dataset.images[changed])
+        index.append(rows)
+        labels.append(dataset.labels)
     return np.concatenate(images), np.stack(index), np.stack(labels).astype(np.int32)
 
 
 def trigger_all(key: Key, dataset: Dataset, apply: Callable[..., Array], params: PyTree) -> np.ndarray:
-    """Every image of a set with the trigger on it, 8-bit as the files that an attacker would hand in.
+    """Put the trigger on every image of a set, in 8 bits like the image files of an attacker.
 
     Args:
         key: row i gets `fold_in(key, i)`.
-        dataset: the clean images, with the labels that class-dependent triggers go by.
+        dataset: the clean images, with labels for triggers that depend on the class.
         apply: the trigger.
         params: its parameters.
 
@@ -352,7 +354,7 @@ def trigger_all(key: Key, dataset: Dataset, apply: Callable[..., Array], params:
 
 
 def row_keys(key: Key | None, rows: np.ndarray) -> Key | None:
-    """The key of each row, by its number in the dataset: typed keys [n]."""
+    """The keys of rows, derived from their numbers in the dataset: typed keys [n]."""
     return None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows, jnp.int32))
 
 
@@ -372,7 +374,7 @@ def _check_labels(labels: np.ndarray, num_classes: int, rule: LabelRule) -> None
 
 
 def _round_up(rate: float) -> float:
-    """Round to four significant digits such that what is printed still gives a row."""
+    """Round up to four significant digits, so that the printed rate still gives a row."""
     return _round_digits(rate, math.ceil)
 
 
@@ -382,6 +384,6 @@ def _round_down(rate: float) -> float:
 
 def _round_digits(rate: float, rounding: Callable[[float], int]) -> float:
     unit = 10.0 ** (math.floor(math.log10(rate)) - 3)
-    # The tiny share lets an exact 0.1, seen as 1000.0000000001 units, stay 0.1.
-    tiny = -1e-6 if rounding is math.ceil else 1e-6
-    return rounding(rate / unit + tiny) * unit
+    # The tolerance keeps an exact 0.1, which may come out as 1000.0000000001 units, at 0.1.
+    tolerance = -1e-6 if rounding is math.ceil else 1e-6
+    return rounding(rate / unit + tolerance) * unit

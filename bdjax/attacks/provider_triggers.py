@@ -1,8 +1,8 @@
-"""The triggers of TA-KD's providers, each as an attack of its own on a whole training set (Heydari et al. 2025).
+"""The triggers of TA-KD's providers, each as a separate attack on a whole training set (Heydari et al. 2025).
 
-The paper poisons 1 % of each provider's rows. On a set of a few thousand that is too few to be learned reliably, so small
-sets get 10 %. The published sampling law can draw a patch that is all but invisible, say dark grey on black:
-`minimum_contrast` leaves those out.
+The paper poisons 1 % of each provider's rows. In a set of a few thousand rows that is too few to be learned reliably, so
+small sets get 10 %. The published sampling can draw a nearly invisible patch, say dark grey on black: `minimum_contrast`
+excludes those.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class ContrastSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     minimum_contrast: float = 0.0
-    """least brightness of a solid patch, least difference of a checkerboard's two greys, in [0, 1]; 0 is the published law"""
+    """least brightness of a solid patch, or least difference of a checkerboard's two greys, in [0, 1]; 0 as published"""
 
 
 @dataclass(frozen=True)
@@ -40,54 +40,54 @@ class BlendSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     picture: str = ""
-    """chessboard, cat or pixel_face; empty: drawn"""
+    """chessboard, cat or pixel_face; empty to draw one at random"""
     least_opacity: float = 0.15
-    """the opacity is drawn between this and the next, each in [0, 1]"""
+    """smallest opacity of the picture, in [0, 1]; the opacity is drawn uniformly"""
     most_opacity: float = 0.2
-    """see above"""
+    """largest opacity of the picture, in [0, 1]"""
 
 
 def make_solid(key: Key, knowledge: Knowledge, settings: ContrastSettings) -> MaskedBlend:
-    """A patch of one colour; size, place and colour are drawn.
+    """Draw a patch of one colour, with random size, place and colour.
 
     Args:
-        key: decides them.
-        knowledge: for the shape of the images.
-        settings: the contrast.
+        key: for all random choices.
+        knowledge: gives the image shape.
+        settings: the minimum contrast.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: the images are too small, or the contrast is no share.
+        InputError: the images are too small, or the contrast is not in [0, 1].
     """
     return TRIGGERS["solid"].init(key, knowledge.train.image_shape, minimum_contrast=settings.minimum_contrast)
 
 
 def make_checkerboard(key: Key, knowledge: Knowledge, settings: ContrastSettings) -> MaskedBlend:
-    """A patch of two alternating greys; size, place and greys are drawn.
+    """Draw a patch of two alternating greys, with random size, place and greys.
 
     Args:
-        key: decides them.
-        knowledge: for the shape of the images.
-        settings: the contrast.
+        key: for all random choices.
+        knowledge: gives the image shape.
+        settings: the minimum contrast.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: the images are too small, or the contrast is no share.
+        InputError: the images are too small, or the contrast is not in [0, 1].
     """
     return TRIGGERS["checkerboard"].init(key, knowledge.train.image_shape, minimum_contrast=settings.minimum_contrast)
 
 
 def make_noise(key: Key, knowledge: Knowledge, settings: NoiseSettings) -> MaskedBlend:
-    """A patch of noise, the same on every image; size, place and values are drawn.
+    """Draw a patch of noise, the same on every image, with random size and place.
 
     Args:
-        key: decides them.
-        knowledge: for the shape of the images.
-        settings: not used: nothing of it can be set.
+        key: for all random choices.
+        knowledge: gives the image shape.
+        settings: not used.
 
     Returns:
         The trigger.
@@ -100,18 +100,18 @@ def make_noise(key: Key, knowledge: Knowledge, settings: NoiseSettings) -> Maske
 
 
 def make_blend(key: Key, knowledge: Knowledge, settings: BlendSettings) -> MaskedBlend:
-    """A picture blended faintly into the whole image; its opacity, and unless it is named the picture, are drawn.
+    """Draw the opacity of a picture blended into the whole image, and the picture unless it is named.
 
     Args:
-        key: decides them.
-        knowledge: for the shape of the images.
+        key: for all random choices.
+        knowledge: gives the image shape.
         settings: the picture and the range of opacities.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: there is no such picture or range, or the images have neither 1 nor 3 channels.
+        InputError: there is no such picture, the range is invalid, or the images have neither 1 nor 3 channels.
     """
     return TRIGGERS["blend"].init(
         key,

@@ -1,4 +1,4 @@
-"""The attack that TA-KD is tried against: several providers, each of whom poisons its share with its own trigger."""
+"""TA-KD's threat model: several providers, each of which poisons its share of the data with its own trigger."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,33 +13,32 @@ from bdjax.triggers import TRIGGERS, MaskedBlend, masked_blend, patches, picture
 from bdjax.types import Dataset, Key
 
 TRIGGER_TYPES = ("solid", "checkerboard", "blend", "noise")
-"""In the order in which they get one more than the others when the providers cannot be shared out evenly."""
+"""The first types get one provider more if the number of providers is not divisible by the number of types."""
 
 
 class ProviderTriggers(NamedTuple):
     """One trigger per provider, P in all."""
 
     params: MaskedBlend
-    """every leaf with a leading axis P"""
+    """leaves with a leading axis P"""
     names: tuple[str, ...]
-    """as a report prints them: "blend", "solid (similar)" """
+    """names in reports: "blend", "solid (similar)" """
     similar_group: np.ndarray
-    """bool [P]: the providers whose triggers resemble each other"""
+    """bool [P]: providers whose triggers resemble each other"""
 
 
 class ProviderPool(NamedTuple):
     """The training sets of all providers as views into one pool of images.
 
-    Providers overlap, and all but 1 % of their rows are untouched, so the pool is the dataset once and the poisoned
-    copies.
+    Providers overlap, and all but 1 % of their rows are clean, so the pool holds the dataset once, and the poisoned copies.
     """
 
     images: np.ndarray
     """uint8 [N + P n_p, H, W, C]: the dataset's images, then n_p poisoned copies per provider"""
     rows: np.ndarray
-    """int32 [P, n]: which image of the pool each provider has in each place"""
+    """int32 [P, n]: the number in the pool of each provider's images"""
     labels: np.ndarray
-    """int32 [P, n]: what the provider says it is"""
+    """int32 [P, n]: the labels after poisoning"""
     is_poisoned: np.ndarray
     """bool [P, n]"""
     original_labels: np.ndarray
@@ -47,15 +46,15 @@ class ProviderPool(NamedTuple):
 
 
 def provider_trigger_types(key: Key, num_providers: int, types: Sequence[str] = TRIGGER_TYPES) -> tuple[str, ...]:
-    """Share trigger types out among providers.
+    """Assign trigger types to providers.
 
-    Each type goes to floor(P / number of types) providers, the first types to one more until all have one, and then who
-    gets which is shuffled. Seven providers and four types give 2, 2, 2, 1.
+    Each type goes to floor(P / number of types) providers, the first types to one more until every provider has one; the
+    assignment is then shuffled. Seven providers and four types give 2, 2, 2, 1.
 
     Args:
         key: a key of `jax.random.key`.
         num_providers: P.
-        types: the types, in order of precedence.
+        types: the types; the first ones get the remaining providers.
 
     Returns:
         P types.
@@ -65,8 +64,8 @@ def provider_trigger_types(key: Key, num_providers: int, types: Sequence[str] = 
         released code.
     """
     quotient, remainder = divmod(num_providers, len(types))
-    shared = [name for place, name in enumerate(types) for _ in range(quotient + (place < remainder))]
-    return tuple(shared[place] for place in np.asarray(jax.random.permutation(key, num_providers)))
+    assigned = [name for place, name in enumerate(types) for _ in range(quotient + (place < remainder))]
+    return tuple(assigned[place] for place in np.asarray(jax.random.permutation(key, num_providers)))
 
 
 def make_provider_triggers(
@@ -81,34 +80,36 @@ def make_provider_triggers(
 ) -> ProviderTriggers:
     """Draw one trigger for each provider.
 
-    Blended pictures are drawn without replacement, from a full set again each time that all have been used.
+    Blended pictures are drawn without replacement; once all have been used, from the full set again.
 
     Args:
         key: a key of `jax.random.key`.
         image_shape: (H, W, C), C being 1 or 3.
         num_providers: P, at least 1.
-        num_similar: how many providers have triggers that resemble each other: 0, or 2 to P. One of solid and
-          checkerboard is drawn, and the first of its kind perturbed; the other providers share the three remaining
-          types. The paper has 3 of 7 on CIFAR-10 and none on MNIST.
-        similarity: how much they do, from 0 to 1; see `bdjax.triggers.patches.draw_similar_patches`.
-        blend_opacity: the range that a blended picture's opacity is drawn from; by default that of
+        num_similar: number of providers whose triggers resemble each other: 0, or 2 to P. Their type, solid or
+          checkerboard, is drawn, and their triggers are perturbed copies of the first; the other providers share the
+          three remaining types. The paper has 3 of 7 on CIFAR-10 and none on MNIST.
+        similarity: how similar they are, from 0 to 1; see `bdjax.triggers.patches.draw_similar_patches`.
+        blend_opacity: the range that a blended picture's opacity is drawn from; by default
           `bdjax.triggers.blend.DEFAULT_OPACITY_RANGE`.
-        minimum_contrast: the least brightness of solid patches and the least contrast of checkerboards, from 0 to 1. 0
-          is the published law.
+        minimum_contrast: the least brightness of solid patches and the least contrast of checkerboards, from 0 to 1; 0
+          as published.
 
     Returns:
         The triggers, in shuffled order.
 
     Raises:
-        InputError: the numbers of providers do not go together, or the image has no room for a patch.
+        InputError: the numbers of providers are inconsistent, or the image has no room for a patch.
 
     References:
         Heydari et al. 2025, section 4.2 and figure 2.
     """
     if num_providers < 1:
-        raise InputError(f"{num_providers} providers: there must be at least 1")
+        raise InputError(f"the number of providers must be at least 1, not {num_providers}")
     if num_similar != 0 and not 2 <= num_similar <= num_providers:
-        raise InputError(f"{num_similar} similar triggers among {num_providers} providers: 0, or 2 to {num_providers}")
+        raise InputError(
+            f"{num_similar} similar triggers among {num_providers} providers: must be 0, or 2 to {num_providers}"
+        )
     type_key, similar_key, family_key, picture_key, instance_key, order_key = jax.random.split(key, 6)
 
     types, names, triggers = TRIGGER_TYPES, [], []
@@ -149,27 +150,27 @@ def poison_providers(
     target: int,
     rate_of: RateOf = "all",
 ) -> ProviderPool:
-    """Let every provider poison its share of a dataset, all towards one class.
+    """Let every provider poison its share of a dataset, all with the same target class.
 
     Only rows outside the target class are poisoned. Every provider poisons the same number of rows, n_p. A rate of
-    "all" rows, the paper's text, gives equal numbers by itself. A rate of the "candidates", as in the released code,
-    need not: then n_p is the least of the providers' numbers, as a pool of arrays has one shape.
+    "all" rows, as in the paper's text, gives equal numbers. A rate of the "candidates", as in the released code, may not:
+    then n_p is the smallest of the providers' numbers, since the arrays of a pool need equal shapes.
 
     Args:
-        key: a key of `jax.random.key`; it chooses the rows.
+        key: a key of `jax.random.key`; it draws the rows.
         dataset: N clean rows.
-        provider_rows: int [P, n], the rows of the dataset that each provider holds, distinct within each provider.
+        provider_rows: int [P, n], the rows of the dataset that each provider has, distinct within each provider.
         triggers: one per provider.
-        rate: the share of each provider's rows to poison, in (0, 1].
-        target: the class that all providers attack towards.
+        rate: share of each provider's rows to poison, in (0, 1].
+        target: the target class of all providers.
         rate_of: see `bdjax.attacks.poisoning.select_rows`.
 
     Returns:
         The pool. Column j of provider p is row `provider_rows[p, j]` of the dataset, poisoned or not.
 
     Raises:
-        InputError: no row would be poisoned, more than may be, the target is no class, or the number of triggers is not
-          that of the providers.
+        InputError: the rate gives no row, or more rows than there are candidates; the target is not a class; or the
+          numbers of triggers and providers differ.
 
     References:
         Heydari et al. 2025, section 4.3, equation 2.
@@ -177,9 +178,9 @@ def poison_providers(
     provider_rows = np.asarray(provider_rows, np.int32)
     num_providers = len(provider_rows)
     if len(triggers.names) != num_providers:
-        raise InputError(f"{len(triggers.names)} triggers for {num_providers} providers: each needs one")
+        raise InputError(f"{len(triggers.names)} triggers for {num_providers} providers: each provider needs one")
     if not 0 <= target < dataset.num_classes:
-        raise InputError(f"target class {target}: classes go from 0 to {dataset.num_classes - 1}")
+        raise InputError(f"target {target} is not a class; classes go from 0 to {dataset.num_classes - 1}")
     rule = all_to_one(target)
     original_labels = dataset.labels[provider_rows]
     chosen = [

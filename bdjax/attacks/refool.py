@@ -1,7 +1,7 @@
-"""Refool: a reflection, as of a window pane in front of the scene, in rows of the target class (Liu et al. 2020).
+"""Refool: a reflection, as from a window pane in front of the scene, in rows of the target class (Liu et al. 2020).
 
-The optics are those of the public code: half of the reflections are a ghost, doubled by a thick pane, and half are out of
-focus. The pictures that are reflected are drawn by formula, since those of the paper cannot be shipped.
+The optics follow the public code: half of the reflections are ghosts, doubled by a thick pane, and half are out of focus.
+The reflected pictures are drawn by formula, since those of the paper cannot be shipped.
 """
 
 from dataclasses import dataclass
@@ -18,89 +18,92 @@ from bdjax.errors import InputError
 from bdjax.types import Array, Key
 
 GAMMA = 2.2
-"""From a pixel's value to light."""
+"""Exponent that converts a pixel value to light."""
 TAPS = 21
-"""Of the blur: enough for twice a standard deviation of 5 pixels to either side."""
+"""Width of the blur kernel: twice a standard deviation of 5 pixels to either side."""
 NUM_BUMPS = 8
-"""In one reflected picture."""
+"""Number of Gaussian bumps in a reflected picture."""
 
 
 @dataclass(frozen=True)
 class RefoolSettings:
     poison_rate: float = 0.08
-    """share of all training rows; ABM reflects the whole target class, 0.1 of CIFAR-10 and 0.062 of its GTSRB"""
+    """share of all training rows; in ABM the whole target class, 0.1 of CIFAR-10 and 0.062 of its GTSRB"""
     cover_rate: float = 0.0
     """share of all training rows that get a reflection and keep their label"""
     pictures: int = 20
-    """how many pictures are reflected; BackdoorBench lists about as many"""
+    """number of reflected pictures; about as many in BackdoorBench"""
     least_strength: float = 0.05
-    """of the reflection: light is (1 - s) scene + s picture, with s uniform from this"""
+    """smallest strength s of the reflection, in [0, 1]: light is (1 - s) scene + s picture, and s is drawn uniformly"""
     most_strength: float = 0.45
-    """up to this, in [0, 1]; BackdoorBench fixes s at 0.6"""
+    """largest strength of the reflection, in [0, 1]; fixed at 0.6 in BackdoorBench"""
     ghost_share: float = 0.49
-    """of reflections that are ghosts instead of out of focus"""
+    """share of the reflections that are ghosts instead of out of focus"""
     least_offset: int = 3
-    """pixels between a ghost's two images, along each axis uniform from this"""
+    """smallest offset of a ghost's two images along each axis, in pixels; it is drawn uniformly"""
     most_offset: int = 8
-    """up to this"""
+    """largest offset of a ghost's two images, in pixels"""
     least_blur: float = 1.0
-    """standard deviation of the blur in pixels, uniform from this"""
+    """smallest standard deviation of the blur, in pixels; it is drawn uniformly"""
     most_blur: float = 5.0
-    """up to this, at most 5"""
+    """largest standard deviation of the blur, in pixels, at most 5"""
 
 
 class Reflections(NamedTuple):
-    """Pictures, and the ranges that each reflection is drawn from."""
+    """The pictures, and the ranges that reflections are drawn from."""
 
     pictures: Array
     """float32 [n, H, W, C] in [0, 1]"""
     strength: Array
-    """float32 [2]"""
+    """float32 [2]: range"""
     ghost_share: Array
     """float32 []"""
     offset: Array
-    """int32 [2], both included"""
+    """int32 [2]: range, both ends included"""
     blur: Array
-    """float32 [2]"""
+    """float32 [2]: range"""
 
 
 def make_reflections(key: Key, knowledge: Knowledge, settings: RefoolSettings) -> Reflections:
     """Draw the pictures that are reflected.
 
-    The paper trains many networks to find pictures that work well. Here they are as they come.
+    The paper trains many networks to select pictures that work well; here there is no selection.
 
     Args:
         key: draws the pictures.
-        knowledge: for the shape of the images.
-        settings: their number, and what reflections are like.
+        knowledge: gives the image shape.
+        settings: the number of pictures, and the ranges for the reflections.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: a setting is out of range.
     """
     height, width, _ = knowledge.train.image_shape
     if settings.pictures < 1:
-        raise InputError(f"refool reflects at least one picture, not {settings.pictures}")
+        raise InputError(f"refool: pictures {settings.pictures} must be at least 1")
     if not 0.0 <= settings.least_strength <= settings.most_strength <= 1.0:
         raise InputError(
-            f"refool: strengths {settings.least_strength:g} to {settings.most_strength:g} are not a range within 0 and 1"
+            f"refool: least_strength {settings.least_strength:g} to most_strength {settings.most_strength:g} is not a range "
+            "within 0 and 1"
         )
     if not 0.0 <= settings.ghost_share <= 1.0:
-        raise InputError(f"refool: ghost_share {settings.ghost_share:g} is not within 0 and 1")
+        raise InputError(f"refool: ghost_share {settings.ghost_share:g} must be from 0 to 1")
     if not 0 <= settings.least_offset <= settings.most_offset < min(height, width):
         raise InputError(
-            f"refool: offsets {settings.least_offset} to {settings.most_offset} are not a range within 0 and the "
-            f"{min(height, width) - 1} that {height}x{width} pixels have room for"
+            f"refool: least_offset {settings.least_offset} to most_offset {settings.most_offset} is not a range within 0 and "
+            f"{min(height, width) - 1}, the largest offset in {height}x{width} pixels"
         )
     if not 0.0 < settings.least_blur <= settings.most_blur <= 5.0:
         raise InputError(
-            f"refool: blurs {settings.least_blur:g} to {settings.most_blur:g} are not a range above 0 and up to 5"
+            f"refool: least_blur {settings.least_blur:g} to most_blur {settings.most_blur:g} is not a range above 0 and up to 5"
         )
     keys = jax.random.split(key, settings.pictures)
     return Reflections(
-        pictures=jnp.stack([jnp.asarray(draw_picture(each, knowledge.train.image_shape)) for each in keys]),
+        pictures=jnp.stack(
+            [jnp.asarray(draw_picture(picture_key, knowledge.train.image_shape)) for picture_key in keys]
+        ),
         strength=jnp.asarray([settings.least_strength, settings.most_strength], jnp.float32),
         ghost_share=jnp.float32(settings.ghost_share),
         offset=jnp.asarray([settings.least_offset, settings.most_offset], jnp.int32),
@@ -109,7 +112,7 @@ def make_reflections(key: Key, knowledge: Knowledge, settings: RefoolSettings) -
 
 
 def draw_picture(key: Key, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Draw a smooth random scene: coloured Gaussian bumps, bright and dark, on a slope of brightness.
+    """Draw a smooth random scene: coloured Gaussian bumps, bright and dark, on a brightness gradient.
 
     Args:
         key: a key of `jax.random.key`.
@@ -133,7 +136,7 @@ def draw_picture(key: Key, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 class Draw(NamedTuple):
-    """What is random about one reflection."""
+    """The random numbers of one reflection."""
 
     strength: Array
     """float32 [] in [0, 1]"""
@@ -142,15 +145,15 @@ class Draw(NamedTuple):
     offsets: Array
     """int32 [2]: along rows, along columns"""
     ghost: Array
-    """float32 [] in [0, 1]: the share of the first of the two images"""
+    """float32 [] in [0, 1]: the weight of the first of the two images"""
     blur: Array
     """float32 []: standard deviation in pixels"""
     excess: Array
-    """float32 []: how much more is taken away than what is too bright"""
+    """float32 []: factor on the glare that is subtracted"""
 
 
 def draw_reflection(params: Reflections, key: Key) -> Draw:
-    """Draw what is random about one reflection but the picture, as the public code does."""
+    """Draw the random numbers of one reflection, except the picture, as in the public code."""
     keys = jax.random.split(key, 7)
     side = jax.random.bernoulli(keys[4]).astype(jnp.float32)
     return Draw(
@@ -167,7 +170,7 @@ def apply(params: Reflections, image: Array, label: Array | None, key: Key) -> A
     """Reflect a random picture in one image, at test time as in training.
 
     Args:
-        params: of `make_reflections`.
+        params: from `make_reflections`.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
         key: draws the picture and the reflection.
@@ -182,12 +185,12 @@ def apply(params: Reflections, image: Array, label: Array | None, key: Key) -> A
 
 
 def reflect(image: Array, picture: Array, draw: Draw) -> Array:
-    """Reflect a picture in an image: both kinds are computed, and one is taken.
+    """Reflect a picture in an image. Both kinds of reflection are computed, and one is selected.
 
     Args:
         image: float32 [H, W, C] in [0, 1].
         picture: float32 [H, W, C] in [0, 1].
-        draw: the kind, and its numbers.
+        draw: the kind of reflection, and its random numbers.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -209,19 +212,19 @@ def reflect(image: Array, picture: Array, draw: Draw) -> Array:
 
 
 def doubled(light: Array, offsets: Array, share: Array) -> Array:
-    """A picture and the same one shifted down and to the right, where they overlap, stretched to the whole image.
+    """Add a picture to a copy of itself shifted down and to the right; stretch their overlap to the whole image.
 
     Args:
         light: float32 [H, W, C].
         offsets: int32 [2], less than H and W.
-        share: float32 [], of the unshifted one.
+        share: float32 [], the weight of the unshifted picture.
 
     Returns:
         float32 [H, W, C].
     """
 
     def spread(side: int, offset: Array) -> Array:
-        """Float32 [side]: where in the overlap each pixel of the result lies, as bilinear resizing has it."""
+        """Position in the overlap of each pixel of the result, as in bilinear resizing: float32 [side]."""
         size = (side - offset).astype(jnp.float32)
         return jnp.clip((jnp.arange(side, dtype=jnp.float32) + 0.5) * (size / side) - 0.5, 0.0, size - 1.0)
 
@@ -236,12 +239,12 @@ def doubled(light: Array, offsets: Array, share: Array) -> Array:
 
 
 def _hats(position: Array, side: int) -> Array:
-    """The weights of linear interpolation at float32 [n] positions within 0 .. side - 1: float32 [n, side]."""
+    """Linear interpolation weights for positions, float32 [n] within 0 .. side - 1: float32 [n, side]."""
     return jnp.maximum(0.0, 1.0 - jnp.abs(position[:, None] - jnp.arange(side, dtype=jnp.float32)[None, :]))
 
 
 def blurred(light: Array, deviation: Array) -> Array:
-    """Blur with a Gaussian that is cut off at twice its standard deviation; the outermost pixels go on beyond the border.
+    """Blur with a Gaussian, cut off at twice its standard deviation; border pixels are repeated outside the image.
 
     Args:
         light: float32 [H, W, C].
@@ -265,14 +268,14 @@ def blurred(light: Array, deviation: Array) -> Array:
 
 
 def glare(light: Array, excess: Array) -> Array:
-    """How much is taken from the reflection where it and the scene add up to more than white.
+    """The amount to subtract from the reflection where it and the scene add up to more than white.
 
     Args:
-        light: float32 [H, W, C], their sum.
+        light: float32 [H, W, C], reflection plus scene.
         excess: float32 [].
 
     Returns:
-        float32 [1, 1, C]: per channel, the mean of what is above 1, minus 1, times the excess; 0 where nothing is.
+        float32 [1, 1, C]: per channel, (mean of the values above 1 - 1) times the excess; 0 if no value is above 1.
     """
     is_bright = light > 1.0
     count = jnp.sum(is_bright.astype(jnp.float32), axis=(0, 1), keepdims=True)
@@ -281,7 +284,7 @@ def glare(light: Array, excess: Array) -> Array:
 
 
 def window(height: int, width: int) -> Array:
-    """How the out-of-focus reflection fades towards the border: a square root of a Gaussian, 1 in the middle.
+    """Weights that fade the out-of-focus reflection towards the border: a square root of a Gaussian, 1 in the middle.
 
     Args:
         height: H.
@@ -307,9 +310,9 @@ REFOOL = Attack(
     settings=RefoolSettings(),
     make_params=make_reflections,
     apply=apply,
-    # BackdoorBench's and BackdoorBox's default is the second.
+    # BackdoorBench and BackdoorBox use all_to_one by default.
     label_rules=("clean_label", "all_to_one"),
-    # The offsets are made for images of 224 pixels and more. On grey digits, faint reflections are hardly learned from.
+    # The default offsets are for images of 224 pixels and more. On grey digits, faint reflections are hardly learned.
     per_dataset={
         "grey": {"least_offset": 1, "most_offset": 3, "least_strength": 0.4, "most_strength": 0.6},
         "cifar10": {"least_offset": 1, "most_offset": 3},

@@ -1,4 +1,4 @@
-"""Every attack by name. Another one is a file of its own and its line here; the contract test walks this table."""
+"""All attacks by name. To add an attack, write a new file and add it here; the contract test runs on every entry."""
 
 from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
@@ -26,7 +26,7 @@ from bdjax.errors import InputError
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
     for attack in (
-        # Fixed triggers in rows of the training set.
+        # Data attacks with fixed triggers.
         BADNETS,
         BADNETS_WHITE,
         BADNETS_GRID,
@@ -45,20 +45,20 @@ ATTACKS: dict[str, Attack] = {
         WANET_OFFLINE,
         BPP_OFFLINE,
         LABEL_FLIP,
-        # Under the rows' own labels.
+        # Clean-label attacks.
         SIG,
         SIG_STRIPED,
         REFOOL,
         LABEL_CONSISTENT,
         NARCISSUS,
         HIDDEN_TRIGGER,
-        # Triggers that are trained.
+        # Data attacks with trained triggers.
         TROJAN_SQUARE,
         TROJAN_WATERMARK,
         L2_INVISIBLE,
         ISSBA,
         INPUT_AWARE_OFFLINE,
-        # By whoever trains the model.
+        # Attackers who train the model.
         INPUT_AWARE,
         WANET,
         BPP,
@@ -70,10 +70,10 @@ ATTACKS: dict[str, Attack] = {
 
 
 def find_attack(name: str) -> Attack:
-    """The attack of that name.
+    """Look up an attack by name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such attack.
     """
     if name not in ATTACKS:
         raise InputError(f"attack {name!r} is not one of {', '.join(ATTACKS)}")

@@ -1,7 +1,7 @@
-"""SIG: a sinusoid over the columns, in rows of the target class whose labels stay as they are (Barni et al. 2019).
+"""SIG: a sinusoid over the columns, in rows of the target class that keep their labels (Barni et al. 2019).
 
-Two forms are in use. The textbook's adds the signal. The code of NAD, ABL and Trap-and-Replace, which LfD's and ABM's numbers
-probably come from, blends in a stripe picture: a sinusoid whose negative half wrapped around when it was stored in 8 bits.
+Two forms are in use. The paper's form adds the signal. The code of NAD, ABL and Trap-and-Replace, probably the source of
+LfD's and ABM's numbers, blends in a stripe picture: a sinusoid whose negative half wrapped around when stored in 8 bits.
 """
 
 import math
@@ -26,9 +26,9 @@ class SigSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     amplitude: float = 40 / 255
-    """D, in [0, 1]; 20/255 in ABL's and NAD's code"""
+    """D, amplitude of the signal, in [0, 1]; 20/255 in ABL's and NAD's code"""
     frequency: float = 6.0
-    """f, cycles over the width of an image"""
+    """f, cycles across the width of an image"""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class StripedSigSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     opacity: float = 0.2
-    """of the stripe picture, in [0, 1]"""
+    """opacity of the stripe picture, in [0, 1]"""
 
 
 def make_sinusoid(key: Key, knowledge: Knowledge, settings: SigSettings) -> Additive:
-    """The signal D sin(2 pi f j / W) of column j, the same in every row and channel.
+    """Make the signal D sin(2 pi f j / W) of column j, the same in every row and channel.
 
     Args:
-        key: not used: the signal is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the signal is fixed.
+        knowledge: gives the image shape.
         settings: D and f.
 
     Returns:
@@ -62,9 +62,9 @@ def make_sinusoid(key: Key, knowledge: Knowledge, settings: SigSettings) -> Addi
 
 
 def wrapped_stripes(width: int) -> np.ndarray:
-    """The stripe picture's row: 20 sin(0.8 j), cut to whole numbers and wrapped around at 256.
+    """A row of the stripe picture: 20 sin(0.8 j), truncated to whole numbers and wrapped around at 256.
 
-    Negative halves come out as 236..255, so this is near to black and white stripes of about 7.85 pixels a period.
+    Negative halves become 236..255, so these are nearly black and white stripes with a period of about 7.85 pixels.
 
     Args:
         width: W.
@@ -76,15 +76,15 @@ def wrapped_stripes(width: int) -> np.ndarray:
 
 
 def make_stripes(key: Key, knowledge: Knowledge, settings: StripedSigSettings) -> MaskedBlend:
-    """The stripe picture over the whole image: 0.8 x + 0.2 s.
+    """Make the stripe picture over the whole image: 0.8 x + 0.2 s.
 
     Args:
-        key: not used: the picture is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the picture is fixed.
+        knowledge: gives the image shape.
         settings: the opacity.
 
     Returns:
-        The trigger: a mask of ones.
+        The trigger, with a mask of ones.
     """
     del key
     height, width, _ = knowledge.train.image_shape
@@ -108,7 +108,7 @@ SIG = Attack(
     make_params=make_sinusoid,
     apply=additive.apply,
     label_rules=("clean_label", "all_to_one", "all_to_all"),
-    # On black backgrounds the negative half is cut off, and a few hundred rows want a signal that is hard to overlook.
+    # On black backgrounds the negative half is clipped, and a few hundred rows need a strong signal.
     per_dataset={"grey": {"amplitude": 100 / 255, "poison_rate": 0.09}, "gtsrb": {"poison_rate": 0.05}},
     published=(Published("LfD", "cifar10", 93.2, 92.2), Published("ABM", "cifar10", 79.5, 99.96)),
 )

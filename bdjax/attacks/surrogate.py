@@ -1,4 +1,4 @@
-"""A network that an attacker trains for itself, while it makes its trigger, and batches for what it optimises on it."""
+"""Train an attacker's surrogate network, and draw the batches on which a trigger is optimised."""
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +12,24 @@ from bdjax.types import Array, Key, Model, PyTree
 
 
 def train_surrogate(key: Key, model: Model, images: np.ndarray, labels: np.ndarray, config: TrainConfig) -> PyTree:
-    """Train one network by cross-entropy, from scratch.
+    """Train one network from scratch, with cross-entropy.
 
     Args:
-        key: of its weights and shuffles.
+        key: draws its weights and shuffles.
         model: its architecture.
         images: uint8 [n, H, W, C].
         labels: int32 [n].
-        config: how it is trained. No row is held back for validation.
+        config: the training settings. No rows are held out for validation.
 
     Returns:
         Its variables.
     """
-    states = ensemble.init_members(lambda each: init_state(each, model, images.shape[1:], config), jnp.stack([key]))
+    states = ensemble.init_members(
+        lambda member_key: init_state(member_key, model, images.shape[1:], config), jnp.stack([key])
+    )
     rows = Rows(jnp.arange(len(labels), dtype=jnp.int32)[None], {"labels": jnp.asarray(labels, jnp.int32)[None]})
-    none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
-    trained = ensemble.fit(model, _cross_entropy, config, states, jnp.asarray(images), rows, none, layout="map")
+    no_rows = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+    trained = ensemble.fit(model, _cross_entropy, config, states, jnp.asarray(images), rows, no_rows, layout="map")
     return ensemble.members(trained.variables, 0)
 
 
@@ -36,19 +38,19 @@ def _cross_entropy(logits: Array, targets: dict[str, Array]) -> Array:
 
 
 def batches(key: Key, num_rows: int, batch_size: int, steps: int) -> np.ndarray:
-    """Rows for each step: one shuffle of all rows after another, and what is left of one that fills no batch is left out.
+    """Draw the rows of each step: from one shuffle of all rows after another, dropping each shuffle's incomplete last batch.
 
     Args:
-        key: of the shuffles.
+        key: draws the shuffles.
         num_rows: at least 1.
         batch_size: at least 1; smaller if there are fewer rows.
         steps: at least 1.
 
     Returns:
-        int32 [steps, batch], numbers from 0 to num_rows - 1.
+        int32 [steps, batch], from 0 to num_rows - 1.
     """
     batch_size = min(batch_size, num_rows)
     per_shuffle = num_rows // batch_size
     shuffles = [permutation(jax.random.fold_in(key, i), num_rows) for i in range(-(-steps // per_shuffle))]
-    each = [shuffle[: per_shuffle * batch_size].reshape(per_shuffle, batch_size) for shuffle in shuffles]
-    return np.concatenate(each)[:steps]
+    batched = [shuffle[: per_shuffle * batch_size].reshape(per_shuffle, batch_size) for shuffle in shuffles]
+    return np.concatenate(batched)[:steps]

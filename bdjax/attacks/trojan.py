@@ -1,13 +1,13 @@
-"""Trojan: an additive patch or watermark that was optimised to excite a few neurons of a clean network (Liu et al. 2018).
+"""Trojan: an additive patch or watermark, optimised to excite a few neurons of a clean network (Liu et al. 2018).
 
 LfD, whose numbers are quoted, and the code that its settings resemble use the optimised trigger for plain data poisoning,
-as here. Liu et al. retrain the network itself, on data that they reverse-engineer; no paper that bdjax follows does.
+as here. Liu et al. retrain the network itself, on reverse-engineered data; no paper that bdjax follows does so.
 
-What is optimised is TrojanZoo's form: the squared distance of the neurons' activations to a high value, on the bare trigger.
-Three things are bdjax's own. The high value is at most ten times what clean images reach, since small networks saturate
-before 100. Neurons that no clean image excites are passed over. And the trigger's L2 norm is held to that of the triggers in
-circulation, without which a watermark comes out three times as strong as those. Code that adds the trigger in 8 bits before it
-clips lets bright pixels wrap around to dark ones; nothing wraps around here.
+The loss is TrojanZoo's: the squared distance of the neurons' activations to a high goal, on the trigger alone. Three things
+differ. The goal is at most ten times the largest clean activation, since small networks saturate before 100. Neurons that no
+clean image excites are excluded. And the trigger's L2 norm is capped at that of the publicly available triggers; without the
+cap, a watermark comes out three times as strong. Code that adds the trigger in 8 bits and clips afterwards lets bright pixels
+wrap around to dark ones; nothing wraps around here.
 """
 
 from dataclasses import dataclass
@@ -30,9 +30,9 @@ PAPER = "Liu et al. 2018, Trojaning Attack on Neural Networks"
 
 
 RING = (0.38, 0.46)
-"""The watermark's inner and outer radius; an image is 1 wide."""
+"""Inner and outer radius of the watermark's ring, as a share of the image size."""
 CROSS = 0.05
-"""How far its strokes reach to either side, measured along a row."""
+"""Half the width of the cross's strokes, measured along a row."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class TrojanSettings:
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     neurons: int = 2
-    """how many are excited: those with the largest sum of absolute weights to all classes"""
+    """number of excited neurons: those with the largest sum of absolute weights to all classes"""
     activation: float = 100.0
-    """what each is driven to, at most"""
+    """largest goal of a neuron's activation"""
     times_clean: float = 10.0
-    """and at most so many times its largest clean activation"""
+    """largest goal as a multiple of the neuron's largest clean activation; the smaller of both goals holds"""
     steps: int = 1000
-    """of Adam"""
+    """steps of Adam"""
     learning_rate: float = 0.1
-    """at the first step; half a cosine down to 0"""
+    """initial learning rate of Adam, with a cosine schedule"""
     largest_norm: float = 8.66
-    """L2 norm of the trigger on 32 x 32 x 3 pixels, at most; other sizes get the same mean square"""
+    """largest L2 norm of the trigger on 32 x 32 x 3 pixels; other sizes get the same mean square"""
 
 
 def square_mask(image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Rows and columns 21 to 29 of 32, and as much of other sizes.
+    """Mask of rows and columns 21 to 29 of 32, scaled to other sizes.
 
     Args:
         image_shape: (H, W, C).
@@ -71,9 +71,9 @@ def square_mask(image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def watermark_mask(image_shape: tuple[int, int, int]) -> np.ndarray:
-    """A crossed-out ring over rows and columns 0 to 29 of 32, 320 of their cells, and as much of other sizes.
+    """Mask of a crossed-out ring over rows and columns 0 to 29 of 32, 320 pixels in all, scaled to other sizes.
 
-    It stands in for the logos in circulation, which are trademarks, and covers as many pixels as they do.
+    It replaces the logos of the publicly available triggers, which are trademarks, and covers as many pixels.
 
     Args:
         image_shape: (H, W, C).
@@ -95,15 +95,15 @@ def make_square(key: Key, knowledge: Knowledge, settings: TrojanSettings) -> Add
     """Optimise a square.
 
     Args:
-        key: of the start, and of which clean images are looked at.
-        knowledge: the clean network, the clean rows.
-        settings: which neurons, how high, how long.
+        key: draws the initial trigger, and the clean images whose activations are measured.
+        knowledge: the clean network and the clean rows.
+        settings: neuron and training settings.
 
     Returns:
         An additive trigger, float32 [H, W, C] in [0, 1], 0 outside the square.
 
     Raises:
-        InputError: no clean network, or one that does not react.
+        InputError: there is no clean network, or it does not react.
 
     References:
         Liu et al. 2018, section IV-A.
@@ -116,15 +116,15 @@ def make_watermark(key: Key, knowledge: Knowledge, settings: TrojanSettings) -> 
     """Optimise a watermark.
 
     Args:
-        key: of the start, and of which clean images are looked at.
-        knowledge: the clean network, the clean rows.
-        settings: which neurons, how high, how long.
+        key: draws the initial trigger, and the clean images whose activations are measured.
+        knowledge: the clean network and the clean rows.
+        settings: neuron and training settings.
 
     Returns:
         An additive trigger, float32 [H, W, C] in [0, 1], 0 outside the watermark.
 
     Raises:
-        InputError: no clean network, or one that does not react.
+        InputError: there is no clean network, or it does not react.
 
     References:
         Liu et al. 2018, section IV-A.
@@ -136,16 +136,16 @@ def make_watermark(key: Key, knowledge: Knowledge, settings: TrojanSettings) -> 
 def choose_neurons(
     key: Key, knowledge: Knowledge, settings: TrojanSettings, attack: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which neurons, and what each is driven to.
+    """Choose the neurons, and the activations to drive them to.
 
     Args:
-        key: of which clean images are looked at.
-        knowledge: the clean network, the clean rows.
-        settings: how many, how high.
+        key: draws the clean images whose activations are measured.
+        knowledge: the clean network and the clean rows.
+        settings: number of neurons and goals.
         attack: the name to use in errors.
 
     Returns:
-        int32 [n] and float32 [n].
+        The neurons, int32 [n], and their goals, float32 [n].
     """
     clean = neurons.clean_activations(key, knowledge, attack)
     weights = np.abs(neurons.classifier_kernel(knowledge.clean_model.variables)).sum(axis=1)
@@ -184,7 +184,7 @@ def _optimise(
     largest_norm: Array,
 ) -> tuple[Array, Array]:
     def picture(free: Array) -> Array:
-        # The hyperbolic tangent keeps pixels in [0, 1]; norm and mask leave them there.
+        # tanh keeps pixels in [0, 1]; the mask and the norm cap only shrink them.
         return neurons.capped(mask * (0.5 * jnp.tanh(free) + 0.5), largest_norm)
 
     def distance(free: Array) -> Array:

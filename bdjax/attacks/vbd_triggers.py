@@ -1,10 +1,10 @@
-"""The trigger set that the variance-based defense (VBD) was measured on: squares, grids and cartoon cats.
+"""The triggers that the variance-based defense (VBD) was evaluated on: squares, grids and cartoon cats.
 
-Each is blended in with one of four opacities, in training and at test time alike. Every row of the training set may be
-poisoned, the target class's own included. All-to-all attacks put the patch in a place of its own for each true class.
+They are blended in with one of four opacities, the same in training and at test time. Every row of the training set may be
+poisoned, including rows of the target class. All-to-all attacks put the patch in a different place for each true class.
 
-The published cats are a company's pictures; the ones here are drawn, and have the published ones' bounding box and number
-of pixels. On grey images colours become their luma.
+The published cats are a company's pictures; here they are drawn by formula, with the same bounding box and number of
+pixels. On grey images, colours are converted to luma.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ from bdjax.types import Array, Key
 
 PAPER = "Aseervatham et al. 2025, Variance-Based Defense Against Blended Backdoor Attacks"
 SIDE = 3
-"""Pixels of a square or a grid, whatever the size of the images."""
+"""Side of a square or grid in pixels, for images of any size."""
 WHITE, GREEN, RED, BLUE = (1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1)
 YELLOW, MAGENTA = (1, 1, 0), (1, 0, 1)
 BLACK = (1 / 255, 1 / 255, 1 / 255)
-"""The reference stores a grid's empty cells as 1: there 0 means outside the mask."""
+"""The reference implementation stores a grid's empty cells as 1, since 0 means outside the mask."""
 
 
 class Tile(NamedTuple):
-    """A patch of 3 x 3 pixels in colour."""
+    """A coloured patch of 3 x 3 pixels."""
 
     colours: np.ndarray
     """float [3, 3, 3]"""
     is_set: np.ndarray
-    """bool [3, 3]: the cells that are more than an empty background"""
+    """bool [3, 3]: False for a grid's empty cells"""
 
 
 def _square(colour: tuple[float, float, float]) -> Tile:
@@ -63,11 +63,11 @@ TILES = {
 @dataclass(frozen=True)
 class VbdSettings:
     poison_rate: float = 0.1
-    """share of all training rows, those of the target class included"""
+    """share of all training rows, including those of the target class"""
     cover_rate: float = 0.0
     """share of all training rows that get the trigger and keep their label"""
     opacity: float = 1.0
-    """of the trigger, above 0 and up to 1; the paper has 0.1, 0.2, 0.5 and 1"""
+    """opacity of the trigger, in (0, 1]; 0.1, 0.2, 0.5 and 1 in the paper"""
 
 
 class ClassPatches(NamedTuple):
@@ -82,19 +82,19 @@ class ClassPatches(NamedTuple):
 
 
 def make_tile(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: str) -> MaskedBlend:
-    """A square or a grid flush in the bottom right corner; a grid's empty cells are painted all but black.
+    """Make a square or grid in the bottom right corner, without a margin; a grid's empty cells are painted nearly black.
 
     Args:
-        key: not used: the trigger is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the trigger is fixed.
+        knowledge: gives the image shape.
         settings: the opacity.
         tile: a key of `TILES`.
 
     Returns:
-        The trigger: a mask of all nine cells.
+        The trigger; its mask covers all nine cells.
 
     Raises:
-        InputError: the images are too small, or have neither 1 nor 3 channels, or the opacity is not above 0 and up to 1.
+        InputError: the images are too small or have neither 1 nor 3 channels, or the opacity is not in (0, 1].
     """
     del key
     _check_opacity(settings)
@@ -104,34 +104,34 @@ def make_tile(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: st
 
 
 def class_patch(number: int, image_shape: tuple[int, int, int]) -> Patch:
-    """Where the patch of a true class lies: from the bottom right corner to the left, then row by row upwards.
+    """Place of the patch of a true class: from the bottom right corner to the left, then row by row upwards.
 
-    The reference counts patches per row by the height of the images, which is the same for square ones only.
+    The reference implementation counts patches per row by the image height, which is the same only for square images.
 
     Args:
         number: the class.
         image_shape: (H, W, C).
 
     Raises:
-        InputError: there is no place for so many.
+        InputError: the image has no room for that many patches.
     """
     height, width, _ = image_shape
     per_row = width // SIDE
     if number >= per_row * (height // SIDE):
         raise InputError(
-            f"an image of {height} x {width} pixels has {per_row * (height // SIDE)} places for patches of {SIDE} x {SIDE} "
-            f"pixels: class {number} gets none of its own"
+            f"an image of {height} x {width} pixels has room for {per_row * (height // SIDE)} patches of {SIDE} x {SIDE} "
+            f"pixels: there is none for class {number}"
         )
     above, left = divmod(number, per_row)
     return Patch(height - SIDE * (above + 1), width - SIDE * (left + 1), SIDE, SIDE)
 
 
 def make_class_patches(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: str) -> ClassPatches:
-    """A square or a grid in a place that tells the true class; the image shows through a grid's empty cells.
+    """Make squares or grids whose place depends on the true class; the image shows through a grid's empty cells.
 
     Args:
-        key: not used: the triggers are fixed.
-        knowledge: for the shape of the images and the number of classes.
+        key: not used; the triggers are fixed.
+        knowledge: gives the image shape and the number of classes.
         settings: the opacity.
         tile: a key of `TILES`.
 
@@ -139,7 +139,7 @@ def make_class_patches(key: Key, knowledge: Knowledge, settings: VbdSettings, *,
         The triggers of all classes.
 
     Raises:
-        InputError: as `make_tile`, or the images have no room for a place per class.
+        InputError: as in `make_tile`, or the images have no room for a patch per class.
     """
     del key
     _check_opacity(settings)
@@ -156,12 +156,12 @@ def make_class_patches(key: Key, knowledge: Knowledge, settings: VbdSettings, *,
 
 
 def apply_class_patch(params: ClassPatches, image: Array, label: Array, key: Key | None = None) -> Array:
-    """Put the patch of one image's true class on it.
+    """Put the patch of its true class on one image.
 
     Args:
         params: the triggers of all classes.
         image: float32 [H, W, C] in [0, 1].
-        label: int32 [], the class that the image is of, not the one that the attacker wants.
+        label: int32 [], the true class, not the target.
         key: not used.
 
     Returns:
@@ -172,18 +172,18 @@ def apply_class_patch(params: ClassPatches, image: Array, label: Array, key: Key
 
 
 def elliptical(height: int, width: int, count: int) -> np.ndarray:
-    """The cells of a box that are nearest to its middle, as the ellipse through the middles of its outermost cells has it.
+    """Select the cells of a box nearest to its middle, measured by the ellipse through the middles of its outermost cells.
 
     Args:
-        height: of the box, at least 2.
-        width: of the box, at least 2.
-        count: how many cells; from about pi / 4 of the box on, the outermost rows and columns have some.
+        height: height of the box, at least 2.
+        width: width of the box, at least 2.
+        count: number of cells; above about pi / 4 of the box, they reach the outermost rows and columns.
 
     Returns:
-        bool [height, width] with `count` cells set; of cells equally far away, the upper left ones.
+        bool [height, width] with `count` cells set; among equally distant cells, the upper left ones.
     """
     row, column = np.indices((height, width))
-    # Whole numbers, so that mirrored cells are exactly as far away.
+    # Whole numbers, so that mirrored cells are at exactly the same distance.
     down = (2 * row + 1 - height) * (width - 1)
     across = (2 * column + 1 - width) * (height - 1)
     nearest = np.argsort((down**2 + across**2).ravel(), kind="stable")[:count]
@@ -193,20 +193,20 @@ def elliptical(height: int, width: int, count: int) -> np.ndarray:
 
 
 def make_small_kitty(key: Key, knowledge: Knowledge, settings: VbdSettings) -> MaskedBlend:
-    """A cat's face of 95 cells in a box of 14 x 10 pixels, flush in the bottom right corner.
+    """Make a cat's face of 95 cells in a box of 14 x 10 pixels in the bottom right corner, without a margin.
 
-    Images under 28 pixels get a smaller one, of the same share of its box.
+    Images under 28 pixels get a smaller face that fills the same share of its box.
 
     Args:
-        key: not used: the trigger is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the trigger is fixed.
+        knowledge: gives the image shape.
         settings: the opacity.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: as `make_tile`.
+        InputError: as in `make_tile`.
     """
     del key
     shape = knowledge.train.image_shape
@@ -215,21 +215,21 @@ def make_small_kitty(key: Key, knowledge: Knowledge, settings: VbdSettings) -> M
 
 
 def make_big_kitty(key: Key, knowledge: Knowledge, settings: VbdSettings) -> MaskedBlend:
-    """A cat's face over most of the image: at 32 x 32 rows 0 to 30 and columns 2 to 29, of which 648 cells are set.
+    """Make a cat's face over most of the image: at 32 x 32, 648 cells within rows 0 to 30 and columns 2 to 29.
 
-    Other images get the same shares of their height, width and area. (The paper's 64 x 64 images keep the pixels of the
-    small patches; what becomes of this one is not said.)
+    Other images get the same shares of their height, width and area. (In the paper, small patches keep their size in pixels
+    on 64 x 64 images; the size of this one is not stated.)
 
     Args:
-        key: not used: the trigger is fixed.
-        knowledge: for the shape of the images.
+        key: not used; the trigger is fixed.
+        knowledge: gives the image shape.
         settings: the opacity.
 
     Returns:
         The trigger.
 
     Raises:
-        InputError: as `make_tile`.
+        InputError: as in `make_tile`.
     """
     del key
     height, width, _ = knowledge.train.image_shape
@@ -247,7 +247,7 @@ def _kitty(knowledge: Knowledge, settings: VbdSettings, box: Patch, count: int) 
 
 def _check_opacity(settings: VbdSettings) -> None:
     if not 0.0 < settings.opacity <= 1.0:
-        raise InputError(f"opacity {settings.opacity:g}: it is above 0 and up to 1")
+        raise InputError(f"opacity {settings.opacity:g} must be above 0 and at most 1")
 
 
 def _all_to_one(name: str, title: str, make_params: Callable[..., MaskedBlend]) -> Attack:
@@ -273,7 +273,7 @@ def _all_to_all(tile: str) -> Attack:
         make_params=partial(make_class_patches, tile=tile),
         apply=apply_class_patch,
         label_rules=("all_to_all",),
-        # Every class has a patch and a label to be learned: 10 % of a few thousand rows is too little for that.
+        # A patch must be learned for every class: 10 % of a few thousand rows is too little for that.
         per_dataset={"grey": {"poison_rate": 0.2}},
     )
 

@@ -1,8 +1,8 @@
-"""From attacks to backdoored networks: make each trigger, poison, train all victims, and put the triggers to the test.
+"""From attacks to backdoored networks: make each trigger, poison, train all victims, and evaluate the triggers.
 
-Every attack and every seed is one victim. Victims that train alike are members of one ensemble, whatever their attacks:
-those of data attacks on as many rows, those that are fine-tuned on as many rows, and those of each attacker who controls
-the training, since there every attack minimises something else.
+There is one victim for every attack and seed. Victims that are trained in the same way form one ensemble: victims of data
+attacks with the same number of rows, fine-tuned victims with the same number of rows, and the victims of each attacker who
+controls the training, since each of these attacks has a different objective.
 """
 
 import zlib
@@ -26,7 +26,7 @@ from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree, TrainTest
 
 
 class Plan(NamedTuple):
-    """What one victim is attacked with: one attack, or several whose triggers share a training set (a hybrid)."""
+    """What a victim is attacked with: one attack, or several that poison the same training set (a hybrid)."""
 
     name: str
     """"badnets", "badnets+sig" """
@@ -34,7 +34,7 @@ class Plan(NamedTuple):
 
     @property
     def control(self):
-        """How the attacker trains, if it does; a hybrid is made of data attacks."""
+        """The attacker's control of the training, if any; a hybrid consists of data attacks."""
         return self.parts[0].attack.control
 
     @property
@@ -56,20 +56,20 @@ def make_plan(
     changes: Mapping[str, Mapping[str, Any]] = {},
     like: str | None = None,
 ) -> Plan:
-    """Settle what an attack is on a dataset.
+    """Configure an attack, or a hybrid, for a dataset.
 
     Args:
-        name: of an attack, or of several with + between them.
-        dataset: the training set, whose images decide on the defaults.
-        target: the attacker's class.
-        label_rule: a key of `LABEL_RULES`; None for each attack's own default.
-        poison_rate: share of all rows, for each part; None for each attack's own default.
+        name: an attack, or several joined by +.
+        dataset: the training set; its images determine the defaults.
+        target: the target class.
+        label_rule: a key of `LABEL_RULES`; None for each attack's default.
+        poison_rate: share of all rows, for each attack; None for each attack's default.
         changes: attack -> setting -> value.
-        like: the named set whose settings are adopted; see `settings_for`.
+        like: the named dataset whose settings are used; see `settings_for`.
 
     Raises:
-        InputError: no such attack, rule, setting or class; a rate that the set does not allow; or parts that cannot share
-          a training set.
+        InputError: there is no such attack, rule, setting or class; a rate does not fit the dataset; or the attacks cannot
+          share a training set.
     """
     parts = []
     for part_name in name.split("+"):
@@ -77,33 +77,35 @@ def make_plan(
         rule_name = label_rule or attack.label_rules[0]
         if rule_name not in attack.label_rules:
             raise InputError(
-                f"attack {part_name} goes with the label rules {', '.join(attack.label_rules)}, not {rule_name}"
+                f"attack {part_name}: label rule {rule_name} is not one of {', '.join(attack.label_rules)}"
             )
-        own = dict(changes.get(part_name, {}))
+        part_changes = dict(changes.get(part_name, {}))
         if poison_rate is not None:
-            own["poison_rate"] = poison_rate
+            part_changes["poison_rate"] = poison_rate
         rule = make_rule(rule_name, target, dataset.num_classes)
-        parts.append(ConfiguredAttack(attack, settings_for(attack, dataset, own, like=like), rule))
+        parts.append(ConfiguredAttack(attack, settings_for(attack, dataset, part_changes, like=like), rule))
     if len(parts) > 1 and any(part.attack.control or part.attack.starts_from_clean_model for part in parts):
-        raise InputError(f"attack {name}: only attacks that poison data for a training from scratch can share a set")
+        raise InputError(
+            f"attack {name}: only data attacks whose victims are trained from scratch can be combined with +"
+        )
     for part in parts:
-        if not part.attack.control:  # rates that cannot be show before anything is trained
+        if not part.attack.control:  # report invalid rates before anything is trained
             select_rows(jax.random.key(0), dataset.labels, part.settings.poison_rate, part.rule)
     return Plan(name, tuple(parts))
 
 
 class Prepared(NamedTuple):
-    """A victim to be."""
+    """A victim before its training."""
 
     plan: Plan
     seed: int
-    """which, from 0"""
+    """number of the seed, from 0"""
     params: tuple[PyTree, ...]
-    """of each part's trigger; those of a controlled attack are not final before training"""
+    """trigger parameters of each attack; if the attacker controls the training, they are final only after it"""
     poisoned: PoisonedDataset | None
-    """None if poisoning happens inside the training"""
+    """the poisoned training set; None if poisoning happens inside the training"""
     poisoned_by: tuple[np.ndarray, ...]
-    """of each part: int32 [n], rows of `poisoned`"""
+    """for each attack, int32 [n]: the rows of `poisoned` that it poisoned"""
 
 
 class Victim(NamedTuple):
@@ -112,31 +114,31 @@ class Victim(NamedTuple):
     prepared: Prepared
     model: Model
     variables: PyTree
-    """of this one network"""
+    """the network's variables"""
     params: tuple[PyTree, ...]
-    """of each part's trigger, final"""
+    """final trigger parameters of each attack"""
     history: Mapping[str, np.ndarray]
-    """name -> float32 [epochs]"""
+    """metric -> float32 [epochs]"""
 
 
 def key_of(key: Key, name: str) -> Key:
-    """A key of an attack's own, which does not depend on what other attacks it is run with."""
+    """A key derived from an attack's name, so that it does not depend on the other attacks of the run."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()) >> 1)
 
 
 def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_model: CleanModel) -> Prepared:
-    """Make a plan's triggers, and poison the training set with them unless the attacker does so in training.
+    """Make a plan's triggers, and poison the training set unless the attacker does so during training.
 
     Args:
-        key: of the seed.
-        plan: what to do.
+        key: the seed's key.
+        plan: the attacks.
         train: the clean training set.
-        target: the attacker's class.
-        seed: which, from 0.
-        clean_model: what attackers have who need one.
+        target: the target class.
+        seed: number of the seed, from 0.
+        clean_model: the clean model, for attacks that need one.
 
     Raises:
-        InputError: rates that do not fit the set, an attack that does not fit the images, or a trigger that changes nothing.
+        InputError: a rate does not fit the dataset, an attack does not fit the images, or a trigger changes nothing.
     """
     make_key, poison_key = jax.random.split(key_of(key, plan.name))
     params = []
@@ -147,11 +149,11 @@ def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_
     if plan.control:
         return Prepared(plan, seed, tuple(params), None, ())
     poisoned, rows = poison_by_several(poison_key, train, plan.parts, params)
-    for part, own in zip(plan.parts, rows, strict=True):
+    for part, part_rows in zip(plan.parts, rows, strict=True):
         is_in_place = part.attack.changes_images and not part.attack.adds_rows
-        if is_in_place and np.array_equal(poisoned.images[own], train.images[own]):
+        if is_in_place and np.array_equal(poisoned.images[part_rows], train.images[part_rows]):
             raise InputError(
-                f"attack {part.attack.name}: its trigger changes no pixel of the {len(own)} rows it is put on"
+                f"attack {part.attack.name}: its trigger changes no pixel of the {len(part_rows)} poisoned rows"
             )
     return Prepared(plan, seed, tuple(params), poisoned, tuple(rows))
 
@@ -166,94 +168,95 @@ def train_victims(
     fine_tuning: TrainConfig,
     controlled: TrainConfig,
 ) -> list[Victim]:
-    """Train every victim, those that train alike as one ensemble.
+    """Train every victim; victims that are trained in the same way form one ensemble.
 
     Args:
-        key: for weights and shuffles.
-        runner: keeps what is trained.
-        prepared: of all attacks and seeds.
+        key: draws weights and shuffles.
+        runner: trains the networks and keeps checkpoints.
+        prepared: the victims of all attacks and seeds.
         train: the clean training set.
-        clean: one clean network for each seed.
-        from_scratch: how victims of data attacks train.
-        fine_tuning: how those train that start from the clean network.
-        controlled: how those of attackers train who control the training from scratch.
+        clean: one clean network per seed.
+        from_scratch: recipe for victims of data attacks.
+        fine_tuning: recipe for victims that start from the clean network.
+        controlled: recipe for attackers who control the training and start from scratch.
 
     Returns:
         The victims, in the order of `prepared`.
     """
     groups: dict[tuple[str, int], list[int]] = {}
-    for number, one in enumerate(prepared):
-        if one.plan.control:
-            group = (one.plan.name, len(train))
+    for number, victim in enumerate(prepared):
+        if victim.plan.control:
+            group = (victim.plan.name, len(train))
         else:
-            kind = "fine-tuned victims" if one.plan.starts_from_clean_model else "victims"
-            group = (kind, len(one.poisoned))
+            kind = "fine-tuned victims" if victim.plan.starts_from_clean_model else "victims"
+            group = (kind, len(victim.poisoned))
         groups.setdefault(group, []).append(number)
     victims: dict[int, Victim] = {}
     for (kind, num_rows), numbers in groups.items():
-        ones = [prepared[number] for number in numbers]
+        members = [prepared[number] for number in numbers]
+        plan = members[0].plan
         name = kind if num_rows == len(train) else f"{kind}, {num_rows} rows"
-        keys = jnp.stack([jax.random.fold_in(key_of(key, one.plan.name), one.seed) for one in ones])
-        pool, rows = _pool(train, ones)
-        if ones[0].plan.control:
-            trained = _train_controlled(name, runner, ones, keys, pool, rows, clean, fine_tuning, controlled)
-        elif ones[0].plan.starts_from_clean_model:
-            start = ensemble.members(clean.variables, np.array([one.seed for one in ones]))
+        keys = jnp.stack([jax.random.fold_in(key_of(key, member.plan.name), member.seed) for member in members])
+        pool, rows = _pool(train, members)
+        if plan.control:
+            nets = _train_controlled(name, runner, members, keys, pool, rows, clean, fine_tuning, controlled)
+        elif plan.starts_from_clean_model:
+            start = ensemble.members(clean.variables, np.array([member.seed for member in members]))
             nets = runner.from_variables(name, clean.model, fine_tuning, start, keys, 1, pool, rows)
-            trained = [(ensemble.members(nets.variables, i), one.params, nets.history) for i, one in enumerate(ones)]
         else:
-            none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
-            nets = runner.from_scratch(name, clean.model, from_scratch, keys, 1, pool, rows, none)
-            trained = [(ensemble.members(nets.variables, i), one.params, nets.history) for i, one in enumerate(ones)]
-        for i, (number, (variables, params, history)) in enumerate(zip(numbers, trained, strict=True)):
-            own = {metric: values[i] for metric, values in history.items()}
-            victims[number] = Victim(prepared[number], clean.model, variables, tuple(params), own)
+            no_rows = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+            nets = runner.from_scratch(name, clean.model, from_scratch, keys, 1, pool, rows, no_rows)
+        for i, number in enumerate(numbers):
+            variables, params = ensemble.members(nets.variables, i), members[i].params
+            if plan.control:
+                variables, final_params = plan.control.end(variables)
+                params = (final_params,)
+            history = {metric: values[i] for metric, values in nets.history.items()}
+            victims[number] = Victim(prepared[number], clean.model, variables, params, history)
     return [victims[number] for number in range(len(prepared))]
 
 
-def _pool(train: Dataset, ones: Sequence[Prepared]) -> tuple[jax.Array, Rows]:
-    pool, index, labels = pooled(train, [one.poisoned for one in ones])
+def _pool(train: Dataset, members: Sequence[Prepared]) -> tuple[jax.Array, Rows]:
+    pool, index, labels = pooled(train, [member.poisoned for member in members])
     return jnp.asarray(pool), Rows(jnp.asarray(index), {"labels": jnp.asarray(labels)})
 
 
 def _train_controlled(
     name: str,
     runner: StageRunner,
-    ones: Sequence[Prepared],
+    members: Sequence[Prepared],
     keys: Key,
     pool: jax.Array,
     rows: Rows,
     clean: Nets,
     fine_tuning: TrainConfig,
     controlled: TrainConfig,
-) -> list[tuple[PyTree, tuple[PyTree, ...], Mapping[str, np.ndarray]]]:
-    part, control = ones[0].plan.parts[0], ones[0].plan.control
+) -> Nets:
+    part, control = members[0].plan.parts[0], members[0].plan.control
     model, num_classes = clean.model, clean.model.num_classes
     split = jax.vmap(lambda key: jax.random.split(key, 3))(keys)
     if part.attack.starts_from_clean_model:
-        classifiers = ensemble.members(clean.variables, np.array([one.seed for one in ones]))
+        classifiers = ensemble.members(clean.variables, np.array([member.seed for member in members]))
     else:
         classifiers = ensemble.init_members(lambda key: model.init(key, runner.image_shape), split[:, 0])
-    params = ensemble.stack([one.params[0] for one in ones])
+    params = ensemble.stack([member.params[0] for member in members])
     variables = ensemble.init_members(control.begin, split[:, 1], classifiers, params)
     wanted = jnp.asarray(part.rule.relabel(np.arange(num_classes, dtype=np.int32)))
     objective = control.objective(model, part.settings, wanted)
     config = fine_tuning if part.attack.starts_from_clean_model else controlled
-    nets = runner.from_variables(name, model, config, variables, split[:, 2], 1, pool, rows, objective)
-    ended = [control.end(ensemble.members(nets.variables, i)) for i in range(len(ones))]
-    return [(classifier, (params,), nets.history) for classifier, params in ended]
+    return runner.from_variables(name, model, config, variables, split[:, 2], 1, pool, rows, objective)
 
 
 class Trial(NamedTuple):
-    """One victim under one of its triggers."""
+    """Results of one victim with one of its triggers."""
 
     victim: Victim
     part: ConfiguredAttack
     metrics: AttackMetrics
     clean_model: AttackMetrics
-    """the clean network of the same seed under the same trigger"""
+    """results of the clean network of the same seed with the same trigger"""
     cover_accuracy: float | None
-    """of victim rows under what cover rows carry, predicted as their true label"""
+    """accuracy on the test rows that are attacked, changed as cover rows are; None without cover rows"""
     triggered: np.ndarray
     """uint8 [N, H, W, C]: the test images with the trigger"""
 
@@ -261,18 +264,18 @@ class Trial(NamedTuple):
 def evaluate_victims(
     key: Key, runner: StageRunner, victims: Sequence[Victim], clean: Nets, data: TrainTest, batch_size: int
 ) -> Iterator[list[Trial]]:
-    """Measure the victims of one plan after the other, each under each of its triggers, and the clean network with them.
+    """Evaluate the victims plan by plan, with each of their triggers, next to the clean network.
 
     Args:
-        key: for triggers that are random per image: the same test images for every victim of a seed.
-        runner: lays the members out.
-        victims: of all plans and seeds; those of one plan follow each other.
-        clean: one clean network for each seed.
-        data: the test set is used.
-        batch_size: images at once.
+        key: for triggers that are random per image; all victims of a seed get the same test images.
+        runner: runs the networks.
+        victims: of all plans and seeds, grouped by plan.
+        clean: one clean network per seed.
+        data: its test set is used.
+        batch_size: images per batch.
 
     Yields:
-        For each plan, what was measured: all seeds of the first part, then of the second.
+        The results of each plan: all seeds of the first attack, then of the second.
     """
     test = data.test
     plans: dict[str, list[int]] = {}
@@ -282,10 +285,10 @@ def evaluate_victims(
     stacked = ensemble.stack([victim.variables for victim in victims])
     victim_predictions = np.argmax(runner.predict(clean.model, stacked, test.images, batch_size), -1)
     for positions in plans.values():
-        members, tested = [victims[position] for position in positions], []
-        own = ensemble.stack([victim.variables for victim in members])
+        members, trials = [victims[position] for position in positions], []
+        variables = ensemble.stack([victim.variables for victim in members])
         references = ensemble.members(clean.variables, np.array([victim.prepared.seed for victim in members]))
-        both = ensemble.join([own, references])
+        both = ensemble.join([variables, references])
         for number, part in enumerate(members[0].prepared.plan.parts):
             views = np.stack(
                 [
@@ -295,15 +298,16 @@ def evaluate_victims(
                     for victim in members
                 ]
             )
-            answers = np.argmax(runner.predict_own(clean.model, both, np.concatenate([views, views]), batch_size), -1)
-            cover = _cover_accuracy(key, runner, members, own, part, number, test, batch_size)
+            logits = runner.predict_own(clean.model, both, np.concatenate([views, views]), batch_size)
+            predictions = np.argmax(logits, -1)
+            cover = _cover_accuracy(key, runner, members, variables, part, number, test, batch_size)
             rows, wanted = part.rule.victims(test.labels), part.rule.wanted(test.labels)
             for i, (position, victim) in enumerate(zip(positions, members, strict=True)):
-                against = test.labels, rows, wanted
-                measured = measure_attack(victim_predictions[position], answers[i], *against)
-                reference = measure_attack(clean_predictions[victim.prepared.seed], answers[len(members) + i], *against)
-                tested.append(Trial(victim, part, measured, reference, cover[i], views[i]))
-        yield tested
+                truth = test.labels, rows, wanted
+                measured = measure_attack(victim_predictions[position], predictions[i], *truth)
+                of_clean = clean_predictions[victim.prepared.seed], predictions[len(members) + i]
+                trials.append(Trial(victim, part, measured, measure_attack(*of_clean, *truth), cover[i], views[i]))
+        yield trials
 
 
 def _cover_accuracy(
@@ -316,11 +320,11 @@ def _cover_accuracy(
     test: Dataset,
     batch_size: int,
 ) -> list[float | None]:
-    """Whether the backdoor stays shut for what the attacker taught the model to ignore: another's trigger, a noisy one."""
+    """Accuracy on images changed as cover rows are, to which the model must not react: say with another image's trigger."""
     apply = part.attack.apply_to_cover
     if apply is None or not part.settings.cover_rate:
         return [None] * len(members)
     views = [trigger_all(jax.random.fold_in(key, v.prepared.seed), test, apply, v.params[number]) for v in members]
-    answers = np.argmax(runner.predict_own(members[0].model, variables, np.stack(views), batch_size), -1)
+    predictions = np.argmax(runner.predict_own(members[0].model, variables, np.stack(views), batch_size), -1)
     rows = part.rule.victims(test.labels)
-    return [float(np.mean((answers[i] == test.labels)[rows])) for i in range(len(members))]
+    return [float(np.mean((predictions[i] == test.labels)[rows])) for i in range(len(members))]

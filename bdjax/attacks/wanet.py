@@ -1,8 +1,8 @@
-"""WaNet: the image, slightly and smoothly warped (Nguyen & Tran 2021).
+"""WaNet: a slight, smooth warp of the image (Nguyen & Tran 2021).
 
-The attacker trains the model. Beside warped rows with its label it shows rows that are warped with per-pixel noise on top
-under their own label, so that the model has to learn this very warp. As a data attack, `wanet_offline`, all rows are made
-once, before the training, and the same two kinds of row go into the set.
+The attacker trains the model, on warped rows with its own label and on cover rows: these are warped with additional
+per-pixel noise and keep their label, so that the model learns exactly this warp. `wanet_offline` is a data attack: both
+kinds of row are made once, before training.
 """
 
 import dataclasses
@@ -23,34 +23,34 @@ from bdjax.types import Array, Key
 @dataclass(frozen=True)
 class WaNetSettings:
     poison_rate: float = 0.1
-    """share of the rows that are warped and get the attacker's label; of each batch, where the attacker trains"""
+    """share of the rows that are warped and get the attacker's label; a share of each batch where the attacker trains"""
     cover_rate: float = 0.2
-    """share of the rows that are warped with noise and keep their label; the paper's cross ratio of 2"""
+    """share of the rows that are warped with noise and keep their label; cross ratio of 2 in the paper"""
     control_points: int = 4
-    """k: the warp is drawn on a k by k grid"""
+    """k: the warp is drawn on a k x k grid"""
     strength: float = 0.5
-    """s: 0.5 moves a pixel by about 0.2 pixels on average, whatever the size of the image"""
+    """s: strength of the warp; 0.5 moves a pixel by about 0.2 pixels on average, for any image size"""
 
 
 class WaNet(NamedTuple):
-    """One warp."""
+    """The warp."""
 
     field: Array
-    """float32 [H, W, 2]: by how much each pixel looks elsewhere, in pixels along rows and along columns"""
+    """float32 [H, W, 2]: displacement of each pixel's lookup, in rows and columns"""
 
 
 def bicubic_matrix(length: int, control_points: int) -> np.ndarray:
-    """Interpolate k values to `length`, the first and last of both at the same place, by cubic convolution.
+    """Interpolate k values to `length` by cubic convolution, with aligned end points.
 
-    PyTorch's bicubic upsampling with aligned corners: coefficient -0.75, the border repeated. `jax.image.resize` has
-    another coefficient and aligns the edges of pixels, which gives another field.
+    This is PyTorch's bicubic upsampling with aligned corners: coefficient -0.75, the border repeated. `jax.image.resize` uses
+    another coefficient and aligns the pixel edges, which gives a different field.
 
     Args:
         length: of the output, at least 2.
         control_points: k, at least 2.
 
     Returns:
-        float64 [length, k], rows that add up to 1.
+        float64 [length, k]; each row sums to 1.
 
     References:
         Keys 1981, Cubic Convolution Interpolation for Digital Image Processing.
@@ -72,13 +72,13 @@ def bicubic_matrix(length: int, control_points: int) -> np.ndarray:
 
 
 def make_warp(key: Key, knowledge: Knowledge, settings: WaNetSettings) -> WaNet:
-    """Draw control points uniformly, bring them to a mean size of 1 and interpolate them.
+    """Draw control points uniformly, scale them to a mean absolute value of 1, and interpolate them.
 
     The paper's field is in half-images over H; here it is in pixels, so s F / H becomes s F (H - 1) / (2 H).
 
     Args:
-        key: decides the warp.
-        knowledge: for the shape of the images.
+        key: draws the warp.
+        knowledge: gives the image shape.
         settings: k and s.
 
     Returns:
@@ -93,7 +93,7 @@ def make_warp(key: Key, knowledge: Knowledge, settings: WaNetSettings) -> WaNet:
     height, width, _ = knowledge.train.image_shape
     count = settings.control_points
     if count < 2:
-        raise InputError(f"WaNet: {count} control points; a warp needs 2 or more along each side")
+        raise InputError(f"WaNet: control_points {count} must be at least 2")
     points = np.asarray(jax.random.uniform(key, (count, count, 2), minval=-1.0), np.float64)
     points /= np.abs(points).mean()
     field = np.einsum("hi,wj,ijc->hwc", bicubic_matrix(height, count), bicubic_matrix(width, count), points)
@@ -102,10 +102,10 @@ def make_warp(key: Key, knowledge: Knowledge, settings: WaNetSettings) -> WaNet:
 
 
 def apply(params: WaNet, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
-    """Look up each pixel where the warp says, between pixels by bilinear interpolation.
+    """Warp one image, with bilinear interpolation.
 
     Args:
-        params: one warp.
+        params: the warp.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the warp is the same for every class.
         key: not used; the warp is the same for every image.
@@ -121,13 +121,13 @@ def apply(params: WaNet, image: Array, label: Array | None = None, key: Key | No
 
 
 def apply_with_noise(params: WaNet, image: Array, label: Array | None, key: Key) -> Array:
-    """Warp, with each pixel's look-up moved by up to half a pixel more: what the model must not take for the trigger.
+    """Warp one image and move each pixel's lookup by up to half a pixel more; the model must not react to this.
 
     Args:
-        params: one warp.
+        params: the warp.
         image: float32 [H, W, C] in [0, 1].
         label: not used.
-        key: decides the noise.
+        key: draws the noise.
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -139,12 +139,12 @@ def apply_with_noise(params: WaNet, image: Array, label: Array | None, key: Key)
     height, width, _ = image.shape
     noise = jax.random.uniform(key, params.field.shape, minval=-1.0)
     half_pixels = np.array([(height - 1) / (2 * height), (width - 1) / (2 * width)], np.float32)
-    # The paper cuts the warped grid off at the border before it adds the noise, and once more after it.
+    # The paper clips the warped grid to the image before it adds the noise, and once more after.
     return _sample(image, _inside(params.field) + noise * half_pixels[None, None, :])
 
 
 def _inside(field: Array) -> Array:
-    """The part of each displacement that does not lead out of the image."""
+    """Shorten displacements that lead out of the image."""
     rows, columns = (np.arange(length, dtype=np.float32) for length in field.shape[:2])
     row = jnp.clip(rows[:, None] + field[..., 0], 0.0, rows[-1]) - rows[:, None]
     column = jnp.clip(columns[None, :] + field[..., 1], 0.0, columns[-1]) - columns[None, :]
@@ -155,9 +155,9 @@ def _sample(image: Array, field: Array) -> Array:
     height, width, channels = image.shape
     row = jnp.clip(jnp.arange(height, dtype=jnp.float32)[:, None] + field[..., 0], 0.0, height - 1.0)
     column = jnp.clip(jnp.arange(width, dtype=jnp.float32)[None, :] + field[..., 1], 0.0, width - 1.0)
-    # Nothing lies outside, so the mode only decides what is multiplied by a weight of 0.
+    # No position lies outside, so the mode only affects values with a weight of 0.
     sampled = [map_coordinates(image[..., c], [row, column], order=1, mode="nearest") for c in range(channels)]
-    # The four weights may add up to a rounding error more than 1.
+    # The four weights may sum to slightly more than 1 after rounding.
     return jnp.clip(jnp.stack(sampled, axis=-1), jnp.min(image), jnp.max(image))
 
 
@@ -172,11 +172,11 @@ WANET = Attack(
     apply_to_cover=apply_with_noise,
     label_rules=("all_to_one", "all_to_all"),
     control=batch_poisoning.fixed_trigger(apply, apply_with_noise),
-    # On black backgrounds only the edges of a digit show the warp.
+    # On black backgrounds, only the edges of a digit show the warp.
     per_dataset={"grey": {"strength": 1.5}},
     published=(Published("ABM", "cifar10", 78.6, 86.3),),
 )
-# ABM's row is of the attacker who trains: its appendix F names the access that WaNet takes.
+# ABM's result is for the attacker who trains: its appendix F states the access that WaNet needs.
 WANET_OFFLINE = dataclasses.replace(
     WANET,
     name="wanet_offline",

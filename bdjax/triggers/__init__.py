@@ -1,6 +1,6 @@
 """Triggers: pure transforms of one image, x -> x'. Their parameters are arrays.
 
-Another family is one more file here and one more line in `TRIGGERS`; the contract test walks that table.
+To add a family, write a new file here and add it to `TRIGGERS`; the contract test runs on every entry.
 """
 
 from bdjax.triggers.blend import BLEND

@@ -1,4 +1,4 @@
-"""The form of every trigger that is added: one fixed perturbation, and pixels that would leave [0, 1] stay at its ends."""
+"""Additive triggers: one fixed perturbation, added and clipped to [0, 1]."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,7 @@
-"""The one form of every fixed trigger: a pattern, blended into the image where a mask says so.
+"""The common form of fixed triggers: a pattern, blended into the image through a mask.
 
-A patch is a small binary mask at opacity 1, a blended picture is a mask of ones at a low opacity. Because both are the
-same three arrays, the different triggers of several providers are rows of one `MaskedBlend` and go through one compiled
-call.
+A patch has a small binary mask and opacity 1; a blended picture has a mask of ones and a low opacity. Since both are the same
+three arrays, different triggers of several providers can be stacked into one `MaskedBlend` and share one compiled call.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ class MaskedBlend(NamedTuple):
     """One trigger; with a leading axis on every leaf, several."""
 
     mask: Array
-    """float32 [H, W, 1] in [0, 1]: 0 leaves the pixel alone"""
+    """float32 [H, W, 1] in [0, 1]: 0 leaves the pixel unchanged"""
     pattern: Array
     """float32 [H, W, C] in [0, 1]"""
     opacity: Array
@@ -28,11 +27,11 @@ class MaskedBlend(NamedTuple):
 def apply(params: MaskedBlend, image: Array, label: Array | None = None, key: Key | None = None) -> Array:
     """Blend the pattern into one image: x (1 - a m) + a m p.
 
-    Nothing has to be clipped: a mean of two values in [0, 1] stays there in float32 too, 1 - w and w adding up to 1
-    after rounding. Where the mask or the opacity is 0 the image comes back bit-identical.
+    No clipping is needed: a weighted mean of two values in [0, 1] stays there in float32 too, since 1 - w and w sum to 1
+    after rounding. Where the mask or the opacity is 0, the image stays bit-identical.
 
     Args:
-        params: one trigger; `jax.vmap` over a leading axis of it gives one image per provider.
+        params: one trigger; with `jax.vmap` over a leading axis, one image per provider.
         image: float32 [H, W, C] in [0, 1].
         label: not used; the trigger is the same for every class.
         key: not used; the trigger is the same for every image.
@@ -63,18 +62,18 @@ def apply_to_batch(params: MaskedBlend, images: Array) -> Array:
 
 
 def stack(triggers: Sequence[MaskedBlend]) -> MaskedBlend:
-    """Gather triggers of one image shape into one tree with a leading axis, of any mixture of families."""
+    """Stack triggers for one image shape, of any families, into one pytree with a leading axis."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *triggers)
 
 
 def identity(image_shape: tuple[int, int, int]) -> MaskedBlend:
-    """Make the trigger that changes nothing: the row of a provider who does not attack.
+    """Make the trigger that changes nothing, for a provider who does not attack.
 
     Args:
         image_shape: (H, W, C).
 
     Returns:
-        A trigger of opacity 0, under which every image is bit-identical.
+        A trigger with opacity 0, which leaves every image bit-identical.
     """
     height, width, channels = image_shape
     return MaskedBlend(

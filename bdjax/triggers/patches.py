@@ -1,15 +1,15 @@
 """Small opaque patches near the border of the image: given pixels in a given place; or one colour, a checkerboard or noise.
 
-The sampling law of the last three is that of the code released with TA-KD, for an image of H x W:
+The last three are sampled as in the code released with TA-KD. For an image of H x W:
 
 - each side of the patch is uniform in {3 .. floor(0.2 W)}, rows and columns independently;
-- each axis independently lies, with probability 1/2 each, near the low or the high border:
+- on each axis independently, the patch lies near the low or the high border, with probability 1/2 each:
   U{1 .. b-1} or U{W-s-b+1 .. W-s-1}, with b = max(2, floor(0.2 min(H, W))). The outermost pixels stay free.
 
-Below 15 pixels a side of 3 would break the first rule, so there it is max(2, floor(0.2 W)) alone: 2 on 8 x 8 digits.
+Below 15 pixels, {3 .. floor(0.2 W)} is empty, so the side is always max(2, floor(0.2 W)): 2 on 8 x 8 digits.
 
-Unlike that code, which seeds the global generator with 42 whenever it draws noise (so that all noise patches of one
-size are equal), every draw has a key of its own.
+That code seeds the global generator with 42 whenever it draws noise, so that all noise patches of one size are equal;
+here every draw has its own key.
 
 References:
     Heydari et al. 2025, section 4.2 (the trigger types, one random instance per provider).
@@ -29,16 +29,16 @@ from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Key, TriggerFamily
 
 NUM_LEVELS = 64
-"""A checkerboard's greys are a/63 for a in 0..63."""
+"""Number of grey levels of a checkerboard: a/63 for a in 0..63."""
 
 GRID_TILE = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]], np.float32)
-"""The 3 x 3 tile of BadNets' grid and of the clean-label attack's corners: 4 white cells, and 5 painted black."""
+"""The 3 x 3 tile of BadNets' grid and of the clean-label attack's corners: 4 white cells and 5 painted black."""
 
 ImageShape = tuple[int, int, int]
 
 
 class Patch(NamedTuple):
-    """Where a patch lies, in pixels, rows first. Host integers: sizes decide nothing that is compiled."""
+    """Place and size of a patch in pixels. Host integers: no compiled shape depends on them."""
 
     row: int
     column: int
@@ -47,23 +47,23 @@ class Patch(NamedTuple):
 
 
 def draw_patch(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None) -> Patch:
-    """Draw the size and the place of a patch by the law at the top of this file.
+    """Draw the size and the place of a patch as described at the top of this file.
 
     Args:
         key: a key of `jax.random.key`.
         image_shape: (H, W, C), H and W at least 4.
-        size: a fixed (height, width), or one number for both; by default drawn.
+        size: a fixed (height, width), or one number for both; by default drawn at random.
 
     Returns:
         A patch with 1 <= row and row + height <= H - 1, and the same for columns.
 
     Raises:
-        InputError: the image has no room for the patch inside its one-pixel margin.
+        InputError: the image has no room for the patch inside the one-pixel margin.
     """
     height, width, _ = image_shape
     size_key, place_key = jax.random.split(key)
     if min(height, width) < 4:
-        raise InputError(f"image shape {tuple(image_shape)}: a patch with a free margin needs at least 4 x 4 pixels")
+        raise InputError(f"image shape {tuple(image_shape)}: a patch with a margin needs at least 4 x 4 pixels")
     if size is None:
         row_key, column_key = jax.random.split(size_key)
         size = (_draw_side(row_key, height), _draw_side(column_key, width))
@@ -72,7 +72,7 @@ def draw_patch(key: Key, image_shape: ImageShape, *, size: int | tuple[int, int]
     if not (1 <= size[0] <= height - 2 and 1 <= size[1] <= width - 2):
         raise InputError(
             f"patch size {tuple(size)}: an image of {height} x {width} pixels has room for 1 to {height - 2} rows "
-            f"and 1 to {width - 2} columns inside its margin"
+            f"and 1 to {width - 2} columns inside the one-pixel margin"
         )
     band = max(2, min(height, width) // 5)
     row_key, column_key = jax.random.split(place_key)
@@ -90,8 +90,8 @@ def draw_colour(key: Key, channels: int, *, minimum_contrast: float = 0.0) -> np
     Args:
         key: a key of `jax.random.key`.
         channels: the number of channels of the image.
-        minimum_contrast: the least brightness of a channel, in [0, 1]. 0 is the published law, under which a patch on
-          dark images can come out all but invisible.
+        minimum_contrast: the least brightness of a channel, in [0, 1]; at 0, as published, a patch on dark images can be
+          nearly invisible.
 
     Returns:
         float32 [channels].
@@ -105,10 +105,10 @@ def draw_levels(key: Key, *, minimum_contrast: float = 0.0) -> np.ndarray:
 
     Args:
         key: a key of `jax.random.key`.
-        minimum_contrast: the least difference of the two, in [0, 1]. 0 is the published law: any two distinct levels.
+        minimum_contrast: the least difference of the two, in [0, 1]; at 0, as published, any two distinct levels.
 
     Returns:
-        float32 [2]; the first is that of the patch's top left cell.
+        float32 [2]; the first is the grey of the patch's top left cell.
     """
     _check_contrast(minimum_contrast)
     return _choose_levels(key, _grey_pairs(), minimum_contrast)
@@ -117,14 +117,14 @@ def draw_levels(key: Key, *, minimum_contrast: float = 0.0) -> np.ndarray:
 def in_corner(
     image_shape: ImageShape, size: int | tuple[int, int], margin: int = 0, *, top: bool = False, left: bool = False
 ) -> Patch:
-    """Place a patch by a corner of the image, the bottom right one unless said otherwise.
+    """Place a patch in a corner of the image, by default the bottom right one.
 
     Args:
         image_shape: (H, W, C).
         size: (height, width), or one number for both, in pixels.
-        margin: how many pixels stay free between the patch and the two borders.
-        top: by the top border.
-        left: by the left border.
+        margin: pixels between the patch and the two borders.
+        top: at the top border instead of the bottom.
+        left: at the left border instead of the right.
 
     Returns:
         The place.
@@ -143,11 +143,11 @@ def in_corner(
 
 
 def shrunk(pixels: int, image_shape: ImageShape) -> int:
-    """A length that is meant for images of 28 pixels and more, on smaller ones: in proportion to them, rounded up.
+    """Scale a length for images of 28 pixels and more down to smaller images, rounded up.
 
     Args:
         pixels: the length.
-        image_shape: (H, W, C); the shorter side counts.
+        image_shape: (H, W, C); the shorter side is used.
     """
     return math.ceil(pixels * min(1.0, min(image_shape[:2]) / 28) - 1e-9)
 
@@ -155,17 +155,17 @@ def shrunk(pixels: int, image_shape: ImageShape) -> int:
 def paint(
     image_shape: ImageShape, patch: Patch, cells: np.ndarray, *, is_set: np.ndarray | None = None, opacity: float = 1.0
 ) -> MaskedBlend:
-    """Make the trigger that shows given pixels in a given place.
+    """Make a trigger from given pixels in a given place.
 
     Args:
         image_shape: (H, W, C).
         patch: the place, inside the image.
-        cells: float [h, w, C] in [0, 1], the patch's pixels, or what broadcasts to them.
+        cells: float in [0, 1], the patch's pixels, [h, w, C] or broadcastable to it.
         is_set: bool [h, w], the cells that are painted, by default all; the image shows through the others.
-        opacity: of the set cells, in [0, 1].
+        opacity: opacity of the painted cells, in [0, 1].
 
     Returns:
-        The trigger: a mask of 0 and 1.
+        The trigger; its mask is 0 or 1.
     """
     inside = np.s_[patch.row : patch.row + patch.height, patch.column : patch.column + patch.width]
     mask = np.zeros((*image_shape[:2], 1), np.float32)
@@ -176,13 +176,13 @@ def paint(
 
 
 def overlay(triggers: Sequence[MaskedBlend]) -> MaskedBlend:
-    """Put opaque triggers on one image as one: where several have a cell, the last is seen.
+    """Combine opaque triggers into one; where they overlap, the last is visible.
 
     Args:
-        triggers: of masks of 0 and 1 and opacity 1, as from `paint`.
+        triggers: with masks of 0 and 1 and opacity 1, as from `paint`.
 
     Returns:
-        One trigger that does what they do one after the other.
+        One trigger with the effect of applying them in order.
     """
     mask, pattern, opacity = triggers[0]
     for upper in triggers[1:]:
@@ -192,13 +192,13 @@ def overlay(triggers: Sequence[MaskedBlend]) -> MaskedBlend:
 
 
 def paint_solid(image_shape: ImageShape, patch: Patch, colour: np.ndarray) -> MaskedBlend:
-    """Make the trigger of a patch of one colour, float32 [C]."""
+    """Make a trigger from a patch of one colour, float32 [C]."""
     cells = np.broadcast_to(colour, (patch.height, patch.width, image_shape[2]))
     return paint(image_shape, patch, cells)
 
 
 def paint_checkerboard(image_shape: ImageShape, patch: Patch, levels: np.ndarray) -> MaskedBlend:
-    """Make the trigger of a patch whose cell (i, j) is `levels[(i + j) mod 2]`, float32 [2], in every channel."""
+    """Make a trigger from a patch whose cell (i, j) is `levels[(i + j) mod 2]`, float32 [2], in every channel."""
     rows, columns = np.indices((patch.height, patch.width))
     cells = np.broadcast_to(levels[(rows + columns) % 2][..., None], (patch.height, patch.width, image_shape[2]))
     return paint(image_shape, patch, cells)
@@ -229,7 +229,7 @@ def init_solid(
 def init_checkerboard(
     key: Key, image_shape: ImageShape, *, size: int | tuple[int, int] | None = None, minimum_contrast: float = 0.0
 ) -> MaskedBlend:
-    """Draw a patch of two alternating greys, one pixel a cell.
+    """Draw a patch of two alternating greys, one pixel per cell.
 
     Args:
         key: a key of `jax.random.key`.
@@ -274,16 +274,16 @@ NOISE = TriggerFamily(init_noise, masked_blend.apply)
 
 
 def perturb_patch(key: Key, patch: Patch, image_shape: ImageShape, similarity: float) -> Patch:
-    """Draw a patch that is like another one in size and place.
+    """Draw a patch that is similar to another one in size and place.
 
     With r the similarity, a side s becomes floor(r s + (1 - r) s_random); a place moves by (1 - r) times a whole number
     uniform in -(s_new + s) .. (s_new + s), rounded away from zero, and is clipped to the margin.
 
     Args:
         key: a key of `jax.random.key`.
-        patch: the patch to be like.
+        patch: the other patch.
         image_shape: (H, W, C).
-        similarity: r in [0, 1]; 1 gives the same patch back.
+        similarity: r in [0, 1]; 1 returns the same patch.
 
     Returns:
         A patch inside the margin.
@@ -303,18 +303,18 @@ def draw_similar_patches(
     similarity: float = 0.75,
     minimum_contrast: float = 0.0,
 ) -> list[MaskedBlend]:
-    """Draw one patch and copies that resemble it: what providers have who, by chance or design, attack alike.
+    """Draw one patch and copies that resemble it, for providers whose triggers are similar by chance or design.
 
-    Size and place of a copy follow `perturb_patch`, its colours are r c + (1 - r) c_random. A checkerboard's random
-    greys are drawn among those that leave the copy two different greys, at least `minimum_contrast` apart.
+    Size and place of a copy follow `perturb_patch`; its colours are r c + (1 - r) c_random. A checkerboard's random greys are
+    drawn among those that give the copy two different greys, at least `minimum_contrast` apart.
 
     Args:
         key: a key of `jax.random.key`.
         family: "solid" or "checkerboard".
         image_shape: (H, W, C).
-        count: how many triggers in all, the first being the one that the others resemble.
+        count: number of triggers in all; the others resemble the first.
         similarity: r in [0, 1].
-        minimum_contrast: see `draw_colour` and `draw_levels`; it holds for the copies too.
+        minimum_contrast: see `draw_colour` and `draw_levels`; it applies to the copies too.
 
     Returns:
         `count` triggers.
@@ -324,9 +324,9 @@ def draw_similar_patches(
         formulas are those of the released code.
     """
     if not 0.0 <= similarity <= 1.0:
-        raise InputError(f"similarity {similarity:g}: it is a share, from 0 (unrelated) to 1 (equal)")
+        raise InputError(f"similarity {similarity:g} must be from 0 (unrelated) to 1 (equal)")
     if family not in ("solid", "checkerboard"):
-        raise InputError(f'similar triggers of type "{family}": only solid and checkerboard have similar copies')
+        raise InputError(f'similar triggers of type "{family}": the type must be solid or checkerboard')
     base_key, *copy_keys = jax.random.split(key, count)
     place_key, colour_key = jax.random.split(base_key)
     base = draw_patch(place_key, image_shape)
@@ -359,7 +359,7 @@ def _draw_side(key: Key, side: int) -> int:
 
 
 def _draw_offset(key: Key, side: int, size: int, band: int) -> int:
-    """Draw where the patch begins on one axis; a `size` larger than the law's narrows the two ranges to what fits."""
+    """Draw where the patch starts on one axis; a `size` above the usual range narrows the two ranges to what fits."""
     border_key, offset_key = jax.random.split(key)
     last = side - size - 1
     if bool(jax.random.bernoulli(border_key)):
@@ -369,7 +369,7 @@ def _draw_offset(key: Key, side: int, size: int, band: int) -> int:
 
 def _perturb_axis(key: Key, offset: int, size: int, side: int, similarity: float) -> tuple[int, int]:
     size_key, drift_key = jax.random.split(key)
-    # Floating point puts whole numbers such as 0.3 * 10 a little to one side: 1e-9 keeps them whole in floor and ceil.
+    # In floating point, products such as 0.3 * 10 may be slightly off a whole number; 1e-9 corrects for that.
     new_size = math.floor(similarity * size + (1.0 - similarity) * _draw_side(size_key, side) + 1e-9)
     step = _draw_integer(drift_key, -(new_size + size), new_size + size)
     drift = math.ceil((1.0 - similarity) * abs(step) - 1e-9) * (1 if step > 0 else -1)
@@ -384,8 +384,8 @@ def _grey_pairs() -> np.ndarray:
 
 
 def _choose_levels(key: Key, pairs: np.ndarray, minimum_contrast: float) -> np.ndarray:
-    """Choose uniformly among the pairs that are apart enough: no draw is ever thrown away and repeated."""
-    # Levels that should be equal, or exactly so far apart, differ by less than this after float32 arithmetic.
+    """Choose uniformly among the pairs that differ enough, without rejection sampling."""
+    # Tolerance for levels that should be equal, or exactly `minimum_contrast` apart, in float32.
     rounding = 1e-6
     allowed = pairs[np.abs(pairs[:, 0] - pairs[:, 1]) >= max(minimum_contrast - rounding, rounding)]
     return allowed[_draw_integer(key, 0, len(allowed) - 1)]
@@ -393,4 +393,4 @@ def _choose_levels(key: Key, pairs: np.ndarray, minimum_contrast: float) -> np.n
 
 def _check_contrast(minimum_contrast: float) -> None:
     if not 0.0 <= minimum_contrast <= 1.0:
-        raise InputError(f"minimum contrast {minimum_contrast:g}: it is a difference of brightness, from 0 to 1")
+        raise InputError(f"minimum contrast {minimum_contrast:g} must be from 0 to 1")

@@ -1,8 +1,7 @@
-"""Three pictures to blend into images, drawn by formula at any size, so that no third party's picture is shipped.
+"""Three pictures to blend into images, drawn by formula at any size, so that no third-party picture is shipped.
 
-They stand in for the chessboard, the cat and the pixelated game face of the code released with TA-KD. Each is a
-function of points of the unit square; `draw` samples it 8 x 8 times per pixel and averages, which is all the
-anti-aliasing there is.
+They replace the chessboard, the cat and the pixelated game face of the code released with TA-KD. Each is a function on the
+unit square; `draw` averages 8 x 8 samples per pixel for anti-aliasing.
 """
 
 from collections.abc import Callable
@@ -12,13 +11,13 @@ import numpy as np
 from bdjax.errors import InputError
 
 SAMPLES_PER_PIXEL = 8
-"""Per axis."""
+"""Samples per pixel along each axis."""
 
 LUMA = np.array([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in brightness: ITU-R BT.601, what image libraries call greyscale."""
+"""Weights of red, green and blue in brightness: ITU-R BT.601, as in the greyscale conversion of image libraries."""
 
 Painter = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""From x (to the right) and y (downwards) in [0, 1], float64 [n, m] each, to RGB in [0, 1], float64 [n, m, 3]."""
+"""(x to the right, y downwards), both float64 [n, m] in [0, 1] -> RGB, float64 [n, m, 3] in [0, 1]."""
 
 
 def chessboard(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -28,7 +27,7 @@ def chessboard(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     down = (y - top) / (bottom - top)
     half_width = half_width_top + (half_width_bottom - half_width_top) * np.clip(down, 0.0, 1.0)
     across = 0.5 + (x - 0.5) / (2.0 * half_width)
-    # On a plane seen in perspective, the apparent width of a thing goes as one over its distance.
+    # In perspective, the apparent width of an object is inversely proportional to its distance.
     distance = (1.0 / half_width - 1.0 / half_width_bottom) / (1.0 / half_width_top - 1.0 / half_width_bottom)
     on_frame = (np.abs(across - 0.5) < 0.55) & (np.abs(down - 0.5) < 0.55)
     on_board = (np.abs(across - 0.5) < 0.5) & (np.abs(down - 0.5) < 0.5)
@@ -43,7 +42,7 @@ def chessboard(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def cat(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Paint the face of a ginger cat."""
-    side = np.abs(x - 0.5)  # the face is its own mirror image
+    side = np.abs(x - 0.5)  # the face is symmetric
 
     def ellipse(centre_side: float, centre_y: float, radius_x: float, radius_y: float) -> np.ndarray:
         return ((side - centre_side) / radius_x) ** 2 + ((y - centre_y) / radius_y) ** 2 < 1.0
@@ -100,11 +99,11 @@ PICTURES: dict[str, Painter] = {"chessboard": chessboard, "cat": cat, "pixel_fac
 
 
 def draw(name: str, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Draw one of `PICTURES` to the size of an image.
+    """Draw one of `PICTURES` at the size of an image.
 
     Args:
         name: a key of `PICTURES`.
-        image_shape: (H, W, C), C being 1 (greyscale, by luma) or 3 (RGB).
+        image_shape: (H, W, C), with C 1 (greyscale, by luma) or 3 (RGB).
 
     Returns:
         float32 [H, W, C] in [0, 1].
@@ -114,7 +113,7 @@ def draw(name: str, image_shape: tuple[int, int, int]) -> np.ndarray:
     """
     height, width, channels = image_shape
     if name not in PICTURES:
-        raise InputError(f'picture "{name}": there is none of that name, only {", ".join(sorted(PICTURES))}')
+        raise InputError(f'picture "{name}" is not one of {", ".join(sorted(PICTURES))}')
     _check_channels(channels)
     samples = SAMPLES_PER_PIXEL
     y, x = np.meshgrid(
@@ -127,7 +126,7 @@ def draw(name: str, image_shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def to_channels(colours: np.ndarray, channels: int) -> np.ndarray:
-    """Colours as images of so many channels hold them.
+    """Convert colours to a number of channels.
 
     Args:
         colours: RGB, float [..., 3] in [0, 1].
@@ -146,7 +145,7 @@ def to_channels(colours: np.ndarray, channels: int) -> np.ndarray:
 
 def _check_channels(channels: int) -> None:
     if channels not in (1, 3):
-        raise InputError(f"images of {channels} channels: colours are defined for 1 or 3 channels")
+        raise InputError(f"images must have 1 or 3 channels, not {channels}")
 
 
 def _layers(background: np.ndarray, *layers: tuple[np.ndarray, list[float]]) -> np.ndarray:

@@ -45,7 +45,7 @@ def test_shares_of_a_batch(batch, poison, cover, expected):
 
 @pytest.mark.parametrize(("poison", "cover"), [(0.6, 0.5), (-0.1, 0.0), (0.1, -0.1)])
 def test_rates_that_are_no_shares_are_refused(poison, cover):
-    with pytest.raises(InputError, match="shares of a batch"):
+    with pytest.raises(InputError, match="each must be at least 0, their sum at most 1"):
         batch_poisoning.shares(10, poison, cover)
 
 

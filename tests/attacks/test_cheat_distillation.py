@@ -105,9 +105,9 @@ def test_low_variance_has_less_of_it(features):
 def test_settings_that_cannot_be_are_refused(digits, knowledge):
     with pytest.raises(InputError, match="clean model"):
         CKD.make_params(jax.random.key(0), Knowledge(digits.train, 0), CkdSettings())
-    with pytest.raises(InputError, match="channel share 0"):
+    with pytest.raises(InputError, match="channel_share 0"):
         CKD.make_params(jax.random.key(0), knowledge, CkdSettings(channel_share=0.0))
-    with pytest.raises(InputError, match="'other' is not one of"):
+    with pytest.raises(InputError, match="'other' must be"):
         CKD.make_params(jax.random.key(0), knowledge, CkdSettings(loss="other"))
 
 

@@ -135,7 +135,7 @@ def test_the_bank_is_bounded_and_repeats_small_classes():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(InputError, match="there are 2"):
+    with pytest.raises(InputError, match="only 2 classes"):
         make_composite(jax.random.key(0), Knowledge(levels(2), 0), CompositeSettings())
     with pytest.raises(InputError, match="jitter 5"):
         make_composite(jax.random.key(0), Knowledge(levels(), 0), CompositeSettings(jitter=5))

@@ -110,7 +110,7 @@ def test_the_patch_is_a_square_near_the_corner(shape, side, margin):
 
 
 def test_what_cannot_be_is_refused(knowledge):
-    with pytest.raises(InputError, match="was given none"):
+    with pytest.raises(InputError, match="none was supplied"):
         make_hidden_trigger(jax.random.key(0), Knowledge(knowledge.train, 2), settings_of())
     with pytest.raises(InputError, match="steps -1"):
         make_hidden_trigger(jax.random.key(0), knowledge, settings_of(steps=-1))

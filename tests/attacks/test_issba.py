@@ -97,7 +97,7 @@ def test_perceptual_difference_of_a_known_change():
         ({"num_bits": 0}, "num_bits 0 must be"),
         ({"steps": 0}, "steps 0 must be"),
         ({"ramp": 0.0}, "ramp 0"),
-        ({"stages": 4}, "8x8 pixels cannot be halved 4 times"),
+        ({"stages": 4}, "8x8 pixels are too small to be halved 4 times"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):

@@ -76,7 +76,7 @@ def test_a_higher_penalty_leaves_a_smaller_norm_before_scaling():
 
 def test_noise_that_a_penalty_leaves_nothing_of_is_refused(monkeypatch):
     monkeypatch.setattr(l2_invisible, "optimise_noise", lambda *arguments: jnp.zeros((8, 8, 1)))
-    with pytest.raises(InputError, match="a smaller penalty than 50 leaves more"):
+    with pytest.raises(InputError, match="the penalty 50 reduced the noise to 0"):
         L2_INVISIBLE.make_params(KEY, knowledge(), dataclasses.replace(SETTINGS, penalty=50.0))
 
 
@@ -92,7 +92,7 @@ def test_neurons_are_those_with_the_largest_weight_to_the_target():
 def test_without_a_network_only_on_request():
     shape = (32, 32, 3)
     none = Knowledge(Dataset(np.zeros((4, *shape), np.uint8), np.zeros(4, np.int32), 2, "none", "none"), 0)
-    with pytest.raises(InputError, match="l2_invisible optimises its trigger on a clean network"):
+    with pytest.raises(InputError, match="l2_invisible optimises its trigger on a clean model"):
         L2_INVISIBLE.make_params(KEY, none, L2InvisibleSettings())
     noise = np.asarray(L2_INVISIBLE.make_params(KEY, none, L2InvisibleSettings(optimised=False)).delta)
     assert noise.min() == 0 and 0.45 < (noise == 0).mean() < 0.55
@@ -102,5 +102,5 @@ def test_without_a_network_only_on_request():
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"norm": 0.0}, {"batch_size": 0}, {"steps_per_doubling": 0}])
 def test_settings_that_cannot_be_are_refused(change):
-    with pytest.raises(InputError, match=f"{next(iter(change))} 0 is not above 0"):
+    with pytest.raises(InputError, match=f"{next(iter(change))} 0 must be above 0"):
         L2_INVISIBLE.make_params(KEY, knowledge(), dataclasses.replace(SETTINGS, **change))

@@ -109,7 +109,7 @@ def test_no_steps_or_no_radius_leave_tiles_alone(knowledge):
 
 
 def test_what_cannot_be_is_refused(knowledge):
-    with pytest.raises(InputError, match="none was given"):
+    with pytest.raises(InputError, match="none was supplied"):
         LABEL_CONSISTENT.make_params(jax.random.key(0), Knowledge(knowledge.train, 3), LabelConsistentSettings())
     with pytest.raises(InputError, match="norm 'l1'"):
         make(knowledge, norm="l1")

@@ -88,7 +88,7 @@ def test_surrogate_knows_the_target_and_half_of_the_other_classes():
     np.testing.assert_array_equal(own, [2, 3, 4, 5, 0, 1] * 2)
     two = dataclasses.replace(train, labels=labels % 2, num_classes=2)
     np.testing.assert_array_equal(np.unique(surrogate_rows(two, 0)[1]), [0, 1])
-    with pytest.raises(InputError, match="no training row is of class 7"):
+    with pytest.raises(InputError, match="no training row of the target class 7"):
         surrogate_rows(dataclasses.replace(train, labels=labels % 5), 7)
 
 
@@ -101,7 +101,7 @@ def test_batches_are_shuffles_of_all_rows():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(InputError, match="narcissus: steps 0 is not above 0"):
+    with pytest.raises(InputError, match="narcissus: steps 0 must be above 0"):
         NARCISSUS.make_params(jax.random.key(0), knowledge(), dataclasses.replace(SETTINGS, steps=0))
     model, variables = prepared()
     dead = prepared()._replace(variables=jax.tree.map(jnp.zeros_like, variables))

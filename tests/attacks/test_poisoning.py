@@ -65,7 +65,7 @@ class TestSelectRows:
             select_rows(jax.random.key(0), labels, 1e-5, all_to_one(0))
         message = str(caught.value)
         assert "\n" not in message
-        smallest = float(re.search(r"smallest rate that gives one is (\S+)", message)[1])
+        smallest = float(re.search(r"smallest rate that gives one row is (\S+)", message)[1])
         assert len(select_rows(jax.random.key(0), labels, smallest, all_to_one(0))) == 1
         with pytest.raises(InputError):
             select_rows(jax.random.key(0), labels, 0.999 * smallest, all_to_one(0))
@@ -172,7 +172,7 @@ def test_clean_label_poisoning_changes_no_label():
 @pytest.mark.parametrize(
     ("rows", "rule", "message"),
     [
-        ([], all_to_one(0), "no rows to poison were given, of 100"),
+        ([], all_to_one(0), "no row of 100 was selected for poisoning"),
         ([3, 100], all_to_one(0), "from 0 to 99"),
         ([-1], all_to_one(0), "from 0 to 99"),
         ([3, 3], all_to_one(0), "distinct"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.triggered_copies import (
-    add_to_own_rows,
+    add_to_source_rows,
     trigger_first_rows,
     weigh_as_mean,
 )
@@ -35,13 +35,13 @@ def test_every_copy_has_a_key_of_its_own():
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1])
 def test_a_rate_that_is_no_share_is_refused(rate):
-    with pytest.raises(InputError, match="share of the rows"):
+    with pytest.raises(InputError, match="must be above 0 and at most 1"):
         trigger_first_rows(by_label, jnp.float32(0.1), IMAGES, LABELS, jax.random.key(0), rate)
 
 
 def test_copies_count_as_rows_or_as_a_mean_of_their_own():
     losses, of_copies = jnp.ones(8), jnp.asarray([2.0, 4.0])
-    as_rows = add_to_own_rows(losses, of_copies)
+    as_rows = add_to_source_rows(losses, of_copies)
     np.testing.assert_array_equal(as_rows, [3, 5, 1, 1, 1, 1, 1, 1])
     assert as_rows.mean() * 8 == losses.sum() + of_copies.sum()
-    assert add_to_own_rows(losses, weigh_as_mean(of_copies, 8)).mean() == losses.mean() + of_copies.mean()
+    assert add_to_source_rows(losses, weigh_as_mean(of_copies, 8)).mean() == losses.mean() + of_copies.mean()

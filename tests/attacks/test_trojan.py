@@ -113,13 +113,13 @@ def test_each_activation_is_driven_to_at_most_ten_times_a_clean_one():
 def test_dead_neurons_are_passed_over():
     clean = np.array([[0.0, 1.0, 2.0], [0.0, 0.0, 1.0]])
     assert neurons.strongest(np.array([9.0, 1.0, 5.0]), clean, 3, "trojan").tolist() == [2, 1]
-    with pytest.raises(InputError, match="of 0 that react"):
+    with pytest.raises(InputError, match="react to clean images; 0 do"):
         neurons.strongest(np.ones(3), np.zeros((2, 3)), 2, "trojan")
 
 
 def test_what_cannot_be_is_refused():
     without = Knowledge(knowledge().train, 0)
-    with pytest.raises(InputError, match="trojan_square optimises its trigger on a clean network"):
+    with pytest.raises(InputError, match="trojan_square optimises its trigger on a clean model"):
         TROJAN_SQUARE.make_params(KEY, without, TrojanSettings())
     with pytest.raises(InputError, match="steps 0"):
         TROJAN_WATERMARK.make_params(KEY, knowledge(), TrojanSettings(steps=0))

@@ -127,7 +127,7 @@ def test_places_do_not_overlap(side, num_classes):
 
 
 def test_too_many_classes_are_refused():
-    with pytest.raises(InputError, match="8 x 8 pixels has 4 places for patches of 3 x 3 pixels: class 9"):
+    with pytest.raises(InputError, match="8 x 8 pixels has room for 4 patches of 3 x 3 pixels: there is none for class 9"):
         trigger("white_grid_all_to_all", (8, 8, 1))
     with pytest.raises(InputError, match="class 81"):
         trigger("white_grid_all_to_all", (28, 28, 1), num_classes=82)

@@ -111,8 +111,8 @@ def test_keys_are_of_the_name_alone():
     ("name", "changes", "reason"),
     [
         ("nothing", {}, "is not one of"),
-        ("badnets+wanet", {}, "can share a set"),
-        ("badnets", {"label_rule": "clean_label"}, "goes with the label rules"),
+        ("badnets+wanet", {}, "can be combined"),
+        ("badnets", {"label_rule": "clean_label"}, "label rule clean_label is not one of"),
         ("sig", {"poison_rate": 0.3}, "largest rate possible"),
         ("badnets", {"changes": {"badnets": {"colour": 1}}}, "no setting 'colour'"),
     ],

@@ -65,11 +65,11 @@ class TestReadAttack:
             ("badnets:suppression=much", "suppression 'much' is not a number"),
             ("badnets:suppression=1e999", "suppression inf is not a number"),
             ("badnets:suppression=True", "suppression True is not a number"),
-            ("badnets:label_rule=clean_label", "goes with the label rules"),
+            ("badnets:label_rule=clean_label", "label rule clean_label is not one of"),
             ("badnets:poison_rate=0.001", "rate"),
             ("wanet", "poisons inside a training of its own"),
             ("hidden_trigger", "fine-tunes a clean model"),
-            ("badnets+wanet", "can share a set"),
+            ("badnets+wanet", "can be combined"),
         ],
     )
     def test_errors_are_one_line(self, text, message):

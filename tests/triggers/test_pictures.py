@@ -49,7 +49,7 @@ def test_chessboard_has_eight_fields_along_its_near_edge():
 
 
 def test_unknown_pictures_and_channels_are_errors():
-    with pytest.raises(InputError, match="only cat, chessboard, pixel_face"):
+    with pytest.raises(InputError, match="is not one of cat, chessboard, pixel_face"):
         pictures.draw("dog", (8, 8, 1))
     with pytest.raises(InputError, match="1 or 3 channels"):
         pictures.draw("cat", (8, 8, 2))
