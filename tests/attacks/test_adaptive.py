@@ -58,7 +58,7 @@ class TestBlend:
     ("shape", "settings", "message"),
     [
         ((30, 32, 3), {}, "multiples of 4; these images have 30 x 32"),
-        ((28, 28, 1), {"pieces": 17}, "17 pieces of 16"),
+        ((28, 28, 1), {"pieces": 17}, "pieces 17 must be from 1 to 16"),
         ((28, 28, 1), {"opacity": 0.0}, "opacity 0"),
         ((28, 28, 1), {"test_opacity": 2.0}, "test_opacity 2"),
         ((28, 28, 1), {"picture": "dog"}, "dog"),

@@ -1,4 +1,8 @@
-"""What every attack owes its callers, checked on each entry of the registry."""
+"""The contract of every attack, checked on each entry of the registry.
+
+Tracing and compiling take nearly all of the time. So a trigger is made and compiled once for each attack and shape, triggers
+that are trained have one shape, and what depends on the function alone is checked once for each function.
+"""
 
 import dataclasses
 from functools import cache
@@ -8,16 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import make_tiny
 
 from bdjax.attacks.contract import CLEAN_MODEL, CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import LABEL_RULES, make_rule
 from bdjax.attacks.poisoning import ConfiguredAttack, poison_by, trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.errors import InputError
-from bdjax.models import make_model
 from bdjax.types import Dataset
 
 SHAPES = [(28, 28, 1), (32, 32, 3)]
+ONE_SHAPE = (16, 12, 3)
+"""For what takes seconds to make or to compile; oblong, so that height and width cannot be confused."""
 CLASSES, PER_CLASS, TARGET = 10, 20, 1
 
 SMALL: dict[str, dict] = {
@@ -27,45 +33,59 @@ SMALL: dict[str, dict] = {
     "latent_backdoor": {"steps": 3},
     "ckd": {"steps": 3},
     "ckd_low_variance": {"steps": 3},
-    "refool": {"least_offset": 1, "most_offset": 3},
+    "refool": {"least_offset": 1, "most_offset": 3, "pictures": 3},
     "hidden_trigger": {"steps": 3},
     "trojan_square": {"steps": 5},
     "trojan_watermark": {"steps": 5},
     "issba": {"width": 2, "stages": 1, "num_bits": 4, "steps": 3, "batch_size": 4},
     "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
-    "narcissus": {"surrogate_width": 4, "surrogate_epochs": 1, "warm_up_epochs": 1, "steps": 10, "batch_size": 16},
+    "narcissus": {
+        "surrogate_model": "4-4P",
+        "surrogate_epochs": 1,
+        "warm_up_epochs": 1,
+        "steps": 10,
+        "batch_size": 16,
+    },
 }
-"""Settings that make a trained trigger in seconds; the test file of the attack asks whether it is a good trigger."""
+"""Attacks at one shape, with settings that make their triggers in seconds; each attack's own test file checks its quality."""
+
+CASES = [(name, shape) for name in sorted(ATTACKS) for shape in ([ONE_SHAPE] if name in SMALL else SHAPES)]
+every_case = pytest.mark.parametrize(
+    ("name", "shape"), CASES, ids=[f"{name}-{'x'.join(map(str, shape))}" for name, shape in CASES]
+)
 
 
 def test_the_table_names_attacks_alone():
     assert SMALL.keys() <= ATTACKS.keys()
 
 
+def first_shape(name):
+    return next(shape for case, shape in CASES if case == name)
+
+
 @cache
 def dataset(shape):
-    """Smooth random images, each class around a picture of its own."""
+    """Noisy images, each class around its own mean picture of 4 x 4 blocks."""
     generator = np.random.default_rng(0)
     height, width, channels = shape
     coarse = generator.uniform(0.2, 0.8, (CLASSES, 4, 4, channels))
-    means = jax.image.resize(jnp.asarray(coarse, jnp.float32), (CLASSES, height, width, channels), "linear")
+    means = np.repeat(np.repeat(coarse, height // 4, axis=1), width // 4, axis=2)
     labels = np.arange(CLASSES * PER_CLASS, dtype=np.int32) % CLASSES
     noise = generator.normal(0, 0.08, (len(labels), *shape))
-    images = np.clip(np.asarray(means)[labels] + noise, 0, 1)
+    images = np.clip(means[labels] + noise, 0, 1)
     return Dataset((images * 255).astype(np.uint8), labels, CLASSES, "synthetic", "this test")
 
 
 @cache
 def clean_model(shape):
-    model = make_model("resnet10", CLASSES, 4)
-    return CleanModel(model, jax.jit(lambda key: model.init(key, shape))(jax.random.key(5)))
+    model = make_tiny(CLASSES)
+    return CleanModel(model, model.init(jax.random.key(5), shape))
 
 
 @cache
 def prepared(name, shape):
     attack = find_attack(name)
-    changes = SMALL.get(name, {})
-    settings = settings_for(attack, dataset(shape), changes)
+    settings = settings_for(attack, dataset(shape), SMALL.get(name, {}))
     # The smallest set has 20 rows of a class: a tenth of all rows is a whole class.
     settings = dataclasses.replace(settings, poison_rate=0.1, cover_rate=0.1 if settings.cover_rate else 0.0)
     model = clean_model(shape) if attack.needs_clean_model or attack.starts_from_clean_model else None
@@ -73,89 +93,112 @@ def prepared(name, shape):
     return attack, settings, attack.make_params(jax.random.key(2), knowledge, settings), knowledge
 
 
-@pytest.fixture(params=sorted(ATTACKS))
-def name(request):
-    return request.param
-
-
 def functions(attack):
     return {f for f in (attack.apply, attack.apply_in_training, attack.apply_to_cover) if f is not None}
 
 
-def rows(shape, count=4):
+CHEAP_FIRST = sorted(ATTACKS, key=lambda name: (name in SMALL, name))
+FUNCTIONS = {function: name for name in reversed(CHEAP_FIRST) for function in functions(ATTACKS[name])}
+"""Every distinct function of a trigger, with an attack that has it."""
+
+
+@cache
+def rows(shape):
+    """Four images of the set, a black and a white one."""
     data = dataset(shape)
-    images = jnp.asarray(data.images[:count], jnp.float32) / 255
-    return images, jnp.asarray(data.labels[:count]), jax.random.split(jax.random.key(3), count)
+    images = np.concatenate([data.images[:4] / np.float32(255), np.zeros((1, *shape)), np.ones((1, *shape))])
+    return jnp.asarray(images, jnp.float32), jnp.asarray(data.labels[:6]), jax.random.split(jax.random.key(3), 6)
 
 
-def test_the_entry_is_complete(name):
-    attack = find_attack(name)
-    assert attack.name == name and attack.title and attack.paper and attack.make_params.__doc__
-    assert attack.threat in ("data", "training")
-    assert attack.label_rules and set(attack.label_rules) <= LABEL_RULES.keys()
-    assert dataclasses.is_dataclass(attack.settings) and hash(attack.settings) is not None
-    assert 0 < attack.settings.poison_rate <= 1 and 0 <= attack.settings.cover_rate <= 1
-    assert attack.needs_clean_model == (CLEAN_MODEL in attack.needs)
-    assert attack.control is None or attack.threat == "training"
-    for shape in SHAPES:
-        settings_for(attack, dataset(shape))
+@cache
+def compiled(function):
+    return jax.jit(jax.vmap(function, in_axes=(None, 0, 0, 0)))
 
 
-def test_what_a_dataset_is_called_changes_nothing(name):
-    attack, data = find_attack(name), dataset(SHAPES[0])
-    for called in ("digits", "cifar10", "mine"):
-        assert settings_for(attack, dataclasses.replace(data, name=called)) == settings_for(attack, data)
-    own = attack.per_dataset.get("digits", {})
-    adapted = settings_for(attack, data, like="digits")
-    assert adapted == dataclasses.replace(settings_for(attack, data), **own)
+@cache
+def triggered(name, shape):
+    """What each function of an attack makes of `rows`."""
+    attack, _, params, _ = prepared(name, shape)
+    return {function: np.asarray(compiled(function)(params, *rows(shape))) for function in functions(attack)}
 
 
-def test_a_setting_that_is_not_there_is_refused(name):
-    with pytest.raises(InputError, match="no setting 'colour_of_the_bikeshed'"):
-        settings_for(find_attack(name), dataset(SHAPES[0]), {"colour_of_the_bikeshed": 1})
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+class TestEntry:
+    def test_is_complete(self, name):
+        attack = find_attack(name)
+        assert attack.name == name and attack.title and attack.paper and attack.make_params.__doc__
+        assert attack.threat in ("data", "training")
+        assert attack.label_rules and set(attack.label_rules) <= LABEL_RULES.keys()
+        assert dataclasses.is_dataclass(attack.settings) and hash(attack.settings) is not None
+        assert 0 < attack.settings.poison_rate <= 1 and 0 <= attack.settings.cover_rate <= 1
+        assert attack.needs_clean_model == (CLEAN_MODEL in attack.needs)
+        assert attack.control is None or attack.threat == "training"
+        for shape in SHAPES:
+            settings_for(attack, dataset(shape))
+
+    def test_what_a_dataset_is_called_changes_nothing(self, name):
+        attack, data = find_attack(name), dataset(SHAPES[0])
+        for called in ("digits", "cifar10", "mine"):
+            assert settings_for(attack, dataclasses.replace(data, name=called)) == settings_for(attack, data)
+        adapted = settings_for(attack, data, like="digits")
+        changes = attack.per_dataset.get("digits", {})
+        assert adapted == dataclasses.replace(settings_for(attack, data), **changes)
+
+    def test_a_setting_that_is_not_there_is_refused(self, name):
+        with pytest.raises(InputError, match="no setting 'colour_of_the_bikeshed'"):
+            settings_for(find_attack(name), dataset(SHAPES[0]), {"colour_of_the_bikeshed": 1})
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_case
 class TestTrigger:
     def test_keeps_shape_dtype_and_range(self, name, shape):
-        attack, _, params, _ = prepared(name, shape)
-        images, labels, keys = rows(shape)
-        extremes = jnp.stack([jnp.zeros(shape), jnp.ones(shape), *images[2:]])
-        for function in functions(attack):
-            triggered = jax.jit(jax.vmap(function, in_axes=(None, 0, 0, 0)))(params, extremes, labels, keys)
-            chex.assert_shape(triggered, extremes.shape)
-            chex.assert_type(triggered, jnp.float32)
-            chex.assert_tree_all_finite(triggered)
-            assert triggered.min() >= 0.0 and triggered.max() <= 1.0
+        for images in triggered(name, shape).values():
+            assert images.shape == rows(shape)[0].shape and images.dtype == np.float32
+            assert images.min() >= 0.0 and images.max() <= 1.0  # which no NaN is
 
-    def test_is_pure_and_the_same_under_jit_and_vmap(self, name, shape):
-        attack, _, params, _ = prepared(name, shape)
-        images, labels, keys = rows(shape, 2)
-        before = np.array(images)
-        for function in functions(attack):
-            one = jax.jit(function)
-            looped = jnp.stack([one(params, *row) for row in zip(images, labels, keys, strict=True)])
-            again = jnp.stack([one(params, *row) for row in zip(images, labels, keys, strict=True)])
-            chex.assert_trees_all_equal(looped, again)
-            plain = function(params, images[0], labels[0], keys[0])
-            chex.assert_trees_all_close(plain, looped[0], atol=2e-5, rtol=0)
-            vmapped = jax.vmap(function, in_axes=(None, 0, 0, 0))(params, images, labels, keys)
-            chex.assert_trees_all_close(vmapped, looped, atol=2e-5, rtol=0)
-        np.testing.assert_array_equal(images, before)
+    def test_gives_the_same_again(self, name, shape):
+        _, _, params, _ = prepared(name, shape)
+        for function, images in triggered(name, shape).items():
+            np.testing.assert_array_equal(compiled(function)(params, *rows(shape)), images)
 
     def test_changes_the_image_unless_labels_are_all_it_changes(self, name, shape):
-        attack, _, params, _ = prepared(name, shape)
+        attack = find_attack(name)
+        change = np.abs(triggered(name, shape)[attack.apply] - rows(shape)[0])[:4].max()
+        assert (change > 1e-3) == attack.changes_images
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__name__}")
+class TestFunction:
+    def test_is_the_same_alone_and_op_by_op_as_compiled_for_a_batch(self, function):
+        name = FUNCTIONS[function]
+        shape = first_shape(name)
+        _, _, params, _ = prepared(name, shape)
         images, labels, keys = rows(shape)
-        triggered = jax.jit(jax.vmap(attack.apply, in_axes=(None, 0, 0, 0)))(params, images, labels, keys)
-        assert (np.abs(triggered - images).max() > 1e-3) == attack.changes_images
+        for row in (0, 1):
+            alone = function(params, images[row], labels[row], keys[row])
+            np.testing.assert_allclose(alone, triggered(name, shape)[function][row], atol=2e-5, rtol=0)
+
+    def test_a_stored_row_does_not_depend_on_its_batch(self, function):
+        name = FUNCTIONS[function]
+        shape = first_shape(name)
+        _, settings, params, _ = prepared(name, shape)
+        data = dataset(shape)
+        # As many as are poisoned, so that this shape is compiled once.
+        many = trigger_all(jax.random.key(6), data[: int(settings.poison_rate * len(data))], function, params)
+        few = trigger_all(jax.random.key(6), data[:3], function, params)
+        difference = np.abs(few.astype(int) - many[:3].astype(int))
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # a network's rounding may tip a level
 
 
+@pytest.mark.parametrize("name", {attack.make_params: name for name, attack in ATTACKS.items()}.values())
 def test_a_trigger_is_made_again_from_the_same_key(name):
-    attack, settings, params, knowledge = prepared(name, SHAPES[0])
+    if name == "input_aware":
+        pytest.skip("the networks of input_aware_offline are made by the same function, and then trained")
+    attack, settings, params, knowledge = prepared(name, first_shape(name))
     chex.assert_trees_all_equal(params, attack.make_params(jax.random.key(2), knowledge, settings))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@every_case
 def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
     attack, settings, params, _ = prepared(name, shape)
     clean = dataset(shape)
@@ -163,7 +206,8 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         rule = make_rule(rule_name, TARGET, CLASSES)
         count = int(settings.poison_rate * len(clean))
         num_cover = int(settings.cover_rate * len(clean))
-        poisoned = poison_by(jax.random.key(4), clean, ConfiguredAttack(attack, settings, rule), params)
+        configured = ConfiguredAttack(attack, settings, rule)
+        poisoned = poison_by(jax.random.key(4), clean, configured, params)
         assert poisoned.is_poisoned.sum() == count and poisoned.is_cover.sum() == num_cover
         assert not (poisoned.is_poisoned & poisoned.is_cover).any()
         assert len(poisoned) == len(clean) + (count + num_cover if attack.adds_rows else 0)
@@ -177,33 +221,21 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         if rule_name == "clean_label":
             np.testing.assert_array_equal(poisoned.labels, originals)
         chex.assert_type(poisoned.images, np.uint8)
-        again = poison_by(jax.random.key(4), clean, ConfiguredAttack(attack, settings, rule), params)
-        np.testing.assert_array_equal(again.images, poisoned.images)
-        np.testing.assert_array_equal(again.labels, poisoned.labels)
-        if rule.candidates(clean.labels).sum() > count:
-            other = poison_by(jax.random.key(40), clean, ConfiguredAttack(attack, settings, rule), params)
-            assert not np.array_equal(other.images, poisoned.images) or not np.array_equal(
-                other.labels, poisoned.labels
-            )
-
-
-def test_a_poisoned_row_does_not_depend_on_its_batch(name):
-    shape = SHAPES[0]
-    attack, _, params, _ = prepared(name, shape)
-    clean = dataset(shape)
-    some = dataclasses.replace(clean, images=clean.images[:3], labels=clean.labels[:3])
-    few = trigger_all(jax.random.key(6), some, attack.apply, params)
-    many = trigger_all(jax.random.key(6), clean, attack.apply, params)
-    difference = np.abs(few.astype(int) - many[:3].astype(int))
-    assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # a network's rounding may tip a level
+    # The last rule's set once more, and another one.
+    again = poison_by(jax.random.key(4), clean, configured, params)
+    np.testing.assert_array_equal(again.images, poisoned.images)
+    np.testing.assert_array_equal(again.labels, poisoned.labels)
+    if rule.candidates(clean.labels).sum() > count:
+        other = poison_by(jax.random.key(40), clean, configured, params)
+        assert not np.array_equal(other.images, poisoned.images) or not np.array_equal(other.labels, poisoned.labels)
 
 
 @pytest.mark.parametrize("name", sorted(name for name, attack in ATTACKS.items() if attack.control))
 def test_control_of_training_gives_an_objective(name):
-    shape = SHAPES[0]
+    shape = first_shape(name)
     attack, settings, params, _ = prepared(name, shape)
     model, classifier = clean_model(shape)
-    images, labels, _ = rows(shape, 20)
+    images, labels = jnp.asarray(dataset(shape).images[:20], jnp.float32) / 255, jnp.asarray(dataset(shape).labels[:20])
     wanted = jnp.asarray(make_rule(attack.label_rules[0], TARGET, CLASSES).relabel(np.arange(CLASSES, dtype=np.int32)))
     variables = attack.control.begin(jax.random.key(0), classifier, params)
     begun = attack.control.end(variables)

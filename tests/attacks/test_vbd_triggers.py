@@ -127,7 +127,9 @@ def test_places_do_not_overlap(side, num_classes):
 
 
 def test_too_many_classes_are_refused():
-    with pytest.raises(InputError, match="8 x 8 pixels has room for 4 patches of 3 x 3 pixels: there is none for class 9"):
+    with pytest.raises(
+        InputError, match="8 x 8 pixels has room for 4 patches of 3 x 3 pixels: there is none for class 9"
+    ):
         trigger("white_grid_all_to_all", (8, 8, 1))
     with pytest.raises(InputError, match="class 81"):
         trigger("white_grid_all_to_all", (28, 28, 1), num_classes=82)
@@ -151,5 +153,5 @@ def test_each_class_has_its_own_cells_and_empty_cells_show_the_image(name):
 def test_impossible_opacities_are_refused():
     for name in ("white_square", "small_kitty", "white_square_all_to_all"):
         for opacity in (0.0, 1.5):
-            with pytest.raises(InputError, match="above 0 and up to 1"):
+            with pytest.raises(InputError, match="above 0 and at most 1"):
                 trigger(name, (32, 32, 3), opacity=opacity)

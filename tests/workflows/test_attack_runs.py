@@ -113,7 +113,10 @@ class TestRun:
     [
         ({"attack": "goodnets"}, "'goodnets' is not one of"),
         ({"attack": "badnets+wanet"}, "from scratch can be combined"),
-        ({"attack": "sig", "label_rule": "source_specific"}, "sig: label rule source_specific is not one of clean_label"),
+        (
+            {"attack": "sig", "label_rule": "source_specific"},
+            "sig: label rule source_specific is not one of clean_label",
+        ),
         ({"attack": "sig", "poison_rate": 0.5}, "largest rate possible"),
         ({"attack": "sig", "poison_rate": 0.0}, "poison rate 0"),
         ({"attack": "sig", "change": ("loudness=3",)}, "no setting 'loudness'"),
