@@ -171,7 +171,7 @@ def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) 
     donors = np.sort(permutation(donor_key, len(knowledge.train))[: settings.donors])
     return InputAware(
         _initialised(partial(generators.init, pattern_network, image_shape=shape), pattern_key),
-        _train_mask(train_key, mask_network, mask, jnp.asarray(images), settings),
+        _train_mask(train_key, mask, jnp.asarray(images), mask_network, _of_mask(settings)),
         jnp.asarray(knowledge.train.images[donors]),
         pattern_network,
         mask_network,
@@ -188,8 +188,15 @@ def _sample_rows(key: Key, knowledge: Knowledge, settings: InputAwareSettings) -
     return np.sort(permutation(key, count)[: settings.rows]) if 0 < settings.rows < count else np.arange(count)
 
 
+def _of_mask(settings: InputAwareSettings) -> InputAwareSettings:
+    """The settings that training the mask depends on; all others at their defaults, so that compilations are shared."""
+    names = ("density", "density_weight", "mask_epochs", "mask_learning_rate")
+    return InputAwareSettings(**{name: getattr(settings, name) for name in names})
+
+
+@partial(jax.jit, static_argnames=("network", "settings"))
 def _train_mask(
-    key: Key, network: Generator, variables: PyTree, pool: Array, settings: InputAwareSettings
+    key: Key, variables: PyTree, pool: Array, network: Generator, settings: InputAwareSettings
 ) -> dict[str, PyTree]:
     batch_size = min(MASK_BATCH, len(pool))
     batches = len(pool) // batch_size
@@ -213,16 +220,12 @@ def _train_mask(
             params = optax.apply_updates(variables["params"], update)
         return ({**variables, "params": params}, optimiser_state), None
 
-    @jax.jit
-    def run(key: Key, variables: PyTree) -> PyTree:
-        def epoch(state: tuple[PyTree, PyTree], key: Key) -> tuple[tuple[PyTree, PyTree], None]:
-            order = jax.random.permutation(key, len(pool))[: batches * batch_size]
-            return lax.scan(step, state, order.reshape(batches, batch_size))
+    def epoch(state: tuple[PyTree, PyTree], key: Key) -> tuple[tuple[PyTree, PyTree], None]:
+        order = jax.random.permutation(key, len(pool))[: batches * batch_size]
+        return lax.scan(step, state, order.reshape(batches, batch_size))
 
-        keys = jax.random.split(key, settings.mask_epochs)
-        return lax.scan(epoch, (variables, optimiser.init(variables["params"])), keys)[0][0]
-
-    return run(key, variables)
+    keys = jax.random.split(key, settings.mask_epochs)
+    return lax.scan(epoch, (variables, optimiser.init(variables["params"])), keys)[0][0]
 
 
 def apply(params: InputAware, image: Array, label: Array | None = None, key: Key | None = None) -> Array:

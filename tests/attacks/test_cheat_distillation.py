@@ -31,11 +31,6 @@ STEPS = 150
 
 
 @pytest.fixture(scope="module")
-def knowledge(digits, clean_digits_model):
-    return Knowledge(digits.train, 0, clean_digits_model)
-
-
-@pytest.fixture(scope="module")
 def triggers(knowledge):
     def make(attack, settings):
         return attack.make_params(jax.random.key(1), knowledge, settings)

@@ -1,9 +1,11 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks.contract import CleanModel, Knowledge
+from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.hidden_trigger import (
     HIDDEN_TRIGGER,
     HiddenTriggerSettings,
@@ -17,21 +19,17 @@ from bdjax.attacks.label_rules import make_rule
 from bdjax.attacks.neurons import activations
 from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.errors import InputError
-from bdjax.models import make_model
 from bdjax.triggers import masked_blend
-from bdjax.types import Dataset
 
-SHAPE = (12, 12, 1)
+SHAPE = (8, 8, 1)
 RADIUS = 64 / 255
 
 
 @pytest.fixture(scope="module")
-def knowledge():
-    labels = np.arange(30, dtype=np.int32) % 3
-    images = np.random.default_rng(0).integers(0, 256, (30, *SHAPE)).astype(np.uint8)
-    model = make_model("resnet10", 3, 4)
-    variables = jax.jit(lambda key: model.init(key, SHAPE))(jax.random.key(0))
-    return Knowledge(Dataset(images, labels, 3, "noise", "this test"), 2, CleanModel(model, variables))
+def knowledge(digits, clean_digits_model):
+    """Ten rows of each of three classes: the target 2, its source 0, and 1."""
+    rows = np.concatenate([np.flatnonzero(digits.train.labels == label)[:10] for label in range(3)])
+    return Knowledge(dataclasses.replace(digits.train[rows], num_classes=3), 2, clean_digits_model)
 
 
 def settings_of(**changes):

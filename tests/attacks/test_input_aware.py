@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from functools import cache
 
@@ -12,7 +11,6 @@ from bdjax import datasets
 from bdjax.attacks.contract import Knowledge, settings_for
 from bdjax.attacks.input_aware import (
     INPUT_AWARE,
-    INPUT_AWARE_OFFLINE,
     apply,
     apply_foreign,
     distance,
@@ -24,7 +22,7 @@ from bdjax.errors import InputError
 from bdjax.models import generators
 from bdjax.types import Model, ModelOutput
 
-SMALL = {"width": 4, "stages": 1, "mask_epochs": 2, "donors": 8}
+SMALL = {"width": 4, "stages": 1, "mask_epochs": 10, "donors": 8}
 
 
 @cache
@@ -34,7 +32,7 @@ def digits():
 
 @cache
 def networks():
-    """Shallow ones after little training: enough to see what is done with them."""
+    """Small ones: the mask network is trained, the pattern network is not."""
     settings = settings_for(INPUT_AWARE, digits(), SMALL, like="digits")
     return make_networks(jax.random.key(0), Knowledge(digits(), target=0), settings)
 
@@ -69,17 +67,11 @@ def test_diversity_loss_falls_as_what_was_made_differs_more():
 
 
 def test_masks_are_small_and_differ():
-    # So short a training ends where rounding leads it: of three, the middle one.
-    changes = {"width": 4, "mask_epochs": 20, "donors": 1}
-    settings = settings_for(INPUT_AWARE, digits(), changes, like="digits")
-    sizes, distances = [], []
-    for seed in range(3):
-        params = make_networks(jax.random.key(seed), Knowledge(digits(), target=0), settings)
-        masks, _ = masks_and_patterns(params, images())
-        sizes.append(float(masks.mean()))
-        distances.append(float(distance(masks, jnp.roll(masks, 1, axis=0)).min()))
-    assert 0.001 < np.median(sizes) <= 0.05, sizes
-    assert np.median(distances) > 0.01, distances
+    masks, _ = masks_and_patterns(networks(), images())
+    # Twice the density that costs nothing; a mask network that is not trained covers about half of the image.
+    assert 0.0 < float(masks.mean()) <= 2 * INPUT_AWARE.settings.density
+    between = float(jnp.median(distance(masks, jnp.roll(masks, 1, axis=0))))
+    assert between > 0.03, between
 
 
 def test_the_triggered_image_lies_between_image_and_pattern():
@@ -126,12 +118,11 @@ def run(poison_rate=0.25, cover_rate=0.25, diversity_weight=1.0, batch=16):
     objective = INPUT_AWARE.control.objective(model, settings, jnp.full(10, 7, jnp.int32))
     labels = jnp.asarray(digits().labels[:batch])
 
-    @jax.jit
     def loss(params):
         outcome = objective(params, variables, images(batch), {"labels": labels}, jax.random.key(3))
         return jnp.mean(outcome.losses), outcome
 
-    (_, outcome), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+    (_, outcome), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
     return labels, variables, outcome, gradient
 
 
@@ -165,19 +156,6 @@ def test_end_gives_back_what_begin_took():
     classifier, params = INPUT_AWARE.control.end(variables)
     chex.assert_trees_all_equal(params, networks())
     assert set(classifier) == {"params", "batch_stats"}
-
-
-def test_offline_networks_are_trained():
-    data = dataclasses.replace(digits(), images=digits().images[:256], labels=digits().labels[:256])
-    changes = {**SMALL, "joint_epochs": 2, "classifier_width": 2}
-    params = INPUT_AWARE_OFFLINE.make_params(
-        jax.random.key(0), Knowledge(data, target=0), settings_for(INPUT_AWARE_OFFLINE, data, changes, like="digits")
-    )
-    batch = images()
-    _, patterns = masks_and_patterns(params, batch)
-    assert distance(patterns, jnp.roll(patterns, 1, axis=0)).min() > 1e-3
-    moved = jax.tree.leaves(params.pattern["batch_stats"])
-    assert all(bool(jnp.any((leaf != 0) & (leaf != 1))) for leaf in moved)
 
 
 @pytest.mark.parametrize(

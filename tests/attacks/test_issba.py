@@ -75,20 +75,21 @@ def test_images_hardly_change_and_each_in_a_way_of_its_own():
     assert (cosines.sum() - np.trace(cosines)) / (count * (count - 1)) < 0.95
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (14, 10, 3), (6, 6, 1)])
+@pytest.mark.parametrize("shape", [(14, 10, 3), (6, 6, 1)])
 def test_ssim_is_scikit_images(shape):
-    images = jax.random.uniform(jax.random.key(0), (3, *shape))
-    others = 0.8 * images + 0.2 * jax.random.uniform(jax.random.key(1), (3, *shape))
-    np.testing.assert_allclose(structural_similarity(images, others), ssim(images, others), atol=1e-4)
+    images, noise = np.random.default_rng(0).random((2, 3, *shape), np.float32)
+    others = np.float32(0.8) * images + np.float32(0.2) * noise
+    np.testing.assert_allclose(jax.jit(structural_similarity)(images, others), ssim(images, others), atol=1e-4)
 
 
 def test_perceptual_difference_of_a_known_change():
     images = jnp.full((1, 8, 8, 1), 0.5)
-    np.testing.assert_allclose(perceptual_difference(images, images), [0.0], atol=1e-6)
+    both = jax.jit(lambda others: (perceptual_difference(images, others), structural_similarity(images, others)))
+    np.testing.assert_allclose(both(images)[0], [0.0], atol=1e-6)
     # Columns alternate by 0.1: each step across is 0.1, each step down 0.
     others = images + 0.1 * (jnp.arange(8) % 2).astype(jnp.float32)[None, None, :, None]
-    expected = 0.1 + 1.0 - structural_similarity(images, others)
-    np.testing.assert_allclose(perceptual_difference(images, others), expected, rtol=1e-5)
+    difference, similarity = both(others)
+    np.testing.assert_allclose(difference, 0.1 + 1.0 - similarity, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

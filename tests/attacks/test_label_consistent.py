@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks.contract import CleanModel, Knowledge
+from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_consistent import (
     LABEL_CONSISTENT,
     LabelConsistentSettings,
@@ -15,19 +15,16 @@ from bdjax.attacks.label_consistent import (
 )
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
-from bdjax.models import make_model
-from bdjax.types import Dataset
 
-SHAPE = (12, 12, 1)
+SHAPE = (8, 8, 1)
 RADIUS = 24 / 255
 
 
 @pytest.fixture(scope="module")
-def knowledge():
-    images = np.random.default_rng(0).integers(0, 256, (20, *SHAPE)).astype(np.uint8)
-    model = make_model("resnet10", 10, 4)
-    variables = jax.jit(lambda key: model.init(key, SHAPE))(jax.random.key(0))
-    return Knowledge(Dataset(images, np.full(20, 3, np.int32), 10, "n", "n"), 3, CleanModel(model, variables))
+def knowledge(digits, clean_digits_model):
+    """Twenty rows of the target class."""
+    rows = np.flatnonzero(digits.train.labels == 3)[:20]
+    return Knowledge(digits.train[rows], 3, clean_digits_model)
 
 
 def make(knowledge, **settings):

@@ -1,14 +1,10 @@
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax import datasets
 from bdjax.attacks import neurons
-from bdjax.attacks.contract import CleanModel, Knowledge
-from bdjax.attacks.surrogate import train_surrogate
+from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.trojan import (
     TROJAN_SQUARE,
     TROJAN_WATERMARK,
@@ -18,39 +14,25 @@ from bdjax.attacks.trojan import (
     watermark_mask,
 )
 from bdjax.errors import InputError
-from bdjax.models import make_model
-from bdjax.training.member import TrainConfig
 from bdjax.triggers.additive import Additive
 
 BOTH = pytest.mark.parametrize(("attack", "mask"), [(TROJAN_SQUARE, square_mask), (TROJAN_WATERMARK, watermark_mask)])
 KEY = jax.random.key(3)
 
 
-@cache
-def knowledge():
-    """Digits, and a small network that has learned them a little."""
-    train = datasets.load("digits").train
-    model = make_model("resnet10", 10, 4)
-    config = TrainConfig(epochs=2, learning_rate=0.01)
-    return Knowledge(train, 0, CleanModel(model, train_surrogate(jax.random.key(1), model, *rows(train), config)))
+@pytest.fixture(scope="module")
+def deltas(knowledge):
+    """The triggers after some numbers of steps, from the same start."""
+    return {
+        (attack.name, steps): np.asarray(attack.make_params(KEY, knowledge, TrojanSettings(steps=steps)).delta)
+        for attack in (TROJAN_SQUARE, TROJAN_WATERMARK)
+        for steps in (1, 20, 200)
+    }
 
 
-def rows(train):
-    return train.images[:600], train.labels[:600]
-
-
-@cache
-def delta_of(make_params, steps):
-    return np.asarray(make_params(KEY, knowledge(), TrojanSettings(steps=steps)).delta)
-
-
-def delta(attack, steps):
-    return delta_of(attack.make_params, steps)
-
-
-def excited(trigger, settings):
-    chosen, _ = choose_neurons(jax.random.split(KEY)[0], knowledge(), settings, "trojan")
-    model, variables = knowledge().clean_model
+def excited(trigger, knowledge):
+    chosen, _ = choose_neurons(jax.random.split(KEY)[0], knowledge, TrojanSettings(), "trojan")
+    model, variables = knowledge.clean_model
     return np.asarray(neurons.activations(model, variables, jnp.asarray(trigger)[None]))[0, chosen]
 
 
@@ -68,11 +50,11 @@ def test_watermark_is_as_large_as_the_one_in_circulation():
 
 
 @BOTH
-def test_nothing_outside_the_mask_changes_and_nothing_gets_darker(attack, mask):
-    trigger = delta(attack, steps=30)
+def test_nothing_outside_the_mask_changes_and_nothing_gets_darker(deltas, knowledge, attack, mask):
+    trigger = deltas[attack.name, 20]
     inside = np.broadcast_to(mask((8, 8, 1)) > 0, trigger.shape)
     assert (trigger[~inside] == 0).all() and (trigger[inside] > 0).all() and trigger.max() <= 1
-    image = jnp.asarray(knowledge().train.images[5], jnp.float32) / 255
+    image = jnp.asarray(knowledge.train.images[5], jnp.float32) / 255
     triggered = np.asarray(attack.apply(Additive(jnp.asarray(trigger)), image, None, None))
     assert (triggered >= image).all()
     np.testing.assert_array_equal(triggered[~inside], np.asarray(image)[~inside])
@@ -91,21 +73,19 @@ def test_norms_are_those_of_the_triggers_in_circulation(norm, psnr):
 
 
 @BOTH
-def test_the_longer_it_is_optimised_the_more_neurons_are_excited(attack, mask):
+def test_the_longer_it_is_optimised_the_more_neurons_are_excited(deltas, knowledge, attack, mask):
     del mask
-    settings = TrojanSettings()
-    blank = excited(np.zeros((8, 8, 1), np.float32), settings).mean()
-    means = [excited(delta(attack, steps=steps), settings).mean() for steps in (1, 20, 200)]
+    blank = excited(np.zeros((8, 8, 1), np.float32), knowledge).mean()
+    means = [excited(deltas[attack.name, steps], knowledge).mean() for steps in (1, 20, 200)]
     assert means[0] < means[1] < means[2]
     assert means[2] > 1.5 * blank
 
 
-def test_each_activation_is_driven_to_at_most_ten_times_a_clean_one():
-    settings = TrojanSettings()
-    chosen, goal = choose_neurons(KEY, knowledge(), settings, "trojan")
-    clean = neurons.clean_activations(KEY, knowledge(), "trojan")
+def test_each_activation_is_driven_to_at_most_ten_times_a_clean_one(knowledge):
+    chosen, goal = choose_neurons(KEY, knowledge, TrojanSettings(), "trojan")
+    clean = neurons.clean_activations(KEY, knowledge, "trojan")
     np.testing.assert_allclose(goal, np.minimum(100, 10 * clean[:, chosen].max(axis=0)), rtol=1e-6)
-    weights = np.abs(neurons.classifier_kernel(knowledge().clean_model.variables)).sum(axis=1)
+    weights = np.abs(neurons.classifier_kernel(knowledge.clean_model.variables)).sum(axis=1)
     alive = clean.max(axis=0) > 0
     assert set(chosen) == set(np.argsort(-np.where(alive, weights, 0))[:2])
 
@@ -117,11 +97,11 @@ def test_dead_neurons_are_passed_over():
         neurons.strongest(np.ones(3), np.zeros((2, 3)), 2, "trojan")
 
 
-def test_what_cannot_be_is_refused():
-    without = Knowledge(knowledge().train, 0)
+def test_what_cannot_be_is_refused(knowledge):
+    without = Knowledge(knowledge.train, 0)
     with pytest.raises(InputError, match="trojan_square optimises its trigger on a clean model"):
         TROJAN_SQUARE.make_params(KEY, without, TrojanSettings())
     with pytest.raises(InputError, match="steps 0"):
-        TROJAN_WATERMARK.make_params(KEY, knowledge(), TrojanSettings(steps=0))
+        TROJAN_WATERMARK.make_params(KEY, knowledge, TrojanSettings(steps=0))
     with pytest.raises(InputError, match="does not react"):
         neurons.check_reaction(jnp.float32(0), "trojan")

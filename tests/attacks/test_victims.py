@@ -44,12 +44,14 @@ def apply(variables, images, *, train, edits=None):
 MODEL = Model(init, apply, CLASSES, "linear")
 
 
-@pytest.fixture
-def runner(tmp_path):
-    return StageRunner(tmp_path, SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    return StageRunner(
+        tmp_path_factory.mktemp("victims"), SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200))
+    )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def clean(runner):
     labels = jnp.asarray(np.stack([DATA.train.labels] * 2))
     rows = Rows(jnp.broadcast_to(jnp.arange(160, dtype=jnp.int32), (2, 160)), {"labels": labels})
