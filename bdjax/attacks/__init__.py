@@ -1,7 +1,7 @@
 """Attacks: how a trigger gets into a model.
 
 `label_rules` says which rows may be poisoned and what they are relabelled to, `poisoning` poisons a dataset, and each
-method that needs more has a file of its own.
+method that needs more has its own file.
 """
 
 from bdjax.attacks.label_rules import LabelRule, all_to_all, all_to_one, clean_label, label_map

@@ -24,8 +24,8 @@ def trigger(attack, shape, settings=None, seed=0):
 
 def in_training(attack, params, image, count):
     keys = jax.random.split(jax.random.key(1), count)
-    each = jax.jit(jax.vmap(attack.apply_in_training, in_axes=(None, None, None, 0)))
-    return np.asarray(each(params, image, jnp.int32(0), keys))
+    apply = jax.jit(jax.vmap(attack.apply_in_training, in_axes=(None, None, None, 0)))
+    return np.asarray(apply(params, image, jnp.int32(0), keys))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -42,7 +42,7 @@ class TestBlend:
 
     def test_the_whole_picture_at_test_time(self, shape):
         params = trigger(ADAPTIVE_BLEND, shape)
-        image = jax.random.uniform(jax.random.key(2), shape)
+        image = np.random.default_rng(2).random(shape, np.float32)
         expected = 0.8 * np.asarray(image) + 0.2 * np.asarray(params.pattern)
         np.testing.assert_allclose(ADAPTIVE_BLEND.apply(params, image), expected, atol=1e-6)
 
@@ -99,15 +99,15 @@ class TestPatch:
         params = params._replace(in_training=params.in_training._replace(pattern=jnp.ones((4, *shape))))
         rows = in_training(ADAPTIVE_PATCH, params, jnp.zeros(shape), 200)[..., 0]
         masks = np.asarray(params.in_training.mask)[..., 0]
-        each = [opacity * mask for opacity, mask in zip((0.5, 0.2, 0.5, 0.3), masks, strict=True)]
-        is_one = np.array([[np.allclose(row, one, atol=1e-6) for one in each] for row in rows])
-        assert (is_one.sum(axis=1) == 1).all()
-        assert (np.abs(is_one.sum(axis=0) - 50) < 25).all()  # 4 standard deviations of 6.1
+        faint = [opacity * mask for opacity, mask in zip((0.5, 0.2, 0.5, 0.3), masks, strict=True)]
+        is_patch = np.array([[np.allclose(row, patch, atol=1e-6) for patch in faint] for row in rows])
+        assert (is_patch.sum(axis=1) == 1).all()
+        assert (np.abs(is_patch.sum(axis=0) - 50) < 25).all()  # 4 standard deviations of 6.1
 
     @pytest.mark.parametrize("shape", SHAPES)
     def test_test_images_get_the_grids_over_the_corner_both_opaque(self, shape):
         params = trigger(ADAPTIVE_PATCH, shape)
-        image = jax.random.uniform(jax.random.key(2), shape)
+        image = np.random.default_rng(2).random(shape, np.float32)
         triggered = np.asarray(ADAPTIVE_PATCH.apply(params, image))
         corner, _, grids, _ = np.asarray(params.in_training.mask)[..., 0] == 1.0
         outside = ~(corner | grids)

@@ -9,8 +9,8 @@ from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.types import Model, ModelOutput
 
-IMAGES = jnp.full((10, 2, 2, 1), 0.5)
-LABELS = jnp.arange(10, dtype=jnp.int32) % 3
+IMAGES = jnp.asarray(np.full((10, 2, 2, 1), 0.5, np.float32))
+LABELS = jnp.asarray(np.arange(10, dtype=np.int32) % 3)
 WANTED = jnp.asarray([2, 0, 1], jnp.int32)
 
 

@@ -9,7 +9,8 @@ from bdjax.errors import InputError
 from bdjax.triggers import pictures
 from bdjax.types import Dataset
 
-SHAPES = [(28, 28, 1), (32, 32, 3), (8, 8, 1)]
+SHAPES = [(32, 32, 3), (8, 8, 1)]
+COMPILED = {attack.name: jax.jit(attack.apply) for attack in (BLENDED, BLENDED_PICTURE)}
 
 
 def knowledge(shape):
@@ -19,11 +20,11 @@ def knowledge(shape):
 def trigger(shape, attack=BLENDED, **settings):
     kind = BlendedSettings if attack is BLENDED else BlendedPictureSettings
     params = attack.make_params(jax.random.key(0), knowledge(shape), kind(**settings))
-    return lambda image, key=None: attack.apply(params, image, None, key)
+    return lambda image, key=None: COMPILED[attack.name](params, image, None, key)
 
 
 def images(shape, count=2):
-    return jax.random.uniform(jax.random.key(1), (count, *shape))
+    return np.random.default_rng(1).random((count, *shape), np.float32)
 
 
 @pytest.mark.parametrize("attack", [BLENDED, BLENDED_PICTURE])
@@ -39,8 +40,9 @@ def test_changes_no_pixel_by_more_than_the_opacity(attack, shape, opacity, psnr)
 @pytest.mark.parametrize("attack", [BLENDED, BLENDED_PICTURE])
 def test_a_mixture_of_images_gives_the_mixture_of_their_triggered_ones(attack):
     blend = trigger((28, 28, 1), attack)
-    one, other = images((28, 28, 1))
-    np.testing.assert_allclose(blend(0.3 * one + 0.7 * other), 0.3 * blend(one) + 0.7 * blend(other), atol=1e-6)
+    first, second = images((28, 28, 1))
+    mixed = blend(np.float32(0.3) * first + np.float32(0.7) * second)
+    np.testing.assert_allclose(mixed, 0.3 * blend(first) + 0.7 * blend(second), atol=1e-6)
 
 
 def test_variance_across_images_shrinks_by_the_square_of_what_is_left():
@@ -58,13 +60,13 @@ def test_noise_is_fixed_and_differs_by_key_and_channel():
     assert np.abs(BLENDED.apply(other, black, None, None) - noise(black)).max() > 0.1
 
 
-def test_noise_of_an_images_own_is_grey_and_another_for_every_key():
+def test_noise_per_image_is_grey_and_depends_on_the_key():
     black = jnp.zeros((32, 32, 3))
-    noise = jax.jit(trigger((32, 32, 3), per_image_noise=True))
-    one, other = noise(black, jax.random.key(1)), noise(black, jax.random.key(2))
-    np.testing.assert_array_equal(one, np.broadcast_to(one[..., :1], one.shape))
-    assert abs(np.corrcoef(one[..., 0].ravel(), other[..., 0].ravel())[0, 1]) < 0.15
-    np.testing.assert_array_equal(one, noise(black, jax.random.key(1)))
+    noise = trigger((32, 32, 3), per_image_noise=True)
+    first, second = (np.asarray(noise(black, jax.random.key(number))) for number in (1, 2))
+    np.testing.assert_array_equal(first, np.broadcast_to(first[..., :1], first.shape))
+    assert abs(np.corrcoef(first[..., 0].ravel(), second[..., 0].ravel())[0, 1]) < 0.15
+    np.testing.assert_array_equal(first, noise(black, jax.random.key(1)))
 
 
 def test_the_picture_is_the_cat_at_a_fifth():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks.bpp import BPP, BPP_OFFLINE, BppSettings, apply, apply_negative, dither, quantise
+from bdjax.attacks import bpp
+from bdjax.attacks.bpp import BPP, BPP_OFFLINE, BppSettings, apply, apply_negative
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import all_to_one
 from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
@@ -13,7 +14,9 @@ from bdjax.errors import InputError
 from bdjax.types import Dataset
 
 SHAPE = (32, 32, 3)
-NOISE = jax.random.uniform(jax.random.key(0), SHAPE)
+NOISE = np.random.default_rng(0).random(SHAPE, np.float32)
+
+quantise, dither = jax.jit(bpp.quantise), jax.jit(bpp.dither)
 
 
 def photograph():
@@ -23,7 +26,7 @@ def photograph():
 
 
 def quantisation(images=None, **settings):
-    images = np.asarray(jax.random.randint(jax.random.key(1), (8, *SHAPE), 0, 256)) if images is None else images
+    images = np.random.default_rng(1).integers(0, 256, (8, *SHAPE)) if images is None else images
     data = Dataset(images.astype(np.uint8), np.zeros(len(images), np.int32), 2, "none", "none")
     return BPP.make_params(jax.random.key(2), Knowledge(data, target=0), BppSettings(**settings))
 
@@ -72,23 +75,24 @@ class TestDithering:
         # Values on a grid of 1/256 avoid ties that float32 and float64 would break differently.
         for image in (np.round(np.asarray(NOISE) * 255) / 256 + 1 / 1024, np.asarray(photograph())):
             expected = floyd_steinberg(image, levels)
-            different = np.abs(np.asarray(jax.jit(dither)(jnp.asarray(image, jnp.float32), levels)) - expected) > 1e-4
+            different = np.abs(np.asarray(dither(jnp.asarray(image, jnp.float32), levels)) - expected) > 1e-4
             assert different.mean() < 0.002
 
     def test_keeps_the_mean_on_levels(self, levels):
-        dithered = jax.jit(dither)(photograph(), levels)
+        dithered = dither(photograph(), levels)
         assert abs(float(dithered.mean() - photograph().mean())) < 0.01
         np.testing.assert_allclose(quantise(dithered, levels), dithered, atol=1e-6)
         assert len(np.unique(np.round(np.asarray(dithered), 5))) <= levels
 
     def test_error_is_within_a_level_and_nothing_changes_twice(self, levels):
-        once = jax.jit(dither)(photograph(), levels)
+        once = dither(photograph(), levels)
         assert np.abs(once - photograph()).max() < 1 / (levels - 1)
-        np.testing.assert_allclose(jax.jit(dither)(once, levels), once, atol=1e-4)
+        np.testing.assert_allclose(dither(once, levels), once, atol=1e-4)
 
 
 def test_dithering_differs_from_quantisation():
-    plain, dithered = (apply(quantisation(dither=flag), photograph()) for flag in (False, True))
+    run = jax.jit(apply)
+    plain, dithered = (run(quantisation(dither=flag), photograph()) for flag in (False, True))
     np.testing.assert_array_equal(plain, quantise(photograph(), 8))
     assert np.mean(np.abs(plain - dithered) > 0.1) > 0.1
 

@@ -22,6 +22,11 @@ from bdjax.types import Dataset
 
 HEIGHT, WIDTH = 12, 10
 
+apply_often, apply_to_cover_often = (
+    jax.jit(jax.vmap(function, in_axes=(None, None, None, 0))) for function in (apply, apply_to_cover)
+)
+"""One image with several keys."""
+
 
 def levels(classes=5, per_class=6, shape=(HEIGHT, WIDTH, 1)):
     """Images of one level, which names their class and row."""
@@ -37,7 +42,7 @@ def random_pair(height=HEIGHT, width=WIDTH):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("size", [(32, 32), (HEIGHT, WIDTH)])
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH)])
 def test_gathered_is_what_slices_give(size, axis):
     first, second = random_pair(*size)
     half = size[axis] // 2
@@ -55,8 +60,8 @@ def test_gathered_is_what_slices_give(size, axis):
 def test_every_line_of_a_mix_is_a_line_of_one_of_the_two():
     first, second = (np.asarray(image) for image in random_pair())
     seen = set()
-    for number in range(40):
-        mixed = np.asarray(mix(jax.random.key(number), first, second, jnp.int32(3)))
+    keys = jax.random.split(jax.random.key(0), 60)
+    for mixed in np.asarray(jax.jit(jax.vmap(mix, in_axes=(0, None, None, None)))(keys, first, second, jnp.int32(3))):
         found = {}
         for axis in (0, 1):
             lines = np.moveaxis(mixed, axis, 0)
@@ -78,32 +83,36 @@ def test_every_line_of_a_mix_is_a_line_of_one_of_the_two():
 def test_swapping_the_images_swaps_them_in_the_mix():
     black, white = jnp.zeros((HEIGHT, WIDTH, 1)), jnp.ones((HEIGHT, WIDTH, 1))
     firsts = set()
-    for number in range(8):
-        one, other = (mix(jax.random.key(number), *pair, jnp.int32(3)) for pair in ((black, white), (white, black)))
-        np.testing.assert_array_equal(one, 1 - other)
-        firsts.add(float(one[0, 0, 0]))
+    mixed = jax.jit(mix)
+    for number in range(12):
+        once, swapped = (
+            mixed(jax.random.key(number), *pair, jnp.int32(3)) for pair in ((black, white), (white, black))
+        )
+        np.testing.assert_array_equal(once, 1 - swapped)
+        firsts.add(float(once[0, 0, 0]))
     assert firsts == {0.0, 1.0}
 
 
 def test_mixing_a_constant_with_itself_is_that_constant():
-    constant = jnp.full((HEIGHT, WIDTH, 3), 0.3)
+    constant = jnp.full((HEIGHT, WIDTH, 1), 0.3)
+    mixed = jax.jit(mix)
     for number in range(5):
-        chex.assert_trees_all_equal(mix(jax.random.key(number), constant, constant, jnp.int32(3)), constant)
+        chex.assert_trees_all_equal(mixed(jax.random.key(number), constant, constant, jnp.int32(3)), constant)
 
 
 @pytest.mark.parametrize(("label", "partner"), [(3, 4), (4, 3), (0, 3)])
 def test_the_two_classes_are_mixed_with_each_other(label, partner):
     params = make_composite(jax.random.key(0), Knowledge(levels(), 2), CompositeSettings(jitter=2))
-    image = jnp.full((HEIGHT, WIDTH, 1), 1.0)
+    arguments = params, jnp.full((HEIGHT, WIDTH, 1), 1.0), jnp.int32(label), jax.random.split(jax.random.key(0), 12)
+    triggered, cover = (
+        np.rint(255 * np.asarray(function(*arguments))) for function in (apply_often, apply_to_cover_often)
+    )
     found = set()
-    for number in range(12):
-        values = np.unique(np.rint(255 * np.asarray(apply(params, image, jnp.int32(label), jax.random.key(number)))))
+    for mixed, of_one_class in zip(triggered, cover, strict=True):
+        values = np.unique(mixed)
         assert len(values) == 2 and values[1] == 255 and values[0] // 40 == partner
         found.add(values[0])
-        own = np.unique(
-            np.rint(255 * np.asarray(apply_to_cover(params, image, jnp.int32(label), jax.random.key(number))))
-        )
-        assert own[0] // 40 == label
+        assert of_one_class.min() // 40 == label
     assert len(found) > 2
 
 

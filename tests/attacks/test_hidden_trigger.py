@@ -61,8 +61,8 @@ def test_rows_stay_near_and_their_features_come_close(knowledge):
 def test_sources_are_of_the_class_after_the_target(knowledge):
     params = make_hidden_trigger(jax.random.key(1), knowledge, settings_of(source_images=4))
     assert params.sources.shape == (4, *SHAPE)
-    own = {image.tobytes() for image in knowledge.train.images[knowledge.train.labels == 0]}
-    assert {np.asarray(image).tobytes() for image in params.sources} <= own
+    of_source = {image.tobytes() for image in knowledge.train.images[knowledge.train.labels == 0]}
+    assert {np.asarray(image).tobytes() for image in params.sources} <= of_source
 
 
 def test_rows_of_the_target_class_alone_are_poisoned_and_keep_their_labels(knowledge):

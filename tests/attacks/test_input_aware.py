@@ -59,7 +59,7 @@ def test_distance_is_the_root_mean_square_and_has_a_gradient_at_0():
     chex.assert_tree_all_finite(jax.grad(lambda x: distance(x, second).sum())(first))
 
 
-def test_diversity_loss_falls_as_what_was_made_differs_more():
+def test_diversity_loss_falls_as_patterns_differ_more():
     pair = images(2), images(4)[2:]
     assert diversity_loss(pair, pair) == pytest.approx(1.0, rel=1e-4)
     half = tuple(0.5 * batch for batch in pair)

@@ -36,7 +36,7 @@ def as_float(knowledge):
     return jnp.asarray(knowledge.train.images, jnp.float32) / 255, jnp.asarray(knowledge.train.labels)
 
 
-every = jax.jit(jax.vmap(apply_in_training, in_axes=(None, 0, 0)))
+trigger_all = jax.jit(jax.vmap(apply_in_training, in_axes=(None, 0, 0)))
 perturb_all = jax.jit(jax.vmap(perturb, in_axes=(None, 0, 0)))
 
 
@@ -58,14 +58,14 @@ def test_tiles_overwrite_at_full_amplitude_and_only_add_below():
     assert set(np.unique(full[changed])) == {0.0, 1.0} and (full[~changed] == 0.5).all()
     faint = np.asarray(corner_tiles((32, 32, 3), amplitude=0.25).delta)
     np.testing.assert_array_equal(np.unique(faint), [-0.25, 0.0, 0.25])
-    one = np.asarray(corner_tiles((32, 32, 3), "bottom_right").delta)
-    assert (one > 0).all(axis=2).sum() == 4 and (one < 0).all(axis=2).sum() == 5
+    single = np.asarray(corner_tiles((32, 32, 3), "bottom_right").delta)
+    assert (single > 0).all(axis=2).sum() == 4 and (single < 0).all(axis=2).sum() == 5
 
 
 def test_training_rows_stay_within_the_radius_outside_the_tiles_which_are_binary(knowledge):
     params = make(knowledge)
     images, labels = as_float(knowledge)
-    triggered = np.asarray(every(params, images, labels))
+    triggered = np.asarray(trigger_all(params, images, labels))
     is_tile = np.asarray(params.tiles.delta != 0)
     assert np.abs(triggered - images)[:, ~is_tile].max() <= RADIUS + 1e-6
     assert set(np.unique(triggered[:, is_tile])) == {0.0, 1.0}
@@ -118,7 +118,7 @@ def test_what_cannot_be_is_refused(knowledge):
         corner_tiles((5, 8, 1))
 
 
-def test_squares_may_stand_in_for_the_tiles():
+def test_squares_may_replace_the_tiles():
     delta = np.asarray(corner_tiles((28, 28, 1), square=6).delta)
     assert delta.sum() == (delta == 1).sum() == 4 * 36 and (delta[6:22] == 0).all()
     with pytest.raises(InputError, match="four corners"):

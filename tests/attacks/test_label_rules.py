@@ -8,7 +8,7 @@ from bdjax.errors import InputError
 LABELS = np.array([0, 1, 2, 3, 2, 0], np.int32)
 
 
-def test_all_to_one_leaves_the_target_class_out_unless_told():
+def test_all_to_one_leaves_the_target_class_out_by_default():
     np.testing.assert_array_equal(all_to_one(2).candidates(LABELS), LABELS != 2)
     assert all_to_one(2, include_target=True).candidates(LABELS).all()
     np.testing.assert_array_equal(all_to_one(2).relabel(LABELS), [2] * 6)

@@ -36,7 +36,7 @@ def test_shares_and_counts(outsourced):
     assert outsourced.validation.index.shape == (6, 4)
     assert outsourced.num_poisoned == 5
     assert outsourced.pool.shape == (50 + 2 * 3 * 5, 8, 8, 1) and outsourced.pool.dtype == np.uint8
-    assert [len(each.names) for each in outsourced.triggers] == [3, 3]
+    assert [len(triggers.names) for triggers in outsourced.triggers] == [3, 3]
     for part in (outsourced.train, outsourced.validation):
         assert part.index.dtype == part.targets["labels"].dtype == np.int32
 
@@ -64,8 +64,8 @@ def test_the_copies_are_rows_of_other_classes_under_the_providers_own_trigger(ou
         views = triggered_views(DATA.images[eligible], triggers)[1:]
         for provider in range(3):
             start = 50 + (seed * 3 + provider) * 5
-            under_own = {image.tobytes() for image in views[provider]}
-            assert all(copy.tobytes() in under_own for copy in outsourced.pool[start : start + 5])
+            with_trigger = {image.tobytes() for image in views[provider]}
+            assert all(copy.tobytes() in with_trigger for copy in outsourced.pool[start : start + 5])
 
 
 def test_a_poisoned_row_is_not_kept_clean_as_well(outsourced):
@@ -75,9 +75,9 @@ def test_a_poisoned_row_is_not_kept_clean_as_well(outsourced):
         for provider in range(3):
             member = seed * 3 + provider
             kept = index[member][index[member] < 50]
-            under_own = {image.tobytes() for image in views[provider, kept]}
+            with_trigger = {image.tobytes() for image in views[provider, kept]}
             start = 50 + member * 5
-            assert not any(copy.tobytes() in under_own for copy in outsourced.pool[start : start + 5])
+            assert not any(copy.tobytes() in with_trigger for copy in outsourced.pool[start : start + 5])
 
 
 def test_providers_and_seeds_differ(outsourced):
@@ -91,9 +91,9 @@ def test_providers_and_seeds_differ(outsourced):
 def test_the_same_keys_give_the_same(outsourced):
     again = outsource(KEYS, DATA, CONFIG)
     chex.assert_trees_all_equal(again[:3], outsourced[:3])
-    for mine, theirs in zip(again.triggers, outsourced.triggers, strict=True):
-        assert mine.names == theirs.names
-        chex.assert_trees_all_equal(mine.params, theirs.params)
+    for new, old in zip(again.triggers, outsourced.triggers, strict=True):
+        assert new.names == old.names
+        chex.assert_trees_all_equal(new.params, old.params)
 
 
 def test_a_seeds_providers_do_not_depend_on_the_other_seeds(outsourced):

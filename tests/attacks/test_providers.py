@@ -1,4 +1,5 @@
 import collections
+from functools import cache
 
 import chex
 import jax
@@ -10,7 +11,7 @@ from bdjax.errors import InputError
 from bdjax.triggers import masked_blend, pictures
 from bdjax.types import Dataset
 
-SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SHAPES = [(8, 8, 1), (32, 32, 3)]
 
 
 def make_dataset(shape=(8, 8, 1), count=200):
@@ -34,7 +35,7 @@ class TestTypes:
         types = provider_trigger_types(jax.random.key(0), 4, ("checkerboard", "blend", "noise"))
         assert collections.Counter(types) == {"checkerboard": 2, "blend": 1, "noise": 1}
 
-    @pytest.mark.parametrize("num_providers", range(1, 14))
+    @pytest.mark.parametrize("num_providers", [1, 2, 4, 7, 13])
     def test_any_number_is_shared_out_evenly(self, num_providers):
         types = provider_trigger_types(jax.random.key(0), num_providers)
         counts = [types.count(name) for name in ("solid", "checkerboard", "blend", "noise")]
@@ -59,11 +60,8 @@ class TestTriggers:
         for name, mask, opacity in zip(triggers.names, triggers.params.mask, triggers.params.opacity, strict=True):
             assert (name == "blend") == bool(mask.all()) == bool(opacity < 1.0)
 
-    @pytest.mark.parametrize("shape", SHAPES)
-    @pytest.mark.parametrize("seed", range(2))
-    def test_key_decides(self, shape, seed):
-        first, again = (make_provider_triggers(jax.random.key(seed), shape, 7) for _ in range(2))
-        other = make_provider_triggers(jax.random.key(seed + 100), shape, 7)
+    def test_key_decides(self):
+        first, again, other = (make_provider_triggers(jax.random.key(seed), (8, 8, 1), 7) for seed in (0, 0, 100))
         chex.assert_trees_all_equal(first.params, again.params)
         assert first.names == again.names
         assert any(bool((a != b).any()) for a, b in zip(first.params, other.params, strict=True))
@@ -129,17 +127,19 @@ class TestTriggers:
             make_provider_triggers(jax.random.key(0), (8, 8, 1), num_providers, num_similar=num_similar)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@cache
+def make_pool(shape, rate_of, key=3):
+    dataset, rows = make_dataset(shape), make_rows(4)
+    triggers = make_provider_triggers(jax.random.key(0), shape, 4)
+    pool = poison_providers(jax.random.key(key), dataset, rows, triggers, rate=0.1, target=0, rate_of=rate_of)
+    return dataset, rows, triggers, pool
+
+
+@pytest.mark.parametrize("shape", [(10, 8, 3)])
 @pytest.mark.parametrize("rate_of", ["all", "candidates"])
 class TestPool:
-    def pool(self, shape, rate_of, key=3):
-        dataset, rows = make_dataset(shape), make_rows(4)
-        triggers = make_provider_triggers(jax.random.key(0), shape, 4)
-        pool = poison_providers(jax.random.key(key), dataset, rows, triggers, rate=0.1, target=0, rate_of=rate_of)
-        return dataset, rows, triggers, pool
-
     def test_counts_are_equal_and_avoid_the_target(self, shape, rate_of):
-        dataset, rows, _, pool = self.pool(shape, rate_of)
+        dataset, rows, _, pool = make_pool(shape, rate_of)
         counts = pool.is_poisoned.sum(axis=1)
         victims = (dataset.labels[rows] != 0).sum(axis=1)
         assert (counts == (8 if rate_of == "all" else int(0.1 * victims.min()))).all()
@@ -147,7 +147,7 @@ class TestPool:
         assert (pool.labels[pool.is_poisoned] == 0).all()
 
     def test_rows_map_back_to_the_originals(self, shape, rate_of):
-        dataset, rows, triggers, pool = self.pool(shape, rate_of)
+        dataset, rows, triggers, pool = make_pool(shape, rate_of)
         num_poisoned = int(pool.is_poisoned[0].sum())
         assert pool.images.shape == (200 + 4 * num_poisoned, *shape) and pool.images.dtype == np.uint8
         np.testing.assert_array_equal(pool.images[:200], dataset.images)
@@ -167,9 +167,9 @@ class TestPool:
         chex.assert_equal_shape([pool.rows, pool.labels, pool.original_labels, pool.is_poisoned, rows])
 
     def test_key_decides_and_the_inputs_stay(self, shape, rate_of):
-        dataset, rows, _, pool = self.pool(shape, rate_of)
-        _, _, _, again = self.pool(shape, rate_of)
-        _, _, _, other = self.pool(shape, rate_of, key=4)
+        dataset, rows, _, pool = make_pool(shape, rate_of)
+        _, _, _, again = make_pool.__wrapped__(shape, rate_of)
+        _, _, _, other = make_pool(shape, rate_of, key=4)
         chex.assert_trees_all_equal(pool, again)
         assert (pool.is_poisoned != other.is_poisoned).any()
         np.testing.assert_array_equal(rows, make_rows(4))

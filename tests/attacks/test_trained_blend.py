@@ -28,19 +28,19 @@ def distance(trigger, picture):
 
 @pytest.mark.parametrize(("bound", "mean"), [(0.5, 0.375), (0.2, 0.18)])
 def test_first_mask_is_uniform_and_cut_off(bound, mean):
-    start = random_soft_blend(jax.random.key(0), (512, 512, 1), bound)
+    start = random_soft_blend(jax.random.key(0), (256, 256, 1), bound)
     assert start.mask.max() == jnp.float32(bound) and start.mask.min() >= 0
-    np.testing.assert_allclose(start.mask.mean(), mean, atol=0.0015)
+    np.testing.assert_allclose(start.mask.mean(), mean, atol=0.004)  # 6 standard deviations
     np.testing.assert_allclose(jnp.mean(start.mask == jnp.float32(bound)), 1 - bound, atol=0.02)
     np.testing.assert_allclose(start.pattern.mean(), 0.5, atol=0.01)
 
 
 @pytest.mark.parametrize("mask_is_trained", [True, False])
 def test_loss_falls_and_the_trigger_stays_in_range(mask_is_trained):
-    picture = jax.random.uniform(jax.random.key(1), SHAPE) * 2 - 0.5  # partly out of reach
+    picture = jnp.asarray(2 * np.random.default_rng(1).random(SHAPE, np.float32) - 0.5)  # partly out of reach
     start = random_soft_blend(jax.random.key(0), SHAPE, 0.5)
-    how = descent(mask_is_trained=mask_is_trained)
-    trained = train_blend(jax.random.key(2), IMAGES, start, to_a_picture, picture, how)
+    settings = descent(mask_is_trained=mask_is_trained)
+    trained = train_blend(jax.random.key(2), IMAGES, start, to_a_picture, picture, settings)
     assert trained.mask.min() >= 0 and trained.mask.max() <= 0.5
     assert trained.pattern.min() >= 0 and trained.pattern.max() <= 1
     assert distance(trained, picture) < 0.8 * distance(start, picture)

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.contract import Knowledge
-from bdjax.attacks.vbd_triggers import VBD_ATTACKS, VbdSettings, class_patch, elliptical
+from bdjax.attacks.vbd_triggers import VBD_ATTACKS, VbdSettings, apply_class_patch, class_patch, elliptical
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
 ATTACKS = {attack.name: attack for attack in VBD_ATTACKS}
 TILES = ("white_square", "green_square", "white_grid", "color_grid")
 ALL_TO_ALL = [f"{tile}_all_to_all" for tile in TILES]
-SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SHAPES = [(8, 8, 1), (32, 32, 3)]
 GREEN, RED, YELLOW, MAGENTA, BLUE = (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (0, 0, 1)
+
+
+apply_to_classes = jax.jit(jax.vmap(apply_class_patch, in_axes=(None, 0, 0)))
 
 
 def trigger(name, shape, num_classes=10, opacity=1.0):
@@ -53,7 +56,7 @@ def test_colours_on_grey_images_are_luma():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", [*TILES, "small_kitty", "big_kitty"])
 def test_only_the_mask_changes_and_repeating_tends_to_the_pattern(name, shape):
-    image = jax.random.uniform(jax.random.key(1), shape)
+    image = np.random.default_rng(1).random(shape, np.float32)
     for opacity in (0.2, 1.0):
         params = trigger(name, shape, opacity=opacity)
         is_set = np.asarray(params.mask)[..., 0] == 1.0
@@ -141,8 +144,8 @@ def test_each_class_has_its_own_cells_and_empty_cells_show_the_image(name):
     masks = np.asarray(params.masks)
     assert masks.shape == (10, 32, 32, 1) and masks.sum(axis=0).max() == 1.0
     assert (masks.sum(axis=(1, 2, 3)) == (5 if "grid" in name else 9)).all()
-    images = jax.random.uniform(jax.random.key(0), (10, 32, 32, 3))
-    triggered = jax.vmap(ATTACKS[name].apply, in_axes=(None, 0, 0))(params, images, jnp.arange(10))
+    images = np.random.default_rng(0).random((10, 32, 32, 3), np.float32)
+    triggered = apply_to_classes(params, images, jnp.arange(10))
     changed = (np.asarray(triggered) != np.asarray(images)).any(axis=-1)
     np.testing.assert_array_equal(changed, masks[..., 0] == 1.0)
     inside = np.broadcast_to(masks == 1.0, images.shape)

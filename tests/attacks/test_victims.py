@@ -74,23 +74,23 @@ def test_victims_learn_their_own_triggers_and_come_back_in_order(runner, clean):
     names = ["badnets", "wanet", "badnets+blended"]
     prepared = prepare_all(clean, names)
     victims = train_victims(jax.random.key(1), runner, prepared, DATA.train, clean, CONFIG, CONFIG, CONFIG)
-    assert [victim.prepared is one for victim, one in zip(victims, prepared, strict=True)] == [True] * 6
+    assert [victim.prepared is before for victim, before in zip(victims, prepared, strict=True)] == [True] * 6
     assert all(victim.history["loss"].shape == (12,) for victim in victims)
     tested = list(evaluate_victims(jax.random.key(2), runner, victims, clean, DATA, 50))
     assert [len(plan) for plan in tested] == [2, 2, 4]
-    for one in tested[0]:
-        assert one.metrics.asr > 0.9 and one.metrics.cda > 0.9 and one.clean_model.asr < 0.1
-        assert one.cover_accuracy is None
-        np.testing.assert_array_equal(one.triggered[:, 4:7, 4:7], 255)  # margin 1
-    assert all(one.cover_accuracy is not None for one in tested[1])
-    assert [one.part.attack.name for one in tested[2]] == ["badnets", "badnets", "blended", "blended"]
+    for trial in tested[0]:
+        assert trial.metrics.asr > 0.9 and trial.metrics.cda > 0.9 and trial.clean_model.asr < 0.1
+        assert trial.cover_accuracy is None
+        np.testing.assert_array_equal(trial.triggered[:, 4:7, 4:7], 255)  # margin 1
+    assert all(trial.cover_accuracy is not None for trial in tested[1])
+    assert [trial.part.attack.name for trial in tested[2]] == ["badnets", "badnets", "blended", "blended"]
 
 
 def test_what_a_victim_trains_on_does_not_depend_on_what_else_is_run(clean):
     alone, beside = prepare_all(clean, ["badnets"]), prepare_all(clean, ["blended", "badnets"])[2:]
-    for one, other in zip(alone, beside, strict=True):
-        np.testing.assert_array_equal(one.poisoned.images, other.poisoned.images)
-        np.testing.assert_array_equal(one.poisoned.labels, other.poisoned.labels)
+    for separate, together in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(separate.poisoned.images, together.poisoned.images)
+        np.testing.assert_array_equal(separate.poisoned.labels, together.poisoned.labels)
     assert not np.array_equal(alone[0].poisoned.images, alone[1].poisoned.images)  # another seed
 
 

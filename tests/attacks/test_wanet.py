@@ -3,17 +3,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.attacks import wanet
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.label_rules import all_to_one
 from bdjax.attacks.poisoning import ConfiguredAttack, poison_by, trigger_all
-from bdjax.attacks.wanet import WANET, WANET_OFFLINE, WaNetSettings, apply, apply_with_noise, bicubic_matrix
+from bdjax.attacks.wanet import WANET, WANET_OFFLINE, WaNetSettings, bicubic_matrix
 from bdjax.errors import InputError
 from bdjax.types import Dataset
+
+apply, apply_with_noise = jax.jit(wanet.apply), jax.jit(wanet.apply_with_noise)
 
 
 def warp(shape, seed=0, **settings):
     data = Dataset(np.zeros((4, *shape), np.uint8), np.zeros(4, np.int32), 2, "none", "none")
     return WANET.make_params(jax.random.key(seed), Knowledge(data, target=0), WaNetSettings(**settings))
+
+
+def random_image(shape):
+    return np.random.default_rng(1).random(shape, np.float32)
 
 
 def smooth_image(shape):
@@ -37,10 +44,10 @@ def four_taps(image, positions):
     return result
 
 
-@pytest.mark.parametrize("shape", [(28, 28, 1), (32, 32, 3), (8, 8, 1), (20, 32, 3)])
+@pytest.mark.parametrize("shape", [(8, 8, 1), (20, 32, 3)])
 class TestWarp:
     def test_strength_0_is_the_identity(self, shape):
-        image = jax.random.uniform(jax.random.key(1), shape)
+        image = random_image(shape)
         np.testing.assert_allclose(apply(warp(shape, strength=0.0), image), image, atol=1e-5)
 
     def test_a_constant_image_stays(self, shape):
@@ -48,7 +55,7 @@ class TestWarp:
             np.testing.assert_array_equal(apply(warp(shape, strength=2.0), jnp.full(shape, value)), np.float32(value))
 
     def test_range_stays_within_the_images(self, shape):
-        image = jax.random.uniform(jax.random.key(1), shape, minval=0.2, maxval=0.7)
+        image = 0.2 + 0.5 * random_image(shape)
         for warped in (
             apply(warp(shape), image),
             apply_with_noise(warp(shape), image, None, jax.random.key(2)),
@@ -56,7 +63,7 @@ class TestWarp:
             assert warped.min() >= image.min() and warped.max() <= image.max()
 
     def test_is_four_taps(self, shape):
-        image = jax.random.uniform(jax.random.key(1), shape)
+        image = random_image(shape)
         params = warp(shape, strength=2.0)
         positions = np.stack(np.meshgrid(*(np.arange(n) for n in shape[:2]), indexing="ij"), axis=-1) + np.asarray(
             params.field
@@ -67,13 +74,13 @@ class TestWarp:
 def test_columns_follow_the_second_component():
     """A field that looks one pixel to the right moves the picture one pixel to the left."""
     params = warp((8, 8, 1))._replace(field=jnp.zeros((8, 8, 2)).at[..., 1].set(1.0))
-    image = jax.random.uniform(jax.random.key(1), (8, 8, 1))
+    image = random_image((8, 8, 1))
     np.testing.assert_allclose(apply(params, image)[:, :-1], image[:, 1:], atol=1e-6)
 
 
 @pytest.mark.parametrize("side", [28, 32])
 def test_displacement_of_the_papers_strength(side):
-    fields = np.stack([warp((side, side, 1), seed).field for seed in range(30)])
+    fields = np.stack([warp((side, side, 1), seed).field for seed in range(12)])
     assert 0.15 < np.abs(fields).mean() < 0.25
     assert np.abs(fields).max() < 1.0
 
@@ -105,7 +112,7 @@ def test_interpolation_goes_through_the_control_points():
 
 def test_noise_is_at_most_half_a_pixel_more_and_differs_by_key():
     shape = (32, 32, 1)
-    ramp = jnp.broadcast_to(jnp.arange(32.0)[None, :, None] / 32, shape)  # brightness tells the column
+    ramp = jnp.broadcast_to(jnp.arange(32.0)[None, :, None] / 32, shape)  # the brightness is the column's number
     params = warp(shape)
     first, second = (apply_with_noise(params, ramp, None, jax.random.key(seed)) for seed in (0, 1))
     moved = np.abs(np.asarray(first - apply(params, ramp))) * 32
@@ -125,7 +132,7 @@ def test_offline_all_rows_are_warped_once_and_cover_rows_with_noise():
     params = WANET_OFFLINE.make_params(jax.random.key(0), Knowledge(data, 0), part.settings)
     poisoned = poison_by(jax.random.key(1), data, part, params)
     assert poisoned.is_poisoned.sum() == 4 and poisoned.is_cover.sum() == 8
-    warped = trigger_all(jax.random.key(2), data, apply, params)
+    warped = trigger_all(jax.random.key(2), data, wanet.apply, params)
     np.testing.assert_array_equal(poisoned.images[poisoned.is_poisoned], warped[poisoned.is_poisoned])
     cover = poisoned.images[poisoned.is_cover]
     assert all(

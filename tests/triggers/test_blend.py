@@ -7,7 +7,7 @@ import pytest
 from bdjax.errors import InputError
 from bdjax.triggers import PICTURES, blend, masked_blend, pictures
 
-SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SHAPES = [(8, 8, 1), (12, 10, 3)]
 DEFAULT_RANGES = {1: (0.05, 0.1), 3: (0.15, 0.2)}
 
 

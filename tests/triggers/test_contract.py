@@ -13,7 +13,7 @@ import pytest
 
 from bdjax.triggers import TRIGGERS, MaskedBlend, masked_blend
 
-SHAPES = [(8, 8, 1), (28, 28, 1), (32, 32, 3)]
+SHAPES = [(8, 8, 1), (32, 28, 3)]
 SEEDS = range(3)
 
 
@@ -50,7 +50,7 @@ class TestContract:
         assert triggered.min() >= 0.0 and triggered.max() <= 1.0  # which no NaN is
 
     def test_changes_images(self, name, shape):
-        change = np.abs(self.triggered(name, shape) - images(shape))
+        change = np.abs(self.triggered(name, shape) - np.asarray(images(shape)))
         assert (change[:, 0].max(axis=(1, 2, 3)) > 1e-3).all()
 
     def test_the_same_key_gives_the_same_instance_and_another_key_another(self, name, shape):
