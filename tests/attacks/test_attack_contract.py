@@ -16,7 +16,7 @@ from tiny_network import make_tiny
 
 from bdjax.attacks.contract import CLEAN_MODEL, CleanModel, Knowledge, settings_for
 from bdjax.attacks.label_rules import LABEL_RULES, make_rule
-from bdjax.attacks.poisoning import ConfiguredAttack, poison_by, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, poison_by
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.errors import InputError
 from bdjax.models import generators
@@ -41,7 +41,7 @@ SMALL: dict[str, dict] = {
     "issba": {"width": 2, "stages": 1, "num_bits": 4, "steps": 3, "batch_size": 4},
     "l2_invisible": {"steps": 4, "steps_per_doubling": 2, "batch_size": 16},
     "narcissus": {
-        "surrogate_model": "vbd_4_4p",
+        "surrogate_model": "vbd_16p",
         "surrogate_epochs": 1,
         "warm_up_epochs": 1,
         "steps": 10,
@@ -170,26 +170,14 @@ class TestTrigger:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__name__}")
-class TestFunction:
-    def test_is_the_same_alone_and_op_by_op_as_compiled_for_a_batch(self, function):
-        name = FUNCTIONS[function]
-        shape = first_shape(name)
-        _, _, params, _ = prepared(name, shape)
-        images, labels, keys = rows(shape)
-        for row in (0, 1):
-            alone = function(params, images[row], labels[row], keys[row])
-            np.testing.assert_allclose(alone, triggered(name, shape)[function][row], atol=2e-5, rtol=0)
-
-    def test_a_stored_row_does_not_depend_on_its_batch(self, function):
-        name = FUNCTIONS[function]
-        shape = first_shape(name)
-        _, settings, params, _ = prepared(name, shape)
-        data = dataset(shape)
-        # As many as are poisoned, so that this shape is compiled once.
-        many = trigger_all(jax.random.key(6), data[: int(settings.poison_rate * len(data))], function, params)
-        few = trigger_all(jax.random.key(6), data[:3], function, params)
-        difference = np.abs(few.astype(int) - many[:3].astype(int))
-        assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # a network's rounding may tip a level
+def test_a_function_is_the_same_alone_and_op_by_op_as_compiled_for_a_batch(function):
+    name = FUNCTIONS[function]
+    shape = first_shape(name)
+    _, _, params, _ = prepared(name, shape)
+    images, labels, keys = rows(shape)
+    for row in (0, 1):
+        alone = function(params, images[row], labels[row], keys[row])
+        np.testing.assert_allclose(alone, triggered(name, shape)[function][row], atol=2e-5, rtol=0)
 
 
 MAKERS = {attack.make_params: name for name, attack in ATTACKS.items()}
