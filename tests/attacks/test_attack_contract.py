@@ -51,9 +51,18 @@ SMALL: dict[str, dict] = {
 """Settings that make a trigger in seconds; each attack's own test file checks its quality."""
 
 AT_ONE_SHAPE = SMALL.keys() | {"adaptive_blend", "adaptive_patch", "composite"}
+TRAINED_BY_THE_ENGINE = {"input_aware_offline", "narcissus"}
+"""Attacks that train a whole network to make their trigger, which takes long: their cases are in the slow tier."""
+
+
+def marks(name):
+    return pytest.mark.slow if name in TRAINED_BY_THE_ENGINE else ()
+
+
 CASES = [(name, shape) for name in sorted(ATTACKS) for shape in ([ONE_SHAPE] if name in AT_ONE_SHAPE else SHAPES)]
 every_case = pytest.mark.parametrize(
-    ("name", "shape"), CASES, ids=[f"{name}-{'x'.join(map(str, shape))}" for name, shape in CASES]
+    ("name", "shape"),
+    [pytest.param(*case, marks=marks(case[0]), id=f"{case[0]}-{'x'.join(map(str, case[1]))}") for case in CASES],
 )
 
 
@@ -169,7 +178,13 @@ class TestTrigger:
         assert (change > 1e-3) == attack.changes_images
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: f"{function.__module__}.{function.__name__}")
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(function, marks=marks(name), id=f"{function.__module__}.{function.__name__}")
+        for function, name in FUNCTIONS.items()
+    ],
+)
 def test_a_function_is_the_same_alone_and_op_by_op_as_compiled_for_a_batch(function):
     name = FUNCTIONS[function]
     shape = first_shape(name)
@@ -181,12 +196,11 @@ def test_a_function_is_the_same_alone_and_op_by_op_as_compiled_for_a_batch(funct
 
 
 MAKERS = {attack.make_params: name for name, attack in ATTACKS.items()}
-TRAINED_BY_THE_ENGINE = {"input_aware_offline", "narcissus"}
-"""The tests of the training engine show that the same key trains the same network; twice takes too long here."""
 
 
 @pytest.mark.parametrize("name", sorted(set(MAKERS.values()) - TRAINED_BY_THE_ENGINE))
 def test_a_trigger_is_made_again_from_the_same_key(name):
+    """Not for networks that the engine trains: its own tests show that the same key trains the same network."""
     attack, settings, params, knowledge = prepared(name, first_shape(name))
     chex.assert_trees_all_equal(params, attack.make_params(jax.random.key(2), knowledge, settings))
 
@@ -223,6 +237,7 @@ def test_poisoned_rows_are_what_the_rule_and_the_rates_say(name, shape):
         assert not np.array_equal(other.images, poisoned.images) or not np.array_equal(other.labels, poisoned.labels)
 
 
+@pytest.mark.slow
 def test_the_offline_networks_of_input_aware_were_trained_with_a_classifier():
     """Here, and not in the file of the attack, because the training takes most of the time of the test."""
     _, _, params, _ = prepared("input_aware_offline", ONE_SHAPE)
