@@ -1,8 +1,8 @@
 """bdjax: backdoor attacks and defenses on image classifiers, in JAX.
 
-What a caller with arrays needs stands here (`bdjax.api` has it): the data, the verbs, and the registries. The parts behind it,
-in the order that data passes through them: `datasets`, `triggers`, `models`, `training`, `attacks`, `defenses`, `inspection`,
-`evaluation`, `run`, `reporting`, `workflows`. Each imports only from the ones before it.
+This module exports the Python interface (`bdjax.api`): datasets, functions and registries. The subpackages, in the order that
+data flows through them: `datasets`, `triggers`, `models`, `training`, `attacks`, `defenses`, `inspection`, `evaluation`, `run`,
+`reporting`, `workflows`. Each imports only from those before it.
 """
 
 from importlib import import_module
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the front door when it is first used: a script's --version need not wait for JAX."""
+    """Import `bdjax.api` on first use, so that a script's --version does not wait for JAX."""
     if name not in __all__:
         raise AttributeError(f"module 'bdjax' has no attribute {name!r}")
     globals()[name] = getattr(import_module("bdjax.api"), name)

@@ -1,11 +1,11 @@
-"""The front door: arrays in, arrays out. Each function is a thin layer over the parts of the library.
+"""The Python interface: arrays in, arrays out. Each function is a thin layer over the rest of the library.
 
-Nothing is written to disk and nothing is printed. A result is of one network, and its arrays have no axis of members, unless
-`seeds=N` asks for N networks that differ in their weights and shuffles: then arrays, logits and facts have a leading axis [N].
-`bdjax.defend("abm", ...)` and `bdjax.DEFENSES["abm"].run` are one object on two levels: the second is the pure function.
+Nothing is written to disk or printed. A result describes one network by default; `seeds=N` trains N networks that differ in
+their initial weights and shuffling, and arrays, logits and facts then have a leading axis [N]. `bdjax.defend("abm", ...)` calls
+the pure function `bdjax.DEFENSES["abm"].run`.
 
-Settings of attacks and defenses are the papers', whatever a dataset is called; `like="digits"` adopts what suits data like a
-named set, and `preset="quick"` what suits small networks and few rows.
+Settings default to the papers', whatever the dataset; `like="digits"` takes the settings that suit a named dataset, and
+`preset="quick"` those that suit small networks and few rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +25,12 @@ from bdjax.attacks.victims import make_plan, prepare
 from bdjax.datasets import check_like, load, load_suspect, splits
 from bdjax.datasets.validation import make_dataset
 from bdjax.defenses import contract
-from bdjax.defenses import teachers as ask
 from bdjax.defenses.aggregation import Aggregation, aggregate_logits
 from bdjax.defenses.chain import LINK
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_learners, train_parts
+from bdjax.defenses.teachers import from_classifiers
 from bdjax.errors import InputError
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
@@ -68,7 +68,7 @@ __all__ = [
 
 Preset = Literal["paper", "quick", "strong"]
 PLAIN = TrainConfig(epochs=20, evaluation_batch_size=250, learning_rate=1e-3, schedule="cosine", keep_last_batch=False)
-"""How an undefended network trains where the caller says nothing else."""
+"""Default training of an undefended network."""
 
 
 # ---- Data --------------------------------------------------------------------------------------------------------
@@ -81,34 +81,34 @@ def dataset(
     name: str = "data",
     class_names: Sequence[str] = (),
 ) -> Dataset:
-    """Check arrays and make a dataset of them. Rows are chosen by `data[mask]`, `data[10:20]` or `data[[3, 5]]`.
+    """Make a dataset from arrays, which are checked. Select rows by `data[mask]`, `data[10:20]` or `data[[3, 5]]`.
 
     Args:
         images: uint8 [N, H, W, C], C being 1 or 3.
         labels: integers [N], each in 0..num_classes-1.
-        num_classes: K; None for one more than the largest label.
-        name: what a report calls the set; no number depends on it.
+        num_classes: K; None for the largest label plus 1.
+        name: the name in reports; no result depends on it.
         class_names: empty, or K names.
 
     Raises:
-        InputError: another shape or dtype, no rows, or a label that is not a class.
+        InputError: wrong shape or dtype, no rows, or a label that is not a class.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     if images.dtype != np.uint8 or images.ndim != 4:
-        raise InputError(f"dataset {name}: {_said(images)}; they must be uint8 [rows, height, width, channels]")
+        raise InputError(f"dataset {name}: {_describe(images)}; they must be uint8 [rows, height, width, channels]")
     if num_classes is None and np.issubdtype(labels.dtype, np.integer) and labels.size:
         num_classes = max(int(labels.max()) + 1, 2)
     return make_dataset(images, labels, num_classes or 2, name, "arrays", tuple(class_names), where=f"dataset {name}")
 
 
-def _said(images: np.ndarray) -> str:
-    return f"images are {images.dtype} of the shape {list(images.shape)}"
+def _describe(images: np.ndarray) -> str:
+    return f"images are {images.dtype} of shape {list(images.shape)}"
 
 
 def _check_data(data: object, where: str) -> None:
     if not isinstance(data, Dataset):
         raise InputError(
-            f"{where} is a {type(data).__name__}; it must be a Dataset, as bdjax.dataset makes one of arrays"
+            f"{where} is a {type(data).__name__}; it must be a Dataset (bdjax.dataset makes one from arrays)"
         )
 
 
@@ -117,17 +117,17 @@ def _check_data(data: object, where: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """A trained classifier, or N of them where `seeds=N` asked for them. As a function it is a `Classifier`."""
+    """A trained classifier, or N of them with `seeds=N`. Calling it is `predict`, so it is a `Classifier`."""
 
     model: Model = field(repr=False)
     """the pure functions"""
     variables: PyTree = field(repr=False)
-    """of one network; of N, each leaf with a leading axis [N]"""
+    """of one network; of N networks, each leaf with a leading axis [N]"""
     image_shape: tuple[int, int, int]
     width: int
-    """of other networks at its scale"""
+    """channel width of further networks that a defense trains"""
     seeds: int | None
-    """N; None of a single network"""
+    """N; None for a single network"""
 
     def predict(self, images: np.ndarray) -> np.ndarray:
         """Logits.
@@ -139,13 +139,15 @@ class Network:
             float32 [B, K], or [N, B, K].
 
         Raises:
-            InputError: images of another shape or dtype.
+            InputError: images of the wrong shape or dtype.
         """
         images = np.asarray(images)
         is_pixel = images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)
         if images.shape[1:] != self.image_shape or not len(images) or not is_pixel:
             shape = ", ".join(map(str, self.image_shape))
-            raise InputError(f"{_said(images)}; this network takes uint8, or floats in 0..1, of [rows, {shape}]")
+            raise InputError(
+                f"{_describe(images)}; this network takes uint8, or floats in 0..1, of shape [rows, {shape}]"
+            )
         images = images if images.dtype == np.uint8 else images.astype(np.float32)
         logits = _runner(self.image_shape).predict(
             self.model, _stacked(self, self.seeds or 1), images, PLAIN.evaluation_batch_size
@@ -157,7 +159,7 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class Trained(Network):
-    """What `train` gives."""
+    """The result of `train`."""
 
     recipe: TrainConfig = field(repr=False)
     """how it was trained"""
@@ -171,24 +173,24 @@ def _runner(image_shape: tuple[int, int, int]) -> StageRunner:
 
 @cache
 def _network(name: str, num_classes: int, width: int) -> Model:
-    """One object for one architecture, so that what was compiled for it is used again."""
+    """The same object for the same architecture, so that compiled functions are reused."""
     return make_model(name, num_classes, width)
 
 
 def _stacked(network: Network, count: int) -> PyTree:
-    """The variables as `count` members."""
+    """The variables stacked [count, ...]."""
     if network.seeds:
         return network.variables
     return jax.tree.map(lambda leaf: jnp.broadcast_to(jnp.asarray(leaf), (count, *np.shape(leaf))), network.variables)
 
 
 def _squeezed(tree: PyTree, seeds: int | None) -> PyTree:
-    """What came out of members, without their axis where nobody asked for several."""
+    """Remove the member axis unless `seeds` is given."""
     return tree if seeds else jax.tree.map(lambda leaf: leaf[0], tree)
 
 
 def _keys(key: Key, seeds: int | None) -> Key:
-    """A key for each seed, the first of which a single network has: typed [M]."""
+    """A typed key for each seed, [M]; a single network has the first."""
     if seeds is not None and seeds < 1:
         raise InputError(f"seeds {seeds} is not at least 1")
     return jnp.stack([jax.random.fold_in(key, seed) for seed in range(seeds or 1)])
@@ -196,11 +198,11 @@ def _keys(key: Key, seeds: int | None) -> Key:
 
 def _recipe(owner: str, changes: Mapping[str, Any], start: TrainConfig = PLAIN) -> TrainConfig:
     recipe = changed(owner, start, changes)
-    known = {"optimiser": Optimiser, "schedule": Schedule, "augmentation": Augmentation}
+    kinds = {"optimiser": Optimiser, "schedule": Schedule, "augmentation": Augmentation}
     check_values(
         owner,
         recipe,
-        choices={name: kind.__args__ for name, kind in known.items()},
+        choices={name: kind.__args__ for name, kind in kinds.items()},
         at_least=dict.fromkeys(("epochs", "batch_size", "evaluation_batch_size"), 1),
         above={"learning_rate": 0},
     )
@@ -219,23 +221,23 @@ def train(
     seeds: int | None = None,
     **training: Any,
 ) -> Trained:
-    """Train a network on labels, plainly.
+    """Train a network on labels, without any defense.
 
     Args:
-        model: a key of `MODELS`; a `Model`; or a trained network to go on from.
+        model: a key of `MODELS`; a `Model`; or a trained network, to continue its training.
         data: the training rows.
-        key: of weights and shuffles, as `jax.random.key` makes one.
-        width: of a network by name: 64 is the papers' size.
+        key: a `jax.random.key`, for initial weights and shuffling.
+        width: channel width of a network given by name; 64 is the papers' size.
         epochs, batch_size, learning_rate: of the training.
-        seeds: train so many networks as members of one call; None for one, which is the first of those.
+        seeds: the number of networks to train in one call; None for a single network, which equals the first of them.
         training: other fields of `bdjax.training.member.TrainConfig`: optimiser, schedule, weight_decay, augmentation, ...
 
     Raises:
-        InputError: no such network, a setting that cannot be, or a network for other data.
+        InputError: unknown network, invalid setting, or a network that does not fit the data.
     """
     _check_data(data, "train: data")
-    how = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    recipe = _recipe("train", {**how, **training})
+    changes = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    recipe = _recipe("train", {**changes, **training})
     start = model if isinstance(model, Network) else None
     if start is not None:
         _check_fits(start, data, "train: data")
@@ -258,7 +260,7 @@ def _as_model(model: str | Model, num_classes: int, width: int) -> Model:
         return _network(model, num_classes, width)
     if not isinstance(model, Model):
         raise InputError(
-            f"model is a {type(model).__name__}; it must be a name of MODELS, a Model or a trained network"
+            f"model is a {type(model).__name__}; it must be a name in MODELS, a Model or a trained network"
         )
     if model.num_classes != num_classes:
         raise InputError(f"model {model.description} has {model.num_classes} classes; the data has {num_classes}")
@@ -281,7 +283,7 @@ def _check_fits(network: Network, data: Dataset, where: str) -> None:
 
 def _seeds_with(network: Network, seeds: int | None) -> int | None:
     if network.seeds and seeds not in (None, network.seeds):
-        raise InputError(f"seeds {seeds}: the network that was given is {network.seeds}; leave seeds out")
+        raise InputError(f"seeds {seeds}: the given network has {network.seeds} seeds; leave seeds out")
     return network.seeds or seeds
 
 
@@ -290,7 +292,7 @@ def _seeds_with(network: Network, seeds: int | None) -> int | None:
 
 @dataclass(frozen=True, eq=False)
 class Trigger:
-    """Puts a trigger on images; knows which rows it is measured on and what the attacker wants of them."""
+    """Adds a trigger to images; holds the label rule, which says on which rows and by which class success is measured."""
 
     attack: str
     target: int
@@ -301,24 +303,24 @@ class Trigger:
     key: Key = field(repr=False)
 
     def __call__(self, images: np.ndarray, labels: np.ndarray | None = None) -> np.ndarray:
-        """The images with the trigger.
+        """Add the trigger to images.
 
         Args:
             images: uint8 [N, H, W, C].
-            labels: int32 [N], the true classes, for triggers that depend on them.
+            labels: int32 [N], the true classes; only needed by triggers that depend on them.
 
         Returns:
             uint8 [N, H, W, C].
 
         Raises:
-            InputError: other images, or no labels for a trigger that depends on them.
+            InputError: images of the wrong shape or dtype, or missing labels.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4:
-            raise InputError(f"{_said(images)}; a trigger takes uint8 [rows, height, width, channels]")
+            raise InputError(f"{_describe(images)}; a trigger takes uint8 [rows, height, width, channels]")
         if labels is None and self._reads_labels(images.shape[1:]):
             raise InputError(
-                f"the trigger of {self.attack} depends on the class: give the labels, trigger(images, labels)"
+                f"the trigger of {self.attack} depends on the class: pass the labels, trigger(images, labels)"
             )
         labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels, np.int32)
         data = Dataset(images, labels, self.num_classes, "", "")
@@ -327,17 +329,17 @@ class Trigger:
     def _reads_labels(self, image_shape: tuple[int, ...]) -> bool:
         image, label = jax.ShapeDtypeStruct(image_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
         program = jax.make_jaxpr(self.apply)(self.params, image, label, self.key).jaxpr
-        label_in = program.invars[-2]
-        return any(read is label_in for step in program.eqns for read in step.invars)
+        label_input = program.invars[-2]
+        return any(variable is label_input for equation in program.eqns for variable in equation.invars)
 
 
 class Poisoned(NamedTuple):
-    """A poisoned training set and the trigger that opens the backdoor."""
+    """A poisoned training set and its trigger."""
 
     data: PoisonedDataset
     trigger: Trigger
     settings: Any
-    """of the attack, as they were used"""
+    """the settings of the attack that were used"""
 
 
 def poison(
@@ -355,59 +357,59 @@ def poison(
     """Poison a training set.
 
     Args:
-        attack: a key of `ATTACKS` whose attacker gives data and no model.
+        attack: a key of `ATTACKS`, of an attack that poisons data and does not train the network itself.
         data: clean rows.
-        key: of the trigger and of which rows are poisoned.
+        key: random key for the trigger and the choice of rows.
         target: the attacker's class.
         poison_rate: share of all rows; None for the attack's default.
         label_rule: a key of `bdjax.attacks.label_rules.LABEL_RULES`; None for the attack's default.
-        like: a named dataset whose settings are adopted: "digits".
-        clean_model: a network without a backdoor, for attackers who need one.
-        settings: of the attack, by name.
+        like: a named dataset whose settings to use: "digits".
+        clean_model: a network without a backdoor, for attacks that need one.
+        settings: settings of the attack, by name.
 
     Raises:
-        InputError: no such attack, setting, rule or class; an attack that trains the network itself; no clean model where
-          one is needed; or rows that are poisoned already.
+        InputError: unknown attack, setting, label rule or class; an attack that trains the network itself; a missing clean
+          model; or rows that are already poisoned.
     """
     _check_data(data, "poison: data")
     if isinstance(data, PoisonedDataset) and data.is_poisoned.any():
         raise InputError(
-            f"poison: {int(data.is_poisoned.sum())} rows of the data are poisoned already; give clean rows"
+            f"poison: {int(data.is_poisoned.sum())} rows of the data are already poisoned; pass clean rows"
         )
-    known = find_attack(attack)
-    if known.control:
-        able = [name for name, one in ATTACKS.items() if not one.control]
+    definition = find_attack(attack)
+    if definition.control:
+        data_attacks = [name for name, other in ATTACKS.items() if not other.control]
         raise InputError(
-            f"attack {attack} trains the network itself; attacks that hand over data are {', '.join(able)}"
+            f"attack {attack} trains the network itself; attacks that poison data are {', '.join(data_attacks)}"
         )
     if type(target) is not int or not 0 <= target < data.num_classes:
-        raise InputError(f"poison: target {target!r} is not a class: there are 0 to {data.num_classes - 1}")
-    needs_model = known.needs_clean_model or known.starts_from_clean_model
+        raise InputError(f"poison: target {target!r} is not a class; classes are 0 to {data.num_classes - 1}")
+    needs_model = definition.needs_clean_model or definition.starts_from_clean_model
     if needs_model and clean_model is None:
         raise InputError(
-            f"attack {attack} needs a clean network: give clean_model=, what bdjax.train made of clean rows"
+            f"attack {attack} needs a clean network: pass clean_model=, trained by bdjax.train on clean rows"
         )
     if needs_model:
         _check_fits(clean_model, data, "poison: data")
     check_like(like, "poison: like")
-    how = {"label_rule": label_rule, "poison_rate": poison_rate, "changes": {attack: settings}, "like": like}
-    plan = make_plan(attack, data, target, **how)
-    owned = CleanModel(clean_model.model, ensemble.members(_stacked(clean_model, 1), 0)) if needs_model else None
-    made = prepare(key, plan, data, target, 0, owned)
-    (part,), (params,) = plan.parts, made.params
-    trigger = Trigger(attack, target, part.rule, data.num_classes, known.apply, params, jax.random.fold_in(key, 1))
-    return Poisoned(made.poisoned, trigger, part.settings)
+    options = {"label_rule": label_rule, "poison_rate": poison_rate, "changes": {attack: settings}, "like": like}
+    plan = make_plan(attack, data, target, **options)
+    clean = CleanModel(clean_model.model, ensemble.members(_stacked(clean_model, 1), 0)) if needs_model else None
+    prepared = prepare(key, plan, data, target, 0, clean)
+    (part,), (params,) = plan.parts, prepared.params
+    trigger = Trigger(attack, target, part.rule, data.num_classes, definition.apply, params, jax.random.fold_in(key, 1))
+    return Poisoned(prepared.poisoned, trigger, part.settings)
 
 
 class Evaluation(NamedTuple):
-    """What a classifier is worth: a number each, or float [N] of N networks. See `bdjax.metrics`."""
+    """Metrics of a classifier: floats, or float [N] for N networks. See `bdjax.metrics`."""
 
     cda: float | np.ndarray
     """share of untouched rows predicted as their label"""
     asr: float | np.ndarray | None
-    """share of the victims' triggered rows predicted as the attacker wants"""
+    """share of the triggered victim rows predicted as the class that the attacker wants"""
     r_acc: float | np.ndarray | None
-    """share of the same rows predicted as their label"""
+    """share of the same rows predicted as their true label"""
 
     def __str__(self) -> str:
         def number(value: float | np.ndarray) -> str:
@@ -421,35 +423,35 @@ def evaluate(model: Classifier | Network, test: Dataset, trigger: Trigger | None
     """Measure a classifier.
 
     Args:
-        model: anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]; of this library or not.
+        model: any function from images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K].
         test: clean rows that it was not trained on.
-        trigger: of `poison`; None where only accuracy is asked for.
+        trigger: from `poison`; None to measure accuracy only.
 
     Raises:
-        InputError: logits of another shape, or test rows that are all of the attacker's class.
+        InputError: logits of the wrong shape, or no test row that the attack aims at.
     """
     _check_data(test, "evaluate: test")
     if trigger is not None and not isinstance(trigger, Trigger):
-        raise InputError("evaluate: trigger must be the .trigger of what bdjax.poison gave, which knows its target")
-    clean = _answers(model, test, test.images)
+        raise InputError("evaluate: trigger must be the .trigger that bdjax.poison returned, which knows its target")
+    clean = _predicted_classes(model, test, test.images)
     if trigger is None:
-        cda = [clean_accuracy(one, test.labels) for one in clean.reshape(-1, len(test))]
+        cda = [clean_accuracy(predictions, test.labels) for predictions in clean.reshape(-1, len(test))]
         return Evaluation(np.array(cda) if clean.ndim > 1 else cda[0], None, None)
     victims, wanted = trigger.rule.victims(test.labels), trigger.rule.wanted(test.labels)
     if not victims.any():
-        raise InputError(f"evaluate: none of the {len(test)} test rows is one that the attack is measured on")
-    triggered = _answers(model, test, trigger(test.images, test.labels))
+        raise InputError(f"evaluate: the attack aims at none of the {len(test)} test rows; pass rows of other classes")
+    triggered = _predicted_classes(model, test, trigger(test.images, test.labels))
     pairs = zip(clean.reshape(-1, len(test)), triggered.reshape(-1, len(test)), strict=True)
     measured = [measure_attack(*pair, test.labels, victims, wanted) for pair in pairs]
-    numbers = ([getattr(one, name) for one in measured] for name in Evaluation._fields)
+    numbers = ([getattr(metrics, name) for metrics in measured] for name in Evaluation._fields)
     return Evaluation(*(np.array(values) if clean.ndim > 1 else values[0] for values in numbers))
 
 
-def _answers(model: Classifier | Network, test: Dataset, images: np.ndarray) -> np.ndarray:
+def _predicted_classes(model: Classifier | Network, test: Dataset, images: np.ndarray) -> np.ndarray:
     """Predicted classes, int [rows] or [N, rows]."""
     logits = np.asarray(model(images.astype(np.float32) / 255))
-    several = getattr(model, "seeds", None)
-    if logits.ndim != (3 if several else 2) or logits.shape[-2] != len(test) or logits.shape[-1] < test.num_classes:
+    seeds = getattr(model, "seeds", None)
+    if logits.ndim != (3 if seeds else 2) or logits.shape[-2] != len(test) or logits.shape[-1] < test.num_classes:
         raise InputError(
             f"evaluate: the model returned logits of shape {list(logits.shape)}; should be {[len(test), test.num_classes]}"
         )
@@ -461,38 +463,38 @@ def _answers(model: Classifier | Network, test: Dataset, images: np.ndarray) -> 
 
 @dataclass(frozen=True, eq=False)
 class Detected:
-    """Which rows a detector takes for poisoned. Of N seeds each array has a leading axis [N]."""
+    """The result of a detector. With N seeds each array has a leading axis [N]."""
 
     flags: np.ndarray = field(repr=False)
-    """bool [n]"""
+    """bool [n]: rows flagged as poisoned"""
     scores: np.ndarray = field(repr=False)
-    """float32 [n]: the higher, the more suspicious"""
+    """float32 [n], higher for more suspicious rows"""
     patterns: tuple[ExtractedPattern, ...] | tuple[tuple[ExtractedPattern, ...], ...] = field(repr=False)
-    """triggers that it extracted, by class; of N seeds, those of each"""
+    """extracted triggers, by class; with N seeds, one such tuple per seed"""
     facts: Mapping[str, Any]
-    """its own numbers, by name"""
+    """further numbers, by name"""
     given: tuple[str, ...]
-    """what it was given: its needs, and nothing else"""
+    """the inputs that it used, which are exactly its declared needs"""
     settings: Any
-    """of the detector, as they were used"""
+    """the settings of the detector that were used"""
 
 
 @dataclass(frozen=True, eq=False)
 class Defended(Network):
-    """The network that a defense gives. Of N seeds each array has a leading axis [N]."""
+    """The network that a defense returns. With N seeds each array has a leading axis [N]."""
 
     flags: np.ndarray | None = field(repr=False)
-    """bool [n]: rows that it takes for poisoned or leaves out"""
+    """bool [n]: rows flagged as poisoned or left out of training"""
     scores: np.ndarray | None = field(repr=False)
-    """float32 [n]: the higher, the more suspicious"""
+    """float32 [n], higher for more suspicious rows"""
     facts: Mapping[str, Any]
-    """its own numbers, by name"""
+    """further numbers, by name"""
     pictures: Mapping[str, np.ndarray] = field(repr=False)
     """name -> float32 [k, H, W, C] in [0, 1]"""
     given: tuple[str, ...]
-    """what it was given: its needs, and nothing else"""
+    """the inputs that it used, which are exactly its declared needs"""
     settings: Any
-    """of the defense, as they were used"""
+    """the settings of the defense that were used"""
 
 
 def detect(
@@ -514,32 +516,32 @@ def detect(
 
     Args:
         detector: a defense that detects; settings may follow its name as on the command line, "scan:threshold=10".
-        data: the suspect rows. Which of them are poisoned is not looked at, even if the set says so.
-        key: of all that is drawn.
-        model: the network that is trained on the rows, for detectors that need the attacked network.
-        width: of networks by name: 64 is the papers' size.
-        training: how that network trains, where it differs from `PLAIN`: {"epochs": 8}.
-        victim: a network that was trained on the rows already, in place of `model`, `width` and `training`.
-        clean: rows that are known to be clean, for detectors that need some.
-        seeds: so many networks and draws as members of the same calls; None for one, which is the first of those.
-        preset: "paper"; "quick" for small networks and few rows; "strong" where there is more than the paper's.
-        like: a named dataset whose settings are adopted: "digits".
-        settings: of the detector, by name.
+        data: the suspect rows. Their ground truth is ignored, even in a `PoisonedDataset`.
+        key: random key.
+        model: the network to train on the rows, for detectors that need the attacked network.
+        width: channel width of networks given by name; 64 is the papers' size.
+        training: fields of `TrainConfig` for that network, where they differ from `PLAIN`: {"epochs": 8}.
+        victim: a network already trained on the rows, instead of `model`, `width` and `training`.
+        clean: known clean rows, for detectors that need them.
+        seeds: the number of seeds to run in one call; None for a single run, which equals the first of them.
+        preset: "paper"; "quick" for small networks and few rows; "strong" for settings that improve on the paper's.
+        like: a named dataset whose settings to use: "digits".
+        settings: settings of the detector, by name.
 
     Raises:
-        InputError: no such detector or setting, or something is missing that it needs.
+        InputError: unknown detector or setting, or a missing input.
     """
-    defense, own = _read(detector, preset, like, settings)
+    defense, config = _find_defense(detector, preset, like, settings)
     if defense.detect is None:
-        able = ", ".join(name for name, one in DEFENSES.items() if one.detect)
-        raise InputError(f"defense {detector} does not say which rows are poisoned; detectors are {able}")
+        detectors = ", ".join(name for name, other in DEFENSES.items() if other.detect)
+        raise InputError(f"defense {detector} does not flag rows; detectors are {detectors}")
     _check_data(data, f"detect {detector}: data")
-    needs = defense.needs_with(own)
-    inputs, seeds, _ = _give(defense, own, needs, data, key, model, width, training, victim, clean, seeds)
-    found = contract.detect(defense, inputs, own)
+    needs = defense.needs_with(config)
+    inputs, seeds, _ = _make_inputs(defense, config, needs, data, key, model, width, training, victim, clean, seeds)
+    found = contract.detect(defense, inputs, config)
     patterns = found.patterns if seeds or not found.patterns else found.patterns[0]
     flags, scores, facts = _squeezed((found.flags, found.scores, dict(found.facts)), seeds)
-    return Detected(flags, scores, patterns, facts, needs, own)
+    return Detected(flags, scores, patterns, facts, needs, config)
 
 
 def defend(
@@ -557,30 +559,32 @@ def defend(
     like: str | None = None,
     **settings: Any,
 ) -> Defended:
-    """Make a clean network of a suspect training set, or of a suspect network and clean rows.
+    """Make a clean network from a suspect training set, or from a suspect network and clean rows.
 
     Args:
-        defense: a key of `DEFENSES`; or as on the command line, with settings or one after the other: "fine_tuning+fkd".
-        suspect: training rows, of which no truth is looked at; or a network.
+        defense: a key of `DEFENSES`; or as on the command line, with settings or as a chain: "fine_tuning+fkd".
+        suspect: training rows, whose ground truth is ignored; or a network.
         key, model, width, training, victim, clean, seeds, preset, like: as for `detect`.
-        settings: of the defense, by name.
+        settings: settings of the defense, by name.
 
     Raises:
-        InputError: no such defense or setting, or something is missing that it needs.
+        InputError: unknown defense or setting, or a missing input.
     """
-    name, (found, own) = defense, _read(defense, preset, like, settings)
+    method, config = _find_defense(defense, preset, like, settings)
     if not isinstance(suspect, Network):
-        _check_data(suspect, f"defend {name}: suspect")
-    needs = found.needs_with(own)
-    inputs, seeds, width = _give(found, own, needs, suspect, key, model, width, training, victim, clean, seeds)
-    result = contract.run(found, inputs, own)
-    own_arrays = (result.variables, result.flags, result.scores, dict(result.facts), dict(result.pictures))
-    variables, flags, scores, facts, pictures = _squeezed(own_arrays, seeds)
+        _check_data(suspect, f"defend {defense}: suspect")
+    needs = method.needs_with(config)
+    inputs, seeds, width = _make_inputs(
+        method, config, needs, suspect, key, model, width, training, victim, clean, seeds
+    )
+    result = contract.run(method, inputs, config)
+    arrays = (result.variables, result.flags, result.scores, dict(result.facts), dict(result.pictures))
+    variables, flags, scores, facts, pictures = _squeezed(arrays, seeds)
     shape = inputs.runner.image_shape
-    return Defended(result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, own)
+    return Defended(result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, config)
 
 
-def _read(name: str, preset: str, like: str | None, settings: Mapping[str, Any]) -> tuple[Defense, Any]:
+def _find_defense(name: str, preset: str, like: str | None, settings: Mapping[str, Any]) -> tuple[Defense, Any]:
     """A defense and its settings."""
     check_like(like, f"defense {name}: like")
     if preset not in Preset.__args__:
@@ -589,14 +593,14 @@ def _read(name: str, preset: str, like: str | None, settings: Mapping[str, Any])
     if not settings:
         return variant.defense, variant.settings
     if LINK in name:
-        raise InputError(f"defense {name}: settings of several stand in their text, as in fine_tuning:epochs=5+fkd")
-    own = changed(f"defense {variant.defense.name}", variant.settings, settings)
+        raise InputError(f"defense {name}: give the settings of a chain in its text, as in fine_tuning:epochs=5+fkd")
+    config = changed(f"defense {variant.defense.name}", variant.settings, settings)
     if variant.defense.check:
-        variant.defense.check(own)
-    return variant.defense, own
+        variant.defense.check(config)
+    return variant.defense, config
 
 
-def _give(
+def _make_inputs(
     defense: Defense,
     settings: Any,
     needs: Sequence[str],
@@ -609,7 +613,7 @@ def _give(
     clean: Dataset | None,
     seeds: int | None,
 ) -> tuple[DefenseInput, int | None, int]:
-    """What a defense gets of a suspect, with the number of seeds and the width that follow from it."""
+    """The inputs of a defense, with the number of seeds and the width that follow from the suspect."""
     where, is_set = f"defense {defense.name}", isinstance(suspect, Dataset)
     _check_needs(where, needs, suspect, clean)
     network, rows = victim if is_set else suspect, suspect if is_set else clean
@@ -626,14 +630,14 @@ def _give(
         name = name or attacked.description.split()[0]
         if name not in MODELS:
             raise InputError(
-                f"{where} trains networks like {name} with {num_classes} classes: give one by a name of MODELS"
+                f"{where} trains variants of {name} with {num_classes} classes: give the model by a name in MODELS"
             )
         return _network(name, num_classes or attacked.num_classes, width)
 
     if defense.network_after:
         defense.network_after(settings, attacked, make_network, rows.image_shape)
     recipe = _recipe(f"{where}: training", training, network.recipe if isinstance(network, Trained) else PLAIN)
-    plain = Dataset(**{field.name: getattr(rows, field.name) for field in fields(Dataset)})  # without the truth
+    plain = Dataset(**{field.name: getattr(rows, field.name) for field in fields(Dataset)})  # without the ground truth
     truth = rows.is_poisoned if isinstance(rows, PoisonedDataset) else None
     group = [Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), seed, plain, (), truth) for seed in range(len(keys))]
     variables = None if network is None else _stacked(network, len(keys))
@@ -641,8 +645,9 @@ def _give(
         teachers = SuspectTeachers(attacked, group, variables, None, Recipes(recipe, recipe, recipe))
         return suspect_models.make_defense_input(teachers, keys, clean, make_network, runner), seeds, width
     is_trained_here = network is None and "attacked model" in needs
-    how = {"train_plainly": is_trained_here}
-    inputs = suspect_sets.make_defense_input(group, keys, plain, clean, make_network, recipe, runner, **how)
+    inputs = suspect_sets.make_defense_input(
+        group, keys, plain, clean, make_network, recipe, runner, train_plainly=is_trained_here
+    )
     if network is not None:
         inputs = inputs.with_knowledge({"attacked model": Nets(attacked, variables, 1, {})})
     return inputs, seeds, width
@@ -654,16 +659,16 @@ def _kind(data: Dataset) -> str:
 
 def _check_needs(where: str, needs: Sequence[str], suspect: Dataset | Network, clean: Dataset | None) -> None:
     if isinstance(suspect, Network) and {"training set", "number of poisons"} & set(needs):
-        able = ", ".join(name for name, one in DEFENSES.items() if "training set" not in one.needs)
-        raise InputError(f"{where} needs the training set, and a network comes without; of a network there are {able}")
+        able = ", ".join(name for name, defense in DEFENSES.items() if "training set" not in defense.needs)
+        raise InputError(f"{where} needs the training set, not only a network; defenses of networks are {able}")
     if clean is not None:
         _check_data(clean, f"{where}: clean")
     elif "clean rows" in needs or isinstance(suspect, Network):
-        raise InputError(f"{where} needs clean rows: give clean=, a Dataset of rows that are known to be clean")
+        raise InputError(f"{where} needs clean rows: pass clean=, a Dataset of known clean rows")
     if "number of poisons" in needs and not isinstance(suspect, PoisonedDataset):
-        raise InputError(f"{where} needs the number of poisons, which only a PoisonedDataset tells")
+        raise InputError(f"{where} needs the number of poisons, which only a PoisonedDataset has")
     if "attacker's trigger" in needs:
-        raise InputError(f"{where} needs the attacker's trigger with these settings, and no defender has that")
+        raise InputError(f"{where} needs the attacker's trigger with these settings, which no defender has")
 
 
 # ---- TA-KD -------------------------------------------------------------------------------------------------------
@@ -673,9 +678,9 @@ class TaKd(NamedTuple):
     """The two networks of TA-KD."""
 
     aggregated: Trained
-    """taught by the teachers' mean logits and the clean labels"""
+    """distilled from the teachers' aggregated logits and the clean labels"""
     student: Trained
-    """taught by the aggregated network in the same way"""
+    """distilled from the aggregated network and the clean labels"""
 
 
 def ta_kd(
@@ -694,50 +699,47 @@ def ta_kd(
     seeds: int | None = None,
     **settings: Any,
 ) -> TaKd:
-    """Make a clean student of untrusted classifiers, which are only asked for logits on clean images.
+    """Distil a clean student from untrusted classifiers, using only their logits on clean images.
 
     Args:
-        models: teachers: anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K].
-        clean: rows that are known to be clean.
-        key: of all that is drawn.
+        models: the teachers: functions from images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K].
+        clean: known clean rows.
+        key: random key.
         model: the aggregated network.
         student: the student.
-        width: of networks by name: 64 is the paper's size.
+        width: channel width of networks given by name; 64 is the paper's size.
         epochs, batch_size, learning_rate: of both trainings.
-        validation_share: of the clean rows, for the learning-rate rule.
+        validation_share: share of the clean rows for the learning-rate schedule.
         training: other fields of `bdjax.training.member.TrainConfig`.
-        seeds: so many of both as members of the same calls; None for one.
+        seeds: the number of seeds to run in one call; None for a single run.
         settings: fields of `bdjax.defenses.ta_kd.TaKdConfig`: temperature, alpha, aggregation, ...
 
     Raises:
-        InputError: no teachers, one that answers with another shape, or a setting that cannot be.
+        InputError: no teachers, a teacher whose logits have the wrong shape, or an invalid setting.
     """
     _check_data(clean, "ta_kd: clean")
     config = changed("ta_kd", TaKdConfig(), settings)
     _check_ta_kd(config, len(models), validation_share)
-    how = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, **training}
-    recipe = _recipe("ta_kd: training", how, TrainConfig(keep_last_batch=False))
-    keys, runner, answer = (
-        _keys(key, seeds),
-        _runner(clean.image_shape),
-        ask.from_classifiers(models, clean.num_classes),
-    )
+    changes = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, **training}
+    recipe = _recipe("ta_kd: training", changes, TrainConfig(keep_last_batch=False))
+    keys, runner = _keys(key, seeds), _runner(clean.image_shape)
+    logits_of_teachers = from_classifiers(models, clean.num_classes)
     clean_sets = []
     for split_key, view_key in map(jax.random.split, keys):
         parts = splits.train_validation_rows(split_key, np.arange(len(clean)), validation_share)
         clean_sets.append(make_clean_set(view_key, clean.images, clean.labels, *parts, config))
     teacher_logits = np.stack(
-        [aggregate_logits(answer(each.images), config.aggregation, config.trim) for each in clean_sets]
+        [aggregate_logits(logits_of_teachers(rows.images), config.aggregation, config.trim) for rows in clean_sets]
     )
     trained = []
     for number, (role, name) in enumerate((("aggregated", model), ("student", student))):
         network = _as_model(name, clean.num_classes, width)
         learners = make_learners(None, np.arange(len(keys)), teacher_logits, config.alpha)
-        own_key = jax.random.fold_in(key, number)
-        nets = train_parts(runner, {role: (network, learners)}, config, recipe, clean_sets, own_key)[role]
+        role_key = jax.random.fold_in(key, number)
+        nets = train_parts(runner, {role: (network, learners)}, config, recipe, clean_sets, role_key)[role]
         variables, history = _squeezed((nets.variables, nets.history), seeds)
         trained.append(Trained(network, variables, clean.image_shape, width, seeds, recipe, history))
-        images = np.stack([each.images for each in clean_sets])
+        images = np.stack([rows.images for rows in clean_sets])
         teacher_logits = runner.predict_own(network, nets.variables, images, recipe.evaluation_batch_size)
     return TaKd(*trained)
 
@@ -753,6 +755,6 @@ def _check_ta_kd(config: TaKdConfig, num_teachers: int, validation_share: float)
         above={"temperature": 0},
     )
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= num_teachers:
-        raise InputError(f"ta_kd: trim {config.trim} at each end leaves none of the logits of {num_teachers} teachers")
+        raise InputError(f"ta_kd: trim {config.trim} at each end leaves no logits of {num_teachers} teachers")
     if not 0 <= validation_share < 1:
         raise InputError(f"ta_kd: validation_share {validation_share} is not at least 0 and below 1")

@@ -1,9 +1,9 @@
-"""The one error that a user of the command line is meant to read."""
+"""The error for invalid user input."""
 
 
 class InputError(ValueError):
-    """Something that came from outside cannot be used: a file, a folder, a flag.
+    """Invalid input: a file, a folder, a flag or an argument.
 
-    The message is one line that says which file or flag, what is wrong with it, and what would be right. The experiment
-    scripts print that line and exit with status 2, having written nothing.
+    The message is one line that names the file or flag, what is wrong with it, and what would be right. The experiment scripts
+    print it and exit with status 2, having written nothing.
     """

@@ -1,4 +1,4 @@
-"""Losses, per example and unreduced: the caller means, masks, weights or ranks them.
+"""Losses, per example and unreduced: the caller averages, masks, weights or ranks them.
 
 Logits are float [N, K], labels int32 [N], results float [N], in nats.
 """
@@ -28,7 +28,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def kl_divergence(log_p: Array, log_q: Array) -> Array:
-    """KL(p || q) from log-probabilities, never from the logarithm of a softmax.
+    """KL(p || q), computed from log-probabilities for numerical stability.
 
     Args:
         log_p: float [N, K], log-probabilities.
@@ -49,7 +49,7 @@ def distillation(
     alpha: float,
     direction: Direction = "teacher_student",
 ) -> Array:
-    """alpha T^2 KL + (1 - alpha) CE: what the Teacher-Aggregation model and the student minimise.
+    """alpha T^2 KL + (1 - alpha) CE: the loss of the Teacher-Aggregation model and of the student.
 
     Equation 3 of the paper prints the student first, KL(student || teacher); the authors' public code computes Hinton's
     direction, KL(teacher || student), which is the default here.
@@ -80,10 +80,10 @@ def distillation(
 
 
 def feature_variance(features: Array) -> Array:
-    """Each row's variance over all elements of its feature map, biased: what RobustKD takes for a trace of a backdoor.
+    """Each row's biased variance over all elements of its feature map, which RobustKD uses as a sign of a backdoor.
 
-    The paper writes Var(F) and does not say over what. A variance across the batch would not depend on a mask that is
-    the same for every row, so that no mask could lower it; and the paper's figure 2 has one value for each image.
+    The paper writes Var(F) without saying over which axes. A variance across the batch would not depend on a mask that is the
+    same for every row, so no mask could lower it; and the paper's figure 2 has one value per image.
 
     Args:
         features: float32 [N, h, w, c].

@@ -1,15 +1,15 @@
-"""What is measured, what it is called, and the words that tables and verdicts use for it.
+"""Metrics, their definitions, and the words for them in tables and verdicts.
 
 - **CDA**, clean data accuracy: the share of the untouched test rows that are predicted as their label.
-- **ASR**, attack success rate: the share of triggered test rows predicted as the attacker's target. Rows that are of the
-  target class anyway are left out: they would count as successes of no attack.
+- **ASR**, attack success rate: the share of triggered test rows predicted as the attacker's target. Rows of the target class
+  are left out: they would count as successes even without an attack.
 - **R-ACC**, robust accuracy: the share of *the same* triggered rows predicted as their true label, so ASR + R-ACC <= 1.
 
-`DEFINITIONS` is the one table of definitions, the constants below are the only thresholds, and `attack_word`, `has_backdoor`,
-`defense_word` and `detection_word` are the only functions that turn numbers into words: the same numbers have the same word in
-every experiment. Thresholds apply to means over seeds.
+`DEFINITIONS` is the only table of definitions, the constants below are the only thresholds, and `attack_word`, `has_backdoor`,
+`defense_word` and `detection_word` are the only functions that turn numbers into words, so the same numbers get the same word
+in every experiment. Thresholds apply to means over seeds.
 
-Everything is NumPy on predicted classes; predictions come from argmax, whose ties go to the lowest class.
+All functions take predicted classes as NumPy arrays; predictions come from argmax, where ties go to the lowest class.
 References: Heydari et al. 2025, equations 7-10.
 """
 
@@ -24,23 +24,23 @@ DefenseWord = Literal["nothing to remove", "removed", "removed at a cost", "weak
 DetectionWord = Literal["found", "partly", "missed"]
 
 ATTACK_WORKS, ATTACK_WORKS_ABOVE_CONTROL = 0.9, 0.5
-"""Least ASR, and least difference to the control's, of an attack that works."""
+"""Minimum ASR, and minimum ASR above the control's, of an attack that works."""
 ATTACK_WORKS_PARTLY, ATTACK_WORKS_PARTLY_ABOVE_CONTROL = 0.5, 0.2
-"""The same for an attack that works partly."""
+"""The same minima for an attack that works partly."""
 BACKDOOR_ASR = 0.5
-"""Least ASR of a network that has a backdoor, where no control is known."""
+"""Minimum ASR of a network with a backdoor, without a known control."""
 BACKDOOR_ASR_WITH_CONTROL, BACKDOOR_ABOVE_CONTROL = 0.3, 0.2
-"""Least ASR of a network that has a backdoor, and its least difference to the control's, where a control is known."""
+"""Minimum ASR of a network with a backdoor, and its minimum above the control's, with a known control."""
 REMOVED_ASR, REMOVED_SHARE = 0.1, 0.3
-"""A backdoor is removed if the ASR above the control is at most the first, or at most the second times what it was before."""
+"""A backdoor is removed if the ASR above the control's is at most the first, or at most this share of its value before."""
 WEAKENED_SHARE = 0.5
-"""A backdoor that is not removed is weakened if the ASR above the control is at most so much of what it was before."""
+"""A backdoor that is not removed is weakened if the ASR above the control's is at most this share of its value before."""
 CDA_LOSS = 0.1
-"""Most CDA that a removed backdoor may cost."""
+"""Maximum loss of CDA for the verdict "removed"."""
 DETECTION_WORKS, DETECTION_FAILS = 0.9, 0.5
-"""F1 from which on a detector finds the poisoned rows, and below which it misses them."""
+"""F1 from which a detector has found the poisoned rows, and below which it has missed them."""
 ROUNDING = 1e-9
-"""By how much a number may miss a threshold and still meet it: 0.3 - 0.2 is meant to be 0.1."""
+"""Tolerance of every threshold, for rounding: 0.3 - 0.2 counts as 0.1."""
 
 _BEFORE = "(before: without defense; for students, after plain distillation)"
 _LEFT = f"mean ASR above the control's at most {REMOVED_ASR:g} or at most {REMOVED_SHARE:g} of what it was before"
@@ -92,11 +92,11 @@ DEFINITIONS: Mapping[str, str] = {
     "partly": f"F1 from {DETECTION_FAILS:g} to below {DETECTION_WORKS:g}",
     "missed": f"F1 below {DETECTION_FAILS:g}",
 }
-"""What each number and each word of results.json, tables and verdicts means. A control that is not known counts as 0."""
+"""The meaning of every number and word in results.json, tables and verdicts. An unknown control counts as 0."""
 
 
 def definitions(*names: str) -> dict[str, str]:
-    """Name -> what it means, of the chosen names, in the given order.
+    """Name -> definition, for the given names in the given order.
 
     Raises:
         KeyError: if a name is not in `DEFINITIONS`.
@@ -105,13 +105,13 @@ def definitions(*names: str) -> dict[str, str]:
 
 
 def attack_word(asr: float, control_asr: float | None = None) -> AttackWord:
-    """Whether an attack works, as `DEFINITIONS["works"]` has it.
+    """Whether an attack works, by `DEFINITIONS["works"]`.
 
-    Some triggers fool clean networks too, so a high ASR alone does not show a backdoor.
+    Some triggers also fool clean networks, so a high ASR alone does not show a backdoor.
 
     Args:
-        asr: of the victims, in [0, 1].
-        control_asr: of the clean network under the same trigger; None if unknown, then only the ASR counts.
+        asr: on the victim rows, in [0, 1].
+        control_asr: of the clean network under the same trigger; None if unknown: then only the ASR counts.
     """
     above = np.inf if control_asr is None else asr - control_asr
     if _at_least(asr, ATTACK_WORKS) and _at_least(above, ATTACK_WORKS_ABOVE_CONTROL):
@@ -122,7 +122,7 @@ def attack_word(asr: float, control_asr: float | None = None) -> AttackWord:
 
 
 def has_backdoor(asr: float, control_asr: float | None = None) -> bool:
-    """Whether a network has a backdoor to remove, as `DEFINITIONS["passes"]` and `DEFINITIONS["nothing to remove"]` have it.
+    """Whether a network has a backdoor to remove, by `DEFINITIONS["passes"]` and `DEFINITIONS["nothing to remove"]`.
 
     Args:
         asr: under the trigger, in [0, 1].
@@ -141,17 +141,17 @@ def defense_word(
     control_before: float | None = None,
     control_after: float | None = None,
 ) -> DefenseWord:
-    """What a defense makes of a backdoor: the word whose meaning is in `DEFINITIONS`.
+    """The verdict on a defense, a word of `DEFINITIONS`.
 
-    Every rule is about the ASR above the control's, since the rest of the ASR is not due to the backdoor.
+    All rules use the ASR above the control's, since the rest of the ASR is not due to the backdoor.
 
     Args:
         asr_before: without the defense, in [0, 1].
-        asr_after: with it.
+        asr_after: with the defense.
         cda_before: without the defense, in [0, 1].
-        cda_after: with it.
-        control_before: ASR of the same trigger without the defense where no backdoor can be; None if unknown.
-        control_after: with the defense.
+        cda_after: with the defense.
+        control_before: ASR of the same trigger on a network without a backdoor, without the defense; None if unknown.
+        control_after: the same with the defense.
     """
     if not has_backdoor(asr_before, control_before):
         return "nothing to remove"
@@ -162,7 +162,7 @@ def defense_word(
 
 
 def detection_word(f1: float) -> DetectionWord:
-    """What a detector makes of the poisoned rows.
+    """The verdict on a detector, a word of `DEFINITIONS`.
 
     Args:
         f1: of its flags, in [0, 1].
@@ -181,7 +181,7 @@ def _at_most(value: float, bound: float) -> bool:
 
 
 class BackdoorMetrics(NamedTuple):
-    """One model under T triggers."""
+    """The metrics of one model under T triggers."""
 
     cda: float
     asr: np.ndarray
@@ -201,18 +201,19 @@ def clean_accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
 
 
 class AttackMetrics(NamedTuple):
-    """One model under one trigger whose success a label rule defines. Every share is of the rows that it names."""
+    """The metrics of one model under one trigger whose success is defined by a label rule."""
 
     cda: float
     asr: float
-    """of the victims, predicted as what the attacker wants"""
+    """share of the victim rows predicted as the class that the attacker wants"""
     r_acc: float
-    """of the victims, predicted as their true label"""
+    """share of the victim rows predicted as their true label"""
     asr_with_target: float | None
-    """of the victims and the rows of the target class; None if there is no one target"""
+    """share of the victims and the rows of the target class predicted as the target; None if targets differ between rows"""
     r_acc_with_target: float | None
+    """share of the same rows predicted as their true label; None if targets differ between rows"""
     asr_outside: float | None
-    """of all other triggered rows, predicted as the target; None if there are none"""
+    """share of all other triggered rows predicted as the target; None if there are none"""
 
 
 def measure_attack(
@@ -224,21 +225,21 @@ def measure_attack(
         clean: int [N], predictions on untouched images.
         triggered: int [N], predictions on the same images with the trigger.
         labels: int [N], true labels.
-        victims: bool [N], the rows that count.
-        wanted: int [N], what the attacker wants of each.
+        victims: bool [N], the rows that the attack aims at.
+        wanted: int [N], the class that the attacker wants for each row.
 
     Raises:
         ValueError: if there is no victim.
     """
     if not victims.any():
-        raise ValueError(f"none of the {len(labels)} test rows is one that the attack is measured on")
+        raise ValueError(f"the attack aims at none of the {len(labels)} test rows, so there is no ASR to measure")
 
     def share(hits: np.ndarray, rows: np.ndarray) -> float:
         return float(np.mean(hits[rows]))
 
     targets = np.unique(wanted[victims])
     with_target = victims | (labels == targets[0])
-    others = ~with_target
+    outside = ~with_target
     one_target = len(targets) == 1
     return AttackMetrics(
         cda=clean_accuracy(clean, labels),
@@ -246,12 +247,12 @@ def measure_attack(
         r_acc=share(triggered == labels, victims),
         asr_with_target=share(triggered == targets[0], with_target) if one_target else None,
         r_acc_with_target=share(triggered == labels, with_target) if one_target else None,
-        asr_outside=share(triggered == targets[0], others) if one_target and others.any() else None,
+        asr_outside=share(triggered == targets[0], outside) if one_target and outside.any() else None,
     )
 
 
 class DetectionMetrics(NamedTuple):
-    """What flags and scores of training rows are worth. None where there is nothing to measure."""
+    """How well flags and scores find the poisoned training rows. None where there is nothing to measure."""
 
     flagged: float | None
     """share of all rows that are flagged; on a clean set, the false-alarm rate"""
@@ -271,9 +272,9 @@ def measure_detection(
     """Precision, recall, F1 and AUC of a detector of poisoned rows.
 
     Args:
-        flags: bool [n], or None of a method that only scores.
-        scores: float [n], higher for rows that are more suspicious; or None of one that only flags.
-        is_poisoned: bool [n], the truth; None where nobody knows it.
+        flags: bool [n]; None for a method without flags.
+        scores: float [n], higher for more suspicious rows; None for a method without scores.
+        is_poisoned: bool [n], the ground truth; None if unknown.
     """
     flagged = None if flags is None else float(np.mean(flags))
     if is_poisoned is None or not is_poisoned.any():
@@ -293,11 +294,11 @@ def evaluated_rows(labels: np.ndarray, target: int, *, include_target: bool = Fa
     """The rows that ASR and R-ACC are measured on (equation 8): bool [N].
 
     Raises:
-        ValueError: if none is left.
+        ValueError: if no row is left.
     """
     rows = np.ones(len(labels), bool) if include_target else labels != target
     if not rows.any():
-        raise ValueError(f"every one of the {len(labels)} test rows is of the target class {target}: no ASR to measure")
+        raise ValueError(f"all {len(labels)} test rows are of the target class {target}, so there is no ASR to measure")
     return rows
 
 
@@ -310,7 +311,7 @@ def attack_success_rate(
         predictions: int [N], classes predicted on triggered images.
         labels: int [N], their true labels.
         target: the attacker's class.
-        include_target: count rows of the target class too, as some papers' code does (adds about 1/K).
+        include_target: also count rows of the target class, as some papers' code does (adds about 1/K).
     """
     return float(np.mean(predictions[evaluated_rows(labels, target, include_target=include_target)] == target))
 
@@ -329,9 +330,9 @@ def robust_accuracy(
         predictions: int [N], classes predicted on triggered images.
         labels: int [N], their true labels.
         target: the attacker's class.
-        include_target: count rows of the target class too.
-        divide_by_test_size: the literal equation divides by the whole test set though its sum leaves the target class
-            out; the default divides by the rows summed over.
+        include_target: also count rows of the target class.
+        divide_by_test_size: divide by the size of the test set, as the literal equation does although its sum leaves out the
+            target class; the default divides by the number of rows in the sum.
     """
     rows = evaluated_rows(labels, target, include_target=include_target)
     hits = np.sum(predictions[rows] == labels[rows])
@@ -339,7 +340,7 @@ def robust_accuracy(
 
 
 def measure(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray, target: int) -> BackdoorMetrics:
-    """All three for one model.
+    """CDA, ASR and R-ACC of one model.
 
     Args:
         clean: int [N], predictions on untouched images.
@@ -357,15 +358,15 @@ def measure(clean: np.ndarray, triggered: np.ndarray, labels: np.ndarray, target
 def deltas(
     clean_model: BackdoorMetrics, model: BackdoorMetrics, triggers: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """The drops and the rise against the clean model, in both readings.
+    """The differences from the clean model, in both readings of the paper.
 
-    Section 4.6 has the same trigger on both sides (`delta_per_trigger`), but Table 1 subtracts the clean model's mean
-    over all triggers (`delta_*`): use the latter against the paper's tables.
+    Section 4.6 has the same trigger on both sides (`delta_per_trigger`), but Table 1 subtracts the clean model's mean over all
+    triggers (`delta_*`): compare the latter with the paper's tables.
 
     Args:
         clean_model: measured under all T triggers.
         model: measured under some of them.
-        triggers: which ones, indices into 0..T-1; None for all.
+        triggers: which triggers, indices into 0..T-1; None for all.
     """
     which = np.arange(len(clean_model.asr)) if triggers is None else np.asarray(triggers)
     return {

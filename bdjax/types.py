@@ -1,7 +1,7 @@
-"""The few types that pass between the parts. No logic lives here.
+"""The types that the subpackages share; no logic.
 
-Shapes are written in trailing comments: N rows, H height, W width, C channels, K classes, M ensemble members.
-Images are NHWC and 8-bit at rest; they become float32 in [0, 1] inside the compiled step, and triggers act on that.
+Letters in shapes: N rows, H height, W width, C channels, K classes, M ensemble members.
+Images are stored as NHWC uint8 and become float32 in [0, 1] inside the compiled step; triggers act on the latter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 
 Array = jax.Array
 Key = jax.Array
-"""A typed key of `jax.random.key`."""
+"""A typed key, as from `jax.random.key`."""
 PyTree = Any
 
 
@@ -27,27 +27,25 @@ class Dataset:
     """int32 [N], in 0..num_classes-1"""
     num_classes: int
     name: str
-    """as a report prints it: "cifar10" """
+    """name in reports: "cifar10" """
     source: str
-    """where the rows came from: a path, a URL, "scikit-learn" """
+    """origin of the rows: a path, a URL, "scikit-learn" """
     class_names: tuple[str, ...] = ()
     """empty, or num_classes names"""
-    # Each row's file, relative to the folder or archive that the rows came from, with "/" between its parts; empty where
-    # rows have no files of their own. Given by name only, so that `PoisonedDataset` may add fields by position.
-    files: tuple[str, ...] = field(default=(), kw_only=True)
-    """empty, or N names"""
+    files: tuple[str, ...] = field(default=(), kw_only=True)  # keyword only: `PoisonedDataset` adds fields by position
+    """N file names relative to the source, with "/"; empty where rows have no files"""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, rows: slice | np.ndarray | Sequence[int]) -> "Dataset":
-        """Some rows, with all that is known of them: a slice, a mask bool [N], or numbers int [n]."""
+        """Select rows, with all their fields, by a slice, a mask bool [N] or indices int [n]."""
         which = np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)]
         if which.ndim != 1:
-            raise TypeError("rows of a dataset are chosen by a slice, a mask, or several numbers")
+            raise TypeError("select rows of a dataset by a slice, a mask or a list of indices")
         per_row = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
-        taken = {name: getattr(self, name)[which] for name in per_row if hasattr(self, name)}
-        return replace(self, **taken, files=tuple(self.files[row] for row in which) if self.files else ())
+        selected = {name: getattr(self, name)[which] for name in per_row if hasattr(self, name)}
+        return replace(self, **selected, files=tuple(self.files[row] for row in which) if self.files else ())
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -56,7 +54,7 @@ class Dataset:
 
 
 class TrainTest(NamedTuple):
-    """What every dataset loader returns."""
+    """The result of every dataset loader."""
 
     train: Dataset
     test: Dataset
@@ -64,22 +62,22 @@ class TrainTest(NamedTuple):
 
 @dataclass(frozen=True)
 class PoisonedDataset(Dataset):
-    """A dataset of which some rows carry a trigger, with the truth about each row."""
+    """A dataset in which some rows carry a trigger, with the ground truth of each row."""
 
     is_poisoned: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """bool [N]"""
     original_labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """int32 [N]"""
+    """int32 [N], before poisoning"""
     is_cover: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    """bool [N]: triggered under its own label"""
+    """bool [N]: rows with a trigger that keep their label"""
 
 
 class TriggerFamily(NamedTuple):
     """A family of triggers as two pure functions, both for one image.
 
     `init(key, image_shape) -> params` draws one instance (on the host; sizes may be data dependent);
-    `apply(params, image, label, key) -> image` puts it on a float32 [H, W, C] image in [0, 1]. `label` and `key` are for
-    triggers that depend on the class or are random per image; fixed triggers ignore them.
+    `apply(params, image, label, key) -> image` adds it to a float32 [H, W, C] image in [0, 1]. `label` and `key` are for
+    triggers that depend on the class or are random for each image; fixed triggers ignore them.
     """
 
     init: Callable[..., PyTree]
@@ -87,16 +85,16 @@ class TriggerFamily(NamedTuple):
 
 
 class GroupEnd(NamedTuple):
-    """Where a group of blocks ends, which is where features are distilled: before the ReLU that comes next."""
+    """The end of a group of blocks, where features are distilled: before the next ReLU."""
 
     output: Array
-    """float32 [N, h, w, C']: what the group hands on"""
+    """float32 [N, h, w, C']: the group's output"""
     before_relu: Array
-    """float32 [N, h, w, C]: the same once it stands before a ReLU, after whatever normalisation lies between"""
+    """float32 [N, h, w, C]: the input of the next ReLU, after any normalisation in between"""
     mean: Array
-    """float32 [C]: of each channel of that, as the normalisation's shift has it"""
+    """float32 [C]: mean of each channel of `before_relu`, from the normalisation's shift"""
     deviation: Array
-    """float32 [C], at least 0: likewise the standard deviation, by its scale"""
+    """float32 [C], at least 0: standard deviation of each channel of `before_relu`, from the normalisation's scale"""
 
 
 class ModelOutput(NamedTuple):
@@ -105,9 +103,9 @@ class ModelOutput(NamedTuple):
     features: Mapping[str, Array]
     """name -> float32 [N, h, w, c]: the taps"""
     variables: PyTree
-    """the variables after the call; differ from those before it only if train"""
+    """the variables after the call; changed only if train"""
     groups: Mapping[str, GroupEnd] = {}
-    """"group1", "group2", ...; empty for a network that has no such groups"""
+    """"group1", "group2", ...; empty for a network without groups of blocks"""
 
 
 class ModelApply(Protocol):
@@ -122,19 +120,19 @@ class ModelApply(Protocol):
 
 
 class Model(NamedTuple):
-    """A network as two pure functions; no caller sees the layer library behind it.
+    """A network as two pure functions, independent of the layer library behind it.
 
     `init(key, image_shape) -> variables`, a dict with "params" and "batch_stats";
-    `apply(variables, images, *, train, edits=None) -> ModelOutput`. `edits` maps the name of a tap to a function of its
-    features, put in place of them on the way to the next stage: Grad-CAM adds zeros to differentiate by, masks multiply. The
-    name of a group does the same to that group's output.
+    `apply(variables, images, *, train, edits=None) -> ModelOutput`. `edits` maps the name of a tap to a function whose result
+    replaces the tap's features in the rest of the network (Grad-CAM adds zeros to differentiate by; masks multiply). The name
+    of a group does the same for that group's output.
     """
 
     init: Callable[[Key, tuple[int, int, int]], PyTree]
     apply: ModelApply
     num_classes: int
     description: str
-    """"resnet34 width 64": what checkpoints and reports say of it"""
+    """"resnet34 width 64", for checkpoints and reports"""
 
 
 class ExtractedPattern(NamedTuple):
@@ -147,46 +145,46 @@ class ExtractedPattern(NamedTuple):
     mask: np.ndarray
     """bool [H, W]"""
     success: float
-    """share of rows of other classes that it turns into that class"""
+    """share of rows of other classes that the pattern moves to this class"""
     network: str = ""
-    """of a detector with several networks, by which it was found: "64P" """
+    """the network that found it, for detectors with several: "64P" """
     accuracy: float | None = None
-    """of what tells rows with the pattern from rows without it; None if there is no such thing"""
+    """accuracy of the classifier that recognises the pattern; None without such a classifier"""
 
 
 class Detection(NamedTuple):
-    """What a detector says of the rows of M suspect training sets."""
+    """The result of a detector for M suspect training sets."""
 
     flags: np.ndarray
-    """bool [M, n]: rows that it takes for poisoned"""
+    """bool [M, n]: rows flagged as poisoned"""
     scores: np.ndarray
-    """float32 [M, n]: the higher, the more suspicious"""
+    """float32 [M, n], higher for more suspicious rows"""
     facts: Mapping[str, np.ndarray] = {}
-    """as `DefenseResult` has them"""
+    """see `DefenseResult.facts`"""
     pictures: Mapping[str, np.ndarray] = {}
-    """as `DefenseResult` has them"""
+    """see `DefenseResult.pictures`"""
     patterns: tuple[tuple[ExtractedPattern, ...], ...] = ()
-    """of each of the M, by class; () of a detector that extracts none"""
+    """for each of the M sets, the extracted triggers by class; () for a detector that extracts none"""
     evidence: Mapping[str, np.ndarray] = {}
-    """name -> [M, ...]: what its flags rest on, in the detector's own terms"""
+    """name -> [M, ...]: the detector's statistics behind its flags"""
 
 
 class DefenseResult(NamedTuple):
-    """What a defense makes of M suspects (training sets or models), for each of them on a leading axis."""
+    """The result of a defense for M suspects (training sets or models); arrays have a leading axis [M]."""
 
     model: Model
-    """the defended classifier; a detector at test time answers K, one more than the classes, for "rejected" """
+    """the defended classifier; a detector at test time has one more class, K, for "rejected" """
     variables: PyTree
     """stacked [M, ...]"""
     flags: np.ndarray | None = None
-    """bool [M, n]: training rows that it takes for poisoned, isolates or leaves out"""
+    """bool [M, n]: training rows that are flagged as poisoned, isolated or left out"""
     scores: np.ndarray | None = None
-    """float32 [M, n]: the higher, the more suspicious the training row"""
+    """float32 [M, n], higher for more suspicious training rows"""
     facts: Mapping[str, np.ndarray] = {}
-    """name -> float [M]: numbers of its own that a report shows"""
+    """name -> float [M]: further numbers for the report"""
     pictures: Mapping[str, np.ndarray] = {}
-    """name -> float32 [M, k, H, W, C] in [0, 1]: what it found, to look at"""
+    """name -> float32 [M, k, H, W, C] in [0, 1]: images for the report, such as extracted triggers"""
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]
-"""Anything that maps images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]: all that TA-KD asks of a teacher."""
+"""Any function from images, float32 [N, H, W, C] in [0, 1], to logits, float [N, K]; all that TA-KD needs of a teacher."""

@@ -105,7 +105,7 @@ class TestDataset:
         for rows in (mask, np.flatnonzero(mask), np.flatnonzero(mask).tolist()):
             assert (data[rows].labels == 2).all() and len(data[rows]) == mask.sum()
         np.testing.assert_array_equal(data[10:20].images, data.images[10:20])
-        with pytest.raises(TypeError, match="a slice, a mask, or several numbers"):
+        with pytest.raises(TypeError, match="a slice, a mask or a list of indices"):
             data[3]
 
     def test_what_is_known_of_poisoned_rows_goes_with_them(self, bad):
@@ -156,15 +156,15 @@ class TestPoison:
         clean = bdjax.train(MODEL, TRAIN, KEY, epochs=1)
         bad = bdjax.poison("label_consistent", TRAIN, KEY, poison_rate=0.1, clean_model=clean, like="digits")
         assert bad.data.is_poisoned.sum() == 9
-        refused("needs a clean network: give clean_model=", bdjax.poison, "label_consistent", TRAIN, KEY)
+        refused("needs a clean network: pass clean_model=", bdjax.poison, "label_consistent", TRAIN, KEY)
 
     @pytest.mark.parametrize(
         ("attack", "how", "message"),
         [
             ("badnet", {}, "attack 'badnet' is not one of .*badnets"),
-            ("wanet", {}, "trains the network itself; attacks that hand over data are .*badnets"),
+            ("wanet", {}, "trains the network itself; attacks that poison data are .*badnets"),
             ("badnets", {"colour": 1}, "no setting 'colour'; it has "),
-            ("badnets", {"target": 4}, "target 4 is not a class: there are 0 to 3"),
+            ("badnets", {"target": 4}, "target 4 is not a class"),
             ("badnets", {"label_rule": "clean_label"}, "label rule clean_label is not one of all_to_one"),
             ("badnets", {"poison_rate": 0.001}, "less than one row"),
             ("badnets", {"like": "numbers"}, "poison: like 'numbers' is not one of digits"),
@@ -174,7 +174,7 @@ class TestPoison:
         refused(message, bdjax.poison, attack, TRAIN, KEY, **how)
 
     def test_rows_that_are_poisoned_are_not_poisoned_again(self, bad):
-        refused("19 rows of the data are poisoned already", bdjax.poison, "badnets", bad.data, KEY)
+        refused("19 rows of the data are already poisoned", bdjax.poison, "badnets", bad.data, KEY)
         refused("data is a tuple; it must be a Dataset", bdjax.poison, "badnets", (TRAIN.images, TRAIN.labels), KEY)
 
 
@@ -212,7 +212,7 @@ class TestTrain:
 
     def test_other_images_are_refused(self, victim):
         for images in (TEST.images[..., 0], TEST.images[:, :4], TEST.images.astype(np.int64)):
-            refused(r"this network takes uint8, or floats in 0..1, of \[rows, 8, 8, 1\]", victim.predict, images)
+            refused(r"this network takes uint8, or floats in 0..1, of shape \[rows, 8, 8, 1\]", victim.predict, images)
 
 
 class TestEvaluate:
@@ -285,11 +285,11 @@ class TestDetectAndDefend:
             ("abl", {"colour": 1}, "defense abl has no setting 'colour'; it has "),
             ("abl", {"isolation_rate": 2.0}, "defense abl: isolation_rate 2.0 is not "),
             ("abl", {"isolate": "oracle"}, None),
-            ("nad", {}, "defense nad needs clean rows: give clean="),
+            ("nad", {}, "defense nad needs clean rows: pass clean="),
             ("abl", {"preset": "fast"}, "preset 'fast' is not one of paper, quick, strong"),
             ("abl", {"like": "numbers"}, "like 'numbers' is not one of digits"),
             ("abl", {"training": {"rate": 1}}, "training has no setting 'rate'"),
-            ("abl+nad", {"alpha": 1}, "settings of several stand in their text"),
+            ("abl+nad", {"alpha": 1}, "give the settings of a chain in its text"),
             ("abm", {"trigger": "attacker"}, "needs the attacker's trigger"),
         ],
     )
@@ -297,13 +297,13 @@ class TestDetectAndDefend:
         refused(message or "needs the number of poisons", bdjax.defend, name, TRAIN, KEY, model=MODEL, **how)
 
     def test_networks_and_rows_that_do_not_go_together_are_refused(self, victim, three):
-        refused("abl needs the training set, and a network comes without", bdjax.defend, "abl", victim, KEY)
+        refused("abl needs the training set, not only a network", bdjax.defend, "abl", victim, KEY)
         refused("needs clean rows", bdjax.defend, "nad", victim, KEY)
         other = bdjax.dataset(np.zeros((4, 9, 9, 1), np.uint8), np.arange(4))
         refused("clean has 4 classes of images", bdjax.defend, "nad", victim, KEY, clean=other)
         refused("data is a Trained; it must be a Dataset", bdjax.detect, "scan", victim, KEY)
-        refused("does not say which rows are poisoned; detectors are ", bdjax.detect, "nad", TRAIN, KEY)
-        refused("seeds 2: the network that was given is 3", bdjax.defend, "nad", three, KEY, clean=CLEAN, seeds=2)
+        refused("does not flag rows; detectors are ", bdjax.detect, "nad", TRAIN, KEY)
+        refused("seeds 2: the given network has 3 seeds", bdjax.defend, "nad", three, KEY, clean=CLEAN, seeds=2)
 
 
 class TestTaKd:
@@ -321,7 +321,7 @@ class TestTaKd:
         ("how", "message"),
         [
             ({"aggregation": "mode"}, "ta_kd: aggregation 'mode' is not one of mean, median, trimmed_mean"),
-            ({"aggregation": "trimmed_mean"}, "trim 1 at each end leaves none of the logits of 1 teachers"),
+            ({"aggregation": "trimmed_mean"}, "trim 1 at each end leaves no logits of 1 teachers"),
             ({"validation_share": 1.0}, "validation_share 1.0 is not at least 0 and below 1"),
             ({"heat": 4.0}, "ta_kd has no setting 'heat'; it has temperature"),
             ({"training": {"schedule": "linear"}}, "ta_kd: training: schedule 'linear' is not one of plateau"),

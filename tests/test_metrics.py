@@ -84,7 +84,7 @@ def test_a_perfect_model_is_fully_robust():
 
 def test_no_row_to_measure_on_is_an_error():
     for rate in (attack_success_rate, robust_accuracy):
-        with pytest.raises(ValueError, match="every one of the 3 test rows is of the target class 4"):
+        with pytest.raises(ValueError, match="all 3 test rows are of the target class 4"):
             rate(np.array([1, 2, 4]), np.array([4, 4, 4]), 4)
 
 

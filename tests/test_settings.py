@@ -51,7 +51,7 @@ def test_a_value_of_another_kind_is_refused(name, value):
     default = getattr(SOME, name)
     with pytest.raises(InputError) as caught:
         changed("defense some", SOME, {name: value})
-    assert str(caught.value) == f"defense some: {name} {value!r} is not of the kind of its default {default!r}"
+    assert str(caught.value) == f"defense some: {name} {value!r} is not of the type of its default {default!r}"
 
 
 def test_a_setting_that_is_not_there_is_refused_with_those_that_are():
@@ -125,7 +125,7 @@ def test_a_variant_that_cannot_be_read_is_refused(text, part):
     with pytest.raises(InputError) as caught:
         read_variant(text)
     assert str(caught.value) == (
-        f"{text!r}: {part!r} should be a setting and its value, as in name:setting=value, once"
+        f"{text!r}: {part!r} should be setting=value, each setting once, as in name:setting=value"
     )
 
 

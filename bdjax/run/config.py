@@ -203,8 +203,8 @@ def choose_engine(
             probe.Shape(image_shape, width, batch_size, members, config.compute_dtype),
             config.layout,
             config.lowering,
-            remembered=folder / ENGINE_FILE,
-            say=partial(setattr, stage, "detail"),
+            choice_file=folder / ENGINE_FILE,
+            report=partial(setattr, stage, "detail"),
         )
 
 

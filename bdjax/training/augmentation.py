@@ -1,4 +1,4 @@
-"""Random changes of training images, on the device, each image by its own key."""
+"""Random augmentation of training images on the device, with a key for each image."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Augmentation = Literal["none", "crop", "crop_flip"]
 
 
 def pad_crop(key: Key, image: Array, padding: int) -> Array:
-    """Shift an image by up to `padding` pixels each way, zeros coming in.
+    """Shift an image by up to `padding` pixels in each direction, filling with zeros.
 
     Args:
         key: for this image.
@@ -36,9 +36,9 @@ def augment(key: Key, images: Array, kind: Augmentation) -> Array:
     """Augment a batch.
 
     Args:
-        key: for the batch; every image gets its own from it.
-        images: [N, H, W, C], or [N, V, H, W, C]: the V views of an image change alike.
-        kind: "none"; "crop", shifts of up to an eighth of the height (4 pixels of 32); "crop_flip", mirrored as well.
+        key: for the batch; each image gets its own key from it.
+        images: [N, H, W, C], or [N, V, H, W, C]: the V views of an image are augmented alike.
+        kind: "none"; "crop", shifts of up to an eighth of the height (4 pixels of 32); "crop_flip", also mirrored at random.
 
     Returns:
         The same shape and dtype.
@@ -47,10 +47,10 @@ def augment(key: Key, images: Array, kind: Augmentation) -> Array:
         return images
     padding = max(1, images.shape[-3] // 8)
 
-    def one(key: Key, image: Array) -> Array:
+    def augment_image(key: Key, image: Array) -> Array:
         crop_key, flip_key = jax.random.split(key)
         image = pad_crop(crop_key, image, padding)
         return random_flip(flip_key, image) if kind == "crop_flip" else image
 
-    change = one if images.ndim == 4 else jax.vmap(one, in_axes=(None, 0))
-    return jax.vmap(change)(jax.random.split(key, images.shape[0]), images)
+    function = augment_image if images.ndim == 4 else jax.vmap(augment_image, in_axes=(None, 0))
+    return jax.vmap(function)(jax.random.split(key, images.shape[0]), images)

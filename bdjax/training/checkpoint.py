@@ -1,13 +1,13 @@
-"""Checkpoints: the only place that imports Orbax.
+"""Checkpoints; the only module that imports Orbax.
 
-Two kinds, both written to a temporary folder and renamed, so that an interrupted write leaves the last good one:
+There are two kinds. Both are written to a temporary folder and renamed, so an interrupted write leaves the previous one intact:
 
-- `save` / `load`: a finished tree, leaf by leaf under its own names, readable by anybody's Orbax;
-- `save_progress` / `load_progress`: where an unfinished stage stands, once per epoch, with every leaf of one dtype packed
-  into one vector. Orbax takes about 1.5 ms a leaf, and a state of many small ones should cost less than its epoch.
+- `save` / `load`: a finished tree, leaf by leaf under its own names, readable by plain Orbax;
+- `save_progress` / `load_progress`: the state of an unfinished stage, once per epoch, with all leaves of one dtype packed into
+  one vector. Orbax takes about 1.5 ms per leaf, which for a state of many small leaves would exceed the epoch itself.
 
-With several processes all of them call each function; the primary alone writes (Orbax sees to it for what it writes, and
-has all processes wait for each other), and every one reads for itself.
+With several processes, all of them call each function. Only the primary writes (Orbax ensures that for its own files, with a
+barrier), and each process reads for itself.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from bdjax.errors import InputError
 from bdjax.training import processes
 from bdjax.types import PyTree
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines a save
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines per save
 
 _PROGRESS = "progress-"
 _ABOUT = "about.json"
 
 
 def _by_itself() -> contextlib.AbstractContextManager:
-    """Let each process read alone: Orbax would have it wait for all others."""
+    """Let each process read on its own; by default Orbax waits for all processes."""
     if processes.count() == 1:
         return contextlib.nullcontext()
     me = jax.process_index()
@@ -45,17 +45,17 @@ def _by_itself() -> contextlib.AbstractContextManager:
 
 
 def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
-    """Write a finished tree; one that is already there is replaced.
+    """Write a finished tree, replacing an existing one.
 
     Args:
-        folder: where to; `folder/tree` is an Orbax checkpoint, `folder/about.json` says what it is.
+        folder: gets `folder/tree`, an Orbax checkpoint, and `folder/about.json`, its description.
         tree: a pytree of arrays.
-        about: JSON-able facts that a reader needs to rebuild the target: the model's name, width and classes, say.
+        about: JSON-serialisable facts needed to rebuild the target, such as the model's name, width and classes.
     """
     folder = folder.absolute()
     _make_room(folder)
     tree = jax.tree.map(_plain, tree)
-    # Orbax takes no arrays of one process's own devices where there are several processes.
+    # With several processes Orbax refuses arrays on the devices of only one of them.
     ocp.save(folder / "tree", tree if processes.count() == 1 else jax.device_get(tree))
     _complete(folder, dict(about))
 
@@ -83,19 +83,19 @@ def is_complete(folder: pathlib.Path) -> bool:
 
 
 def about(folder: pathlib.Path) -> dict[str, Any]:
-    """The facts that were saved beside a tree.
+    """The facts saved beside a tree.
 
     Raises:
         InputError: if the folder is not a finished checkpoint, or its about.json is not JSON.
     """
     if not is_complete(folder):
-        raise InputError(f"{folder}: not a finished checkpoint: it should hold tree/ and {_ABOUT}")
+        raise InputError(f"{folder}: not a finished checkpoint; it should contain tree/ and {_ABOUT}")
     try:
         facts = json.loads((folder / _ABOUT).read_text())
     except ValueError as error:
         raise InputError(f"{folder / _ABOUT}: not JSON ({error})") from None
     if not isinstance(facts, dict):
-        raise InputError(f"{folder / _ABOUT}: should hold a JSON object, not {type(facts).__name__}")
+        raise InputError(f"{folder / _ABOUT}: should contain a JSON object, not {type(facts).__name__}")
     return facts
 
 
@@ -103,11 +103,11 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
     """Read a finished tree onto the default device.
 
     Args:
-        folder: what `save` was given.
-        like: a pytree of arrays or `jax.ShapeDtypeStruct`, as `jax.eval_shape` gives, of the saved structure.
+        folder: as for `save`.
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`, as from `jax.eval_shape`, with the saved structure.
 
     Raises:
-        InputError: if the folder is not a finished checkpoint, or holds another structure or other shapes.
+        InputError: if the folder is not a finished checkpoint, or its structure or shapes differ from `like`.
     """
     about(folder)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -115,7 +115,7 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
     path = folder.absolute() / "tree"
     try:
         with _by_itself():
-            # Compared first: Orbax finds another shape in the middle of its reads, and leaves warnings of those behind.
+            # Compare shapes first: Orbax would notice a mismatch halfway through its reads and leave warnings behind.
             stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
             for name in sorted(stored.keys() | wanted.keys()):
                 if stored.get(name) != wanted.get(name):
@@ -128,29 +128,29 @@ def load(folder: pathlib.Path, like: PyTree) -> PyTree:
 
 
 def save_progress(folder: pathlib.Path, number: int, tree: PyTree) -> None:
-    """Write where a stage stands after `number` epochs, then drop what was written before."""
+    """Write the state of a stage after `number` epochs, then delete older progress."""
     path = folder.absolute() / f"{_PROGRESS}{number:06d}"
     _make_room_for_progress(path)
     ocp.save(path, _pack(tree))
-    drop_progress(folder, but=path)
+    drop_progress(folder, keep=path)
 
 
 @processes.by_primary
 def _make_room_for_progress(path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # left by a run that was cut off before it could go on
+    if path.exists():  # left by an interrupted run
         shutil.rmtree(path)
 
 
 def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
-    """Read the newest progress of a stage, or None if there is none.
+    """Read the newest progress of a stage; None if there is none.
 
     Args:
-        folder: what `save_progress` was given.
-        like: a pytree of arrays of the saved structure.
+        folder: as for `save_progress`.
+        like: a pytree of arrays with the saved structure.
 
     Raises:
-        InputError: if what is there has another structure.
+        InputError: if the structure on disk differs from `like`.
     """
     newest = _newest_progress(folder)
     if newest is None:
@@ -160,9 +160,9 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
     try:
         with _by_itself():
             packed = ocp.load(path, wanted)
-        for name, vector in wanted.items():  # Orbax gives NumPy vectors of whatever length was saved
+        for name, vector in wanted.items():  # Orbax returns NumPy vectors of the saved length, whatever was requested
             if packed[name].size != vector.size:
-                raise ValueError(f"it holds {packed[name].size} {name} values, this run {vector.size}")
+                raise ValueError(f"it has {packed[name].size} {name} values, this run {vector.size}")
         return _unpack(packed, like)
     except (ValueError, KeyError, OSError, TypeError) as error:
         raise InputError(
@@ -177,10 +177,10 @@ def _newest_progress(folder: pathlib.Path) -> str | None:
 
 
 @processes.by_primary
-def drop_progress(folder: pathlib.Path, but: pathlib.Path | None = None) -> None:
-    """Delete the progress of a stage that is finished, and what an interrupted write left; `but` stays."""
+def drop_progress(folder: pathlib.Path, keep: pathlib.Path | None = None) -> None:
+    """Delete the progress of a stage and any remains of an interrupted write, except `keep`."""
     for path in folder.absolute().glob(f"{_PROGRESS}*"):
-        if path != but:
+        if path != keep:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -194,7 +194,7 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _plain(leaf: Any) -> Any:
-    """Typed keys as their words: NumPy and other readers know nothing of key types."""
+    """The words of a typed key, since NumPy has no key types; other leaves as they are."""
     return jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 

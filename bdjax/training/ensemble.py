@@ -1,13 +1,13 @@
-"""Many networks of one architecture at once: the only place that stacks members.
+"""Ensembles: many networks of one architecture trained in one call. The only module that stacks members.
 
-A stacked tree has one more leading axis, of M members, on every leaf. What is done for each member is written for one
-(`member.py`) and laid out here: `"vmap"` runs the members side by side in every operation, `"map"` one after another
-inside one compiled call, `"unrolled"` likewise but with a copy of the program for each, which a compiler may overlap. Seeds,
-providers and baselines are all members of the same axis.
+Every leaf of a stacked tree has a leading axis of M members. Code is written for one member (`member.py`) and laid out here:
+`"vmap"` runs the members side by side in every operation, `"map"` one after another inside one compiled call, `"unrolled"` one
+after another with a copy of the program for each member, which the compiler may overlap. Seeds, providers and baselines all
+share the member axis.
 
-Over several devices the members are dealt out first, since they have nothing to tell each other. The cores of a CPU count
-as devices too (`use_every_core`): two members on a core each are more than twice as fast as one after the other on both.
-Members that do not fit into memory together are trained in groups (`memory.py`).
+With several devices, members are sharded over them, since they do not communicate. The cores of a CPU count as devices
+(`use_every_core`): two members on a core each are more than twice as fast as one after the other on both cores. Members that
+do not fit into memory together are trained in groups (`memory.py`).
 """
 
 import contextlib
@@ -42,15 +42,15 @@ from bdjax.types import Array, Model, PyTree
 
 Layout = Literal["vmap", "map", "unrolled"]
 
-# For what is run once or takes no time: compiling a tree's initialisation with all optimisations takes five times as long
-# as without, and one call for a whole tree saves a hundred small ones.
+# For functions that run once or take no time: compiling the initialisation of a tree takes five times as long with
+# optimisations as without, and one call for the whole tree replaces a hundred small ones.
 _run_once = partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
 
 
 def default_layout() -> Layout:
-    """The layout to use where nobody has measured: on a CPU members in turn are twice as fast as side by side."""
+    """The layout to use without a measurement: on a CPU "map" is twice as fast as "vmap"."""
     return "map" if jax.default_backend() == "cpu" else "vmap"
 
 
@@ -58,41 +58,42 @@ def map_members(function: Callable[..., PyTree], layout: Layout, num_shared: int
     """Run a one-member function for every member.
 
     Args:
-        function: of one member's arguments, the last `num_shared` of which are the same for all members.
+        function: takes the arguments of one member; the last `num_shared` are the same for all members.
         layout: how the members are laid out.
-        num_shared: how many trailing arguments have no member axis.
+        num_shared: the number of trailing arguments without a member axis.
 
     Returns:
         The function of stacked arguments; its outputs are stacked.
     """
     if layout == "vmap":
 
-        def side_by_side(*arguments):
-            own = len(arguments) - num_shared
-            return jax.vmap(function, in_axes=(0,) * own + (None,) * num_shared)(*arguments)
+        def vmapped(*arguments):
+            num_stacked = len(arguments) - num_shared
+            return jax.vmap(function, in_axes=(0,) * num_stacked + (None,) * num_shared)(*arguments)
 
-        return side_by_side
+        return vmapped
     if layout == "map":
 
-        def in_turn(*arguments):
-            own = len(arguments) - num_shared
-            return lax.map(lambda mine: function(*mine, *arguments[own:]), arguments[:own])
+        def mapped(*arguments):
+            num_stacked = len(arguments) - num_shared
+            return lax.map(lambda member: function(*member, *arguments[num_stacked:]), arguments[:num_stacked])
 
-        return in_turn
+        return mapped
     if layout == "unrolled":
 
-        def written_out(*arguments):
-            own = len(arguments) - num_shared
-            each = [jax.tree.map(itemgetter(i), arguments[:own]) for i in range(num_members(arguments[:own]))]
-            outputs = [function(*mine, *arguments[own:]) for mine in each]
+        def unrolled(*arguments):
+            num_stacked = len(arguments) - num_shared
+            stacked, shared = arguments[:num_stacked], arguments[num_stacked:]
+            members = [jax.tree.map(itemgetter(i), stacked) for i in range(num_members(stacked))]
+            outputs = [function(*member, *shared) for member in members]
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
-        return written_out
+        return unrolled
     raise ValueError(f"layout {layout!r} is not one of 'vmap', 'map', 'unrolled'")
 
 
 def use_every_core() -> None:
-    """Make each core of the CPU a device of its own. To be called before anything is computed; harmless on a GPU."""
+    """Make each CPU core a device. Call this before any computation; it has no effect on a GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jax.config.update("jax_num_cpu_devices", cores or 1)
 
@@ -107,35 +108,35 @@ def _is_key(leaf: Array) -> bool:
 
 
 class Spread(NamedTuple):
-    """How M members are dealt out over devices; the last is repeated until each device has as many."""
+    """How M members are sharded over devices; the last member is repeated so that all devices have the same number."""
 
     count: int
     """M"""
     mesh: Mesh
     """of one axis, "members" """
     padding: int
+    """copies of the last member"""
 
     def place(self, tree: PyTree) -> PyTree:
-        """Stacked leaves [M, ...] onto the devices."""
-
+        """Put stacked leaves [M, ...] on the devices."""
         if self.padding:
             tree = members(tree, np.minimum(np.arange(self.count + self.padding), self.count - 1))
         sharding = NamedSharding(self.mesh, PartitionSpec("members"))
         if processes.spans(self.mesh):
             return processes.put(tree, sharding)
         if self.mesh.size > 1 and jax.default_backend() == "cpu":
-            # NumPy cuts arrays for the cores at once; JAX would compile a cut for every shape.
+            # NumPy splits arrays at once; JAX would compile a slice for every shape.
             tree = jax.tree.map(lambda leaf: leaf if _is_key(leaf) else np.asarray(leaf), tree)
-        # The copy is ours: what is placed may be donated.
+        # A copy, since placed arrays may be donated.
         return jax.device_put(tree, sharding, may_alias=False)
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """What all members share onto every device."""
+        """Put what all members share on every device."""
         sharding = NamedSharding(self.mesh, PartitionSpec())
         return processes.put(tree, sharding) if processes.spans(self.mesh) else jax.device_put(tree, sharding)
 
     def gather(self, tree: PyTree) -> PyTree:
-        """Placed leaves back to [M, ...] on the first device."""
+        """Bring placed leaves back to [M, ...] on the first device."""
         if processes.spans(self.mesh):
             tree = processes.fetch(tree, self.mesh)
         else:
@@ -144,12 +145,12 @@ class Spread(NamedTuple):
 
 
 def spread_members(count: int) -> Spread:
-    """Deal `count` members out over all devices, or over fewer if that leaves each with as many."""
+    """Shard `count` members over all devices, or over fewer if that does not give any device more members."""
     devices = jax.devices()
-    each = -(-count // len(devices))
-    # Each process takes part in every call, so all devices are used where there are several.
-    used = -(-count // each) if processes.count() == 1 else len(devices)
-    return Spread(count, Mesh(np.array(devices[:used]), ("members",)), used * each - count)
+    per_device = -(-count // len(devices))
+    # Each process takes part in every call, so several processes use all devices.
+    used = -(-count // per_device) if processes.count() == 1 else len(devices)
+    return Spread(count, Mesh(np.array(devices[:used]), ("members",)), used * per_device - count)
 
 
 def compile_members(
@@ -158,23 +159,23 @@ def compile_members(
     """Compile a one-member function for all members on all devices.
 
     Args:
-        function: of one member's arguments, the last `num_shared` of which are the same for all members.
+        function: takes the arguments of one member; the last `num_shared` are the same for all members.
         layout: how the members of a device are laid out.
-        spread: how members are dealt out.
-        num_shared: how many trailing arguments have no member axis.
+        spread: how members are sharded over devices.
+        num_shared: the number of trailing arguments without a member axis.
         donate: whether the first argument's buffers may be reused for the result.
 
     Returns:
         The compiled function of placed arguments (`Spread.place`, `Spread.replicate`); its result is placed.
     """
-    own, shared = PartitionSpec("members"), PartitionSpec()
+    stacked, shared = PartitionSpec("members"), PartitionSpec()
 
     def everywhere(*arguments: PyTree) -> PyTree:
-        specs = (own,) * (len(arguments) - num_shared) + (shared,) * num_shared
+        specs = (stacked,) * (len(arguments) - num_shared) + (shared,) * num_shared
         mapped = map_members(function, layout, num_shared)
-        return jax.shard_map(mapped, mesh=spread.mesh, in_specs=specs, out_specs=own, check_vma=False)(*arguments)
+        return jax.shard_map(mapped, mesh=spread.mesh, in_specs=specs, out_specs=stacked, check_vma=False)(*arguments)
 
-    # A core that is a device of its own gains nothing from sharing each small product with the others.
+    # Where each core is a device, sharing small products between cores gains nothing.
     on_cores = jax.default_backend() == "cpu" and spread.mesh.size > 1
     options: dict[str, Any] = {"xla_cpu_multi_thread_eigen": False} if on_cores else {}
     if jax.default_backend() == "cpu":
@@ -184,18 +185,18 @@ def compile_members(
 
 @_run_once
 def stack(trees: Sequence[PyTree]) -> PyTree:
-    """Put single members into one stacked tree."""
+    """Stack the trees of single members."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 @_run_once
 def join(trees: Sequence[PyTree]) -> PyTree:
-    """Put stacked trees one after another: their members share every call from then on."""
+    """Concatenate stacked trees along the member axis."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
 
 def members(tree: PyTree, which: int | slice | np.ndarray) -> PyTree:
-    """One member (an int) or a stacked tree of some (a slice, or an array of indices)."""
+    """Select one member (an int), or a stacked tree of several (a slice or an array of indices)."""
     if isinstance(which, slice):
         which = np.arange(num_members(tree))[which]
     return _take(tree, jnp.asarray(which, jnp.int32))
@@ -212,10 +213,10 @@ def unstack(tree: PyTree) -> list[PyTree]:
 
 
 def init_members(init: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
-    """Initialise stacked members, each from its own part of what is given alone.
+    """Initialise stacked members; each depends only on its own slice of the arguments.
 
     Args:
-        init: from a key, or whatever else a member begins with, to its tree.
+        init: from one member's key (or other arguments) to its tree.
         stacked: typed keys [M], or trees of leaves [M, ...].
     """
     return _run_once(jax.vmap(init))(*stacked)
@@ -233,28 +234,28 @@ def fit(
     layout: Layout,
     objective: Objective | None = None,
     group_size: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     progress_folder: pathlib.Path | None = None,
     on_epoch: Callable[[TrainState], None] | None = None,
 ) -> TrainState:
-    """Train stacked members to the end of their epochs, one compiled call an epoch.
+    """Train stacked members to their last epoch, with one compiled call per epoch.
 
-    With a progress folder the stacked state is saved after each epoch, and a call that finds one there goes on from it:
-    since shuffles are keyed by the epoch's number, it ends at the same numbers as if it had never stopped.
+    With a progress folder, the stacked state is saved after each epoch, and a later call resumes from it. Shuffles are keyed by
+    the epoch's number, so a resumed run ends with the same numbers as an uninterrupted one.
 
     Args:
         model: their architecture.
         loss: per example.
-        config: how they are trained.
-        states: stacked [M, ...]; a copy of them is trained.
+        config: training configuration.
+        states: stacked [M, ...]; the arguments are not modified.
         pool: uint8 [P, H, W, C], shared.
-        train: rows of each member, leaves [M, n, ...].
-        validation: likewise [M, n', ...]; n' may be 0.
+        train: training rows of each member, leaves [M, n, ...].
+        validation: validation rows of each member, leaves [M, n', ...]; n' may be 0.
         layout: how the members are laid out.
-        objective: what each step minimises, if it is more than the loss on the rows as they are.
-        group_size: how many members share a call; None for as many as are estimated to fit into memory.
-        say: told in one line if the members are split into groups.
-        progress_folder: where to keep the state between epochs.
+        objective: what each step minimises; None for the loss of the model's logits.
+        group_size: the number of members per call; None for as many as are estimated to fit into memory.
+        report: called with one line if the members are split into groups.
+        progress_folder: where to save the state between epochs.
         on_epoch: called after each epoch with the stacked state, whose buffers the next epoch may reuse.
 
     Returns:
@@ -268,14 +269,14 @@ def fit(
     count, first = num_members(states), int(states.epoch[0])
     if group_size is None:
         minimised = objective or supervised(model, loss)
-        group_size = _group_that_fits(minimised, config, states, pool, train, validation, layout, say)
+        group_size = _group_that_fits(minimised, config, states, pool, train, validation, layout, report)
     groups = _groups(count, group_size)
     spread = spread_members(len(groups[0]))
     run_epoch = compile_members(make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True)
     pool = spread.replicate(pool)
     if len(groups) == 1:
         states, train, validation = (spread.place(tree) for tree in (states, train, validation))
-    else:  # on the host, and a group at a time on the devices
+    else:  # on the host; one group at a time goes to the devices
         states, train, validation = (_on_host(tree) for tree in (states, train, validation))
     with _advice_if_out_of_memory():
         for epoch in range(first, config.epochs):
@@ -293,19 +294,19 @@ def fit(
         return spread.gather(states) if len(groups) == 1 else jax.tree.map(jnp.asarray, states)
 
 
-def _group_that_fits(objective, config, states, pool, train, validation, layout, say) -> int:
+def _group_that_fits(objective, config, states, pool, train, validation, layout, report) -> int:
     count = num_members(states)
     need = memory.estimate(objective, config, states, pool, train, validation)
     limit = memory.available()
     group = memory.largest_group(need, limit, count, jax.device_count(), one_at_a_time=layout == "map")
     if group < count:
-        say(memory.describe(need, limit, count, group))
+        report(memory.describe(need, limit, count, group))
     return group
 
 
 def _groups(count: int, size: int) -> list[np.ndarray]:
-    """Members 0 to count - 1 in as few groups of at most `size` as there can be, all of one length: the last member is
-    repeated in the last group, since another shape would be compiled again."""
+    """Split members 0 to count - 1 into as few groups of at most `size` as possible, all of the same length: the last member is
+    repeated in the last group, since a different shape would have to be compiled."""
     size = -(-count // -(-count // min(max(size, 1), count)))
     return [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
 
@@ -318,13 +319,13 @@ def _in_groups(run_epoch, spread: Spread, groups: Sequence[np.ndarray], count: i
     *rows, pool = rows_and_pool
     done = []
     for group in groups:
-        mine = [spread.place(jax.tree.map(itemgetter(group), tree)) for tree in (states, *rows)]
-        done.append(_on_host(spread.gather(run_epoch(*mine, pool))))
+        placed = [spread.place(jax.tree.map(itemgetter(group), tree)) for tree in (states, *rows)]
+        done.append(_on_host(spread.gather(run_epoch(*placed, pool))))
 
-    def put_together(*leaves):
+    def concatenate(*leaves):
         return (jnp if _is_key(leaves[0]) else np).concatenate(leaves)[:count]
 
-    return jax.tree.map(put_together, *done)
+    return jax.tree.map(concatenate, *done)
 
 
 @contextlib.contextmanager
@@ -338,7 +339,7 @@ def _advice_if_out_of_memory() -> Iterator[None]:
 
 
 class Trained(NamedTuple):
-    """What is left of a stage that is done."""
+    """The result of a finished stage."""
 
     variables: PyTree
     """stacked [M, ...]"""
@@ -349,26 +350,26 @@ class Trained(NamedTuple):
 def fit_once(
     folder: pathlib.Path, about: Mapping[str, Any], like: Trained, train: Callable[[pathlib.Path], TrainState]
 ) -> tuple[Trained, bool]:
-    """Train a stage, unless its checkpoint says that it is done.
+    """Train a stage, or restore it from its finished checkpoint.
 
     Args:
-        folder: of the stage's checkpoint.
+        folder: the stage's checkpoint.
         about: facts to save beside it.
-        like: shapes of the result, as `trained_like` gives them.
-        train: trains, keeping its progress in the folder that it is given.
+        like: shapes of the result, as from `trained_like`.
+        train: trains the stage, given the folder for its progress.
 
     Returns:
-        The result, and whether it was there already.
+        The result, and whether it was restored.
     """
-    was_there = checkpoint.is_complete(folder)
-    if was_there:
+    is_restored = checkpoint.is_complete(folder)
+    if is_restored:
         trained = checkpoint.load(folder, like)
     else:
         state = train(folder)
         trained = Trained(state.variables, state.history)
         checkpoint.save(folder, trained, about)
     checkpoint.drop_progress(folder)
-    return trained, was_there
+    return trained, is_restored
 
 
 def trained_like(model: Model, image_shape: tuple[int, int, int], count: int, epochs: int) -> Trained:
@@ -384,21 +385,21 @@ def history_like(count: int, epochs: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def make_predict(model: Model, layout: Layout, batch_size: int, *, own_images: bool = False) -> Callable[..., Array]:
-    """Logits of stacked members, on the same images or each on its own.
+    """Make a function for the logits of stacked members, on shared images or on images for each member.
 
     Args:
         model: their architecture.
         layout: how they are laid out.
-        batch_size: images at once.
+        batch_size: images per batch.
         own_images: whether the images have a member axis.
 
     Returns:
         A compiled `predict(variables, images) -> float32 [M, N, K]`, with variables stacked [M, ...] and images [N, H, W,
-        C] or [M, N, H, W, C], uint8 or float32 in [0, 1]. Batch normalisation uses running statistics: with those
-        of a batch in which every image is triggered, the trigger would be normalised away.
+        C] or [M, N, H, W, C], uint8 or float32 in [0, 1]. Batch normalisation uses running statistics: those of a batch of
+        triggered images would normalise the trigger away.
     """
 
-    def one(variables: PyTree, images: Array) -> Array:
+    def predict_member(variables: PyTree, images: Array) -> Array:
         def logits(batch: Array) -> Array:
             batch = as_float(batch) if batch.dtype == jnp.uint8 else batch
             return model.apply(variables, batch, train=False).logits
@@ -408,7 +409,7 @@ def make_predict(model: Model, layout: Layout, batch_size: int, *, own_images: b
     @cache
     def compiled(count: int) -> tuple[Spread, Callable[..., Array]]:
         spread = spread_members(count)
-        return spread, compile_members(one, layout, spread, num_shared=0 if own_images else 1)
+        return spread, compile_members(predict_member, layout, spread, num_shared=0 if own_images else 1)
 
     def predict(variables: PyTree, images: Array) -> Array:
         spread, run = compiled(num_members(variables))

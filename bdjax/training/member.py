@@ -1,10 +1,10 @@
 """Training of one network, as pure functions: a step, an epoch, an evaluation.
 
-Everything here is written for one member; `ensemble.py` stacks them. An epoch is one traced call: it shuffles, scans over
-its batches, measures the validation loss and applies the learning-rate rule, and nothing crosses to the host.
+Everything here is written for one member; `ensemble.py` stacks members. An epoch is one traced call: it shuffles, scans over
+batches, measures the validation loss and updates the learning rate, without any transfer to the host.
 
-Images stay where they are: one pool of uint8 images on the device is shared by all members, and a member's rows are
-indices into it. A poisoned row is a row of the pool like any other, so an attack costs memory for its poisoned rows only.
+All members share one pool of uint8 images on the device, and a member's rows are indices into it. Poisoned rows are further
+rows of the pool, so an attack costs memory for its poisoned rows only.
 """
 
 import math
@@ -25,72 +25,72 @@ Schedule = Literal["plateau", "cosine", "constant", "steps"]
 Optimiser = Literal["adam", "sgd"]
 
 Loss = Callable[[Array, PyTree], Array]
-"""(logits [N, K], targets of those N rows) -> per-example loss [N]."""
+"""(logits [N, K], targets of the N rows) -> loss per example [N]."""
 
 
 class Outcome(NamedTuple):
-    """What an objective makes of one batch."""
+    """The result of an objective on one batch."""
 
     losses: Array
-    """float32 [N]: their mean is minimised"""
+    """float32 [N]; their mean is minimised"""
     logits: Array
     """float32 [N, K]"""
     labels: Array
-    """int32 [N]: what the training accuracy is counted against"""
+    """int32 [N], for the training accuracy"""
     variables: PyTree
-    """after the call"""
+    """the variables after the call"""
 
 
 Objective = Callable[[PyTree, PyTree, Array, dict[str, Array], Key], Outcome]
-"""(params, variables, images float32 [N, H, W, C] in [0, 1], targets, key) -> outcome. `params` is differentiated and stands
-for `variables["params"]`; whatever else is in the variables is carried along."""
+"""(params, variables, images float32 [N, H, W, C] in [0, 1], targets, key) -> outcome. `params`, which is differentiated,
+replaces `variables["params"]`; other entries of the variables are carried along."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How one network is trained. The defaults are those of TA-KD (Heydari et al. 2025, section 4.8)."""
+    """Training configuration of one network. The defaults are those of TA-KD (Heydari et al. 2025, section 4.8)."""
 
     epochs: int = 15
     batch_size: int = 64
     evaluation_batch_size: int = 128
     learning_rate: float = 0.01
     weight_decay: float = 0.0
-    """PyTorch's: L2 added to the gradient before Adam, on every parameter"""
+    """L2 penalty of every parameter, added to the gradient before Adam as in PyTorch"""
     optimiser: Optimiser = "adam"
     momentum: float = 0.9
-    """of SGD, as PyTorch's: the gradient is added in full"""
+    """momentum of SGD as in PyTorch, without dampening"""
     nesterov: bool = False
     schedule: Schedule = "plateau"
     steps: tuple[tuple[int, float], ...] = ()
-    """of "steps": (epoch, learning rate from it on); before the first, learning_rate"""
+    """for the schedule "steps": (epoch, learning rate from that epoch on); before the first, learning_rate"""
     plateau_factor: float = 0.5
     plateau_patience: int = 2
     plateau_threshold: float = 1e-3
     keep_last_batch: bool = True
-    """train on the incomplete last batch too, as PyTorch's loader does"""
+    """also train on an incomplete last batch, as PyTorch's loader does"""
     augmentation: Augmentation = "none"
 
 
 class Rows(NamedTuple):
-    """Rows of the pool with what a loss needs to know of each."""
+    """Rows of the pool with their targets."""
 
     index: Array
-    """int32 [n], into the pool; or [n, V]: V views of each row, which an objective gets as [N, V, H, W, C]"""
+    """int32 [n], indices into the pool; or [n, V] for V views of each row, which the objective gets as [N, V, H, W, C]"""
     targets: dict[str, Array]
-    """name -> [n, ...]; "labels" int32 [n] is always there"""
+    """name -> [n, ...]; always includes "labels", int32 [n]"""
 
 
 class TrainState(NamedTuple):
-    """All that a member needs to go on: a checkpoint of this resumes exactly."""
+    """The complete state of a member: training resumes exactly from a checkpoint of it."""
 
     variables: PyTree
     optimiser: PyTree
     plateau: PlateauState
     key: Key
     epoch: Array
-    """int32 []: epochs done"""
+    """int32 []: number of finished epochs"""
     history: dict[str, Array]
-    """name -> float32 [epochs]; zeros for epochs to come"""
+    """name -> float32 [epochs]; zeros for future epochs"""
 
 
 HISTORY = ("loss", "accuracy", "validation_loss", "learning_rate")
@@ -102,7 +102,7 @@ def as_float(images: Array) -> Array:
 
 
 def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
-    """Adam or SGD as PyTorch's, without the learning rate, which the schedule multiplies in."""
+    """Adam or SGD as in PyTorch, without the learning rate, which the step multiplies in."""
     if config.optimiser == "adam":
         direction = optax.scale_by_adam()
     elif config.optimiser == "sgd":
@@ -113,13 +113,13 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def init_state(key: Key, model: Model, image_shape: tuple[int, int, int], config: TrainConfig) -> TrainState:
-    """A fresh member: its weights and its shuffles come from `key` alone."""
+    """A new member, whose initial weights and shuffles depend on `key` alone."""
     init_key, shuffle_key = jax.random.split(key)
     return resume_from(model.init(init_key, image_shape), shuffle_key, config)
 
 
 def resume_from(variables: PyTree, key: Key, config: TrainConfig) -> TrainState:
-    """A member that starts from given weights, with a fresh optimiser: fine-tuning."""
+    """A member with given weights and a new optimiser state, for fine-tuning."""
     return TrainState(
         variables=variables,
         optimiser=make_optimiser(config).init(variables["params"]),
@@ -131,13 +131,13 @@ def resume_from(variables: PyTree, key: Key, config: TrainConfig) -> TrainState:
 
 
 def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
-    """The rate of the coming epoch: the plateau rule's, half a cosine over the epochs, steps, or always the same."""
+    """The learning rate of the next epoch: plateau rule, half a cosine over the epochs, steps, or constant."""
     if config.schedule == "plateau":
         return state.plateau.learning_rate
     if config.schedule in ("constant", "steps"):
         rate = jnp.asarray(config.learning_rate, jnp.float32)
-        for first_epoch, later in config.steps if config.schedule == "steps" else ():
-            rate = jnp.where(state.epoch >= first_epoch, later, rate)
+        for first_epoch, new_rate in config.steps if config.schedule == "steps" else ():
+            rate = jnp.where(state.epoch >= first_epoch, new_rate, rate)
         return rate
     if config.schedule != "cosine":
         raise ValueError(f"schedule {config.schedule!r} is not one of 'plateau', 'cosine', 'constant', 'steps'")
@@ -146,7 +146,7 @@ def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
 
 
 def supervised(model: Model, loss: Loss) -> Objective:
-    """What nearly everything minimises: a loss of the model's logits on the rows as they are."""
+    """The usual objective: a loss of the model's logits."""
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
@@ -161,7 +161,7 @@ def make_step(objective: Objective, config: TrainConfig) -> Callable[..., tuple[
 
     Returns:
         `step(variables, optimiser, images, targets, learning_rate, key) -> ((variables, optimiser), metrics)`, with images
-        float32 [B, H, W, C] in [0, 1] and metrics the batch's summed loss and number of correct predictions.
+        float32 [B, H, W, C] in [0, 1], and metrics the sum of losses and the number of correct predictions in the batch.
     """
     optimiser = make_optimiser(config)
 
@@ -189,7 +189,7 @@ def make_step(objective: Objective, config: TrainConfig) -> Callable[..., tuple[
 
 
 def evaluate_loss(model: Model, loss: Loss, variables: PyTree, pool: Array, rows: Rows, batch_size: int) -> Array:
-    """The mean loss over `rows` with running statistics, float32 []."""
+    """The mean loss over `rows` with running statistics of batch normalisation, float32 []."""
     losses = over_batches(
         lambda batch: loss(model.apply(variables, as_float(pool[batch.index]), train=False).logits, batch.targets),
         rows,
@@ -199,10 +199,10 @@ def evaluate_loss(model: Model, loss: Loss, variables: PyTree, pool: Array, rows
 
 
 def over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size: int) -> PyTree:
-    """Apply a function of a batch to all rows, in batches of at most `batch_size`, one after another.
+    """Apply a function to all rows, in batches of at most `batch_size`, one after another.
 
     Args:
-        function: from leaves [B, ...] to leaves [B, ...], each row on its own (no batch statistics).
+        function: from leaves [B, ...] to leaves [B, ...], independently for each row (no batch statistics).
         rows: leaves [n, ...], n at least 1.
         batch_size: at least 1.
 
@@ -215,7 +215,7 @@ def over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size:
 
 
 def mean_over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_size: int) -> PyTree:
-    """The mean over rows of what `over_batches` gives, a batch's outputs at a time: leaves [...]."""
+    """The mean over rows of the result of `over_batches`, accumulated batch by batch: leaves [...]."""
     num_rows, position = _batches(rows, batch_size)
     counts = jnp.arange(position.size).reshape(position.shape) < num_rows
 
@@ -228,8 +228,8 @@ def mean_over_batches(function: Callable[[PyTree], PyTree], rows: PyTree, batch_
 
 
 def _batches(rows: PyTree, batch_size: int) -> tuple[int, Array]:
-    """How many rows there are, and their positions int32 [batches, batch size]. The last batch is filled up with copies of the
-    last row, which are not to count: one shape, one trace."""
+    """The number of rows, and their positions int32 [batches, batch size]. The last batch is padded with copies of the last
+    row, to be ignored, so that all batches share one trace."""
     num_rows = jax.tree.leaves(rows)[0].shape[0]
     batch_size = min(batch_size, num_rows)
     num_batches = -(-num_rows // batch_size)
@@ -243,13 +243,13 @@ def make_epoch(
 
     Args:
         model: its architecture.
-        loss: per example; also what validation measures.
-        config: how it is trained.
-        objective: what each step minimises, if it is more than the loss on the rows as they are.
+        loss: per example; also the validation loss.
+        config: training configuration.
+        objective: what each step minimises; None for the loss of the model's logits.
 
     Returns:
         `epoch(state, train, validation, pool) -> state`. `pool` is uint8 [P, H, W, C]. Without validation rows the
-        plateau rule judges the training loss.
+        plateau rule uses the training loss.
     """
     step = make_step(objective or supervised(model, loss), config)
 

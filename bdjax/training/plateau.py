@@ -1,7 +1,7 @@
 """The rule of PyTorch's `ReduceLROnPlateau` (mode "min", threshold relative) as a pure function of its state.
 
-Optax's `reduce_on_plateau` differs: it cuts when the count of bad epochs *equals* the patience, where PyTorch waits until it
-*exceeds* it, and it counts updates, not epochs.
+Optax's `reduce_on_plateau` differs: it cuts when the number of bad epochs *equals* the patience, whereas PyTorch waits until it
+*exceeds* it; and it counts updates, not epochs.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from bdjax.types import Array
 
 MINIMUM_CHANGE = 1e-8
-"""PyTorch's `eps`: a cut that changes the learning rate by less than this is not made."""
+"""PyTorch's `eps`: smaller cuts of the learning rate are not made."""
 
 
 class PlateauState(NamedTuple):
@@ -20,7 +20,7 @@ class PlateauState(NamedTuple):
     best: Array
     """float32 []: the lowest value so far"""
     bad_epochs: Array
-    """int32 []: epochs since then, or since the last cut"""
+    """int32 []: epochs since the lowest value, or since the last cut"""
 
 
 def init_plateau(learning_rate: float) -> PlateauState:
@@ -31,13 +31,13 @@ def init_plateau(learning_rate: float) -> PlateauState:
 
 
 def plateau_step(state: PlateauState, value: Array, *, factor: float, patience: int, threshold: float) -> PlateauState:
-    """Judge one epoch.
+    """Update the learning rate after one epoch.
 
     Args:
         state: before the epoch.
         value: float32 [], the epoch's validation loss; NaN counts as a bad epoch.
         factor: what the learning rate is multiplied by.
-        patience: bad epochs that are let pass; the cut comes with the next one.
+        patience: number of bad epochs without a cut; the next bad epoch causes it.
         threshold: an epoch is good if `value < best * (1 - threshold)`.
 
     Returns:

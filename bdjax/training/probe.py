@@ -1,12 +1,12 @@
-"""Which layout of the members and which lowering of a convolution is fastest here: measured, not assumed.
+"""Choose the fastest layout of the members and lowering of convolutions by measurement.
 
-What wins differs between a CPU and a GPU, and on either with width, image size and number of members. So lowerings that are
-hopeless are found on four convolutions and few rows, and with the others a small ResNet with the run's own width, images,
-batch and number of members is trained for a few steps in every layout. (Without optimiser and network around them the
-convolutions alone misled: they made vmap look faster than it was.)
+The fastest combination differs between CPU and GPU, and with width, image size and number of members. Slow lowerings are first
+ruled out on four convolutions and few rows. With the others, a small ResNet with the run's width, images, batch size and
+number of members is trained for a few steps in every layout. (Timing convolutions alone, without optimiser and network, made
+vmap look faster than it is.)
 
-The answer is kept in the user's cache folder, and each run keeps the one that it was given, since two lowerings agree only
-within float tolerance and a run that is resumed is to end at the same numbers.
+The choice is cached in the user's cache folder. Each run also saves its own choice, since two lowerings agree only within float
+tolerance and a resumed run must end with the same numbers.
 """
 
 import contextlib
@@ -33,25 +33,24 @@ from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
 from bdjax.types import Array, PyTree
 
 HOPELESS = 1.5
-"""How many times slower than the best a lowering may be on few rows and still be timed on a whole batch."""
+"""A lowering that is more than this factor slower than the best on few rows is not timed on a whole batch."""
 
 UNROLLED_MEMBERS = 3
-"""Up to how many members a device has "unrolled" is tried without being asked for: compiling takes that many times as long."""
+"""Maximum number of members per device for which "unrolled" is timed: compilation time grows with that number."""
 
 CLEARLY = 1.1
-"""How many times faster than the usual combination another has to be: a near tie is noise, and the usual one was measured on
-whole trainings."""
+"""Factor by which a combination must beat the default: a near tie is noise, and the default was measured on whole trainings."""
 
 _STEPS = 4
 _REPEATS = 5
 _ENOUGH_SECONDS = 0.3
-_PROBED_MEMBERS = 16  # of each device: with fewer, more would fit into a cache than in the run
+_PROBED_MEMBERS = 16  # at most, per device; with fewer, more would fit into the CPU cache than in the run
 _AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What speed depends on."""
+    """Everything that the speed depends on."""
 
     image_shape: tuple[int, int, int]
     width: int
@@ -62,14 +61,14 @@ class Shape:
 
 
 class Choice(NamedTuple):
-    """How an ensemble is computed."""
+    """A layout and a lowering."""
 
     layout: ensemble.Layout
     lowering: Lowering
 
 
 Measure = Callable[[Choice, Shape], float]
-"""Seconds that a combination takes for a few steps of all members."""
+"""The seconds that a combination takes for a few steps of all members."""
 
 
 def choose(
@@ -77,69 +76,69 @@ def choose(
     layout: ensemble.Layout | Literal["auto"] = _AUTO,
     lowering: Lowering | Literal["auto"] = _AUTO,
     *,
-    remembered: pathlib.Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    choice_file: pathlib.Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
     measure: Measure | None = None,
 ) -> Choice:
-    """Choose a layout and a lowering; what is given is taken, what is "auto" is measured, once.
+    """Choose a layout and a lowering. Given values are kept; "auto" is measured unless the choice is already saved.
 
     Args:
         shape: what to choose for.
         layout: a layout, or "auto".
         lowering: a lowering, or "auto".
-        remembered: a JSON file in which a run keeps its choice; if it is there, that is the answer.
-        say: told in one line what was measured or where the answer comes from; not called if nothing was to choose.
+        choice_file: the JSON file with a run's saved choice, which is used if it exists.
+        report: called with one line on the measurement or the source of the choice; not called if there is only one option.
         measure: times one combination; by default `time_convolutions` on few rows and `time_training` on a batch.
 
     Returns:
-        The combination that took the least time (the usual one if none is clearly faster), the same in every process.
+        The fastest combination (the default one if none is clearly faster), the same in every process.
     """
-    each_device = -(-shape.members // jax.device_count())
-    layouts = [each for each in get_args(ensemble.Layout) if each != "unrolled" or each_device <= UNROLLED_MEMBERS]
+    per_device = -(-shape.members // jax.device_count())
+    layouts = [name for name in get_args(ensemble.Layout) if name != "unrolled" or per_device <= UNROLLED_MEMBERS]
     lowerings = get_args(Lowering)
     candidates = [
-        Choice(*each)
-        for each in itertools.product(
+        Choice(*pair)
+        for pair in itertools.product(
             layouts if layout == _AUTO else (layout,), lowerings if lowering == _AUTO else (lowering,)
         )
     ]
-    shape = replace(shape, members=min(each_device, _PROBED_MEMBERS) * min(shape.members, jax.device_count()))
+    shape = replace(shape, members=min(per_device, _PROBED_MEMBERS) * min(shape.members, jax.device_count()))
     if len(candidates) == 1:
         return candidates[0]
-    kept = _remembered(remembered) if remembered else None
-    kept = Choice(*kept) if kept else None
-    if kept in candidates:
-        say(f"{_words(kept)}, as this run began")
-        return kept
+    saved = _saved_choice(choice_file) if choice_file else None
+    choice = Choice(*saved) if saved else None
+    if choice in candidates:
+        report(f"{_words(choice)}, as at the start of this run")
+        return choice
     if processes.count() > 1:
-        # Each would measure something else, and all have to run one program.
-        usual = _usual(candidates)
-        say(f"{_words(usual)}, the usual one: not measured with several processes (or give --layout and --lowering)")
-        return usual
-    name = json.dumps([_where_we_are(), asdict(shape), [list(each) for each in candidates]])
+        # Timings would differ between the processes, which must all run the same program.
+        default = _default(candidates)
+        report(f"{_words(default)}, the default: not measured with several processes (or give --layout and --lowering)")
+        return default
+    key = json.dumps([_environment(), asdict(shape), [list(candidate) for candidate in candidates]])
     cache = cache_file()
-    kept = _read(cache).get(name)
-    if kept in candidates:
-        say(f"{_words(kept)}, as measured before ({cache})")
-        return kept
+    cached = _read(cache).get(key)
+    if cached in candidates:
+        report(f"{_words(cached)}, from an earlier measurement ({cache})")
+        return cached
     seconds = _race(candidates, shape, measure or time_convolutions, measure or time_training)
     best = min(seconds, key=seconds.__getitem__)
-    usual = _usual(candidates)
-    if usual in seconds and seconds[usual] < CLEARLY * seconds[best]:
-        best = usual
-    told = ", ".join(f"{_words(each)} {seconds[each] * 1e3:.3g} ms" for each in sorted(seconds, key=seconds.get))
-    say(f"{_words(best)} ({told}; {len(candidates) - len(seconds)} slower ones left out)")
-    _keep(cache, name, best)
+    default = _default(candidates)
+    if default in seconds and seconds[default] < CLEARLY * seconds[best]:
+        best = default
+    timings = [f"{_words(timed)} {seconds[timed] * 1e3:.3g} ms" for timed in sorted(seconds, key=seconds.get)]
+    report(f"{_words(best)} ({', '.join(timings)}; {len(candidates) - len(seconds)} slower ones not timed)")
+    _save(cache, key, best)
     return best
 
 
 def record(choice: Choice) -> dict[str, Any]:
-    """What a run writes to the file that `choose` is given as `remembered`."""
+    """The content of a run's `choice_file`."""
     return {"choice": list(choice)}
 
 
 def cache_file() -> pathlib.Path:
-    """Where measured choices are kept: below XDG_CACHE_HOME or ~/.cache."""
+    """The cache of measured choices, below XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "bdjax" / "probe.json"
 
@@ -153,7 +152,7 @@ def time_training(choice: Choice, shape: Shape) -> float:
     def loss(logits: Array, targets: Mapping[str, Array]) -> Array:
         return losses.cross_entropy(logits, targets["labels"])
 
-    def some(number: int) -> Rows:
+    def make_rows(number: int) -> Rows:
         index = jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), (count, number))
         return Rows(index, {"labels": index % 10})
 
@@ -161,13 +160,13 @@ def time_training(choice: Choice, shape: Shape) -> float:
     run = ensemble.compile_members(make_epoch(model, loss, config), choice.layout, spread, num_shared=1)
     keys = jax.random.split(jax.random.key(0), count)
     states = ensemble.init_members(lambda key: init_state(key, model, shape.image_shape, config), keys)
-    placed = [spread.place(each) for each in (states, some(rows), some(0))]
+    placed = [spread.place(tree) for tree in (states, make_rows(rows), make_rows(0))]
     pool = spread.replicate(jax.random.bits(jax.random.key(1), (rows, *shape.image_shape), jnp.uint8))
     return _seconds(lambda: run(*placed, pool))
 
 
 def time_convolutions(choice: Choice, shape: Shape) -> float:
-    """Likewise of four convolutions with batch normalisation, which compile sooner."""
+    """The median seconds of a few steps of four convolutions with batch normalisation, which compile faster."""
     inside = layout_of(choice.lowering)
     height, width, channels = shape.image_shape
     channels_out = (shape.width, shape.width, 2 * shape.width, 2 * shape.width)
@@ -205,68 +204,69 @@ def time_convolutions(choice: Choice, shape: Shape) -> float:
 
 def _seconds(run: Callable[[], PyTree]) -> float:
     jax.block_until_ready(run())
-    taken = []
+    seconds = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
         jax.block_until_ready(run())
-        taken.append(time.perf_counter() - start)
-        if sum(taken) > _ENOUGH_SECONDS:
+        seconds.append(time.perf_counter() - start)
+        if sum(seconds) > _ENOUGH_SECONDS:
             break
-    return statistics.median(taken)
+    return statistics.median(seconds)
 
 
 def _race(candidates: Sequence[Choice], shape: Shape, roughly: Measure, exactly: Measure) -> dict[Choice, float]:
-    """Seconds of the combinations that are worth a whole batch: some lowerings need a hundred times as long as others, and
-    would hold up the run that they are to speed up."""
+    """Seconds of the combinations that are worth timing on a whole batch: some lowerings are a hundred times slower than
+    others, and timing them would cost more than it saves."""
     few = replace(shape, batch_size=max(shape.batch_size // 8, 1))
-    layout = _usual(candidates).layout
-    first = {each.lowering: roughly(each, few) for each in candidates if each.layout == layout}
-    hopeful = [each for each in candidates if first[each.lowering] <= HOPELESS * min(first.values())]
-    seconds = {each: exactly(each, shape) for each in hopeful if each.layout == layout}
+    layout = _default(candidates).layout
+    first = {choice.lowering: roughly(choice, few) for choice in candidates if choice.layout == layout}
+    hopeful = [choice for choice in candidates if first[choice.lowering] <= HOPELESS * min(first.values())]
+    seconds = {choice: exactly(choice, shape) for choice in hopeful if choice.layout == layout}
     lowering = min(seconds, key=seconds.__getitem__).lowering
     return seconds | {
-        each: exactly(each, shape) for each in hopeful if each.lowering == lowering and each.layout != layout
+        choice: exactly(choice, shape) for choice in hopeful if choice.lowering == lowering and choice.layout != layout
     }
 
 
-def _usual(candidates: Sequence[Choice]) -> Choice:
-    usual = Choice(ensemble.default_layout(), default_lowering())
-    return max(candidates, key=lambda each: (each.layout == usual.layout) + (each.lowering == usual.lowering))
+def _default(candidates: Sequence[Choice]) -> Choice:
+    """The candidate nearest to the default layout and lowering."""
+    layout, lowering = ensemble.default_layout(), default_lowering()
+    return max(candidates, key=lambda choice: (choice.layout == layout) + (choice.lowering == lowering))
 
 
 def _words(choice: Choice) -> str:
     return f"{choice.layout}/{choice.lowering}"
 
 
-def _where_we_are() -> list[Any]:
+def _environment() -> list[Any]:
     devices = jax.devices()
     return [jax.__version__, devices[0].platform, devices[0].device_kind, len(devices), os.cpu_count()]
 
 
 def _read(path: pathlib.Path) -> dict[str, Choice]:
-    """The choices in a file; whatever in it is not one is passed over, to be measured anew."""
+    """The choices in a file; invalid entries are ignored, so they are measured again."""
     try:
-        told = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    if not isinstance(told, Mapping):
+    if not isinstance(content, Mapping):
         return {}
-    return {name: Choice(*each) for name, each in told.items() if isinstance(each, list) and len(each) == 2}
+    return {key: Choice(*value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
 
 
 @processes.by_primary
-def _remembered(path: pathlib.Path) -> list[str] | None:
+def _saved_choice(path: pathlib.Path) -> list[str] | None:
     choice = _read(path).get("choice")
     return list(choice) if choice else None
 
 
-def _keep(path: pathlib.Path, name: str, choice: Choice) -> None:
-    """Add a choice to the cache; where it cannot be written it is measured again next time, and nothing else changes."""
-    told = {**{other: list(each) for other, each in _read(path).items()}, name: list(choice)}
+def _save(path: pathlib.Path, key: str, choice: Choice) -> None:
+    """Add a choice to the cache. If the cache cannot be written, the next run measures again."""
+    content = {**{other: list(saved) for other, saved in _read(path).items()}, key: list(choice)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(told, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

@@ -1,11 +1,11 @@
-"""Several processes, on one host or many: the only place that knows of `jax.distributed`.
+"""Several processes, on one host or many; the only module that uses `jax.distributed`.
 
-Every process runs the same program and comes to the same values; each trains its own devices' share of the members. The
-primary process alone writes files and prints. The processes see the same files.
+Every process runs the same program and computes the same values; each trains the members on its own devices. Only the primary
+process writes files and prints. All processes see the same files.
 
-What they tell each other besides arrays are short texts in the coordinator's store, not arrays on devices: a collective
-gives up or crashes when one of its processes is late by half a minute, and a wait for a text can notice that the one who
-should write it has failed.
+Apart from arrays, the processes exchange short texts in the coordinator's key-value store rather than arrays on devices: a
+collective gives up or crashes when a process is half a minute late, whereas a wait for a text can notice that its sender has
+failed.
 """
 
 import contextlib
@@ -39,32 +39,34 @@ _PREFIX = "bdjax"
 
 
 class ProcessError(RuntimeError):
-    """Another process has failed or is gone; the message is one line that says which, and why if that is known."""
+    """Another process has failed or is gone; the message is one line that says which, and why if known."""
 
 
 class Flags(NamedTuple):
     """How this process finds the others."""
 
     coordinator: str | None = None
-    """HOST:PORT of the first process; None to ask the cluster's environment"""
+    """HOST:PORT of the first process; None to detect it from the cluster's environment"""
     processes: int | None = None
+    """number of processes; None to detect it"""
     process: int | None = None
+    """number of this process, from 0; None to detect it"""
 
 
 # ---- Starting -------------------------------------------------------------------------------------------------------
 
 
 def take_flags(arguments: Sequence[str]) -> tuple[Flags | None, list[str]]:
-    """Take the flags that are about processes out of a command line.
+    """Split the flags about processes from a command line.
 
     Args:
         arguments: without the program's name.
 
     Returns:
-        What they say, None if there are none, and the other arguments.
+        The flags, None if there are none; and the remaining arguments.
 
     Raises:
-        InputError: if one of them is missing or cannot be.
+        InputError: if a flag is missing or invalid.
     """
     given: dict[str, str] = {}
     others: list[str] = []
@@ -80,9 +82,10 @@ def take_flags(arguments: Sequence[str]) -> tuple[Flags | None, list[str]]:
     if not given:
         return None, others
     if "--distributed" in given:
-        if len(given) > 1:
+        superfluous = [flag for flag in given if flag != "--distributed"]
+        if superfluous:
             raise InputError(
-                f"--distributed asks the cluster's environment; leave out {_listed(given, '--distributed')}"
+                f"--distributed detects the processes from the cluster's environment; leave out {' '.join(superfluous)}"
             )
         return Flags(), others
     missing = [flag for flag in ("--coordinator", "--processes", "--process") if flag not in given]
@@ -98,46 +101,42 @@ def take_flags(arguments: Sequence[str]) -> tuple[Flags | None, list[str]]:
             raise InputError(f"{flag} {given[flag]!r} is not a whole number")
     count, index = int(given["--processes"]), int(given["--process"])
     if index >= count:
-        raise InputError(f"--process {index} is not below --processes {count}: processes count from 0")
+        raise InputError(f"--process {index} must be below --processes {count}: processes are numbered from 0")
     return Flags(given["--coordinator"], count, index), others
 
 
-def _listed(given: dict[str, str], but: str) -> str:
-    return " ".join(flag for flag in given if flag != but)
-
-
 def start(flags: Flags) -> None:
-    """Join the other processes. To be called before anything is computed; waits until all are there.
+    """Connect to the other processes, waiting for all of them. Call this before any computation.
 
     Raises:
-        InputError: if there is no cluster to ask, or the others do not come.
+        InputError: if no cluster is detected, or the other processes do not connect.
     """
-    # Else a SIGTERM would be taken for a notice to save soon, and not end the process.
+    # Otherwise JAX would treat SIGTERM as a notice of preemption, and the process would not end.
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
     if jax.config.jax_cpu_collectives_implementation is None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX gives up after five minutes, and then ends the process without a word that Python could catch.
+    # After five minutes JAX ends the process without an exception that Python could catch, so report the wait.
     where = f"--coordinator={flags.coordinator}" if flags.coordinator else "the cluster's coordinator"
-    patience = threading.Timer(_PATIENCE_SECONDS, _say_waiting, [f"waiting for the other processes at {where}"])
-    patience.daemon = True
-    patience.start()
+    reminder = threading.Timer(_PATIENCE_SECONDS, _print_error, [f"waiting for the other processes at {where}"])
+    reminder.daemon = True
+    reminder.start()
     try:
         jax.distributed.initialize(flags.coordinator, flags.processes, flags.process)
     except ValueError as error:
         if flags.coordinator is not None:
             raise
         raise InputError(
-            f"--distributed: no cluster that JAX knows of ({_one_line(error)}); "
+            f"--distributed: JAX detects no cluster ({_one_line(error)}); "
             "give --coordinator=HOST:PORT --processes=N --process=I"
         ) from None
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"{where}: the processes did not meet ({_one_line(error)})") from None
+        raise InputError(f"{where}: the processes did not connect ({_one_line(error)})") from None
     finally:
-        patience.cancel()
+        reminder.cancel()
 
 
-def _say_waiting(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -145,53 +144,54 @@ def _say_waiting(text: str) -> None:
 
 
 def count() -> int:
-    """How many processes run this program."""
-    # JAX is not asked without need: its answer starts the devices.
+    """The number of processes that run this program."""
+    # jax.process_count() initialises the devices, so it is only called if necessary.
     return jax.process_count() if jax.distributed.is_initialized() else 1
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process writes files and prints."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-# ---- Words ----------------------------------------------------------------------------------------------------------
+# ---- Messages -------------------------------------------------------------------------------------------------------
 
 _numbers = itertools.count()
-_is_alone = False
+_in_primary_only = False
+"""Whether a function of `by_primary` is running, in which no other process takes part."""
 
 
 def exchange(name: str, text: str = "") -> list[str]:
-    """Tell all processes something, and hear what they tell; returns when all have.
+    """Send a text to all processes and wait for theirs.
 
     Args:
-        name: what it is about, the same in all processes.
-        text: of this process, at most a megabyte.
+        name: what the text is about; the same in all processes.
+        text: the text of this process, at most a megabyte.
 
     Returns:
-        Every process's text, in their order.
+        The texts of all processes, in order.
 
     Raises:
         ProcessError: if another process fails meanwhile, or is at another point of the program.
     """
-    if count() == 1 or _is_alone:
+    if count() == 1 or _in_primary_only:
         return [text]
     client, me, number = _client(), jax.process_index(), next(_numbers)
     client.key_value_set(f"{_PREFIX}/{number}/{me}", f"{name}\n{text}")
     texts = []
     for process in range(count()):
-        other, _, told = _wait_for(process, f"{_PREFIX}/{number}/{process}").partition("\n")
-        if other != name:
-            raise ProcessError(f"process {process} is at {other!r} where process {me} is at {name!r}")
-        texts.append(told)
-    # All are here, so all have read what was told before.
+        other_name, _, other_text = _wait_for(process, f"{_PREFIX}/{number}/{process}").partition("\n")
+        if other_name != name:
+            raise ProcessError(f"process {process} is at {other_name!r}, but process {me} is at {name!r}")
+        texts.append(other_text)
+    # All processes have arrived, so all have read the previous texts.
     if number:
         client.key_value_delete(f"{_PREFIX}/{number - 1}/{me}")
     return texts
 
 
 def barrier(name: str) -> None:
-    """Wait until all processes are here.
+    """Wait until all processes have arrived.
 
     Raises:
         ProcessError: if another process fails meanwhile.
@@ -200,41 +200,41 @@ def barrier(name: str) -> None:
 
 
 def by_primary(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Let the primary process run a function, and hand its result, or what it raised, to all.
+    """Decorate a function so that only the primary process runs it; all processes get its result or its error.
 
-    All processes have to call it. The result has to be something that JSON keeps. What the function itself calls is the
-    primary's own affair: no other process is waited for.
+    All processes must call it, and the result must be JSON-serialisable. While the function runs, `exchange` and `barrier` do
+    not wait for other processes.
     """
 
     @functools.wraps(function)
     def everywhere(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        global _is_alone
-        if count() == 1 or _is_alone:
+        global _in_primary_only
+        if count() == 1 or _in_primary_only:
             return function(*args, **kwargs)
         name, outcome, raised = function.__qualname__, None, None
         if is_primary():
-            _is_alone = True
+            _in_primary_only = True
             try:
                 outcome = {"result": function(*args, **kwargs)}
             except Exception as error:
                 raised = error
                 outcome = {"input_error" if isinstance(error, InputError) else "error": _one_line(error)}
             finally:
-                _is_alone = False
-        told = json.loads(exchange(name, json.dumps(outcome))[0])
+                _in_primary_only = False
+        outcome = json.loads(exchange(name, json.dumps(outcome))[0])
         if raised is not None:
             raise raised
-        if "input_error" in told:
-            raise InputError(told["input_error"])
-        if "error" in told:
-            raise ProcessError(f"process 0 failed: {told['error']}")
-        return told["result"]
+        if "input_error" in outcome:
+            raise InputError(outcome["input_error"])
+        if "error" in outcome:
+            raise ProcessError(f"process 0 failed: {outcome['error']}")
+        return outcome["result"]
 
     return everywhere
 
 
 def report_failure(error: BaseException) -> None:
-    """Tell the other processes that this one is about to end, so that they do not wait for it."""
+    """Report to the other processes that this one is about to end, so that they do not wait for it."""
     if count() > 1 and not isinstance(error, ProcessError):
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             key = f"{_PREFIX}/failed/{jax.process_index()}"
@@ -242,7 +242,7 @@ def report_failure(error: BaseException) -> None:
 
 
 def _client() -> Any:
-    # What multihost_utils offers instead are collectives.
+    # jax.experimental.multihost_utils offers collectives only.
     from jax._src import distributed
 
     return distributed.global_state.client
@@ -268,35 +268,35 @@ def _one_line(error: BaseException) -> str:
 
 
 def spans(mesh: Mesh) -> bool:
-    """Whether a mesh has devices of other processes."""
+    """Whether a mesh includes devices of other processes."""
     return mesh.size != len(mesh.local_devices)
 
 
 def put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Leaves that every process has, onto devices of many: each process places what is its own devices' part."""
+    """Put leaves that every process has on a mesh of many processes; each places the part for its own devices."""
 
-    def one(leaf: Any) -> jax.Array:
+    def place(leaf: Any) -> jax.Array:
         host = np.asarray(_plain(leaf))
-        # A copy, so that the buffers may be donated.
+        # A copy, since the buffers may be donated.
         placed = jax.make_array_from_callback(host.shape, sharding, lambda index: np.array(host[index]))
         return _like(leaf, placed)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(place, tree)
 
 
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Leaves that lie on a mesh of many processes, as wholes on each process's first device.
+    """Gather leaves on a mesh of many processes to each process's first device.
 
     Raises:
-        ProcessError: if another process fails before.
+        ProcessError: if another process has failed.
     """
-    # Those who come too early would give up in the collective.
+    # The collective times out, so wait for late processes here.
     jax.block_until_ready(tree)
     barrier("fetch")
     try:
         whole = jax.block_until_ready(_replicate(mesh)(jax.tree.map(_plain, tree)))
     except jax.errors.JaxRuntimeError as error:
-        raise ProcessError(f"arrays did not get through between the processes: {_one_line(error)}") from None
+        raise ProcessError(f"transferring arrays between the processes failed: {_one_line(error)}") from None
     return jax.tree.map(lambda leaf, values: _like(leaf, values.addressable_data(0)), tree, whole)
 
 

@@ -1,8 +1,7 @@
-"""Stages of an experiment: train some networks once, keep them in the run's folder, say so.
+"""Stages of an experiment: train networks once, save them in the run's folder and log it.
 
-What every experiment shares: a stage that is done is read back, one that was cut off goes on, and each has a progress bar.
-Without a folder nothing is kept, and a stage that is run again is trained again, to the same numbers; without a log nothing is
-said.
+A finished stage is restored from its checkpoint, an interrupted one is resumed, and each has a progress bar. Without a folder
+nothing is saved, and running a stage again trains it again, with the same result; without a log nothing is printed.
 """
 
 import pathlib
@@ -34,35 +33,35 @@ from bdjax.types import Array, Model, PyTree
 
 
 class Log(Protocol):
-    """What a stage needs of `bdjax.run.log.StageLog`; anything alike will do."""
+    """The part of `bdjax.run.log.StageLog` that a stage uses."""
 
     def stage(
         self, name: str, *, total: int | None = None, unit: str = "", detail: str = ""
     ) -> AbstractContextManager: ...
 
 
-class Silence:
-    """What stands in for a stage of a log that there is not."""
+class SilentStage:
+    """Replaces the stage of a log where there is no log."""
 
     done = 0
     detail = ""
 
     def advance(self, steps: int = 1, message: str = "") -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def wrote(self, output: object) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class Nets(NamedTuple):
-    """Trained networks of one role: `per_seed` members for each seed, seed after seed."""
+    """Trained networks of one role: `per_seed` members for each seed, in the order of the seeds."""
 
     model: Model
     variables: PyTree
     """stacked [seeds * per_seed, ...]"""
     per_seed: int
     history: Mapping[str, np.ndarray]
-    """name -> float32 [seeds * per_seed, epochs]; empty if somebody else trained them"""
+    """name -> float32 [seeds * per_seed, epochs]; empty for third-party networks"""
 
     def of_seed(self, seed: int) -> PyTree:
         """The members of one seed, stacked [per_seed, ...]."""
@@ -71,16 +70,16 @@ class Nets(NamedTuple):
 
 @dataclass(frozen=True)
 class StageRunner:
-    """Where stages keep their checkpoints and how their members are laid out."""
+    """Runs stages: where their checkpoints are saved and how their members are laid out."""
 
     folder: pathlib.Path | None
-    """None: in memory alone"""
+    """folder for checkpoints; None to keep results in memory only"""
     image_shape: tuple[int, int, int]
     layout: ensemble.Layout
     log: Log | None = None
-    """None: without a word"""
+    """None to print nothing"""
     group_size: int | None = None
-    """how many members share a call; None for as many as fit"""
+    """members per call; None for as many as fit into memory"""
 
     def train(
         self,
@@ -92,16 +91,16 @@ class StageRunner:
         about: Mapping[str, Any] | None = None,
         like: ensemble.Trained | None = None,
     ) -> ensemble.Trained:
-        """Train a stage of `count` members, or read it back where there is a folder to read.
+        """Train a stage of `count` members, or restore it from its checkpoint.
 
         Args:
-            name: of the stage; its checkpoints lie in a folder of that name.
+            name: name of the stage, and of its folder of checkpoints.
             model: the members' architecture.
-            config: how they are trained.
-            count: how many members.
-            fit: called with keyword arguments that it hands to `ensemble.fit`.
-            about: more facts to save beside the checkpoint.
-            like: the shapes of the result, if its variables are not just the model's.
+            config: training configuration.
+            count: number of members.
+            fit: called with keyword arguments to pass on to `ensemble.fit`.
+            about: further facts to save beside the checkpoint.
+            like: the shapes of the result; None if its variables are the model's.
         """
         facts = {
             "model": model.description,
@@ -111,33 +110,33 @@ class StageRunner:
             "epochs": config.epochs,
             **(about or {}),
         }
-        with self._under_way(name, config.epochs) as stage:
+        with self._log_stage(name, config.epochs) as stage:
             stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
 
             def on_epoch(state: TrainState) -> None:
                 done = int(state.epoch[0])
                 stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
 
-            def say(line: str) -> None:
+            def report(line: str) -> None:
                 stage.detail += f"; {line}"
 
-            how = {"layout": self.layout, "group_size": self.group_size, "say": say}
-            how["on_epoch"] = None if self.log is None else on_epoch  # asking for the loss waits for the epoch
+            options = {"layout": self.layout, "group_size": self.group_size, "report": report}
+            options["on_epoch"] = None if self.log is None else on_epoch  # reading the loss waits for the epoch
             if self.folder is None:
-                state = fit(**how, progress_folder=None)
+                state = fit(**options, progress_folder=None)
                 return ensemble.Trained(state.variables, state.history)
             folder = self.folder / re.sub(r"\W+", "-", name)
             like = like or ensemble.trained_like(model, self.image_shape, count, config.epochs)
-            trained, was_there = ensemble.fit_once(
-                folder, facts, like, lambda progress: fit(**how, progress_folder=progress)
+            trained, is_restored = ensemble.fit_once(
+                folder, facts, like, lambda progress: fit(**options, progress_folder=progress)
             )
-            if was_there:
-                stage.detail += ", done before"
+            if is_restored:
+                stage.detail += ", restored from checkpoint"
             stage.wrote(f"checkpoints/{folder.name}")
         return trained
 
-    def _under_way(self, name: str, epochs: int) -> AbstractContextManager:
-        return nullcontext(Silence()) if self.log is None else self.log.stage(name, total=epochs, unit="epochs")
+    def _log_stage(self, name: str, epochs: int) -> AbstractContextManager:
+        return nullcontext(SilentStage()) if self.log is None else self.log.stage(name, total=epochs, unit="epochs")
 
     def from_scratch(
         self,
@@ -150,24 +149,24 @@ class StageRunner:
         train: Rows,
         validation: Rows,
     ) -> Nets:
-        """Train fresh networks on labels, by cross-entropy.
+        """Train new networks on labels by cross-entropy.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             model: their architecture.
-            config: how they are trained.
-            keys: typed keys [M], one for each member's weights and shuffles.
-            per_seed: how many members a seed has.
+            config: training configuration.
+            keys: typed keys [M], for each member's weights and shuffles.
+            per_seed: number of members per seed.
             pool: uint8 [P, H, W, C].
-            train: leaves [M, n].
-            validation: leaves [M, n'].
+            train: training rows, leaves [M, n].
+            validation: validation rows, leaves [M, n'].
         """
 
         def begin() -> TrainState:
             return ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
 
-        def fit(**where: Any) -> TrainState:
-            return ensemble.fit(model, _cross_entropy, config, begin(), pool, train, validation, **where)
+        def fit(**options: Any) -> TrainState:
+            return ensemble.fit(model, _cross_entropy, config, begin(), pool, train, validation, **options)
 
         trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed})
         return Nets(model, trained.variables, per_seed, _as_numpy(trained.history))
@@ -184,29 +183,31 @@ class StageRunner:
         train: Rows,
         objective: Objective | None = None,
     ) -> Nets:
-        """Go on training given networks: fine-tuning, or a training that minimises more than the labels' cross-entropy.
+        """Continue the training of given networks: fine-tuning, or training with another objective.
 
         Args:
-            name: of the stage.
+            name: name of the stage.
             model: their architecture.
-            config: how they are trained.
-            variables: stacked [M, ...]; whatever the objective needs beside the model's own is among them.
-            keys: typed keys [M], one for each member's shuffles.
-            per_seed: how many members a seed has.
+            config: training configuration.
+            variables: stacked [M, ...], including anything else that the objective needs.
+            keys: typed keys [M], for each member's shuffles.
+            per_seed: number of members per seed.
             pool: uint8 [P, H, W, C].
-            train: leaves [M, n]; no row is held back for validation.
+            train: training rows, leaves [M, n]; there is no validation.
             objective: what a step minimises; None for cross-entropy.
         """
         none = jax.tree.map(lambda leaf: leaf[:, :0], train)
         leaves, structure = jax.tree.flatten(variables)
 
         def as_leaves(tree: PyTree) -> dict[str, Array]:
-            # A checkpoint knows dictionaries of arrays; an attack's parameters may be of any type.
+            # Checkpoints hold dictionaries of arrays; an attack's parameters may be of any type.
             return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
-        def fit(**where: Any) -> TrainState:
+        def fit(**options: Any) -> TrainState:
             states = ensemble.init_members(lambda tree, key: resume_from(tree, key, config), variables, keys)
-            state = ensemble.fit(model, _cross_entropy, config, states, pool, train, none, objective=objective, **where)
+            state = ensemble.fit(
+                model, _cross_entropy, config, states, pool, train, none, objective=objective, **options
+            )
             return state._replace(variables=as_leaves(state.variables))
 
         like = ensemble.Trained(
@@ -222,22 +223,22 @@ class StageRunner:
         return np.asarray(_predict(model, self.layout, batch_size)(variables, jnp.asarray(images)))
 
     def predict_own(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
-        """Logits float32 [M, N, K] of stacked members, each on its own images, uint8 [M, N, H, W, C]."""
+        """Logits float32 [M, N, K] of stacked members, each on its own images: uint8 [M, N, H, W, C]."""
         run = _predict(model, self.layout, batch_size, own_images=True)
         return np.asarray(run(variables, jnp.asarray(images)))
 
     def per_row(
         self, function: Callable[..., PyTree], variables: PyTree, rows: Rows, pool: Array, batch_size: int
     ) -> PyTree:
-        """Compute something for every member's own rows of the pool.
+        """Apply a function to every member's own rows of the pool.
 
         Args:
-            function: (variables of a member, images float32 [B, H, W, C] in [0, 1], targets) -> leaves [B, ...], each row on
-                its own. One function, whatever closure made it, is compiled once: define it outside of loops.
+            function: (variables of a member, images float32 [B, H, W, C] in [0, 1], targets) -> leaves [B, ...], independently
+                for each row. Each function object is compiled once, so define it outside of loops.
             variables: stacked [M, ...].
             rows: leaves [M, n, ...].
             pool: uint8 [P, H, W, C].
-            batch_size: rows at once.
+            batch_size: rows per batch.
 
         Returns:
             NumPy leaves [M, n, ...].
@@ -250,7 +251,7 @@ class StageRunner:
     def mean(
         self, function: Callable[..., PyTree], variables: PyTree, rows: Rows, pool: Array, batch_size: int
     ) -> PyTree:
-        """The mean over every member's own rows of what `per_row` would give, without keeping that: leaves [M, ...]."""
+        """The mean of `per_row` over every member's rows, without storing the values of all rows: leaves [M, ...]."""
         spread = ensemble.spread_members(len(rows.index))
         run = _per_row(function, self.layout, batch_size, spread, is_mean=True)
         placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
@@ -267,10 +268,10 @@ def _per_row(
 ):
     over = mean_over_batches if is_mean else over_batches
 
-    def one(variables: PyTree, rows: Rows, pool: Array) -> PyTree:
+    def run_member(variables: PyTree, rows: Rows, pool: Array) -> PyTree:
         return over(lambda batch: function(variables, as_float(pool[batch.index]), batch.targets), rows, batch_size)
 
-    return ensemble.compile_members(one, layout, spread, num_shared=1)
+    return ensemble.compile_members(run_member, layout, spread, num_shared=1)
 
 
 def _as_numpy(history: Mapping[str, Array]) -> dict[str, np.ndarray]:
@@ -285,32 +286,32 @@ def _cross_entropy(logits: Array, targets: Mapping[str, Array]) -> Array:
 def _predict(
     model: Model, layout: ensemble.Layout, batch_size: int, own_images: bool = False
 ) -> Callable[[PyTree, Array], Array]:
-    """One compiled function per model, layout and batch size, however often it is asked for."""
+    """One compiled function per model, layout and batch size."""
     return ensemble.make_predict(model, layout, batch_size, own_images=own_images)
 
 
 def predict_groups(
     nets: Mapping[str, Nets], seed: int, predict: Callable[[Model, PyTree], np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Logits of one seed's members of several roles, roles of one architecture in one call.
+    """Logits of one seed's members of several roles; roles with the same architecture share a call.
 
     Args:
         nets: role -> networks.
-        seed: which seed.
+        seed: number of the seed.
         predict: from a model and stacked variables [M, ...] to logits [M, ...].
 
     Returns:
         Role -> logits [per_seed, ...].
     """
     groups: dict[str, list[str]] = {}
-    for name, each in nets.items():
-        groups.setdefault(each.model.description, []).append(name)
+    for name, role_nets in nets.items():
+        groups.setdefault(role_nets.model.description, []).append(name)
     logits = {}
     for names in groups.values():
         joined = ensemble.join([nets[name].of_seed(seed) for name in names])
-        answers = predict(nets[names[0]].model, joined)
+        joined_logits = predict(nets[names[0]].model, joined)
         start = 0
         for name in names:
-            logits[name] = answers[start : start + nets[name].per_seed]
+            logits[name] = joined_logits[start : start + nets[name].per_seed]
             start += nets[name].per_seed
     return logits

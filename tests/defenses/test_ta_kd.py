@@ -289,4 +289,4 @@ def test_roles_of_one_architecture_share_a_stage_and_come_apart_again(tmp_path):
     for name in nets:
         chex.assert_trees_all_equal(again[name].variables, nets[name].variables)
         chex.assert_trees_all_equal(again[name].history, nets[name].history)
-    assert runner.log.console.file.getvalue().count("done before") == 2
+    assert runner.log.console.file.getvalue().count("restored from checkpoint") == 2

@@ -56,7 +56,7 @@ class TestReadAttack:
             ("badnets:label_noise=some", "label_noise 'some' is not a share from 0 to 1"),
             ("badnets:label_noise=True", "label_noise True is not a share from 0 to 1"),
             ("badnets:colour=1", "has no setting 'colour'"),
-            ("badnets:poison_rate", "should be a setting and its value"),
+            ("badnets:poison_rate", "should be setting=value"),
             ("badnets:target=4", "target 4 is not a class: there are 0 to 3"),
             ("badnets:target=-1", "target -1 is not a class"),
             ("badnets:target=cat", "target 'cat' is not a class"),

@@ -128,7 +128,7 @@ def test_a_missing_or_empty_folder_is_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{ not json", "not JSON"), ("[1, 2]", "should hold a JSON object, not list"), ("", "not JSON")],
+    [("{ not json", "not JSON"), ("[1, 2]", "should contain a JSON object, not list"), ("", "not JSON")],
 )
 def test_a_broken_about_json_is_said(text, message, tmp_path):
     checkpoint.save(tmp_path, variables(), {})

@@ -372,10 +372,10 @@ def test_members_that_do_not_fit_are_split_and_it_is_said(linear, monkeypatch):
 
     monkeypatch.setattr(ensemble, "compile_members", watched)
     monkeypatch.setattr(ensemble.memory, "available", lambda: need.total(1, 1))  # one on each of two devices
-    split = fit(linear, range(5), *rows, "map", say=said.append)
+    split = fit(linear, range(5), *rows, "map", report=said.append)
     assert calls == [2]
     (line,) = said
-    assert line.startswith("5 members in groups of 2: a member takes about ")
+    assert line.startswith("5 members in groups of 2: one member takes about ")
     monkeypatch.undo()
     chex.assert_trees_all_close(words(split), words(fit(linear, range(5), *rows, "map")), rtol=1e-5, atol=1e-6)
 
@@ -385,7 +385,7 @@ def test_a_device_that_runs_out_of_memory_is_an_error_with_advice(linear, monkey
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
     monkeypatch.setattr(ensemble, "compile_members", lambda *arguments, **how: fail)
-    with pytest.raises(InputError, match="the device ran out of memory: take a smaller --batch-size"):
+    with pytest.raises(InputError, match="the device ran out of memory: use a smaller --batch-size"):
         fit(linear, range(3), *ROWS, "map")
 
 

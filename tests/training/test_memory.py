@@ -77,7 +77,7 @@ def test_as_many_members_as_fit(limit, devices, one_at_a_time, expected):
 
 def test_one_member_that_does_not_fit_is_an_error_with_advice():
     with pytest.raises(
-        InputError, match=r"one member takes about 3 MiB of a device's 2 MiB usable: take a smaller --batch"
+        InputError, match=r"one member takes about 3 MiB of a device's 2 MiB usable: use a smaller --batch"
     ):
         memory.largest_group(memory.Need(2**20, 2**20, 2**20), 2**21, 7, 1, True)
 

@@ -30,19 +30,19 @@ class Stopwatch:
 
 def test_what_is_given_is_taken_without_a_look():
     stopwatch, said = Stopwatch({}), []
-    assert probe.choose(SHAPE, "vmap", "patches", say=said.append, measure=stopwatch) == ("vmap", "patches")
+    assert probe.choose(SHAPE, "vmap", "patches", report=said.append, measure=stopwatch) == ("vmap", "patches")
     assert not stopwatch.timed and not said and not probe.cache_file().exists()
 
 
 def test_the_fastest_wins_and_is_remembered_by_everybody():
     stopwatch, said = Stopwatch({("vmap", "shifted"): 0.002, ("map", "shifted"): 0.5}), []
-    best = probe.choose(SHAPE, say=said.append, measure=stopwatch)
+    best = probe.choose(SHAPE, report=said.append, measure=stopwatch)
     assert best == Choice("vmap", "shifted")
     assert said[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms; ")
     again = Stopwatch({})
-    assert probe.choose(SHAPE, say=said.append, measure=again) == best
+    assert probe.choose(SHAPE, report=said.append, measure=again) == best
     assert not again.timed
-    assert "as measured before" in said[1] and str(probe.cache_file()) in said[1]
+    assert "from an earlier measurement" in said[1] and str(probe.cache_file()) in said[1]
 
 
 def test_each_shape_is_measured():
@@ -94,10 +94,10 @@ def test_a_run_goes_on_with_what_it_began_with(tmp_path):
     began = tmp_path / "engine.json"
     began.write_text(json.dumps(probe.record(Choice("vmap", "patches"))))
     stopwatch, said = Stopwatch({("map", "shifted"): 0.1}), []
-    assert probe.choose(SHAPE, remembered=began, say=said.append, measure=stopwatch) == ("vmap", "patches")
-    assert not stopwatch.timed and said == ["vmap/patches, as this run began"]
+    assert probe.choose(SHAPE, choice_file=began, report=said.append, measure=stopwatch) == ("vmap", "patches")
+    assert not stopwatch.timed and said == ["vmap/patches, as at the start of this run"]
     # A flag goes before it.
-    assert probe.choose(SHAPE, "map", remembered=began, measure=stopwatch) == ("map", "shifted")
+    assert probe.choose(SHAPE, "map", choice_file=began, measure=stopwatch) == ("map", "shifted")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_file_that_is_no_choice_is_passed_over(tmp_path, text):
     probe.cache_file().parent.mkdir(parents=True)
     probe.cache_file().write_bytes(text.encode("latin-1"))
     stopwatch = Stopwatch({("map", "shifted"): 0.1})
-    assert probe.choose(SHAPE, remembered=broken, measure=stopwatch) == ("map", "shifted")
+    assert probe.choose(SHAPE, choice_file=broken, measure=stopwatch) == ("map", "shifted")
     again = Stopwatch({})
     assert probe.choose(SHAPE, measure=again) == ("map", "shifted")
     assert not again.timed

@@ -47,7 +47,7 @@ def test_flags_about_processes_are_taken_out(arguments, flags):
         ("--processes=2 --process=1", "--coordinator missing"),
         ("--coordinator=host:1 --processes=2 --process", "--process '' is not a whole number"),
         ("--coordinator=host:1 --processes=two --process=1", "--processes 'two' is not a whole number"),
-        ("--coordinator=host:1 --processes=2 --process=2", "--process 2 is not below --processes 2"),
+        ("--coordinator=host:1 --processes=2 --process=2", "--process 2 must be below --processes 2"),
         ("--coordinator=host --processes=2 --process=1", "--coordinator 'host' is not HOST:PORT"),
         ("--coordinator=host:99999 --processes=2 --process=1", "--coordinator 'host:99999' is not HOST:PORT"),
         ("--distributed --process=1", "leave out --process"),
@@ -191,6 +191,6 @@ def test_if_one_process_fails_the_other_says_so(tmp_path):
 def test_without_a_cluster_there_is_none_to_ask(tmp_path):
     ((status, output, error),) = finish(start(1, "--distributed", f"--output={tmp_path / 'run'}"))
     assert status == command_line.FAILED
-    assert output == "" and error.startswith("error: --distributed: no cluster that JAX knows of")
+    assert output == "" and error.startswith("error: --distributed: JAX detects no cluster")
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -121,16 +121,16 @@ def test_a_stage_that_is_done_is_read_and_not_trained(runner):
     second = runner.train("the stage + more", ONE, CONFIG, 4, counted)
     assert len(calls) == 1
     chex.assert_trees_all_equal(first, second)
-    assert said(runner).count("done before") == 1
+    assert said(runner).count("restored from checkpoint") == 1
     assert [path.name for path in runner.folder.iterdir()] == ["the-stage-more"]
 
 
 def test_a_stage_is_told_where_and_how(runner):
     told = {}
 
-    def watched(*, layout, group_size, progress_folder, on_epoch, say):
+    def watched(*, layout, group_size, progress_folder, on_epoch, report):
         told.update(layout=layout, folder=progress_folder, group_size=group_size)
-        say("in groups, say")
+        report("in groups, say")
         done = []
 
         def both(state):
@@ -226,7 +226,7 @@ def test_training_goes_on_from_given_networks_with_whatever_they_carry(runner):
     chex.assert_trees_all_close(nets.variables["params"], expected.variables["params"], atol=1e-6)
     np.testing.assert_array_equal(nets.variables["attack"][0], np.arange(4.0))
     again = runner.from_variables("controlled", ONE, CONFIG, carried, KEYS, 2, pool, TRAIN, objective)
-    assert "done before" in said(runner)
+    assert "restored from checkpoint" in said(runner)
     chex.assert_trees_all_equal(again.variables, nets.variables)
 
 
