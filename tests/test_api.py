@@ -198,7 +198,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("model", "how", "message"),
         [
-            ("resnet", {}, "unknown model 'resnet'; known are .*resnet10"),
+            ("resnet", {}, "unknown model 'resnet'; models are .*resnet10"),
             (3, {}, "model is a int; it must be a name of MODELS"),
             (make_tiny(7), {}, "has 7 classes; the data has 4"),
             (MODEL, {"epochs": 0}, "train: epochs 0 is not at least 1"),

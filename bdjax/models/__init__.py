@@ -1,4 +1,4 @@
-"""Networks by name. Adding one is a file here and a line in `MODELS`."""
+"""Networks by name. To add one, add a file here and a line in `MODELS`."""
 
 from collections.abc import Callable, Mapping
 
@@ -45,26 +45,26 @@ def make_model(
 ) -> Model:
     """Build a network.
 
-    All take images of any size from 8x8 pixels on, with any number of channels. All record their taps as "stage1", "stage2"
-    and so on, in the order of the network, and the last of them, averaged over its pixels, is what the last layer sees
-    (`embedding`); that layer's parameters are `variables["params"]["classifier"]`, a kernel [d, K] and a bias [K].
+    All networks take images of 8x8 pixels or more, with any number of channels. They record taps "stage1", "stage2" and so on,
+    in the order of the network. The last tap, averaged over its pixels, is the input of the last layer (`embedding`), whose
+    parameters are `variables["params"]["classifier"]`, a kernel [d, K] and a bias [K].
 
     Args:
         name: a key of `MODELS`.
         num_classes: K.
-        width: 64 is the papers' size, whatever the network. A ResNet has so many channels in its first stage; any other
-            network, and `resnet56`, whose usual ones are 16, has width / 64 times its usual channels, rounded and at least 1.
-            What a network was made small by stays as it is: of `resnet_s1` and `resnet_s` only the stem is scaled, of `vgg_s`
-            only the one wide layer, and of `mobilenet_v2_s`, `lenet` and the networks of VBD nothing.
+        width: 64 is the papers' size of every network. A ResNet has this many channels in its first stage; any other network,
+            and `resnet56` (usually 16), has width / 64 times its usual channels, rounded and at least 1. The layers that
+            make a network small are not scaled: in `resnet_s1` and `resnet_s` only the stem is, in `vgg_s` only the one wide
+            layer, and in `mobilenet_v2_s`, `lenet` and the networks of VBD nothing.
         lowering: how convolutions are computed; None chooses by backend (`default_lowering`).
-        compute_dtype: of activations and products; parameters, statistics and logits are float32 in any case.
+        compute_dtype: of activations and products; parameters, statistics and logits are always float32.
 
     Raises:
-        InputError: if there is no such network, or the width or the number of classes cannot be.
+        InputError: if the network is unknown, or the width or the number of classes is too small.
     """
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+        raise InputError(f"unknown model {name!r}; models are {', '.join(MODELS)}")
     if width < 1 or num_classes < 2:
-        raise InputError(f"model {name}: width {width} must be at least 1 and classes {num_classes} at least 2")
+        raise InputError(f"model {name}: width {width} must be at least 1, and classes {num_classes} at least 2")
     module = MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
     return as_model(module, num_classes, f"{name} width {width}")

@@ -1,4 +1,4 @@
-"""From a Flax module to the pure pair `Model(init, apply)`, so that no caller sees Flax."""
+"""Wraps Flax modules as pure pairs `Model(init, apply)`, so that callers do not depend on Flax."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
     """Wrap a module whose call is `(images, *, train, edits) -> (logits, Recorded)`."""
 
     def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
-        # A network without normalisation has no statistics of its own.
+        # A network without normalisation has no "batch_stats".
         return {"batch_stats": {}, **module.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)}
 
     def apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
@@ -27,16 +27,16 @@ def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
 
 
 def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:
-    """The number of trainable parameters (running statistics excluded), without allocating them."""
+    """The number of trainable parameters (without running statistics); nothing is allocated."""
     shapes = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
 def embedding(features: Mapping[str, jax.Array]) -> jax.Array:
-    """What a network's last layer sees: its last tap, averaged over the pixels.
+    """The input of a network's last layer: its last tap, averaged over the pixels.
 
     Args:
-        features: of `Model.apply`, in the order of the network.
+        features: from `Model.apply`, in the order of the network.
 
     Returns:
         float32 [N, d].
@@ -45,18 +45,18 @@ def embedding(features: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def last_tap(model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> str:
-    """The name of the tap that the classifier reads, without computing anything.
+    """The name of the tap that feeds the last layer; nothing is computed.
 
     Args:
         model: a network.
-        variables: of one member.
+        variables: the variables of one member.
         image_shape: (H, W, C).
     """
     return list(_shapes(model, variables, image_shape)[0])[-1]
 
 
 def tap_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
-    """The taps of a network in its order, each with its shape (h, w, C); nothing is computed.
+    """The taps of a network in order, with their shapes (h, w, C); nothing is computed.
 
     Args:
         model: a network.
@@ -66,9 +66,9 @@ def tap_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tup
 
 
 def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The groups of a network in its order, each with the shapes (h, w, C) of its output and of what stands before the ReLU.
+    """The groups of a network in order, each with the shapes (h, w, C) of its output and of its `before_relu`.
 
-    Nothing is computed; a network without groups has none.
+    Nothing is computed. The result is empty for a network without groups.
 
     Args:
         model: a network.
@@ -78,7 +78,7 @@ def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, t
 
 
 def _shapes(model: Model, variables: PyTree | None, image_shape: tuple[int, int, int]) -> tuple[dict, dict]:
-    # Dictionaries that leave a traced function come out sorted; the order of the network is known in here only.
+    # JAX sorts the dictionaries that a traced function returns, so record the network's order inside.
     taps, groups = {}, {}
 
     def call(variables: PyTree, images: jax.Array) -> None:

@@ -1,7 +1,7 @@
-"""Encoder-decoders that turn an image into another one of the same size: the generators of Input-Aware Dynamic.
+"""Encoder-decoders from an image to another image of the same size: the generators of Input-Aware Dynamic.
 
-Stages of two 3x3 convolutions and a max-pool lead down, as many of an upsampling and two convolutions lead up, and nothing
-leads across (no U-net). Each convolution is followed by batch normalisation, also the last one, which has no ReLU but a tanh.
+The encoder has stages of two 3x3 convolutions and a max-pool, the decoder as many stages of an upsampling and two
+convolutions, without skip connections. Batch normalisation follows every convolution; the last one has a tanh instead of ReLU.
 """
 
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from bdjax.models.layers import BatchNorm, Conv, Lowering, layout_of, max_pool, 
 from bdjax.types import Array, Key, PyTree
 
 MOMENTUM = 0.05
-"""Of the running statistics, as in the code released with Input-Aware Dynamic."""
+"""Momentum of the running statistics, as in the code released with Input-Aware Dynamic."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Which network: everything that shapes depend on. Equal values make equal networks, so it can be a static argument."""
+    """The architecture of a generator. Hashable, so it can be a static argument."""
 
     channels: int
-    """of the image that comes out"""
+    """channels of the output image"""
     width: int
-    """channels of the first stage; each further one has twice as many. 16 in the paper for MNIST, 32 for colour"""
+    """channels of the first stage, doubled in each further stage: 16 in the paper for MNIST, 32 for colour"""
     stages: int
-    """halvings of the size, at least 1: 2 in the paper for MNIST, 3 for colour"""
+    """number of halvings of the image size, at least 1: 2 in the paper for MNIST, 3 for colour"""
     lowering: Lowering
     """how convolutions are computed"""
 
 
 def init(generator: Generator, key: Key, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
-    """Fresh variables.
+    """Initialise the variables.
 
     Args:
-        generator: which network.
-        key: a key of `jax.random.key`.
-        image_shape: (H, W, C) of what goes in.
+        generator: the architecture.
+        key: random key.
+        image_shape: (H, W, C) of the input.
 
     Returns:
         A dict with "params" and "batch_stats".
@@ -46,13 +46,13 @@ def init(generator: Generator, key: Key, image_shape: tuple[int, int, int]) -> d
 
 
 def generate(generator: Generator, variables: PyTree, images: Array, *, train: bool) -> tuple[Array, PyTree]:
-    """Turn each image into one of its own.
+    """Generate an image from each image.
 
     Args:
-        generator: which network.
-        variables: of `init`.
+        generator: the architecture.
+        variables: from `init`.
         images: float32 [N, H, W, C] in [0, 1].
-        train: whether to normalise by the batch's statistics and to update the running ones.
+        train: whether to normalise by the statistics of the batch and update the running statistics.
 
     Returns:
         (float32 [N, H, W, channels] in (0, 1), the variables after the call).
@@ -60,8 +60,8 @@ def generate(generator: Generator, variables: PyTree, images: Array, *, train: b
     module = _EncoderDecoder(generator)
     if not train:
         return module.apply(variables, images, train=False), variables
-    made, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
-    return made, {**variables, **updated}
+    generated, updated = module.apply(variables, images, train=True, mutable=["batch_stats"])
+    return generated, {**variables, **updated}
 
 
 class _EncoderDecoder(nn.Module):
@@ -88,12 +88,12 @@ class _EncoderDecoder(nn.Module):
             x = relu(convolve(x, widths[stage]))
             x = convolve(x, widths[stage - 1] if stage else generator.channels)
             x = relu(x) if stage else x
-        # A hair narrower than 0 to 1, so that neither is reached where tanh rounds to 1.
+        # Slightly narrower than [0, 1], so that 0 and 1 are not reached where tanh rounds to 1.
         return 0.5 + 0.5 * jnp.tanh(layout.to_nhwc(x)) / (1 + 1e-6)
 
 
 def _upsample(x: jax.Array, size: tuple[int, int], axes: tuple[int, int]) -> jax.Array:
-    """Bilinear, edges of pixels aligned: PyTorch's default."""
+    """Bilinear with aligned pixel edges, PyTorch's default."""
     for axis, length in zip(axes, size, strict=True):
         if length != 2 * x.shape[axis]:
             x = jax.image.resize(x, (*x.shape[:axis], length, *x.shape[axis + 1 :]), "linear", antialias=False)

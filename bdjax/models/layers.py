@@ -1,19 +1,19 @@
-"""Layers that behave as PyTorch's do, in whichever memory layout and form is fast on the backend.
+"""Layers that match PyTorch's, in the memory layout and form that is fast on the backend.
 
-A convolution can be lowered in three ways, which give the same numbers within float tolerance:
+A convolution can be lowered in three ways, which agree within float tolerance:
 
-- `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form, the usual one on accelerators.
-- `"patches"`: NHWC too, as one product of the pixels' neighbourhoods with the kernel; vmapped over stacked kernels it is
-  a batched product, where the native form becomes a grouped convolution.
-- `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays, the usual one on a CPU. There the gradients of XLA's
-  own convolution collapse by 5 to 100 times when it is vmapped or put inside a `lax.scan`; with the batch innermost
-  every shift is a long contiguous copy and every reduction of batch normalisation runs over contiguous memory.
+- `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form and the default on accelerators.
+- `"patches"`: also NHWC, as one product of pixel neighbourhoods and kernel; vmapped over stacked kernels it is a batched
+  product, where the native form becomes a grouped convolution.
+- `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays; the default on a CPU. There the gradients of XLA's own
+  convolution are 5 to 100 times slower under vmap or inside `lax.scan`; with the batch innermost every shift is a long
+  contiguous copy and every reduction of batch normalisation runs over contiguous memory.
 
-Which is fastest is measured, not known: see `bdjax/training/probe.py`. Parameters have one canonical form (float32,
-kernels HWIO), so a checkpoint depends neither on the lowering nor on the dtype that is computed in.
+`bdjax/training/probe.py` measures which is fastest. Parameters have one canonical form (float32, kernels HWIO), so checkpoints
+depend neither on the lowering nor on the compute dtype.
 
-Activations may be bfloat16: layers compute in the dtype of what comes in, with float32 parameters, float32 statistics of
-batch normalisation and float32 logits.
+Activations may be bfloat16: layers compute in the dtype of their input, with float32 parameters, float32 statistics of batch
+normalisation and float32 logits.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 
 def default_lowering() -> Lowering:
-    """The lowering to use where nobody has measured: shifted matrix products on a CPU, native elsewhere."""
+    """The lowering to use without a measurement: shifted matrix products on a CPU, native elsewhere."""
     return "shifted" if jax.default_backend() == "cpu" else "native"
 
 
 def scale_channels(channels: int, width: int) -> int:
-    """A layer's channels in a network of some width, where 64 is the papers' size: rounded, and at least 1."""
+    """A layer's channels scaled to a network's width (64 is the papers' size): rounded, and at least 1."""
     return max(1, round(channels * width / 64))
 
 
 class Layout(NamedTuple):
-    """Where the axes of an activation lie inside a network of one lowering."""
+    """The positions of an activation's axes inside a network with a given lowering."""
 
     channel_axis: int
     spatial_axes: tuple[int, int]
@@ -52,10 +52,10 @@ class Layout(NamedTuple):
 
 
 def layout_of(lowering: Lowering) -> Layout:
-    """The memory layout that goes with a lowering.
+    """The memory layout of a lowering.
 
     Raises:
-        ValueError: if the lowering is not known.
+        ValueError: if the lowering is unknown.
     """
     if lowering in ("native", "patches"):
         return Layout(3, (1, 2), 0, lambda x: x, lambda x: x)
@@ -79,7 +79,7 @@ def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _shift(x: jax.Array, rows: int, columns: int) -> jax.Array:
-    """y[:, h, w] = x[:, h + rows, w + columns], zero where that is outside; each shift is -1, 0 or 1."""
+    """y[:, h, w] = x[:, h + rows, w + columns], zero outside the image; each shift is -1, 0 or 1."""
     zero = jnp.zeros((), x.dtype)
     pads = tuple((max(-shift, 0) - max(shift, 0), max(shift, 0) - max(-shift, 0), 0) for shift in (rows, columns))
     return lax.pad(x, zero, ((0, 0, 0), *pads, (0, 0, 0)))
@@ -89,8 +89,8 @@ def _shift(x: jax.Array, rows: int, columns: int) -> jax.Array:
 def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution, stride 1, padding 1, as one matrix product.
 
-    Rows are shifted before the product (three copies, not the nine of im2col) and columns after it (three adds), which
-    is what makes it fast: the product stays wide and the data only triples.
+    Rows are shifted before the product (three copies instead of the nine of im2col) and columns after it (three adds). That is
+    fast because the product stays wide and the data only triples.
 
     Args:
         x: float [C, H, W, N].
@@ -103,7 +103,7 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _row_column_matrix(kernel: jax.Array) -> jax.Array:
-    """[3, 3, C, O] -> [3 O, 3 C], the output's column shift and the input's row shift leading."""
+    """[3, 3, C, O] -> [3 O, 3 C], ordered by the output's column shift and the input's row shift first."""
     _, _, channels, features = kernel.shape
     return jnp.transpose(kernel, (1, 3, 0, 2)).reshape(3 * features, 3 * channels)
 
@@ -132,17 +132,17 @@ convolve_3x3.defvjp(_convolve_3x3_forward, _convolve_3x3_backward)
 
 
 def _patches(x: jax.Array, size: int, stride: int, padding: int, channel_axis: int) -> jax.Array:
-    """The k*k neighbours of every output pixel on the channel axis (im2col), rows of the kernel leading."""
+    """The k*k neighbours of every output pixel on the channel axis (im2col), ordered by kernel row first."""
     around = (padding, padding, 0)
     padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), around, around, (0, 0, 0))) if padding else x
     height, width = ((length - size) // stride * stride + 1 for length in padded.shape[1:3])
-    taken = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
-    return jnp.concatenate(taken, axis=channel_axis) if len(taken) > 1 else taken[0]
+    shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(shifted, axis=channel_axis) if len(shifted) > 1 else shifted[0]
 
 
 def _convolve_batch_minor(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Any square convolution by im2col: [C, H, W, N] with [k, k, C, O] -> [O, H', W', N]. Used for strides above 1,
-    where the shifted form would compute columns that are thrown away."""
+    """Any square convolution by im2col: [C, H, W, N] with [k, k, C, O] -> [O, H', W', N]. For strides above 1, where the
+    shifted form would compute columns that are discarded."""
     matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(kernel.shape[3], -1)
     return _matmul(matrix, _patches(x, kernel.shape[0], stride, padding, channel_axis=0))
 
@@ -150,9 +150,8 @@ def _convolve_batch_minor(x: jax.Array, kernel: jax.Array, stride: int, padding:
 # ---- Convolutions on [N, H, W, C] ----------------------------------------------------------------------------------
 
 
-@partial(
-    jax.checkpoint, static_argnums=(2, 3)
-)  # the backward pass makes the patches again: they are k*k times the input
+# Checkpointed: the patches, k*k times the input, are computed again in the backward pass.
+@partial(jax.checkpoint, static_argnums=(2, 3))
 def _convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
     """Any square convolution by im2col: [N, H, W, C] with [k, k, C, O] -> [N, H', W', O]."""
     patches = _patches(x, kernel.shape[0], stride, padding, channel_axis=3)
@@ -160,14 +159,14 @@ def _convolve_patches(x: jax.Array, kernel: jax.Array, stride: int, padding: int
 
 
 def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowering: Lowering) -> jax.Array:
-    """A square convolution without bias, padded by `padding` on both sides as PyTorch pads.
+    """A square convolution without bias, padded by `padding` on all sides as in PyTorch.
 
-    `"SAME"` would pad a stride-2 convolution after only, and every feature map would sit half a pixel elsewhere.
+    `"SAME"` would pad a stride-2 convolution only on the bottom and right, shifting every feature map by half a pixel.
 
     Args:
         x: float activation in the lowering's layout.
         kernel: float [k, k, C, O].
-        stride: step in both directions.
+        stride: in both directions.
         padding: zeros added on each of the four sides.
         lowering: how to compute it.
 
@@ -181,24 +180,23 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowe
         return _convolve_patches(x, kernel, stride, padding)
     if kernel.shape[0] == 3 and stride == 1 and padding == 1:
         return convolve_3x3(x, kernel)
-    if (
-        kernel.shape[0] == 3 and stride == 1 and padding == 0
-    ):  # cheaper than nine copies, though the edge is thrown away
+    if kernel.shape[0] == 3 and stride == 1 and padding == 0:
+        # Cheaper than nine copies, although the edge is discarded.
         return convolve_3x3(x, kernel)[:, 1:-1, 1:-1]
     return _convolve_batch_minor(x, kernel, stride, padding)
 
 
 def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:
-    """A convolution of every channel with a kernel of its own, padded as PyTorch pads to keep the size at stride 1.
+    """A depthwise convolution, padded as in PyTorch to keep the size at stride 1.
 
-    A sum of shifted multiples, whatever the lowering: there is no sum over channels that a matrix product could do, XLA
-    fuses the terms, and nothing becomes a grouped convolution when it is vmapped over stacked kernels.
+    It is a sum of shifted multiples for every lowering: there is no sum over channels for a matrix product, XLA fuses the
+    terms, and vmapping over stacked kernels creates no grouped convolution.
 
     Args:
         x: float activation in the lowering's layout.
         kernel: float [k, k, 1, C], k odd.
-        stride: step in both directions.
-        lowering: says which axis is which.
+        stride: in both directions.
+        lowering: determines the order of the axes.
 
     Returns:
         The activation, in the same layout.
@@ -218,14 +216,14 @@ def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering
 
 
 def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The largest of each 2x2 pixels; an odd last row or column is left out, as in PyTorch.
+    """2x2 max-pooling with stride 2; an odd last row or column is left out, as in PyTorch.
 
-    Two maxima of slices: XLA's pooling has a gradient that is slow on a CPU. Equal pixels share the gradient, which PyTorch
-    gives to the first of them.
+    It takes maxima of slices, since the gradient of XLA's pooling is slow on a CPU. Equal pixels share the gradient, whereas
+    PyTorch gives it to the first of them.
 
     Args:
         x: float, any layout; at least two pixels along both axes.
-        axes: where rows and columns lie.
+        axes: the axes of rows and columns.
     """
     for axis in axes:
         even = x.shape[axis] // 2 * 2
@@ -235,7 +233,7 @@ def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def _along(values: jax.Array, axis: int) -> jax.Array:
-    """[C] as an array of four axes that broadcasts along one of them."""
+    """[C] reshaped to four axes, to broadcast along all but one of them."""
     return values.reshape(tuple(values.size if i == axis else 1 for i in range(4)))
 
 
@@ -243,26 +241,26 @@ def _along(values: jax.Array, axis: int) -> jax.Array:
 
 
 def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
-    """x * factor + offset, both float [C] along `axis`: one multiply and one add per pixel."""
+    """x * factor + offset, both float [C] along `axis`: one multiplication and one addition per pixel."""
     return x * _along(factor, axis) + _along(offset, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def normalise_batch(x: jax.Array, scale: jax.Array, bias: jax.Array, axis: int, epsilon: float):
-    """Normalise by the batch's own statistics (Ioffe & Szegedy 2015), with the gradient in its closed form.
+    """Normalise by the batch's statistics (Ioffe & Szegedy 2015), with the gradient in closed form.
 
-    The closed form reads the activation twice; differentiating the forward pass reads and writes it several times more.
+    The closed form reads the activation twice; automatic differentiation would read and write it several times more.
 
     Args:
         x: float32 or bfloat16, any layout; statistics are float32 in either case.
         scale: float [C].
         bias: float [C].
-        axis: where the C channels lie.
+        axis: the axis of the C channels.
         epsilon: added to the variance.
 
     Returns:
-        (y like x, mean float [C], biased variance float [C]). No gradient flows through the statistics that are
-        returned: they only feed the running averages.
+        (y like x, mean float [C], biased variance float [C]). No gradient flows through the returned statistics, which
+        are for the running averages only.
     """
     return _normalise_forward(x, scale, bias, axis, epsilon)[0]
 
@@ -308,7 +306,7 @@ class Conv(nn.Module):
     stride: int = 1
     lowering: Lowering = "native"
     padding: int | None = None
-    """on each of the four sides; None for half the kernel's size, which keeps the image's at stride 1"""
+    """zeros on each of the four sides; None for half the kernel's size, which keeps the image size at stride 1"""
     bias: bool = False
 
     @nn.compact
@@ -327,7 +325,7 @@ class Conv(nn.Module):
 class DepthwiseConv(nn.Module):
     """PyTorch's `Conv2d(C, C, 3, padding=1, groups=C, bias=False)`, initialised as in torchvision's MobileNetV2.
 
-    That is normal, fan out; PyTorch counts all C channels as fan out, although each output has one input.
+    That is normal, fan out; PyTorch counts all C channels in the fan out, although each input has one output.
     """
 
     stride: int = 1
@@ -341,9 +339,9 @@ class DepthwiseConv(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """PyTorch's `BatchNorm2d`: epsilon 1e-5, momentum 0.1 of the new value, and the *unbiased* running variance.
+    """PyTorch's `BatchNorm2d`: epsilon 1e-5, a weight (momentum) of 0.1 for the new value, and *unbiased* running variance.
 
-    Flax's own keeps the biased one and, by default, a momentum of 0.99 of the old value.
+    Flax's `BatchNorm` uses the biased variance and, by default, a momentum of 0.99 for the old value.
     """
 
     lowering: Lowering = "native"
@@ -376,10 +374,10 @@ def _uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
 
 
 class Dense(nn.Module):
-    """A fully connected layer between others: PyTorch's `Linear` (weights and bias uniform in ±1/sqrt(fan in)).
+    """A hidden fully connected layer: PyTorch's `Linear` (weights and bias uniform in ±1/sqrt(fan in)).
 
-    Whatever the lowering, pixels are flattened in the order of NHWC, and what comes out is an activation of one pixel in the
-    lowering's layout, which may go on to a tap, to another such layer or to the `Classifier`.
+    For every lowering, pixels are flattened in NHWC order. The output is an activation of one pixel in the lowering's layout,
+    which can be passed to a tap, to another `Dense` or to the `Classifier`.
     """
 
     features: int
@@ -416,19 +414,19 @@ class Classifier(nn.Module):
 
 
 class Recorded(NamedTuple):
-    """What a network recorded on the way through."""
+    """The taps and ends of groups that a network has recorded."""
 
     features: dict[str, jax.Array]
     groups: dict[str, GroupEnd]
 
 
 class Taps:
-    """The named activations that callers may read and replace on the way through a network.
+    """The named activations of a network that callers may read and replace.
 
-    One is made per call of a network: `tap("stage1", x)` records x, float32 NHWC, and returns what goes on, which is
-    `edits["stage1"](x)` where the caller gave such an edit. The ends of groups, for distillation, are recorded in two
-    steps, since what normalises a group's output may be part of the next one: `tap.group("group1", x)` does the same for a
-    group's output, and `tap.before_relu("group1", y, norm)` adds what stands before the next ReLU.
+    Each call of a network makes one object. `taps("stage1", x)` records x, as float32 NHWC, and returns the input of the next
+    stage, which is `edits["stage1"](x)` if the caller gave that edit. The ends of groups, for distillation, are recorded in two
+    steps, since the normalisation of a group's output may belong to the next group: `taps.group("group1", x)` does the same for
+    a group's output, and `taps.before_relu("group1", y, norm)` adds the input of the next ReLU.
     """
 
     def __init__(self, lowering: Lowering, edits: dict[str, Callable[[jax.Array], jax.Array]] | None):
@@ -443,13 +441,13 @@ class Taps:
         return x
 
     def group(self, name: str, x: jax.Array) -> jax.Array:
-        """Record a group's output, and return what goes on."""
+        """Record a group's output and return the input of the next layer."""
         self._outputs[name], x = self._edited(name, x)
         return x
 
     def before_relu(self, name: str, x: jax.Array, norm: "BatchNorm") -> None:
-        """Record what becomes of a group's output before the next ReLU; `norm` is the last normalisation before that."""
-        scale, bias = (norm.get_variable("params", each) for each in ("scale", "bias"))
+        """Record the input of the first ReLU after a group; `norm` is the last normalisation before it."""
+        scale, bias = (norm.get_variable("params", parameter) for parameter in ("scale", "bias"))
         values = self._layout.to_nhwc(x).astype(jnp.float32)
         self.groups[name] = GroupEnd(self._outputs.pop(name), values, bias, jnp.abs(scale))
 
@@ -462,7 +460,7 @@ class Taps:
         return features, x
 
     def finish(self) -> Recorded:
-        """What was recorded; an edit of a tap or a group that the network does not have is an error."""
+        """Return what was recorded; raise if an edit names a tap or group that the network does not have."""
         if self._edits:
             groups = f"; and groups {', '.join(self.groups)}" if self.groups else ""
             raise ValueError(
@@ -471,5 +469,5 @@ class Taps:
         return Recorded(self.features, self.groups)
 
 
-relu = jax.nn.relu  # its gradient at 0 is 0, as PyTorch's
+relu = jax.nn.relu  # gradient 0 at 0, as in PyTorch
 relu6 = jax.nn.relu6

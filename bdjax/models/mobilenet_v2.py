@@ -1,13 +1,13 @@
 """MobileNetV2 for small images (Sandler et al. 2018), and the MobileNetV2-S of Learning from Distinction (appendix A.3).
 
-An inverted residual block expands its channels by a 1x1 convolution, filters each by a 3x3 of its own and projects them to
-few again, with batch normalisation after all three and ReLU6 after the first two. For images of 32x32 pixels the stem and
-the second stage have stride 1 in the place of 2, as in the usual ports to CIFAR-10.
+An inverted residual block expands its channels by a 1x1 convolution, filters them by a depthwise 3x3 convolution and projects
+them to few channels again, with batch normalisation after all three and ReLU6 after the first two. For images of 32x32 pixels
+the stem and the second stage have stride 1 instead of 2, as in the usual ports to CIFAR-10.
 
-Those ports give a block of stride 1 whose width changes a 1x1 convolution as shortcut, which the paper does not have;
-`mobilenet_v2` follows them, since theirs are the numbers that are compared with. `mobilenet_v2_s` has a shortcut only where
-shapes agree. Its paper gives channels and no strides: here they are 1, 2 and 2 for its three blocks. Its few channels are
-what makes it small, so `width` changes nothing of it.
+Those ports give a block of stride 1 that changes the width a 1x1 convolution as shortcut, which the paper does not have;
+`mobilenet_v2` follows the ports, since published results use them. `mobilenet_v2_s` has a shortcut only where shapes agree. Its
+paper gives channels but no strides: here they are 1, 2 and 2 for its three blocks. Its few channels make it small, so `width`
+does not change it.
 """
 
 from collections.abc import Callable
@@ -73,8 +73,8 @@ def _conv_norm(x: jax.Array, features: int, size: int, lowering: Lowering, name:
 
 
 class MobileNetV2(nn.Module):
-    """Taps: stage1, stage2 and so on [N, h, w, c] after each stage, and as the last of them what the last 1x1 convolution gives
-    after its normalisation and ReLU6: stage8 [N, H/8, W/8, 1280], or stage3 [N, H/4, W/4, 16] of MobileNetV2-S."""
+    """Taps: stage1, stage2 and so on [N, h, w, c] after each stage, and last the final 1x1 convolution after its normalisation
+    and ReLU6: stage8 [N, H/8, W/8, 1280], or stage3 [N, H/4, W/4, 16] of MobileNetV2-S."""
 
     stem: int
     stages: tuple[tuple[Block, ...], ...]

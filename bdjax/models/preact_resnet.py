@@ -1,9 +1,9 @@
-"""PreActResNet-18 (He et al. 2016, Identity Mappings in Deep Residual Networks), as comparisons of backdoors train it.
+"""PreActResNet-18 (He et al. 2016, Identity Mappings in Deep Residual Networks), as used in backdoor benchmarks.
 
 A 3x3 stem of w = 64 channels without normalisation, and four stages of two pre-activation blocks with w, 2w, 4w and 8w
-channels; a block is that of the wide ResNets. He et al. normalise and rectify once more after the last block, because
-nothing did so since its sum. The common port to CIFAR-10 leaves that out, and BackdoorBench, whose numbers are what others
-are compared with, has taken it over: `preact_resnet18`. `preact_resnet18_final_norm` is the network of the paper.
+channels; the blocks are those of the wide ResNets. He et al. apply normalisation and ReLU once more after the last block's sum.
+The common port to CIFAR-10 leaves that out, and so does BackdoorBench, the usual reference: `preact_resnet18`.
+`preact_resnet18_final_norm` is the network of the paper.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from bdjax.models.wide_resnet import PreActivationBlock
 
 
 class PreActResNet(nn.Module):
-    """Taps: stage1 [N, H, W, w], stage2 [N, H/2, W/2, 2w], stage3 [N, H/4, W/4, 4w] and stage4 [N, H/8, W/8, 8w], sums that
-    are neither normalised nor rectified; stage4 is both with `has_final_norm`.
+    """Taps: stage1 [N, H, W, w], stage2 [N, H/2, W/2, 2w], stage3 [N, H/4, W/4, 4w] and stage4 [N, H/8, W/8, 8w], the sums
+    before normalisation and ReLU; with `has_final_norm`, stage4 is after both.
 
     Groups: group1 to group3, each with its sum as the output, and that sum after the next group's first normalisation, before
-    the ReLU; and group4, before the final normalisation's ReLU, with `has_final_norm` alone, since without it nothing is
-    normalised or rectified after the last sum (which is the tap stage4)."""
+    the ReLU. Only with `has_final_norm` there is also group4, before the final ReLU; otherwise no normalisation or ReLU follows
+    the last sum (the tap stage4)."""
 
     blocks: tuple[int, ...]
     width: int

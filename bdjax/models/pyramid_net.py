@@ -1,12 +1,12 @@
-"""PyramidNets for small images (Han et al. 2017, Deep Pyramidal Residual Networks), whose width grows with every block.
+"""PyramidNets for small images (Han et al. 2017, Deep Pyramidal Residual Networks): the width grows with every block.
 
-A 3x3 stem of 16 channels with normalisation, three groups of n blocks, a last normalisation with ReLU. Block k of the 3n has
-16 + alpha k / (3n) channels, rounded (equation 3), of which the stem's 16 are k = 0; a bottleneck block hands on four times as
-many. PyramidNet-d-alpha is d layers deep: d = 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
+A 3x3 stem of 16 channels with normalisation, three groups of n blocks, a final normalisation with ReLU. Block k of the 3n has
+16 + alpha k / (3n) channels, rounded (equation 3; the stem is k = 0); a bottleneck block outputs four times as many.
+PyramidNet-d-alpha is d layers deep: d = 6n + 2 with basic blocks, 9n + 2 with bottlenecks.
 
-A block normalises first, rectifies between its convolutions only, and normalises last (figure 6d). Its shortcut has no
-parameters: channels that it lacks are zeros, and where the block has stride 2 it averages 2x2 pixels, or those of them that
-there are at the edge of an odd size.
+A block starts and ends with a normalisation and has ReLUs only between its convolutions (figure 6d). Its shortcut has no
+parameters: missing channels are zeros, and with stride 2 it averages 2x2 pixels, or those that exist at the edge of an odd
+size.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from bdjax.models.layers import (
 )
 
 SIZES = {
-    "pyramidnet_20_12": ("basic", 20, 12),  # these two are in no paper: for CPUs, and for tests
+    "pyramidnet_20_12": ("basic", 20, 12),  # the first two are in no paper: for CPUs and tests
     "pyramidnet_11_24": ("bottleneck", 11, 24),
     "pyramidnet_110_84": ("basic", 110, 84),
     "pyramidnet_200_240": ("bottleneck", 200, 240),
@@ -39,11 +39,11 @@ SIZES = {
 """Name -> block type, depth and alpha."""
 
 OnNorm = Callable[[jax.Array, BatchNorm], None]
-"""Is given what a normalisation of the block returned, and the normalisation."""
+"""Called with the output of a normalisation in the block, and the normalisation."""
 
 
 class PyramidBlock(nn.Module):
-    """Two 3x3 convolutions: normalised, 3x3, normalised, ReLU, 3x3, normalised. `on_norm` sees the first normalisation."""
+    """Normalisation, 3x3, normalisation, ReLU, 3x3, normalisation. `on_norm` is called for the first normalisation."""
 
     width: int
     stride: int
@@ -63,8 +63,8 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidBottleneck(nn.Module):
-    """Normalised, 1x1, normalised, ReLU, 3x3, normalised, ReLU, 1x1 to four times the width, normalised. `on_norm` sees the
-    second normalisation, the first that a ReLU follows."""
+    """Normalisation, 1x1, normalisation, ReLU, 3x3, normalisation, ReLU, 1x1 to four times the width, normalisation. `on_norm`
+    is called for the second normalisation, the first with a ReLU after it."""
 
     width: int
     stride: int
@@ -95,14 +95,14 @@ def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering) -> j
 
 
 def average_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """The mean over windows of 2x2 with stride 2; the last window of an odd axis is of one pixel (PyTorch's `ceil_mode`).
+    """2x2 average pooling with stride 2; the last window of an odd axis has one pixel (PyTorch's `ceil_mode`).
 
     Args:
         x: float, any layout.
-        axes: where height and width lie.
+        axes: the axes of height and width.
 
     Returns:
-        The same with each of the two axes halved, rounded up.
+        The array with each of the two axes halved, rounded up.
     """
     for axis in axes:
         length = x.shape[axis]
@@ -119,19 +119,19 @@ def average_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 class PyramidNet(nn.Module):
-    """Taps: stage1 [N, H, W, c1] and stage2 [N, H/2, W/2, c2] are what the first two groups hand on, sums that are neither
-    normalised nor rectified; stage3 [N, H/4, W/4, c3] is what the third gives after the last normalisation and ReLU.
+    """Taps: stage1 [N, H, W, c1] and stage2 [N, H/2, W/2, c2] are the outputs of the first two groups, before normalisation and
+    ReLU; stage3 [N, H/4, W/4, c3] is the output of the third after the final normalisation and ReLU.
 
-    Groups: group1 to group3, each with its sum as the output. Of the last, what stands before the ReLU is that sum normalised;
-    of the others it is what the next group's first block makes of it, as Heo et al. (2019) have it in their code. A bottleneck
-    normalises it, takes it through its 1x1 convolution, by which it has the channels of that block, and normalises again,
-    before the ReLU. A basic block has no ReLU before a 3x3 convolution with a stride, and what it normalises first is taken.
+    Groups: group1 to group3, each with its sum as the output. `before_relu` of the last is the normalised sum; of the others it
+    is computed by the next group's first block, as in the code of Heo et al. (2019). A bottleneck normalises the sum, applies
+    its 1x1 convolution (which changes the channels) and normalises again, before the ReLU. A basic block has no ReLU before its
+    strided 3x3 convolution, so the output of its first normalisation is used.
     """
 
     kind: str
     stem: int
     widths: tuple[tuple[int, ...], ...]
-    """of every block, group by group"""
+    """width of every block, group by group"""
     num_classes: int
     lowering: Lowering
     compute_dtype: ComputeDtype = "float32"

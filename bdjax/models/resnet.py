@@ -1,15 +1,15 @@
-"""ResNets of three stages (the modified ones of TA-KD), of four stages (the usual ones for CIFAR), and very small ones.
+"""ResNets with three stages (the modified ones of TA-KD), with four stages (the usual ones for CIFAR), and very small ones.
 
-Starting from the ImageNet ResNets of He et al. (2016), the first convolution is 3x3 with stride 1 and padding 1, and the
-max-pool is gone. Stage s is 2^(s-1) times as wide as the first, w = 64 channels (times 4 with bottleneck blocks).
+Compared with the ImageNet ResNets of He et al. (2016), the first convolution is 3x3 with stride 1 and padding 1, and there is
+no max-pool. Stage s is 2^(s-1) times as wide as the first, w = 64 channels (times 4 with bottleneck blocks).
 
-- TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications") leaves out the fourth stage as well.
+- TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications") also leaves out the fourth stage.
 - `*_cifar` keep it: the ResNet-18 and -34 that most papers train on CIFAR-10.
 - `resnet_s1`, `resnet_s` and `resnet_s2` are the low-capacity networks of Learning from Distinction (appendix A.3): four
-  stages of one block. What defines the first two is how few neurons those have, so there `width` scales the stem alone. The
-  paper does not give the stem, and says that blocks and neurons are what it changed of ResNet-18: its 64 channels stay.
-- `resnet56` is the one that He et al. made for CIFAR-10 (section 4.2): three stages of nine basic blocks with 16, 32 and 64
-  channels; here its shortcuts are projections where the shape changes, their option B, as in all others of this file.
+  stages of one block. The first two are defined by their few neurons, so `width` only scales their stem. The paper does not
+  describe the stem but says that only blocks and neurons differ from ResNet-18, so the stem keeps 64 channels.
+- `resnet56` is the network of He et al. for CIFAR-10 (section 4.2): three stages of nine basic blocks with 16, 32 and 64
+  channels. Its shortcuts are projections where the shape changes (their option B), as in all networks of this file.
 """
 
 from collections.abc import Callable
@@ -43,10 +43,10 @@ BLOCKS = {
 """Name -> block type and number of blocks in each stage."""
 
 NEURONS = {"resnet_s1": (1, 1, 1, 1), "resnet_s": (2, 2, 2, 4)}
-"""Name -> channels of the only block in each stage."""
+"""Name -> channels of the single block in each stage."""
 
 OnSum = Callable[[jax.Array, BatchNorm], jax.Array]
-"""(a block's sum before its last ReLU, the last normalisation on its main path) -> what takes the sum's place."""
+"""(a block's sum before its last ReLU, the last normalisation on its main path) -> the replacement of the sum."""
 
 
 class BasicBlock(nn.Module):
@@ -66,7 +66,7 @@ class BasicBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """The stride sits on the 3x3 convolution, as in torchvision."""
+    """The 3x3 convolution has the stride, as in torchvision."""
 
     width: int
     stride: int
@@ -92,11 +92,11 @@ def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, trai
 
 class ResNet(nn.Module):
     """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck;
-    and stage4 [N, H/8, W/8, 8w'] where there is one.
+    and stage4 [N, H/8, W/8, 8w'] if there is a fourth stage.
 
-    Groups: one for every stage, of the same shape as its tap, which is the ReLU of it: the sum at the end of the stage's last
-    block, as output and as what stands before the ReLU. Its mean and deviation are by the last normalisation of that block,
-    which leaves out what the shortcut adds (Heo et al. 2019 in their code)."""
+    Groups: one for every stage. Both `output` and `before_relu` are the sum of the stage's last block, and its tap is their
+    ReLU. Mean and deviation are those of the last normalisation of that block, without what the shortcut adds (as in the code
+    of Heo et al. 2019)."""
 
     kind: str
     blocks: tuple[int, ...]
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
     lowering: Lowering
     compute_dtype: ComputeDtype = "float32"
     stage_widths: tuple[int, ...] | None = None
-    """of every stage, in the place of w, 2w, 4w and so on"""
+    """width of every stage; None for w, 2w, 4w and so on"""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
@@ -126,7 +126,7 @@ class ResNet(nn.Module):
 
 
 def _record(taps: Taps, group: str, x: jax.Array, norm: BatchNorm) -> jax.Array:
-    """Nothing lies between the end of a group and the ReLU."""
+    """Record a group that the ReLU follows directly."""
     x = taps.group(group, x)
     taps.before_relu(group, x, norm)
     return x

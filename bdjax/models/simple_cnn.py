@@ -1,13 +1,13 @@
-"""The deliberately simple networks of the variance-based defense (VBD): too small to learn the classes well, large enough for
-a trigger.
+"""The deliberately simple networks of the variance-based defense (VBD): too small to learn the classes well, large enough to
+learn a trigger.
 
-A network is named as its paper's code names it, by its layers: "10-10P" is two convolutions of 10 channels, the second with a
-2x2 max-pool after it. Each layer is a 3x3 convolution without padding or bias, batch normalisation and ReLU; then all
-pixels are flattened into one fully connected layer, which so can tell where in the image something was. The detector of
-a pattern is one such layer without normalisation, with a single logit.
+Networks are named by their layers, as in the paper's code: "10-10P" is two convolutions of 10 channels, the second followed by
+a 2x2 max-pool. Each layer is a 3x3 convolution without padding or bias, batch normalisation and ReLU; then all pixels are
+flattened into one fully connected layer, which therefore depends on positions in the image. The pattern detector is one such
+layer without normalisation, with a single logit.
 
-Nothing standardises the pixels: an unpadded convolution without bias followed by normalisation cannot tell a shift of its
-input, or a scale that all channels share, and the published constants differ by 7 % between channels.
+Pixels are not standardised: an unpadded convolution without bias followed by normalisation is invariant to a shift of its input
+and to a scale that all channels share, and the published constants differ by 7 % between channels.
 """
 
 from collections.abc import Callable
@@ -35,20 +35,20 @@ from bdjax.models.layers import (
 from bdjax.types import Model, PyTree
 
 LAYERS = ("64P", "10-10P", "16-16P", "16P", "4-4P", "8-8P")
-"""The first three are the paper's ensemble; the others are for 8x8 pixels."""
+"""The first three are the paper's ensemble; the rest are for 8x8 pixels."""
 
 
 def read_layers(text: str) -> tuple[tuple[int, bool], ...]:
     """(channels, whether a max-pool follows) of each layer: "10-10P" -> ((10, False), (10, True)).
 
     Raises:
-        ValueError: the text is not of that form.
+        ValueError: if the text does not have this form.
     """
     layers = []
     for part in text.split("-"):
         number = part.removesuffix("P")
         if not number.isdecimal() or not int(number):
-            raise ValueError(f"{text!r}: {part!r} is not a number of channels, with a P after it for a max-pool")
+            raise ValueError(f"{text!r}: {part!r} is not a number of channels, followed by P for a max-pool")
         layers.append((int(number), part != number))
     return tuple(layers)
 
@@ -70,7 +70,7 @@ class ConvKernel(nn.Module):
 
 
 class FoldedNorm(nn.Module):
-    """`BatchNorm` of maps that are not there yet: from their statistics to (factor, offset), float32 [features] each."""
+    """`BatchNorm` of maps that are not computed yet: from their statistics to (factor, offset), each float32 [features]."""
 
     features: int
     epsilon: float = BatchNorm.epsilon
@@ -78,7 +78,7 @@ class FoldedNorm(nn.Module):
 
     @nn.compact
     def __call__(self, moments: Callable[[], tuple[jax.Array, jax.Array, int]], *, train: bool):
-        """From what gives each map's mean and biased variance, and over how many numbers they are; only asked in training."""
+        """`moments` returns the mean and biased variance of each map and their number of values; only called in training."""
         scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,), jnp.float32)
@@ -95,15 +95,15 @@ class FoldedNorm(nn.Module):
 
 
 def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool, train: bool) -> jax.Array:
-    """A network's first layer: `Conv`, `BatchNorm` if any, ReLU and max-pool in one, a few images at a time.
+    """A network's first layer: `Conv`, optional `BatchNorm`, ReLU and max-pool fused, for a few images at a time.
 
-    Nearly all the work of a simple network is on the maps of its first layer, which no cache holds. Images are small beside
-    them, and the statistics of the maps follow from those of the images: with m the mean of all 3x3 neighbourhoods and S the
-    mean of their products, the map of a kernel w has the mean w m and the variance w S w - (w m)^2. So the statistics are
-    known before there is any map, and maps are made, used and forgotten a few images at a time; the gradient makes them
-    again. That takes half as long as layer after layer.
+    Nearly all the work of a simple network is on the maps of its first layer, which do not fit into any cache. Images are small
+    in comparison, and the statistics of the maps follow from theirs: with m the mean of all 3x3 neighbourhoods and S the mean
+    of their products, the map of a kernel w has the mean w m and the variance w S w - (w m)^2. So the statistics are known before
+    any map is computed, and maps are computed, used and dropped for a few images at a time, and again for the gradient. This
+    takes half as long as separate layers.
 
-    Parameters and statistics are those of the two layers that it stands for.
+    Parameters and statistics are those of the separate layers.
 
     Args:
         images: float32 [N, H, W, C].
@@ -118,9 +118,9 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool
     kernel = ConvKernel(features, images.shape[3], name="stage1_conv")()
     matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(features, -1)
     count, at_once = len(images), min(IMAGES_AT_ONCE, len(images))
-    padding = -count % at_once  # images of zeros, which add nothing to any sum
-    filled = jnp.concatenate([images, jnp.zeros((padding, *images.shape[1:]), images.dtype)])
-    groups = filled.reshape(-1, at_once, *images.shape[1:])
+    padding = -count % at_once  # images of zeros, which do not change any sum
+    padded = jnp.concatenate([images, jnp.zeros((padding, *images.shape[1:]), images.dtype)])
+    groups = padded.reshape(-1, at_once, *images.shape[1:])
 
     def moments() -> tuple[jax.Array, jax.Array, int]:
         number = count * (images.shape[1] - 2) * (images.shape[2] - 2)
@@ -138,7 +138,7 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool
 
 
 def _neighbourhoods(images: jax.Array) -> jax.Array:
-    """[n, H, W, C] -> [9 C, H - 2, W - 2, n]: a kernel's rows leading, then its columns, then the channels."""
+    """[n, H, W, C] -> [9 C, H - 2, W - 2, n], ordered by kernel row, then column, then channel."""
     x = jnp.transpose(images, (3, 1, 2, 0))
     height, width = x.shape[1] - 2, x.shape[2] - 2
     return jnp.concatenate([x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)])
@@ -160,8 +160,7 @@ def _maps(matrix: jax.Array, offset: jax.Array, images: jax.Array, pool: bool) -
 
 
 class SimpleCNN(nn.Module):
-    """Taps: stage1, stage2 ... after each layer and its pool, and as the last stage all pixels, [N, 1, 1, d] in the order of
-    NHWC."""
+    """Taps: stage1, stage2, ... after each layer and its pool, and last all pixels flattened, [N, 1, 1, d] in NHWC order."""
 
     layers: tuple[tuple[int, bool], ...]
     num_classes: int
@@ -191,9 +190,9 @@ class SimpleCNN(nn.Module):
 
 
 def make_pattern_detector(lowering: Lowering | None = None) -> Model:
-    """The detector of one pattern: "32P" without normalisation, and one logit: `apply` gives logits float32 [N, 1].
+    """The detector of a pattern: "32P" without normalisation, with one logit: `apply` returns logits float32 [N, 1].
 
-    The dropout that its paper has before the last layer is its trainer's: see `last_layer`.
+    The trainer applies the paper's dropout before the last layer: see `last_layer`.
 
     Args:
         lowering: how convolutions are computed; None chooses by backend.
@@ -203,22 +202,22 @@ def make_pattern_detector(lowering: Lowering | None = None) -> Model:
 
 
 def last_layer(params: PyTree, flat: jax.Array) -> jax.Array:
-    """Logits, float32 [N, K], of an `embedding`, for those who change it on the way.
+    """Logits, float32 [N, K], of an `embedding`, for callers that modify it.
 
     Args:
-        params: the network's.
+        params: parameters of the network.
         flat: float32 [N, d].
     """
     return flat @ params["classifier"]["kernel"] + params["classifier"]["bias"][None, :]
 
 
 def _simple(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype, *, layers: str) -> SimpleCNN:
-    del width  # the name says all channels
+    del width  # the name gives all channels
     return SimpleCNN(read_layers(layers), num_classes, lowering, compute_dtype)
 
 
 def network_name(layers: str) -> str:
-    """What `MODELS` calls a network: "10-10P" -> "vbd_10_10p"."""
+    """The name of a network in `MODELS`: "10-10P" -> "vbd_10_10p"."""
     return f"vbd_{layers.lower().replace('-', '_')}"
 
 

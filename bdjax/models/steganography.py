@@ -1,11 +1,11 @@
-"""A network that writes a string of bits into an image, and one that reads it: StegaStamp's pair, as ISSBA uses it.
+"""The encoder and decoder of StegaStamp, which hide a string of bits in an image and read it, as used by ISSBA.
 
-The encoder is a U-net: it sees the image beside the bits and gives what to add. The decoder is a stack of convolutions.
-Both halve the image several times: four times at 32x32 and twice at 28x28 in the public ports of ISSBA.
+The encoder is a U-net from the image and the bits to a residual. The decoder is a stack of convolutions. Both halve the image
+several times: four times at 32x32 and twice at 28x28 in the public ports of ISSBA.
 
-Two differences from those. The decoder has no spatial transformer in front: that one straightens photographs of printed
-images, and nothing is bent here. And 3x3 convolutions stand behind each upsampling in the place of 2x2 ones: they can do
-all that those can, and have a fast form on every backend.
+There are two differences from those. The decoder has no spatial transformer in front, which straightens photographs of printed
+images and is not needed here. And each upsampling is followed by 3x3 instead of 2x2 convolutions, which are more general and
+fast on every backend.
 
 References:
     Tancik et al. 2020, StegaStamp: Invisible Hyperlinks in Physical Photographs, section 3.
@@ -26,30 +26,30 @@ from bdjax.types import Array, Key, PyTree
 
 @dataclass(frozen=True)
 class BitNetworks:
-    """Which pair: everything that shapes depend on. Equal values make equal networks, so it can be a static argument."""
+    """The architecture of an encoder and decoder. Hashable, so it can be a static argument."""
 
     num_bits: int
-    """length of the string"""
+    """length of the string of bits"""
     width: int
     """channels at full resolution; 32 in the papers"""
     stages: int
-    """of stride 2, at least 1; an image has room for k of them if its sides are at least 2^k pixels"""
+    """number of convolutions of stride 2, at least 1; k stages need image sides of at least 2^k pixels"""
     lowering: Lowering
     """how convolutions are computed"""
 
 
 def init(networks: BitNetworks, key: Key, image_shape: tuple[int, int, int]) -> dict[str, PyTree]:
-    """Fresh parameters of both: kernels normal with the variance of He et al. 2015 (fan in), biases 0.
+    """Initialise the parameters of both: kernels normal with the variance of He et al. 2015 (fan in), biases 0.
 
     Args:
-        networks: which pair.
-        key: a key of `jax.random.key`.
+        networks: the architecture.
+        key: random key.
         image_shape: (H, W, C).
 
     Returns:
         A dict with "encoder" and "decoder".
     """
-    # Drawn at once, since to compile a call of the generator for each of thirty arrays takes longer than to train.
+    # One draw for all arrays: compiling a draw for each of thirty shapes takes longer than the training.
     shapes = jax.eval_shape(lambda: _init_by_flax(networks, image_shape))
     leaves, structure = jax.tree.flatten(shapes)
     ends = np.cumsum([leaf.size for leaf in leaves])
@@ -74,26 +74,26 @@ def _init_by_flax(networks: BitNetworks, image_shape: tuple[int, int, int]) -> d
 
 
 def encode(networks: BitNetworks, params: PyTree, images: Array, bits: Array) -> Array:
-    """What to add to each image so that it carries its bits.
+    """The residuals to add to the images so that they carry the bits.
 
     Args:
-        networks: which pair.
-        params: the encoder's.
+        networks: the architecture.
+        params: parameters of the encoder.
         images: float32 [N, H, W, C] in [0, 1].
         bits: float32 [N, b], zeros and ones.
 
     Returns:
-        float32 [N, H, W, C], residuals without bounds.
+        float32 [N, H, W, C], unbounded.
     """
     return _Encoder(networks).apply({"params": params}, images, bits)
 
 
 def decode(networks: BitNetworks, params: PyTree, images: Array) -> Array:
-    """The bits of each image: float32 [N, H, W, C] in [0, 1] -> logits float32 [N, b], positive for a one.
+    """The bits of each image, as logits float32 [N, b], positive for a one.
 
     Args:
-        networks: which pair.
-        params: the decoder's.
+        networks: the architecture.
+        params: parameters of the decoder.
         images: float32 [N, H, W, C] in [0, 1].
     """
     return _Decoder(networks).apply({"params": params}, images)
@@ -111,18 +111,18 @@ class _Encoder(nn.Module):
             return relu(_BiasedConv(features, 3, stride, networks.lowering)(x))
 
         plane = relu(nn.Dense(images[0].size)(bits - 0.5)).reshape(images.shape)
-        entering = layout.from_nhwc(jnp.concatenate([plane, images - 0.5], axis=3))
-        x = block(entering, networks.width)
-        before = [x]
+        inputs = layout.from_nhwc(jnp.concatenate([plane, images - 0.5], axis=3))
+        x = block(inputs, networks.width)
+        skips = [x]
         for stage in range(networks.stages):
             x = block(x, networks.width * 2**stage, stride=2)
-            before.append(x)
-        before.pop()
-        for stage, skipped in reversed(list(enumerate(before))):
+            skips.append(x)
+        skips.pop()
+        for stage, skip in reversed(list(enumerate(skips))):
             features = networks.width * 2 ** max(stage - 1, 0)
-            x = block(_upsample(x, skipped, layout.spatial_axes), features)
-            beside = [skipped, x] if stage else [skipped, x, entering]
-            x = block(jnp.concatenate(beside, layout.channel_axis), features)
+            x = block(_upsample(x, skip, layout.spatial_axes), features)
+            joined = [skip, x] if stage else [skip, x, inputs]
+            x = block(jnp.concatenate(joined, layout.channel_axis), features)
         return layout.to_nhwc(_BiasedConv(images.shape[3], 1, 1, networks.lowering)(x))
 
 
@@ -159,7 +159,7 @@ class _BiasedConv(nn.Module):
 
 
 def _upsample(x: Array, like: Array, spatial_axes: tuple[int, int]) -> Array:
-    """Every pixel twice in both directions, cut to the size of `like`, which may be odd."""
+    """Repeat every pixel in both directions and crop to the size of `like`, which may be odd."""
     for axis in spatial_axes:
         x = jax.lax.slice_in_dim(jnp.repeat(x, 2, axis), 0, like.shape[axis], axis=axis)
     return x

@@ -1,11 +1,11 @@
 """VGGs with batch normalisation for small images (Simonyan & Zisserman 2015), and the VGG-S of Learning from Distinction.
 
-Stages of 3x3 convolutions with bias, batch normalisation and ReLU, each stage ending in a 2x2 max-pool; of the three fully
-connected layers of the original one is left, as usual on CIFAR-10. An image smaller than 32x32 has no room for five pools:
-a stage pools only while the map is at least 2 pixels high and wide. What pixels are left at the end are averaged.
+Stages of 3x3 convolutions with bias, batch normalisation and ReLU, each stage ending in a 2x2 max-pool; one of the original's
+three fully connected layers remains, as usual on CIFAR-10. Images smaller than 32x32 have no room for five pools, so a stage
+pools only if its map is at least 2 pixels high and wide. The remaining pixels are averaged.
 
-VGG-S (appendix A.3) has the convolutions of VGG-11 with 4, 8, 16, 16, 32, 32, 32 and 512 channels. The few channels are what
-makes it small, so `width` scales its last, wide convolution alone.
+VGG-S (appendix A.3) has the convolutions of VGG-11 with 4, 8, 16, 16, 32, 32, 32 and 512 channels. The few channels make it
+small, so `width` only scales its last, wide convolution.
 """
 
 from collections.abc import Callable
@@ -31,11 +31,11 @@ CHANNELS = {
     "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
     "vgg_s": ((4,), (8,), (16, 16), (32, 32), (32, 512)),
 }
-"""Name -> channels of the convolutions of each stage, in the papers' size."""
+"""Name -> channels of the convolutions in each stage, at the papers' size."""
 
 
 class Vgg(nn.Module):
-    """Taps: stage1 to stage5, each what the stage hands on after its pool, [N, H/2, W/2, c], [N, H/4, W/4, c] and so on."""
+    """Taps: stage1 to stage5, the output of each stage after its pool: [N, H/2, W/2, c], [N, H/4, W/4, c] and so on."""
 
     stages: tuple[tuple[int, ...], ...]
     num_classes: int

@@ -1,8 +1,8 @@
 """Wide ResNets of pre-activation blocks for small images (Zagoruyko & Komodakis 2016): WRN-d-k is d layers deep, k times wide.
 
-A 3x3 stem of 16 channels, three groups of (d - 4) / 6 blocks with 16k, 32k and 64k channels, a last normalisation with ReLU.
-A block normalises first; where it changes the shape, its shortcut is a 1x1 convolution, without normalisation, of the
-normalised and rectified input, and elsewhere the input as it came. No dropout.
+A 3x3 stem of 16 channels, three groups of (d - 4) / 6 blocks with 16k, 32k and 64k channels, a final normalisation with ReLU.
+A block starts with normalisation and ReLU. Where it changes the shape, its shortcut is a 1x1 convolution of their output,
+without normalisation; elsewhere it is the identity. No dropout.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from bdjax.models.layers import (
 )
 
 SIZES = ((10, 2), (16, 1), (16, 2), (16, 4), (28, 2), (28, 4), (40, 1), (40, 2))
-"""(depth, widening factor) of those that have a name."""
+"""(depth, widening factor) of the named networks."""
 
 
 class PreActivationBlock(nn.Module):
@@ -50,11 +50,11 @@ class PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Taps: stage1 [N, H, W, 16k] and stage2 [N, H/2, W/2, 32k] are what the first two groups hand on, sums that are neither
-    normalised nor rectified; stage3 [N, H/4, W/4, 64k] is what the third gives after the last normalisation and ReLU.
+    """Taps: stage1 [N, H, W, 16k] and stage2 [N, H/2, W/2, 32k] are the outputs of the first two groups, before normalisation
+    and ReLU; stage3 [N, H/4, W/4, 64k] is the output of the third after the final normalisation and ReLU.
 
-    Groups: group1 to group3, each with its sum as the output, and that sum after the next group's first normalisation, or
-    the last one, before the ReLU."""
+    Groups: group1 to group3, each with its sum as the output, and that sum after the next group's first normalisation (or the
+    final one), before the ReLU."""
 
     stem: int
     widths: tuple[int, int, int]

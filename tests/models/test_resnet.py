@@ -174,7 +174,7 @@ def test_shapes_of_logits_and_taps(kind, expansion, image, sizes, lowering):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vgg99", 10), "unknown model 'vgg99'; known are resnet10, resnet18"),
+        (("vgg99", 10), "unknown model 'vgg99'; models are resnet10, resnet18"),
         (("resnet18", 1), "classes 1 at least 2"),
         (("resnet18", 10, 0), "width 0 must be at least 1"),
     ],
