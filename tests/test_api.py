@@ -117,11 +117,11 @@ class TestDataset:
         [
             (TRAIN.images / 255, TRAIN.labels, {}, "images are float64 .* must be uint8"),
             (TRAIN.images[..., 0], TRAIN.labels, {}, r"must be uint8 \[rows, height, width, channels\]"),
-            (TRAIN.images, TRAIN.labels[:-1], {}, "holds 96 images and 95 labels"),
+            (TRAIN.images, TRAIN.labels[:-1], {}, "has 96 images and 95 labels"),
             (TRAIN.images, TRAIN.labels + 0.5, {}, "labels are float64"),
-            (TRAIN.images, TRAIN.labels, {"num_classes": 3}, r"row \d+ has the label 3; labels must be in 0..2"),
-            (TRAIN.images[:0], TRAIN.labels[:0], {}, "holds no images"),
-            (TRAIN.images, TRAIN.labels, {"class_names": ("one",)}, "names 1 classes; there must be 4"),
+            (TRAIN.images, TRAIN.labels, {"num_classes": 3}, r"row \d+ has label 3; labels must be in 0..2"),
+            (TRAIN.images[:0], TRAIN.labels[:0], {}, "contains no images"),
+            (TRAIN.images, TRAIN.labels, {"class_names": ("one",)}, "has 1 class names for 4 classes"),
         ],
     )
     def test_other_arrays_are_refused(self, images, labels, more, message):

@@ -1,6 +1,6 @@
-"""Where images come from: one file for each kind of source, found here by name or path.
+"""Datasets by name or path, with one module for each kind of source.
 
-A new dataset is one new file with a loader, and one line in `DATASETS`, which also says what is true of the set.
+To add a dataset, add a module with a loader, and a line in `DATASETS` with its traits.
 """
 
 import difflib
@@ -26,16 +26,16 @@ from bdjax.types import Dataset, TrainTest
 __all__ = ["DATASETS", "TFDS_PREFIX", "Source", "Traits", "check_like", "load", "load_suspect", "traits"]
 
 Loader = Callable[[tuple[Path, ...], bool], TrainTest]
-"""`loader(folders, download)`: looks in the folders in order, then fetches if it may."""
+"""`loader(folders, download)` searches the folders in order, then downloads if allowed."""
 
 
 class Traits(NamedTuple):
-    """What is true of a dataset, and decides on the defaults of runs on it."""
+    """Properties of a dataset that determine the defaults of runs on it."""
 
     flips: bool = False
-    """a mirrored picture is of the same class"""
+    """whether a mirrored image has the same class"""
     like: str | None = None
-    """another set, whose sizes and schedules of quick runs fit; None if it resembles no other"""
+    """a similar dataset, whose sizes and schedules quick runs use; None if there is none"""
 
 
 class Source(NamedTuple):
@@ -58,19 +58,19 @@ DATASETS: Mapping[str, Source] = {
 
 
 def traits(name_or_path: str) -> Traits:
-    """What is true of a dataset: of a name in `DATASETS`, what stands there; of anything else nothing is known."""
+    """The traits of a dataset in `DATASETS`; the defaults for anything else."""
     return DATASETS[name_or_path].traits if name_or_path in DATASETS else Traits()
 
 
 def check_like(like: str | None, where: str) -> str | None:
-    """A named dataset whose settings are to be adopted, as it is; None for none.
+    """Check the name of a dataset whose settings to use, and return it.
 
     Args:
         like: a key of `DATASETS`, or None.
-        where: what the message calls it: "--like".
+        where: its name in the error message: "--like".
 
     Raises:
-        InputError: there is no such dataset.
+        InputError: if the dataset is unknown.
     """
     if like is not None and like not in DATASETS:
         raise InputError(f"{where} {like!r} is not one of {', '.join(DATASETS)}")
@@ -82,17 +82,17 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
 
     Args:
         name_or_path: A name in `DATASETS`; "tfds:NAME" for a prepared set of TensorFlow Datasets; a folder of images
-            with a sub-folder for each class; or an .npz file. A name goes before a folder that is called the same:
+            with a sub-folder for each class; or an .npz file. A name takes precedence over a folder of the same name:
             write "./mnist" for the folder.
-        data_dir: Where named sets are looked for first; then in $BDJAX_DATA_DIR, then in the user's cache.
-        download: Whether to fetch a named set that is nowhere, into the cache. Its checksum is verified then.
+        data_dir: The folder to search first for named sets; then $BDJAX_DATA_DIR and the user's cache are searched.
+        download: Whether to download a named set that is not found, into the cache. Its checksum is verified.
 
     Returns:
         The training and the test rows: images uint8 [N, H, W, C], labels int32 [N].
 
     Raises:
-        InputError: If there is no such dataset, or a file is missing or not what it should be. One line that says what
-            is wrong and what would be right.
+        InputError: If the dataset is unknown, or a file is missing or invalid. One line that says what is wrong and what
+            would be right.
     """
     published = _load_published(name_or_path, data_dir, download)
     if published is not None:
@@ -102,9 +102,9 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
 
 
 def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
-    """Loads every row of third-party training data, to be looked at for poison.
+    """Loads every row of third-party training data, to be checked for poison.
 
-    `load` sets a fifth of the rows aside for testing where a set comes without a split; here those are looked at as well.
+    Where a set has no split, `load` sets a fifth of the rows aside for testing; this function returns those as well.
 
     Args:
         name_or_path: As for `load`.
@@ -113,10 +113,10 @@ def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *
 
     Returns:
         The training part of a set by name, of a folder that has `train`, and of an .npz with `train_images`; of any other
-        folder or .npz all rows, in its order. A `PoisonedDataset` where an .npz tells which rows are poisoned.
+        folder or .npz all rows, in its order. A `PoisonedDataset` if an .npz says which rows are poisoned.
 
     Raises:
-        InputError: As `load`; a folder may have `train` without a test part, and any number of images a class.
+        InputError: As `load`; but a folder may have `train` without a test part, and any number of images per class.
     """
     published = _load_published(name_or_path, data_dir, download)
     if published is not None:
@@ -142,10 +142,10 @@ def _existing_path(name_or_path: str) -> Path:
     if name_or_path and path.exists():
         raise InputError(f"{path}: is neither a folder of images nor an .npz file")
     if path.suffix or len(path.parts) > 1:
-        raise InputError(f"{path}: there is no such file or folder")
+        raise InputError(f"{path}: no such file or folder")
     close = difflib.get_close_matches(name_or_path.lower(), DATASETS, n=1)
-    suggestion = f" (is {close[0]} meant?)" if close else ""
+    suggestion = f" (did you mean {close[0]}?)" if close else ""
     raise InputError(
-        f"{name_or_path!r}: there is no such dataset, folder or file{suggestion}; there are {', '.join(DATASETS)}, "
-        f"{TFDS_PREFIX}NAME, a folder of images by its path, and an .npz file by its path"
+        f"{name_or_path!r}: no such dataset, folder or file{suggestion}; datasets are {', '.join(DATASETS)}, "
+        f"{TFDS_PREFIX}NAME, or the path of a folder of images or of an .npz file"
     )

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, from the binary and the Python version, packed or not."""
+"""CIFAR-10 and CIFAR-100, from the binary or the Python version, unpacked or as an archive."""
 
 import gzip
 import io
@@ -45,11 +45,11 @@ class _Format(NamedTuple):
     num_classes: int
     class_names: tuple[str, ...]
     label_bytes: int
-    """of a binary record; the last is the label"""
+    """number of label bytes in a binary record; the last is the label"""
     label_key: bytes
-    """of a Python batch"""
+    """key of the labels in a Python batch"""
     rows_per_file: int
-    """the most, of a training file"""
+    """maximum number of rows in a training file"""
     versions: tuple[_Version, ...]
     remote: RemoteFile
 
@@ -101,13 +101,13 @@ def load_cifar10(folders: Sequence[Path], download: bool) -> TrainTest:
     Args:
         folders: Where to look for the unpacked folder (`cifar-10-batches-bin`, `cifar-10-batches-py`) or the archive
             (`cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz`), as the publisher names them.
-        download: Whether to fetch the archive if it is nowhere.
+        download: Whether to download the archive if nothing is found.
 
     Returns:
         The publisher's split.
 
     Raises:
-        InputError: If the files are nowhere, incomplete, damaged, or pickles that hold more than arrays.
+        InputError: If the files are not found, incomplete, damaged, or pickles that contain more than arrays.
     """
     return _load(_CIFAR10, folders, download)
 
@@ -118,42 +118,42 @@ def load_cifar100(folders: Sequence[Path], download: bool) -> TrainTest:
     Args:
         folders: Where to look for the unpacked folder (`cifar-100-binary`, `cifar-100-python`) or the archive
             (`cifar-100-binary.tar.gz`, `cifar-100-python.tar.gz`), as the publisher names them.
-        download: Whether to fetch the archive if it is nowhere.
+        download: Whether to download the archive if nothing is found.
 
     Returns:
         The publisher's split.
 
     Raises:
-        InputError: If the files are nowhere, incomplete, damaged, or pickles that hold more than arrays.
+        InputError: If the files are not found, incomplete, damaged, or pickles that contain more than arrays.
     """
     return _load(_CIFAR100, folders, download)
 
 
 def read_pickle(data: bytes, where: object) -> Any:
-    """Reads a pickle that holds nothing but plain values and NumPy arrays. Runs no code that the file chooses.
+    """Reads a pickle of plain values and NumPy arrays, without running any code from the file.
 
     Args:
         data: The content of the file.
-        where: The file to name if something is wrong.
+        where: The file's name for error messages.
 
     Returns:
         The value; arrays are `PickledArray`.
 
     Raises:
-        InputError: If the file asks for anything else, or is damaged.
+        InputError: If the file contains anything else, or is damaged.
     """
     try:
         return _ArrayUnpickler(io.BytesIO(data), where).load()
     except InputError:
         raise
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+    except Exception as error:  # the unpickler raises almost any exception on a damaged pickle
         raise InputError(f"{where}: is not an intact pickle ({one_line(error)})") from error
 
 
 class PickledArray:
-    """Stands in for `numpy.ndarray` in an unpickler: it keeps what the file says of an array and interprets nothing.
+    """Replaces `numpy.ndarray` in an unpickler: it stores the file's description of an array without interpreting it.
 
-    NumPy's own `__setstate__` is C code that trusts its input; this class lets `as_array` check it first.
+    NumPy's own `__setstate__` is C code that trusts its input; here `as_array` checks it first.
     """
 
     def __init__(self, *arguments: Any):
@@ -164,23 +164,23 @@ class PickledArray:
         self.state = state
 
     def as_array(self) -> np.ndarray:
-        """Returns the array, uint8; raises ValueError if it is not a whole array of uint8 in C or Fortran order."""
+        """Returns the array, uint8; raises ValueError if it is not a complete uint8 array in C or Fortran order."""
         if self.state is None:  # protocol 5: _frombuffer(content, dtype, shape, order)
             content, dtype, shape, order = self.arguments
         else:
             _, shape, dtype, is_fortran, content = self.state
             order = "F" if is_fortran else "C"
         if not isinstance(dtype, PickledArray) or dtype.arguments[:1] not in (("u1",), (b"u1",)):
-            raise ValueError("an array is not of uint8")
+            raise ValueError("an array is not uint8")
         if not isinstance(content, bytes | bytearray) or order not in ("C", "F"):
-            raise ValueError("an array's content is not bytes")
+            raise ValueError("the content of an array is not bytes")
         return np.frombuffer(bytes(content), np.uint8).reshape(shape, order=order)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    # How Python 3 writes bytes by protocol 2, as in arrays that were pickled again for old readers.
+    # Python 3 writes bytes this way in protocol 2, which some re-pickled files use.
     if encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are not encoded by latin1")
+        raise ValueError("bytes are not encoded as latin1")
     return text.encode("latin1")
 
 
@@ -197,15 +197,15 @@ _ALLOWED_GLOBALS = {
 
 class _ArrayUnpickler(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, where: object):
-        # CIFAR's pickles are Python 2's, whose strings are bytes.
+        # CIFAR was pickled by Python 2, whose strings are bytes.
         super().__init__(file, encoding="bytes")
         self._where = where
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED_GLOBALS:
             raise InputError(
-                f"{self._where}: this pickle asks for {one_line(module)}.{one_line(name)}, which may run code, and was "
-                "refused; a CIFAR batch holds only NumPy arrays and lists"
+                f"{self._where}: this pickle refers to {one_line(module)}.{one_line(name)}, which may run code, so it was "
+                "not loaded; a CIFAR batch contains only NumPy arrays and lists"
             )
         return _ALLOWED_GLOBALS[module, name]
 
@@ -213,18 +213,18 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _load(cifar: _Format, folders: Sequence[Path], download: bool) -> TrainTest:
     found = _find(cifar, folders)
     if found is None:
-        looked_for = " or ".join(name for version in cifar.versions for name in (version.folder, version.archive))
+        wanted = " or ".join(name for version in cifar.versions for name in (version.folder, version.archive))
         if not download:
-            raise not_found(cifar.name, looked_for, folders, download_hint((cifar.remote,), folders[0], download))
+            raise not_found(cifar.name, wanted, folders, download_hint((cifar.remote,), folders[0], download))
         try:
             fetched = fetch((cifar.remote,), "")
         except InputError as error:
             hint = download_hint((cifar.remote,), folders[0], download, error)
-            raise not_found(cifar.name, looked_for, folders, hint) from error
+            raise not_found(cifar.name, wanted, folders, hint) from error
         found = cifar.versions[0], fetched[cifar.remote.file_name]
     version, path = found
-    wanted = (*version.train_files, version.test_file)
-    files = _read_folder(path, wanted, cifar) if path.is_dir() else _read_archive(path, version, wanted, cifar)
+    names = (*version.train_files, version.test_file)
+    files = _read_folder(path, names, cifar) if path.is_dir() else _read_archive(path, version, names, cifar)
     return TrainTest(
         _read_part(cifar, version, path, files, version.train_files, 50_000),
         _read_part(cifar, version, path, files, (version.test_file,), 10_000),
@@ -243,13 +243,13 @@ def _find(cifar: _Format, folders: Sequence[Path]) -> tuple[_Version, Path] | No
 
 
 def _maximum_bytes(cifar: _Format) -> int:
-    # A Python batch also names the file that each row came from, and holds each label as a few bytes.
+    # A Python batch also contains the file name of each row, and takes a few bytes for each label.
     return cifar.rows_per_file * (_PIXEL_BYTES + 100)
 
 
 def _check_size(num_bytes: int, where: object, cifar: _Format) -> None:
     if num_bytes > _maximum_bytes(cifar):
-        raise InputError(f"{where}: has {num_bytes} bytes; no file of {cifar.name} has over {_maximum_bytes(cifar)}")
+        raise InputError(f"{where}: has {num_bytes} bytes; files of {cifar.name} have at most {_maximum_bytes(cifar)}")
 
 
 def _read_folder(folder: Path, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
@@ -260,7 +260,7 @@ def _read_folder(folder: Path, wanted: tuple[str, ...], cifar: _Format) -> dict[
             _check_size(path.stat().st_size, path, cifar)
             files[name] = path.read_bytes()
         except FileNotFoundError as error:
-            raise InputError(f"{path}: is missing; {folder.name} must hold {', '.join(wanted)}") from error
+            raise InputError(f"{path}: is missing; {folder.name} must contain {', '.join(wanted)}") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
     return files
@@ -270,24 +270,22 @@ def _read_archive(path: Path, version: _Version, wanted: tuple[str, ...], cifar:
     files = {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            # In the order of the archive, in memory: nothing is written to disk, whatever the members are called.
+            # Members are read into memory in the archive's order; none is written to disk.
             for position, member in enumerate(archive):
                 _check_size(member.size, f"{path}, member {one_line(member.name)}", cifar)
                 if position >= _MAXIMUM_TAR_MEMBERS:
-                    raise InputError(f"{path}: has over {_MAXIMUM_TAR_MEMBERS} members; the publisher's has 8")
+                    raise InputError(f"{path}: has over {_MAXIMUM_TAR_MEMBERS} members; the published archive has 8")
                 folder, _, name = member.name.removeprefix("./").partition("/")
                 if folder == version.folder and name in wanted and member.isfile():
                     files[name] = archive.extractfile(member).read()
-            # gzip verifies its checksum at its end, which lies behind the end of the tar archive.
+            # gzip verifies its checksum at the end of the file, which is after the end of the tar archive.
             if len(stream.read(_MAXIMUM_PADDING_BYTES + 1)) > _MAXIMUM_PADDING_BYTES:
-                raise InputError(
-                    f"{path}: goes on for over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive"
-                )
+                raise InputError(f"{path}: has over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive")
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); fetch it again") from error
+        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); download it again") from error
     missing = [name for name in wanted if name not in files]
     if missing:
-        raise InputError(f"{path}: holds no {version.folder}/{missing[0]}; it must hold {', '.join(wanted)}")
+        raise InputError(f"{path}: does not contain {version.folder}/{missing[0]}; it must contain {', '.join(wanted)}")
     return files
 
 
@@ -304,7 +302,7 @@ def _read_part(
         where = path / name if path.is_dir() else f"{path}, member {version.folder}/{name}"
         read = _read_python_batch if version.is_python else _read_binary_batch
         pixels, batch_labels = read(files[name], cifar, where)
-        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # CIFAR has the channels first
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # CIFAR stores channels first
         labels.append(as_int32_labels(batch_labels, cifar.num_classes, where))
     all_labels = np.concatenate(labels)
     source = f"{path} ({describe_rows(len(all_labels), num_published)})"
@@ -318,7 +316,7 @@ def _read_binary_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.n
     num_rows, rest = divmod(len(data), record_bytes)
     if rest or not 1 <= num_rows <= cifar.rows_per_file:
         raise InputError(
-            f"{where}: has {len(data)} bytes; 1 to {cifar.rows_per_file} records of {record_bytes} bytes would be right"
+            f"{where}: has {len(data)} bytes; it must have 1 to {cifar.rows_per_file} records of {record_bytes} bytes"
         )
     records = np.frombuffer(data, np.uint8).reshape(num_rows, record_bytes)
     return records[:, cifar.label_bytes :], records[:, cifar.label_bytes - 1]
@@ -327,8 +325,8 @@ def _read_binary_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.n
 def _read_python_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.ndarray, np.ndarray]:
     batch = read_pickle(data, where)
     if not isinstance(batch, dict):
-        raise InputError(f"{where}: holds a {type(batch).__name__}; a dict with data and labels would be right")
-    # A file that was pickled again by Python 3 has str keys.
+        raise InputError(f"{where}: contains a {type(batch).__name__}; it must contain a dict with data and labels")
+    # A file re-pickled by Python 3 has str keys.
     batch = {key.encode() if isinstance(key, str) else key: value for key, value in batch.items()}
     pixels, labels = batch.get(b"data"), batch.get(cifar.label_key)
     try:
@@ -337,11 +335,10 @@ def _read_python_batch(data: bytes, cifar: _Format, where: object) -> tuple[np.n
         raise InputError(f"{where}: data is not an intact uint8 array ({one_line(error)})") from error
     if pixels.ndim != 2 or pixels.shape[1] != _PIXEL_BYTES or not 1 <= len(pixels) <= cifar.rows_per_file:
         raise InputError(
-            f"{where}: data has the shape {list(pixels.shape)}; 1 to {cifar.rows_per_file} rows of {_PIXEL_BYTES} "
-            "would be right"
+            f"{where}: data has shape {list(pixels.shape)}; it must have 1 to {cifar.rows_per_file} rows of {_PIXEL_BYTES}"
         )
     if not isinstance(labels, list) or any(type(label) is not int or abs(label) >= 1 << 31 for label in labels):
         raise InputError(f"{where}: {cifar.label_key.decode()} is not a list of integers")
     if len(labels) != len(pixels):
-        raise InputError(f"{where}: holds {len(pixels)} images and {len(labels)} labels; there must be as many of both")
+        raise InputError(f"{where}: has {len(pixels)} images and {len(labels)} labels; the numbers must be equal")
     return pixels, np.array(labels, np.int64)

@@ -1,4 +1,4 @@
-"""Image files to pixels, by Pillow, from files that nobody vouches for."""
+"""Decoding of untrusted image files with Pillow."""
 
 import io
 import warnings
@@ -11,12 +11,12 @@ from PIL import Image
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 
-# Pillow goes by content, not by extension, and some of its other readers start external programs (EPS: Ghostscript).
+# Pillow detects the format from the content, and some of its other readers start external programs (EPS: Ghostscript).
 _FORMATS = ("PNG", "JPEG", "PPM", "BMP", "WEBP")
 _MAXIMUM_PIXELS = 1 << 25
 _MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 RESIZED = (32, 32)
-"""(height, width) of what is resized because its images differ in size."""
+"""(height, width) that images are resized to if their sizes differ."""
 
 
 class ImageHeader(NamedTuple):
@@ -30,26 +30,26 @@ def read_header(data: bytes, where: object) -> ImageHeader:
 
     Args:
         data: The content of a PNG, JPEG, PPM, BMP or WebP file.
-        where: The file to name if something is wrong.
+        where: The file's name for error messages.
 
     Returns:
         The header.
 
     Raises:
-        InputError: If this is not such a file, is too large, or has more than 8 bits a channel.
+        InputError: If the file has another format, is too large, or has more than 8 bits per channel.
     """
     with _open(data, where) as image:
         return ImageHeader((image.height, image.width), image.mode == "L")
 
 
 def read_pixels(data: bytes, where: object, *, size: tuple[int, int] | None, grey: bool = False) -> np.ndarray:
-    """Decodes an image and resizes it (bilinear, whole frame) if it is not of the size asked for.
+    """Decodes an image and resizes it (bilinear, without cropping) if it does not have the requested size.
 
     Args:
         data: The content of a PNG, JPEG, PPM, BMP or WebP file.
-        where: The file to name if something is wrong.
-        size: (height, width) to return; None for the image's own.
-        grey: One channel instead of three.
+        where: The file's name for error messages.
+        size: (height, width) of the result; None for the image's own size.
+        grey: Whether to return one channel instead of three.
 
     Returns:
         uint8 [height, width, 1 or 3].
@@ -60,10 +60,10 @@ def read_pixels(data: bytes, where: object, *, size: tuple[int, int] | None, gre
     with _open(data, where) as image:
         try:
             if image.mode == "P":
-                image = image.convert("RGBA")  # else Pillow warns of palettes that have transparency
+                image = image.convert("RGBA")  # otherwise Pillow warns about palettes with transparency
             image = image.convert("L" if grey else "RGB")
-        except Exception as error:  # Pillow's decoders raise all sorts on damaged files
-            raise InputError(f"{where}: is damaged ({one_line(error)}); a whole image file is needed") from error
+        except Exception as error:  # Pillow's decoders raise almost any exception on a damaged file
+            raise InputError(f"{where}: is damaged ({one_line(error)}); an intact image file is needed") from error
         height, width = size or (image.height, image.width)
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -71,13 +71,13 @@ def read_pixels(data: bytes, where: object, *, size: tuple[int, int] | None, gre
 
 
 def common_size(headers: Sequence[ImageHeader]) -> tuple[tuple[int, int], str]:
-    """Decides the one size of a set of images.
+    """Determines the common size of a set of images.
 
     Args:
-        headers: Those of all images, at least one.
+        headers: The headers of all images, at least one.
 
     Returns:
-        (height, width), which is 32 by 32 if the images differ in size, and what `source` has to say of it.
+        (height, width), which is 32 by 32 if the sizes differ; and a note on resizing for `source`.
     """
     sizes = {header.size for header in headers}
     if len(sizes) == 1:
@@ -93,7 +93,7 @@ def _open(data: bytes, where: object) -> Image.Image:
     except Exception as error:
         raise InputError(f"{where}: cannot be read as an image; a PNG, JPEG, PPM, BMP or WebP is needed") from error
     if image.width * image.height > _MAXIMUM_PIXELS:
-        raise InputError(f"{where}: has {image.width}x{image.height} pixels; at most {_MAXIMUM_PIXELS} are read")
+        raise InputError(f"{where}: has {image.width}x{image.height} pixels; the limit is {_MAXIMUM_PIXELS} pixels")
     if image.mode not in _MODES:
-        raise InputError(f"{where}: has pixels of Pillow's mode {image.mode}; 8 bits a channel are needed")
+        raise InputError(f"{where}: has Pillow's pixel mode {image.mode}; 8 bits per channel are needed")
     return image

@@ -1,4 +1,4 @@
-"""The 8x8 handwritten digits that scikit-learn carries: the set that needs no files and no network."""
+"""The 8x8 handwritten digits that come with scikit-learn, so no files or downloads are needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ def load_digits(folders: Sequence[Path] = (), download: bool = True) -> TrainTes
     """Loads the digits: 1797 rows of [8, 8, 1], 10 classes, split 80/20 the same way every time.
 
     Args:
-        folders: Unused; every loader takes them.
+        folders: Unused.
         download: Unused.
 
     Returns:
         The split set; grey levels 0..16 become 0..255, rounded.
     """
-    from sklearn import datasets  # takes a second, which only this set has to spend
+    from sklearn import datasets  # slow to import, so only where needed
 
     bunch = datasets.load_digits()
     images = np.rint(bunch.images * (255 / _BRIGHTEST)).astype(np.uint8)

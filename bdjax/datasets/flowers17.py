@@ -1,10 +1,10 @@
 """Flowers-17 (Nilsback & Zisserman 2006), 17 classes of 80 images each, as published or with one folder for each class.
 
-The publisher's archive has the images in the order of the classes, 80 after 80, and nothing else that tells them apart. The
-publisher's own splits leave 20 images a class for testing. RobustKD has 70 for training and 10 for testing and does not say
-which: here the last 10 of each class are for testing.
+The published archive has the images in the order of the classes, 80 of each, without any other labels. The published splits
+leave 20 images of each class for testing. RobustKD has 70 for training and 10 for testing without saying which; here the last
+10 of each class are for testing.
 
-The archive's MD5 is the one that other libraries' loaders print.
+The archive's MD5 comes from other libraries' loaders.
 """
 
 import gzip
@@ -30,11 +30,11 @@ _ARCHIVE = RemoteFile(
 _FOLDERS = ("flowers17", "17flowers")
 _NUM_TRAIN_ROWS, _NUM_TEST_ROWS = 1_190, 170
 _IMAGES_PER_CLASS = 80
-_TEST_SHARE = 8  # one in eight: 10 of 80
+_TEST_SHARE = 8  # one in eight images: 10 of 80
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAXIMUM_FILE_BYTES = 4 << 20
 _MAXIMUM_ARCHIVE_MEMBERS = 5_000
-_MAXIMUM_ARCHIVE_BYTES = 1 << 29  # the publisher's has 60 MB
+_MAXIMUM_ARCHIVE_BYTES = 1 << 29  # the published archive has 60 MB
 _MAXIMUM_PADDING_BYTES = 1 << 20
 _CLASS_NAMES = (
     "daffodil",
@@ -64,29 +64,29 @@ class _Files(NamedTuple):
 
     source: Path
     read: Mapping[str, Callable[[], bytes]]
-    """name -> its content"""
+    """name -> function that returns the content"""
     where: Callable[[str], str]
-    """the file, for a message"""
+    """name -> the file, for error messages"""
 
 
 def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
-    """Loads Flowers-17: 17 classes, the whole frame of each image resized to [32, 32, 3], 1,190 and 170 rows.
+    """Loads Flowers-17: 17 classes, each image resized to [32, 32, 3] without cropping, 1,190 and 170 rows.
 
-    Two layouts are known, both in a folder `flowers17` or `17flowers` or in `17flowers.tgz`: the publisher's,
-    `jpg/image_0001.jpg` to `jpg/image_1360.jpg`; and one folder for each class. Folders that bear the flowers' names have
-    the publisher's labels, others are labelled in the order of their names. A part of the set does as well, with at least
-    two images of each class.
+    There are two layouts, both in a folder `flowers17` or `17flowers` or in `17flowers.tgz`: the published one,
+    `jpg/image_0001.jpg` to `jpg/image_1360.jpg`; and one folder for each class. Folders with the flowers' names get the
+    published labels; otherwise labels follow the order of the folder names. A subset is accepted if it has at least two images of each
+    class.
 
     Args:
-        folders: Where to look; the folders go before the archive.
-        download: Whether to fetch the archive if it is nowhere.
+        folders: Where to look; an unpacked folder takes precedence over the archive.
+        download: Whether to download the archive if nothing is found.
 
     Returns:
-        The last of each class, by name, for testing: 10 of 80, or one in eight and at least one of another number; the
-        others for training.
+        The last images of each class, by name, for testing: 10 of 80, or of another number one in eight and at least one; the
+        rest for training.
 
     Raises:
-        InputError: If the files are nowhere or damaged, or a class has less than two images.
+        InputError: If the files are not found or damaged, or a class has fewer than two images.
     """
     for folder in folders:
         roots = [folder / name for name in _FOLDERS if (folder / name).is_dir()]
@@ -96,14 +96,14 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
         for root in (*roots, folder):
             if (root / _ARCHIVE.file_name).is_file():
                 return _load(_packed(root / _ARCHIVE.file_name))
-    looked_for = f"folder {_FOLDERS[0]} or archive {_ARCHIVE.file_name}"
+    wanted = f"folder {_FOLDERS[0]} or archive {_ARCHIVE.file_name}"
     if not download:
-        raise not_found("flowers17", looked_for, folders, download_hint((_ARCHIVE,), folders[0], download))
+        raise not_found("flowers17", wanted, folders, download_hint((_ARCHIVE,), folders[0], download))
     try:
         fetched = fetch((_ARCHIVE,), "")
     except InputError as error:
         hint = download_hint((_ARCHIVE,), folders[0], download, error)
-        raise not_found("flowers17", looked_for, folders, hint) from error
+        raise not_found("flowers17", wanted, folders, hint) from error
     return _load(_packed(fetched[_ARCHIVE.file_name]))
 
 
@@ -118,34 +118,32 @@ def _unpacked(root: Path) -> _Files:
 
 
 def _packed(path: Path) -> _Files:
-    """The images of an archive, in memory: nothing is written to disk, whatever the members are called."""
+    """The images of an archive, read into memory; nothing is written to disk."""
     contents: dict[str, bytes] = {}
     total = 0
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for position, member in enumerate(archive):
                 if position >= _MAXIMUM_ARCHIVE_MEMBERS:
-                    raise InputError(f"{path}: has over {_MAXIMUM_ARCHIVE_MEMBERS} members; the publisher's has 1,363")
+                    raise InputError(
+                        f"{path}: has over {_MAXIMUM_ARCHIVE_MEMBERS} members; the published archive has 1,363"
+                    )
                 if member.size > _MAXIMUM_FILE_BYTES:
                     raise InputError(
-                        f"{path}, member {one_line(member.name)}: unpacks to {member.size} bytes; no file of Flowers-17 has "
-                        f"over {_MAXIMUM_FILE_BYTES}"
+                        f"{path}, member {one_line(member.name)}: unpacks to {member.size} bytes; files of Flowers-17 "
+                        f"have at most {_MAXIMUM_FILE_BYTES}"
                     )
                 total += member.size
                 if total > _MAXIMUM_ARCHIVE_BYTES:
-                    raise InputError(
-                        f"{path}: unpacks to over {_MAXIMUM_ARCHIVE_BYTES} bytes; at most so many are read"
-                    )
+                    raise InputError(f"{path}: unpacks to more than the limit of {_MAXIMUM_ARCHIVE_BYTES} bytes")
                 name = member.name.removeprefix("./")
-                if member.isfile() and _is_image(name):  # a link is no file
+                if member.isfile() and _is_image(name):  # links are ignored
                     contents[name] = archive.extractfile(member).read()
-            # gzip verifies its checksum at its end, which lies behind the end of the tar archive.
+            # gzip verifies its checksum at the end of the file, which is after the end of the tar archive.
             if len(stream.read(_MAXIMUM_PADDING_BYTES + 1)) > _MAXIMUM_PADDING_BYTES:
-                raise InputError(
-                    f"{path}: goes on for over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive"
-                )
+                raise InputError(f"{path}: has over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive")
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); fetch it again") from error
+        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); download it again") from error
     return _Files(
         path,
         {name: partial(bytes, content) for name, content in contents.items()},
@@ -161,7 +159,7 @@ def _is_image(name: str) -> bool:
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large; no file of Flowers-17 has over {_MAXIMUM_FILE_BYTES} bytes")
+            raise InputError(f"{path}: is too large; files of Flowers-17 have at most {_MAXIMUM_FILE_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
@@ -176,8 +174,8 @@ def _load(files: _Files) -> TrainTest:
                 f"{files.source}: has {len(names)} image(s) of class {label} ({class_names[label]}); at least 2 are needed"
             )
         first_of_test = len(names) - max(1, len(names) // _TEST_SHARE)
-        for part, own in zip(parts, (names[:first_of_test], names[first_of_test:]), strict=True):
-            part += [(name, label) for name in own]
+        for part, part_names in zip(parts, (names[:first_of_test], names[first_of_test:]), strict=True):
+            part += [(name, label) for name in part_names]
     train, test = parts
     return TrainTest(
         _decode(files, class_names, train, _NUM_TRAIN_ROWS, "first"),
@@ -186,7 +184,7 @@ def _load(files: _Files) -> TrainTest:
 
 
 def _find_classes(files: _Files) -> tuple[tuple[str, ...], list[list[str]]]:
-    """The classes' names, and the sorted names of each one's images."""
+    """The names of the classes, and the sorted image names of each class."""
     numbered = {name: re.fullmatch(r"(?:jpg/)?image_([0-9]{4})\.jpg", name) for name in sorted(files.read)}
     if any(numbered.values()):
         classes: list[list[str]] = [[] for _ in _CLASS_NAMES]
@@ -197,23 +195,23 @@ def _find_classes(files: _Files) -> tuple[tuple[str, ...], list[list[str]]]:
                 raise InputError(f"{files.where(name)}: is not one of image_0001.jpg to image_{last:04d}.jpg")
             classes[(number - 1) // _IMAGES_PER_CLASS].append(name)
         return _CLASS_NAMES, classes
-    of_folder: dict[str, list[str]] = {}
+    files_of: dict[str, list[str]] = {}
     for name in sorted(files.read):
-        of_folder.setdefault(name.rpartition("/")[0], []).append(name)
-    if len(of_folder) != len(_CLASS_NAMES):
+        files_of.setdefault(name.rpartition("/")[0], []).append(name)
+    if len(files_of) != len(_CLASS_NAMES):
         raise InputError(
-            f"{files.source}: has {len(of_folder)} folders of images; {len(_CLASS_NAMES)} are needed, one for each class, or "
-            f"jpg/image_0001.jpg and so on (an image folder of another kind is loaded by its path)"
+            f"{files.source}: has {len(files_of)} folders of images; {len(_CLASS_NAMES)} are needed, one for each class, or "
+            f"jpg/image_0001.jpg and so on (give any other folder of images by its path)"
         )
     published = {_letters(name): name for name in _CLASS_NAMES}
-    known = {published.get(_letters(folder.rpartition("/")[2])): own for folder, own in of_folder.items()}
-    if set(known) == set(_CLASS_NAMES):
-        return _CLASS_NAMES, [known[name] for name in _CLASS_NAMES]
-    return tuple(one_line(folder.rpartition("/")[2]) for folder in of_folder), list(of_folder.values())
+    named = {published.get(_letters(folder.rpartition("/")[2])): names for folder, names in files_of.items()}
+    if set(named) == set(_CLASS_NAMES):
+        return _CLASS_NAMES, [named[name] for name in _CLASS_NAMES]
+    return tuple(one_line(folder.rpartition("/")[2]) for folder in files_of), list(files_of.values())
 
 
 def _letters(name: str) -> str:
-    """A flower's name without case, spaces and signs: LilyValley, lily_valley, Lily Valley."""
+    """A flower's name in lower case, without spaces and punctuation: the same for LilyValley, lily_valley, Lily Valley."""
     letters = re.sub(r"[^a-z]", "", name.lower())
     return _ALIASES.get(letters, letters)
 

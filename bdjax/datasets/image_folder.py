@@ -17,67 +17,67 @@ _MAXIMUM_FILE_BYTES = 1 << 28
 
 class _Part(NamedTuple):
     prefix: str
-    """of its files' names: "train/", "test/", "val/", or "" for a folder without parts"""
+    """prefix of its file names: "train/", "test/", "val/", or "" for a folder without a split"""
     folder: Path
     classes: dict[str, list[Path]]
-    """each class's files"""
+    """class name -> files"""
 
 
 class _Form(NamedTuple):
-    """What the images of all parts are brought to."""
+    """The common form of all images."""
 
     size: tuple[int, int]
     """(height, width)"""
     is_grey: bool
     note: str
-    """for `source`"""
+    """note on resizing for `source`"""
 
 
 def load_image_folder(path: Path) -> TrainTest:
     """Loads a folder of images; the classes are its sub-folders, by name.
 
     Args:
-        path: Holds one sub-folder for each class, or `train` and one of `test` and `val` that do. Other files than
-            .png, .jpg, .jpeg, .ppm, .bmp and .webp are passed over, and so are hidden folders.
+        path: A folder with a sub-folder for each class; or with `train`, and `test` or `val`, which have one. Hidden folders
+            and files other than .png, .jpg, .jpeg, .ppm, .bmp and .webp are ignored.
 
     Returns:
-        The folder's own split, or a fixed stratified 80/20 one. Images are [H, W, 1] if every one is grey, otherwise
-        [H, W, 3]; if they differ in size, all are resized to 32x32 and `source` says so. `files` is relative to `path`.
+        The folder's own split, or a fixed stratified 80/20 split. Images are [H, W, 1] if all are grey, otherwise [H, W, 3].
+        If sizes differ, all are resized to 32x32 and `source` says so. `files` is relative to `path`.
 
     Raises:
-        InputError: If there are not at least two classes with images, the test classes are not among those of training,
-            or an image cannot be read.
+        InputError: If there are fewer than two classes with images, a test class is not a training class, or an image
+            cannot be read.
     """
     parts = _parts(path)
     if len(parts) == 1 and parts[0].prefix:
-        raise InputError(f"{path}: has train/ but neither test/ nor val/; with both, they are the split")
+        raise InputError(f"{path}: has train/ but neither test/ nor val/; one of them is needed for the test images")
     form = _common_form(parts)
     datasets = [_read_part(path, part, parts[0], form) for part in parts]
     return TrainTest(*datasets) if len(datasets) == 2 else _split(datasets[0])
 
 
 def load_suspect_image_folder(path: Path) -> Dataset:
-    """Loads every image of a folder that was meant for training.
+    """Loads all training images of a folder.
 
     Args:
-        path: As for `load_image_folder`; or it holds `train` alone.
+        path: As for `load_image_folder`; but `train` alone is enough.
 
     Returns:
-        What is in `train`, as `load_image_folder` gives it, or else all rows: the classes by name, the files of each by
-        name.
+        The images in `train`, as from `load_image_folder`, or all images if there is no `train`: classes by name, and the
+        files of each class by name.
 
     Raises:
-        InputError: As `load_image_folder`, but for how many images a class needs: here, one.
+        InputError: As `load_image_folder`, but one image per class is enough.
     """
     parts = _parts(path)
     return _read_part(path, parts[0], parts[0], _common_form(parts))
 
 
 def _parts(path: Path) -> list[_Part]:
-    """Finds the training part, or the whole folder, and then the test part, if there is one."""
+    """Finds the training part (or the whole folder), and the test part if there is one."""
     subfolders = {folder.name: folder for folder in _subfolders(path)}
     test = subfolders.get("test", subfolders.get("val"))
-    if "train" not in subfolders or (test is None and len(subfolders) > 1):  # a class may be called so
+    if "train" not in subfolders or (test is None and len(subfolders) > 1):  # "train" may be a class
         return [_Part("", path, _training_classes(path))]
     train = _Part("train/", subfolders["train"], _training_classes(subfolders["train"]))
     if test is None:
@@ -87,7 +87,7 @@ def _parts(path: Path) -> list[_Part]:
         raise InputError(f"{test}: has no sub-folders; one is needed for each class")
     unknown = sorted(set(test_classes) - set(train.classes))
     if unknown:
-        raise InputError(f"{test / unknown[0]}: is a class that {train.folder} does not have")
+        raise InputError(f"{test / unknown[0]}: is not a class in {train.folder}")
     return [train, _Part(f"{test.name}/", test, test_classes)]
 
 
@@ -100,7 +100,9 @@ def _class_files(path: Path) -> dict[str, list[Path]]:
     for folder in _subfolders(path):
         classes[folder.name] = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
         if not classes[folder.name]:
-            raise InputError(f"{folder}: holds no images; each sub-folder is a class and needs {', '.join(_SUFFIXES)}")
+            raise InputError(
+                f"{folder}: contains no images; each sub-folder is a class and needs {', '.join(_SUFFIXES)}"
+            )
     return classes
 
 
@@ -146,15 +148,15 @@ def _split(dataset: Dataset) -> TrainTest:
     rows_of_parts = fixed_test_split(dataset.labels)
     if len(rows_of_parts[1]) == 0:
         raise InputError(
-            f"{dataset.source}: 20 % of each class, for testing, is less than one image; give each class at least 3"
+            f"{dataset.source}: 20 % of each class, for testing, is less than one image; each class needs at least 3 images"
         )
-    return TrainTest(*(take_part(dataset, *each) for each in zip(rows_of_parts, ("train", "test"), strict=True)))
+    return TrainTest(*(take_part(dataset, *part) for part in zip(rows_of_parts, ("train", "test"), strict=True)))
 
 
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large for an image; at most {_MAXIMUM_FILE_BYTES} bytes are read")
+            raise InputError(f"{path}: is too large for an image; the limit is {_MAXIMUM_FILE_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error

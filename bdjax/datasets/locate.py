@@ -1,4 +1,4 @@
-"""Where dataset files are looked for, and how the missing ones are fetched."""
+"""Search for dataset files and downloads of missing ones."""
 
 import logging
 import os
@@ -16,27 +16,27 @@ _CONNECT_AND_READ_SECONDS = (5, 10)
 
 
 class RemoteFile(NamedTuple):
-    """A file as its publisher offers it."""
+    """A published file."""
 
     file_name: str
     md5: str
     base_urls: tuple[str, ...]
-    """the publisher first, then mirrors; each ends in "/" """
+    """the publisher's URL, then mirrors; each ends in "/" """
 
 
 def cache_folder() -> Path:
-    """Returns the folder that downloads go to."""
+    """Returns the folder for downloads."""
     return Path(pooch.os_cache("bdjax"))
 
 
 def search_folders(data_dir: str | os.PathLike | None) -> tuple[Path, ...]:
-    """Lists the folders in which dataset files are looked for, the first first.
+    """Lists the folders to search for dataset files, in order.
 
     Args:
-        data_dir: The folder that the caller asked for, if any. It must exist.
+        data_dir: The caller's folder, if any. It must exist.
 
     Returns:
-        `data_dir`, the folder in $BDJAX_DATA_DIR, and the user's cache.
+        `data_dir`, $BDJAX_DATA_DIR, and the user's cache.
 
     Raises:
         InputError: If `data_dir` is not a folder.
@@ -44,7 +44,7 @@ def search_folders(data_dir: str | os.PathLike | None) -> tuple[Path, ...]:
     folders = []
     if data_dir is not None:
         if not Path(data_dir).expanduser().is_dir():
-            raise InputError(f"data_dir {data_dir}: there is no such folder")
+            raise InputError(f"data_dir {data_dir}: no such folder")
         folders.append(Path(data_dir).expanduser())
     if os.environ.get(DATA_DIR_VARIABLE):
         folders.append(Path(os.environ[DATA_DIR_VARIABLE]).expanduser())
@@ -52,7 +52,7 @@ def search_folders(data_dir: str | os.PathLike | None) -> tuple[Path, ...]:
 
 
 def fetch(files: Sequence[RemoteFile], subfolder: str) -> dict[str, Path]:
-    """Downloads files into the cache, each only if it is not there yet with the right checksum.
+    """Downloads files into the cache, unless they are already there with the right checksum.
 
     Args:
         files: What to download.
@@ -62,42 +62,42 @@ def fetch(files: Sequence[RemoteFile], subfolder: str) -> dict[str, Path]:
         The path of each file, by its name.
 
     Raises:
-        InputError: If a file cannot be had from any of its URLs; it says why, and is meant to be quoted by `not_found`.
+        InputError: If a file cannot be downloaded from any of its URLs, with the reason, to be quoted by `not_found`.
     """
     return {file.file_name: _fetch_one(file, cache_folder() / subfolder) for file in files}
 
 
-def not_found(name: str, looked_for: str, folders: Sequence[Path], how_to_get_it: str) -> InputError:
-    """Words the error for a dataset that is nowhere.
+def not_found(name: str, wanted: str, folders: Sequence[Path], hint: str) -> InputError:
+    """Makes the error for a dataset that was not found.
 
     Args:
         name: The dataset.
-        looked_for: The files or folders that would have done.
-        folders: Where they were looked for.
-        how_to_get_it: The URL, and where to put what comes from it.
+        wanted: The files or folders that were searched for.
+        folders: The folders that were searched.
+        hint: Where to get the files and where to put them, from `download_hint`.
 
     Returns:
         The error, for the caller to raise.
     """
     listed = ", ".join(str(folder) for folder in folders)
-    return InputError(f"{name}: found no {looked_for} in {listed}; {how_to_get_it}")
+    return InputError(f"{name}: found no {wanted} in {listed}; {hint}")
 
 
 def download_hint(files: Sequence[RemoteFile], destination: Path, download: bool, failure: object = None) -> str:
-    """Words the second half of `not_found`: where the files are published and where to put them.
+    """Makes the second half of `not_found`: where the files are published and where to put them.
 
     Args:
         files: The files, all published at the same URL.
         destination: The folder to put them in.
         download: Whether downloading was allowed.
-        failure: Why downloading failed, if it was tried.
+        failure: Why the download failed, if it was attempted.
 
     Returns:
         Part of a line.
     """
-    tried = f"downloading failed ({failure})" if download else "downloading is switched off"
+    reason = f"the download failed ({failure})" if download else "downloads are switched off"
     names = ", ".join(file.file_name for file in files)
-    return f"{tried}: get {names} from {files[0].base_urls[0]} into {destination}"
+    return f"{reason}: put {names} from {files[0].base_urls[0]} into {destination}"
 
 
 def _fetch_one(file: RemoteFile, destination: Path) -> Path:
@@ -110,14 +110,14 @@ def _fetch_one(file: RemoteFile, destination: Path) -> Path:
                     known_hash=f"md5:{file.md5}",
                     fname=file.file_name,
                     path=destination,
-                    # Files reach 200 MB, for which pooch's 1 KiB a chunk is slow.
+                    # Files have up to 200 MB, for which pooch's chunks of 1 KiB are slow.
                     downloader=pooch.HTTPDownloader(timeout=_CONNECT_AND_READ_SECONDS, chunk_size=1 << 18),
                 )
             return Path(path)
-        except ValueError as error:  # pooch's word for a wrong checksum; requests raises it on a malformed answer
+        except ValueError as error:  # from pooch on a wrong checksum, from requests on a malformed response
             wrong = f"its MD5 is not {file.md5}" if "hash" in str(error) else type(error).__name__
             failures.append(f"{base_url}{file.file_name}: {wrong}")
-        except OSError as error:  # all of requests' errors, and a cache that cannot be written
+        except OSError as error:  # other errors of requests, and a cache that cannot be written
             status = getattr(getattr(error, "response", None), "status_code", None)
             what = f"HTTP status {status}" if status else error.strerror or type(error).__name__
             failures.append(f"{base_url}{file.file_name}: {what}")
@@ -126,7 +126,7 @@ def _fetch_one(file: RemoteFile, destination: Path) -> Path:
 
 @contextmanager
 def _quiet_pooch() -> Iterator[None]:
-    # pooch logs "Downloading data from ..." to stderr; the error, if there is one, is reported by us.
+    # pooch logs "Downloading data from ..." to stderr; errors are reported by the caller.
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)

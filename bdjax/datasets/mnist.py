@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST, from their publishers' IDX files, packed or not."""
+"""MNIST and Fashion-MNIST, from the published IDX files, compressed or not."""
 
 import gzip
 import math
@@ -62,13 +62,13 @@ def load_mnist(folders: Sequence[Path], download: bool) -> TrainTest:
 
     Args:
         folders: Where to look, in this order, for `MNIST/raw`, `mnist` or the files themselves.
-        download: Whether to fetch the files if they are nowhere.
+        download: Whether to download the files if they are not found.
 
     Returns:
-        The publisher's split.
+        The published split.
 
     Raises:
-        InputError: If the files are nowhere, incomplete or damaged.
+        InputError: If the files are not found, incomplete or damaged.
     """
     files = tuple(RemoteFile(f"{name}.gz", md5, _MNIST_URLS) for name, md5 in zip(_FILE_NAMES, _MNIST_MD5, strict=True))
     class_names = tuple(str(digit) for digit in range(_NUM_CLASSES))
@@ -80,14 +80,14 @@ def load_fashion_mnist(folders: Sequence[Path], download: bool) -> TrainTest:
 
     Args:
         folders: Where to look, in this order, for `FashionMNIST/raw` or `fashion_mnist`; and for the files themselves
-            in a folder that is itself called so, since they are named like MNIST's.
-        download: Whether to fetch the files if they are nowhere.
+            in a folder with such a name, since they are named like MNIST's.
+        download: Whether to download the files if they are not found.
 
     Returns:
-        The publisher's split.
+        The published split.
 
     Raises:
-        InputError: If the files are nowhere, incomplete or damaged.
+        InputError: If the files are not found, incomplete or damaged.
     """
     files = tuple(
         RemoteFile(f"{name}.gz", md5, _FASHION_MNIST_URLS)
@@ -100,14 +100,14 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     """Reads an IDX file of bytes.
 
     Args:
-        path: The file; packed if its name ends in .gz.
+        path: The file; compressed if its name ends in .gz.
         num_dimensions: 3 for images, 1 for labels.
 
     Returns:
-        uint8, of the shape that the file's header gives.
+        uint8, with the shape in the file's header.
 
     Raises:
-        InputError: If the header or the length of the file is wrong, or it cannot be unpacked.
+        InputError: If the header or the length of the file is wrong, or it cannot be decompressed.
     """
     opener = gzip.open if path.suffix == ".gz" else open
     header_bytes = 4 + 4 * num_dimensions
@@ -116,22 +116,22 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             header = file.read(header_bytes)
             if len(header) < header_bytes or header[:4] != bytes((0, 0, 8, num_dimensions)):
                 raise InputError(
-                    f"{path}: does not start like an IDX file of bytes in {num_dimensions} dimension(s); "
-                    f"{bytes((0, 0, 8, num_dimensions)).hex()} would be right, it has {header[:4].hex() or 'nothing'}"
+                    f"{path}: is not an IDX file of bytes in {num_dimensions} dimension(s): it must start with "
+                    f"{bytes((0, 0, 8, num_dimensions)).hex()}, but starts with {header[:4].hex() or 'nothing'}"
                 )
             shape = tuple(int(size) for size in np.frombuffer(header[4:], ">u4"))
             if shape[0] > _MAXIMUM_ROWS or (num_dimensions == 3 and shape[1:] != _IMAGE_SIZE):
                 raise InputError(
-                    f"{path}: announces the shape {list(shape)}; at most {_MAXIMUM_ROWS} rows"
-                    + (f" of {list(_IMAGE_SIZE)} pixels would be right" if num_dimensions == 3 else " would be right")
+                    f"{path}: its header gives shape {list(shape)}; it must have at most {_MAXIMUM_ROWS} rows"
+                    + (f" of {list(_IMAGE_SIZE)} pixels" if num_dimensions == 3 else "")
                 )
-            # One byte more than there should be, so that a packed file can neither be too long nor fill the memory.
+            # Read at most one byte too many: enough to notice, without letting a compressed file fill the memory.
             content = file.read(math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)}); an intact copy is needed") from error
     if len(content) != math.prod(shape):
-        relation = "more" if len(content) > math.prod(shape) else "less"
-        raise InputError(f"{path}: holds {relation} than the {math.prod(shape)} bytes that its header announces")
+        relation = "more" if len(content) > math.prod(shape) else "fewer"
+        raise InputError(f"{path}: has {relation} than the {math.prod(shape)} bytes that its header gives")
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
@@ -146,13 +146,13 @@ def _load(
     paths = _find(name, subfolders, folders)
     if paths is None:
         destination = folders[0] / subfolders[0]
-        looked_for = f"{' or '.join(subfolders)} with {_FILE_NAMES[0]}[.gz] and its three companions"
+        wanted = f"{' or '.join(subfolders)} with {_FILE_NAMES[0]}[.gz] and the other three files"
         if not download:
-            raise not_found(name, looked_for, folders, download_hint(files, destination, download))
+            raise not_found(name, wanted, folders, download_hint(files, destination, download))
         try:
             fetched = fetch(files, name)
         except InputError as error:
-            raise not_found(name, looked_for, folders, download_hint(files, destination, download, error)) from error
+            raise not_found(name, wanted, folders, download_hint(files, destination, download, error)) from error
         paths = tuple(fetched[file.file_name] for file in files)
     return TrainTest(
         _read_part(name, paths[0], paths[1], 60_000, class_names),
@@ -166,11 +166,11 @@ def _find(name: str, subfolders: tuple[str, ...], folders: Sequence[Path]) -> tu
         if _is_fashion_folder(folder) == (name == "fashion_mnist"):
             candidates.append(folder)
         for candidate in candidates:
-            paths = [_packed_or_not(candidate, file_name) for file_name in _FILE_NAMES]
+            paths = [_existing_file(candidate, file_name) for file_name in _FILE_NAMES]
             if all(paths):
                 return tuple(paths)
-            # The cache may hold part of a download that was cut off, which is to be completed. Any other folder that
-            # holds a part was meant to be used: taking the rows from elsewhere would go unnoticed.
+            # The cache may contain part of an interrupted download, which is then completed. An incomplete folder elsewhere
+            # is an error: silently using rows from another place would go unnoticed.
             if any(paths) and not candidate.is_relative_to(cache_folder()):
                 missing = _FILE_NAMES[paths.index(None)]
                 raise InputError(f"{candidate}: {missing}[.gz] is missing; all four files of {name} are needed")
@@ -183,7 +183,7 @@ def _is_fashion_folder(folder: Path) -> bool:
     return named.name.lower().replace("-", "").replace("_", "") in ("fashion", "fashionmnist")
 
 
-def _packed_or_not(folder: Path, file_name: str) -> Path | None:
+def _existing_file(folder: Path, file_name: str) -> Path | None:
     for path in (folder / file_name, folder / f"{file_name}.gz"):
         if path.is_file():
             return path
@@ -197,8 +197,8 @@ def _read_part(
     labels = as_int32_labels(read_idx(labels_path, 1), _NUM_CLASSES, labels_path)
     if len(images) != len(labels):
         raise InputError(
-            f"{labels_path}: holds {len(labels)} labels for the {len(images)} images of {images_path.name}; "
-            "there must be as many of both"
+            f"{labels_path}: has {len(labels)} labels for the {len(images)} images of {images_path.name}; "
+            "the numbers must be equal"
         )
     source = f"{images_path.parent} ({describe_rows(len(images), num_published)})"
     return make_dataset(images, labels, _NUM_CLASSES, name, source, class_names, where=images_path)

@@ -1,4 +1,4 @@
-"""Rows from an .npz file of NumPy, clean or poisoned."""
+"""Datasets in NumPy's .npz files, clean or poisoned."""
 
 import dataclasses
 import zipfile
@@ -17,10 +17,10 @@ _POISON_NAMES = ("is_poisoned", "original_labels")
 
 
 def load_npz(path: Path) -> TrainTest:
-    """Loads an .npz file. Object arrays, which are pickles, are refused.
+    """Loads an .npz file. Object arrays, which are pickles, are rejected.
 
     Args:
-        path: Holds `train_images`, `train_labels`, `test_images` and `test_labels`; or `images` and `labels`, which are
+        path: A file with `train_images`, `train_labels`, `test_images` and `test_labels`; or `images` and `labels`, which are
             split 80/20 the same way every time. Images are [N, H, W] or [N, H, W, C], uint8, or float in [0, 1].
             Optional: `num_classes` (otherwise the highest label plus 1); `is_poisoned` (bool) and `original_labels`
             (int) for each training row, or for each row of `images`, and with them `is_cover` (bool).
@@ -30,7 +30,7 @@ def load_npz(path: Path) -> TrainTest:
         that are not poisoned become test rows.
 
     Raises:
-        InputError: If anything is not as said above.
+        InputError: If the file is not as described above.
     """
     arrays, num_classes = _read_arrays(path)
     train = _training_rows(arrays, num_classes, path)
@@ -40,13 +40,13 @@ def load_npz(path: Path) -> TrainTest:
     if train.image_shape != test.image_shape:
         raise InputError(
             f"{path}: train_images are {list(train.image_shape)} and test_images {list(test.image_shape)}; "
-            "they must be of one shape"
+            "their shapes must be equal"
         )
     return TrainTest(train, test)
 
 
 def load_suspect_npz(path: Path) -> Dataset:
-    """Loads every row of an .npz file that was meant for training.
+    """Loads all training rows of an .npz file.
 
     Args:
         path: As for `load_npz`.
@@ -55,7 +55,7 @@ def load_suspect_npz(path: Path) -> Dataset:
         `train_images`, or all of `images` in the order of the file; a `PoisonedDataset` if the file has `is_poisoned`.
 
     Raises:
-        InputError: As `load_npz`, but for how many rows a class needs: here, none.
+        InputError: As `load_npz`, but a class may have any number of rows.
     """
     return _training_rows(*_read_arrays(path), path)
 
@@ -70,8 +70,8 @@ def _is_whole(arrays: dict[str, np.ndarray]) -> bool:
 
 
 def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], int]:
-    """Reads either all of `_WHOLE_NAMES` or all of `_SPLIT_NAMES`, what else there is, and the number of classes."""
-    # Not by numpy.load, which leaves the file open if it is damaged, and hands on members that are no arrays as bytes.
+    """Reads either all of `_WHOLE_NAMES` or all of `_SPLIT_NAMES`, the optional arrays, and the number of classes."""
+    # numpy.load would leave a damaged file open, and return members that are not arrays as bytes.
     try:
         with zipfile.ZipFile(path) as archive:
             members = set(archive.namelist())
@@ -80,15 +80,15 @@ def _read_arrays(path: Path) -> tuple[dict[str, np.ndarray], int]:
                 if f"{name}.npy" in members:
                     with archive.open(f"{name}.npy") as member:
                         arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
+    except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
         raise InputError(f"{path}: is not an intact .npz file of plain arrays ({one_line(error)})") from error
     if _is_whole(arrays) == all(name in arrays for name in _SPLIT_NAMES):
         raise InputError(
-            f"{path}: holds {', '.join(sorted(arrays)) or 'none of the known arrays'}; it must hold either "
+            f"{path}: contains {', '.join(sorted(arrays)) or 'none of the expected arrays'}; it must contain either "
             f"{', '.join(_WHOLE_NAMES)} or {', '.join(_SPLIT_NAMES)}"
         )
     if len([name for name in _POISON_NAMES if name in arrays]) == 1:
-        raise InputError(f"{path}: holds only one of {' and '.join(_POISON_NAMES)}; both or neither are needed")
+        raise InputError(f"{path}: contains only one of {' and '.join(_POISON_NAMES)}; both or neither are needed")
     return arrays, _num_classes(arrays, path)
 
 
@@ -96,9 +96,7 @@ def _num_classes(arrays: dict[str, np.ndarray], path: Path) -> int:
     if "num_classes" in arrays:
         value = arrays["num_classes"]
         if value.shape != () or not np.issubdtype(value.dtype, np.integer):
-            raise InputError(
-                f"{path}: num_classes is {value.dtype} of the shape {list(value.shape)}; it must be an int"
-            )
+            raise InputError(f"{path}: num_classes is {value.dtype} of shape {list(value.shape)}; it must be an int")
         return int(value)
     found = [arrays[name] for name in ("labels", "train_labels", "test_labels", "original_labels") if name in arrays]
     found = [labels for labels in found if labels.size and np.issubdtype(labels.dtype, np.integer)]
@@ -106,8 +104,8 @@ def _num_classes(arrays: dict[str, np.ndarray], path: Path) -> int:
     num_rows = sum(labels.size for labels in found)
     if num_classes > max(num_rows, 2):
         raise InputError(
-            f"{path}: the highest label is {num_classes - 1} though there are only {num_rows} labels; labels count from "
-            "0, and num_classes must be in the file if this is meant"
+            f"{path}: the highest label is {num_classes - 1} although there are only {num_rows} labels; labels start at 0; "
+            "add num_classes to the file if this is intended"
         )
     return num_classes
 
@@ -127,7 +125,7 @@ def _with_poison(dataset: Dataset, arrays: dict[str, np.ndarray], path: Path) ->
     original_labels = as_int32_labels(arrays["original_labels"], dataset.num_classes, f"{path}, original_labels")
     if is_poisoned.dtype != bool or is_poisoned.shape != (len(dataset),):
         raise InputError(
-            f"{path}, is_poisoned: is {is_poisoned.dtype} of the shape {list(is_poisoned.shape)}; it must be bool, one "
+            f"{path}, is_poisoned: is {is_poisoned.dtype} of shape {list(is_poisoned.shape)}; it must be bool, one "
             f"for each of the {len(dataset)} rows"
         )
     if len(original_labels) != len(dataset):
@@ -142,8 +140,8 @@ def _with_poison(dataset: Dataset, arrays: dict[str, np.ndarray], path: Path) ->
     is_cover = arrays.get("is_cover", np.zeros(len(dataset), bool))
     if is_cover.dtype != bool or is_cover.shape != (len(dataset),) or (is_cover & is_poisoned).any():
         raise InputError(
-            f"{path}, is_cover: is {is_cover.dtype} of the shape {list(is_cover.shape)}; it must be bool, one for each of "
-            f"the {len(dataset)} rows, and true for no row that is poisoned"
+            f"{path}, is_cover: is {is_cover.dtype} of shape {list(is_cover.shape)}; it must be bool, one for each of "
+            f"the {len(dataset)} rows, and false for every poisoned row"
         )
     return PoisonedDataset(**vars(dataset), is_poisoned=is_poisoned, original_labels=original_labels, is_cover=is_cover)
 
@@ -152,7 +150,7 @@ def _split(dataset: Dataset, path: Path) -> TrainTest:
     is_triggered = np.zeros(len(dataset), bool)
     if isinstance(dataset, PoisonedDataset):
         is_triggered = dataset.is_poisoned | dataset.is_cover
-    # A poisoned row in the test set would count against the clean accuracy of every model, so they all stay in training.
+    # Poisoned rows in the test set would lower the clean accuracy of every model, so all stay in the training set.
     clean_rows = np.flatnonzero(~is_triggered)
     test_rows = clean_rows[fixed_test_split(dataset.labels[clean_rows])[1]] if len(clean_rows) else clean_rows
     if len(test_rows) == 0:

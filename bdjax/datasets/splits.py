@@ -1,4 +1,4 @@
-"""Which rows go where: pure functions of a key, on the host, that return sorted int32 row numbers."""
+"""Splits of rows: pure functions of a key, on the host, that return sorted int32 row indices."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ FIXED_TEST_FRACTION = 0.2
 
 
 def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
-    """Some rows of a dataset, with all that is known of them.
+    """Selects rows of a dataset, with all their fields.
 
     Args:
         dataset: clean or poisoned.
@@ -23,7 +23,7 @@ def take(dataset: Dataset, rows: np.ndarray) -> Dataset:
 
 
 def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits a set that comes without a test set, the same way every time: stratified, 20 % test.
+    """Splits a set without a test set, the same way every time: stratified, 20 % test.
 
     Args:
         labels: int [N].
@@ -49,19 +49,19 @@ def stratified_split(key: Key, labels: np.ndarray, fraction: float) -> tuple[np.
     """Sets a fraction of each class aside.
 
     Args:
-        key: Decides which rows.
+        key: Random key.
         labels: int [N].
-        fraction: In [0, 1]: how much of each class to set aside, rounded to the nearest row (halves up).
+        fraction: In [0, 1]: the share of each class to set aside, rounded to the nearest row (halves up).
 
     Returns:
-        (the rows that stay, the rows set aside): int32, sorted, disjoint, together 0..N-1.
+        (remaining rows, rows set aside): int32, sorted, disjoint, together 0..N-1.
 
     Raises:
         InputError: If `fraction` is not in [0, 1].
     """
     _check_fraction("fraction", fraction)
-    # One permutation of all rows, then the first few of each class: a permutation for each class would be compiled
-    # for each size of class.
+    # One permutation of all rows, then the first rows of each class: a permutation per class would be compiled for each
+    # class size.
     order = permutation(key, len(labels))
     is_set_aside = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -74,8 +74,8 @@ def train_validation_rows(key: Key, rows: np.ndarray, validation_fraction: float
     """Splits rows into training and validation rows at random.
 
     Args:
-        key: Decides which rows.
-        rows: int [N], without repetition.
+        key: Random key.
+        rows: int [N], without duplicates.
         validation_fraction: In [0, 1]; 0 gives no validation rows.
 
     Returns:
@@ -93,11 +93,11 @@ def train_validation_rows(key: Key, rows: np.ndarray, validation_fraction: float
 
 
 def sample_rows(key: Key, num_rows: int, fraction: float) -> np.ndarray:
-    """Samples rows without repetition.
+    """Samples rows without replacement.
 
     Args:
-        key: Decides which rows.
-        num_rows: How many rows there are.
+        key: Random key.
+        num_rows: The number of rows.
         fraction: In [0, 1].
 
     Returns:
@@ -111,19 +111,19 @@ def sample_rows(key: Key, num_rows: int, fraction: float) -> np.ndarray:
 
 
 def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) -> np.ndarray:
-    """Samples the rows of each of several providers; two providers may hold the same row, none holds it twice.
+    """Samples the rows of several providers; providers may share rows, but none has a row twice.
 
     Args:
-        key: Provider i samples by `fold_in(key, i)`, so that its rows do not depend on how many providers there are.
-        num_rows: How many rows there are.
+        key: Provider i samples with `fold_in(key, i)`, so its rows do not depend on the number of providers.
+        num_rows: The number of rows.
         num_providers: At least 1.
         fraction: In [0, 1]: the share of the rows that each provider has.
 
     Returns:
-        int32 [num_providers, fraction * num_rows rounded down], each line sorted.
+        int32 [num_providers, fraction * num_rows rounded down], sorted within each provider.
 
     Raises:
-        InputError: If `fraction` is not in [0, 1], or leaves a provider without rows, or there is no provider.
+        InputError: If `fraction` is not in [0, 1] or leaves providers without rows, or there is no provider.
     """
     if num_providers < 1:
         raise InputError(f"num_providers is {num_providers}; it must be at least 1")
@@ -136,11 +136,11 @@ def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) 
 def permutation(key: Key, num_rows: int) -> np.ndarray:
     """Permutes 0..num_rows-1 on the host.
 
-    `jax.random.permutation` would compile a sort for every number of rows that comes up, and there are dozens in a run;
-    here the random words are drawn for the next power of two and sorted by NumPy.
+    `jax.random.permutation` would compile a sort for each of the dozens of row counts in a run; here random words are drawn for
+    the next power of two and sorted by NumPy.
 
     Args:
-        key: Decides the order.
+        key: Random key.
         num_rows: At least 0.
 
     Returns:
@@ -156,7 +156,7 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def _floor(count: float) -> int:
-    # 0.29 * 100 is 28.999999999999996 in binary, and 29 is what was meant.
+    # 0.29 * 100 is 28.999999999999996 in floating point but should count as 29.
     return math.floor(count + 1e-9)
 
 

@@ -1,4 +1,4 @@
-"""Any set that TensorFlow Datasets has prepared, read without TensorFlow."""
+"""Datasets prepared by TensorFlow Datasets, read without TensorFlow."""
 
 import json
 import os
@@ -21,23 +21,22 @@ def load_tfds(name: str, folders: Sequence[Path]) -> TrainTest:
     """Loads a prepared set with the features `image` and `label`.
 
     Args:
-        name: As TensorFlow Datasets names it: "cifar10", "name/config", "name:1.0.0"; without a version, the highest.
+        name: The name in TensorFlow Datasets: "cifar10", "name/config", "name:1.0.0"; without a version, the highest.
         folders: Where to look for it; then $TFDS_DATA_DIR and ~/tensorflow_datasets.
 
     Returns:
-        The splits `train`, and `test` or else `validation`. Images that differ in size are resized to 32x32 and
-        `source` says so.
+        The splits `train`, and `test` or else `validation`. If sizes differ, images are resized to 32x32 and `source` says
+        so.
 
     Raises:
-        InputError: If the set is not there, not in a format that can be read without TensorFlow, or has not what is
-            needed.
+        InputError: If the set is not found, cannot be read without TensorFlow, or lacks a required feature or split.
     """
     folders = (*folders, *_default_folders())
     folder = _find(name, folders)
     if folder is None:
         listed = ", ".join(str(searched) for searched in folders)
         raise InputError(
-            f"{PREFIX}{name}: found no prepared set in {listed}; prepare it where TensorFlow is installed, by "
+            f"{PREFIX}{name}: found no prepared set in {listed}; prepare it where TensorFlow is installed, with "
             f"tfds.builder({name!r}, data_dir=DIR, file_format='array_record').download_and_prepare(), and give DIR as "
             "data_dir"
         )
@@ -46,7 +45,7 @@ def load_tfds(name: str, folders: Sequence[Path]) -> TrainTest:
         return _read(name, folder)
     except InputError:
         raise
-    except Exception as error:  # TFDS raises its own errors, protobuf's and array_record's on damaged files
+    except Exception as error:  # TFDS, protobuf and array_record raise various errors on damaged files
         raise InputError(
             f"{folder}: cannot be read ({one_line(error)[:300]}); it must have been prepared with "
             "file_format='array_record'"
@@ -62,7 +61,7 @@ def _default_folders() -> tuple[Path, ...]:
 def _find(name: str, folders: Sequence[Path]) -> Path | None:
     match = re.fullmatch(r"(\w+)(?:/([\w.-]+))?(?::(\d+\.\d+\.\d+))?", name)
     if match is None:
-        raise InputError(f"{PREFIX}{name}: is not a name; {PREFIX}NAME, NAME/CONFIG or NAME:1.0.0 would be right")
+        raise InputError(f"{PREFIX}{name}: is not a valid name; use {PREFIX}NAME, NAME/CONFIG or NAME:1.0.0")
     set_name, config, version = match.groups()
     for folder in folders:
         base = folder / set_name / config if config else folder / set_name
@@ -85,7 +84,7 @@ def _version(folder: Path) -> tuple[int, ...]:
 
 
 def _check_features_file(path: Path) -> None:
-    # TFDS imports whatever module this file names for a feature, so a prepared set could run any installed module.
+    # TFDS imports any module that this file names for a feature, so a prepared set could run any installed module.
     def class_names(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
             for key, value in node.items():
@@ -102,7 +101,9 @@ def _check_features_file(path: Path) -> None:
         raise InputError(f"{path}: cannot be read ({one_line(error)}); a prepared set has this file") from error
     for class_name in class_names(features):
         if not class_name.startswith("tensorflow_datasets.core.features."):
-            raise InputError(f"{path}: names the feature class {one_line(class_name)}, which is not one of TFDS's own")
+            raise InputError(
+                f"{path}: names the feature class {one_line(class_name)}, which is not a class of TFDS itself"
+            )
 
 
 def _read(name: str, folder: Path) -> TrainTest:
@@ -121,7 +122,7 @@ def _read(name: str, folder: Path) -> TrainTest:
         )
     class_names = tuple(features["label"].names)
     report_name = re.sub(r"[/:]", "_", name)
-    # Image files are decoded by our own reader, which takes fewer formats.
+    # Image files are decoded by `read_pixels`, which accepts fewer formats.
     is_encoded = isinstance(features["image"], tfds.features.Image)
     decoders = {"image": tfds.decode.SkipDecoding()} if is_encoded else None
     parts = {}

@@ -1,10 +1,10 @@
-"""Tiny ImageNet, 200 classes of ImageNet at 64x64, from the unpacked folder or the publisher's archive as it is.
+"""Tiny ImageNet, 200 classes of ImageNet at 64x64, from the unpacked folder or the published archive.
 
-Classes are in the order of their sorted WordNet numbers and rows in that of their sorted file names, as torchvision's
-`ImageFolder` has them and so the published experiments; the order of `wnids.txt`, which some loaders take, is another. The
-publisher's test images have no labels, so that the 10,000 for validation are the test rows, as everywhere.
+Classes are sorted by WordNet ID and rows by file name, as in torchvision's `ImageFolder` and so in published experiments; some
+loaders use the different order of `wnids.txt`. The published test images have no labels, so the 10,000 validation images
+are the test rows, as is usual.
 
-The archive's MD5 is the one that other libraries' loaders print.
+The archive's MD5 comes from other libraries' loaders.
 """
 
 import glob
@@ -38,46 +38,45 @@ _MAXIMUM_ARCHIVE_MEMBERS = 200_000
 
 
 class _Files(NamedTuple):
-    """The publisher's files, unpacked or in the archive; their names are relative to `_FOLDER`, with "/"."""
+    """The published files, unpacked or in the archive; names are relative to `_FOLDER`, with "/"."""
 
     source: Path
     names: Collection[str]
-    """at least those of the tables and of the labelled images"""
+    """includes the tables and the labelled images"""
     read: Callable[[str], bytes]
     where: Callable[[str], str]
-    """the file, for a message"""
+    """name -> the file, for error messages"""
 
 
 def load_tiny_imagenet(folders: Sequence[Path], download: bool) -> TrainTest:
     """Loads Tiny ImageNet: [64, 64, 3], 200 classes, 100,000 and 10,000 rows. Grey images become RGB.
 
-    A part of it does as well, with any two or more classes that `wnids.txt` lists, and any number of images of each.
+    A subset is accepted, with two or more classes listed in `wnids.txt` and any number of images of each.
 
     Args:
         folders: Where to look for `tiny-imagenet-200` or the archive `tiny-imagenet-200.zip`.
-        download: Whether to fetch the archive if it is nowhere.
+        download: Whether to download the archive if nothing is found.
 
     Returns:
-        The publisher's training rows, and its validation rows for testing; `source` tells how many of the published rows
-        and classes there are, `files` is relative to `tiny-imagenet-200`, and a class is called by the first of its names
-        in `words.txt`.
+        The published training rows, and the validation rows for testing. `source` says how many of the published rows and
+        classes there are, `files` is relative to `tiny-imagenet-200`, and class names are the first names in `words.txt`.
 
     Raises:
-        InputError: If the files are nowhere, incomplete or damaged, or a validation row is of a class that is not listed.
+        InputError: If the files are not found, incomplete or damaged, or a validation row has a class that is not listed.
     """
     for folder in folders:
         if (folder / _FOLDER).is_dir():
             return _load(_unpacked(folder / _FOLDER))
         if (folder / _ARCHIVE.file_name).is_file():
             return _load_archive(folder / _ARCHIVE.file_name)
-    looked_for = f"{_FOLDER} or {_ARCHIVE.file_name}"
+    wanted = f"{_FOLDER} or {_ARCHIVE.file_name}"
     if not download:
-        raise not_found("tiny_imagenet", looked_for, folders, download_hint((_ARCHIVE,), folders[0], download))
+        raise not_found("tiny_imagenet", wanted, folders, download_hint((_ARCHIVE,), folders[0], download))
     try:
         fetched = fetch((_ARCHIVE,), "")
     except InputError as error:
         hint = download_hint((_ARCHIVE,), folders[0], download, error)
-        raise not_found("tiny_imagenet", looked_for, folders, hint) from error
+        raise not_found("tiny_imagenet", wanted, folders, hint) from error
     return _load_archive(fetched[_ARCHIVE.file_name])
 
 
@@ -89,7 +88,7 @@ def _unpacked(root: Path) -> _Files:
 
 def _load_archive(path: Path) -> TrainTest:
     try:
-        # Members are read in memory: nothing is written to disk, whatever they are called.
+        # Members are read into memory; none is written to disk.
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
             return _load(
@@ -101,19 +100,19 @@ def _load_archive(path: Path) -> TrainTest:
                 )
             )
     except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        # RuntimeError is what zipfile raises on a member that needs a password.
-        raise InputError(f"{path}: is not an intact .zip ({one_line(error)}); fetch it again") from error
+        # zipfile raises RuntimeError on a member that needs a password.
+        raise InputError(f"{path}: is not an intact .zip ({one_line(error)}); download it again") from error
 
 
 def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     infos = archive.infolist()
     if len(infos) > _MAXIMUM_ARCHIVE_MEMBERS:
-        raise InputError(f"{path}: has {len(infos)} members; the publisher's has less than 125,000")
+        raise InputError(f"{path}: has {len(infos)} members; the published archive has fewer than 125,000")
     for info in infos:
         if info.file_size > _MAXIMUM_FILE_BYTES:
             raise InputError(
                 f"{path}, member {one_line(info.filename)}: unpacks to {info.file_size} bytes; "
-                f"no file of Tiny ImageNet has over {_MAXIMUM_FILE_BYTES}"
+                f"files of Tiny ImageNet have at most {_MAXIMUM_FILE_BYTES}"
             )
     start = f"{_FOLDER}/"
     return {info.filename.removeprefix(start): info for info in infos if info.filename.startswith(start)}
@@ -122,7 +121,7 @@ def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]
 def _read(path: Path) -> bytes:
     try:
         if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large; no file of Tiny ImageNet has over {_MAXIMUM_FILE_BYTES} bytes")
+            raise InputError(f"{path}: is too large; files of Tiny ImageNet have at most {_MAXIMUM_FILE_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
@@ -136,17 +135,17 @@ def _load(files: _Files) -> TrainTest:
     return TrainTest(decode(train, _NUM_TRAIN_ROWS), decode(test, _NUM_TEST_ROWS))
 
 
-def _lines(files: _Files, name: str, gives: str) -> list[tuple[int, str]]:
-    """[(number, line)] of a table, without its empty lines."""
+def _lines(files: _Files, name: str, content: str) -> list[tuple[int, str]]:
+    """[(number, line)] of a table, without empty lines."""
     if name not in files.names:
-        raise InputError(f"{files.where(name)}: is missing; it gives {gives}")
-    # Of words.txt, with a line for each noun of WordNet, all but 200 lines are unused: no reason to refuse odd ones.
+        raise InputError(f"{files.where(name)}: is missing; it has {content}")
+    # words.txt has a line for each noun in WordNet, of which 200 are used, so invalid bytes elsewhere do not matter.
     lines = files.read(name).decode(errors="replace").splitlines()
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _read_classes(files: _Files) -> list[str]:
-    """The WordNet numbers of the classes, in the order of the labels."""
+    """The WordNet IDs of the classes, in the order of the labels."""
     classes = set()
     for number, line in _lines(files, _CLASSES, "the classes"):
         if not re.fullmatch(r"n[0-9]{8}", line.strip()):
@@ -170,18 +169,18 @@ def _read_class_names(files: _Files, classes: Sequence[str]) -> tuple[str, ...]:
 
 def _training_rows(files: _Files, classes: Sequence[str]) -> list[tuple[str, int]]:
     """[(name, label)] of the training images."""
-    of_class: dict[str, list[str]] = {wnid: [] for wnid in classes}
+    files_of: dict[str, list[str]] = {wnid: [] for wnid in classes}
     for name in sorted(files.names):
         match = re.fullmatch(r"train/([^/]+)/images/[^/]+\.JPEG", name)
-        if match and match[1] not in of_class:
-            raise InputError(f"{files.where(name)}: is of a class that {_CLASSES} does not list")
+        if match and match[1] not in files_of:
+            raise InputError(f"{files.where(name)}: has a class that {_CLASSES} does not list")
         if match:
-            of_class[match[1]].append(name)
-    for wnid, names in of_class.items():
+            files_of[match[1]].append(name)
+    for wnid, names in files_of.items():
         if not names:
             where = files.where(f"train/{wnid}/images")
-            raise InputError(f"{where}: is missing or holds no .JPEG, though {_CLASSES} lists {wnid}")
-    return [(name, label) for label, wnid in enumerate(classes) for name in of_class[wnid]]
+            raise InputError(f"{where}: is missing or contains no .JPEG, although {_CLASSES} lists {wnid}")
+    return [(name, label) for label, wnid in enumerate(classes) for name in files_of[wnid]]
 
 
 def _test_rows(files: _Files, classes: Sequence[str]) -> list[tuple[str, int]]:
@@ -190,15 +189,15 @@ def _test_rows(files: _Files, classes: Sequence[str]) -> list[tuple[str, int]]:
     rows = []
     for number, line in _lines(files, _TEST_LABELS, f"the labels of {_TEST_FOLDER}"):
         file_name, _, rest = line.partition("\t")
-        wnid = rest.partition("\t")[0]  # behind it lies the box around the object
+        wnid = rest.partition("\t")[0]  # then comes the bounding box
         if wnid not in labels:
             raise InputError(
-                f"{files.where(_TEST_LABELS)}: line {number} has the class {wnid!r}, which {_CLASSES} does not list"
+                f"{files.where(_TEST_LABELS)}: line {number} has class {wnid!r}, which {_CLASSES} does not list"
             )
         name = f"{_TEST_FOLDER}/{file_name}"
         if name not in files.names:
             raise InputError(
-                f"{files.where(_TEST_LABELS)}: line {number} has the image {file_name!r}, which is not in {_TEST_FOLDER}"
+                f"{files.where(_TEST_LABELS)}: line {number} has image {file_name!r}, which is not in {_TEST_FOLDER}"
             )
         rows.append((name, labels[wnid]))
     if not rows:
@@ -210,7 +209,7 @@ def _decode(
     files: _Files, class_names: tuple[str, ...], rows: Sequence[tuple[str, int]], num_published: int
 ) -> Dataset:
     images = np.empty((len(rows), *_SIZE, 3), np.uint8)
-    # One after the other: so small an image takes 0.2 ms, most of it in Python, where threads take turns.
+    # Sequential: an image takes 0.2 ms, mostly in Python code, where threads do not help.
     for index, (name, _) in enumerate(rows):
         where = files.where(name)
         pixels = read_pixels(files.read(name), where, size=None)

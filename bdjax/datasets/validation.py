@@ -1,4 +1,4 @@
-"""What every reader checks before its rows become a `Dataset`: one line says which file, which row, and what is right."""
+"""Checks that every reader makes before its rows become a `Dataset`; errors name the file, the row and what would be right."""
 
 from collections.abc import Sequence
 
@@ -11,73 +11,73 @@ _MAXIMUM_CLASSES = 1_000_000
 
 
 def one_line(error: object) -> str:
-    """Returns the text of an error with its line breaks and runs of spaces folded, to quote it inside a message."""
+    """Returns the text of an error on one line, to quote it in a message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def describe_rows(num_rows: int, num_published: int) -> str:
-    """Words a number of rows for `source` so that a sample of a published set shows as such."""
+    """Describes a number of rows for `source`, showing whether the published set is complete."""
     if num_rows == num_published:
         return f"{num_rows:,} rows"
     return f"{num_rows:,} of {num_published:,} rows"
 
 
 def as_uint8_images(images: np.ndarray, where: object) -> np.ndarray:
-    """Checks images and brings them to the form in which they are held.
+    """Checks images and converts them to the form that `Dataset` uses.
 
     Args:
         images: [N, H, W] or [N, H, W, C], C being 1 or 3; uint8, or float in [0, 1].
-        where: The file to name if something is wrong.
+        where: The file's name for error messages.
 
     Returns:
         uint8 [N, H, W, C]; floats are multiplied by 255 and rounded.
 
     Raises:
-        InputError: On another shape or dtype, no rows, or a pixel that is not finite or not in [0, 1].
+        InputError: On a wrong shape or dtype, no rows, or a pixel that is not finite or not in [0, 1].
     """
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:3]:
         raise InputError(
-            f"{where}: images have the shape {list(images.shape)}; they must be [rows, height, width] or "
+            f"{where}: images have shape {list(images.shape)}; they must be [rows, height, width] or "
             "[rows, height, width, channels] with 1 or 3 channels"
         )
     if len(images) == 0:
-        raise InputError(f"{where}: holds no images; at least one row is needed")
+        raise InputError(f"{where}: contains no images; at least one row is needed")
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):
         raise InputError(f"{where}: images are {images.dtype}; they must be uint8, or float in 0..1")
-    wrong = ~((images >= 0) & (images <= 1))  # a NaN compares as False and so counts as wrong
+    wrong = ~((images >= 0) & (images <= 1))  # NaN fails both comparisons, so it counts as wrong
     if wrong.any():
         row, *pixel = (int(index) for index in np.unravel_index(np.argmax(wrong), wrong.shape))
         value = images[(row, *pixel)]
-        raise InputError(f"{where}: row {row} has the pixel value {value} at {pixel}; float pixels must be in 0..1")
+        raise InputError(f"{where}: row {row} has pixel value {value} at {pixel}; float pixels must be in 0..1")
     return np.rint(images * 255).astype(np.uint8)
 
 
 def as_int32_labels(labels: np.ndarray, num_classes: int, where: object) -> np.ndarray:
-    """Checks labels and brings them to the form in which they are held.
+    """Checks labels and converts them to the form that `Dataset` uses.
 
     Args:
         labels: Integer [N], each in 0..num_classes-1.
         num_classes: The number of classes.
-        where: The file to name if something is wrong.
+        where: The file's name for error messages.
 
     Returns:
         int32 [N].
 
     Raises:
-        InputError: On another shape or dtype, or a label that is out of range.
+        InputError: On a wrong shape or dtype, or a label out of range.
     """
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
-            f"{where}: labels are {labels.dtype} of the shape {list(labels.shape)}; they must be integers, one a row"
+            f"{where}: labels are {labels.dtype} of shape {list(labels.shape)}; they must be integers, one per row"
         )
     wrong = (labels < 0) | (labels >= num_classes)
     if wrong.any():
         row = int(np.argmax(wrong))
-        raise InputError(f"{where}: row {row} has the label {labels[row]}; labels must be in 0..{num_classes - 1}")
+        raise InputError(f"{where}: row {row} has label {labels[row]}; labels must be in 0..{num_classes - 1}")
     return labels.astype(np.int32)
 
 
@@ -92,34 +92,34 @@ def make_dataset(
     where: object,
     files: Sequence[str] = (),
 ) -> Dataset:
-    """Builds a dataset out of rows that nothing has been checked of.
+    """Makes a dataset from unchecked rows.
 
     Args:
         images: See `as_uint8_images`.
-        labels: See `as_int32_labels`; as many as images.
+        labels: See `as_int32_labels`; one per image.
         num_classes: The number of classes, at least 2.
-        name: What reports call the set.
-        source: Where the rows came from, for reports.
-        class_names: Empty, or one name a class.
-        where: The file to name if something is wrong.
+        name: The name in reports.
+        source: The origin of the rows, for reports.
+        class_names: Empty, or one name per class.
+        where: The file's name for error messages.
         files: Empty, or the file of each row.
 
     Returns:
         The dataset.
 
     Raises:
-        InputError: If anything is not as said above.
+        InputError: If the rows are not as described above.
     """
     if not 2 <= num_classes <= _MAXIMUM_CLASSES:
         raise InputError(f"{where}: has {num_classes} class(es); a classifier needs 2 to {_MAXIMUM_CLASSES}")
     if class_names and len(class_names) != num_classes:
-        raise InputError(f"{where}: names {len(class_names)} classes; there must be {num_classes}")
+        raise InputError(f"{where}: has {len(class_names)} class names for {num_classes} classes")
     images = as_uint8_images(images, where)
     if labels.ndim == 1 and len(labels) != len(images):
-        raise InputError(f"{where}: holds {len(images)} images and {len(labels)} labels; there must be as many of both")
+        raise InputError(f"{where}: has {len(images)} images and {len(labels)} labels; the numbers must be equal")
     if len(files) not in (0, len(images)):
         raise InputError(
-            f"{where}: names {len(files)} files for {len(images)} images; there must be one for each, or none"
+            f"{where}: has {len(files)} file names for {len(images)} images; there must be one for each, or none"
         )
     return Dataset(
         images=np.ascontiguousarray(images),

@@ -99,9 +99,9 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool
 
     Nearly all the work of a simple network is on the maps of its first layer, which do not fit into any cache. Images are small
     in comparison, and the statistics of the maps follow from theirs: with m the mean of all 3x3 neighbourhoods and S the mean
-    of their products, the map of a kernel w has the mean w m and the variance w S w - (w m)^2. So the statistics are known before
-    any map is computed, and maps are computed, used and dropped for a few images at a time, and again for the gradient. This
-    takes half as long as separate layers.
+    of their products, the map of a kernel w has the mean w m and the variance w S w - (w m)^2. So the statistics are known
+    before any map is computed, and maps are computed, used and dropped for a few images at a time, and again for the gradient.
+    This takes half as long as separate layers.
 
     Parameters and statistics are those of the separate layers.
 

@@ -141,7 +141,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(folder, protocol):
     trace.unlink()
     write_folder(folder / "cifar-10-batches-py", files | {"data_batch_3": hostile})
     said = (
-        f"{folder}/cifar-10-batches-py/data_batch_3: this pickle asks for {os.system.__module__}.system, which may run "
+        f"{folder}/cifar-10-batches-py/data_batch_3: this pickle refers to {os.system.__module__}.system, which may run "
         "code, and was refused; a CIFAR batch holds only NumPy arrays and lists"
     )
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
@@ -162,7 +162,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(folder, protocol):
     ],
 )
 def test_every_other_global_is_refused(data, name):
-    with pytest.raises(InputError, match=rf"^file: this pickle asks for {re.escape(name)}, which may run code"):
+    with pytest.raises(InputError, match=rf"^file: this pickle refers to {re.escape(name)}, which may run code"):
         read_pickle(data, "file")
 
 
@@ -201,7 +201,7 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("batch", "said"),
     [
-        (pickle.dumps([1]), "holds a list; a dict with data and labels would be right"),
+        (pickle.dumps([1]), "contains a list; it must contain a dict with data and labels"),
         (pickle.dumps({}), "data is not an intact uint8 array "),
         (pickle.dumps({"data": 5, "labels": [0]}), "data is not an intact uint8 array "),
         (
@@ -230,11 +230,11 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
         ),
         (
             pickle.dumps({"data": batch_pixels(0), "labels": [0, 1, -1]}),
-            "row 2 has the label -1; labels must be in 0..9",
+            "row 2 has label -1; labels must be in 0..9",
         ),
         (
             pickle.dumps({"data": batch_pixels(0), "labels": [0, 10, 1]}),
-            "row 1 has the label 10; labels must be in 0..9",
+            "row 1 has label 10; labels must be in 0..9",
         ),
     ],
 )
@@ -254,9 +254,9 @@ def test_a_batch_that_python_3_wrote_again_is_read(folder):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "has 0 bytes; 1 to 10000 records of 3073 bytes would be right"),
-        (binary_batch(0)[:-1], "has 9218 bytes; 1 to 10000 records of 3073 bytes would be right"),
-        (bytes([0]) * 3073 + bytes([255]) + bytes(3072), "row 1 has the label 255; labels must be in 0..9"),
+        (b"", "has 0 bytes; it must have 1 to 10000 records of 3073 bytes"),
+        (binary_batch(0)[:-1], "has 9218 bytes; it must have 1 to 10000 records of 3073 bytes"),
+        (bytes([0]) * 3073 + bytes([255]) + bytes(3072), "row 1 has label 255; labels must be in 0..9"),
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
@@ -279,7 +279,7 @@ def test_a_missing_file_is_named(folder):
     write_folder(folder / "cifar-10-batches-bin", files)
     path = folder / "cifar-10-batches-bin" / "data_batch_4.bin"
     with pytest.raises(
-        InputError, match=f"^{re.escape(str(path))}: is missing; cifar-10-batches-bin must hold data_batch_1"
+        InputError, match=f"^{re.escape(str(path))}: is missing; cifar-10-batches-bin must contain data_batch_1"
     ):
         load_cifar10([folder], False)
 
@@ -287,7 +287,7 @@ def test_a_missing_file_is_named(folder):
 def test_a_missing_member_is_named(folder):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "../cifar-10-batches-bin", cifar10_files(False))
-    said = f"{path}: holds no cifar-10-batches-bin/data_batch_1.bin; it must hold data_batch_1.bin, "
+    said = f"{path}: does not contain cifar-10-batches-bin/data_batch_1.bin; it must contain data_batch_1.bin, "
     with pytest.raises(InputError, match="^" + re.escape(said)):
         load_cifar10([folder], False)
 
@@ -307,7 +307,9 @@ def test_a_damaged_archive_is_named(folder, damage):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "cifar-10-batches-bin", cifar10_files(False))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: is not an intact .tar.gz \(.+\); fetch it again$"):
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))}: is not an intact .tar.gz \(.+\); download it again$"
+    ):
         load_cifar10([folder], False)
 
 
@@ -315,11 +317,13 @@ def test_oversized_files_and_members_are_refused(folder):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "", {"bomb": bytes(40_000_000)})
     assert path.stat().st_size < 100_000
-    said = f"{path}, member bomb: has 40000000 bytes; no file of cifar10 has over 31720000"
+    said = f"{path}, member bomb: has 40000000 bytes; files of cifar10 have at most 31720000"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_cifar10([folder], False)
     write_archive(path, "", {f"file_{i}": b"" for i in range(101)})
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: has over 100 members; the publisher's has 8$"):
+    with pytest.raises(
+        InputError, match=f"^{re.escape(str(path))}: has over 100 members; the published archive has 8$"
+    ):
         load_cifar10([folder], False)
     write_archive(path, "cifar-10-batches-bin", cifar10_files(False))
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2 << 20)))
@@ -329,7 +333,7 @@ def test_oversized_files_and_members_are_refused(folder):
     with open(folder / "cifar-10-batches-bin" / "data_batch_1.bin", "wb") as file:
         file.truncate(1 << 33)
     with pytest.raises(
-        InputError, match=r"data_batch_1.bin: has 8589934592 bytes; no file of cifar10 has over 31720000$"
+        InputError, match=r"data_batch_1.bin: has 8589934592 bytes; files of cifar10 have at most 31720000$"
     ):
         load_cifar10([folder], False)
 
@@ -340,7 +344,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
         load_cifar100([folder, cache], True)
     assert str(caught.value) == (
         "cifar100: found no cifar-100-binary or cifar-100-binary.tar.gz or cifar-100-python or cifar-100-python.tar.gz "
-        f"in {folder}, {cache}; downloading failed (https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz: "
+        f"in {folder}, {cache}; the download failed (https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz: "
         "ConnectionError): get cifar-100-binary.tar.gz from https://www.cs.toronto.edu/~kriz/ into "
         f"{folder}"
     )

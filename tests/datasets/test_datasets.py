@@ -41,7 +41,7 @@ def test_every_named_set_that_is_nowhere_is_one_line(name, folder, cache, monkey
         message = str(caught.value)
         assert "\n" not in message and message.startswith(f"{name}: found no ")
         assert f" in {folder}, /elsewhere, {cache}; " in message
-        assert ("downloading failed (http" in message) == download
+        assert ("the download failed (http" in message) == download
         assert ": get " in message and " from http" in message and f" into {folder}" in message
 
 
@@ -65,7 +65,7 @@ def test_paths(folder):
 def test_of_a_named_set_the_training_part_is_suspect(folder):
     suspect, train = load_suspect("digits", folder), load("digits").train
     assert suspect.source == train.source and np.array_equal(suspect.images, train.images)
-    with pytest.raises(InputError, match="^mnist: found no .*; downloading is switched off: "):
+    with pytest.raises(InputError, match="^mnist: found no .*; downloads are switched off: "):
         load_suspect("mnist", folder, download=False)
     with pytest.raises(InputError, match="^tfds:nothing_like_it: found no prepared set in "):
         load_suspect("tfds:nothing_like_it", folder)
@@ -87,16 +87,16 @@ def test_prepared_sets_of_tfds_are_reached(folder):
 @pytest.mark.parametrize(
     ("name", "suggestion"),
     [
-        ("cifr10", " (is cifar10 meant?)"),
-        ("MNIST", " (is mnist meant?)"),
-        ("fashion-mnist", " (is fashion_mnist meant?)"),
+        ("cifr10", " (did you mean cifar10?)"),
+        ("MNIST", " (did you mean mnist?)"),
+        ("fashion-mnist", " (did you mean fashion_mnist?)"),
         ("zebra", ""),
         ("", ""),
     ],
 )
 def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
     refused(
-        f"{name!r}: there is no such dataset, folder or file{suggestion}; there are {', '.join(DATASETS)}, tfds:NAME, "
+        f"{name!r}: no such dataset, folder or file{suggestion}; datasets are {', '.join(DATASETS)}, tfds:NAME, "
         "a folder of images by its path, and an .npz file by its path",
         name,
     )
@@ -104,7 +104,7 @@ def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
 
 def test_a_path_that_does_not_exist(folder):
     for path in (folder / "nothing", pathlib.Path("nothing.npz")):
-        refused(f"{path}: there is no such file or folder", str(path))
+        refused(f"{path}: no such file or folder", str(path))
 
 
 def test_a_file_of_another_kind(folder):
@@ -113,4 +113,4 @@ def test_a_file_of_another_kind(folder):
 
 
 def test_a_data_dir_that_does_not_exist_is_never_passed_over():
-    refused("data_dir /not/there: there is no such folder", "digits", "/not/there")
+    refused("data_dir /not/there: no such folder", "digits", "/not/there")

@@ -133,7 +133,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     with pytest.raises(InputError) as caught:
         load_flowers17([folder, cache], True)
     assert str(caught.value) == (
-        f"flowers17: found no folder flowers17 or archive 17flowers.tgz in {folder}, {cache}; downloading failed "
+        f"flowers17: found no folder flowers17 or archive 17flowers.tgz in {folder}, {cache}; the download failed "
         "(https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz: ConnectionError): get 17flowers.tgz from "
         f"https://www.robots.ox.ac.uk/~vgg/data/flowers/17/ into {folder}"
     )
@@ -207,7 +207,7 @@ def test_members_that_point_elsewhere_are_passed_over(folder):
 
 def test_what_is_too_large_is_refused(folder, monkeypatch):
     path = write_archive(folder, published_files(2) | {"jpg/bomb": bytes(5 << 20)})
-    said = f"{path}, member jpg/bomb: unpacks to {5 << 20} bytes; no file of Flowers-17 has over {4 << 20}"
+    said = f"{path}, member jpg/bomb: unpacks to {5 << 20} bytes; files of Flowers-17 have at most {4 << 20}"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_flowers17([folder], False)
     write_archive(folder, published_files(2))
@@ -217,7 +217,9 @@ def test_what_is_too_large_is_refused(folder, monkeypatch):
     ):
         load_flowers17([folder], False)
     monkeypatch.setattr("bdjax.datasets.flowers17._MAXIMUM_ARCHIVE_MEMBERS", 10)
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: has over 10 members; the publisher's has 1,363$"):
+    with pytest.raises(
+        InputError, match=f"^{re.escape(str(path))}: has over 10 members; the published archive has 1,363$"
+    ):
         load_flowers17([folder], False)
     root = write_files(folder, published_files(2))  # goes before the archive
     monkeypatch.setattr("bdjax.datasets.flowers17._MAXIMUM_FILE_BYTES", 100)
@@ -240,7 +242,9 @@ def test_what_is_too_large_is_refused(folder, monkeypatch):
 def test_an_archive_that_is_not_intact_is_named(folder, damage):
     path = write_archive(folder, published_files(2))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: is not an intact .tar.gz \(.+\); fetch it again$"):
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))}: is not an intact .tar.gz \(.+\); download it again$"
+    ):
         load_flowers17([folder], False)
 
 

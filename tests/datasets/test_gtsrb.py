@@ -110,7 +110,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     url = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/"
     names = "GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip, GTSRB_Final_Test_GT.zip"
     assert str(caught.value) == (
-        f"gtsrb: found no folder gtsrb/GTSRB or archives {names} in {folder}, {cache}; downloading failed "
+        f"gtsrb: found no folder gtsrb/GTSRB or archives {names} in {folder}, {cache}; the download failed "
         f"({url}GTSRB-Training_fixed.zip: ConnectionError): get {names} from {url} into {folder}/gtsrb"
     )
 
@@ -133,20 +133,20 @@ def table(*lines: str) -> bytes:
         ),
         (
             {"GTSRB/Training/00043/00000.ppm": ppm(0)},
-            "{}/GTSRB/Training/00043: is in no folder of a class; those are 00000 to 00042",
+            "{}/GTSRB/Training/00043: is not in the folder of a class, 00000 to 00042",
         ),
-        ({"GTSRB/Training/stop/00000.ppm": ppm(0)}, "{}/GTSRB/Training/stop: is in no folder of a class; those are "),
+        ({"GTSRB/Training/stop/00000.ppm": ppm(0)}, "{}/GTSRB/Training/stop: is not in the folder of a class,  "),
         (
             {"GT-final_test.csv": table("00000.ppm;1;1;1;1;1;1;5", "00001.ppm;1;1;1;1;1;1;43")},
-            "{}/GT-final_test.csv: row 1 has the label 43; labels must be in 0..42",
+            "{}/GT-final_test.csv: row 1 has label 43; labels must be in 0..42",
         ),
         (
             {"GT-final_test.csv": table("00000.ppm;1;1;1;1;1;1;-1")},
-            "{}/GT-final_test.csv: row 0 has the label -1; labels must be in 0..42",
+            "{}/GT-final_test.csv: row 0 has label -1; labels must be in 0..42",
         ),
         (
             {"GT-final_test.csv": table("00009.ppm;1;1;1;1;1;1;5")},
-            "{}/GTSRB/Final_Test/Images/00009.ppm: is missing, though GT-final_test.csv has a row for it",
+            "{}/GTSRB/Final_Test/Images/00009.ppm: is missing, although GT-final_test.csv has a row for it",
         ),
         (
             {"GT-final_test.csv": table("../../x.ppm;1;1;1;1;1;1;5")},
@@ -158,7 +158,7 @@ def table(*lines: str) -> bytes:
         ),
         ({"GT-final_test.csv": table("00000.ppm,1,1,1,1,1,1,5")}, "{}/GT-final_test.csv: line 2 has the Filename "),
         ({"GT-final_test.csv": b"\xff\xfe"}, "{}/GT-final_test.csv: is not plain text ("),
-        ({"GT-final_test.csv": HEADER.encode()}, "{}/GT-final_test.csv: holds no images; .ppm files are needed"),
+        ({"GT-final_test.csv": HEADER.encode()}, "{}/GT-final_test.csv: contains no images; .ppm files are needed"),
     ],
 )
 def test_what_is_wrong_in_a_folder_is_named(folder, changes, said):
@@ -172,11 +172,13 @@ def test_missing_parts_of_a_folder_are_named(folder):
     del files["GT-final_test.csv"]
     write_files(folder, files)
     with pytest.raises(
-        InputError, match=f"^{re.escape(str(folder))}/GT-final_test.csv: is missing; it gives the labels of"
+        InputError, match=f"^{re.escape(str(folder))}/GT-final_test.csv: is missing; it has the labels of"
     ):
         load_gtsrb([folder], False)
     (folder / "two" / "GTSRB").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"/two: holds none of GTSRB/Training, GTSRB/Final_Training/Images; one is "):
+    with pytest.raises(
+        InputError, match=r"/two: has no training images; GTSRB/Training or GTSRB/Final_Training/Images is needed"
+    ):
         load_gtsrb([folder / "two"], False)
 
 
@@ -193,15 +195,15 @@ def test_missing_parts_of_a_folder_are_named(folder):
         ),
         (
             {"GTSRB/Training/00099/00000.ppm": ppm(0)},
-            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00099/00000.ppm: is in no folder of a class; those are",
+            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00099/00000.ppm: is not in the folder of a class, ",
         ),
         (
             {"GT-final_test.csv": table("00009.ppm;1;1;1;1;1;1;5")},
-            "{}/GTSRB_Final_Test_Images.zip: holds no GTSRB/Final_Test/Images/00009.ppm, though GTSRB_Final_Test_GT.zip",
+            "{}/GTSRB_Final_Test_Images.zip: does not contain GTSRB/Final_Test/Images/00009.ppm, although GTSRB_Final_Test_GT.zip",
         ),
         (
             {"GT-final_test.csv": table("00000.ppm;1;1;1;1;1;1;99")},
-            "{}/GTSRB_Final_Test_GT.zip, member GT-final_test.csv: row 0 has the label 99; labels must be in 0..42",
+            "{}/GTSRB_Final_Test_GT.zip, member GT-final_test.csv: row 0 has label 99; labels must be in 0..42",
         ),
     ],
 )
@@ -216,7 +218,7 @@ def test_a_truncated_archive_is_named(folder, name):
     write_archives(folder, published_files())
     path = folder / name
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: is not an intact .zip \(.+\); fetch it again$"):
+    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: is not an intact .zip \(.+\); download it again$"):
         load_gtsrb([folder], False)
 
 
@@ -224,7 +226,7 @@ def test_an_archive_without_the_table_is_named(folder):
     files = published_files()
     del files["GT-final_test.csv"]
     write_archives(folder, files | {"GT-other.csv": b""})
-    with pytest.raises(InputError, match="GTSRB_Final_Test_GT.zip: holds no GT-final_test.csv$"):
+    with pytest.raises(InputError, match="GTSRB_Final_Test_GT.zip: does not contain GT-final_test.csv$"):
         load_gtsrb([folder], False)
 
 

@@ -134,10 +134,10 @@ def test_what_is_no_folder_of_classes_is_refused(folder):
     write_images(folder / "a", [1, 2, 3])
     refused(folder, f"{folder}: has 1 sub-folder(s) of images; at least 2 are needed, one for each class")
     (folder / "b").mkdir()
-    refused(folder, f"{folder / 'b'}: holds no images; each sub-folder is a class and needs .png, .jpg, ")
+    refused(folder, f"{folder / 'b'}: contains no images; each sub-folder is a class and needs .png, .jpg, ")
     write_images(folder / "b", [4])
     (folder / "a" / "003.png").unlink()
-    refused(folder, f"{folder} (3 images): 20 % of each class, for testing, is less than one image; give each class")
+    refused(folder, f"{folder} (3 images): 20 % of each class, for testing, is less than one image; each class")
 
 
 def test_what_is_no_split_is_refused(folder):

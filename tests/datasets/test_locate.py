@@ -46,7 +46,7 @@ def test_folders_are_searched_in_order(folder, cache, monkeypatch):
 
 
 def test_a_data_dir_that_does_not_exist_is_refused():
-    with pytest.raises(InputError, match="^data_dir /not/there: there is no such folder$"):
+    with pytest.raises(InputError, match="^data_dir /not/there: no such folder$"):
         search_folders("/not/there")
 
 
@@ -85,9 +85,9 @@ def test_not_found_says_what_where_and_how():
     error = not_found("set", "a.zip", [pathlib.Path("/data"), pathlib.Path("/cache")], hint)
     assert isinstance(error, InputError)
     assert str(error) == (
-        "set: found no a.zip in /data, /cache; downloading failed (no network): get a.zip from https://publisher/ into "
+        "set: found no a.zip in /data, /cache; the download failed (no network): get a.zip from https://publisher/ into "
         "/data/set"
     )
     assert download_hint([file], pathlib.Path("/data"), False) == (
-        "downloading is switched off: get a.zip from https://publisher/ into /data"
+        "downloads are switched off: put a.zip from https://publisher/ into /data"
     )

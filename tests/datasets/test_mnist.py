@@ -73,7 +73,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
         load_mnist([folder, cache], True)
     assert str(caught.value) == (
         "mnist: found no MNIST/raw or mnist with train-images-idx3-ubyte[.gz] and its three companions in "
-        f"{folder}, {cache}; downloading failed ("
+        f"{folder}, {cache}; the download failed ("
         "https://ossci-datasets.s3.amazonaws.com/mnist/train-images-idx3-ubyte.gz: ConnectionError; "
         "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz: ConnectionError): get "
         "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz "
@@ -83,7 +83,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
 
 def test_without_leave_to_download_nothing_is_tried(folder, cache, monkeypatch):
     monkeypatch.setattr("bdjax.datasets.mnist.fetch", lambda *arguments: pytest.fail("a download was tried"))
-    with pytest.raises(InputError, match="; downloading is switched off: get train-images-idx3-ubyte.gz, "):
+    with pytest.raises(InputError, match="; downloads are switched off: put train-images-idx3-ubyte.gz, "):
         load_mnist([folder, cache], False)
 
 
@@ -111,11 +111,11 @@ def test_a_part_of_the_files_is_an_error_but_in_the_cache(folder, cache):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be right, it has nothing"),
+        (b"", "is not an IDX file of bytes in 1 dimension(s): it must start with 00000801, but starts with nothing"),
         (b"\0\0\x08\x03" + b"\0" * 20, "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be"),
         (b"\0\0\x0d\x01" + b"\0" * 20, "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be"),
-        (struct.pack(">HBBI", 0, 8, 1, 10) + b"123456789", "holds less than the 10 bytes that its header announces"),
-        (struct.pack(">HBBI", 0, 8, 1, 10) + b"12345678901", "holds more than the 10 bytes that its header announces"),
+        (struct.pack(">HBBI", 0, 8, 1, 10) + b"123456789", "has fewer than the 10 bytes that its header gives"),
+        (struct.pack(">HBBI", 0, 8, 1, 10) + b"12345678901", "has more than the 10 bytes that its header gives"),
         (
             struct.pack(">HBBI", 0, 8, 1, 1 << 31),
             "announces the shape [2147483648]; at most 1000000 rows would be right",
@@ -133,7 +133,7 @@ def test_a_damaged_idx_file_is_named(folder, content, said, packed):
 def test_other_image_sizes_are_refused(folder):
     path = folder / "images"
     path.write_bytes(idx(np.zeros((2, 27, 28), np.uint8)))
-    said = f"{path}: announces the shape [2, 27, 28]; at most 1000000 rows of [28, 28] pixels would be right"
+    said = f"{path}: its header gives shape [2, 27, 28]; it must have at most 1000000 rows of [28, 28] pixels"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         read_idx(path, 3)
 
@@ -157,11 +157,11 @@ def test_labels_are_checked(folder):
     write_set(folder)
     path = folder / "train-labels-idx1-ubyte"
     path.write_bytes(idx(np.array([0, 1, 10] * 4, np.uint8)))
-    said = f"{path}: row 2 has the label 10; labels must be in 0..9"
+    said = f"{path}: row 2 has label 10; labels must be in 0..9"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_mnist([folder], False)
     path.write_bytes(idx(np.zeros(11, np.uint8)))
-    said = f"{path}: holds 11 labels for the 12 images of train-images-idx3-ubyte; there must be as many of both"
+    said = f"{path}: has 11 labels for the 12 images of train-images-idx3-ubyte; the numbers must be equal"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_mnist([folder], False)
 

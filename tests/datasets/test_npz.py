@@ -73,9 +73,7 @@ def test_num_classes_of_the_file(path):
     np.savez(path, **parts(num_classes=np.array(7)))
     assert load_npz(path).train.num_classes == 7
     np.savez(path, **parts(num_classes=2))
-    with pytest.raises(
-        InputError, match=f"^{re.escape(str(path))}, train_labels: row 2 has the label 2; labels must be"
-    ):
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}, train_labels: row 2 has label 2; labels must be"):
         load_npz(path)
 
 
@@ -134,10 +132,12 @@ def test_of_parts_the_training_part_is_suspect(path):
 
 def test_suspect_rows_that_cannot_be_used_are_refused(path):
     np.savez(path, **whole(labels=np.zeros(20)))
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}, labels: labels are float64 of the shape"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))}, labels: labels are float64 of shape"):
         load_suspect_npz(path)
     np.savez(path, images=rows(4))
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: holds images; it must hold either images, labels"):
+    with pytest.raises(
+        InputError, match=f"^{re.escape(str(path))}: contains images; it must contain either images, labels"
+    ):
         load_suspect_npz(path)
 
 
@@ -146,52 +146,61 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
     [
         (
             {"images": rows(4)},
-            ": holds images; it must hold either images, labels or train_images, train_labels, test_",
+            ": contains images; it must contain either images, labels or train_images, train_labels, test_",
         ),
-        ({"x": rows(4)}, ": holds none of the known arrays; it must hold either images, labels or train_images, "),
+        (
+            {"x": rows(4)},
+            ": contains none of the expected arrays; it must contain either images, labels or train_images, ",
+        ),
         (
             whole() | parts(),
-            ": holds images, labels, test_images, test_labels, train_images, train_labels; it must hold",
+            ": contains images, labels, test_images, test_labels, train_images, train_labels; it must contain",
         ),
-        (whole(images=rows(0), labels=np.zeros(0, int)), ", images: holds no images; at least one row is needed"),
+        (whole(images=rows(0), labels=np.zeros(0, int)), ", images: contains no images; at least one row is needed"),
         (whole(images=rows(20).astype(np.int32)), ", images: images are int32; they must be uint8, or float in 0..1"),
         (whole(images=rows(20).astype(complex)), ", images: images are complex128; they must be uint8, or float in"),
-        (whole(images=rows(20).transpose(0, 3, 1, 2)), ", images: images have the shape [20, 3, 4, 5]; they must be"),
+        (whole(images=rows(20).transpose(0, 3, 1, 2)), ", images: images have shape [20, 3, 4, 5]; they must be"),
         (
             whole(images=np.full((20, 4, 5), np.nan)),
-            ", images: row 0 has the pixel value nan at [0, 0, 0]; float pixels",
+            ", images: row 0 has pixel value nan at [0, 0, 0]; float pixels",
         ),
         (
             whole(images=np.full((20, 4, 5), 255.0)),
-            ", images: row 0 has the pixel value 255.0 at [0, 0, 0]; float pixels",
+            ", images: row 0 has pixel value 255.0 at [0, 0, 0]; float pixels",
         ),
-        (whole(labels=np.arange(19) % 2), ", images: holds 20 images and 19 labels; there must be as many of both"),
-        (whole(labels=np.arange(20) % 2 - 1), ", labels: row 0 has the label -1; labels must be in 0..0"),
+        (whole(labels=np.arange(19) % 2), ", images: has 20 images and 19 labels; the numbers must be equal"),
+        (whole(labels=np.arange(20) % 2 - 1), ", labels: row 0 has label -1; labels must be in 0..0"),
         (
             whole(labels=np.zeros(20)),
-            ", labels: labels are float64 of the shape [20]; they must be integers, one a row",
+            ", labels: labels are float64 of shape [20]; they must be integers, one per row",
         ),
         (
             whole(labels=np.eye(20, dtype=int)),
-            ", labels: labels are int64 of the shape [20, 20]; they must be integers",
+            ", labels: labels are int64 of shape [20, 20]; they must be integers",
         ),
         (whole(labels=np.zeros(20, int)), ", images: has 1 class(es); a classifier needs 2 to 1000000"),
-        (whole(labels=np.arange(20) * 10), ": the highest label is 190 though there are only 20 labels; labels count"),
-        (whole(num_classes=np.array([2])), ": num_classes is int64 of the shape [1]; it must be an int"),
-        (whole(num_classes=2.0), ": num_classes is float64 of the shape []; it must be an int"),
+        (
+            whole(labels=np.arange(20) * 10),
+            ": the highest label is 190 although there are only 20 labels; labels start",
+        ),
+        (whole(num_classes=np.array([2])), ": num_classes is int64 of shape [1]; it must be an int"),
+        (whole(num_classes=2.0), ": num_classes is float64 of shape []; it must be an int"),
         (
             parts(test_labels=np.array([2, 1, 5])) | {"num_classes": 3},
-            ", test_labels: row 2 has the label 5; labels must",
+            ", test_labels: row 2 has label 5; labels must",
         ),
         (parts(test_images=rows(3, 1)), ": train_images are [4, 5, 3] and test_images [4, 5, 1]; they must be of one"),
-        (whole(is_poisoned=np.zeros(20, bool)), ": holds only one of is_poisoned and original_labels; both or neither"),
+        (
+            whole(is_poisoned=np.zeros(20, bool)),
+            ": contains only one of is_poisoned and original_labels; both or neither",
+        ),
         (
             whole(is_poisoned=np.zeros(20, np.uint8), original_labels=np.arange(20) % 2),
-            ", is_poisoned: is uint8 of the shape [20]; it must be bool, one for each of the 20 rows",
+            ", is_poisoned: is uint8 of shape [20]; it must be bool, one for each of the 20 rows",
         ),
         (
             whole(is_poisoned=np.zeros(19, bool), original_labels=np.arange(20) % 2),
-            ", is_poisoned: is bool of the shape [19]; it must be bool, one for each of the 20 rows",
+            ", is_poisoned: is bool of shape [19]; it must be bool, one for each of the 20 rows",
         ),
         (whole(**poison(20, [1], np.arange(19) % 2)), ", original_labels: has 19 rows; 20 are needed"),
         (

@@ -160,7 +160,7 @@ def test_an_unprepared_set_tells_how_to_prepare_it(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../etc", "a b", "name:new"])
 def test_what_is_no_name_is_refused(folder, name):
-    said = f"tfds:{name}: is not a name; tfds:NAME, NAME/CONFIG or NAME:1.0.0 would be right"
+    said = f"tfds:{name}: is not a valid name; use tfds:NAME, NAME/CONFIG or NAME:1.0.0"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_tfds(name, [folder])
 
@@ -214,7 +214,7 @@ def test_a_set_cannot_have_modules_imported(prepare, folder, monkeypatch):
     features = json.loads((path / "features.json").read_text())
     features["featuresDict"]["features"]["image"]["pythonClassName"] = "evil_module.Feature"
     (path / "features.json").write_text(json.dumps(features))
-    said = f"{path / 'features.json'}: names the feature class evil_module.Feature, which is not one of TFDS's own"
+    said = f"{path / 'features.json'}: names the feature class evil_module.Feature, which is not a class of TFDS itself"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_tfds("tiny_set", [folder])
     assert "evil_module" not in sys.modules

@@ -133,7 +133,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     with pytest.raises(InputError) as caught:
         load_tiny_imagenet([folder, cache], True)
     assert str(caught.value) == (
-        f"tiny_imagenet: found no tiny-imagenet-200 or tiny-imagenet-200.zip in {folder}, {cache}; downloading failed "
+        f"tiny_imagenet: found no tiny-imagenet-200 or tiny-imagenet-200.zip in {folder}, {cache}; the download failed "
         "(http://cs231n.stanford.edu/tiny-imagenet-200.zip: ConnectionError): get tiny-imagenet-200.zip from "
         f"http://cs231n.stanford.edu/ into {folder}"
     )
@@ -150,9 +150,9 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
 @pytest.mark.parametrize(
     ("files", "name", "said"),
     [
-        (without("wnids.txt"), "wnids.txt", "is missing; it gives the classes"),
-        (without("words.txt"), "words.txt", "is missing; it gives the names of the classes"),
-        (without("val/val_a"), "val/val_annotations.txt", "is missing; it gives the labels of val/images"),
+        (without("wnids.txt"), "wnids.txt", "is missing; it has the classes"),
+        (without("words.txt"), "words.txt", "is missing; it has the names of the classes"),
+        (without("val/val_a"), "val/val_annotations.txt", "is missing; it has the labels of val/images"),
         (
             without("train/n02124075/images"),
             "train/n02124075/images",
@@ -204,9 +204,7 @@ def test_files_that_are_too_large_are_refused_unread(folder, monkeypatch):
     monkeypatch.setattr("bdjax.datasets.tiny_imagenet._MAXIMUM_FILE_BYTES", 10_000)
     files = published_files() | {GOLDFISH: bytes(10_001)}
     path = write_archive(folder, files)
-    said = (
-        f"{path}, member tiny-imagenet-200/{GOLDFISH}: unpacks to 10001 bytes; no file of Tiny ImageNet has over 10000"
-    )
+    said = f"{path}, member tiny-imagenet-200/{GOLDFISH}: unpacks to 10001 bytes; files of Tiny ImageNet have at most 10000"
     with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
         load_tiny_imagenet([folder], False)
     path = write_files(folder, files)  # goes before the archive
@@ -217,7 +215,9 @@ def test_files_that_are_too_large_are_refused_unread(folder, monkeypatch):
 def test_an_archive_of_too_many_members_is_refused(folder, monkeypatch):
     monkeypatch.setattr("bdjax.datasets.tiny_imagenet._MAXIMUM_ARCHIVE_MEMBERS", 10)
     path = write_archive(folder, published_files())
-    with pytest.raises(InputError, match=rf"^{re.escape(str(path))}: has \d+ members; the publisher's has less than"):
+    with pytest.raises(
+        InputError, match=rf"^{re.escape(str(path))}: has \d+ members; the published archive has fewer than"
+    ):
         load_tiny_imagenet([folder], False)
 
 
@@ -228,7 +228,7 @@ def test_an_archive_that_is_not_intact_is_named(folder):
     for content in (intact[:-30], b"", intact[:start] + b"?" + intact[start + 1 :]):
         path.write_bytes(content)
         with pytest.raises(
-            InputError, match=rf"^{re.escape(str(path))}: is not an intact .zip \(.+\); fetch it again$"
+            InputError, match=rf"^{re.escape(str(path))}: is not an intact .zip \(.+\); download it again$"
         ):
             load_tiny_imagenet([folder], False)
 

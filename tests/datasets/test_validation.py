@@ -36,9 +36,7 @@ def test_floats_are_rounded(dtype):
 def test_a_pixel_that_is_not_in_range_is_named(value):
     images = np.zeros((3, 2, 2, 1), np.float32)
     images[1, 0, 1, 0] = value
-    said = re.escape(
-        f"file.npz: row 1 has the pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1"
-    )
+    said = re.escape(f"file.npz: row 1 has pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1")
     with pytest.raises(InputError, match=f"^{said}$"):
         as_uint8_images(images, "file.npz")
 
@@ -46,10 +44,10 @@ def test_a_pixel_that_is_not_in_range_is_named(value):
 @pytest.mark.parametrize(
     ("images", "said"),
     [
-        (np.zeros((2, 3), np.uint8), "file: images have the shape [2, 3]; they must be [rows, height, width] or"),
-        (np.zeros((2, 3, 32, 32), np.uint8), "file: images have the shape [2, 3, 32, 32]; they must be"),
-        (np.zeros((2, 0, 4, 3), np.uint8), "file: images have the shape [2, 0, 4, 3]; they must be"),
-        (np.zeros((0, 4, 4, 3), np.uint8), "file: holds no images; at least one row is needed"),
+        (np.zeros((2, 3), np.uint8), "file: images have shape [2, 3]; they must be [rows, height, width] or"),
+        (np.zeros((2, 3, 32, 32), np.uint8), "file: images have shape [2, 3, 32, 32]; they must be"),
+        (np.zeros((2, 0, 4, 3), np.uint8), "file: images have shape [2, 0, 4, 3]; they must be"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "file: contains no images; at least one row is needed"),
         (np.zeros((2, 4, 4, 3), np.int64), "file: images are int64; they must be uint8, or float in 0..1"),
         (np.zeros((2, 4, 4, 3), bool), "file: images are bool; they must be uint8, or float in 0..1"),
     ],
@@ -68,10 +66,10 @@ def test_labels_become_int32(dtype):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (np.array([0, 1, -1]), "file: row 2 has the label -1; labels must be in 0..2"),
-        (np.array([0, 3, 9]), "file: row 1 has the label 3; labels must be in 0..2"),
-        (np.array([0.0, 1.0]), "file: labels are float64 of the shape [2]; they must be integers, one a row"),
-        (np.array([[0], [1]]), "file: labels are int64 of the shape [2, 1]; they must be integers, one a row"),
+        (np.array([0, 1, -1]), "file: row 2 has label -1; labels must be in 0..2"),
+        (np.array([0, 3, 9]), "file: row 1 has label 3; labels must be in 0..2"),
+        (np.array([0.0, 1.0]), "file: labels are float64 of shape [2]; they must be integers, one per row"),
+        (np.array([[0], [1]]), "file: labels are int64 of shape [2, 1]; they must be integers, one per row"),
     ],
 )
 def test_labels_of_another_form_are_refused(labels, said):

@@ -318,8 +318,8 @@ def refuse(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dataset": "minst"}, "there is no such dataset, folder or file (is mnist meant?)"),
-        ({"dataset": "no/such/folder"}, "there is no such file or folder"),
+        ({"dataset": "minst"}, "no such dataset, folder or file (did you mean mnist?)"),
+        ({"dataset": "no/such/folder"}, "no such file or folder"),
         ({"preset": "fast"}, "--preset 'fast' is not one of quick, paper, strong"),
         ({"scale": "big"}, "--scale 'big' is not one of quick, paper"),
         ({"teacher_model": "vgg"}, "unknown model 'vgg'"),
@@ -394,12 +394,12 @@ def hostile_cifar(folder):
 def labels_out_of_range(folder):
     images = np.zeros((20, 8, 8), np.uint8)
     np.savez(folder / "set.npz", images=images, labels=np.arange(20), num_classes=10)
-    return {"dataset": str(folder / "set.npz")}, "set.npz, labels: row 10 has the label 10"
+    return {"dataset": str(folder / "set.npz")}, "set.npz, labels: row 10 has label 10"
 
 
 def pixels_that_are_no_numbers(folder):
     np.savez(folder / "set.npz", images=np.full((20, 8, 8), np.nan), labels=np.arange(20) % 2)
-    return {"dataset": str(folder / "set.npz")}, "row 0 has the pixel value nan"
+    return {"dataset": str(folder / "set.npz")}, "row 0 has pixel value nan"
 
 
 def only_the_target_is_tested(folder):
