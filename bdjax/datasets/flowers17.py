@@ -74,8 +74,8 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
 
     There are two layouts, both in a folder `flowers17` or `17flowers` or in `17flowers.tgz`: the published one,
     `jpg/image_0001.jpg` to `jpg/image_1360.jpg`; and one folder for each class. Folders with the flowers' names get the
-    published labels; otherwise labels follow the order of the folder names. A subset is accepted if it has at least two images of each
-    class.
+    published labels; otherwise labels follow the order of the folder names. A subset is accepted if it has at least two
+    images of each class.
 
     Args:
         folders: Where to look; an unpacked folder takes precedence over the archive.

@@ -123,7 +123,7 @@ def _load_unpacked(root: Path) -> TrainTest:
 
     table = next((path for path in (root / _TEST_LABELS, root / "GTSRB" / _TEST_LABELS) if path.is_file()), None)
     if table is None:
-        raise InputError(f"{root / _TEST_LABELS}: is missing; it has the labels of {_TEST_FOLDER}")
+        raise InputError(f"{root / _TEST_LABELS}: is missing; it contains the labels of {_TEST_FOLDER}")
     test_rows = []
     for file_name, label in _read_table(_read(table), table):
         path = root / _TEST_FOLDER / file_name

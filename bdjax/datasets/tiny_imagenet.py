@@ -138,7 +138,7 @@ def _load(files: _Files) -> TrainTest:
 def _lines(files: _Files, name: str, content: str) -> list[tuple[int, str]]:
     """[(number, line)] of a table, without empty lines."""
     if name not in files.names:
-        raise InputError(f"{files.where(name)}: is missing; it has {content}")
+        raise InputError(f"{files.where(name)}: is missing; it contains {content}")
     # words.txt has a line for each noun in WordNet, of which 200 are used, so invalid bytes elsewhere do not matter.
     lines = files.read(name).decode(errors="replace").splitlines()
     return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

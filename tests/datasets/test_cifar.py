@@ -140,11 +140,11 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(folder, protocol):
     assert trace.exists()  # so the attack does work where a pickle is trusted
     trace.unlink()
     write_folder(folder / "cifar-10-batches-py", files | {"data_batch_3": hostile})
-    said = (
+    message = (
         f"{folder}/cifar-10-batches-py/data_batch_3: this pickle refers to {os.system.__module__}.system, which may run "
         "code, and was refused; a CIFAR batch holds only NumPy arrays and lists"
     )
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_cifar10([folder], False)
     assert not trace.exists()
 
@@ -199,7 +199,7 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("batch", "said"),
+    ("batch", "message"),
     [
         (pickle.dumps([1]), "contains a list; it must contain a dict with data and labels"),
         (pickle.dumps({}), "data is not an intact uint8 array "),
@@ -226,7 +226,7 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
         (pickle.dumps({"data": batch_pixels(0), "labels": [0, 1, 1 << 70]}), "labels is not a list of integers"),
         (
             pickle.dumps({"data": batch_pixels(0), "labels": [0, 1]}),
-            "holds 3 images and 2 labels; there must be as many",
+            "has 3 images and 2 labels; the numbers must be equal",
         ),
         (
             pickle.dumps({"data": batch_pixels(0), "labels": [0, 1, -1]}),
@@ -238,9 +238,9 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
         ),
     ],
 )
-def test_a_python_batch_is_checked(folder, batch, said):
+def test_a_python_batch_is_checked(folder, batch, message):
     write_folder(folder / "cifar-10-batches-py", cifar10_files(True) | {"data_batch_2": batch})
-    with pytest.raises(InputError, match="^" + re.escape(f"{folder}/cifar-10-batches-py/data_batch_2: {said}")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{folder}/cifar-10-batches-py/data_batch_2: {message}")):
         load_cifar10([folder], False)
 
 
@@ -252,7 +252,7 @@ def test_a_batch_that_python_3_wrote_again_is_read(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "has 0 bytes; it must have 1 to 10000 records of 3073 bytes"),
         (binary_batch(0)[:-1], "has 9218 bytes; it must have 1 to 10000 records of 3073 bytes"),
@@ -260,7 +260,7 @@ def test_a_batch_that_python_3_wrote_again_is_read(folder):
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_binary_batch_is_checked(folder, content, said, packed):
+def test_a_binary_batch_is_checked(folder, content, message, packed):
     files = cifar10_files(False) | {"test_batch.bin": content}
     if packed:
         path = folder / "cifar-10-binary.tar.gz"
@@ -269,7 +269,7 @@ def test_a_binary_batch_is_checked(folder, content, said, packed):
     else:
         write_folder(folder / "cifar-10-batches-bin", files)
         where = f"{folder}/cifar-10-batches-bin/test_batch.bin"
-    with pytest.raises(InputError, match=f"^{re.escape(f'{where}: {said}')}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(f'{where}: {message}')}$"):
         load_cifar10([folder], False)
 
 
@@ -287,8 +287,8 @@ def test_a_missing_file_is_named(folder):
 def test_a_missing_member_is_named(folder):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "../cifar-10-batches-bin", cifar10_files(False))
-    said = f"{path}: does not contain cifar-10-batches-bin/data_batch_1.bin; it must contain data_batch_1.bin, "
-    with pytest.raises(InputError, match="^" + re.escape(said)):
+    message = f"{path}: does not contain cifar-10-batches-bin/data_batch_1.bin; it must contain data_batch_1.bin, "
+    with pytest.raises(InputError, match="^" + re.escape(message)):
         load_cifar10([folder], False)
 
 
@@ -317,8 +317,8 @@ def test_oversized_files_and_members_are_refused(folder):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "", {"bomb": bytes(40_000_000)})
     assert path.stat().st_size < 100_000
-    said = f"{path}, member bomb: has 40000000 bytes; files of cifar10 have at most 31720000"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}, member bomb: has 40000000 bytes; files of cifar10 have at most 31720000"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_cifar10([folder], False)
     write_archive(path, "", {f"file_{i}": b"" for i in range(101)})
     with pytest.raises(

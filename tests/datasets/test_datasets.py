@@ -11,9 +11,9 @@ from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
 
 
-def refused(said: str, *arguments, **keywords) -> None:
+def refused(message: str, *arguments, **keywords) -> None:
     for function in (load, load_suspect):
-        with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+        with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
             function(*arguments, **keywords)
 
 
@@ -42,7 +42,7 @@ def test_every_named_set_that_is_nowhere_is_one_line(name, folder, cache, monkey
         assert "\n" not in message and message.startswith(f"{name}: found no ")
         assert f" in {folder}, /elsewhere, {cache}; " in message
         assert ("the download failed (http" in message) == download
-        assert ": get " in message and " from http" in message and f" into {folder}" in message
+        assert ": put " in message and " from http" in message and f" into {folder}" in message
 
 
 def test_digits_need_no_files():

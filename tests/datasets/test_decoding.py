@@ -61,8 +61,8 @@ def test_common_size():
 
 @pytest.mark.parametrize("data", [b"", b"not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n"])
 def test_what_is_no_image_is_refused(data):
-    said = "^file.png: cannot be read as an image; a PNG, JPEG, PPM, BMP or WebP is needed$"
-    with pytest.raises(InputError, match=said):
+    message = "^file.png: cannot be read as an image; a PNG, JPEG, PPM, BMP or WebP is needed$"
+    with pytest.raises(InputError, match=message):
         read_header(data, "file.png")
 
 

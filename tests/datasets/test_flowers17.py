@@ -153,7 +153,7 @@ def test_what_is_fetched_is_read(cache, monkeypatch):
 
 @WRITERS
 @pytest.mark.parametrize(
-    ("files", "name", "said"),
+    ("files", "name", "message"),
     [
         (published_files(2) | {PANSY: b"text"}, PANSY, "cannot be read as an image; a PNG, JPEG, "),
         (published_files(2) | {PANSY: jpeg(1, (99, 99))[:700]}, PANSY, "is damaged ("),
@@ -180,10 +180,10 @@ def test_what_is_fetched_is_read(cache, monkeypatch):
         ({"readme.txt": b""}, "", "has 0 folders of images; 17 are needed"),
     ],
 )
-def test_what_is_wrong_is_named(folder, write, files, name, said):
+def test_what_is_wrong_is_named(folder, write, files, name, message):
     path = write(folder, files)
     where = (path / name if path.is_dir() else f"{path}, member {name}") if name else path
-    with pytest.raises(InputError, match="^" + re.escape(f"{where}: {said}")) as caught:
+    with pytest.raises(InputError, match="^" + re.escape(f"{where}: {message}")) as caught:
         load_flowers17([folder], False)
     assert "\n" not in str(caught.value)
 
@@ -207,8 +207,8 @@ def test_members_that_point_elsewhere_are_passed_over(folder):
 
 def test_what_is_too_large_is_refused(folder, monkeypatch):
     path = write_archive(folder, published_files(2) | {"jpg/bomb": bytes(5 << 20)})
-    said = f"{path}, member jpg/bomb: unpacks to {5 << 20} bytes; files of Flowers-17 have at most {4 << 20}"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}, member jpg/bomb: unpacks to {5 << 20} bytes; files of Flowers-17 have at most {4 << 20}"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_flowers17([folder], False)
     write_archive(folder, published_files(2))
     monkeypatch.setattr("bdjax.datasets.flowers17._MAXIMUM_ARCHIVE_BYTES", 20_000)

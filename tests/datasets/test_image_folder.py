@@ -124,8 +124,8 @@ def test_a_class_may_be_called_train(folder):
     assert load_suspect_image_folder(folder).labels.tolist() == [0] * 5 + [1] * 5
 
 
-def refused(folder: pathlib.Path, said: str) -> None:
-    with pytest.raises(InputError, match="^" + re.escape(said)):
+def refused(folder: pathlib.Path, message: str) -> None:
+    with pytest.raises(InputError, match="^" + re.escape(message)):
         load_image_folder(folder)
 
 

@@ -85,7 +85,7 @@ def test_not_found_says_what_where_and_how():
     error = not_found("set", "a.zip", [pathlib.Path("/data"), pathlib.Path("/cache")], hint)
     assert isinstance(error, InputError)
     assert str(error) == (
-        "set: found no a.zip in /data, /cache; the download failed (no network): get a.zip from https://publisher/ into "
+        "set: found no a.zip in /data, /cache; the download failed (no network): put a.zip from https://publisher/ into "
         "/data/set"
     )
     assert download_hint([file], pathlib.Path("/data"), False) == (

@@ -101,15 +101,15 @@ def test_a_part_of_the_files_is_an_error_but_in_the_cache(folder, cache):
     for place in (folder / "mnist", cache / "mnist"):
         write_set(place)
         (place / "t10k-labels-idx1-ubyte").unlink()
-    said = f"{folder / 'mnist'}: t10k-labels-idx1-ubyte[.gz] is missing; all four files of mnist are needed"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{folder / 'mnist'}: t10k-labels-idx1-ubyte[.gz] is missing; all four files of mnist are needed"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_mnist([folder], True)
     with pytest.raises(InputError, match="^mnist: found no "):
         load_mnist([cache], False)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not an IDX file of bytes in 1 dimension(s): it must start with 00000801, but starts with nothing"),
         (b"\0\0\x08\x03" + b"\0" * 20, "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be"),
@@ -123,18 +123,18 @@ def test_a_part_of_the_files_is_an_error_but_in_the_cache(folder, cache):
     ],
 )
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_damaged_idx_file_is_named(folder, content, said, packed):
+def test_a_damaged_idx_file_is_named(folder, content, message, packed):
     path = folder / ("labels.gz" if packed else "labels")
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(InputError, match="^" + re.escape(f"{path}: {said}")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{path}: {message}")):
         read_idx(path, 1)
 
 
 def test_other_image_sizes_are_refused(folder):
     path = folder / "images"
     path.write_bytes(idx(np.zeros((2, 27, 28), np.uint8)))
-    said = f"{path}: its header gives shape [2, 27, 28]; it must have at most 1000000 rows of [28, 28] pixels"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}: its header gives shape [2, 27, 28]; it must have at most 1000000 rows of [28, 28] pixels"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         read_idx(path, 3)
 
 
@@ -157,12 +157,12 @@ def test_labels_are_checked(folder):
     write_set(folder)
     path = folder / "train-labels-idx1-ubyte"
     path.write_bytes(idx(np.array([0, 1, 10] * 4, np.uint8)))
-    said = f"{path}: row 2 has label 10; labels must be in 0..9"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}: row 2 has label 10; labels must be in 0..9"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_mnist([folder], False)
     path.write_bytes(idx(np.zeros(11, np.uint8)))
-    said = f"{path}: has 11 labels for the 12 images of train-images-idx3-ubyte; the numbers must be equal"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}: has 11 labels for the 12 images of train-images-idx3-ubyte; the numbers must be equal"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_mnist([folder], False)
 
 

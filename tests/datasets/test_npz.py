@@ -142,7 +142,7 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         (
             {"images": rows(4)},
@@ -217,9 +217,9 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
         ),
     ],
 )
-def test_what_is_wrong_is_named(path, arrays, said):
+def test_what_is_wrong_is_named(path, arrays, message):
     np.savez(path, **arrays)
-    with pytest.raises(InputError, match="^" + re.escape(f"{path}{said}")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{path}{message}")):
         load_npz(path)
 
 
@@ -250,12 +250,12 @@ def with_header(shape: str) -> bytes:
 
 
 def test_files_that_are_not_intact_are_named(path):
-    said = rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \(.+\)$"
+    message = rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \(.+\)$"
     np.savez_compressed(path, **whole(images=np.random.default_rng(0).integers(0, 256, (20, 9, 9), np.uint8)))
     intact = path.read_bytes()
     for content in (b"", b"text", intact[: len(intact) // 2], intact[:300] + bytes(20) + intact[320:]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_npz(path)
     for member in (
         b"",
@@ -266,7 +266,7 @@ def test_files_that_are_not_intact_are_named(path):
     ):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("images.npy", member)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             load_npz(path)
 
 

@@ -137,8 +137,8 @@ def test_versions_and_configurations(prepare, folder):
     copy_set(path, folder / "tuned" / "two" / "1.0.0")
     train = load_tfds("tuned/two:1.0.0", [folder]).train
     assert train.name == "tuned_two_1.0.0" and "/tuned/two/1.0.0 " in train.source
-    said = f"tfds:tuned: {folder / 'tuned'} has the configurations one, two; name one, as in tfds:tuned/one"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"tfds:tuned: {folder / 'tuned'} has the configurations one, two; name one, as in tfds:tuned/one"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tfds("tuned", [folder])
 
 
@@ -160,13 +160,13 @@ def test_an_unprepared_set_tells_how_to_prepare_it(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["", "../etc", "a b", "name:new"])
 def test_what_is_no_name_is_refused(folder, name):
-    said = f"tfds:{name}: is not a valid name; use tfds:NAME, NAME/CONFIG or NAME:1.0.0"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"tfds:{name}: is not a valid name; use tfds:NAME, NAME/CONFIG or NAME:1.0.0"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tfds(name, [folder])
 
 
 @pytest.mark.parametrize(
-    ("builder", "name", "said"),
+    ("builder", "name", "message"),
     [
         (
             "TinyTrainOnly",
@@ -177,9 +177,9 @@ def test_what_is_no_name_is_refused(folder, name):
         ("TinyUnlabelled", "tiny_unlabelled", ", split train: row "),
     ],
 )
-def test_sets_without_what_is_needed_are_refused(prepare, folder, builder, name, said):
+def test_sets_without_what_is_needed_are_refused(prepare, folder, builder, name, message):
     path = prepare(builder)
-    with pytest.raises(InputError, match="^" + re.escape(f"{path}{said}")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{path}{message}")):
         load_tfds(name, [folder])
 
 
@@ -187,10 +187,10 @@ def test_a_set_for_tensorflow_is_refused(prepare, folder):
     path = prepare("TinySet")
     info = json.loads((path / "dataset_info.json").read_text())
     (path / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    said = (
+    message = (
         rf"^{re.escape(str(path))}: cannot be read \(.+\); it must have been prepared with file_format='array_record'$"
     )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_tfds("tiny_set", [folder])
 
 
@@ -214,8 +214,10 @@ def test_a_set_cannot_have_modules_imported(prepare, folder, monkeypatch):
     features = json.loads((path / "features.json").read_text())
     features["featuresDict"]["features"]["image"]["pythonClassName"] = "evil_module.Feature"
     (path / "features.json").write_text(json.dumps(features))
-    said = f"{path / 'features.json'}: names the feature class evil_module.Feature, which is not a class of TFDS itself"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = (
+        f"{path / 'features.json'}: names the feature class evil_module.Feature, which is not a class of TFDS itself"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tfds("tiny_set", [folder])
     assert "evil_module" not in sys.modules
 

@@ -148,11 +148,11 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
 
 @WRITERS
 @pytest.mark.parametrize(
-    ("files", "name", "said"),
+    ("files", "name", "message"),
     [
-        (without("wnids.txt"), "wnids.txt", "is missing; it has the classes"),
-        (without("words.txt"), "words.txt", "is missing; it has the names of the classes"),
-        (without("val/val_a"), "val/val_annotations.txt", "is missing; it has the labels of val/images"),
+        (without("wnids.txt"), "wnids.txt", "is missing; it contains the classes"),
+        (without("words.txt"), "words.txt", "is missing; it contains the names of the classes"),
+        (without("val/val_a"), "val/val_annotations.txt", "is missing; it contains the labels of val/images"),
         (
             without("train/n02124075/images"),
             "train/n02124075/images",
@@ -192,10 +192,10 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
         ({GOLDFISH: b"text"}, GOLDFISH, "cannot be read as an image; a PNG, JPEG, "),
     ],
 )
-def test_what_is_wrong_is_named(folder, write, files, name, said):
+def test_what_is_wrong_is_named(folder, write, files, name, message):
     path = write(folder, files if len(files) > 1 else published_files() | files)
     where = path / name if path.is_dir() else f"{path}, member tiny-imagenet-200/{name}"
-    with pytest.raises(InputError, match="^" + re.escape(f"{where}: {said}")) as caught:
+    with pytest.raises(InputError, match="^" + re.escape(f"{where}: {message}")) as caught:
         load_tiny_imagenet([folder], False)
     assert "\n" not in str(caught.value)
 
@@ -204,8 +204,8 @@ def test_files_that_are_too_large_are_refused_unread(folder, monkeypatch):
     monkeypatch.setattr("bdjax.datasets.tiny_imagenet._MAXIMUM_FILE_BYTES", 10_000)
     files = published_files() | {GOLDFISH: bytes(10_001)}
     path = write_archive(folder, files)
-    said = f"{path}, member tiny-imagenet-200/{GOLDFISH}: unpacks to 10001 bytes; files of Tiny ImageNet have at most 10000"
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    message = f"{path}, member tiny-imagenet-200/{GOLDFISH}: unpacks to 10001 bytes; files of Tiny ImageNet have at most 10000"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tiny_imagenet([folder], False)
     path = write_files(folder, files)  # goes before the archive
     with pytest.raises(InputError, match="^" + re.escape(f"{path / GOLDFISH}: is too large; no file of Tiny ImageNet")):

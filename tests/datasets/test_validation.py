@@ -36,13 +36,15 @@ def test_floats_are_rounded(dtype):
 def test_a_pixel_that_is_not_in_range_is_named(value):
     images = np.zeros((3, 2, 2, 1), np.float32)
     images[1, 0, 1, 0] = value
-    said = re.escape(f"file.npz: row 1 has pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1")
-    with pytest.raises(InputError, match=f"^{said}$"):
+    message = re.escape(
+        f"file.npz: row 1 has pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1"
+    )
+    with pytest.raises(InputError, match=f"^{message}$"):
         as_uint8_images(images, "file.npz")
 
 
 @pytest.mark.parametrize(
-    ("images", "said"),
+    ("images", "message"),
     [
         (np.zeros((2, 3), np.uint8), "file: images have shape [2, 3]; they must be [rows, height, width] or"),
         (np.zeros((2, 3, 32, 32), np.uint8), "file: images have shape [2, 3, 32, 32]; they must be"),
@@ -52,8 +54,8 @@ def test_a_pixel_that_is_not_in_range_is_named(value):
         (np.zeros((2, 4, 4, 3), bool), "file: images are bool; they must be uint8, or float in 0..1"),
     ],
 )
-def test_images_of_another_form_are_refused(images, said):
-    with pytest.raises(InputError, match="^" + re.escape(said)):
+def test_images_of_another_form_are_refused(images, message):
+    with pytest.raises(InputError, match="^" + re.escape(message)):
         as_uint8_images(images, "file")
 
 
@@ -64,7 +66,7 @@ def test_labels_become_int32(dtype):
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("labels", "message"),
     [
         (np.array([0, 1, -1]), "file: row 2 has label -1; labels must be in 0..2"),
         (np.array([0, 3, 9]), "file: row 1 has label 3; labels must be in 0..2"),
@@ -72,24 +74,24 @@ def test_labels_become_int32(dtype):
         (np.array([[0], [1]]), "file: labels are int64 of shape [2, 1]; they must be integers, one per row"),
     ],
 )
-def test_labels_of_another_form_are_refused(labels, said):
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+def test_labels_of_another_form_are_refused(labels, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         as_int32_labels(labels, 3, "file")
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        ({"labels": np.array([0, 1])}, "file: holds 3 images and 2 labels; there must be as many of both"),
+        ({"labels": np.array([0, 1])}, "file: has 3 images and 2 labels; the numbers must be equal"),
         ({"num_classes": 1}, "file: has 1 class(es); a classifier needs 2 to 1000000"),
         ({"num_classes": 10**12}, "file: has 1000000000000 class(es); a classifier needs 2 to 1000000"),
-        ({"class_names": ("a", "b")}, "file: names 2 classes; there must be 3"),
-        ({"files": ("a", "b")}, "file: names 2 files for 3 images; there must be one for each, or none"),
+        ({"class_names": ("a", "b")}, "file: has 2 class names for 3 classes"),
+        ({"files": ("a", "b")}, "file: has 2 file names for 3 images; there must be one for each, or none"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(changes, said):
+def test_parts_that_do_not_fit_are_refused(changes, message):
     arguments = {"images": IMAGES, "labels": LABELS, "num_classes": 3, "name": "set", "source": "here"} | changes
-    with pytest.raises(InputError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         make_dataset(**arguments, where="file")
 
 
