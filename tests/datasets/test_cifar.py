@@ -345,7 +345,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     assert str(caught.value) == (
         "cifar100: found no cifar-100-binary or cifar-100-binary.tar.gz or cifar-100-python or cifar-100-python.tar.gz "
         f"in {folder}, {cache}; the download failed (https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz: "
-        "ConnectionError): get cifar-100-binary.tar.gz from https://www.cs.toronto.edu/~kriz/ into "
+        "ConnectionError): put cifar-100-binary.tar.gz from https://www.cs.toronto.edu/~kriz/ into "
         f"{folder}"
     )
 

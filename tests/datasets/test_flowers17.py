@@ -134,7 +134,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
         load_flowers17([folder, cache], True)
     assert str(caught.value) == (
         f"flowers17: found no folder flowers17 or archive 17flowers.tgz in {folder}, {cache}; the download failed "
-        "(https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz: ConnectionError): get 17flowers.tgz from "
+        "(https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz: ConnectionError): put 17flowers.tgz from "
         f"https://www.robots.ox.ac.uk/~vgg/data/flowers/17/ into {folder}"
     )
 

@@ -111,7 +111,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     names = "GTSRB-Training_fixed.zip, GTSRB_Final_Test_Images.zip, GTSRB_Final_Test_GT.zip"
     assert str(caught.value) == (
         f"gtsrb: found no folder gtsrb/GTSRB or archives {names} in {folder}, {cache}; the download failed "
-        f"({url}GTSRB-Training_fixed.zip: ConnectionError): get {names} from {url} into {folder}/gtsrb"
+        f"({url}GTSRB-Training_fixed.zip: ConnectionError): put {names} from {url} into {folder}/gtsrb"
     )
 
 

@@ -75,7 +75,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
         "mnist: found no MNIST/raw or mnist with train-images-idx3-ubyte[.gz] and its three companions in "
         f"{folder}, {cache}; the download failed ("
         "https://ossci-datasets.s3.amazonaws.com/mnist/train-images-idx3-ubyte.gz: ConnectionError; "
-        "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz: ConnectionError): get "
+        "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz: ConnectionError): put "
         "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz "
         f"from https://ossci-datasets.s3.amazonaws.com/mnist/ into {folder}/MNIST/raw"
     )

@@ -134,7 +134,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
         load_tiny_imagenet([folder, cache], True)
     assert str(caught.value) == (
         f"tiny_imagenet: found no tiny-imagenet-200 or tiny-imagenet-200.zip in {folder}, {cache}; the download failed "
-        "(http://cs231n.stanford.edu/tiny-imagenet-200.zip: ConnectionError): get tiny-imagenet-200.zip from "
+        "(http://cs231n.stanford.edu/tiny-imagenet-200.zip: ConnectionError): put tiny-imagenet-200.zip from "
         f"http://cs231n.stanford.edu/ into {folder}"
     )
 
