@@ -48,7 +48,7 @@ def three(bad):
 
 
 def refused(message: str, call, *arguments, **settings) -> None:
-    """One line that says what would be right."""
+    """The call fails with one line that matches the message."""
     with pytest.raises(bdjax.InputError, match=message) as caught:
         call(*arguments, **settings)
     assert "\n" not in str(caught.value)
@@ -91,8 +91,9 @@ class TestPackage:
             "print(bad.data.is_poisoned.sum(), bad.trigger(rows.images[:1]).max())\n"
         )
         environment = os.environ | {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
-        how = {"cwd": empty, "env": environment, "text": True, "capture_output": True}
-        done = subprocess.run([sys.executable, "-c", program], **how)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=empty, env=environment, text=True, capture_output=True
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["2", "255"] and not list(empty.iterdir())
 
@@ -108,9 +109,11 @@ class TestDataset:
         with pytest.raises(TypeError, match="a slice, a mask or a list of indices"):
             data[3]
 
-    def test_what_is_known_of_poisoned_rows_goes_with_them(self, bad):
-        some = bad.data[bad.data.is_poisoned]
-        assert isinstance(some, bdjax.PoisonedDataset) and some.is_poisoned.all() and (some.labels == 1).all()
+    def test_selected_rows_keep_their_fields(self, bad):
+        poisoned = bad.data[bad.data.is_poisoned]
+        assert (
+            isinstance(poisoned, bdjax.PoisonedDataset) and poisoned.is_poisoned.all() and (poisoned.labels == 1).all()
+        )
 
     @pytest.mark.parametrize(
         ("images", "labels", "more", "message"),
@@ -139,16 +142,16 @@ class TestPoison:
         np.testing.assert_array_equal(bad.trigger(TRAIN.images[rows]), bad.data.images[rows])
         refused("a trigger takes uint8", bad.trigger, TRAIN.images / 255)
 
-    def test_a_trigger_that_depends_on_the_class_asks_for_it(self):
+    def test_a_trigger_that_depends_on_the_class_needs_labels(self):
         trigger = bdjax.poison("white_square_all_to_all", TRAIN, KEY, poison_rate=0.2).trigger
         refused("depends on the class", trigger, TEST.images)
         assert trigger(TEST.images, TEST.labels).shape == TEST.images.shape
 
-    def test_no_number_hangs_on_a_name_and_adaptations_are_asked_for(self):
+    def test_settings_depend_on_like_and_not_on_the_name_of_the_data(self):
         named = dataclasses.replace(TRAIN, name="digits")
         plain, same, adapted = (
-            bdjax.poison("tact", data, KEY, **how).settings
-            for data, how in ((TRAIN, {}), (named, {}), (TRAIN, {"like": "digits"}))
+            bdjax.poison("tact", data, KEY, **options).settings
+            for data, options in ((TRAIN, {}), (named, {}), (TRAIN, {"like": "digits"}))
         )
         assert plain == same != adapted and adapted.poison_rate == 0.05
 
@@ -159,7 +162,7 @@ class TestPoison:
         refused("needs a clean network: pass clean_model=", bdjax.poison, "label_consistent", TRAIN, KEY)
 
     @pytest.mark.parametrize(
-        ("attack", "how", "message"),
+        ("attack", "options", "message"),
         [
             ("badnet", {}, "attack 'badnet' is not one of .*badnets"),
             ("wanet", {}, "trains the network itself; attacks that poison data are .*badnets"),
@@ -170,8 +173,8 @@ class TestPoison:
             ("badnets", {"like": "numbers"}, "poison: like 'numbers' is not one of digits"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, attack, how, message):
-        refused(message, bdjax.poison, attack, TRAIN, KEY, **how)
+    def test_invalid_input_is_refused(self, attack, options, message):
+        refused(message, bdjax.poison, attack, TRAIN, KEY, **options)
 
     def test_rows_that_are_poisoned_are_not_poisoned_again(self, bad):
         refused("19 rows of the data are already poisoned", bdjax.poison, "badnets", bad.data, KEY)
@@ -187,16 +190,16 @@ class TestTrain:
         expected = MODEL.apply(victim.variables, TEST.images.astype(np.float32) / 255, train=False).logits
         np.testing.assert_allclose(expected, logits, rtol=1e-4, atol=1e-4)
 
-    def test_several_networks_are_the_same_call(self, victim, three):
+    def test_several_seeds_are_the_same_call(self, victim, three):
         assert three.predict(TEST.images).shape == (3, 64, CLASSES) and three.history["loss"].shape == (3, 2)
         np.testing.assert_allclose(three.predict(TEST.images)[0], victim.predict(TEST.images), rtol=1e-5, atol=1e-5)
 
-    def test_a_network_goes_on_from_another(self, victim):
+    def test_a_network_continues_the_training_of_another(self, victim):
         after = bdjax.train(victim, CLEAN, KEY, epochs=1, learning_rate=1e-9)
         np.testing.assert_allclose(after.predict(TEST.images), victim.predict(TEST.images), rtol=1e-3, atol=1e-3)
 
     @pytest.mark.parametrize(
-        ("model", "how", "message"),
+        ("model", "options", "message"),
         [
             ("resnet", {}, "unknown model 'resnet'; models are .*resnet10"),
             (3, {}, "model is a int; it must be a name of MODELS"),
@@ -207,8 +210,8 @@ class TestTrain:
             (MODEL, {"seeds": 0}, "seeds 0 is not at least 1"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, model, how, message):
-        refused(message, bdjax.train, model, TRAIN, KEY, **how)
+    def test_invalid_input_is_refused(self, model, options, message):
+        refused(message, bdjax.train, model, TRAIN, KEY, **options)
 
     def test_other_images_are_refused(self, victim):
         for images in (TEST.images[..., 0], TEST.images[:, :4], TEST.images.astype(np.int64)):
@@ -240,14 +243,14 @@ class TestEvaluate:
 class TestDetectAndDefend:
     def test_a_detector_that_needs_the_attacked_network_trains_it_or_is_given_it(self, bad, victim):
         training = {"epochs": 2, "batch_size": 32, "learning_rate": 1e-2}
-        how = {"percentile": 80.0}
-        alone = bdjax.detect("spectral_signatures", bad.data, KEY, model=MODEL, training=training, **how)
-        given = bdjax.detect("spectral_signatures", bad.data, KEY, victim=victim, **how)
+        options = {"percentile": 80.0}
+        alone = bdjax.detect("spectral_signatures", bad.data, KEY, model=MODEL, training=training, **options)
+        given = bdjax.detect("spectral_signatures", bad.data, KEY, victim=victim, **options)
         for found in (alone, given):
             assert found.flags.shape == (96,) and found.given == ("training set", "attacked model")
             assert found.settings.percentile == 80.0 and found.patterns == ()
 
-    def test_the_truth_about_the_rows_is_not_looked_at(self, bad, victim):
+    def test_the_ground_truth_is_ignored(self, bad, victim):
         fields = {field.name: getattr(bad.data, field.name) for field in dataclasses.fields(bdjax.Dataset)}
         found = [
             bdjax.detect("activation_clustering", data, KEY, victim=victim)
@@ -268,18 +271,18 @@ class TestDetectAndDefend:
         found = bdjax.detect("spectral_signatures", bad.data, KEY, victim=three)
         assert found.flags.shape == found.scores.shape == (3, 96)
 
-    def test_adaptations_are_asked_for(self, victim):
-        how = {"clean": CLEAN, "epochs": 1, "batch_size": 32, "preset": "quick"}
+    def test_settings_adapt_to_like_and_not_to_the_name_of_the_data(self, victim):
+        options = {"clean": CLEAN, "epochs": 1, "batch_size": 32, "preset": "quick"}
         named = dataclasses.replace(CLEAN, name="digits")
-        plain = bdjax.defend("fine_tuning", victim, KEY, **how | {"clean": named}).settings
-        adapted = bdjax.defend("fine_tuning", victim, KEY, like="digits", **how).settings
+        plain = bdjax.defend("fine_tuning", victim, KEY, **options | {"clean": named}).settings
+        adapted = bdjax.defend("fine_tuning", victim, KEY, like="digits", **options).settings
         assert (plain.learning_rate, adapted.learning_rate) != (adapted.learning_rate,) * 2
 
     def test_the_function_behind_a_name(self):
         assert bdjax.DEFENSES["abm"].run.__module__ == "bdjax.defenses.abm"
 
     @pytest.mark.parametrize(
-        ("name", "how", "message"),
+        ("name", "options", "message"),
         [
             ("abn", {}, "defense 'abn' is not one of none, lfd, abm"),
             ("abl", {"colour": 1}, "defense abl has no setting 'colour'; it has "),
@@ -293,8 +296,8 @@ class TestDetectAndDefend:
             ("abm", {"trigger": "attacker"}, "needs the attacker's trigger"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, name, how, message):
-        refused(message or "needs the number of poisons", bdjax.defend, name, TRAIN, KEY, model=MODEL, **how)
+    def test_invalid_input_is_refused(self, name, options, message):
+        refused(message or "needs the number of poisons", bdjax.defend, name, TRAIN, KEY, model=MODEL, **options)
 
     def test_networks_and_rows_that_do_not_go_together_are_refused(self, victim, three):
         refused("abl needs the training set, not only a network", bdjax.defend, "abl", victim, KEY)
@@ -308,8 +311,10 @@ class TestDetectAndDefend:
 
 class TestTaKd:
     def test_callables_teach_an_aggregated_network_and_a_student(self, victim):
-        how = {"model": MODEL, "student": MODEL, "epochs": 2, "batch_size": 16}
-        alone, three = (bdjax.ta_kd([victim, victim.predict], CLEAN, KEY, seeds=seeds, **how) for seeds in (None, 3))
+        options = {"model": MODEL, "student": MODEL, "epochs": 2, "batch_size": 16}
+        alone, three = (
+            bdjax.ta_kd([victim, victim.predict], CLEAN, KEY, seeds=seeds, **options) for seeds in (None, 3)
+        )
         assert alone.student.predict(TEST.images).shape == alone.aggregated.predict(TEST.images).shape == (64, CLASSES)
         assert three.student.predict(TEST.images).shape == (3, 64, CLASSES)
         np.testing.assert_allclose(
@@ -318,7 +323,7 @@ class TestTaKd:
         assert isinstance(alone.student.recipe, TrainConfig) and alone.student.history["loss"].shape == (2,)
 
     @pytest.mark.parametrize(
-        ("how", "message"),
+        ("options", "message"),
         [
             ({"aggregation": "mode"}, "ta_kd: aggregation 'mode' is not one of mean, median, trimmed_mean"),
             ({"aggregation": "trimmed_mean"}, "trim 1 at each end leaves no logits of 1 teachers"),
@@ -327,15 +332,21 @@ class TestTaKd:
             ({"training": {"schedule": "linear"}}, "ta_kd: training: schedule 'linear' is not one of plateau"),
         ],
     )
-    def test_what_cannot_be_is_refused(self, how, message):
-        refused(message, bdjax.ta_kd, [lambda images: np.zeros((len(images), CLASSES))], CLEAN, KEY, **how)
+    def test_invalid_input_is_refused(self, options, message):
+        refused(message, bdjax.ta_kd, [lambda images: np.zeros((len(images), CLASSES))], CLEAN, KEY, **options)
 
-    def test_teachers_that_answer_otherwise_are_refused(self):
+    def test_teachers_with_other_logits_are_refused(self):
         refused("no teachers were given", bdjax.ta_kd, [], CLEAN, KEY)
         refused("teacher 1 returned logits of shape", bdjax.ta_kd, [lambda images: np.zeros((3, 3))], CLEAN, KEY)
 
 
 def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    def tiny(name: str, num_classes: int, width: int):
+        assert name in bdjax.MODELS and width == 8
+        return networks[num_classes]
+
+    networks = {10: make_tiny(10)}
+    monkeypatch.setattr(api, "_network", tiny)  # every call of the snippet, on a network that compiles in a second
     section = (ROOT / "README.md").read_text().split("## From Python\n")[1].split("\n## ")[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     train, test = load_digits((), False)
@@ -344,7 +355,7 @@ def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     def nearest_mean(images: np.ndarray) -> np.ndarray:
         return images.reshape(len(images), -1) @ templates.T - 0.5 * (templates**2).sum(1)
 
-    names = {"x_train": train.images[:900], "y_train": train.labels[:900], "x_test": test.images, "y_test": test.labels}
+    names = {"x_train": train.images[:200], "y_train": train.labels[:200], "x_test": test.images, "y_test": test.labels}
     names |= {"model_a": nearest_mean, "model_b": lambda images: 2 * nearest_mean(images)}
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), names)

@@ -1,4 +1,4 @@
-"""What every defense of the registry owes a caller of the front door: arrays of the right shapes, on 64 rows."""
+"""The contract of every registered defense in the Python interface: arrays of the right shapes, on 64 rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -30,9 +30,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "fkd": {"student": "resnet10"},
     "robust_kd": {"student": "resnet10", "mask_epochs": 1, "thresholds": (0.1,)},
 }
-"""What takes seconds, beside `COMMON`."""
+"""Settings that keep each defense fast, beside `COMMON`."""
 COMMON = {"epochs": 1, "batch_size": 32, "student": "vbd_4_4p"}
-"""Of each defense that has such a setting."""
+"""For each defense with such a setting."""
 NETWORKS = {
     "fkd": "resnet10",
     "robust_kd": "resnet10",
@@ -40,14 +40,14 @@ NETWORKS = {
     "abm": "vbd_4_4p",
     "bab": "vbd_4_4p",
 }
-"""Suspect networks of defenses that ask for groups of blocks, for as many taps as the student has, or for the same network with
-one more class; else a tiny one."""
+"""Suspect networks for defenses that need groups of blocks, as many taps as the student, or the same network with one more
+class; a tiny network for all others."""
 BY_DETECTION = sorted(name for name, defense in bdjax.DEFENSES.items() if defense.detect)
 
 
 def settings(name: str) -> dict[str, Any]:
-    own = bdjax.DEFENSES[name].settings
-    common = {setting: value for setting, value in COMMON.items() if getattr(own, setting, None)}
+    defaults = bdjax.DEFENSES[name].settings
+    common = {setting: value for setting, value in COMMON.items() if getattr(defaults, setting, None)}
     return common | SMALL.get(name, {})
 
 

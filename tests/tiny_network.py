@@ -1,4 +1,4 @@
-"""A network that compiles in a second, for tests that ask what is done with one and not how well."""
+"""A network that compiles in a second, for tests that do not depend on how well it learns."""
 
 import jax
 import jax.numpy as jnp

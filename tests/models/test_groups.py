@@ -300,8 +300,8 @@ def test_in_training_it_is_the_batch_that_has_this_mean_and_this_deviation(name)
     chex.assert_trees_all_close(moments(trained), stated(trained), rtol=1e-2, atol=1e-2)
     evaluated = ran(name)[2]
     chex.assert_trees_all_equal(stated(evaluated), stated(trained))
-    for found, said in zip(moments(evaluated), stated(evaluated), strict=True):
-        assert np.abs(found[0] - said[0]).max() > 0.05 and np.abs(found[1] - said[1]).max() > 0.05
+    for found, expected in zip(moments(evaluated), stated(evaluated), strict=True):
+        assert np.abs(found[0] - expected[0]).max() > 0.05 and np.abs(found[1] - expected[1]).max() > 0.05
 
 
 @pytest.mark.parametrize("name", RESNETS)

@@ -1,7 +1,7 @@
-"""Every network of `MODELS`: its size, and what all the rest relies on of it.
+"""Every network of `MODELS`: its size, and what the rest of the library relies on.
 
-Most is asked of the smallest networks of each family alone; deeper ones are made of the same blocks. Parameters are drawn at
-random here, so that nothing is neutral.
+Most tests use the smallest networks of each family only; deeper ones consist of the same blocks. Parameters are random, so that
+nothing is neutral.
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ from bdjax.models import MODELS, Lowering, count_parameters, embedding, make_mod
 
 LOWERINGS = get_args(Lowering)
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
-NEW_FAMILIES = SMALLEST[2:]  # ResNets are held against PyTorch's, in every lowering, by tests of their own
+NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
 DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
 TAPS = dict.fromkeys(MODELS, 3) | {
@@ -56,7 +56,7 @@ def names_of(name):
 
 
 def shapes_of(model, image, *, train=False, rows=5):
-    """The shapes of the variables and of an output, of which nothing is computed."""
+    """The shapes of the variables and of an output; nothing is computed."""
 
     def run(key, images):
         variables = model.init(key, image)
@@ -146,7 +146,7 @@ def test_capacities_are_in_the_order_of_the_papers():
 def test_what_makes_a_network_small_does_not_grow_with_the_width():
     def channels(name, width):
         _, output = shapes_of(make_model(name, 10, width), (32, 32, 3))
-        return [each.shape[3] for each in output.features.values()]
+        return [tap.shape[3] for tap in output.features.values()]
 
     width = 128
     assert channels("resnet_s1", width) == [1, 1, 1, 1]
@@ -186,14 +186,14 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         assert output.logits.shape == (5, 10)
         assert list(output.features) == names_of(name)
         expected = [(5, side, side) for side in sides[image[0]][: TAPS[name]]]
-        assert [each.shape[:3] for each in output.features.values()] == expected
+        assert [tap.shape[:3] for tap in output.features.values()] == expected
         chex.assert_trees_all_equal_shapes_and_dtypes(output.variables, variables)
 
 
 def test_images_of_tiny_imagenet():
     _, output = shapes_of(make_model("preact_resnet18", 200, 2), (64, 64, 3), train=True)
     assert output.logits.shape == (5, 200)
-    assert [each.shape[1:3] for each in output.features.values()] == [(side, side) for side in (64, 32, 16, 8)]
+    assert [tap.shape[1:3] for tap in output.features.values()] == [(side, side) for side in (64, 32, 16, 8)]
 
 
 # ---- What the rest relies on ----------------------------------------------------------------------------------------

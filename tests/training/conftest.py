@@ -47,7 +47,7 @@ def convolutional(request) -> Model:
 
 @pytest.fixture
 def orbax_refuses():
-    """Orbax drops coroutines when it refuses a checkpoint: have their warning here, not in whichever test comes later."""
+    """Orbax drops coroutines when it rejects a checkpoint; collect their warnings here, not in a later test."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         yield

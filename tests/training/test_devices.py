@@ -1,11 +1,10 @@
-"""One device or eight: the same members with the same numbers, and a run that moves from one to the other goes on.
+"""One device or several: members get the same numbers, and a run can move from one device to others.
 
-The number of devices is fixed when JAX starts. Run as a program with a number, this file trains on that many CPU devices
-and writes what came out; the tests compare.
+The number of devices is fixed when JAX starts. Run as a program with a number, this file trains on that many CPU devices and
+writes the results, which the slow tests compare. The fast ones use the two devices of every test session.
 
-"The same" is to float32's rounding: members are exactly alike only if they go through the same program, and how many a
-device has is part of that. XLA takes a loop over a single member apart, and lays eight side by side out in other loops
-than one.
+"The same" is up to float32 rounding: members are exactly equal only if they go through the same program, which depends on
+their number per device. XLA unrolls a loop over a single member, and uses other loops for eight members than for one.
 """
 
 import os
@@ -35,7 +34,7 @@ LAYOUTS = typing.get_args(ensemble.Layout)
 COUNTS = (5, 8, 11)  # of eight devices: three are left over; each has one; six have two, one of them a copy
 CONFIG = TrainConfig(epochs=2, batch_size=5, evaluation_batch_size=5)
 MOVED = TrainConfig(epochs=6, batch_size=5, evaluation_batch_size=5, plateau_patience=0, plateau_threshold=0.5)
-STOPS = {1: 2, 8: 4, 3: 6}  # number of devices -> the epoch after which the run that moves leaves them
+STOPS = {1: 2, 8: 4, 3: 6}  # number of devices -> the epoch after which the moving run leaves them
 
 
 # ---- The program ----------------------------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ def loss(logits, targets):
 
 
 def stem() -> Model:
-    """A ResNet without a block. The native convolution takes the least time to compile."""
+    """A ResNet without blocks. The native convolution compiles fastest."""
     return as_model(ResNet("basic", (0, 0, 0), 2, 3, "native"), 3, "convolution, normalisation and classifier")
 
 
@@ -71,7 +70,7 @@ class Stop(Exception):
 
 
 class Program:
-    """What runs on a number of devices, into files in `folder`."""
+    """Trains on a number of devices and writes the results to `folder`."""
 
     def __init__(self, devices: int, folder: pathlib.Path):
         self.devices = devices
@@ -84,7 +83,7 @@ class Program:
         shared = jnp.asarray(IMAGES), draw_rows(seeds, 10), draw_rows([seed + 100 for seed in seeds], 5)
         before = named((states, shared))
         fitted = ensemble.fit(self.model, loss, config, states, *shared, layout=layout, **how)
-        # Only the states may have been given up, and then they are gone, not overwritten.
+        # Only the states may have been donated; then they are deleted, not overwritten.
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(shared))
         after = named((jax.tree.map(lambda leaf: None if leaf.is_deleted() else leaf, states), shared))
         for name, values in after.items():
@@ -92,7 +91,7 @@ class Program:
         return fitted
 
     def move(self) -> None:
-        """Go on with the run that other devices began, until it leaves these."""
+        """Resume the run from other devices, until it leaves these."""
         progress = self.folder / "moving"
         fit = partial(self.fit, range(5), MOVED, "vmap")
 
@@ -175,6 +174,7 @@ def assert_same_but_for_rounding(found: dict[str, np.ndarray], expected: dict[st
             np.testing.assert_array_equal(found[name], values, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_eight_devices_equal_one(outcomes, layout, count):
@@ -184,6 +184,7 @@ def test_eight_devices_equal_one(outcomes, layout, count):
     assert_same_but_for_rounding(eight, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_member_among_others_on_other_devices_is_the_same_member(outcomes, layout):
     among_eleven = read(outcomes / f"{layout}-{COUNTS[-1]}-on-8.npz")
@@ -192,6 +193,7 @@ def test_a_member_among_others_on_other_devices_is_the_same_member(outcomes, lay
         assert_same_but_for_rounding({name: values[:count] for name, values in among_eleven.items()}, fewer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_other_members_leave_no_trace(outcomes, layout):
     friends, strangers = (read(outcomes / f"{layout}-{name}-on-8.npz") for name in (COUNTS[-1], "strangers"))
@@ -200,21 +202,49 @@ def test_the_other_members_leave_no_trace(outcomes, layout):
     assert np.all(np.any(strangers["['logits']"][1::3] != friends["['logits']"][1::3], axis=(1, 2)))
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_from_one_device_to_eight_and_then_to_three_ends_where_it_would_have_ended(outcomes):
     stayed, moved = read(outcomes / "stayed.npz"), read(outcomes / "moved.npz")
     assert np.all(moved[".epoch"] == MOVED.epochs)
     assert np.all(moved[".history['loss']"] > 0)  # of all epochs, wherever they were
     assert np.any(moved[".plateau.learning_rate"] < MOVED.learning_rate)
     assert_same_but_for_rounding(moved, stayed)
-    # What was done before it moved was carried over as it was.
+    # The epochs before the move were carried over unchanged.
     for name in ("loss", "accuracy", "validation_loss", "learning_rate"):
         before = slice(0, STOPS[1])
         np.testing.assert_array_equal(moved[f".history['{name}']"][:, before], stayed[f".history['{name}']"][:, before])
 
 
+def on_one_device(monkeypatch) -> None:
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+def test_two_devices_equal_one(monkeypatch, tmp_path):
+    assert len(jax.devices()) == 2  # conftest.py makes them
+    program, seeds = Program(2, tmp_path), range(3)  # a copy of the third is the fourth
+    config = TrainConfig(epochs=2, batch_size=5, evaluation_batch_size=5)
+
+    def stop(state: TrainState) -> None:
+        raise Stop
+
+    two = named(program.fit(seeds, config, "map"))
+    with monkeypatch.context() as patched:
+        on_one_device(patched)
+        assert ensemble.spread_members(3).mesh.size == 1
+        one = named(program.fit(seeds, config, "map"))
+        with pytest.raises(Stop):
+            program.fit(seeds, config, "map", progress_folder=tmp_path, on_epoch=stop)
+    assert ensemble.spread_members(3).mesh.size == 2
+    moved = named(program.fit(seeds, config, "map", progress_folder=tmp_path))  # the first epoch was on one device
+    assert_same_but_for_rounding(two, one)
+    assert_same_but_for_rounding(moved, one)
+
+
 @pytest.mark.parametrize("donate", [True, False])
-def test_an_epoch_gives_up_the_states_that_were_placed_and_nothing_else(donate):
-    # Whether `fit` leaves its own arguments alone, on one, three and eight devices, is asserted in `Program.fit`.
+def test_an_epoch_deletes_the_placed_states_if_donated_and_nothing_else(donate):
+    # `Program.fit` asserts that `fit` does not change its arguments.
     model, seeds = stem(), range(3)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     states = ensemble.init_members(lambda key: init_state(key, model, SHAPE, CONFIG), keys)
@@ -225,7 +255,7 @@ def test_an_epoch_gives_up_the_states_that_were_placed_and_nothing_else(donate):
     epoch = make_epoch(model, loss, CONFIG)
     ensemble.compile_members(epoch, "map", spread, num_shared=1, donate=donate)(placed, train, validation, pool)
     assert {leaf.is_deleted() for leaf in jax.tree.leaves(placed)} == {donate}
-    after = named((states, train, validation, pool))  # fails if one was given up
+    after = named((states, train, validation, pool))  # fails if one was deleted
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values, err_msg=name)
 

@@ -62,8 +62,8 @@ def tree(seed):
     return {"a": jnp.asarray(random.random((2, 3)), jnp.float32), "b": (jnp.int32(seed), jax.random.key(seed))}
 
 
-def plain(each):
-    return {**each, "b": (each["b"][0], jax.random.key_data(each["b"][1]))}
+def plain(tree):
+    return {**tree, "b": (tree["b"][0], jax.random.key_data(tree["b"][1]))}
 
 
 def test_stacking_and_back():
@@ -71,9 +71,9 @@ def test_stacking_and_back():
     stacked = ensemble.stack(trees)
     chex.assert_tree_shape_prefix(plain(stacked), (3,))
     assert ensemble.num_members(stacked) == 3
-    for one, back, member in zip(trees, ensemble.unstack(stacked), range(3), strict=True):
-        chex.assert_trees_all_equal(plain(back), plain(one))
-        chex.assert_trees_all_equal(plain(ensemble.members(stacked, member)), plain(one))
+    for original, back, member in zip(trees, ensemble.unstack(stacked), range(3), strict=True):
+        chex.assert_trees_all_equal(plain(back), plain(original))
+        chex.assert_trees_all_equal(plain(ensemble.members(stacked, member)), plain(original))
 
 
 def test_joining_puts_stacks_one_after_another():
@@ -126,7 +126,7 @@ def test_members_are_dealt_out_evenly(count):
     spread = ensemble.spread_members(count)
     assert 0 <= spread.padding < spread.mesh.size <= min(count, devices)
     assert (count + spread.padding) % spread.mesh.size == 0
-    assert (count + spread.padding) // spread.mesh.size == -(-count // devices)  # none waits for another
+    assert (count + spread.padding) // spread.mesh.size == -(-count // devices)  # no device waits for another
     tree = {"x": jnp.arange(3.0 * count).reshape(count, 3), "key": jax.random.split(jax.random.key(0), count)}
     placed = spread.place(tree)
     assert len(placed["x"].devices()) == spread.mesh.size
@@ -177,8 +177,8 @@ def test_layouts_agree_with_each_other_and_with_training_alone(convolutional):
         for _ in range(CONFIG.epochs):
             state = epoch(state, ensemble.members(train, member), ensemble.members(validation, member), POOL)
         for states in together.values():
-            own = ensemble.members(states, member)
-            chex.assert_trees_all_close(words(own), words(state), rtol=1e-4, atol=2e-5)
+            found = ensemble.members(states, member)
+            chex.assert_trees_all_close(words(found), words(state), rtol=1e-4, atol=2e-5)
 
 
 def test_every_layout_and_lowering_trains_to_the_same_numbers():
@@ -208,7 +208,7 @@ def test_members_in_another_order_are_the_same_members(linear):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_members_rows_are_its_own_affair(linear, layout):
+def test_a_members_rows_affect_no_other_member(linear, layout):
     states, (train, validation) = trained(linear, layout), ROWS
     other = draw_rows(9, 3, 10)
     changed = jax.tree.map(lambda old, new: old.at[1].set(new[1]), train, other)
@@ -220,7 +220,7 @@ def test_a_members_rows_are_its_own_affair(linear, layout):
         chex.assert_trees_all_close(
             words(ensemble.members(after, others)), words(ensemble.members(states, others)), rtol=1e-6
         )
-    before, now = (each.variables["params"]["kernel"][1] for each in (states, after))
+    before, now = (fitted.variables["params"]["kernel"][1] for fitted in (states, after))
     assert np.abs(before - now).max() > 1e-3
 
 
@@ -298,14 +298,14 @@ def test_a_stage_is_trained_once(linear, tmp_path):
         calls.append(progress)
         return fit(linear, [0, 1, 2], *ROWS, "map", CONFIG, progress_folder=progress)
 
-    first, was_there = ensemble.fit_once(folder, {"model": "linear"}, like, train)
-    assert not was_there
+    first, is_restored = ensemble.fit_once(folder, {"model": "linear"}, like, train)
+    assert not is_restored
     chex.assert_trees_all_equal_shapes_and_dtypes(first, like)
     chex.assert_tree_shape_prefix(first, (3,))
     assert not list(folder.glob("progress-*"))
     assert checkpoint.about(folder) == {"model": "linear"}
-    second, was_there = ensemble.fit_once(folder, {"model": "linear"}, like, train)
-    assert was_there
+    second, is_restored = ensemble.fit_once(folder, {"model": "linear"}, like, train)
+    assert is_restored
     assert len(calls) == 1
     chex.assert_trees_all_equal(second, first)
     with pytest.raises(InputError, match="stage: the checkpoint does not fit"):
@@ -359,11 +359,11 @@ def test_members_in_groups_end_where_they_end_together(linear, layout, group_siz
     chex.assert_trees_all_equal(words(again), words(grouped))
 
 
-def test_members_that_do_not_fit_are_split_and_it_is_said(linear, monkeypatch):
+def test_members_that_do_not_fit_are_split_with_a_log_line(linear, monkeypatch):
     rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
     states = fresh(linear, range(5))
     need = ensemble.memory.estimate(supervised(linear, loss), CONFIG, states, POOL, *rows)
-    calls, said = [], []
+    calls, lines = [], []
     compile_members = ensemble.compile_members
 
     def watched(function, layout, spread, **how):
@@ -372,9 +372,9 @@ def test_members_that_do_not_fit_are_split_and_it_is_said(linear, monkeypatch):
 
     monkeypatch.setattr(ensemble, "compile_members", watched)
     monkeypatch.setattr(ensemble.memory, "available", lambda: need.total(1, 1))  # one on each of two devices
-    split = fit(linear, range(5), *rows, "map", report=said.append)
+    split = fit(linear, range(5), *rows, "map", report=lines.append)
     assert calls == [2]
-    (line,) = said
+    (line,) = lines
     assert line.startswith("5 members in groups of 2: one member takes about ")
     monkeypatch.undo()
     chex.assert_trees_all_close(words(split), words(fit(linear, range(5), *rows, "map")), rtol=1e-5, atol=1e-6)

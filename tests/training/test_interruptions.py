@@ -1,7 +1,7 @@
-"""A run that is killed at random moments, again and again, ends bit for bit where an undisturbed one ends.
+"""A run that is killed at random moments, again and again, ends with exactly the results of an undisturbed one.
 
-Run as a program, this file is the run that is killed: three members of a small model, which train for some seconds and
-spend most of that time in writing their progress.
+Run as a program, this file is the run that is killed: three members of a small model, which train for a few seconds and spend
+most of that time writing their progress.
 """
 
 import os
@@ -14,13 +14,16 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state
 from bdjax.types import Model, ModelOutput
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-SEED = int(os.environ.get("BDJAX_INTERRUPTION_SEED", "0"))  # a failure says which it was; others are worth a try
+SEED = int(os.environ.get("BDJAX_INTERRUPTION_SEED", "0"))  # failures print it; try others
 SHAPE = (6, 6, 1)
 MEMBERS = 3
 # The rate falls a few times, each epoch ends with an incomplete batch, and images are cut anew by the shuffle's key.
@@ -72,7 +75,7 @@ def write_leaves(path: pathlib.Path, tree) -> None:
 
 
 def train_to_the_end(output: pathlib.Path) -> None:
-    """One stage, as an experiment runs it; says on standard output where it stands."""
+    """One stage, as an experiment runs it; prints its progress."""
     jax.config.update("jax_num_cpu_devices", 2)
     model, random_numbers = regression(), np.random.default_rng(5)
     pool = jnp.asarray(random_numbers.integers(0, 256, (40, *SHAPE)), jnp.uint8)
@@ -97,17 +100,17 @@ def train_to_the_end(output: pathlib.Path) -> None:
         return state
 
     like = ensemble.trained_like(model, SHAPE, MEMBERS, CONFIG.epochs)
-    trained, was_there = ensemble.fit_once(output / "stage", {"model": model.description}, like, run)
+    trained, is_restored = ensemble.fit_once(output / "stage", {"model": model.description}, like, run)
     write_leaves(output / "trained.npz", trained)
-    time.sleep(0.2)  # whoever saw the checkpoint and wants to kill may be slow
-    print("finished, trained before" if was_there else "finished", flush=True)
+    time.sleep(0.2)  # leaves time for a kill after the checkpoint is complete
+    print("finished, restored" if is_restored else "finished", flush=True)
 
 
 # ---- What kills it --------------------------------------------------------------------------------------------------
 
 
 class Runs:
-    """One run after another on one folder. What they said is kept for the message of a failure."""
+    """One run after another in the same folder, with a record for failure messages."""
 
     def __init__(self, output: pathlib.Path, compiled: pathlib.Path):
         self.output = output
@@ -130,7 +133,7 @@ class Runs:
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            # A folder of their own: a kill while JAX writes to it would leave half a program to the other tests.
+            # Not the shared folder: a kill while JAX writes to it would leave half a program to other tests.
             "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_NUMPY_DTYPE_PROMOTION": "strict",
@@ -139,27 +142,27 @@ class Runs:
         command = [sys.executable, __file__, str(self.output)]
         with open(self.output / "errors.txt", "a") as errors:
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        self.said_nothing_yet = True
+        self.is_silent = True
 
     def follow(self, line: str) -> None:
-        """Note what a run says; it must go on exactly where the last one was stopped."""
+        """Note a line of output; the run must resume exactly where the last one stopped."""
         if line.startswith("epoch "):
             number = int(line.split()[1])
-            # The last run may have saved one epoch more than it lived to tell.
-            most = self.epochs_done + (2 if self.said_nothing_yet else 1)
-            assert self.epochs_done < number <= most, f"epoch {number} after {self.epochs_done}\n{self.told()}"
-            self.epochs_done, self.said_nothing_yet = number, False
+            # The last run may have saved one epoch more than it printed.
+            most = self.epochs_done + (2 if self.is_silent else 1)
+            assert self.epochs_done < number <= most, f"epoch {number} after {self.epochs_done}\n{self.describe()}"
+            self.epochs_done, self.is_silent = number, False
 
     def read_until(self, beginning: str) -> None:
         for line in self.process.stdout:
             self.follow(line)
             if line.startswith(beginning):
                 return
-        raise AssertionError(f"it ended before it said {beginning!r}\n{self.told()}")
+        raise AssertionError(f"it ended before it printed {beginning!r}\n{self.describe()}")
 
     def wait_for(self, pattern: str) -> None:
         while not any((self.output / "stage").glob(pattern)):
-            assert self.process.poll() is None, f"it ended before {pattern} was there\n{self.told()}"
+            assert self.process.poll() is None, f"it ended before {pattern} was there\n{self.describe()}"
             time.sleep(0.0002)
 
     def end(self) -> int:
@@ -170,15 +173,15 @@ class Runs:
         return self.process.returncode
 
     def kill(self, moment: str) -> list[str]:
-        """Returns the names of what the stage's folder holds after it."""
+        """Kill the process; returns the names of the files left in the stage's folder."""
         self.process.kill()
-        assert self.end() == -9, f"it had ended before it was killed {moment}\n{self.told()}"
+        assert self.end() == -9, f"it had ended before it was killed {moment}\n{self.describe()}"
         stage = self.output / "stage"
         left = sorted(path.name for path in stage.iterdir()) if stage.exists() else []
         self.story.append(f"killed {moment}, epoch {self.epochs_done} was done, leaving {left}")
         return left
 
-    def told(self) -> str:
+    def describe(self) -> str:
         errors = (self.output / "errors.txt").read_text()
         return "\n".join([f"BDJAX_INTERRUPTION_SEED={SEED}", *self.story, errors[-3000:]])
 
@@ -202,7 +205,7 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed
         began = time.perf_counter()
         undisturbed.read_until("finished")
         epoch_seconds = (time.perf_counter() - began) / CONFIG.epochs  # 20 ms, say; the moments are drawn in these
-        assert undisturbed.end() == 0, undisturbed.told()
+        assert undisturbed.end() == 0, undisturbed.describe()
         assert undisturbed.epochs_done == CONFIG.epochs
 
         draw = random.Random(SEED)
@@ -228,10 +231,10 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed
                     moment = f"{delay:.4f} s after it began to write, after {epochs} epochs"
             time.sleep(delay)
             left = runs.kill(moment)
-            if kind != "at first":  # what was left then may have been left by the run before
+            if kind != "at first":  # those remains may come from the run before
                 half_written += any("tmp" in name for name in left)
         assert len(runs.story) == 20
-        assert half_written >= 2, f"hardly a kill fell into a write\n{runs.told()}"
+        assert half_written >= 2, f"hardly any kill hit a write\n{runs.describe()}"
 
         # Two more, where a stage ends: while the finished checkpoint is written, and before its progress is dropped.
         runs.start()
@@ -243,12 +246,12 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed
         runs.kill("when the checkpoint was complete")
 
         runs.start()
-        runs.read_until("finished, trained before")
-        assert runs.end() == 0, runs.told()
-        assert_same_files(undisturbed.output, runs.output, runs.told())
+        runs.read_until("finished, restored")
+        assert runs.end() == 0, runs.describe()
+        assert_same_files(undisturbed.output, runs.output, runs.describe())
         assert runs.epochs_done == CONFIG.epochs
         left = sorted(path.name for path in (runs.output / "stage").iterdir())
-        assert left == ["about.json", "tree"], runs.told()
+        assert left == ["about.json", "tree"], runs.describe()
 
 
 if __name__ == "__main__":

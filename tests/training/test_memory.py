@@ -17,7 +17,7 @@ def loss(logits, targets):
 
 
 def abstract(model, count, rows=32):
-    """The shapes of a training, of which nothing is computed."""
+    """The shapes of a training; nothing is computed."""
     shape = jax.ShapeDtypeStruct
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
     states = jax.eval_shape(jax.vmap(lambda key: init_state(key, model, SHAPE, CONFIG)), keys)
@@ -35,15 +35,20 @@ def abstract(model, count, rows=32):
         ("shifted", "vmap", "float32"),
     ],
 )
-def test_the_estimate_is_near_the_compilers_own_account(lowering, layout, dtype):
+def test_the_estimate_is_near_the_compilers_analysis(lowering, layout, dtype):
     model = make_model("resnet10", 3, 8, lowering, dtype)
     states, train, validation, pool = abstract(model, 3)
     need = memory.estimate(supervised(model, loss), CONFIG, states, pool, train, validation)
     run = ensemble.compile_members(
         make_epoch(model, loss, CONFIG), layout, ensemble.spread_members(1), num_shared=1, donate=True
     )
-    told = run.lower(states, train, validation, pool).compile().memory_analysis()
-    real = told.temp_size_in_bytes + told.argument_size_in_bytes + told.output_size_in_bytes - told.alias_size_in_bytes
+    analysis = run.lower(states, train, validation, pool).compile().memory_analysis()
+    real = (
+        analysis.temp_size_in_bytes
+        + analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
     assert 0.7 * real < need.total(3, 1 if layout == "map" else 3) < 2.5 * real
 
 
@@ -61,7 +66,7 @@ def test_need_adds_up():
 @pytest.mark.parametrize(
     ("limit", "devices", "one_at_a_time", "expected"),
     [
-        (None, 1, False, 7),  # nobody tells: all at once
+        (None, 1, False, 7),  # unknown: all at once
         (1000, 1, False, 7),
         (100 + 3 * 17, 1, False, 3),
         (100 + 3 * 17 - 1, 1, False, 2),
@@ -82,6 +87,6 @@ def test_one_member_that_does_not_fit_is_an_error_with_advice():
         memory.largest_group(memory.Need(2**20, 2**20, 2**20), 2**21, 7, 1, True)
 
 
-def test_a_cpu_tells_what_it_has_free():
+def test_the_free_memory_of_a_cpu_is_known():
     free = memory.available()
     assert free is None or 2**20 < free < 2**50

@@ -1,4 +1,4 @@
-"""What a step does with a gradient, at which rate, and on how many views of a row."""
+"""Optimisers, learning rates, and several views of a row."""
 
 from functools import cache
 
@@ -217,8 +217,10 @@ def test_memory_is_estimated_for_rows_of_several_views():
         assert images.shape[0] == 4
         flat = images.reshape(4, -1, *SHAPE)
         inner = {**variables, "params": params}
-        each = [supervised(LINEAR, loss)(params, inner, flat[:, view], targets, key) for view in range(flat.shape[1])]
-        return each[0]._replace(losses=sum(one.losses for one in each))
+        outcomes = [
+            supervised(LINEAR, loss)(params, inner, flat[:, view], targets, key) for view in range(flat.shape[1])
+        ]
+        return outcomes[0]._replace(losses=sum(outcome.losses for outcome in outcomes))
 
     def need(*views):
         shape = jax.ShapeDtypeStruct

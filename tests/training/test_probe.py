@@ -17,7 +17,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 class Stopwatch:
-    """Made-up seconds, and a list of what was timed."""
+    """Invented seconds, and a list of what was timed."""
 
     def __init__(self, seconds):
         self.seconds = seconds
@@ -28,21 +28,21 @@ class Stopwatch:
         return self.seconds.get(tuple(choice), 1.0)
 
 
-def test_what_is_given_is_taken_without_a_look():
-    stopwatch, said = Stopwatch({}), []
-    assert probe.choose(SHAPE, "vmap", "patches", report=said.append, measure=stopwatch) == ("vmap", "patches")
-    assert not stopwatch.timed and not said and not probe.cache_file().exists()
+def test_given_choices_are_not_measured():
+    stopwatch, lines = Stopwatch({}), []
+    assert probe.choose(SHAPE, "vmap", "patches", report=lines.append, measure=stopwatch) == ("vmap", "patches")
+    assert not stopwatch.timed and not lines and not probe.cache_file().exists()
 
 
-def test_the_fastest_wins_and_is_remembered_by_everybody():
-    stopwatch, said = Stopwatch({("vmap", "shifted"): 0.002, ("map", "shifted"): 0.5}), []
-    best = probe.choose(SHAPE, report=said.append, measure=stopwatch)
+def test_the_fastest_wins_and_is_cached_for_all_runs():
+    stopwatch, lines = Stopwatch({("vmap", "shifted"): 0.002, ("map", "shifted"): 0.5}), []
+    best = probe.choose(SHAPE, report=lines.append, measure=stopwatch)
     assert best == Choice("vmap", "shifted")
-    assert said[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms; ")
+    assert lines[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms; ")
     again = Stopwatch({})
-    assert probe.choose(SHAPE, report=said.append, measure=again) == best
+    assert probe.choose(SHAPE, report=lines.append, measure=again) == best
     assert not again.timed
-    assert "from an earlier measurement" in said[1] and str(probe.cache_file()) in said[1]
+    assert "from an earlier measurement" in lines[1] and str(probe.cache_file()) in lines[1]
 
 
 def test_each_shape_is_measured():
@@ -53,7 +53,7 @@ def test_each_shape_is_measured():
     assert probe.choose(SHAPE, measure=Stopwatch({})) == ("vmap", "native")
 
 
-def test_hopeless_lowerings_are_only_tried_on_few_rows_and_few_members():
+def test_hopeless_lowerings_are_only_timed_on_few_rows_and_few_members():
     usual = ensemble.default_layout()
     stopwatch = Stopwatch({(usual, "native"): 1.6})
     assert probe.choose(SHAPE, measure=stopwatch).lowering != "native"
@@ -64,7 +64,7 @@ def test_hopeless_lowerings_are_only_tried_on_few_rows_and_few_members():
     # Each hopeful lowering in the usual layout, the best of them in the others.
     layouts = {layout for layout, lowering in whole if lowering == "patches"}
     assert sorted(whole) == sorted(
-        [(usual, "patches"), (usual, "shifted"), *((each, "patches") for each in layouts - {usual})]
+        [(usual, "patches"), (usual, "shifted"), *((layout, "patches") for layout in layouts - {usual})]
     )
     assert layouts == {"map", "vmap"}
     assert {members for *_, members in stopwatch.timed} == {6 * jax.device_count()}
@@ -81,29 +81,29 @@ def test_the_usual_combination_wins_a_near_tie():
     assert probe.choose(clear, measure=Stopwatch({usual: 0.0115, other: 0.01})) == other
 
 
-@pytest.mark.parametrize(("members", "is_tried"), [(2, True), (6, True), (7, False)])
-def test_unrolled_is_tried_where_it_compiles_in_no_time(members, is_tried):
+@pytest.mark.parametrize(("members", "is_timed"), [(2, True), (6, True), (7, False)])
+def test_unrolled_is_timed_where_it_compiles_quickly(members, is_timed):
     assert jax.device_count() == 2
     stopwatch = Stopwatch({})
     probe.choose(Shape((4, 4, 1), 2, 16, members), measure=stopwatch)
-    assert any(choice.layout == "unrolled" for choice, *_ in stopwatch.timed) == is_tried
+    assert any(choice.layout == "unrolled" for choice, *_ in stopwatch.timed) == is_timed
     assert probe.choose(Shape((4, 4, 1), 2, 16, members), "unrolled", measure=Stopwatch({})).layout == "unrolled"
 
 
-def test_a_run_goes_on_with_what_it_began_with(tmp_path):
+def test_a_run_keeps_its_first_choice(tmp_path):
     began = tmp_path / "engine.json"
     began.write_text(json.dumps(probe.record(Choice("vmap", "patches"))))
-    stopwatch, said = Stopwatch({("map", "shifted"): 0.1}), []
-    assert probe.choose(SHAPE, choice_file=began, report=said.append, measure=stopwatch) == ("vmap", "patches")
-    assert not stopwatch.timed and said == ["vmap/patches, as at the start of this run"]
-    # A flag goes before it.
+    stopwatch, lines = Stopwatch({("map", "shifted"): 0.1}), []
+    assert probe.choose(SHAPE, choice_file=began, report=lines.append, measure=stopwatch) == ("vmap", "patches")
+    assert not stopwatch.timed and lines == ["vmap/patches, as at the start of this run"]
+    # A flag takes precedence.
     assert probe.choose(SHAPE, "map", choice_file=began, measure=stopwatch) == ("map", "shifted")
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"choice": 3}', '{"choice": ["map", "winograd"]}', '{"choice": [["map"], {}]}', "\xff"]
 )
-def test_a_file_that_is_no_choice_is_passed_over(tmp_path, text):
+def test_a_file_without_a_valid_choice_is_ignored(tmp_path, text):
     broken = tmp_path / "engine.json"
     broken.write_bytes(text.encode("latin-1"))
     probe.cache_file().parent.mkdir(parents=True)

@@ -1,5 +1,6 @@
-"""Two processes on this machine, each a whole interpreter: few of them, and tiny networks."""
+"""Several processes: with a simulated store in the fast tests, with two interpreters on this machine in the slow ones."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -21,7 +22,7 @@ from bdjax.training import processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 120
-"""Seconds; all of these are done in a few, but the machine may be busy."""
+"""Seconds; a run takes a few, but the machine may be busy."""
 
 # ---- Flags ----------------------------------------------------------------------------------------------------------
 
@@ -68,7 +69,7 @@ def test_flags_that_make_no_sense_are_one_line_and_status_2(arguments, message, 
 # ---- One process ----------------------------------------------------------------------------------------------------
 
 
-def test_alone_nobody_is_waited_for():
+def test_a_single_process_waits_for_nobody():
     calls = []
 
     @processes.by_primary
@@ -80,6 +81,90 @@ def test_alone_nobody_is_waited_for():
     processes.barrier("here")
     assert processes.exchange("here", "text") == ["text"]
     assert function(calls) is calls and len(calls) == 1
+
+
+# ---- A simulated store ----------------------------------------------------------------------------------------------
+
+
+class Store:
+    """The coordinator's key-value store with the messages of other processes; never waits."""
+
+    def __init__(self, **messages: str):
+        self.content = {f"bdjax/{key.replace('_', '/')}": text for key, text in messages.items()}
+
+    def key_value_set(self, key, text, allow_overwrite=False):
+        assert allow_overwrite or key not in self.content
+        self.content[key] = text
+
+    def key_value_delete(self, key):
+        del self.content[key]
+
+    def key_value_dir_get(self, prefix):
+        return [(key, text) for key, text in self.content.items() if key.startswith(prefix)]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if key not in self.content:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.content[key]
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Be one of two processes, with these messages in the store: (number of this process, messages) -> store."""
+
+    def become(number: int, **messages: str) -> Store:
+        store = Store(**messages)
+        monkeypatch.setattr(processes, "count", lambda: 2)
+        monkeypatch.setattr(processes, "is_primary", lambda: number == 0)
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(processes, "_client", lambda: store)
+        monkeypatch.setattr(processes, "_numbers", itertools.count())
+        return store
+
+    return become
+
+
+def test_texts_are_exchanged_in_the_order_of_the_processes(process):
+    store = process(1, **{"0_0": "memory\nfirst", "1_0": "memory\nmore"})
+    assert processes.exchange("memory", "second") == ["first", "second"]
+    assert processes.exchange("memory", "less") == ["more", "less"]
+    assert sorted(store.content) == ["bdjax/0/0", "bdjax/1/0", "bdjax/1/1"]  # its own old text is deleted
+
+
+def test_a_process_elsewhere_in_the_program_is_an_error(process):
+    process(0, **{"0_1": "fetch\n"})
+    with pytest.raises(processes.ProcessError, match="process 1 is at 'fetch', but process 0 is at 'memory'"):
+        processes.exchange("memory", "text")
+
+
+def test_a_failed_process_is_not_waited_for(process):
+    store = process(0, failed_1="out of memory")
+    with pytest.raises(processes.ProcessError, match="^process 1 failed: out of memory$"):
+        processes.barrier("here")
+    processes.report_failure(InputError("two\nlines"))
+    assert store.content["bdjax/failed/0"] == "two lines"
+
+
+def test_the_primary_alone_runs_a_function_and_sends_the_result(process):
+    @processes.by_primary
+    def function(value):
+        processes.barrier("inside")  # waits for nobody
+        if value < 0:
+            raise InputError("value is below 0")
+        return 2 * value
+
+    name = function.__qualname__
+    store = process(0, **{"0_1": f"{name}\nnull", "1_1": f"{name}\nnull"})
+    assert function(3) == 6 and store.content["bdjax/0/0"] == f'{name}\n{{"result": 6}}'
+    with pytest.raises(InputError, match="value is below 0"):
+        function(-1)
+    sent = store.content["bdjax/1/0"]
+    process(1, **{"0_0": f'{name}\n{{"result": 8}}', "1_0": sent, "2_0": f'{name}\n{{"error": "disk full"}}'})
+    assert function(3) == 8  # the primary's result, not its own
+    with pytest.raises(InputError, match="^value is below 0$"):
+        function(3)
+    with pytest.raises(processes.ProcessError, match="^process 0 failed: disk full$"):
+        function(3)
 
 
 # ---- Two processes --------------------------------------------------------------------------------------------------
@@ -102,8 +187,8 @@ def start(devices: int, *arguments: str) -> subprocess.Popen:
 def finish(*programs: subprocess.Popen) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each; none outlives the test."""
     try:
-        told = [program.communicate(timeout=TIMEOUT) for program in programs]
-        return [(program.returncode, *each) for program, each in zip(programs, told, strict=True)]
+        outputs = [program.communicate(timeout=TIMEOUT) for program in programs]
+        return [(program.returncode, *texts) for program, texts in zip(programs, outputs, strict=True)]
     finally:
         for program in programs:
             program.kill()
@@ -130,13 +215,14 @@ def assert_same(alone: pathlib.Path, folder: pathlib.Path, count: int) -> None:
         seen = np.load(folder / f"{process}.npz")
         for name, values in expected.items():
             np.testing.assert_array_equal(seen[name], values)
-    results = [json.loads((each / "run" / "results.json").read_text()) for each in (alone, folder)]
+    results = [json.loads((run / "run" / "results.json").read_text()) for run in (alone, folder)]
     assert results[0] == results[1]
-    files = [sorted(path.name for path in (each / "run").iterdir()) for each in (alone, folder)]
+    files = [sorted(path.name for path in (run / "run").iterdir()) for run in (alone, folder)]
     assert files[0] == files[1]
     assert not list((folder / "run").rglob("progress-*"))
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(alone, tmp_path):
     arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
     (status, output, error), (other_status, other_output, other_error) = run_two(1, *arguments)
@@ -154,7 +240,8 @@ def test_two_processes_end_where_one_does(alone, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == written
 
 
-def test_what_two_processes_left_one_goes_on_with(alone, tmp_path):
+@pytest.mark.slow
+def test_one_process_resumes_what_two_left(alone, tmp_path):
     arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
     ended = run_two(1, *arguments, "--kill-after=2")
     assert all(status < 0 for status, _, _ in ended), ended
@@ -164,7 +251,8 @@ def test_what_two_processes_left_one_goes_on_with(alone, tmp_path):
     assert_same(alone, tmp_path, 1)
 
 
-def test_what_one_process_left_two_with_two_devices_go_on_with(alone, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_two_processes_with_two_devices_resume_what_one_left(alone, tmp_path, monkeypatch):
     arguments = f"--output={tmp_path / 'run'}", f"--seen={tmp_path}"
 
     def interrupt(progress: StageProgress, steps: int, message: str) -> None:
@@ -179,7 +267,8 @@ def test_what_one_process_left_two_with_two_devices_go_on_with(alone, tmp_path, 
     assert_same(alone, tmp_path, 2)
 
 
-def test_if_one_process_fails_the_other_says_so(tmp_path):
+@pytest.mark.slow
+def test_if_one_process_fails_the_other_reports_it(tmp_path):
     (status, _, error), (other_status, _, other_error) = run_two(1, f"--output={tmp_path / 'run'}", "--fail-in=1")
     assert other_status == command_line.FAILED
     assert other_error == "error: this process cannot go on\n"
@@ -188,7 +277,8 @@ def test_if_one_process_fails_the_other_says_so(tmp_path):
     assert "Traceback" not in error
 
 
-def test_without_a_cluster_there_is_none_to_ask(tmp_path):
+@pytest.mark.slow
+def test_distributed_without_a_cluster_is_an_error(tmp_path):
     ((status, output, error),) = finish(start(1, "--distributed", f"--output={tmp_path / 'run'}"))
     assert status == command_line.FAILED
     assert output == "" and error.startswith("error: --distributed: JAX detects no cluster")

@@ -53,7 +53,7 @@ def runner(tmp_path):
     return StageRunner(tmp_path / "checkpoints", SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
 
 
-def said(runner):
+def logged(runner):
     return runner.log.console.file.getvalue()
 
 
@@ -86,18 +86,18 @@ def test_networks_from_scratch_are_trained_by_their_labels(runner):
         "epochs": 3,
         "per_seed": 2,
     }
-    assert said(runner).startswith("teachers         4 × one, 3 epochs")
-    assert said(runner).strip().endswith("→ checkpoints/teachers")
+    assert logged(runner).startswith("teachers         4 × one, 3 epochs")
+    assert logged(runner).strip().endswith("→ checkpoints/teachers")
 
 
 def test_without_a_folder_and_a_log_the_same_is_trained_in_memory(runner, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quiet, some = StageRunner(None, SHAPE, "map"), rows(4, 10)
+    silent, some = StageRunner(None, SHAPE, "map"), rows(4, 10)
     for train in (
         from_scratch,
-        lambda one: one.from_variables("more", ONE, CONFIG, variables(4, 1), KEYS, 2, jnp.asarray(POOL), some),
+        lambda runner: runner.from_variables("more", ONE, CONFIG, variables(4, 1), KEYS, 2, jnp.asarray(POOL), some),
     ):
-        nets = [train(one) for one in (runner, quiet)]
+        nets = [train(either) for either in (runner, silent)]
         chex.assert_trees_all_equal(nets[0].variables, nets[1].variables)
         chex.assert_trees_all_equal(nets[0].history, nets[1].history)
     assert [path.name for path in tmp_path.iterdir()] == [runner.folder.name] and capsys.readouterr().out == ""
@@ -121,15 +121,15 @@ def test_a_stage_that_is_done_is_read_and_not_trained(runner):
     second = runner.train("the stage + more", ONE, CONFIG, 4, counted)
     assert len(calls) == 1
     chex.assert_trees_all_equal(first, second)
-    assert said(runner).count("restored from checkpoint") == 1
+    assert logged(runner).count("restored from checkpoint") == 1
     assert [path.name for path in runner.folder.iterdir()] == ["the-stage-more"]
 
 
-def test_a_stage_is_told_where_and_how(runner):
-    told = {}
+def test_a_stage_passes_on_where_and_how_to_train(runner):
+    received = {}
 
     def watched(*, layout, group_size, progress_folder, on_epoch, report):
-        told.update(layout=layout, folder=progress_folder, group_size=group_size)
+        received.update(layout=layout, folder=progress_folder, group_size=group_size)
         report("in groups, say")
         done = []
 
@@ -138,15 +138,15 @@ def test_a_stage_is_told_where_and_how(runner):
             on_epoch(state)
 
         state = fit(layout=layout, progress_folder=progress_folder, on_epoch=both)
-        told["progress"] = done
+        received["progress"] = done
         return state
 
     runner.train("stage", ONE, CONFIG, 4, watched)
-    assert (told["layout"], told["group_size"]) == ("map", None)
-    assert "3 epochs; in groups, say" in said(runner)
-    assert told["folder"] == runner.folder / "stage"
-    assert told["progress"] == [["progress-000001"], ["progress-000002"], ["progress-000003"]]
-    assert not list(told["folder"].glob("progress-*"))  # the finished checkpoint is in their place
+    assert (received["layout"], received["group_size"]) == ("map", None)
+    assert "3 epochs; in groups, say" in logged(runner)
+    assert received["folder"] == runner.folder / "stage"
+    assert received["progress"] == [["progress-000001"], ["progress-000002"], ["progress-000003"]]
+    assert not list(received["folder"].glob("progress-*"))  # replaced by the finished checkpoint
 
 
 def test_a_stage_that_was_cut_off_goes_on(runner):
@@ -166,7 +166,7 @@ def test_a_stage_that_was_cut_off_goes_on(runner):
 
     with pytest.raises(CutOff):
         runner.train("stage", ONE, CONFIG, 4, until_two)
-    assert "broke off" in said(runner)
+    assert "broke off" in logged(runner)
     resumed = runner.train("stage", ONE, CONFIG, 4, until_two)
     assert epochs == [1, 2, 3]
     chex.assert_trees_all_equal(resumed.variables, fit(layout="map").variables)
@@ -187,7 +187,7 @@ def test_predictions_do_not_depend_on_batches(runner):
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-def test_roles_of_one_architecture_are_asked_in_one_call(runner):
+def test_roles_of_one_architecture_share_a_call(runner):
     nets = {
         "clean": Nets(ONE, variables(2, 0), 1, {}),
         "student": Nets(OTHER, variables(2, 1), 1, {}),
@@ -202,9 +202,9 @@ def test_roles_of_one_architecture_are_asked_in_one_call(runner):
     for seed in range(2):
         logits = predict_groups(nets, seed, predict)
         assert logits.keys() == nets.keys()
-        for role, each in nets.items():
-            alone = runner.predict(each.model, each.of_seed(seed), POOL, 5)
-            assert logits[role].shape == (each.per_seed, 12, 2)
+        for role, role_nets in nets.items():
+            alone = runner.predict(role_nets.model, role_nets.of_seed(seed), POOL, 5)
+            assert logits[role].shape == (role_nets.per_seed, 12, 2)
             np.testing.assert_allclose(logits[role], alone, atol=1e-6)
     assert calls == [("one", 4), ("other", 1)] * 2
 
@@ -226,11 +226,11 @@ def test_training_goes_on_from_given_networks_with_whatever_they_carry(runner):
     chex.assert_trees_all_close(nets.variables["params"], expected.variables["params"], atol=1e-6)
     np.testing.assert_array_equal(nets.variables["attack"][0], np.arange(4.0))
     again = runner.from_variables("controlled", ONE, CONFIG, carried, KEYS, 2, pool, TRAIN, objective)
-    assert "restored from checkpoint" in said(runner)
+    assert "restored from checkpoint" in logged(runner)
     chex.assert_trees_all_equal(again.variables, nets.variables)
 
 
-def test_each_member_may_be_asked_about_images_of_its_own(runner):
+def test_each_member_may_predict_images_of_its_own(runner):
     stacked = variables(3, 1)
     images = RANDOM.integers(0, 256, (3, 5, *SHAPE), np.uint8)
     own = runner.predict_own(ONE, stacked, images, batch_size=2)
@@ -240,7 +240,7 @@ def test_each_member_may_be_asked_about_images_of_its_own(runner):
         np.testing.assert_allclose(own[i], shared[0], rtol=1e-6)
 
 
-def test_something_of_every_row_of_every_member_is_a_loop_over_both(runner):
+def test_a_function_of_every_row_of_every_member_is_a_loop_over_both(runner):
     traces = []
 
     def function(variables, images, targets):
@@ -250,7 +250,7 @@ def test_something_of_every_row_of_every_member_is_a_loop_over_both(runner):
 
     stacked, pool = variables(4, 5), jnp.asarray(POOL)
     made = runner.per_row(function, stacked, TRAIN, pool, 4)
-    assert all(isinstance(each, np.ndarray) and each.dtype == np.float32 for each in made.values())
+    assert all(isinstance(values, np.ndarray) and values.dtype == np.float32 for values in made.values())
     assert (made["loss"].shape, made["pixels"].shape) == ((4, 10), (4, 10, 9))
     count = len(traces)
     for i in range(4):
