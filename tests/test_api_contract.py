@@ -42,6 +42,8 @@ NETWORKS = {
 }
 """Suspect networks for defenses that need groups of blocks, as many taps as the student, or the same network with one more
 class; a tiny network for all others."""
+FAST = ("none", "activation_clustering", "agpd", "cbd", "fine_pruning", "fine_tuning", "ft_sam", "scan", "strip")
+"""Defenses of the fast tests: those of training sets, of networks, and detectors. All others are slow."""
 BY_DETECTION = sorted(name for name, defense in bdjax.DEFENSES.items() if defense.detect)
 
 
@@ -80,7 +82,11 @@ def arguments(name: str, suspect) -> dict[str, Any]:
     }  # the victim's architecture and recipe, for those without
 
 
-@pytest.mark.parametrize("name", sorted(bdjax.DEFENSES))
+def slow_unless_fast(names):
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", slow_unless_fast(sorted(bdjax.DEFENSES)))
 def test_a_defense_gives_a_network(name, suspect):
     data, *_ = suspect
     safe = bdjax.defend(name, data, jax.random.key(2), **arguments(name, suspect))
@@ -94,7 +100,7 @@ def test_a_defense_gives_a_network(name, suspect):
     assert dataclasses.is_dataclass(safe.settings)
 
 
-@pytest.mark.parametrize("name", BY_DETECTION)
+@pytest.mark.parametrize("name", slow_unless_fast(BY_DETECTION))
 def test_a_detector_gives_flags_and_scores(name, suspect):
     data, *_ = suspect
     found = bdjax.detect(name, data, jax.random.key(2), **arguments(name, suspect))

@@ -1,6 +1,7 @@
-"""Which part may import which: data passes through the parts in one order, and imports point upwards in it."""
+"""Imports between subpackages: each imports only from those before it in one order."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -22,8 +23,9 @@ def name_of(path: pathlib.Path) -> str:
 MODULES = {name_of(path) for path in FILES}
 
 
-def modules_imported(path: pathlib.Path) -> set[str]:
-    """Names of what a file imports: of `from a import b`, "a.b" if that is a module, and "a" if not."""
+@functools.cache
+def modules_imported(path: pathlib.Path) -> frozenset[str]:
+    """The names that a file imports: for `from a import b`, "a.b" if that is a module, otherwise "a"."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -31,7 +33,7 @@ def modules_imported(path: pathlib.Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= (inner & MODULES) or {node.module}
-    return found
+    return frozenset(found)
 
 
 def part_of(path: pathlib.Path) -> str:

@@ -1,5 +1,3 @@
-from functools import partial
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,9 @@ DIRECTIONS = ("teacher_student", "student_teacher")
 TEACHER = jnp.asarray([[4.0, 0.0, -2.0]])
 STUDENT = jnp.asarray([[1.0, 1.0, 0.0]])
 LABEL = jnp.asarray([0], jnp.int32)
+distil = jax.jit(distillation, static_argnames="direction")
+entropy, divergence_of, variance_of = map(jax.jit, (cross_entropy, kl_divergence, feature_variance))
+log_softmax = jax.jit(jax.nn.log_softmax)
 
 
 def draw(seed, rows=6, classes=5, spread=3.0):
@@ -53,24 +54,22 @@ def test_golden_values():
 def test_the_equations(temperature, direction):
     for seed, alpha in enumerate((0.0, 0.3, 1.0)):
         student, teacher, labels = draw(seed)
-        run = partial(distillation, temperature=temperature, alpha=alpha, direction=direction)
-        compiled = jax.jit(run)(student, teacher, labels)
+        compiled = distil(student, teacher, labels, temperature=temperature, alpha=alpha, direction=direction)
         chex.assert_shape(compiled, (6,))
         chex.assert_type(compiled, jnp.float32)
         expected = plain(student, teacher, labels, temperature, alpha, direction)
         np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(run(student, teacher, labels), compiled, atol=1e-5)
 
 
 def test_cross_entropy_and_divergence_do_not_overflow():
     logits = jnp.asarray([[200.0, -200.0, 0.0], [-300.0, 300.0, 0.0]])
-    np.testing.assert_allclose(cross_entropy(logits, jnp.asarray([1, 1], jnp.int32)), [400.0, 0.0])
-    log_p = jax.nn.log_softmax(logits)
-    divergence = kl_divergence(log_p, jnp.flip(log_p, 0))
+    np.testing.assert_allclose(entropy(logits, jnp.asarray([1, 1], jnp.int32)), [400.0, 0.0])
+    log_p = log_softmax(logits)
+    divergence = divergence_of(log_p, np.asarray(log_p)[::-1])
     chex.assert_tree_all_finite(divergence)
     np.testing.assert_allclose(divergence, [600.0, 400.0], rtol=1e-6)
-    gradient = jax.grad(
-        lambda x: jnp.sum(distillation(x, TEACHER + 0 * x, jnp.zeros(2, jnp.int32), temperature=1.0, alpha=0.5))
+    gradient = jax.jit(
+        jax.grad(lambda x: jnp.sum(distil(x, TEACHER + 0 * x, jnp.zeros(2, jnp.int32), temperature=1.0, alpha=0.5)))
     )
     chex.assert_tree_all_finite(gradient(logits))
 
@@ -78,9 +77,9 @@ def test_cross_entropy_and_divergence_do_not_overflow():
 @pytest.mark.parametrize("seed", range(5))
 def test_a_divergence_is_not_negative_and_is_zero_only_between_equals(seed):
     student, teacher, _ = draw(seed)
-    log_p, log_q = jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
-    assert np.all(np.asarray(kl_divergence(log_p, log_q)) > 1e-3)
-    np.testing.assert_allclose(kl_divergence(log_p, jax.nn.log_softmax(student + 7.0)), 0, atol=1e-5)
+    log_p, log_q = log_softmax(student), log_softmax(teacher)
+    assert np.all(np.asarray(divergence_of(log_p, log_q)) > 1e-3)
+    np.testing.assert_allclose(divergence_of(log_p, log_softmax(np.asarray(student) + 7)), 0, atol=1e-5)
 
 
 # ---- Limits and rows ------------------------------------------------------------------------------------------------
@@ -90,23 +89,22 @@ def test_a_divergence_is_not_negative_and_is_zero_only_between_equals(seed):
 def test_alpha_goes_from_the_labels_to_the_teacher(direction):
     student, teacher, labels = draw(0)
     options = {"temperature": 2.0, "direction": direction}
-    labels_only = distillation(student, teacher, labels, alpha=0.0, **options)
-    chex.assert_trees_all_close(labels_only, cross_entropy(student, labels))
-    chex.assert_trees_all_equal(labels_only, distillation(student, -teacher, labels, alpha=0.0, **options))
-    teacher_only = distillation(student, teacher, labels, alpha=1.0, **options)
-    chex.assert_trees_all_equal(teacher_only, distillation(student, teacher, (labels + 1) % 5, alpha=1.0, **options))
-    halfway = distillation(student, teacher, labels, alpha=0.5, **options)
+    labels_only = distil(student, teacher, labels, alpha=0.0, **options)
+    chex.assert_trees_all_close(labels_only, entropy(student, labels))
+    chex.assert_trees_all_equal(labels_only, distil(student, -teacher, labels, alpha=0.0, **options))
+    teacher_only = distil(student, teacher, labels, alpha=1.0, **options)
+    chex.assert_trees_all_equal(teacher_only, distil(student, teacher, (labels + 1) % 5, alpha=1.0, **options))
+    halfway = distil(student, teacher, labels, alpha=0.5, **options)
     chex.assert_trees_all_close(halfway, 0.5 * (labels_only + teacher_only), rtol=1e-5)
 
 
 def test_the_two_directions_differ():
     student, teacher, labels = draw(1)
     forward, reverse = (
-        distillation(student, teacher, labels, temperature=1.0, alpha=1.0, direction=direction)
-        for direction in DIRECTIONS
+        distil(student, teacher, labels, temperature=1.0, alpha=1.0, direction=direction) for direction in DIRECTIONS
     )
     assert np.abs(forward - reverse).max() > 0.1
-    swapped = distillation(teacher, student, labels, temperature=1.0, alpha=1.0, direction="student_teacher")
+    swapped = distil(teacher, student, labels, temperature=1.0, alpha=1.0, direction="student_teacher")
     chex.assert_trees_all_close(forward, swapped)
 
 
@@ -117,46 +115,43 @@ def test_an_unknown_direction_is_an_error():
 
 def test_each_row_may_have_its_own_alpha():
     student, teacher, labels = draw(2)
-    alpha = jnp.linspace(0, 1, 6)
-    together = distillation(student, teacher, labels, temperature=3.0, alpha=alpha)
+    alpha = np.linspace(0, 1, 6, dtype=np.float32)
+    together = distil(student, teacher, labels, temperature=3.0, alpha=alpha)
     alone = [
-        distillation(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], temperature=3.0, alpha=float(alpha[i]))
+        distil(student[i : i + 1], teacher[i : i + 1], labels[i : i + 1], temperature=3.0, alpha=float(alpha[i]))
         for i in range(6)
     ]
-    chex.assert_trees_all_close(together, jnp.concatenate(alone), rtol=1e-5)
+    np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5)
 
 
 def test_masking_the_losses_is_losing_the_rows():
-    student, teacher, labels = draw(3, rows=9)
+    student, teacher, labels = map(np.asarray, draw(3, rows=9))
     mask = np.array([1, 0, 0, 1, 1, 0, 1, 0, 1], bool)
-    kept = distillation(student[mask], teacher[mask], labels[mask], temperature=3.0, alpha=0.4)
-    chex.assert_trees_all_close(
-        distillation(student, teacher, labels, temperature=3.0, alpha=0.4)[mask], kept, rtol=1e-6
-    )
-    chex.assert_trees_all_close(
-        cross_entropy(student, labels)[mask], cross_entropy(student[mask], labels[mask]), rtol=1e-6
-    )
+    kept = distil(student[mask], teacher[mask], labels[mask], temperature=3.0, alpha=0.4)
+    chex.assert_trees_all_close(distil(student, teacher, labels, temperature=3.0, alpha=0.4)[mask], kept, rtol=1e-6)
+    chex.assert_trees_all_close(entropy(student, labels)[mask], entropy(student[mask], labels[mask]), rtol=1e-6)
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(direction):
+def test_the_gradient_of_a_student_equal_to_its_teacher_is_zero(direction):
     student, _, labels = draw(4)
 
+    @jax.jit
     def gradient(student, teacher):
         options = {"temperature": 4.0, "alpha": 1.0, "direction": direction}
-        return jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, **options)))(student)
+        return jax.grad(lambda x: jnp.sum(distil(x, teacher, labels, **options)))(student)
 
     np.testing.assert_allclose(gradient(student, student), 0, atol=1e-5)
-    np.testing.assert_allclose(gradient(student, student + 3.0), 0, atol=1e-5)  # softmax does not see a shift
+    np.testing.assert_allclose(gradient(student, student + 3.0), 0, atol=1e-5)  # softmax is invariant to a shift
     assert np.abs(gradient(student, -student)).max() > 0.1
 
 
 def test_the_gradient_in_closed_form():
     student, teacher, labels = draw(5)
-    gradient = jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, temperature=4.0, alpha=0.3)))(student)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(distil(x, teacher, labels, temperature=4.0, alpha=0.3))))(student)
     soft = 0.3 * 4.0 * (softmax(student / 4.0) - softmax(teacher / 4.0))  # T^2 times 1/T from the chain rule
     hard = 0.7 * (softmax(student) - np.eye(5)[labels])
     np.testing.assert_allclose(gradient, soft + hard, atol=1e-5)
@@ -166,7 +161,7 @@ def test_the_gradient_in_closed_form():
 def test_the_gradient_against_finite_differences(direction):
     student, teacher, labels = draw(6, spread=1.5)
     gradient = np.asarray(
-        jax.grad(lambda x: jnp.sum(distillation(x, teacher, labels, temperature=2.0, alpha=0.6, direction=direction)))(
+        jax.grad(lambda x: jnp.sum(distil(x, teacher, labels, temperature=2.0, alpha=0.6, direction=direction)))(
             student
         )
     )
@@ -185,13 +180,13 @@ def test_the_gradient_against_finite_differences(direction):
 def test_feature_variance_is_of_each_rows_elements_and_biased():
     # One row of (1, 2, 3, 6): mean 3, squared deviations 4, 1, 0, 9, of 4 elements; a constant row; a row of +-1.
     rows = jnp.asarray([[1.0, 2.0, 3.0, 6.0], [7.0] * 4, [1.0, -1.0, 1.0, -1.0]]).reshape(3, 2, 1, 2)
-    np.testing.assert_allclose(feature_variance(rows), [3.5, 0.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(feature_variance(3.0 * rows + 5.0), [31.5, 0.0, 9.0], rtol=1e-6)
-    assert feature_variance(rows).dtype == jnp.float32
+    np.testing.assert_allclose(variance_of(rows), [3.5, 0.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(variance_of(3.0 * rows + 5.0), [31.5, 0.0, 9.0], rtol=1e-6)
+    assert variance_of(rows).dtype == jnp.float32
 
 
 def test_the_gradient_of_feature_variance_is_the_deviation_from_the_rows_own_mean():
     rows = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2, 5)), jnp.float32)
-    gradient = jax.grad(lambda x: jnp.sum(feature_variance(x)))(rows)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(variance_of(x))))(rows)
     deviation = np.asarray(rows) - np.asarray(rows).mean(axis=(1, 2, 3), keepdims=True)
     np.testing.assert_allclose(gradient, 2.0 / 20 * deviation, atol=1e-6)

@@ -230,6 +230,7 @@ def test_an_archive_without_the_table_is_named(folder):
         load_gtsrb([folder], False)
 
 
+@pytest.mark.slow
 def test_the_real_gtsrb(data_dir):
     if not (data_dir / "gtsrb").exists():
         pytest.skip("GTSRB is not in BDJAX_DATA_DIR")

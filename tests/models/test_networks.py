@@ -4,6 +4,7 @@ Most tests use the smallest networks of each family only; deeper ones consist of
 nothing is neutral.
 """
 
+import itertools
 from functools import cache
 from typing import get_args
 
@@ -20,6 +21,7 @@ SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
 DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
+REPRESENTATIVES = ("lenet", "mobilenet_v2_s")  # without batch normalisation; with depthwise convolutions
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
     **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
@@ -55,14 +57,32 @@ def names_of(name):
     return [f"stage{number + 1}" for number in range(TAPS[name])]
 
 
-def shapes_of(model, image, *, train=False, rows=5):
-    """The shapes of the variables and of an output; nothing is computed."""
+def slow_unless(names, default):
+    """The names as parameters of a test, of which the fast tier runs the default ones."""
+    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
-    def run(key, images):
-        variables = model.init(key, image)
-        return variables, model.apply(variables, images, train=train)
 
-    return jax.eval_shape(run, jax.random.key(0), jax.ShapeDtypeStruct((rows, *image), jnp.float32))
+@cache
+def variable_shapes(name, image, width=64, classes=10):
+    """The shapes of a network's variables; nothing is computed."""
+    return jax.eval_shape(lambda key: make_model(name, classes, width).init(key, image), jax.random.key(0))
+
+
+def output_shapes(name, image, *, width=64, train=False, rows=5):
+    """The shapes of an output; nothing is computed."""
+    model, images = make_model(name, 10, width), jax.ShapeDtypeStruct((rows, *image), jnp.float32)
+    return jax.eval_shape(
+        lambda variables, images: model.apply(variables, images, train=train),
+        variable_shapes(name, image, width),
+        images,
+    )
+
+
+def count_with(name, image, classes, width=64):
+    """The number of parameters with so many classes: only the last layer depends on them."""
+    params = variable_shapes(name, image, width)["params"]
+    inputs = params["classifier"]["kernel"].shape[0]
+    return sum(leaf.size for leaf in jax.tree.leaves(params)) + (classes - 10) * (inputs + 1)
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------------------
@@ -99,9 +119,14 @@ def shapes_of(model, image, *, train=False, rows=5):
 )
 def test_parameters_at_32x32x3(name, ten_classes, forty_three):
     # VGG-11, -16 and MobileNetV2 have as many parameters as the usual ports to CIFAR-10.
-    assert count_parameters(make_model(name, 10), (32, 32, 3)) == ten_classes
+    assert count_with(name, (32, 32, 3), 10) == ten_classes
     if forty_three:
-        assert count_parameters(make_model(name, 43), (32, 32, 3)) == forty_three
+        assert count_with(name, (32, 32, 3), 43) == forty_three
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("resnet_s", 3_823), ("vgg_s", 198_363), ("wrn_10_2", 307_963)])
+def test_only_the_last_layer_depends_on_the_number_of_classes(name, parameters):
+    assert count_parameters(make_model(name, 43), (32, 32, 3)) == count_with(name, (32, 32, 3), 43) == parameters
 
 
 @pytest.mark.parametrize(
@@ -112,13 +137,13 @@ def test_parameters_at_32x32x3(name, ten_classes, forty_three):
         ("wrn_28_2", 1_479_220),
         ("wrn_28_4", 5_872_180),
         ("resnet56", 861_620),
-        ("pyramidnet_110_84", 3_913_536),
-        ("pyramidnet_200_240", 26_844_952),
+        pytest.param("pyramidnet_110_84", 3_913_536, marks=pytest.mark.slow),
+        pytest.param("pyramidnet_200_240", 26_844_952, marks=pytest.mark.slow),
     ],
 )
 def test_parameters_of_teachers_and_students_of_a_hundred_classes(name, parameters):
     # Printed in papers on distillation: 0.70M, 2.77M, 1.47M, 5.87M, 0.86M, 3.91M, 26.84M.
-    assert count_parameters(make_model(name, 100), (32, 32, 3)) == parameters
+    assert count_with(name, (32, 32, 3), 100) == parameters
 
 
 def test_other_images_and_other_numbers_of_classes():
@@ -139,14 +164,13 @@ def test_other_images_and_other_numbers_of_classes():
 def test_capacities_are_in_the_order_of_the_papers():
     names = ("resnet_s1", "resnet_s", "resnet_s2", "resnet18_cifar")
     for width in (64, 8):
-        counts = [count_parameters(make_model(name, 10, width), (32, 32, 3)) for name in names]
+        counts = [count_with(name, (32, 32, 3), 10, width) for name in names]
         assert counts == sorted(set(counts)), width
 
 
 def test_what_makes_a_network_small_does_not_grow_with_the_width():
     def channels(name, width):
-        _, output = shapes_of(make_model(name, 10, width), (32, 32, 3))
-        return [tap.shape[3] for tap in output.features.values()]
+        return [tap.shape[3] for tap in output_shapes(name, (8, 8, 1), width=width).features.values()]
 
     width = 128
     assert channels("resnet_s1", width) == [1, 1, 1, 1]
@@ -166,7 +190,10 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
     assert channels("pyramidnet_11_24", 1) == [4, 4, 4]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEP + DEEPEST])
+@pytest.mark.parametrize(
+    "name",
+    slow_unless([name for name in MODELS if name not in DEEP + DEEPEST], (*SMALLEST, "vbd_64p", "resnet18_cifar")),
+)
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
         "resnet": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
@@ -181,7 +208,8 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
     }[name.split("_")[0].rstrip("0123456789")]
     for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
-        variables, output = shapes_of(make_model(name, 10, 2), image, train=image[0] != 28)
+        variables = variable_shapes(name, image, 2)
+        output = output_shapes(name, image, width=2, train=image[0] != 28)
         assert set(variables) == {"params", "batch_stats"}
         assert output.logits.shape == (5, 10)
         assert list(output.features) == names_of(name)
@@ -191,8 +219,7 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
 
 
 def test_images_of_tiny_imagenet():
-    _, output = shapes_of(make_model("preact_resnet18", 200, 2), (64, 64, 3), train=True)
-    assert output.logits.shape == (5, 200)
+    output = output_shapes("preact_resnet18", (64, 64, 3), width=2, train=True)
     assert [tap.shape[1:3] for tap in output.features.values()] == [(side, side) for side in (64, 32, 16, 8)]
 
 
@@ -201,31 +228,32 @@ def test_images_of_tiny_imagenet():
 
 @cache
 def run_members(name):
-    """(stacked variables, images, factors of the taps) -> logits and features of each member, in one compiled call."""
+    """(stacked variables, images, factors of the taps) -> logits, features and variables of each member, in one call."""
     model = make_model(name, K, 2, "native")
 
-    def one(variables, images, factors):
+    def run_member(variables, images, factors):
         edits = {tap: lambda x, tap=tap: factors[tap] * x for tap in factors}
         output = model.apply(variables, images, train=False, edits=edits)
-        return output.logits, output.features
+        return output.logits, output.features, output.variables
 
-    return jax.jit(jax.vmap(one, in_axes=(0, None, None)))
+    return jax.jit(jax.vmap(run_member, in_axes=(0, None, None)))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in DEEPEST])
+@pytest.mark.parametrize("name", slow_unless([name for name in MODELS if name not in DEEPEST], SMALLEST))
 def test_every_network(name):
     model = make_model(name, K, 2, "native")
     assert (model.num_classes, model.description) == (K, f"{name} width 2")
     members = [variables_of(name, seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     ones = {tap: jnp.float32(1.0) for tap in names_of(name)}
-    logits, features = run_members(name)(stacked, IMAGES, ones)
+    logits, features, after = run_members(name)(stacked, IMAGES, ones)
+    chex.assert_trees_all_equal(after, stacked)
 
     assert list(features) == names_of(name)
     assert logits.shape == (2, 3, K) and logits.dtype == jnp.float32
     assert all(np.all(np.isfinite(each)) and np.ptp(each) > 0.01 for each in (logits, *features.values()))
 
-    # The last tap, averaged over its pixels, is what the last layer sees.
+    # The last tap, averaged over its pixels, is the input of the last layer.
     for i, member in enumerate(members):
         last = member["params"]["classifier"]
         seen = embedding(jax.tree.map(lambda each, i=i: each[i], features))
@@ -234,21 +262,20 @@ def test_every_network(name):
 
     # An edit of the last tap reaches the last layer, one of the first reaches everything after it and nothing else.
     *_, last = ones
-    silent, _ = run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)})
+    silent, *_ = run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)})
     bias = np.asarray(stacked["params"]["classifier"]["bias"])
     np.testing.assert_allclose(silent, np.broadcast_to(bias[:, None], silent.shape), atol=1e-6)
-    _, changed = run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)})
+    _, changed, _ = run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)})
     np.testing.assert_allclose(changed["stage1"], 2 * features["stage1"], rtol=1e-5, atol=1e-6)
     assert all(np.abs(changed[tap] - features[tap]).max() > 1e-4 for tap in names_of(name)[1:])
 
-    if name in SMALLEST:  # members one after another, not compiled, nothing edited
+    if name in REPRESENTATIVES:  # members one after another, not compiled, nothing edited
         for i, member in enumerate(members):
             output = model.apply(member, IMAGES, train=False)
             chex.assert_trees_all_close(
                 (output.logits, output.features), (logits[i], jax.tree.map(lambda each, i=i: each[i], features)),
                 rtol=1e-3, atol=1e-4,
             )  # fmt: skip
-            chex.assert_trees_all_equal(output.variables, member)
 
 
 def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
@@ -258,7 +285,7 @@ def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
     neutral = {"params": {"last_norm": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}}
     neutral["batch_stats"] = {"last_norm": {"mean": jnp.zeros(16), "variance": jnp.ones(16) - 1e-5}}
     final = {kind: {**plain[kind], **neutral[kind]} for kind in neutral}
-    (_, before), (_, after) = (
+    (_, before, _), (_, after, _) = (
         run_members(name)(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), variables), IMAGES, ones)
         for name, variables in (("preact_resnet18", plain), ("preact_resnet18_final_norm", final))
     )
@@ -267,7 +294,7 @@ def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
     np.testing.assert_allclose(after["stage3"], before["stage3"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NEW_FAMILIES)
+@pytest.mark.parametrize("name", ["lenet", "wrn_10_2"])  # without and with groups
 def test_an_edit_of_an_unknown_tap_is_an_error(name):
     model = make_model(name, K, 2)
     with pytest.raises(
@@ -280,7 +307,7 @@ def test_an_edit_of_an_unknown_tap_is_an_error(name):
         )
 
 
-@pytest.mark.parametrize("name", NEW_FAMILIES)
+@pytest.mark.parametrize("name", slow_unless(NEW_FAMILIES, REPRESENTATIVES))
 def test_all_lowerings_are_the_same_network(name):
     def run(lowering):
         model = make_model(name, K, 4, lowering)
@@ -311,18 +338,18 @@ def test_all_lowerings_are_the_same_network(name):
         chex.assert_trees_all_close(other_gradient, gradient, rtol=1e-2, atol=2e-4 * scale)
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize(("name", "lowering"), list(zip(SMALLEST, itertools.cycle(LOWERINGS), strict=False)))
 def test_only_activations_are_bfloat16(name, lowering):
-    _, output = shapes_of(make_model(name, K, 2, lowering, "bfloat16"), SHAPE, train=True)
+    model = make_model(name, K, 2, lowering, "bfloat16")
+    output = jax.eval_shape(lambda variables: model.apply(variables, IMAGES, train=True), variables_of(name))
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", slow_unless(SMALLEST, ("resnet_s", *REPRESENTATIVES)))
 def test_logits_in_bfloat16_are_near_the_exact_ones(name):
     run = jax.jit(lambda v: make_model(name, K, 2, "native", "bfloat16").apply(v, IMAGES, train=False).logits)
     stacked = jax.tree.map(lambda leaf: leaf[None], variables_of(name))
-    exact, _ = run_members(name)(stacked, IMAGES, {tap: jnp.float32(1.0) for tap in names_of(name)})
+    exact, *_ = run_members(name)(stacked, IMAGES, {tap: jnp.float32(1.0) for tap in names_of(name)})
     rounded = run(variables_of(name))
     assert np.any(rounded != exact[0])
     np.testing.assert_allclose(rounded, exact[0], atol=0.05 * np.abs(exact).max())

@@ -70,23 +70,23 @@ def model_of(layers, lowering, normalise=True):
 
 
 @cache
-def variables_of(layers, channels, normalise=True):
-    """Parameters and statistics of which none is neutral."""
+def variables_of(layers, channels, normalise=True, size=(8, 8)):
+    """Random parameters and statistics, so that nothing is neutral."""
     init = model_of(layers, "native", normalise).init
-    shapes = jax.eval_shape(lambda key: init(key, (8, 8, channels)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init(key, (*size, channels)), jax.random.key(0))
     random = np.random.default_rng(1)
 
-    def one(path, leaf):
+    def draw_leaf(path, leaf):
         noise = random.standard_normal(leaf.shape)
         noise = np.exp(0.3 * noise) if path[-1].key in ("scale", "variance") else 0.3 * noise
         return jnp.asarray(noise, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(one, shapes)
+    return jax.tree_util.tree_map_with_path(draw_leaf, shapes)
 
 
 @cache
 def differentiated(layers, lowering, train, normalise=True):
-    """(variables, images) -> output and the gradients of a sum of squares that weighs every row differently."""
+    """(variables, images) -> output and the gradients of a sum of squares with a different weight for every row."""
     model = model_of(layers, lowering, normalise)
 
     @jax.jit
@@ -104,20 +104,24 @@ def differentiated(layers, lowering, train, normalise=True):
 
 def assert_same(layers, variables, images, train, normalise=True, rtol=1e-3):
     """Logits, taps, variables and gradients, each leaf to a thousandth of its largest entry."""
-    ours, exact = (differentiated(layers, each, train, normalise)(variables, images) for each in ("shifted", "native"))
-    chex.assert_trees_all_equal_shapes_and_dtypes(ours, exact)
-    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(exact), strict=True):
-        atol = rtol * max(float(jnp.abs(other).max()), 1e-6)
-        np.testing.assert_allclose(one, other, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
-    return ours
+    found, exact = (
+        differentiated(layers, lowering, train, normalise)(variables, images) for lowering in ("shifted", "native")
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, exact)
+    for (path, values), expected in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(exact), strict=True
+    ):
+        atol = rtol * max(float(np.abs(expected).max()), 1e-6)
+        np.testing.assert_allclose(values, expected, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+    return found
 
 
 @pytest.mark.parametrize(
     ("layers", "channels", "count", "train"),
-    [*(("4P", 1, count, True) for count in (1, 16, 21, 40)), ("3-2P", 3, 21, True), ("3-2P", 3, 40, False)],
+    [*(("4P", 1, count, True) for count in (1, 21, 32)), ("3-2P", 3, 21, True), ("3-2P", 3, 21, False)],
 )
 def test_a_few_images_at_a_time_is_layer_after_layer(layers, channels, count, train):
-    assert IMAGES_AT_ONCE == 16  # so these are less than a group, one, one and a bit, and several
+    assert IMAGES_AT_ONCE == 16  # so these are part of a group, more than a group, and two whole groups
     variables = variables_of(layers, channels)
     output, _ = assert_same(layers, variables, draw(count, count, 8, 8, channels), train)
     for old, new in zip(
@@ -133,22 +137,22 @@ def test_without_normalisation():
 
 
 def test_images_of_odd_sides():
-    variables = model_of("4P", "native").init(jax.random.key(0), (11, 7, 1))
-    assert_same("4P", variables, draw(0, 18, 11, 7, 1), True)
+    assert_same("4P", variables_of("4P", 1, size=(11, 7)), draw(0, 21, 11, 7, 1), True)
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
 def test_bright_images_of_little_contrast(level):
     # The mean square of the maps is thousands of times their variance here, so that a product in float32 that is rounded
     # more coarsely, as some processors and settings have it, would show. The order of its sums alone makes up to 6e-3.
-    images = level + 0.02 * draw(3, 40, 8, 8, 1)
+    images = level + 0.02 * draw(3, 32, 8, 8, 1)
     assert_same("4P", variables_of("4P", 1), images, True, rtol=1.5e-2)
 
 
 def test_statistics_are_those_of_the_maps_written_out():
     layers, images = "4P", draw(4, 21, 8, 8, 1)
     variables = variables_of(layers, 1)
-    after = model_of(layers, "shifted").apply(variables, images, train=True).variables["batch_stats"]["stage1_norm"]
+    output, _ = differentiated(layers, "shifted", True)(variables, images)
+    after = output.variables["batch_stats"]["stage1_norm"]
     kernel = np.asarray(variables["params"]["stage1_conv"]["kernel"], np.float64)
     near = np.lib.stride_tricks.sliding_window_view(np.asarray(images[..., 0], np.float64), (3, 3), (1, 2))
     maps = np.einsum("nhwij,ijo->nhwo", near, kernel[:, :, 0])
@@ -160,18 +164,22 @@ def test_statistics_are_those_of_the_maps_written_out():
 def test_an_image_does_not_see_its_neighbours_when_evaluated():
     model, variables, images = model_of("3-2P", "shifted"), variables_of("3-2P", 3), draw(5, 21, 8, 8, 3)
     run = jax.jit(lambda images: model.apply(variables, images, train=False).logits)
-    np.testing.assert_allclose(run(images)[17:18], run(images[17:18]), rtol=1e-4, atol=1e-5)
+    others = np.asarray(images)[::-1]  # the tenth image stays where it is
+    np.testing.assert_allclose(run(images)[10], run(others)[10], rtol=1e-4, atol=1e-5)
+    assert np.abs(run(images)[9] - run(others)[9]).max() > 1e-3
 
 
 def test_the_kernel_starts_as_any_convolutions():
-    key = jax.random.key(3)
-    one, other = (
-        make_model("vbd_64p", K, lowering=each).init(key, (8, 8, 3))["params"]["stage1_conv"]["kernel"]
-        for each in ("shifted", "native")
-    )
-    np.testing.assert_array_equal(one, other)
-    assert ConvKernel(64, 3).init(key)["params"]["kernel"].shape == (3, 3, 3, 64)
-    assert float(one.std()) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
+    @jax.jit
+    def init(key):
+        models = [make_model("vbd_64p", K, lowering=lowering) for lowering in ("shifted", "native")]
+        return [model.init(key, (8, 8, 3))["params"]["stage1_conv"]["kernel"] for model in models]
+
+    shifted, native = init(jax.random.key(3))
+    np.testing.assert_array_equal(shifted, native)
+    kernel = jax.eval_shape(ConvKernel(64, 3).init, jax.random.key(3))["params"]["kernel"]
+    assert kernel.shape == (3, 3, 3, 64)
+    assert float(np.std(shifted)) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.05)
 
 
 # ---- The last layer --------------------------------------------------------------------------------------------------
@@ -193,12 +201,18 @@ def test_the_last_layer_of_an_embedding_is_the_logits(lowering):
 
 def test_the_detector_does_not_normalise():
     model = make_pattern_detector()
-    variables = model.init(jax.random.key(0), (8, 8, 1))
+    variables = jax.jit(lambda key: model.init(key, (8, 8, 1)))(jax.random.key(0))
     assert variables["batch_stats"] == {} and not any("norm" in name for name in variables["params"])
     images = draw(7, 4, 8, 8, 1)
-    output = model.apply(variables, images, train=True)
+    output = jax.jit(lambda variables: model.apply(variables, images, train=True))(variables)
     assert output.logits.shape == (4, 1) and output.logits.dtype == jnp.float32
     kernel = variables["params"]["stage1_conv"]["kernel"]
-    maps = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    expected = nn.max_pool(nn.relu(maps), (2, 2), (2, 2))
+
+    @jax.jit
+    def first_stage():
+        numbers = ("NHWC", "HWIO", "NHWC")
+        maps = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=numbers)
+        return nn.max_pool(nn.relu(maps), (2, 2), (2, 2))
+
+    expected = first_stage()
     np.testing.assert_allclose(output.features["stage1"], expected, rtol=1e-4, atol=1e-5)

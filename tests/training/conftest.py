@@ -39,7 +39,13 @@ def linear() -> Model:
     return Model(init, apply, 3, "linear")
 
 
-@pytest.fixture(scope="session", params=get_args(Lowering))
+@pytest.fixture(
+    scope="session",
+    params=[
+        "shifted",  # the default on a CPU
+        *(pytest.param(name, marks=pytest.mark.slow) for name in get_args(Lowering) if name != "shifted"),
+    ],
+)
 def convolutional(request) -> Model:
     """A ResNet without a block: convolution, batch normalisation and classifier."""
     return as_model(ResNet("basic", (0, 0, 0), 2, 3, request.param), 3, f"stem, {request.param}")

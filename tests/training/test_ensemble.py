@@ -21,6 +21,8 @@ POOL = jnp.asarray(np.random.default_rng(0).integers(0, 256, (30, *SHAPE)), jnp.
 CLASSES = np.random.default_rng(1).integers(0, 3, 30).astype(np.int32)
 CONFIG = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
 LAYOUTS = get_args(ensemble.Layout)
+MAP_FIRST = ["map", *(pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout != "map")]
+"""The fast tests use the default layout of a CPU."""
 
 
 def loss(logits, targets):
@@ -138,7 +140,7 @@ def test_members_are_dealt_out_evenly(count):
 
 
 @several_devices
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MAP_FIRST)
 def test_padding_never_shows(linear, layout, tmp_path):
     devices = len(jax.devices())
     count = devices + 1
@@ -181,6 +183,7 @@ def test_layouts_agree_with_each_other_and_with_training_alone(convolutional):
             chex.assert_trees_all_close(words(found), words(state), rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_layout_and_lowering_trains_to_the_same_numbers():
     """A stem, a block with a stride and its shortcut, and the classifier."""
     config = replace(CONFIG, learning_rate=1e-3)  # training multiplies differences of rounding
@@ -207,7 +210,7 @@ def test_members_in_another_order_are_the_same_members(linear):
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MAP_FIRST)
 def test_a_members_rows_affect_no_other_member(linear, layout):
     states, (train, validation) = trained(linear, layout), ROWS
     other = draw_rows(9, 3, 10)
@@ -256,7 +259,9 @@ def test_members_and_epochs_share_one_trace(linear):
 FOUR = TrainConfig(epochs=4, batch_size=5, plateau_patience=0, plateau_threshold=0.5)
 
 
-@pytest.mark.parametrize(("layout", "augmentation"), [("vmap", "none"), ("map", "crop")])
+@pytest.mark.parametrize(
+    ("layout", "augmentation"), [pytest.param("vmap", "none", marks=pytest.mark.slow), ("map", "crop")]
+)
 def test_an_interrupted_run_ends_where_it_would_have_ended(linear, layout, augmentation, tmp_path):
     config = replace(FOUR, augmentation=augmentation)
     straight = fit(linear, [0, 1, 2], *ROWS, layout, config)
@@ -336,8 +341,29 @@ def test_predictions_are_the_models_own(convolutional, layout):
 # ---- Groups ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("group_size", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "groups"),
+    [
+        (1, [[0], [1], [2], [3], [4]]),
+        (2, [[0, 1], [2, 3], [4, 4]]),
+        (3, [[0, 1, 2], [3, 4, 4]]),
+        (4, [[0, 1, 2], [3, 4, 4]]),
+        (5, [[0, 1, 2, 3, 4]]),
+        (9, [[0, 1, 2, 3, 4]]),
+    ],
+)
+def test_groups_are_of_one_length(size, groups):
+    assert [group.tolist() for group in ensemble._groups(5, size)] == groups
+
+
+@pytest.mark.parametrize(
+    ("group_size", "layout"),
+    [
+        (1, "map"),
+        (3, "vmap"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, "vmap"), (3, "unrolled")]),
+    ],
+)
 def test_members_in_groups_end_where_they_end_together(linear, layout, group_size, tmp_path):
     rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
     together = fit(linear, range(5), *rows, layout, group_size=5)

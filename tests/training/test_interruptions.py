@@ -195,7 +195,7 @@ def assert_same_files(one: pathlib.Path, other: pathlib.Path, message: str) -> N
                 assert found[leaf].tobytes() == expected[leaf].tobytes(), f"{name}: {leaf} differs\n{message}"
 
 
-def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed_one_ends(tmp_path):
+def test_a_run_that_is_killed_at_random_moments_ends_where_an_undisturbed_one_ends(tmp_path):
     with (
         Runs(tmp_path / "undisturbed", tmp_path / "compiled") as undisturbed,
         Runs(tmp_path / "killed", tmp_path / "compiled") as runs,
@@ -209,7 +209,7 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed
         assert undisturbed.epochs_done == CONFIG.epochs
 
         draw = random.Random(SEED)
-        kinds = ["at first"] * 4 + ["between"] * 6 + ["writing"] * 10
+        kinds = ["at first"] * 2 + ["between"] * 3 + ["writing"] * 7
         draw.shuffle(kinds)
         half_written = 0
         for kind in kinds:
@@ -233,8 +233,8 @@ def test_a_run_that_is_killed_at_twenty_random_moments_ends_where_an_undisturbed
             left = runs.kill(moment)
             if kind != "at first":  # those remains may come from the run before
                 half_written += any("tmp" in name for name in left)
-        assert len(runs.story) == 20
-        assert half_written >= 2, f"hardly any kill hit a write\n{runs.describe()}"
+        assert len(runs.story) == len(kinds)
+        assert half_written >= 1, f"hardly any kill hit a write\n{runs.describe()}"
 
         # Two more, where a stage ends: while the finished checkpoint is written, and before its progress is dropped.
         runs.start()

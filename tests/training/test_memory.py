@@ -29,8 +29,8 @@ def abstract(model, count, rows=32):
 @pytest.mark.parametrize(
     ("lowering", "layout", "dtype"),
     [
-        ("native", "map", "float32"),
-        ("patches", "vmap", "float32"),
+        pytest.param("native", "map", "float32", marks=pytest.mark.slow),
+        pytest.param("patches", "vmap", "float32", marks=pytest.mark.slow),
         ("shifted", "map", "bfloat16"),
         ("shifted", "vmap", "float32"),
     ],

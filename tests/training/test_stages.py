@@ -48,9 +48,26 @@ def variables(count, seed):
     return ensemble.init_members(lambda key: ONE.init(key, SHAPE), jax.random.split(jax.random.key(seed), count))
 
 
+def runner_in(folder):
+    return StageRunner(folder / "checkpoints", SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
+
+
 @pytest.fixture
 def runner(tmp_path):
-    return StageRunner(tmp_path / "checkpoints", SHAPE, "map", StageLog(Console(file=io.StringIO(), width=200)))
+    return runner_in(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """A finished stage, which tests only read: (its runner, its networks)."""
+    runner = runner_in(tmp_path_factory.mktemp("teachers"))
+    return runner, from_scratch(runner)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """The same training without a stage."""
+    return fit(layout="map")
 
 
 def logged(runner):
@@ -70,13 +87,12 @@ def fit(**where):
     return ensemble.fit(ONE, cross_entropy, CONFIG, states, jnp.asarray(POOL), TRAIN, VALIDATION, **where)
 
 
-def test_networks_from_scratch_are_trained_by_their_labels(runner):
-    nets = from_scratch(runner)
+def test_networks_from_scratch_are_trained_by_their_labels(teachers, fitted):
+    runner, nets = teachers
     assert nets.model is ONE and nets.per_seed == 2
-    expected = fit(layout="map")
-    chex.assert_trees_all_equal(nets.variables, expected.variables)
+    chex.assert_trees_all_equal(nets.variables, fitted.variables)
     assert all(values.shape == (4, 3) and isinstance(values, np.ndarray) for values in nets.history.values())
-    np.testing.assert_array_equal(nets.history["loss"], expected.history["loss"])
+    np.testing.assert_array_equal(nets.history["loss"], fitted.history["loss"])
     about = checkpoint.about(runner.folder / "teachers")
     assert about == {
         "model": "one",
@@ -90,27 +106,22 @@ def test_networks_from_scratch_are_trained_by_their_labels(runner):
     assert logged(runner).strip().endswith("→ checkpoints/teachers")
 
 
-def test_without_a_folder_and_a_log_the_same_is_trained_in_memory(runner, tmp_path, monkeypatch, capsys):
+def test_without_a_folder_and_a_log_the_same_is_trained_in_memory(teachers, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    silent, some = StageRunner(None, SHAPE, "map"), rows(4, 10)
-    for train in (
-        from_scratch,
-        lambda runner: runner.from_variables("more", ONE, CONFIG, variables(4, 1), KEYS, 2, jnp.asarray(POOL), some),
-    ):
-        nets = [train(either) for either in (runner, silent)]
-        chex.assert_trees_all_equal(nets[0].variables, nets[1].variables)
-        chex.assert_trees_all_equal(nets[0].history, nets[1].history)
-    assert [path.name for path in tmp_path.iterdir()] == [runner.folder.name] and capsys.readouterr().out == ""
+    nets = from_scratch(StageRunner(None, SHAPE, "map"))
+    chex.assert_trees_all_equal(nets.variables, teachers[1].variables)
+    chex.assert_trees_all_equal(nets.history, teachers[1].history)
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
-def test_members_of_a_seed(runner):
-    nets = from_scratch(runner)
+def test_members_of_a_seed(teachers):
+    _, nets = teachers
     for seed in range(2):
-        own = ensemble.members(nets.variables, slice(2 * seed, 2 * seed + 2))
-        chex.assert_trees_all_equal(nets.of_seed(seed), own)
+        expected = jax.tree.map(lambda leaf, seed=seed: np.asarray(leaf)[2 * seed : 2 * seed + 2], nets.variables)
+        chex.assert_trees_all_equal(nets.of_seed(seed), expected)
 
 
-def test_a_stage_that_is_done_is_read_and_not_trained(runner):
+def test_a_finished_stage_is_restored_and_not_trained(runner):
     calls = []
 
     def counted(**where):
@@ -149,7 +160,7 @@ def test_a_stage_passes_on_where_and_how_to_train(runner):
     assert not list(received["folder"].glob("progress-*"))  # replaced by the finished checkpoint
 
 
-def test_a_stage_that_was_cut_off_goes_on(runner):
+def test_an_interrupted_stage_is_resumed(runner, fitted):
     class CutOff(Exception):
         pass
 
@@ -169,19 +180,19 @@ def test_a_stage_that_was_cut_off_goes_on(runner):
     assert "broke off" in logged(runner)
     resumed = runner.train("stage", ONE, CONFIG, 4, until_two)
     assert epochs == [1, 2, 3]
-    chex.assert_trees_all_equal(resumed.variables, fit(layout="map").variables)
+    chex.assert_trees_all_equal(resumed.variables, fitted.variables)
 
 
-def test_a_stage_of_other_members_is_refused(runner):
-    runner.train("stage", ONE, CONFIG, 4, fit)
+def test_a_stage_of_other_members_is_refused(teachers):
+    runner, _ = teachers
     with pytest.raises(InputError, match="the checkpoint does not fit"):
-        runner.train("stage", ONE, CONFIG, 5, fit)
+        runner.train("teachers", ONE, CONFIG, 5, fit)
 
 
 def test_predictions_do_not_depend_on_batches(runner):
     stacked = variables(3, 1)
     expected = (POOL.reshape(12, 9) / 255) @ np.asarray(stacked["params"]["kernel"], np.float64)
-    for batch_size in (1, 5, 100):
+    for batch_size in (5, 100):
         logits = runner.predict(ONE, stacked, POOL, batch_size)
         assert isinstance(logits, np.ndarray) and logits.dtype == np.float32
         np.testing.assert_allclose(logits, expected, atol=1e-5)
@@ -209,7 +220,7 @@ def test_roles_of_one_architecture_share_a_call(runner):
     assert calls == [("one", 4), ("other", 1)] * 2
 
 
-def test_training_goes_on_from_given_networks_with_whatever_they_carry(runner):
+def test_training_continues_from_given_networks_with_other_variables(runner):
     carried = {**variables(4, 7), "attack": (jnp.arange(4.0),)}
 
     def objective(params, trained, images, targets, key):
