@@ -203,7 +203,7 @@ class TestTrain:
         ("model", "options", "message"),
         [
             ("resnet", {}, "unknown model 'resnet'; models are .*resnet10"),
-            (3, {}, "model is a int; it must be a name of MODELS"),
+            (3, {}, "model is a int; it must be a name in MODELS"),
             (make_tiny(7), {}, "has 7 classes; the data has 4"),
             (MODEL, {"epochs": 0}, "train: epochs 0 is not at least 1"),
             (MODEL, {"schedule": "linear"}, "train: schedule 'linear' is not one of plateau, cosine"),

@@ -142,7 +142,7 @@ def test_a_hostile_pickle_is_refused_and_runs_nothing(folder, protocol):
     write_folder(folder / "cifar-10-batches-py", files | {"data_batch_3": hostile})
     message = (
         f"{folder}/cifar-10-batches-py/data_batch_3: this pickle refers to {os.system.__module__}.system, which may run "
-        "code, and was refused; a CIFAR batch holds only NumPy arrays and lists"
+        "code, so it was not loaded; a CIFAR batch contains only NumPy arrays and lists"
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_cifar10([folder], False)
@@ -210,16 +210,16 @@ def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
         ),
         (
             reduced(b"O8", b"K\x01K\x01\x86", b"U\x08AAAAAAAA"),
-            "data is not an intact uint8 array (an array is not of uint8)",
+            "data is not an intact uint8 array (an array is not uint8)",
         ),
         (reduced(b"u1", b"K\x64K\x64\x86", b"U\x08AAAAAAAA"), "data is not an intact uint8 array (cannot reshape"),
         (
             reduced(b"u1", b"K\x01K\x08\x86", b"K\x05"),
-            "data is not an intact uint8 array (an array's content is not bytes)",
+            "data is not an intact uint8 array (the content of an array is not bytes)",
         ),
         (
             reduced(b"u1", b"K\x01K\x08\x86", b"U\x08AAAAAAAA"),
-            "data has the shape [1, 8]; 1 to 10000 rows of 3072 would be",
+            "data has shape [1, 8]; it must have 1 to 10000 rows of 3072",
         ),
         (pickle.dumps({"data": batch_pixels(0), "labels": "012"}), "labels is not a list of integers"),
         (pickle.dumps({"data": batch_pixels(0), "labels": [0, 1, "2"]}), "labels is not a list of integers"),
@@ -327,7 +327,7 @@ def test_oversized_files_and_members_are_refused(folder):
         load_cifar10([folder], False)
     write_archive(path, "cifar-10-batches-bin", cifar10_files(False))
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()) + bytes(2 << 20)))
-    with pytest.raises(InputError, match=r"goes on for over 1048576 bytes after the end of the archive$"):
+    with pytest.raises(InputError, match=r"has over 1048576 bytes after the end of the archive$"):
         load_cifar10([folder], False)
     write_folder(folder / "cifar-10-batches-bin", cifar10_files(False))
     with open(folder / "cifar-10-batches-bin" / "data_batch_1.bin", "wb") as file:

@@ -150,13 +150,13 @@ def table(*lines: str) -> bytes:
         ),
         (
             {"GT-final_test.csv": table("../../x.ppm;1;1;1;1;1;1;5")},
-            "{}/GT-final_test.csv: line 2 has the Filename '../../x.ppm' and the ClassId '5'; a .ppm file and a number",
+            "{}/GT-final_test.csv: line 2 has Filename '../../x.ppm' and ClassId '5'; a .ppm file and a number",
         ),
         (
             {"GT-final_test.csv": table("00000.ppm;1;1")},
-            "{}/GT-final_test.csv: line 2 has the Filename '00000.ppm' and the ClassId ''; a .ppm file and a number",
+            "{}/GT-final_test.csv: line 2 has Filename '00000.ppm' and ClassId ''; a .ppm file and a number",
         ),
-        ({"GT-final_test.csv": table("00000.ppm,1,1,1,1,1,1,5")}, "{}/GT-final_test.csv: line 2 has the Filename "),
+        ({"GT-final_test.csv": table("00000.ppm,1,1,1,1,1,1,5")}, "{}/GT-final_test.csv: line 2 has Filename "),
         ({"GT-final_test.csv": b"\xff\xfe"}, "{}/GT-final_test.csv: is not plain text ("),
         ({"GT-final_test.csv": HEADER.encode()}, "{}/GT-final_test.csv: contains no images; .ppm files are needed"),
     ],
@@ -187,7 +187,7 @@ def test_missing_parts_of_a_folder_are_named(folder):
     [
         (
             {"GTSRB/Training/00000/00000.ppm": bytes(5 << 20)},
-            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00000/00000.ppm: unpacks to 5242880 bytes; no file of",
+            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00000/00000.ppm: unpacks to 5242880 bytes; files of",
         ),
         (
             {"GTSRB/Training/00000/00000.ppm": ppm(0)[:500]},

@@ -143,11 +143,11 @@ def test_what_is_no_folder_of_classes_is_refused(folder):
 def test_what_is_no_split_is_refused(folder):
     write_images(folder / "train" / "a", [1])
     write_images(folder / "train" / "b", [2])
-    refused(folder, f"{folder}: has train/ but neither test/ nor val/; with both, they are the split")
+    refused(folder, f"{folder}: has train/ but neither test/ nor val/; one of them is needed for the test images")
     (folder / "test").mkdir()
     refused(folder, f"{folder / 'test'}: has no sub-folders; one is needed for each class")
     write_images(folder / "test" / "c", [3])
-    refused(folder, f"{folder / 'test' / 'c'}: is a class that {folder / 'train'} does not have")
+    refused(folder, f"{folder / 'test' / 'c'}: is not a class in {folder / 'train'}")
 
 
 def test_a_damaged_image_is_named(folder):

@@ -72,7 +72,7 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     with pytest.raises(InputError) as caught:
         load_mnist([folder, cache], True)
     assert str(caught.value) == (
-        "mnist: found no MNIST/raw or mnist with train-images-idx3-ubyte[.gz] and its three companions in "
+        "mnist: found no MNIST/raw or mnist with train-images-idx3-ubyte[.gz] and the other three files in "
         f"{folder}, {cache}; the download failed ("
         "https://ossci-datasets.s3.amazonaws.com/mnist/train-images-idx3-ubyte.gz: ConnectionError; "
         "https://storage.googleapis.com/cvdf-datasets/mnist/train-images-idx3-ubyte.gz: ConnectionError): put "
@@ -112,13 +112,13 @@ def test_a_part_of_the_files_is_an_error_but_in_the_cache(folder, cache):
     ("content", "message"),
     [
         (b"", "is not an IDX file of bytes in 1 dimension(s): it must start with 00000801, but starts with nothing"),
-        (b"\0\0\x08\x03" + b"\0" * 20, "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be"),
-        (b"\0\0\x0d\x01" + b"\0" * 20, "does not start like an IDX file of bytes in 1 dimension(s); 00000801 would be"),
+        (b"\0\0\x08\x03" + b"\0" * 20, "is not an IDX file of bytes in 1 dimension(s): it must start with 00000801"),
+        (b"\0\0\x0d\x01" + b"\0" * 20, "is not an IDX file of bytes in 1 dimension(s): it must start with 00000801"),
         (struct.pack(">HBBI", 0, 8, 1, 10) + b"123456789", "has fewer than the 10 bytes that its header gives"),
         (struct.pack(">HBBI", 0, 8, 1, 10) + b"12345678901", "has more than the 10 bytes that its header gives"),
         (
             struct.pack(">HBBI", 0, 8, 1, 1 << 31),
-            "announces the shape [2147483648]; at most 1000000 rows would be right",
+            "its header gives shape [2147483648]; it must have at most 1000000 rows",
         ),
     ],
 )

@@ -156,11 +156,11 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
         (
             without("train/n02124075/images"),
             "train/n02124075/images",
-            "is missing or holds no .JPEG, though wnids.txt lists n02124075",
+            "is missing or contains no .JPEG, although wnids.txt lists n02124075",
         ),
         ({"wnids.txt": b"n02124075\n../etc\n"}, "wnids.txt", "line 2 is '../etc'; n and 8 digits are needed"),
         ({"wnids.txt": b"n02124075\n\nn02124075\n"}, "wnids.txt", "lists 1 class(es); at least 2 are needed"),
-        ({"wnids.txt": b"n02124075\nn04067472\n"}, GOLDFISH, "is of a class that wnids.txt does not list"),
+        ({"wnids.txt": b"n02124075\nn04067472\n"}, GOLDFISH, "has a class that wnids.txt does not list"),
         (
             {"words.txt": b"n01443537\tgoldfish\nn02124075\t\nn04067472\treel\n"},
             "words.txt",

@@ -41,10 +41,8 @@ def test_running_statistics_move_in_training_only():
     _, trained = run((8, 8, 1), channels=1, train=True, stages=1)
     chex.assert_trees_all_equal(evaluated, before)
     chex.assert_trees_all_equal(trained["params"], before["params"])
-    moved = jax.tree.map(
-        lambda a, b: bool(np.any(np.asarray(a) != np.asarray(b))), trained["batch_stats"], before["batch_stats"]
-    )
-    assert all(jax.tree.leaves(moved))
+    for new, old in zip(*(jax.tree.leaves(tree["batch_stats"]) for tree in (trained, before)), strict=True):
+        assert np.any(np.asarray(new) != np.asarray(old))
 
 
 def test_widths_are_the_papers():

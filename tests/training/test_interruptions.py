@@ -209,7 +209,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_where_an_undisturbed_one_en
         assert undisturbed.epochs_done == CONFIG.epochs
 
         draw = random.Random(SEED)
-        kinds = ["at first"] * 2 + ["between"] * 3 + ["writing"] * 7
+        kinds = ["at first"] * 2 + ["between"] * 3 + ["writing"] * 4 + ["writing begins"] * 3
         draw.shuffle(kinds)
         half_written = 0
         for kind in kinds:
@@ -227,7 +227,7 @@ def test_a_run_that_is_killed_at_random_moments_ends_where_an_undisturbed_one_en
                     moment = f"{delay:.4f} s after {epochs} epochs"
                 else:
                     runs.wait_for("progress-*tmp*")
-                    delay = draw.uniform(0, epoch_seconds)
+                    delay = draw.uniform(0, epoch_seconds) if kind == "writing" else 0.0
                     moment = f"{delay:.4f} s after it began to write, after {epochs} epochs"
             time.sleep(delay)
             left = runs.kill(moment)
