@@ -97,7 +97,7 @@ def test_prepared_sets_of_tfds_are_reached(folder):
 def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
     refused(
         f"{name!r}: no such dataset, folder or file{suggestion}; datasets are {', '.join(DATASETS)}, tfds:NAME, "
-        "a folder of images by its path, and an .npz file by its path",
+        "or the path of a folder of images or of an .npz file",
         name,
     )
 

@@ -129,13 +129,13 @@ def table(*lines: str) -> bytes:
         ),
         (
             {"GTSRB/Training/00000/00000.ppm": bytes(5 << 20)},
-            "{}/GTSRB/Training/00000/00000.ppm: is too large; no file",
+            "{}/GTSRB/Training/00000/00000.ppm: is too large; files",
         ),
         (
             {"GTSRB/Training/00043/00000.ppm": ppm(0)},
             "{}/GTSRB/Training/00043: is not in the folder of a class, 00000 to 00042",
         ),
-        ({"GTSRB/Training/stop/00000.ppm": ppm(0)}, "{}/GTSRB/Training/stop: is not in the folder of a class,  "),
+        ({"GTSRB/Training/stop/00000.ppm": ppm(0)}, "{}/GTSRB/Training/stop: is not in the folder of a class, "),
         (
             {"GT-final_test.csv": table("00000.ppm;1;1;1;1;1;1;5", "00001.ppm;1;1;1;1;1;1;43")},
             "{}/GT-final_test.csv: row 1 has label 43; labels must be in 0..42",

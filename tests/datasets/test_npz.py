@@ -189,7 +189,7 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
             parts(test_labels=np.array([2, 1, 5])) | {"num_classes": 3},
             ", test_labels: row 2 has label 5; labels must",
         ),
-        (parts(test_images=rows(3, 1)), ": train_images are [4, 5, 3] and test_images [4, 5, 1]; they must be of one"),
+        (parts(test_images=rows(3, 1)), ": train_images are [4, 5, 3] and test_images [4, 5, 1]; their shapes must be"),
         (
             whole(is_poisoned=np.zeros(20, bool)),
             ": contains only one of is_poisoned and original_labels; both or neither",

@@ -153,7 +153,7 @@ def test_an_unprepared_set_tells_how_to_prepare_it(folder, tmp_path):
         load_tfds("cifar10", [folder])
     assert str(caught.value) == (
         f"tfds:cifar10: found no prepared set in {folder}, {tmp_path}/home/tensorflow_datasets; prepare it where "
-        "TensorFlow is installed, by tfds.builder('cifar10', data_dir=DIR, "
+        "TensorFlow is installed, with tfds.builder('cifar10', data_dir=DIR, "
         "file_format='array_record').download_and_prepare(), and give DIR as data_dir"
     )
 

@@ -169,22 +169,22 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
         (
             {"val/val_annotations.txt": b"val_0.JPEG\tn04067472\t0\t0\t1\t1\nval_1.JPEG\tn00001740\t0\t0\t1\t1\n"},
             "val/val_annotations.txt",
-            "line 2 has the class 'n00001740', which wnids.txt does not list",
+            "line 2 has class 'n00001740', which wnids.txt does not list",
         ),
         (
             {"val/val_annotations.txt": b"val_0.JPEG\tn04067472\n\nval_9.JPEG\tn04067472\n"},
             "val/val_annotations.txt",
-            "line 3 has the image 'val_9.JPEG', which is not in val/images",
+            "line 3 has image 'val_9.JPEG', which is not in val/images",
         ),
         (
             {"val/val_annotations.txt": b"../../wnids.txt\tn04067472\n"},
             "val/val_annotations.txt",
-            "line 1 has the image '../../wnids.txt', which is not in val/images",
+            "line 1 has image '../../wnids.txt', which is not in val/images",
         ),
         (
             {"val/val_annotations.txt": b"val_0.JPEG 3\n"},
             "val/val_annotations.txt",
-            "line 1 has the class '', which wnids.txt does not list",
+            "line 1 has class '', which wnids.txt does not list",
         ),
         ({"val/val_annotations.txt": b"\n"}, "val/val_annotations.txt", "labels no images; at least one is needed"),
         ({GOLDFISH: jpeg(1, (64, 63))}, GOLDFISH, "has 64x63 pixels; 64x64 are needed"),
@@ -208,7 +208,7 @@ def test_files_that_are_too_large_are_refused_unread(folder, monkeypatch):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tiny_imagenet([folder], False)
     path = write_files(folder, files)  # goes before the archive
-    with pytest.raises(InputError, match="^" + re.escape(f"{path / GOLDFISH}: is too large; no file of Tiny ImageNet")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{path / GOLDFISH}: is too large; files of Tiny ImageNet")):
         load_tiny_imagenet([folder], False)
 
 
