@@ -118,10 +118,10 @@ def assert_same(layers, variables, images, train, normalise=True, rtol=1e-3):
 
 @pytest.mark.parametrize(
     ("layers", "channels", "count", "train"),
-    [*(("4P", 1, count, True) for count in (1, 21, 32)), ("3-2P", 3, 21, True), ("3-2P", 3, 21, False)],
+    [*(("4P", 1, count, True) for count in (1, 21)), ("3-2P", 3, 32, True), ("3-2P", 3, 21, False)],
 )
 def test_a_few_images_at_a_time_is_layer_after_layer(layers, channels, count, train):
-    assert IMAGES_AT_ONCE == 16  # so these are part of a group, more than a group, and two whole groups
+    assert IMAGES_AT_ONCE == 16  # so these are part of a group, more than a group, and two groups
     variables = variables_of(layers, channels)
     output, _ = assert_same(layers, variables, draw(count, count, 8, 8, channels), train)
     for old, new in zip(
@@ -185,7 +185,7 @@ def test_the_kernel_starts_as_any_convolutions():
 # ---- The last layer --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lowering", ["shifted", "native"])
+@pytest.mark.parametrize("lowering", ["shifted", pytest.param("native", marks=pytest.mark.slow)])
 def test_the_last_layer_of_an_embedding_is_the_logits(lowering):
     images = draw(6, 5, 8, 8, 3)
     for model in (model_of("3-2P", lowering), make_pattern_detector(lowering)):

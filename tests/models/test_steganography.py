@@ -16,7 +16,7 @@ def started(shape, stages, lowering="shifted"):
     return networks, jax.jit(lambda key: steganography.init(networks, key, shape))(jax.random.key(0))
 
 
-@pytest.mark.parametrize(("shape", "stages"), [((32, 32, 3), 4), ((11, 9, 1), 3)])
+@pytest.mark.parametrize(("shape", "stages"), [pytest.param((32, 32, 3), 4, marks=pytest.mark.slow), ((11, 9, 1), 3)])
 def test_shapes(shape, stages):
     networks, params = started(shape, stages)
     images = jax.random.uniform(jax.random.key(1), (3, *shape))

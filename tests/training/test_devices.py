@@ -236,6 +236,7 @@ def test_two_devices_equal_one_and_then_two(linear, monkeypatch, tmp_path):
             program.fit(seeds, CONFIG, "map", progress_folder=tmp_path, on_epoch=stop)
     assert ensemble.spread_members(3).mesh.size == 2
     moved = named(program.fit(seeds, CONFIG, "map", progress_folder=tmp_path))  # the first epoch was on one device
+    assert np.all(moved[".epoch"] == CONFIG.epochs) and moved[".epoch"].shape == (3,)
     assert_same_but_for_rounding(moved, named(program.fit(seeds, CONFIG, "map")))
 
 

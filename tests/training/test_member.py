@@ -181,11 +181,10 @@ def by_hand(model, config, epochs):
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(epochs=3, batch_size=4),
         TrainConfig(epochs=3, batch_size=4, keep_last_batch=False, weight_decay=0.1),
-        TrainConfig(epochs=3, batch_size=5, augmentation="crop_flip"),
+        TrainConfig(epochs=3, batch_size=4, augmentation="crop_flip"),
     ],
-    ids=["plain", "dropped and decayed", "augmented"],
+    ids=["dropped and decayed", "kept and augmented"],
 )
 def test_epochs_are_a_loop_over_a_shuffle(linear, config):
     state = run(linear, config)
@@ -199,7 +198,7 @@ def test_epochs_are_a_loop_over_a_shuffle(linear, config):
 
 
 def test_an_epoch_is_a_pure_function_of_its_arguments(linear):
-    config = TrainConfig(epochs=3, batch_size=5, augmentation="crop_flip")
+    config = TrainConfig(epochs=3, batch_size=4, augmentation="crop_flip")
     epoch = compiled(linear, config)
     state = fresh(linear, config)(jax.random.key(0))
     before = jax.tree.map(np.array, state._replace(key=jax.random.key_data(state.key)))
