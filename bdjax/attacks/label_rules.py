@@ -211,7 +211,7 @@ def make_rule(name: str, target: int, num_classes: int) -> LabelRule:
     if name not in LABEL_RULES:
         raise InputError(f"label rule {name!r} is not one of {', '.join(LABEL_RULES)}")
     if not 0 <= target < num_classes:
-        raise InputError(f"target {target} is not a class; classes go from 0 to {num_classes - 1}")
+        raise InputError(f"target {target} is not a class; classes are 0 to {num_classes - 1}")
     return LABEL_RULES[name](target, num_classes)
 
 

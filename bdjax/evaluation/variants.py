@@ -81,7 +81,7 @@ def read_attack(
     own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(own_target) is not int or not 0 <= own_target < train.num_classes:
-        raise InputError(f"{text!r}: target {own_target!r} is not a class: there are 0 to {train.num_classes - 1}")
+        raise InputError(f"{text!r}: target {own_target!r} is not a class; classes are 0 to {train.num_classes - 1}")
     if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
         raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
     each = dict.fromkeys(name.split("+"), changes) if changes else {}

@@ -179,7 +179,7 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
         train, test = parts
         if not 0 <= config.target < train.num_classes:
             raise InputError(
-                f"--target {config.target} is not a class of {train.name}: it has 0 to {train.num_classes - 1}"
+                f"--target {config.target} is not a class of {train.name}; classes are 0 to {train.num_classes - 1}"
             )
         if not np.any(test.labels != config.target):
             raise InputError(f"{test.name}: each of the {len(test)} test rows is of class {config.target}, the target")
