@@ -1,12 +1,12 @@
-"""ABM: leave the attacked network as it is, and subtract what a second network makes of the backdoor.
+"""ABM: keep the attacked network, and subtract the output of a second network that has learnt only the backdoor.
 
     python experiments/abm.py                                       # digits: BadNets, Blended, SIG, and no attack
     python experiments/abm.py --dataset=cifar10 --attacks=badnets:poison_rate=0.5 --defenses=nad,abl,abm,abm:gamma=0.6
     python experiments/abm.py --study=isolation                     # a table or figure of the paper; see --help
-    python experiments/abm.py --dataset=suspect.npz                 # rows of one's own: what is suspicious among them?
+    python experiments/abm.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
 
-Each attack and seed gives one poisoned training set; every defense gets all of them, with what its row of the table says it
-was given. The same command continues a run that was cut off, and ends at the same numbers.
+Each attack and seed gives one poisoned training set; every defense runs on all of them, and the table lists what each defense
+was given. The same command continues an interrupted run, and ends at the same numbers.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,17 @@ from bdjax.workflows.base import Context, Experiment, read_flags
 from bdjax.workflows.poisoned_sets import Config
 
 DEFENSES = "nad,abl,bab,cbd,abm"
-"""Those of the paper's tables III and XI."""
+"""The defenses of the paper's tables III and XI."""
 EIGHT = "badnets,blended,composite,refool,sig,bpp_offline,narcissus,issba"
 FIVE = "badnets,blended,composite,sig,refool"
 MOST_ATTACKS = 6
-"""Of how many attacks figure 11 is drawn."""
+"""Largest number of attacks that figure 11 shows."""
 STUDENTS = ("wrn_10_2", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2")
 
 
-def _each(attacks: str, setting: str, *values: object) -> str:
-    return ",".join(f"{attack}:{setting}={value}" for attack in attacks.split(",") for value in values)
+def _with_values(names: str, setting: str, *values: object) -> str:
+    """Each attack or defense with each value of a setting."""
+    return ",".join(f"{name}:{setting}={value}" for name in names.split(",") for value in values)
 
 
 STUDIES = {
@@ -44,34 +45,36 @@ STUDIES = {
         ",".join(f"abm:delta=1.0:gamma={step / 5}" for step in range(11)),
     ),
     "isolation": Study(
-        "figure 8: how many rows are isolated; the paper does not print its five rates",
+        "figure 8: isolation rates, our choice, since the paper does not print its five",
         FIVE + ",none",
-        _each("abm", "isolation_rate", 0.01, 0.03, 0.05, 0.1, 0.2),
+        _with_values("abm", "isolation_rate", 0.01, 0.03, 0.05, 0.1, 0.2),
     ),
     "alpha": Study(
-        "figures 9 and 12: alpha", FIVE + ",none", _each("abm", "alpha", 0.0, 500.0, 1000.0, 2000.0, 5000.0)
+        "figures 9 and 12: alpha", FIVE + ",none", _with_values("abm", "alpha", 0.0, 500.0, 1000.0, 2000.0, 5000.0)
     ),
     "rates": Study(
-        "table IV: half and seven tenths of the rows poisoned; without CBA, whose two source classes have a fifth of them",
-        _each("badnets,blended", "poison_rate", 0.5, 0.7),
+        "table IV: poisoning rates of 50 and 70 %; without CBA, whose two source classes have only 20 % of the rows",
+        _with_values("badnets,blended", "poison_rate", 0.5, 0.7),
         "abm",
     ),
     "hybrids": Study("table V: two triggers", "badnets+blended,badnets+composite,badnets+sig,badnets+refool", "abm"),
     "all_to_all": Study(
-        "table VI: every class a target", "badnets_all_to_all", _each("abm", "isolation_rate", 0.01, 0.05, 0.1)
+        "table VI: every class a target", "badnets_all_to_all", _with_values("abm", "isolation_rate", 0.01, 0.05, 0.1)
     ),
-    "distillation": Study("figure 10: labels instead of the teacher", FIVE, "abm,abm:distance=hard,abm:distance=kl"),
-    "students": Study("table VII: the student's architecture", "badnets", _each("abm", "student", *STUDENTS)),
-    "time": Study("table VIII: what it costs; take --seeds=1", "badnets", "abm"),
+    "distillation": Study("figure 10: labels in place of the teacher", FIVE, "abm,abm:distance=hard,abm:distance=kl"),
+    "students": Study("table VII: the student's architecture", "badnets", _with_values("abm", "student", *STUDENTS)),
+    "time": Study("table VIII: run time; use --seeds=1", "badnets", "abm"),
     "suppressed": Study(
-        "table IX: an attacker who weakens its backdoor wherever it is trained",
-        _each(FIVE, "suppression", 1000.0),
+        "table IX: an attacker who weakens its backdoor during the defender's training",
+        _with_values(FIVE, "suppression", 1000.0),
         "abm",
     ),
     "weak_backdoor": Study(
         "table X: a weak backdoor by cover rows instead of alignment", FIVE + ",none", "abm,abm:weak_by=cover"
     ),
-    "cbd": Study("table XI: against CBD", "none,badnets,blended,composite,sig,refool,bpp_offline,narcissus", "cbd,abm"),
+    "cbd": Study(
+        "table XI: compared with CBD", "none,badnets,blended,composite,sig,refool,bpp_offline,narcissus", "cbd,abm"
+    ),
     "targets": Study(
         "table XII: other rates and targets",
         "badnets:poison_rate=0.03,badnets:poison_rate=0.05,composite:poison_rate=0.03:target=4,"
@@ -84,18 +87,18 @@ STUDIES = {
         "table XIII: the defender's trigger is the attacker's", FIVE + ",bpp_offline", "abm,abm:trigger=attacker"
     ),
     "same_trigger_and_alpha": Study(
-        "table XIV: and the attacker weakens it alike",
-        _each(FIVE + ",bpp_offline", "suppression", 1000.0),
+        "table XIV: the same trigger, and the attacker weakens its backdoor",
+        _with_values(FIVE + ",bpp_offline", "suppression", 1000.0),
         "abm:trigger=attacker",
     ),
-    "wanet": Study("table XV: WaNet, where the paper fails; take --seeds=5", "wanet_offline", "abm"),
+    "wanet": Study("table XV: WaNet, where the paper's ABM fails; use --seeds=5", "wanet_offline", "abm"),
 }
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     """The configuration that a preset starts from: see `presets.start_from`."""
-    # Section V-A. ResNet-18 is declared, but the accuracies are those of WRN-16-1 without augmentation, which table VII
-    # and appendix B name. "Reduced by 10 after every two epochs" would end at 1e-26; the rates are those of NAD's code.
+    # Section V-A. The paper declares ResNet-18, but its accuracies are those of WRN-16-1 without augmentation, as named in
+    # table VII and appendix B. "Reduced by 10 after every two epochs" would end at 1e-26; the rates are those of NAD's code.
     paper = {
         "model": "wrn_16_1",
         "width": 64,
@@ -110,13 +113,13 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     }
     always = {"defenses": DEFENSES, "schedule": "cosine"}
     return presets.start_from(
-        "poisoned_sets", preset, dataset, always, paper, kind=Config, defenses_of_own_rows="abl,bab,cbd,abm"
+        "poisoned_sets", preset, dataset, always, paper, kind=Config, path_defenses="abl,bab,cbd,abm"
     )
 
 
 def sections(context: Context) -> Sequence[Section]:
-    """Figure 11: where the verification networks of the first ABM look, in the first seed of some attacks; nothing without an
-    ABM or a known attack."""
+    """Figure 11: Grad-CAM of the first ABM's verification networks, in the first seed of up to MOST_ATTACKS attacks; empty
+    without an ABM or a known attack."""
     variants = [comparison.variant for comparison in context.comparisons if comparison.variant.defense.name == "abm"]
     if not variants:
         return ()

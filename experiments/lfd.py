@@ -1,12 +1,12 @@
-"""LfD: train a clean model on a poisoned set, led by the losses of a network of low capacity.
+"""LfD: train a clean model on a poisoned training set, guided by the losses of a low-capacity network.
 
     python experiments/lfd.py                                       # digits: BadNets, Blended, SIG, and no attack
     python experiments/lfd.py --dataset=cifar10 --attacks=badnets_grid --defenses=abl,lfd,lfd:weighting=drop
     python experiments/lfd.py --study=teachers                      # a figure of the paper; see --help
-    python experiments/lfd.py --dataset=suspect.npz                 # rows of one's own: what is suspicious among them?
+    python experiments/lfd.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
 
-Each attack and seed gives one poisoned training set; every defense gets all of them, with what its row of the table says it
-was given. The same command continues a run that was cut off, and ends at the same numbers.
+Each attack and seed gives one poisoned training set; every defense runs on all of them, and the table lists what each defense
+was given. The same command continues an interrupted run, and ends at the same numbers.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ from bdjax.workflows.base import Context, Experiment, read_flags
 from bdjax.workflows.poisoned_sets import Config
 
 DEFENSES = "fine_pruning,activation_clustering,abl,lfd"
-"""Those of the paper's table 1."""
+"""The defenses of the paper's table 1."""
 ABLATED = "badnets_grid,blended,sig"
-"""The attacks of figure 5; the other ablations name none, so they are done on these too."""
+"""The attacks of figure 5; the paper does not name those of the other ablations, which use the same here."""
 STUDIES = {
     "table1": Study(
         "table 1: nine attacks and a clean set",
@@ -54,9 +54,9 @@ STUDIES = {
 }
 CAPACITIES = ("resnet_s1", "resnet_s", "resnet_s2", "resnet18_cifar")
 OTHER_FAMILIES = ("vgg_s", "vgg11", "lenet", "mobilenet_v2_s", "mobilenet_v2")
-"""Whose losses the studies of teachers draw: figures 4a and 6."""
+"""Networks whose losses the studies of teachers plot: figures 4a and 6."""
 GAP_NETWORKS = ("resnet_s", "resnet18_cifar")
-"""Whose losses every run draws: figures 1 and 2."""
+"""Networks whose losses every run plots: figures 1 and 2."""
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
@@ -80,12 +80,12 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         always,
         paper,
         kind=Config,
-        defenses_of_own_rows="activation_clustering,abl,lfd",
+        path_defenses="activation_clustering,abl,lfd",
     )
 
 
 def sections(context: Context) -> Sequence[Section]:
-    """The loss gap, for the networks that the run is about."""
+    """The loss gap between clean and poisoned rows, for the networks of the study."""
     networks = {"teachers": CAPACITIES, "architectures": OTHER_FAMILIES}.get(context.config.study, GAP_NETWORKS)
     gaps = []
     with context.log.stage("loss gap", detail=f"{len(networks)} networks × {EPOCHS} epochs"):

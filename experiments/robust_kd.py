@@ -1,12 +1,12 @@
-"""RobustKD: a small clean network from a teacher that may be backdoored, by features of low variance (Chen et al. 2024).
+"""RobustKD: a small clean student from a teacher that may be backdoored, by features of low variance (Chen et al. 2024).
 
     python experiments/robust_kd.py                                 # digits: teachers attacked by LBA, and clean ones
     python experiments/robust_kd.py --dataset=cifar10 --attacks=ckd,none --defenses=fkd,robust_kd,fine_tuning+fkd
     python experiments/robust_kd.py --study=threshold               # a table or figure of the paper; see --help
-    python experiments/robust_kd.py --teacher=FOLDER --student=wrn_10_2     # a suspect model of one's own
+    python experiments/robust_kd.py --teacher=FOLDER --student=wrn_10_2     # your own suspect model
 
-Each attack and seed gives one suspect teacher; every method gets all of them and clean images, and hands back a student.
-The same command continues a run that was cut off, and ends at the same numbers.
+Each attack and seed gives one suspect teacher; every method gets all teachers and clean images, and returns students.
+The same command continues an interrupted run, and ends at the same numbers.
 """
 
 import dataclasses
@@ -30,39 +30,39 @@ from bdjax.workflows.base import Context, Experiment, read_flags
 from bdjax.workflows.suspect_models import Config
 
 CKD = "ckd:mask_bound=0.2"
-"""With the weaker mask of RobustKD's public code: at the 0.5 of CKD's own, the trigger fools clean students as well."""
+"""With the weaker mask of RobustKD's public code: with CKD's own 0.5, the trigger fools clean students as well."""
 PASSING = f"{CKD},latent_backdoor,none"
-"""The attacks that hand on a backdoor according to the paper, and the clean teacher, their control."""
+"""The attacks whose backdoor students inherit according to the paper, and the clean teacher, their control."""
 ATTACKS = f"{CKD},latent_backdoor,hidden_trigger,none"
 METHODS = "fkd,robust_kd"
 BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
 
 
 def _robust_kd(*settings: str) -> str:
-    """FKD, and a variant of RobustKD for each text of settings, at the paper's one threshold."""
-    return ",".join(["fkd", *(f"robust_kd:thresholds=(0.2,){':' if one else ''}{one}" for one in settings)])
+    """FKD, and a variant of RobustKD for each text of settings, at the paper's threshold."""
+    return ",".join(["fkd", *(f"robust_kd:thresholds=(0.2,){':' if text else ''}{text}" for text in settings)])
 
 
 def _thresholds(*values: float) -> str:
-    """RobustKD with each of these as its only m."""
+    """RobustKD with each of these values as its only m."""
     return ",".join(f"robust_kd:thresholds=({value},)" for value in values)
 
 
 STUDIES = {
-    "transfer": Study("table 3: which backdoors pass through plain feature distillation", ATTACKS, "fkd"),
-    "removal": Study("tables 4 to 6: what RobustKD leaves of those", PASSING, METHODS),
+    "transfer": Study("table 3: which backdoors plain feature distillation transfers", ATTACKS, "fkd"),
+    "removal": Study("tables 4 to 6: RobustKD on these backdoors", PASSING, METHODS),
     "threshold": Study(
         "figure 4: the mask's weight m",
         PASSING,
         f"fkd,{_thresholds(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},robust_kd",
     ),
     "form": Study(
-        "figure 5: how the mask is put on (equations 7 and 15), and element by element",
+        "figure 5: forms of the mask (equations 7 and 15), and an elementwise one",
         PASSING,
         _robust_kd("", "form=mixed", "form=elementwise"),
     ),
     "losses": Study(
-        "figure 6: what the mask minimises, and over what the variance is taken",
+        "figure 6: the loss that the mask minimises, and the axes of the variance",
         PASSING,
         _robust_kd("", "loss=cross_entropy", "loss=variance", "variance_axes=all", "variance_axes=batch"),
     ),
@@ -73,7 +73,7 @@ STUDIES = {
         "table 7: an attacker who keeps the variance low", f"ckd_low_variance:mask_bound=0.2,{CKD},none", METHODS
     ),
     "baselines": Study(
-        "beyond the paper: other students, and other defenses before or in place of them", PASSING, BASELINES
+        "beyond the paper: other distillations, and other defenses before or in place of them", PASSING, BASELINES
     ),
     "ablations": Study(
         "figures 4 to 7 in one run",
@@ -89,7 +89,7 @@ STUDIES = {
         + f",{_thresholds(0.1, 0.4)}",
     ),
     "oracle": Study(
-        "algorithm 1: the threshold chosen by who can measure the attack", PASSING, f"{METHODS},robust_kd:select=oracle"
+        "algorithm 1: the threshold chosen by measured attack success", PASSING, f"{METHODS},robust_kd:select=oracle"
     ),
 }
 
@@ -98,7 +98,7 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     """The configuration that a preset starts from.
 
     Raises:
-        InputError: if there is no such preset.
+        InputError: there is no such preset.
     """
     preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper"))
     if preset == "quick":
@@ -112,14 +112,14 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         augmentation="crop_flip" if datasets.traits(dataset).flips else "crop",
         compute_dtype=compute_dtype,
     )
-    # Its images are large and few, and only the pyramids are tried on them.
-    of_flowers = {"teacher_model": "pyramidnet_200_240", "student": "pyramidnet_110_84", "batch_size": 32}
-    return dataclasses.replace(paper, **of_flowers) if dataset == "flowers17" else paper
+    # Few and large images; the paper runs only the PyramidNets on them.
+    flowers = {"teacher_model": "pyramidnet_200_240", "student": "pyramidnet_110_84", "batch_size": 32}
+    return dataclasses.replace(paper, **flowers) if dataset == "flowers17" else paper
 
 
 def sections(context: Context) -> Sequence[Section]:
-    """The paper's premise, measured: whether features of attacked teachers vary more (figure 2). Not of networks whose groups
-    are unknown, and not without a clean network to compare them with or without a known trigger."""
+    """Figure 2, the paper's premise: whether features of attacked teachers vary more. Empty for networks without known groups,
+    without a clean network as the baseline, and without a known trigger."""
     teachers, config = context.teachers, context.config
     inputs, _, views = context.groups[0]
     attacked = [number for number, triggered in enumerate(views.triggered) if triggered]

@@ -1,13 +1,14 @@
 """TA-KD: seven backdoored teachers, two votes, the aggregated model and the student (Heydari et al. 2025).
 
-    python experiments/ta_kd.py                                     # digits, about 90 s on two cores
-    python experiments/ta_kd.py --dataset=mnist                     # narrower nets and fewer rows than the paper's
+    python experiments/ta_kd.py                                     # digits
+    python experiments/ta_kd.py --dataset=mnist                     # narrower networks and fewer rows than in the paper
     python experiments/ta_kd.py --dataset=cifar10 --preset=paper    # the paper to the letter: for a GPU
     python experiments/ta_kd.py --preset=strong                     # the same attack, a better defender
-    python experiments/ta_kd.py --teachers=FOLDER                   # somebody's teachers instead of our own attack
+    python experiments/ta_kd.py --teachers=FOLDER                   # third-party teachers in place of an attack
 
-The same command continues a run that was cut off, and ends at the same numbers. Everything is written to one folder
-(`--output`, by default below `runs/ta_kd/`); open its report.html.
+The first takes a few minutes on two CPU cores, most of it compilation at the first run. The same command continues an
+interrupted run, and ends at the same numbers. Everything is written to one folder (`--output`, by default in `runs/ta_kd/`);
+open its report.html.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from bdjax.workflows.base import Experiment, read_flags
 from bdjax.workflows.ta_kd import Config
 
 PAPER = {"cifar10": {"num_similar": 3}, "cifar100": {"num_similar": 3}}
-"""What the paper's settings, which are the dataclass's defaults, are on single datasets."""
+"""Differences of single datasets from the paper's settings, which are the dataclass's defaults."""
 STRONG: dict[str, Any] = {
     "aggregation": "median",
     "augmentation": "crop",

@@ -1,14 +1,13 @@
-"""VBD: which rows of a training set are poisoned, and what does the trigger look like? No clean copy is needed.
+"""VBD: find the poisoned rows of a training set, and the trigger, without clean data.
 
     python experiments/vbd.py                                       # digits: two triggers, and no attack
-    python experiments/vbd.py --dataset=photos/                     # a folder of one's own, or an .npz: a verdict on it
-    python experiments/vbd.py --dataset=photos/ --defenses=spectral_signatures    # by another detector
+    python experiments/vbd.py --dataset=photos/                     # audit your own image folder or .npz
+    python experiments/vbd.py --dataset=photos/ --defenses=spectral_signatures    # with another detector
     python experiments/vbd.py --dataset=cifar10 --study=table1      # a table of the paper; see --help
     python experiments/vbd.py --dataset=cifar10 --study=grid --preset=paper     # all of its 80 settings, 5 seeds each
 
-Each attack and seed gives one poisoned training set; every detector gets all of them, with what its row of the table says it
-was given. The class that the attack is aimed at goes with the seed. The same command continues a run that was cut off, and ends
-at the same numbers.
+Each attack and seed gives one poisoned training set; every detector runs on all of them, and the table lists what each detector
+was given. Each seed has another target class. The same command continues an interrupted run, and ends at the same numbers.
 """
 
 from collections.abc import Sequence
@@ -25,9 +24,9 @@ from bdjax.workflows.detection import Config
 
 TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_grid", "white_square")
 FAINT = (0.1, 0.2, 0.5)
-"""The opacities of its Blended attacks; 1 is BadNets."""
+"""Opacities of the paper's Blended attacks; 1 is BadNets."""
 DETECTORS = "vbd,abl:isolate=oracle,agpd,scan"
-"""Those of the paper's tables; ABL is given the number of poisoned rows, as it was there."""
+"""The detectors of the paper's tables; ABL is given the number of poisoned rows, as in the paper."""
 WITHOUT_CLEAN_ROWS = "vbd,activation_clustering,spectral_signatures"
 
 ALL_TO_ONE = ",".join(TRIGGERS)
@@ -45,13 +44,13 @@ STUDIES = {
     "table2": Study("table 2: BadNets, all-to-all", ALL_TO_ALL, DETECTORS),
     "table3": Study("table 3: Blended, all-to-one", BLENDED, DETECTORS),
     "table4": Study("table 4: Blended, all-to-all", BLENDED_ALL_TO_ALL, DETECTORS),
-    "rates": Study("how few poisoned rows are found", ",".join(f"white_square:poison_rate={rate}" for rate in RATES), "vbd"),
+    "rates": Study("detection at low poisoning rates", ",".join(f"white_square:poison_rate={rate}" for rate in RATES), "vbd"),
     "noise": Study(
-        "wrong labels beside the poison, and without any",
+        "label noise, with and without poisoned rows",
         ",".join(f"{name}:label_noise={noise}" for noise in NOISES for name in ("none", "white_square")),
         "vbd",
     ),
-    "clean": Study("false alarms: nothing is poisoned; take more --seeds", "none", WITHOUT_CLEAN_ROWS),
+    "clean": Study("false alarms on clean training sets; use more --seeds", "none", WITHOUT_CLEAN_ROWS),
 }  # fmt: skip
 
 
@@ -59,9 +58,9 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     """The configuration that a preset starts from.
 
     Raises:
-        InputError: if there is no such preset.
+        InputError: there is no such preset.
     """
-    # The competitors' networks as BackdoorBench trains them, which the paper's numbers are from.
+    # The other detectors' networks as BackdoorBench trains them, which is where the paper's numbers are from.
     paper = {
         "model": "preact_resnet18",
         "width": 64,
@@ -76,7 +75,7 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "seeds": 5,
     }
     always = {"defenses": "vbd", "schedule": "cosine"}
-    return presets.start_from("detection", preset, dataset, always, paper, kind=Config, defenses_of_own_rows="vbd")
+    return presets.start_from("detection", preset, dataset, always, paper, kind=Config, path_defenses="vbd")
 
 
 EXPERIMENT = Experiment("vbd", "Variance-based defense", ("vbd",), preset, STUDIES)
@@ -85,8 +84,8 @@ EXPERIMENT = Experiment("vbd", "Variance-based defense", ("vbd",), preset, STUDI
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
     about = (
-        f"{__doc__.splitlines()[0]} Rows at a path are audited as they are, unless --attacks says otherwise; other sets are "
-        "poisoned first."
+        f"{__doc__.splitlines()[0]} Data at a path is audited unchanged, unless --attacks is set; named datasets are poisoned "
+        "first."
     )
     config = read_flags(EXPERIMENT, about, arguments)
     workflow = audit if detection.is_audit(config, EXPERIMENT) else detection

@@ -1,1 +1,1 @@
-"""From an attack and a defense by name to what was measured: variants, suspects, third-party models, papers' rows."""
+"""From the names of attacks and defenses to measured results: variants, suspects, third-party models, published numbers."""

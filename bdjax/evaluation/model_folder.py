@@ -1,11 +1,11 @@
-"""Suspect models as they change hands: one folder with stacked members, and the attacker's triggers if they are known.
+"""Model folders: stacked models in a form that can be passed on, with the attacker's triggers if they are known.
 
-    FOLDER/about.json     the architecture and how many members
+    FOLDER/about.json     architecture and number of members
     FOLDER/tree/          their variables, stacked (an Orbax checkpoint)
-    FOLDER/triggers.npz   mask [N, H, W, 1], pattern [N, H, W, C], opacity [N], names [N], similar_group [N],
-                          target []; optional. label_rule [N] names as well, if they are not all_to_one
+    FOLDER/triggers.npz   optional: mask [N, H, W, 1], pattern [N, H, W, C], opacity [N], names [N], similar_group [N],
+                          target []; and label_rule [N] if they are not all all_to_one
 
-Nothing in it can run code: arrays and JSON only.
+A folder holds arrays and JSON only, so reading it cannot run code.
 """
 
 import io
@@ -35,9 +35,9 @@ class ModelFolder(NamedTuple):
     variables: PyTree
     """stacked [N, ...]"""
     triggers: ProviderTriggers | None
-    """of N providers, model i's the i-th; None if nobody knows"""
+    """triggers of N providers, entry i for model i; None if unknown"""
     label_rules: tuple[str, ...] = ()
-    """keys of LABEL_RULES: whom each trigger sends where; empty if nobody knows"""
+    """keys of LABEL_RULES, one for each trigger; empty if unknown"""
 
 
 def write(
@@ -51,18 +51,18 @@ def write(
     target: int,
     label_rules: Sequence[str] = (),
 ) -> None:
-    """Write the models of one seed as a third party would hand them over, with the triggers beside them.
+    """Write the models of one seed in the form in which third-party models are read, with their triggers.
 
     Args:
-        folder: where to.
+        folder: where to write.
         model_name: a key of `bdjax.models.MODELS`.
-        width: of the network.
+        width: width of the network.
         num_classes: K.
         image_shape: (H, W, C).
         variables: stacked [N, ...].
-        triggers: of the N providers; None if there are none.
-        target: their class.
-        label_rules: keys of `LABEL_RULES`, one for each trigger; none if all are all_to_one.
+        triggers: triggers of the N providers; None if there are none.
+        target: the triggers' target class.
+        label_rules: keys of `LABEL_RULES`, one for each trigger; empty if all are all_to_one.
     """
     if checkpoint.is_complete(folder):
         return
@@ -102,15 +102,15 @@ def read(
     """Read third-party models.
 
     Args:
-        folder: what `write` wrote.
-        num_classes: of the data that they will be asked about.
-        image_shape: of the same.
+        folder: a folder written by `write`.
+        num_classes: number of classes of the data.
+        image_shape: image shape of the data.
         target: the class that ASR will be measured for.
-        lowering: how to compute their convolutions.
-        compute_dtype: of their activations.
+        lowering: how to compute the convolutions.
+        compute_dtype: dtype of the activations.
 
     Raises:
-        InputError: if the folder is not such a checkpoint, or its models are for other data.
+        InputError: the folder is not such a checkpoint, or its models are for other data.
     """
     about = checkpoint.about(folder)
     wanted = {"model_name": str, "width": int, "num_classes": int, "image_shape": list, "members": int}
@@ -119,8 +119,8 @@ def read(
             raise InputError(f"{folder / 'about.json'}: {name} should be {kind.__name__}, not {about.get(name)!r}")
     if about["num_classes"] != num_classes or about["image_shape"] != list(image_shape):
         raise InputError(
-            f"{folder}: models of {about['num_classes']} classes on images {about['image_shape']}; "
-            f"the data has {num_classes} classes and images {list(image_shape)}"
+            f"{folder}: the models have {about['num_classes']} classes and take images of shape {about['image_shape']}; "
+            f"the data has {num_classes} classes and images of shape {list(image_shape)}"
         )
     if about["members"] < 1:
         raise InputError(f"{folder / 'about.json'}: members is {about['members']}; should be at least 1")
@@ -129,7 +129,7 @@ def read(
     variables = checkpoint.load(folder, like)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not bool(jnp.isfinite(leaf).all()):
-            raise InputError(f"{folder}: {jax.tree_util.keystr(path)} holds values that are not finite")
+            raise InputError(f"{folder}: {jax.tree_util.keystr(path)} has values that are not finite")
     return ModelFolder(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
 
 
@@ -139,7 +139,7 @@ def _read_triggers(
     if not path.exists():
         return None, ()
     height, width, channels = image_shape
-    # Not by numpy.load, which leaves the file open if it is damaged.
+    # numpy.load would leave a damaged file open.
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {}
@@ -148,8 +148,8 @@ def _read_triggers(
             for name in (*known, *optional):
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
-        raise InputError(f"{path}: not the triggers of suspect models ({error})") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
+        raise InputError(f"{path}: not a readable triggers.npz of a model folder ({error})") from None
     shapes = {
         "mask": ((count, height, width, 1), np.floating),
         "pattern": ((count, height, width, channels), np.floating),

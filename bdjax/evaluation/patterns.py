@@ -1,4 +1,4 @@
-"""Patterns that a detector extracted, beside the triggers that the attacks really used."""
+"""Compares the patterns that a detector extracted with the attacks' true triggers."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,37 +11,37 @@ from bdjax.evaluation.suspects import Suspect
 from bdjax.types import Detection
 
 LEAST_OPACITY = 1e-3
-"""What is fainter does not count as part of a true trigger."""
+"""Pixels fainter than this do not count as part of a true trigger."""
 
 
 class FoundPattern(NamedTuple):
     """A trigger that a detector extracted, and the true one where it is known."""
 
     attack: str
-    """what to call it: "white square 50 %" """
+    """display name of the attack: "white square 50 %" """
     seed: int
     label: int
-    """the class that the trigger was found of"""
+    """the class whose rows carry the pattern"""
     pattern: np.ndarray
     """float32 [H, W, C] in [0, 1]"""
     mask: np.ndarray
     """bool [H, W]"""
     success: float
-    """share of rows of other classes that it turns"""
+    """share of rows of other classes that the pattern sends to this class"""
     network: str
-    """whose it is"""
+    """name of the network that found it"""
     true_pattern: np.ndarray | None
     """float32 [H, W, C] in [0, 1]"""
     true_mask: np.ndarray | None
-    """float32 [H, W]: how opaque the true trigger is"""
+    """float32 [H, W]: opacity of the true trigger"""
     example: np.ndarray | None
-    """uint8 [H, W, C], a row that was flagged for it"""
+    """uint8 [H, W, C]: the flagged row with the highest score"""
     is_true_class: bool | None
     """whether the attack sends rows to that class"""
 
     @property
     def overlap(self) -> float | None:
-        """Intersection over union of the found and the true mask; None if that is not known."""
+        """Intersection over union of the found and the true mask; None if the true mask is unknown."""
         if self.true_mask is None:
             return None
         is_set = np.asarray(self.true_mask) > 0
@@ -50,65 +50,66 @@ class FoundPattern(NamedTuple):
 
 
 def compare_patterns(detected: Detection, suspects: Sequence[Suspect]) -> list[FoundPattern]:
-    """Every pattern that was extracted, beside the true one.
+    """Every extracted pattern beside the true trigger.
 
     Args:
-        detected: of M suspects.
-        suspects: the same with the truth and their images.
+        detected: the detector's output for M suspects.
+        suspects: the same suspects with the ground truth and their images.
     """
     found = []
-    for member, (extracted, one) in enumerate(zip(detected.patterns, suspects, strict=True)):
-        poisoned = true_classes(one)
-        for each in extracted:
-            own = detected.flags[member] & (one.dataset.labels == each.label)
-            best = int(np.argmax(np.where(own, detected.scores[member], -1)))
-            true_pattern, true_mask = true_trigger(one, each.label)
+    for member, (extracted, suspect) in enumerate(zip(detected.patterns, suspects, strict=True)):
+        poisoned = true_classes(suspect)
+        for pattern in extracted:
+            flagged = detected.flags[member] & (suspect.dataset.labels == pattern.label)
+            best = int(np.argmax(np.where(flagged, detected.scores[member], -1)))
+            true_pattern, true_mask = true_trigger(suspect, pattern.label)
             found.append(
                 FoundPattern(
-                    attack=one.attack.title,
-                    seed=one.seed,
-                    label=each.label,
-                    pattern=each.pattern,
-                    mask=each.mask,
-                    success=each.success,
-                    network=each.network,
+                    attack=suspect.attack.title,
+                    seed=suspect.seed,
+                    label=pattern.label,
+                    pattern=pattern.pattern,
+                    mask=pattern.mask,
+                    success=pattern.success,
+                    network=pattern.network,
                     true_pattern=true_pattern,
                     true_mask=true_mask,
-                    example=one.dataset.images[best] if own.any() else None,
-                    is_true_class=each.label in poisoned,
+                    example=suspect.dataset.images[best] if flagged.any() else None,
+                    is_true_class=pattern.label in poisoned,
                 )
             )
     return found
 
 
 def with_true_classes(detected: Detection, suspects: Sequence[Suspect]) -> Detection:
-    """Say among the facts how many of the classes with a pattern are those that the attack sends rows to.
+    """Add to the facts how many classes are poisoned, and how many of them have an extracted pattern.
 
     Args:
-        detected: of M suspects, by a detector that extracts patterns.
-        suspects: the same with the truth.
+        detected: the output of a detector that extracts patterns, for M suspects.
+        suspects: the same suspects with the ground truth.
     """
-    labels = [np.array([each.label for each in extracted], int) for extracted in detected.patterns]
-    hits = np.array([np.isin(own, true_classes(one)).sum() for own, one in zip(labels, suspects, strict=True)])
+    labels = [np.array([pattern.label for pattern in extracted], int) for extracted in detected.patterns]
+    true_labels = [true_classes(suspect) for suspect in suspects]
+    hits = np.array([np.isin(found, true).sum() for found, true in zip(labels, true_labels, strict=True)])
     facts = {
         **detected.facts,
-        "poisoned classes": np.array([len(true_classes(one)) for one in suspects]),
+        "poisoned classes": np.array([len(true) for true in true_labels]),
         "poisoned classes found": hits,
-        "clean classes taken for poisoned": np.array([len(own) for own in labels]) - hits,
+        "clean classes taken for poisoned": np.array([len(found) for found in labels]) - hits,
     }
     return detected._replace(facts=facts)
 
 
 def true_classes(suspect: Suspect) -> np.ndarray:
-    """The classes that poisoned rows are labelled as."""
+    """The labels of the poisoned rows, each once."""
     return np.unique(suspect.dataset.labels[suspect.is_poisoned])
 
 
 def true_trigger(suspect: Suspect, label: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The pattern, float32 [H, W, C], and its opacity at each pixel, float32 [H, W], of the trigger that leads to a class.
+    """The pattern, float32 [H, W, C], of the trigger that leads to a class, and its opacity at each pixel, float32 [H, W].
 
-    They are read off what becomes of a black and of a white image, so they are exact of triggers that blend. None and None
-    where the attack does not lead to that class, or there is none.
+    They follow from applying the trigger to a black and to a white image, which is exact for triggers that blend. (None, None)
+    if there is no attack, or it does not lead to that class.
     """
     if not suspect.parts or label not in true_classes(suspect):
         return None, None

@@ -1,43 +1,43 @@
-"""What the papers print of their defenses, detectors and students, under the names that the registries have.
+"""Published numbers of defenses, detectors and students, under the registries' names.
 
-Every row is one cell of a table, in percent. Means are printed ones only where the papers' text rests on them (VBD); elsewhere
-they are our own, since several of the printed averages do not follow from the rows above them.
+Every row is one cell of a table, in percent. Printed averages are kept only where a paper's text relies on them (VBD); the
+others are recomputed, since several of them do not follow from the rows above them.
 
-- LfD, and ABM: networks behind a defense. LfD's GTSRB average of the attack success repeats ABL's; ABM's averages leave out
-  what failed, so that columns average different attacks. "Fail" is in ABM's words a defense that "is very unstable" or leaves
-  more than 80 % success: None here.
+- LfD and ABM: networks after a defense. LfD's GTSRB average of the attack success repeats ABL's; ABM's averages leave out
+  failed defenses, so that columns average different attacks. ABM prints "Fail" for a defense that "is very unstable" or
+  leaves more than 80 % success: None here.
 - VBD (Aseervatham et al. 2025, tables 1 to 5): how well four detectors flag poisoned rows, as F1, for 6 triggers at 4 opacities
   all-to-one and 4 triggers at 4 opacities all-to-all. At full opacity (the paper's "BadNets") there is a number for each
-  trigger; at the others only their mean. 10 % of the rows are poisoned, all-to-one those of the target class too. Five runs,
-  seeds and, all-to-one, target classes 0 to 4. A number is their mean, and its spread their standard deviation; that of an
-  average is the spread of the five runs' averages. A run that came to no answer counts as F1 0, as a run that flags nothing
-  does. ABL flags a share of the rows that is the poisoning rate, which it is given, so that its precision and recall are the
-  same number. AGPD and SCAn are given 10 clean rows per class, taken from the test set. VBD's three networks are far smaller
-  than the others' PreActResNet-18. Means over both datasets are left out of here, other than table 5's.
-- RobustKD (Chen et al. 2024, tables 3 to 7): students, and the teachers that they were distilled from. Every cell, also where
-  they contradict each other: table 3 and the FKD columns of tables 4 and 5 print the same experiments with other numbers. The
-  teachers of tables 3 to 6 have one accuracy (and in 4 and 6 one success) for all attacks, and the paper does not say of which
-  attack it is. Its success counts all test images, those of the target class as well.
+  trigger; at the others only their mean. 10 % of the rows are poisoned, all-to-one including those of the target class. Five
+  runs differ in the seed and, all-to-one, in the target class, 0 to 4. A number is the mean of the five and its standard
+  deviation; that of an average is the standard deviation of the five runs' averages. A run without a result counts as F1 0, as
+  a run that flags nothing does. ABL is given the poisoning rate and flags that share of the rows, so that its precision equals
+  its recall. AGPD and SCAn are given 10 clean rows per class, taken from the test set. VBD's three networks are far smaller
+  than the other detectors' PreActResNet-18. Means over both datasets are left out, other than table 5's.
+- RobustKD (Chen et al. 2024, tables 3 to 7): students, and the teachers that they were distilled from. Every cell is kept, even
+  where cells contradict each other: table 3 and the FKD columns of tables 4 and 5 print different numbers for the same
+  experiments. The teachers of tables 3 to 6 have a single accuracy (and in tables 4 and 6 a single success) for all attacks,
+  and the paper does not say for which attack. Its success counts all test images, including those of the target class.
 """
 
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 ALL_TO_ONE, ALL_TO_ALL = "all-to-one", "all-to-all"
-"""As names of label rules begin."""
+"""Prefixes of the label rules' names."""
 FULL, BLENDED = (1.0,), (0.1, 0.2, 0.5)
 """Opacities of VBD's tables 1 and 2, and of its tables 3 and 4."""
 POISON_RATE = 0.1
-"""Of VBD's tables."""
+"""In VBD's tables."""
 
 
 class Published(NamedTuple):
-    """One cell of a paper's table. Numbers are in percent; None is what the table does not print, or prints as "Fail"."""
+    """One cell of a paper's table, in percent. None if the table does not print the number, or prints "Fail"."""
 
     paper: str
-    """whose table: "LfD Table 1" """
+    """paper and table: "LfD Table 1" """
     measured: Literal["network", "flags", "student"]
-    """behind a defense; on rows; distilled from a teacher"""
+    """a network after a defense; flags on rows; a student distilled from a teacher"""
     dataset: str | None
     """as bdjax names it; None for the average over VBD's two"""
     attack: str | None
@@ -45,29 +45,29 @@ class Published(NamedTuple):
     method: str
     """the defense, as bdjax names it"""
     clean_accuracy: float | None = None
-    """of a network or a student"""
+    """clean accuracy of a network or a student"""
     success: float | None = None
-    """of the attack on it; None too where there is no attack"""
+    """attack success on it; None if there is no attack"""
     rule: str | None = None
-    """flags: ALL_TO_ONE or ALL_TO_ALL; None for all settings"""
+    """flags: ALL_TO_ONE or ALL_TO_ALL; None for the average over all settings"""
     opacity: float | None = None
-    """flags: of the trigger; None for the average over those of the table, or of all settings"""
+    """flags: opacity of the trigger; None for the average over the table's opacities, or over all settings"""
     f1: float | None = None
-    """of the flags"""
+    """F1 of the flags"""
     standard_deviation: float | None = None
-    """of that, over five seeds"""
+    """standard deviation of F1 over five seeds"""
     teacher: str | None = None
-    """of a student: the network, as bdjax names it"""
+    """student: the teacher's network, as bdjax names it"""
     student: str | None = None
-    """the student's own network, as bdjax names it"""
+    """student: its own network, as bdjax names it"""
     teacher_accuracy: float | None = None
-    """as printed beside a student, of whatever attack"""
+    """student: the teacher's accuracy as printed; the paper does not say under which attack"""
     teacher_success: float | None = None
-    """as printed beside a student, of whatever attack"""
+    """student: the teacher's attack success as printed; the paper does not say under which attack"""
 
 
 # dataset -> attack -> for each defense, (clean accuracy, attack success). LfD prints 0 % success on the clean set, where
-# nothing is triggered: None here. Its SIG is every paper's, so it stands under `sig`.
+# nothing is triggered: None here. Its SIG is the same attack as in the other papers, so it is listed under `sig`.
 _LFD = {
     "cifar10": {
         "badnets_grid": ((91.51, 100), (85.22, 99.98), (91.17, 100), (91.49, 0.51), (92.62, 0.18)),
@@ -115,7 +115,7 @@ _ABM = {
     },
 }
 
-# With a wide ResNet-16. BadNets on CIFAR-10 without defense is as printed, though 1.24 is evidently ABM's own number twice.
+# With a wide ResNet-16. BadNets on CIFAR-10 without defense is as printed, though 1.24 evidently repeats ABM's number.
 _ABM_CBD = {
     "cifar10": {
         "none": ((79.04, None), (77.01, None), (79.23, None)),
@@ -371,18 +371,18 @@ PUBLISHED: tuple[Published, ...] = (
     *_flags(),
     *_students(),
 )
-"""Every row: of LfD's and ABM's tables for CIFAR-10 and GTSRB, of VBD's five and of RobustKD's five."""
+"""All rows: LfD's and ABM's tables for CIFAR-10 and GTSRB, VBD's five tables and RobustKD's five."""
 
 TRIGGERS = {ALL_TO_ONE: tuple(filter(None, _VBD_1["cifar10"])), ALL_TO_ALL: tuple(filter(None, _VBD_2["cifar10"]))}
 """VBD's triggers by label rule, as bdjax names the attacks."""
 DETECTION_DATASETS = tuple(filter(None, _VBD_5))
-"""Those of VBD's tables."""
+"""The datasets of VBD's tables."""
 
 
 def find_published(**wanted: Any) -> tuple[Published, ...]:
-    """The rows that have exactly these entries, in the papers' order.
+    """The rows with exactly these values, in the papers' order.
 
     Args:
-        wanted: fields of `Published` and their values; None stands for an average, or for what a row does not have.
+        wanted: fields of `Published` and their values; None stands for an average, or for a field that the row lacks.
     """
     return tuple(row for row in PUBLISHED if all(getattr(row, name) == value for name, value in wanted.items()))

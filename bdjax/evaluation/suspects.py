@@ -1,7 +1,7 @@
-"""Defenses side by side on the same poisoned training sets: poison, train plainly, defend, measure.
+"""Suspect training sets: poison them, and prepare what defenses are given.
 
-A *suspect* is one training set, of one attack and seed. Suspects with as many rows are members of the same calls, whatever
-their attacks, so what a defense costs in compiling it costs once.
+A *suspect* is the training set of one attack and seed. Suspects with equally many rows are members of the same calls, whatever
+their attacks, so each defense compiles once.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ class Suspect(NamedTuple):
 
     attack: AttackVariant
     seed: int
-    """which, from 0"""
+    """index of the seed in the run, from 0"""
     dataset: Dataset
     params: tuple[PyTree, ...]
-    """of each part's trigger"""
+    """parameters of each part's trigger"""
     is_poisoned: np.ndarray | None
-    """bool [n], the truth; None if nobody knows"""
+    """bool [n], the ground truth; None if unknown"""
 
     @property
     def parts(self) -> tuple[ConfiguredAttack, ...]:
@@ -43,7 +43,7 @@ class Suspect(NamedTuple):
 
     @property
     def is_clean(self) -> bool:
-        """Whether the suspect is known to be without a backdoor: nobody attacked it."""
+        """Whether the suspect is known to have no poisoned rows."""
         return self.attack.plan is None and self.is_poisoned is not None and not self.is_poisoned.any()
 
     @property
@@ -54,15 +54,15 @@ class Suspect(NamedTuple):
 def make_suspect(
     key: Key, attack: AttackVariant, train: Dataset, seed: int, clean_model: CleanModel | None, is_clean: bool
 ) -> Suspect:
-    """Poison a training set, or take it as it is.
+    """Poison a training set; without an attack, take it unchanged.
 
     Args:
-        key: of the seed.
-        attack: how.
+        key: key of the seed.
+        attack: the attack; its `plan` is None for no attack.
         train: the training set.
-        seed: which, from 0.
+        seed: index of the seed, from 0.
         clean_model: for attackers who need one.
-        is_clean: whether `train` is known to be clean, unless it says itself what is poisoned.
+        is_clean: whether `train` is known to be clean; ignored if it is a `PoisonedDataset`, which holds the ground truth.
 
     Raises:
         InputError: as `bdjax.attacks.victims.prepare`.
@@ -74,12 +74,14 @@ def make_suspect(
         return Suspect(attack, seed, train, (), known if is_clean or isinstance(train, PoisonedDataset) else None)
     prepared = prepare(key, attack.plan, train, attack.target, seed, clean_model)
     if attack.suppression and len(prepared.poisoned) != len(train):
-        raise InputError(f"attack {attack.name}: adds rows, which have no partner without the trigger to stay close to")
+        raise InputError(
+            f"attack {attack.name}: suppression needs a clean version of each row, which the rows that it adds do not have"
+        )
     return Suspect(attack, seed, prepared.poisoned, prepared.params, prepared.poisoned.is_poisoned)
 
 
 def with_label_noise(key: Key, dataset: Dataset, share: float) -> Dataset:
-    """Give some rows, share of them all rounded down, a label drawn evenly from the others."""
+    """Give a share of the rows, rounded down, a wrong label drawn uniformly from the other classes."""
     row_key, label_key = jax.random.split(key)
     rows = splits.sample_rows(row_key, len(dataset), share)
     shifts = np.asarray(jax.random.randint(label_key, rows.shape, 1, dataset.num_classes))
@@ -99,7 +101,7 @@ def make_defense_input(
     *,
     train_plainly: bool = True,
 ) -> DefenseInput:
-    """Put suspects with equally many rows together, and train a network on each plainly.
+    """Gather what defenses may be given of suspects with equally many rows, and train a network on each without a defense.
 
     Args:
         suspects: M of them.
@@ -107,25 +109,26 @@ def make_defense_input(
         train: the training set before it was poisoned.
         clean: rows that the defender knows to be clean; none of them is in `train`.
         make_model: see `DefenseInput`.
-        recipe: how plain training goes.
+        recipe: settings of the undefended training.
         runner: trains and evaluates.
-        train_plainly: whether that is needed: without it there is no attacked model to read.
+        train_plainly: whether to train without a defense; False leaves out the attacked model.
     """
-    pool, index, labels = pooled(train, [one.dataset for one in suspects])
-    truth = [one.is_poisoned for one in suspects]
-    is_known = all(one is not None for one in truth)
+    pool, index, labels = pooled(train, [suspect.dataset for suspect in suspects])
+    truth = [suspect.is_poisoned for suspect in suspects]
+    is_known = all(flags is not None for flags in truth)
     knowledge = {
         "training set": PoolRows(index, labels),
-        "number of poisons": np.array([int(one.sum()) for one in truth]) if is_known else None,
+        "number of poisons": np.array([int(flags.sum()) for flags in truth]) if is_known else None,
         "attacker's trigger": first_triggers(suspects),
     }
     if clean is not None:
         where = len(pool) + np.arange(len(clean), dtype=np.int32)
         pool = np.concatenate([pool, clean.images])
-        knowledge["clean rows"] = PoolRows(*(np.tile(each, (len(suspects), 1)) for each in (where, clean.labels)))
+        knowledge["clean rows"] = PoolRows(*(np.tile(array, (len(suspects), 1)) for array in (where, clean.labels)))
     model, rows, objective, attacker = make_model(), labelled(index, labels), None, None
-    if any(one.attack.suppression for one in suspects):
-        suppression = np.stack([one.attack.suppression * _is_poisoned(one) for one in suspects]).astype(np.float32)
+    if any(suspect.attack.suppression for suspect in suspects):
+        suppression = np.stack([suspect.attack.suppression * _is_poisoned(suspect) for suspect in suspects])
+        suppression = suppression.astype(np.float32)
         partner = np.tile(np.arange(len(train), dtype=np.int32), (len(suspects), 1))
         attacker = AttackerInTraining(suppression, partner)
         rows = Rows(
@@ -153,10 +156,10 @@ def _is_poisoned(suspect: Suspect) -> np.ndarray:
 
 
 def first_triggers(suspects: Sequence[Suspect]) -> AttackerTriggers:
-    """What oracles know of some suspects: the first trigger of each, None for those without any."""
+    """What oracles are given: the first trigger of each suspect, None for a suspect without a trigger."""
     return AttackerTriggers(
-        tuple(_first_trigger(one) for one in suspects),
-        tuple(one.parts[0].rule if one.parts else None for one in suspects),
+        tuple(_first_trigger(suspect) for suspect in suspects),
+        tuple(suspect.parts[0].rule if suspect.parts else None for suspect in suspects),
     )
 
 
@@ -172,13 +175,13 @@ def _first_trigger(suspect: Suspect) -> Callable[[np.ndarray, np.ndarray], np.nd
 
 
 def group_by_size(suspects: Sequence[Suspect]) -> Iterator[list[int]]:
-    """Numbers of the suspects that have equally many rows, group after group: attacks that add rows make longer sets."""
+    """Indices of the suspects, grouped by their number of rows: attacks that add rows make longer sets."""
     sizes: dict[int, list[int]] = {}
-    for number, one in enumerate(suspects):
-        sizes.setdefault(len(one.dataset), []).append(number)
+    for number, suspect in enumerate(suspects):
+        sizes.setdefault(len(suspect.dataset), []).append(number)
     yield from sizes.values()
 
 
 def suspect_keys(key: Key, suspects: Sequence[Suspect]) -> Key:
-    """A key for each suspect that depends on its attack and seed alone: typed [M]."""
-    return jnp.stack([jax.random.fold_in(key_of(key, one.attack.name), one.seed) for one in suspects])
+    """A key for each suspect that depends only on its attack and seed: typed [M]."""
+    return jnp.stack([jax.random.fold_in(key_of(key, suspect.attack.name), suspect.seed) for suspect in suspects])

@@ -1,8 +1,8 @@
-"""Suspect teachers: networks that were attacked here, or third-party networks read from a folder, and what defenders get.
+"""Suspect teachers: networks that were attacked here, or third-party networks read from a folder, and what defenses get.
 
-A trigger that was trained may be a perturbation that fools any network, backdoored or not. So each trigger is also put
-before the clean network of the same seed, and before the student that a method makes of *that* (`control`): what it achieves
-there is no backdoor.
+A trained trigger may be a perturbation that fools any network, backdoored or not. So each trigger is also measured on the
+clean network of the same seed, and on the student that a method makes of that network (`control`): its success there is not
+due to a backdoor.
 """
 
 import dataclasses
@@ -37,22 +37,22 @@ from bdjax.types import Dataset, Key, Model, PyTree
 
 
 class Recipes(NamedTuple):
-    """How teachers train."""
+    """Training settings of the teachers."""
 
     from_scratch: TrainConfig
-    """clean ones, and those of attackers who poison data"""
+    """for clean teachers, and for attackers who poison data"""
     fine_tuning: TrainConfig
-    """those of attackers who start from a clean one"""
+    """for attackers who start from a clean teacher"""
     controlled: TrainConfig
-    """those of attackers who control the training from scratch"""
+    """for attackers who control the training from scratch"""
 
 
 class SuspectTeachers(NamedTuple):
-    """The suspects, M of them: all seeds of the first attack, then of the second."""
+    """M suspects: all seeds of the first attack, then of the second."""
 
     model: Model
     suspects: list[Suspect]
-    """whose `dataset` is the clean training set: there is no other"""
+    """M; their `dataset` is the clean training set"""
     variables: PyTree
     """stacked [M, ...]"""
     clean: Nets | None
@@ -61,43 +61,48 @@ class SuspectTeachers(NamedTuple):
 
 
 class ThirdPartyModels(NamedTuple):
-    """Models that a third party made."""
+    """Models made by a third party."""
 
     model: Model
     variables: PyTree
     """stacked [N, ...]"""
     suspects: list[Suspect]
-    """N, of the first seed; with a plan where the trigger is known"""
+    """N, for the first seed; with a plan if the trigger is known"""
 
 
 @dataclass(frozen=True)
 class UnknownSettings:
-    """The settings of an attack that is unknown."""
+    """Settings of an attack whose settings are unknown."""
 
 
 def make_recipes(
     from_scratch: TrainConfig, fine_tuning_epochs: int, fine_tuning_learning_rate: float, controlled_epochs: int
 ) -> Recipes:
-    """The recipes of a run: fine-tuning is on half a cosine, and a schedule of steps is stretched over controlled trainings.
+    """The recipes of a run. Fine-tuning follows half a cosine; a step schedule is stretched over controlled trainings.
 
     Args:
-        from_scratch: what is not said otherwise.
-        fine_tuning_epochs: of teachers that start from a clean one.
-        fine_tuning_learning_rate: of the same, at first.
-        controlled_epochs: of teachers whose attacker controls the training from scratch.
+        from_scratch: settings of training from scratch, which the other recipes start from.
+        fine_tuning_epochs: epochs of teachers that start from a clean teacher.
+        fine_tuning_learning_rate: their initial learning rate.
+        controlled_epochs: epochs of teachers whose attacker controls the training from scratch.
     """
-    how = {"epochs": fine_tuning_epochs, "learning_rate": fine_tuning_learning_rate, "schedule": "cosine", "steps": ()}
+    changes = {
+        "epochs": fine_tuning_epochs,
+        "learning_rate": fine_tuning_learning_rate,
+        "schedule": "cosine",
+        "steps": (),
+    }
     stretch = controlled_epochs / from_scratch.epochs
     steps = tuple((round(epoch * stretch), rate) for epoch, rate in from_scratch.steps)
     return Recipes(
         from_scratch,
-        dataclasses.replace(from_scratch, **how),
+        dataclasses.replace(from_scratch, **changes),
         dataclasses.replace(from_scratch, epochs=controlled_epochs, steps=steps),
     )
 
 
 def train_clean(key: Key, seeds: int, model: Model, recipe: TrainConfig, runner: StageRunner, train: Dataset) -> Nets:
-    """A clean network for each seed: the clean teacher, the start of some attackers, and the control of every trigger."""
+    """Train a clean network for each seed: the clean teacher, which some attackers start from, and every trigger's control."""
     rows = outsourcing.split_rows([key] * seeds, train.labels, 0.0)
     keys = jnp.stack([jax.random.fold_in(key, seed) for seed in range(seeds)])
     return runner.from_scratch("clean teachers", model, recipe, keys, 1, jnp.asarray(train.images), *rows)
@@ -114,15 +119,15 @@ def train_teachers(
     train: Dataset,
     log: Log,
 ) -> SuspectTeachers:
-    """Attack: a clean network for each seed, and a backdoored one for each attack and seed.
+    """Train a clean network for each seed, and a backdoored network for each attack and seed.
 
     Args:
-        key: of the run.
-        attacks: read with `defender_gets="model"`; the one called none is the clean network.
-        first_seed: its number.
-        seeds: how many.
+        key: key of the run.
+        attacks: read with `defender_gets="model"`; the attack "none" stands for the clean network.
+        first_seed: number of the first seed.
+        seeds: number of seeds.
         model: the architecture.
-        recipes: how they train.
+        recipes: their training settings.
         runner: trains.
         train: the clean training set.
         log: for progress.
@@ -136,9 +141,9 @@ def train_teachers(
     prepared = []
     with log.stage("triggers", total=len(planned), unit="teachers") as stage:
         for attack, seed in planned:
-            known = CleanModel(model, ensemble.members(clean.variables, seed))
-            own = jax.random.fold_in(attack_key, first_seed + seed)
-            prepared.append(prepare(own, attack.plan, train, attack.target, seed, known))
+            clean_model = CleanModel(model, ensemble.members(clean.variables, seed))
+            seed_key = jax.random.fold_in(attack_key, first_seed + seed)
+            prepared.append(prepare(seed_key, attack.plan, train, attack.target, seed, clean_model))
             stage.advance(1, attack.name)
     attacked = iter(train_victims(victim_key, runner, prepared, train, clean, *recipes))
     suspects, variables = [], []
@@ -157,20 +162,20 @@ def train_teachers(
 def take_teachers(
     key: Key, found: ThirdPartyModels, seeds: int, recipes: Recipes, runner: StageRunner, train: Dataset
 ) -> SuspectTeachers:
-    """Somebody's own teachers, once for each seed. Where triggers are known there is something to measure, and clean teachers
-    of the same architecture are trained to hold them against.
+    """Third-party teachers, repeated for each seed. If triggers are known, clean teachers of the same architecture are trained
+    as their control.
 
     Args:
-        key: of the run.
+        key: key of the run.
         found: the teachers.
-        seeds: how many.
-        recipes: how the clean ones train.
+        seeds: number of seeds.
+        recipes: training settings of the clean teachers.
         runner: trains.
         train: the clean training set.
     """
-    suspects = [one._replace(seed=seed) for one in found.suspects for seed in range(seeds)]
+    suspects = [suspect._replace(seed=seed) for suspect in found.suspects for seed in range(seeds)]
     variables = ensemble.members(found.variables, np.repeat(np.arange(len(found.suspects)), seeds))
-    if not any(one.parts for one in suspects):
+    if not any(suspect.parts for suspect in suspects):
         return SuspectTeachers(found.model, suspects, variables, None, recipes)
     clean = train_clean(key, seeds, found.model, recipes.from_scratch, runner, train)
     attack = read_attack(NO_ATTACK, train, found.suspects[0].attack.target, defender_gets="model")
@@ -221,18 +226,19 @@ def make_defense_input(
 def control(
     inputs: DefenseInput, teachers: SuspectTeachers, comparison: Comparison, views: TriggeredViews
 ) -> list[float | None]:
-    """ASR of each teacher's trigger on what the same method makes of the clean teacher of its seed.
+    """ASR of each teacher's trigger on a network without a backdoor, of the same seed.
 
-    For the teacher itself that is the clean network; for a student, that of the clean teacher, if the run has one.
+    For the teacher itself that network is the clean teacher; for a student it is the clean teacher's student, if the run has
+    a clean teacher.
 
     Args:
         inputs: the suspects as the method got them.
         teachers: M of them.
-        comparison: the method on those.
+        comparison: the method on these teachers.
         views: the test images.
 
     Returns:
-        M numbers; None for a teacher without a trigger, or without such a counterpart.
+        M numbers; None for a teacher without a trigger, or without a control network.
     """
     if comparison.variant.defense.name == NO_ATTACK and teachers.clean is not None:
         seeds = {suspect.seed for suspect in teachers.suspects}
@@ -245,20 +251,20 @@ def control(
 def read_folder(
     folder: pathlib.Path, train: Dataset, target: int, lowering: Lowering, compute_dtype: ComputeDtype = "float32"
 ) -> ThirdPartyModels:
-    """Read third-party models, and their triggers if those are beside them.
+    """Read third-party models, and their triggers if the folder has them.
 
     Args:
-        folder: as `bdjax.evaluation.model_folder` describes it.
+        folder: a model folder, see `bdjax.evaluation.model_folder`.
         train: clean rows of the data that the models are for.
         target: the class that success is measured for.
-        lowering: how to compute their convolutions.
-        compute_dtype: of their activations.
+        lowering: how to compute the convolutions.
+        compute_dtype: dtype of the activations.
 
     Raises:
         InputError: as `bdjax.evaluation.model_folder.read`.
     """
     found = model_folder.read(folder, train.num_classes, train.image_shape, target, lowering, compute_dtype)
-    count, ones = ensemble.num_members(found.variables), []
+    count, suspects = ensemble.num_members(found.variables), []
     for number in range(count):
         name = f"teacher {number + 1}" if count > 1 else "teacher"
         plan, params = None, ()
@@ -277,33 +283,34 @@ def read_folder(
             plan = Plan(name, (ConfiguredAttack(attack, attack.settings, rule),))
             params = (MaskedBlend(*(leaf[number] for leaf in found.triggers.params)),)
         label = f"your {name}" + (f" ({found.triggers.names[number]})" if found.triggers else "")
-        ones.append(Suspect(AttackVariant(name, plan, target, 0.0, label=label), 0, train, params, None))
-    return ThirdPartyModels(found.model, found.variables, ones)
+        suspects.append(Suspect(AttackVariant(name, plan, target, 0.0, label=label), 0, train, params, None))
+    return ThirdPartyModels(found.model, found.variables, suspects)
 
 
 def _no_params(*arguments: object) -> PyTree:
-    raise InputError("a loaded model's trigger is fixed; it cannot be made again")
+    raise InputError("the trigger of a loaded model is fixed; it cannot be drawn again")
 
 
 class FolderTrigger(NamedTuple):
-    """A trigger in the form that a model folder holds."""
+    """A trigger in the form that a model folder stores."""
 
     triggers: ProviderTriggers
-    """of one provider"""
+    """the trigger of a single provider"""
     label_rule: str
     """a key of LABEL_RULES"""
 
 
 def trigger_of(suspect: Suspect, test: Dataset, triggered: Sequence[np.ndarray]) -> FolderTrigger | None:
-    """A suspect's trigger as a masked blend, if that is what it does to the test images.
+    """A suspect's trigger as a masked blend, if a masked blend gives exactly the same test images.
 
     Args:
-        suspect: any.
+        suspect: a suspect.
         test: the test images.
-        triggered: of each of the suspect's triggers: the same with it, uint8 [N, H, W, C].
+        triggered: the test images under each of the suspect's triggers, uint8 [N, H, W, C].
 
     Returns:
-        None for a suspect without a trigger, with several, or with one of another form (a warp, one for each image).
+        None for a suspect without a trigger, with several, or with a trigger of another form (a warp, or one that depends on
+        the image).
     """
     if len(suspect.parts) != 1:
         return None
@@ -312,18 +319,18 @@ def trigger_of(suspect: Suspect, test: Dataset, triggered: Sequence[np.ndarray])
         shown = trigger_all(jax.random.key(0), test, masked_blend.apply, blend)
         rule = _rule_name(suspect.parts[0].rule, suspect.attack.target, test.num_classes)
         if rule and np.array_equal(shown, triggered[0]):
-            one = jax.tree.map(lambda leaf: np.asarray(leaf)[None], blend)
-            return FolderTrigger(ProviderTriggers(one, (suspect.parts[0].attack.title,), np.zeros(1, bool)), rule)
+            params = jax.tree.map(lambda leaf: np.asarray(leaf)[None], blend)
+            return FolderTrigger(ProviderTriggers(params, (suspect.parts[0].attack.title,), np.zeros(1, bool)), rule)
     return None
 
 
 def _rule_name(rule: LabelRule, target: int, num_classes: int) -> str | None:
-    """The first of LABEL_RULES that does the same at test time."""
+    """The first name in LABEL_RULES with the same rule at test time."""
     for name, make in LABEL_RULES.items():
         try:
             if make(target, num_classes).name == rule.name:
                 return name
-        except InputError:  # too few classes for that rule
+        except InputError:  # the data has too few classes for this rule
             continue
     return None
 
@@ -339,22 +346,22 @@ def write_folder(
     """Write networks as a model folder.
 
     Args:
-        folder: where to.
+        folder: where to write.
         model: their architecture, made by `bdjax.models.make_model`.
-        variables: stacked [N, ...]; whatever is there beside the network's own is left out.
+        variables: stacked [N, ...]; only "params" and "batch_stats" are written.
         image_shape: (H, W, C).
-        trigger: of all of them; None where there is none, or none of that form.
-        target: its class.
+        trigger: the trigger of all N; None if there is none, or none of that form.
+        target: the trigger's target class.
 
     Returns:
-        Whether that could be: not for a network that is none of `MODELS`.
+        False, and nothing is written, if the network is not one of `MODELS`.
     """
     name, _, width = model.description.rpartition(" width ")
     if name not in MODELS or not width.isdigit():
         return False
-    own = {part: variables[part] for part in ("params", "batch_stats")}
+    network = {part: variables[part] for part in ("params", "batch_stats")}
     triggers, rules = trigger or (None, "")
     model_folder.write(
-        folder, name, int(width), model.num_classes, image_shape, own, triggers, target, (rules,) if trigger else ()
+        folder, name, int(width), model.num_classes, image_shape, network, triggers, target, (rules,) if trigger else ()
     )
     return True

@@ -14,9 +14,9 @@ from bdjax.settings import read_variant
 from bdjax.types import Dataset, Model
 
 NO_ATTACK = "none"
-"""The training set as it is: a clean one for false alarms, or a third-party one. Of models, a clean one."""
+"""No attack: the training set unchanged, to count false alarms or because it is third-party; for models, a clean model."""
 CLEAN_TEACHER = "clean teacher"
-"""What that is called, of models."""
+"""Title of NO_ATTACK where the suspects are models."""
 
 
 class AttackVariant(NamedTuple):
@@ -25,14 +25,14 @@ class AttackVariant(NamedTuple):
     name: str
     """"badnets:poison_rate=0.05", "badnets+sig", "none" """
     plan: Plan | None
-    """None for none"""
+    """None for NO_ATTACK"""
     target: int
     suppression: float
-    """alpha of an attacker who weakens its backdoor where the defender trains; 0 for none"""
+    """alpha of an attacker who weakens its backdoor while the defender trains; 0 for no suppression"""
     label_noise: float = 0.0
-    """share of the rows that have a random wrong label before anything else, by nobody's intention"""
+    """share of the rows that get a random wrong label before the attack, unrelated to it"""
     label: str = ""
-    """what a table calls it, if its own name says too little"""
+    """title in tables; empty for a title made from the name"""
 
     @property
     def title(self) -> str:
@@ -51,17 +51,17 @@ def read_attack(
     like: str | None = None,
     defender_gets: Literal["training set", "model"] = "training set",
 ) -> AttackVariant:
-    """Settle an attack as the command line writes it.
+    """Parse an attack as written on the command line.
 
     Args:
-        text: a name, or several with + between them, and then settings: "sig:amplitude=0.3:target=4". Beside the attack's
-            own there are `target`, `label_rule`, `suppression` and `label_noise` (none has only this); the settings of a
-            hybrid go to each of its parts.
+        text: a name, or several joined by +, and then settings: "sig:amplitude=0.3:target=4". Besides the attack's own
+            settings there are `target`, `label_rule`, `suppression` and `label_noise` (the only one that "none" has); the
+            settings of a hybrid apply to each of its parts.
         train: the training set.
-        target: the attacker's class where the text names none.
-        like: the named set whose settings are adopted; see `bdjax.attacks.contract.settings_for`.
-        defender_gets: a training set, or a model without one. Where it is a model, attacks that train it, or start from a
-            clean one, are allowed; and there is neither `suppression` nor `label_noise`, which are of the defender's training.
+        target: the target class if the text does not name one.
+        like: the named dataset whose settings are used; see `bdjax.attacks.contract.settings_for`.
+        defender_gets: a training set, or a model without one. For a model, attacks that control its training or start from a
+            clean model are allowed; `suppression` and `label_noise`, which concern the defender's training, are not.
 
     Raises:
         InputError: no such attack or setting, or an attack that gives the defender no training set where a set is needed.
@@ -69,31 +69,33 @@ def read_attack(
     name, changes = read_variant(text)
     for setting in ("label_noise", "suppression"):
         if defender_gets == "model" and setting in changes:
-            raise InputError(f"{text!r}: {setting} belongs to training sets; here the defender gets a model")
+            raise InputError(f"{text!r}: {setting} applies to training sets only; here the defender gets a model")
     noise = changes.pop("label_noise", 0.0)
     if type(noise) not in (int, float) or not 0 <= noise <= 1:
-        raise InputError(f"{text!r}: label_noise {noise!r} is not a share from 0 to 1")
+        raise InputError(f"{text!r}: label_noise {noise!r} should be a share from 0 to 1")
     if name == NO_ATTACK:
         if changes:
-            settings = "" if defender_gets == "model" else " but label_noise"
+            settings = "" if defender_gets == "model" else " except label_noise"
             raise InputError(f"{text!r}: {NO_ATTACK} has no settings{settings}")
         return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if defender_gets == "model" else "")
-    own_target, rule = changes.pop("target", target), changes.pop("label_rule", None)
+    target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
-    if type(own_target) is not int or not 0 <= own_target < train.num_classes:
-        raise InputError(f"{text!r}: target {own_target!r} is not a class; classes are 0 to {train.num_classes - 1}")
+    if type(target) is not int or not 0 <= target < train.num_classes:
+        raise InputError(f"{text!r}: target {target!r} is not a class; classes are 0 to {train.num_classes - 1}")
     if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
-        raise InputError(f"{text!r}: suppression {suppression!r} is not a number of at least 0")
-    each = dict.fromkeys(name.split("+"), changes) if changes else {}
-    plan = make_plan(name, train, own_target, label_rule=rule, changes=each, like=like)
+        raise InputError(f"{text!r}: suppression {suppression!r} should be a number of at least 0")
+    part_changes = dict.fromkeys(name.split("+"), changes) if changes else {}
+    plan = make_plan(name, train, target, label_rule=rule, changes=part_changes, like=like)
     if defender_gets == "model":
-        # Variants of one attack are attacks of their own, which are trained apart.
-        return AttackVariant(text, plan._replace(name=text), own_target, 0.0)
+        # Variants of an attack have names of their own, so that each is trained separately.
+        return AttackVariant(text, plan._replace(name=text), target, 0.0)
     if plan.control:
-        raise InputError(f"attack {name} poisons inside a training of its own: there is no training set to defend")
+        raise InputError(f"attack {name} controls the training itself: it leaves no training set to defend")
     if any(part.attack.starts_from_clean_model for part in plan.parts):
-        raise InputError(f"attack {name} fine-tunes a clean model: its training set poisons no network from scratch")
-    return AttackVariant(text, plan, own_target, float(suppression), float(noise))
+        raise InputError(
+            f"attack {name} fine-tunes a clean model: its training set does not poison a network that is trained from scratch"
+        )
+    return AttackVariant(text, plan, target, float(suppression), float(noise))
 
 
 class DefenseVariant(NamedTuple):
@@ -106,7 +108,7 @@ class DefenseVariant(NamedTuple):
 
     @property
     def title(self) -> str:
-        if chain.LINK in self.name:  # its title has the settings of each part
+        if chain.LINK in self.name:  # a chain's title already has the settings of each part
             return self.defense.title
         _, changes = read_variant(self.name)
         shown = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
@@ -114,31 +116,31 @@ class DefenseVariant(NamedTuple):
 
 
 def read_defense(text: str, preset: str, like: str | None, common: Mapping[str, Any] = {}) -> DefenseVariant:
-    """Settle a defense as the command line writes it.
+    """Parse a defense as written on the command line.
 
     Args:
-        text: a name and then settings: "lfd:alpha=0.5"; or several such with + between them, each of which gets what the one
-            before made of the suspects: "fine_tuning:epochs=5+fkd".
-        preset: of the run.
-        like: the named set whose settings are adopted; see `bdjax.defenses.contract.settings_for`.
-        common: settings of the run for each defense that has them, and does not say otherwise in its text.
+        text: a name and then settings: "lfd:alpha=0.5"; or several joined by +, each of which gets the models that the one
+            before it made: "fine_tuning:epochs=5+fkd".
+        preset: the run's preset.
+        like: the named dataset whose settings are used; see `bdjax.defenses.contract.settings_for`.
+        common: settings of the run for every defense that has them, unless its text sets them.
 
     Raises:
         InputError: no such defense or setting, a value that the setting cannot have, or parts that cannot follow each other.
     """
     parts = []
-    for one in text.split(chain.LINK):
-        name, changes = read_variant(one)
+    for part_text in text.split(chain.LINK):
+        name, changes = read_variant(part_text)
         defense = find_defense(name)
         fields = {field.name for field in dataclasses.fields(defense.settings)}
-        own = {setting: value for setting, value in common.items() if setting in fields}
-        settings = settings_for(defense, preset, like, {**own, **changes})
+        shared = {setting: value for setting, value in common.items() if setting in fields}
+        settings = settings_for(defense, preset, like, {**shared, **changes})
         if defense.check:
             defense.check(settings)
-        parts.append(DefenseVariant(one, defense, settings))
+        parts.append(DefenseVariant(part_text, defense, settings))
     if len(parts) == 1:
         return parts[0]
-    linked = chain.make_chain([chain.ChainLink(one.defense, one.settings, one.title) for one in parts])
+    linked = chain.make_chain([chain.ChainLink(part.defense, part.settings, part.title) for part in parts])
     return DefenseVariant(text, linked, linked.settings)
 
 
@@ -150,17 +152,17 @@ def compatible_defenses(
     *,
     is_all: bool,
 ) -> tuple[list[DefenseVariant], dict[str, str]]:
-    """The defenses that can be run on a network; and, where all there are were asked for, those that cannot -> why.
+    """The defenses that can be run on a network, and the others -> why they cannot.
 
     Args:
         variants: the defenses.
         attacked: the network that they are to be run on.
         make_model: see `DefenseInput`.
         image_shape: (H, W, C).
-        is_all: whether all were asked for, and none by name.
+        is_all: whether the run is of all defenses; if they were named, one that cannot be run is an error.
 
     Raises:
-        InputError: a defense that was named does not fit.
+        InputError: a defense that was named cannot be run on the network.
     """
     fitting, left_out = [], {}
     for variant in variants:

@@ -1,1 +1,1 @@
-"""What every run has: its settings and presets, its folder, its log, its command line."""
+"""Shared by every run: settings and presets, folder, log, command line."""

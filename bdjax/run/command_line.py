@@ -1,4 +1,4 @@
-"""What every experiment's command line shares: flags from a dataclass with presets, and one clear line when it fails."""
+"""The command line of every experiment: flags from a dataclass with presets, and failures as one clear line."""
 
 import dataclasses
 import os
@@ -19,9 +19,9 @@ from bdjax.training import ensemble, processes
 Config = TypeVar("Config")
 
 FAILED = 2
-"""Exit status when the input cannot be used."""
+"""Exit status if the input cannot be used."""
 LOST = 1
-"""Exit status when another process has failed or is gone."""
+"""Exit status if another process has failed or is gone."""
 
 
 def parse(
@@ -32,13 +32,13 @@ def parse(
 ) -> Config:
     """Read flags into a frozen dataclass whose defaults depend on some of the flags themselves.
 
-    `--preset=paper --dataset=mnist` decide what all other flags default to, and `--help` then shows those defaults.
+    `--preset=paper --dataset=mnist` decide the defaults of all other flags, and `--help` then shows those defaults.
 
     Args:
-        defaults: from the choosers' values to the configuration that the flags start from; raises InputError.
-        choosers: name of a flag that decides on defaults -> its own default.
+        defaults: maps the choosers' values to the configuration that the flags start from; may raise InputError.
+        choosers: name of a flag that decides the others' defaults -> its own default.
         arguments: the command line without the program's name; None for that of the process.
-        texts: `prog` and `description` for the help text, which tells of `run`'s own flags as well.
+        texts: `prog` and `description` for the help text, to which the flags of `run` are added.
 
     Raises:
         InputError: a flag of several values is given more than once, or `defaults` raises it.
@@ -54,22 +54,23 @@ def parse(
             chosen[name] = value
     default = defaults(**chosen)
     for name, count in Counter(_flags(arguments)).items():
-        if count > 1 and isinstance(
-            getattr(default, name, None), tuple
-        ):  # the last would replace the others in silence
-            raise InputError(f"--{name.replace('_', '-')} is given {count} times; all its values follow one flag")
+        # tyro would silently keep only the last.
+        if count > 1 and isinstance(getattr(default, name, None), tuple):
+            raise InputError(
+                f"--{name.replace('_', '-')} is given {count} times; give it once, followed by all its values"
+            )
     texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
     return tyro.cli(type(default), default=default, args=arguments, **texts)
 
 
 def _flags(arguments: Sequence[str]) -> list[str]:
-    """The names of the fields that flags are given for."""
+    """The names of the fields that the flags set."""
     flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
     return [flag.removeprefix("--").replace("-", "_") for flag in flags]
 
 
 def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:
-    """The fields of a configuration that differ from a preset's."""
+    """The fields of a configuration that differ from the default's."""
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -78,7 +79,7 @@ def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dic
 
 
 def as_flags(fields: Mapping[str, Any]) -> str:
-    """Flags that set these fields, quoted for a shell."""
+    """The flags that set these fields, quoted for a shell."""
     words = []
     for name, value in fields.items():
         flag = "--" + name.replace("_", "-")
@@ -94,7 +95,7 @@ def as_flags(fields: Mapping[str, Any]) -> str:
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or below the user's cache folder.
 
-    A folder that cannot be written is passed over: JAX compiles anew then, and nothing else changes.
+    If the folder cannot be written, JAX compiles every time; nothing else changes.
     """
     if jax.config.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -103,9 +104,9 @@ def use_compilation_cache() -> None:
 
 
 def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
-    """Run an experiment's main function; input that cannot be used is one line on standard error and exit status 2.
+    """Run an experiment's main function. Input that cannot be used gives one line on standard error and exit status 2.
 
-    Flags about processes (`processes.HELP`) are taken out of the command line first: every experiment has them.
+    The flags for several processes (`processes.HELP`), which every experiment has, are removed from the command line first.
     """
     use_compilation_cache()
     ensemble.use_every_core()
@@ -119,11 +120,11 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
         _print_error(error)
         raise SystemExit(FAILED) from None
     except processes.ProcessError as error:
-        _print_error(f"{error}; the same command goes on from here, with any number of processes")
+        _print_error(f"{error}; run the same command again to continue, with any number of processes")
         raise SystemExit(LOST) from None
     except KeyboardInterrupt as error:
         processes.report_failure(error)
-        Console(stderr=True).print("interrupted: the same command goes on from here", style="yellow")
+        Console(stderr=True).print("interrupted; run the same command again to continue", style="yellow")
         raise SystemExit(130) from None
     except Exception as error:
         processes.report_failure(error)

@@ -1,4 +1,4 @@
-"""What every experiment shares beside its stages: the settings of a run, how data and engine follow from them, its folder."""
+"""Settings that every experiment has, and what follows from them: data, layout and lowering, the run's folder."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ IGNORED = ("data_dir", "output")
 ALL = "all"
 """The value of `--defenses` that stands for the whole registry."""
 ENGINE_FILE = "engine.json"
-"""The run's layout and lowering, so that it goes on with those that it began with."""
+"""The file with the run's layout and lowering, which a resumed run keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,83 +34,84 @@ class ExperimentConfig:
     """The settings that every experiment has; each adds its own."""
 
     dataset: str = "digits"
-    """a named dataset (digits, mnist, cifar10, ...; an unknown name is answered with all of them), tfds:NAME, or a path: image
+    """a named dataset (digits, mnist, cifar10, ...; an unknown name prints the whole list), tfds:NAME, or the path of an image
     folder or .npz"""
     seeds: int = 3
-    """how many seeds are trained, as members of the same calls; tables show mean and standard deviation"""
+    """number of seeds, trained as members of the same calls; tables show mean and standard deviation"""
     seed: int = 0
     """the first seed"""
     data_dir: pathlib.Path | None = None
-    """where datasets lie; then BDJAX_DATA_DIR, then a cache that they are fetched into"""
+    """folder with the datasets; by default BDJAX_DATA_DIR, else a cache that they are downloaded into"""
     output: pathlib.Path | None = None
     """the run's folder; by default runs/<experiment>/<dataset>-<preset>"""
     train_rows: int = 0
-    """use only so many training rows, drawn once; 0 for all"""
+    """number of training rows to use, drawn once; 0 for all"""
     test_rows: int = 0
-    """use only so many test rows, drawn once; 0 for all"""
+    """number of test rows to use, drawn once; 0 for all"""
     like: str = ""
-    """a named dataset whose settings attacks and defenses adopt; by default those of --dataset itself where that is a name,
-    and none where it is a path"""
+    """a named dataset whose settings attacks and defenses use; by default that of --dataset if it is a name, and none if it is
+    a path"""
     target: int = 0
     """the attacker's class"""
 
     layout: ensemble.Layout | Literal["auto"] = "auto"
-    """how members are laid out in a compiled call; auto measures what is fastest here, once"""
+    """how members are laid out in a compiled call; auto measures once which is fastest on this machine"""
     lowering: Lowering | Literal["auto"] = "auto"
-    """how convolutions are computed; auto measures what is fastest here, once"""
+    """how convolutions are computed; auto measures once which is fastest on this machine"""
     compute_dtype: ComputeDtype = "float32"
-    """of activations and products; parameters, statistics and losses are float32 in any case"""
+    """dtype of activations and products; parameters, statistics and losses are always float32"""
     member_group: int = 0
-    """train at most so many members in one call; 0 for as many as fit into memory"""
+    """most members that train in one call; 0 for as many as fit into memory"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(ExperimentConfig):
-    """The settings of every run that compares defenses, of training sets or of models."""
+    """The settings of every run that compares defenses, on training sets or on models."""
 
     preset: Literal["quick", "paper", "strong"] = "paper"
-    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: ours, the same threat model"""
+    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: our own settings, same threat
+    model"""
     attacks: str = "badnets,blended,sig,none"
-    """attacks with commas between them, each with settings of its own after colons: badnets:poison_rate=0.05:target=4. none
-    is the training set as it is. Third-party data, at a path, is not attacked by default"""
+    """attacks separated by commas, each with its settings after colons: badnets:poison_rate=0.05:target=4. none is the
+    unchanged training set. Third-party data, at a path, is not attacked by default"""
     defenses: str = "none"
-    """defenses with commas between them, each with its settings: abl,lfd:alpha=0.5; or all, every one of the registry; with +
-    between two, the second runs on what the first gives: fine_tuning+nad"""
+    """defenses separated by commas, each with its settings: abl,lfd:alpha=0.5; or all, the whole registry; joined by +, the
+    second runs on the first one's models: fine_tuning+nad"""
     study: str = ""
-    """one of the paper's tables or figures, instead of attacks and defenses"""
+    """a table or figure of the paper to run, in place of --attacks and --defenses"""
 
     width: int = 64
-    """64 is the papers' size; others scale the channels"""
+    """channels of the first stage: 64 is the papers' size, other values scale all channels"""
     epochs: int = 80
-    """of plain training, and of every training from scratch that a defense does not settle itself"""
+    """epochs of undefended training, and of training from scratch in defenses without a setting of their own"""
     batch_size: int = 128
-    """of every training"""
+    """batch size of every training"""
     optimiser: Optimiser = "adam"
-    """of plain training"""
+    """optimiser of undefended training"""
     learning_rate: float = 1e-3
-    """of plain training"""
+    """initial learning rate of undefended training"""
     schedule: Schedule = "cosine"
-    """of plain training"""
+    """learning-rate schedule of undefended training"""
     steps: tuple[tuple[int, float], ...] = ()
-    """of the schedule steps: epoch and learning rate from it on"""
+    """for schedule steps: pairs of an epoch and the learning rate from it on"""
     weight_decay: float = 0.0
-    """L2, as PyTorch has it"""
+    """L2 penalty, added to the gradient as in PyTorch"""
     augmentation: Augmentation = "none"
-    """of training rows, after they were poisoned"""
+    """augmentation of training rows, after poisoning"""
     evaluation_batch_size: int = 250
-    """images at once in tests"""
+    """batch size of evaluation"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuspectConfig(ComparisonConfig):
-    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide what the others default to."""
+    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide the defaults of the others."""
 
     model: str = "resnet18_cifar"
-    """the network that is to be trained on the suspect rows"""
+    """architecture of the network that is trained on the suspect rows"""
 
 
 def flag(name: str) -> str:
-    """What the command line calls a field."""
+    """A field's name on the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -121,11 +122,11 @@ def check_ranges(
     above_zero: Sequence[str] = (),
     shares: Sequence[str] = (),
 ) -> None:
-    """Refuse settings that no data could be right for: the shared ones and those named.
+    """Refuse settings out of range, whatever the data: those of every experiment and those named.
 
     Args:
-        config: of any experiment.
-        at_least: field -> its least value.
+        config: the settings of any experiment.
+        at_least: field -> its smallest value.
         above_zero: fields that must be positive.
         shares: fields from 0 to 1.
 
@@ -147,12 +148,12 @@ def check_ranges(
 
 
 def adapted_to(config: ExperimentConfig) -> str | None:
-    """The named dataset whose settings attacks and defenses adopt: `--like`, or the run's own dataset; None for none.
+    """The named dataset whose settings attacks and defenses use: `--like`, or the run's own dataset; None for the papers'.
 
-    A prepared set of TensorFlow Datasets counts as the named one that it holds.
+    A prepared set of TensorFlow Datasets counts as the named dataset that it holds.
 
     Raises:
-        InputError: if there is no such dataset.
+        InputError: there is no such dataset.
     """
     if config.like:
         return datasets.check_like(config.like, "--like")
@@ -164,7 +165,7 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
     """The dataset, cut down to `train_rows` and `test_rows`; which rows stay does not depend on the seed.
 
     Raises:
-        InputError: if it cannot be read, or the target is not one of its classes, or all its test rows are of that class;
+        InputError: the dataset cannot be read, the target is not one of its classes, or all its test rows are of that class;
           or as `adapted_to`.
     """
     like = adapted_to(config)
@@ -182,7 +183,9 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
                 f"--target {config.target} is not a class of {train.name}; classes are 0 to {train.num_classes - 1}"
             )
         if not np.any(test.labels != config.target):
-            raise InputError(f"{test.name}: each of the {len(test)} test rows is of class {config.target}, the target")
+            raise InputError(
+                f"{test.name}: all {len(test)} test rows are of class {config.target}, the target; use another --target"
+            )
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
         stage.detail += f", settings adapted to {like}" if like else ", settings of the papers"
     return TrainTest(train, test)
@@ -197,8 +200,8 @@ def choose_engine(
     folder: pathlib.Path,
     log: Log,
 ) -> probe.Choice:
-    """Layout and lowering: those that are set, those that the run in `folder` began with, or else the fastest ones here."""
-    with log.stage("probe", detail="nothing to choose") as stage:
+    """Layout and lowering: as set, or those of the run in `folder`, or else the fastest on this machine."""
+    with log.stage("probe", detail="skipped: layout and lowering are set") as stage:
         return probe.choose(
             probe.Shape(image_shape, width, batch_size, members, config.compute_dtype),
             config.layout,
@@ -209,7 +212,7 @@ def choose_engine(
 
 
 def open_folder(experiment: str, folder: pathlib.Path, config: ExperimentConfig, engine: probe.Choice) -> RunFolder:
-    """Start a run, or continue the one that is there.
+    """Start a run, or continue the run in the folder.
 
     Raises:
         InputError: the folder cannot be used, or holds a run with other settings.
@@ -220,12 +223,12 @@ def open_folder(experiment: str, folder: pathlib.Path, config: ExperimentConfig,
 
 
 def output_folder(experiment: str, config: ExperimentConfig, default: ExperimentConfig, preset: str) -> pathlib.Path:
-    """`--output`, or a name that the same settings always give.
+    """`--output`, or a folder named after the settings, the same for the same settings.
 
     Args:
         experiment: its name.
         config: all settings.
-        default: what its preset starts from.
+        default: the configuration that its preset starts from.
         preset: the preset's name.
     """
     if config.output:
@@ -235,21 +238,21 @@ def output_folder(experiment: str, config: ExperimentConfig, default: Experiment
 
 
 def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig, **chosen: Any) -> str:
-    """The command that makes this run again, wherever its data lies.
+    """The command that repeats this run, wherever the data is stored.
 
     Args:
         experiment: its name.
         config: all settings.
-        default: what its preset starts from.
-        chosen: flags to print in any case, such as the preset.
+        default: the configuration that its preset starts from.
+        chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
     return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
 
 
 def train_config(config: ComparisonConfig) -> TrainConfig:
-    """How an undefended network of this run trains. Incomplete last batches are left out: their own shape would double
-    compiling."""
+    """Training settings of this run's undefended networks. Incomplete last batches are dropped: their different shape would
+    double the compilation time."""
     return TrainConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,

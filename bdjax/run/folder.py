@@ -1,7 +1,7 @@
 """One run, one folder: the settings it was started with, its results, its checkpoints.
 
-The same command with the same folder continues the run; another command with the same folder is refused, so that no
-results end up beside settings that did not make them.
+The same command with the same folder continues the run. A command with other settings is refused, so that results always
+belong to the settings beside them.
 """
 
 import dataclasses
@@ -33,25 +33,25 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """An open run. Every write is atomic: a reader finds the old file or the new one, never half of one.
+    """An open run. Every write is atomic: a reader finds the old file or the new one, never a partial file.
 
-    With several processes the primary alone writes.
+    With several processes only the primary writes.
     """
 
     path: Path
     """absolute"""
     is_new: bool
-    """False: the run was started before, with the same settings"""
+    """False if the run was started before, with the same settings"""
     record: Mapping[str, Any] = field(default_factory=dict)
-    """what config.json says"""
+    """contents of config.json"""
 
     @property
     def checkpoints(self) -> Path:
-        """The folder for checkpoints; it exists."""
+        """The folder for checkpoints, which exists."""
         return self.path / "checkpoints"
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file in this folder, and refuses a name that leads out of it."""
+        """Returns the path of a file in this folder; a name that leads out of it is a ValueError."""
         path = (self.path / name).resolve()
         if not path.is_relative_to(self.path.resolve()) or path == self.path.resolve():
             raise ValueError(f"{name!r} is not the name of a file inside the run folder")
@@ -77,13 +77,13 @@ class RunFolder:
 
 
 def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str] = ()) -> RunFolder:
-    """Starts a run in a folder, or continues the one that is there.
+    """Starts a run in a folder, or continues the run in it.
 
     Args:
-        output: the folder; it is made if it is not there.
+        output: the folder, created if it does not exist.
         config: the experiment's settings, a dataclass instance; written verbatim to `config.json`.
         experiment: the name of the experiment.
-        ignore: fields that do not influence any number, such as where the data lies; they may differ when it goes on.
+        ignore: fields that do not influence any number, such as the data folder; they may differ when a run is continued.
 
     Returns:
         The open run.
@@ -103,7 +103,7 @@ def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str
 
 @processes.by_primary
 def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Sequence[str]) -> dict[str, Any]:
-    """Makes or checks the folder, and returns what a `RunFolder` is made of."""
+    """Creates or checks the folder, and returns the fields of a `RunFolder`."""
     path = Path(output).expanduser().absolute()
     try:
         if path.exists() and not path.is_dir():
@@ -113,12 +113,12 @@ def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Se
             raise InputError(f"{output} cannot be written to; choose another --output")
         is_new = not (path / CONFIG_FILE).exists()
         if is_new:
-            # Hidden files are let pass: file managers leave them, and so does our own write if it is killed.
+            # Hidden files are allowed: file managers leave them, and so does our own write if it is killed.
             others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
             if others:
                 raise InputError(
-                    f"{output} holds files ({_shorten(', '.join(others))}) but no {CONFIG_FILE}, so it is no run of "
-                    "ours; choose another --output"
+                    f"{output} has files ({_shorten(', '.join(others))}) but no {CONFIG_FILE}, so it is not the folder of a "
+                    "run; choose another --output"
                 )
             record = {"experiment": experiment, "config": settings, **describe_environment()}
             write_bytes_atomically(path / CONFIG_FILE, _encode(_to_json(record, "config")))
@@ -132,28 +132,28 @@ def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Se
 
 
 def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:
-    """Names a run after its settings, so that the same settings always find the same folder.
+    """Names a run after its settings, so that the same settings always give the same folder.
 
     Args:
-        dataset: the name of the dataset, or where it lies.
+        dataset: the name of the dataset, or its path.
         preset: the name of the preset.
-        changed: the fields that deviate from the preset's defaults, with their values; not the output folder, nor
-            anything else that does not influence the numbers.
+        changed: the fields that differ from the preset's defaults, with their values; without the output folder and other
+            fields that do not influence any number.
 
     Returns:
-        "digits-quick", or "digits-quick-1a2b3c4d" if anything deviates.
+        "digits-quick", or "digits-quick-1a2b3c4d" if any field differs.
     """
     name = f"{dataset}-{preset}"
     slug = re.sub(r"[^\w.-]+", "-", name)[-80:].strip("-.")
     if not changed and slug == name:
         return name
-    # A name that had to be cut down no longer tells two datasets apart, so it goes into the digest.
+    # A shortened name no longer distinguishes two datasets, so the full name goes into the digest.
     identity = json.dumps([name, to_plain(changed, "changed")], sort_keys=True)
     return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 
 def describe_environment() -> dict[str, Any]:
-    """Returns the versions, the revision and the hardware that numbers of this process come from."""
+    """Returns versions, git revision and hardware of this process."""
     return {
         "versions": {
             "bdjax": bdjax.__version__,
@@ -171,24 +171,24 @@ def describe_environment() -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Returns the revision of the checkout that bdjax runs from, "-dirty" if tracked files differ, None if unknown."""
+    """Returns the git revision that bdjax runs from, with "-dirty" if tracked files differ; None if unknown."""
     root = Path(bdjax.__file__).resolve().parent.parent
 
-    def ask(*arguments: str) -> str:
+    def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An installed bdjax may lie in a virtual environment inside somebody else's checkout.
-        if Path(ask("rev-parse", "--show-toplevel")).resolve() != root:
+        # An installed bdjax may be in a virtual environment inside an unrelated checkout.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
-        return ask("describe", "--always", "--dirty", "--exclude=*") or None
+        return git("describe", "--always", "--dirty", "--exclude=*") or None
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 
 def write_bytes_atomically(path: Path, data: bytes) -> Path:
-    """Writes a file so that an interruption at any point leaves the last good one; makes its folder if need be."""
+    """Writes a file so that an interruption at any point leaves the previous one intact; creates its folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -196,7 +196,7 @@ def write_bytes_atomically(path: Path, data: bytes) -> Path:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -205,15 +205,15 @@ def write_bytes_atomically(path: Path, data: bytes) -> Path:
 
 
 def to_plain(value: Any, where: str = "value") -> Any:
-    """Turns a value into what JSON knows.
+    """Converts a value to JSON's types.
 
     Args:
-        value: mappings, sequences, dataclasses, enumerations, arrays, paths and plain values, nested as you like.
+        value: mappings, sequences, dataclasses, enumerations, arrays, paths and plain values, nested to any depth.
         where: the name of the value, for error messages.
 
     Raises:
-        ValueError: a number is not finite; the message says which.
-        TypeError: there is something that JSON has no form for.
+        ValueError: a number is not finite; the message names it.
+        TypeError: a value has a type that JSON cannot hold.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
@@ -233,7 +233,7 @@ def to_plain(value: Any, where: str = "value") -> Any:
         return {str(key): to_plain(entry, f"{where}.{key}") for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(entry, f"{where}[{index}]") for index, entry in enumerate(value)]
-    raise TypeError(f"{where} is a {type(value).__name__}, which JSON has no form for")
+    raise TypeError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
 def _to_json(value: Any, where: str) -> str:
@@ -241,7 +241,7 @@ def _to_json(value: Any, where: str) -> str:
 
 
 def _encode(text: str) -> bytes:
-    # A file name that is not UTF-8 reaches us with lone surrogates; their escapes are valid JSON as well.
+    # File names that are not UTF-8 contain lone surrogates; their escapes are valid JSON as well.
     return text.encode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar for the stage under way, one line for each stage that is done."""
+"""The log of a run: a progress bar for the current stage, one line for each finished stage."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,38 +16,38 @@ _SECONDS_BETWEEN_PLAIN_LINES = 30.0
 
 
 class StageProgress:
-    """The handle on a stage under way, given by `StageLog.stage`."""
+    """The handle of the current stage, from `StageLog.stage`."""
 
     def __init__(self, report: Callable[[int, str], None], detail: str) -> None:
         self._report = report
         self.done = 0
-        self.detail = detail  # what was done, as the stage's line prints it; may be changed while the stage runs
+        self.detail = detail  # what the stage's line prints; may be changed while the stage runs
         self.output = ""
 
     def advance(self, steps: int = 1, message: str = "") -> None:
-        """Says that so many more steps are done, and how it stands, such as "loss 0.31"."""
+        """Reports further finished steps, and a message such as "loss 0.31"."""
         self.done += steps
         self._report(self.done, message)
 
     def wrote(self, output: str | Path) -> None:
-        """Names the file or folder that the stage's line points to."""
+        """Sets the file or folder that the stage's line points to."""
         self.output = str(output)
 
 
 class StageLog:
     """Times the stages of a run and prints a line for each.
 
-    On a terminal the stage under way has a bar that vanishes when it is done. Elsewhere (a file, a pipe) there are only
-    plain lines, one for each stage that is done and one now and then from a long one, without control characters. Of
-    several processes the primary alone prints.
+    On a terminal the current stage has a progress bar, which is removed at its end. Elsewhere (a file, a pipe) there are only
+    plain lines without control characters: one for each finished stage, and now and then one from a long stage. With several
+    processes only the primary prints.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.console = console or Console(quiet=not processes.is_primary())
-        self.timings: dict[str, float] = {}  # seconds, without those of stages within; a stage that comes again adds
+        self.timings: dict[str, float] = {}  # seconds without those of nested stages; repeated stages add up
         self._clock = clock
         self._has_bar = False
-        self._inner: list[float] = []  # of each stage under way, the outermost first: seconds of the stages within it
+        self._inner: list[float] = []  # for each open stage, the outermost first: seconds of the stages nested in it
 
     @contextmanager
     def stage(
@@ -56,20 +56,20 @@ class StageLog:
         """Runs a stage.
 
         Args:
-            name: what the stage is called; its seconds are kept under this name.
-            total: how many steps it has, if known.
-            unit: what a step is: "epochs".
-            detail: what the line says was done, "21 members × 30 epochs"; if empty, total and unit.
+            name: name of the stage in the log and in `timings`.
+            total: number of steps, if known.
+            unit: unit of the steps: "epochs".
+            detail: text of the stage's line, "21 members × 30 epochs"; if empty, total and unit.
 
         Yields:
-            The handle to say how far it is and what it wrote.
+            The handle to report progress and what was written.
         """
         name = printable(name)
         detail = detail or (f"{total} {unit}".strip() if total is not None else "")
         start = self._clock()
         self._inner.append(0.0)
         has_failed = True
-        # One bar at a time: a stage within a stage has only its line.
+        # One bar at a time: a nested stage has only its line.
         shown = self._bar if self.console.is_terminal and not self._has_bar else self._plain_lines
         try:
             with shown(name, total, unit) as report:
@@ -82,13 +82,13 @@ class StageLog:
             if self._inner:
                 self._inner[-1] += seconds
             if has_failed:
-                self.note(name, f"broke off after {format_seconds(seconds)}")
+                self.note(name, f"failed after {format_seconds(seconds)}")
             else:
                 written = f"   → {printable(progress.output)}" if progress.output else ""
                 self.note(name, f"{printable(progress.detail):<28} {format_seconds(seconds):>10}{written}")
 
     def note(self, name: str, text: str) -> None:
-        """Prints one line about a stage, such as that it was done before and is skipped."""
+        """Prints one line about a stage, such as that it was skipped."""
         self._print(f"{printable(name):<16} {text}")
 
     @contextmanager
@@ -125,12 +125,12 @@ class StageLog:
         yield report
 
     def _print(self, line: str) -> None:
-        # Text, not a string: what comes from outside may look like rich's markup. No wrapping: a line stays a line.
+        # Text, not a string, which rich would read as markup. No wrapping: a line stays a line.
         self.console.print(Text(line.rstrip()), soft_wrap=True, highlight=False)
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration for people: "0.4 s", "14.2 s", "3 min 24 s", "1 h 05 min"."""
+    """Formats a duration: "0.4 s", "14.2 s", "3 min 24 s", "1 h 05 min"."""
     if seconds < 99.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,7 +1,7 @@
-"""Presets: what the flags of each kind of run start from, by preset and dataset, in one place.
+"""Presets: the defaults of each kind of run, by preset and dataset.
 
-`paper` is a paper's setting, which stands where its experiment is (a dataclass's defaults, or `experiments/*.py`). `quick` is
-what two cores do in minutes: the tables below.
+`paper` is the paper's setting, defined with its experiment (a dataclass's defaults, or `experiments/*.py`). `quick` runs in
+minutes on two cores: the tables below.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class Study(NamedTuple):
     """A table or figure of a paper."""
 
     about: str
-    """"figure 4b: how many rows are taken for candidates" """
+    """"figure 4b: alpha" """
     attacks: str
     defenses: str
 
@@ -35,7 +35,7 @@ _TA_KD = {
     "aggregated_model": "resnet18",
     "student_model": "resnet10",
     "width": 8,
-    "keep_last_batch": False,  # its own shape would double the time to compile
+    "keep_last_batch": False,  # its different shape would double the compilation time
     "minimum_contrast": 0.3,
 }
 _ROBUST_KD = {
@@ -67,7 +67,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "poison_rate": 0.1,
             "blend_opacity": (0.2, 0.3),
             "auxiliary_fraction": 0.15,
-            "plateau_patience": 4,  # an epoch has 14 steps, and 10 of the defense
+            "plateau_patience": 4,  # an epoch has 14 steps, 10 in the defense
             "defense_epochs": 30,
             "defense_batch_size": 16,
         },
@@ -76,7 +76,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "train_rows": 10_000,
             "test_rows": 1000,
             "epochs": 6,
-            "learning_rate": 3e-3,  # at 0.01 the plateau rule does not get to cut within so few epochs
+            "learning_rate": 3e-3,  # at 0.01 the plateau rule makes no cut within so few epochs
             "poison_rate": 0.05,
             "blend_opacity": (0.15, 0.2),
             "evaluation_batch_size": 250,
@@ -155,8 +155,8 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         },
     },
     "suspect_models": {
-        # At less width little passes through: students need the room to learn features that closely.
-        # CKD is left to the studies.
+        # At a smaller width little of the backdoor transfers: students cannot match the teachers' features closely enough.
+        # CKD is only in the studies.
         "digits": _ROBUST_KD
         | {
             "attacks": "latent_backdoor,none",
@@ -179,17 +179,17 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "gtsrb": _ROBUST_KD | _ROBUST_KD_PHOTOS,
     },
 }
-"""Workflow -> dataset -> field -> value: what quick runs have on two cores."""
+"""Workflow -> dataset -> field -> value in quick runs."""
 
 
 def is_registered(dataset: str) -> bool:
-    """Whether a dataset is a published set by name, and not the user's data at a path."""
+    """Whether a dataset is a named public dataset, and not the user's data at a path."""
     return dataset in datasets.DATASETS or dataset.startswith("tfds:")
 
 
 def quick(workflow: str, dataset: str) -> dict[str, Any]:
-    """The fields of a quick run: of the dataset, else of the set that it is like, else of CIFAR-10. Data at a path
-    get those of the digits, which leave out no row.
+    """The fields of a quick run: those of the dataset, else of the dataset that it is like, else of CIFAR-10. Data at a path
+    gets those of the digits, which use all rows.
 
     Args:
         workflow: a key of `QUICK`.
@@ -203,12 +203,12 @@ def quick(workflow: str, dataset: str) -> dict[str, Any]:
 
 
 def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) -> tuple[str, str, str]:
-    """The preset and the dataset that are meant where none is named, and the dtype that the backend computes in.
+    """Fill in the preset and the dataset if they are None, and choose the compute dtype for the backend.
 
     Args:
-        preset: its name; None for quick on a CPU, and paper on anything else.
+        preset: its name; None for quick on a CPU, paper elsewhere.
         dataset: its name or path; None for the digits.
-        presets: the names that the experiment has.
+        presets: the names of the experiment's presets.
 
     Raises:
         InputError: there is no such preset.
@@ -228,7 +228,7 @@ def start_from(
     paper: Mapping[str, Any],
     *,
     kind: type[Settings],
-    defenses_of_own_rows: str,
+    path_defenses: str,
 ) -> Settings:
     """The configuration that a preset of a run on suspect training sets starts from.
 
@@ -236,10 +236,10 @@ def start_from(
         workflow: a key of `QUICK`.
         preset: as for `choose`.
         dataset: as for `choose`.
-        always: field -> value, whatever the preset.
-        paper: the same at the paper's size, which strong runs have as well where there is an accelerator.
+        always: field -> value in every preset.
+        paper: field -> value at the paper's size, also used by strong runs on an accelerator.
         kind: the configuration's class.
-        defenses_of_own_rows: for data at a path, which is not attacked, and of which no clean rows are known.
+        path_defenses: the defenses for data at a path, which is not attacked and has no known clean rows.
 
     Raises:
         InputError: there is no such preset.
@@ -250,5 +250,5 @@ def start_from(
     else:
         sized = quick(workflow, dataset)
     if not is_registered(dataset):
-        sized = {**sized, "attacks": NO_ATTACK, "seeds": 1, "defenses": defenses_of_own_rows}
+        sized = {**sized, "attacks": NO_ATTACK, "seeds": 1, "defenses": path_defenses}
     return kind(dataset=dataset, preset=preset, **{**always, **sized})

@@ -28,52 +28,52 @@ from bdjax.workflows import base
 from bdjax.workflows.base import Experiment
 
 HYBRIDS = ("badnets+blended", "badnets+composite", "badnets+sig", "badnets+refool")
-"""What `--attack=all` runs beside the registry: ABM's four hybrids."""
+"""Run by `--attack=all` in addition to the registry: ABM's four hybrids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ExperimentConfig):
-    """Every setting of an attack run; `--preset` and `--dataset` decide what the others default to."""
+    """Every setting of an attack run; `--preset` and `--dataset` decide the defaults of the others."""
 
     attack: str = "badnets"
-    """one attack, several with commas between them, a hybrid (badnets+sig), or all"""
+    """an attack, several separated by commas, a hybrid (badnets+sig), or all"""
     preset: Literal["quick", "paper"] = "paper"
     """quick: minutes on two cores; paper: ResNet-18 of width 64 for 80 epochs, as LfD trains, for a GPU"""
     label_rule: str | None = None
-    """who is relabelled to what: all_to_one, all_to_all, clean_label, ...; by default each attack's own"""
+    """how poisoned rows are relabelled: all_to_one, all_to_all, clean_label, ...; by default each attack's own rule"""
     poison_rate: float | None = None
-    """share of all training rows, of each trigger; by default each attack's own"""
+    """share of all training rows that each trigger poisons; by default each attack's own rate"""
     change: tuple[str, ...] = ()
-    """settings of an attack, as name=value, or attack.name=value where several are run"""
+    """settings of an attack, as name=value, or attack.name=value if several are run"""
     costly_seeds: int = 0
-    """how many of the seeds attacks get whose trigger is trained or whose attacker trains; 0 for all"""
+    """number of seeds for attacks that train a trigger or control the training; 0 for all"""
     save_poisoned: bool = True
     """write the first seed's poisoned training sets"""
 
     model: str = "resnet18"
-    """the victims, the clean reference, and the clean model that some attackers have"""
+    """architecture of the victims, the clean reference, and the clean model that some attackers have"""
     width: int = 64
-    """channels of its first stage"""
+    """channels of the first stage"""
     epochs: int = 80
-    """of the clean reference and of victims that are trained from scratch on poisoned data"""
+    """epochs of the clean reference and of victims trained from scratch on poisoned data"""
     controlled_epochs: int = 100
-    """of victims whose attacker controls the training from scratch"""
+    """epochs of victims whose attacker controls the training from scratch"""
     fine_tuning_epochs: int = 8
-    """of victims that start from the clean model"""
+    """epochs of victims that start from the clean model"""
     batch_size: int = 128
-    """of every training"""
+    """batch size of every training"""
     learning_rate: float = 1e-3
-    """Adam's"""
+    """initial learning rate of Adam"""
     fine_tuning_learning_rate: float = 1e-4
-    """Adam's, of victims that start from the clean model"""
+    """initial learning rate of Adam for victims that start from the clean model"""
     schedule: Schedule = "cosine"
-    """half a cosine, or the plateau rule on the training loss"""
+    """learning-rate schedule: half a cosine, or the plateau rule on the training loss"""
     weight_decay: float = 0.0
-    """L2, as PyTorch's Adam has it"""
+    """L2 penalty, added to the gradient as in PyTorch's Adam"""
     augmentation: Augmentation = "none"
-    """of training rows, after they were poisoned"""
+    """augmentation of training rows, after poisoning"""
     evaluation_batch_size: int = 250
-    """images at once in tests"""
+    """batch size of evaluation"""
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -82,13 +82,13 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     Args:
         config: all settings.
         experiment: its presets.
-        log: where progress goes; by default the terminal.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: if the data, an attack or the output folder cannot be used.
+        InputError: the data, an attack or the output folder cannot be used.
     """
     log = log or StageLog()
     check(config)
@@ -134,19 +134,19 @@ def prepare_all(
     """Make every plan's triggers and poisoned sets, for each of its seeds.
 
     Returns:
-        The victims to be; and for `--attack=all`, which attacks the dataset does not allow -> why.
+        The victims to train; and for `--attack=all`, attacks that cannot be run on the dataset -> why.
 
     Raises:
         InputError: an attack that was named cannot be run.
     """
     prepared, left_out = [], {}
-    known = [CleanModel(model, ensemble.members(clean.variables, s)) for s in range(config.seeds)]
+    clean_models = [CleanModel(model, ensemble.members(clean.variables, s)) for s in range(config.seeds)]
     with log.stage("triggers", total=sum(num_seeds(config, plan) for plan in plans), unit="victims") as stage:
         for plan in plans:
             try:
                 for s in range(num_seeds(config, plan)):
-                    own_key = jax.random.fold_in(key, config.seed + s)
-                    prepared.append(prepare(own_key, plan, train, config.target, s, known[s]))
+                    seed_key = jax.random.fold_in(key, config.seed + s)
+                    prepared.append(prepare(seed_key, plan, train, config.target, s, clean_models[s]))
                     stage.advance(1, plan.name)
             except InputError as error:
                 if config.attack != ALL:
@@ -160,60 +160,60 @@ def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, st
     """Every attack of the run, in the order of the registry or of the command line.
 
     Returns:
-        The plans; and for `--attack=all`, which attacks the dataset does not allow -> why.
+        The plans; and for `--attack=all`, attacks that cannot be run on the dataset -> why.
 
     Raises:
-        InputError: if an attack that was named cannot be run, or a change is of none that is.
+        InputError: an attack that was named cannot be run, or a change names an attack that is not run.
     """
     is_all = config.attack == ALL
     names = [*ATTACKS, *HYBRIDS] if is_all else list(dict.fromkeys(config.attack.split(",")))
     changes = read_changes(config.change, names)
     plans, left_out = [], {}
-    how = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
+    options = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
     for name in names:
         try:
-            plans.append(make_plan(name, train, config.target, like=adapted_to(config), **how))
+            plans.append(make_plan(name, train, config.target, like=adapted_to(config), **options))
         except InputError as error:
             if not is_all:
                 raise
             left_out[name] = str(error)
     if not plans:
-        raise InputError(f"no attack fits: {left_out_text(left_out)}")
+        raise InputError(f"no attack can be run: {left_out_text(left_out)}")
     return plans, left_out
 
 
 def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read attack.name=value, or name=value where one attack is run: attack -> name -> value.
+    """Parse attack.name=value, or name=value if a single attack is run: attack -> name -> value.
 
     Raises:
-        InputError: if a text is neither, or of an attack that is not run.
+        InputError: a text has neither form, or names an attack that is not run.
     """
     changes: dict[str, dict[str, Any]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         attack, _, setting = name.rpartition(".")
         if not equals or not setting or (not attack and (len(names) > 1 or "+" in names[0])):
-            raise InputError(f"--change {text!r} is not name=value, or attack.name=value where several attacks are run")
+            raise InputError(f"--change {text!r} should be name=value, or attack.name=value if several attacks are run")
         changes.setdefault(attack or names[0], {})[setting] = read_value(value)
     run = {part for name in names for part in name.split("+")}
     if unknown := sorted(changes.keys() - run):
-        raise InputError(f"--change of {unknown[0]}: that attack is not among those that are run")
+        raise InputError(f"--change names the attack {unknown[0]}, which is not run; --attack has {', '.join(names)}")
     return changes
 
 
 def left_out_text(left_out: Mapping[str, str]) -> str:
-    """One line on the attacks that the dataset does not allow."""
+    """One line on the attacks that cannot be run on the dataset."""
     return "; ".join(f"{name} left out: {reason}" for name, reason in left_out.items())
 
 
 def num_seeds(config: Config, plan: Plan) -> int:
-    """How many seeds an attack is run with."""
+    """Number of seeds that an attack is run with."""
     is_costly = any(part.attack.trigger_is_trained or part.attack.control for part in plan.parts)
     return min(config.seeds, config.costly_seeds or config.seeds) if is_costly else config.seeds
 
 
 def check(config: Config) -> None:
-    """Refuse settings that no data could be right for.
+    """Refuse settings out of range, whatever the data.
 
     Raises:
         InputError: naming the flag.
@@ -224,7 +224,8 @@ def check(config: Config) -> None:
 
 
 def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConfig:
-    """How networks of this run train. Incomplete last batches are left out: their own shape would double compiling."""
+    """Training settings of this run's networks. Incomplete last batches are dropped: their different shape would double the
+    compilation time."""
     return TrainConfig(
         epochs,
         config.batch_size,
@@ -238,18 +239,18 @@ def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConf
 
 
 def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:
-    """Write the first seed's poisoned training sets as .npz, for any framework; returns what was left out."""
+    """Write the first seed's poisoned training sets as .npz, for any framework; returns a note on attacks without a set."""
     (folder.path / "poisoned").mkdir(exist_ok=True)
-    inside = []
-    for one in prepared:
-        if one.seed:
+    without_set = []
+    for victim in prepared:
+        if victim.seed:
             continue
-        if one.poisoned is None:
-            inside.append(one.plan.name)
+        if victim.poisoned is None:
+            without_set.append(victim.plan.name)
             continue
         buffer = io.BytesIO()
         names = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
-        arrays = {name: getattr(one.poisoned, name) for name in names}
-        np.savez_compressed(buffer, **arrays, num_classes=one.poisoned.num_classes)
-        folder.write_bytes(f"poisoned/{one.plan.name}.npz", buffer.getvalue())
-    return f"none of {', '.join(inside)}: the attacker poisons inside the training" if inside else ""
+        arrays = {name: getattr(victim.poisoned, name) for name in names}
+        np.savez_compressed(buffer, **arrays, num_classes=victim.poisoned.num_classes)
+        folder.write_bytes(f"poisoned/{victim.plan.name}.npz", buffer.getvalue())
+    return f"no set for {', '.join(without_set)}: the attacker controls the training" if without_set else ""

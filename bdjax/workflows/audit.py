@@ -1,4 +1,4 @@
-"""An audit: one suspect training set, a user's own rows, of which nobody knows the truth."""
+"""An audit: a detector on a user's own training set, whose ground truth is unknown."""
 
 import pathlib
 from typing import Any
@@ -30,24 +30,26 @@ from bdjax.workflows.detection import (
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
-    """Which of a user's own rows are poisoned, and by what trigger?
+    """Find the poisoned rows of a user's own training set, and the trigger.
 
     Args:
         config: all settings.
-        experiment: its presets, its studies, what it is about.
-        log: where progress goes; by default the terminal.
+        experiment: its presets, its studies, its detectors.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: several detectors, one that needs what nobody has, or data that cannot be used.
+        InputError: several detectors, one that needs more than an audit has, or data that cannot be used.
     """
     log = log or StageLog()
     _, texts = settle(config, experiment)
     variants = read_detectors(config, texts)
     if len(variants) != 1:
-        raise InputError(f"--defenses {','.join(texts) or NO_ATTACK}: an audit of {config.dataset} is by one detector")
+        raise InputError(
+            f"--defenses {','.join(texts) or NO_ATTACK}: an audit of {config.dataset} takes exactly one detector"
+        )
     (variant,) = variants
     with log.stage("data") as stage:
         data = datasets.load_suspect(config.dataset, config.data_dir)
@@ -80,25 +82,25 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
 
 def as_suspect(data: Dataset) -> Suspect:
-    """A user's own rows as a suspect that nobody attacked on purpose."""
+    """A user's own rows as a suspect without an attack of this run."""
     is_poisoned = data.is_poisoned if isinstance(data, PoisonedDataset) else None
     return Suspect(AttackVariant(NO_ATTACK, None, 0, 0.0), 0, data, (), is_poisoned)
 
 
 def check_needs(config: Config, variant: DefenseVariant, suspect: Suspect) -> None:
-    """Refuse a detector that cannot do without something that an audit has not.
+    """Refuse a detector that needs something that an audit does not have.
 
     Raises:
-        InputError: naming the detector, and what would be right.
+        InputError: naming the detector and what it needs.
     """
     needs = variant.defense.needs_with(variant.settings)
     if "number of poisons" in needs and suspect.is_poisoned is None:
         raise InputError(
-            f"--defenses {variant.name}: needs the number of poisoned rows, which nobody knows of {config.dataset}"
+            f"--defenses {variant.name}: needs the number of poisoned rows, which is unknown for {config.dataset}"
         )
     if "attacker's trigger" in needs:
         raise InputError(f"--defenses {variant.name}: needs the attacker's trigger, which an audit does not have")
     if "clean rows" in needs and not (config.clean_data and config.clean_per_class):
         raise InputError(
-            f"--defenses {variant.name}: needs rows that are known to be clean, and there are none: give --clean-data"
+            f"--defenses {variant.name}: needs rows that are known to be clean, and there are none; set --clean-data"
         )

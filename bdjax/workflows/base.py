@@ -1,8 +1,8 @@
-"""What every run shares: what an experiment is, how a run starts, how it ends.
+"""Shared by all workflows: the definition of an experiment, the start and the end of a run.
 
-A workflow checks the settings, loads the data, calls `begin`, checks what depends on the network, calls `open_folder`, does
-its stages, and hands its report to `finish`. Nothing is written before `open_folder`, so input that cannot be used leaves
-nothing behind.
+A workflow checks the settings, loads the data, calls `begin`, checks what depends on the network, calls `open_folder`, runs
+its stages, and passes its report to `finish`. Nothing is written before `open_folder`, so input that cannot be used leaves
+no files behind.
 """
 
 import pathlib
@@ -36,15 +36,15 @@ class Group(NamedTuple):
     """Suspects that are members of the same calls."""
 
     inputs: DefenseInput
-    """as defenses get them"""
+    """the suspects as defenses get them"""
     suspects: Sequence[Suspect]
-    """the same with the truth"""
+    """the same suspects with the ground truth"""
     views: TriggeredViews
     """the test images under each of their triggers"""
 
 
 class Context(NamedTuple):
-    """What a run has when its results are in, for the sections that an experiment adds to the report."""
+    """The state of a finished run, from which an experiment makes its own sections of the report."""
 
     config: Any
     folder: RunFolder
@@ -55,11 +55,11 @@ class Context(NamedTuple):
     results: Mapping[str, Any]
     log: StageLog
     teachers: SuspectTeachers | None = None
-    """of a run on suspect models"""
+    """only in a run on suspect models"""
 
 
 def no_sections(context: Context) -> Sequence[Section]:
-    """For an experiment whose report has nothing beyond its workflow's."""
+    """For an experiment that adds no sections to its workflow's report."""
     del context
     return ()
 
@@ -68,32 +68,32 @@ class Experiment(NamedTuple):
     """What a script in `experiments/` adds to a workflow."""
 
     name: str
-    """of the script and of the folder below runs/: "lfd" """
+    """name of the script and of its folder in runs/: "lfd" """
     title: str
-    """of the report"""
+    """title of the report"""
     about: tuple[str, ...]
-    """the defenses or detectors that it is about; empty where it is about none in particular"""
+    """registry names of the experiment's own defenses or detectors; may be empty"""
     default: Callable[..., Any]
-    """(choosers by name) -> what flags start from"""
+    """(choosers by name) -> the configuration that the flags start from"""
     studies: Mapping[str, Study] = {}
     sections: Callable[[Context], Sequence[Section]] = no_sections
     choosers: tuple[str, ...] = ("preset", "dataset")
-    """the flags that decide on the defaults of the others"""
+    """the flags that decide the defaults of the others"""
     always_shown: tuple[str, ...] = ("dataset", "preset")
-    """flags that the printed command has in any case"""
+    """flags that the printed command always has"""
 
 
 def default_of(experiment: Experiment, config: Any) -> Any:
-    """The configuration that this one's preset starts from."""
+    """The configuration that the preset of `config` starts from."""
     return experiment.default(**{name: getattr(config, name) for name in experiment.choosers})
 
 
 def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | None = None) -> Any:
-    """The configuration that an experiment's flags ask for.
+    """The configuration that an experiment's flags set.
 
     Args:
-        experiment: whose.
-        about: one line on it, for --help, which lists its studies as well.
+        experiment: the experiment.
+        about: a line for --help, which lists the studies as well.
         arguments: the command line; None for that of the process.
 
     Raises:
@@ -105,7 +105,7 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
 
 
 class Run(NamedTuple):
-    """A run that may start: its settings are checked, nothing is written yet."""
+    """A run whose settings are checked; nothing is written yet."""
 
     experiment: Experiment
     config: ExperimentConfig
@@ -116,12 +116,12 @@ class Run(NamedTuple):
     log: StageLog
 
     def make_model(self, name: str, num_classes: int | None = None) -> Model:
-        """A network at the run's width, for the run's images."""
+        """A network of the run's width, for the run's images."""
         classes = num_classes or self.num_classes
         return make_model(name, classes, self.config.width, self.engine.lowering, self.config.compute_dtype)
 
     def open_folder(self) -> RunFolder:
-        """Start the run, or continue the one that is there.
+        """Start the run, or continue the run in the folder.
 
         Raises:
             InputError: the folder cannot be used, or holds a run with other settings.
@@ -129,7 +129,7 @@ class Run(NamedTuple):
         return run_config.open_folder(self.experiment.name, self.output, self.config, self.engine)
 
     def make_runner(self, folder: pathlib.Path) -> StageRunner:
-        """What trains and evaluates, with its checkpoints in a folder."""
+        """A runner that trains and evaluates, with its checkpoints in a folder."""
         return StageRunner(folder, self.image_shape, self.engine.layout, self.log, self.config.member_group or None)
 
 
@@ -141,18 +141,18 @@ def begin(
     members: int,
     log: StageLog,
 ) -> Run:
-    """Settle where the run's folder is, and how its networks are computed.
+    """Choose the run's folder, and the layout and lowering of its networks.
 
     Args:
-        experiment: whose run it is.
+        experiment: the experiment.
         config: all settings.
         image_shape: (H, W, C).
         num_classes: K.
-        members: how many networks train in one call, at most.
-        log: where progress goes.
+        members: the largest number of networks that train in one call.
+        log: where progress is printed.
 
     Raises:
-        InputError: no such layout or lowering here.
+        InputError: the layout or lowering is not available on this machine.
     """
     output = output_folder(experiment, config)
     engine = run_config.choose_engine(config, image_shape, config.width, config.batch_size, members, output, log)
@@ -160,14 +160,14 @@ def begin(
 
 
 def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str | None, sources: Mapping[str, str]) -> None:
-    """Write the report; print what came out and where the report is.
+    """Write the report; print the main result and the path of the report.
 
     Args:
-        run: what ends.
+        run: the run that ends.
         folder: its open folder.
         page: the report, without settings, timings and provenance.
         summary: the main table, or a sentence; None for nothing.
-        sources: what -> where its rows came from: "training data".
+        sources: kind of rows ("training data") -> where they came from.
     """
     publish(
         folder,
@@ -181,7 +181,7 @@ def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str | Non
 
 
 def announce(run: Run, folder: RunFolder, summary: Table | str | None) -> None:
-    """Print what came out, and where the report is."""
+    """Print the main result and the path of the report."""
     if summary is not None:
         shown = to_rich(summary) if isinstance(summary, Table) else summary
         run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
@@ -189,29 +189,29 @@ def announce(run: Run, folder: RunFolder, summary: Table | str | None) -> None:
 
 
 def command(experiment: Experiment, config: Any) -> str:
-    """The command that makes a run again, wherever its data lies."""
+    """The command that repeats a run, wherever the data is stored."""
     shown = {name: getattr(config, name) for name in experiment.always_shown}
     return run_config.command(experiment.name, config, default_of(experiment, config), **shown)
 
 
 def output_folder(experiment: Experiment, config: Any) -> pathlib.Path:
-    """`--output`, or a name that the same settings always give."""
+    """`--output`, or a folder named after the settings, the same for the same settings."""
     return run_config.output_folder(experiment.name, config, default_of(experiment, config), config.preset)
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """Every setting that numbers depend on, with the layout and lowering that were chosen."""
+    """Every setting that numbers depend on, with the chosen layout and lowering."""
     plain = {name: value for name, value in to_plain(run.config).items() if name not in IGNORED}
     return plain | run.engine._asdict()
 
 
 def sources_of(data: TrainTest) -> dict[str, str]:
-    """Where the rows of a run came from, for `finish`."""
+    """The sources of a run's rows, for `finish`."""
     return {"training data": data.train.source, "test data": data.test.source}
 
 
 def check(config: ComparisonConfig, experiment: Experiment) -> None:
-    """Refuse settings that no data could be right for.
+    """Refuse settings out of range, whatever the data.
 
     Raises:
         InputError: naming the flag.
@@ -224,24 +224,26 @@ def check(config: ComparisonConfig, experiment: Experiment) -> None:
 
 
 def attacks_and_defenses(config: ComparisonConfig, experiment: Experiment) -> tuple[list[str], list[str]]:
-    """The attacks and defenses of the run, as texts, each once.
+    """The attacks and defenses of the run, as written on the command line, without repetitions.
 
     Raises:
-        InputError: a study together with attacks or defenses of one's own.
+        InputError: a study together with --attacks or --defenses.
     """
     attacks, defenses = config.attacks, config.defenses
     if config.study:
         default = default_of(experiment, config)
         if (attacks, defenses) != (default.attacks, default.defenses):
-            raise InputError(f"--study {config.study} settles attacks and defenses itself; leave out the other flags")
+            raise InputError(
+                f"--study {config.study} sets attacks and defenses itself; leave out --attacks and --defenses"
+            )
         attacks, defenses = experiment.studies[config.study].attacks, experiment.studies[config.study].defenses
     texts = list(DEFENSES) if defenses == ALL else split_variants(defenses)
-    # Tables hold everything against no defense, which costs nothing here: the attacked network is needed in any case.
+    # "none" is the baseline of every table; it costs nothing, since the attacked network is trained anyway.
     return split_variants(attacks), list(dict.fromkeys(["none", *texts]))
 
 
 def summary_line(measured: Sequence[Measured]) -> str:
-    """A line on what a defense did to all its suspects."""
+    """Mean CDA and ASR over a defense's suspects, as the line of its stage."""
     text = f"CDA {np.mean([result.cda for result in measured]):.3f}"
     asr = [result.asr for result in measured if result.asr is not None]
     return text + (f", ASR {np.mean(asr):.3f}" if asr else "")

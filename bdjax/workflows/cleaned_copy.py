@@ -1,10 +1,10 @@
-"""What the owner of audited rows takes away beside the report: lists of rows, and a cleaned copy.
+"""Files that an audit writes beside the report: lists of rows, and a cleaned copy of the data.
 
-    flagged.csv, rows.csv, kept.csv       rows that are flagged, all rows, the rest
+    flagged.csv, rows.csv, kept.csv       the flagged rows, all rows, the rows that are not flagged
     cleaned.npz                           the rows that are not flagged, for `bdjax.datasets.load_suspect`
-    cleaned/cat/1.png                     or copies of their files, if asked for
+    cleaned/cat/1.png                     or copies of their files, with --copy-files
 
-Whatever lies below the user's own folder is read only, and links out of it are not followed.
+The user's folder is only read, and links that lead out of it are not followed.
 """
 
 import csv
@@ -26,14 +26,14 @@ from bdjax.types import Dataset, PoisonedDataset
 
 
 class Copied(NamedTuple):
-    """What `copy_files` did."""
+    """The result of `copy_files`."""
 
     count: int
-    """files that are below cleaned/ now"""
+    """number of copied files in cleaned/"""
     left_out: list[dict[str, str]]
-    """"file" and "why" """
+    """a "file" and "why" it was not copied, for each file left out"""
     strangers: list[str]
-    """files below cleaned/ that are no copy of a kept row"""
+    """other files in cleaned/, which are no copies of kept rows"""
 
 
 def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: np.ndarray) -> None:
@@ -46,7 +46,7 @@ def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: n
         scores: float [n].
     """
     order = most_suspicious(flags, scores, len(dataset))
-    # Floats have more digits than mean anything.
+    # Six digits: the rest is noise.
     rounded = {"score": [float(f"{score:.6g}") for score in scores]}
     flagged = {"flagged": flags.astype(int).tolist()}
     files = {
@@ -55,21 +55,21 @@ def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: n
         "kept.csv": rows_csv(dataset, np.flatnonzero(~flags), {}),
     }
     for name, text in files.items():
-        # A file name that is not UTF-8 reaches us with lone surrogates.
+        # File names that are not UTF-8 contain lone surrogates.
         folder.write_bytes(name, text.encode("utf-8", "backslashreplace"))
 
 
 def rows_csv(dataset: Dataset, rows: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> str:
-    """A line for each of some rows: its number from 0, its file if it has one, its class, and columns of one value a row."""
+    """CSV lines for some rows: number from 0, file if there are files, class, and further columns (values for all n rows)."""
     names, files = names_of(dataset), dataset.files
     text = io.StringIO()
-    # Texts are quoted always: this writer does not see that a carriage return needs it.
+    # Always quote text: otherwise the csv module leaves a lone carriage return unquoted.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     writer.writerow(["row", *(["file"] if files else []), "class", "class_name", *columns])
     for row in map(int, rows):
         label = int(dataset.labels[row])
-        own = [values[row] for values in columns.values()]
-        writer.writerow([row, *([files[row]] if files else []), label, names[label], *own])
+        values = [column[row] for column in columns.values()]
+        writer.writerow([row, *([files[row]] if files else []), label, names[label], *values])
     return text.getvalue()
 
 
@@ -77,16 +77,16 @@ def rows_csv(dataset: Dataset, rows: np.ndarray, columns: Mapping[str, Sequence[
 
 
 def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_folder: Path | None) -> dict[str, Any]:
-    """Write cleaned.npz for rows without files, or copy files below cleaned/.
+    """Write cleaned.npz for rows without files, or copy files into cleaned/.
 
     Args:
         folder: the open run.
         dataset: the n rows.
         kept: bool [n].
-        source_folder: where the files of rows are copied from; None to copy none.
+        source_folder: the folder that the rows' files are copied from; None to copy no files.
 
     Returns:
-        "kind": "npz", "folder" or None; the number of kept "rows"; of a folder also what `Copied` says.
+        "kind": "npz", "folder" or None; the number of kept "rows"; for a folder also the fields of `Copied`.
 
     Raises:
         InputError: a file cannot be written.
@@ -106,7 +106,7 @@ def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_
 
 
 def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
-    """Write cleaned.npz: images, labels and num_classes of some rows, "row" their numbers, and the truth if it is known."""
+    """Write cleaned.npz: images, labels, num_classes, the rows' numbers as "row", and the ground truth if it is known."""
     names = ["images", "labels"]
     if isinstance(dataset, PoisonedDataset):
         names += ["is_poisoned", "original_labels", "is_cover"]
@@ -122,15 +122,15 @@ def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
 
 
 def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_folder: Path) -> Copied:
-    """Copy the files of some rows below cleaned/, into a folder for each class.
+    """Copy the files of some rows into cleaned/, with a folder for each class.
 
-    Nothing is overwritten: a file that is there already counts as copied if it has the same content.
+    Nothing is overwritten: a file that exists already counts as copied if it has the same content.
 
     Args:
         folder: the open run.
         dataset: the rows, with files.
         rows: int [k].
-        source_folder: what the files are relative to.
+        source_folder: the folder that the files' names are relative to.
 
     Raises:
         InputError: a file cannot be written.
@@ -147,46 +147,46 @@ def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_fol
             left_out.append({"file": name, "why": why})
         else:
             copied.add(target)
-    there = [Path(place, name) for place, _, files in os.walk(folder.path / "cleaned") for name in files]
-    strangers = sorted(str(path.relative_to(folder.path)) for path in there if path.resolve() not in copied)
+    existing = [Path(parent, name) for parent, _, files in os.walk(folder.path / "cleaned") for name in files]
+    strangers = sorted(str(path.relative_to(folder.path)) for path in existing if path.resolve() not in copied)
     return Copied(len(copied), left_out, strangers)
 
 
 def _source_of(root: Path, name: str) -> tuple[Path | None, str]:
-    """The file that a row came from, or why there is none to copy."""
+    """The file of a row, and why it cannot be copied if it cannot."""
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
         return None, "leads out of the folder"
     try:
         path = (root / relative).resolve(strict=True)
-    except (OSError, RuntimeError):  # a ring of links
-        return None, "is not there any more"
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return None, "no longer exists"
     if not path.is_relative_to(root):
         return None, "is a link that leads out of the folder"
-    return (path, "") if path.is_file() else (None, "is no file")
+    return (path, "") if path.is_file() else (None, "is not a file")
 
 
 def _below_class(name: PurePosixPath, class_name: str) -> PurePosixPath:
-    """ "train/cat/1.png" of the class cat -> "cat/1.png"; as it is where no folder is called like the class."""
-    places = [place for place, part in enumerate(name.parts[:-1]) if part == class_name]
-    return PurePosixPath(*name.parts[places[-1] :]) if places else name
+    """ "train/cat/1.png" of the class cat -> "cat/1.png"; unchanged if no folder in the path has the class's name."""
+    matches = [number for number, part in enumerate(name.parts[:-1]) if part == class_name]
+    return PurePosixPath(*name.parts[matches[-1] :]) if matches else name
 
 
 def _copy(folder: RunFolder, source: Path, name: PurePosixPath) -> tuple[Path, str]:
-    """Copy a file to cleaned/name: its path, and why it was not copied if it was not."""
+    """Copy a file to cleaned/name: the new path, and why it was not copied if it was not."""
     try:
         target = folder.file(f"cleaned/{name}")
-    except ValueError:  # somebody's link lies there
-        return Path(), "would be copied to outside the run folder"
+    except ValueError:  # cleaned/ contains a link that leads out
+        return Path(), "would be copied to a place outside the run folder"
     temporary = folder.file(".copying.tmp")
     try:
         if os.path.lexists(target):
             is_same = target.is_file() and filecmp.cmp(source, target, shallow=False)
-            return target, "" if is_same else "another file of this name is there already"
+            return target, "" if is_same else "a different file of this name exists already"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, temporary)
-        os.replace(temporary, target)  # an interrupted run leaves no half of a file under its name
+        os.replace(temporary, target)  # so that an interrupted run leaves no partial file under this name
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{target}: cannot be copied there ({error.strerror or error})") from error
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target, ""

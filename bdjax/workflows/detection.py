@@ -1,10 +1,10 @@
-"""What the experiment on detectors of poisoned rows does with a grid of suspect training sets.
+"""Runs of detectors of poisoned rows on a grid of suspect training sets.
 
-A grid is a list of attacks and seeds. Its suspects are taken a few at a time: poisoned, put before every detector, measured
-and forgotten, so that hundreds of them need the memory of a few. What came out of a few is written at once; a run that is
-repeated reads it back, and goes on with those that are missing.
+A grid is a list of attacks and seeds. Its suspects are processed in batches: poisoned, run through every detector, measured
+and dropped, so that hundreds of suspects need the memory of a few. The outcome of each batch is written at once; a resumed run
+reads it back and continues with the missing batches.
 
-Rows at a path that no attack is asked for are not a grid but an audit: `bdjax/workflows/audit.py`.
+Data at a path without attacks is not a grid but an audit: `bdjax/workflows/audit.py`.
 """
 
 import dataclasses
@@ -40,37 +40,37 @@ from bdjax.workflows.poisoned_sets import load_clean_data
 
 @dataclass(frozen=True, kw_only=True)
 class Config(SuspectConfig):
-    """Every setting of a run; `--preset` and `--dataset` decide what the others default to. Of the settings of plain training
-    (model to augmentation) nothing is used unless a detector needs the attacked network."""
+    """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others. The settings of undefended training
+    (model to augmentation) are used only if a detector needs the attacked network."""
 
     target: int = 0
-    """the class that attacks of the first seed aim at; those of each further seed aim at the next class"""
+    """the target class in the first seed; each further seed takes the next class"""
     defenses: str = "vbd"
-    """detectors with commas between them, each with its settings: vbd,scan:threshold=10"""
+    """detectors separated by commas, each with its settings: vbd,scan:threshold=10"""
     clean_per_class: int = 10
-    """rows of each class for detectors that need clean rows, from the test set; 0 leaves those detectors out"""
+    """clean rows of each class, taken from the test set, for detectors that need them; 0 leaves those detectors out"""
     clean_data: str = ""
-    """a dataset's name or path, to take them from there: rows that are audited come without a test set"""
+    """a dataset's name or path to take the clean rows from; an audited dataset has no test set"""
     suspects_at_once: int = 10
-    """how many training sets share a call, and memory"""
+    """number of training sets that share a call; more need more memory"""
     copy_files: bool = False
-    """of an audited folder, copy the image files that are not flagged"""
+    """when auditing an image folder, copy the files that are not flagged"""
 
 
 def settle(config: Config, experiment: Experiment) -> tuple[list[str], list[str]]:
-    """The attacks and the detectors of a run, as the command line names them.
+    """Check the settings, and list the attacks and detectors of a run as written on the command line.
 
     Raises:
-        InputError: a setting that no data could be right for.
+        InputError: a setting is out of range, whatever the data.
     """
     base.check(config, experiment)
     check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
     attacks, texts = base.attacks_and_defenses(config, experiment)
-    return attacks, [text for text in texts if text != NO_ATTACK]  # no detector has nothing to say
+    return attacks, [text for text in texts if text != NO_ATTACK]  # no defense flags no rows
 
 
 def is_audit(config: Config, experiment: Experiment) -> bool:
-    """Whether a run is about third-party rows as they are, at a path."""
+    """Whether a run is about unchanged third-party rows, at a path."""
     return not is_registered(config.dataset) and settle(config, experiment)[0] == [NO_ATTACK]
 
 
@@ -78,43 +78,43 @@ def read_detectors(config: Config, texts: Sequence[str]) -> list[DefenseVariant]
     """The detectors of a run.
 
     Raises:
-        InputError: a defense that is none.
+        InputError: a defense is not a detector.
     """
     is_small = config.preset == "strong" and jax.default_backend() == "cpu"
     preset = "quick strong" if is_small else config.preset
     variants = [read_defense(text, preset, adapted_to(config)) for text in texts]
     for variant in variants:
         if variant.defense.detect is None:
-            raise InputError(f"defense {variant.defense.name} does not say which rows are poisoned")
+            raise InputError(f"defense {variant.defense.name} is not a detector: it does not flag rows")
     return variants
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
-    """Every attack and seed before every detector.
+    """Run every detector on every attack and seed.
 
     Args:
         config: all settings.
-        experiment: its presets, its studies, what it is about.
-        log: where progress goes; by default the terminal.
+        experiment: its presets, its studies, its detectors.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: if the data, an attack, a detector or the output folder cannot be used.
+        InputError: the data, an attack, a detector or the output folder cannot be used.
     """
     log = log or StageLog()
     attacks, texts = settle(config, experiment)
     variants, left_out = [], {}
     for variant in read_detectors(config, texts):
         if needs_clean_rows(variant) and not config.clean_per_class:
-            left_out[variant.name] = "needs clean rows: give --clean-per-class"
+            left_out[variant.name] = "needs clean rows: set --clean-per-class"
         else:
             variants.append(variant)
     if not variants:
         reasons = "; ".join(f"{name} {why}" for name, why in left_out.items())
         raise InputError(
-            f"--defenses {','.join(texts) or NO_ATTACK}: no detector is left" + (f" ({reasons})" if reasons else "")
+            f"--defenses {','.join(texts) or NO_ATTACK}: no detector can be run" + (f" ({reasons})" if reasons else "")
         )
     train, test = load(config, log)
     clean = clean_rows(config, train, test) if any(map(needs_clean_rows, variants)) else None
@@ -131,16 +131,16 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     folder = run.open_folder()
     outcomes = []
     for start in range(0, len(wanted), config.suspects_at_once):
-        some, name = wanted[start : start + config.suspects_at_once], f"suspects-{start:04d}"
+        batch, name = wanted[start : start + config.suspects_at_once], f"suspects-{start:04d}"
         file = folder.path / FILES / f"{name}.npz"
-        outcome = read_outcome(file, some, variants)
+        outcome = read_outcome(file, batch, variants)
         if outcome is None:
-            with log.stage(f"{name}: poisoning", detail=", ".join(dict.fromkeys(each.name for each, _ in some))):
+            with log.stage(f"{name}: poisoning", detail=", ".join(dict.fromkeys(attack.name for attack, _ in batch))):
                 key = jax.random.key(config.seed)
-                suspects = [poison(key, config, train, *each) for each in some]
-            place = folder.checkpoints / name
-            runner = run.make_runner(place)
-            needs_network = any("attacked model" in each.defense.needs for each in variants)
+                suspects = [poison(key, config, train, attack, seed) for attack, seed in batch]
+            checkpoints = folder.checkpoints / name
+            runner = run.make_runner(checkpoints)
+            needs_network = any("attacked model" in variant.defense.needs for variant in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
             recipe = train_config(config)
             inputs = make_defense_input(
@@ -149,10 +149,10 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             outcome = detect_all(inputs, suspects, variants, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
             if processes.is_primary():
-                shutil.rmtree(place, ignore_errors=True)
+                shutil.rmtree(checkpoints, ignore_errors=True)
         outcomes.append(outcome)
-    comparisons = [each for outcome in outcomes for each in outcome.comparisons]
-    measured = [each for comparison in comparisons for each in comparison.measured]
+    comparisons = [comparison for outcome in outcomes for comparison in outcome.comparisons]
+    measured = [result for comparison in comparisons for result in comparison.measured]
     results = detectors.summarise(measured, config.seed, left_out)
     folder.write_json("results.json", results)
     if not processes.is_primary():
@@ -172,15 +172,15 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
 
 def needs_clean_rows(variant: DefenseVariant) -> bool:
-    """Whether a detector cannot do without rows that are known to be clean."""
+    """Whether a detector needs rows that are known to be clean."""
     return "clean rows" in variant.defense.needs_with(variant.settings)
 
 
 def check_attacks(attacks: Sequence[AttackVariant], train: Dataset) -> None:
-    """Refuse attacks whose sets cannot be members of one call, or that there is no network for.
+    """Refuse attacks whose training sets cannot share a call, or that need a clean network.
 
     Raises:
-        InputError: naming the attack, or the rows that are poisoned already.
+        InputError: naming the attack; or `train` has poisoned rows already.
     """
     if isinstance(train, PoisonedDataset) and train.is_poisoned.any():
         raise InputError(
@@ -189,15 +189,15 @@ def check_attacks(attacks: Sequence[AttackVariant], train: Dataset) -> None:
     for attack in attacks:
         for part in attack.plan.parts if attack.plan else ():
             if part.attack.adds_rows or part.attack.needs_clean_model:
-                why = "adds rows" if part.attack.adds_rows else "needs a network that was trained on clean rows"
-                raise InputError(f"attack {attack.name} {why}, which this grid has no place for")
+                why = "adds rows" if part.attack.adds_rows else "needs a network trained on clean rows"
+                raise InputError(f"attack {attack.name} {why}; runs of detectors do not support that")
 
 
 def network_maker(config: Config, run: Run) -> Callable[..., Model]:
-    """What `DefenseInput.make_model` is for a run of detectors.
+    """`DefenseInput.make_model` of a run of detectors.
 
     Raises:
-        InputError: `--model` is not one.
+        InputError: `--model` does not name a network.
     """
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
@@ -208,10 +208,10 @@ def network_maker(config: Config, run: Run) -> Callable[..., Model]:
 
 
 def clean_rows(config: Config, train: Dataset, test: Dataset | None) -> Dataset | None:
-    """The rows that a detector may take for clean: of other data if some is named, or else of the test set.
+    """The detectors' clean rows: from `--clean-data` if it is set, otherwise from the test set.
 
     Raises:
-        InputError: too few of them, or others than the training set has.
+        InputError: there are too few rows, or their shape or classes differ from the training set's.
     """
     if config.clean_data:
         test = load_clean_data(config.clean_data, config.data_dir, train)
@@ -219,10 +219,10 @@ def clean_rows(config: Config, train: Dataset, test: Dataset | None) -> Dataset 
 
 
 def take_per_class(dataset: Dataset, count: int) -> Dataset | None:
-    """The first so many rows of each class; None for none.
+    """The first `count` rows of each class; None if `count` is 0.
 
     Raises:
-        InputError: a class has fewer.
+        InputError: a class has fewer rows.
     """
     if not count:
         return None
@@ -234,7 +234,7 @@ def take_per_class(dataset: Dataset, count: int) -> Dataset | None:
 
 
 def poison(key: jax.Array, config: Config, train: Dataset, attack: AttackVariant, seed: int) -> Suspect:
-    """One suspect of the grid."""
+    """Make a suspect of the grid."""
     return make_suspect(jax.random.fold_in(key, config.seed + seed), attack, train, seed, None, True)
 
 
@@ -245,9 +245,9 @@ def detect_all(
     log: StageLog,
     name: str,
 ) -> Outcome:
-    """Put a few suspects before every detector. What comes back holds no images but those that a report shows."""
+    """Run every detector on a batch of suspects. The outcome keeps only the images that a report shows."""
     comparisons, found = [], []
-    light = [without_images(one) for one in suspects]
+    light = [without_images(suspect) for suspect in suspects]
     for variant in variants:
         start = time.perf_counter()
         with log.stage(f"{name}: {variant.name}") as stage:
@@ -258,13 +258,13 @@ def detect_all(
             seconds = (time.perf_counter() - start) / len(suspects)
             detected = detected._replace(pictures={}, patterns=(), evidence={})
             measured = score_detection(detected, light, variant, seconds)
-            known = [each.detection.f1 for each in measured if each.detection.f1 is not None]
-            stage.detail = f"mean F1 {np.mean(known):.3f} of {len(known)}" if known else f"{len(measured)} clean sets"
+            f1 = [result.detection.f1 for result in measured if result.detection.f1 is not None]
+            stage.detail = f"mean F1 {np.mean(f1):.3f} over {len(f1)} sets" if f1 else f"{len(measured)} clean sets"
         comparisons.append(Comparison(variant, detected, measured))
     return Outcome(comparisons, found)
 
 
 def without_images(suspect: Suspect) -> Suspect:
-    """The same with an image that all rows share, which takes no memory."""
+    """The same suspect with blank images that take no memory."""
     images = np.broadcast_to(np.uint8(0), suspect.dataset.images.shape)
     return suspect._replace(dataset=dataclasses.replace(suspect.dataset, images=images, files=()), params=())

@@ -1,4 +1,4 @@
-"""What came out of a few suspects before every detector, as plain arrays on disk: a run that is repeated reads it back."""
+"""Outcomes of detectors on a batch of suspects, stored as plain arrays, so that a resumed run can read them back."""
 
 import io
 import pathlib
@@ -16,32 +16,33 @@ from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, Detection, PoisonedDataset
 
 FILES = "outcomes"
-"""The folder, in that of the run, with what came out of each few suspects."""
+"""The folder of the batches' outcomes, inside that of the run."""
 
 
 class Outcome(NamedTuple):
-    """A few suspects before every detector."""
+    """Every detector on a batch of suspects."""
 
     comparisons: list[Comparison]
     """one for each detector"""
     found: list[FoundPattern]
+    """the extracted patterns of all detectors"""
 
 
 def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Path:
-    """Write what came out of a few suspects, as plain arrays."""
+    """Write the outcome of a batch of suspects, as plain arrays."""
     arrays: dict[str, np.ndarray] = {}
-    for number, one in enumerate(outcome.comparisons[0].measured):
-        arrays[f"labels {number}"] = one.suspect.dataset.labels
-        arrays[f"is_poisoned {number}"] = one.suspect.is_poisoned
-        arrays[f"is_cover {number}"] = getattr(one.suspect.dataset, "is_cover", np.zeros(0, bool))
+    for number, result in enumerate(outcome.comparisons[0].measured):
+        arrays[f"labels {number}"] = result.suspect.dataset.labels
+        arrays[f"is_poisoned {number}"] = result.suspect.is_poisoned
+        arrays[f"is_cover {number}"] = getattr(result.suspect.dataset, "is_cover", np.zeros(0, bool))
     for number, comparison in enumerate(outcome.comparisons):
         arrays[f"flags {number}"], arrays[f"scores {number}"] = comparison.result.flags, comparison.result.scores
         arrays[f"seconds {number}"] = np.float64(comparison.measured[0].seconds)
         arrays[f"fact names {number}"] = np.array(list(comparison.result.facts), np.str_)
         facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
         arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.measured))
-    for number, one in enumerate(outcome.found):
-        for field, value in one._asdict().items():
+    for number, pattern in enumerate(outcome.found):
+        for field, value in pattern._asdict().items():
             if value is not None:
                 arrays[f"found {number} {field}"] = np.asarray(value)
     buffer = io.BytesIO()
@@ -52,7 +53,7 @@ def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Pat
 def read_outcome(
     file: pathlib.Path, wanted: Sequence[tuple[AttackVariant, int]], variants: Sequence[DefenseVariant]
 ) -> Outcome | None:
-    """What `write_outcome` wrote of these suspects and detectors; None if it did not.
+    """Read what `write_outcome` wrote for these suspects and detectors; None if there is no such file.
 
     Raises:
         InputError: the file is damaged.
@@ -60,14 +61,16 @@ def read_outcome(
     if not file.exists():
         return None
     try:
-        # From memory: of a damaged file numpy.load leaves the handle open.
+        # From memory: numpy.load would leave a damaged file open.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             arrays = dict(arrays)
-        suspects = [_suspect(arrays, number, *each) for number, each in enumerate(wanted)]
+        suspects = [_suspect(arrays, number, attack, seed) for number, (attack, seed) in enumerate(wanted)]
         comparisons = [_comparison(arrays, number, variant, suspects) for number, variant in enumerate(variants)]
         return Outcome(comparisons, _found(arrays))
-    except Exception as error:  # zip, zlib and NumPy each raise their own on damaged files
-        raise InputError(f"{file}: is damaged ({error}); remove it, and those suspects are tried again") from error
+    except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
+        raise InputError(
+            f"{file}: is damaged ({error}); remove it to run the detectors on these suspects again"
+        ) from error
 
 
 def _suspect(arrays: Mapping[str, np.ndarray], number: int, attack: AttackVariant, seed: int) -> Suspect:

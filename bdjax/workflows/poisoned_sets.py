@@ -1,8 +1,8 @@
 """Runs on poisoned training sets: poison, train, defend, measure.
 
-A run has some attacks, some seeds and some defenses. Each attack and seed gives one suspect training set; every defense is
-tried on each, all suspects at once. `experiments/lfd.py` and `experiments/abm.py` add their presets, their studies (a paper's
-table or figure as a choice of attacks and defenses) and their own figures.
+A run has attacks, seeds and defenses. Each attack and seed gives one suspect training set; every defense runs on all suspects
+at once. `experiments/lfd.py` and `experiments/abm.py` add their presets, their studies (a paper's table or figure as a choice
+of attacks and defenses) and their own figures.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ class Config(SuspectConfig):
     """Every setting of a run of defenses."""
 
     clean_share: float = 0.05
-    """share of the training rows that is held back, unpoisoned, for defenses that need clean rows"""
+    """share of the training rows that is held back before poisoning, for defenses that need clean rows"""
     clean_data: str = ""
-    """clean rows for them from elsewhere: a dataset's name or path"""
+    """a dataset's name or path to take the clean rows from instead"""
     save_models: bool = True
-    """write the first seed's defended networks of the experiment's own defense"""
+    """write the networks that the experiment's own defense makes in the first seed"""
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -60,14 +60,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
     Args:
         config: all settings.
-        experiment: its presets, its studies, what it is about.
-        log: where progress goes; by default the terminal.
+        experiment: its presets, its studies, its defenses.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: if the data, an attack, a defense or the output folder cannot be used.
+        InputError: the data, an attack, a defense or the output folder cannot be used.
     """
     log = log or StageLog()
     base.check(config, experiment)
@@ -98,10 +98,10 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     for numbers in sizes:
         members = [suspects[number] for number in numbers]
         rows = len(members[0].dataset)
-        place = folder.checkpoints / f"sets of {rows} rows" if len(sizes) > 1 else folder.checkpoints
+        checkpoints = folder.checkpoints / f"sets of {rows} rows" if len(sizes) > 1 else folder.checkpoints
         keys = suspect_keys(suspect_key, members)
-        own_runner = dataclasses.replace(runner, folder=place)
-        inputs = make_defense_input(members, keys, train, clean, make_network, recipe, own_runner)
+        group_runner = dataclasses.replace(runner, folder=checkpoints)
+        inputs = make_defense_input(members, keys, train, clean, make_network, recipe, group_runner)
         with log.stage("triggered test images") as stage:
             views = make_views(view_key, members, test)
             stage.detail = f"{len(members)} training sets × {len(test):,} test rows"
@@ -116,7 +116,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             of_variant.append(Comparison(variant, result, measured))
         controls |= measure_controls(groups, of_variant)
         comparisons += of_variant
-    measured = [one for comparison in comparisons for one in comparison.measured]
+    measured = [result for comparison in comparisons for result in comparison.measured]
     results = defenses.summarise(measured, len(test), config.seed, left_out, controls)
     folder.write_json("results.json", results)
     if not processes.is_primary():
@@ -141,14 +141,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 def measure_controls(
     groups: Sequence[Group], comparisons: Sequence[Comparison]
 ) -> dict[tuple[str, str, int], float | None]:
-    """What the triggers achieve where no backdoor can be: on what the same defense makes of the clean set of the same seed.
+    """The controls: ASR of each trigger on the model that the same defense makes of the clean training set of that seed.
 
     Args:
-        groups: of suspects.
-        comparisons: one defense on each of them.
+        groups: groups of suspects.
+        comparisons: one defense on each group.
 
     Returns:
-        (attack, defense, seed) -> ASR; empty for a run without a clean set.
+        (attack, defense, seed) -> ASR; empty for a run without a clean training set.
     """
     of_seed = {seed: net for comparison in comparisons for seed, net in clean_members(comparison).items()}
     found = {}
@@ -163,16 +163,15 @@ def measure_controls(
 def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[TrainTest, Dataset | None, bool]:
     """The training set before poisoning, the test set, the defender's clean rows, and whether the training set is clean.
 
-    A set at a path that no attack is asked for is third-party: it may be poisoned already, so no clean rows are held back
-    from it.
+    A dataset at a path without attacks is third-party: it may be poisoned already, so no clean rows are held back from it.
 
     Raises:
-        InputError: the data cannot be used, or an attack is asked for on rows that are poisoned already.
+        InputError: the data cannot be used, or would be attacked though it has poisoned rows already.
     """
     train, test = load(config, log)
     is_attacked = any(text != NO_ATTACK for text in attacks)
-    knows = isinstance(train, PoisonedDataset) and bool(np.any(train.is_poisoned))
-    if knows and is_attacked:
+    is_poisoned = isinstance(train, PoisonedDataset) and bool(np.any(train.is_poisoned))
+    if is_poisoned and is_attacked:
         raise InputError(
             f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned already; use --attacks=none"
         )
@@ -183,26 +182,29 @@ def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[Tr
         return TrainTest(train, test), None, is_clean
     stay, held_back = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
     if len(held_back) < train.num_classes:
-        raise InputError(f"--clean-share {config.clean_share} of {len(train)} rows is {len(held_back)}: too few")
+        raise InputError(
+            f"--clean-share {config.clean_share} of {len(train)} rows is {len(held_back)}; it should be at least "
+            f"one row for each of the {train.num_classes} classes"
+        )
     return TrainTest(splits.take(train, stay), test), splits.take(train, held_back), is_clean
 
 
 def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) -> Dataset:
-    """The training rows of another set, for defenders of `train`.
+    """The training rows of another dataset, as clean rows for a defense on `train`.
 
     Args:
-        name: of the set, or its path.
-        data_dir: where sets lie.
-        train: what is defended, or what it was trained on.
+        name: name or path of the other dataset.
+        data_dir: folder with the datasets.
+        train: the suspect training set, or the clean rows that a suspect model was made for.
 
     Raises:
-        InputError: its images or classes are others.
+        InputError: its image shape or number of classes differs.
     """
     clean = datasets.load(name, data_dir).train
     if clean.image_shape != train.image_shape or clean.num_classes != train.num_classes:
         raise InputError(
-            f"--clean-data {name}: {clean.num_classes} classes of images {clean.image_shape}; the training "
-            f"set has {train.num_classes} of {train.image_shape}"
+            f"--clean-data {name}: {clean.num_classes} classes and images of shape {clean.image_shape}; the training "
+            f"set has {train.num_classes} classes and images of shape {train.image_shape}"
         )
     return clean
 
@@ -210,14 +212,14 @@ def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) ->
 def usable_defenses(
     config: Config, texts: Sequence[str], clean: Dataset | None
 ) -> tuple[list[DefenseVariant], dict[str, str]]:
-    """Every defense of the run, and which ones it cannot have -> why."""
+    """Every defense of the run; and those that cannot be run -> why."""
     variants, left_out = [], {}
-    # Without an accelerator strong runs have the small networks of quick ones.
+    # Without an accelerator, strong runs use the small networks of quick runs.
     is_small = config.preset == "strong" and jax.default_backend() == "cpu"
     for text in texts:
         variant = read_defense(text, "quick strong" if is_small else config.preset, adapted_to(config))
         if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
-            left_out[text] = "needs clean rows, and there are none: give --clean-data"
+            left_out[text] = "needs clean rows, and there are none: set --clean-data"
         else:
             variants.append(variant)
     return variants, left_out
@@ -235,37 +237,37 @@ def make_suspects(
     attack_key: jax.Array,
     log: StageLog,
 ) -> list[Suspect]:
-    """Poison a training set for each attack and seed; attackers who need a clean network get one of each seed."""
-    known: list[CleanModel | None] = [None] * config.seeds
+    """Poison a training set for each attack and seed; attackers who need a clean network get one for each seed."""
+    clean_models: list[CleanModel | None] = [None] * config.seeds
     if any(part.attack.needs_clean_model for attack in attacks if attack.plan for part in attack.plan.parts):
         rows = outsourcing.split_rows([clean_key] * config.seeds, train.labels, 0.0)
         keys = jax.random.split(clean_key, config.seeds)
         nets = runner.from_scratch("attackers' clean network", model, recipe, keys, 1, jnp.asarray(train.images), *rows)
-        known = [CleanModel(model, ensemble.members(nets.variables, seed)) for seed in range(config.seeds)]
+        clean_models = [CleanModel(model, ensemble.members(nets.variables, seed)) for seed in range(config.seeds)]
     suspects = []
     with log.stage("poisoning", total=len(attacks) * config.seeds, unit="training sets") as stage:
         for attack in attacks:
             for seed in range(config.seeds):
                 key = jax.random.fold_in(attack_key, config.seed + seed)
-                suspects.append(make_suspect(key, attack, train, seed, known[seed], is_clean))
+                suspects.append(make_suspect(key, attack, train, seed, clean_models[seed], is_clean))
                 stage.advance(1, attack.name)
     return suspects
 
 
 def save_models(folder: RunFolder, comparisons: Sequence[Comparison], about: Sequence[str]) -> None:
-    """Write models/<defense>/<attack>: the first seed's defended networks, as Orbax checkpoints with what they are."""
-    for variant, result, tried in comparisons:
+    """Write models/<defense>/<attack>: the first seed's defended networks, as Orbax checkpoints with a description."""
+    for variant, result, measured in comparisons:
         if variant.defense.name not in about:
             continue
-        for number, one in enumerate(tried):
-            if one.suspect.seed:
+        for number, suspect in enumerate(entry.suspect for entry in measured):
+            if suspect.seed:
                 continue
-            names = (file_name(each) for each in (variant.name, one.suspect.attack.name))
-            about = {
+            description = {
                 "model": result.model.description,
                 "num_classes": result.model.num_classes,
-                "image_shape": list(one.suspect.dataset.image_shape),
+                "image_shape": list(suspect.dataset.image_shape),
                 "defense": variant.name,
-                "attack": one.suspect.attack.name,
+                "attack": suspect.attack.name,
             }
-            checkpoint.save(folder.path.joinpath("models", *names), ensemble.members(result.variables, number), about)
+            path = folder.path / "models" / file_name(variant.name) / file_name(suspect.attack.name)
+            checkpoint.save(path, ensemble.members(result.variables, number), description)

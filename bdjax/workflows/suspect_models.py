@@ -1,9 +1,9 @@
-"""Runs on suspect models: attack teachers or read a third party's, make students of them, measure both.
+"""Runs on suspect models: attack teachers or read third-party ones, make students of them, measure both.
 
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
-a *student*. A run has some attacks, some seeds and some methods. Each attack and seed gives one suspect teacher, which the
-attacker may have trained in any way; or the teacher is the user's, read from a folder. Every method is tried on each, all
-teachers at once. `experiments/robust_kd.py` adds its presets and its studies.
+a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
+trained in any way; or the teacher is the user's, read from a folder. Every method runs on all teachers at once.
+`experiments/robust_kd.py` adds its presets and its studies.
 """
 
 import dataclasses
@@ -45,56 +45,56 @@ from bdjax.workflows.base import Context, Experiment, Group
 from bdjax.workflows.poisoned_sets import load_clean_data
 
 OF_TRAINING_SETS = ("training set", "number of poisons")
-"""What some defenses need, and nobody has of a model."""
+"""Needs of defenses that a model without its training set cannot meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ComparisonConfig):
-    """Every setting of a run; `--preset` and `--dataset` decide what the others default to."""
+    """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Literal["quick", "paper"] = "paper"
     """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU"""
     attacks: str = "ckd,latent_backdoor,none"
-    """attacks on the teacher with commas between them, each with settings of its own after colons: ckd:poison_rate=0.05. none
-    is a clean teacher, the control of the others"""
+    """attacks on the teacher separated by commas, each with its settings after colons: ckd:poison_rate=0.05. none is a clean
+    teacher, the control of the others"""
     defenses: str = "fkd"
-    """methods with commas between them, each with its settings: fkd,robust_kd:layers=1; or all that take a model; + between two
-    runs the second on what the first gives: fine_tuning+fkd"""
+    """methods separated by commas, each with its settings: fkd,robust_kd:layers=1; or all methods for models; joined by +, the
+    second runs on the first one's models: fine_tuning+fkd"""
     teacher: pathlib.Path | None = None
-    """a suspect model of your own instead of attacks: a folder as teachers/ and models/ of a run have them"""
+    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run"""
     teacher_model: str = "wrn_28_4"
-    """the architecture of teachers that are trained here"""
+    """architecture of teachers that the run trains"""
     student: str = "wrn_16_2"
-    """the architecture of students, for every method whose settings do not name another"""
+    """architecture of students, for methods whose settings do not name another"""
     width: int = 64
-    """of teachers that are trained here and of students: 64 is the papers' size; others scale the channels"""
+    """channels of teachers that the run trains and of students: 64 is the papers' size, other values scale all channels"""
     epochs: int = 200
-    """of the clean teachers, and of attacked ones that are trained from scratch on poisoned data"""
+    """epochs of clean teachers, and of attacked teachers trained from scratch on poisoned data"""
     fine_tuning_epochs: int = 30
-    """of attacked teachers that start from the clean one"""
+    """epochs of attacked teachers that start from the clean teacher"""
     controlled_epochs: int = 200
-    """of attacked teachers whose attacker controls the training from scratch"""
+    """epochs of attacked teachers whose attacker controls the training from scratch"""
     batch_size: int = 128
-    """of teachers"""
+    """batch size of the teachers' training"""
     optimiser: Optimiser = "sgd"
-    """of teachers"""
+    """optimiser of the teachers"""
     learning_rate: float = 0.1
-    """of teachers, at first"""
+    """initial learning rate of teachers trained from scratch"""
     fine_tuning_learning_rate: float = 0.008
-    """of attacked teachers that start from the clean one, on half a cosine"""
+    """initial learning rate of attacked teachers that start from the clean teacher; falls on half a cosine"""
     schedule: Schedule = "cosine"
-    """of teachers that are trained from scratch"""
+    """learning-rate schedule of teachers trained from scratch"""
     steps: tuple[tuple[int, float], ...] = ()
-    """of the schedule steps: epoch and learning rate from it on"""
+    """for schedule steps: pairs of an epoch and the learning rate from it on"""
     weight_decay: float = 5e-4
-    """of teachers: L2, as PyTorch has it"""
+    """L2 penalty of the teachers, added to the gradient as in PyTorch"""
     augmentation: Augmentation = "none"
-    """of all training rows, after they were poisoned"""
+    """augmentation of all training rows, after poisoning"""
     clean_share: float = 1.0
-    """the defender's clean rows: a share of the training rows of each class, as they were before any attack. With 1 students
-    learn from the same images as the teachers, as in the paper"""
+    """the defender's clean rows: a share of each class's training rows, before any attack. With 1, students learn from the same
+    images as the teachers, as in the paper"""
     clean_data: str = ""
-    """clean rows from elsewhere: a dataset's name or path"""
+    """a dataset's name or path to take the clean rows from instead"""
     save_models: bool = True
     """write the first seed's teachers and students"""
 
@@ -104,14 +104,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
     Args:
         config: all settings.
-        experiment: its presets, its studies, what it is about.
-        log: where progress goes; by default the terminal.
+        experiment: its presets, its studies, its methods.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: if the data, an attack, a method, the teacher or the output folder cannot be used.
+        InputError: the data, an attack, a method, the teacher or the output folder cannot be used.
     """
     log = log or StageLog()
     check(config, experiment)
@@ -122,14 +122,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     clean = clean_rows(config, train)
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
-    # Whatever can be wrong with the settings has shown by the time that the folder is opened.
+    # Every error in the settings is raised before the folder is opened.
     found = attacks = None
     if config.teacher:
         found = third_party.read_folder(config.teacher, train, config.target, run.engine.lowering, config.compute_dtype)
         model = found.model
     else:
-        how = {"like": adapted_to(config), "defender_gets": "model"}
-        attacks = [read_attack(text, train, config.target, **how) for text in attack_texts]
+        like = adapted_to(config)
+        attacks = [read_attack(text, train, config.target, like=like, defender_gets="model") for text in attack_texts]
         model = run.make_model(config.teacher_model)
     variants, not_fitting = compatible_defenses(
         variants, model, run.make_model, train.image_shape, is_all=config.defenses == ALL
@@ -149,8 +149,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     if found is not None:
         teachers = take_teachers(teacher_key, found, config.seeds, recipes, runner, train)
     else:
-        how = config.seed, config.seeds, model, recipes, runner, train, log
-        teachers = train_teachers(teacher_key, attacks, *how)
+        teachers = train_teachers(teacher_key, attacks, config.seed, config.seeds, model, recipes, runner, train, log)
     keys = suspect_keys(suspect_key, teachers.suspects)
     inputs = make_defense_input(teachers, keys, clean, run.make_model, runner)
     with log.stage("triggered test images") as stage:
@@ -169,7 +168,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
     group = Group(inputs, teachers.suspects, views)
-    # Sections may need networks, which all processes train.
+    # Outside the primary's part: sections may train networks, in which all processes take part.
     extra = experiment.sections(Context(config, folder, data, (group,), comparisons, results, log, teachers))
     if not processes.is_primary():
         return results
@@ -188,7 +187,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
 
 def check(config: Config, experiment: Experiment) -> None:
-    """Refuse settings that no data could be right for.
+    """Refuse settings out of range, whatever the data.
 
     Raises:
         InputError: naming the flag.
@@ -202,66 +201,72 @@ def check(config: Config, experiment: Experiment) -> None:
         shares=("clean_share",),
     )
     if config.teacher and config.attacks != base.default_of(experiment, config).attacks:
-        raise InputError("--teacher is the suspect: leave out --attacks")
+        raise InputError("--teacher sets the suspect; leave out --attacks")
 
 
 def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVariant], dict[str, str]]:
-    """Every method of the run, the teacher as it is first; and those of `--defenses=all` that it cannot have -> why.
+    """Every method of the run, the unchanged teacher first; and those of `--defenses=all` that cannot be run -> why.
 
     Raises:
-        InputError: no such method or setting, or one that defends training sets.
+        InputError: there is no such method or setting, or the method needs a training set.
     """
     variants, left_out = [], {}
     for text in texts:
         if text == NO_ATTACK:
-            itself = dataclasses.replace(
+            unchanged = dataclasses.replace(
                 UNDEFENDED, title="teacher itself", paper="as received", stage="after training"
             )
-            variants.append(DefenseVariant(text, itself, itself.settings))
+            variants.append(DefenseVariant(text, unchanged, unchanged.settings))
             continue
         variant = read_defense(text, config.preset, adapted_to(config), {"student": config.student})
         missing = [need for need in variant.defense.needs_with(variant.settings) if need in OF_TRAINING_SETS]
         if not missing:
             variants.append(variant)
         elif config.defenses == ALL:
-            left_out[text] = f"needs the {missing[0]}, and a model comes without"
+            left_out[text] = f"needs the {missing[0]}, which a model does not come with"
         else:
-            able = [name for name, one in DEFENSES.items() if not set(one.needs) & set(OF_TRAINING_SETS)]
+            usable = [name for name, defense in DEFENSES.items() if not set(defense.needs) & set(OF_TRAINING_SETS)]
             raise InputError(
-                f"defense {text} needs the {missing[0]}, and a model comes without; of a model there are {', '.join(able)}"
+                f"defense {text} needs the {missing[0]}, which a model does not come with; defenses for models: "
+                f"{', '.join(usable)}"
             )
     return variants, left_out
 
 
 def check_oracles(variants: Sequence[DefenseVariant]) -> None:
-    """Refuse methods that ask for a trigger that nobody knows.
+    """Refuse methods that need the trigger, which is unknown.
 
     Raises:
         InputError: naming the method.
     """
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
-            raise InputError(f"defense {variant.name} needs the attacker's trigger, and --teacher comes without one")
+            raise InputError(
+                f"defense {variant.name} needs the attacker's trigger, which the --teacher folder does not have"
+            )
 
 
 def clean_rows(config: Config, train: Dataset) -> Dataset:
     """The defender's clean rows.
 
     Raises:
-        InputError: the training rows are poisoned, the other set does not fit, or the share is too small.
+        InputError: the training rows are poisoned, the set at --clean-data does not fit, or the share is too small.
     """
     if isinstance(train, PoisonedDataset) and train.is_poisoned.any():
         raise InputError(
-            f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned; defenders of a model have clean ones"
+            f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned; runs on suspect models need a clean dataset"
         )
     if config.clean_data:
         return load_clean_data(config.clean_data, config.data_dir, train)
     if config.clean_share == 1:
         return train
-    _, own = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
-    if len(own) < train.num_classes:
-        raise InputError(f"--clean-share {config.clean_share} of {len(train)} rows is {len(own)}: too few")
-    return splits.take(train, np.sort(own))
+    _, rows = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
+    if len(rows) < train.num_classes:
+        raise InputError(
+            f"--clean-share {config.clean_share} of {len(train)} rows is {len(rows)}; it should be at least "
+            f"one row for each of the {train.num_classes} classes"
+        )
+    return splits.take(train, np.sort(rows))
 
 
 def save_models(
@@ -271,18 +276,18 @@ def save_models(
     views: TriggeredViews,
     train: Dataset,
 ) -> None:
-    """Write the first seed's teachers to teachers/<attack>, and what methods made of them to models/<method>/<attack>, each
-    with its trigger where a model folder can hold it. Any of them may be a `--teacher` again."""
+    """Write the first seed's teachers to teachers/<attack>, and the methods' models to models/<method>/<attack>, each with its
+    trigger if a model folder can hold it. Any of these folders can be given to `--teacher`."""
     for number, suspect in enumerate(teachers.suspects):
         if suspect.seed:
             continue
         trigger = third_party.trigger_of(suspect, views.test, views.triggered[number])
-        name, what = file_name(suspect.attack.name), (train.image_shape, trigger, suspect.attack.target)
-        own = ensemble.members(teachers.variables, np.array([number]))
-        third_party.write_folder(folder.path / "teachers" / name, teachers.model, own, *what)
+        name = file_name(suspect.attack.name)
+        networks = [(folder.path / "teachers" / name, teachers.model, teachers.variables)]
         for variant, result, _ in comparisons:
             if variant.defense.name != NO_ATTACK and result.model.num_classes == train.num_classes:
-                place = folder.path / "models" / file_name(variant.name) / name
-                third_party.write_folder(
-                    place, result.model, ensemble.members(result.variables, np.array([number])), *what
-                )
+                path = folder.path / "models" / file_name(variant.name) / name
+                networks.append((path, result.model, result.variables))
+        for path, model, variables in networks:
+            member = ensemble.members(variables, np.array([number]))
+            third_party.write_folder(path, model, member, train.image_shape, trigger, suspect.attack.target)

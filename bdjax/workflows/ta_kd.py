@@ -43,93 +43,93 @@ ROLES = ("clean", "teacher", "aggregated", "student")
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ExperimentConfig):
-    """Every setting of a TA-KD run; `--preset` and `--dataset` decide what the others default to."""
+    """Every setting of a TA-KD run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Preset = "paper"
     """quick: minutes on two cores; paper: to the letter, for a GPU; strong: the same attack, a better defender"""
     scale: Scale = "paper"
-    """the size of nets, rows and epochs that the strong preset starts from"""
+    """sizes of networks, rows and epochs that the strong preset starts from"""
     teachers: pathlib.Path | None = None
-    """a checkpoint folder of stacked teachers, as a run writes to teachers/seed-0; no attack is trained then"""
+    """a folder of stacked third-party teachers, like teachers/seed-0 of a run; no attack is trained then"""
 
     auxiliary_fraction: float = 0.1
     """the defender's clean set, as a share of the training rows"""
     validation_fraction: float = 0.2
-    """what each model holds back from its rows for the learning-rate rule"""
+    """share of its rows that each model holds back for the learning-rate rule"""
 
     num_teachers: int = 7
-    """providers, each with a trigger of its own"""
+    """number of providers, each with a different trigger"""
     provider_fraction: float = 0.4
     """each provider's share of the training rows; providers overlap"""
     poison_rate: float = 0.01
     """share of each provider's rows that it poisons"""
     poison_rate_of: RateOf = "all"
-    """what the rate is a share of: all rows (the paper's text) or those outside the target class (its code)"""
+    """rows that the rate is a share of: all rows (the paper's text) or those outside the target class (its code)"""
     num_similar: int = 0
-    """how many of the triggers are look-alikes of one; 3 in the paper's CIFAR-10 experiment"""
+    """number of triggers that are look-alikes of another; 3 in the paper's CIFAR-10 experiment"""
     similarity: float = 0.75
-    """how alike those are"""
+    """similarity of the look-alikes, from 0 to 1"""
     blend_opacity: tuple[float, float] | None = None
     """range that the opacity of blended pictures is drawn from; by default 0.05 0.1 for grey, 0.15 0.2 for colour"""
     minimum_contrast: float = 0.0
-    """least brightness of solid patches and least step of checkerboards; 0 is the paper's law"""
+    """smallest brightness of solid patches and smallest step of checkerboards; 0 is the paper's distribution"""
 
     clean_model: str = "resnet18"
-    """the clean reference, trained on all rows but the validation share"""
+    """architecture of the clean reference, trained on all rows but the validation share"""
     teacher_model: str = "resnet34"
-    """the suspect models"""
+    """architecture of the suspect models"""
     aggregated_model: str = "resnet34"
-    """the Teacher-Aggregation model"""
+    """architecture of the Teacher-Aggregation model"""
     student_model: str = "resnet18"
-    """the student"""
+    """architecture of the student"""
     width: int = 64
-    """channels of the first stage of every net"""
+    """channels of the first stage of every network"""
 
     epochs: int = 15
-    """of the clean reference and of the teachers"""
+    """epochs of the clean reference and of the teachers"""
     batch_size: int = 64
-    """of the clean reference and of the teachers"""
+    """batch size of the clean reference and of the teachers"""
     learning_rate: float = 0.01
-    """Adam's, of the clean reference and of the teachers"""
+    """initial learning rate of Adam for the clean reference and the teachers"""
     keep_last_batch: bool = True
     """train on the incomplete last batch of an epoch too"""
     evaluation_batch_size: int = 128
-    """of validation and test"""
+    """batch size of validation and test"""
     plateau_factor: float = 0.5
-    """what a plateau of the validation loss multiplies the learning rate by"""
+    """factor that a plateau of the validation loss multiplies the learning rate by"""
     plateau_patience: int = 2
-    """bad epochs that are let pass before a cut"""
+    """number of epochs without improvement before the learning rate is cut"""
     plateau_threshold: float = 1e-3
-    """least relative improvement of a good epoch"""
+    """smallest relative decrease of the loss that counts as an improvement"""
 
     defense_epochs: int = 15
-    """of the aggregated model, the student and both baselines"""
+    """epochs of the aggregated model, the student and both baselines"""
     defense_batch_size: int = 64
-    """of the same"""
+    """batch size of the defense's trainings"""
     defense_learning_rate: float = 0.01
-    """Adam's, of the same"""
+    """initial learning rate of Adam in the defense's trainings"""
     defense_schedule: Schedule = "plateau"
-    """of the same: the plateau rule, or half a cosine"""
+    """learning-rate schedule of the defense's trainings: the plateau rule, or half a cosine"""
     defense_weight_decay: float = 0.0
-    """of the same: L2, as PyTorch's Adam has it"""
+    """L2 penalty of the defense's trainings, added to the gradient as in PyTorch's Adam"""
     temperature: float = 4.0
-    """T of the distillation (not in the paper; its code's)"""
+    """T of the distillation (not in the paper; from its code)"""
     alpha: float = 0.5
-    """weight of the teachers against the clean labels (not in the paper; its code's)"""
+    """weight of the teachers' logits; the clean labels have 1 - alpha (not in the paper; from its code)"""
     direction: losses.Direction = "teacher_student"
-    """of the KL divergence: as the code has it, or as equation 3 prints it"""
+    """direction of the KL divergence: as in the code, or as printed in equation 3"""
     aggregation: Aggregation = "mean"
-    """how the teachers' logits become one: mean (the paper), median, trimmed_mean"""
+    """how the teachers' logits are combined: mean (the paper), median, trimmed_mean"""
     trim: int = 1
-    """logits left out at each end by the trimmed mean"""
+    """number of logits that the trimmed mean leaves out at each end"""
     augmentation: Augmentation = "none"
-    """how the further views of a clean row are changed"""
+    """augmentation of the further views of a clean row"""
     views: int = 1
-    """copies of each clean row, the first of them unchanged; the teachers are asked about every one"""
+    """copies of each clean row, the first unchanged; the teachers' logits are computed for every copy"""
     vote_space: VoteSpace = "logits"
     """what the soft vote averages"""
     tie: Tie = "lowest"
-    """who wins a tied hard vote: the lowest class (the paper's code; the target 0 wins ties), or the higher soft vote"""
+    """winner of a tied hard vote: the lowest class (the paper's code; the target 0 wins ties), or the higher soft vote"""
 
 
 def run(
@@ -141,13 +141,13 @@ def run(
         config: all settings.
         experiment: its presets.
         classifiers: teachers as Python callables, in place of an attack; see `bdjax.types.Classifier`.
-        log: where progress goes; by default the terminal.
+        log: where progress is printed; by default the terminal.
 
     Returns:
-        What results.json holds.
+        The contents of results.json.
 
     Raises:
-        InputError: if the data, the teachers or the output folder cannot be used.
+        InputError: the data, the teachers or the output folder cannot be used.
     """
     log = log or StageLog()
     check(config)
@@ -161,10 +161,10 @@ def run(
         third_party = model_folder.read(config.teachers, *shape, run.engine.lowering, config.compute_dtype)
     count = len(classifiers) or (ensemble.num_members(third_party.variables) if third_party else config.num_teachers)
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= count:
-        raise InputError(f"--trim {config.trim} at each end leaves none of {count} teachers' logits")
+        raise InputError(f"--trim {config.trim} at each end leaves no logits of {count} teachers; use a smaller --trim")
     data_key, model_key, defense_key = jax.random.split(jax.random.key(config.seed), 3)
     keys = [jax.random.split(jax.random.fold_in(data_key, config.seed + s), 3) for s in range(config.seeds)]
-    # Whatever can be wrong with the settings has shown by the time that the folder is opened.
+    # Every error in the settings is raised before the folder is opened.
     defense = configurations(config)[2]
     clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
     outsourced = None
@@ -184,15 +184,15 @@ def run(
         write_teachers(config, folder, nets["teachers"], triggers, train)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
     if classifiers:
-        ask = [teachers.from_classifiers(classifiers, train.num_classes)] * config.seeds
+        query = [teachers.from_classifiers(classifiers, train.num_classes)] * config.seeds
     else:
         of_seed = [nets["teachers"].of_seed(s) for s in range(config.seeds)]
-        ask = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
-    nets |= distil(config, defense_key, runner, models, nets, ask, clean_sets)
+        query = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
+    nets |= distil(config, defense_key, runner, models, nets, query, clean_sets)
 
-    logits = evaluate(config, log, predict, nets, triggers, ask if classifiers else None, test)
+    logits = evaluate(config, log, predict, nets, triggers, query if classifiers else None, test)
     sizes = {name: count_parameters(networks.model, train.image_shape) for name, networks in nets.items()}
-    if "teachers" in nets:  # votes deploy all of them
+    if "teachers" in nets:  # a vote deploys all teachers
         sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
     choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
     results = reporting.summarise(logits, test.labels, triggers, sizes, config.seed, **choices)
@@ -209,7 +209,7 @@ def run(
 
 
 def take_teachers(config: Config, found: ModelFolder) -> tuple[Nets, list[ProviderTriggers | None]]:
-    """Third-party teachers, the same for every seed, and their triggers of each seed where they are known."""
+    """Third-party teachers, the same for every seed, and for each seed their triggers if they are known."""
     variables = ensemble.join([found.variables] * config.seeds)
     nets = Nets(found.model, variables, ensemble.num_members(found.variables), {})
     return nets, [found.triggers] * config.seeds
@@ -226,11 +226,11 @@ def train_teachers(
     """Stages 1 and 2 of the paper: the clean reference and the suspect teachers.
 
     Args:
-        config: how they are trained.
+        config: all settings.
         key: for weights and shuffles.
         runner: trains.
         models: by role.
-        outsourced: what each provider trains on.
+        outsourced: each provider's training set.
         clean_rows: training and validation rows of the clean reference.
 
     Returns:
@@ -252,12 +252,12 @@ def train_teachers(
 def write_teachers(
     config: Config, folder: RunFolder, nets: Nets, triggers: Sequence[ProviderTriggers], train: Dataset
 ) -> None:
-    """Write teachers/seed-<s> as a third party would send them: any of them may be `--teachers` again."""
+    """Write teachers/seed-<s> as model folders: any of them can be given to `--teachers`."""
     shape = (train.num_classes, train.image_shape)
     for s in range(config.seeds):
-        place = folder.path / "teachers" / f"seed-{s}"
+        path = folder.path / "teachers" / f"seed-{s}"
         model_folder.write(
-            place, config.teacher_model, config.width, *shape, nets.of_seed(s), triggers[s], config.target
+            path, config.teacher_model, config.width, *shape, nets.of_seed(s), triggers[s], config.target
         )
 
 
@@ -267,19 +267,19 @@ def distil(
     runner: StageRunner,
     models: dict[str, Model],
     suspects: dict[str, Nets],
-    ask: Sequence[TeacherLogits],
+    query: Sequence[TeacherLogits],
     clean_sets: Sequence[ta_kd.CleanSet],
 ) -> dict[str, Nets]:
-    """Stage 4 of the paper: ask the teachers about the clean rows, train the aggregated model, then the student.
+    """Stage 4 of the paper: the teachers' logits on the clean rows, the aggregated model, then the student.
 
     Args:
-        config: how they are trained.
+        config: all settings.
         key: for weights and shuffles.
         runner: trains.
         models: by role.
         suspects: "teachers", if their weights are known: they are fine-tuned on the clean rows as a baseline.
-        ask: of each seed, from images to its teachers' logits.
-        clean_sets: of each seed.
+        query: for each seed, maps images to the teachers' logits.
+        clean_sets: the clean rows of each seed.
 
     Returns:
         "aggregated" and "student"; the baselines "fine-tuned", if weights are known, and "alone".
@@ -290,8 +290,8 @@ def distil(
     with runner.log.stage("teacher logits", detail=f"{config.seeds} × {len(clean_sets[0].labels)} clean rows"):
         teacher_logits = np.stack(
             [
-                aggregate_logits(answer(rows.images), defense.aggregation, defense.trim)
-                for answer, rows in zip(ask, clean_sets, strict=True)
+                aggregate_logits(predict(rows.images), defense.aggregation, defense.trim)
+                for predict, rows in zip(query, clean_sets, strict=True)
             ]
         )
     aggregated = models["aggregated"]
@@ -323,18 +323,18 @@ def evaluate(
     predict: partial,
     nets: dict[str, Nets],
     triggers: Sequence[ProviderTriggers | None],
-    ask: Sequence[TeacherLogits] | None,
+    query: Sequence[TeacherLogits] | None,
     test: Dataset,
 ) -> list[dict[str, np.ndarray]]:
-    """Every role's logits on the untouched test images and under each trigger.
+    """Every role's logits on the clean test images and under each trigger.
 
     Args:
-        config: of the run.
-        log: where progress goes.
+        config: all settings.
+        log: where progress is printed.
         predict: (model, variables, images) -> logits.
         nets: by role.
-        triggers: of each seed.
-        ask: of each seed, for teachers that are callables; None where they are among `nets`.
+        triggers: the triggers of each seed.
+        query: for each seed, maps images to logits, if the teachers are callables; None if they are in `nets`.
         test: the test rows.
 
     Returns:
@@ -345,16 +345,16 @@ def evaluate(
         for s in range(config.seeds):
             views = outsourcing.triggered_views(test.images, triggers[s])  # [1 + T, N, H, W, C]
             flat = views.reshape(-1, *test.image_shape)
-            answers = predict_groups(nets, s, lambda model, variables, flat=flat: predict(model, variables, flat))
-            if ask:
-                answers["teachers"] = ask[s](flat)
-            logits.append({role: each.reshape(len(each), *views.shape[:2], -1) for role, each in answers.items()})
+            outputs = predict_groups(nets, s, lambda model, variables, flat=flat: predict(model, variables, flat))
+            if query:
+                outputs["teachers"] = query[s](flat)
+            logits.append({role: rows.reshape(len(rows), *views.shape[:2], -1) for role, rows in outputs.items()})
             stage.advance()
     return logits
 
 
 def check(config: Config) -> None:
-    """Refuse settings that no data could be right for.
+    """Refuse settings out of range, whatever the data.
 
     Raises:
         InputError: naming the flag.
@@ -367,15 +367,13 @@ def check(config: Config) -> None:
     shares = ("alpha", *fractions, "similarity", "minimum_contrast", "validation_fraction")
     check_ranges(config, at_least=at_least, above_zero=(*rates, *fractions), shares=shares)
     if config.like:
-        raise InputError(
-            "--like has settings of attacks and defenses by name; those of TA-KD follow --dataset and --scale"
-        )
+        raise InputError("--like does not apply to TA-KD, whose settings follow --dataset and --scale; leave it out")
     if config.validation_fraction == 1:
-        raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on")
+        raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on; it should be below 1")
 
 
 def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKdConfig]:
-    """How teachers are trained, how the defense's models are trained, and the defense."""
+    """The training settings of the teachers and of the defense's models, and the settings of the defense."""
     shared = {
         name: getattr(config, name)
         for name in (
@@ -400,7 +398,7 @@ def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKd
 
 
 def outsourcing_config(config: Config) -> outsourcing.OutsourcingConfig:
-    """What the providers do."""
+    """The settings of the providers."""
     names = {field.name for field in dataclasses.fields(outsourcing.OutsourcingConfig)} - {"num_providers"}
     return outsourcing.OutsourcingConfig(config.num_teachers, **{name: getattr(config, name) for name in names})
 
@@ -411,5 +409,7 @@ def clean_set(config: Config, defense: ta_kd.TaKdConfig, train: Dataset, key: Ke
     rows = splits.sample_rows(draw_key, len(train), config.auxiliary_fraction)
     parts = splits.train_validation_rows(split_key, rows, config.validation_fraction)
     if not len(parts[0]):
-        raise InputError(f"--auxiliary-fraction {config.auxiliary_fraction} of {len(train)} rows leaves no clean row")
+        raise InputError(
+            f"--auxiliary-fraction {config.auxiliary_fraction} of {len(train)} rows leaves no clean row; use a larger share"
+        )
     return ta_kd.make_clean_set(view_key, train.images, train.labels, *parts, defense)

@@ -199,7 +199,7 @@ def test_providers_choose_differently_even_from_the_same_rows():
     [
         ({"rate": 0.001}, "of 80 rows is less than one row; the smallest rate that gives one row is 0.0125"),
         ({"rate": 0.99}, "may be poisoned"),
-        ({"target": 10}, "classes go from 0 to 9"),
+        ({"target": 10}, "classes are 0 to 9"),
         ({"provider_rows": make_rows(3)}, "4 triggers for 3 providers"),
     ],
 )

@@ -68,7 +68,7 @@ class TestMakeSuspect:
         assert (texts[0] != texts[2]).any()
 
     def test_added_rows_have_no_partner(self):
-        with pytest.raises(InputError, match="adds rows, which have no partner"):
+        with pytest.raises(InputError, match="suppression needs a clean version of each row"):
             suspect("composite:suppression=10")
 
 

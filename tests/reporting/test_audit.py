@@ -362,8 +362,8 @@ def publish(folder, results, rows, found):
 
 
 def test_what_was_not_copied_is_named(tmp_path, undrawn):
-    left_out = [{"file": "train/ant/00.png", "why": "another file of this name is there already"}]
-    left_out.append({"file": "not-\udce4-utf8.png", "why": "is no file"})
+    left_out = [{"file": "train/ant/00.png", "why": "a different file of this name exists already"}]
+    left_out.append({"file": "not-\udce4-utf8.png", "why": "is not a file"})
     copied = {"kind": "folder", "rows": 9, "copied": 7, "left_out": left_out, "strangers": ["cleaned/ant/old.png"]}
     write(tmp_path, dozen(files=tuple(f"train/ant/{row:02}\udce4.png" for row in range(DOZEN))), cleaned=copied)
     page = (tmp_path / "report.html").read_bytes()

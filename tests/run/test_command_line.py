@@ -69,7 +69,7 @@ def test_the_last_of_two_equal_flags_counts():
 
 def test_a_flag_of_several_values_is_given_once():
     assert parse("--preset=big", "--opacity", "0.3", "0.4").opacity == (0.3, 0.4)
-    with pytest.raises(InputError, match="^--opacity is given 2 times; all its values follow one flag$"):
+    with pytest.raises(InputError, match="^--opacity is given 2 times; give it once, followed by all its values$"):
         parse("--preset=big", "--opacity", "0.3", "0.4", "--opacity", "0.5", "0.6")
 
 
@@ -156,7 +156,7 @@ def test_an_interruption_says_how_to_go_on(capsys):
     with pytest.raises(SystemExit) as stop:
         command_line.run(main)
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "interrupted: the same command goes on from here\n"
+    assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"
 
 
 @pytest.mark.usefixtures("settings_untouched")

@@ -57,7 +57,7 @@ def test_fewer_rows_are_the_same_rows_whatever_the_seed():
 
 
 def test_a_target_that_the_data_does_not_have():
-    with pytest.raises(InputError, match="--target 10 is not a class of digits: it has 0 to 9"):
+    with pytest.raises(InputError, match="--target 10 is not a class of digits; classes are 0 to 9"):
         run_config.load(Config(target=10), Silent())
 
 

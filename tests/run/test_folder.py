@@ -132,7 +132,7 @@ def test_a_folder_with_other_files_is_refused_but_hidden_ones_are_let_pass(tmp_p
     occupied = tmp_path / "thesis"
     occupied.mkdir()
     (occupied / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match=r"holds files \(thesis.tex\) but no config.json"):
+    with pytest.raises(InputError, match=r"has files \(thesis.tex\) but no config.json"):
         open_run(occupied, Config(), experiment="ta_kd")
     assert files_of(occupied) == ["thesis.tex"]
 

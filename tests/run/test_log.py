@@ -82,7 +82,7 @@ def test_a_stage_that_breaks_off_says_so_and_passes_the_error_on():
     with pytest.raises(RuntimeError, match="diverged"), log.stage("teachers", total=30):
         clock.now += 3.0
         raise RuntimeError("diverged")
-    assert words(stream.getvalue()) == "teachers broke off after 3.0 s"
+    assert words(stream.getvalue()) == "teachers failed after 3.0 s"
     assert log.timings == {"teachers": 3.0}
 
 

@@ -177,7 +177,7 @@ def test_an_interrupted_stage_is_resumed(runner, fitted):
 
     with pytest.raises(CutOff):
         runner.train("stage", ONE, CONFIG, 4, until_two)
-    assert "broke off" in logged(runner)
+    assert "failed after" in logged(runner)
     resumed = runner.train("stage", ONE, CONFIG, 4, until_two)
     assert epochs == [1, 2, 3]
     chex.assert_trees_all_equal(resumed.variables, fitted.variables)

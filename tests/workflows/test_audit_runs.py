@@ -203,17 +203,17 @@ def test_clean_rows_from_elsewhere_are_for_detectors_that_need_some(known, own_r
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--defenses=vbd,scan"], "--defenses vbd,scan: an audit of .* is by one detector"),
-        (["--defenses=vbd,vbd:votes=2"], "is by one detector"),
-        (["--defenses=none"], "--defenses none: an audit of .* is by one detector"),
-        (["--defenses=nad"], "defense nad does not say which rows are poisoned"),
+        (["--defenses=vbd,scan"], "--defenses vbd,scan: an audit of .* takes exactly one detector"),
+        (["--defenses=vbd,vbd:votes=2"], "takes exactly one detector"),
+        (["--defenses=none"], "--defenses none: an audit of .* takes exactly one detector"),
+        (["--defenses=nad"], "defense nad is not a detector"),
         (
             ["--defenses=scan"],
-            "--defenses scan: needs rows that are known to be clean, and there are none: give --clean-data",
+            "--defenses scan: needs rows that are known to be clean, and there are none; set --clean-data",
         ),
         (["--defenses=agpd"], "--defenses agpd: needs rows that are known to be clean"),
-        (["--defenses=scan", "--clean-data=digits"], "--clean-data digits: 10 classes of images"),
-        (["--defenses=abl:isolate=oracle"], "needs the number of poisoned rows, which nobody knows"),
+        (["--defenses=scan", "--clean-data=digits"], "--clean-data digits: 10 classes and images"),
+        (["--defenses=abl:isolate=oracle"], "needs the number of poisoned rows, which is unknown for"),
     ],
 )
 def test_what_an_audit_cannot_have_is_refused_in_one_line(own_rows, tmp_path, arguments, message):

@@ -47,7 +47,7 @@ def test_no_defense_is_the_baseline_of_every_comparison():
 def test_a_study_decides_on_attacks_and_defenses():
     config = ComparisonConfig(preset="quick", defenses="abl,lfd", study="few")
     assert base.attacks_and_defenses(config, EXPERIMENT) == (["badnets", "none"], ["none", "abl"])
-    with pytest.raises(InputError, match="--study few settles attacks and defenses itself"):
+    with pytest.raises(InputError, match="--study few sets attacks and defenses itself"):
         base.attacks_and_defenses(ComparisonConfig(preset="quick", defenses="lfd", study="few"), EXPERIMENT)
     with pytest.raises(InputError, match="--study 'many' is not one of few"):
         base.check(ComparisonConfig(study="many"), EXPERIMENT)

@@ -143,7 +143,7 @@ def test_nothing_is_overwritten_and_strangers_are_named(tmp_path, pictures):
     rows = datasets.load_suspect(str(pictures))
     cleaned = write(tmp_path / "run", rows, source_folder=pictures)
     assert (tmp_path / "run/cleaned/ant/00.png").read_bytes() == b"mine"
-    assert cleaned["left_out"] == [{"file": "train/ant/00.png", "why": "another file of this name is there already"}]
+    assert cleaned["left_out"] == [{"file": "train/ant/00.png", "why": "a different file of this name exists already"}]
     assert cleaned["strangers"] == ["cleaned/ant/00.png", "cleaned/ant/old.png"] and cleaned["copied"] == 8
 
 
@@ -159,12 +159,12 @@ def test_links_and_names_that_lead_out_of_the_folder_are_left_alone(tmp_path, pi
     why = {one["file"]: one["why"] for one in cleaned["left_out"]}
     assert [why.get(file) for file in files[:8]] == [
         "is a link that leads out of the folder",
-        "is not there any more",
+        "no longer exists",
         None,  # a link within the folder: a copy of what it leads to
-        "is not there any more",
+        "no longer exists",
         "leads out of the folder",
         "leads out of the folder",
-        "is no file",
+        "is not a file",
         None,
     ]
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
@@ -203,7 +203,7 @@ def test_a_class_may_be_called_like_the_part_and_a_file_may_lie_deeper():
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, pictures):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/cleaned").write_bytes(b"a file where the folder should be")
-    with pytest.raises(InputError, match="cleaned.*cannot be copied there"):
+    with pytest.raises(InputError, match="cleaned.*cannot be written"):
         write(tmp_path / "run", datasets.load_suspect(str(pictures)), source_folder=pictures)
 
 

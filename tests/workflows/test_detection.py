@@ -231,11 +231,11 @@ def test_competitors_get_clean_rows_and_a_network(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--defenses=nad"], "defense nad does not say which rows are poisoned"),
-        (["--defenses=none"], "--defenses none: no detector is left"),
+        (["--defenses=nad"], "defense nad is not a detector"),
+        (["--defenses=none"], "--defenses none: no detector can be run"),
         (
             ["--defenses=scan", "--clean-per-class=0"],
-            r"--defenses scan: no detector is left \(scan needs clean rows: give --clean",
+            r"--defenses scan: no detector can be run \(scan needs clean rows: set --clean",
         ),
         (["--defenses=scan", "--clean-per-class=1000"], "--clean-per-class 1000: a class of .* has only"),
         (["--defenses=vbd:networks=8-9P"], "networks '8-9P' is not one of"),
@@ -245,7 +245,7 @@ def test_competitors_get_clean_rows_and_a_network(tmp_path):
         (["--attacks=none:label_noise=2"], "label_noise 2 is not a share"),
         (["--suspects-at-once=0"], "--suspects-at-once 0 is not at least 1"),
         (["--study=table9"], "--study 'table9' is not one of grid, table1"),
-        (["--study=table1", "--attacks=none"], "--study table1 settles attacks and defenses itself"),
+        (["--study=table1", "--attacks=none"], "--study table1 sets attacks and defenses itself"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(arguments, message, tmp_path):

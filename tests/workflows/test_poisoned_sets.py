@@ -97,9 +97,9 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
     ("changes", "message"),
     [
         ({"study": "figure99"}, "--study 'figure99' is not one of"),
-        ({"study": "alpha", "attacks": "none"}, "settles attacks and defenses itself"),
+        ({"study": "alpha", "attacks": "none"}, "sets attacks and defenses itself"),
         ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
-        ({"attacks": "wanet"}, "poisons inside a training of its own"),
+        ({"attacks": "wanet"}, "controls the training itself"),
         ({"attacks": "sig:colour=1"}, "has no setting 'colour'"),
         ({"defenses": "prayer"}, "is not one of none"),
         ({"defenses": "lfd:alpha=2.0"}, "defense lfd: alpha 2.0 is not above 0 and at most 1"),

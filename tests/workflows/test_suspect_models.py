@@ -132,7 +132,7 @@ class TestATeacherOfOnesOwn:
         assert row(found, "teacher", STUDENT)["asr"] is None
         assert not (tmp_path / "run" / "checkpoints" / "clean-teachers").exists()
         assert "Trigger unknown" in (tmp_path / "run" / "report.html").read_text()
-        message = "needs the attacker's trigger, and --teacher comes without one"
+        message = "needs the attacker's trigger, which the --teacher folder does not have"
         with pytest.raises(InputError, match=message):
             run(tiny(tmp_path / "oracle", teacher=place, defenses="robust_kd:select=oracle"))
 
@@ -141,7 +141,7 @@ class TestATeacherOfOnesOwn:
         [
             ({"dataset": "mnist", "attacks": robust_kd.PASSING}, "the data has 10 classes and images"),
             ({"target": 0}, "these triggers aim at class 3; use --target=3"),
-            ({"attacks": "badnets", "target": 3}, "--teacher is the suspect: leave out --attacks"),
+            ({"attacks": "badnets", "target": 3}, "--teacher sets the suspect; leave out --attacks"),
             ({"teacher": pathlib.Path("nowhere")}, "nowhere: not a finished checkpoint"),
             ({"target": 3, "student": "lenet"}, "lenet width 2 has no features before a ReLU"),
         ],
@@ -161,15 +161,18 @@ class TestATeacherOfOnesOwn:
     ("changes", "message"),
     [
         ({"study": "figure99"}, "--study 'figure99' is not one of"),
-        ({"study": "form", "attacks": "none"}, "settles attacks and defenses itself"),
+        ({"study": "form", "attacks": "none"}, "sets attacks and defenses itself"),
         ({"clean_share": 0.0}, "--clean-share 0.0 is not above 0"),
         ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
         ({"clean_share": 0.02}, "too few"),
         ({"fine_tuning_epochs": 0}, "--fine-tuning-epochs 0 is not at least 1"),
         ({"attacks": "nobody"}, "'nobody' is not one of"),
-        ({"attacks": "none:label_noise=0.1"}, "label_noise belongs to training sets"),
+        ({"attacks": "none:label_noise=0.1"}, "label_noise applies to training sets only"),
         ({"defenses": "prayer"}, "'prayer' is not one of"),
-        ({"defenses": "abl"}, "defense abl needs the training set, and a model comes without; of a model there are"),
+        (
+            {"defenses": "abl"},
+            "defense abl needs the training set, which a model does not come with; defenses for models: ",
+        ),
         ({"defenses": "lfd+fkd"}, "needs the training set"),
         ({"teacher_model": "transformer"}, "unknown model 'transformer'"),
         ({"student": "transformer"}, "defense fkd: student 'transformer' is not one of"),
@@ -188,7 +191,7 @@ def test_poisoned_rows_are_no_clean_rows(tmp_path):
     arrays = {"images": data.images[:300], "labels": data.labels[:300], "original_labels": data.labels[:300]}
     np.savez(tmp_path / "poisoned.npz", **arrays, is_poisoned=np.arange(300) < 30)
     config = tiny(tmp_path / "run", dataset=str(tmp_path / "poisoned.npz"), train_rows=0, test_rows=0)
-    with pytest.raises(InputError, match="30 rows are poisoned; defenders of a model have clean ones"):
+    with pytest.raises(InputError, match="30 rows are poisoned; runs on suspect models need a clean dataset"):
         run(config)
 
 

@@ -323,7 +323,7 @@ def refuse(monkeypatch, capsys):
         ({"preset": "fast"}, "--preset 'fast' is not one of quick, paper, strong"),
         ({"scale": "big"}, "--scale 'big' is not one of quick, paper"),
         ({"teacher_model": "vgg"}, "unknown model 'vgg'"),
-        ({"target": 10}, "--target 10 is not a class of digits: it has 0 to 9"),
+        ({"target": 10}, "--target 10 is not a class of digits; classes are 0 to 9"),
         ({"target": -1}, "--target -1 is not a class of digits"),
         ({"poison_rate": 0.001}, "is less than one row"),
         ({"poison_rate": 0.999}, "may be poisoned"),
@@ -335,7 +335,7 @@ def refuse(monkeypatch, capsys):
         ({"num_similar": 1}, "1 similar triggers among 3 providers"),
         ({"num_similar": 4}, "4 similar triggers among 3 providers"),
         ({"blend_opacity": (0.3, 0.1)}, "opacity range (0.3, 0.1)"),
-        ({"aggregation": "trimmed_mean", "trim": 2}, "--trim 2 at each end leaves none of 3 teachers' logits"),
+        ({"aggregation": "trimmed_mean", "trim": 2}, "--trim 2 at each end leaves no logits of 3 teachers"),
         ({"trim": -1}, "--trim -1 is not at least 0"),
         ({"seeds": 0}, "--seeds 0 is not at least 1"),
         ({"seed": -1}, "--seed -1 is not at least 0"),
@@ -407,7 +407,7 @@ def only_the_target_is_tested(folder):
     np.savez(
         folder / "set.npz", train_images=images, train_labels=labels, test_images=images[:3], test_labels=labels[:6:2]
     )
-    return {"dataset": str(folder / "set.npz")}, "each of the 3 test rows is of class 0, the target"
+    return {"dataset": str(folder / "set.npz")}, "all 3 test rows are of class 0, the target"
 
 
 def corrupt_image(folder):
@@ -448,7 +448,7 @@ def test_folders_that_cannot_be_used(refuse, tmp_path):
     others = tmp_path / "others"
     others.mkdir()
     (others / "thesis.tex").write_text("mine")
-    refuse(flags(others), "others holds files (thesis.tex) but no config.json")
+    refuse(flags(others), "others has files (thesis.tex) but no config.json")
     assert contents(tmp_path) == {"file": b"mine", "others/thesis.tex": b"mine"}
 
 
@@ -460,7 +460,7 @@ def no_checkpoint(folder):
 def other_images(folder):
     about = json.loads((folder / "about.json").read_text())
     (folder / "about.json").write_text(json.dumps(about | {"image_shape": [28, 28, 1]}))
-    return "models of 10 classes on images [28, 28, 1]; the data has 10 classes and images [8, 8, 1]"
+    return "take images of shape [28, 28, 1]; the data has 10 classes and images of shape [8, 8, 1]"
 
 
 def other_width(folder):
