@@ -40,7 +40,7 @@ RECIPE = TrainConfig(epochs=1, batch_size=8)
 
 
 def read_pixel(model, variables, images, batch_size):
-    """Member m says (first pixel + variables[m]) mod K of an image, each member of the same or of its own images."""
+    """Member m predicts (first pixel + variables[m]) mod K; all members see the same images, or each its own."""
     del model, batch_size
     images = np.broadcast_to(images, (len(variables), *images.shape[-4:]))
     classes = (images[:, :, 0, 0, 0].astype(int) + np.asarray(variables)[:, None]) % CLASSES
@@ -90,7 +90,7 @@ class TestMeasure:
         # Flagged are rows 2 to 6, poisoned 0 to 3, and scores fall from row to row.
         assert hybrid.detection == (5 / ROWS, 2 / 5, 2 / 4, pytest.approx(4 / 9), 1.0)
         assert clean.detection == (5 / ROWS, None, None, None, None)
-        assert [dict(one.facts) for one in (hybrid, clean)] == [{"kept": 35.0}, {"kept": 36.0}]
+        assert [dict(result.facts) for result in (hybrid, clean)] == [{"kept": 35.0}, {"kept": 36.0}]
         assert hybrid.seconds == 1.5 and hybrid.suspect is suspects[0] and hybrid.variant is variant
 
     def test_a_detector_at_test_time_may_reject(self, suspects, result):
@@ -102,7 +102,7 @@ class TestMeasure:
 
         inputs = SimpleNamespace(runner=SimpleNamespace(predict=reject, predict_own=reject), recipe=RECIPE)
         hybrid, _ = measure(inputs, result, suspects, read_defense("none", "quick", "digits"), self.views, 0.0)
-        assert hybrid.cda == pytest.approx(4 / 6) and [one.asr for one in hybrid.metrics] == [0, 0]
+        assert hybrid.cda == pytest.approx(4 / 6) and [metrics.asr for metrics in hybrid.metrics] == [0, 0]
         assert hybrid.metrics[0].r_acc == pytest.approx(2 / 5)
 
     def test_seconds_are_shared_by_the_suspects_of_a_call(self, suspects, result, monkeypatch):
@@ -112,11 +112,11 @@ class TestMeasure:
         defense = dataclasses.replace(variant.defense, run=lambda inputs, settings: result)
         shown = variant._replace(defense=defense)
         inputs = DefenseInput(None, CLASSES, None, None, RECIPE, self.inputs.runner, {})
-        same, tried = defend(inputs, suspects, shown, self.views)
-        assert same is result and [one.seconds for one in tried] == [3.0, 3.0]
+        same, measured = defend(inputs, suspects, shown, self.views)
+        assert same is result and [row.seconds for row in measured] == [3.0, 3.0]
 
 
-class TestJudge:
+class TestScoreDetection:
     flags = np.zeros((2, ROWS), bool)
     flags[:, 2:7] = True
     scores = np.tile(-np.arange(ROWS, dtype=np.float32), (2, 1))
@@ -132,53 +132,53 @@ class TestJudge:
         assert (detection.precision, detection.recall) == (pytest.approx(2 / 5), pytest.approx(2 / 4))
         assert detection.f1 == pytest.approx(4 / 9) and detection.auc == 1
         assert unknown.detection.precision is None and unknown.detection.auc is None
-        assert [each.facts for each in (poisoned, unknown)] == [
+        assert [row.facts for row in (poisoned, unknown)] == [
             {"classes with a pattern": 1.0},
             {"classes with a pattern": 0.0},
         ]
-        assert all(type(value) is float for each in (poisoned, unknown) for value in each.facts.values())
+        assert all(type(value) is float for row in (poisoned, unknown) for value in row.facts.values())
         for each, expected in zip((poisoned, unknown), suspects, strict=True):
             assert each.suspect is expected and each.variant is variant and each.seconds == 2.5
             assert each.cda is None and each.metrics == () and each.asr is None and each.r_acc is None
 
-    def test_it_is_what_the_same_flags_are_worth_to_a_defense(self):
+    def test_a_detector_and_a_defense_with_the_same_flags_score_the_same(self):
         suspects = [suspect("badnets:poison_rate=0.2"), suspect("none")]
         variant = read_defense("none", "quick", "digits")
         result = DefenseResult(TINY, TestMeasure.variables, self.flags, self.scores, self.found.facts)
         views = TriggeredViews(TestMeasure.test, ((TestMeasure.test.images,), ()))
         measured = measure(TestMeasure.inputs, result, suspects, variant, views, 1.0)
-        judged = score_detection(self.found, suspects, variant, 1.0)
-        assert [each.detection for each in judged] == [each.detection for each in measured]
-        assert [each.facts for each in judged] == [each.facts for each in measured]
+        scored = score_detection(self.found, suspects, variant, 1.0)
+        assert [row.detection for row in scored] == [row.detection for row in measured]
+        assert [row.facts for row in scored] == [row.facts for row in measured]
 
 
 def test_views_are_the_same_whenever_they_are_made():
     test = Dataset(IMAGES[:10], LABELS[:10], CLASSES, "", "")
     ones = [suspect("badnets"), suspect("none"), suspect("badnets+sig:poison_rate=0.1")]
     views, again = (make_views(jax.random.key(0), ones, test) for _ in range(2))
-    assert [len(each) for each in views.triggered] == [1, 0, 2]
+    assert [len(triggered) for triggered in views.triggered] == [1, 0, 2]
     for one, other in zip(jax.tree.leaves(views.triggered), jax.tree.leaves(again.triggered), strict=True):
         np.testing.assert_array_equal(one, other)
     assert (views.triggered[0][0] != test.images).any() and views.triggered[0][0].dtype == np.uint8
 
 
 class TestControls:
-    """What a trigger achieves on networks that no attack has touched; `TestMeasure` has the images."""
+    """ASR on networks without an attack; `TestMeasure` has the images."""
 
     def test_success_on_another_network_by_hand(self):
         hybrid = suspect("badnets+sig:poison_rate=0.1")
         suspects = [hybrid, suspect("none"), hybrid._replace(seed=1)]
         views = TriggeredViews(TestMeasure.test, (*TestMeasure.views.triggered, TestMeasure.views.triggered[0]))
-        how = TestMeasure.inputs, TINY, {0: jnp.array(1)}, suspects, read_defense("none", "quick", None), views
+        arguments = TestMeasure.inputs, TINY, {0: jnp.array(1)}, suspects, read_defense("none", "quick", None), views
         # One class off, the five victims answer 1, 1, 0, 1, 2 under the first trigger and 2, 3, 0, 1, 2 under the second.
-        assert success_on(*how) == [pytest.approx((1 / 5 + 1 / 5) / 2), None, None]
+        assert success_on(*arguments) == [pytest.approx((1 / 5 + 1 / 5) / 2), None, None]
 
     def test_without_such_networks_nothing_is_known(self):
         assert success_on(TestMeasure.inputs, TINY, {}, [suspect("badnets")], None, None) == [None]
 
-    def test_clean_members_are_those_that_nobody_attacked(self):
+    def test_clean_members_are_those_without_an_attack(self):
         suspects = [suspect("badnets"), suspect("none"), suspect("none", 1), suspect("none", 2, is_clean=False)]
-        measured = [SimpleNamespace(suspect=each) for each in suspects]
+        measured = [SimpleNamespace(suspect=suspect) for suspect in suspects]
         result = DefenseResult(TINY, {"params": jnp.arange(4)})
         found = clean_members(Comparison(read_defense("none", "quick", None), result, measured))
         assert {seed: int(variables["params"]) for seed, variables in found.items()} == {0: 1, 1: 2}

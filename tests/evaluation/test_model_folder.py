@@ -28,7 +28,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, variables):
-    folder = tmp_path_factory.mktemp("suspects") / "of" / "somebody"
+    folder = tmp_path_factory.mktemp("suspects") / "third" / "party"
     model_folder.write(folder, "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1)
     return folder
 
@@ -94,8 +94,8 @@ def test_label_rules_go_with_the_triggers(tmp_path, written, variables):
     model_folder.write(tmp_path / "one", "resnet10", 2, 4, SHAPE, variables, TRIGGERS, 1, rules)
     assert read(tmp_path / "one").label_rules == rules
     assert read(written).label_rules == ("all_to_one",) * 3
-    change_triggers(tmp_path / "one", label_rule=np.array(["all_to_one", "nobody", "all_to_one"]))
-    with pytest.raises(InputError, match="label_rule 'nobody' is not one of"):
+    change_triggers(tmp_path / "one", label_rule=np.array(["all_to_one", "unknown", "all_to_one"]))
+    with pytest.raises(InputError, match="label_rule 'unknown' is not one of"):
         read(tmp_path / "one")
 
 
@@ -119,8 +119,8 @@ def test_triggers_need_not_be_known(folder, variables):
         ({"width": 0}, "width 0 must be at least 1"),
         ({"model_name": "resnet18"}, "the checkpoint does not fit the model that about.json describes"),
         ({"model_name": "nn.Sequential"}, "unknown model 'nn.Sequential'"),
-        ({"num_classes": 5}, "models of 5 classes on images [8, 8, 3]; the data has 4 classes and images [8, 8, 3]"),
-        ({"image_shape": [8, 8, 1]}, "models of 4 classes on images [8, 8, 1]; the data has 4"),
+        ({"num_classes": 5}, "the models have 5 classes and take images of shape [8, 8, 3]; the data has 4 classes"),
+        ({"image_shape": [8, 8, 1]}, "the models have 4 classes and take images of shape [8, 8, 1]; the data has 4"),
         ({"image_shape": "8x8"}, "about.json: image_shape should be list, not '8x8'"),
     ],
 )

@@ -87,7 +87,7 @@ def means(paper, dataset, method):
     ],
 )
 def test_networks_add_up_to_the_averages_that_are_right(paper, dataset, defense, printed):
-    """A slip in a single row would show here; 0.67 is what LfD's rows give, the abstract says 0.52."""
+    """A slip in a single row would show here; 0.67 is the average of LfD's rows, while its abstract prints 0.52."""
     np.testing.assert_allclose(means(paper, dataset, defense), printed, atol=0.011)
 
 

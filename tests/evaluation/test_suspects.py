@@ -38,25 +38,25 @@ class TestMakeSuspect:
         assert one.dataset is TRAIN and one.parts == () and one.num_covers == 0
         np.testing.assert_array_equal(one.is_poisoned, np.zeros(ROWS, bool))
 
-    def test_of_rows_that_somebody_handed_over_nobody_knows(self):
+    def test_the_ground_truth_of_third_party_rows_is_unknown(self):
         assert suspect("none", is_clean=False).is_poisoned is None
 
     @pytest.mark.parametrize("is_clean", [True, False])
-    def test_a_file_that_tells_the_truth_is_believed(self, tmp_path, is_clean):
+    def test_the_ground_truth_of_a_file_is_used(self, tmp_path, is_clean):
         truth = np.arange(ROWS) % 5 == 1
         labels = np.where(truth, 0, LABELS)
         arrays = {"train_images": IMAGES, "train_labels": labels, "test_images": IMAGES, "test_labels": LABELS}
-        told = {"is_poisoned": truth, "original_labels": LABELS}
-        for name, more, expected in (("silent", {}, np.zeros(ROWS, bool)), ("told", told, truth)):
+        known_truth = {"is_poisoned": truth, "original_labels": LABELS}
+        for name, more, expected in (("without", {}, np.zeros(ROWS, bool)), ("with", known_truth, truth)):
             np.savez(tmp_path / f"{name}.npz", **arrays, **more)
             train = load_npz(tmp_path / f"{name}.npz").train
             known = suspect("none", train=train, is_clean=is_clean).is_poisoned
-            if name == "silent" and not is_clean:
+            if name == "without" and not is_clean:
                 assert known is None
             else:
                 np.testing.assert_array_equal(known, expected)
 
-    def test_an_attack_poisons_and_says_what(self):
+    def test_an_attack_poisons_and_records_the_rows(self):
         one = suspect("badnets:poison_rate=0.2")
         assert one.is_poisoned.sum() == 8 and (one.dataset.labels[one.is_poisoned] == 0).all()
         np.testing.assert_array_equal(one.dataset.images[~one.is_poisoned], IMAGES[~one.is_poisoned])
@@ -103,17 +103,17 @@ class TestLabelNoise:
         np.testing.assert_array_equal(one.dataset.images, IMAGES)
         assert suspect("none:label_noise=0.1", is_clean=False).is_poisoned is None
 
-    def test_an_attack_poisons_a_set_with_wrong_labels_and_is_told_alone(self):
+    def test_only_the_attack_s_rows_count_as_poisoned_under_label_noise(self):
         noisy, plain = suspect("badnets:poison_rate=0.2:label_noise=0.3"), suspect("badnets:poison_rate=0.2")
         assert noisy.is_poisoned.sum() == plain.is_poisoned.sum() == 8
         assert (noisy.dataset.labels[noisy.is_poisoned] == 0).all()
         clean = ~noisy.is_poisoned
         np.testing.assert_array_equal(noisy.dataset.images[clean], IMAGES[clean])
         assert 4 <= (noisy.dataset.labels[clean] != LABELS[clean]).sum() <= 12
-        # What the attacker found is not what is right.
+        # The original labels are those that the attacker saw, which are noisy.
         assert (noisy.dataset.original_labels != LABELS).sum() == 12
 
-    def test_a_file_that_tells_the_truth_keeps_it(self):
+    def test_the_ground_truth_of_a_file_survives_label_noise(self):
         truth = np.arange(ROWS) < 3
         own = PoisonedDataset(IMAGES, LABELS, CLASSES, "", "", (), truth, LABELS, np.arange(ROWS) == 5)
         one = suspect("none:label_noise=0.2", train=own)
@@ -137,12 +137,12 @@ def test_a_suspects_key_does_not_depend_on_the_others():
 
 
 class Recorded:
-    """A runner that trains nothing and says what it was asked for."""
+    """A runner that records its arguments and trains nothing."""
 
     image_shape = SHAPE
 
     def from_variables(self, stage, model, config, variables, keys, per_seed, pool, rows, objective):
-        self.asked = SimpleNamespace(stage=stage, config=config, pool=np.asarray(pool), rows=rows, objective=objective)
+        self.called = SimpleNamespace(stage=stage, config=config, pool=np.asarray(pool), rows=rows, objective=objective)
         return Nets(model, variables, per_seed, {})
 
 
@@ -150,48 +150,48 @@ TINY = Model(lambda key, shape: {"params": jax.random.normal(key, (2,))}, lambda
 RECIPE = TrainConfig(epochs=1, batch_size=8)
 
 
-def given_for(suspects, clean=None):
+def inputs_for(suspects, clean=None):
     runner = Recorded()
     keys = suspect_keys(jax.random.key(0), suspects)
-    return make_defense_input(suspects, keys, TRAIN, clean, lambda *_: TINY, RECIPE, runner), runner.asked
+    return make_defense_input(suspects, keys, TRAIN, clean, lambda *_: TINY, RECIPE, runner), runner.called
 
 
-class TestMakeGiven:
+class TestMakeDefenseInput:
     def test_each_member_has_its_own_rows(self):
         suspects = [suspect("badnets:poison_rate=0.2"), suspect("none"), suspect(TACT)]
         clean = Dataset(IMAGES[:6] + 50, LABELS[:6], CLASSES, "", "")
-        inputs, asked = given_for(suspects, clean)
+        inputs, called = inputs_for(suspects, clean)
         for number, one in enumerate(suspects):
             np.testing.assert_array_equal(np.asarray(inputs.pool)[inputs.index[number]], one.dataset.images)
             np.testing.assert_array_equal(inputs.labels[number], one.dataset.labels)
             np.testing.assert_array_equal(np.asarray(inputs.pool)[inputs.clean_index[number]], clean.images)
             np.testing.assert_array_equal(inputs.clean_labels[number], clean.labels)
-        assert (inputs.num_poisons == [one.is_poisoned.sum() for one in suspects]).all()
-        assert asked.stage == "no defense" and asked.config == RECIPE
-        np.testing.assert_array_equal(asked.rows.index, inputs.index)
-        np.testing.assert_array_equal(asked.rows.targets["weight"], np.ones_like(inputs.labels, np.float32))
+        assert (inputs.num_poisons == [suspect.is_poisoned.sum() for suspect in suspects]).all()
+        assert called.stage == "no defense" and called.config == RECIPE
+        np.testing.assert_array_equal(called.rows.index, inputs.index)
+        np.testing.assert_array_equal(called.rows.targets["weight"], np.ones_like(inputs.labels, np.float32))
         assert inputs.attacker is None and inputs.attacked.variables["params"].shape == (3, 2)
 
-    def test_what_nobody_knows_no_oracle_is_told(self):
-        inputs, _ = given_for([suspect("badnets"), suspect("none", is_clean=False)])
+    def test_oracles_get_nothing_that_is_unknown(self):
+        inputs, _ = inputs_for([suspect("badnets"), suspect("none", is_clean=False)])
         assert inputs.num_poisons is None
         with pytest.raises(ValueError, match="no clean rows"):
             inputs.clean_rows()
 
     def test_an_adaptive_attackers_rows_have_partners_without_the_trigger(self):
         suspects = [suspect("badnets:suppression=20"), suspect("badnets")]
-        inputs, asked = given_for(suspects)
+        inputs, called = inputs_for(suspects)
         np.testing.assert_array_equal(inputs.attacker.suppression[0], 20.0 * suspects[0].is_poisoned)
-        assert not inputs.attacker.suppression[1].any() and asked.objective is suppressed_cross_entropy(TINY)
-        assert asked.rows.index.shape == (2, ROWS, 2) and asked.rows.targets["suppression"].shape == (2, ROWS)
+        assert not inputs.attacker.suppression[1].any() and called.objective is suppressed_cross_entropy(TINY)
+        assert called.rows.index.shape == (2, ROWS, 2) and called.rows.targets["suppression"].shape == (2, ROWS)
         for number, one in enumerate(suspects):
-            learnt, partner = np.moveaxis(asked.pool[np.asarray(asked.rows.index)[number]], 1, 0)
+            learnt, partner = np.moveaxis(called.pool[np.asarray(called.rows.index)[number]], 1, 0)
             np.testing.assert_array_equal(learnt, one.dataset.images)
             np.testing.assert_array_equal(partner, IMAGES)
 
     def test_oracles_get_the_trigger_of_each_attack_and_none_of_a_clean_set(self):
         one = suspect("badnets")
-        inputs, _ = given_for([one, suspect("none")])
+        inputs, _ = inputs_for([one, suspect("none")])
         shown, _ = inputs.attacker_triggers
         test = Dataset(IMAGES, LABELS, CLASSES, "", "")
         ((expected,),) = make_views(jax.random.key(5), [one], test).triggered

@@ -55,7 +55,7 @@ class TestTriggerOf:
             ("hidden_trigger:poison_rate=0.1", "hidden_source"),
         ],
     )
-    def test_a_masked_blend_is_handed_over_with_its_rule(self, text, rule):
+    def test_a_masked_blend_is_stored_with_its_rule(self, text, rule):
         one = under_the_rule_of(text)
         found = teachers_io.trigger_of(one, TRAIN, shown(one))
         assert found.label_rule == rule and found.triggers.names == ("BadNets",)
@@ -80,7 +80,7 @@ class TestRoundTrip:
         one = under_the_rule_of("hidden_trigger:poison_rate=0.1")
         trigger = teachers_io.trigger_of(one, TRAIN, shown(one))
         first = ensemble.members(variables, np.array([0]))
-        with_more = {**first, "teacher": jnp.zeros(3)}  # what a method carried along is left out
+        with_more = {**first, "teacher": jnp.zeros(3)}  # further entries are left out
         assert teachers_io.write_folder(tmp_path / "a", NETWORK, with_more, SHAPE, trigger, 2)
         found = teachers_io.read_folder(tmp_path / "a", TRAIN, 2, "native")
         assert found.model.description == NETWORK.description
@@ -95,8 +95,8 @@ class TestRoundTrip:
     def test_several_without_triggers(self, tmp_path, variables):
         assert teachers_io.write_folder(tmp_path / "b", NETWORK, variables, SHAPE, None, 2)
         found = teachers_io.read_folder(tmp_path / "b", TRAIN, 0, "native")
-        assert [one.attack.title for one in found.suspects] == ["your teacher 1", "your teacher 2"]
-        assert all(one.attack.plan is None and one.parts == () for one in found.suspects)
+        assert [suspect.attack.title for suspect in found.suspects] == ["your teacher 1", "your teacher 2"]
+        assert all(suspect.attack.plan is None and suspect.parts == () for suspect in found.suspects)
 
     def test_the_target_must_be_the_run_s(self, tmp_path, variables):
         one = suspect("badnets", (BLEND,))
@@ -105,7 +105,7 @@ class TestRoundTrip:
         with pytest.raises(InputError, match="use --target=2"):
             teachers_io.read_folder(tmp_path / "c", TRAIN, 0, "native")
 
-    def test_a_network_of_ones_own_making_is_not_written(self, tmp_path, variables):
-        own = Model(NETWORK.init, NETWORK.apply, CLASSES, "a network of two heads")
-        assert not teachers_io.write_folder(tmp_path / "d", own, variables, SHAPE, None, 0)
+    def test_a_user_supplied_network_is_not_written(self, tmp_path, variables):
+        network = Model(NETWORK.init, NETWORK.apply, CLASSES, "a network of two heads")
+        assert not teachers_io.write_folder(tmp_path / "d", network, variables, SHAPE, None, 0)
         assert not (tmp_path / "d").exists()

@@ -23,7 +23,7 @@ class Config:
     shuffle: bool = True
     """whether"""
     verbose: bool = False
-    """likewise"""
+    """whether to print more"""
     opacity: tuple[float, float] | None = None
     """from, to"""
     output: pathlib.Path | None = None

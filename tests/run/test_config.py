@@ -18,10 +18,10 @@ class Config(ExperimentConfig):
 
 
 class Silent:
-    """A log that says nothing."""
+    """A log that prints nothing."""
 
     @contextlib.contextmanager
-    def stage(self, name, **how):
+    def stage(self, name, **options):
         yield Silent()
 
 

@@ -248,7 +248,7 @@ def test_git_revision_is_of_this_checkout_or_unknown(monkeypatch, tmp_path):
     assert folder.git_revision() is None
 
 
-def test_git_revision_of_somebody_elses_checkout_is_not_taken(monkeypatch, tmp_path):
+def test_git_revision_of_an_unrelated_checkout_is_ignored(monkeypatch, tmp_path):
     package = tmp_path / "venv" / "bdjax"
     package.mkdir(parents=True)
     try:

@@ -156,7 +156,7 @@ def test_links_and_names_that_lead_out_of_the_folder_are_left_alone(tmp_path, pi
     files = [*rows.files[:4], "../secret.png", str(tmp_path / "secret.png"), "train/ant/06.png", *rows.files[7:]]
     rows = dataset(files=tuple(files), class_names=rows.class_names)
     cleaned = write(tmp_path / "run", rows, source_folder=pictures)
-    why = {one["file"]: one["why"] for one in cleaned["left_out"]}
+    why = {entry["file"]: entry["why"] for entry in cleaned["left_out"]}
     assert [why.get(file) for file in files[:8]] == [
         "is a link that leads out of the folder",
         "no longer exists",

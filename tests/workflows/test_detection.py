@@ -1,17 +1,15 @@
 """experiments/vbd.py on a grid of poisoned sets, from the command line to the files that it leaves."""
 
-import io
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from planted_rows import ENGINE, VBD, make_rows, poisoned_rows, quiet, run
 
 from bdjax.datasets import DATASETS
 from bdjax.errors import InputError
@@ -23,18 +21,8 @@ from bdjax.workflows import base, detection
 from bdjax.workflows.outcomes import FILES
 from experiments import vbd
 
-CLASSES, PER_CLASS, SIDE = 4, 125, 12
-TARGET = 3
-"""The class that the planted trigger is on."""
-VBD = (
-    "vbd:networks=4-4P:batch_size=32:epochs=6:rows_per_class=10:least_rows=4:detect_share=0.3:p_value=0.4:least_success=0.9"
-    ":detector_batch_size=32:detector_epochs=6:detector_learning_rate=0.2:dropout=0.0:least_opacity=0.9:own_rows=0.5"
-    ":first_labelling=1:last_labelling=6:least_accuracy=0.6:least_steps=0:least_detector_steps=0"
-)
-"""Lenient with patterns, so that a planted one is found in 500 rows."""
-SQUARE, CLEAN, NOISY = "white_square:poison_rate=0.2", "none", "none:label_noise=0.2"
-ENGINE = ("--layout=map", "--lowering=shifted", "--width=4", "--batch-size=32", "--epochs=1")
-GRID = (*ENGINE, f"--attacks={SQUARE},{CLEAN},{NOISY}", f"--defenses={VBD}", "--seeds=2", "--suspects-at-once=3")
+SQUARE, CLEAN = "white_square:poison_rate=0.2", "none"
+GRID = (*ENGINE, f"--attacks={SQUARE},{CLEAN}", f"--defenses={VBD}", "--seeds=2", "--suspects-at-once=2")
 DETECTED = ("flagged", "precision", "recall", "f1", "auc", "facts")
 
 
@@ -46,49 +34,19 @@ class Interrupted(StageLog):
         self._name = name
 
     @contextmanager
-    def stage(self, name: str, **how: Any):
-        with super().stage(name, **how) as progress:
+    def stage(self, name: str, **options: Any):
+        with super().stage(name, **options) as progress:
             yield progress
         if self._name in name:
             raise KeyboardInterrupt
 
 
-def quiet() -> StageLog:
-    return StageLog(Console(file=io.StringIO()))
-
-
-def run(arguments: Sequence[str], log: StageLog | None = None) -> dict[str, Any]:
-    return vbd.main(list(arguments), log or quiet())
-
-
-def make_rows(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Dim noise, uint8 [n, 12, 12, 3], with one quarter a little brighter, which says the class: int [n]."""
-    rng = np.random.default_rng(seed)
-    labels = np.tile(np.arange(CLASSES), PER_CLASS)
-    images = rng.integers(60, 120, (len(labels), SIDE, SIDE, 3))
-    half = SIDE // 2
-    for image, label in zip(images, labels, strict=True):
-        above, left = np.array(divmod(int(label), 2)) * half
-        image[above : above + half, left : left + half] += rng.integers(0, 16)
-    return images.astype(np.uint8), labels
-
-
-def poisoned_rows() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The same with a white square on every fifth row, labelled as the target: images, labels, truth, original labels."""
-    images, original = make_rows()
-    rows = np.arange(0, len(images), 5)
-    images[rows, -3:, -3:] = 255
-    labels = original.copy()
-    labels[rows] = TARGET
-    return images, labels, np.isin(np.arange(len(images)), rows), original
-
-
 def cells(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
     """(attack, detector, seed) -> what was measured."""
     return {
-        (cell["attack"], cell["method"], one["seed"]): {name: one[name] for name in DETECTED}
+        (cell["attack"], cell["method"], row["seed"]): {name: row[name] for name in DETECTED}
         for cell in results["cells"]
-        for one in cell["by_seed"]
+        for row in cell["by_seed"]
     }
 
 
@@ -110,7 +68,7 @@ def own_rows(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def grid(own_rows, tmp_path_factory) -> pathlib.Path:
-    """A finished grid of two groups of three suspects."""
+    """A finished grid of two batches of two suspects."""
     folder = tmp_path_factory.mktemp("runs") / "grid"
     run([f"--dataset={own_rows}", f"--output={folder}", *GRID])
     return folder
@@ -127,19 +85,19 @@ def copied(grid, own_rows, tmp_path) -> tuple[pathlib.Path, list[str]]:
 # ---- A grid ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_grid_leaves_numbers_tables_a_report_and_what_came_out_of_each_group(grid):
+def test_a_grid_leaves_numbers_tables_a_report_and_the_outcome_of_each_batch(grid):
     results = json.loads((grid / "results.json").read_text())
-    assert [one["attack"] for one in results["attacks"]] == [SQUARE, CLEAN, NOISY]
-    assert [one["method"] for one in results["methods"]] == [VBD]
+    assert [attack["attack"] for attack in results["attacks"]] == [SQUARE, CLEAN]
+    assert [method["method"] for method in results["methods"]] == [VBD]
     assert results["seeds"] == [0, 1] and results["left_out"] == {}
     assert results["attacks"][0]["num_poisoned"] == [80, 80] and results["attacks"][1]["num_poisoned"] == [0, 0]
-    assert len(cells(results)) == 6
+    assert len(cells(results)) == 4
     assert "| vbd" in (grid / "table.md").read_text().lower()
     report = (grid / "report.html").read_text()
     assert "python experiments/vbd.py" in report and "Variance-based defense on own" in report
-    names = ["suspects-0000.npz", "suspects-0003.npz"]
+    names = ["suspects-0000.npz", "suspects-0002.npz"]
     assert sorted(path.name for path in (grid / FILES).iterdir()) == names
-    assert not list((grid / "checkpoints").iterdir()), "checkpoints of groups that are done are of no use"
+    assert not list((grid / "checkpoints").iterdir()), "the checkpoints of a finished batch are removed"
 
 
 def test_settings_as_long_as_these_still_make_names_of_files(grid):
@@ -173,7 +131,8 @@ def test_a_repeated_grid_trains_nothing_and_ends_at_the_same_bytes(copied):
     assert not any("poisoning" in name or name.startswith("vbd") for name in log.timings)
 
 
-def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copied):
+@pytest.mark.slow
+def test_a_missing_batch_is_run_again_even_after_an_interruption(copied):
     folder, arguments = copied
     results = (folder / "results.json").read_bytes()
     first, second = sorted((folder / FILES).iterdir())
@@ -187,7 +146,7 @@ def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copie
     run(arguments, log)
     assert (folder / "results.json").read_bytes() == results
     assert first.read_bytes() == untouched
-    assert [name for name in log.timings if "poisoning" in name] == ["suspects-0003: poisoning"]
+    assert [name for name in log.timings if "poisoning" in name] == ["suspects-0002: poisoning"]
     again = dict(np.load(second))
     assert again.keys() == arrays.keys()
     for name in arrays.keys() - {"seconds 0"}:
@@ -196,13 +155,14 @@ def test_a_group_that_is_missing_is_tried_again_even_if_that_is_broken_off(copie
 
 def test_a_damaged_outcome_is_one_line_that_names_it(copied):
     folder, arguments = copied
-    file = folder / FILES / "suspects-0003.npz"
+    file = folder / FILES / "suspects-0002.npz"
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(InputError, match="suspects-0003.npz: is damaged .*; remove it") as error:
+    with pytest.raises(InputError, match="suspects-0002.npz: is damaged .*; remove it") as error:
         run(arguments)
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_path):
     """And detectors that need clean rows are left out where there are none."""
     arguments = [*ENGINE, f"--attacks={SQUARE}", f"--defenses={VBD},scan", "--seeds=2", "--suspects-at-once=1"]
@@ -218,12 +178,14 @@ def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_pa
 
 def test_competitors_get_clean_rows_and_a_network(tmp_path):
     arguments = [f"--attacks={SQUARE},{CLEAN}", "--defenses=scan,agpd", "--seeds=1", "--train-rows=200"]
-    own = ("--dataset=digits", "--preset=quick", "--model=resnet10", f"--output={tmp_path / 'run'}")
-    results = run([*own, *ENGINE, *arguments, "--clean-per-class=5"])
+    start = ("--dataset=digits", "--preset=quick", f"--output={tmp_path / 'run'}")
+    results = run([*start, *ENGINE, *arguments, "--clean-per-class=5"])
     assert {key[:2] for key in cells(results)} == {
         (attack, name) for attack in (SQUARE, CLEAN) for name in ("scan", "agpd")
     }
-    assert results["left_out"] == {} and all(one["auc"] is not None for _, one in cells(results).items() if one["f1"])
+    assert results["left_out"] == {} and all(
+        measured["auc"] is not None for _, measured in cells(results).items() if measured["f1"]
+    )
     assert "clean rows" in results["methods"][0]["needs"]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -240,9 +202,9 @@ def test_competitors_get_clean_rows_and_a_network(tmp_path):
         (["--defenses=scan", "--clean-per-class=1000"], "--clean-per-class 1000: a class of .* has only"),
         (["--defenses=vbd:networks=8-9P"], "networks '8-9P' is not one of"),
         (["--attacks=composite"], "attack composite adds rows"),
-        (["--attacks=label_consistent"], "attack label_consistent needs a network that was trained on clean rows"),
+        (["--attacks=label_consistent"], "attack label_consistent needs a network trained on clean rows"),
         (["--attacks=white_square:opacity=0.0"], "opacity 0"),
-        (["--attacks=none:label_noise=2"], "label_noise 2 is not a share"),
+        (["--attacks=none:label_noise=2"], "label_noise 2 should be a share"),
         (["--suspects-at-once=0"], "--suspects-at-once 0 is not at least 1"),
         (["--study=table9"], "--study 'table9' is not one of grid, table1"),
         (["--study=table1", "--attacks=none"], "--study table1 sets attacks and defenses itself"),
@@ -312,7 +274,13 @@ def test_own_rows_are_audited_and_other_presets_are_refused():
 def test_help_tells_of_studies_and_own_flags(capsys):
     with pytest.raises(SystemExit) as ended:
         vbd.main(["--help"])
-    told = capsys.readouterr().out
+    shown = capsys.readouterr().out
     assert ended.value.code == 0
-    for part in ("VBD: which rows", "grid: table 5", "--clean-per-class", "--suspects-at-once", "--copy-files"):
-        assert part in told
+    for part in (
+        "VBD: find the poisoned rows",
+        "grid: table 5",
+        "--clean-per-class",
+        "--suspects-at-once",
+        "--copy-files",
+    ):
+        assert part in shown

@@ -1,4 +1,4 @@
-"""What came out of a few suspects is read back as it was written."""
+"""The outcome of a batch of suspects is read back as it was written."""
 
 import numpy as np
 import pytest
@@ -39,9 +39,9 @@ def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
     file = write_outcome(RunFolder(tmp_path, True), "outcomes/x.npz", Outcome(comparisons, found))
     read = read_outcome(file, [(plain, 0), (attacked, 1)], variants)
     for before, after in zip(comparisons, read.comparisons, strict=True):
-        assert [one[1:] for one in before.measured] == [one[1:] for one in after.measured]
+        assert [row[1:] for row in before.measured] == [row[1:] for row in after.measured]
         np.testing.assert_array_equal(before.result.scores, after.result.scores)
-    assert [one.suspect.num_covers for one in read.comparisons[0].measured] == [0, 0]
+    assert [row.suspect.num_covers for row in read.comparisons[0].measured] == [0, 0]
     for before, after in zip(found, read.found, strict=True):
         for name, value in before._asdict().items():
             got = getattr(after, name)

@@ -55,8 +55,8 @@ def abm_run(tmp_path_factory) -> pathlib.Path:
 
 def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     results = json.loads((abm_run / "results.json").read_text())
-    assert [one["method"] for one in results["methods"]] == ["none", ABM, "fine_tuning:epochs=1"]
-    assert [one["attack"] for one in results["attacks"]] == ["badnets:poison_rate=0.2", "none"]
+    assert [method["method"] for method in results["methods"]] == ["none", ABM, "fine_tuning:epochs=1"]
+    assert [attack["attack"] for attack in results["attacks"]] == ["badnets:poison_rate=0.2", "none"]
     for name in ("table.md", "report.html", "verification.png", "timings.json"):
         assert (abm_run / name).stat().st_size > 0
     report = (abm_run / "report.html").read_text()
@@ -77,7 +77,7 @@ def test_a_repeated_run_ends_at_the_same_numbers(abm_run, tmp_path):
     assert (folder / "results.json").read_bytes() == (abm_run / "results.json").read_bytes()
 
 
-def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
+def test_third_party_rows_have_no_asr_but_scores(tmp_path):
     data = load_digits((), False).train
     path = tmp_path / "own.npz"
     np.savez(path, images=data.images[:300], labels=data.labels[:300])
@@ -88,7 +88,7 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
     results = poisoned_sets.run(config, lfd.EXPERIMENT, StageLog())
     assert list(results["left_out"]) == ["nad"] and "--clean-data" in results["left_out"]["nad"]
     assert results["attacks"][0]["num_poisoned"] is None
-    assert all(one["asr"]["mean"] is None for one in (cell["summary"] for cell in results["cells"]))
+    assert all(cell["summary"]["asr"]["mean"] is None for cell in results["cells"])
     assert len(list((tmp_path / "run" / "scores").rglob("none.csv"))) == 1
     assert "Ground truth unknown" in (tmp_path / "run" / "report.html").read_text()
 
@@ -104,7 +104,7 @@ def test_rows_of_ones_own_have_no_success_but_scores(tmp_path):
         ({"defenses": "prayer"}, "is not one of none"),
         ({"defenses": "lfd:alpha=2.0"}, "defense lfd: alpha 2.0 is not above 0 and at most 1"),
         ({"model": "transformer"}, "unknown model 'transformer'"),
-        ({"clean_share": 0.01}, "too few"),
+        ({"clean_share": 0.01}, "it should be at least one row for each of the 10 classes"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_one_line(changes, message, tmp_path):

@@ -38,7 +38,7 @@ BADNETS, STUDENT, CHAIN = "badnets:poison_rate=0.2:target=3", "fkd:epochs=1", "f
 
 
 def without_sections(context) -> tuple:
-    """What the report says of feature variances has tests of its own."""
+    """The section on feature variances has separate tests."""
     return ()
 
 
@@ -47,10 +47,10 @@ EXPERIMENT = robust_kd.EXPERIMENT._replace(sections=without_sections)
 
 def tiny(output: pathlib.Path, **changes: Any) -> suspect_models.Config:
     start = robust_kd.preset("quick", "digits")
-    own = {"attacks": f"{BADNETS},none", "defenses": f"{STUDENT},{CHAIN}"}
+    changed = {"attacks": f"{BADNETS},none", "defenses": f"{STUDENT},{CHAIN}"}
     if "teacher" in changes:
-        own["attacks"] = start.attacks
-    return dataclasses.replace(start, output=output, **(TINY | own | changes))
+        changed["attacks"] = start.attacks
+    return dataclasses.replace(start, output=output, **(TINY | changed | changes))
 
 
 def run(config: suspect_models.Config) -> dict[str, Any]:
@@ -75,9 +75,9 @@ def results(folder) -> dict[str, Any]:
 
 class TestARun:
     def test_numbers(self, results):
-        assert [one["method"] for one in results["methods"]] == ["none", STUDENT, CHAIN]
-        assert [one["attack"] for one in results["attacks"]] == [BADNETS, "none"]
-        assert [one["model"] for one in results["methods"]] == ["wrn_10_2 width 2"] * 3
+        assert [method["method"] for method in results["methods"]] == ["none", STUDENT, CHAIN]
+        assert [attack["attack"] for attack in results["attacks"]] == [BADNETS, "none"]
+        assert [method["model"] for method in results["methods"]] == ["wrn_10_2 width 2"] * 3
         for method in ("none", STUDENT, CHAIN):
             attacked, clean = row(results, BADNETS, method), row(results, "none", method)
             assert attacked["asr"] is not None and attacked["control_asr"] is not None
@@ -96,7 +96,7 @@ class TestARun:
         assert "FKD-wrn_10_2" in after and sum(top.startswith("fine-tuning") for top in tops) == 1
         assert sum(top.startswith("FKD-wrn_10_2") for top in tops) == 1
 
-    def test_teachers_and_students_are_handed_over_with_their_trigger(self, folder):
+    def test_teachers_and_students_are_saved_with_their_trigger(self, folder):
         saved = sorted(str(path.parent.relative_to(folder)) for path in folder.glob("models/*/*/about.json"))
         assert len(saved) == 4 and len(list(folder.glob("teachers/*/about.json"))) == 2
         triggers = sorted(path.parent.name for path in folder.rglob("triggers.npz"))
@@ -110,11 +110,11 @@ class TestARun:
         assert (again / "results.json").read_bytes() == (folder / "results.json").read_bytes()
 
 
-class TestATeacherOfOnesOwn:
+class TestAThirdPartyTeacher:
     def test_a_run_s_teacher_is_the_same_suspect(self, folder, results, tmp_path):
         place = folder / "teachers" / "badnets-poison_rate=0.2-target=3"
         found = run(tiny(tmp_path / "run", teacher=place, target=3, seeds=1, defenses="none"))
-        assert [one["attack"] for one in found["attacks"]] == ["teacher", "none"]
+        assert [attack["attack"] for attack in found["attacks"]] == ["teacher", "none"]
         assert found["attacks"][0]["title"] == "your teacher (BadNets)"
         own, before = row(found, "teacher", "none"), row(results, BADNETS, "none")
         assert (own["cda"], own["asr"], own["r_acc"]) == (before["cda"], before["asr"], before["r_acc"])
@@ -127,7 +127,7 @@ class TestATeacherOfOnesOwn:
         )
         (place / "triggers.npz").unlink()
         found = run(tiny(tmp_path / "run", teacher=place, seeds=1, defenses=STUDENT))
-        assert [one["title"] for one in found["attacks"]] == ["your teacher"]
+        assert [attack["title"] for attack in found["attacks"]] == ["your teacher"]
         assert row(found, "teacher", "none")["cda"] == row(results, BADNETS, STUDENT)["cda"]
         assert row(found, "teacher", STUDENT)["asr"] is None
         assert not (tmp_path / "run" / "checkpoints" / "clean-teachers").exists()
@@ -164,9 +164,9 @@ class TestATeacherOfOnesOwn:
         ({"study": "form", "attacks": "none"}, "sets attacks and defenses itself"),
         ({"clean_share": 0.0}, "--clean-share 0.0 is not above 0"),
         ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
-        ({"clean_share": 0.02}, "too few"),
+        ({"clean_share": 0.02}, "it should be at least one row for each of the 10 classes"),
         ({"fine_tuning_epochs": 0}, "--fine-tuning-epochs 0 is not at least 1"),
-        ({"attacks": "nobody"}, "'nobody' is not one of"),
+        ({"attacks": "unknown"}, "'unknown' is not one of"),
         ({"attacks": "none:label_noise=0.1"}, "label_noise applies to training sets only"),
         ({"defenses": "prayer"}, "'prayer' is not one of"),
         (
@@ -214,7 +214,7 @@ class TestMethods:
     def test_all_are_those_that_a_model_can_be_put_before(self, tmp_path):
         config = tiny(tmp_path, defenses="all")
         variants, left_out = suspect_models.read_methods(config, ["none", "fkd", "abl", "fine_tuning"])
-        assert [one.name for one in variants] == ["none", "fkd", "fine_tuning"] and list(left_out) == ["abl"]
+        assert [variant.name for variant in variants] == ["none", "fkd", "fine_tuning"] and list(left_out) == ["abl"]
         assert variants[0].title == "teacher itself" and variants[0].defense.needs == ("attacked model",)
 
     def test_the_run_s_student_is_every_method_s(self, tmp_path):
