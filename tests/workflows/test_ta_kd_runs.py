@@ -168,6 +168,7 @@ def test_the_tables_and_the_report_name_every_role(finished):
     assert str(finished.folder) not in page
 
 
+@pytest.mark.slow
 def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(finished.folder, again)
@@ -235,22 +236,33 @@ def teachers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
     return find(results, reporting.ATTACK, "teachers")["by_seed"][0]["members"]
 
 
-def test_third_party_teachers_with_and_without_their_triggers(finished, tmp_path):
+@pytest.fixture(scope="module")
+def third_party(finished, tmp_path_factory) -> Finished:
+    """A run with the first seed's teachers of `finished`, whose triggers are known."""
+    folder = tmp_path_factory.mktemp("runs") / "known"
+    run(tiny(folder, teachers=finished.folder / "teachers" / "seed-0", seeds=1))
+    return Finished(folder, json.loads((folder / "results.json").read_text()))
+
+
+def test_third_party_teachers_with_their_triggers(finished, third_party):
+    results = third_party.results
+    assert [method["method"] for method in results["methods"]] == [role for role in ROLES if role != "clean"]
+    assert results["attacks"][0]["triggers"] == finished.results["attacks"][0]["triggers"][:1]
+    # They are the teachers of that run, so their numbers are the same.
+    for teacher, original in zip(teachers_of(results), teachers_of(finished.results), strict=True):
+        assert all(math.isclose(teacher[name], original[name], abs_tol=0.02) for name in ("cda", "asr", "r_acc"))
+    assert not (third_party.folder / "teachers").exists()
+
+
+@pytest.mark.slow
+def test_third_party_teachers_without_their_triggers(finished, third_party, tmp_path):
     folder = tmp_path / "third party"
     shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
-    known = run(tiny(tmp_path / "known", teachers=folder, seeds=1))
-    assert [method["method"] for method in known["methods"]] == [role for role in ROLES if role != "clean"]
-    assert known["attacks"][0]["triggers"] == finished.results["attacks"][0]["triggers"][:1]
-    # They are the teachers of that run, so their numbers are the same.
-    for mine, theirs in zip(teachers_of(known), teachers_of(finished.results), strict=True):
-        assert all(math.isclose(mine[name], theirs[name], abs_tol=0.02) for name in ("cda", "asr", "r_acc"))
-    assert not (tmp_path / "known" / "teachers").exists()
-
     (folder / "triggers.npz").unlink()
     run(tiny(tmp_path / "unknown", teachers=folder, seeds=1))
     unknown = json.loads((tmp_path / "unknown" / "results.json").read_text())
     assert unknown["attacks"][0]["triggers"] == [None] and unknown["cross_trigger"] == [None]
-    for cell, with_triggers in zip(unknown["cells"], known["cells"], strict=True):
+    for cell, with_triggers in zip(unknown["cells"], third_party.results["cells"], strict=True):
         assert cell["summary"]["asr"]["mean"] is None and cell["summary"]["r_acc"]["mean"] is None
         # The defense does not use the triggers.
         assert cell["method"] == with_triggers["method"]
@@ -259,6 +271,7 @@ def test_third_party_teachers_with_and_without_their_triggers(finished, tmp_path
     assert not (tmp_path / "unknown" / "triggers.png").exists()
 
 
+@pytest.mark.slow
 def test_python_functions_as_teachers(tmp_path):
     calls = []
 
