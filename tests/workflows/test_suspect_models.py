@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ TINY: dict[str, Any] = {
     "epochs": 2,
     "fine_tuning_epochs": 1,
     "layout": "map",
-    "lowering": "shifted",
+    "lowering": "native",
 }
 BADNETS, STUDENT, CHAIN = "badnets:poison_rate=0.2:target=3", "fkd:epochs=1", "fine_tuning:epochs=1+fkd:epochs=1"
 
@@ -59,6 +60,14 @@ def run(config: suspect_models.Config) -> dict[str, Any]:
 
 def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dict[str, Any]:
     return schema.find(results, attack, method)["by_seed"][seed]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Compiling takes longer than running here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
