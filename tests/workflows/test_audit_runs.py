@@ -112,7 +112,7 @@ def known(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize("defense", ["spectral_signatures", "abl:isolate=oracle"])
+@pytest.mark.parametrize("defense", ["spectral_signatures", pytest.param("abl:isolate=oracle", marks=pytest.mark.slow)])
 def test_an_audit_by_another_detector_has_its_flags_and_nothing_of_vbd(known, tmp_path, defense):
     folder, before = tmp_path / "run", hashlib.sha256(known.read_bytes()).hexdigest()
     results = run([*ENGINE, f"--dataset={known}", f"--output={folder}", f"--defenses={defense}"])
