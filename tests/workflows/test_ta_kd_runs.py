@@ -176,7 +176,7 @@ def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsy
     assert json.loads(json.dumps(results)) == finished.results
     assert (again / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
     assert (again / "table.md").read_bytes() == (finished.folder / "table.md").read_bytes()
-    assert capsys.readouterr().out.count("done before") == 4
+    assert capsys.readouterr().out.count("restored from checkpoint") == 4
 
 
 def test_other_settings_are_not_mixed_in(finished):
@@ -219,7 +219,7 @@ def test_a_run_that_is_killed_three_times_ends_at_the_same_numbers(tmp_path):
     last = begin("killed")
     output, said = last.communicate()
     assert last.returncode == 0, said
-    assert output.count("done before") == 3
+    assert output.count("restored from checkpoint") == 3
 
     for name in ("results.json", "table.md"):
         assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
@@ -345,7 +345,7 @@ def test_settings_out_of_range(tmp_path, changes, message):
     [
         ({"dataset": "no/such/folder"}, "no such file or folder"),
         ({"teacher_model": "vgg"}, "unknown model 'vgg'"),
-        ({"target": 10}, "--target 10 is not a class of digits: the classes are 0 to 9"),
+        ({"target": 10}, "--target 10 is not a class of digits; the classes are 0 to 9"),
         ({"target": -1}, "--target -1 is not a class of digits"),
         ({"poison_rate": 0.001}, "is less than one row"),
         ({"poison_rate": 0.999}, "may be poisoned"),
