@@ -345,7 +345,7 @@ def test_settings_out_of_range(tmp_path, changes, message):
     [
         ({"dataset": "no/such/folder"}, "no such file or folder"),
         ({"teacher_model": "vgg"}, "unknown model 'vgg'"),
-        ({"target": 10}, "--target 10 is not a class of digits; the classes are 0 to 9"),
+        ({"target": 10}, "--target 10 is not a class of digits; classes are 0 to 9"),
         ({"target": -1}, "--target -1 is not a class of digits"),
         ({"poison_rate": 0.001}, "is less than one row"),
         ({"poison_rate": 0.999}, "may be poisoned"),
