@@ -368,7 +368,7 @@ def test_what_was_not_copied_is_named(tmp_path, undrawn):
     write(tmp_path, dozen(files=tuple(f"train/ant/{row:02}\udce4.png" for row in range(DOZEN))), cleaned=copied)
     page = (tmp_path / "report.html").read_bytes()
     assert page.decode("utf-8") and b"\\udce4" not in page
-    assert b"Not copied: train/ant/00.png (another file" in page and b"cleaned/ant/old.png" in page
+    assert b"Not copied: train/ant/00.png (a different file" in page and b"cleaned/ant/old.png" in page
 
 
 def test_truth_has_a_part_of_its_own(tmp_path, undrawn):
