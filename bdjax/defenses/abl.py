@@ -1,23 +1,23 @@
-"""Anti-Backdoor Learning (ABL, Li et al. 2021): isolate what is learnt suspiciously fast, then unlearn it.
+"""Anti-Backdoor Learning (ABL, Li et al. 2021): isolate the rows that are learned suspiciously fast, then unlearn them.
 
-Rows with a trigger reach a low loss within the first epochs. Four steps, of one network:
+Rows with a trigger reach a low loss within the first epochs. One network goes through four steps:
 
-1. Isolate. A few epochs of local gradient ascent (LGA) or flooding, which keep the mean loss of a batch near a
-   threshold gamma: sign(mean - gamma) mean, or |mean - gamma| + gamma. A batch of easy rows is climbed out of again, and
-   only the rows that are easiest of all, the poisons, stay low.
+1. Isolate. A few epochs of local gradient ascent (LGA) or flooding keep the mean loss of a batch near a threshold gamma:
+   sign(mean - gamma) mean, or |mean - gamma| + gamma. The loss of easy batches is raised again, and only the easiest rows,
+   the poisons, stay low.
 2. Rank the rows by their cross-entropy, un-augmented, and isolate the lowest share.
-3. Go on with plain training on the rest, for the clean accuracy.
-4. Unlearn: climb the loss of the isolated rows (the authors' code), or minimise CE(rest) - CE(isolated), global gradient
+3. Continue with ordinary training on the rest, for the clean accuracy.
+4. Unlearn: raise the loss of the isolated rows (the authors' code), or minimise CE(rest) - CE(isolated), global gradient
    ascent (GGA, the paper).
 
-The sign is that of the *batch's* mean, not of each row's loss, so the batch must not be small: 64 rows or more. Both losses
-have one gradient, sign(mean - gamma) times the mean's, and differ in what a progress bar shows. The authors' loop of 5
-unlearning epochs spends the first on a measurement and unlearns in 4; here 5 are 5. Ascent comes to no end of its own: a
-long step 4 destroys the network, unless `loss_cap`, which is not the authors', ends it. The share is isolated whether or
-not anything is poisoned, which costs a clean training set its accuracy; LfD's and ABM's authors report 73 % and 46 % on
-clean CIFAR-10.
+The sign is that of the *batch's* mean, not of each row's loss, so batches should have 64 rows or more. Both losses have the
+same gradient, sign(mean - gamma) times that of the mean, and differ only in the value on the progress bar. In the authors'
+code the first of 5 unlearning epochs only measures, so that 4 unlearn; here all 5 do. Ascent has no end point: a long step 4
+destroys the network unless `loss_cap`, which is not in the authors' code, stops it. The share is isolated whether or not
+anything is poisoned, which costs accuracy on a clean training set: LfD's and ABM's authors report 73 % and 46 % on clean
+CIFAR-10.
 
-The authors' settings have relatives: BackdoorBench trains 20, 60 and 20 epochs at rates 0.01, 0.01 and 0.0001 with batches
+Others use different settings: BackdoorBench trains 20, 60 and 20 epochs at rates 0.01, 0.01 and 0.0001 with batches
 of 256; LfD's authors 20, 60 and 20, unlearning at 0.0001; ABM's 10, 40 and 20.
 """
 
@@ -48,41 +48,47 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class ABLSettings:
-    """The authors' public code, for CIFAR-10."""
+    """The values of the authors' public code for CIFAR-10."""
 
     loss: str = "lga"
-    """step 1: "lga" or "flooding" """
+    """loss of step 1: "lga" or "flooding" """
     threshold: float = 0.5
-    """gamma, in nats"""
+    """gamma, the mean loss of a batch in step 1, in nats"""
     isolation_epochs: int = 10
+    """epochs of step 1"""
     isolation_learning_rate: float = 0.1
+    """learning rate of step 1"""
     isolate: str = "rate"
-    """step 2: "rate"; or "oracle", as many rows as there are poisons, which no defender knows"""
+    """number of rows isolated in step 2: "rate", a fixed share; or "oracle", the number of poisons, which no defender knows"""
     isolation_rate: float = 0.01
-    """share of the rows"""
+    """share of the rows that is isolated"""
     rest_epochs: int = 60
-    """step 3; 0 leaves it out"""
+    """epochs of step 3; 0 skips it"""
     rest_learning_rate: float = 0.1
+    """initial learning rate of step 3"""
     rest_steps: tuple[tuple[int, float], ...] = ((40, 0.01),)
-    """(epoch, learning rate from it on)"""
+    """(epoch, learning rate from that epoch on) of step 3"""
     unlearning: str = "isolated"
-    """step 4: "isolated", their loss alone, as the code; "paper", CE(rest) - CE(isolated)"""
+    """loss of step 4: "isolated", -CE(isolated), as in the code; "paper", CE(rest) - CE(isolated)"""
     unlearning_epochs: int = 5
-    """0 leaves it out"""
+    """epochs of step 4; 0 skips it"""
     unlearning_learning_rate: float = 5e-4
+    """learning rate of step 4"""
     loss_cap: float = 0.0
-    """of an isolated row's loss, above which it is no longer raised; 0 for none"""
+    """step 4 no longer raises an isolated row's loss above this, in nats; 0 for no cap"""
     optimiser: str = "sgd"
-    """with Nesterov's momentum of 0.9; or "adam" """
+    """"sgd", with Nesterov momentum 0.9, or "adam" """
     weight_decay: float = 1e-4
+    """L2 penalty on every parameter"""
     batch_size: int = 128
+    """rows in a step"""
 
 
 def check(settings: ABLSettings) -> None:
-    """Refuse settings that cannot be.
+    """Validate the settings.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     check_values(
         "defense abl",
@@ -94,8 +100,8 @@ def check(settings: ABLSettings) -> None:
     )
 
 
-def held_at(loss: str, row_losses: Array, threshold: float) -> Array:
-    """LGA's or flooding's loss, as one value per row whose mean is the batch's.
+def isolation_losses(loss: str, row_losses: Array, threshold: float) -> Array:
+    """The LGA or flooding loss of a batch, split into one value per row whose mean is the batch's loss.
 
     Args:
         loss: "lga", sign(mean - threshold) mean; or "flooding", |mean - threshold| + threshold.
@@ -110,24 +116,25 @@ def held_at(loss: str, row_losses: Array, threshold: float) -> Array:
 
 
 @cache
-def held_cross_entropy(model: Model, loss: str, threshold: float) -> Objective:
-    """Step 1's objective: cross-entropy whose mean over the batch is kept near the threshold; see `held_at`."""
+def isolation_objective(model: Model, loss: str, threshold: float) -> Objective:
+    """Step 1's objective: cross-entropy whose mean over the batch is kept near the threshold; see `isolation_losses`."""
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
         output = model.apply({**variables, "params": params}, images, train=True)
-        held = held_at(loss, losses.cross_entropy(output.logits, targets["labels"]), threshold)
-        return Outcome(held, output.logits, targets["labels"], output.variables)
+        row_losses = losses.cross_entropy(output.logits, targets["labels"])
+        per_row = isolation_losses(loss, row_losses, threshold)
+        return Outcome(per_row, output.logits, targets["labels"], output.variables)
 
     return objective
 
 
-def lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Flag each member's rows of the lowest loss; of equal ones the first.
+def flag_lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Flag each member's rows with the lowest loss; among equal losses the first rows.
 
     Args:
         row_losses: float32 [M, n].
-        counts: int [M], how many, in 0..n.
+        counts: int [M], the number of rows to flag, in 0..n.
 
     Returns:
         bool [M, n].
@@ -137,23 +144,24 @@ def lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray, kind: str) -> Rows:
-    """Step 4's rows with weights, of which weight times cross-entropy is minimised on average.
+    """The rows of step 4 with weights; step 4 minimises the mean of weight times cross-entropy.
 
     Args:
         index, labels: int32 [M, n].
         isolated: bool [M, n].
-        kind: "isolated", minus the mean over the isolated rows, and no other row is seen; or "paper", the mean over the rest
-            minus the mean over the isolated rows.
+        kind: "isolated", only the isolated rows, for minus their mean loss; or "paper", all rows, for the mean loss of the rest
+            minus the mean loss of the isolated rows.
 
     Returns:
-        Leaves [M, n'], n' the most rows isolated of a member (the others see theirs more than once) or n.
+        Leaves [M, n'], where n' is n, or for "isolated" the largest number of isolated rows of a member (members with fewer
+        see theirs more than once).
     """
     if kind == "isolated":
         chosen = kept_rows(~isolated, np.random.default_rng(0))
-        index, labels, isolated = (np.take_along_axis(each, chosen, axis=1) for each in (index, labels, isolated))
+        index, labels, isolated = (np.take_along_axis(array, chosen, axis=1) for array in (index, labels, isolated))
         weight = -isolated.astype(np.float32)
     else:
-        # Each mean over its own rows: per row of the whole, the few isolated ones count for more.
+        # The engine averages over all n rows, and each of the two means is over its own rows only.
         size, count = isolated.shape[1], isolated.sum(axis=1, keepdims=True)
         weight = np.where(isolated, -size / np.maximum(count, 1), size / np.maximum(size - count, 1))
     rows = labelled(index, labels)
@@ -180,7 +188,7 @@ def _counts(inputs: DefenseInput, settings: ABLSettings) -> np.ndarray:
     if settings.isolate == "oracle":
         if inputs.num_poisons is None:
             raise InputError(
-                "defense abl: isolate=oracle needs the number of poisons, which nobody knows of these rows"
+                "defense abl: isolate=oracle needs the number of poisons, which is unknown for these rows: take isolate=rate"
             )
         return np.asarray(inputs.num_poisons)
     num_members, num_rows = inputs.index.shape
@@ -188,16 +196,16 @@ def _counts(inputs: DefenseInput, settings: ABLSettings) -> np.ndarray:
 
 
 class Isolated(NamedTuple):
-    """What steps 1 and 2 leave."""
+    """The result of steps 1 and 2."""
 
     stage: str
-    """what was trained so far, for the names of the next stages"""
+    """the stage's name, with which the names of the next stages begin"""
     nets: Nets
-    """after step 1"""
+    """the networks after step 1"""
     row_losses: np.ndarray
-    """float32 [M, n]"""
+    """float32 [M, n]: the cross-entropy of step 2"""
     flags: np.ndarray
-    """bool [M, n]"""
+    """bool [M, n]: the isolated rows"""
 
 
 def _isolate(inputs: DefenseInput, settings: ABLSettings) -> Isolated:
@@ -207,11 +215,11 @@ def _isolate(inputs: DefenseInput, settings: ABLSettings) -> Isolated:
         f"abl: {settings.loss} {settings.threshold}, {settings.isolation_epochs} epochs at"
         f" {settings.isolation_learning_rate}, {settings.optimiser} {settings.weight_decay}, batch {settings.batch_size}"
     )
-    held = held_cross_entropy(model, settings.loss, settings.threshold)
-    first = _config(inputs, settings, settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
-    nets = inputs.train(stage, model, first, rows, objective=held)
+    objective = isolation_objective(model, settings.loss, settings.threshold)
+    config = _config(inputs, settings, settings.isolation_epochs, settings.isolation_learning_rate, augmentation="none")
+    nets = inputs.train(stage, model, config, rows, objective=objective)
     row_losses = inputs.losses(model, nets.variables, rows)
-    flags = lowest(row_losses, _counts(inputs, settings))
+    flags = flag_lowest(row_losses, _counts(inputs, settings))
     stage += "; oracle" if settings.isolate == "oracle" else f"; {settings.isolation_rate}"
     return Isolated(stage, nets, row_losses, flags)
 
@@ -221,19 +229,19 @@ def _detection(inputs: DefenseInput, found: Isolated) -> Detection:
 
 
 def detect(inputs: DefenseInput, settings: ABLSettings) -> Detection:
-    """Steps 1 and 2: `flags` are the isolated rows, and `scores` minus the losses of step 2.
+    """Steps 1 and 2: `flags` are the isolated rows, and `scores` are minus the losses of step 2.
 
     Raises:
-        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
+        InputError: a setting is invalid, or the number of poisons is needed and unknown.
     """
     return _detection(inputs, _isolate(inputs, settings))
 
 
 def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
-    """Isolate as `detect` does, train on the rest, unlearn.
+    """Isolate as `detect` does, train on the rest, and unlearn.
 
     Raises:
-        InputError: a setting that cannot be, or the number of poisons is asked for and not known.
+        InputError: a setting is invalid, or the number of poisons is needed and unknown.
     """
     found = _isolate(inputs, settings)
     stage, nets, isolated = found.stage, found.nets, found.flags
@@ -241,10 +249,10 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
 
     if settings.rest_epochs:
         kept = kept_rows(isolated, np.random.default_rng(0))
-        rest = labelled(*(np.take_along_axis(each, kept, axis=1) for each in (inputs.index, inputs.labels)))
+        rest = labelled(*(np.take_along_axis(array, kept, axis=1) for array in (inputs.index, inputs.labels)))
         stage += f"; rest {settings.rest_epochs} epochs at {settings.rest_learning_rate} {settings.rest_steps}"
-        then = config(settings.rest_epochs, settings.rest_learning_rate, steps=settings.rest_steps)
-        nets = inputs.train(stage, model, then, rest, variables=nets.variables)
+        rest_config = config(settings.rest_epochs, settings.rest_learning_rate, steps=settings.rest_steps)
+        nets = inputs.train(stage, model, rest_config, rest, variables=nets.variables)
 
     variables = nets.variables
     if settings.unlearning_epochs and isolated.any():
@@ -252,12 +260,14 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
             f"; {settings.unlearning} {settings.unlearning_epochs} epochs at {settings.unlearning_learning_rate}"
             f" up to {settings.loss_cap}"
         )
-        last = config(settings.unlearning_epochs, settings.unlearning_learning_rate, augmentation="none")
-        own = unlearning_rows(inputs.index, inputs.labels, isolated, settings.unlearning)
-        unlearnt = inputs.train(stage, model, last, own, variables=variables, loss_cap=settings.loss_cap).variables
-        # Who isolated nothing has nothing to unlearn; the engine moved its statistics all the same.
-        variables = jax.vmap(lambda some, *trees: jax.tree.map(partial(jnp.where, some), *trees))(
-            jnp.asarray(isolated.any(axis=1)), unlearnt, variables
+        unlearning_config = config(settings.unlearning_epochs, settings.unlearning_learning_rate, augmentation="none")
+        rows = unlearning_rows(inputs.index, inputs.labels, isolated, settings.unlearning)
+        unlearned = inputs.train(
+            stage, model, unlearning_config, rows, variables=variables, loss_cap=settings.loss_cap
+        ).variables
+        # Members without isolated rows keep their variables: the engine updated their running statistics all the same.
+        variables = jax.vmap(lambda has_rows, *trees: jax.tree.map(partial(jnp.where, has_rows), *trees))(
+            jnp.asarray(isolated.any(axis=1)), unlearned, variables
         )
 
     detected = _detection(inputs, found)
@@ -265,17 +275,19 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
 
 
 def _facts(inputs: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:
-    """What a reader wants to know of step 2: float [M] each; a mean of nothing is 0."""
+    """Facts about step 2, float [M] each; a mean over no rows is 0."""
 
     def mean(which: np.ndarray) -> np.ndarray:
         return (row_losses * which).sum(axis=1) / np.maximum(which.sum(axis=1), 1)
 
-    counts = [np.bincount(labels[own], minlength=1) for labels, own in zip(inputs.labels, isolated, strict=True)]
+    class_counts = [
+        np.bincount(labels[rows], minlength=1) for labels, rows in zip(inputs.labels, isolated, strict=True)
+    ]
     return {
         "rows isolated": isolated.sum(axis=1).astype(float),
         "mean loss of isolated rows": mean(isolated),
         "mean loss of other rows": mean(~isolated),
-        "isolated rows of one class": np.array([own.max() / max(own.sum(), 1) for own in counts]),
+        "isolated rows of one class": np.array([counts.max() / max(counts.sum(), 1) for counts in class_counts]),
     }
 
 
@@ -298,7 +310,7 @@ ABL = Defense(
             "rest_epochs": 15,
             "rest_learning_rate": 0.01,
             "rest_steps": ((10, 1e-3),),
-            # So that the few isolated rows of a small set are not alone in the batches that set running statistics.
+            # A small set has few isolated rows, which should not set the running statistics alone.
             "unlearning": "paper",
             "unlearning_learning_rate": 3e-3,
             "loss_cap": 5.0,

@@ -1,18 +1,18 @@
-"""ABM: the Anti-Backdoor Model, whose answer is subtracted from the attacked network's (Chen et al. 2024, TIFS).
+"""ABM: the Anti-Backdoor Model, whose output is subtracted from the attacked network's (Chen et al. 2024, TIFS).
 
 1. NBAB isolates a few rows that are mostly poisoned (`nbab.py`).
-2. The teacher is the attacked network itself, trained plainly on all rows and left as it is.
-3. The student is trained by the teacher's answers on the isolated rows alone: too few to learn the task from, enough
-   to learn the backdoor.
-4. What is served is (equation 4)
+2. The teacher is the attacked network itself, trained on all rows without a defense and left unchanged.
+3. The student is trained on the teacher's outputs for the isolated rows alone: too few to learn the task from, enough to learn
+   the backdoor.
+4. The defended model is (equation 4)
 
        f_t(x) - delta relu(f_s(x) - gamma A)
 
-   where A_k is the teacher's mean logit of class k over the rows of that label. The student speaks up only where it is
-   surer than the teacher is on average of that class: where it sees the trigger.
+   where A_k is the teacher's mean logit of class k over the rows with that label. The student changes a logit only where its
+   own exceeds the teacher's average for that class: where it sees the trigger.
 
-The paper does not define the distillation's distance (here the mean square of logits, since logits are subtracted), nor
-whether A is one number or one for each class (here the latter: a mean over all rows and classes is near 0).
+The paper does not define the distillation's distance (here the mean square difference of logits, since logits are subtracted),
+nor whether A is a single number or one for each class (here one for each class: the mean over all rows and classes is near 0).
 """
 
 from dataclasses import dataclass
@@ -38,31 +38,37 @@ Average = Literal["label", "prediction", "scalar"]
 
 @dataclass(frozen=True)
 class AbmSettings(NbabSettings):
-    """The paper's values for CIFAR-10 (section V-A); the first ones are NBAB's."""
+    """The paper's values for CIFAR-10 (section V-A), in addition to NBAB's."""
 
     rank: str = "suspicious"
-    """in what order rows are isolated: see `bdjax.defenses.nbab.suspicion`"""
+    """score by which rows are isolated: see `bdjax.defenses.nbab.suspicion`"""
     isolation_rate: float = 0.01
     """share of all rows that the student is trained on"""
     student: str = ""
-    """another network; "" for the teacher's own"""
+    """the student's architecture; "" for the teacher's"""
     student_epochs: int = 20
+    """epochs on the isolated rows"""
     student_optimiser: str = "sgd"
+    """"sgd" or "adam" """
     student_learning_rate: float = 0.01
+    """the student's learning rate, constant"""
     distance: str = "logits"
-    """mean square of logits; "kl"; "hard": labels instead of the teacher (section V-D)"""
+    """distance from the teacher: "logits", mean square difference of logits; "kl"; "hard", cross-entropy with the labels
+    instead (section V-D)"""
     average: str = "label"
-    """over what A is taken: rows of a given label, of a predicted one, or one number for all"""
+    """rows over which A_k is averaged: "label", those labelled k; "prediction", those predicted as k; "scalar", the mean of
+    "label" over the classes, one number for all"""
     gamma: float = 0.8
-    """1 on the ImageNet subset"""
+    """share of A that the student's logit must exceed; 1 on the ImageNet subset"""
     delta: float = 2.5
+    """factor of the subtracted logits; larger removes more of the backdoor and of the accuracy"""
 
 
 def check(settings: AbmSettings) -> None:
-    """Refuse settings that cannot be.
+    """Validate the settings.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     check_planting("defense abm", settings)
     check_values(
@@ -82,14 +88,14 @@ def check(settings: AbmSettings) -> None:
 
 
 def corrected(teacher: Array, student: Array, average: Array, *, gamma: float | Array, delta: float | Array) -> Array:
-    """What ABM answers (equation 4).
+    """The logits of ABM (equation 4).
 
     Args:
         teacher: float32 [N, K], the attacked network's logits.
-        student: float32 [N, K], the external network's.
+        student: float32 [N, K], the student's logits.
         average: float32 [K] or [], A.
-        gamma: how much of A the student must exceed.
-        delta: how strongly it is subtracted.
+        gamma: share of A that the student's logit must exceed.
+        delta: factor of what is subtracted.
 
     Returns:
         float32 [N, K].
@@ -99,9 +105,9 @@ def corrected(teacher: Array, student: Array, average: Array, *, gamma: float | 
 
 @cache
 def defended_model(teacher: Model, student: Model) -> Model:
-    """Both networks as one, to be served: variables {"teacher", "student", "average", "gamma", "delta"}.
+    """Teacher and student as one model with variables {"teacher", "student", "average", "gamma", "delta"}.
 
-    Taps are the teacher's. It is not trained any more: `train=True` is refused, and there is nothing to initialise.
+    Its taps are the teacher's. It cannot be trained: `apply` refuses `train=True`.
     """
 
     def init(key: Key, image_shape: tuple[int, int, int]) -> PyTree:
@@ -116,45 +122,46 @@ def defended_model(teacher: Model, student: Model) -> Model:
     def apply(variables: PyTree, images: Array, *, train: bool, edits=None) -> ModelOutput:
         if train:
             raise ValueError(
-                "an anti-backdoor model is put together from two trained networks; it is not trained itself"
+                "an anti-backdoor model combines two trained networks and cannot be trained: pass train=False"
             )
-        told = teacher.apply(variables["teacher"], images, train=False, edits=edits)
-        subtracted = student.apply(variables["student"], images, train=False).logits
-        how = {name: variables[name] for name in ("gamma", "delta")}
-        return ModelOutput(corrected(told.logits, subtracted, variables["average"], **how), told.features, variables)
+        teacher_output = teacher.apply(variables["teacher"], images, train=False, edits=edits)
+        student_logits = student.apply(variables["student"], images, train=False).logits
+        gamma, delta = variables["gamma"], variables["delta"]
+        logits = corrected(teacher_output.logits, student_logits, variables["average"], gamma=gamma, delta=delta)
+        return ModelOutput(logits, teacher_output.features, variables)
 
     return Model(init, apply, teacher.num_classes, f"{teacher.description}, corrected by {student.description}")
 
 
-def average_activation(logits: np.ndarray, labels: np.ndarray, num_classes: int, how: str) -> np.ndarray:
-    """A (section IV-B): how high the teacher's logit of a class stands on rows of that class.
+def average_activation(logits: np.ndarray, labels: np.ndarray, num_classes: int, average: str) -> np.ndarray:
+    """A (section IV-B): the teacher's mean logit of each class over rows of that class.
 
     Args:
-        logits: float [n, K], the teacher's, of all training rows.
-        labels: int [n], as given.
+        logits: float [n, K], the teacher's logits of all training rows.
+        labels: int [n], the labels of the training set.
         num_classes: K.
-        how: a value of `Average`: "label" and "prediction" say whose rows a class's are; "scalar" is the mean of "label"'s.
+        average: a value of `Average`: see `AbmSettings.average`.
 
     Returns:
-        float32 [K]; a class without rows gets the highest of the others, so that the student is silent on it.
+        float32 [K]; a class without rows gets the largest mean of the others, so that the student hardly affects it.
 
     Raises:
-        ValueError: if `how` is not known.
+        ValueError: `average` is not a value of `Average`.
     """
-    if how not in Average.__args__:
-        raise ValueError(f"average {how!r} is not one of {', '.join(Average.__args__)}")
-    own = np.argmax(logits, 1) if how == "prediction" else labels
-    means = np.array([logits[own == k, k].mean() if np.any(own == k) else np.nan for k in range(num_classes)])
+    if average not in Average.__args__:
+        raise ValueError(f"average {average!r} is not one of {', '.join(Average.__args__)}")
+    classes = np.argmax(logits, 1) if average == "prediction" else labels
+    means = np.array([logits[classes == k, k].mean() if np.any(classes == k) else np.nan for k in range(num_classes)])
     means = np.where(np.isnan(means), np.nanmax(means), means)
-    return np.full(num_classes, means.mean() if how == "scalar" else means, np.float32)
+    return np.full(num_classes, means.mean() if average == "scalar" else means, np.float32)
 
 
 @cache
 def imitation(teacher: Model, student: Model, distance: str) -> Objective:
-    """Equation 3: the student's distance from the frozen teacher in variables["teacher"], on the same (augmented) images.
+    """Equation 3: the student's distance from the frozen teacher in variables["teacher"], on the same images.
 
     Raises:
-        ValueError: if the distance is not known.
+        ValueError: `distance` is not a value of `Distance`.
     """
     if distance not in Distance.__args__:
         raise ValueError(f"distance {distance!r} is not one of {', '.join(Distance.__args__)}")
@@ -162,13 +169,13 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
         frozen = variables["teacher"]
-        own = {name: value for name, value in variables.items() if name != "teacher"}
-        output = student.apply({**own, "params": params}, images, train=True)
-        told = teacher.apply(frozen, images, train=False).logits
+        student_variables = {name: value for name, value in variables.items() if name != "teacher"}
+        output = student.apply({**student_variables, "params": params}, images, train=True)
+        teacher_logits = teacher.apply(frozen, images, train=False).logits
         if distance == "logits":
-            loss = jnp.mean(jnp.square(output.logits - told), axis=1)
+            loss = jnp.mean(jnp.square(output.logits - teacher_logits), axis=1)
         elif distance == "kl":
-            loss = losses.kl_divergence(jax.nn.log_softmax(told), jax.nn.log_softmax(output.logits))
+            loss = losses.kl_divergence(jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(output.logits))
         else:
             loss = losses.cross_entropy(output.logits, targets["labels"])
         return Outcome(loss, output.logits, targets["labels"], {**output.variables, "teacher": frozen})
@@ -177,15 +184,15 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
 
 
 def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
-    """The external network: trained on the isolated rows alone.
+    """Train the student on the isolated rows alone.
 
     Args:
         inputs: the suspects.
-        flags: bool [M, n], the isolated rows, equally many of each.
-        settings: of the student; those of NBAB, which the rows depend on, name the stage.
+        flags: bool [M, n], the isolated rows, the same number for each suspect.
+        settings: of the student; NBAB's, on which the rows depend, are part of the stage's name.
     """
-    rows = np.stack([np.flatnonzero(own) for own in flags])
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
+    rows = np.stack([np.flatnonzero(member_flags) for member_flags in flags])
+    index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
     teacher, student = inputs.attacked.model, inputs.make_model(settings.student or None)
     config = inputs.config(
         epochs=settings.student_epochs,
@@ -195,8 +202,8 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
         schedule="constant",
         augmentation="none",
     )
-    later = ("average", "gamma", "delta")
-    stage = f"abm student {fingerprint(**{k: v for k, v in vars(settings).items() if k not in later})}"
+    unused_in_training = ("average", "gamma", "delta")
+    stage = f"abm student {fingerprint(**{k: v for k, v in vars(settings).items() if k not in unused_in_training})}"
     start = {**inputs.begin(stage, student), "teacher": inputs.attacked.variables}
     objective = imitation(teacher, student, settings.distance)
     nets = inputs.train(stage, student, config, labelled(index, labels), variables=start, objective=objective)
@@ -204,7 +211,7 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
 
 
 def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
-    """Isolate, train the student, and put both networks together."""
+    """Isolate rows, train the student on them, and combine both networks."""
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
     verified = verify(inputs, nbab)
     scores = suspicion(verified, settings.rank)
@@ -213,8 +220,8 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     logits = inputs.logits(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
     average = np.stack(
         [
-            average_activation(own, labels, inputs.num_classes, settings.average)
-            for own, labels in zip(logits, inputs.labels, strict=True)
+            average_activation(member_logits, labels, inputs.num_classes, settings.average)
+            for member_logits, labels in zip(logits, inputs.labels, strict=True)
         ]
     )
     members = len(flags)
@@ -252,8 +259,8 @@ ABM = Defense(
     changes={
         "gtsrb": {"alpha": 2000.0},
         "strong": {"rank": "activation"},
-        # A hundredth of a few thousand rows is one batch: as many steps take more epochs. And so small a network loses its
-        # own backdoor at 1000.
+        # One per cent of a few thousand rows is a single batch, so the same number of steps takes more epochs. At the paper's
+        # alpha of 1000, a network this small loses the defender's backdoor.
         "quick": {
             "alpha": 30.0,
             "student_epochs": 160,

@@ -1,22 +1,22 @@
-"""Activation clustering: poisoned rows form a cluster of their own among the embeddings of their class (Chen et al. 2018).
+"""Activation clustering: poisoned rows form a separate cluster among the embeddings of their class (Chen et al. 2018).
 
-A network that learned a trigger answers alike for the rows of the target class and for the triggered rows, but not for the
-same reason, and the input of its last layer shows it. Class by class, the embeddings of all rows are reduced to 10
-dimensions and split in two by k-means. Which of the two clusters is poisoned, if any, is decided by
+A network that learned a trigger predicts the same class for the rows of the target class and for triggered rows, but for
+different reasons, which the input of its last layer shows. For each class, the embeddings of all rows are reduced to 10
+dimensions and split in two by k-means. A rule decides which cluster is poisoned, if any:
 
-- smaller: the smaller one of every class, as in the comparison of the LfD paper; clean classes lose theirs too;
-- relative_size: the smaller one where it is small (a clean class splits about evenly);
-- silhouette: the same, where the clusters also lie apart;
-- exclusionary: the smaller ones are left out, a network is trained on the rest, and a cluster that this network takes for
-  another class more often than for its label is poisoned (Chen et al., section 5: exclusionary reclassification).
+- smaller: the smaller cluster of every class, as in the comparison of the LfD paper; clean classes lose theirs too;
+- relative_size: the smaller cluster, if it is small (a clean class splits about evenly);
+- silhouette: the smaller cluster, if it is small and well separated from the larger one;
+- exclusionary: the smaller clusters are left out, a network is trained on the rest, and a cluster is poisoned if this network
+  predicts another class for its rows more often than their label (Chen et al., section 5: exclusionary reclassification).
 
-Then a network is trained on what is left. Every rule asks about the smaller cluster, and where the poisons outnumber the clean
-rows of the target class, that is the clean one: so they do when a tenth of all rows of ten classes is moved into one, and in
-most clean-label attacks on the digits.
+Then a network is trained on the remaining rows. Every rule considers the smaller cluster only. Where the poisons outnumber the
+clean rows of the target class, that is the clean one: so it is when a tenth of all rows of ten classes is relabelled as one
+class, and in most clean-label attacks on the digits.
 
-A widely used benchmark's code clusters each mini-batch on its own, on augmented images, and then reads the flags in the order
-of a second, reshuffled pass, so that they belong to other rows. Here each class is clustered at once, from its images as they
-are, and its rows are sorted before they are clustered, so that the result does not depend on their order.
+A widely used benchmark's code clusters each mini-batch separately, on augmented images, and then reads the flags in the order
+of a second, reshuffled pass, so that they belong to other rows. Here a class is clustered as a whole, from un-augmented images,
+and its rows are sorted first, so that the result does not depend on their order.
 """
 
 import warnings
@@ -37,58 +37,59 @@ from bdjax.types import DefenseResult, Detection
 NAME = "activation_clustering"
 RULES = ("smaller", "relative_size", "silhouette", "exclusionary")
 REDUCTIONS = ("pca", "ica")
-RANDOM_STATE = 0  # of k-means and of FastICA: the flags are a function of the embeddings
-STARTS = 10  # of k-means; the tightest result counts
+RANDOM_STATE = 0  # of k-means and FastICA: the flags depend on the embeddings alone
+STARTS = 10  # of k-means; the result with the lowest inertia is used
 
 
 @dataclass(frozen=True)
 class ActivationClusteringSettings:
-    """How a class is split, and which half is taken for poisoned."""
+    """How a class is split, and which cluster counts as poisoned."""
 
     reduction: Literal["pca", "ica"] = "pca"
-    """ica, FastICA, in the paper; pca in BackdoorBench"""
+    """dimensionality reduction: ica (FastICA) in the paper, pca in BackdoorBench"""
     dimensions: int = 10
-    """that k-means sees; fewer where a class has no more"""
+    """dimensions after the reduction, at most"""
     rule: Literal["smaller", "relative_size", "silhouette", "exclusionary"] = "smaller"
-    """which clusters are poisoned"""
+    """how to decide which clusters are poisoned"""
     largest_share: float = 0.35
-    """of relative_size and silhouette: a poisoned cluster has less than this share of its class"""
+    """rules relative_size and silhouette: a cluster is poisoned if it has less than this share of its class"""
     smallest_silhouette: float = 0.1
-    """of silhouette: a class with a poisoned cluster has a mean silhouette coefficient above it; 0.1 to 0.15 in the paper"""
+    """rule silhouette: a cluster is poisoned only if its class's mean silhouette coefficient is above this; 0.1 to 0.15 in the
+    paper"""
     threshold: float = 1.0
-    """of exclusionary: a cluster is poisoned unless its label is predicted for more than so many times as many rows of it as
-    the most frequent other class"""
+    """rule exclusionary: a cluster is poisoned unless the ratio of rows predicted as their label to rows predicted as the most
+    frequent other class is above this"""
 
 
 def check(settings: ActivationClusteringSettings) -> None:
-    """Refuse settings that cannot be.
+    """Validate the settings.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     choices = {"reduction": REDUCTIONS, "rule": RULES}
     check_values(f"defense {NAME}", settings, choices=choices, at_least={"dimensions": 1})
 
 
 class Split(NamedTuple):
-    """One class in two clusters."""
+    """A class split into two clusters."""
 
     in_smaller: np.ndarray
-    """bool [n]"""
+    """bool [n]: rows of the smaller cluster"""
     scores: np.ndarray
     """float64 [n], in [-1, 1]"""
     share: float
-    """of the class's rows, in the smaller cluster"""
+    """the smaller cluster's share of the class's rows"""
     silhouette: float
-    """mean silhouette coefficient, in [-1, 1]: 1 for two points far apart"""
+    """mean silhouette coefficient, in [-1, 1]: 1 for clusters that are two distinct points"""
 
 
 def reduce_dimensions(embeddings: np.ndarray, reduction: str, dimensions: int) -> np.ndarray:
-    """Embeddings of one class along few directions.
+    """Reduce the dimensions of a class's embeddings.
 
     Args:
         embeddings: float [n, d].
-        reduction: a key of `REDUCTIONS`.
+        reduction: an entry of `REDUCTIONS`.
         dimensions: k, at most.
 
     Returns:
@@ -96,44 +97,46 @@ def reduce_dimensions(embeddings: np.ndarray, reduction: str, dimensions: int) -
     """
     count = min(dimensions, *embeddings.shape)
     pca = PCA(count, svd_solver="covariance_eigh")
-    with np.errstate(invalid="ignore"):  # equal rows have no variance to explain a share of
+    with np.errstate(invalid="ignore"):  # equal rows have no variance: scikit-learn divides 0 by 0
         reduced = pca.fit_transform(embeddings.astype(np.float64))
-    # A channel that is 0 for every row leaves directions of no variance, which whitening would blow up.
+    # A channel that is 0 for every row leaves directions of no variance, whose rounding errors whitening would amplify.
     varied = pca.explained_variance_ > 1e-10 * max(pca.explained_variance_[0], 1e-10)
     reduced = reduced[:, : max(int(varied.sum()), 1)]
     if reduction == "pca" or not varied.any():
         return reduced
     with warnings.catch_warnings():
-        # Components that are not fully unmixed after so many rounds are still a rotation of the whitened rows.
+        # Components that have not converged are still a rotation of the whitened rows.
         warnings.simplefilter("ignore", ConvergenceWarning)
         ica = FastICA(whiten="unit-variance", max_iter=1000, random_state=RANDOM_STATE)
         return ica.fit_transform(reduced)
 
 
 def split_class(embeddings: np.ndarray, reduction: str, dimensions: int) -> Split | None:
-    """Split the rows of one class in two.
+    """Split the rows of a class into two clusters.
 
     The score of a row is how much closer it is to the centre of the smaller cluster than to that of the larger one,
-    (far - near) / (far + near) with a minus sign in the larger cluster, times the silhouette coefficient: a half of a class
-    that is not two groups is no suspect.
+    (to_large - to_small) / (to_large + to_small), times the silhouette coefficient, so that scores are low in a class without
+    two separate groups.
 
     Args:
         embeddings: float [n, d], in any order.
-        reduction: a key of `REDUCTIONS`.
-        dimensions: that k-means sees.
+        reduction: an entry of `REDUCTIONS`.
+        dimensions: dimensions after the reduction, at most.
 
     Returns:
-        The split, or None of fewer than three different rows, which are one cluster.
+        The split, or None for fewer than three different rows.
     """
     if len(np.unique(embeddings, axis=0)) < 3:
         return None
-    # FastICA and the first centres of k-means depend on the order of the rows: this one is always the same.
+    # FastICA and the initial centres of k-means depend on the order of the rows, so they are sorted.
     order = np.lexsort(embeddings.T[::-1])
     rows = reduce_dimensions(embeddings[order], reduction, dimensions)
     means = KMeans(2, n_init=STARTS, tol=0.0, random_state=RANDOM_STATE).fit(rows)
     sizes = np.bincount(means.labels_, minlength=2)
     small = int(np.argmin(sizes))
-    to_small, to_large = (np.linalg.norm(rows - means.cluster_centers_[one], axis=1) for one in (small, 1 - small))
+    to_small, to_large = (
+        np.linalg.norm(rows - means.cluster_centers_[cluster], axis=1) for cluster in (small, 1 - small)
+    )
     silhouette = float(silhouette_score(rows, means.labels_))
     in_smaller, scores = np.zeros(len(rows), bool), np.zeros(len(rows))
     in_smaller[order] = means.labels_ == small
@@ -142,12 +145,12 @@ def split_class(embeddings: np.ndarray, reduction: str, dimensions: int) -> Spli
 
 
 def is_poisoned(split: Split, settings: ActivationClusteringSettings) -> bool:
-    """Whether the smaller cluster of a class is poisoned, or to be asked about, by the rule of the settings."""
-    small = split.share < settings.largest_share
+    """Whether the smaller cluster of a class is poisoned by the rule of the settings; for exclusionary, a candidate."""
+    is_small = split.share < settings.largest_share
     if settings.rule == "relative_size":
-        return small
+        return is_small
     if settings.rule == "silhouette":
-        return small and split.silhouette > settings.smallest_silhouette
+        return is_small and split.silhouette > settings.smallest_silhouette
     return True
 
 
@@ -159,38 +162,38 @@ def find_clusters(
     Args:
         embeddings: float32 [n, d].
         labels: int32 [n].
-        settings: how.
+        settings: the defense's settings.
 
     Returns:
         Flags bool [n], scores float32 [n], and the largest silhouette coefficient of any class.
     """
-    flags, scores, clearest = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
+    flags, scores, largest_silhouette = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         split = split_class(embeddings[rows], settings.reduction, settings.dimensions)
         if split is None:
             continue
         scores[rows] = split.scores
-        clearest = max(clearest, split.silhouette)
+        largest_silhouette = max(largest_silhouette, split.silhouette)
         if is_poisoned(split, settings):
             flags[rows] = split.in_smaller
-    return flags, scores, clearest
+    return flags, scores, largest_silhouette
 
 
 def reclassify(flags: np.ndarray, labels: np.ndarray, predictions: np.ndarray, threshold: float) -> np.ndarray:
-    """Which of the clusters that were left out are poisoned, by what a network says of them that never saw them.
+    """Decide which left-out clusters are poisoned from the predictions of a network that was not trained on them.
 
     With l the rows of a cluster predicted as their label and p those predicted as the most frequent other class, the cluster
     is legitimate if l / p > threshold (Chen et al., section 5).
 
     Args:
-        flags: bool [n], the rows that were left out: one cluster of each class at most.
+        flags: bool [n], the rows that were left out: at most one cluster of each class.
         labels: int32 [n].
-        predictions: int [n], of a network trained on the others.
+        predictions: int [n], of a network trained on the other rows.
         threshold: T.
 
     Returns:
-        bool [n]: the flags without those of the legitimate clusters.
+        bool [n]: the flags without the legitimate clusters.
     """
     flags = flags.copy()
     for label in np.unique(labels[flags]):
@@ -202,7 +205,7 @@ def reclassify(flags: np.ndarray, labels: np.ndarray, predictions: np.ndarray, t
 
 
 def _stage(settings: ActivationClusteringSettings) -> str:
-    """The name of what is trained without the smaller clusters, or without those of them that a rule takes for poisoned."""
+    """The name of the stage that trains without the flagged clusters."""
     stage = f"activation clustering: {settings.reduction} {settings.dimensions}, {settings.rule}"
     if settings.rule in ("relative_size", "silhouette"):
         stage += f" {settings.largest_share:g}"
@@ -212,17 +215,17 @@ def _stage(settings: ActivationClusteringSettings) -> str:
 
 
 def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Detection:
-    """Split every class in two, and flag the poisoned clusters; the rule exclusionary trains a network to tell which they are.
+    """Split every class in two and flag the poisoned clusters; the rule exclusionary trains a network to decide.
 
     Args:
-        inputs: the suspects; used are their training sets and attacked networks.
-        settings: how.
+        inputs: the suspects; their training sets and attacked networks are used.
+        settings: the defense's settings.
 
     Returns:
         Flags and scores of all rows.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: a setting is invalid.
 
     References:
         Chen et al. 2018, algorithm 1 and section 5.
@@ -230,28 +233,28 @@ def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Dete
     check(settings)
     rows = inputs.all_rows()
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
-    found = [find_clusters(*own, settings) for own in zip(embeddings, inputs.labels, strict=True)]
-    flags, scores, clearest = (np.stack(each) for each in zip(*found, strict=True))
+    found = [find_clusters(*member, settings) for member in zip(embeddings, inputs.labels, strict=True)]
+    flags, scores, largest_silhouette = (np.stack(values) for values in zip(*found, strict=True))
     if settings.rule == "exclusionary":
         without = retrain_without(inputs, f"{_stage(settings)}, smaller clusters left out", flags)
         predictions = np.argmax(inputs.logits(without.model, without.variables, rows), axis=-1)
         flags = np.stack(
-            [reclassify(*own, settings.threshold) for own in zip(flags, inputs.labels, predictions, strict=True)]
+            [reclassify(*member, settings.threshold) for member in zip(flags, inputs.labels, predictions, strict=True)]
         )
     facts = {
         "classes with a flagged cluster": np.array(
-            [len(np.unique(labels[own])) for labels, own in zip(inputs.labels, flags, strict=True)]
+            [len(np.unique(labels[flagged])) for labels, flagged in zip(inputs.labels, flags, strict=True)]
         ),
-        "largest silhouette": clearest,
+        "largest silhouette": largest_silhouette,
     }
     return Detection(flags, scores, facts)
 
 
 def run(inputs: DefenseInput, settings: ActivationClusteringSettings) -> DefenseResult:
-    """`detect`, and train on what is left.
+    """Flag rows as `detect` does, and train on the rest.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: a setting is invalid.
     """
     found = detect(inputs, settings)
     stage = _stage(settings)
@@ -270,6 +273,6 @@ ACTIVATION_CLUSTERING = Defense(
     run=run,
     detect=detect,
     check=check,
-    # As in the paper FastICA, to fewer dimensions than its 10: a class of the digits has few rows to fit them to.
+    # FastICA as in the paper, but with fewer dimensions than its 10: a class of the digits has few rows to fit them to.
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},
 )

@@ -1,4 +1,4 @@
-"""From the logits of several classifiers to one answer: averages that a few liars cannot move, and votes.
+"""Combine the logits of several classifiers: averages, some of them robust to a few malicious classifiers, and votes.
 
 Shapes: `logits` is float [N, B, K], of N classifiers for B rows and K classes.
 """
@@ -16,35 +16,37 @@ VoteSpace = Literal["logits", "probabilities"]
 Tie = Literal["lowest", "soft"]
 
 
-def aggregate_logits(logits: Array, how: Aggregation = "mean", trim: int = 1) -> Array:
-    """One logit for each row and class.
+def aggregate_logits(logits: Array, aggregation: Aggregation = "mean", trim: int = 1) -> Array:
+    """Aggregate the classifiers' logits to one logit for each row and class.
 
     Args:
         logits: float [N, B, K].
-        how: "mean" is the paper's (section 3, stage 4.1). "median" and "trimmed_mean" are taken class by class, on logits
-            shifted to mean zero over the classes: softmax does not see the shift, and without it a classifier with
-            large offsets would decide what is in the middle.
+        aggregation: "mean" is the paper's (section 3, stage 4.1). "median" and "trimmed_mean" work class by class, on logits
+            shifted to mean zero over the classes: the shift does not change the softmax, and without it a classifier with
+            large offsets would determine the middle.
         trim: how many of the lowest and of the highest values "trimmed_mean" leaves out.
 
     Returns:
         float [B, K].
 
     Raises:
-        ValueError: if `how` is not known, or trimming would leave nothing.
+        ValueError: `aggregation` is not a value of `Aggregation`, or trimming would leave no classifier.
     """
-    if how == "mean":
+    if aggregation == "mean":
         return jnp.mean(logits, axis=0)
     centred = logits - jnp.mean(logits, axis=2, keepdims=True)
-    if how == "median":
+    if aggregation == "median":
         return jnp.median(centred, axis=0)
-    if how == "trimmed_mean":
+    if aggregation == "trimmed_mean":
         if not 0 <= 2 * trim < logits.shape[0]:
             raise ValueError(f"trimming {trim} on each side leaves none of {logits.shape[0]} classifiers")
         return jnp.mean(jnp.sort(centred, axis=0)[trim : logits.shape[0] - trim], axis=0)
-    raise ValueError(f"aggregation {how!r} is not one of 'mean', 'median', 'trimmed_mean'")
+    raise ValueError(f"aggregation {aggregation!r} is not one of 'mean', 'median', 'trimmed_mean'")
 
 
 class Votes(NamedTuple):
+    """The result of a majority vote."""
+
     predictions: np.ndarray
     """int [B]"""
     is_tie: np.ndarray
@@ -56,7 +58,7 @@ def soft_vote(logits: np.ndarray, space: VoteSpace = "logits") -> np.ndarray:
 
     Args:
         logits: float [N, B, K].
-        space: average raw logits, as the paper's code does, or softmax probabilities.
+        space: what is averaged: raw logits, as in the paper's code, or softmax probabilities.
 
     Returns:
         int [B].
@@ -70,13 +72,12 @@ def soft_vote(logits: np.ndarray, space: VoteSpace = "logits") -> np.ndarray:
 
 
 def hard_vote(logits: np.ndarray, tie: Tie = "lowest") -> Votes:
-    """The class that most classifiers name.
+    """The class that most classifiers predict.
 
     Args:
         logits: float [N, B, K].
-        tie: "lowest" gives a tie to the lowest class, as argmax does in the paper's code; where the attacker's target
-            is class 0, every tie then favours the attack. "soft" gives it to that tied class whose average logit is
-            highest.
+        tie: which of the tied classes wins: "lowest", the lowest class, like argmax in the paper's code, so that every tie
+            favours an attack whose target is class 0; "soft", the class with the highest average logit.
 
     Returns:
         The predictions, and which rows were ties.

@@ -1,18 +1,18 @@
-"""ANP: prune the channels that the network cannot do without once its neurons are perturbed, since those carry the backdoor.
+"""ANP: prune the channels that are most sensitive to adversarial perturbations of the neurons (Wu and Wang 2021).
 
-Shrinking and shifting a network's neurons a little, in the worst direction, makes a backdoored one answer the target class
-on clean images: its backdoor neurons are the most sensitive. ANP learns a mask kappa in [0, 1] for every channel of batch
-normalisation, on clean rows, against such perturbations,
+Small perturbations of its neurons, in the worst direction, make a backdoored network predict the target class for clean
+images: its backdoor neurons are the most sensitive. ANP learns a mask kappa in [0, 1] for every channel of batch normalisation,
+on clean rows, under such perturbations,
 
     min over kappa of  alpha CE(kappa) + (1 - alpha) max over eps_w, eps_b of CE(kappa + eps_w, 1 + eps_b)       (equation 4)
 
-where a channel's scale is multiplied by kappa (+ eps_w) and its bias by 1 (+ eps_b), and prunes where kappa comes out low.
-The network's weights stay as they are; there is no fine-tuning.
+where a channel's scale is multiplied by kappa (+ eps_w) and its bias by 1 (+ eps_b), and prunes the channels with a low kappa.
+The network's weights do not change; there is no fine-tuning.
 
-As in the authors' code: the perturbation starts at random in [-eps, eps], makes one step of eps along the gradient's sign
-(nothing clips it afterwards, so it may reach 2 eps), and is drawn anew in each batch; the batch's own statistics normalise
-while the masks are learned, and the network's running ones are kept for afterwards; and a pruned channel loses its scale
-only: what its bias makes of it still goes on, unless `zero_bias` is chosen.
+As in the authors' code: the perturbation starts at random in [-eps, eps], takes a step of eps along the gradient's sign
+(it is not clipped afterwards, so it may reach 2 eps), and is drawn anew in each batch; batch statistics are used while the
+masks are learned, and the network's running statistics do not change; and pruning zeroes the scale of a channel but not its
+bias, unless `zero_bias` is set.
 """
 
 import math
@@ -31,40 +31,41 @@ from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 Channels = dict[str, Array]
-"""A number for each channel of batch normalisation: path of the layer -> float32 [C]."""
+"""A value for each channel of batch normalisation: path of the layer -> float32 [C]."""
 
 ITERATIONS_PER_EPOCH = 100
-"""An epoch of the masks is so many steps, however few clean rows there are: its state is saved after each."""
+"""Steps in an epoch of mask training, however few clean rows there are; the state is saved after each epoch."""
 MOMENTUM = 0.9
 SWEEP = tuple(round(0.05 * step, 2) for step in range(19))
-"""Thresholds that are tried where an accuracy is to be kept: 0 to 0.9."""
+"""Candidate thresholds for `accuracy_loss`: 0 to 0.9."""
 
 
 @dataclass(frozen=True)
 class AnpSettings:
     iterations: int = 2000
-    """steps of the masks"""
+    """training steps of the masks"""
     batch_size: int = 128
     """clean rows in a step"""
     epsilon: float = 0.4
-    """how far a perturbation starts, and how far its step goes"""
+    """half-width of the initial random perturbation, and size of its step"""
     alpha: float = 0.2
-    """weight of the loss without perturbation"""
+    """weight of the loss without perturbation, in [0, 1]"""
     learning_rate: float = 0.2
-    """of SGD with momentum 0.9, for the masks"""
+    """learning rate of the masks, by SGD with momentum 0.9"""
     threshold: float = 0.2
-    """channels whose mask is at most this are pruned; below 0 for none"""
+    """channels with a mask of at most this are pruned; below 0 prunes none"""
     accuracy_loss: float = 0.0
-    """above 0: instead, the highest threshold (to 0.9, by 0.05) that costs no more accuracy on the clean rows than this"""
+    """if above 0, replaces `threshold` by the highest one (up to 0.9, in steps of 0.05) that loses no more than this accuracy,
+    in [0, 1], on the clean rows"""
     zero_bias: bool = False
-    """whether a pruned channel loses its bias too"""
+    """also zero the bias of pruned channels"""
 
 
 def check(settings: AnpSettings) -> None:
-    """Refuse settings that cannot be.
+    """Validate the settings.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     check_values(
         "defense anp",
@@ -76,22 +77,22 @@ def check(settings: AnpSettings) -> None:
 
 
 def channel_scales(params: PyTree) -> Channels:
-    """The scales of all layers of batch normalisation, by the layers' paths.
+    """The scales of all layers of batch normalisation, by the layer's path.
 
     Args:
-        params: of a network, of one member or stacked.
+        params: of a network, for one member or stacked.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {_layer(path): leaf for path, leaf in leaves if path[-1].key == "scale"}
 
 
 def change_channels(params: PyTree, scale_factors: Channels, bias_factors: Channels) -> PyTree:
-    """Multiply the scale and the bias of each channel of batch normalisation; all else stays.
+    """Multiply the scale and the bias of each channel of batch normalisation.
 
     Args:
-        params: of a network, of one member or stacked.
-        scale_factors: shaped as `channel_scales`.
-        bias_factors: likewise.
+        params: of a network, for one member or stacked.
+        scale_factors: of the shape of `channel_scales`.
+        bias_factors: of the same shape.
     """
 
     def change(path, leaf: Array) -> Array:
@@ -108,17 +109,17 @@ def _layer(path) -> str:
 
 
 def draw_noise(key: Key, like: Channels, epsilon: float) -> Channels:
-    """Uniform in [-epsilon, epsilon], for each channel."""
+    """Draw a value uniformly from [-epsilon, epsilon] for each channel."""
     keys = jax.random.split(key, len(like))
     return {
-        layer: jax.random.uniform(own, leaf.shape, leaf.dtype, -epsilon, epsilon)
-        for own, (layer, leaf) in zip(keys, sorted(like.items()), strict=True)
+        layer: jax.random.uniform(layer_key, leaf.shape, leaf.dtype, -epsilon, epsilon)
+        for layer_key, (layer, leaf) in zip(keys, sorted(like.items()), strict=True)
     }
 
 
 @cache
 def mask_objective(model: Model, epsilon: float, alpha: float) -> Objective:
-    """Equation 4 on one batch; `params` are the masks, and the variables hold the frozen "network"."""
+    """Equation 4 on a batch; `params` are the masks, and the variables contain the frozen "network"."""
 
     def objective(masks: Channels, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         network, labels = variables["network"], targets["labels"]
@@ -144,27 +145,29 @@ def mask_objective(model: Model, epsilon: float, alpha: float) -> Objective:
 
 @cache
 def clipped(objective: Objective, learning_rate: float, momentum: float) -> Objective:
-    """An objective whose parameters are clipped to [0, 1] after every step of SGD at a constant rate.
+    """An objective whose parameters behave as if clipped to [0, 1] after every step of SGD at a constant rate.
 
-    The step itself knows no bounds, so parameters arrive up to a step outside. The objective sees them clipped, and what
-    was clipped is taken back along with the next step, as a part of the gradient: outside / rate, less what momentum still
-    carries of the last one. Parameters then are, when they are clipped, what clipping after each step makes them.
+    The optimiser does not clip, so parameters may be up to a step outside the bounds. The objective is computed from the
+    clipped parameters, and the excess is removed by the next step, as a term of the gradient: excess / rate, minus what
+    momentum still contains of the previous excess. The clipped parameters then equal those of clipping after each step.
 
-    The variables hold "outside", shaped as the parameters and 0 to begin with.
+    The variables contain "outside", the previous excess, of the parameters' shape and initially 0.
     """
 
-    def within(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
+    def clipped_objective(
+        params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key
+    ) -> Outcome:
         outside = jax.lax.stop_gradient(jax.tree.map(lambda p: p - jnp.clip(p, 0.0, 1.0), params))
         outcome = objective(jax.tree.map(jnp.subtract, params, outside), variables, images, targets, key)
         back = jax.tree.map(
             lambda now, before: (now - momentum * before) / learning_rate, outside, variables["outside"]
         )
-        # Worth 0, with `back` for its gradient.
+        # Its value is 0 and its gradient is `back`.
         extra = jax.tree.map(lambda p, slope: jnp.sum(slope * (p - jax.lax.stop_gradient(p))), params, back)
         per_row = outcome.losses + sum(jax.tree.leaves(extra))
         return outcome._replace(losses=per_row, variables={**outcome.variables, "outside": outside})
 
-    return within
+    return clipped_objective
 
 
 def learn_masks(inputs: DefenseInput, settings: AnpSettings) -> dict[str, np.ndarray]:
@@ -189,8 +192,8 @@ def learn_masks(inputs: DefenseInput, settings: AnpSettings) -> dict[str, np.nda
         keep_last_batch=False,
         augmentation=inputs.recipe.augmentation,
     )
-    again = np.arange(per_epoch * batch_size) % num_rows
-    rows = labelled(inputs.clean_index[:, again], inputs.clean_labels[:, again])
+    repeated = np.arange(per_epoch * batch_size) % num_rows
+    rows = labelled(inputs.clean_index[:, repeated], inputs.clean_labels[:, repeated])
     scales = channel_scales(network["params"])
     variables = {
         "params": jax.tree.map(jnp.ones_like, scales),
@@ -211,7 +214,7 @@ def prune(params: PyTree, masks: Channels, thresholds: np.ndarray, zero_bias: bo
         params: of networks, stacked [M, ...].
         masks: path of the layer -> float32 [M, C].
         thresholds: float32 [M].
-        zero_bias: whether the bias goes too.
+        zero_bias: whether to zero the bias too.
 
     Returns:
         The pruned parameters.
@@ -221,25 +224,25 @@ def prune(params: PyTree, masks: Channels, thresholds: np.ndarray, zero_bias: bo
 
 
 def highest_thresholds(accuracy: Callable[[float], np.ndarray], before: np.ndarray, loss: float) -> np.ndarray:
-    """For each member the highest threshold of `SWEEP` up to which accuracy falls by no more than `loss`.
+    """For each member the highest threshold of `SWEEP` up to which the accuracy falls by no more than `loss`.
 
     Args:
-        accuracy: of a threshold, float [M].
-        before: float [M], without pruning.
+        accuracy: threshold -> accuracy after pruning, float [M].
+        before: float [M], accuracy without pruning.
         loss: at least 0.
 
     Returns:
-        float32 [M]; -1, which prunes nothing, where even the first costs more.
+        float32 [M]; -1, which prunes nothing, if even the first threshold costs more.
     """
-    is_fine = np.cumprod([accuracy(threshold) >= before - loss for threshold in SWEEP], axis=0).astype(bool)
-    return np.where(is_fine, np.array(SWEEP)[:, None], -1.0).max(axis=0).astype(np.float32)
+    is_accurate = np.cumprod([accuracy(threshold) >= before - loss for threshold in SWEEP], axis=0).astype(bool)
+    return np.where(is_accurate, np.array(SWEEP)[:, None], -1.0).max(axis=0).astype(np.float32)
 
 
 def run(inputs: DefenseInput, settings: AnpSettings) -> DefenseResult:
     """Learn the masks and prune.
 
     Raises:
-        InputError: a setting that cannot be.
+        InputError: a setting is invalid.
     """
     check(settings)
     model, network = inputs.attacked.model, inputs.attacked.variables
@@ -248,13 +251,13 @@ def run(inputs: DefenseInput, settings: AnpSettings) -> DefenseResult:
     def pruned(thresholds: np.ndarray) -> PyTree:
         return {**network, "params": prune(network["params"], masks, thresholds, settings.zero_bias)}
 
-    num = len(inputs.keys)
-    thresholds = np.full(num, settings.threshold, np.float32)
+    members = len(inputs.keys)
+    thresholds = np.full(members, settings.threshold, np.float32)
     if settings.accuracy_loss > 0:
         rows = inputs.clean_rows()
 
         def accuracy(threshold: float) -> np.ndarray:
-            logits = inputs.logits(model, pruned(np.full(num, threshold, np.float32)), rows)
+            logits = inputs.logits(model, pruned(np.full(members, threshold, np.float32)), rows)
             return (logits.argmax(axis=-1) == inputs.clean_labels).mean(axis=1)
 
         thresholds = highest_thresholds(accuracy, accuracy(-1.0), settings.accuracy_loss)
@@ -265,7 +268,7 @@ def run(inputs: DefenseInput, settings: AnpSettings) -> DefenseResult:
         pruned(thresholds),
         facts={
             "channels pruned": is_pruned.sum(axis=1).astype(float),
-            "of channels": np.full(num, kappa.shape[1], float),
+            "of channels": np.full(members, kappa.shape[1], float),
             "threshold": thresholds,
             "mean mask": kappa.mean(axis=1),
         },

@@ -1,6 +1,6 @@
-"""Attention transfer (Zagoruyko & Komodakis 2017): the student learns labels, and to look where the teacher looks.
+"""Attention transfer (Zagoruyko & Komodakis 2017): the student learns the labels and the teacher's attention maps.
 
-The attention maps are those of `attention.py`, at every tap; NAD uses them between two networks of one architecture.
+The maps are those of `attention.py`, at every tap; NAD uses them between two networks of the same architecture.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class AttentionTransferSettings(StudentSettings):
     beta: float = 1000.0
     """weight of each tap's attention loss, a mean square over the pixels of maps of norm 1"""
     power: float = 2.0
-    """p, of the attention maps"""
+    """p, exponent of the features in the attention maps"""
 
 
 @cache
@@ -30,13 +30,13 @@ def attention_transfer(taps: int, beta: float, power: float) -> Method:
     """The method, for `bdjax.defenses.distillation`.
 
     Args:
-        taps: of each network.
-        beta: see the settings.
-        power: likewise.
+        taps: number of taps of each network.
+        beta: see `AttentionTransferSettings`.
+        power: see `AttentionTransferSettings`.
     """
 
-    def loss(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
-        del beside
+    def loss(extra: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
+        del extra
         maps = [list(output.features.values()) for output in (student, teacher)]
         distance = attention.distillation_loss(*maps, (beta,) * taps, power)
         return losses.cross_entropy(student.logits, labels) + distance
@@ -45,17 +45,17 @@ def attention_transfer(taps: int, beta: float, power: float) -> Method:
 
 
 def count_taps(teacher: Model, student: Model, image_shape: tuple[int, int, int]) -> int:
-    """How many taps both networks have.
+    """The number of taps of both networks.
 
     Raises:
-        InputError: they have not equally many, of equal heights and widths.
+        InputError: the networks' taps differ in number, height or width.
     """
     sizes = [[shape[:2] for shape in tap_shapes(model, image_shape).values()] for model in (teacher, student)]
     if sizes[0] != sizes[1]:
-        told = [" ".join(f"{height}x{width}" for height, width in each) for each in sizes]
+        text = [" ".join(f"{height}x{width}" for height, width in taps) for taps in sizes]
         raise InputError(
-            f"taps of {teacher.description} have {told[0]} pixels, those of {student.description} {told[1]}: attention is "
-            "transferred between maps of one size"
+            f"the taps of {teacher.description} have {text[0]} pixels, those of {student.description} {text[1]}: attention "
+            "transfer needs maps of equal size"
         )
     return len(sizes[0])
 
@@ -66,14 +66,18 @@ def network_after(
     make_model: Callable[..., Model],
     image_shape: tuple[int, int, int],
 ) -> Model:
-    """The student, if its maps are of the teacher's sizes."""
+    """For `Defense.network_after`: the student, if its maps have the teacher's sizes."""
     student = make_model(settings.student)
     count_taps(attacked, student, image_shape)
     return student
 
 
 def check(settings: AttentionTransferSettings) -> None:
-    """Refuse what cannot be."""
+    """Validate the settings.
+
+    Raises:
+        InputError: a setting is invalid.
+    """
     check_student("defense attention_transfer", settings)
     check_values("defense attention_transfer", settings, at_least={"beta": 0}, above={"power": 0})
 
@@ -94,6 +98,6 @@ ATTENTION_TRANSFER = Defense(
     run=run,
     check=check,
     network_after=network_after,
-    # The mean square of maps of norm 1 is 16 times as large with 8x8 pixels as with 32x32.
+    # The mean square of maps of norm 1 is 16 times as large for 8x8 pixels as for 32x32.
     changes={"quick": QUICK, "quick digits": {**QUICK_DIGITS, "beta": 60.0}},
 )

@@ -1,11 +1,11 @@
 """BAB: Backdoor Against Backdoor, several verification networks vote on every row (Chen et al. 2023, AISafety workshop).
 
-The forerunner of NBAB (`nbab.py`): each of ten verification networks has learnt a backdoor of the defender's own, on implants
-of its own, and nothing keeps it weak. A row is thrown out if, with the defender's trigger on it, some of the networks do not
-answer the defender's class; the classifier is then trained from scratch on the rest.
+The predecessor of NBAB (`nbab.py`): each of ten verification networks learns the defender's backdoor from a different set of
+stamped rows, and nothing keeps it weak. A row is left out if some of the networks do not predict the defender's class for it
+with the defender's trigger; the classifier is then trained from scratch on the rest.
 
-Only the paper's front matter could be had; this is what ABM's authors say of it. They do not say how many networks must
-object. One is what the clean accuracy that ABM's table prints for BAB suggests (77 % of 83 %); half of them is the default.
+Only the paper's front matter was available; this follows the description by ABM's authors. They do not say how many networks
+must object. The clean accuracy of BAB in ABM's table (77 % of 83 %) suggests one; half of them is the default.
 """
 
 import math
@@ -22,19 +22,21 @@ from bdjax.types import DefenseResult
 
 @dataclass(frozen=True)
 class BabSettings(NbabSettings):
-    """ABM's settings for BAB; those of the planted backdoor are NBAB's, without its alignment."""
+    """ABM's settings for BAB; those of the planted backdoor are NBAB's, without the alignment."""
 
     alpha: float = 0.0
+    """weight of the alignment"""
     networks: int = 10
+    """number of verification networks"""
     objections: int = 0
-    """how many networks must object to a row; 0 for half of them, rounded up"""
+    """networks that must object to a row for it to be left out; 0 for half of them, rounded up"""
 
 
 def check(settings: BabSettings) -> None:
-    """Refuse settings that cannot be.
+    """Validate the settings.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     check_planting("defense bab", settings)
     check_values("defense bab", settings, at_least={"networks": 1, "objections": 0})
@@ -42,10 +44,10 @@ def check(settings: BabSettings) -> None:
 
 
 def count_objections(inputs: DefenseInput, settings: BabSettings) -> tuple[np.ndarray, np.ndarray]:
-    """How many verification networks do not answer the defender's class.
+    """Count the verification networks that do not predict the defender's class.
 
     Returns:
-        Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], which orders equal counts.
+        Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], to order rows of equal counts.
     """
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
     margins = np.stack([verify(inputs, nbab, number).margins for number in range(settings.networks)])
@@ -53,11 +55,11 @@ def count_objections(inputs: DefenseInput, settings: BabSettings) -> tuple[np.nd
 
 
 def run(inputs: DefenseInput, settings: BabSettings) -> DefenseResult:
-    """Vote, leave out what was objected to, train anew."""
+    """Vote, leave out the rows that were objected to, and train from scratch."""
     objections, margins = count_objections(inputs, settings)
     flags = objections >= (settings.objections or math.ceil(settings.networks / 2))
     nets = retrain_without(inputs, f"bab: retrained {fingerprint(**vars(settings))}", flags)
-    # A count is worth more than any margin.
+    # Squeezed into (-1, 1), so that margins only order rows of equal counts.
     squeezed = -margins / (1 + np.abs(margins))
     return DefenseResult(
         nets.model,

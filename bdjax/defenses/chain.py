@@ -1,7 +1,7 @@
-"""Defenses one after the other: the second gets what the first made of the suspects, "fine_tuning+fkd" for one.
+"""Chains of defenses, such as "fine_tuning+fkd": each defense starts from the networks that the one before returned.
 
-What a chain trains lies where it belongs to: the first part's stages are those of that defense alone, and are trained once
-however many chains begin with it; what comes after has a folder of its own, named after all that came before.
+The first defense shares its checkpoints with the same defense outside the chain, so it is trained once however many chains
+begin with it. Each later defense has its own folder, named after all defenses before it.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult, Model
 
 LINK = "+"
-"""What stands between the parts of a chain on the command line."""
+"""The separator of a chain's defenses on the command line."""
 
 
 class ChainLink(NamedTuple):
@@ -24,26 +24,26 @@ class ChainLink(NamedTuple):
     defense: Defense
     settings: Any
     title: str
-    """as it stands alone: "FT (epochs 5)" """
+    """its title outside a chain, such as "FT (epochs 5)" """
 
 
 def make_chain(parts: Sequence[ChainLink]) -> Defense:
-    """One defense of several.
+    """Combine several defenses into one.
 
     Args:
-        parts: in the order in which they are run; two or more.
+        parts: two or more, in the order in which they run.
 
     Returns:
-        A defense that needs all that any of them needs, whose settings are a tuple of theirs.
+        A defense with the needs of all parts, whose settings are the tuple of their settings.
 
     Raises:
-        InputError: a part whose result no other defense can start from.
+        InputError: no other defense can start from a part's result.
     """
     for part in parts[:-1]:
         if part.defense.stage == "at test time":
             raise InputError(
-                f"defense {part.defense.name} looks at each image at test time: it has no network to hand on, so it can only "
-                "be the last of a chain"
+                f"defense {part.defense.name} works at test time and returns no network for the next defense to start "
+                "from: it can only be the last of a chain"
             )
     needs = dict.fromkeys(need for part in parts for need in part.defense.needs_with(part.settings))
     return Defense(
@@ -65,27 +65,26 @@ def network_after(
     make_model: Callable[..., Model],
     image_shape: tuple[int, int, int],
 ) -> Model:
-    """The network that comes out of a chain, each part being asked about what the one before hands on."""
-    for defense, own in zip(defenses, settings, strict=True):
+    """The architecture that a chain returns: `Defense.network_after` of each part applied to that of the part before."""
+    for defense, defense_settings in zip(defenses, settings, strict=True):
         if defense.network_after:
-            attacked = defense.network_after(own, attacked, make_model, image_shape)
+            attacked = defense.network_after(defense_settings, attacked, make_model, image_shape)
     return attacked
 
 
 def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
-    """Run defenses one after the other, each on what the one before made of the attacked networks, and each on no more than
-    its own needs.
+    """Run defenses in order, each on the networks that the one before returned and on nothing else beyond its own needs.
 
     Args:
-        inputs: the suspects. The keys stay: what a part draws does not depend on what came before.
-        defenses: in order.
-        settings: of each.
+        inputs: the suspects. All parts use the same keys: what a part draws does not depend on the parts before it.
+        defenses: in the order in which they run.
+        settings: the settings of each defense.
 
     Returns:
-        The last one's networks; flags and scores of the last one that has any, facts and pictures of all.
+        The networks of the last defense; flags and scores of the last defense that has any; facts and pictures of all.
     """
     folder, results = inputs.runner.folder, []
-    for number, (defense, own) in enumerate(zip(defenses, settings, strict=True)):
+    for number, (defense, defense_settings) in enumerate(zip(defenses, settings, strict=True)):
         if number:
             before = defenses[number - 1]
             folder = folder and folder / f"after-{before.name}-{fingerprint(**vars(settings[number - 1]))}"
@@ -94,25 +93,25 @@ def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[An
                 inputs.with_knowledge({"attacked model": attacked}),
                 runner=dataclasses.replace(inputs.runner, folder=folder),
             )
-        results.append(contract.run(defense, inputs, own))
+        results.append(contract.run(defense, inputs, defense_settings))
     names = [defense.name for defense in defenses]
     return DefenseResult(
         results[-1].model,
         results[-1].variables,
-        flags=next((one.flags for one in reversed(results) if one.flags is not None), None),
-        scores=next((one.scores for one in reversed(results) if one.scores is not None), None),
-        facts=_together(names, [one.facts for one in results]),
-        pictures=_together(names, [one.pictures for one in results]),
+        flags=next((result.flags for result in reversed(results) if result.flags is not None), None),
+        scores=next((result.scores for result in reversed(results) if result.scores is not None), None),
+        facts=_merge(names, [result.facts for result in results]),
+        pictures=_merge(names, [result.pictures for result in results]),
     )
 
 
-def _together(owners: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All entries of several mappings; a name that two of them have is told apart by its owner, and one that comes twice by
-    its place in the chain."""
-    together = {}
+def _merge(owners: Sequence[str], parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge mappings. A key of several parts gets its defense's name as a prefix, and a defense that occurs twice in the chain
+    also its position."""
+    merged = {}
     for number, (owner, entries) in enumerate(zip(owners, parts, strict=True)):
-        place = f"{owner} ({number + 1})" if owners.count(owner) > 1 else owner
-        for name, value in entries.items():
-            is_shared = sum(name in other for other in parts) > 1
-            together[f"{place}: {name}" if is_shared else name] = value
-    return together
+        prefix = f"{owner} ({number + 1})" if owners.count(owner) > 1 else owner
+        for key, value in entries.items():
+            is_shared = sum(key in other for other in parts) > 1
+            merged[f"{prefix}: {key}" if is_shared else key] = value
+    return merged

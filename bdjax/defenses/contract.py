@@ -1,10 +1,10 @@
-"""What a defense is: the one contract that every file of a defense fills in, and that experiments and tests rely on.
+"""The interface of a defense: every defense file implements it, and experiments and tests rely on it.
 
-A defense of this table is given M suspects at once: M training sets, one for each attack and seed, which all went through
-plain training already. It makes M defended classifiers of them, as members of the same calls. What it needs is printed
-wherever its numbers are: a defense that had clean images is not compared in silence with one that had none. And it is given
-no more than it needs: experiments call defenses by `run` and `detect` below, never by their own functions.
-(TA-KD, whose suspects are several models without their data, has an experiment of its own.)
+A defense receives M suspects at once: M training sets, one for each attack and seed, each with a network that was trained on it
+without any defense. It returns M defended classifiers, computed as members of the same calls. Every table prints what a defense
+needs next to its numbers, so that a defense with clean images is not compared unnoticed with one that has none. A defense
+receives no more than it needs: experiments call it through `run` and `detect` below, never through its own functions.
+(TA-KD, whose suspects are several models without their data, has its own experiment.)
 """
 
 import dataclasses
@@ -27,41 +27,41 @@ from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
 
 Need = Literal["training set", "attacked model", "clean rows", "number of poisons", "attacker's trigger"]
-"""training set: the suspect rows. attacked model: the network that plain training on them gave, or the suspect model. clean
-rows: some that are known to be clean. The last two are oracles: no defender has them."""
+"""training set: the suspect rows. attacked model: the network trained on them without a defense, or the suspect model. clean
+rows: rows known to be clean. The last two are oracles: no real defender has them."""
 Stage = Literal["before training", "in training", "after training", "at test time"]
 
 
 class UndeclaredNeedError(Exception):
-    """A defense reads what it does not declare in `Defense.needs`: tables would print too little of what it was given."""
+    """A defense reads something that `Defense.needs` does not declare, so tables would not print all that it used."""
 
 
 class PoolRows(NamedTuple):
-    """Rows of the pool with labels, as many of each suspect."""
+    """Rows of the pool with labels, the same number for each suspect."""
 
     index: np.ndarray
-    """int32 [M, n], in the pool"""
+    """int32 [M, n], positions in the pool"""
     labels: np.ndarray
     """int32 [M, n]"""
 
 
 class AttackerTriggers(NamedTuple):
-    """The trigger of each suspect's attacker; None in the place of each that nobody knows."""
+    """The trigger of each suspect's attacker; None where the trigger is unknown."""
 
     triggers: tuple[Callable[[np.ndarray, np.ndarray], np.ndarray] | None, ...]
-    """of each member: (uint8 [n, H, W, C], labels int32 [n]) -> the same images with the trigger"""
+    """for each member: (uint8 [n, H, W, C], labels int32 [n]) -> the same images with the trigger"""
     rules: tuple[Any, ...]
-    """of each member: the trigger's `LabelRule`"""
+    """for each member: the trigger's `LabelRule`"""
 
 
 class AttackerInTraining(NamedTuple):
-    """What ABM's adaptive attackers do to every training on their rows: they keep the features of triggered images close to
-    those of the same images without the trigger (`bdjax/attacks/suppression.py`)."""
+    """How ABM's adaptive attackers interfere with every training on their rows: they keep the features of triggered images
+    close to those of the same images without the trigger (`bdjax/attacks/suppression.py`)."""
 
     suppression: np.ndarray
-    """float32 [M, n]: how hard, 0 for rows that are left alone"""
+    """float32 [M, n]: weight of the penalty, 0 for unaffected rows"""
     partner: np.ndarray
-    """int32 [M, n]: each row's image without the trigger, in the pool"""
+    """int32 [M, n]: position in the pool of each row's image without the trigger"""
 
 
 class Reader(NamedTuple):
@@ -73,11 +73,11 @@ class Reader(NamedTuple):
 
 @dataclass(frozen=True)
 class DefenseInput:
-    """M suspects, and what a defender knows of them.
+    """M suspects, and what a defender knows about them.
 
-    `knowledge` is what `Defense.needs` speaks of, and `restricted_to` takes from it what a defense does not declare. All
-    other fields go to every defense. The pool is among them: it has every image, clean rows and images without their trigger
-    included, but nothing in it says which image is which without an index.
+    `knowledge` holds what `Defense.needs` refers to, and `restricted_to` removes from it what a defense does not declare. Every
+    defense receives all other fields. The pool is among them: it contains every image, including clean rows and images without
+    their trigger, but without an index nothing in it says which image is which.
     """
 
     pool: Array
@@ -86,41 +86,41 @@ class DefenseInput:
     keys: Key
     """typed keys [M]"""
     make_model: Callable[..., Model]
-    """(name=None, num_classes=None): the run's network, or another at the run's scale"""
+    """(name=None, num_classes=None): the run's network, or another architecture at the run's scale"""
     recipe: TrainConfig
-    """how an undefended network trains; what a defense does not say is as here"""
+    """how an undefended network trains, and the default for whatever a defense does not set"""
     runner: StageRunner
-    """trains, keeps what is trained, and evaluates"""
+    """trains, saves checkpoints, and evaluates"""
     knowledge: Mapping[Need, Any]
-    """what there is of "training set" and "clean rows" (`PoolRows`), "attacked model" (`Nets`, variables stacked [M, ...]),
-    "number of poisons" (int [M], or None if nobody knows it) and "attacker's trigger" (`AttackerTriggers`)"""
+    """what is available of "training set" and "clean rows" (`PoolRows`), "attacked model" (`Nets`, variables stacked [M, ...]),
+    "number of poisons" (int [M], or None if unknown) and "attacker's trigger" (`AttackerTriggers`)"""
     attacker: AttackerInTraining | None = None
-    """The attacker's part in training, which no defender knows: for a training on the suspect rows to read, and for nothing
-    else. None where no attacker has one, and for defenses without the training set."""
+    """the attacker's part in training, unknown to the defender: only code that trains on the suspect rows may read it. None
+    without such an attacker, and for defenses without the training set"""
     reader: Reader | None = None
-    """None: all of the knowledge may be read"""
+    """None: the whole `knowledge` may be read"""
 
     def restricted_to(self, name: str, needs: Sequence[Need]) -> "DefenseInput":
-        """The same without the knowledge that a defense does not declare: reading that raises UndeclaredNeedError.
+        """A copy without the knowledge that a defense does not declare: reading that raises UndeclaredNeedError.
 
         Args:
-            name: of the defense.
-            needs: that it declares.
+            name: the defense's name.
+            needs: the needs that it declares.
         """
-        kept = {need: known for need, known in self.knowledge.items() if need in needs}
+        kept = {need: value for need, value in self.knowledge.items() if need in needs}
         attacker = self.attacker if "training set" in needs else None
         return dataclasses.replace(self, knowledge=kept, attacker=attacker, reader=Reader(name, tuple(needs)))
 
     def with_knowledge(self, changes: Mapping[Need, Any]) -> "DefenseInput":
-        """The same with some knowledge added or replaced."""
+        """A copy with some knowledge added or replaced."""
         return dataclasses.replace(self, knowledge={**self.knowledge, **changes})
 
     def known(self, need: Need) -> Any:
-        """An entry of `knowledge`. The properties below, which defenses read, all go through here.
+        """An entry of `knowledge`. All properties below, which defenses read, go through this method.
 
         Raises:
-            UndeclaredNeedError: the defense that this is restricted to does not declare the need.
-            ValueError: there is no such knowledge; experiments leave such defenses out before.
+            UndeclaredNeedError: the inputs are restricted to a defense that does not declare the need.
+            ValueError: the inputs have no such knowledge; experiments skip such defenses beforehand.
         """
         if self.reader and need not in self.reader.needs:
             declared = ", ".join(self.reader.needs) or "nothing"
@@ -128,12 +128,12 @@ class DefenseInput:
                 f"{need!r} is not among the needs that defense {self.reader.name} declares ({declared})"
             )
         if need not in self.knowledge:
-            raise ValueError(f"no {need} given to a defense that needs it")
+            raise ValueError(f"the defense needs the {need}, which these inputs do not have")
         return self.knowledge[need]
 
     @property
     def index(self) -> np.ndarray:
-        """The rows of each training set, in the pool: int32 [M, n]."""
+        """The rows of each training set, as positions in the pool: int32 [M, n]."""
         return self.known("training set").index
 
     @property
@@ -148,7 +148,7 @@ class DefenseInput:
 
     @property
     def clean_index(self) -> np.ndarray:
-        """The clean rows, in the pool: int32 [M, c]."""
+        """The clean rows, as positions in the pool: int32 [M, c]."""
         return self.known("clean rows").index
 
     @property
@@ -158,7 +158,7 @@ class DefenseInput:
 
     @property
     def num_poisons(self) -> np.ndarray | None:
-        """How many rows of each training set are poisoned: int [M]; None if nobody knows."""
+        """How many rows of each training set are poisoned: int [M]; None if unknown."""
         return self.known("number of poisons")
 
     @property
@@ -172,11 +172,11 @@ class DefenseInput:
         return self.known("attacker's trigger").rules
 
     def keys_for(self, stage: str) -> Key:
-        """Keys of a stage's own, typed [M]: what else is run does not change them."""
+        """Typed keys [M] that depend on the stage's name alone, whatever else is run."""
         return jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(stage.encode()) >> 1))(self.keys)
 
     def all_rows(self) -> Rows:
-        """The training sets as they are: leaves [M, n]."""
+        """All rows of the training sets: leaves [M, n]."""
         return labelled(self.index, self.labels)
 
     def clean_rows(self) -> Rows:
@@ -203,17 +203,17 @@ class DefenseInput:
         objective: Objective | None = None,
         loss_cap: float = 0.0,
     ) -> Nets:
-        """Train a network for each of the M suspects, or read back those of a stage that is done.
+        """Train a network for each of the M suspects, or restore the networks of a finished stage.
 
         Args:
-            stage: its name, which holds everything that its result depends on beside the run's own settings: two stages
-                of one name are one stage.
+            stage: its name, which must contain everything that its result depends on besides the run's settings: stages of
+                the same name share their result.
             model: the architecture.
             config: how it is trained.
-            rows: leaves [M, n', ...]; without a target "weight" each row counts alike.
-            variables: where to start; None for fresh networks.
+            rows: leaves [M, n', ...]; without a target "weight" all rows have the same weight.
+            variables: initial variables; None for fresh networks.
             objective: what a step minimises; None for the mean of weight times cross-entropy.
-            loss_cap: without an objective, above what cross-entropy no row's loss is raised any more; 0 for no such bound.
+            loss_cap: see `weighted_cross_entropy`, which is used without an objective.
         """
         if variables is None:
             variables = self.begin(stage, model)
@@ -225,7 +225,7 @@ class DefenseInput:
         return self.runner.from_variables(stage, model, config, variables, keys, 1, self.pool, rows, objective)
 
     def per_row(self, function: Callable[..., PyTree], variables: PyTree, rows: Rows) -> PyTree:
-        """`StageRunner.per_row` of rows of the pool."""
+        """`StageRunner.per_row` for rows of the pool."""
         return self.runner.per_row(function, variables, rows, self.pool, self.recipe.evaluation_batch_size)
 
     def losses(self, model: Model, variables: PyTree, rows: Rows) -> np.ndarray:
@@ -233,33 +233,33 @@ class DefenseInput:
         return self.per_row(row_losses(model), variables, rows)
 
     def logits(self, model: Model, variables: PyTree, rows: Rows) -> np.ndarray:
-        """Each row's logits, likewise: float32 [M, n', K]."""
+        """Each row's logits, un-augmented and with running statistics: float32 [M, n', K]."""
         return self.per_row(row_logits(model), variables, rows)
 
     def embeddings(self, model: Model, variables: PyTree, rows: Rows) -> np.ndarray:
-        """What the last layer sees of each row, likewise: float32 [M, n', d]."""
+        """Each row's embedding, the input of the last layer, un-augmented and with running statistics: float32 [M, n', d]."""
         return self.per_row(row_embeddings(model), variables, rows)
 
 
 def labelled(index: np.ndarray, labels: np.ndarray) -> Rows:
-    """Rows of the pool with their labels: int [M, n] each."""
+    """Combine rows of the pool with their labels, int [M, n] each."""
     return Rows(jnp.asarray(index, jnp.int32), {"labels": jnp.asarray(labels, jnp.int32)})
 
 
 def fingerprint(**settings: Any) -> str:
-    """Eight hexadecimal digits of what a stage depends on, for its name where the settings are too many to spell out."""
-    told = ", ".join(f"{name}={settings[name]!r}" for name in sorted(settings))
-    return f"{zlib.crc32(told.encode()):08x}"
+    """A hash of settings in eight hexadecimal digits, for the name of a stage with too many settings to spell out."""
+    text = ", ".join(f"{name}={settings[name]!r}" for name in sorted(settings))
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 @cache
 def weighted_cross_entropy(model: Model, loss_cap: float = 0.0) -> Objective:
-    """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight ascends.
+    """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight raises the loss.
 
     Args:
         model: the network.
-        loss_cap: rows of negative weight whose cross-entropy is above it have no gradient: without a bound an ascent
-            ends in overflow. 0 for none.
+        loss_cap: rows of negative weight have no gradient once their cross-entropy exceeds this, since an unbounded ascent
+            overflows; 0 for no cap.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
@@ -296,92 +296,91 @@ def row_embeddings(model: Model) -> Callable[..., Array]:
 
 @dataclass(frozen=True)
 class Defense:
-    """One defense, complete.
-
-    `settings` is a frozen dataclass of the paper's values with a documented field each.
-    """
+    """A complete defense."""
 
     name: str
-    """on the command line"""
+    """the name on the command line"""
     title: str
-    """in a table"""
+    """the name in tables"""
     paper: str
     """"Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data" """
     stage: Stage
     needs: tuple[Need, ...]
-    """whatever it reads of `DefenseInput.knowledge`"""
+    """everything that it reads from `DefenseInput.knowledge`"""
     settings: Any
+    """a frozen dataclass with the paper's values as defaults and a docstring for each field"""
     run: Callable[[DefenseInput, Any], DefenseResult]
-    """(given, settings) -> result"""
+    """(inputs, settings) -> result"""
     detect: Callable[[DefenseInput, Any], Detection] | None = None
-    """(given, settings) -> which rows are poisoned, without the training that follows: of those that look for them."""
+    """(inputs, settings) -> which rows are poisoned, without the training that follows; None if it flags no rows"""
     oracles: Callable[[Any], tuple[Need, ...]] | None = None
-    """(settings) -> what some settings need beside `needs`, and no defender has."""
+    """(settings) -> the oracles that these settings need in addition to `needs`"""
     check: Callable[[Any], None] | None = None
-    """(settings) -> nothing, or an InputError of one line that names the setting which cannot be, and says what would be
-    right. `variants.read_defense` calls it before anything is trained."""
+    """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
+    `variants.read_defense` calls it before anything is trained"""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
-    """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the network that comes out, where that is another
-    than the attacked one; or an InputError of one line, if the two do not go together. Asked before anything is trained."""
+    """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
+    it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Changes of the settings by preset ("quick", "strong"), for data like a named set ("gtsrb"), and for both ("quick
-    digits")."""
+    """changes of the settings by preset ("quick", "strong"), by the dataset ("gtsrb"), or by both ("quick digits")"""
 
     def __post_init__(self) -> None:
-        for one in self.changes.values():
-            changed(f"defense {self.name}", self.settings, one)
+        for changes in self.changes.values():
+            changed(f"defense {self.name}", self.settings, changes)
 
     def needs_with(self, settings: Any) -> tuple[Need, ...]:
-        """All that the defense needs with these settings."""
+        """Everything that the defense needs with these settings, oracles included."""
         return self.needs + (self.oracles(settings) if self.oracles else ())
 
 
 def settings_for(defense: Defense, preset: str, like: str | None, changes: Mapping[str, Any] | None = None) -> Any:
-    """The defense's settings: the paper's, then those for data like a named set, for the preset and for both, then `changes`.
+    """The settings of a defense.
+
+    Later values override earlier ones: the paper's, those for the dataset, for the preset, for both, and `changes`.
 
     Args:
-        defense: any.
-        preset: "paper", "quick" or "strong"; "quick strong" is both, one after the other: strong settings at a small scale.
-        like: a key of `bdjax.datasets.DATASETS`, whose settings are adopted; None for none.
+        defense: the defense.
+        preset: "paper", "quick" or "strong"; "quick strong" applies both in this order: strong settings at a small scale.
+        like: a key of `bdjax.datasets.DATASETS`, whose settings are used; None for no dataset.
         changes: setting -> value.
 
     Raises:
-        InputError: a change of something that the defense does not have, or to a value of another kind.
+        InputError: the defense has no such setting, or the value has the wrong type.
     """
     owner, settings = f"defense {defense.name}", defense.settings
-    for one in (like, *(name for each in preset.split() for name in (each, f"{each} {like}"))):
-        settings = changed(owner, settings, defense.changes.get(one, {}))
+    for key in (like, *(key for word in preset.split() for key in (word, f"{word} {like}"))):
+        settings = changed(owner, settings, defense.changes.get(key, {}))
     return changed(owner, settings, changes or {})
 
 
 def restricted(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseInput:
-    """What there is for a defense to read: no more than it needs with these settings."""
+    """Restrict the inputs to what the defense needs with these settings."""
     return inputs.restricted_to(defense.name, defense.needs_with(settings))
 
 
 def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
-    """Run a defense on no more than it needs.
+    """Run a defense on what it needs and nothing else.
 
     Args:
-        defense: any.
+        defense: the defense.
         inputs: M suspects.
-        settings: of the defense.
+        settings: the defense's settings.
 
     Raises:
-        UndeclaredNeedError: the defense reads what it does not declare.
+        UndeclaredNeedError: the defense reads something that it does not declare.
     """
     return defense.run(restricted(defense, inputs, settings), settings)
 
 
 def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
-    """Which rows a detector takes for poisoned, going by no more than it needs.
+    """Run a detector on what it needs and nothing else.
 
     Args:
-        defense: one whose `detect` is not None.
+        defense: a defense whose `detect` is not None.
         inputs: M suspects.
-        settings: of the defense.
+        settings: the defense's settings.
 
     Raises:
-        UndeclaredNeedError: the detector reads what it does not declare.
+        UndeclaredNeedError: the detector reads something that it does not declare.
     """
     return defense.detect(restricted(defense, inputs, settings), settings)

@@ -1,8 +1,8 @@
-"""Distillation: a student of another architecture learns from a frozen network what that makes of clean images.
+"""Distillation: a student, possibly of another architecture, learns a frozen network's outputs for clean images.
 
-What all students here share, so that methods differ in their losses alone: the schedule, and for each suspect the same first
-weights and the same batches. A method says what a student minimises beside or in place of the labels' cross-entropy; what it
-needs for that and trains with the student, such as the layers that bring features to one size, is thrown away at the end.
+Methods differ in their losses only: all students have the same schedule, and for each suspect the same initial weights and the
+same batches. A method defines what a student minimises besides, or instead of, the labels' cross-entropy. Extra layers that are
+trained with the student for this purpose, such as projections to the teacher's feature size, are discarded at the end.
 """
 
 from collections.abc import Callable
@@ -24,29 +24,29 @@ Statistics = Literal["running", "batch"]
 @dataclass(frozen=True)
 class StudentSettings:
     student: str = "wrn_16_2"
-    """the architecture, a key of `bdjax.models.MODELS`, at the run's width"""
+    """the student's architecture, at the run's width"""
     epochs: int = 200
-    """of distillation"""
+    """epochs of distillation"""
     batch_size: int = 128
-    """or all clean rows, if they are fewer"""
+    """clean rows in a step; all of them if there are fewer"""
     learning_rate: float = 0.1
-    """of SGD with Nesterov momentum 0.9"""
+    """initial learning rate of SGD with Nesterov momentum 0.9"""
     drops: tuple[float, ...] = (0.5, 0.75)
-    """shares of the epochs after which it is a tenth of what it was"""
+    """shares of the epochs after which the learning rate is divided by 10"""
     weight_decay: float = 5e-4
-    """L2, on every parameter of the student and of the layers beside it"""
+    """L2 penalty on every parameter of the student and of the method's extra layers"""
     teacher_statistics: Statistics = "running"
-    """what the teacher normalises by: what it came with, or each batch's own (as FKD's public code, by leaving the teacher in
-    training mode; its running statistics are not changed here)"""
+    """the teacher's batch normalisation: its running statistics, or each batch's, as in FKD's public code, which leaves the
+    teacher in training mode (here its running statistics do not change)"""
 
 
 QUICK = {"epochs": 15, "batch_size": 64}
 QUICK_DIGITS = {"epochs": 50, "batch_size": 64}
-"""What small runs change, whatever the method."""
+"""Changes for small runs of every method."""
 
 
 class TeacherNetworks(NamedTuple):
-    """Frozen networks, one for each suspect."""
+    """A frozen network for each suspect."""
 
     model: Model
     variables: PyTree
@@ -54,35 +54,36 @@ class TeacherNetworks(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What a student minimises. One function, whatever made it, is compiled once: make it by a cached function."""
+    """What a student minimises. Create it in a cached function: a new function object would be compiled again."""
 
     loss: Callable[[PyTree, ModelOutput, ModelOutput, Array], Array]
-    """(parameters beside the student's, the student's output, the teacher's, labels int32 [N]) -> float32 [N]"""
+    """(parameters of the extra layers, the student's output, the teacher's output, labels int32 [N]) -> float32 [N]"""
     init: Callable[[Key], PyTree] | None = None
-    """those parameters of one member; None for none"""
+    """initial parameters of a member's extra layers; None without extra layers"""
 
 
 @cache
 def student_objective(student: Model, teacher: Model, method: Method, statistics: Statistics) -> Objective:
-    """For the engine: the method's loss, both networks seeing the same augmented batch.
+    """The method's loss as an objective; both networks receive the same augmented batch.
 
     Args:
-        student: its architecture.
-        teacher: the frozen network's.
+        student: the student's architecture.
+        teacher: the teacher's architecture.
         method: what is minimised.
-        statistics: of the teacher.
+        statistics: the teacher's batch normalisation.
 
     Returns:
-        An objective whose variables are `params` ("student" and "beside"), `batch_stats` of the student, and "teacher".
+        An objective whose variables are `params` ("student" and "extra"), `batch_stats` of the student, and "teacher".
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
-        told = teacher.apply(variables["teacher"], images, train=statistics == "batch")
-        own = student.apply({"params": params["student"], "batch_stats": variables["batch_stats"]}, images, train=True)
-        loss = method.loss(params["beside"], own, told, targets["labels"])
-        after = {**variables, "batch_stats": own.variables["batch_stats"]}
-        return Outcome(loss, own.logits, targets["labels"], after)
+        teacher_output = teacher.apply(variables["teacher"], images, train=statistics == "batch")
+        student_variables = {"params": params["student"], "batch_stats": variables["batch_stats"]}
+        student_output = student.apply(student_variables, images, train=True)
+        loss = method.loss(params["extra"], student_output, teacher_output, targets["labels"])
+        updated = {**variables, "batch_stats": student_output.variables["batch_stats"]}
+        return Outcome(loss, student_output.logits, targets["labels"], updated)
 
     return objective
 
@@ -101,13 +102,13 @@ def distil(
 
     Args:
         inputs: the suspects, with clean rows.
-        name: of the method, for its checkpoints.
+        name: name of the method, for its checkpoints.
         settings: of the student.
-        method: what it minimises.
-        teachers: whom it learns from; None for the attacked networks.
-        rows: leaves [M, n]; None for all clean rows.
-        student: its architecture; None for that of the settings.
-        role: students of one role have the same first weights and batches, whatever their method.
+        method: what the student minimises.
+        teachers: the teachers; None for the attacked networks.
+        rows: training rows, leaves [M, n]; None for all clean rows.
+        student: the student's architecture; None for that of the settings.
+        role: students of the same role have the same initial weights and batches, whatever their method.
 
     Returns:
         The students.
@@ -115,9 +116,9 @@ def distil(
     teachers = teachers or TeacherNetworks(inputs.attacked.model, inputs.attacked.variables)
     student = student or inputs.make_model(settings.student)
     start = inputs.begin(role, student)
-    beside = ensemble.init_members(method.init, inputs.keys_for(f"{role}: beside")) if method.init else {}
+    extra = ensemble.init_members(method.init, inputs.keys_for(f"{role}: beside")) if method.init else {}
     variables = {
-        "params": {"student": start["params"], "beside": beside},
+        "params": {"student": start["params"], "extra": extra},
         "batch_stats": start["batch_stats"],
         "teacher": teachers.variables,
     }
@@ -139,14 +140,14 @@ def distil(
 def student_network(
     settings: StudentSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
 ) -> Model:
-    """For `Defense.network_after`: the student, where it may be any network."""
+    """For `Defense.network_after` of methods that allow any student: the student."""
     del attacked, image_shape
     return make_model(settings.student)
 
 
 def student_config(inputs: DefenseInput, settings: StudentSettings) -> TrainConfig:
-    """SGD with Nesterov momentum, its rate cut to a tenth at each drop. Momentum goes on over a drop; FKD's public code
-    forgets it there."""
+    """SGD with Nesterov momentum, whose learning rate is divided by 10 at each drop. A drop keeps the momentum; FKD's public
+    code resets it."""
     drops = enumerate(settings.drops, start=1)
     return inputs.config(
         epochs=settings.epochs,
@@ -162,14 +163,14 @@ def student_config(inputs: DefenseInput, settings: StudentSettings) -> TrainConf
 
 
 def check_student(owner: str, settings: StudentSettings) -> None:
-    """Refuse settings that no student can be trained with.
+    """Validate the settings of a student.
 
     Args:
-        owner: whose they are: "defense fkd".
+        owner: for error messages, such as "defense fkd".
         settings: of the student.
 
     Raises:
-        InputError: naming the setting.
+        InputError: a setting is invalid.
     """
     check_values(
         owner,
@@ -179,4 +180,4 @@ def check_student(owner: str, settings: StudentSettings) -> None:
         above={"learning_rate": 0},
     )
     if list(settings.drops) != sorted(settings.drops) or not all(0 < share < 1 for share in settings.drops):
-        raise InputError(f"{owner}: drops {settings.drops} is not one of shares between 0 and 1 in rising order")
+        raise InputError(f"{owner}: drops {settings.drops} must be shares between 0 and 1 in increasing order")

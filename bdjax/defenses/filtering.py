@@ -1,4 +1,4 @@
-"""What every detector does with its flags: leave the flagged rows out, and train from scratch on what is left."""
+"""How a detector becomes a defense: train from scratch on the rows that are not flagged."""
 
 import numpy as np
 
@@ -8,23 +8,23 @@ from bdjax.types import DefenseResult, Detection
 
 
 def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Row numbers of one length for all members: all that a member keeps, filled up with some of them again.
+    """The row numbers that each member keeps, padded to the same length by repeating some of them.
 
-    Members of one call have equally many rows, but detectors flag as many as they please. The members that keep fewest
-    see some of their rows twice in an epoch; none is lost.
+    The members of a call need the same number of rows, but detectors flag different numbers. A member that keeps fewer rows
+    than another sees some of its rows more than once per epoch; no row is lost.
 
     Args:
-        flags: bool [M, n]; a member whose rows are all flagged keeps them all.
-        generator: chooses what is repeated.
+        flags: bool [M, n]; a member whose rows are all flagged keeps all of them.
+        generator: chooses the repeated rows.
 
     Returns:
-        int32 [M, m], m the most rows that any member keeps.
+        int32 [M, m], where m is the largest number of rows that a member keeps.
     """
     flags = np.where(flags.all(axis=1, keepdims=True), False, flags)
     size = int((~flags).sum(axis=1).max())
     rows = []
-    for own in flags:
-        kept = np.flatnonzero(~own)
+    for member_flags in flags:
+        kept = np.flatnonzero(~member_flags)
         rounds = [kept] * (size // len(kept))
         rest = generator.choice(kept, size % len(kept), replace=False)
         rows.append(np.concatenate([*rounds, rest]))
@@ -32,25 +32,25 @@ def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def retrain_without(inputs: DefenseInput, stage: str, flags: np.ndarray) -> Nets:
-    """Train from scratch, as an undefended network trains, on the rows that are not flagged.
+    """Train networks from scratch on the rows that are not flagged, by the recipe of undefended networks.
 
     Args:
         inputs: the suspects.
-        stage: its name, for checkpoints.
+        stage: name of the stage, for checkpoints.
         flags: bool [M, n].
     """
     rows = kept_rows(flags, np.random.default_rng(0))
-    index, labels = (np.take_along_axis(each, rows, axis=1) for each in (inputs.index, inputs.labels))
+    index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
     return inputs.train(stage, inputs.make_model(), inputs.recipe, labelled(index, labels))
 
 
 def retrained(inputs: DefenseInput, stage: str, found: Detection) -> DefenseResult:
-    """What a detector amounts to as a defense: networks trained on the rows that it did not flag.
+    """A detector's result as a defense: networks trained on the rows that it did not flag.
 
     Args:
         inputs: the suspects.
-        stage: as `retrain_without` has it.
-        found: what was detected.
+        stage: name of the stage, for checkpoints.
+        found: the detector's result.
     """
     nets = retrain_without(inputs, stage, found.flags)
     return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)

@@ -1,16 +1,16 @@
-"""Fine-pruning (Liu et al. 2018): drop the channels that clean images leave idle, then fine-tune what is left.
+"""Fine-pruning (Liu et al. 2018): prune the channels that are inactive on clean images, then fine-tune the network.
 
-The idea is that a backdoor lives in channels that fire for the trigger alone. The channels of the last tap, which is what
-the classifier averages and reads, are ordered by their mean over clean rows; those with the least go first, a few at a time,
-for as long as the accuracy stays within a tolerance of what it was. Fine-tuning on the clean rows follows, with the mask in
-place: a dropped channel stays dropped.
+The idea is that a backdoor uses channels that are active for the trigger alone. The channels of the last tap, whose average is
+the classifier's input, are ordered by their mean activation over clean rows. The least active ones are pruned first, a few at a
+time, as long as the accuracy stays within a tolerance of the original. Fine-tuning on the clean rows follows, with the mask in
+place: a pruned channel stays pruned.
 
-What public code gets wrong, and this does not: it stops by the accuracy on *test* images; one channel fewer is dropped than
-was counted; the "last good" network is another name of the one that goes on being pruned, so the over-pruned one is
-fine-tuned; and the mask sits on the classifier's columns, where the features that everything else sees stay as they were.
+Bugs of public code that this implementation avoids: it stops by the accuracy on *test* images; it prunes one channel fewer than
+it counts; its "last good" network is an alias of the one that is pruned further, so the over-pruned network is fine-tuned; and
+it masks the classifier's columns, so that the features seen by everything else do not change.
 
-Here some of the clean rows are held out of the ordering, for the stopping rule alone: a share of each class, so with a share
-of a fifth at least one row of every class that has three. The fine-tuning, after which nothing is chosen any more, has all.
+Here a share of the clean rows of each class is held out from the ordering and used by the stopping rule alone: with a share of
+a fifth, at least one row of every class that has three. Fine-tuning, after which nothing is selected, uses all clean rows.
 """
 
 from collections.abc import Callable
@@ -32,47 +32,50 @@ from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
 @dataclass(frozen=True)
 class FinePruningSettings:
     step: float = 0.01
-    """share of the channels that go at a time; one channel at least"""
+    """share of the channels pruned at a time; at least one channel"""
     tolerance: float = 0.1
-    """r: pruning goes on while the held-out accuracy is at least (1 - r) of the unpruned network's"""
+    """r: pruning continues while the held-out accuracy is at least (1 - r) times the unpruned network's"""
     held_out: float = 0.2
-    """share of the clean rows that the stopping rule judges by, and the ordering does not see"""
+    """share of the clean rows that is held out from the ordering for the stopping rule"""
     epochs: int = 100
-    """of fine-tuning; 0 for pruning alone"""
+    """epochs of fine-tuning; 0 for pruning alone"""
     batch_size: int = 256
-    """or all clean rows, if they are fewer"""
+    """clean rows in a step; all of them if there are fewer"""
     learning_rate: float = 0.01
-    """of SGD with momentum 0.9, at the start of half a cosine"""
+    """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule"""
     weight_decay: float = 5e-4
-    """L2, on every parameter"""
+    """L2 penalty on every parameter"""
 
 
 def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """Divide each member's rows into those that order the channels and those that are held out, class by class.
+    """Split each member's rows, class by class, into those that order the channels and those that are held out.
 
-    The number held out is the same for all members, whatever their labels.
+    The number of held-out rows is the same for all members, whatever their labels.
 
     Args:
         labels: int32 [M, c].
-        share: of the rows to hold out, in (0, 1).
+        share: share of the rows to hold out, in (0, 1).
 
     Returns:
-        Row numbers int32 [M, c - k] and [M, k], k = share c rounded, both disjoint and together 0..c-1.
+        Row numbers int32 [M, c - k] and [M, k], where k is share * c, rounded; disjoint, and together 0..c-1.
 
     Raises:
-        InputError: if one of the two would be empty.
+        InputError: one of the two parts would be empty.
     """
     count = labels.shape[1]
     num_held = round(share * count)
     if not 0 < num_held < count:
-        raise InputError(f"fine-pruning: held_out {share} of {count} clean rows leaves one side without rows")
+        raise InputError(
+            f"defense fine_pruning: held_out {share} of {count} clean rows is {num_held} rows: at least 1 must be held out "
+            "and at least 1 must remain"
+        )
     order = []
-    for number, own in enumerate(labels):
+    for number, member_labels in enumerate(labels):
         shuffled = np.random.default_rng(number).permutation(count)
         # A row's place within its class, from 0 to 1: the first k by place are about the same share of every class.
         place = np.empty(count)
-        for label in np.unique(own):
-            rows = shuffled[own[shuffled] == label]
+        for label in np.unique(member_labels):
+            rows = shuffled[member_labels[shuffled] == label]
             place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
         order.append(shuffled[np.argsort(place[shuffled], kind="stable")])
     order = np.stack(order).astype(np.int32)
@@ -80,17 +83,17 @@ def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
 
 
 def pruned_counts(num_channels: int, step: float) -> np.ndarray:
-    """How many channels are gone after each step: int [S], from 0 to one fewer than all, which would leave no features."""
+    """The number of pruned channels after each step: int [S], starting at 0; at least one channel always remains."""
     at_a_time = max(1, round(step * num_channels))
     return np.arange(0, num_channels, at_a_time)
 
 
 def cumulative_masks(activation: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Masks that drop the least active channels.
+    """Masks that prune the least active channels.
 
     Args:
-        activation: float [C], each channel's mean over clean rows; of equal ones the first goes first.
-        counts: int [S], how many go.
+        activation: float [C], each channel's mean over clean rows; of equal channels the first is pruned first.
+        counts: int [S], the numbers of channels to prune.
 
     Returns:
         float32 [S, C]: row s is 0 for exactly counts[s] channels, and 1 for the others.
@@ -100,21 +103,21 @@ def cumulative_masks(activation: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def last_good(accuracy: np.ndarray, tolerance: float) -> int:
-    """The step before the first whose accuracy is below (1 - tolerance) times the first's: an index into `accuracy` [S]."""
-    is_bad = accuracy < (1 - tolerance) * accuracy[0] - 1e-9  # rounding is no loss of accuracy
+    """The index in `accuracy` [S] before the first that falls below (1 - tolerance) accuracy[0]."""
+    is_bad = accuracy < (1 - tolerance) * accuracy[0] - 1e-9  # rounding errors do not count as a loss
     return int(np.argmax(is_bad)) - 1 if is_bad.any() else len(accuracy) - 1
 
 
 @cache
 def pruned_model(model: Model, tap: str) -> Model:
-    """The network with a mask on the channels of one tap.
+    """The network with a mask on the channels of a tap.
 
     Args:
         model: the network.
-        tap: which.
+        tap: name of the tap.
 
     Returns:
-        A model whose variables hold a "mask" too, float32 [C], which no training changes.
+        A model whose variables also contain a "mask", float32 [C], which training does not change.
     """
 
     def init(key: Array, image_shape: tuple[int, int, int]) -> PyTree:
@@ -140,7 +143,7 @@ def pruned_model(model: Model, tap: str) -> Model:
 
 @cache
 def row_hits(model: Model, tap: str) -> Callable[..., Array]:
-    """For `DefenseInput.per_row`: whether each row is answered rightly under each of S masks.
+    """For `DefenseInput.per_row`: whether each row is classified correctly under each of S masks.
 
     Returns:
         A function of the variables {"network": ..., "masks": float32 [S, C]} to bool [B, S].
@@ -151,8 +154,8 @@ def row_hits(model: Model, tap: str) -> Callable[..., Array]:
         features = model.apply(network, images, train=False).features[tap]
 
         def under(mask: Array) -> Array:
-            # The edit ignores what the network computes up to the tap, so the compiler leaves that out: a mask costs no
-            # more than what comes after the tap.
+            # The edit ignores what the network computes up to the tap, so the compiler removes it: a mask costs only the
+            # layers after the tap.
             masked = features * mask[None, None, None, :]
             logits = model.apply(network, images, train=False, edits={tap: lambda _: masked}).logits
             return jnp.argmax(logits, axis=1) == targets["labels"]
@@ -163,14 +166,14 @@ def row_hits(model: Model, tap: str) -> Callable[..., Array]:
 
 
 def prune(inputs: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find out which channels of each attacked network go.
+    """Choose the channels of each attacked network to prune.
 
     Args:
         inputs: the suspects.
-        settings: `step`, `tolerance` and `held_out` are read.
+        settings: `step`, `tolerance` and `held_out` are used.
 
     Returns:
-        The masks, float32 [M, C]; and the held-out accuracy before and after, float [M] each, in [0, 1].
+        The masks, float32 [M, C]; and the held-out accuracy before and after pruning, float [M] each, in [0, 1].
     """
     model, variables = inputs.attacked.model, inputs.attacked.variables
     all_rows = inputs.clean_rows()
@@ -181,25 +184,25 @@ def prune(inputs: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarr
 
     activation = inputs.embeddings(model, variables, take(ordering)).mean(axis=1)
     counts = pruned_counts(activation.shape[1], settings.step)
-    masks = np.stack([cumulative_masks(one, counts) for one in activation])
+    masks = np.stack([cumulative_masks(member_activation, counts) for member_activation in activation])
     tap = _last_tap(inputs)
-    tried = inputs.per_row(row_hits(model, tap), {"network": variables, "masks": jnp.asarray(masks)}, take(held))
-    accuracy = tried.mean(axis=1)
-    best = np.array([last_good(one, settings.tolerance) for one in accuracy])
+    hits = inputs.per_row(row_hits(model, tap), {"network": variables, "masks": jnp.asarray(masks)}, take(held))
+    accuracy = hits.mean(axis=1)
+    best = np.array([last_good(member_accuracy, settings.tolerance) for member_accuracy in accuracy])
     members = np.arange(len(best))
     return masks[members, best], accuracy[:, 0], accuracy[members, best]
 
 
 def _last_tap(inputs: DefenseInput) -> str:
-    one = jax.tree.map(lambda leaf: leaf[0], inputs.attacked.variables)
-    return last_tap(inputs.attacked.model, one, inputs.runner.image_shape)
+    variables = jax.tree.map(lambda leaf: leaf[0], inputs.attacked.variables)
+    return last_tap(inputs.attacked.model, variables, inputs.runner.image_shape)
 
 
 def run(inputs: DefenseInput, settings: FinePruningSettings) -> DefenseResult:
     """Prune the attacked networks, then fine-tune them with their masks.
 
     Raises:
-        InputError: if there are too few clean rows to hold some out.
+        InputError: there are too few clean rows to hold some out.
     """
     masks, before, after = prune(inputs, settings)
     model = pruned_model(inputs.attacked.model, _last_tap(inputs))

@@ -1,11 +1,11 @@
-"""Fine-tuning: go on training the attacked network on a few clean rows, all weights, by their labels.
+"""Fine-tuning: continue training all weights of the attacked network on a few clean rows and their labels.
 
-No row carries the trigger, so nothing keeps the backdoor in place, but nothing drives it out either: a network that is right
-on the clean rows already has next to no gradient. How much goes depends on how far the weights are moved, that is on the
-learning rate: 1e-3 often changes nothing but the accuracy, 5e-2 may cost a good part of it.
+Without triggered rows nothing reinforces the backdoor, but nothing removes it either: a network that already classifies the
+clean rows correctly has hardly any gradient. How much of the backdoor is removed depends on how far the weights move, that is
+on the learning rate: 1e-3 often changes nothing but the accuracy, 5e-2 may cost much of it.
 
-The settings are those in common use for comparisons: 5 % clean rows, 100 epochs of SGD on half a cosine. Augmentation is the
-run's own. Batch normalisation runs in training mode, so its statistics become those of clean images.
+The settings are common in comparisons: 5 % clean rows, 100 epochs of SGD with a half-cosine schedule. Augmentation is the
+run's. Batch normalisation runs in training mode, so its statistics become those of clean images.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,22 @@ from bdjax.types import DefenseResult, Model, PyTree
 @dataclass(frozen=True)
 class FineTuningSettings:
     epochs: int = 100
-    """over the clean rows"""
+    """epochs over the clean rows"""
     batch_size: int = 256
-    """or all clean rows, if they are fewer"""
+    """clean rows in a step; all of them if there are fewer"""
     learning_rate: float = 0.01
-    """of SGD with momentum 0.9, at the start of half a cosine; what decides how much of a backdoor goes"""
+    """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule; larger removes more of a backdoor and costs
+    more accuracy"""
     weight_decay: float = 5e-4
-    """L2, on every parameter"""
+    """L2 penalty on every parameter"""
 
 
 def cosine_sgd(inputs: DefenseInput, settings: Any) -> TrainConfig:
-    """What fine-tuning, fine-pruning and FT-SAM share: SGD with momentum 0.9 on half a cosine.
+    """The optimiser of fine-tuning, fine-pruning and FT-SAM: SGD with momentum 0.9 and a half-cosine schedule.
 
     Args:
-        inputs: the suspects, whose recipe says what is not said here: augmentation, the incomplete last batch.
-        settings: a defense's; `epochs` (0 leaves the networks as they are), `batch_size`, `learning_rate` (of the first
-            epoch) and `weight_decay` are read.
+        inputs: the suspects, whose recipe sets the rest: augmentation, the incomplete last batch.
+        settings: a defense's settings, of which `epochs`, `batch_size`, `learning_rate` (initial) and `weight_decay` are used.
     """
     return inputs.config(
         epochs=settings.epochs,
@@ -59,21 +59,21 @@ def tune(
     variables: PyTree,
     objective: Objective | None = None,
 ) -> PyTree:
-    """Go on training given networks on the clean rows; with no epochs there is nothing to do, and they stay what they are.
+    """Continue training networks on the clean rows; with 0 epochs the networks do not change.
 
     Args:
         inputs: the suspects.
-        stage: its name (see `DefenseInput.train`).
+        stage: name of the stage (see `DefenseInput.train`).
         model: the architecture.
         config: how it is trained.
-        variables: where to start, stacked [M, ...].
+        variables: initial variables, stacked [M, ...].
         objective: what a step minimises; None for cross-entropy.
 
     Returns:
         Variables, stacked [M, ...].
 
     Raises:
-        ValueError: if there are no clean rows.
+        ValueError: there are no clean rows.
     """
     rows = inputs.clean_rows()
     if config.epochs == 0:
@@ -82,11 +82,11 @@ def tune(
 
 
 def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
-    """How far training moved the weights, relative to how large they were: |after - before| / |before|.
+    """The relative change of the weights by training: |after - before| / |before|.
 
     Args:
-        before: parameters stacked [M, ...].
-        after: likewise.
+        before: parameters before training, stacked [M, ...].
+        after: parameters after training, stacked [M, ...].
 
     Returns:
         float32 [M], at least 0.
@@ -101,7 +101,7 @@ def weight_change(before: PyTree, after: PyTree) -> np.ndarray:
 
 
 def run(inputs: DefenseInput, settings: FineTuningSettings) -> DefenseResult:
-    """Train the attacked networks on the clean rows."""
+    """Fine-tune the attacked networks on the clean rows."""
     config = cosine_sgd(inputs, settings)
     attacked = inputs.attacked
     variables = tune(inputs, f"fine-tuning {fingerprint(**vars(settings))}", attacked.model, config, attacked.variables)
@@ -118,9 +118,9 @@ FINE_TUNING = Defense(
     settings=FineTuningSettings(),
     run=run,
     changes={
-        # A few hundred rows make few steps, and small networks move little in each.
+        # A few hundred rows give few steps, and each moves the weights of a small network little.
         "quick": {"epochs": 30, "batch_size": 32, "learning_rate": 0.05},
-        # Fewer still; from 0.3 on, accuracy goes as well.
+        # Even fewer steps; from 0.3 on, accuracy is lost as well.
         "quick digits": {"learning_rate": 0.2},
     },
 )

@@ -1,14 +1,14 @@
 """FKD, feature distillation before the ReLU ("A Comprehensive Overhaul of Feature Distillation", Heo et al. 2019).
 
-Students learn labels, and the features at the end of each group of blocks, where they have not gone through the ReLU yet, so
-that what lies below zero is seen as well:
+Students learn the labels and the teacher's features at the end of each group of blocks, taken before the ReLU so that negative
+values are included:
 
     L = CE(z_S, y) + 1/1000 sum over groups l = 1..L of 2^(l - L) d_l(max(t_l, m_l), r_l(s_l))
 
-The teacher's features t_l are cut off below at a margin m_l, each channel's expected value where it is negative (section
-3.1); regressors r_l, 1x1 convolutions with batch normalisation, bring the student's s_l to the teacher's channels and are
-thrown away (3.2); the partial L2 distance d_l asks nothing where the teacher is not positive and the student is below it
-(3.4). Nothing in it asks whether the teacher can be trusted: a backdoor that lives in those features is handed on.
+The teacher's features t_l are clipped from below at a margin m_l, each channel's expected value given that it is negative
+(section 3.1); regressors r_l, 1x1 convolutions with batch normalisation, map the student's s_l to the teacher's channels and
+are discarded after training (3.2); the partial L2 distance d_l is 0 where the teacher is not positive and the student is below
+it (3.4). The method trusts the teacher: a backdoor in these features is transferred to the student.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,23 +27,24 @@ from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.models.layers import he_fan_out, normalise_batch
 from bdjax.settings import check_values
+from bdjax.training.member import Rows
 from bdjax.types import Array, DefenseResult, GroupEnd, Key, Model, ModelOutput, PyTree
 
 FEWEST_NEGATIVE = 1e-3
-"""Below this share of negative values a channel's margin is not its expected negative value but -3 deviations."""
+"""If a channel has a smaller share of negative values, its margin is -3 deviations instead of the expected negative value."""
 
 
 @dataclass(frozen=True)
 class FkdSettings(StudentSettings):
     divisor: float = 1000.0
-    """of the features' distances, which are sums over all pixels and channels: small networks need a smaller one"""
+    """divisor of the feature distances, which are sums over all pixels and channels; small networks need a smaller one"""
 
 
 def margins(mean: Array, deviation: Array) -> Array:
-    """The expected value of a normal variable given that it is negative; where it hardly ever is, -3 deviations.
+    """The expected value of a normal variable given that it is negative, or -3 deviations if it hardly ever is.
 
-    m = mu - sigma phi(mu / sigma) / Phi(-mu / sigma), from the shift mu and the scale |sigma| of the batch normalisation
-    that the features come from. The fall-back leaves mu out, as the authors' code does.
+    m = mu - sigma phi(mu / sigma) / Phi(-mu / sigma), where mu and |sigma| are the shift and the scale of the batch
+    normalisation that the features come from. The fallback ignores mu, as in the authors' code.
 
     Args:
         mean: float32 [C].
@@ -82,15 +83,15 @@ def regress(params: Mapping[str, Array], features: Array) -> Array:
 
 
 def init_regressors(key: Key, channels: tuple[tuple[int, int], ...]) -> list[dict[str, Array]]:
-    """Fresh regressors: normal kernels of variance 2 / (teacher's channels), scale 1, bias 0.
+    """Initial regressors: normal kernels of variance 2 / (teacher's channels), scale 1, bias 0.
 
     Args:
-        key: a key of `jax.random.key`.
-        channels: for each group, the student's and the teacher's.
+        key: a typed key.
+        channels: for each group, the numbers of the student's and of the teacher's channels.
     """
     return [
-        {"kernel": he_fan_out(one, pair, jnp.float32), "scale": jnp.ones(pair[1]), "bias": jnp.zeros(pair[1])}
-        for one, pair in zip(jax.random.split(key, len(channels)), channels, strict=True)
+        {"kernel": he_fan_out(group_key, pair, jnp.float32), "scale": jnp.ones(pair[1]), "bias": jnp.zeros(pair[1])}
+        for group_key, pair in zip(jax.random.split(key, len(channels)), channels, strict=True)
     ]
 
 
@@ -101,8 +102,8 @@ def feature_distance(
 
     Args:
         regressors: one for each group.
-        student: groups in the order of the network.
-        teacher: as many.
+        student: the student's groups, in the order of the network.
+        teacher: the teacher's groups, the same number.
 
     Returns:
         float32 [N], at least 0.
@@ -112,9 +113,10 @@ def feature_distance(
     """
     pairs = list(zip(regressors, student.values(), teacher.values(), strict=True))
     total = jnp.zeros(pairs[0][1].before_relu.shape[0], jnp.float32)
-    for number, (params, own, told) in enumerate(pairs, start=1):
-        wanted = jnp.maximum(told.before_relu, margins(told.mean, told.deviation)[None, None, None, :])
-        distance = jnp.sum(partial_l2(regress(params, own.before_relu), wanted), axis=(1, 2, 3))
+    for number, (params, student_end, teacher_end) in enumerate(pairs, start=1):
+        margin = margins(teacher_end.mean, teacher_end.deviation)[None, None, None, :]
+        wanted = jnp.maximum(teacher_end.before_relu, margin)
+        distance = jnp.sum(partial_l2(regress(params, student_end.before_relu), wanted), axis=(1, 2, 3))
         total += 2.0 ** (number - len(pairs)) * distance
     return total
 
@@ -124,65 +126,73 @@ def feature_distillation(channels: tuple[tuple[int, int], ...], divisor: float) 
     """FKD as a method of `bdjax.defenses.distillation`.
 
     Args:
-        channels: for each group, the student's and the teacher's.
+        channels: for each group, the numbers of the student's and of the teacher's channels.
         divisor: see `FkdSettings`.
     """
 
-    def loss(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
-        distance = feature_distance(beside, student.groups, teacher.groups)
+    def loss(regressors: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
+        distance = feature_distance(regressors, student.groups, teacher.groups)
         return losses.cross_entropy(student.logits, labels) + distance / divisor
 
     return Method(loss, partial(init_regressors, channels=channels))
 
 
 def pair_channels(teacher: Model, student: Model, image_shape: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
-    """For each group, the channels of the student's and of the teacher's features before the ReLU.
+    """For each group, the numbers of channels of the student's and of the teacher's features before the ReLU.
 
     Args:
-        teacher: its architecture.
-        student: likewise.
+        teacher: the teacher's architecture.
+        student: the student's architecture.
         image_shape: (H, W, C).
 
     Raises:
-        InputError: a network has no groups, or the two have not equally many, of equal heights and widths.
+        InputError: a network has no groups, or the networks' groups differ in number, height or width.
     """
-    of_teacher, of_student = group_shapes(teacher, image_shape), group_shapes(student, image_shape)
-    for model, groups in ((teacher, of_teacher), (student, of_student)):
+    teacher_groups, student_groups = group_shapes(teacher, image_shape), group_shapes(student, image_shape)
+    for model, groups in ((teacher, teacher_groups), (student, student_groups)):
         if not groups:
             raise InputError(
                 f"{model.description} has no features before a ReLU to distil: take a WRN, a ResNet or a PyramidNet"
             )
-    sizes = [[before_relu[:2] for _, before_relu in groups.values()] for groups in (of_teacher, of_student)]
+    sizes = [[before_relu[:2] for _, before_relu in groups.values()] for groups in (teacher_groups, student_groups)]
     if sizes[0] != sizes[1]:
-        told = [" ".join(f"{height}x{width}" for height, width in each) for each in sizes]
+        text = [" ".join(f"{height}x{width}" for height, width in groups) for groups in sizes]
         raise InputError(
-            f"groups of {teacher.description} end at {told[0]} pixels, those of {student.description} at {told[1]}: "
-            "features are distilled between groups of one size"
+            f"the groups of {teacher.description} end at {text[0]} pixels, those of {student.description} at {text[1]}: "
+            "feature distillation needs groups of equal size"
         )
-    return tuple((s[1][2], t[1][2]) for s, t in zip(of_student.values(), of_teacher.values(), strict=True))
+    return tuple((s[1][2], t[1][2]) for s, t in zip(student_groups.values(), teacher_groups.values(), strict=True))
 
 
 def student_of_pair(
     settings: FkdSettings, attacked: Model, make_model: Callable[..., Model], image_shape: tuple[int, int, int]
 ) -> Model:
-    """For `Defense.network_after`: the student, if features can be distilled into it."""
+    """For `Defense.network_after`: the student, if its groups have the teacher's sizes."""
     student = make_model(settings.student)
     pair_channels(attacked, student, image_shape)
     return student
 
 
 def run_from(
-    inputs: DefenseInput, name: str, settings: FkdSettings, teachers: TeacherNetworks | None = None, **how: object
+    inputs: DefenseInput,
+    name: str,
+    settings: FkdSettings,
+    teachers: TeacherNetworks | None = None,
+    rows: Rows | None = None,
 ) -> DefenseResult:
-    """FKD from some teachers: what `run` does with the attacked networks, and RobustKD with masked ones."""
+    """FKD from any teachers, for RobustKD too; the arguments are those of `distil`."""
     teacher = teachers.model if teachers else inputs.attacked.model
     channels = pair_channels(teacher, inputs.make_model(settings.student), inputs.runner.image_shape)
     method = feature_distillation(channels, settings.divisor)
-    return distil(inputs, name, settings, method, teachers, **how)
+    return distil(inputs, name, settings, method, teachers, rows)
 
 
 def check(settings: FkdSettings) -> None:
-    """Refuse what cannot be."""
+    """Validate the settings.
+
+    Raises:
+        InputError: a setting is invalid.
+    """
     check_student("defense fkd", settings)
     check_values("defense fkd", settings, above={"divisor": 0})
 

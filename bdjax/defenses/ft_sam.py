@@ -1,13 +1,13 @@
-"""FT-SAM (Zhu et al. 2023): fine-tuning on clean rows that looks for a flat minimum, and so moves the weights far.
+"""FT-SAM (Zhu et al. 2023): fine-tuning on clean rows that seeks a flat minimum, and so moves the weights far.
 
-Plain fine-tuning starts where the gradient on clean rows is all but zero, and stays there. Sharpness-aware minimisation
-takes the gradient not at the weights but at the worst point near them. In the adaptive form "near" is measured relative to
-each weight's size, so the large weights, among which those of backdoor neurons are, are disturbed most:
+Plain fine-tuning starts where the gradient on clean rows is nearly zero, and stays there. Sharpness-aware minimisation takes
+the gradient not at the weights but at the worst point near them. In the adaptive form the distance is relative to each weight's
+size, so large weights, such as those of backdoor neurons, are perturbed most:
 
     e = rho theta^2 g / || |theta| g ||,   g the gradient at theta;   then step along the gradient at theta + e
 
-The running statistics of batch normalisation are those of the pass at theta; the pass at theta + e normalises by its batch,
-and leaves no trace in them. With rho = 0 this is fine-tuning on smoothed labels.
+The pass at theta updates the running statistics of batch normalisation; the pass at theta + e uses batch statistics and does
+not update them. With rho = 0 this is fine-tuning on smoothed labels.
 """
 
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 @dataclass(frozen=True)
 class FtSamSettings:
     rho: float = 2.0
-    """how far the worst point is looked for; at least 0"""
+    """radius within which the worst point is sought, at least 0; larger moves the weights further"""
     label_smoothing: float = 0.1
-    """what the wrong classes share of each label, in [0, 1)"""
+    """probability that a smoothed label gives to the wrong classes together, in [0, 1)"""
     epochs: int = 100
-    """over the clean rows"""
+    """epochs over the clean rows"""
     batch_size: int = 256
-    """or all clean rows, if they are fewer"""
+    """clean rows in a step; all of them if there are fewer"""
     learning_rate: float = 0.01
-    """of SGD with momentum 0.9, at the start of half a cosine"""
+    """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule"""
     weight_decay: float = 5e-4
-    """L2, on every parameter"""
+    """L2 penalty on every parameter"""
 
 
 def smoothed_cross_entropy(logits: Array, labels: Array, smoothing: float) -> Array:
-    """Cross-entropy with labels that give the true class 1 - smoothing, and every other smoothing / (K - 1).
+    """Cross-entropy with labels of 1 - smoothing for the true class and smoothing / (K - 1) for every other class.
 
     Args:
         logits: float32 [N, K].
@@ -60,11 +60,11 @@ def adaptive_ascent(params: PyTree, gradient: PyTree, rho: float) -> PyTree:
 
     Args:
         params: theta, float32 leaves.
-        gradient: g, alike.
+        gradient: g, with the same leaves.
         rho: at least 0.
 
     Returns:
-        e, alike: 0 where the gradient is.
+        e, with the same leaves; 0 where the gradient is 0.
 
     References:
         Kwon et al. 2021, ASAM, equation 8; Zhu et al. 2023, section 4.
@@ -76,12 +76,12 @@ def adaptive_ascent(params: PyTree, gradient: PyTree, rho: float) -> PyTree:
 
 @cache
 def sharpness_aware(model: Model, rho: float, label_smoothing: float) -> Objective:
-    """Smoothed cross-entropy at the worst point nearby; the point counts as a constant.
+    """Smoothed cross-entropy at the worst point nearby; no gradient flows through the choice of the point.
 
     Args:
         model: the network.
         rho: see `FtSamSettings`.
-        label_smoothing: likewise.
+        label_smoothing: see `FtSamSettings`.
     """
 
     def forward(params: PyTree, variables: PyTree, images: Array, labels: Array):

@@ -1,4 +1,4 @@
-"""Every defense of suspect training sets by name. Another one is a file of its own and its line here."""
+"""Every defense of suspect training sets, by name. A new defense needs a file and an entry here."""
 
 from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
@@ -59,10 +59,10 @@ DEFENSES: dict[str, Defense] = {
 
 
 def find_defense(name: str) -> Defense:
-    """The defense of that name.
+    """The defense with this name.
 
     Raises:
-        InputError: there is none.
+        InputError: no defense has this name.
     """
     if name not in DEFENSES:
         raise InputError(f"defense {name!r} is not one of {', '.join(DEFENSES)}")
