@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score, silhouette_samples
 from bdjax.defenses.activation_clustering import (
     ACTIVATION_CLUSTERING,
     ActivationClusteringSettings,
+    check,
     find_clusters,
     is_poisoned,
     reclassify,
@@ -51,7 +52,7 @@ def training_set(seed, classes=3):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_minority_of_nine_to_one_is_found(reduction, seed):
     rows, minority = nine_to_one(seed)
-    # FastICA scales every direction to the same variance, so the groups must lie further apart for k-means to see them.
+    # FastICA scales every direction to the same variance, so k-means separates the groups in few dimensions only.
     split = split_class(rows, reduction, 10 if reduction == "pca" else 2)
     np.testing.assert_array_equal(split.in_smaller, minority)
     assert split.share == pytest.approx(0.1) and split.silhouette > 0.3
@@ -67,7 +68,7 @@ def test_one_group_splits_about_evenly_and_scores_low():
 
 @pytest.mark.parametrize("reduction", ["pca", "ica"])
 @pytest.mark.parametrize("make", [one_group, lambda seed: nine_to_one(seed)[0]])
-def test_the_order_of_the_rows_is_of_no_weight(reduction, make):
+def test_the_order_of_the_rows_does_not_matter(reduction, make):
     for seed in range(3):
         rows, order = make(seed), np.random.default_rng(seed).permutation(200)
         split, shuffled = split_class(rows, reduction, 10), split_class(rows[order], reduction, 10)
@@ -87,23 +88,23 @@ def test_no_more_dimensions_than_the_rows_have(reduction):
     assert reduce_dimensions(one_group(0), reduction, 10).shape == (200, 10)
     assert reduce_dimensions(one_group(0, 4), reduction, 10).shape == (4, 3)  # four points span three directions
     flat = one_group(0)
-    flat[:, 3:] = 0  # channels that no row excites
+    flat[:, 3:] = 0  # channels that are 0 for every row
     reduced = reduce_dimensions(flat, reduction, 10)
     assert reduced.shape == (200, 3) and np.isfinite(reduced).all()
     if reduction == "ica":
         np.testing.assert_allclose(reduced.std(axis=0), 1, rtol=1e-3)
-    else:  # a rotation: distances are as they were
+    else:  # a rotation keeps distances
         np.testing.assert_allclose(
             np.linalg.norm(reduced[0] - reduced[1]), np.linalg.norm(flat[0] - flat[1]), rtol=1e-5
         )
 
 
-def test_classes_too_small_or_all_alike_are_not_split():
+def test_classes_with_fewer_than_three_different_rows_are_not_split():
     for rows in (one_group(0, 1), one_group(0, 2), np.ones((20, 4), np.float32)):
         assert split_class(rows, "pca", 10) is None
     labels = np.array([0] * 20 + [1] * 2)
-    flags, scores, clearest = find_clusters(np.ones((22, 4), np.float32), labels, SETTINGS)
-    assert not flags.any() and not scores.any() and clearest == 0
+    flags, scores, silhouette = find_clusters(np.ones((22, 4), np.float32), labels, SETTINGS)
+    assert not flags.any() and not scores.any() and silhouette == 0
 
 
 # ---- A training set -------------------------------------------------------------------------------------------------
@@ -138,17 +139,17 @@ def test_the_thresholds_of_the_rules():
 
 def test_scores_rank_poisons_above_all_classes_and_flags_follow_the_rows():
     rows, labels, truth = training_set(1)
-    flags, scores, clearest = find_clusters(rows, labels, SETTINGS)
+    flags, scores, silhouette = find_clusters(rows, labels, SETTINGS)
     assert flags.dtype == bool and scores.dtype == np.float32
     assert roc_auc_score(truth, scores) == 1.0
-    assert clearest == pytest.approx(split_class(rows[labels == 2], "pca", 10).silhouette)
+    assert silhouette == pytest.approx(split_class(rows[labels == 2], "pca", 10).silhouette)
     order = np.random.default_rng(5).permutation(len(labels))
     shuffled, shuffled_scores, _ = find_clusters(rows[order], labels[order], SETTINGS)
     np.testing.assert_array_equal(shuffled, flags[order])
     np.testing.assert_allclose(shuffled_scores, scores[order], atol=1e-5)
 
 
-def test_a_cluster_that_others_take_for_another_class_is_poisoned():
+def test_a_cluster_predicted_as_another_class_is_poisoned():
     labels = np.array([0] * 6 + [1] * 6 + [2] * 4)
     flags = np.array([True] * 5 + [False] + [True] * 5 + [False] + [False] * 4)
     # Class 0's cluster: its label three times, class 1 twice. Class 1's: its label once, class 2 three times.
@@ -156,7 +157,7 @@ def test_a_cluster_that_others_take_for_another_class_is_poisoned():
     np.testing.assert_array_equal(reclassify(flags, labels, predictions, 1.0), flags & (labels == 1))
     np.testing.assert_array_equal(reclassify(flags, labels, predictions, 1.5), flags)  # 3 / 2 is not above 1.5
     np.testing.assert_array_equal(reclassify(flags, labels, predictions, 0.3), flags & False)
-    assert flags.sum() == 10  # what was given is left as it is
+    assert flags.sum() == 10  # the argument does not change
 
 
 def test_a_cluster_predicted_as_its_label_alone_is_legitimate():
@@ -174,34 +175,34 @@ def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(
     assert embeddings.shape[:2] == inputs.index.shape
     other = dataclasses.replace(inputs, recipe=inputs.config(evaluation_batch_size=37))
     again = other.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
-    for one, two, labels in zip(embeddings, again, inputs.labels, strict=True):
-        first, second = (find_clusters(own, labels, SETTINGS)[0] for own in (one, two))
-        np.testing.assert_array_equal(first, second)
+    for first, second, labels in zip(embeddings, again, inputs.labels, strict=True):
+        flags = [find_clusters(rows, labels, SETTINGS)[0] for rows in (first, second)]
+        np.testing.assert_array_equal(*flags)
 
 
-def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(inputs, monkeypatch):
+def test_exclusionary_uses_a_network_that_was_trained_on_the_rest(inputs, monkeypatch):
     stages, sizes = [], []
 
     def train(self, stage, model, config, rows):
-        """Fresh networks, which take nearly everything for one class."""
+        """Fresh networks, which predict one class for nearly every row."""
         stages.append(stage)
         sizes.append(rows.index.shape[1])
         return Nets(model, self.begin("fresh", model), 1, {})
 
     monkeypatch.setattr(type(inputs), "train", train)
     result = run(inputs, dataclasses.replace(SETTINGS, rule="exclusionary"))
-    assert len(set(stages)) == 2  # or the second would read back the first
+    assert len(set(stages)) == 2  # otherwise the second would restore the first
     assert sizes[0] < sizes[1] < inputs.index.shape[1]
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
     for i, labels in enumerate(inputs.labels):
-        smaller, scores, clearest = find_clusters(embeddings[i], labels, SETTINGS)
+        smaller, scores, silhouette = find_clusters(embeddings[i], labels, SETTINGS)
         assert (result.flags[i] <= smaller).all() and 0 < result.flags[i].sum() < smaller.sum()
         # A cluster is flagged as a whole, or not at all.
-        whole = [np.unique(result.flags[i][smaller & (labels == label)]) for label in range(10)]
-        assert all(len(one) == 1 for one in whole)
-        assert result.facts["classes with a flagged cluster"][i] == sum(one[0] for one in whole)
+        flags = [np.unique(result.flags[i][smaller & (labels == label)]) for label in range(10)]
+        assert all(len(values) == 1 for values in flags)
+        assert result.facts["classes with a flagged cluster"][i] == sum(values[0] for values in flags)
         np.testing.assert_allclose(result.scores[i], scores)
-        assert result.facts["largest silhouette"][i] == pytest.approx(clearest)
+        assert result.facts["largest silhouette"][i] == pytest.approx(silhouette)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +213,15 @@ def test_exclusionary_asks_a_network_that_was_trained_on_the_rest(inputs, monkey
         ({"dimensions": 0}, "dimensions 0 is not at least 1"),
     ],
 )
-def test_settings_that_cannot_be(inputs, changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        run(inputs, dataclasses.replace(SETTINGS, **changes))
+        check(dataclasses.replace(SETTINGS, **changes))
 
 
-def test_it_says_what_it_needs():
+def test_running_checks_the_settings(inputs):
+    with pytest.raises(InputError, match="rule 'larger'"):
+        run(inputs, dataclasses.replace(SETTINGS, rule="larger"))
+
+
+def test_its_needs():
     assert ACTIVATION_CLUSTERING.needs == ("training set", "attacked model")

@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -10,8 +11,9 @@ from scipy.spatial.distance import jensenshannon
 from bdjax.defenses.agpd import (
     AGPD,
     AgpdSettings,
-    Class,
+    ClassGradients,
     anomaly_indices,
+    check,
     choose_clean,
     closeness,
     cosines,
@@ -21,7 +23,7 @@ from bdjax.defenses.agpd import (
     grow,
     js_distance,
     last_round,
-    look_at_class,
+    measure_class,
     row_gradients,
     run,
 )
@@ -35,12 +37,12 @@ ROWS, CLEAN_ROWS = 320, 64  # of the suspects
 
 def spread(random, direction, rows, noise=0.15):
     """Gradients of different lengths around one direction."""
-    own = direction + noise * random.standard_normal((rows, len(direction)))
-    return (random.uniform(0.5, 2.0, (rows, 1)) * own).astype(np.float32)
+    directions = direction + noise * random.standard_normal((rows, len(direction)))
+    return (random.uniform(0.5, 2.0, (rows, 1)) * directions).astype(np.float32)
 
 
 def planted(seed=0, target=3, rows=150, poisons=60, channels=CHANNELS):
-    """Ten classes of one direction each, the target class with a second one; and clean rows of all."""
+    """Ten classes of one direction each, the target class with a second direction; and clean rows of every class."""
     random = np.random.default_rng(seed)
     gradients, labels, is_poisoned, clean = [], [], [], []
     for label in range(CLASSES):
@@ -73,15 +75,15 @@ def found_in(gradients, labels, clean, clean_rows, **changes):
 
 @pytest.fixture(scope="module")
 def of_networks(inputs):
-    """What `detect` sees: predictions [M, n + c] and gradients [M, n + c, channels] of each tap, of all rows and the clean."""
-    rows = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), inputs.all_rows(), inputs.clean_rows())
+    """Predictions [M, n + c] and, for each tap, gradients [M, n + c, channels] of all rows and the clean rows."""
+    rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), inputs.all_rows(), inputs.clean_rows())
     return inputs.per_row(row_gradients(inputs.attacked.model), inputs.attacked.variables, rows)
 
 
 def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(inputs, of_networks):
     predictions, gradients = of_networks
-    assert [each.shape for each in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (4, 8, 16)]
-    assert all(each.dtype == np.float32 for each in gradients)
+    assert [tap.shape for tap in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (4, 8, 16)]
+    assert all(tap.dtype == np.float32 for tap in gradients)
     member, model, count = 1, inputs.attacked.model, 6
     variables = jax.tree.map(lambda leaf: leaf[member], inputs.attacked.variables)
     images = inputs.pool[inputs.index[member, :count]].astype(jnp.float32) / 255
@@ -95,7 +97,7 @@ def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(inputs,
 
     logits, features = forward(jnp.zeros(16))
     np.testing.assert_array_equal(predictions[member, :count], logits.argmax(-1))
-    # After the last tap all is linear, so that a wide step is exact.
+    # After the last tap the network is linear, so that a large step is exact.
     for channel in (0, 5, 15):
         change = forward(0.1 * jax.nn.one_hot(channel, 16))[0] - logits
         expected = change[jnp.arange(count), labels] / 0.1 / (features.shape[1] * features.shape[2])
@@ -112,7 +114,7 @@ CURVED = Model(
 
 def _curved(images, edits):
     same = lambda tap: tap  # noqa: E731
-    first = edits.get("stage1", same)(images - 0.5)  # of either sign: not a ReLU's
+    first = edits.get("stage1", same)(images - 0.5)  # of both signs, so not a ReLU's output
     second = edits.get("stage10", same)(jax.nn.relu(first) ** 2)
     last = edits.get("stage2", same)(jnp.sin(second))
     return ModelOutput(
@@ -123,70 +125,79 @@ def _curved(images, edits):
 CURVED_GRADIENTS = jax.jit(row_gradients(CURVED))
 
 
+@partial(jax.jit, static_argnames="tap")
+def shifted_logits(images, tap, shift):
+    return _curved(images, {tap: lambda features: features + shift}).logits
+
+
+def curved_features(images):
+    """The taps of `CURVED` in NumPy, in the order of the network."""
+    first = images - np.float32(0.5)
+    second = np.maximum(first, 0) ** 2
+    return {"stage1": first, "stage10": second, "stage2": np.sin(second)}
+
+
 def test_gradients_by_finite_differences_where_nothing_is_linear_and_taps_in_the_order_of_the_network():
-    images = jax.random.uniform(jax.random.key(0), (4, 5, 5, 3))
-    labels = jnp.array([0, 2, 1, 2], jnp.int32)
+    images = np.random.default_rng(0).random((4, 5, 5, 3), np.float32)
+    labels = np.array([0, 2, 1, 2], np.int32)
     _, gradients = CURVED_GRADIENTS({}, images, {"labels": labels})
-    features, step = _curved(images, {}).features, 1e-2
+    features, step = curved_features(images), np.float32(1e-2)
     for number, tap in enumerate(features):
-        passed = jnp.ones_like(features[tap]) if tap == "stage1" else (features[tap] > 0).astype(jnp.float32)
+        passed = np.ones_like(features[tap]) if tap == "stage1" else (features[tap] > 0).astype(np.float32)
         for channel in range(3):
-            shift = step * passed * jax.nn.one_hot(channel, 3)[None, None, None]
-            up, down = (
-                _curved(images, {tap: lambda one, s=sign * shift: one + s}).logits[jnp.arange(4), labels]
-                for sign in (1.0, -1.0)
-            )
+            shift = step * passed * np.eye(3, dtype=np.float32)[channel]
+            up, down = (np.asarray(shifted_logits(images, tap, sign * shift))[np.arange(4), labels] for sign in (1, -1))
             expected = (up - down) / (2 * step) / 25
             np.testing.assert_allclose(gradients[number][:, channel], expected, rtol=0.05, atol=2e-3)
-    assert float(jnp.abs(gradients[0]).max()) > 0.05
+    assert np.abs(gradients[0]).max() > 0.05
 
 
-def test_what_does_not_pass_the_relu_does_not_count():
-    images = jnp.full((2, 4, 4, 3), 0.9).at[1, :2].set(0.1)  # of the second row, half is cut off
-    _, gradients = CURVED_GRADIENTS({}, images, {"labels": jnp.zeros(2, jnp.int32)})
-    features = _curved(images, {}).features
-    plain = 1000 * 3 * jnp.mean(features["stage2"], axis=(1, 2)) ** 2 / 16
+def test_pixels_that_do_not_pass_the_relu_do_not_count():
+    images = np.full((4, 5, 5, 3), 0.9, np.float32)
+    images[1, :2] = 0.1  # cut off in two fifths of the second row's pixels
+    _, gradients = CURVED_GRADIENTS({}, images, {"labels": np.zeros(4, np.int32)})
+    plain = 1000 * 3 * curved_features(images)["stage2"].mean(axis=(1, 2)) ** 2 / 25
     np.testing.assert_allclose(gradients[2][0, 0], plain[0, 0], rtol=1e-4)
-    np.testing.assert_allclose(gradients[2][1, 0], plain[1, 0] / 2, rtol=1e-4)
+    np.testing.assert_allclose(gradients[2][1, 0], plain[1, 0] * 3 / 5, rtol=1e-4)
     np.testing.assert_array_equal(gradients[2][:, 1:], 0)  # the logit of class 0 is that of channel 0
 
 
-def test_jit_says_the_same_and_each_row_is_on_its_own(inputs):
-    images, labels = jax.random.uniform(jax.random.key(1), (4, 5, 5, 3)), jnp.array([1, 2, 0, 1], jnp.int32)
+def test_gradients_do_not_depend_on_other_rows():
+    images, labels = np.random.default_rng(1).random((4, 5, 5, 3), np.float32), np.array([1, 2, 0, 1], np.int32)
     together = CURVED_GRADIENTS({}, images, {"labels": labels})
-    chex.assert_trees_all_close(row_gradients(CURVED)({}, images, {"labels": labels}), together, rtol=1e-4, atol=1e-6)
-    alone = CURVED_GRADIENTS({}, images[2:3], {"labels": labels[2:3]})
-    chex.assert_trees_all_close(alone, jax.tree.map(lambda leaf: leaf[2:3], together), rtol=1e-4, atol=1e-6)
-    # Each call would compile anew if it were another one.
-    assert row_gradients(inputs.attacked.model) is row_gradients(inputs.attacked.model)
+    alone = CURVED_GRADIENTS({}, np.repeat(images[2:3], 4, axis=0), {"labels": np.repeat(labels[2:3], 4)})
+    first, third = (jax.tree.map(lambda leaf, row=row: leaf[row], tree) for tree, row in ((alone, 0), (together, 2)))
+    chex.assert_trees_all_close(first, third, rtol=1e-4, atol=1e-6)
+    # Another function object would be compiled again.
+    assert row_gradients(CURVED) is row_gradients(CURVED)
 
 
 # ---- Which classes --------------------------------------------------------------------------------------------------
 
 
-def test_cosines_by_hand_and_of_nothing():
+def test_cosines_by_hand_and_of_zero_vectors():
     rows = np.array([[3, 4], [-1, 0], [0, 0]], np.float32)
     np.testing.assert_allclose(cosines(rows, np.array([2.0, 0.0])), [0.6, -1, 0])
     assert not cosines(rows, np.zeros(2)).any()
 
 
 def test_gap_by_hand():
-    # To r = (1, 0): 1, 0.6, 0; to b = (0, 2): 0, 0.8. So the differences are 1 and -0.2, of three rows.
+    # Cosines with r = (1, 0): 1, 0.6, 0; with b = (0, 2): 0, 0.8. So the differences are 1 and -0.2, of three rows.
     gradients, clean = np.array([[1, 0], [3, 4], [0, 2]], np.float32), np.array([[2, 1], [2, -1]], np.float32)
-    one = look_at_class(5, np.array([10, 11, 12]), gradients, clean)
-    assert one.base == 2 and one.gap == pytest.approx(np.sqrt(1.04 / 3))
-    # With two rows for b, their mean is (1.5, 3), and the first row alone is left.
-    two = look_at_class(5, np.array([10, 11, 12]), gradients, clean, 0.7)
-    assert two.base == 2 and two.gap == pytest.approx((1 - 1.5 / np.sqrt(11.25)) / np.sqrt(3))
+    measured = measure_class(5, np.array([10, 11, 12]), gradients, clean)
+    assert measured.base == 2 and measured.gap == pytest.approx(np.sqrt(1.04 / 3))
+    # With two rows for b, their mean is (1.5, 3), and only the first row remains.
+    measured = measure_class(5, np.array([10, 11, 12]), gradients, clean, 0.7)
+    assert measured.base == 2 and measured.gap == pytest.approx((1 - 1.5 / np.sqrt(11.25)) / np.sqrt(3))
 
 
-def test_rows_without_a_gradient_are_not_looked_at():
+def test_rows_without_a_gradient_are_ignored():
     gradients = np.array([[0, 0], [1, 0], [3, 4], [0, 2]], np.float32)
-    one = look_at_class(0, np.array([4, 5, 6, 7]), gradients, np.array([[1, 0]], np.float32))
-    np.testing.assert_array_equal(one.rows, [5, 6, 7])
-    assert one.base == 2 and one.gap == pytest.approx(np.sqrt(1.04 / 3))
-    assert look_at_class(0, np.arange(2), gradients[:2], np.array([[1, 0]], np.float32)) is None
-    assert look_at_class(0, np.arange(4), gradients, np.zeros((1, 2), np.float32)) is None
+    measured = measure_class(0, np.array([4, 5, 6, 7]), gradients, np.array([[1, 0]], np.float32))
+    np.testing.assert_array_equal(measured.rows, [5, 6, 7])
+    assert measured.base == 2 and measured.gap == pytest.approx(np.sqrt(1.04 / 3))
+    assert measure_class(0, np.arange(2), gradients[:2], np.array([[1, 0]], np.float32)) is None
+    assert measure_class(0, np.arange(4), gradients, np.zeros((1, 2), np.float32)) is None
 
 
 def test_anomaly_indices_by_hand():
@@ -196,21 +207,21 @@ def test_anomaly_indices_by_hand():
 
 
 def classes_of(*gaps):
-    return [Class(label, np.arange(3), np.ones(2), 0, gap) for label, gap in enumerate(gaps)]
+    return [ClassGradients(label, np.arange(3), np.ones(2), 0, gap) for label, gap in enumerate(gaps)]
 
 
 def test_the_layer_is_that_of_the_largest_index():
     steady = (0.10, 0.11, 0.12, 0.13, 0.14)
     layers = [classes_of(*steady, 0.4), classes_of(*steady, 0.9), [], classes_of(*steady, 0.15)]
     targets = find_targets(layers, SETTINGS)
-    assert targets.layer == 1 and [one.label for one in targets.classes] == [5] and not targets.by_gap
+    assert targets.layer == 1 and [target.label for target in targets.classes] == [5] and not targets.by_gap
     assert targets.largest_anomaly == anomaly_indices((*steady, 0.9))[5] > np.exp(2)
 
 
 def test_where_every_class_is_a_target_the_gap_decides_in_one_of_the_last_layers():
     layers = [classes_of(*(0.9,) * 4), classes_of(0.31, 0.33, 0.35, 0.2), classes_of(0.31, 0.05, 0.1, 0.2)]
     targets = find_targets(layers, SETTINGS)  # the first layer is not one of the last two
-    assert targets.layer == 1 and [one.label for one in targets.classes] == [0, 1, 2] and targets.by_gap
+    assert targets.layer == 1 and [target.label for target in targets.classes] == [0, 1, 2] and targets.by_gap
     assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=1)).layer == 2
     assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=7)).layer == 0
     for changes in ({"last_layers": 0}, {"wide_gap": 0.95}):
@@ -241,7 +252,7 @@ def test_js_distance_is_that_of_scipy():
 
 
 def grown(gradients, reference, base, tau, bins):
-    """The same as it is written down: row by row, round by round."""
+    """`grow` as in the paper: row by row, round by round."""
 
     def cosine(a, b):
         return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -258,11 +269,11 @@ def grown(gradients, reference, base, tau, bins):
 
     before = np.histogram(scores(), bins, (0, 1))[0]
     while left:
-        own = scores()
-        stretched = (own - own.min()) / (np.ptp(own) or 1.0)
-        taken.append([i for i, each in zip(left, stretched, strict=True) if each <= tau])
-        left = [i for i, each in zip(left, stretched, strict=True) if each > tau]
-        after = np.histogram(own[stretched > tau], bins, (0, 1))[0]
+        values = scores()
+        rescaled = (values - values.min()) / (np.ptp(values) or 1.0)
+        taken.append([i for i, value in zip(left, rescaled, strict=True) if value <= tau])
+        left = [i for i, value in zip(left, rescaled, strict=True) if value > tau]
+        after = np.histogram(values[rescaled > tau], bins, (0, 1))[0]
         distances.append(jensenshannon(before, after) if left else 1.0)
         before = after
     rounds = np.zeros(len(gradients), int)
@@ -271,12 +282,12 @@ def grown(gradients, reference, base, tau, bins):
     return rounds, np.array(distances)
 
 
-def test_growth_is_as_it_is_written_down():
+def test_growth_is_that_of_the_paper():
     gradients, labels, _, clean, clean_rows = planted(1, rows=40, poisons=15)
-    own, reference = gradients[labels == 3], clean[clean_rows[3]].mean(axis=0)
-    base = int(np.argmin(cosines(own, reference)))
-    rounds, distances = grow(own, reference, base, 0.05, 99)
-    expected_rounds, expected_distances = grown(own.astype(np.float64), reference, base, 0.05, 99)
+    gradients, reference = gradients[labels == 3], clean[clean_rows[3]].mean(axis=0)
+    base = int(np.argmin(cosines(gradients, reference)))
+    rounds, distances = grow(gradients, reference, base, 0.05, 99)
+    expected_rounds, expected_distances = grown(gradients.astype(np.float64), reference, base, 0.05, 99)
     np.testing.assert_array_equal(rounds, expected_rounds)
     np.testing.assert_allclose(distances, expected_distances, atol=1e-6)
     assert len(distances) > 10 and rounds.min() == 0 and rounds.max() == len(distances)
@@ -287,11 +298,11 @@ def test_rows_of_two_directions_are_taken_one_direction_after_the_other():
     gradients = np.array([[0, 1]] * 4 + [[1, 0]] * 6, np.float32)
     rounds, distances = grow(gradients, np.array([1.0, 0.0]), 1, 0.05, 99)
     np.testing.assert_array_equal(rounds, [1, 0, 1, 1] + [2] * 6)
-    # What is left after the last round is nothing, which is as far as it can be from something.
+    # Nothing is left after the last round: the largest possible distance.
     assert len(distances) == 2 and distances[1] == 1 and 0 < distances[0] < 1
 
 
-def test_rows_that_are_all_alike_are_one_round():
+def test_equal_rows_are_taken_in_one_round():
     rounds, distances = grow(np.ones((5, 3), np.float32), np.ones(3), 2, 0.05, 99)
     np.testing.assert_array_equal(rounds, [1, 1, 0, 1, 1])
     np.testing.assert_array_equal(distances, [1])
@@ -306,13 +317,13 @@ def test_a_single_row_is_taken_before_the_first_round():
 def test_the_stop_is_before_the_steady_window():
     distances = np.array([0.5, 0.3, 0.6, 0.4] + [0.1] * 10 + [0.5, 1.0])
     assert last_round(distances, 10, 5.0) == 4  # the rounds 1 to 4 are before it
-    # Small is not enough where it jumps: the mean of the first three is smaller, their spread is not.
+    # The first three have the smaller mean, but a larger spread.
     assert last_round(np.array([0.0, 0.0, 0.3, 0.2, 0.2, 0.2]), 3, 0.0) == 0
     assert last_round(np.array([0.0, 0.0, 0.3, 0.2, 0.2, 0.2]), 3, 5.0) == 3
 
 
 def test_poisons_that_the_first_round_takes_are_kept():
-    # Counting the first row as a round of its own would stop at it.
+    # Counting the first row as a round would stop there.
     assert last_round(np.array([0.6] + [0.1] * 12), 10, 5.0) == 1
 
 
@@ -343,15 +354,15 @@ def test_a_class_of_two_directions_is_found_with_its_rows(seed):
     assert scores.max() <= 1 and not scores[labels != 3].any()
 
 
-def test_the_layer_that_shows_it_is_chosen():
+def test_the_layer_with_two_directions_is_chosen():
     gradients, labels, is_poisoned, clean, clean_rows = planted()
-    sure = np.eye(CLASSES, CHANNELS, dtype=np.float32)[labels]  # all of a class point the same way
-    clean_sure = np.repeat(np.eye(CLASSES, CHANNELS, dtype=np.float32), 10, axis=0)
-    _, _, facts = find_poisons([sure, gradients, sure], labels, [clean_sure, clean, clean_sure], clean_rows, SETTINGS)
+    even = np.eye(CLASSES, CHANNELS, dtype=np.float32)[labels]  # one direction for all rows of a class
+    clean_even = np.repeat(np.eye(CLASSES, CHANNELS, dtype=np.float32), 10, axis=0)
+    _, _, facts = find_poisons([even, gradients, even], labels, [clean_even, clean, clean_even], clean_rows, SETTINGS)
     assert facts["layer"] == 2 and facts["target classes"] == 1
 
 
-def test_a_homogeneous_set_flags_nothing():
+def test_nothing_is_flagged_in_a_set_without_poisons():
     for seed in range(4):
         gradients, labels, _, clean, clean_rows = planted(seed, target=None)
         flags, scores, facts = found_in(gradients, labels, clean, clean_rows)
@@ -359,7 +370,7 @@ def test_a_homogeneous_set_flags_nothing():
         assert facts["target classes"] == facts["layer"] == 0 and 0 < facts["largest J"] < np.exp(2)
 
 
-def test_order_and_length_are_of_no_weight():
+def test_order_and_length_do_not_matter():
     gradients, labels, _, clean, clean_rows = planted()
     order = np.random.default_rng(5).permutation(len(labels))
     flags, scores, _ = found_in(gradients, labels, clean, clean_rows)
@@ -368,7 +379,7 @@ def test_order_and_length_are_of_no_weight():
     np.testing.assert_allclose(again_scores, scores[order], rtol=1e-4, atol=1e-6)
 
 
-def test_a_class_without_a_clean_row_is_passed_over_and_counted():
+def test_a_class_without_a_clean_row_is_skipped_and_counted():
     gradients, labels, is_poisoned, clean, clean_rows = planted()
     rest = {label: rows for label, rows in clean_rows.items() if label != 7}
     flags, _, facts = found_in(gradients, labels, clean, rest)
@@ -381,15 +392,15 @@ def test_a_class_without_a_clean_row_is_passed_over_and_counted():
     assert not flags.any() and not scores.any() and facts["classes without a clean row"] == CLASSES
 
 
-def test_narrow_layers_are_passed_over():
+def test_narrow_layers_are_skipped():
     gradients, labels, _, clean, clean_rows = planted()
     flags, _, facts = found_in(gradients[:, :1], labels, clean[:, :1], clean_rows)
     assert not flags.any() and facts["largest J"] == facts["layer"] == 0
     flags, _, _ = found_in(gradients[:, :1], labels, clean[:, :1], clean_rows, narrowest=1, wide_gap=0.01)
-    assert np.isfinite(flags).all()  # of one channel, all cosines are 1 or -1: nothing to be said, but nothing fails
+    assert np.isfinite(flags).all()  # cosines of one channel are 1 or -1: useless, but not an error
 
 
-def test_clean_rows_are_those_that_the_network_gets_right_and_no_more_than_asked_for():
+def test_clean_rows_are_classified_correctly_and_limited_in_number():
     labels = np.array([0, 0, 0, 1, 1, 2], np.int32)
     predictions = np.array([0, 1, 0, 1, 1, 0], np.int32)
     chosen = choose_clean(labels, predictions, np.array([4, 5, 2, 1, 0, 3]), 1)
@@ -406,14 +417,14 @@ def test_flags_are_those_of_each_members_own_gradients(inputs, of_networks):
     assert found.flags.shape == found.scores.shape == inputs.index.shape and found.flags.any()
     predictions, gradients = of_networks
     for member, labels in enumerate(inputs.labels):
-        own, clean = np.split(gradients[2][member], [ROWS])  # the taps before it have 4 and 8 channels
-        # Of 64 clean digits no class has more than ten that are right: all of them count, in any order.
-        right = inputs.clean_labels[member] == predictions[member, ROWS:]
-        known = np.unique(inputs.clean_labels[member][right])
+        last_tap, clean = np.split(gradients[2][member], [ROWS])  # the taps before it have 4 and 8 channels
+        # Of 64 clean digits no class has more than ten that are classified correctly: all of them count, in any order.
+        correct = inputs.clean_labels[member] == predictions[member, ROWS:]
+        known = np.unique(inputs.clean_labels[member][correct])
         gaps = [
-            look_at_class(
-                label, np.flatnonzero(labels == label), own[labels == label],
-                clean[right & (inputs.clean_labels[member] == label)],
+            measure_class(
+                label, np.flatnonzero(labels == label), last_tap[labels == label],
+                clean[correct & (inputs.clean_labels[member] == label)],
             ).gap
             for label in known
         ]  # fmt: skip
@@ -425,7 +436,7 @@ def test_flags_are_those_of_each_members_own_gradients(inputs, of_networks):
         np.testing.assert_array_equal(np.unique(labels[found.flags[member]]), known[anomalies > 0.5])
 
 
-def test_the_networks_are_trained_without_what_is_flagged(inputs, monkeypatch):
+def test_the_networks_are_trained_without_the_flagged_rows(inputs, monkeypatch):
     seen = {}
 
     def without(inputs, stage, flags):
@@ -440,7 +451,7 @@ def test_the_networks_are_trained_without_what_is_flagged(inputs, monkeypatch):
     np.testing.assert_array_equal(result.scores, found.scores)
     before = seen["stage"]
     run(inputs, dataclasses.replace(SETTINGS, tau=0.1))
-    assert seen["stage"] != before  # or it would be read back
+    assert seen["stage"] != before  # otherwise the first would be restored
 
 
 @pytest.mark.parametrize(
@@ -454,10 +465,15 @@ def test_the_networks_are_trained_without_what_is_flagged(inputs, monkeypatch):
         ({"wide_gap": 0.0}, "wide_gap 0.0 is not above 0"),
     ],
 )
-def test_settings_that_cannot_be(inputs, changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        detect(inputs, dataclasses.replace(SETTINGS, **changes))
+        check(dataclasses.replace(SETTINGS, **changes))
 
 
-def test_it_says_what_it_is_given():
+def test_detection_checks_the_settings(inputs):
+    with pytest.raises(InputError, match="tau 0.0"):
+        detect(inputs, dataclasses.replace(SETTINGS, tau=0.0))
+
+
+def test_its_needs():
     assert AGPD.needs == ("training set", "attacked model", "clean rows") and AGPD.detect is detect

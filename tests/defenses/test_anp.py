@@ -13,6 +13,7 @@ from bdjax.defenses.anp import (
     AnpSettings,
     change_channels,
     channel_scales,
+    check,
     clipped,
     draw_noise,
     highest_thresholds,
@@ -22,16 +23,15 @@ from bdjax.defenses.anp import (
     run,
 )
 from bdjax.errors import InputError
-from bdjax.models import make_model
 from bdjax.training.member import Outcome, TrainConfig, make_optimiser, make_step
+from tests.defenses.conftest import init_small, small_model
 
-MODEL = make_model("resnet10", 10, 2)
-SHAPE = (8, 8, 1)
+MODEL = small_model()
 
 
 @pytest.fixture(scope="module")
 def network():
-    variables = jax.jit(lambda key: MODEL.init(key, SHAPE))(jax.random.key(0))
+    variables = init_small(0)
     # Scales and biases of a trained network are not ones and zeros.
     generator = np.random.default_rng(1)
     params = jax.tree.map(
@@ -43,8 +43,8 @@ def network():
 
 @pytest.fixture(scope="module")
 def batch():
-    labels = jnp.arange(12, dtype=jnp.int32) % 10
-    return jax.random.uniform(jax.random.key(2), (12, *SHAPE)), {"labels": labels}
+    labels = np.arange(12, dtype=np.int32) % 10
+    return np.random.default_rng(2).random((12, 8, 8, 1), np.float32), {"labels": labels}
 
 
 def ones_like_scales(network):
@@ -54,9 +54,16 @@ def ones_like_scales(network):
 def test_every_channel_of_batch_normalisation_has_a_mask(network):
     means = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(network["batch_stats"]) if "mean" in str(path)]
     scales = channel_scales(network["params"])
-    assert len(scales) == len(means) == 9
-    assert sum(leaf.size for leaf in scales.values()) == sum(leaf.size for leaf in means)
-    assert "stage1_block1/BatchNorm_0" in scales
+    assert sorted(scales) == ["stage1_norm", "stage2_norm", "stage3_norm"] and len(means) == 3
+    assert [leaf.size for leaf in scales.values()] == [leaf.size for leaf in means] == [4, 8, 16]
+
+
+def test_layers_inside_of_blocks_are_named_by_their_path():
+    nested = {"stage1_block1": {"BatchNorm_0": {"scale": np.ones(2), "bias": np.ones(2)}}, "classifier": {"bias": 1}}
+    assert list(channel_scales(nested)) == ["stage1_block1/BatchNorm_0"]
+    changed = change_channels(nested, *({"stage1_block1/BatchNorm_0": np.full(2, by)} for by in (2, 3)))
+    np.testing.assert_array_equal(changed["stage1_block1"]["BatchNorm_0"]["scale"], [2, 2])
+    np.testing.assert_array_equal(changed["stage1_block1"]["BatchNorm_0"]["bias"], [3, 3])
 
 
 def test_changing_channels_changes_their_scales_and_biases_alone(network):
@@ -64,21 +71,30 @@ def test_changing_channels_changes_their_scales_and_biases_alone(network):
     chex.assert_trees_all_equal(change_channels(network["params"], ones, ones), network["params"])
     twice, thrice = (jax.tree.map(lambda leaf, by=by: by * leaf, ones) for by in (2.0, 3.0))
     changed, params = change_channels(network["params"], twice, thrice), network["params"]
-    np.testing.assert_allclose(changed["stem_norm"]["scale"], 2 * params["stem_norm"]["scale"])
-    np.testing.assert_allclose(changed["stem_norm"]["bias"], 3 * params["stem_norm"]["bias"])
+    np.testing.assert_allclose(changed["stage1_norm"]["scale"], 2 * params["stage1_norm"]["scale"])
+    np.testing.assert_allclose(changed["stage1_norm"]["bias"], 3 * params["stage1_norm"]["bias"])
     chex.assert_trees_all_equal(changed["classifier"], params["classifier"])
-    chex.assert_trees_all_equal(changed["stem_conv"], params["stem_conv"])
+    chex.assert_trees_all_equal(changed["stage1_conv"], params["stage1_conv"])
 
 
 @jax.jit
 def _mask_losses(masks, network, batch, epsilon, alpha, key):
-    objective = mask_objective.__wrapped__(MODEL, epsilon, alpha)  # its cache knows no traced numbers
-    return jax.value_and_grad(lambda masks: objective(masks, {"network": network}, *batch, key).losses.mean())(masks)
+    objective = mask_objective.__wrapped__(MODEL, epsilon, alpha)  # traced numbers cannot be cached
+
+    def loss(masks):
+        outcome = objective(masks, {"network": network}, *batch, key)
+        return outcome.losses.mean(), outcome.variables
+
+    return jax.value_and_grad(loss, has_aux=True)(masks)
 
 
 def mask_losses(epsilon, alpha, network, batch, seed=0):
-    numbers = jnp.float32(epsilon), jnp.float32(alpha)
-    return _mask_losses(ones_like_scales(network), network, batch, *numbers, jax.random.key(seed))
+    """The mean loss for masks of ones, its gradient, and the variables afterwards."""
+    numbers = np.float32(epsilon), np.float32(alpha)
+    (loss, variables), gradient = _mask_losses(
+        ones_like_scales(network), network, batch, *numbers, jax.random.key(seed)
+    )
+    return loss, gradient, variables
 
 
 def test_without_noise_the_gradient_is_that_of_cross_entropy(network, batch):
@@ -89,54 +105,53 @@ def test_without_noise_the_gradient_is_that_of_cross_entropy(network, batch):
         return losses.cross_entropy(MODEL.apply(variables, batch[0], train=True).logits, batch[1]["labels"]).mean()
 
     expected = jax.jit(jax.value_and_grad(entropy))(ones)
-    chex.assert_trees_all_close(mask_losses(0.0, 0.2, network, batch), expected, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(mask_losses(0.0, 0.2, network, batch)[:2], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_noise_is_adverse_and_drawn_anew(network, batch):
-    clean, _ = mask_losses(0.4, 1.0, network, batch)
-    noisy, _ = mask_losses(0.4, 0.0, network, batch)
-    other, _ = mask_losses(0.4, 0.0, network, batch, seed=1)
-    mixed, _ = mask_losses(0.4, 0.25, network, batch)
+def test_noise_is_adversarial_and_drawn_anew(network, batch):
+    clean = mask_losses(0.4, 1.0, network, batch)[0]
+    noisy = mask_losses(0.4, 0.0, network, batch)[0]
+    other = mask_losses(0.4, 0.0, network, batch, seed=1)[0]
+    mixed = mask_losses(0.4, 0.25, network, batch)[0]
     assert noisy > clean + 0.1 and other > clean + 0.1 and noisy != other
     np.testing.assert_allclose(mixed, 0.25 * clean + 0.75 * noisy, rtol=1e-4)
-    small, _ = mask_losses(0.02, 0.0, network, batch)
+    small = mask_losses(0.02, 0.0, network, batch)[0]
     assert clean < small < noisy
 
 
-def test_noise_is_uniform_and_of_each_channel_its_own():
+def test_noise_is_uniform_and_different_for_each_layer():
     noise = draw_noise(jax.random.key(0), {"a": jnp.ones(500), "b": jnp.ones(500)}, 0.4)
     assert all(-0.4 <= leaf.min() < -0.38 and 0.38 < leaf.max() <= 0.4 for leaf in noise.values())
     assert not np.array_equal(noise["a"], noise["b"])
 
 
-def test_statistics_are_left_alone(network, batch):
-    objective = jax.jit(mask_objective(MODEL, 0.4, 0.2))
-    outcome = objective(ones_like_scales(network), {"network": network}, *batch, jax.random.key(0))
-    chex.assert_trees_all_equal(outcome.variables, {"network": network})
+def test_statistics_do_not_change(network, batch):
+    chex.assert_trees_all_equal(mask_losses(0.4, 0.2, network, batch)[2], {"network": network})
 
 
 def test_clipping_is_that_after_each_step_of_sgd_with_momentum():
     config = TrainConfig(optimiser="sgd", momentum=0.9, learning_rate=0.2, schedule="constant")
 
     def objective(params, variables, images, targets, key):
-        # Pulls that change sign, so that parameters hit both bounds and come back.
+        # Pulls of changing sign, so that parameters reach both bounds and come back.
         per_row = jnp.sum(params["p"] * targets["pull"], axis=1) + 0.1 * jnp.sum(params["p"] ** 2)
         return Outcome(per_row, jnp.zeros((2, 2)), jnp.zeros(2, jnp.int32), variables)
 
-    pulls = np.asarray(jax.random.normal(jax.random.key(0), (40, 2, 3))) + np.sin(np.arange(40) / 4)[:, None, None]
+    pulls = np.random.default_rng(0).standard_normal((40, 2, 3)) + np.sin(np.arange(40) / 4)[:, None, None]
+    pulls = pulls.astype(np.float32)
     step = jax.jit(make_step(clipped(lambda p, *rest: objective({"p": p["p"][None]}, *rest), 0.2, 0.9), config))
-    start = jnp.ones(3)
+    start, key = jnp.ones(3), jax.random.key(0)
     carry = ({"params": {"p": start}, "outside": {"p": jnp.zeros(3)}}, make_optimiser(config).init({"p": start}))
     expected, velocity, visited = np.ones(3), np.zeros(3), []
     for pull in pulls:
-        batch = jnp.zeros((2, 1)), {"pull": jnp.asarray(pull)}, jnp.float32(0.2), jax.random.key(0)
+        batch = np.zeros((2, 1), np.float32), {"pull": pull}, np.float32(0.2), key
         carry, _ = step(*carry, *batch)
         velocity = 0.9 * velocity + pull.mean(0) + 0.2 * expected
         expected = np.clip(expected - 0.2 * velocity, 0, 1)
         visited.append(expected)
         np.testing.assert_allclose(np.clip(carry[0]["params"]["p"], 0, 1), expected, atol=1e-4)
     visited = np.array(visited)
-    assert all(np.any(one) for one in (visited == 0, visited == 1, (visited > 0) & (visited < 1)))
+    assert all(np.any(where) for where in (visited == 0, visited == 1, (visited > 0) & (visited < 1)))
 
 
 def stacked_masks(network):
@@ -154,11 +169,11 @@ def test_pruning_at_its_limits(network):
     for layer, scale in channel_scales(one_of_two).items():
         np.testing.assert_array_equal(scale[0], channel_scales(params)[layer][0])
         assert not scale[1].any()
-    np.testing.assert_array_equal(one_of_two["stem_norm"]["bias"], params["stem_norm"]["bias"])
+    np.testing.assert_array_equal(one_of_two["stage1_norm"]["bias"], params["stage1_norm"]["bias"])
     both = prune(params, masks, np.array([1.0, 1.0], np.float32), True)
-    assert not both["stem_norm"]["bias"].any() and both["classifier"]["bias"].any()
-    some = prune(params, masks, np.array([0.5, 0.5], np.float32), False)
-    np.testing.assert_array_equal(np.asarray(some["stem_norm"]["scale"]) == 0, masks["stem_norm"] <= 0.5)
+    assert not both["stage1_norm"]["bias"].any() and both["classifier"]["bias"].any()
+    half = prune(params, masks, np.array([0.5, 0.5], np.float32), False)
+    np.testing.assert_array_equal(np.asarray(half["stage1_norm"]["scale"]) == 0, masks["stage1_norm"] <= 0.5)
 
 
 def test_highest_threshold_that_keeps_the_accuracy():
@@ -186,7 +201,9 @@ def test_masks_of_all_suspects_are_learned_and_pruned(inputs):
     assert np.all(after >= before - 0.05)
 
 
-def test_settings_that_cannot_be_are_refused(inputs):
+def test_invalid_settings_are_refused(inputs):
     for change in ({"iterations": 0}, {"epsilon": -0.1}, {"alpha": 2.0}):
         with pytest.raises(InputError, match=f"defense anp: {next(iter(change))} "):
-            run(inputs, dataclasses.replace(AnpSettings(), **change))
+            check(dataclasses.replace(AnpSettings(), **change))
+    with pytest.raises(InputError, match="defense anp: alpha "):
+        run(inputs, AnpSettings(alpha=2.0))

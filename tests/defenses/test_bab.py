@@ -1,5 +1,7 @@
 """BAB: with one network and one objection it flags what NBAB without alignment suspects."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from bdjax.defenses import bab
@@ -16,14 +18,9 @@ def test_one_network_objects_where_nbab_suspects(inputs):
     np.testing.assert_array_equal(margins, alone.margins)
 
 
-def test_votes_are_counted_over_networks_of_their_own(inputs, monkeypatch):
-    told = [np.array([[1.0, -1.0, -1.0], [1.0, 1.0, -2.0]]) * sign for sign in (1, 1, -1)]
-    monkeypatch.setattr(bab, "verify", lambda inputs, settings, number: _Said(told[number]))
-    objections, margins = count_objections(inputs, BabSettings(networks=3))
+def test_votes_are_counted_over_different_networks(monkeypatch):
+    margins = [np.array([[1.0, -1.0, -1.0], [1.0, 1.0, -2.0]]) * sign for sign in (1, 1, -1)]
+    monkeypatch.setattr(bab, "verify", lambda inputs, settings, number: SimpleNamespace(margins=margins[number]))
+    objections, margins = count_objections(None, BabSettings(networks=3))
     np.testing.assert_array_equal(objections, [[1, 2, 2], [1, 1, 2]])
     np.testing.assert_array_equal(margins, [[-1, -1, -1], [-1, -1, -2]])
-
-
-class _Said:
-    def __init__(self, margins):
-        self.margins = margins

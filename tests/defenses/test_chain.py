@@ -1,4 +1,4 @@
-"""Chains of defenses, with parts that train nothing."""
+"""Chains of defenses that train nothing."""
 
 import dataclasses
 import pathlib
@@ -20,22 +20,22 @@ MODEL = Model(None, None, 4, "a network")
 @dataclass(frozen=True)
 class Settings:
     add: int = 1
-    """to the attacked network's only number"""
+    """added to the attacked network's only parameter"""
 
 
-def adder(name: str, **told: Any) -> Defense:
-    """A defense that adds, and says where it would have trained."""
+def adder(name: str, **found: Any) -> Defense:
+    """A defense that adds, and reports the folder that it would have trained in."""
 
     def run(inputs: DefenseInput, settings: Settings) -> DefenseResult:
         after = inputs.attacked.variables + settings.add
         pictures = {str(inputs.runner.folder): np.zeros((1, 0))}
-        return DefenseResult(MODEL, after, pictures=pictures, **told)
+        return DefenseResult(MODEL, after, pictures=pictures, **found)
 
     stage = "at test time" if name == "tester" else "after training"
     return Defense(name, name.title(), f"paper of {name}", stage, ("attacked model",), Settings(), run)
 
 
-FIRST = adder("first", flags=np.array([[True]]), facts={"weight": np.array([1.0]), "own": np.array([2.0])})
+FIRST = adder("first", flags=np.array([[True]]), facts={"weight": np.array([1.0]), "size": np.array([2.0])})
 SECOND = adder("second", scores=np.array([[0.5]]), facts={"weight": np.array([3.0])})
 
 
@@ -54,7 +54,7 @@ def folders(result: DefenseResult) -> list[str]:
     return list(result.pictures)
 
 
-def test_the_second_starts_from_what_the_first_made(inputs):
+def test_the_second_starts_from_the_result_of_the_first(inputs):
     linked = make((FIRST, 1), (SECOND, 10))
     result = linked.run(inputs, linked.settings)
     assert result.variables.tolist() == [11] and inputs.attacked.variables.tolist() == [0]
@@ -63,29 +63,30 @@ def test_the_second_starts_from_what_the_first_made(inputs):
     assert linked.paper == "paper of first; then paper of second"
 
 
-def test_all_that_the_parts_say_is_kept(inputs):
+def test_flags_scores_and_facts_of_all_parts_are_kept(inputs):
     linked = make((FIRST, 1), (SECOND, 10))
     result = linked.run(inputs, linked.settings)
     assert {name: float(value[0]) for name, value in result.facts.items()} == {
         "first: weight": 1.0,
-        "own": 2.0,
+        "size": 2.0,
         "second: weight": 3.0,
     }
     assert result.flags.tolist() == [[True]] and result.scores.tolist() == [[0.5]]
 
 
-def test_one_defense_twice_is_told_apart(inputs):
+def test_facts_of_a_defense_that_occurs_twice_are_numbered(inputs):
     linked = make((SECOND, 1), (SECOND, 2))
     facts = linked.run(inputs, linked.settings).facts
     assert list(facts) == ["second (1): weight", "second (2): weight"]
 
 
-def test_what_comes_after_has_a_folder_of_its_own_and_the_first_part_none(inputs):
-    first, second = (make((FIRST, add), (SECOND, 1)) for add in (1, 2))
-    one, other = (folders(each.run(inputs, each.settings)) for each in (first, second))
+def test_only_later_parts_have_a_separate_folder(inputs):
+    first, second = (
+        folders(linked.run(inputs, linked.settings)) for linked in (make((FIRST, add), (SECOND, 1)) for add in (1, 2))
+    )
     alone = folders(FIRST.run(inputs, Settings(1)))
-    assert one[0] == other[0] == alone[0] == "run"
-    assert one[1] != other[1] and all(path[1].startswith("run/after-first-") for path in (one, other))
+    assert first[0] == second[0] == alone[0] == "run"
+    assert first[1] != second[1] and all(path[1].startswith("run/after-first-") for path in (first, second))
     assert inputs.runner.folder == pathlib.Path("run")
 
 
@@ -96,7 +97,9 @@ def test_three_parts_nest(inputs):
     assert result.variables.tolist() == [7]
     assert paths[2].startswith(f"{paths[1]}/after-second-")
     pair = make((FIRST, 1), (SECOND, 3))
-    assert folders(pair.run(inputs, pair.settings))[1] == paths[1]  # what comes before decides, not what it is
+    assert (
+        folders(pair.run(inputs, pair.settings))[1] == paths[1]
+    )  # decided by the parts before, not by the part itself
 
 
 def test_needs_of_settings_are_needs_of_the_chain():
@@ -108,5 +111,5 @@ def test_needs_of_settings_are_needs_of_the_chain():
 def test_a_detector_at_test_time_can_only_be_the_last():
     tester = adder("tester")
     assert make((FIRST, 1), (tester, 1)).stage == "at test time"
-    with pytest.raises(InputError, match="tester looks at each image at test time.*only be the last"):
+    with pytest.raises(InputError, match="tester works at test time.*only be the last"):
         make((tester, 1), (FIRST, 1))

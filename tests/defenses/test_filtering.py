@@ -15,14 +15,14 @@ def test_every_kept_row_is_there_and_no_flagged_one(seed):
     rows = kept_rows(flags, np.random.default_rng(0))
     assert rows.dtype == np.int32
     assert rows.shape == (4, (~flags).sum(axis=1).max())
-    for own, kept in zip(flags, rows, strict=True):
-        np.testing.assert_array_equal(np.unique(kept), np.flatnonzero(~own))
-        # Filled up evenly: no row comes twice more than another.
-        counts = np.bincount(kept, minlength=len(own))[~own]
+    for member_flags, kept in zip(flags, rows, strict=True):
+        np.testing.assert_array_equal(np.unique(kept), np.flatnonzero(~member_flags))
+        # Padded evenly: the numbers of repetitions differ by at most 1.
+        counts = np.bincount(kept, minlength=len(member_flags))[~member_flags]
         assert counts.max() - counts.min() <= 1
 
 
-def test_a_member_that_keeps_the_most_sees_each_row_once():
+def test_a_member_that_keeps_most_rows_sees_each_once():
     flags = np.array([[True, False, False, True], [True, True, False, True]])
     rows = kept_rows(flags, np.random.default_rng(0))
     np.testing.assert_array_equal(rows, [[1, 2], [2, 2]])
@@ -36,11 +36,11 @@ def test_a_member_whose_rows_are_all_flagged_keeps_them_all():
     flags = np.array([[True] * 4, [True, True, True, False]])
     rows = kept_rows(flags, np.random.default_rng(0))
     np.testing.assert_array_equal(rows, [[0, 1, 2, 3], [3, 3, 3, 3]])
-    assert flags[0].all()  # what was given is left as it is
+    assert flags[0].all()  # the argument does not change
 
 
 def test_flagged_rows_are_not_trained_on(inputs, monkeypatch):
-    """What goes into the training are the images and labels of the kept rows."""
+    """The training receives the images and labels of the kept rows."""
     seen = {}
 
     def train(self, stage, model, config, rows):

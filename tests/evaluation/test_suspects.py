@@ -175,7 +175,7 @@ class TestMakeDefenseInput:
     def test_oracles_get_nothing_that_is_unknown(self):
         inputs, _ = inputs_for([suspect("badnets"), suspect("none", is_clean=False)])
         assert inputs.num_poisons is None
-        with pytest.raises(ValueError, match="no clean rows"):
+        with pytest.raises(ValueError, match="needs the clean rows, which these inputs do not have"):
             inputs.clean_rows()
 
     def test_an_adaptive_attackers_rows_have_partners_without_the_trigger(self):
