@@ -1,49 +1,77 @@
 """Two small suspects that the tests of all defenses share: digits with BadNets, and the same digits clean."""
 
-from functools import cache
+import itertools
+import math
+from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 
 from bdjax.datasets.digits import load_digits
 from bdjax.evaluation.measure import make_views
 from bdjax.evaluation.suspects import make_defense_input, make_suspect, suspect_keys
 from bdjax.evaluation.variants import read_attack
-from bdjax.models.facade import as_model
-from bdjax.models.layers import BatchNorm, Classifier, Conv, Lowering, Taps, layout_of, relu
+from bdjax.models.layers import normalise_batch
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
-from bdjax.types import Dataset, Model
+from bdjax.types import Dataset, GroupEnd, Key, Model, ModelOutput, PyTree
 
 ROWS, CLEAN_ROWS, TEST_ROWS, TARGET = 320, 64, 64, 0
 RECIPE = TrainConfig(
     epochs=6, batch_size=32, evaluation_batch_size=64, learning_rate=1e-2, schedule="cosine", keep_last_batch=False
 )
-WIDTH = 4
+CHANNELS = (4, 8, 16)
 
 
-class SmallNetwork(nn.Module):
-    """Taps, groups and batch normalisation as in a ResNet-10 of this width, but one convolution in each stage instead of two to
-    four, and in XLA's own form: it traces and compiles in a small part of the time."""
+def _apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
+    """Taps, groups and batch normalisation as in a ResNet-10 of width 4, but one convolution in each stage.
 
-    width: int
-    num_classes: int
-    lowering: Lowering
+    In plain JAX, since tracing and compiling take nearly all the time of these tests.
+    """
 
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool, edits=None):
-        taps = Taps(self.lowering, edits)
-        x = layout_of(self.lowering).from_nhwc(images)
-        for stage in range(3):
-            name = f"stage{stage + 1}"
-            x = Conv(self.width * 2**stage, 3, 2 if stage else 1, self.lowering, name=f"{name}_conv")(x)
-            norm = BatchNorm(self.lowering, name=f"{name}_norm")
-            x = taps.group(f"group{stage + 1}", norm(x, train=train))
-            taps.before_relu(f"group{stage + 1}", x, norm)
-            x = taps(name, relu(x))
-        return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
+    def edit(name: str, x: jax.Array) -> jax.Array:
+        return edits[name](x) if edits and name in edits else x
+
+    x, features, groups, statistics = images, {}, {}, {}
+    for number in range(1, len(CHANNELS) + 1):
+        layer, running = variables["params"][f"stage{number}_norm"], variables["batch_stats"][f"stage{number}_norm"]
+        kernel = variables["params"][f"stage{number}_conv"]["kernel"]
+        stride = (1, 1) if number == 1 else (2, 2)
+        x = jax.lax.conv_general_dilated(x, kernel, stride, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        if train:
+            x, mean, variance = normalise_batch(x, layer["scale"], layer["bias"], 3, 1e-5)
+            new = {"mean": mean, "var": variance}
+            running = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * jax.lax.stop_gradient(new), running, new)
+        else:
+            factor = layer["scale"] * jax.lax.rsqrt(running["var"] + 1e-5)
+            offset = layer["bias"] - running["mean"] * factor
+            x = x * factor[None, None, None] + offset[None, None, None]
+        statistics[f"stage{number}_norm"] = running
+        x = edit(f"group{number}", x)
+        groups[f"group{number}"] = GroupEnd(x, x, layer["bias"], jnp.abs(layer["scale"]))
+        x = features[f"stage{number}"] = edit(f"stage{number}", jax.nn.relu(x))
+    classifier = variables["params"]["classifier"]
+    logits = jnp.mean(x, axis=(1, 2)) @ classifier["kernel"] + classifier["bias"][None]
+    return ModelOutput(logits, features, {**variables, "batch_stats": statistics}, groups)
+
+
+def _init(num_classes: int, key: Key, image_shape: tuple[int, int, int]) -> PyTree:
+    """Normal kernels, from one draw: each call of a generator takes long to compile."""
+    inputs = (image_shape[-1], *CHANNELS)
+    shapes = [(3, 3, *pair) for pair in itertools.pairwise(inputs)] + [(CHANNELS[-1], num_classes)]
+    *ends, total = np.cumsum([math.prod(shape) for shape in shapes])
+    *kernels, classifier = (
+        part.reshape(shape) * math.sqrt(2 / math.prod(shape[:-1]))
+        for part, shape in zip(jnp.split(jax.random.normal(key, (total,)), ends), shapes, strict=True)
+    )
+    params, statistics = {"classifier": {"kernel": classifier, "bias": jnp.zeros(num_classes)}}, {}
+    for number, (kernel, width) in enumerate(zip(kernels, CHANNELS, strict=True), start=1):
+        params[f"stage{number}_conv"] = {"kernel": kernel}
+        params[f"stage{number}_norm"] = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
+        statistics[f"stage{number}_norm"] = {"mean": jnp.zeros(width), "var": jnp.ones(width)}
+    return {"params": params, "batch_stats": statistics}
 
 
 def small_model(name: str | None = None, num_classes: int | None = None) -> Model:
@@ -54,7 +82,7 @@ def small_model(name: str | None = None, num_classes: int | None = None) -> Mode
 
 @cache
 def _small_model(num_classes: int) -> Model:
-    return as_model(SmallNetwork(WIDTH, num_classes, "native"), num_classes, f"small width {WIDTH}")
+    return Model(partial(_init, num_classes), _apply, num_classes, "small network")
 
 
 _init_small = jax.jit(lambda key: small_model().init(key, (8, 8, 1)))

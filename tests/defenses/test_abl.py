@@ -18,8 +18,8 @@ SMALL = ABLSettings(
     rest_epochs=2,
     rest_learning_rate=1e-2,
     rest_steps=((1, 1e-3),),
-    unlearning_epochs=2,
-    unlearning_learning_rate=1e-2,
+    unlearning_epochs=10,  # of one step each, since 32 rows are isolated
+    unlearning_learning_rate=3e-2,
     optimiser="adam",
     batch_size=32,
 )
