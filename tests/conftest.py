@@ -3,6 +3,7 @@
 Tests compile much and compute little, so most of the compiler's optimisations are off.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -28,6 +29,13 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_finish() -> None:
+    """Tracing makes many short-lived objects: collect garbage less often, and never look at what importing left."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="session")

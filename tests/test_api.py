@@ -345,7 +345,7 @@ class TestTaKd:
         refused(message, bdjax.ta_kd, [lambda images: np.zeros((len(images), CLASSES))], CLEAN, KEY, **options)
 
     def test_teachers_with_other_logits_are_refused(self):
-        refused("no teachers were given", bdjax.ta_kd, [], CLEAN, KEY)
+        refused("no teachers: TA-KD needs at least one", bdjax.ta_kd, [], CLEAN, KEY)
         refused("teacher 1 returned logits of shape", bdjax.ta_kd, [lambda images: np.zeros((3, 3))], CLEAN, KEY)
 
 

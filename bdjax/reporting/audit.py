@@ -217,7 +217,7 @@ def verdict(results: Entry) -> Verdict:
         headline = "No class could be tested, so nothing is known about these rows."
         text = "Every class has too few rows, or too few that the simple networks predict as their label."
         return Verdict("warning", headline, text)
-    return Verdict("clean", "No class has a trigger that this method can find.", text)
+    return Verdict("info", "No class has a trigger that this method can find.", text)
 
 
 def _verdict_on_flags(results: Entry) -> Verdict:

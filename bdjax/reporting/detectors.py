@@ -413,7 +413,7 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
         return Verdict("info", "No row is known to be poisoned here, so the flags have no F1.", text)
     words = {detection_word(_mean(measured) / 100) for _, measured in known}
     failed = any(_failed(measured) for _, measured in known)
-    level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "clean"
+    level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "success"
     sentences = [f"{detector['title']} has a mean F1 of {_mean(measured):.1f} %" for detector, measured in known]
     count = len(known[0][1])
     sets_text = f"{count} training set{'s' if count > 1 else ''}"

@@ -20,7 +20,7 @@ from bdjax.reporting.plots import DPI
 from bdjax.reporting.tables import Table
 from bdjax.run.folder import RunFolder, describe_environment, to_plain
 
-LEVELS = ("clean", "warning", "attacked", "info")
+LEVELS = ("success", "warning", "attacked", "info")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -154,13 +154,13 @@ def tables_of(page: Report) -> list[Table]:
 
 
 def level_of(words: Iterable[DefenseWord]) -> str:
-    """The level of a verdict on backdoors: clean if all are removed, attacked if all are kept, otherwise a warning.
+    """The level of a verdict on backdoors: success if all are removed, attacked if all are kept, otherwise a warning.
 
     Args:
         words: from `metrics.defense_word`, for all backdoors that there are to remove; at least one.
     """
     found = set(words)
-    return "clean" if found == {"removed"} else "attacked" if found == {"kept"} else "warning"
+    return "success" if found == {"removed"} else "attacked" if found == {"kept"} else "warning"
 
 
 def timings_table(timings: Mapping[str, float], title: str = "Time per stage") -> Table:

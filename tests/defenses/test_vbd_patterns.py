@@ -217,7 +217,7 @@ class TestBlur:
         np.testing.assert_array_equal(BLUR, expected)
 
     def test_borders_are_reflected(self):
-        # In `gradient_mask`, blurred sizes that differ at the border alone are told from each other.
+        # In `gradient_mask`, blurred sizes that differ at the border alone are distinguished.
         size = np.random.default_rng(0).random((5, 7))
         size[2:] = 0
         scaled = (size - size.min()) / np.ptp(size)

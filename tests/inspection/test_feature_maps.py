@@ -30,11 +30,10 @@ def test_shapes_and_order(tiny):
 def test_each_channel_reaches_from_0_to_1_or_is_0(tiny):
     for tap, maps in feature_maps(*tiny).items():
         maps = np.asarray(maps)
-        np.testing.assert_array_equal(maps.min((0, 1)), 0, err_msg=tap)
+        np.testing.assert_allclose(maps.min((0, 1)), 0, atol=1e-6, err_msg=tap)
         greatest = maps.max((0, 1))
-        assert np.all(greatest <= 1)
-        np.testing.assert_allclose(greatest[greatest > 0], 1, atol=1e-6, err_msg=tap)
-        assert greatest.any()
+        np.testing.assert_allclose(greatest, np.round(greatest), atol=1e-6, err_msg=tap)
+        assert set(np.round(greatest)) <= {0, 1} and np.round(greatest).any()
 
 
 def test_raw_maps_are_the_features_and_scaled_ones_their_min_max(tiny):

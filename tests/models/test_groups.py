@@ -1,6 +1,6 @@
 """The ends of groups, whose features are distilled: what is recorded, and edits."""
 
-from functools import cache
+from functools import cache, partial
 from typing import get_args
 
 import chex
@@ -234,19 +234,21 @@ def test_the_widths_of_the_papers_pyramids():
 
 @pytest.mark.parametrize("name", NORMS)
 def test_the_tap_is_the_relu_of_before_relu(name):
+    # A compiler may fuse two outputs with different operations, so they agree to rounding.
+    assert_same = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     _, features, groups = ran(name)
     assert list(groups) == groups_of(name)
     for group, tap in zip(groups.values(), features.values(), strict=True):
         assert group.before_relu.min() < -0.05 and group.before_relu.max() > 0.05
         if name in RESNETS:
-            chex.assert_trees_all_equal(group.before_relu, group.output)
-            chex.assert_trees_all_equal(np.maximum(group.before_relu, 0), np.asarray(tap))
+            assert_same(group.before_relu, group.output)
+            assert_same(np.maximum(group.before_relu, 0), np.asarray(tap))
     *first, last = groups.values()
     if name not in RESNETS:
         assert len(first) >= 2
         for group, tap in zip(first, features.values(), strict=False):
-            chex.assert_trees_all_equal(group.output, tap)
-    chex.assert_trees_all_equal(np.maximum(last.before_relu, 0), np.asarray(list(features.values())[-1]))
+            assert_same(group.output, tap)
+    assert_same(np.maximum(last.before_relu, 0), np.asarray(list(features.values())[-1]))
 
 
 @pytest.mark.parametrize("name", NORMALISED)

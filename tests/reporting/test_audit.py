@@ -182,7 +182,7 @@ def test_nothing_compared_is_nothing_known():
     assert results["verdict"]["level"] == "warning" and "No class could be tested" in results["verdict"]["headline"]
     found.p_values[0, 0, 1:] = 0.3
     results = summarise(dataset(), found, SETTINGS)
-    assert results["verdict"]["level"] == "clean"
+    assert results["verdict"]["level"] == "info"
     assert any(text.startswith("Class 0 (ant): not tested") for text in results["caveats"])
 
 
@@ -424,7 +424,7 @@ def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path, undrawn):
 def test_a_clean_verdict_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path, undrawn):
     results = write(tmp_path, found=small_analysis(()))
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert results["verdict"]["level"] == "clean" and not (tmp_path / "triggers").exists()
+    assert results["verdict"]["level"] == "info" and not (tmp_path / "triggers").exists()
     assert "This does not mean that the rows are clean." in page and "data:image/png" not in page
 
 

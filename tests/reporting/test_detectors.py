@@ -236,7 +236,7 @@ def test_verdict(results):
     assert "Big kitty (0.0 %), White square, all-to-all (opacity 0.2) (0.0 %)" in other.text
 
 
-@pytest.mark.parametrize(("hits", "level"), [(20, "clean"), (15, "warning"), (5, "attacked")])
+@pytest.mark.parametrize(("hits", "level"), [(20, "success"), (15, "warning"), (5, "attacked")])
 def test_levels(hits, level):
     results = summarise(measure("badnets", VBD, flags(hits)), measure("badnets", ABL, flags(10)))
     outcome = detectors.verdict(results, ("vbd",))

@@ -66,7 +66,7 @@ def make_report(name: str = "student") -> Report:
     )
     return Report(
         title=f"TA-KD, {name}",
-        verdict=Verdict("clean", f"All is well with {name}.", f"First.\n\nSecond {name}."),
+        verdict=Verdict("success", f"All is well with {name}.", f"First.\n\nSecond {name}."),
         key_numbers={name: "0.95"},
         facts=Table("What each method receives", ("defense", "needs"), ((name, "clean data"),)),
         sections=(
@@ -246,8 +246,8 @@ def test_a_published_run_has_its_tables_its_times_and_its_page(tmp_path):
 @pytest.mark.parametrize(
     ("words", "level"),
     [
-        (["removed"], "clean"),
-        (["removed", "removed"], "clean"),
+        (["removed"], "success"),
+        (["removed", "removed"], "success"),
         (["kept", "kept"], "attacked"),
         (["removed", "kept"], "warning"),
         (["weakened"], "warning"),

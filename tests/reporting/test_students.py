@@ -169,7 +169,7 @@ class TestWords:
 class TestVerdict:
     def test_by_hand(self, results):
         outcome = numbers.verdict(results, "robust_kd")
-        assert outcome.level == "clean"
+        assert outcome.level == "success"
         assert outcome.headline == "RobustKD removes the backdoor that passes through FKD."
         assert (
             "BadNets: the teacher has ASR 1.00 (the clean network 0.05), FKD's student 0.90 (clean teacher's 0.10)"

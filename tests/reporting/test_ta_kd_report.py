@@ -274,7 +274,7 @@ def measured(teachers=0.9, aggregated=0.01, student=0.02, fine_tuned=0.4, cda=0.
 
 def test_removed():
     outcome = ta_kd.verdict(measured())
-    assert outcome.level == "clean"
+    assert outcome.level == "success"
     assert outcome.headline == (
         "The backdoors are removed: mean ASR 0.010 for the aggregated model and 0.020 for the student, at CDA 0.750 and 0.800."
     )

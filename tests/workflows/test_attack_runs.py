@@ -127,7 +127,7 @@ def test_attacks_that_control_the_training_leave_no_poisoned_set(tmp_path):
         ({"attack": "sig", "change": ("amplitude",)}, "should be name=value"),
         ({"attack": "sig,badnets", "change": ("amplitude=1",)}, "attack.name=value"),
         ({"attack": "sig", "change": ("wanet.size=1",)}, "which is not run"),
-        ({"attack": "sig", "change": ("amplitude='loud'",)}, "amplitude 'loud' is not of the kind"),
+        ({"attack": "sig", "change": ("amplitude='loud'",)}, "amplitude 'loud' is not of the type"),
         ({"target": 10}, "--target 10 is not a class of digits"),
         ({"epochs": 0}, "--epochs 0 is not at least 1"),
     ],

@@ -97,7 +97,7 @@ def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
     strict = VBD.replace("p_value=0.4", "p_value=1e-09")
     run_folder = tmp_path / "run"
     results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
-    assert results["verdict"]["level"] == "clean" and results["flagged"] == 0
+    assert results["verdict"]["level"] == "info" and results["flagged"] == 0
     assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
     assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
     assert "No class has a trigger that this method can find" in (run_folder / "report.html").read_text()
