@@ -42,7 +42,7 @@ NETWORKS = {
 }
 """Suspect networks for defenses that need groups of blocks, as many taps as the student, or the same network with one more
 class; a tiny network for all others."""
-FAST = ("none", "activation_clustering", "agpd", "cbd", "fine_pruning", "fine_tuning", "ft_sam", "scan", "strip")
+FAST = ("none", "agpd", "cbd", "fine_pruning", "fine_tuning", "ft_sam", "spectral_signatures", "strip")
 """Defenses of the fast tests: those of training sets, of networks, and detectors. All others are slow."""
 BY_DETECTION = sorted(name for name, defense in bdjax.DEFENSES.items() if defense.detect)
 

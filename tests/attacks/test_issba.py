@@ -52,12 +52,14 @@ def hide(images, bits):
     return jnp.clip(images + steganography.encode(params.networks, params.encoder, images, bits), 0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_bits_are_read_from_held_out_images_stored_in_8_bits():
     params = trained()
     assert bit_accuracy(hide(held_out(), jnp.broadcast_to(params.bits, (len(held_out()), 6))), params.bits) >= 0.98
     assert bit_accuracy(triggered(), params.bits) >= 0.95
 
 
+@pytest.mark.slow
 def test_any_string_can_be_hidden_and_only_that_one_is_read():
     others = jax.random.bernoulli(jax.random.key(2), 0.5, (len(held_out()), 6)).astype(jnp.float32)
     images = hide(held_out(), others)
@@ -65,6 +67,7 @@ def test_any_string_can_be_hidden_and_only_that_one_is_read():
     assert 0.4 < bit_accuracy(images, trained().bits) < 0.6
 
 
+@pytest.mark.slow
 def test_images_hardly_change_and_each_in_a_way_of_its_own():
     images = held_out()
     assert psnr(images, triggered()).mean() >= 18.0

@@ -93,8 +93,16 @@ class Run(NamedTuple):
 
 _runs: dict[str, Run] = {}
 
+FAST = (
+    *("activation_clustering", "anp", "attention_transfer", "fine_pruning", "fine_tuning", "ft_sam", "i_bau"),
+    *("logit_distillation", "none", "spectral_signatures", "strip", "ta_kd_student"),
+)
+"""Defenses of each stage that compile quickly. The runs of all others are in the slow tier; their test files run them too."""
 
-@pytest.fixture(params=sorted(DEFENSES))
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(DEFENSES)]
+)
 def run(request, suspects, monkeypatch) -> Run:
     name = request.param
     if name not in _runs:

@@ -134,6 +134,7 @@ def test_an_audit_by_another_detector_has_its_flags_and_nothing_of_vbd(known, tm
     assert hashlib.sha256(known.read_bytes()).hexdigest() == before
 
 
+@pytest.mark.slow
 def test_clean_rows_from_elsewhere_are_for_detectors_that_need_some(known, own_rows, tmp_path):
     arguments = [
         *ENGINE,

@@ -176,6 +176,7 @@ def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_pa
     assert list(results["left_out"]) == ["scan"] and "--clean-per-class" in results["left_out"]["scan"]
 
 
+@pytest.mark.slow
 def test_competitors_get_clean_rows_and_a_network(tmp_path):
     arguments = [f"--attacks={SQUARE},{CLEAN}", "--defenses=scan,agpd", "--seeds=1", "--train-rows=200"]
     start = ("--dataset=digits", "--preset=quick", f"--output={tmp_path / 'run'}")

@@ -79,6 +79,7 @@ def test_a_repeated_run_ends_at_the_same_numbers(abm_run, tmp_path):
     assert (folder / "results.json").read_bytes() == (abm_run / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_third_party_rows_have_no_asr_but_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(lfd, "GAP_NETWORKS", ("lenet",))  # the section is the same for any network
     data = load_digits((), False).train

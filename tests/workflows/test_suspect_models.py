@@ -121,6 +121,7 @@ class TestARun:
 
 
 class TestAThirdPartyTeacher:
+    @pytest.mark.slow
     def test_a_run_s_teacher_is_the_same_suspect(self, folder, results, tmp_path):
         place = folder / "teachers" / "badnets-poison_rate=0.2-target=3"
         found = run(tiny(tmp_path / "run", teacher=place, target=3, seeds=1, defenses="none"))

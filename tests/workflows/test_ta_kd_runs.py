@@ -244,6 +244,7 @@ def third_party(finished, tmp_path_factory) -> Finished:
     return Finished(folder, json.loads((folder / "results.json").read_text()))
 
 
+@pytest.mark.slow
 def test_third_party_teachers_with_their_triggers(finished, third_party):
     results = third_party.results
     assert [method["method"] for method in results["methods"]] == [role for role in ROLES if role != "clean"]
