@@ -108,7 +108,7 @@ def test_a_class_with_a_trigger():
             "warning",
             "Class 3 (dog) may carry a trigger, but the evidence is weak: 0 of 40 rows are flagged.",
         ),
-        ({"found": ()}, "clean", "No class has a trigger that this method can find."),
+        ({"found": ()}, "info", "No class has a trigger that this method can find."),
     ],
 )
 def test_every_finding_has_its_sentence(changes, level, headline):

@@ -317,10 +317,10 @@ def test_verdict_says_what_works_and_what_does_not(results):
 @pytest.mark.parametrize(
     ("lfd", "abl", "about", "level", "headline"),
     [
-        (0.0, 0.0, (), "clean", "2 of 2 defenses remove the backdoor."),
+        (0.0, 0.0, (), "success", "2 of 2 defenses remove the backdoor."),
         (0.0, 0.9, (), "warning", "1 of 2 defenses remove the backdoor."),
         (0.9, 0.9, (), "attacked", "0 of 2 defenses remove the backdoor."),
-        (0.0, 0.9, ("lfd:alpha=0.5",), "clean", "LfD (alpha 0.5) removes the backdoor."),
+        (0.0, 0.9, ("lfd:alpha=0.5",), "success", "LfD (alpha 0.5) removes the backdoor."),
         (0.0, 0.9, ("abl",), "attacked", "ABL does not remove the backdoor."),
         (0.0, 0.4, ("abl",), "warning", "ABL weakens the backdoor, but does not remove it."),
     ],

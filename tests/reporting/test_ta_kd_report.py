@@ -286,7 +286,7 @@ def test_removed():
 @pytest.mark.parametrize(
     ("numbers", "level", "begins"),
     [
-        ({"teachers": 0.6, "aggregated": 0.18, "student": REMOVED_ASR}, "clean", "The backdoors are removed: "),
+        ({"teachers": 0.6, "aggregated": 0.18, "student": REMOVED_ASR}, "success", "The backdoors are removed: "),
         ({"aggregated": 0.3}, "warning", "The backdoors are weaker but not removed: "),
         ({"student": 0.3}, "warning", "The backdoors are weaker but not removed: "),
         ({"student": 0.9 * WEAKENED_SHARE + 0.01}, "attacked", "The backdoors remain: "),
@@ -297,7 +297,7 @@ def test_removed():
             "warning",
             "The attack does not work here: mean ASR 0.490 under the 7 teachers' own triggers.",
         ),
-        ({"teachers": 0.5}, "clean", "The backdoors are removed: "),
+        ({"teachers": 0.5}, "success", "The backdoors are removed: "),
         (
             {"clean": 0.9 - BACKDOOR_ABOVE_CONTROL + 0.01},
             "warning",
@@ -305,7 +305,7 @@ def test_removed():
         ),
         # Of what is above the clean model's 0.2, more than half is left.
         ({"teachers": 0.8, "student": 0.52, "clean": 0.2}, "attacked", "The backdoors remain: "),
-        ({"teachers": 0.8, "student": 0.38, "clean": 0.2}, "clean", "The backdoors are removed: "),
+        ({"teachers": 0.8, "student": 0.38, "clean": 0.2}, "success", "The backdoors are removed: "),
         ({"teachers": None}, "info", "The teachers' triggers are unknown, so the attack success rate"),
     ],
 )
