@@ -273,7 +273,7 @@ def test_if_one_process_fails_the_other_reports_it(tmp_path):
     assert other_status == command_line.FAILED
     assert other_error == "error: this process cannot go on\n"
     assert status == command_line.LOST
-    assert error.startswith("error: process 1 failed: this process cannot go on; the same command goes on")
+    assert error.startswith("error: process 1 failed: this process cannot go on; run the same command again")
     assert "Traceback" not in error
 
 
