@@ -60,6 +60,7 @@ def put(function, batch):
     return jax.jit(jax.vmap(function, in_axes=(None, 0, None, None)))(trigger(), batch, None, None)
 
 
+@pytest.mark.slow
 def test_noise_stays_within_its_bound_and_is_three_times_as_strong_at_test_time():
     params, bound = trigger(), SETTINGS.bound
     assert 0.9 * bound < np.abs(params.delta).max() <= bound + 1e-7

@@ -70,6 +70,7 @@ def prepare_all(clean, names, **changes):
     return prepared
 
 
+@pytest.mark.slow
 def test_victims_learn_their_own_triggers_and_come_back_in_order(runner, clean):
     names = ["badnets", "wanet", "badnets+blended"]
     prepared = prepare_all(clean, names)

@@ -5,6 +5,7 @@ Each defense runs once; all tests share its result.
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple, get_args
 
@@ -94,15 +95,17 @@ class Run(NamedTuple):
 _runs: dict[str, Run] = {}
 
 FAST = (
-    *("activation_clustering", "anp", "attention_transfer", "fine_pruning", "fine_tuning", "ft_sam", "i_bau"),
-    *("logit_distillation", "none", "spectral_signatures", "strip", "ta_kd_student"),
+    *("attention_transfer", "fine_tuning", "ft_sam", "i_bau", "logit_distillation", "none"),
+    *("spectral_signatures", "strip", "ta_kd_student"),
 )
 """Defenses of each stage that compile quickly. The runs of all others are in the slow tier; their test files run them too."""
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in sorted(DEFENSES)]
-)
+def slow_unless_fast(names: Iterable[str]) -> list[Any]:
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
+
+
+@pytest.fixture(params=slow_unless_fast(DEFENSES))
 def run(request, suspects, monkeypatch) -> Run:
     name = request.param
     if name not in _runs:
@@ -230,7 +233,10 @@ def test_result_has_a_row_for_each_suspect(run, suspects):
         assert result.flags is None and result.scores is None
 
 
-@pytest.mark.parametrize("run", sorted(defense.name for defense in DEFENSES.values() if defense.detect), indirect=True)
+DETECTORS = [defense.name for defense in DEFENSES.values() if defense.detect]
+
+
+@pytest.mark.parametrize("run", slow_unless_fast(DETECTORS), indirect=True)
 def test_detection_alone_gives_the_flags_of_the_defense(run, suspects):
     variant, result = run.variant, run.result
     stages = set(suspects.inputs.runner.folder.iterdir())

@@ -368,6 +368,7 @@ def found(tmp_path_factory):
     return Noise(tmp_path_factory.mktemp("noise"))
 
 
+@pytest.mark.slow
 class TestAnalysis:
     def test_the_poisoned_class_and_no_other_has_a_pattern(self, found):
         analysis = found.analysis

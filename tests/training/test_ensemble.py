@@ -139,6 +139,7 @@ def test_members_are_dealt_out_evenly(count):
     assert back["x"].devices() == {jax.devices()[0]}
 
 
+@pytest.mark.slow
 @several_devices
 @pytest.mark.parametrize("layout", MAP_FIRST)
 def test_padding_never_shows(linear, layout, tmp_path):

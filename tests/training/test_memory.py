@@ -31,7 +31,7 @@ def abstract(model, count, rows=32):
     [
         pytest.param("native", "map", "float32", marks=pytest.mark.slow),
         pytest.param("patches", "vmap", "float32", marks=pytest.mark.slow),
-        ("shifted", "map", "bfloat16"),
+        pytest.param("shifted", "map", "bfloat16", marks=pytest.mark.slow),
         pytest.param("shifted", "vmap", "float32", marks=pytest.mark.slow),
     ],
 )

@@ -147,6 +147,7 @@ def test_the_command_gives_the_settings_again(tmp_path):
     assert dataclasses.replace(parsed, output=config.output) == config
 
 
+@pytest.mark.slow
 def test_all_is_every_attack_and_the_hybrids_and_says_what_does_not_fit():
     labels = (np.arange(400) % 10).astype(np.int32)
     data = Dataset(np.zeros((400, 28, 28, 1), np.uint8), labels, 10, "mnist", "a test")
