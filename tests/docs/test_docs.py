@@ -91,15 +91,11 @@ def test_every_relative_link_resolves(page):
     for target in links(page):
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if file == REPORT_PICTURE:
-            continue
         assert file.exists(), f"{name_of(page)}: {target} is not there"
         if anchor:
             assert anchor in anchors(file), f"{name_of(page)}: {target}: no such heading"
 
 
-# docs/report.png is a screenshot of a report, added once the texts of reports are final; then this mark can go.
-@pytest.mark.xfail(not REPORT_PICTURE.exists(), reason="docs/report.png has not been made yet", strict=True)
 def test_the_readmes_picture_is_there():
     assert "docs/report.png" in links(ROOT / "README.md")
     assert REPORT_PICTURE.read_bytes().startswith(b"\x89PNG")
