@@ -6,7 +6,7 @@
     python experiments/ta_kd.py --preset=strong                     # the same attack, a better defender
     python experiments/ta_kd.py --teachers=FOLDER                   # third-party teachers in place of an attack
 
-The first takes a few minutes on two CPU cores, most of it compilation at the first run. The same command continues an
+The first takes two to four minutes on two CPU cores. The same command continues an
 interrupted run, and ends at the same numbers. Everything is written to one folder (`--output`, by default in `runs/ta_kd/`);
 open its report.html.
 """
