@@ -12,6 +12,7 @@ from tiny_network import make_tiny
 
 import bdjax
 from bdjax.datasets.digits import load_digits
+from tests.tiers import slow_unless
 
 ROWS, CLASSES = 64, 4
 SMALL: dict[str, dict[str, Any]] = {
@@ -82,11 +83,7 @@ def arguments(name: str, suspect) -> dict[str, Any]:
     }  # the victim's architecture and recipe, for those without
 
 
-def slow_unless_fast(names):
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("name", slow_unless_fast(sorted(bdjax.DEFENSES)))
+@pytest.mark.parametrize("name", slow_unless(sorted(bdjax.DEFENSES), FAST))
 def test_a_defense_gives_a_network(name, suspect):
     data, *_ = suspect
     safe = bdjax.defend(name, data, jax.random.key(2), **arguments(name, suspect))
@@ -100,7 +97,7 @@ def test_a_defense_gives_a_network(name, suspect):
     assert dataclasses.is_dataclass(safe.settings)
 
 
-@pytest.mark.parametrize("name", slow_unless_fast(BY_DETECTION))
+@pytest.mark.parametrize("name", slow_unless(BY_DETECTION, FAST))
 def test_a_detector_gives_flags_and_scores(name, suspect):
     data, *_ = suspect
     found = bdjax.detect(name, data, jax.random.key(2), **arguments(name, suspect))

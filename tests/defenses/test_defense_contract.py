@@ -5,7 +5,6 @@ Each defense runs once; all tests share its result.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple, get_args
 
@@ -23,6 +22,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.measure import defend
 from bdjax.evaluation.variants import DefenseVariant, read_defense
 from bdjax.types import DefenseResult, Detection, Model
+from tests.tiers import slow_unless
 
 SMALL: dict[str, str] = {
     "bab": "bab:epochs=2:networks=1",
@@ -101,11 +101,7 @@ FAST = (
 """Defenses of each stage that compile quickly. The runs of all others are in the slow tier; their test files run them too."""
 
 
-def slow_unless_fast(names: Iterable[str]) -> list[Any]:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
-
-
-@pytest.fixture(params=slow_unless_fast(DEFENSES))
+@pytest.fixture(params=slow_unless(sorted(DEFENSES), FAST))
 def run(request, suspects, monkeypatch) -> Run:
     name = request.param
     if name not in _runs:
@@ -236,7 +232,7 @@ def test_result_has_a_row_for_each_suspect(run, suspects):
 DETECTORS = [defense.name for defense in DEFENSES.values() if defense.detect]
 
 
-@pytest.mark.parametrize("run", slow_unless_fast(DETECTORS), indirect=True)
+@pytest.mark.parametrize("run", slow_unless(sorted(DETECTORS), FAST), indirect=True)
 def test_detection_alone_gives_the_flags_of_the_defense(run, suspects):
     variant, result = run.variant, run.result
     stages = set(suspects.inputs.runner.folder.iterdir())

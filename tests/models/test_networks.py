@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bdjax.models import MODELS, Lowering, count_parameters, embedding, make_model
+from tests.tiers import slow_unless
 
 LOWERINGS = get_args(Lowering)
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
@@ -54,11 +55,6 @@ def variables_of(name, seed=0, width=2):
 
 def names_of(name):
     return [f"stage{number + 1}" for number in range(TAPS[name])]
-
-
-def slow_unless(names, default):
-    """The names as parameters of a test, of which the fast tier runs the default ones."""
-    return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @cache
