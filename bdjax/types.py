@@ -17,6 +17,15 @@ Key = jax.Array
 PyTree = Any
 
 
+class Unread(NamedTuple):
+    """Data of a source that its reader left out."""
+
+    file: str
+    """name relative to the source, with "/"; a folder's ends in "/" """
+    reason: str
+    """predicate of a sentence: "is a link", "has a suffix that is not read" """
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Labelled images in memory."""
@@ -34,6 +43,8 @@ class Dataset:
     """empty, or num_classes names"""
     files: tuple[str, ...] = field(default=(), kw_only=True)  # keyword only: `PoisonedDataset` adds fields by position
     """N file names relative to the source, with "/"; empty where rows have no files"""
+    unread: tuple[Unread, ...] = field(default=(), kw_only=True)
+    """what the source has beside these rows and was not read; reports list it"""
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,10 +20,22 @@ from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
 from bdjax.datasets.tfds import load_tfds
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
+from bdjax.datasets.validation import STRICT, ReadOptions
 from bdjax.errors import InputError
-from bdjax.types import Dataset, TrainTest
+from bdjax.types import Dataset, TrainTest, Unread
 
-__all__ = ["DATASETS", "TFDS_PREFIX", "Source", "Traits", "check_like", "load", "load_suspect", "traits"]
+__all__ = [
+    "DATASETS",
+    "TFDS_PREFIX",
+    "ReadOptions",
+    "Source",
+    "Traits",
+    "check_like",
+    "load",
+    "load_suspect",
+    "traits",
+    "unread_of",
+]
 
 Loader = Callable[[tuple[Path, ...], bool], TrainTest]
 """`loader(folders, download)` searches the folders in order, then downloads if allowed."""
@@ -77,7 +89,13 @@ def check_like(like: str | None, where: str) -> str | None:
     return like
 
 
-def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> TrainTest:
+def load(
+    name_or_path: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    download: bool = True,
+    options: ReadOptions = STRICT,
+) -> TrainTest:
     """Loads a dataset into memory.
 
     Args:
@@ -86,6 +104,7 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
             write "./mnist" for the folder.
         data_dir: The folder to search first for named sets; then $BDJAX_DATA_DIR and the user's cache are searched.
         download: Whether to download a named set that is not found, into the cache. Its checksum is verified.
+        options: What to tolerate in a folder or an .npz file.
 
     Returns:
         The training and the test rows: images uint8 [N, H, W, C], labels int32 [N].
@@ -98,10 +117,16 @@ def load(name_or_path: str, data_dir: str | os.PathLike | None = None, *, downlo
     if published is not None:
         return published
     path = _existing_path(name_or_path)
-    return load_image_folder(path) if path.is_dir() else load_npz(path)
+    return load_image_folder(path, options) if path.is_dir() else load_npz(path, options)
 
 
-def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *, download: bool = True) -> Dataset:
+def load_suspect(
+    name_or_path: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    download: bool = True,
+    options: ReadOptions = STRICT,
+) -> Dataset:
     """Loads every row of third-party training data, to be checked for poison.
 
     Where a set has no split, `load` sets a fifth of the rows aside for testing; this function returns those as well.
@@ -110,6 +135,7 @@ def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *
         name_or_path: As for `load`.
         data_dir: As for `load`.
         download: As for `load`.
+        options: As for `load`.
 
     Returns:
         The training part of a set by name, of a folder that has `train`, and of an .npz with `train_images`; of any other
@@ -122,7 +148,12 @@ def load_suspect(name_or_path: str, data_dir: str | os.PathLike | None = None, *
     if published is not None:
         return published.train
     path = _existing_path(name_or_path)
-    return load_suspect_image_folder(path) if path.is_dir() else load_suspect_npz(path)
+    return load_suspect_image_folder(path, options) if path.is_dir() else load_suspect_npz(path, options)
+
+
+def unread_of(*parts: Dataset) -> tuple[Unread, ...]:
+    """Everything that the source of these rows has and that was not read, each entry once."""
+    return tuple(dict.fromkeys(entry for part in parts for entry in part.unread))
 
 
 def _load_published(name: str, data_dir: str | os.PathLike | None, download: bool) -> TrainTest | None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from bdjax.datasets.decoding import common_size, read_header, read_pixels
 from bdjax.datasets.splits import fixed_test_split, take_part
-from bdjax.datasets.validation import make_dataset, one_line
+from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest
 
@@ -33,7 +33,7 @@ class _Form(NamedTuple):
     """note on resizing for `source`"""
 
 
-def load_image_folder(path: Path) -> TrainTest:
+def load_image_folder(path: Path, options: ReadOptions = STRICT) -> TrainTest:
     """Loads a folder of images; the classes are its sub-folders, by name.
 
     Args:
@@ -56,7 +56,7 @@ def load_image_folder(path: Path) -> TrainTest:
     return TrainTest(*datasets) if len(datasets) == 2 else _split(datasets[0])
 
 
-def load_suspect_image_folder(path: Path) -> Dataset:
+def load_suspect_image_folder(path: Path, options: ReadOptions = STRICT) -> Dataset:
     """Loads all training images of a folder.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bdjax.datasets.splits import fixed_test_split, take_part
-from bdjax.datasets.validation import as_int32_labels, as_uint8_images, make_dataset, one_line
+from bdjax.datasets.validation import STRICT, ReadOptions, as_int32_labels, as_uint8_images, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, PoisonedDataset, TrainTest
 
@@ -16,7 +16,7 @@ _WHOLE_NAMES = ("images", "labels")
 _POISON_NAMES = ("is_poisoned", "original_labels")
 
 
-def load_npz(path: Path) -> TrainTest:
+def load_npz(path: Path, options: ReadOptions = STRICT) -> TrainTest:
     """Loads an .npz file. Object arrays, which are pickles, are rejected.
 
     Args:
@@ -45,7 +45,7 @@ def load_npz(path: Path) -> TrainTest:
     return TrainTest(train, test)
 
 
-def load_suspect_npz(path: Path) -> Dataset:
+def load_suspect_npz(path: Path, options: ReadOptions = STRICT) -> Dataset:
     """Loads all training rows of an .npz file.
 
     Args:

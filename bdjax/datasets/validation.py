@@ -1,6 +1,7 @@
 """Checks that every reader makes before its rows become a `Dataset`; errors name the file, the row and what would be right."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,18 @@ from bdjax.errors import InputError
 from bdjax.types import Dataset
 
 _MAXIMUM_CLASSES = 1_000_000
+
+
+class ReadOptions(NamedTuple):
+    """What the readers of a user's own files tolerate."""
+
+    skip_unreadable: bool = False
+    """leave out files that cannot be read, and list them in `Dataset.unread`; by default they are an error"""
+    allow_empty_classes: bool = False
+    """accept classes without rows; by default labels that start at 1 are an error"""
+
+
+STRICT = ReadOptions()
 
 
 def one_line(error: object) -> str:

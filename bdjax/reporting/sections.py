@@ -24,6 +24,7 @@ from bdjax.reporting import results as schema
 from bdjax.reporting.report import Figure, Section
 from bdjax.reporting.tables import UNKNOWN, Cell, Table, mean_and_spread
 from bdjax.run.folder import RunFolder
+from bdjax.run.text import csv_text
 from bdjax.types import Dataset
 
 Entry = Mapping[str, Any]
@@ -454,10 +455,11 @@ def scores_csv(suspect: Suspect, flags: np.ndarray | None, scores: np.ndarray | 
         flags: bool [n], or None.
         scores: float [n], or None.
     """
-    forms = ("%d", suspect.dataset.labels), ("%.6g", scores), ("%d", flags), ("%d", suspect.is_poisoned)
-    columns = [itertools.repeat("") if values is None else [form % value for value in values] for form, values in forms]
-    lines = [f"{row},{','.join(cells)}" for row, cells in enumerate(zip(*columns, strict=False))]
-    return "\n".join(["row,label,score,flagged,is_poisoned", *lines]) + "\n"
+    labels = [int(label) for label in suspect.dataset.labels]
+    rounded = None if scores is None else [float(f"{score:.6g}") for score in scores]
+    bits = [None if values is None else values.astype(int).tolist() for values in (flags, suspect.is_poisoned)]
+    columns = [itertools.repeat(None) if values is None else values for values in (labels, rounded, *bits)]
+    return csv_text(("row", "label", "score", "flagged", "is_poisoned"), zip(itertools.count(), *columns, strict=False))
 
 
 def score_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:

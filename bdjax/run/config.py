@@ -51,6 +51,10 @@ class ExperimentConfig:
     like: str = ""
     """a named dataset whose settings attacks and defenses use; by default that of --dataset if it is a name, and none if it is
     a path"""
+    skip_unreadable: bool = False
+    """leave out files of a folder that cannot be read, and list them in the report; by default the run ends with an error"""
+    allow_empty_classes: bool = False
+    """accept a folder or an .npz with classes that have no rows"""
     target: int = 0
     """the attacker's class"""
 
@@ -170,7 +174,7 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
     """
     like = adapted_to(config)
     with log.stage("data") as stage:
-        loaded = datasets.load(config.dataset, config.data_dir)
+        loaded = datasets.load(config.dataset, config.data_dir, options=read_options(config))
         parts = []
         for number, (part, limit) in enumerate(zip(loaded, (config.train_rows, config.test_rows), strict=True)):
             if 0 < limit < len(part):
@@ -189,6 +193,11 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
         stage.detail += f", settings adapted to {like}" if like else ", settings of the papers"
     return TrainTest(train, test)
+
+
+def read_options(config: ExperimentConfig) -> datasets.ReadOptions:
+    """What the run tolerates in a folder or an .npz file."""
+    return datasets.ReadOptions(config.skip_unreadable, config.allow_empty_classes)
 
 
 def choose_engine(

@@ -1,4 +1,11 @@
-"""Makes untrusted text safe to print."""
+"""Makes untrusted text safe to print, and to open in a spreadsheet."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def printable(text: str) -> str:
@@ -8,3 +15,24 @@ def printable(text: str) -> str:
     the direction of writing the report.
     """
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns a CSV table, the only way in which bdjax writes one.
+
+    Text is always quoted. A spreadsheet would run text that starts with =, +, -, @, a tab or a carriage return as a formula, so
+    such text gets a leading apostrophe, which spreadsheets show as plain text. Numbers are left as they are.
+
+    Args:
+        header: names of the columns.
+        rows: cells: text, numbers, or None for an empty cell.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerow([_inert(name) for name in header])
+    writer.writerows([_inert(cell) for cell in row] for row in rows)
+    return text.getvalue()
+
+
+def _inert(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell

@@ -13,6 +13,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
 from bdjax.reporting import audit as reporting
+from bdjax.run import config as run_config
 from bdjax.run.config import train_config
 from bdjax.run.log import StageLog
 from bdjax.types import Dataset, PoisonedDataset
@@ -52,7 +53,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         )
     (variant,) = variants
     with log.stage("data") as stage:
-        data = datasets.load_suspect(config.dataset, config.data_dir)
+        data = datasets.load_suspect(config.dataset, config.data_dir, options=run_config.read_options(config))
         if 0 < config.train_rows < len(data):
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"

@@ -7,9 +7,7 @@
 The user's folder is only read, and links that lead out of it are not followed.
 """
 
-import csv
 import filecmp
-import io
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
 from bdjax.reporting.sections import most_suspicious
 from bdjax.run.folder import RunFolder
+from bdjax.run.text import csv_text
 from bdjax.types import Dataset, PoisonedDataset
 
 
@@ -62,15 +61,14 @@ def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: n
 def rows_csv(dataset: Dataset, rows: np.ndarray, columns: Mapping[str, Sequence[Any]]) -> str:
     """CSV lines for some rows: number from 0, file if there are files, class, and further columns (values for all n rows)."""
     names, files = names_of(dataset), dataset.files
-    text = io.StringIO()
-    # Always quote text: otherwise the csv module leaves a lone carriage return unquoted.
-    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    writer.writerow(["row", *(["file"] if files else []), "class", "class_name", *columns])
-    for row in map(int, rows):
-        label = int(dataset.labels[row])
+    header = ["row", *(["file"] if files else []), "class", "class_name", *columns]
+    labels = dataset.labels
+
+    def cells(row: int) -> list[Any]:
         values = [column[row] for column in columns.values()]
-        writer.writerow([row, *([files[row]] if files else []), label, names[label], *values])
-    return text.getvalue()
+        return [row, *([files[row]] if files else []), int(labels[row]), names[labels[row]], *values]
+
+    return csv_text(header, (cells(row) for row in map(int, rows)))
 
 
 # ---- A cleaned copy -------------------------------------------------------------------------------------------------

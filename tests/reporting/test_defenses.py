@@ -1,3 +1,4 @@
+import csv
 import json
 from dataclasses import dataclass
 
@@ -411,11 +412,11 @@ def test_the_report_is_complete(tmp_path, undrawn, names):
 
 def test_scores_files():
     text = shared.scores_csv(suspect("badnets"), FLAGS, SCORES)
-    rows = [entry.split(",") for entry in text.splitlines()]
+    rows = list(csv.reader(text.splitlines()))
     assert rows[0] == ["row", "label", "score", "flagged", "is_poisoned"] and len(rows) == 1 + ROWS
     assert rows[6] == ["5", "1", "2.05", "1", "1"] and rows[8] == ["7", "3", "0.07", "1", "0"]
     unknown = shared.scores_csv(suspect("none", truth=False), None, SCORES)
-    assert unknown.splitlines()[2] == "1,1,2.01,,"
+    assert list(csv.reader(unknown.splitlines()))[2] == ["1", "1", "2.01", "", ""]
 
 
 def test_pictures_are_of_the_rows_that_the_defense_suspects(monkeypatch, tmp_path):

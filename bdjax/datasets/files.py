@@ -1,0 +1,122 @@
+"""Files of untrusted folders: what is there, and their content, within limits.
+
+Names are decided here once for all readers: what an operating system leaves behind is no data and is skipped silently;
+everything else that a reader does not read belongs in `Dataset.unread`.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from bdjax.datasets.validation import one_line
+from bdjax.errors import InputError
+
+_RESIDUE = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints", ".ds_store"}
+_RESIDUE |= {".spotlight-v100", ".trashes", ".fseventsd", "$recycle.bin", "system volume information"}
+_MAXIMUM_FILES = 20_000_000
+_MAXIMUM_DEPTH = 64
+
+
+class Listed(NamedTuple):
+    """A file, or a folder that is not entered."""
+
+    name: str
+    """relative to the listed folder, with "/" """
+    path: Path
+    problem: str = ""
+    """why it is not a regular file that can be read; "" if it is. A predicate: "is a link to a folder" """
+
+
+def is_residue(name: str) -> bool:
+    """Whether a file is left by an operating system or a tool, and so no data: "._cat.png", "__MACOSX/a", "Thumbs.db".
+
+    Args:
+        name: relative to the dataset's folder or archive, with "/".
+    """
+    return any(part.startswith("._") or part.lower() in _RESIDUE for part in PurePosixPath(name).parts)
+
+
+def list_files(folder: Path) -> list[Listed]:
+    """Lists the files in a folder and in the folders below it, without residue of operating systems.
+
+    Links to folders are not followed, so that a loop of links ends; links to files are.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        All files, and the folders and special files that are not entered, sorted by their names' parts.
+
+    Raises:
+        InputError: If the folder cannot be listed, or has too many files or levels.
+    """
+    return sorted(_walk(folder, ()), key=lambda listed: listed.name.split("/"))
+
+
+def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
+    """Reads a regular file; anything else (a device, a pipe, a folder) is refused without waiting for it.
+
+    Args:
+        path: The file, or a link to it.
+        maximum_bytes: The limit on its size.
+        what: What has the limit, for the error message: "images", "files of GTSRB".
+
+    Returns:
+        The content.
+
+    Raises:
+        InputError: If it is not a regular file, cannot be read, or is too large.
+    """
+    try:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"{path}: is not a regular file; a plain file is needed")
+            if status.st_size > maximum_bytes:
+                raise InputError(f"{path}: has {status.st_size} bytes; {what} have at most {maximum_bytes}")
+            data = file.read(maximum_bytes + 1)  # the file may grow while it is read
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
+    if len(data) > maximum_bytes:
+        raise InputError(f"{path}: grew beyond {maximum_bytes} bytes while it was read")
+    return data
+
+
+def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Listed]:
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        if not parents:
+            raise InputError(f"{folder}: cannot be listed ({one_line(error.strerror or error)})") from error
+        yield Listed("/".join(parents) + "/", folder, f"cannot be listed ({one_line(error.strerror or error)})")
+        return
+    if len(entries) > _MAXIMUM_FILES:
+        raise InputError(f"{folder}: has {len(entries)} files; the limit is {_MAXIMUM_FILES}")
+    for entry in entries:
+        parts = (*parents, entry.name)
+        name = "/".join(parts)
+        if is_residue(entry.name):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if len(parts) > _MAXIMUM_DEPTH:
+                yield Listed(name + "/", Path(entry.path), f"is more than {_MAXIMUM_DEPTH} folders deep")
+            else:
+                yield from _walk(Path(entry.path), parts)
+        elif entry.is_dir():
+            yield Listed(name, Path(entry.path), "is a link to a folder")
+        else:
+            yield Listed(name, Path(entry.path), _problem(entry))
+
+
+def _problem(entry: os.DirEntry) -> str:
+    try:
+        if entry.is_file():
+            return ""
+        return (
+            "is a link to nothing" if entry.is_symlink() and not os.path.exists(entry.path) else "is not a regular file"
+        )
+    except OSError as error:
+        return f"cannot be read ({one_line(error.strerror or error)})"

@@ -1,0 +1,28 @@
+import csv
+
+import pytest
+
+from bdjax.run.text import csv_text, printable
+
+
+def test_printable_text_is_one_line_without_control_characters():
+    assert printable("a\tb\nc") == "a b c"
+    assert printable("a\x1b[31mb\u202ec") == "a\ufffd[31mb\ufffdc"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_text_that_a_spreadsheet_would_run_is_neutralised(start):
+    name = f"{start}HYPERLINK(1)"
+    assert csv_text(("a", "b"), [(name, -1.5)]) == f'"a","b"\n"\'{name}",-1.5\n'
+    assert csv_text((name,), []).startswith(f'"\'{name}"')
+
+
+def test_commas_quotes_and_newlines_survive():
+    cells = ["a,b", 'say "x"', "two\nlines", "lone\rreturn", "", "x=1", "é"]
+    assert next(csv.reader([csv_text(cells, [])])) == cells
+    rows = list(csv.reader(csv_text(["name"], [[cell] for cell in cells]).splitlines(keepends=True)))
+    assert len(rows) >= len(cells)
+
+
+def test_numbers_and_empty_cells_are_left_as_they_are():
+    assert csv_text(("n",), [(-3,), (1e-05,), (None,)]) == '"n"\n-3\n1e-05\n""\n'
