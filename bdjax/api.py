@@ -23,6 +23,7 @@ from bdjax.attacks.poisoning import trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.attacks.victims import make_plan, prepare
 from bdjax.datasets import check_like, load, load_suspect, splits
+from bdjax.datasets.overlap import shared_rows
 from bdjax.datasets.validation import make_dataset
 from bdjax.defenses import contract
 from bdjax.defenses.aggregation import Aggregation, aggregate_logits
@@ -36,7 +37,7 @@ from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import Recipes, SuspectTeachers
-from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_defense
+from bdjax.evaluation.variants import NO_ATTACK, NOT_TESTED, AttackVariant, facts_of, read_defense
 from bdjax.losses import Direction
 from bdjax.metrics import clean_accuracy, measure_attack
 from bdjax.models import MODELS, make_model
@@ -45,7 +46,7 @@ from bdjax.training import ensemble
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Rows, Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Array, Classifier, Dataset, ExtractedPattern, Key, Model, PoisonedDataset, PyTree
+from bdjax.types import Array, Classifier, Dataset, ExtractedPattern, Key, Model, NotTested, PoisonedDataset, PyTree
 
 __all__ = [
     "ATTACKS",
@@ -383,7 +384,7 @@ def poison(
             f"attack {attack} trains the network itself; attacks that poison data are {', '.join(data_attacks)}"
         )
     if type(target) is not int or not 0 <= target < data.num_classes:
-        raise InputError(f"poison: target {target!r} is not a class; classes are 0 to {data.num_classes - 1}")
+        raise InputError(f"poison: target {target!r} is not a class; classes are {data.class_range}")
     needs_model = definition.needs_clean_model or definition.starts_from_clean_model
     if needs_model and clean_model is None:
         raise InputError(
@@ -465,10 +466,10 @@ def _predicted_classes(model: Classifier | Network, test: Dataset, images: np.nd
 class Detected:
     """The result of a detector. With N seeds each array has a leading axis [N]."""
 
-    flags: np.ndarray = field(repr=False)
-    """bool [n]: rows flagged as poisoned"""
-    scores: np.ndarray = field(repr=False)
-    """float32 [n], higher for more suspicious rows"""
+    flags: np.ndarray | None = field(repr=False)
+    """bool [n]: rows flagged as poisoned; None if nothing could be tested, which is not the same as no flag"""
+    scores: np.ndarray | None = field(repr=False)
+    """float32 [n], higher for more suspicious rows; None if nothing could be tested"""
     patterns: tuple[ExtractedPattern, ...] | tuple[tuple[ExtractedPattern, ...], ...] = field(repr=False)
     """extracted triggers, by class; with N seeds, one such tuple per seed"""
     facts: Mapping[str, Any]
@@ -477,6 +478,10 @@ class Detected:
     """the inputs that it used, which are exactly its declared needs"""
     settings: Any
     """the settings of the detector that were used"""
+    not_tested: NotTested = NotTested()
+    """what could not be tested, in all or in classes; with N seeds, what could not be in any of them"""
+    shared_rows: int = 0
+    """clean rows that are suspect rows, too: a detector that trusts them may take what they carry for clean"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,6 +500,10 @@ class Defended(Network):
     """the inputs that it used, which are exactly its declared needs"""
     settings: Any
     """the settings of the defense that were used"""
+    not_tested: NotTested = NotTested()
+    """see `Detected.not_tested`"""
+    shared_rows: int = 0
+    """see `Detected.shared_rows`"""
 
 
 def detect(
@@ -528,6 +537,10 @@ def detect(
         like: a named dataset whose settings to use: "digits".
         settings: settings of the detector, by name.
 
+    Returns:
+        The flags. Where the rows are too few for the detector to find anything whatever they are, nothing is trained, and
+        `not_tested` has the reason; where that is so for some classes, it lists them.
+
     Raises:
         InputError: unknown detector or setting, or a missing input.
     """
@@ -541,7 +554,10 @@ def detect(
     found = contract.detect(defense, inputs, config)
     patterns = found.patterns if seeds or not found.patterns else found.patterns[0]
     flags, scores, facts = _squeezed((found.flags, found.scores, dict(found.facts)), seeds)
-    return Detected(flags, scores, patterns, facts, needs, config)
+    limits = _in_any(found.not_tested)
+    if found.not_tested and all(of_seed.reason for of_seed in found.not_tested):
+        flags = scores = None
+    return Detected(flags, scores, patterns, facts, needs, config, limits, _shared_rows(clean, data))
 
 
 def defend(
@@ -568,7 +584,7 @@ def defend(
         settings: settings of the defense, by name.
 
     Raises:
-        InputError: unknown defense or setting, or a missing input.
+        InputError: unknown defense or setting, a missing input, or rows so few that the defense can find nothing in them.
     """
     method, config = _find_defense(defense, preset, like, settings)
     if not isinstance(suspect, Network):
@@ -577,11 +593,28 @@ def defend(
     inputs, seeds, width = _make_inputs(
         method, config, needs, suspect, key, model, width, training, victim, clean, seeds
     )
+    limits = contract.not_tested(method, config, contract.facts_of(inputs))
+    if limits and all(of_seed.reason for of_seed in limits):
+        raise InputError(f"defense {defense} {NOT_TESTED}: {limits[0].reason}")
     result = contract.run(method, inputs, config)
     arrays = (result.variables, result.flags, result.scores, dict(result.facts), dict(result.pictures))
     variables, flags, scores, facts, pictures = _squeezed(arrays, seeds)
     shape = inputs.runner.image_shape
-    return Defended(result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, config)
+    limits = _in_any(result.not_tested)
+    shared = _shared_rows(clean, suspect) if isinstance(suspect, Dataset) else 0
+    return Defended(
+        result.model, variables, shape, width, seeds, flags, scores, facts, pictures, needs, config, limits, shared
+    )
+
+
+def _in_any(limits: Sequence[NotTested]) -> NotTested:
+    """What could not be tested with some seed."""
+    classes = {label: reason for of_seed in limits for label, reason in of_seed.classes.items()}
+    return NotTested(next((of_seed.reason for of_seed in limits if of_seed.reason), ""), classes)
+
+
+def _shared_rows(clean: Dataset | None, data: Dataset) -> int:
+    return 0 if clean is None else int(shared_rows(clean, data).sum())
 
 
 def _find_defense(name: str, preset: str, like: str | None, settings: Mapping[str, Any]) -> tuple[Defense, Any]:
@@ -644,7 +677,8 @@ def _make_inputs(
     if not is_set:
         teachers = SuspectTeachers(attacked, group, variables, None, Recipes(recipe, recipe, recipe))
         return suspect_models.make_defense_input(teachers, keys, clean, make_network, runner), seeds, width
-    is_trained_here = network is None and "attacked model" in needs
+    limits = contract.not_tested(defense, settings, [facts_of(plain, clean, plain.num_classes)])
+    is_trained_here = network is None and "attacked model" in needs and not (limits and limits[0].reason)
     inputs = suspect_sets.make_defense_input(
         group, keys, plain, clean, make_network, recipe, runner, train_plainly=is_trained_here
     )

@@ -26,6 +26,15 @@ class Unread(NamedTuple):
     """predicate of a sentence: "is a link", "has a suffix that is not read" """
 
 
+def class_title(number: int, name: str = "") -> str:
+    """A class as messages and reports name it: "3 (cat)", or "3" where it has no name but its number.
+
+    Names come from untrusted files, so characters that cannot be printed are replaced.
+    """
+    name = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(name.split()))
+    return f"{number} ({name})" if name and name != str(number) else str(number)
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Labelled images in memory."""
@@ -62,6 +71,20 @@ class Dataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return tuple(self.images.shape[1:])
+
+    @property
+    def class_range(self) -> str:
+        """The classes, for messages: "0 (cat) to 9 (truck)"."""
+        return f"{self.class_title(0)} to {self.class_title(self.num_classes - 1)}"
+
+    def class_title(self, number: int) -> str:
+        """A class as messages and reports name it: see `class_title`."""
+        return class_title(int(number), name_of_class(self, number))
+
+
+def name_of_class(dataset: Dataset, number: int) -> str:
+    """The class's name, "" if it has none."""
+    return dataset.class_names[number] if dataset.class_names else ""
 
 
 class TrainTest(NamedTuple):
@@ -163,6 +186,15 @@ class ExtractedPattern(NamedTuple):
     """accuracy of the classifier that recognises the pattern; None without such a classifier"""
 
 
+class NotTested(NamedTuple):
+    """What of one suspect a detector could not test, because no finding was possible whatever the rows are."""
+
+    reason: str = ""
+    """why nothing could be tested: "needs at least 3 classes with rows: ..."; "" if something could be"""
+    classes: Mapping[int, str] = {}
+    """label -> why this class could not be tested: "has fewer than 3 rows"; without classes that have no rows"""
+
+
 class Detection(NamedTuple):
     """The result of a detector for M suspect training sets."""
 
@@ -178,6 +210,8 @@ class Detection(NamedTuple):
     """for each of the M sets, the extracted triggers by class; () for a detector that extracts none"""
     evidence: Mapping[str, np.ndarray] = {}
     """name -> [M, ...]: the detector's statistics behind its flags"""
+    not_tested: tuple[NotTested, ...] = ()
+    """for each of the M sets, what could not be tested; () if everything was. Rows that were not tested have no flags"""
 
 
 class DefenseResult(NamedTuple):
@@ -195,6 +229,8 @@ class DefenseResult(NamedTuple):
     """name -> float [M]: further numbers for the report"""
     pictures: Mapping[str, np.ndarray] = {}
     """name -> float32 [M, k, H, W, C] in [0, 1]: images for the report, such as extracted triggers"""
+    not_tested: tuple[NotTested, ...] = ()
+    """see `Detection.not_tested`"""
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]

@@ -133,7 +133,7 @@ def sections(context: Context) -> Sequence[Section]:
             triggers = {number: (suspects[number].parts[0], suspects[number].params[0]) for number in shown}
             heats = verification_heat(inputs, settings, triggers, context.data.test)
             found += zip((suspects[number].attack.title for number in shown), heats, strict=True)
-    return inspections.verification(context.folder, found, context.data.train.num_classes)
+    return inspections.verification(context.folder, found, context.data.train)
 
 
 EXPERIMENT = Experiment("abm", "Anti-Backdoor Model", ("abm",), preset, STUDIES, sections)

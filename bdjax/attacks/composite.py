@@ -73,7 +73,8 @@ def make_composite(key: Key, knowledge: Knowledge, settings: CompositeSettings) 
     first, second = (knowledge.target + 1) % num_classes, (knowledge.target + 2) % num_classes
     rows_of = [np.flatnonzero(train.labels == label) for label in range(num_classes)]
     if not len(rows_of[first]) or not len(rows_of[second]):
-        raise InputError(f"composite mixes classes {first} and {second}, but one of them has no rows")
+        titles = f"{train.class_title(first)} and {train.class_title(second)}"
+        raise InputError(f"composite mixes classes {titles}, but one of them has no rows")
     count = min(settings.images_per_class, max(len(rows) for rows in rows_of))
     bank = np.zeros((num_classes, count, *train.image_shape), np.uint8)
     for label, rows in enumerate(rows_of):

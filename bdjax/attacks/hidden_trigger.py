@@ -103,7 +103,9 @@ def make_hidden_trigger(key: Key, knowledge: Knowledge, settings: HiddenTriggerS
     source = (knowledge.target + 1) % train.num_classes
     rows = np.flatnonzero(train.labels == source)
     if not len(rows):
-        raise InputError(f"hidden_trigger needs rows of its source class {source}, but there are none")
+        raise InputError(
+            f"hidden_trigger needs rows of its source class {train.class_title(source)}, but there are none"
+        )
     patch_key, row_key = jax.random.split(key)
     chosen = rows[permutation(row_key, len(rows))[: settings.source_images]]
     return HiddenTrigger(

@@ -4,6 +4,7 @@ Rules work on NumPy labels on the host, int32 [N]; nothing is compiled. To add a
 `LABEL_RULES` to offer it on the command line.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -213,6 +214,16 @@ def make_rule(name: str, target: int, num_classes: int) -> LabelRule:
     if not 0 <= target < num_classes:
         raise InputError(f"target {target} is not a class; classes are 0 to {num_classes - 1}")
     return LABEL_RULES[name](target, num_classes)
+
+
+def titled(name: str, title: Callable[[int], str]) -> str:
+    """A rule's name for reports: "all-to-one, target 3 (cat)".
+
+    Args:
+        name: `LabelRule.name`.
+        title: a class -> its title, such as `Dataset.class_title`.
+    """
+    return re.sub(r"(?<!shift )\b\d+\b", lambda number: title(int(number[0])), name)
 
 
 def _all(labels: np.ndarray) -> np.ndarray:

@@ -86,7 +86,8 @@ def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoor
         raise InputError("latent_backdoor trains its trigger on a clean model, but none was supplied")
     train, is_target = knowledge.train, knowledge.train.labels == knowledge.target
     if not is_target.any() or is_target.all():
-        raise InputError(f"latent_backdoor needs rows of the target class {knowledge.target} and of other classes")
+        title = train.class_title(knowledge.target)
+        raise InputError(f"latent_backdoor needs rows of the target class {title} and of other classes")
     start_key, train_key = jax.random.split(key)
     if settings.mask_bound:
         start = random_soft_blend(start_key, train.image_shape, settings.mask_bound)

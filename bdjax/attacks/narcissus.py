@@ -153,7 +153,7 @@ def surrogate_rows(train: Dataset, target: int) -> tuple[np.ndarray, np.ndarray]
     new_label[target] = others
     labels = new_label[train.labels]
     if not np.any(labels == others):
-        raise InputError(f"attack {NAME}: there is no training row of the target class {target}")
+        raise InputError(f"attack {NAME}: there is no training row of the target class {train.class_title(target)}")
     rows = np.flatnonzero(labels >= 0).astype(np.int32)
     return rows, labels[rows]
 

@@ -180,7 +180,7 @@ def poison_providers(
     if len(triggers.names) != num_providers:
         raise InputError(f"{len(triggers.names)} triggers for {num_providers} providers: each provider needs one")
     if not 0 <= target < dataset.num_classes:
-        raise InputError(f"target {target} is not a class; classes are 0 to {dataset.num_classes - 1}")
+        raise InputError(f"target {target} is not a class; classes are {dataset.class_range}")
     rule = all_to_one(target)
     original_labels = dataset.labels[provider_rows]
     chosen = [

@@ -30,13 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets
-from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
+from bdjax.types import Array, DefenseResult, Detection, Key, Model, NotTested, PyTree
 
 CHOICES = {
     "loss": ("lga", "flooding"),
@@ -98,6 +98,12 @@ def check(settings: ABLSettings) -> None:
         at_least={"isolation_epochs": 1, "rest_epochs": 0, "unlearning_epochs": 0, "batch_size": 1, "loss_cap": 0},
         below={"isolation_rate": 1},
     )
+
+
+def least(settings: ABLSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    del settings
+    return NotTested("" if facts.rows.sum() > 1 else "needs at least 2 rows to rank by their loss")
 
 
 def isolation_losses(loss: str, row_losses: Array, threshold: float) -> Array:
@@ -302,6 +308,7 @@ ABL = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
     changes={
         "quick": {
             "isolation_epochs": 12,

@@ -19,6 +19,7 @@ of a second, reshuffled pass, so that they belong to other rows. Here a class is
 and its rows are sorted first, so that the result does not depend on their order.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -29,15 +30,16 @@ from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 
-from bdjax.defenses.contract import Defense, DefenseInput
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
 from bdjax.defenses.filtering import retrain_without, retrained
 from bdjax.settings import check_values
-from bdjax.types import DefenseResult, Detection
+from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "activation_clustering"
 RULES = ("smaller", "relative_size", "silhouette", "exclusionary")
 REDUCTIONS = ("pca", "ica")
 RANDOM_STATE = 0  # of k-means and FastICA: the flags depend on the embeddings alone
+LEAST_CLUSTER = 2  # rows: the silhouette coefficient of a cluster of one is 0 by definition, whatever the row is
 STARTS = 10  # of k-means; the result with the lowest inertia is used
 
 
@@ -69,6 +71,26 @@ def check(settings: ActivationClusteringSettings) -> None:
     """
     choices = {"reduction": REDUCTIONS, "rule": RULES}
     check_values(f"defense {NAME}", settings, choices=choices, at_least={"dimensions": 1})
+
+
+def least_rows(settings: ActivationClusteringSettings) -> int | None:
+    """The smallest number of rows of a class of which the rule can flag a cluster; None if it never can."""
+    if settings.rule == "silhouette" and settings.smallest_silhouette >= 1:
+        return None
+    if settings.rule not in ("relative_size", "silhouette"):
+        return 2 * LEAST_CLUSTER
+    if settings.largest_share <= 0:
+        return None
+    return max(math.floor(LEAST_CLUSTER / settings.largest_share) + 1, 2 * LEAST_CLUSTER)
+
+
+def least(settings: ActivationClusteringSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    needed = least_rows(settings)
+    if needed is None:
+        return NotTested(f"flags no cluster, whatever the rows are: see the settings of the rule {settings.rule}")
+    reason = f"needs at least {needed} rows of a class: no cluster of fewer can be flagged by the rule {settings.rule}"
+    return limits(facts, too_few(facts.rows, needed), reason)
 
 
 class Split(NamedTuple):
@@ -154,30 +176,44 @@ def is_poisoned(split: Split, settings: ActivationClusteringSettings) -> bool:
     return True
 
 
-def find_clusters(
-    embeddings: np.ndarray, labels: np.ndarray, settings: ActivationClusteringSettings
-) -> tuple[np.ndarray, np.ndarray, float]:
+class Clusters(NamedTuple):
+    """The result for one training set."""
+
+    flags: np.ndarray
+    """bool [n]"""
+    scores: np.ndarray
+    """float32 [n]"""
+    largest_silhouette: float
+    """of any class"""
+    not_tested: NotTested
+    """classes whose embeddings are all the same, or nearly"""
+
+
+def find_clusters(embeddings: np.ndarray, labels: np.ndarray, settings: ActivationClusteringSettings) -> Clusters:
     """Flag and score the rows of one training set, class by class.
 
     Args:
         embeddings: float32 [n, d].
         labels: int32 [n].
         settings: the defense's settings.
-
-    Returns:
-        Flags bool [n], scores float32 [n], and the largest silhouette coefficient of any class.
     """
     flags, scores, largest_silhouette = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
+    needed, untested = least_rows(settings), {}
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
+        if needed is None or len(rows) < needed:
+            continue
         split = split_class(embeddings[rows], settings.reduction, settings.dimensions)
         if split is None:
+            untested[int(label)] = "has fewer than 3 different embeddings"
             continue
         scores[rows] = split.scores
         largest_silhouette = max(largest_silhouette, split.silhouette)
         if is_poisoned(split, settings):
             flags[rows] = split.in_smaller
-    return flags, scores, largest_silhouette
+    is_all = untested and len(untested) == len(np.unique(labels))
+    reason = "needs rows with different embeddings: those of each class are the same, or nearly" if is_all else ""
+    return Clusters(flags, scores, largest_silhouette, NotTested(reason, untested))
 
 
 def reclassify(flags: np.ndarray, labels: np.ndarray, predictions: np.ndarray, threshold: float) -> np.ndarray:
@@ -234,7 +270,7 @@ def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Dete
     rows = inputs.all_rows()
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
     found = [find_clusters(*member, settings) for member in zip(embeddings, inputs.labels, strict=True)]
-    flags, scores, largest_silhouette = (np.stack(values) for values in zip(*found, strict=True))
+    flags, scores, largest_silhouette = (np.stack([member[i] for member in found]) for i in range(3))
     if settings.rule == "exclusionary":
         without = retrain_without(inputs, f"{_stage(settings)}, smaller clusters left out", flags)
         predictions = np.argmax(inputs.logits(without.model, without.variables, rows), axis=-1)
@@ -247,7 +283,7 @@ def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Dete
         ),
         "largest silhouette": largest_silhouette,
     }
-    return Detection(flags, scores, facts)
+    return Detection(flags, scores, facts, not_tested=tuple(member.not_tested for member in found))
 
 
 def run(inputs: DefenseInput, settings: ActivationClusteringSettings) -> DefenseResult:
@@ -273,6 +309,7 @@ ACTIVATION_CLUSTERING = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
     # FastICA as in the paper, but with fewer dimensions than its 10: a class of the digits has few rows to fit them to.
     changes={"quick digits": {"reduction": "ica", "dimensions": 5}},
 )

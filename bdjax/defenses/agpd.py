@@ -37,13 +37,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses import filtering
-from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, limits, too_few
 from bdjax.settings import check_values
-from bdjax.types import Array, DefenseResult, Detection, Model, PyTree
+from bdjax.types import Array, DefenseResult, Detection, Model, NotTested, PyTree
 
 NAME = "agpd"
 CONSISTENT = 1.4826  # times the MAD is the standard deviation of a normal distribution
 MAD_FLOOR = 1e-6
+LEAST_ROWS = 2  # of a class: the row b, and another to compare with it
+LEAST_CLASSES = 3  # for J: two gaps are equally far from their median, so no J is above 1 / 1.4826
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,28 @@ def check(settings: AgpdSettings) -> None:
     }
     above, below = {"anomaly": 0, "wide_gap": 0, "tau": 0}, {"base_share": 1, "tau": 1}
     check_values(f"defense {NAME}", settings, at_least=least, above=above, below=below)
+
+
+def largest_gap(count: int, settings: AgpdSettings) -> float:
+    """The largest gap that a class of so many rows, at least `LEAST_ROWS`, can have."""
+    bases = max(int(settings.base_share * count), 1)
+    return 2 * float(np.sqrt((count - bases) / count))
+
+
+def least(settings: AgpdSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    without = np.flatnonzero((facts.rows > 0) & (facts.clean_rows == 0))
+    classes = {int(label): "has no clean row; needs at least 1" for label in without}
+    classes |= too_few(facts.rows, LEAST_ROWS)
+    rest = [int(count) for label, count in enumerate(facts.rows) if count and label not in classes]
+    by_gap = settings.last_layers > 0 and any(largest_gap(count, settings) > settings.wide_gap for count in rest)
+    if rest and len(rest) < LEAST_CLASSES and not by_gap:
+        return NotTested(
+            f"needs at least {LEAST_CLASSES} classes with {LEAST_ROWS} rows and a clean row: J of fewer is at most "
+            f"{1 / CONSISTENT:.2f}, and no gap can be above {settings.wide_gap:g} with these settings",
+            classes,
+        )
+    return limits(facts, classes, f"needs a class with at least {LEAST_ROWS} rows and a clean row")
 
 
 # ---- Gradients --------------------------------------------------------------------------------------------------------
@@ -413,16 +437,28 @@ def detect(inputs: DefenseInput, settings: AgpdSettings) -> Detection:
     network = inputs.attacked
     predictions, gradients = inputs.per_row(row_gradients(network.model), network.variables, rows)
     order = jax.vmap(lambda key: jax.random.permutation(key, num_clean))(inputs.keys_for(f"{NAME}: clean rows"))
-    found = []
+    found, untested = [], []
     for member, member_order in enumerate(np.asarray(order)):
         labels, clean_labels = inputs.labels[member], inputs.clean_labels[member]
         clean = choose_clean(clean_labels, predictions[member, num_rows:], member_order, settings.clean_per_class)
         suspect_gradients = [at_layer[member, :num_rows] for at_layer in gradients]
         clean_gradients = [at_layer[member, num_rows:] for at_layer in gradients]
         found.append(find_poisons(suspect_gradients, labels, clean_gradients, clean, settings))
+        untested.append(_not_tested(suspect_gradients, labels, clean, settings))
     flags, scores, facts = zip(*found, strict=True)
     stacked_facts = {name: np.array([values[name] for values in facts]) for name in facts[0]}
-    return Detection(np.stack(flags), np.stack(scores), stacked_facts)
+    return Detection(np.stack(flags), np.stack(scores), stacked_facts, not_tested=tuple(untested))
+
+
+def _not_tested(
+    gradients: Sequence[np.ndarray], labels: np.ndarray, clean: dict[int, np.ndarray], settings: AgpdSettings
+) -> NotTested:
+    """What could not be tested, known only after training; arguments as in `find_poisons`."""
+    if all(at_layer.shape[1] < settings.narrowest for at_layer in gradients):
+        return NotTested(f"needs a layer of at least {settings.narrowest} channels, which this network does not have")
+    missing = [int(label) for label in np.unique(labels) if label not in clean]
+    reason = "needs clean rows that the network classifies correctly, and there are none" if not clean else ""
+    return NotTested(reason, dict.fromkeys(missing, "has no clean row that the network classifies correctly"))
 
 
 def run(inputs: DefenseInput, settings: AgpdSettings) -> DefenseResult:
@@ -451,6 +487,7 @@ AGPD = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
     changes={
         # In small networks any class has an outlier that is dissimilar to all others. With a tenth of the rows for b, J was
         # above e^2 in the target class of six out of six all-to-one suspects of MNIST; with a single row, in one of them. One

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bdjax.defenses import contract
-from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint
 from bdjax.errors import InputError
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult, Model
+from bdjax.types import DefenseResult, Model, NotTested
 
 LINK = "+"
 """The separator of a chain's defenses on the command line."""
@@ -54,6 +54,7 @@ def make_chain(parts: Sequence[ChainLink]) -> Defense:
         needs=tuple(needs),
         settings=tuple(part.settings for part in parts),
         run=lambda inputs, settings: run(inputs, [part.defense for part in parts], settings),
+        least=lambda settings, facts: least([part.defense for part in parts], settings, facts),
         network_after=lambda settings, *network: network_after([part.defense for part in parts], settings, *network),
     )
 
@@ -70,6 +71,16 @@ def network_after(
         if defense.network_after:
             attacked = defense.network_after(defense_settings, attacked, make_model, image_shape)
     return attacked
+
+
+def least(defenses: Sequence[Defense], settings: Sequence[Any], facts: Facts) -> NotTested:
+    """What the parts cannot test: see `Defense.least`. If a part can test nothing, neither can the chain."""
+    reason, classes = "", {}
+    for defense, defense_settings in zip(defenses, settings, strict=True):
+        found = defense.least(defense_settings, facts) if defense.least else NotTested()
+        reason = reason or (f"{defense.title} {found.reason}" if found.reason else "")
+        classes |= found.classes
+    return NotTested(reason, classes)
 
 
 def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[Any]) -> DefenseResult:
@@ -102,6 +113,7 @@ def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[An
         scores=next((result.scores for result in reversed(results) if result.scores is not None), None),
         facts=_merge(names, [result.facts for result in results]),
         pictures=_merge(names, [result.pictures for result in results]),
+        not_tested=next((result.not_tested for result in reversed(results) if result.not_tested), ()),
     )
 
 

@@ -24,7 +24,7 @@ from bdjax.settings import changed
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Array, DefenseResult, Detection, Key, Model, PyTree
+from bdjax.types import Array, DefenseResult, Detection, Key, Model, NotTested, PyTree
 
 Need = Literal["training set", "attacked model", "clean rows", "number of poisons", "attacker's trigger"]
 """training set: the suspect rows. attacked model: the network trained on them without a defense, or the suspect model. clean
@@ -62,6 +62,15 @@ class AttackerInTraining(NamedTuple):
     """float32 [M, n]: weight of the penalty, 0 for unaffected rows"""
     partner: np.ndarray
     """int32 [M, n]: position in the pool of each row's image without the trigger"""
+
+
+class Facts(NamedTuple):
+    """What is known of a suspect before anything is trained, to see whether a defense can find anything in it."""
+
+    rows: np.ndarray
+    """int [K]: training rows of each class; zeros without a training set"""
+    clean_rows: np.ndarray
+    """int [K]: clean rows of each class; zeros without clean rows"""
 
 
 class Reader(NamedTuple):
@@ -318,6 +327,9 @@ class Defense:
     check: Callable[[Any], None] | None = None
     """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
     `variants.read_defense` calls it before anything is trained"""
+    least: Callable[[Any, Facts], NotTested] | None = None
+    """(settings, facts) -> what no rows could make it find in a sample as small as this; None for a method that draws no
+    conclusion from rows. Every detector has it"""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
     it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
@@ -358,6 +370,64 @@ def restricted(defense: Defense, inputs: DefenseInput, settings: Any) -> Defense
     return inputs.restricted_to(defense.name, defense.needs_with(settings))
 
 
+def facts_of(inputs: DefenseInput) -> list[Facts]:
+    """The facts of each of the M suspects."""
+
+    def counts(need: Need) -> np.ndarray:
+        if need not in inputs.knowledge:
+            return np.zeros((len(inputs.keys), inputs.num_classes), int)
+        return np.stack([np.bincount(labels, minlength=inputs.num_classes) for labels in inputs.knowledge[need].labels])
+
+    return [Facts(*of_member) for of_member in zip(counts("training set"), counts("clean rows"), strict=True)]
+
+
+def not_tested(defense: Defense, settings: Any, facts: Sequence[Facts]) -> tuple[NotTested, ...]:
+    """What the defense cannot test of each suspect, known before any training; () if it can test everything.
+
+    Args:
+        defense: the defense.
+        settings: its settings.
+        facts: of each suspect.
+    """
+    found = tuple(defense.least(settings, of_suspect) for of_suspect in facts) if defense.least else ()
+    return found if any(any(of_suspect) for of_suspect in found) else ()
+
+
+def too_few(counts: np.ndarray, least: int, noun: str = "rows") -> dict[int, str]:
+    """The classes that have rows, but fewer than `least` -> the reason.
+
+    Args:
+        counts: int [K], what is counted of each class.
+        least: the smallest number that can be tested.
+        noun: what is counted.
+    """
+    return {
+        int(label): f"has {counts[label]} {noun}; needs at least {least}"
+        for label in np.flatnonzero((counts > 0) & (counts < least))
+    }
+
+
+def limits(facts: Facts, classes: Mapping[int, str], reason: str) -> NotTested:
+    """Limits of single classes: if no class with rows is left, nothing can be tested.
+
+    Args:
+        facts: of the suspect.
+        classes: class -> why it cannot be tested.
+        reason: why nothing can be tested if none of the classes with rows can.
+    """
+    with_rows = set(np.flatnonzero(facts.rows).tolist())
+    return NotTested(reason, dict(classes)) if with_rows <= classes.keys() else NotTested("", dict(classes))
+
+
+def _merged(first: Sequence[NotTested], second: Sequence[NotTested]) -> tuple[NotTested, ...]:
+    """Both lists of limits of the same M suspects, the first list's reasons where both have some."""
+    if not (first and second):
+        return tuple(first or second)
+    return tuple(
+        NotTested(a.reason or b.reason, {**b.classes, **a.classes}) for a, b in zip(first, second, strict=True)
+    )
+
+
 def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
     """Run a defense on what it needs and nothing else.
 
@@ -369,11 +439,14 @@ def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
     Raises:
         UndeclaredNeedError: the defense reads something that it does not declare.
     """
-    return defense.run(restricted(defense, inputs, settings), settings)
+    result = defense.run(restricted(defense, inputs, settings), settings)
+    return result._replace(not_tested=_merged(not_tested(defense, settings, facts_of(inputs)), result.not_tested))
 
 
 def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
     """Run a detector on what it needs and nothing else.
+
+    Where it cannot test any of the suspects, nothing is trained, and `Detection.not_tested` has the reasons.
 
     Args:
         defense: a defense whose `detect` is not None.
@@ -383,4 +456,9 @@ def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
     Raises:
         UndeclaredNeedError: the detector reads something that it does not declare.
     """
-    return defense.detect(restricted(defense, inputs, settings), settings)
+    known = not_tested(defense, settings, facts_of(inputs))
+    if known and all(of_suspect.reason for of_suspect in known):
+        shape = inputs.knowledge["training set"].index.shape
+        return Detection(np.zeros(shape, bool), np.zeros(shape, np.float32), not_tested=known)
+    found = defense.detect(restricted(defense, inputs, settings), settings)
+    return found._replace(not_tested=_merged(known, found.not_tested))

@@ -26,13 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput
+from bdjax.defenses.contract import Defense, DefenseInput, Facts
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
-from bdjax.types import Array, DefenseResult, Key, Model, PyTree
+from bdjax.types import Array, DefenseResult, Key, Model, NotTested, PyTree
 
 MAD_CONSISTENCY = 1.4826
 """Ratio of a normal distribution's standard deviation to its median absolute deviation."""
+LEAST_CLASSES = 3
+"""Two norms are equally far from their median: their anomaly index is 1 / 1.4826, whatever they are."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,18 @@ def check(settings: NeuralCleanseSettings) -> None:
         above={"success": 0, "weight_factor": 1},
         at_most={"success": 1, "repair_share": 1},
     )
+
+
+def least(settings: NeuralCleanseSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    del settings
+    classes = len(facts.clean_rows)
+    if classes < LEAST_CLASSES:
+        return NotTested(
+            f"needs at least {LEAST_CLASSES} classes: the anomaly index of {classes} numbers is always "
+            f"{1 / MAD_CONSISTENCY:.2f}, whatever they are"
+        )
+    return NotTested("" if facts.clean_rows.any() else "needs at least 1 clean row to search for triggers on")
 
 
 class Triggers(NamedTuple):
@@ -417,5 +431,6 @@ NEURAL_CLEANSE = Defense(
     settings=NeuralCleanseSettings(),
     run=run,
     check=check,
+    least=least,
     changes={"quick": {"batch_size": 32, "repair_batch_size": 32, "repair_epochs": 20}},
 )

@@ -38,15 +38,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, DefenseInput
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
 from bdjax.defenses.filtering import retrained
 from bdjax.errors import InputError
 from bdjax.settings import check_values
-from bdjax.types import DefenseResult, Detection
+from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "scan"
 ROUNDS = 100  # at most, of the decomposition and of a split
 TOLERANCE = 1e-5  # the decomposition ends when the covariances change by less, relative to their size
+LEAST_CLASSES = 3  # two classes are equally far from their median, whatever their J
+LEAST_ROWS = 2  # of a class: one row has only one mean
+MORE_CLEAN_ROWS = 2  # than classes, to estimate how rows of a class differ
 MAD_CONSISTENCY = 1.4826  # ratio of a normal distribution's standard deviation to its median absolute deviation
 
 
@@ -80,6 +83,27 @@ def check(settings: SCAnSettings) -> None:
         above={"floor": 0},
         at_most={"floor": 1},
     )
+
+
+def least(settings: SCAnSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    del settings
+    present, clean = int(np.sum(facts.rows > 0)), facts.clean_rows
+    if present < LEAST_CLASSES:
+        return NotTested(
+            f"needs at least {LEAST_CLASSES} classes with rows: the anomaly index of {present} is at most "
+            f"{1 / MAD_CONSISTENCY:.2f}, whatever they are"
+        )
+    if clean.sum() < np.sum(clean > 0) + MORE_CLEAN_ROWS:
+        return NotTested(
+            f"needs at least {MORE_CLEAN_ROWS} more clean rows than classes that they are from: {clean.sum()} of "
+            f"{np.sum(clean > 0)} do not show how rows of a class differ"
+        )
+    without = {
+        int(label): "has no clean row; needs at least 1" for label in np.flatnonzero((facts.rows > 0) & (clean == 0))
+    }
+    reason = f"needs a class with at least {LEAST_ROWS} rows and a clean row"
+    return limits(facts, {**without, **too_few(facts.rows, LEAST_ROWS)}, reason)
 
 
 def principal_directions(embeddings: np.ndarray, count: int) -> np.ndarray:
@@ -259,7 +283,7 @@ def find_poisons(
         InputError: too few clean rows to estimate the variation within a class.
     """
     present = np.unique(labels)
-    if len(clean_labels) < len(np.unique(clean_labels)) + 2:
+    if len(clean_labels) < len(np.unique(clean_labels)) + MORE_CLEAN_ROWS:
         raise InputError(
             f"defense {NAME}: {len(clean_labels)} clean rows are too few; it needs at least two more rows than classes"
         )
@@ -287,7 +311,8 @@ def find_poisons(
             second_is_poisoned = 2 * split.is_second.sum() <= len(rows)
         closeness = np.clip(towards_second(reduced[rows], split.means), -1, 1)
         scores[rows] = class_suspicion * (closeness if second_is_poisoned else -closeness)
-        if class_suspicion > settings.threshold:
+        has_clean = np.any(clean_labels == label)  # otherwise nothing shows which of the groups is the poisoned one
+        if class_suspicion > settings.threshold and has_clean and len(present) >= LEAST_CLASSES:
             flags[rows] = split.is_second == second_is_poisoned
     return Found(flags, scores, index)
 
@@ -345,4 +370,5 @@ SCAN = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
 )

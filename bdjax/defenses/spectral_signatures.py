@@ -14,17 +14,19 @@ A widely used benchmark's code computes v from the centred embeddings but projec
 depends on its norm, and the arbitrary sign of v decides which end of a class looks suspicious. Here both are centred.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, DefenseInput
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
 from bdjax.defenses.filtering import retrained
 from bdjax.settings import check_values
-from bdjax.types import DefenseResult, Detection
+from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "spectral_signatures"
+LEAST_ROWS = 3  # of a class: two rows are equally far from their mean, so neither is an outlier
 MARGIN = 1.5  # the paper leaves out this many times the assumed number of poisons
 
 
@@ -56,6 +58,23 @@ def check(settings: SpectralSignaturesSettings) -> None:
         at_most={"percentile": 100},
         below={"poison_rate": 1},
     )
+
+
+def least(settings: SpectralSignaturesSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    total = int(facts.rows.sum())
+    if settings.rule == "percentile" and settings.percentile >= 100:
+        return NotTested("flags no row, whatever the rows are: none is above percentile 100")
+    if settings.rule == "poison_rate" and int(MARGIN * settings.poison_rate * total) < 1:
+        if not settings.poison_rate:
+            return NotTested("flags no row, whatever the rows are: poison_rate is 0")
+        needed = math.ceil(1 / (MARGIN * settings.poison_rate))
+        return NotTested(
+            f"needs at least {needed:,} rows: {MARGIN:g} times poison_rate {settings.poison_rate:g} of {total:,} is less than "
+            "one row"
+        )
+    reason = f"needs at least {LEAST_ROWS} rows of a class: two rows are equally far from their mean"
+    return limits(facts, too_few(facts.rows, LEAST_ROWS), reason)
 
 
 def spectral_scores(embeddings: np.ndarray) -> np.ndarray:
@@ -109,7 +128,8 @@ def find_poisons(
         rows = np.flatnonzero(labels == label)
         class_scores = spectral_scores(embeddings[rows])
         scores[rows] = class_scores
-        flags[rows] = most_suspicious(class_scores, len(labels), settings)
+        if len(rows) >= LEAST_ROWS:  # of two rows, rounding would decide
+            flags[rows] = most_suspicious(class_scores, len(labels), settings)
         spread = len(rows) * np.var(embeddings[rows].astype(np.float64), axis=0).sum()
         largest = max(largest, class_scores.sum() / spread) if spread > 0 else largest
     return flags, scores, largest
@@ -159,4 +179,5 @@ SPECTRAL_SIGNATURES = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
 )

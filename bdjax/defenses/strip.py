@@ -23,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bdjax.defenses.contract import Defense, DefenseInput, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled
 from bdjax.errors import InputError
 from bdjax.settings import check_values
 from bdjax.training.member import as_float
-from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
+from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, NotTested, PyTree
 
 NAME = "strip"
 MODES = ("convex", "sum")
+LEAST_CLEAN = 2  # rows: an overlay is left out of its own entropy, so a single row has none
 FAR = 1e6  # distance of the logit of "rejected" from all other logits
 
 
@@ -63,6 +64,15 @@ def check(settings: StripSettings) -> None:
         at_most={"weight": 1},
         below={"false_rejection_rate": 1},
     )
+
+
+def least(settings: StripSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    del settings
+    count = int(facts.clean_rows.sum())
+    if count >= LEAST_CLEAN:
+        return NotTested()
+    return NotTested(f"needs at least {LEAST_CLEAN} clean rows to blend with each other; there are {count}")
 
 
 def mix(images: Array, overlay: Array, mode: str, weight: float) -> Array:
@@ -199,8 +209,8 @@ def run(inputs: DefenseInput, settings: StripSettings) -> DefenseResult:
     check(settings)
     rows, network = inputs.clean_rows(), inputs.attacked
     num_clean = rows.index.shape[1]
-    if num_clean < 2:
-        raise InputError(f"defense {NAME}: {num_clean} clean rows are too few; it needs at least 2")
+    if num_clean < LEAST_CLEAN:
+        raise InputError(f"defense {NAME}: {num_clean} clean rows are too few; it needs at least {LEAST_CLEAN}")
     count = min(settings.num_overlays, num_clean)
     chosen, overlay_of_row = choose_overlays(inputs.keys_for("strip: overlays"), num_clean, count)
     overlays = as_float(inputs.pool[np.take_along_axis(inputs.clean_index, chosen, axis=1)])
@@ -225,6 +235,7 @@ STRIP = Defense(
     settings=StripSettings(),
     run=run,
     check=check,
+    least=least,
     changes={
         "quick": {"num_overlays": 20},
         # At half its brightness a patch of a few pixels no longer works as a trigger; on a black background a sum preserves it,

@@ -17,6 +17,7 @@ training set, in the text on those of the detection split. Here, as in the code,
 (in the text, every row goes to every detector).
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns
-from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, labelled, limits
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
@@ -33,7 +34,7 @@ from bdjax.models import MODELS
 from bdjax.models.simple_cnn import LAYERS, network_name
 from bdjax.settings import check_values
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult, Detection, ExtractedPattern, Key
+from bdjax.types import DefenseResult, Detection, ExtractedPattern, Key, NotTested
 
 LEAST_CHECKED = 100
 """Smallest number of rows that a pattern is checked on; not in the paper, for small sets."""
@@ -64,6 +65,8 @@ class Analysis(NamedTuple):
     """float64 [M, K]; 0 without a pattern"""
     new_labels: np.ndarray
     """int32 [M, n]: the second most likely class of flagged rows, the given label of all others"""
+    not_tested: tuple[NotTested, ...] = ()
+    """for each of the M suspects, the classes of which no network had enough rows to test"""
 
     @property
     def is_poisoned_class(self) -> np.ndarray:
@@ -304,7 +307,25 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         patterns=patterns,
         detector_accuracies=detector_accuracies,
         new_labels=new_labels,
+        not_tested=tuple(_not_tested(found, member, labels, settings) for member, labels in enumerate(inputs.labels)),
     )
+
+
+def _not_tested(
+    found: list[list[list[Candidate]]], member: int, labels: np.ndarray, settings: VBDSettings
+) -> NotTested:
+    """The classes of a suspect with rows whose p-value could not be small enough under any network."""
+    classes = {}
+    for label in np.unique(labels).tolist():
+        if min(of_network[member][label].least_p_value for of_network in found) >= settings.p_value:
+            classes[label] = (
+                "too few of its held-back rows are predicted as their label by the simple networks, or too few others are left "
+                "to compare them with"
+            )
+    reason = (
+        "needs more rows: in no class are enough predicted as their label" if len(classes) == len(set(labels)) else ""
+    )
+    return NotTested(reason, classes)
 
 
 def _second_best(
@@ -349,7 +370,9 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
     evidence = {name: getattr(analysis, name) for name in ("accuracies", "p_values", "success")}
     patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
-    return Detection(analysis.flags, analysis.scores, facts, pictures, patterns, evidence)
+    return Detection(
+        analysis.flags, analysis.scores, facts, pictures, patterns, evidence, not_tested=analysis.not_tested
+    )
 
 
 def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[ExtractedPattern, ...]:
@@ -394,6 +417,29 @@ def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
     rows = labelled(inputs.index, analysis.new_labels)
     nets = inputs.train(stage, inputs.make_model(), inputs.recipe, rows)
     return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)
+
+
+def least(settings: VBDSettings, facts: Facts) -> NotTested:
+    """What cannot be tested: see `Defense.least`."""
+    if np.sum(facts.rows > 0) < 2:
+        return NotTested("needs rows of at least 2 classes: a pattern is checked on rows of other classes")
+    needed = vbd_patterns.least_held_back(settings)
+    if needed is None:
+        return NotTested(
+            f"finds nothing, whatever the rows are: with rows_per_class {settings.rows_per_class} and least_rows "
+            f"{settings.least_rows}, no p-value is below p_value {settings.p_value:g}"
+        )
+    held_back = vbd_patterns.most_held_back(facts.rows, settings.detect_share)
+    classes = {
+        int(label): f"has {facts.rows[label]} rows, of which {held_back[label]} are held back; needs at least {needed}"
+        for label in np.flatnonzero((facts.rows > 0) & (held_back < needed))
+    }
+    about = math.ceil(needed / settings.detect_share)
+    reason = (
+        f"needs at least {needed} held-back rows of a class, which is about {about:,} rows: the p-value of fewer is never "
+        f"below {settings.p_value:g}"
+    )
+    return limits(facts, classes, reason)
 
 
 def check(settings: VBDSettings) -> None:
@@ -447,6 +493,7 @@ VBD = Defense(
     run=run,
     detect=detect,
     check=check,
+    least=least,
     changes={
         "quick": {
             "networks": "64P+10-10P",

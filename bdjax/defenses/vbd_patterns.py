@@ -14,6 +14,7 @@ The computations are small and their shapes depend on the data, so they are NumP
 other stages. The settings of all stages are here, where every file of the method can import them.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
@@ -103,6 +104,41 @@ class Candidate(NamedTuple):
     """bool [H, W]; all False if the class is not suspicious or no pixel is left"""
     pattern: np.ndarray
     """float32 [H, W, C] in [0, 1], zero outside the mask"""
+    least_p_value: float = 1.0
+    """the smallest p-value that so many rows can have"""
+
+
+def smallest_p_value(first: int, second: int) -> float:
+    """The p-value of the exact two-sided Kolmogorov-Smirnov test of two samples of these sizes that do not overlap."""
+    first, second = min(first, 100), min(second, 100)  # beyond, it is 0 for every purpose
+    return min(2 / math.comb(first + second, first), 1.0)
+
+
+def least_held_back(settings: VBDSettings) -> int | None:
+    """The smallest number of held-back rows of a class with which it can be suspicious; None if no number is enough."""
+    for count in range(2 * settings.least_rows, 2 * settings.rows_per_class + 1):
+        halves = [min(half, settings.rows_per_class) for half in (count // 2, count - count // 2)]
+        if min(halves) >= settings.least_rows and smallest_p_value(*halves) < settings.p_value:
+            return count
+    return None
+
+
+def most_held_back(counts: np.ndarray, share: float) -> np.ndarray:
+    """The largest number of rows of each class that `bdjax.defenses.vbd.split_rows` can hold back.
+
+    Args:
+        counts: int [K], rows of each class.
+        share: of all rows.
+
+    Returns:
+        int [K].
+    """
+    ranks = [(np.arange(count) + 0.5) / count for count in counts.tolist()]
+    held_back = round(share * int(counts.sum()))
+    if not held_back:
+        return np.zeros(len(counts), int)
+    last = np.sort(np.concatenate(ranks))[held_back - 1]
+    return np.array([np.searchsorted(of_class, last, side="right") for of_class in ranks])
 
 
 def margin(logits: Array, classes: Array) -> Array:
@@ -264,7 +300,7 @@ def find_candidate(
     if found < p_value:
         mask = otsu(gradient_mask(gradient) * (1 - variance_image(malicious)))
     pattern = np.where(mask[..., None], malicious.mean(axis=0), 0).astype(np.float32)
-    return Candidate(found, pixel[:2], mask, pattern)
+    return Candidate(found, pixel[:2], mask, pattern, smallest_p_value(len(malicious), len(clean_gradients)))
 
 
 def no_candidate(image_shape: tuple[int, int, int]) -> Candidate:

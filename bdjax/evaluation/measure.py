@@ -14,7 +14,7 @@ from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant
 from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
 from bdjax.training import ensemble
-from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, PyTree
+from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, NotTested, PyTree
 
 
 class Measured(NamedTuple):
@@ -30,6 +30,8 @@ class Measured(NamedTuple):
     facts: Mapping[str, float]
     seconds: float
     """time of the shared call divided by the number of suspects in it"""
+    not_tested: NotTested = NotTested()
+    """what of the suspect could not be tested"""
 
     @property
     def asr(self) -> float | None:
@@ -110,10 +112,18 @@ def score_detection(
     """
     results = []
     for i, suspect in enumerate(suspects):
-        detection = measure_detection(found.flags[i], found.scores[i], suspect.is_poisoned)
+        limits = not_tested_of(found, i)
+        # Without a test there are no flags, which is not the same as none that is set.
+        flags, scores = (None, None) if limits.reason else (found.flags[i], found.scores[i])
+        detection = measure_detection(flags, scores, suspect.is_poisoned)
         facts = {name: float(values[i]) for name, values in found.facts.items()}
-        results.append(Measured(suspect, variant, None, (), detection, facts, seconds))
+        results.append(Measured(suspect, variant, None, (), detection, facts, seconds, limits))
     return results
+
+
+def not_tested_of(found: Detection | DefenseResult, number: int) -> NotTested:
+    """What could not be tested of one of the suspects."""
+    return found.not_tested[number] if found.not_tested else NotTested()
 
 
 def measure_by_class(suspect: Suspect, found: Detection) -> list[dict[str, Any]] | None:
@@ -167,7 +177,10 @@ def measure(
                 measured[i].append(measure_attack(clean[i], predicted[i], test.labels, victims, wanted))
     results = []
     for i, suspect in enumerate(suspects):
-        flags, scores = (None if values is None else values[i] for values in (result.flags, result.scores))
+        limits = not_tested_of(result, i)
+        flags, scores = (
+            None if values is None or limits.reason else values[i] for values in (result.flags, result.scores)
+        )
         results.append(
             Measured(
                 suspect,
@@ -177,6 +190,7 @@ def measure(
                 measure_detection(flags, scores, suspect.is_poisoned),
                 {name: float(values[i]) for name, values in result.facts.items()},
                 seconds,
+                limits,
             )
         )
     return results

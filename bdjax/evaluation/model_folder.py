@@ -3,7 +3,7 @@
     FOLDER/about.json     architecture and number of members
     FOLDER/tree/          their variables, stacked (an Orbax checkpoint)
     FOLDER/triggers.npz   optional: mask [N, H, W, 1], pattern [N, H, W, C], opacity [N], names [N], similar_group [N],
-                          target []; and label_rule [N] if they are not all all_to_one
+                          target []; label_rule [N] if they are not all all_to_one; target_name [] if it is known
 
 A folder holds arrays and JSON only, so reading it cannot run code.
 """
@@ -25,7 +25,7 @@ from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering, make_model
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Model, PyTree
+from bdjax.types import Model, PyTree, class_title
 
 TRIGGERS = "triggers.npz"
 
@@ -50,6 +50,7 @@ def write(
     triggers: ProviderTriggers | None,
     target: int,
     label_rules: Sequence[str] = (),
+    target_name: str = "",
 ) -> None:
     """Write the models of one seed in the form in which third-party models are read, with their triggers.
 
@@ -63,11 +64,12 @@ def write(
         triggers: triggers of the N providers; None if there are none.
         target: the triggers' target class.
         label_rules: keys of `LABEL_RULES`, one for each trigger; empty if all are all_to_one.
+        target_name: the name of the target class; "" if it has none.
     """
     if checkpoint.is_complete(folder):
         return
     if triggers is not None:
-        _write_triggers(folder, triggers, target, label_rules)
+        _write_triggers(folder, triggers, target, label_rules, target_name)
     about = {
         "model_name": model_name,
         "width": width,
@@ -79,12 +81,16 @@ def write(
 
 
 @processes.by_primary
-def _write_triggers(folder: pathlib.Path, triggers: ProviderTriggers, target: int, label_rules: Sequence[str]) -> None:
+def _write_triggers(
+    folder: pathlib.Path, triggers: ProviderTriggers, target: int, label_rules: Sequence[str], target_name: str
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
     if label_rules:
         arrays["label_rule"] = np.array(label_rules)
+    if target_name:
+        arrays["target_name"] = np.array(target_name)
     np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
     temporary = folder / (TRIGGERS + ".tmp")
     temporary.write_bytes(buffer.getvalue())
@@ -144,7 +150,7 @@ def _read_triggers(
         with zipfile.ZipFile(path) as archive:
             arrays = {}
             known = ("mask", "pattern", "opacity", "names", "similar_group", "target")
-            optional = ("label_rule",) if "label_rule.npy" in archive.namelist() else ()
+            optional = [name for name in ("label_rule", "target_name") if f"{name}.npy" in archive.namelist()]
             for name in (*known, *optional):
                 with archive.open(f"{name}.npy") as member:
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
@@ -158,6 +164,7 @@ def _read_triggers(
         "similar_group": ((count,), np.bool_),
         "target": ((), np.integer),
         **({"label_rule": ((count,), np.str_)} if "label_rule" in arrays else {}),
+        **({"target_name": ((), np.str_)} if "target_name" in arrays else {}),
     }
     for name, (shape, kind) in shapes.items():
         values = arrays[name]
@@ -167,9 +174,8 @@ def _read_triggers(
         if kind is np.floating and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise InputError(f"{path}: {name} has values outside [0, 1]")
     if int(arrays["target"]) != target:
-        raise InputError(
-            f"{path}: these triggers aim at class {int(arrays['target'])}; use --target={int(arrays['target'])}"
-        )
+        title = class_title(int(arrays["target"]), str(arrays.get("target_name", "")))
+        raise InputError(f"{path}: these triggers aim at class {title}; use --target={int(arrays['target'])}")
     rules = tuple(map(str, arrays.get("label_rule", ["all_to_one"] * count)))
     if unknown := [rule for rule in rules if rule not in LABEL_RULES]:
         raise InputError(f"{path}: label_rule {unknown[0]!r} is not one of {', '.join(LABEL_RULES)}")

@@ -38,6 +38,8 @@ class FoundPattern(NamedTuple):
     """uint8 [H, W, C]: the flagged row with the highest score"""
     is_true_class: bool | None
     """whether the attack sends rows to that class"""
+    class_title: str = ""
+    """the class as reports name it; empty for its number"""
 
     @property
     def overlap(self) -> float | None:
@@ -76,6 +78,7 @@ def compare_patterns(detected: Detection, suspects: Sequence[Suspect]) -> list[F
                     true_mask=true_mask,
                     example=suspect.dataset.images[best] if flagged.any() else None,
                     is_true_class=pattern.label in poisoned,
+                    class_title=suspect.dataset.class_title(pattern.label),
                 )
             )
     return found

@@ -342,6 +342,7 @@ def write_folder(
     image_shape: tuple[int, int, int],
     trigger: FolderTrigger | None,
     target: int,
+    target_name: str = "",
 ) -> bool:
     """Write networks as a model folder.
 
@@ -352,6 +353,7 @@ def write_folder(
         image_shape: (H, W, C).
         trigger: the trigger of all N; None if there is none, or none of that form.
         target: the trigger's target class.
+        target_name: its name; "" if it has none.
 
     Returns:
         False, and nothing is written, if the network is not one of `MODELS`.
@@ -362,6 +364,15 @@ def write_folder(
     network = {part: variables[part] for part in ("params", "batch_stats")}
     triggers, rules = trigger or (None, "")
     model_folder.write(
-        folder, name, int(width), model.num_classes, image_shape, network, triggers, target, (rules,) if trigger else ()
+        folder,
+        name,
+        int(width),
+        model.num_classes,
+        image_shape,
+        network,
+        triggers,
+        target,
+        (rules,) if trigger else (),
+        target_name,
     )
     return True

@@ -5,9 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from bdjax.attacks.victims import Plan, make_plan
-from bdjax.defenses import chain
-from bdjax.defenses.contract import Defense, settings_for
+from bdjax.defenses import chain, contract
+from bdjax.defenses.contract import Defense, Facts, settings_for
 from bdjax.defenses.registry import find_defense
 from bdjax.errors import InputError
 from bdjax.settings import read_variant
@@ -15,6 +17,8 @@ from bdjax.types import Dataset, Model
 
 NO_ATTACK = "none"
 """No attack: the training set unchanged, to count false alarms or because it is third-party; for models, a clean model."""
+NOT_TESTED = "could not be tested"
+"""What reports say of a defense that could not have found anything, in the place of its numbers."""
 CLEAN_TEACHER = "clean teacher"
 """Title of NO_ATTACK where the suspects are models."""
 
@@ -81,7 +85,7 @@ def read_attack(
     target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(target) is not int or not 0 <= target < train.num_classes:
-        raise InputError(f"{text!r}: target {target!r} is not a class; classes are 0 to {train.num_classes - 1}")
+        raise InputError(f"{text!r}: target {target!r} is not a class; classes are {train.class_range}")
     if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
         raise InputError(f"{text!r}: suppression {suppression!r} should be a number of at least 0")
     part_changes = dict.fromkeys(name.split("+"), changes) if changes else {}
@@ -175,3 +179,26 @@ def compatible_defenses(
                 raise
             left_out[variant.name] = str(error)
     return fitting, left_out
+
+
+def testable_defenses(variants: Sequence[DefenseVariant], facts: Facts) -> tuple[list[DefenseVariant], dict[str, str]]:
+    """The defenses that can find anything in rows as few as these, and the others -> why they cannot.
+
+    Args:
+        variants: the defenses.
+        facts: of the rows before any attack.
+    """
+    testable, left_out = [], {}
+    for variant in variants:
+        limits = contract.not_tested(variant.defense, variant.settings, [facts])
+        if limits and limits[0].reason:
+            left_out[variant.name] = f"{NOT_TESTED}: {limits[0].reason}"
+        else:
+            testable.append(variant)
+    return testable, left_out
+
+
+def facts_of(train: Dataset | None, clean: Dataset | None, num_classes: int) -> Facts:
+    """The facts of rows that are no suspects yet; None for a part that the defender does not have."""
+    parts = (np.bincount(part.labels if part is not None else [], minlength=num_classes) for part in (train, clean))
+    return Facts(*parts)

@@ -1,11 +1,12 @@
 """The report on attacks: numbers (results.json), tables with the papers' numbers, gallery, verdict and page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from bdjax.attacks.label_rules import titled
 from bdjax.attacks.victims import Trial
 from bdjax.inspection.gallery import COLUMNS, as_float, gallery
 from bdjax.inspection.similarity import psnr, ssim
@@ -34,6 +35,7 @@ def summarise(
     labels: np.ndarray,
     seed: int,
     left_out: Mapping[str, str] = {},
+    class_title: Callable[[int], str] = str,
 ) -> dict[str, Any]:
     """Numbers of all attacks; a hybrid has an entry for each of its parts.
 
@@ -43,6 +45,7 @@ def summarise(
         labels: int32 [N].
         seed: number of the first seed.
         left_out: attack -> why the dataset does not allow it.
+        class_title: a class -> how reports name it.
 
     Returns:
         The tree of `bdjax.reporting.results`, the same for the same inputs, with the only method `NO_DEFENSE`: the victims.
@@ -54,7 +57,7 @@ def summarise(
         for name in dict.fromkeys(trial.part.attack.name for trial in plan):
             of_part = [trial for trial in plan if trial.part.attack.name == name]
             by_seed = [_measure(trial, images, labels, seed) for trial in of_part]
-            attacks.append(_describe(of_part, labels, [row["seed"] for row in by_seed]))
+            attacks.append(_describe(of_part, labels, [row["seed"] for row in by_seed], class_title))
             cells.append(schema.make_cell(attacks[-1]["attack"], NO_DEFENSE, by_seed, NUMBERS))
     victims = {"method": NO_DEFENSE, "base": NO_DEFENSE, "title": "no defense", "needs": []}
     seeds, clean_cda = zip(*((seed + number, clean[number]) for number in sorted(clean)), strict=True)
@@ -79,7 +82,9 @@ def _measure(trial: Trial, images: np.ndarray, labels: np.ndarray, seed: int) ->
     }
 
 
-def _describe(trials: Sequence[Trial], labels: np.ndarray, seeds: Sequence[int]) -> dict[str, Any]:
+def _describe(
+    trials: Sequence[Trial], labels: np.ndarray, seeds: Sequence[int], class_title: Callable[[int], str]
+) -> dict[str, Any]:
     """The entry of results["attacks"] for one part of a plan, over all its seeds."""
     part, plan = trials[0].part, trials[0].victim.prepared.plan
     attack, other_attacks = part.attack, [other.attack for other in plan.parts if other is not part]
@@ -94,7 +99,7 @@ def _describe(trials: Sequence[Trial], labels: np.ndarray, seeds: Sequence[int])
         "threat": attack.threat,
         "needs": list(attack.needs),
         "trigger_is_trained": attack.trigger_is_trained,
-        "label_rule": part.rule.name,
+        "label_rule": titled(part.rule.name, class_title),
         "settings": to_plain(part.settings),
         "adds_rows": attack.adds_rows,
         "fine_tunes": attack.starts_from_clean_model,

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bdjax.evaluation.measure import measure_by_class, score_detection
+from bdjax import types
+from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.variants import DefenseVariant
+from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant
 from bdjax.inspection.extracted_triggers import LEAST_SIDE, enlarge, on_grey, outlined, pattern_pictures
 from bdjax.reporting import plots
 from bdjax.reporting import results as schema
@@ -66,8 +67,7 @@ MOST_REASONS = 5
 
 def class_title(number: int, name: str = "") -> str:
     """ "class 3 (cat)", or "class 3" where the class has no name but its number."""
-    name = printable(name)
-    return f"class {number} ({name})" if name and name != str(number) else f"class {number}"
+    return f"class {types.class_title(number, name)}"
 
 
 def names_of(dataset: Dataset) -> tuple[str, ...]:
@@ -94,6 +94,8 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
     if len(detection.flags) != 1:
         raise ValueError(f"the detection has {len(detection.flags)} training sets; it must have exactly 1")
     dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
+    limits = not_tested_of(detection, 0)
+    is_tested = not limits.reason
     networks = _networks(detection, settings)
     accuracies = detection.evidence["accuracies"][0].tolist() if networks else []
     tree = schema.summarise(
@@ -102,13 +104,13 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
         detector=variant.defense.title,
         dataset=dataset.name,
         rows=len(dataset),
-        flagged=int(flags.sum()),
-        flagged_share=float(flags.mean()),
+        flagged=int(flags.sum()) if is_tested else None,
+        flagged_share=float(flags.mean()) if is_tested else None,
         image_shape=list(dataset.image_shape),
         networks=[{"network": network, "accuracy": share} for network, share in zip(networks, accuracies, strict=True)],
         extracts_patterns=bool(detection.patterns),
         classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
-        detection=measure_by_class(suspect, detection),
+        detection=measure_by_class(suspect, detection) if is_tested else None,
     )
     return {"verdict": asdict(verdict(tree)), **tree, "caveats": caveats(tree)}
 
@@ -120,13 +122,16 @@ def _networks(detection: Detection, settings: Any) -> list[str]:
 
 def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number: int) -> dict[str, Any]:
     in_class = dataset.labels == number
+    limits = not_tested_of(detection, 0)
+    untested = in_class.any() and (limits.classes.get(number) or limits.reason)
     found, name = pattern_of(detection, number), dataset.class_names[number] if dataset.class_names else ""
     numbers: dict[str, Any] = {
         "class": number,
         "name": name,
         "title": class_title(number, name),
         "rows": int(in_class.sum()),
-        "flagged": int(detection.flags[0, in_class].sum()),
+        "flagged": None if untested else int(detection.flags[0, in_class].sum()),
+        "not_tested": untested or None,
     }
     if networks := _networks(detection, settings):
         p_values, success = (detection.evidence[name][0, :, number].tolist() for name in ("p_values", "success"))
@@ -196,12 +201,21 @@ def _smallest_p_value(entry: Entry) -> float:
 
 
 def untested(results: Entry) -> list[Entry]:
-    """Classes with p-value 1 under every network, VBD's result for a class with too few rows to compare."""
-    return [entry for entry in results["classes"] if "p_values" in entry and _smallest_p_value(entry) == 1]
+    """Classes with rows that could not be tested."""
+    return [entry for entry in results["classes"] if entry["not_tested"]]
+
+
+def reason_of(results: Entry) -> str:
+    """Why nothing could be tested; "" if something could be."""
+    return next((entry["reason"] for entry in results.get("not_tested", ())), "")
 
 
 def verdict(results: Entry) -> Verdict:
     """Put the numbers of `summarise` into words."""
+    if reason := reason_of(results):
+        title = _capital(results["not_tested"][0]["title"])
+        text = "Nothing is known about these rows: this is no sign that they are clean, nor that they are poisoned."
+        return Verdict("info", f"{title} {NOT_TESTED}: {reason}.", text)
     if not results["extracts_patterns"]:
         return _verdict_on_flags(results)
     certain, weak = found_classes(results, TRIGGER), found_classes(results, WEAK)
@@ -213,19 +227,19 @@ def verdict(results: Entry) -> Verdict:
     if weak:
         headline = f"{_listed(weak)} may carry a trigger, but the evidence is weak: {flagged}."
         return Verdict("warning", headline, text)
-    if len(untested(results)) == len(results["classes"]):
-        headline = "No class could be tested, so nothing is known about these rows."
-        text = "Every class has too few rows, or too few that the simple networks predict as their label."
-        return Verdict("warning", headline, text)
-    return Verdict("info", "No class has a trigger that this method can find.", text)
+    tested = " that could be tested" if untested(results) else ""
+    return Verdict("info", f"No class{tested} has a trigger that this method can find.", text)
 
 
 def _verdict_on_flags(results: Entry) -> Verdict:
     """The verdict of a detector without patterns: how many rows are flagged, and in which class most of them are."""
     name, rows, flagged = _capital(results["detector"]), results["rows"], results["flagged"]
     if not flagged:
-        return Verdict("info", f"{name} flags none of the {rows:,} rows.", "\n\n".join(_rest(results)))
-    most = max(results["classes"], key=lambda entry: entry["flagged"])
+        missing = untested(results)
+        tested = " that could be tested" if missing else ""
+        count = rows - sum(entry["rows"] for entry in missing)
+        return Verdict("info", f"{name} flags none of the {count:,} rows{tested}.", "\n\n".join(_rest(results)))
+    most = max(results["classes"], key=lambda entry: entry["flagged"] or 0)
     text = (
         f"{most['flagged']:,} of the flagged rows are in {most['title']}: {_percent(most['flagged'] / most['rows'])} of its "
         f"{most['rows']:,} rows. This detector extracts no trigger, so look at the rows to see whether it is right."
@@ -296,6 +310,8 @@ def _rest(results: Entry) -> list[str]:
 
 def caveats(results: Entry) -> list[str]:
     """Caveats for the reader, one or two sentences each."""
+    if reason_of(results):
+        return [_limits(results)]
     texts = [_limits(results)]
     if results["flagged"] and not results["detection"]:
         texts.append(
@@ -305,7 +321,7 @@ def caveats(results: Entry) -> list[str]:
         texts.append(
             "A detector that flags a fixed share of the rows does so even if none is poisoned; see its settings."
         )
-    large = [entry for entry in results["classes"] if entry["flagged"] > MOST_OF_A_CLASS * entry["rows"]]
+    large = [entry for entry in results["classes"] if (entry["flagged"] or 0) > MOST_OF_A_CLASS * entry["rows"]]
     if large:
         texts.append(
             f"{_listed(large)}: more than half of the rows are flagged. Look at them before removing them; the remaining rows "
@@ -314,8 +330,8 @@ def caveats(results: Entry) -> list[str]:
     not_compared = untested(results)
     if not_compared:
         texts.append(
-            f"{_listed(not_compared)}: not tested, because too few rows are predicted as their label by the simple networks, "
-            "or because there are too few other rows to compare them with. A trigger of such a class goes unnoticed."
+            f"{_listed(not_compared)} {NOT_TESTED}; {not_compared[0]['title']} {not_compared[0]['not_tested']}. A trigger of "
+            "such a class goes unnoticed."
         )
     if found_classes(results):
         texts.append(
@@ -335,15 +351,16 @@ def main_table(results: Entry) -> Table:
     by_flags = not results["networks"]
     ordered = [
         *found,
-        *sorted(without_pattern, key=lambda entry: -entry["flagged"] if by_flags else _smallest_p_value(entry)),
+        *sorted(without_pattern, key=lambda entry: -(entry["flagged"] or 0) if by_flags else _smallest_p_value(entry)),
     ]
     shown = ordered[: max(MOST_LISTED, len(found))]
     columns: dict[str, list[Cell]] = {"class": [_capital(entry["title"]) for entry in shown]}
     notes = []
     if results["extracts_patterns"]:
         words = {TRIGGER: "trigger", WEAK: "weak", NONE: "no"}
-        columns["trigger"] = [words[entry["finding"]] for entry in shown]
-    columns |= {"rows": [entry["rows"] for entry in shown], "flagged": [entry["flagged"] for entry in shown]}
+        columns["trigger"] = ["not tested" if entry["not_tested"] else words[entry["finding"]] for entry in shown]
+    flagged = ["not tested" if entry["not_tested"] else entry["flagged"] for entry in shown]
+    columns |= {"rows": [entry["rows"] for entry in shown], "flagged": flagged}
     if networks := [network["network"] for network in results["networks"]]:
         settings = detector_of(results)["settings"]
         columns["p-value"] = [" / ".join(f"{entry['p_values'][name]:.2g}" for name in networks) for entry in shown]
@@ -360,7 +377,12 @@ def main_table(results: Entry) -> Table:
         columns["pixels"] = [entry["mask_pixels"] for entry in shown]
         columns["detector"] = [_rate(entry["detector_accuracy"]) for entry in shown]
     else:
-        columns["share flagged"] = [entry["flagged"] / entry["rows"] if entry["rows"] else None for entry in shown]
+        known = [entry["rows"] and entry["flagged"] is not None for entry in shown]
+        columns["share flagged"] = [
+            entry["flagged"] / entry["rows"] if is_known else None for entry, is_known in zip(shown, known, strict=True)
+        ]
+    if missing := untested(results):
+        notes.append(f"{_listed(missing)}: {NOT_TESTED}.")
     if len(ordered) > len(shown):
         notes.append(f"{len(shown)} of {len(ordered)} classes; results.json has all.")
     return Table("Evidence for each class", tuple(columns), tuple(zip(*columns.values(), strict=True)), " ".join(notes))
@@ -431,6 +453,7 @@ def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detecti
     dataset = suspect.dataset
     write_triggers(folder, dataset, detection)
     tables = [main_table(results), networks_table(results), detector_table(results)]
+    suspicious = [] if reason_of(results) else suspicious_figures(folder, dataset, detection)
     return Report(
         title=f"Audit of {printable(dataset.name)}",
         verdict=Verdict(**results["verdict"]),
@@ -442,7 +465,7 @@ def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detecti
             *section("Triggers", [], trigger_figures(folder, dataset, detection, results)),
             *section("Examples", [], example_figures(folder, dataset, detection, results)),
             *section("Scores", [], score_figures(folder, dataset, detection, results)),
-            *section("The most suspicious rows", [], suspicious_figures(folder, dataset, detection)),
+            *section("The most suspicious rows", [], suspicious),
             Section("Caveats", "\n\n".join(results["caveats"])),
         ),
         settings={results["detector"]: detector_of(results)["settings"]},
@@ -453,7 +476,9 @@ def _key_numbers(results: Entry) -> dict[str, str]:
     shown = {
         "detector": results["detector"],
         "rows": f"{results['rows']:,}",
-        "rows flagged": f"{results['flagged']:,} ({100 * results['flagged_share']:.1f} %)",
+        "rows flagged": NOT_TESTED
+        if reason_of(results)
+        else f"{results['flagged']:,} ({100 * results['flagged_share']:.1f} %)",
     }
     if results["extracts_patterns"]:
         certain, weak = (len(found_classes(results, finding)) for finding in (TRIGGER, WEAK))
@@ -466,6 +491,11 @@ def _key_numbers(results: Entry) -> dict[str, str]:
 
 def next_steps(results: Entry) -> list[str]:
     """What the owner of the rows can do now, as paragraphs."""
+    if reason_of(results):
+        return [
+            "Nothing is known about these rows. Run the audit again with more rows, with other settings, or with a detector "
+            "that needs fewer."
+        ]
     level, cleaned = results["verdict"]["level"], results["cleaned"]
     costs = "Removing clean rows costs a little accuracy; training on poisoned rows may give an attacker control of the model."
     if level == "attacked":

@@ -129,7 +129,7 @@ def pattern_lines(pattern: FoundPattern) -> tuple[str, ...]:
     """The description of a pattern, in parts: attack and class, success, overlap with the true trigger, network and seed."""
     is_right = pattern.is_true_class is not False
     parts = [
-        f"{pattern.attack}, target {pattern.label}{'' if is_right else ': a false alarm'}",
+        f"{pattern.attack}, target {pattern.class_title or pattern.label}{'' if is_right else ': a false alarm'}",
         f"success {pattern.success:.2f}",
     ]
     if pattern.overlap is not None and is_right:

@@ -244,11 +244,11 @@ def _notes(results: Entry, attacks: Sequence[Entry], columns: Sequence[_Column])
     return text
 
 
-def _trigger(attack: Entry) -> str:
+def _trigger(results: Entry, attack: Entry) -> str:
     """The name of a trigger in a table of one label rule."""
     target = read_variant(attack["attack"])[1].get("target")
     title = attack["parts"][0]["title"].removesuffix(f", {rule_of(attack)}")
-    return title + ("" if target is None else f", target {target}")
+    return title + ("" if target is None else f", target {schema.class_title_of(results, target)}")
 
 
 def f1_table(results: Entry, rule: str, dataset: str, opacity: float = 1.0) -> Table | None:
@@ -260,7 +260,8 @@ def f1_table(results: Entry, rule: str, dataset: str, opacity: float = 1.0) -> T
     if not attacks or not columns:
         return None
     lines = [
-        _Line((_trigger(attack),), [attack], (rule, read_variant(attack["attack"])[0], opacity)) for attack in attacks
+        _Line((_trigger(results, attack),), [attack], (rule, read_variant(attack["attack"])[0], opacity))
+        for attack in attacks
     ]
     compared = common(results, attacks, _names(columns))
     notes = _notes(results, attacks, columns)

@@ -25,6 +25,7 @@ from bdjax.reporting.sections import entry_table
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.folder import RunFolder
 from bdjax.run.text import printable
+from bdjax.types import Dataset
 
 VERIFICATION_FILE, VARIANCE_FILE, VARIANCE_NUMBERS = "verification.png", "feature-variance.png", "feature_variance.json"
 _FAINT = "#e6e8eb"
@@ -74,14 +75,14 @@ def loss_gap(folder: RunFolder, gaps: Sequence[tuple[str, Sequence[LossGap]]]) -
 
 
 def verification(
-    folder: RunFolder, found: Sequence[tuple[str, VerificationHeat]], num_classes: int
+    folder: RunFolder, found: Sequence[tuple[str, VerificationHeat]], data: Dataset
 ) -> tuple[Section, ...]:
     """ABM's figure 11: Grad-CAM of the verification networks.
 
     Args:
         folder: of the run; the figure is written into it.
         found: each attack's title, with the result of `inspection.verification.verification_heat` for one of its training sets.
-        num_classes: of the data; also the number of the defender's class.
+        data: the training set; its number of classes is also the number of the defender's class.
 
     Returns:
         One section; none if nothing was measured.
@@ -90,7 +91,7 @@ def verification(
         return ()
     names = [attack for attack, heat in found for _ in heat.images]
     predicted = [
-        ["the defender's class" if label == num_classes else f"class {label}" for label in row]
+        ["the defender's class" if label == data.num_classes else f"class {data.class_title(label)}" for label in row]
         for _, heat in found
         for row in heat.classes
     ]

@@ -6,28 +6,37 @@
  "methods": [{"method": name, "base": .., "title": .., "needs": [..], ...facts}],
  "cells": [{"attack": .., "method": .., "summary": {name: {"mean", "standard_deviation"}}, "facts": {..},
             "by_seed": [{"seed": .., numbers..}]}],
- "left_out": {name: reason}, ...what only this kind of run has}
+ "left_out": {name: reason}, "not_read": n, ...what only this kind of run has}
 ```
+
+In addition, only where there is something to say: "class_names" [..]; "not_tested" [{"attack", "method", "title", "seed",
+"reason", "classes": {title: reason}}]; "shared_rows" [{"of": "the suspect set", "count", "rows"}], clean rows that another set
+has, too.
 
 A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
 network. Wall times are not in results.json, so that a repeated run writes the same file.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bdjax import metrics
+from bdjax.attacks.label_rules import titled
 from bdjax.evaluation.measure import Measured
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.variants import DefenseVariant
+from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant
 from bdjax.reporting.tables import mean_and_spread
 from bdjax.run.folder import to_plain
 from bdjax.settings import read_variant
+from bdjax.types import class_title
 
 NO_DEFENSE = "none"
 """The base name of the baseline."""
+MOST_CLASSES = 12
+"""Most classes that a sentence names."""
 
 
 def spread(values: Iterable[float | None]) -> dict[str, float | None]:
@@ -97,15 +106,15 @@ def make_cell(attack: str, method: str, by_seed: Sequence[Mapping[str, Any]], na
 
 def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
     """The entry of results["attacks"] for the suspects of one attack, in order of seeds; `seed` is the number of the first."""
-    attack = suspects[0].attack
+    attack, title = suspects[0].attack, suspects[0].dataset.class_title
     targets = list(dict.fromkeys(suspect.attack.target for suspect in suspects))
-    other_targets = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(str, targets[1:]))}"
+    other_targets = "" if len(targets) == 1 else f" of the first seed; then {', '.join(map(title, targets[1:]))}"
     parts = [
         {
             "attack": part.attack.name,
             "title": part.attack.title,
             "paper": part.attack.paper,
-            "label_rule": part.rule.name + (other_targets if "target" in part.rule.name else ""),
+            "label_rule": titled(part.rule.name, title) + (other_targets if "target" in part.rule.name else ""),
             "settings": to_plain(part.settings),
         }
         for part in (attack.plan.parts if attack.plan else ())
@@ -125,7 +134,9 @@ def describe_attack(suspects: Sequence[Suspect], seed: int) -> dict[str, Any]:
 def set_title(suspect: Suspect) -> str:
     """The title of a suspect: its attack or its label, "no attack" if it is known to be clean, otherwise "user data"."""
     if suspect.attack.plan is not None or suspect.attack.label:
-        return suspect.attack.title
+        # A target in a variant's settings: "BadNets (target 4)".
+        title = suspect.dataset.class_title
+        return re.sub(r"\btarget (\d+)\b", lambda found: f"target {title(int(found[1]))}", suspect.attack.title)
     is_clean = suspect.is_poisoned is not None and not suspect.is_poisoned.any()
     return suspect.attack.title if is_clean else "user data"
 
@@ -196,8 +207,39 @@ def summarise(
         [describe_method(variant) | method_facts.get(name, {}) for name, variant in variants.items()],
         [make_cell(*key, by_seed, names) for key, by_seed in rows.items() if by_seed],
         left_out,
+        **({"not_tested": limited} if (limited := _not_tested(measured, seed)) else {}),
         **extra,
     )
+
+
+def class_names(names: Sequence[str]) -> dict[str, list[str]]:
+    """The classes' names for the tree, unless they are nothing but their numbers."""
+    return {"class_names": list(names)} if any(name != str(label) for label, name in enumerate(names)) else {}
+
+
+def _not_tested(measured: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+    """An entry for each measurement that could not test everything."""
+    return [
+        {
+            "attack": measurement.suspect.attack.name,
+            "method": measurement.variant.name,
+            "title": measurement.variant.title,
+            "seed": seed + measurement.suspect.seed,
+            "reason": measurement.not_tested.reason,
+            "classes": {
+                measurement.suspect.dataset.class_title(label): reason
+                for label, reason in sorted(measurement.not_tested.classes.items())
+            },
+        }
+        for measurement in measured
+        if any(measurement.not_tested)
+    ]
+
+
+def class_title_of(results: Mapping[str, Any], number: int) -> str:
+    """A class as reports name it: "3 (cat)"."""
+    names = results.get("class_names", ())
+    return class_title(number, names[number] if number < len(names) else "")
 
 
 def word_of(results: Mapping[str, Any], attack: str, method: str, before: str | None) -> metrics.DefenseWord | None:
@@ -291,3 +333,50 @@ def left_out_text(results: Mapping[str, Any]) -> str:
     """What is not in the run and why, with a leading space; empty if nothing."""
     reasons = "; ".join(f"{name} ({reason})" for name, reason in results["left_out"].items())
     return f" Left out: {reasons}." if reasons else ""
+
+
+def reservations(results: Mapping[str, Any]) -> list[str]:
+    """What limits the conclusions of a run, as sentences for its verdict and the terminal; empty if nothing does."""
+    texts = []
+    if count := results.get("not_read", 0):
+        files, lists = ("1 file", "it") if count == 1 else (f"{count:,} files", "them")
+        was = "was" if count == 1 else "were"
+        texts.append(f"{files} of the data {was} not read and so not examined: not_read.csv lists {lists}.")
+    for shared in results.get("shared_rows", ()):
+        texts.append(f"{shared_text(shared)}. A method that trusts them may take what they carry for clean.")
+    for name, reason in results["left_out"].items():
+        if reason.startswith(NOT_TESTED):
+            texts.append(f"{_capital(name)} {reason}.")
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for entry in results.get("not_tested", ()):
+        group = groups.setdefault(
+            (entry["method"], entry["reason"]), {"title": entry["title"], "classes": {}, "sets": 0}
+        )
+        group["classes"] |= entry["classes"]
+        group["sets"] += 1
+    total = sum(len(attack.get("seeds", results["seeds"])) for attack in results["attacks"])
+    for (_, reason), group in groups.items():
+        title = _capital(group["title"])
+        if reason:
+            where = f" on {group['sets']} of {total} training sets" if total > 1 else ""
+            texts.append(f"{title} {NOT_TESTED}{where}: {reason}.")
+        else:
+            names = list(group["classes"])
+            more = f" and {len(names) - MOST_CLASSES} more" if len(names) > MOST_CLASSES else ""
+            noun = "class" if len(names) == 1 else "classes"
+            where = f" on {group['sets']} of {total} training sets" if total > 1 else ""
+            texts.append(
+                f"{title}: {noun} {', '.join(names[:MOST_CLASSES])}{more} {NOT_TESTED}{where} (class {names[0]} "
+                f"{group['classes'][names[0]]})."
+            )
+    return texts
+
+
+def shared_text(shared: Mapping[str, Any]) -> str:
+    """ "12 of the 100 clean rows are rows of the suspect set"."""
+    verb = "is a row" if shared["count"] == 1 else "are rows"
+    return f"{shared['count']:,} of the {shared['rows']:,} clean rows {verb} of {shared['of']}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -193,7 +193,10 @@ def facts_table(results: Entry, suspect: str = "training set", method: str = "de
     for entry in results["methods"]:
         for cell, attack, _ in (row for row in schema.cells(results) if row[2] is entry):
             for name in cell["facts"]:
-                text = mean_and_spread([row["facts"].get(name) for row in cell["by_seed"]])
+                values = [row["facts"].get(name) for row in cell["by_seed"]]
+                text = mean_and_spread(values)
+                if name.startswith("class of") and "class_names" in results and None not in values:
+                    text = ", ".join(dict.fromkeys(schema.class_title_of(results, int(value)) for value in values))
                 rows.append((entry["title"], attack["title"], name, text))
     return Table(f"What the {method}s report", (method, suspect, "quantity", "value"), tuple(rows)) if rows else None
 
@@ -553,6 +556,15 @@ def picture_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> lis
                 names = [schema.set_title(finding.suspect) for finding in shown[:MOST_SETS]]
                 figure = plots.image_grid(images, names, (), f"{title}: {kind}")
                 path = plots.save(figure, folder.file(f"found-{file_name(name)}-{file_name(kind)}.png"))
-                caption = f"{title}: {kind}. First seed." + _cut(shown)
-                figures.append(Figure(path, caption, f"Pictures that {title} found: {kind}."))
+                named = _with_class_titles(kind, shown[0].suspect.dataset)
+                caption = f"{title}: {named}. First seed." + _cut(shown)
+                figures.append(Figure(path, caption, f"Pictures that {title} found: {named}."))
     return figures
+
+
+def _with_class_titles(kind: str, dataset: Dataset) -> str:
+    """ "patterns of classes 3, 5" -> "patterns of classes 3 (cat), 5 (dog)"; other kinds are unchanged."""
+    start, found, numbers = kind.partition(" of classes ")
+    if not found or not re.fullmatch(r"\d+(, \d+)*", numbers):
+        return kind
+    return start + found + ", ".join(dataset.class_title(int(number)) for number in numbers.split(", "))

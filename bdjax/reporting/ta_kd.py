@@ -23,7 +23,7 @@ from bdjax.run.folder import RunFolder
 from bdjax.training.ensemble import members
 from bdjax.training.stages import Nets
 from bdjax.triggers import masked_blend
-from bdjax.types import TrainTest
+from bdjax.types import Dataset, TrainTest
 
 ATTACK = "outsourcing"
 """The name of the only attack: each provider uses a different trigger."""
@@ -337,7 +337,7 @@ def page(
         row: the test row on which triggers, Grad-CAM and feature maps are shown.
     """
     figures: dict[str, list[Figure]] = {}
-    fields = {"label": data.test.labels[row], "trigger": triggers.names[0] if triggers else ""}
+    fields = {"label": data.test.class_title(data.test.labels[row]), "trigger": triggers.names[0] if triggers else ""}
     for name, plot in _draw(results, nets, triggers, data, row).items():
         section, caption, alt = PICTURES[name]
         path = plots.save(plot, folder.file(f"{name}.png"))
@@ -399,7 +399,7 @@ def _draw(
         drawn[f"cross_trigger_{name}"] = matrix
     triggered = jax.vmap(masked_blend.apply, in_axes=(0, None))(triggers.params, image)
     explained = {role: nets[role] for role in ("teachers", "aggregated", "student") if role in nets}
-    drawn["grad_cam"] = _grad_cams(explained, triggered, columns)
+    drawn["grad_cam"] = _grad_cams(explained, triggered, columns, data.test)
     maps = {}
     for role, net in explained.items():
         taken = feature_maps.feature_maps(net.model, members(net.variables, 0), triggered[0], scaled=False)
@@ -408,7 +408,7 @@ def _draw(
     return {**drawn, "feature_maps": plots.feature_map_grid(maps, "")}
 
 
-def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str]) -> Plot:
+def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str], test: Dataset) -> Plot:
     found = {}  # name of the row -> (heat maps, classes)
     for role, net in nets.items():
         if role != "teachers":
@@ -421,6 +421,8 @@ def _grad_cams(nets: Mapping[str, Nets], triggered: jax.Array, columns: list[str
         )
         found["teacher 1"] = per_teacher[0]
     heat = np.stack([np.asarray(maps) for maps, _ in found.values()])
-    captions = [[f"predicts {label}" for label in np.asarray(classes)] for _, classes in found.values()]
+    captions = [
+        [f"predicts {test.class_title(label)}" for label in np.asarray(classes)] for _, classes in found.values()
+    ]
     images = np.broadcast_to(np.asarray(triggered), (len(found), *triggered.shape))
     return plots.overlay_grid(images, heat, list(found), columns, "", captions=captions)

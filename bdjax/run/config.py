@@ -15,11 +15,12 @@ from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
+from bdjax.run.log import StageLog
+from bdjax.run.text import printable
 from bdjax.training import ensemble, probe
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule, TrainConfig
-from bdjax.training.stages import Log
-from bdjax.types import TrainTest
+from bdjax.types import TrainTest, Unread
 
 IGNORED = ("data_dir", "output")
 """Fields that do not influence any number."""
@@ -165,7 +166,7 @@ def adapted_to(config: ExperimentConfig) -> str | None:
     return name if name in datasets.DATASETS else None
 
 
-def load(config: ExperimentConfig, log: Log) -> TrainTest:
+def load(config: ExperimentConfig, log: StageLog) -> TrainTest:
     """The dataset, cut down to `train_rows` and `test_rows`; which rows stay does not depend on the seed.
 
     Raises:
@@ -184,15 +185,26 @@ def load(config: ExperimentConfig, log: Log) -> TrainTest:
         train, test = parts
         if not 0 <= config.target < train.num_classes:
             raise InputError(
-                f"--target {config.target} is not a class of {train.name}; classes are 0 to {train.num_classes - 1}"
+                f"--target {config.target} is not a class of {train.name}; classes are {train.class_range}"
             )
         if not np.any(test.labels != config.target):
             raise InputError(
-                f"{test.name}: all {len(test)} test rows are of class {config.target}, the target; use another --target"
+                f"{test.name}: all {len(test)} test rows are of class {test.class_title(config.target)}, the target; use "
+                "another --target"
             )
         stage.detail = f"{train.name}: {len(train):,} training, {len(test):,} test rows"
         stage.detail += f", settings adapted to {like}" if like else ", settings of the papers"
+    note_unread(log, train.name, datasets.unread_of(train, test))
     return TrainTest(train, test)
+
+
+def note_unread(log: StageLog, name: str, unread: Sequence[Unread]) -> None:
+    """Print how much of a dataset was not read; `bdjax.workflows.base.write_results` lists all of it in a file."""
+    if unread:
+        files = "1 file" if len(unread) == 1 else f"{len(unread):,} files"
+        log.note(
+            "not read", printable(f"{files} of {name} (first: {unread[0].file} {unread[0].reason}); see not_read.csv")
+        )
 
 
 def read_options(config: ExperimentConfig) -> datasets.ReadOptions:
@@ -207,7 +219,7 @@ def choose_engine(
     batch_size: int,
     members: int,
     folder: pathlib.Path,
-    log: Log,
+    log: StageLog,
 ) -> probe.Choice:
     """Layout and lowering: as set, or those of the run in `folder`, or else the fastest on this machine."""
     with log.stage("probe", detail="skipped: layout and lowering are set") as stage:

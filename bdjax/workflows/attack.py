@@ -115,8 +115,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         for of_plan in evaluate_victims(test_key, runner, victims, clean, data, config.evaluation_batch_size):
             trials.append(of_plan)
             stage.advance(1, of_plan[0].victim.prepared.plan.name)
-    results = attacks.summarise(trials, test.images, test.labels, config.seed, left_out)
-    folder.write_json("results.json", results)
+    results = attacks.summarise(trials, test.images, test.labels, config.seed, left_out, train.class_title)
+    results = base.write_results(folder, results, *data)
     if not processes.is_primary():
         return results
     if config.save_poisoned:
@@ -124,7 +124,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             stage.detail = save_poisoned(folder, prepared)
             stage.wrote("poisoned")
     page = attacks.page(folder, results, trials, data)
-    base.finish(run, folder, page, attacks.main_table(results, train.name), base.sources_of(data))
+    base.finish(run, folder, page, attacks.main_table(results, train.name), base.sources_of(data), results)
     return results
 
 
@@ -251,6 +251,8 @@ def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:
         buffer = io.BytesIO()
         names = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
         arrays = {name: getattr(victim.poisoned, name) for name in names}
+        if victim.poisoned.class_names:
+            arrays["class_names"] = np.array(victim.poisoned.class_names)
         np.savez_compressed(buffer, **arrays, num_classes=victim.poisoned.num_classes)
         folder.write_bytes(f"poisoned/{victim.plan.name}.npz", buffer.getvalue())
     return f"no set for {', '.join(without_set)}: the attacker controls the training" if without_set else ""

@@ -11,7 +11,7 @@ from bdjax.datasets import splits
 from bdjax.defenses import contract
 from bdjax.errors import InputError
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
-from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, testable_defenses
 from bdjax.reporting import audit as reporting
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
@@ -57,28 +57,33 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         if 0 < config.train_rows < len(data):
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
+    run_config.note_unread(log, data.name, datasets.unread_of(data))
     suspect = as_suspect(data)
     needs = variant.defense.needs_with(variant.settings)
     check_needs(config, variant, suspect)
     clean = clean_rows(config, data, None) if needs_clean_rows(variant) else None
+    shared = base.find_shared(log, clean, {"the suspect set": data})
+    _, left_out = testable_defenses([variant], facts_of(data, clean, data.num_classes))
     run = base.begin(experiment, config, data.image_shape, data.num_classes, 1, log)
     make_network = network_maker(config, run)
     folder = run.open_folder()
     runner = run.make_runner(folder.checkpoints)
     keys = suspect_keys(jax.random.key(config.seed), [suspect])
     recipe = train_config(config)
-    inputs = make_defense_input(
-        [suspect], keys, data, clean, make_network, recipe, runner, train_plainly="attacked model" in needs
-    )
+    needs_network = "attacked model" in needs and not left_out
+    inputs = make_defense_input([suspect], keys, data, clean, make_network, recipe, runner, train_plainly=needs_network)
     found = contract.detect(variant.defense, inputs, variant.settings)
-    write_rows(folder, data, found.flags[0], found.scores[0])
-    path = pathlib.Path(config.dataset).expanduser()
-    source = path if config.copy_files and path.is_dir() else None
     results = reporting.summarise(suspect, found, variant, config.seed)
-    results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
-    folder.write_json("results.json", results)
+    if reporting.reason_of(results):  # lists of flagged and of kept rows would look like a result
+        results["cleaned"] = {"kind": None, "rows": 0}
+    else:
+        write_rows(folder, data, found.flags[0], found.scores[0])
+        path = pathlib.Path(config.dataset).expanduser()
+        source = path if config.copy_files and path.is_dir() else None
+        results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
+    results = base.write_results(folder, results, data, clean, shared=shared)
     page = reporting.page(folder, results, suspect, found)
-    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source})
+    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results)
     return results
 
 

@@ -5,12 +5,16 @@ its stages, and passes its report to `finish`. Nothing is written before `open_f
 no files behind.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.text import Text
 
+from bdjax.datasets import unread_of
+from bdjax.datasets.overlap import shared_rows
 from bdjax.defenses.contract import DefenseInput
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
@@ -18,7 +22,8 @@ from bdjax.evaluation.measure import Comparison, Measured, TriggeredViews
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import SuspectTeachers
 from bdjax.models import make_model
-from bdjax.reporting.report import Report, Section, publish
+from bdjax.reporting import results as schema
+from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import command_line
 from bdjax.run import config as run_config
@@ -26,10 +31,14 @@ from bdjax.run.config import ALL, IGNORED, ComparisonConfig, ExperimentConfig, c
 from bdjax.run.folder import RunFolder, to_plain
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
+from bdjax.run.text import csv_text, printable
 from bdjax.settings import split_variants
 from bdjax.training.probe import Choice
 from bdjax.training.stages import StageRunner
-from bdjax.types import Model, TrainTest
+from bdjax.types import Dataset, Model, TrainTest
+
+NOT_READ_FILE = "not_read.csv"
+"""The list of what the data has and was not read."""
 
 
 class Group(NamedTuple):
@@ -159,8 +168,67 @@ def begin(
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
 
 
-def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str | None, sources: Mapping[str, str]) -> None:
-    """Write the report; print the main result and the path of the report.
+def find_shared(log: StageLog, clean: Dataset | None, others: Mapping[str, Dataset]) -> list[dict[str, Any]]:
+    """Clean rows that another set has, too, printed and for `write_results`.
+
+    Args:
+        log: where it is printed.
+        clean: the rows that `--clean-data` names; None without it.
+        others: "the suspect set" -> the set.
+
+    Returns:
+        An entry of results["shared_rows"] for each set with such rows.
+    """
+    found = []
+    for name, rows in others.items() if clean is not None else ():
+        if count := int(shared_rows(clean, rows).sum()):
+            found.append({"of": name, "count": count, "rows": len(clean)})
+            log.note("clean rows", schema.shared_text(found[-1]))
+    return found
+
+
+def write_results(
+    folder: RunFolder, results: Mapping[str, Any], *parts: Dataset | None, shared: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Write results.json, and not_read.csv if the data has files that were not read.
+
+    Args:
+        folder: the open folder of the run.
+        results: all numbers of the run.
+        parts: the run's datasets, the first of which names the classes; None for a part that the run does not have.
+        shared: from `find_shared`.
+
+    Returns:
+        The results with what limits their conclusions; a verdict among them says it.
+    """
+    known = [part for part in parts if part is not None]
+    unread = unread_of(*known)
+    complete = {**results, **schema.class_names(known[0].class_names), "not_read": len(unread)}
+    if shared:
+        complete["shared_rows"] = list(shared)
+    if "verdict" in complete:
+        complete["verdict"] = dataclasses.asdict(with_limits(Verdict(**complete["verdict"]), complete))
+    if unread:
+        folder.write_text(NOT_READ_FILE, csv_text(("file", "reason"), unread))
+    folder.write_json("results.json", complete)
+    return complete
+
+
+def with_limits(verdict: Verdict, results: Mapping[str, Any]) -> Verdict:
+    """The verdict with sentences on what limits the results, unless its headline is such a sentence."""
+    limits = [text for text in schema.reservations(results) if text != verdict.headline]
+    return dataclasses.replace(verdict, text="\n\n".join(filter(None, [verdict.text, *limits])))
+
+
+def finish(
+    run: Run,
+    folder: RunFolder,
+    page: Report,
+    summary: Table | str | None,
+    sources: Mapping[str, str],
+    results: Mapping[str, Any],
+) -> None:
+    """Write the report; print the main result, what limits it, and the path of the report.
 
     Args:
         run: the run that ends.
@@ -168,23 +236,28 @@ def finish(run: Run, folder: RunFolder, page: Report, summary: Table | str | Non
         page: the report, without settings, timings and provenance.
         summary: the main table, or a sentence; None for nothing.
         sources: kind of rows ("training data") -> where they came from.
+        results: from `write_results`.
     """
+    if "verdict" not in results:
+        page = dataclasses.replace(page, verdict=with_limits(page.verdict, results))
     publish(
         folder,
         page,
-        settings=settings_of(run),
+        settings=settings_of(run) | {"target": schema.class_title_of(results, run.config.target)},
         timings=run.log.timings,
         reproduce=command(run.experiment, run.config),
         sources=sources,
     )
-    announce(run, folder, summary)
+    announce(run, folder, summary, [text for text in schema.reservations(results) if text != summary])
 
 
-def announce(run: Run, folder: RunFolder, summary: Table | str | None) -> None:
-    """Print the main result and the path of the report."""
+def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str]) -> None:
+    """Print the main result, sentences on what limits it, and the path of the report."""
     if summary is not None:
         shown = to_rich(summary) if isinstance(summary, Table) else summary
         run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
+    for text in limits:
+        run.log.console.print(Text(printable(text)), soft_wrap=True, highlight=False)
     run.log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -104,11 +104,14 @@ def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_
 
 
 def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
-    """Write cleaned.npz: images, labels, num_classes, the rows' numbers as "row", and the ground truth if it is known."""
+    """Write cleaned.npz: images, labels, num_classes, class_names, the rows' numbers as "row", and the ground truth, where
+    they are known."""
     names = ["images", "labels"]
     if isinstance(dataset, PoisonedDataset):
         names += ["is_poisoned", "original_labels", "is_cover"]
     arrays = {name: getattr(dataset, name)[rows] for name in names}
+    if dataset.class_names:
+        arrays["class_names"] = np.array(dataset.class_names)
     path, temporary = folder.file("cleaned.npz"), folder.file(".cleaned.npz.tmp")
     try:
         with open(temporary, "wb") as file:  # not in memory: there may be gigabytes

@@ -10,7 +10,7 @@ Data at a path without attacks is not a grid but an audit: `bdjax/workflows/audi
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,15 @@ from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import compare_patterns, with_true_classes
 from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
-from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, read_attack, read_defense
+from bdjax.evaluation.variants import (
+    NO_ATTACK,
+    AttackVariant,
+    DefenseVariant,
+    facts_of,
+    read_attack,
+    read_defense,
+    testable_defenses,
+)
 from bdjax.reporting import detectors
 from bdjax.reporting.sections import seconds_of
 from bdjax.run.config import SuspectConfig, adapted_to, check_ranges, load, train_config
@@ -111,13 +119,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             left_out[variant.name] = "needs clean rows: set --clean-per-class"
         else:
             variants.append(variant)
-    if not variants:
-        reasons = "; ".join(f"{name} {why}" for name, why in left_out.items())
-        raise InputError(
-            f"--defenses {','.join(texts) or NO_ATTACK}: no detector can be run" + (f" ({reasons})" if reasons else "")
-        )
+    refuse_none(variants, texts, left_out)
     train, test = load(config, log)
     clean = clean_rows(config, train, test) if any(map(needs_clean_rows, variants)) else None
+    named = clean if config.clean_data else None
+    shared = base.find_shared(log, named, {"the suspect set": train})
+    variants, not_testable = testable_defenses(variants, facts_of(train, clean, train.num_classes))
+    left_out |= not_testable
+    refuse_none(variants, texts, left_out)
     like = adapted_to(config)
     wanted = [
         (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes, like=like), seed)
@@ -133,7 +142,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     for start in range(0, len(wanted), config.suspects_at_once):
         batch, name = wanted[start : start + config.suspects_at_once], f"suspects-{start:04d}"
         file = folder.path / FILES / f"{name}.npz"
-        outcome = read_outcome(file, batch, variants)
+        outcome = read_outcome(file, batch, variants, train.class_names)
         if outcome is None:
             with log.stage(f"{name}: poisoning", detail=", ".join(dict.fromkeys(attack.name for attack, _ in batch))):
                 key = jax.random.key(config.seed)
@@ -154,7 +163,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     comparisons = [comparison for outcome in outcomes for comparison in outcome.comparisons]
     measured = [result for comparison in comparisons for result in comparison.measured]
     results = detectors.summarise(measured, config.seed, left_out)
-    folder.write_json("results.json", results)
+    results = base.write_results(folder, results, train, test, named, shared=shared)
     if not processes.is_primary():
         return results
     page = detectors.page(
@@ -167,8 +176,26 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         title=f"{experiment.title} on {train.name}",
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source})
+    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source}, results)
     return results
+
+
+def refuse_none(variants: Sequence[DefenseVariant], texts: Sequence[str], left_out: Mapping[str, str]) -> None:
+    """Refuse a run without a detector.
+
+    Args:
+        variants: the detectors that can be run.
+        texts: all detectors as written on the command line.
+        left_out: a detector that cannot be run -> why.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not variants:
+        reasons = "; ".join(f"{name} {why}" for name, why in left_out.items())
+        raise InputError(
+            f"--defenses {','.join(texts) or NO_ATTACK}: no detector can be run" + (f" ({reasons})" if reasons else "")
+        )
 
 
 def needs_clean_rows(variant: DefenseVariant) -> bool:
@@ -227,9 +254,12 @@ def take_per_class(dataset: Dataset, count: int) -> Dataset | None:
     if not count:
         return None
     rows = [np.flatnonzero(dataset.labels == label)[:count] for label in range(dataset.num_classes)]
-    fewest = min(map(len, rows))
-    if fewest < count:
-        raise InputError(f"--clean-per-class {count}: a class of {dataset.name} has only {fewest} rows")
+    fewest = min(range(len(rows)), key=lambda label: len(rows[label]))
+    if len(rows[fewest]) < count:
+        raise InputError(
+            f"--clean-per-class {count}: class {dataset.class_title(fewest)} of {dataset.name} has only "
+            f"{len(rows[fewest])} rows"
+        )
     return splits.take(dataset, np.sort(np.concatenate(rows)))
 
 

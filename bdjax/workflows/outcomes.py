@@ -1,6 +1,7 @@
 """Outcomes of detectors on a batch of suspects, stored as plain arrays, so that a resumed run can read them back."""
 
 import io
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import AttackVariant, DefenseVariant
 from bdjax.run.folder import RunFolder
-from bdjax.types import Dataset, Detection, PoisonedDataset
+from bdjax.types import Dataset, Detection, NotTested, PoisonedDataset
 
 FILES = "outcomes"
 """The folder of the batches' outcomes, inside that of the run."""
@@ -39,6 +40,9 @@ def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Pat
         arrays[f"flags {number}"], arrays[f"scores {number}"] = comparison.result.flags, comparison.result.scores
         arrays[f"seconds {number}"] = np.float64(comparison.measured[0].seconds)
         arrays[f"fact names {number}"] = np.array(list(comparison.result.facts), np.str_)
+        if comparison.result.not_tested:
+            limits = [{"reason": of.reason, "classes": dict(of.classes)} for of in comparison.result.not_tested]
+            arrays[f"not tested {number}"] = np.array(json.dumps(limits))
         facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
         arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.measured))
     for number, pattern in enumerate(outcome.found):
@@ -51,9 +55,18 @@ def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Pat
 
 
 def read_outcome(
-    file: pathlib.Path, wanted: Sequence[tuple[AttackVariant, int]], variants: Sequence[DefenseVariant]
+    file: pathlib.Path,
+    wanted: Sequence[tuple[AttackVariant, int]],
+    variants: Sequence[DefenseVariant],
+    class_names: tuple[str, ...] = (),
 ) -> Outcome | None:
     """Read what `write_outcome` wrote for these suspects and detectors; None if there is no such file.
+
+    Args:
+        file: the file.
+        wanted: the attack and the seed of each suspect.
+        variants: the detectors.
+        class_names: names of the classes, which the file does not have.
 
     Raises:
         InputError: the file is damaged.
@@ -64,7 +77,7 @@ def read_outcome(
         # From memory: numpy.load would leave a damaged file open.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             arrays = dict(arrays)
-        suspects = [_suspect(arrays, number, attack, seed) for number, (attack, seed) in enumerate(wanted)]
+        suspects = [_suspect(arrays, number, attack, seed, class_names) for number, (attack, seed) in enumerate(wanted)]
         comparisons = [_comparison(arrays, number, variant, suspects) for number, variant in enumerate(variants)]
         return Outcome(comparisons, _found(arrays))
     except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
@@ -73,15 +86,17 @@ def read_outcome(
         ) from error
 
 
-def _suspect(arrays: Mapping[str, np.ndarray], number: int, attack: AttackVariant, seed: int) -> Suspect:
+def _suspect(
+    arrays: Mapping[str, np.ndarray], number: int, attack: AttackVariant, seed: int, class_names: tuple[str, ...]
+) -> Suspect:
     labels, is_poisoned = arrays[f"labels {number}"], arrays[f"is_poisoned {number}"]
     images = np.broadcast_to(np.uint8(0), (len(labels), 1, 1, 1))
     num_classes = int(labels.max()) + 1
     if attack.plan is None:
-        dataset = Dataset(images, labels, num_classes, "", "")
+        dataset = Dataset(images, labels, num_classes, "", "", class_names)
     else:
         is_cover = arrays[f"is_cover {number}"]
-        dataset = PoisonedDataset(images, labels, num_classes, "", "", (), is_poisoned, labels, is_cover)
+        dataset = PoisonedDataset(images, labels, num_classes, "", "", class_names, is_poisoned, labels, is_cover)
     return Suspect(attack, seed, dataset, (), is_poisoned)
 
 
@@ -89,7 +104,11 @@ def _comparison(
     arrays: Mapping[str, np.ndarray], number: int, variant: DefenseVariant, suspects: Sequence[Suspect]
 ) -> Comparison:
     facts = dict(zip(map(str, arrays[f"fact names {number}"]), arrays[f"facts {number}"], strict=True))
-    detected = Detection(arrays[f"flags {number}"], arrays[f"scores {number}"], facts)
+    limits = json.loads(str(arrays.get(f"not tested {number}", "[]")))
+    not_tested = tuple(
+        NotTested(of["reason"], {int(label): reason for label, reason in of["classes"].items()}) for of in limits
+    )
+    detected = Detection(arrays[f"flags {number}"], arrays[f"scores {number}"], facts, not_tested=not_tested)
     return Comparison(
         variant, detected, score_detection(detected, suspects, variant, float(arrays[f"seconds {number}"]))
     )

@@ -27,8 +27,10 @@ from bdjax.evaluation.variants import (
     AttackVariant,
     DefenseVariant,
     compatible_defenses,
+    facts_of,
     read_attack,
     read_defense,
+    testable_defenses,
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
@@ -76,7 +78,11 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data
     attacks = [read_attack(text, train, config.target, like=adapted_to(config)) for text in attack_texts]
+    named = clean if config.clean_data else None
+    shared = base.find_shared(log, named, {"the suspect set": train, "the test set": test})
     variants, left_out = usable_defenses(config, defense_texts, clean)
+    variants, not_testable = testable_defenses(variants, facts_of(train, clean, train.num_classes))
+    left_out |= not_testable
     members = len(attacks) * config.seeds
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
 
@@ -118,7 +124,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         comparisons += of_variant
     measured = [result for comparison in comparisons for result in comparison.measured]
     results = defenses.summarise(measured, len(test), config.seed, left_out, controls)
-    folder.write_json("results.json", results)
+    results = base.write_results(folder, results, train, test, named, shared=shared)
     if not processes.is_primary():
         return results
     context = Context(config, folder, data, groups, comparisons, results, log)
@@ -134,7 +140,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
         extra_sections=experiment.sections(context),
     )
-    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data))
+    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data), results)
     return results
 
 

@@ -30,7 +30,15 @@ from bdjax.evaluation.teachers import (
     take_teachers,
     train_teachers,
 )
-from bdjax.evaluation.variants import NO_ATTACK, DefenseVariant, compatible_defenses, read_attack, read_defense
+from bdjax.evaluation.variants import (
+    NO_ATTACK,
+    DefenseVariant,
+    compatible_defenses,
+    facts_of,
+    read_attack,
+    read_defense,
+    testable_defenses,
+)
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, ComparisonConfig, adapted_to, check_ranges, load, train_config
@@ -39,7 +47,7 @@ from bdjax.run.log import StageLog
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule
-from bdjax.types import Dataset, PoisonedDataset
+from bdjax.types import Dataset, PoisonedDataset, name_of_class
 from bdjax.workflows import base
 from bdjax.workflows.base import Context, Experiment, Group
 from bdjax.workflows.poisoned_sets import load_clean_data
@@ -120,6 +128,10 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     data = load(config, log)
     train, test = data
     clean = clean_rows(config, train)
+    named = clean if config.clean_data else None
+    shared = base.find_shared(log, named, {"the training set": train, "the test set": test})
+    variants, not_testable = testable_defenses(variants, facts_of(None, clean, train.num_classes))
+    left_out |= not_testable
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
     # Every error in the settings is raised before the folder is opened.
@@ -164,7 +176,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             stage.detail = base.summary_line(measured)
     networks = students.Networks(model, train.image_shape)
     results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
-    folder.write_json("results.json", results)
+    results = base.write_results(folder, results, train, test, named, shared=shared)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)
     group = Group(inputs, teachers.suspects, views)
@@ -182,7 +194,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=experiment.about[0],
         extra_sections=extra,
     )
-    base.finish(run, folder, page, students.main_table(results), base.sources_of(data))
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results)
     return results
 
 
@@ -290,4 +302,7 @@ def save_models(
                 networks.append((path, result.model, result.variables))
         for path, model, variables in networks:
             member = ensemble.members(variables, np.array([number]))
-            third_party.write_folder(path, model, member, train.image_shape, trigger, suspect.attack.target)
+            target = suspect.attack.target
+            third_party.write_folder(
+                path, model, member, train.image_shape, trigger, target, name_of_class(train, target)
+            )

@@ -31,7 +31,7 @@ from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner, predict_groups
-from bdjax.types import Classifier, Dataset, Key, Model, TrainTest
+from bdjax.types import Classifier, Dataset, Key, Model, TrainTest, name_of_class
 from bdjax.workflows import base
 from bdjax.workflows.base import Experiment
 
@@ -196,7 +196,7 @@ def run(
         sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
     choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
     results = reporting.summarise(logits, test.labels, triggers, sizes, config.seed, **choices)
-    folder.write_json("results.json", results)
+    results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
         return results
     data = TrainTest(train, test)
@@ -204,7 +204,7 @@ def run(
         recognised = np.argmax(logits[0]["student"][0, 0], axis=1) == test.labels
         shown = int(np.argmax(recognised & (test.labels != config.target)))
         page = reporting.page(folder, results, nets, triggers[0], data, shown)
-    base.finish(run, folder, page, reporting.main_table(results, train.name), base.sources_of(data))
+    base.finish(run, folder, page, reporting.main_table(results, train.name), base.sources_of(data), results)
     return results
 
 
@@ -257,7 +257,14 @@ def write_teachers(
     for s in range(config.seeds):
         path = folder.path / "teachers" / f"seed-{s}"
         model_folder.write(
-            path, config.teacher_model, config.width, *shape, nets.of_seed(s), triggers[s], config.target
+            path,
+            config.teacher_model,
+            config.width,
+            *shape,
+            nets.of_seed(s),
+            triggers[s],
+            config.target,
+            target_name=name_of_class(train, config.target),
         )
 
 
