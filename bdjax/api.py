@@ -46,7 +46,18 @@ from bdjax.training import ensemble
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Rows, Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Array, Classifier, Dataset, ExtractedPattern, Key, Model, NotTested, PoisonedDataset, PyTree
+from bdjax.types import (
+    Array,
+    Classifier,
+    Dataset,
+    ExtractedPattern,
+    Key,
+    Model,
+    NotTested,
+    PoisonedDataset,
+    PyTree,
+    Unread,
+)
 
 __all__ = [
     "ATTACKS",
@@ -482,6 +493,8 @@ class Detected:
     """what could not be tested, in all or in classes; with N seeds, what could not be in any of them"""
     shared_rows: int = 0
     """clean rows that are suspect rows, too: a detector that trusts them may take what they carry for clean"""
+    unread: tuple[Unread, ...] = ()
+    """what the data's source has beside its rows and was not read, and so not examined"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -557,7 +570,7 @@ def detect(
     limits = _in_any(found.not_tested)
     if found.not_tested and all(of_seed.reason for of_seed in found.not_tested):
         flags = scores = None
-    return Detected(flags, scores, patterns, facts, needs, config, limits, _shared_rows(clean, data))
+    return Detected(flags, scores, patterns, facts, needs, config, limits, _shared_rows(clean, data), data.unread)
 
 
 def defend(

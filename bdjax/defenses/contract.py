@@ -393,16 +393,20 @@ def not_tested(defense: Defense, settings: Any, facts: Sequence[Facts]) -> tuple
     return found if any(any(of_suspect) for of_suspect in found) else ()
 
 
-def too_few(counts: np.ndarray, least: int, noun: str = "rows") -> dict[int, str]:
+def count_text(count: int) -> str:
+    """ "1 row", "2,000 rows"."""
+    return "1 row" if count == 1 else f"{count:,} rows"
+
+
+def too_few(counts: np.ndarray, least: int) -> dict[int, str]:
     """The classes that have rows, but fewer than `least` -> the reason.
 
     Args:
-        counts: int [K], what is counted of each class.
+        counts: int [K], rows of each class.
         least: the smallest number that can be tested.
-        noun: what is counted.
     """
     return {
-        int(label): f"has {counts[label]} {noun}; needs at least {least}"
+        int(label): f"has {count_text(counts[label])}; needs at least {least}"
         for label in np.flatnonzero((counts > 0) & (counts < least))
     }
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, labelled, limits
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, count_text, fingerprint, labelled, limits
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
@@ -431,7 +431,9 @@ def least(settings: VBDSettings, facts: Facts) -> NotTested:
         )
     held_back = vbd_patterns.most_held_back(facts.rows, settings.detect_share)
     classes = {
-        int(label): f"has {facts.rows[label]} rows, of which {held_back[label]} are held back; needs at least {needed}"
+        int(
+            label
+        ): f"has {count_text(facts.rows[label])}, of which at most {held_back[label]} held back; needs at least {needed}"
         for label in np.flatnonzero((facts.rows > 0) & (held_back < needed))
     }
     about = math.ceil(needed / settings.detect_share)

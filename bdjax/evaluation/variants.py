@@ -181,7 +181,7 @@ def compatible_defenses(
     return fitting, left_out
 
 
-def testable_defenses(variants: Sequence[DefenseVariant], facts: Facts) -> tuple[list[DefenseVariant], dict[str, str]]:
+def without_untestable(variants: Sequence[DefenseVariant], facts: Facts) -> tuple[list[DefenseVariant], dict[str, str]]:
     """The defenses that can find anything in rows as few as these, and the others -> why they cannot.
 
     Args:

@@ -493,8 +493,8 @@ def next_steps(results: Entry) -> list[str]:
     """What the owner of the rows can do now, as paragraphs."""
     if reason_of(results):
         return [
-            "Nothing is known about these rows. Run the audit again with more rows, with other settings, or with a detector "
-            "that needs fewer."
+            "Run the audit again with more rows, with other settings, or with a detector that needs fewer. Nothing is known "
+            "about these rows."
         ]
     level, cleaned = results["verdict"]["level"], results["cleaned"]
     costs = "Removing clean rows costs a little accuracy; training on poisoned rows may give an attacker control of the model."

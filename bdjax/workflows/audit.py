@@ -11,7 +11,7 @@ from bdjax.datasets import splits
 from bdjax.defenses import contract
 from bdjax.errors import InputError
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
-from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, testable_defenses
+from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, without_untestable
 from bdjax.reporting import audit as reporting
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
@@ -63,7 +63,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     check_needs(config, variant, suspect)
     clean = clean_rows(config, data, None) if needs_clean_rows(variant) else None
     shared = base.find_shared(log, clean, {"the suspect set": data})
-    _, left_out = testable_defenses([variant], facts_of(data, clean, data.num_classes))
+    _, left_out = without_untestable([variant], facts_of(data, clean, data.num_classes))
     run = base.begin(experiment, config, data.image_shape, data.num_classes, 1, log)
     make_network = network_maker(config, run)
     folder = run.open_folder()

@@ -31,7 +31,7 @@ from bdjax.evaluation.variants import (
     facts_of,
     read_attack,
     read_defense,
-    testable_defenses,
+    without_untestable,
 )
 from bdjax.reporting import detectors
 from bdjax.reporting.sections import seconds_of
@@ -124,7 +124,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     clean = clean_rows(config, train, test) if any(map(needs_clean_rows, variants)) else None
     named = clean if config.clean_data else None
     shared = base.find_shared(log, named, {"the suspect set": train})
-    variants, not_testable = testable_defenses(variants, facts_of(train, clean, train.num_classes))
+    variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
     left_out |= not_testable
     refuse_none(variants, texts, left_out)
     like = adapted_to(config)

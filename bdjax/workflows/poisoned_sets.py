@@ -30,7 +30,7 @@ from bdjax.evaluation.variants import (
     facts_of,
     read_attack,
     read_defense,
-    testable_defenses,
+    without_untestable,
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
@@ -81,7 +81,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     named = clean if config.clean_data else None
     shared = base.find_shared(log, named, {"the suspect set": train, "the test set": test})
     variants, left_out = usable_defenses(config, defense_texts, clean)
-    variants, not_testable = testable_defenses(variants, facts_of(train, clean, train.num_classes))
+    variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
     left_out |= not_testable
     members = len(attacks) * config.seeds
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)

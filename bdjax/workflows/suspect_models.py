@@ -37,7 +37,7 @@ from bdjax.evaluation.variants import (
     facts_of,
     read_attack,
     read_defense,
-    testable_defenses,
+    without_untestable,
 )
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
@@ -130,7 +130,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     clean = clean_rows(config, train)
     named = clean if config.clean_data else None
     shared = base.find_shared(log, named, {"the training set": train, "the test set": test})
-    variants, not_testable = testable_defenses(variants, facts_of(None, clean, train.num_classes))
+    variants, not_testable = without_untestable(variants, facts_of(None, clean, train.num_classes))
     left_out |= not_testable
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
