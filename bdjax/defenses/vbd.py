@@ -433,7 +433,7 @@ def least(settings: VBDSettings, facts: Facts) -> NotTested:
     classes = {
         int(
             label
-        ): f"has {count_text(facts.rows[label])}, of which at most {held_back[label]} held back; needs at least {needed}"
+        ): f"has {count_text(facts.rows[label])}, {held_back[label]} of them held back; needs at least {needed}"
         for label in np.flatnonzero((facts.rows > 0) & (held_back < needed))
     }
     about = math.ceil(needed / settings.detect_share)

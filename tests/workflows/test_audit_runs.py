@@ -1,6 +1,7 @@
 """experiments/vbd.py on a user's own rows: an audit by any detector, from the command line to the files that it leaves."""
 
 import hashlib
+import io
 import json
 import pathlib
 
@@ -8,9 +9,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from planted_rows import ENGINE, TARGET, VBD, make_rows, poisoned_rows, run
+from planted_rows import CLASSES, ENGINE, TARGET, VBD, make_rows, poisoned_rows, run
+from rich.console import Console
 
+from bdjax import datasets
 from bdjax.errors import InputError
+from bdjax.run.log import StageLog
+from bdjax.training.stages import StageRunner
+from bdjax.types import Dataset, Unread
 
 
 def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
@@ -94,7 +100,7 @@ def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
 
 def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
     pictures = write_folder(tmp_path / "pictures", *make_rows())
-    strict = VBD.replace("p_value=0.4", "p_value=1e-09")
+    strict = VBD.replace("p_value=0.4", "p_value=2e-05")  # the smallest of ten rows against ten is 1.1e-5
     run_folder = tmp_path / "run"
     results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
     assert results["verdict"]["level"] == "info" and results["flagged"] == 0
@@ -167,3 +173,44 @@ def test_what_an_audit_cannot_have_is_refused_in_one_line(own_rows, tmp_path, ar
     with pytest.raises(InputError, match=message) as error:
         run([*ENGINE, f"--dataset={own_rows}", f"--output={tmp_path / 'run'}", *arguments])
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("defense", ["activation_clustering", "vbd"])
+def test_an_audit_of_too_few_rows_trains_nothing_and_says_that_it_knows_nothing(tmp_path, monkeypatch, defense):
+    images, labels = make_rows()
+    unread = (Unread("cat/x.tif", "has a suffix that is not read"),)
+    data = Dataset(
+        images[:9], labels[:9].astype(np.int32), CLASSES, "own", "own/", ("ant", "bee", "cat", "dog"), unread=unread
+    )
+    monkeypatch.setattr(datasets, "load_suspect", lambda *_, **__: data)
+    monkeypatch.setattr(StageRunner, "from_variables", None)
+    text, folder = io.StringIO(), tmp_path / "run"
+    log = StageLog(Console(file=text, width=400))
+    results = run([*ENGINE, "--dataset=own/", f"--output={folder}", f"--defenses={defense}"], log)
+    headline = results["verdict"]["headline"]
+    assert "could not be tested: needs at least" in headline and results["verdict"]["level"] == "info"
+    assert results["flagged"] is None and results["detection"] is None and results["cleaned"]["kind"] is None
+    report, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()
+    assert headline in report and headline in text.getvalue() and "not tested" in table
+    assert not any(f"flags none {end}" in report + text.getvalue() for end in ("of", "0"))
+    assert not list(folder.glob("*.csv")) or [path.name for path in folder.glob("*.csv")] == ["not_read.csv"]
+    for said in (text.getvalue(), report, results["verdict"]["text"]):
+        assert "1 file of the data was not read and so not examined: not_read.csv lists it." in said
+    assert "not read" in text.getvalue().splitlines()[1] and results["not_read"] == 1
+
+
+def test_an_audit_says_which_clean_rows_are_suspect_rows_and_which_classes_are_too_small(tmp_path):
+    images, labels = make_rows()
+    labels = np.where(np.arange(len(labels)) == 3, CLASSES, labels)  # a class of one row
+    np.savez(tmp_path / "own.npz", images=images, labels=labels)
+    fresh = make_rows(1)[0]
+    fresh[:2] = images[:2]
+    np.savez(tmp_path / "clean.npz", images=np.concatenate([fresh[:40], fresh[-10:]]), labels=np.tile(np.arange(5), 10))
+    arguments = [f"--dataset={tmp_path / 'own.npz'}", f"--clean-data={tmp_path / 'clean.npz'}", "--clean-per-class=4"]
+    results = run([*ENGINE, *arguments, f"--output={tmp_path / 'run'}", "--defenses=scan"])
+    assert results["classes"][CLASSES]["not_tested"] == "has 1 row; needs at least 2"
+    assert results["classes"][CLASSES]["flagged"] is None and results["classes"][0]["not_tested"] is None
+    assert results["shared_rows"][0]["of"] == "the suspect set" and results["shared_rows"][0]["count"] in (1, 2)
+    text = results["verdict"]["text"]
+    assert "of the 20 clean rows" in text and "SCAn: class 4 could not be tested (class 4 has 1 row" in text
+    assert "Class 4: could not be tested." in (tmp_path / "run" / "table.md").read_text()

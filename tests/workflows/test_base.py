@@ -1,11 +1,21 @@
+import csv
+import io
+import json
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from bdjax.errors import InputError
+from bdjax.reporting.report import Verdict
+from bdjax.run import config as run_config
 from bdjax.run.config import ComparisonConfig
+from bdjax.run.folder import RunFolder
+from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
+from bdjax.types import Dataset, Unread
 from bdjax.workflows import base
 from experiments import abm, attack, lfd, robust_kd, ta_kd, vbd
 
@@ -61,3 +71,103 @@ class Result(NamedTuple):
 def test_the_line_on_a_defense_leaves_out_what_is_unknown():
     assert base.summary_line([Result(0.9, 0.5), Result(0.8, None)]) == "CDA 0.850, ASR 0.500"
     assert base.summary_line([Result(0.9, None)]) == "CDA 0.900"
+
+
+# ---- What limits a run's conclusions --------------------------------------------------------------------------------
+
+EMPTY = {"left_out": {}, "attacks": [], "seeds": []}
+
+
+def rows(first: int, count: int, *, names: tuple[str, ...] = (), unread: tuple[Unread, ...] = ()) -> Dataset:
+    """Rows of a single pixel each, with the numbers from `first` as values."""
+    images = np.arange(first, first + count, dtype=np.uint8).reshape(count, 1, 1, 1)
+    return Dataset(images, np.arange(count, dtype=np.int32) % 2, 2, "mine", "arrays", names, unread=unread)
+
+
+def opened(folder: pathlib.Path) -> RunFolder:
+    folder.mkdir(exist_ok=True)
+    return RunFolder(folder, True)
+
+
+def printing() -> tuple[StageLog, io.StringIO]:
+    text = io.StringIO()
+    return StageLog(Console(file=text, width=400)), text
+
+
+class TestFilesThatWereNotRead:
+    UNREAD = (Unread("a/x.tif", "has a suffix that is not read"), Unread("=HYPERLINK(1)/y.png", "is a link,\nor not"))
+
+    def test_are_listed_in_a_file_counted_in_the_results_and_said_in_the_verdict(self, tmp_path):
+        parts = rows(0, 4, unread=self.UNREAD[:1]), rows(4, 2, unread=self.UNREAD), None
+        results = base.write_results(opened(tmp_path), EMPTY, *parts)
+        assert results["not_read"] == 2 and json.loads((tmp_path / "results.json").read_text()) == results
+        listed = list(csv.reader(io.StringIO((tmp_path / "not_read.csv").read_text())))
+        assert listed == [["file", "reason"], list(self.UNREAD[0]), ["'" + self.UNREAD[1].file, self.UNREAD[1].reason]]
+        verdict = base.with_limits(Verdict("info", "Nothing.", "So far."), results)
+        said = "2 files of the data were not read and so not examined: not_read.csv lists them."
+        assert verdict.text == f"So far.\n\n{said}"
+
+    def test_are_in_the_verdict_that_an_audit_has_among_its_results(self, tmp_path):
+        verdict = {"level": "info", "headline": "No class has a trigger.", "text": ""}
+        results = base.write_results(opened(tmp_path), {"verdict": verdict, **EMPTY}, rows(0, 4, unread=self.UNREAD))
+        assert "2 files of the data were not read" in results["verdict"]["text"]
+
+    def test_without_any_there_is_no_such_file(self, tmp_path):
+        results = base.write_results(opened(tmp_path), EMPTY, rows(0, 4))
+        assert results == {**EMPTY, "not_read": 0} and not (tmp_path / "not_read.csv").exists()
+        assert base.with_limits(Verdict("info", "Nothing.", "So far."), results).text == "So far."
+
+    def test_are_on_the_terminal_in_one_line_without_escapes(self):
+        log, text = printing()
+        run_config.note_unread(log, "mine", (Unread("\x1b[31mred\n.tif", "is a pipe"), *self.UNREAD))
+        assert text.getvalue().count("\n") == 1 and "\x1b" not in text.getvalue()
+        assert (
+            "3 files of mine (first: \N{REPLACEMENT CHARACTER}[31mred .tif is a pipe); see not_read.csv"
+            in text.getvalue()
+        )
+        run_config.note_unread(log, "mine", ())
+        assert text.getvalue().count("\n") == 1
+
+
+class TestCleanRowsThatAreSuspectRows:
+    def test_are_counted_by_their_pixels(self):
+        log, text = printing()
+        found = base.find_shared(log, rows(3, 4), {"the suspect set": rows(0, 5), "the test set": rows(90, 5)})
+        assert found == [{"of": "the suspect set", "count": 2, "rows": 4}]
+        assert "2 of the 4 clean rows are rows of the suspect set" in text.getvalue()
+
+    def test_are_said_in_the_verdict(self, tmp_path):
+        shared = [{"of": "the suspect set", "count": 1, "rows": 4}]
+        results = base.write_results(opened(tmp_path), EMPTY, rows(0, 4), shared=shared)
+        (text,) = base.schema.reservations(results)
+        assert text.startswith("1 of the 4 clean rows is a row of the suspect set.")
+
+    def test_without_clean_data_nothing_is_said(self):
+        log, text = printing()
+        assert base.find_shared(log, None, {"the suspect set": rows(0, 5)}) == [] and text.getvalue() == ""
+
+
+def test_results_have_the_names_of_classes_that_have_any(tmp_path):
+    named, numbered = (
+        base.write_results(opened(tmp_path / str(i)), EMPTY, rows(0, 2, names=names))
+        for i, names in enumerate([("cat", "dog"), ("0", "1")])
+    )
+    assert base.schema.class_title_of(named, 1) == "1 (dog)" and "class_names" not in numbered
+    assert base.schema.class_title_of(numbered, 1) == "1"
+
+
+def test_what_could_not_be_tested_is_said_once_for_each_method():
+    entry = {"attack": "badnets", "method": "vbd", "title": "VBD", "seed": 0, "reason": ""}
+    first, second = ({**entry, "classes": found} for found in ({"3 (cat)": "is dark"}, {"5 (dog)": "has 1 row"}))
+    nothing = {**entry, "method": "scan", "title": "SCAn", "reason": "needs at least 3 classes", "classes": {}}
+    results = {
+        "left_out": {"neural_cleanse": "could not be tested: needs at least 3 classes", "nad": "needs clean rows"},
+        "attacks": [{"seeds": [0, 1]}],
+        "seeds": [0, 1],
+        "not_tested": [first, second, nothing],
+    }
+    assert base.schema.reservations(results) == [
+        "Neural_cleanse could not be tested: needs at least 3 classes.",
+        "VBD: classes 3 (cat), 5 (dog) could not be tested on 2 of 2 training sets (class 3 (cat) is dark).",
+        "SCAn could not be tested on 1 of 2 training sets: needs at least 3 classes.",
+    ]
