@@ -373,3 +373,36 @@ def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     for network in (names["victim"], names["safe"], names["ta"].student):
         assert network.predict(TEST.images).shape == (64, CLASSES)
     assert not list(tmp_path.iterdir())
+
+
+class TestRowsThatAreTooFew:
+    """Nothing is trained, so these take no time."""
+
+    FEW = digits(0, 96)[np.arange(3)]
+
+    def test_a_detector_says_why_and_has_no_flags(self):
+        found = bdjax.detect("activation_clustering", self.FEW, KEY, model=MODEL)
+        assert found.flags is None and found.scores is None
+        assert found.not_tested.reason.startswith("needs at least 4 rows of a class")
+
+    def test_a_defense_is_refused_in_one_line(self):
+        two = bdjax.dataset(TRAIN.images[TRAIN.labels < 2], TRAIN.labels[TRAIN.labels < 2])
+        refused(
+            "defense neural_cleanse could not be tested: needs at least 3 classes",
+            *(bdjax.defend, "neural_cleanse", two, KEY),
+            clean=two,
+        )
+        refused(
+            "spectral_signatures could not be tested: needs at least 3 rows",
+            bdjax.defend,
+            "spectral_signatures",
+            self.FEW,
+            KEY,
+        )
+
+    def test_what_was_not_read_and_clean_rows_that_are_suspect_rows_are_in_the_result(self, victim):
+        unread = (bdjax.types.Unread("x.tif", "has a suffix that is not read"),)
+        data = dataclasses.replace(TRAIN, unread=unread)
+        found = bdjax.detect("scan", data[np.flatnonzero(TRAIN.labels < 2)], KEY, victim=victim, clean=TRAIN[:10])
+        assert found.flags is None and "at least 3 classes" in found.not_tested.reason
+        assert found.unread == unread and found.shared_rows == 10 - int(np.sum(TRAIN.labels[:10] >= 2))

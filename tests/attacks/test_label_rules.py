@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks import all_to_all, all_to_one, clean_label, label_map
-from bdjax.attacks.label_rules import LABEL_RULES, make_rule, source_specific
+from bdjax.attacks.label_rules import LABEL_RULES, make_rule, source_specific, titled
 from bdjax.errors import InputError
 
 LABELS = np.array([0, 1, 2, 3, 2, 0], np.int32)
@@ -118,3 +118,18 @@ def test_a_hidden_source_keeps_labels_and_counts_one_class():
     np.testing.assert_array_equal(rule.relabel(labels), labels)
     np.testing.assert_array_equal(rule.victims(labels), labels == 0)
     np.testing.assert_array_equal(rule.wanted(labels), np.full(6, 5))
+
+
+@pytest.mark.parametrize(
+    ("rule", "title"),
+    [
+        (all_to_one(1), "all-to-one, target 1 (b)"),
+        (all_to_all(3), "all-to-all, shift 1"),
+        (source_specific([0, 2], 1, [3]), "source 0 (a)+2 (c) to target 1 (b), cover 3 (d)"),
+        (label_map({0: 1, 2: 3}), "classes 0 (a) to 1 (b), 2 (c) to 3 (d)"),
+        (clean_label(2), "clean-label, target 2 (c)"),
+    ],
+)
+def test_reports_have_the_names_of_classes_and_names_of_rules_do_not(rule, title):
+    assert titled(rule.name, lambda number: f"{number} ({'abcd'[number]})") == title
+    assert titled(rule.name, str) == rule.name

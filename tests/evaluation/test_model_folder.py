@@ -207,3 +207,16 @@ def test_damaged_triggers(folder):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a readable triggers.npz"):
             read(folder)
+
+
+def test_the_name_of_the_target_is_written_beside_its_number_and_named_in_the_error(folder):
+    (folder / "triggers.npz").unlink()
+    model_folder._write_triggers(folder, TRIGGERS, 1, (), "cat")
+    with np.load(folder / "triggers.npz") as arrays:
+        assert (int(arrays["target"]), str(arrays["target_name"])) == (1, "cat")
+    assert read(folder).triggers.names == TRIGGERS.names
+    with pytest.raises(InputError, match=r"these triggers aim at class 1 \(cat\); use --target=1"):
+        read(folder, target=2)
+    change_triggers(folder, target_name=np.array([["a", "b"]]))
+    with pytest.raises(InputError, match="target_name is "):
+        read(folder)

@@ -47,6 +47,8 @@ def test_captions():
         unknown.overlap is None
         and pattern_caption(unknown) == "white square 50 %, target 1: success 0.98, network 64P, seed 2"
     )
+    named = pattern(class_title="1 (cat)")
+    assert pattern_caption(named).startswith("white square 50 %, target 1 (cat): success 0.98")
     empty = pattern(true_mask=np.zeros((8, 8), np.float32), mask=np.zeros((8, 8), bool))
     assert empty.overlap == 0
 

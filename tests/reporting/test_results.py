@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import read_attack
 from bdjax.metrics import DEFINITIONS
 from bdjax.reporting import results as schema
+from bdjax.types import Dataset
 
 SEEDS = (3, 4)
 
@@ -138,3 +141,24 @@ class TestTexts:
             schema.left_out_text(make(left_out={"abl": "no rows", "issba": "no room"}))
             == " Left out: abl (no rows); issba (no room)."
         )
+
+
+class TestNamesOfClasses:
+    NAMES = ("ant", "bee", "cat", "dog", "eel")
+
+    def suspect(self, text, seed=0):
+        images, labels = np.zeros((10, 8, 8, 3), np.uint8), np.arange(10, dtype=np.int32) % 5
+        rows = Dataset(images, labels, 5, "mine", "arrays", self.NAMES)
+        return Suspect(read_attack(text, rows, seed + 1), seed, rows, (), None)
+
+    def test_stand_beside_the_target_of_an_attack(self):
+        text = "badnets:poison_rate=0.2:target=4"
+        described = schema.describe_attack([self.suspect(text)], 0)
+        assert described["parts"][0]["label_rule"] == "all-to-one, target 4 (eel)"
+        assert described["title"].endswith("(poison rate 0.2, target 4 (eel))") and described["target"] == 4
+
+    def test_stand_beside_the_targets_of_further_seeds(self):
+        (part,) = schema.describe_attack([self.suspect("badnets:poison_rate=0.2", seed) for seed in range(3)], 0)[
+            "parts"
+        ]
+        assert part["label_rule"] == "all-to-one, target 1 (bee) of the first seed; then 2 (cat), 3 (dog)"

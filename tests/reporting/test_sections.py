@@ -7,6 +7,7 @@ from bdjax.reporting import results as schema
 from bdjax.reporting import sections as shared
 from bdjax.reporting.report import Figure
 from bdjax.reporting.tables import Table
+from bdjax.types import Dataset
 
 SEEDS = (0, 1)
 NUMBERS = {
@@ -172,3 +173,17 @@ def test_most_suspicious():
     np.testing.assert_array_equal(shared.most_suspicious(flags, None, 9), [1, 3])
     np.testing.assert_array_equal(shared.most_suspicious(np.ones(9, bool), None, 3), [0, 4, 8])
     assert len(shared.most_suspicious(None, None, 3)) == len(shared.most_suspicious(np.zeros(4, bool), None, 3)) == 0
+
+
+class TestNamesOfClasses:
+    def test_stand_beside_a_class_that_a_method_reports(self):
+        rows = [{"seed": seed, "cda": 1.0, "facts": {"class of smallest mask": 2.0, "kept": 2.0}} for seed in SEEDS]
+        tree = make(cells=[schema.make_cell("badnets", "abl", rows, ("cda",))])
+        assert [row[-1] for row in shared.facts_table(tree).rows] == ["2.000 ± 0.000"] * 2
+        named = {**tree, "class_names": ["ant", "bee", "cat"]}
+        assert [row[-1] for row in shared.facts_table(named).rows] == ["2 (cat)", "2.000 ± 0.000"]
+
+    def test_stand_beside_the_classes_of_pictures(self):
+        data = Dataset(np.zeros((1, 1, 1, 1), np.uint8), np.zeros(1, np.int32), 2, "", "", ("ant", "bee"))
+        assert shared._with_class_titles("masks of classes 0, 1", data) == "masks of classes 0 (ant), 1 (bee)"
+        assert shared._with_class_titles("reversed triggers", data) == "reversed triggers"
