@@ -12,6 +12,7 @@ import numpy as np
 
 from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.suspects import Suspect
+from bdjax.evaluation.variants import NOT_TESTED
 from bdjax.metrics import DEFINITIONS, DefenseWord, DetectionMetrics, has_backdoor
 from bdjax.reporting import results as schema
 from bdjax.reporting import sections as shared
@@ -267,6 +268,8 @@ def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
         headline = "The training set is clean: every flagged row is a false alarm."
     else:
         headline = "No trigger is known, so no attack success can be measured."
+    if not defenses and any(reason.startswith(NOT_TESTED) for reason in results["left_out"].values()):
+        headline = "None of the defenses could be tested."
     return Verdict("info", headline, "\n\n".join(lines) + schema.one_seed_text(results))
 
 

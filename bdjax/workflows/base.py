@@ -180,7 +180,10 @@ def find_shared(log: StageLog, clean: Dataset | None, others: Mapping[str, Datas
         An entry of results["shared_rows"] for each set with such rows.
     """
     found = []
-    for name, rows in others.items() if clean is not None else ():
+    if clean is None:
+        return found
+    run_config.note_unread(log, clean.name, clean.unread)
+    for name, rows in others.items():
         if count := int(shared_rows(clean, rows).sum()):
             found.append({"of": name, "count": count, "rows": len(clean)})
             log.note("clean rows", schema.shared_text(found[-1]))

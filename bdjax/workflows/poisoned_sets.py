@@ -40,7 +40,7 @@ from bdjax.run.log import StageLog
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
-from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest
+from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest, Unread
 from bdjax.workflows import base
 from bdjax.workflows.base import Context, Experiment, Group
 
@@ -196,7 +196,8 @@ def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[Tr
 
 
 def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) -> Dataset:
-    """The training rows of another dataset, as clean rows for a defense on `train`.
+    """The training rows of another dataset, as clean rows for a defense on `train`. The names of its files that were not read
+    begin with its own, since they are no files of the suspect set.
 
     Args:
         name: name or path of the other dataset.
@@ -212,7 +213,8 @@ def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) ->
             f"--clean-data {name}: {clean.num_classes} classes and images of shape {clean.image_shape}; the training "
             f"set has {train.num_classes} classes and images of shape {train.image_shape}"
         )
-    return clean
+    below = tuple(Unread(f"{name}/{file}", reason) for file, reason in clean.unread)
+    return dataclasses.replace(clean, unread=below)
 
 
 def usable_defenses(
