@@ -214,9 +214,10 @@ def test_the_name_of_the_target_is_written_beside_its_number_and_named_in_the_er
     model_folder._write_triggers(folder, TRIGGERS, 1, (), "cat")
     with np.load(folder / "triggers.npz") as arrays:
         assert (int(arrays["target"]), str(arrays["target_name"])) == (1, "cat")
-    assert read(folder).triggers.names == TRIGGERS.names
+    path = folder / "triggers.npz"
+    assert model_folder._read_triggers(path, 3, SHAPE, 1)[0].names == TRIGGERS.names
     with pytest.raises(InputError, match=r"these triggers aim at class 1 \(cat\); use --target=1"):
-        read(folder, target=2)
+        model_folder._read_triggers(path, 3, SHAPE, 2)
     change_triggers(folder, target_name=np.array([["a", "b"]]))
     with pytest.raises(InputError, match="target_name is "):
-        read(folder)
+        model_folder._read_triggers(path, 3, SHAPE, 1)

@@ -17,7 +17,7 @@ from bdjax.reporting import audit, report
 from bdjax.reporting.audit import class_title, main_table, truth_table
 from bdjax.reporting.tables import to_markdown
 from bdjax.run.folder import RunFolder
-from bdjax.types import Dataset, Detection, PoisonedDataset
+from bdjax.types import Dataset, Detection, NotTested, PoisonedDataset
 
 ROWS, CLASSES, OF_A_CLASS = 40, 4, 10
 SETTINGS = VBDSettings(networks="64P+16-16P")
@@ -176,14 +176,33 @@ def test_many_classes_are_counted_not_named():
 
 
 def test_nothing_compared_is_nothing_known():
-    found = analysis(found=())
-    found.p_values[:] = 1
-    results = summarise(dataset(), found, SETTINGS)
-    assert results["verdict"]["level"] == "warning" and "No class could be tested" in results["verdict"]["headline"]
-    found.p_values[0, 0, 1:] = 0.3
+    classes = dict.fromkeys(range(CLASSES), "has few rows")
+    found = analysis(found=())._replace(not_tested=(NotTested("needs more rows", classes),))
     results = summarise(dataset(), found, SETTINGS)
     assert results["verdict"]["level"] == "info"
-    assert any(text.startswith("Class 0 (ant): not tested") for text in results["caveats"])
+    assert results["verdict"]["headline"] == "VBD could not be tested: needs more rows."
+    assert results["flagged"] is results["flagged_share"] is results["classes"][0]["flagged"] is None
+    assert audit.reason_of(results) == "needs more rows"
+    assert {row[1] for row in audit.main_table(results).rows} == {"not tested"}
+
+
+def test_classes_that_could_not_be_tested_are_no_classes_without_a_trigger():
+    found = analysis(found=())._replace(not_tested=(NotTested("", {0: "has few rows"}),))
+    results = summarise(dataset(), found, SETTINGS)
+    assert results["verdict"]["headline"] == "No class that could be tested has a trigger that this method can find."
+    said = "Class 0 (ant) could not be tested; class 0 (ant) has few rows. A trigger of such a class goes unnoticed."
+    assert said in results["caveats"] and "Class 0 (ant): could not be tested." in audit.main_table(results).notes
+    (untested,) = [row for row in audit.main_table(results).rows if row[0] == "Class 0 (ant)"]
+    assert untested[1] == untested[3] == "not tested" and results["classes"][0]["flagged"] is None
+    assert summarise(dataset(), analysis(found=()), SETTINGS)["verdict"]["headline"].startswith("No class has")
+
+
+def test_rows_that_could_not_be_tested_do_not_count_as_unflagged():
+    flags, rows = np.zeros((1, ROWS), bool), dataset()
+    found = Detection(flags, flags.astype(np.float32), not_tested=(NotTested("", {1: "has no clean row"}),))
+    variant = DefenseVariant("scan", DEFENSES["scan"], DEFENSES["scan"].settings)
+    results = audit.summarise(suspect_of(rows), found, variant)
+    assert results["verdict"]["headline"] == f"SCAn flags none of the {ROWS - OF_A_CLASS} rows that could be tested."
 
 
 @pytest.mark.parametrize(
@@ -350,7 +369,7 @@ def write(place, rows=None, found=None, cleaned=None):
     folder, rows = RunFolder(Path(place), is_new=True), rows or dozen()
     found = small_analysis() if found is None else found
     results = summarise(rows, found, SMALL)
-    results["cleaned"] = cleaned or {"kind": "npz", "rows": DOZEN - results["flagged"]}
+    results["cleaned"] = cleaned or {"kind": "npz", "rows": DOZEN - (results["flagged"] or 0)}
     publish(folder, results, rows, to_detection(found, SMALL))
     return results
 
@@ -440,7 +459,7 @@ def test_the_same_audit_writes_the_same_bytes(tmp_path, monkeypatch):
 def test_what_to_do_next_depends_on_the_finding(tmp_path, undrawn):
     doubtful = small_analysis()._replace(success=np.array([[[0.0, 0.4]]]))
     unsure = small_analysis()._replace(flags=np.zeros((1, DOZEN), bool), detector_accuracies=np.array([[0.0, 0.7]]))
-    untested = small_analysis(())._replace(p_values=np.ones((1, 1, 2)))
+    untested = small_analysis(())._replace(not_tested=(NotTested("needs more rows"),))
     begins = {
         "Compare the triggers": small_analysis(),
         "Look at the triggers below and at the rows in flagged.csv": doubtful,

@@ -19,6 +19,7 @@ from bdjax.reporting.inspections import (
 from bdjax.reporting.plots import to_png
 from bdjax.reporting.tables import cells
 from bdjax.run.folder import RunFolder
+from bdjax.types import Dataset
 from experiments import robust_kd
 
 
@@ -103,6 +104,10 @@ def test_the_loss_gap_has_a_figure_for_each_attack_and_a_row_for_each_network(tm
     assert loss_gap(RunFolder(tmp_path, True), []) == ()
 
 
+NAMES = ("0", "1", "2", "dog", "4", "5", "6", "7", "8", "9")
+TEN = Dataset(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32), 10, "ten", "arrays", NAMES)
+
+
 def test_the_verification_section_names_every_predicted_class(tmp_path, monkeypatch, undrawn):
     heat = VerificationHeat(
         np.full((IMAGES, len(VIEWS), 8, 8, 1), 0.5, np.float32),
@@ -117,12 +122,12 @@ def test_the_verification_section_names_every_predicted_class(tmp_path, monkeypa
         return draw(images, maps, names, columns, title, captions=captions)
 
     monkeypatch.setattr(plots, "overlay_grid", overlay_grid)
-    (section,) = verification(RunFolder(tmp_path, True), [("BadNets", heat), ("Blended", heat)], 10)
+    (section,) = verification(RunFolder(tmp_path, True), [("BadNets", heat), ("Blended", heat)], TEN)
     assert section.title == "Grad-CAM of the verification network"
     assert section.figures[0].image == tmp_path / "verification.png" and section.figures[0].image.stat().st_size > 0
     assert drawn["names"] == ["BadNets"] * IMAGES + ["Blended"] * IMAGES and drawn["shape"][:2] == (2 * IMAGES, 4)
-    assert drawn["captions"][0] == ["class 3", "the defender's class", "class 0", "class 0"]
-    assert verification(RunFolder(tmp_path, True), [], 10) == ()
+    assert drawn["captions"][0] == ["class 3 (dog)", "the defender's class", "class 0", "class 0"]
+    assert verification(RunFolder(tmp_path, True), [], TEN) == ()
 
 
 def test_robust_kd_measures_nothing_without_a_clean_network_or_a_known_trigger():

@@ -199,6 +199,7 @@ def test_an_audit_of_too_few_rows_trains_nothing_and_says_that_it_knows_nothing(
     assert "not read" in text.getvalue().splitlines()[1] and results["not_read"] == 1
 
 
+@pytest.mark.slow
 def test_an_audit_says_which_clean_rows_are_suspect_rows_and_which_classes_are_too_small(tmp_path):
     images, labels = make_rows()
     labels = np.where(np.arange(len(labels)) == 3, CLASSES, labels)  # a class of one row
