@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
 from bdjax.settings import check_values
@@ -231,7 +231,8 @@ def _isolate(inputs: DefenseInput, settings: ABLSettings) -> Isolated:
 
 
 def _detection(inputs: DefenseInput, found: Isolated) -> Detection:
-    return Detection(found.flags, -found.row_losses, _facts(inputs, found.flags, found.row_losses))
+    facts = _facts(inputs, found.flags, found.row_losses)
+    return Detection(found.flags, -found.row_losses, facts, not_tested=tuple(map(unless_finite, found.row_losses)))
 
 
 def detect(inputs: DefenseInput, settings: ABLSettings) -> Detection:
@@ -277,7 +278,9 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
         )
 
     detected = _detection(inputs, found)
-    return DefenseResult(model, variables, detected.flags, detected.scores, detected.facts)
+    return DefenseResult(
+        model, variables, detected.flags, detected.scores, detected.facts, not_tested=detected.not_tested
+    )
 
 
 def _facts(inputs: DefenseInput, isolated: np.ndarray, row_losses: np.ndarray) -> dict[str, np.ndarray]:

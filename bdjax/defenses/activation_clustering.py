@@ -30,7 +30,7 @@ from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import silhouette_score
 
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrain_without, retrained
 from bdjax.settings import check_values
 from bdjax.types import DefenseResult, Detection, NotTested
@@ -186,7 +186,7 @@ class Clusters(NamedTuple):
     largest_silhouette: float
     """of any class"""
     not_tested: NotTested
-    """classes whose embeddings are all the same, or nearly"""
+    """classes whose embeddings are all the same, or nearly; all of it if the embeddings are not finite"""
 
 
 def find_clusters(embeddings: np.ndarray, labels: np.ndarray, settings: ActivationClusteringSettings) -> Clusters:
@@ -198,6 +198,8 @@ def find_clusters(embeddings: np.ndarray, labels: np.ndarray, settings: Activati
         settings: the defense's settings.
     """
     flags, scores, largest_silhouette = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
+    if (diverged := unless_finite(embeddings)).reason:
+        return Clusters(flags, scores, largest_silhouette, diverged)
     needed, untested = least_rows(settings), {}
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)

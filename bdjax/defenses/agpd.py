@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.defenses import filtering
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, limits, too_few
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, limits, too_few, unless_finite
 from bdjax.settings import check_values
 from bdjax.types import Array, DefenseResult, Detection, Model, NotTested, PyTree
 
@@ -444,7 +444,8 @@ def detect(inputs: DefenseInput, settings: AgpdSettings) -> Detection:
         suspect_gradients = [at_layer[member, :num_rows] for at_layer in gradients]
         clean_gradients = [at_layer[member, num_rows:] for at_layer in gradients]
         found.append(find_poisons(suspect_gradients, labels, clean_gradients, clean, settings))
-        untested.append(_not_tested(suspect_gradients, labels, clean, settings))
+        diverged = unless_finite(*suspect_gradients, *clean_gradients)
+        untested.append(diverged if diverged.reason else _not_tested(suspect_gradients, labels, clean, settings))
     flags, scores, facts = zip(*found, strict=True)
     stacked_facts = {name: np.array([values[name] for values in facts]) for name in facts[0]}
     return Detection(np.stack(flags), np.stack(scores), stacked_facts, not_tested=tuple(untested))

@@ -64,6 +64,10 @@ class AttackerInTraining(NamedTuple):
     """int32 [M, n]: position in the pool of each row's image without the trigger"""
 
 
+DIVERGED = "needs a network whose outputs are finite numbers, but its training diverged"
+"""Why a detector can find nothing in such a network: every comparison with a NaN is false."""
+
+
 class Facts(NamedTuple):
     """What is known of a suspect before anything is trained, to see whether a defense can find anything in it."""
 
@@ -411,6 +415,11 @@ def too_few(counts: np.ndarray, least: int) -> dict[int, str]:
     }
 
 
+def unless_finite(*outputs: np.ndarray) -> NotTested:
+    """That a suspect could not be tested if its network's outputs are not all finite."""
+    return NotTested("" if all(np.isfinite(values).all() for values in outputs) else DIVERGED)
+
+
 def limits(facts: Facts, classes: Mapping[int, str], reason: str) -> NotTested:
     """Limits of single classes: if no class with rows is left, nothing can be tested.
 
@@ -424,12 +433,13 @@ def limits(facts: Facts, classes: Mapping[int, str], reason: str) -> NotTested:
 
 
 def _merged(first: Sequence[NotTested], second: Sequence[NotTested]) -> tuple[NotTested, ...]:
-    """Both lists of limits of the same M suspects, the first list's reasons where both have some."""
-    if not (first and second):
-        return tuple(first or second)
-    return tuple(
-        NotTested(a.reason or b.reason, {**b.classes, **a.classes}) for a, b in zip(first, second, strict=True)
-    )
+    """Both lists of limits of the same M suspects, the first list's reasons where both have some; () without any."""
+    merged = tuple(first or second)
+    if first and second:
+        merged = tuple(
+            NotTested(a.reason or b.reason, {**b.classes, **a.classes}) for a, b in zip(first, second, strict=True)
+        )
+    return merged if any(map(any, merged)) else ()
 
 
 def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
@@ -465,4 +475,8 @@ def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
         shape = inputs.knowledge["training set"].index.shape
         return Detection(np.zeros(shape, bool), np.zeros(shape, np.float32), not_tested=known)
     found = defense.detect(restricted(defense, inputs, settings), settings)
-    return found._replace(not_tested=_merged(known, found.not_tested))
+    merged = _merged(known, found.not_tested)
+    if merged:
+        flags = found.flags & np.array([[not of_suspect.reason] for of_suspect in merged])
+        found = found._replace(flags=flags)
+    return found._replace(not_tested=merged)

@@ -53,4 +53,6 @@ def retrained(inputs: DefenseInput, stage: str, found: Detection) -> DefenseResu
         found: the detector's result.
     """
     nets = retrain_without(inputs, stage, found.flags)
-    return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)
+    return DefenseResult(
+        nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures, found.not_tested
+    )

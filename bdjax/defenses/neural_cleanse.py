@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput, Facts
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, unless_finite
 from bdjax.settings import check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, NotTested, PyTree
@@ -419,6 +419,7 @@ def run(inputs: DefenseInput, settings: NeuralCleanseSettings) -> DefenseResult:
             "its anomaly index": np.take_along_axis(index, smallest[:, None], axis=1)[:, 0],
         },
         pictures={"reversed triggers": triggers.masks * triggers.patterns, "their masks": triggers.masks},
+        not_tested=tuple(map(unless_finite, norms)),
     )
 
 

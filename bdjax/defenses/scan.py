@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrained
 from bdjax.errors import InputError
 from bdjax.settings import check_values
@@ -287,6 +287,9 @@ def find_poisons(
         raise InputError(
             f"defense {NAME}: {len(clean_labels)} clean rows are too few; it needs at least two more rows than classes"
         )
+    if unless_finite(embeddings, clean_embeddings).reason:
+        nothing = np.zeros(len(labels), np.float32)
+        return Found(nothing > 0, nothing, np.zeros(len(present)))
     directions = principal_directions(embeddings, settings.dimensions)
     reduced, clean = (rows.astype(np.float64) @ directions for rows in (embeddings, clean_embeddings))
     _, within = decompose(clean, clean_labels)
@@ -345,7 +348,8 @@ def detect(inputs: DefenseInput, settings: SCAnSettings) -> Detection:
         ),
         "largest anomaly index": np.array([result.index.max() for result in found]),
     }
-    return Detection(np.stack([result.flags for result in found]), np.stack([result.scores for result in found]), facts)
+    flags, scores = (np.stack([getattr(result, name) for result in found]) for name in ("flags", "scores"))
+    return Detection(flags, scores, facts, not_tested=tuple(map(unless_finite, embeddings, clean_embeddings)))
 
 
 def run(inputs: DefenseInput, settings: SCAnSettings) -> DefenseResult:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrained
 from bdjax.settings import check_values
 from bdjax.types import DefenseResult, Detection, NotTested
@@ -124,6 +124,8 @@ def find_poisons(
         Flags bool [n], scores float32 [n], and the largest share of a class's variance along its first direction.
     """
     flags, scores, largest = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32), 0.0
+    if unless_finite(embeddings).reason:
+        return flags, scores, largest
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         class_scores = spectral_scores(embeddings[rows])
@@ -156,7 +158,7 @@ def detect(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> Detect
     found = [find_poisons(*arrays, settings) for arrays in zip(embeddings, inputs.labels, strict=True)]
     flags, scores, largest = (np.stack(values) for values in zip(*found, strict=True))
     facts = {"rows left out": flags.sum(axis=1), "largest share of variance in one direction": largest}
-    return Detection(flags, scores, facts)
+    return Detection(flags, scores, facts, not_tested=tuple(map(unless_finite, embeddings)))
 
 
 def run(inputs: DefenseInput, settings: SpectralSignaturesSettings) -> DefenseResult:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.errors import InputError
 from bdjax.settings import check_values
 from bdjax.training.member import as_float
@@ -223,7 +223,12 @@ def run(inputs: DefenseInput, settings: StripSettings) -> DefenseResult:
     thresholds = np.quantile(entropies, settings.false_rejection_rate, axis=1, method="lower").astype(np.float32)
     model = with_rejection(network.model, count, settings.mode, settings.weight)
     facts = {"threshold": thresholds, "median entropy of the clean rows": np.median(entropies, axis=1)}
-    return DefenseResult(model, {**variables, "threshold": jnp.asarray(thresholds)}, facts=facts)
+    nothing = NotTested("needs a clean row whose entropy is above 0: no image has one below a threshold of 0")
+    limits = tuple(
+        unless_finite(of_member) if not np.isfinite(threshold) else NotTested() if threshold > 0 else nothing
+        for of_member, threshold in zip(entropies, thresholds, strict=True)
+    )
+    return DefenseResult(model, {**variables, "threshold": jnp.asarray(thresholds)}, facts=facts, not_tested=limits)
 
 
 STRIP = Defense(

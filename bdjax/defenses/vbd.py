@@ -319,8 +319,8 @@ def _not_tested(
     for label in np.unique(labels).tolist():
         if min(of_network[member][label].least_p_value for of_network in found) >= settings.p_value:
             classes[label] = (
-                "too few of its held-back rows are predicted as their label by the simple networks, or too few others are left "
-                "to compare them with"
+                "has too few held-back rows that the simple networks predict as their label, too few others to compare them "
+                "with, or gradients that are not finite"
             )
     reason = (
         "needs more rows: in no class are enough predicted as their label" if len(classes) == len(set(labels)) else ""
@@ -416,7 +416,9 @@ def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
         return retrained(inputs, stage, found)
     rows = labelled(inputs.index, analysis.new_labels)
     nets = inputs.train(stage, inputs.make_model(), inputs.recipe, rows)
-    return DefenseResult(nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures)
+    return DefenseResult(
+        nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures, found.not_tested
+    )
 
 
 def least(settings: VBDSettings, facts: Facts) -> NotTested:

@@ -291,6 +291,8 @@ def find_candidate(
     Returns:
         The candidate; its mask is all False if the class is not suspicious.
     """
+    if not (np.isfinite(malicious_gradients).all() and np.isfinite(clean_gradients).all()):
+        return no_candidate(malicious.shape[1:])
     gradient = malicious_gradients.mean(axis=0)
     pixel = most_important_pixel(gradient, pixel_rule)
     samples = (importance(gradients, pixel) for gradients in (malicious_gradients, clean_gradients))
@@ -304,7 +306,7 @@ def find_candidate(
 
 
 def no_candidate(image_shape: tuple[int, int, int]) -> Candidate:
-    """The result for a class with too few rows to test."""
+    """The result for a class with too few rows to test, or with gradients of a network that diverged."""
     return Candidate(1.0, (0, 0), np.zeros(image_shape[:2], bool), np.zeros(image_shape, np.float32))
 
 

@@ -27,7 +27,8 @@ class Measured(NamedTuple):
     metrics: tuple[AttackMetrics, ...]
     """one entry for each of the suspect's triggers; empty if no trigger is known"""
     detection: DetectionMetrics
-    facts: Mapping[str, float]
+    facts: Mapping[str, float | None]
+    """None for a number that is not finite, as of a network that diverged"""
     seconds: float
     """time of the shared call divided by the number of suspects in it"""
     not_tested: NotTested = NotTested()
@@ -116,9 +117,13 @@ def score_detection(
         # Without a test there are no flags, which is not the same as none that is set.
         flags, scores = (None, None) if limits.reason else (found.flags[i], found.scores[i])
         detection = measure_detection(flags, scores, suspect.is_poisoned)
-        facts = {name: float(values[i]) for name, values in found.facts.items()}
+        facts = {name: _number(values[i]) for name, values in found.facts.items()}
         results.append(Measured(suspect, variant, None, (), detection, facts, seconds, limits))
     return results
+
+
+def _number(value: np.ndarray) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def not_tested_of(found: Detection | DefenseResult, number: int) -> NotTested:
@@ -188,7 +193,7 @@ def measure(
                 clean_accuracy(clean[i], test.labels),
                 tuple(measured[i]),
                 measure_detection(flags, scores, suspect.is_poisoned),
-                {name: float(values[i]) for name, values in result.facts.items()},
+                {name: _number(values[i]) for name, values in result.facts.items()},
                 seconds,
                 limits,
             )

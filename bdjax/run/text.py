@@ -5,7 +5,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full width
 
 
 def printable(text: str) -> str:
@@ -20,8 +20,9 @@ def printable(text: str) -> str:
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a CSV table, the only way in which bdjax writes one.
 
-    Text is always quoted. A spreadsheet would run text that starts with =, +, -, @, a tab or a carriage return as a formula, so
-    such text gets a leading apostrophe, which spreadsheets show as plain text. Numbers are left as they are.
+    Text is always quoted. A spreadsheet would run text that starts with =, +, -, @ (in full width, too), a tab or the end of a
+    line as a formula, so such text gets a leading apostrophe, which spreadsheets show as plain text. Numbers are left as they
+    are.
 
     Args:
         header: names of the columns.

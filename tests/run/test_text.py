@@ -1,7 +1,9 @@
 import csv
+import pathlib
 
 import pytest
 
+from bdjax.run import text
 from bdjax.run.text import csv_text, printable
 
 
@@ -10,7 +12,7 @@ def test_printable_text_is_one_line_without_control_characters():
     assert printable("a\x1b[31mb\u202ec") == "a\ufffd[31mb\ufffdc"
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
 def test_text_that_a_spreadsheet_would_run_is_neutralised(start):
     name = f"{start}HYPERLINK(1)"
     assert csv_text(("a", "b"), [(name, -1.5)]) == f'"a","b"\n"\'{name}",-1.5\n'
@@ -26,3 +28,11 @@ def test_commas_quotes_and_newlines_survive():
 
 def test_numbers_and_empty_cells_are_left_as_they_are():
     assert csv_text(("n",), [(-3,), (1e-05,), (None,)]) == '"n"\n-3\n1e-05\n""\n'
+
+
+def test_nothing_else_writes_csv():
+    root = pathlib.Path(text.__file__).parents[2]
+    files = [*(root / "bdjax").rglob("*.py"), *(root / "experiments").glob("*.py")]
+    writers = ("csv.writer", "DictWriter", "savetxt", "to_csv", "tofile")
+    using = {path.name for path in files if any(word in path.read_text("utf-8") for word in writers)}
+    assert using == {"text.py"}
