@@ -103,7 +103,7 @@ def test_classes_with_fewer_than_three_different_rows_are_not_split():
     for rows in (one_group(0, 1), one_group(0, 2), np.ones((20, 4), np.float32)):
         assert split_class(rows, "pca", 10) is None
     labels = np.array([0] * 20 + [1] * 2)
-    flags, scores, silhouette = find_clusters(np.ones((22, 4), np.float32), labels, SETTINGS)
+    flags, scores, silhouette, _ = find_clusters(np.ones((22, 4), np.float32), labels, SETTINGS)
     assert not flags.any() and not scores.any() and silhouette == 0
 
 
@@ -139,12 +139,12 @@ def test_the_thresholds_of_the_rules():
 
 def test_scores_rank_poisons_above_all_classes_and_flags_follow_the_rows():
     rows, labels, truth = training_set(1)
-    flags, scores, silhouette = find_clusters(rows, labels, SETTINGS)
+    flags, scores, silhouette, _ = find_clusters(rows, labels, SETTINGS)
     assert flags.dtype == bool and scores.dtype == np.float32
     assert roc_auc_score(truth, scores) == 1.0
     assert silhouette == pytest.approx(split_class(rows[labels == 2], "pca", 10).silhouette)
     order = np.random.default_rng(5).permutation(len(labels))
-    shuffled, shuffled_scores, _ = find_clusters(rows[order], labels[order], SETTINGS)
+    shuffled, shuffled_scores, *_ = find_clusters(rows[order], labels[order], SETTINGS)
     np.testing.assert_array_equal(shuffled, flags[order])
     np.testing.assert_allclose(shuffled_scores, scores[order], atol=1e-5)
 
@@ -198,7 +198,7 @@ def test_exclusionary_uses_a_network_that_was_trained_on_the_rest(inputs, monkey
     assert sizes[0] < sizes[1] < inputs.index.shape[1]
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
     for i, labels in enumerate(inputs.labels):
-        smaller, scores, silhouette = find_clusters(embeddings[i], labels, SETTINGS)
+        smaller, scores, silhouette, _ = find_clusters(embeddings[i], labels, SETTINGS)
         assert smaller[labels == 3].any()
         np.testing.assert_array_equal(result.flags[i], smaller & (labels != 3))
         assert result.facts["classes with a flagged cluster"][i] == len(np.unique(labels[smaller])) - 1

@@ -103,10 +103,20 @@ def test_the_poisoned_side_is_that_with_fewer_clean_rows_or_else_the_smaller():
     moved[clean_labels == 4] = rows[is_poisoned][:CLEAN]
     found = find_poisons(rows, labels, moved, clean_labels, SETTINGS)
     assert found.flags[(labels == 4) & ~is_poisoned].mean() > 0.9 and found.flags[is_poisoned].mean() < 0.1
-    # Without clean rows, the smaller group is.
+    # With as many clean rows in each group, the smaller group is.
+    halves = clean.copy()
+    halves[clean_labels == 4] = np.concatenate(
+        [rows[is_poisoned][: CLEAN // 2], rows[(labels == 4) & ~is_poisoned][: CLEAN // 2]]
+    )
+    found = find_poisons(rows, labels, halves, clean_labels, SETTINGS)
+    assert found.flags[(labels == 4) & ~is_poisoned].mean() > 0.9 and found.flags[is_poisoned].mean() < 0.1
+
+
+def test_without_clean_rows_of_a_class_nothing_shows_which_of_its_groups_is_poisoned():
+    rows, labels, clean, clean_labels, _ = planted([4], share=0.7)
     kept = clean_labels != 4
     found = find_poisons(rows, labels, clean[kept], clean_labels[kept], SETTINGS)
-    assert found.flags[(labels == 4) & ~is_poisoned].mean() > 0.9 and found.flags[is_poisoned].mean() < 0.1
+    assert found.index[4] > SETTINGS.threshold and not found.flags.any()
 
 
 def test_a_direction_that_clean_rows_do_not_use_is_not_ignored():
