@@ -31,7 +31,7 @@ from bdjax.defenses.chain import LINK
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_learners, train_parts
-from bdjax.defenses.teachers import from_classifiers
+from bdjax.defenses.teachers import BATCH_SIZE, ask, from_classifiers, name_of
 from bdjax.errors import InputError
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
@@ -461,12 +461,14 @@ def evaluate(model: Classifier | Network, test: Dataset, trigger: Trigger | None
 
 def _predicted_classes(model: Classifier | Network, test: Dataset, images: np.ndarray) -> np.ndarray:
     """Predicted classes, int [rows] or [N, rows]."""
-    logits = np.asarray(model(images.astype(np.float32) / 255))
-    seeds = getattr(model, "seeds", None)
-    if logits.ndim != (3 if seeds else 2) or logits.shape[-2] != len(test) or logits.shape[-1] < test.num_classes:
-        raise InputError(
-            f"evaluate: the model returned logits of shape {list(logits.shape)}; should be {[len(test), test.num_classes]}"
-        )
+    if not isinstance(model, Network):
+        if not callable(model):
+            raise InputError(f"evaluate: model is a {type(model).__name__}; it must map images to logits")
+        name = f"evaluate: the model ({name_of(model)})"
+        return np.argmax(ask(model, images, test.num_classes, name, more_classes=True), -1)
+    logits = model(images.astype(np.float32) / 255)
+    if logits.shape[-1] < test.num_classes:
+        raise InputError(f"evaluate: the model has {logits.shape[-1]} classes; the test rows have {test.num_classes}")
     return np.argmax(logits, -1)
 
 
@@ -744,6 +746,7 @@ def ta_kd(
     validation_share: float = 0.2,
     training: Mapping[str, Any] = {},
     seeds: int | None = None,
+    teacher_batch: int = BATCH_SIZE,
     **settings: Any,
 ) -> TaKd:
     """Distil a clean student from untrusted classifiers, using only their logits on clean images.
@@ -759,6 +762,7 @@ def ta_kd(
         validation_share: share of the clean rows for the learning-rate schedule.
         training: other fields of `bdjax.training.member.TrainConfig`.
         seeds: the number of seeds to run in one call; None for a single run.
+        teacher_batch: the most images that a teacher gets in one call.
         settings: fields of `bdjax.defenses.ta_kd.TaKdConfig`: temperature, alpha, aggregation, ...
 
     Raises:
@@ -766,11 +770,12 @@ def ta_kd(
     """
     _check_data(clean, "ta_kd: clean")
     config = changed("ta_kd", TaKdConfig(), settings)
+    models = models if callable(models) else list(models)
+    logits_of_teachers = from_classifiers(models, clean.num_classes, teacher_batch)
     _check_ta_kd(config, len(models), validation_share)
     changes = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, **training}
     recipe = _recipe("ta_kd: training", changes, TrainConfig(keep_last_batch=False))
     keys, runner = _keys(key, seeds), _runner(clean.image_shape)
-    logits_of_teachers = from_classifiers(models, clean.num_classes)
     clean_sets = []
     for split_key, view_key in map(jax.random.split, keys):
         parts = splits.train_validation_rows(split_key, np.arange(len(clean)), validation_share)

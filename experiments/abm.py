@@ -9,6 +9,11 @@ Each attack and seed gives one poisoned training set; every defense runs on all 
 was given. The same command continues an interrupted run, and ends at the same numbers.
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -11,6 +11,11 @@ numbers. Everything is written to one folder (`--output`, by default in `runs/at
 each poisoned training set as an .npz with images, labels, is_poisoned, original_labels and is_cover.
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -8,6 +8,11 @@ PyTorch is optional (`pip install -e '.[bench]'`). The same command resumes an i
 Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 import dataclasses
 import json
 import os

@@ -9,6 +9,11 @@ Each attack and seed gives one suspect teacher; every method gets all teachers a
 The same command continues an interrupted run, and ends at the same numbers.
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -11,6 +11,11 @@ interrupted run, and ends at the same numbers. Everything is written to one fold
 open its report.html.
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -10,6 +10,11 @@ Each attack and seed gives one poisoned training set; every detector runs on all
 was given. Each seed has another target class. The same command continues an interrupted run, and ends at the same numbers.
 """
 
+from bdjax import interruption
+
+if __name__ == "__main__":
+    interruption.exit_at_once()  # the other imports take seconds
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -238,7 +238,12 @@ class TestEvaluate:
         assert bdjax.evaluate(three, TEST).cda.shape == (3,)
 
     def test_what_cannot_be_measured_is_refused(self, victim, bad):
+        def fail(images):
+            raise ValueError("ours")
+
         refused("logits of shape", bdjax.evaluate, lambda images: np.zeros(len(images)), TEST)
+        refused(r"evaluate: the model \(fail\) failed: ValueError: ours", bdjax.evaluate, fail, TEST)
+        refused("evaluate: model is a str; it must map images to logits", bdjax.evaluate, "resnet10", TEST)
         refused("which knows its target", bdjax.evaluate, victim, TEST, lambda images: images)
         refused("none of the", bdjax.evaluate, victim, TEST[TEST.labels == 1], bad.trigger)
 
@@ -346,7 +351,9 @@ class TestTaKd:
 
     def test_teachers_with_other_logits_are_refused(self):
         refused("no teachers: TA-KD needs at least one", bdjax.ta_kd, [], CLEAN, KEY)
-        refused("teacher 1 returned logits of shape", bdjax.ta_kd, [lambda images: np.zeros((3, 3))], CLEAN, KEY)
+        refused(
+            r"teacher 1 \(.*\) returned logits of shape", bdjax.ta_kd, [lambda images: np.zeros((3, 3))], CLEAN, KEY
+        )
 
 
 def test_the_snippet_of_the_readme_runs(tmp_path, monkeypatch, capsys):

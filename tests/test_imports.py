@@ -10,7 +10,8 @@ import bdjax
 
 ROOT = pathlib.Path(bdjax.__file__).parent
 ORDER = (
-    *("types", "errors", "losses", "settings", "metrics", "datasets", "triggers", "models", "training", "attacks"),
+    *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "datasets", "triggers", "models"),
+    *("training", "attacks"),
     *("defenses", "inspection", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

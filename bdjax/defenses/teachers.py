@@ -1,7 +1,11 @@
-"""Teachers for TA-KD: anything that returns logits."""
+"""Teachers for TA-KD: anything that returns logits. What a Python callable returns is checked before it is used."""
 
-from collections.abc import Callable, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
@@ -9,6 +13,13 @@ from bdjax.types import Array, Classifier, PyTree
 
 TeacherLogits = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, H, W, C] -> float32 [N, B, K], the logits of N teachers."""
+
+BATCH_SIZE = 256
+"""Most images that a callable gets in one call."""
+_AS_NUMPY = "return a NumPy array: tensor.detach().cpu().numpy()"
+_LOGITS_ALONE = "return the logits alone, as an array [rows, classes]"
+_NEARLY = 1e-3
+"""Deviation of a row's sum from 1 that still looks like probabilities."""
 
 
 def from_members(predict: Callable[[PyTree, Array], Array], variables: PyTree) -> TeacherLogits:
@@ -21,32 +32,145 @@ def from_members(predict: Callable[[PyTree, Array], Array], variables: PyTree) -
     return lambda images: np.asarray(predict(variables, images))
 
 
-def from_classifiers(classifiers: Sequence[Classifier], num_classes: int) -> TeacherLogits:
+def from_classifiers(
+    classifiers: Sequence[Classifier], num_classes: int, batch_size: int = BATCH_SIZE
+) -> TeacherLogits:
     """Use Python callables as teachers: for example a PyTorch model, or a function that queries a remote service.
 
-    They are called outside compiled functions, once for each set of images, and are not differentiated.
+    They are called outside compiled functions and are not differentiated. A teacher whose rows all sum to 1 gives a warning,
+    once: distillation needs logits, not probabilities.
 
     Args:
         classifiers: each maps float32 [B, H, W, C] in [0, 1] to logits [B, K].
         num_classes: K.
+        batch_size: the largest B.
 
     Raises:
-        InputError: no classifiers; later, one that returns another shape or values that are not finite.
+        InputError: no classifiers, or one that cannot be called, or the batch size is below 1; later, one that raises an
+            exception, or returns anything but finite numbers [B, K].
     """
+    if callable(classifiers):
+        raise InputError(f"the teachers are a {type(classifiers).__name__}; pass a list of callables, [teacher]")
+    classifiers = list(classifiers)
     if not classifiers:
         raise InputError("no teachers: TA-KD needs at least one")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InputError(f"the teachers' batch size {batch_size!r} is not a whole number of at least 1")
+    names = [f"teacher {number + 1} ({name_of(classifier)})" for number, classifier in enumerate(classifiers)]
+    for name, classifier in zip(names, classifiers, strict=True):
+        if not callable(classifier):
+            raise InputError(f"{name} cannot be called; a function from images to logits is needed")
+    warned: set[str] = set()
 
     def logits(images: np.ndarray) -> np.ndarray:
-        outputs = []
-        for i, classifier in enumerate(classifiers):
-            output = np.asarray(classifier(images.astype(np.float32) / 255), np.float32)
-            if output.shape != (len(images), num_classes):
-                raise InputError(
-                    f"teacher {i + 1} returned logits of shape {output.shape}; should be {(len(images), num_classes)}"
+        found = np.empty((len(classifiers), len(images), num_classes), np.float32)
+        for output, name, classifier in zip(found, names, classifiers, strict=True):
+            output[:] = ask(classifier, images, num_classes, name, batch_size)
+            if name not in warned and _look_like_probabilities(output):
+                warned.add(name)
+                warnings.warn(
+                    f"{name} seems to return probabilities: each row sums to 1; logits are needed, the numbers before the "
+                    "softmax (their logarithms would do)",
+                    stacklevel=2,
                 )
-            if not np.isfinite(output).all():
-                raise InputError(f"teacher {i + 1} returned logits that are not finite")
-            outputs.append(output)
-        return np.stack(outputs)
+        return found
 
     return logits
+
+
+def ask(
+    classifier: Classifier,
+    images: np.ndarray,
+    num_classes: int,
+    name: str,
+    batch_size: int = BATCH_SIZE,
+    more_classes: bool = False,
+) -> np.ndarray:
+    """The logits of a Python callable, asked in batches.
+
+    Args:
+        classifier: maps float32 [B, H, W, C] in [0, 1] to logits [B, K].
+        images: uint8 [N, H, W, C].
+        num_classes: K.
+        name: what the errors call it: "teacher 1 (resnet)".
+        batch_size: the largest B.
+        more_classes: whether K may be larger, as for a detector that rejects images.
+
+    Returns:
+        float32 [N, K].
+
+    Raises:
+        InputError: the callable raises an exception, whose message is kept, or returns anything but finite numbers [B, K].
+    """
+    parts = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].astype(np.float32) / 255
+        rows = len(batch)
+        try:
+            output = classifier(batch)
+        except Exception as error:
+            raise InputError(f"{name} failed: {type(error).__name__}: {_one_line(error)}") from error
+        part = _as_array(output, rows, num_classes, name)
+        columns = part.shape[1] if part.ndim == 2 and len(part) == rows else 0
+        if columns != num_classes and not (more_classes and columns > num_classes):
+            hint = "; they look like predicted classes, and logits are needed" if part.shape == (rows,) else ""
+            raise InputError(f"{name} returned logits of shape {part.shape}; should be {(rows, num_classes)}{hint}")
+        with np.errstate(over="ignore"):
+            # A copy: the callable may use the same buffer for its next result.
+            part = np.array(part, np.float32)
+        if not np.isfinite(part).all():
+            row, column = np.argwhere(~np.isfinite(part))[0]
+            raise InputError(
+                f"{name} returned logits that are not finite float32 numbers: {part[row, column]} for image {start + row}, "
+                f"class {column}"
+            )
+        parts.append(part)
+    if len({part.shape[1] for part in parts}) > 1:
+        raise InputError(f"{name} returned a different number of classes for different images")
+    return np.concatenate(parts) if parts else np.empty((0, num_classes), np.float32)
+
+
+def name_of(classifier: object) -> str:
+    """The name of a callable in messages: of the function, or of the object's type."""
+    name = getattr(classifier, "__name__", None)
+    return _one_line(name if isinstance(name, str) else type(classifier).__name__, 60)
+
+
+def _as_array(output: Any, rows: int, num_classes: int, name: str) -> np.ndarray:
+    """What a callable returned as an array of real numbers; its shape is not checked."""
+    kind = _one_line(type(output).__name__, 60)
+    if output is None or isinstance(output, (str, bytes)):
+        raise InputError(f"{name} returned {'None' if output is None else f'a {kind}'}; {_LOGITS_ALONE}")
+    if inspect.iscoroutine(output):
+        output.close()
+        raise InputError(f"{name} is asynchronous and returned a coroutine; pass a function that waits for the logits")
+    if isinstance(output, (Mapping, tuple)):
+        parts = getattr(output, "_fields", None) or (list(output) if isinstance(output, Mapping) else None)
+        what = f"with {_one_line(', '.join(map(str, parts)), 100)}" if parts else f"of {len(output)}"
+        raise InputError(f"{name} returned a {kind} {what}; {_LOGITS_ALONE}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            array = np.asarray(output)
+    except Exception as error:
+        is_tensor = hasattr(output, "detach") and hasattr(output, "cpu")
+        advice = _AS_NUMPY if is_tensor else _LOGITS_ALONE
+        raise InputError(f"{name} returned a {kind}, which is no array ({_one_line(error)}); {advice}") from error
+    is_real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if array.dtype == object:
+        within = {_one_line(type(part).__name__, 60) for part in array.reshape(-1)[:1]}
+        inner = f" of {within.pop()}" if within and array.ndim else ""
+        raise InputError(f"{name} returned a {kind}{inner}, which is no array of numbers; {_LOGITS_ALONE}")
+    if not is_real:
+        raise InputError(f"{name} returned {array.dtype} values; logits are real numbers, such as float32")
+    return array
+
+
+def _look_like_probabilities(logits: np.ndarray) -> bool:
+    sums = logits.sum(axis=1)
+    return bool(len(logits)) and bool(np.all(logits >= 0)) and bool(np.all(np.abs(sums - 1) <= _NEARLY))
+
+
+def _one_line(text: object, limit: int = 300) -> str:
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in str(text)).split())
+    return line if len(line) <= limit else f"{line[: limit - 1]}…"

@@ -8,17 +8,19 @@
 A folder holds arrays and JSON only, so reading it cannot run code.
 """
 
+import hashlib
 import io
-import os
+import json
 import pathlib
 import zipfile
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax import atomic
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.errors import InputError
@@ -38,6 +40,8 @@ class ModelFolder(NamedTuple):
     """triggers of N providers, entry i for model i; None if unknown"""
     label_rules: tuple[str, ...] = ()
     """keys of LABEL_RULES, one for each trigger; empty if unknown"""
+    digest: str = ""
+    """SHA-256 of all of it, whatever the folder's place"""
 
 
 def write(
@@ -84,7 +88,6 @@ def write(
 def _write_triggers(
     folder: pathlib.Path, triggers: ProviderTriggers, target: int, label_rules: Sequence[str], target_name: str
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     arrays = {name: np.asarray(leaf) for name, leaf in triggers.params._asdict().items()}
     if label_rules:
@@ -92,9 +95,7 @@ def _write_triggers(
     if target_name:
         arrays["target_name"] = np.array(target_name)
     np.savez(buffer, **arrays, names=np.array(triggers.names), similar_group=triggers.similar_group, target=target)
-    temporary = folder / (TRIGGERS + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    os.replace(temporary, folder / TRIGGERS)
+    atomic.write_bytes(folder / TRIGGERS, buffer.getvalue())
 
 
 def read(
@@ -132,11 +133,22 @@ def read(
         raise InputError(f"{folder / 'about.json'}: members is {about['members']}; should be at least 1")
     model = make_model(about["model_name"], num_classes, about["width"], lowering, compute_dtype)
     like = ensemble.trained_like(model, image_shape, about["members"], 0).variables
-    variables = checkpoint.load(folder, like)
+    variables = checkpoint.load(folder, like, remedy="the folder is damaged; copy it again from where it came from")
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not np.isfinite(np.asarray(leaf)).all():
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} has values that are not finite")
-    return ModelFolder(model, variables, *_read_triggers(folder / TRIGGERS, about["members"], image_shape, target))
+    triggers, rules = _read_triggers(folder / TRIGGERS, about["members"], image_shape, target)
+    return ModelFolder(model, variables, triggers, rules, _digest(about, variables, triggers, rules))
+
+
+def _digest(about: Mapping[str, Any], *parts: PyTree) -> str:
+    """SHA-256 of a description and of arrays, numbers and texts."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(parts):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _read_triggers(

@@ -68,6 +68,8 @@ class ThirdPartyModels(NamedTuple):
     """stacked [N, ...]"""
     suspects: list[Suspect]
     """N, for the first seed; with a plan if the trigger is known"""
+    digest: str = ""
+    """SHA-256 of the folder's content"""
 
 
 @dataclass(frozen=True)
@@ -284,7 +286,7 @@ def read_folder(
             params = (MaskedBlend(*(leaf[number] for leaf in found.triggers.params)),)
         label = f"your {name}" + (f" ({found.triggers.names[number]})" if found.triggers else "")
         suspects.append(Suspect(AttackVariant(name, plan, target, 0.0, label=label), 0, train, params, None))
-    return ThirdPartyModels(found.model, found.variables, suspects)
+    return ThirdPartyModels(found.model, found.variables, suspects, found.digest)
 
 
 def _no_params(*arguments: object) -> PyTree:

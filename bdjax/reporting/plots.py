@@ -23,8 +23,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from bdjax import atomic
 from bdjax.reporting.tables import UNKNOWN
-from bdjax.run.folder import write_bytes_atomically
 from bdjax.run.text import printable
 
 DPI = 144
@@ -458,7 +458,7 @@ def to_png(figure: Figure) -> bytes:
 
 def save(figure: Figure, path: Path) -> Path:
     """Writes the figure as a PNG, atomically, and returns the path."""
-    return write_bytes_atomically(path, to_png(figure))
+    return atomic.write_bytes(path, to_png(figure))
 
 
 def draw_title(figure: Figure, title: str) -> None:

@@ -1,10 +1,12 @@
 """The command line of every experiment: flags from a dataclass with presets, and failures as one clear line."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shlex
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from bdjax import interruption
 from bdjax.errors import InputError
 from bdjax.training import ensemble, processes
 
@@ -21,7 +24,7 @@ Config = TypeVar("Config")
 FAILED = 2
 """Exit status if the input cannot be used."""
 LOST = 1
-"""Exit status if another process has failed or is gone."""
+"""Exit status if something outside of the run fails: another process, the disk."""
 
 
 def parse(
@@ -101,34 +104,62 @@ def use_compilation_cache() -> None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "bdjax" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
-    """Run an experiment's main function. Input that cannot be used gives one line on standard error and exit status 2.
+    """Run an experiment's main function. What a user can mend gives one line on standard error and an exit status above 0.
 
-    The flags for several processes (`processes.HELP`), which every experiment has, are removed from the command line first.
+    That is input that cannot be used, an interruption, a failure of the disk, and a failure of another process. The flags for
+    several processes (`processes.HELP`), which every experiment has, are removed from the command line first.
     """
-    use_compilation_cache()
-    ensemble.use_every_core()
-    try:
-        others, arguments = processes.take_flags(sys.argv[1:] if arguments is None else arguments)
-        if others is not None:
-            processes.start(others)
-        main(arguments)
-    except InputError as error:
-        processes.report_failure(error)
+    with interruption.handled():
+        try:
+            use_compilation_cache()
+            ensemble.use_every_core()
+            others, arguments = processes.take_flags(sys.argv[1:] if arguments is None else arguments)
+            if others is not None:
+                processes.start(others)
+            main(arguments)
+            interruption.check()
+        except SystemExit:  # --help, or flags that cannot be read
+            raise
+        except BaseException as error:
+            status = _report(error)
+            if status is None:
+                raise
+            raise SystemExit(status) from None
+
+
+def _report(error: BaseException) -> int | None:
+    """Print an error that the user can mend as one line; returns the exit status, None for any other error."""
+    # A library may turn the interruption into an error of its own.
+    is_interrupted = isinstance(error, KeyboardInterrupt) or interruption.received()
+    status = interruption.end() if is_interrupted else None
+    processes.report_failure(error)
+    if is_interrupted:
+        Console(stderr=True).print(interruption.MESSAGE, style="yellow", soft_wrap=True)
+    elif isinstance(error, InputError):
+        status = FAILED
         _print_error(error)
-        raise SystemExit(FAILED) from None
-    except processes.ProcessError as error:
+    elif isinstance(error, processes.ProcessError):
+        status = LOST
         _print_error(f"{error}; run the same command again to continue, with any number of processes")
-        raise SystemExit(LOST) from None
-    except KeyboardInterrupt as error:
-        processes.report_failure(error)
-        Console(stderr=True).print("interrupted; run the same command again to continue", style="yellow")
-        raise SystemExit(130) from None
-    except Exception as error:
-        processes.report_failure(error)
-        raise
+    elif isinstance(error, OSError) and error.errno:
+        status = LOST
+        _abandon_output()
+        where = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{where}{error.strerror}; when that is mended, run the same command again to continue")
+    return status
+
+
+def _abandon_output() -> None:
+    """If standard output cannot be written, for the disk is full or the reader is gone, do not try again at the exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _print_error(error: object) -> None:

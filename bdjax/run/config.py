@@ -22,7 +22,7 @@ from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
-IGNORED = ("data_dir", "output")
+IGNORED = ("data_dir", "output", "teacher_batch")
 """Fields that do not influence any number."""
 ALL = "all"
 """The value of `--defenses` that stands for the whole registry."""
@@ -232,13 +232,26 @@ def choose_engine(
         )
 
 
-def open_folder(experiment: str, folder: pathlib.Path, config: ExperimentConfig, engine: probe.Choice) -> RunFolder:
+def open_folder(
+    experiment: str,
+    folder: pathlib.Path,
+    config: ExperimentConfig,
+    engine: probe.Choice,
+    contents: Mapping[str, str] = {},
+) -> RunFolder:
     """Start a run, or continue the run in the folder.
+
+    Args:
+        experiment: its name.
+        folder: the run's folder.
+        config: all settings.
+        engine: layout and lowering.
+        contents: setting that is a path -> digest of what is there; see `open_run`.
 
     Raises:
         InputError: the folder cannot be used, or holds a run with other settings.
     """
-    opened = open_run(folder, config, experiment=experiment, ignore=IGNORED)
+    opened = open_run(folder, config, experiment=experiment, ignore=IGNORED, contents=contents)
     opened.write_json(ENGINE_FILE, probe.record(engine))
     return opened
 

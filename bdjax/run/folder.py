@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import stat
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +24,14 @@ import jax
 import numpy as np
 
 import bdjax
+from bdjax import atomic
 from bdjax.errors import InputError
+from bdjax.run.lock import Lock, lock
 from bdjax.run.text import printable
 from bdjax.training import processes
 
 CONFIG_FILE = "config.json"
+_OF_EVERY_RUN = (CONFIG_FILE, "engine.json", "results.json", "table.md", "timings.json", "report.html")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -35,7 +39,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 class RunFolder:
     """An open run. Every write is atomic: a reader finds the old file or the new one, never a partial file.
 
-    With several processes only the primary writes.
+    With several processes only the primary writes. As long as the object lives, no other run can open the folder.
     """
 
     path: Path
@@ -44,6 +48,7 @@ class RunFolder:
     """False if the run was started before, with the same settings"""
     record: Mapping[str, Any] = field(default_factory=dict)
     """contents of config.json"""
+    lock: Lock | None = field(default=None, repr=False, compare=False)
 
     @property
     def checkpoints(self) -> Path:
@@ -51,16 +56,24 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def file(self, name: str) -> Path:
-        """Returns the path of a file in this folder; a name that leads out of it is a ValueError."""
-        path = (self.path / name).resolve()
-        if not path.is_relative_to(self.path.resolve()) or path == self.path.resolve():
+        """Returns the path of a file in this folder, which need not exist; a name that leads out of it is a ValueError.
+
+        Raises:
+            InputError: a link or a folder is in its place, or a link above it leads out of the folder.
+        """
+        relative = Path(os.path.normpath(name))
+        if relative.is_absolute() or relative.parts[:1] in ((), ("..",)):
             raise ValueError(f"{name!r} is not the name of a file inside the run folder")
+        path = self.path / relative
+        if not path.parent.resolve().is_relative_to(self.path.resolve()):
+            raise InputError(f"{path}: a link leads out of the run folder; remove it, or choose another --output")
+        _require_plain(path)
         return path
 
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Writes a file atomically and returns its path."""
         path = self.file(name)
-        return write_bytes_atomically(path, data) if processes.is_primary() else path
+        return atomic.write_bytes(path, data) if processes.is_primary() else path
 
     def write_text(self, name: str, text: str) -> Path:
         """Writes a UTF-8 file atomically and returns its path."""
@@ -76,7 +89,9 @@ class RunFolder:
         return self.write_text(name, _to_json(value, Path(name).stem))
 
 
-def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str] = ()) -> RunFolder:
+def open_run(
+    output: Path, config: Any, *, experiment: str, ignore: Sequence[str] = (), contents: Mapping[str, str] = {}
+) -> RunFolder:
     """Starts a run in a folder, or continues the run in it.
 
     Args:
@@ -84,12 +99,15 @@ def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str
         config: the experiment's settings, a dataclass instance; written verbatim to `config.json`.
         experiment: the name of the experiment.
         ignore: fields that do not influence any number, such as the data folder; they may differ when a run is continued.
+        contents: field that is a path -> digest of what is there. The path may differ when a run is continued, if the content
+            is the same; another content at the same path may not.
 
     Returns:
         The open run.
 
     Raises:
-        InputError: the folder cannot be used, or holds other files, or a run with other settings; nothing was changed.
+        InputError: the folder cannot be used, is in use by another process, or holds other files, or a run with other settings;
+            nothing was changed.
     """
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise TypeError(f"config must be a dataclass instance, not {type(config).__name__}")
@@ -97,13 +115,15 @@ def open_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str
         settings = to_plain(config, "config")
     except ValueError as error:
         raise InputError(str(error)) from error
-    opened = _open(output, settings, experiment, list(ignore))
-    return RunFolder(path=Path(opened["path"]), is_new=opened["is_new"], record=opened["record"])
+    wanted = {"experiment": experiment, "config": settings, **({"contents": dict(contents)} if contents else {})}
+    locks: list[Lock | None] = [None]
+    opened = _open(output, wanted, list(ignore), locks)
+    return RunFolder(Path(opened["path"]), opened["is_new"], opened["record"], locks[-1])
 
 
 @processes.by_primary
-def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Sequence[str]) -> dict[str, Any]:
-    """Creates or checks the folder, and returns the fields of a `RunFolder`."""
+def _open(output: Path, wanted: Mapping[str, Any], ignore: Sequence[str], locks: list[Lock | None]) -> dict[str, Any]:
+    """Creates or checks the folder, appends its lock, and returns the other fields of a `RunFolder`."""
     path = Path(output).expanduser().absolute()
     try:
         if path.exists() and not path.is_dir():
@@ -111,24 +131,47 @@ def _open(output: Path, settings: Mapping[str, Any], experiment: str, ignore: Se
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
             raise InputError(f"{output} cannot be written to; choose another --output")
-        is_new = not (path / CONFIG_FILE).exists()
+        _existing(path, wanted, ignore, output)  # a folder of something else gets not even a lock file
+        locks.append(lock(path, output))
+        atomic.remove_remains(path)
+        record = _existing(path, wanted, ignore, output)  # another process may have begun the run meanwhile
+        is_new = record is None
         if is_new:
-            # Hidden files are allowed: file managers leave them, and so does our own write if it is killed.
-            others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
-            if others:
-                raise InputError(
-                    f"{output} has files ({_shorten(', '.join(others))}) but no {CONFIG_FILE}, so it is not the folder of a "
-                    "run; choose another --output"
-                )
-            record = {"experiment": experiment, "config": settings, **describe_environment()}
-            write_bytes_atomically(path / CONFIG_FILE, _encode(_to_json(record, "config")))
-        else:
-            record = _read_record(path / CONFIG_FILE, output)
-            _require_same(record, experiment, settings, ignore, output)
+            record = {**wanted, **describe_environment()}
+            atomic.write_bytes(path / CONFIG_FILE, _encode(_to_json(record, "config")))
         (path / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{output} cannot be used ({error.strerror or error}); choose another --output") from error
     return {"path": os.fspath(path), "is_new": is_new, "record": record}
+
+
+def _existing(path: Path, wanted: Mapping[str, Any], ignore: Sequence[str], output: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder; None if the folder is empty."""
+    for name in _OF_EVERY_RUN:
+        _require_plain(path / name)
+    if (path / CONFIG_FILE).exists():
+        record = _read_record(path / CONFIG_FILE, output)
+        _require_same(record, wanted, ignore, output)
+        return record
+    # Hidden files are allowed: file managers leave them, and so does our own write if it is killed.
+    others = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if others:
+        raise InputError(
+            f"{output} has files ({_shorten(', '.join(others))}) but no {CONFIG_FILE}, so it is not the folder of a "
+            "run; choose another --output"
+        )
+    return None
+
+
+def _require_plain(path: Path) -> None:
+    """Refuses to replace what is no plain file: the target of a link may be anything."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "not a plain file"
+        raise InputError(f"{path} is {kind}, in the place of a file of the run; remove it, or choose another --output")
 
 
 def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:
@@ -187,23 +230,6 @@ def git_revision() -> str | None:
         return None
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> Path:
-    """Writes a file so that an interruption at any point leaves the previous one intact; creates its folder if needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut could leave an empty file under the new name
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
-
-
 def to_plain(value: Any, where: str = "value") -> Any:
     """Converts a value to JSON's types.
 
@@ -258,13 +284,24 @@ def _read_record(path: Path, output: Path) -> dict[str, Any]:
     return record
 
 
-def _require_same(
-    record: Mapping[str, Any], experiment: str, settings: Mapping[str, Any], ignore: Sequence[str], output: Path
-) -> None:
+def _require_same(record: Mapping[str, Any], wanted: Mapping[str, Any], ignore: Sequence[str], output: Path) -> None:
+    experiment, settings = wanted["experiment"], wanted["config"]
     if record["experiment"] != experiment:
         raise InputError(
             f"{output} holds a run of {_shorten(record['experiment'])}, not of {experiment}; choose another --output"
         )
+    known = record.get("contents")
+    for name, digest in wanted.get("contents", {}).items():
+        if not isinstance(known, dict) or name not in known:  # a run of an older version
+            continue
+        if known[name] == digest:
+            ignore = [*ignore, name]
+        elif record["config"].get(name) == settings[name]:
+            flag = f"--{name.replace('_', '-')}={settings[name]}"
+            raise InputError(
+                f"{output} holds a run with another content of {flag}, which has changed since the run began; choose "
+                "another --output"
+            )
     old, new = _flatten(record["config"]), _flatten(settings)
     differences = [
         f"{name} {_show(old, name)} -> {_show(new, name)}"

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from bdjax import interruption
 from bdjax.run.text import printable
 from bdjax.training import processes
 
@@ -26,6 +27,7 @@ class StageProgress:
 
     def advance(self, steps: int = 1, message: str = "") -> None:
         """Reports further finished steps, and a message such as "loss 0.31"."""
+        interruption.check()
         self.done += steps
         self._report(self.done, message)
 
@@ -68,21 +70,24 @@ class StageLog:
         detail = detail or (f"{total} {unit}".strip() if total is not None else "")
         start = self._clock()
         self._inner.append(0.0)
-        has_failed = True
+        failure = ""
         # One bar at a time: a nested stage has only its line.
         shown = self._bar if self.console.is_terminal and not self._has_bar else self._plain_lines
         try:
             with shown(name, total, unit) as report:
                 progress = StageProgress(report, detail)
                 yield progress
-            has_failed = False
+            interruption.check()
+        except BaseException as error:
+            failure = "failed" if isinstance(error, Exception) else "interrupted"
+            raise
         finally:
             seconds = self._clock() - start
             self.timings[name] = self.timings.get(name, 0.0) + seconds - self._inner.pop()
             if self._inner:
                 self._inner[-1] += seconds
-            if has_failed:
-                self.note(name, f"failed after {format_seconds(seconds)}")
+            if failure:
+                self.note(name, f"{failure} after {format_seconds(seconds)}")
             else:
                 written = f"   → {printable(progress.output)}" if progress.output else ""
                 self.note(name, f"{printable(progress.detail):<28} {format_seconds(seconds):>10}{written}")

@@ -6,31 +6,49 @@ There are two kinds. Both are written to a temporary folder and renamed, so an i
 - `save_progress` / `load_progress`: the state of an unfinished stage, once per epoch, with all leaves of one dtype packed into
   one vector. Orbax takes about 1.5 ms per leaf, which for a state of many small leaves would exceed the epoch itself.
 
+Each holds the SHA-256 of its files, which are checked before Orbax reads them: Orbax would accept a flipped bit, and answers a
+damaged file with pages of errors. Checkpoints of older versions have no hashes, and are read without.
+
 With several processes, all of them call each function. Only the primary writes (Orbax ensures that for its own files, with a
 barrier), and each process reads for itself.
 """
 
 import contextlib
+import gc
+import hashlib
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping
-from typing import Any
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from bdjax import atomic, interruption
 from bdjax.errors import InputError
 from bdjax.training import processes
 from bdjax.types import PyTree
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs a dozen lines per save
 
+Result = TypeVar("Result")
+
 _PROGRESS = "progress-"
 _ABOUT = "about.json"
+_TREE = "tree"
+_HASHES = "sha256"
+"""in about.json: name of each file below tree/ -> its SHA-256"""
+_HASHES_OF_PROGRESS = "sha256.json"
+"""the same as a file of its own"""
+_CHUNK = 1 << 20
+_LARGEST_JSON = 1 << 26
 
 
 def _by_itself() -> contextlib.AbstractContextManager:
@@ -44,6 +62,9 @@ def _by_itself() -> contextlib.AbstractContextManager:
     return ocp.Context(multiprocessing_options=options)
 
 
+# ---- Finished trees -------------------------------------------------------------------------------------------------
+
+
 def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
     """Write a finished tree, replacing an existing one.
 
@@ -51,35 +72,37 @@ def save(folder: pathlib.Path, tree: PyTree, about: Mapping[str, Any]) -> None:
         folder: gets `folder/tree`, an Orbax checkpoint, and `folder/about.json`, its description.
         tree: a pytree of arrays.
         about: JSON-serialisable facts needed to rebuild the target, such as the model's name, width and classes.
+
+    Raises:
+        OSError: if the files cannot be written, for example because the disk is full.
     """
     folder = folder.absolute()
     _make_room(folder)
     tree = jax.tree.map(_plain, tree)
     # With several processes Orbax refuses arrays on the devices of only one of them.
-    ocp.save(folder / "tree", tree if processes.count() == 1 else jax.device_get(tree))
-    _complete(folder, dict(about))
+    written = tree if processes.count() == 1 else jax.device_get(tree)
+    _write(folder / _TREE, written, lambda: _complete(folder, dict(about)))
 
 
 @processes.by_primary
 def _make_room(folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # about.json is written last and makes the checkpoint complete.
-    with contextlib.suppress(FileNotFoundError):
-        (folder / _ABOUT).unlink()
-    shutil.rmtree(folder / "tree", ignore_errors=True)
+    _remove(folder / _ABOUT)
+    for path in folder.glob(f"{_TREE}*"):  # also what an interrupted write left
+        _remove(path)
 
 
 @processes.by_primary
 def _complete(folder: pathlib.Path, facts: dict[str, Any]) -> None:
-    temporary = folder / (_ABOUT + ".tmp")
-    temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, folder / _ABOUT)
+    facts[_HASHES] = _hashes(folder / _TREE)
+    atomic.write_bytes(folder / _ABOUT, f"{json.dumps(facts, indent=2, sort_keys=True)}\n".encode())
 
 
 @processes.by_primary
 def is_complete(folder: pathlib.Path) -> bool:
-    """Whether `folder` holds a finished checkpoint."""
-    return (folder / _ABOUT).is_file() and (folder / "tree").is_dir()
+    """Whether `folder` holds a finished checkpoint, which may be damaged."""
+    return (folder / _ABOUT).is_file()
 
 
 def about(folder: pathlib.Path) -> dict[str, Any]:
@@ -88,58 +111,98 @@ def about(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
         InputError: if the folder is not a finished checkpoint, or its about.json is not JSON.
     """
+    return {name: fact for name, fact in _read_about(folder).items() if name != _HASHES}
+
+
+def _read_about(folder: pathlib.Path) -> dict[str, Any]:
     if not is_complete(folder):
-        raise InputError(f"{folder}: not a finished checkpoint; it should contain tree/ and {_ABOUT}")
-    try:
-        facts = json.loads((folder / _ABOUT).read_text())
-    except ValueError as error:
-        raise InputError(f"{folder / _ABOUT}: not JSON ({error})") from None
+        raise InputError(f"{folder}: not a finished checkpoint; it should contain {_TREE}/ and {_ABOUT}")
+    facts = _read_json(folder / _ABOUT)
     if not isinstance(facts, dict):
         raise InputError(f"{folder / _ABOUT}: should contain a JSON object, not {type(facts).__name__}")
     return facts
 
 
-def load(folder: pathlib.Path, like: PyTree) -> PyTree:
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise InputError(f"{path}: has {path.stat().st_size} bytes; at most {_LARGEST_JSON} are read")
+        return json.loads(path.read_bytes())
+    except InputError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise InputError(f"{path}: not JSON ({_first_line(error)})") from None
+
+
+def check_facts(folder: pathlib.Path, facts: Mapping[str, Any]) -> None:
+    """Check that a finished checkpoint is of the stage that it is read for.
+
+    Args:
+        folder: as for `save`.
+        facts: as given to `save`; those that an older version did not save are not compared.
+
+    Raises:
+        InputError: if a fact differs, or as `about`.
+    """
+    stored, wanted = about(folder), json.loads(json.dumps(dict(facts)))
+    for name in stored.keys() & wanted.keys():
+        if stored[name] != wanted[name]:
+            was, should = (str(value)[:80] for value in (stored[name], wanted[name]))
+            raise InputError(f"{folder / _ABOUT}: {name} is {was}; should be {should}; {_again(folder)}")
+
+
+def load(folder: pathlib.Path, like: PyTree, remedy: str = "") -> PyTree:
     """Read a finished tree onto the default device.
 
     Args:
         folder: as for `save`.
         like: a pytree of arrays or `jax.ShapeDtypeStruct`, as from `jax.eval_shape`, with the saved structure.
+        remedy: what to do about a damaged checkpoint; by default, delete it to train the stage again.
 
     Raises:
-        InputError: if the folder is not a finished checkpoint, or its structure or shapes differ from `like`.
+        InputError: if the folder is not a finished checkpoint, is damaged, or its structure or shapes differ from `like`.
     """
-    about(folder)
+    path, remedy = folder.absolute() / _TREE, remedy or _again(folder)
+    facts = _read_about(folder)
+    _check_files(path, facts.get(_HASHES), folder / _ABOUT, remedy)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
-    path = folder.absolute() / "tree"
-    try:
-        with _by_itself():
-            # Compare shapes first: Orbax would notice a mismatch halfway through its reads and leave warnings behind.
-            stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
-            for name in sorted(stored.keys() | wanted.keys()):
-                if stored.get(name) != wanted.get(name):
-                    raise ValueError(f"{name} is {stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}")
-            return ocp.load(path, target)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise InputError(
-            f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {_first_line(error)}"
-        ) from None
+    # Compare shapes first: Orbax would notice a mismatch halfway through its reads.
+    stored, wanted = _read(path, lambda: _shapes(ocp.metadata(path).metadata), remedy), _shapes(like)
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise InputError(
+                f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {name} is "
+                f"{stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}"
+            )
+    return _read(path, lambda: ocp.load(path, target), remedy)
+
+
+# ---- Progress -------------------------------------------------------------------------------------------------------
 
 
 def save_progress(folder: pathlib.Path, number: int, tree: PyTree) -> None:
-    """Write the state of a stage after `number` epochs, then delete older progress."""
+    """Write the state of a stage after `number` epochs, then delete older progress.
+
+    Raises:
+        OSError: if the files cannot be written; the older progress is still there.
+    """
     path = folder.absolute() / f"{_PROGRESS}{number:06d}"
     _make_room_for_progress(path)
-    ocp.save(path, _pack(tree))
+    _write(path, _pack(tree), lambda: _complete_progress(path))
     drop_progress(folder, keep=path)
 
 
 @processes.by_primary
 def _make_room_for_progress(path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # left by an interrupted run
-        shutil.rmtree(path)
+    for left in path.parent.glob(f"{path.name}*"):  # by an interrupted run
+        _remove(left)
+
+
+@processes.by_primary
+def _complete_progress(path: pathlib.Path) -> None:
+    atomic.write_bytes(path / _HASHES_OF_PROGRESS, f"{json.dumps(_hashes(path), indent=2)}\n".encode())
 
 
 def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
@@ -150,24 +213,25 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
         like: a pytree of arrays with the saved structure.
 
     Raises:
-        InputError: if the structure on disk differs from `like`.
+        InputError: if the progress is damaged, or its structure differs from `like`.
     """
     newest = _newest_progress(folder)
     if newest is None:
         return None
-    path = folder.absolute() / newest
+    path, hashes, remedy = folder.absolute() / newest, None, _again(folder)
+    if os.path.lexists(path / _HASHES_OF_PROGRESS):
+        hashes = _read_json(path / _HASHES_OF_PROGRESS)
+    _check_files(path, hashes, path / _HASHES_OF_PROGRESS, remedy)
     wanted = _pack(like)
-    try:
-        with _by_itself():
-            packed = ocp.load(path, wanted)
-        for name, vector in wanted.items():  # Orbax returns NumPy vectors of the saved length, whatever was requested
-            if packed[name].size != vector.size:
-                raise ValueError(f"it has {packed[name].size} {name} values, this run {vector.size}")
-        return _unpack(packed, like)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise InputError(
-            f"{path}: not the progress of this run ({_first_line(error)}); choose another --output or delete the folder"
-        ) from None
+    stored = _read(path, lambda: _shapes(ocp.metadata(path).metadata), remedy)
+    for name in sorted(stored.keys() | wanted.keys()):
+        saved, needed = stored.get(name, (0,)), wanted[name].shape if name in wanted else (0,)
+        if saved != needed:
+            raise InputError(
+                f"{path}: not the progress of this run (it has {saved[0]} {name} values, this run {needed[0]}); choose "
+                "another --output or delete the folder"
+            )
+    return _unpack(_read(path, lambda: ocp.load(path, wanted), remedy), like)
 
 
 @processes.by_primary
@@ -181,11 +245,144 @@ def drop_progress(folder: pathlib.Path, keep: pathlib.Path | None = None) -> Non
     """Delete the progress of a stage and any remains of an interrupted write, except `keep`."""
     for path in folder.absolute().glob(f"{_PROGRESS}*"):
         if path != keep:
-            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove(path)
+
+
+# ---- Files ----------------------------------------------------------------------------------------------------------
+
+
+def _again(folder: pathlib.Path) -> str:
+    return f"delete {folder} to train this stage again"
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Delete a file, a folder or a link, which is not followed; it need not exist."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _hashes(folder: pathlib.Path) -> dict[str, str]:
+    """The SHA-256 of every file below a folder, by its name relative to the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    """Raises OSError for what cannot be read or is no regular file; does not wait for a pipe."""
+    digest = hashlib.sha256()
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError("it is not a regular file")
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@processes.by_primary
+def _check_files(folder: pathlib.Path, hashes: Any, source: pathlib.Path, remedy: str) -> None:
+    """Compare the files of a checkpoint with their hashes.
+
+    Args:
+        folder: the checkpoint.
+        hashes: file -> SHA-256; None to check only that the folder exists.
+        source: the file that the hashes are from, for error messages.
+        remedy: the end of the error message.
+
+    Raises:
+        InputError: names the first file that is missing or not as it was written.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: the folder is missing; {remedy}")
+    if hashes is None:
+        return
+    is_map = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
+    if not is_map or any(pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/") for name in hashes):
+        raise InputError(f"{source}: the hashes of the files of {folder} are damaged; {remedy}")
+    for name, expected in sorted(hashes.items()):
+        path = folder / name
+        try:
+            problem = "" if _sha256(path) == expected else "its content is not what was written"
+        except FileNotFoundError:
+            problem = "the file is missing"
+        except (OSError, ValueError) as error:  # ValueError: a null byte in a name
+            problem = f"the file cannot be read ({_first_line(error)})"
+        if problem:
+            raise InputError(f"{path}: {problem}; {remedy}")
+
+
+# ---- Orbax ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Silence what Orbax and asyncio log and warn of beside the exceptions that they raise."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result:
+    """Call Orbax to read `path`; whatever it raises about a damaged checkpoint becomes one line."""
+    with interruption.postponed(), _quietly():
+        try:
+            with _by_itself():
+                return read()
+        except Exception as error:
+            problem = _first_line(error)
+        gc.collect()  # Orbax drops coroutines, whose warnings would be printed later
+    raise InputError(f"{path}: cannot be read ({problem}); {remedy}")
+
+
+def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> None:
+    """Let Orbax write `path`, then complete it; a failure of the file system is an OSError, whatever Orbax makes of it."""
+    with interruption.postponed(), _quietly():
+        try:
+            ocp.save(path, tree)
+            complete()
+            return
+        except Exception as error:
+            failure = _failure_to_write(error, path)
+            if failure is None:
+                raise
+        gc.collect()
+    raise failure
+
+
+def _failure_to_write(error: BaseException, path: pathlib.Path) -> OSError | None:
+    """The failure of the file system behind an exception; None if it has another reason."""
+    seen: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or cause in seen:
+            continue
+        seen.append(cause)
+        waiting += [cause.__context__, cause.__cause__, *getattr(cause, "exceptions", ())]
+    for cause in seen:
+        if isinstance(cause, OSError) and cause.errno:
+            return OSError(cause.errno, os.strerror(cause.errno), str(cause.filename or path))
+    for cause in seen:
+        if number := re.search(
+            r"\[OS error (\d+):", str(cause)
+        ):  # TensorStore writes errors of the system into its text
+            return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
+    return None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from bdjax import interruption
 from bdjax.errors import InputError
 from bdjax.training import checkpoint, memory, processes
 from bdjax.training.member import (
@@ -280,6 +281,7 @@ def fit(
         states, train, validation = (_on_host(tree) for tree in (states, train, validation))
     with _advice_if_out_of_memory():
         for epoch in range(first, config.epochs):
+            interruption.check()
             if len(groups) == 1:
                 states = run_epoch(states, train, validation, pool)
             else:
@@ -319,6 +321,7 @@ def _in_groups(run_epoch, spread: Spread, groups: Sequence[np.ndarray], count: i
     *rows, pool = rows_and_pool
     done = []
     for group in groups:
+        interruption.check()
         placed = [spread.place(jax.tree.map(itemgetter(group), tree)) for tree in (states, *rows)]
         done.append(_on_host(spread.gather(run_epoch(*placed, pool))))
 
@@ -360,9 +363,13 @@ def fit_once(
 
     Returns:
         The result, and whether it was restored.
+
+    Raises:
+        InputError: if the checkpoint is damaged, or of a stage with other facts.
     """
     is_restored = checkpoint.is_complete(folder)
     if is_restored:
+        checkpoint.check_facts(folder, about)
         trained = checkpoint.load(folder, like)
     else:
         state = train(folder)

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bdjax import losses
+from bdjax import atomic, losses
 from bdjax.models import make_model
 from bdjax.models.layers import ComputeDtype, Lowering, convolve, default_lowering, layout_of, normalise_batch, relu
 from bdjax.training import ensemble, processes
@@ -263,11 +263,5 @@ def _saved_choice(path: pathlib.Path) -> list[str] | None:
 def _save(path: pathlib.Path, key: str, choice: Choice) -> None:
     """Add a choice to the cache. If the cache cannot be written, the next run measures again."""
     content = {**{other: list(saved) for other, saved in _read(path).items()}, key: list(choice)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    with contextlib.suppress(OSError):
+        atomic.write_bytes(path, f"{json.dumps(content, indent=1)}\n".encode())

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import losses
+from bdjax import interruption, losses
 from bdjax.training import ensemble
 from bdjax.training.member import (
     Objective,
@@ -220,10 +220,12 @@ class StageRunner:
 
     def predict(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Logits float32 [M, N, K] of stacked members on shared images, uint8 [N, H, W, C]."""
+        interruption.check()
         return np.asarray(_predict(model, self.layout, batch_size)(variables, jnp.asarray(images)))
 
     def predict_own(self, model: Model, variables: PyTree, images: np.ndarray, batch_size: int) -> np.ndarray:
         """Logits float32 [M, N, K] of stacked members, each on its own images: uint8 [M, N, H, W, C]."""
+        interruption.check()
         run = _predict(model, self.layout, batch_size, own_images=True)
         return np.asarray(run(variables, jnp.asarray(images)))
 
@@ -243,6 +245,7 @@ class StageRunner:
         Returns:
             NumPy leaves [M, n, ...].
         """
+        interruption.check()
         spread = ensemble.spread_members(len(rows.index))
         run = _per_row(function, self.layout, batch_size, spread)
         placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
@@ -252,6 +255,7 @@ class StageRunner:
         self, function: Callable[..., PyTree], variables: PyTree, rows: Rows, pool: Array, batch_size: int
     ) -> PyTree:
         """The mean of `per_row` over every member's rows, without storing the values of all rows: leaves [M, ...]."""
+        interruption.check()
         spread = ensemble.spread_members(len(rows.index))
         run = _per_row(function, self.layout, batch_size, spread, is_mean=True)
         placed = spread.place(variables), spread.place(rows), spread.replicate(pool)

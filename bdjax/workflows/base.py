@@ -129,13 +129,16 @@ class Run(NamedTuple):
         classes = num_classes or self.num_classes
         return make_model(name, classes, self.config.width, self.engine.lowering, self.config.compute_dtype)
 
-    def open_folder(self) -> RunFolder:
+    def open_folder(self, contents: Mapping[str, str] = {}) -> RunFolder:
         """Start the run, or continue the run in the folder.
+
+        Args:
+            contents: setting that is a path -> digest of what is there: what is moved continues, what is replaced does not.
 
         Raises:
             InputError: the folder cannot be used, or holds a run with other settings.
         """
-        return run_config.open_folder(self.experiment.name, self.output, self.config, self.engine)
+        return run_config.open_folder(self.experiment.name, self.output, self.config, self.engine, contents)
 
     def make_runner(self, folder: pathlib.Path) -> StageRunner:
         """A runner that trains and evaluates, with its checkpoints in a folder."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bdjax import atomic
 from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
 from bdjax.reporting.sections import most_suspicious
@@ -112,13 +113,11 @@ def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
     arrays = {name: getattr(dataset, name)[rows] for name in names}
     if dataset.class_names:
         arrays["class_names"] = np.array(dataset.class_names)
-    path, temporary = folder.file("cleaned.npz"), folder.file(".cleaned.npz.tmp")
+    path = folder.file("cleaned.npz")
     try:
-        with open(temporary, "wb") as file:  # not in memory: there may be gigabytes
+        with atomic.replacing(path) as file:  # not in memory: there may be gigabytes
             np.savez_compressed(file, **arrays, row=rows.astype(np.int32), num_classes=dataset.num_classes)
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
@@ -177,17 +176,14 @@ def _copy(folder: RunFolder, source: Path, name: PurePosixPath) -> tuple[Path, s
     """Copy a file to cleaned/name: the new path, and why it was not copied if it was not."""
     try:
         target = folder.file(f"cleaned/{name}")
-    except ValueError:  # cleaned/ contains a link that leads out
-        return Path(), "would be copied to a place outside the run folder"
-    temporary = folder.file(".copying.tmp")
+    except ValueError:  # cleaned/ contains a link or a folder of this name, or a link that leads out
+        return Path(), "would be copied over a link or a folder, or to a place outside the run folder"
     try:
         if os.path.lexists(target):
             is_same = target.is_file() and filecmp.cmp(source, target, shallow=False)
             return target, "" if is_same else "a different file of this name exists already"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, temporary)
-        os.replace(temporary, target)  # so that an interrupted run leaves no partial file under this name
+        with open(source, "rb") as original, atomic.replacing(target, scratch=folder.path) as file:
+            shutil.copyfileobj(original, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     return target, ""

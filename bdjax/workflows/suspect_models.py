@@ -149,7 +149,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     left_out |= not_fitting
     if found is not None and found.suspects[0].attack.plan is None:
         check_oracles(variants)
-    folder = run.open_folder()
+    folder = run.open_folder({"teacher": found.digest} if found else {})
     runner = run.make_runner(folder.checkpoints)
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     recipes = make_recipes(

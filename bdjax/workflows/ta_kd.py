@@ -51,6 +51,8 @@ class Config(ExperimentConfig):
     """sizes of networks, rows and epochs that the strong preset starts from"""
     teachers: pathlib.Path | None = None
     """a folder of stacked third-party teachers, like teachers/seed-0 of a run; no attack is trained then"""
+    teacher_batch: int = teachers.BATCH_SIZE
+    """most images that a teacher which is a Python function gets in one call"""
 
     auxiliary_fraction: float = 0.1
     """the defender's clean set, as a share of the training rows"""
@@ -170,7 +172,7 @@ def run(
     outsourced = None
     if not (third_party or classifiers):
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
-    folder = run.open_folder()
+    folder = run.open_folder({"teachers": third_party.digest} if third_party else {})
     runner = run.make_runner(folder.checkpoints)
 
     nets: dict[str, Nets] = {}
@@ -184,7 +186,7 @@ def run(
         write_teachers(config, folder, nets["teachers"], triggers, train)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
     if classifiers:
-        query = [teachers.from_classifiers(classifiers, train.num_classes)] * config.seeds
+        query = [teachers.from_classifiers(classifiers, train.num_classes, config.teacher_batch)] * config.seeds
     else:
         of_seed = [nets["teachers"].of_seed(s) for s in range(config.seeds)]
         query = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
@@ -366,7 +368,15 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the flag.
     """
-    counts = ("num_teachers", "width", "epochs", "batch_size", "evaluation_batch_size", "defense_epochs")
+    counts = (
+        "num_teachers",
+        "width",
+        "epochs",
+        "batch_size",
+        "evaluation_batch_size",
+        "defense_epochs",
+        "teacher_batch",
+    )
     at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
     at_least |= dict.fromkeys(("trim", "plateau_patience", "plateau_threshold", "defense_weight_decay"), 0)
     rates = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")

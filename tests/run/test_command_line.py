@@ -1,11 +1,16 @@
+import contextlib
+import errno
+import os
 import pathlib
 import re
 import shlex
+import signal
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
 
+from bdjax import interruption
 from bdjax.errors import InputError
 from bdjax.run import command_line
 
@@ -157,6 +162,55 @@ def test_an_interruption_says_how_to_go_on(capsys):
         command_line.run(main)
     assert stop.value.code == 130
     assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"
+
+
+@pytest.mark.usefixtures("settings_untouched")
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, RuntimeError), (signal.SIGTERM, InputError)],
+)
+def test_a_signal_says_the_same_whatever_becomes_of_its_exception(number, raised, capfd):
+    def main(arguments):
+        with contextlib.suppress(KeyboardInterrupt):  # a library drops it, or makes an error of its own from it
+            os.kill(os.getpid(), number)
+        if raised:
+            raise raised("INTERNAL: CallbackError")
+
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(main, [])
+    assert stop.value.code == 128 + number
+    assert capfd.readouterr() == ("", "interrupted; run the same command again to continue\n")
+    assert not interruption.received()
+
+
+@pytest.mark.usefixtures("settings_untouched")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x/a.png"), "runs/x/a.png: No space left on device"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded"),
+        (FileExistsError(errno.EEXIST, "File exists", "runs/x/scores"), "runs/x/scores: File exists"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), "runs/x: Permission denied"),
+    ],
+)
+def test_a_failure_of_the_disk_is_one_line_that_says_how_to_go_on(error, said, capfd):
+    def main(arguments):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(main, [])
+    assert stop.value.code == 1
+    line = f"error: {said}; when that is mended, run the same command again to continue\n"
+    assert capfd.readouterr() == ("", line)
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_an_error_without_a_number_is_no_failure_of_the_disk():
+    def main(arguments):
+        raise OSError("ours")
+
+    with pytest.raises(OSError, match="ours"):
+        command_line.run(main, [])
 
 
 @pytest.mark.usefixtures("settings_untouched")

@@ -11,7 +11,7 @@ import pytest
 
 from bdjax.errors import InputError
 from bdjax.run import folder
-from bdjax.run.folder import default_name, open_run, to_plain, write_bytes_atomically
+from bdjax.run.folder import default_name, open_run, to_plain
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Config:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    """All but the lock of an open run."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock")
 
 
 def test_a_new_run_says_where_its_numbers_come_from(tmp_path):
@@ -179,15 +180,6 @@ def test_an_interrupted_write_leaves_the_last_good_file(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text()) == {"ASR": 0.2}
 
 
-def test_an_error_in_the_middle_of_the_data_leaves_the_last_good_file(tmp_path, monkeypatch):
-    path = write_bytes_atomically(tmp_path / "plots" / "a.png", b"good")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
-        write_bytes_atomically(path, b"half")
-    assert path.read_bytes() == b"good"
-    assert files_of(tmp_path) == ["plots", "plots/a.png"]
-
-
 def test_text_is_utf8_whatever_the_names_in_it(tmp_path):
     run = open_run(tmp_path, Config(), experiment="ta_kd")
     assert run.write_text("table.md", "0.95 ± 0.01 →").read_text("utf-8") == "0.95 ± 0.01 →"
@@ -201,6 +193,103 @@ def test_no_name_leads_out_of_the_folder(tmp_path, name):
     with pytest.raises(ValueError, match="is not the name of a file inside the run folder"):
         run.write_text(name, "text")
     assert files_of(tmp_path) == ["run", "run/checkpoints", "run/config.json"]
+
+
+def fill(path: Path, kind: str, outside: Path) -> None:
+    """Put something that is no plain file in the place of a file."""
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years of work")
+    if kind == "a folder":
+        path.mkdir()
+        (path / "notes").write_text("more work")
+    elif kind == "not a plain file":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"a link": outside / "thesis.tex", "a dangling link": outside / "new"}[kind])
+
+
+IN_THE_WAY = ("a folder", "a link", "a dangling link", "not a plain file")
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("name", ["config.json", "results.json", "report.html", "engine.json"])
+def test_what_is_in_the_way_of_a_file_of_every_run_is_said_at_the_start(name, kind, tmp_path):
+    open_run(tmp_path / "run", Config(), experiment="ta_kd")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    fill(tmp_path / "run" / name, kind, tmp_path / "outside")
+    before = files_of(tmp_path)
+    with pytest.raises(InputError) as raised:
+        open_run(tmp_path / "run", Config(), experiment="ta_kd")
+    words = kind.replace("dangling ", "")
+    assert str(raised.value) == (
+        f"{tmp_path / 'run' / name} is {words}, in the place of a file of the run; remove it, or choose another --output"
+    )
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_what_is_in_the_way_of_a_file_is_neither_followed_nor_lost(kind, tmp_path):
+    run = open_run(tmp_path / "run", Config(), experiment="ta_kd")
+    fill(run.path / "asr.png", kind, tmp_path / "outside")
+    before = files_of(tmp_path)
+    for write in (lambda: run.write_bytes("asr.png", b"new"), lambda: run.file("asr.png")):
+        with pytest.raises(InputError, match=r"asr.png is .*, in the place of a file of the run; remove it, or"):
+            write()
+    assert files_of(tmp_path) == before
+    assert (tmp_path / "outside" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_folder_that_is_a_link_leads_nowhere_outside(tmp_path):
+    run = open_run(tmp_path / "run", Config(), experiment="ta_kd")
+    (tmp_path / "outside").mkdir()
+    (run.path / "scores").symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="scores/a.csv: a link leads out of the run folder; remove it, or choose"):
+        run.write_text("scores/a.csv", "text")
+    assert not list((tmp_path / "outside").iterdir())
+    (run.path / "here").symlink_to(run.path / "checkpoints")
+    run.write_text("here/a.csv", "text")
+    assert (run.path / "checkpoints" / "a.csv").read_text() == "text"
+
+
+def test_remains_of_a_killed_write_are_deleted_when_the_run_continues(tmp_path):
+    open_run(tmp_path, Config(), experiment="ta_kd")
+    (tmp_path / ".cleaned.npz.0123456789abcdef.tmp").write_bytes(b"gigabytes")
+    open_run(tmp_path, Config(), experiment="ta_kd")
+    assert files_of(tmp_path) == ["checkpoints", "config.json"]
+
+
+class TestContents:
+    """Settings that are paths, of which the content counts."""
+
+    OLD, NEW = Config(data_dir=Path("old")), Config(data_dir=Path("new"))
+
+    @pytest.fixture
+    def begun(self, tmp_path):
+        open_run(tmp_path, self.OLD, experiment="ta_kd", contents={"data_dir": "1f"})
+        return tmp_path
+
+    @pytest.mark.parametrize("config", [OLD, NEW])
+    def test_the_same_content_continues_wherever_it_is(self, begun, config):
+        assert not open_run(begun, config, experiment="ta_kd", contents={"data_dir": "1f"}).is_new
+
+    def test_another_content_at_the_same_path_is_refused(self, begun):
+        with pytest.raises(
+            InputError, match="another content of --data-dir=old, which has changed since the run began"
+        ):
+            open_run(begun, self.OLD, experiment="ta_kd", contents={"data_dir": "2e"})
+
+    @pytest.mark.parametrize("contents", [{}, {"data_dir": "2e"}])
+    def test_another_content_elsewhere_is_another_setting(self, begun, contents):
+        with pytest.raises(InputError, match='data_dir "old" -> "new"'):
+            open_run(begun, self.NEW, experiment="ta_kd", contents=contents)
+
+    @pytest.mark.parametrize("contents", [None, [], 3])
+    def test_a_run_without_digests_compares_the_paths(self, begun, contents):
+        file = begun / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"contents": contents}))
+        assert not open_run(begun, self.OLD, experiment="ta_kd", contents={"data_dir": "2e"}).is_new
+        with pytest.raises(InputError, match='data_dir "old" -> "new"'):
+            open_run(begun, self.NEW, experiment="ta_kd", contents={"data_dir": "1f"})
 
 
 def test_json_takes_arrays_and_refuses_numbers_that_are_not_finite(tmp_path):

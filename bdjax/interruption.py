@@ -1,0 +1,118 @@
+"""Ctrl-C and SIGTERM: a run ends with one line, and the same command continues it.
+
+Python raises KeyboardInterrupt wherever the program happens to be. That may be in a callback of a library that drops exceptions
+(JAX has some that run when memory is freed), so the signal is also remembered, and `check` raises again at the next epoch or
+stage.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+MESSAGE = "interrupted; run the same command again to continue"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_received = 0
+"""number of the last signal; 0 for none"""
+_postponed = 0
+"""how many `postponed` blocks are open"""
+_is_ending = False
+"""whether the line is printed, so that a further signal ends the process at once"""
+
+
+def exit_at_once() -> None:
+    """Until `handled`, let a signal end the process with one line. For scripts, before imports that take seconds."""
+    for number in _to_handle():
+        signal.signal(number, _exit)
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Within the block, a signal raises KeyboardInterrupt and is remembered. Has no effect outside of the main thread."""
+    global _received, _is_ending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _received, _is_ending = 0, False
+    before, hook = _to_handle(), sys.unraisablehook
+
+    def silent_hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        # What a callback dropped is raised again by `check`; without this, its traceback would be printed.
+        if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
+            hook(unraisable)
+
+    try:
+        sys.unraisablehook = silent_hook
+        for number in before:
+            signal.signal(number, _remember)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
+        _received = 0
+
+
+def received() -> int:
+    """The number of the signal that was received in `handled`; 0 for none."""
+    return _received
+
+
+def check() -> None:
+    """Raise the KeyboardInterrupt of a signal that was received earlier, if it was dropped or postponed.
+
+    Raises:
+        KeyboardInterrupt: a signal was received.
+    """
+    if _received:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """Finish a block, such as the write of a checkpoint, before a signal interrupts the run; a second signal does so at once.
+
+    Raises:
+        KeyboardInterrupt: at the end of the block, if a signal was received.
+    """
+    global _postponed
+    _postponed += 1
+    try:
+        yield
+    finally:
+        _postponed -= 1
+    if not _postponed:
+        check()
+
+
+def end() -> int:
+    """The run is about to end: a further signal ends the process at once. Returns its exit status, 130 for Ctrl-C."""
+    global _is_ending
+    _is_ending = True
+    return 128 + (_received or signal.SIGINT)
+
+
+def _to_handle() -> dict[signal.Signals, object]:
+    """The signals and their handlers, except those that the parent process chose to ignore (`nohup`, `&` in a script)."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    return {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _remember(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _is_ending:
+        os._exit(128 + number)
+    is_first, _received = not _received, number
+    if not (_postponed and is_first):
+        raise KeyboardInterrupt
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    if not _is_ending:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{MESSAGE}\n".encode())
+    os._exit(128 + number)
