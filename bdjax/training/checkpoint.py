@@ -202,7 +202,9 @@ def _make_room_for_progress(path: pathlib.Path) -> None:
 
 @processes.by_primary
 def _complete_progress(path: pathlib.Path) -> None:
-    atomic.write_bytes(path / _HASHES_OF_PROGRESS, f"{json.dumps(_hashes(path), indent=2)}\n".encode())
+    hashes = f"{json.dumps(_hashes(path), indent=2)}\n"
+    with atomic.replacing(path / _HASHES_OF_PROGRESS) as file:  # once per epoch, so without waiting for the disk
+        file.write(hashes.encode())
 
 
 def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:

@@ -246,8 +246,8 @@ def _environment() -> list[Any]:
 def _read(path: pathlib.Path) -> dict[str, Choice]:
     """The choices in a file; invalid entries are ignored, so they are measured again."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text()) if path.is_file() else None  # a pipe would wait for ever
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(content, Mapping):
         return {}

@@ -1,0 +1,120 @@
+"""A script that gets Ctrl-C or SIGTERM at any moment ends with one line, and the same command completes the run."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LINE = "interrupted; run the same command again to continue\n"
+FLAGS = [
+    "--dataset=digits",
+    "--preset=quick",
+    "--layout=map",
+    "--lowering=native",
+    "--seeds=1",
+    "--width=2",
+    "--epochs=3",
+    "--defense-epochs=2",
+    "--train-rows=300",
+    "--test-rows=60",
+    "--num-teachers=3",
+    "--batch-size=16",
+    "--clean-model=lenet",
+    "--teacher-model=lenet",
+    "--aggregated-model=lenet",
+    "--student-model=lenet",
+]
+
+
+def start(output: pathlib.Path, script: str = "ta_kd", flags: tuple[str, ...] = ()) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "PYTHONPATH": str(ROOT),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *(flags or FLAGS), f"--output={output}"]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(program: subprocess.Popen, happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert program.poll() is None and time.monotonic() < deadline, program.communicate()
+        time.sleep(0.002)
+
+
+def modules_mapped(program: subprocess.Popen, name: str) -> bool:
+    """Whether the process has loaded a library with this in its path."""
+    try:
+        return name in pathlib.Path(f"/proc/{program.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def interrupt(program: subprocess.Popen, number: signal.Signals) -> None:
+    """Send a signal; the program must end with the one line."""
+    program.send_signal(number)
+    output, error = program.communicate(timeout=120)
+    assert (program.returncode, error) == (128 + number, LINE), output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("script", ["ta_kd", "lfd", "vbd", "abm", "robust_kd", "attack", "bench_ensemble"])
+def test_an_interruption_of_the_imports_is_one_line(script, tmp_path):
+    for number, library in ((signal.SIGINT, "jaxlib"), (signal.SIGTERM, "_multiarray_umath")):
+        program = start(tmp_path / "run", script)
+        wait_for(program, lambda program=program, library=library: modules_mapped(program, library))
+        interrupt(program, number)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_interruption_at_any_moment_is_one_line_and_the_same_command_completes_the_run(tmp_path):
+    run = tmp_path / "run"
+    moments = {
+        "the folder is opened": lambda: (run / "config.json").exists(),
+        "the first epoch is saved": lambda: any(run.glob("checkpoints/clean/progress-*")),
+        "a stage has ended": lambda: (run / "checkpoints" / "clean" / "about.json").exists(),
+        "a checkpoint is written": lambda: any(run.glob("checkpoints/teachers/progress-*tmp*")),
+        "the teachers are trained": lambda: (run / "checkpoints" / "teachers" / "about.json").exists(),
+        "the defense trains": lambda: any(run.glob("checkpoints/*student*/progress-*")),
+        "the report is written": lambda: (run / "results.json").exists(),
+    }
+    for number, happened in zip([signal.SIGINT, signal.SIGTERM] * 4, moments.values(), strict=False):
+        program = start(run)
+        wait_for(program, happened)
+        interrupt(program, number)
+    program = start(run)
+    output, error = program.communicate(timeout=300)
+    assert (program.returncode, error) == (0, ""), output
+    assert "restored from checkpoint" in output and (run / "report.html").is_file()
+    assert not (run / ".lock").exists() and not list(run.rglob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_a_second_process_on_one_folder_is_refused_in_one_line(tmp_path):
+    run = tmp_path / "run"
+    first = start(run)
+    try:
+        wait_for(first, lambda: (run / "config.json").exists())
+        first.send_signal(signal.SIGSTOP)
+        second = start(run)
+        output, error = second.communicate(timeout=120)
+        assert second.returncode == 2 and "Traceback" not in output
+        assert error.count("\n") == 1 and f"{run} is in use by process {first.pid} on " in error
+    finally:
+        first.kill()
+        first.communicate()
+    third = start(run)
+    assert third.communicate(timeout=300)[1] == "" and third.returncode == 0
