@@ -86,7 +86,7 @@ def _open(file: Path) -> int:
 
 def _holder(descriptor: int) -> str:
     text = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip()
-    return text if re.fullmatch(r"process \d+ on [\w.-]+", text) else "another process"
+    return text if re.fullmatch(r"process \d{1,10} on [\w.-]{1,64}", text) else "another process"
 
 
 def _release(file: Path, descriptor: int, owner: int) -> None:

@@ -375,9 +375,8 @@ def _failure_to_write(error: BaseException, path: pathlib.Path) -> OSError | Non
         if isinstance(cause, OSError) and cause.errno:
             return OSError(cause.errno, os.strerror(cause.errno), str(cause.filename or path))
     for cause in seen:
-        if number := re.search(
-            r"\[OS error (\d+):", str(cause)
-        ):  # TensorStore writes errors of the system into its text
+        # TensorStore writes errors of the system into its text.
+        if number := re.search(r"os_error_code='(\d+)'", str(cause)):
             return OSError(int(number[1]), os.strerror(int(number[1])), str(path))
     return None
 

@@ -193,7 +193,7 @@ def test_a_checkpoint_of_an_older_version_is_read_without_hashes(fault, stage, c
     checkpoints.FAULTS[fault](stage / "tree")
     if fault != "flipped":  # it may be in a place that Orbax checks, or not
         message = one_line(capfd, lambda: checkpoint.load(stage, variables()))
-        assert message.startswith(f"{stage}/tree: cannot be read (")
+        assert message.startswith((f"{stage}/tree: cannot be read (", f"{stage}: the checkpoint does not fit"))
 
 
 def test_a_missing_tree_is_not_trained_again_in_silence(stage, capfd):
@@ -406,7 +406,7 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_last_good_progress
 
 def test_an_error_of_tensorstore_is_recognised_by_its_text(tmp_path):
     try:
-        raise ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left on device]")
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing : No space left on device [os_error_code='28']")
     except ValueError as error:
         found = checkpoint._failure_to_write(ExceptionGroup("several", [error]), tmp_path)
     assert (found.errno, found.filename) == (errno.ENOSPC, str(tmp_path))
