@@ -23,6 +23,7 @@ import pathlib
 import re
 import shutil
 import stat
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -167,15 +168,19 @@ def load(folder: pathlib.Path, like: PyTree, remedy: str = "") -> PyTree:
     _check_files(path, facts.get(_HASHES), folder / _ABOUT, remedy)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), like)
-    # Compare shapes first: Orbax would notice a mismatch halfway through its reads.
-    stored, wanted = _read(path, lambda: _shapes(ocp.metadata(path).metadata), remedy), _shapes(like)
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise InputError(
-                f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {name} is "
-                f"{stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}"
-            )
-    return _read(path, lambda: ocp.load(path, target), remedy)
+
+    def read() -> PyTree:
+        # Compare shapes first: Orbax would notice a mismatch halfway through its reads.
+        stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {name} is "
+                    f"{stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}"
+                )
+        return ocp.load(path, target)
+
+    return _read(path, read, remedy)
 
 
 # ---- Progress -------------------------------------------------------------------------------------------------------
@@ -225,15 +230,19 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
         hashes = _read_json(path / _HASHES_OF_PROGRESS)
     _check_files(path, hashes, path / _HASHES_OF_PROGRESS, remedy)
     wanted = _pack(like)
-    stored = _read(path, lambda: _shapes(ocp.metadata(path).metadata), remedy)
-    for name in sorted(stored.keys() | wanted.keys()):
-        saved, needed = stored.get(name, (0,)), wanted[name].shape if name in wanted else (0,)
-        if saved != needed:
-            raise InputError(
-                f"{path}: not the progress of this run (it has {saved[0]} {name} values, this run {needed[0]}); choose "
-                "another --output or delete the folder"
-            )
-    return _unpack(_read(path, lambda: ocp.load(path, wanted), remedy), like)
+
+    def read() -> dict[str, np.ndarray]:
+        stored, needed = _shapes(ocp.metadata(path).metadata), _shapes(wanted)
+        for name in sorted(stored.keys() | needed.keys()):
+            if stored.get(name) != needed.get(name):
+                sizes = [shapes.get(name, (0,))[0] for shapes in (stored, needed)]
+                raise InputError(
+                    f"{path}: not the progress of this run (it has {sizes[0]} {name} values, this run {sizes[1]}); choose "
+                    "another --output or delete the folder"
+                )
+        return ocp.load(path, wanted)
+
+    return _unpack(_read(path, read, remedy), like)
 
 
 @processes.by_primary
@@ -320,7 +329,8 @@ def _check_files(folder: pathlib.Path, hashes: Any, source: pathlib.Path, remedy
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence what Orbax and asyncio log and warn of beside the exceptions that they raise."""
+    """Silence what Orbax and asyncio print beside the exceptions that they raise."""
+    hook = sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
     try:
@@ -328,8 +338,10 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            sys.unraisablehook = lambda unraisable: None
             yield
     finally:
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -340,10 +352,12 @@ def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result
         try:
             with _by_itself():
                 return read()
+        except InputError as error:
+            problem = str(error)
         except Exception as error:
-            problem = _first_line(error)
+            problem = f"{path}: cannot be read ({_first_line(error)}); {remedy}"
         gc.collect()  # Orbax drops coroutines, whose warnings would be printed later
-    raise InputError(f"{path}: cannot be read ({problem}); {remedy}")
+    raise InputError(problem)
 
 
 def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from bdjax.attacks.providers import ProviderTriggers
 from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
-from bdjax.defenses.teachers import TeacherLogits
+from bdjax.defenses.teachers import BATCH_SIZE, TeacherLogits
 from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
 from bdjax.evaluation.model_folder import ModelFolder
@@ -51,7 +51,7 @@ class Config(ExperimentConfig):
     """sizes of networks, rows and epochs that the strong preset starts from"""
     teachers: pathlib.Path | None = None
     """a folder of stacked third-party teachers, like teachers/seed-0 of a run; no attack is trained then"""
-    teacher_batch: int = teachers.BATCH_SIZE
+    teacher_batch: int = BATCH_SIZE
     """most images that a teacher which is a Python function gets in one call"""
 
     auxiliary_fraction: float = 0.1
