@@ -2,11 +2,13 @@
 
 Python raises KeyboardInterrupt wherever the program happens to be. That may be in a callback of a library that drops exceptions
 (JAX has some that run when memory is freed), so the signal is also remembered, and `check` raises again at the next epoch or
-stage.
+stage. A thread ends the process if that takes long, as it may while a large program compiles: whatever is written is written
+whole, so a run can be ended anywhere.
 """
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -15,6 +17,11 @@ from types import FrameType
 
 MESSAGE = "interrupted; run the same command again to continue"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_PATIENCE = 60.0
+"""seconds from a signal to the end of the process, whatever it is doing"""
+_PATIENCE_AFTER_SECOND = 5.0
+"""the same after a second signal"""
 
 _received = 0
 """number of the last signal; 0 for none"""
@@ -32,7 +39,10 @@ def exit_at_once() -> None:
 
 @contextlib.contextmanager
 def handled() -> Iterator[None]:
-    """Within the block, a signal raises KeyboardInterrupt and is remembered. Has no effect outside of the main thread."""
+    """Within the block, a signal raises KeyboardInterrupt and is remembered; a minute later the process ends in any case.
+
+    Has no effect outside of the main thread.
+    """
     global _received, _is_ending
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,14 +55,21 @@ def handled() -> Iterator[None]:
         if not (_received and isinstance(unraisable.exc_value, KeyboardInterrupt)):
             hook(unraisable)
 
+    # Python writes the number of every signal to this pipe, even while a compiler keeps the main thread busy.
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    threading.Thread(target=_watch, args=(reading, frozenset(before)), daemon=True).start()
     try:
         sys.unraisablehook = silent_hook
+        previous = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         for number in before:
             signal.signal(number, _remember)
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(previous)
+        os.close(writing)  # ends the thread
         sys.unraisablehook = hook
         _received = 0
 
@@ -100,6 +117,19 @@ def _to_handle() -> dict[signal.Signals, object]:
     """The signals and their handlers, except those that the parent process chose to ignore (`nohup`, `&` in a script)."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     return {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+
+def _watch(descriptor: int, numbers: frozenset[int]) -> None:
+    """End the process some time after the first of these signals, unless the other end of the pipe is closed before."""
+    patience, last = None, 0
+    while select.select([descriptor], [], [], patience)[0]:
+        received = os.read(descriptor, 1)
+        if not received:
+            os.close(descriptor)
+            return
+        if received[0] in numbers:
+            patience, last = (_PATIENCE_AFTER_SECOND if last else _PATIENCE), received[0]
+    _exit(last, None)
 
 
 def _remember(number: int, frame: FrameType | None) -> None:

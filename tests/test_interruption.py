@@ -2,6 +2,7 @@ import contextlib
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 
@@ -71,6 +72,43 @@ def test_a_postponed_signal_interrupts_at_the_end_of_the_outermost_block():
             send()  # the second interrupts at once
             done.append("more")
         assert done == ["written", "renamed"]
+
+
+STUBBORN = """
+import time
+from bdjax import interruption
+interruption._PATIENCE, interruption._PATIENCE_AFTER_SECOND = {patience}
+with interruption.handled():
+    print("ready", flush=True)
+    while True:
+        try:
+            time.sleep(30)
+        except KeyboardInterrupt:
+            print("dropped", flush=True)
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_process_that_goes_on_all_the_same_is_ended(signals):
+    program = STUBBORN.format(patience=(0.3, 30.0) if signals == 1 else (30.0, 0.3))
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            assert process.stdout.readline() == "dropped\n"
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (143, interruption.MESSAGE + "\n")
+
+
+def test_the_thread_that_watches_ends_with_the_block():
+    before = set(threading.enumerate())
+    with interruption.handled():
+        (watching,) = set(threading.enumerate()) - before
+    watching.join(10)
+    assert not watching.is_alive()
 
 
 def test_an_error_in_a_postponed_block_stays_itself():

@@ -14,6 +14,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
 from bdjax.models import make_model
 from bdjax.training import ensemble
+from tests.fixtures import checkpoints
 
 SHAPE = (8, 8, 3)
 TRIGGERS = make_provider_triggers(jax.random.key(1), SHAPE, 3, num_similar=2)
@@ -93,6 +94,21 @@ def test_label_rules_go_with_the_triggers(tmp_path, written, variables):
     change_triggers(tmp_path / "one", label_rule=np.array(["all_to_one", "unknown", "all_to_one"]))
     with pytest.raises(InputError, match="label_rule 'unknown' is not one of"):
         read(tmp_path / "one")
+
+
+def test_a_digest_depends_on_the_content_and_not_on_the_place(folder, written):
+    digest = read(written).digest
+    assert re.fullmatch("[0-9a-f]{64}", digest) and read(folder).digest == digest
+    change_triggers(folder, opacity=np.full(3, 0.5, np.float32))
+    assert read(folder).digest != digest
+    (folder / "triggers.npz").unlink()
+    assert read(folder).digest != digest
+
+
+def test_a_damaged_folder_is_to_be_copied_again(folder):
+    checkpoints.flipped(folder / "tree")
+    with pytest.raises(InputError, match="its content is not what was written; the folder is damaged; copy it again"):
+        read(folder)
 
 
 def test_triggers_need_not_be_known(folder, variables):

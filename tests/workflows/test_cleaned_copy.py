@@ -207,8 +207,15 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path, pictures):
         write(tmp_path / "run", datasets.load_suspect(str(pictures)), source_folder=pictures)
 
 
-def test_a_cleaned_file_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_cleaned_file_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", fail)
+        with pytest.raises(InputError, match="cleaned.npz: cannot be written .No space left on device"):
+            write(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
     (tmp_path / "cleaned.npz").mkdir()
-    with pytest.raises(InputError, match="cleaned.npz: cannot be written"):
+    with pytest.raises(InputError, match="cleaned.npz is a folder, in the place of a file of the run"):
         write(tmp_path)
-    assert not (tmp_path / ".cleaned.npz.tmp").exists()
