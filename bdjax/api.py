@@ -215,8 +215,6 @@ def _recipe(owner: str, changes: Mapping[str, Any], start: TrainConfig = PLAIN) 
         owner,
         recipe,
         choices={name: kind.__args__ for name, kind in kinds.items()},
-        at_least=dict.fromkeys(("epochs", "batch_size", "evaluation_batch_size"), 1),
-        above={"learning_rate": 0},
     )
     return recipe
 
@@ -802,9 +800,6 @@ def _check_ta_kd(config: TaKdConfig, num_teachers: int, validation_share: float)
         "ta_kd",
         config,
         choices={name: kind.__args__ for name, kind in kinds.items()},
-        at_least={"alpha": 0, "trim": 0, "views": 1},
-        at_most={"alpha": 1},
-        above={"temperature": 0},
     )
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= num_teachers:
         raise InputError(f"ta_kd: trim {config.trim} at each end leaves no logits of {num_teachers} teachers")

@@ -16,6 +16,7 @@ import numpy as np
 
 from bdjax.attacks.contract import Attack, Knowledge
 from bdjax.errors import InputError
+from bdjax.settings import Count, PositiveShare, Share
 from bdjax.triggers import masked_blend, patches, pictures
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Array, Key
@@ -27,15 +28,15 @@ PIECES_PER_SIDE = 4
 
 @dataclass(frozen=True)
 class AdaptiveBlendSettings:
-    poison_rate: float = 0.003
+    poison_rate: PositiveShare = 0.003
     """share of all training rows"""
-    cover_rate: float = 0.003
+    cover_rate: Share = 0.003
     """share of all training rows that get the trigger and keep their label"""
-    opacity: float = 0.2
+    opacity: PositiveShare = 0.2
     """opacity of the picture in training, in (0, 1]; 0.15 in the authors' later toolbox"""
-    test_opacity: float = 0.2
+    test_opacity: PositiveShare = 0.2
     """opacity of the picture at test time, in (0, 1]"""
-    pieces: int = 8
+    pieces: Count = 8
     """number of pieces (of 16) of the picture that each training row gets"""
     picture: str = "cat"
     """chessboard, cat or pixel_face"""
@@ -43,9 +44,9 @@ class AdaptiveBlendSettings:
 
 @dataclass(frozen=True)
 class AdaptivePatchSettings:
-    poison_rate: float = 0.003
+    poison_rate: PositiveShare = 0.003
     """share of all training rows"""
-    cover_rate: float = 0.006
+    cover_rate: Share = 0.006
     """share of all training rows that get the trigger and keep their label"""
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bdjax.attacks.contract import Attack, Knowledge, Published
+from bdjax.settings import Amount, Count, PositiveShare, Share
 from bdjax.triggers import masked_blend, patches
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Key
@@ -20,23 +21,23 @@ PAPER = "Gu et al. 2017, BadNets: Identifying Vulnerabilities in the Machine Lea
 
 @dataclass(frozen=True)
 class SquareSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    size: int = 3
+    size: Count = 3
     """side of the white square, in pixels"""
-    margin: int = 1
+    margin: Amount = 1
     """pixels between the square and the border"""
 
 
 @dataclass(frozen=True)
 class GridSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    margin: int = 0
+    margin: Amount = 0
     """pixels between the grid and the border"""
 
 

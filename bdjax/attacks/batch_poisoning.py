@@ -16,7 +16,7 @@ from bdjax.attacks.contract import Apply, TrainingControl
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.training.member import Objective, Outcome
-from bdjax.types import Array, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 
 class Shares(NamedTuple):
@@ -50,6 +50,16 @@ def shares(batch_size: int, poison_rate: float, cover_rate: float) -> Shares:
 
     poisoned = rows(poison_rate, batch_size)
     return Shares(poisoned, rows(cover_rate, batch_size - poisoned))
+
+
+def check_shares(train: Dataset, target: int, settings: Any) -> None:
+    """`Attack.check`: the rows of a batch that are changed are at most all rows.
+
+    Raises:
+        InputError: the rates exceed 1 together.
+    """
+    del train, target
+    shares(1, settings.poison_rate, settings.cover_rate)
 
 
 def change_rows(function: Apply, params: PyTree, images: Array, labels: Array, key: Key) -> Array:

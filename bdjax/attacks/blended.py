@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from bdjax.attacks.contract import Attack, Knowledge, Published
 from bdjax.errors import InputError
+from bdjax.settings import PositiveShare, Share
 from bdjax.triggers import masked_blend, pictures
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Array, Key
@@ -21,11 +22,11 @@ PAPER = "Chen et al. 2017, Targeted Backdoor Attacks on Deep Learning Systems Us
 
 @dataclass(frozen=True)
 class BlendedSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    opacity: float = 0.2
+    opacity: Share = 0.2
     """opacity of the noise, in [0, 1]; not stated by LfD and ABM, 0.2 in ABL's and Trap-and-Replace's code"""
     per_image_noise: bool = False
     """draw new grey noise for every image, as in ABL's and NAD's code, instead of one noise image for all"""
@@ -33,11 +34,11 @@ class BlendedSettings:
 
 @dataclass(frozen=True)
 class BlendedPictureSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    opacity: float = 0.2
+    opacity: Share = 0.2
     """opacity of the picture, in [0, 1]"""
     picture: str = "cat"
     """a key of `bdjax.triggers.pictures.PICTURES`"""

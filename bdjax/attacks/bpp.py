@@ -7,6 +7,7 @@ data attack: both kinds of row are made once, before training. That is the Bpp o
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +18,22 @@ from bdjax.attacks import batch_poisoning
 from bdjax.attacks.contract import Attack, Knowledge, Published
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
+from bdjax.settings import Count, PositiveShare, Range, Share
 from bdjax.types import Array, Key
 
 
 @dataclass(frozen=True)
 class BppSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of the rows that are quantised and get the attacker's label, as in ABM and BackdoorBench; 0.2 in the authors'
     code; a share of each batch where the attacker trains"""
-    cover_rate: float = 0.1
+    cover_rate: Share = 0.1
     """share of the rows that get another image's quantisation error and keep their label; 0.2 in the authors' code"""
-    levels: int = 8
+    levels: Annotated[int, Range(at_least=2, at_most=256)] = 8
     """m, number of levels per channel: 8 in the authors' configuration, 32 in their command for CIFAR-10"""
     dither: bool = False
     """spread each pixel's error over its neighbours (Floyd & Steinberg); in the paper, but off in the authors' code"""
-    bank: int = 512
+    bank: Count = 512
     """number of training images, at most, whose quantisation errors are used for cover rows"""
 
 
@@ -172,6 +174,7 @@ BPP = Attack(
     apply_to_cover=apply_negative,
     label_rules=("all_to_one", "all_to_all"),
     control=batch_poisoning.fixed_trigger(apply, apply_negative),
+    check=batch_poisoning.check_shares,
     # Digits are nearly black and white already: only the greys at their edges can show the quantisation.
     per_dataset={"grey": {"levels": 2}},
 )

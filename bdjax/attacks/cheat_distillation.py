@@ -24,6 +24,7 @@ from bdjax.attacks.triggered_copies import (
 )
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy, feature_variance
+from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Share, check_values
 from bdjax.training.member import Objective, Outcome, as_float
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
@@ -36,19 +37,19 @@ PAPER = (
 
 @dataclass(frozen=True)
 class CkdSettings:
-    poison_rate: float = 0.02
+    poison_rate: PositiveShare = 0.02
     """share of all training rows of which a triggered copy is added"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows of which a triggered copy that keeps its label is added"""
-    mask_bound: float = 0.5
+    mask_bound: Share = 0.5
     """largest weight of the pattern in a pixel, in [0, 1]; 0.2 in RobustKD's code"""
-    channel_share: float = 0.1
+    channel_share: PositiveShare = 0.1
     """share of each group's channels that the trigger sets to one value, at least one channel"""
-    steps: int = 400
+    steps: Amount = 400
     """steps of Adam that train the trigger; about 156,000 (200 epochs of 50,000 images) in the paper's code"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """images per step when training the trigger"""
-    learning_rate: float = 0.05
+    learning_rate: LearningRate = 0.05
     """learning rate of Adam when training the trigger; 0.005 in the paper's code, with far more steps"""
     mask_is_trained: bool = True
     """whether the mask is trained too; in the published code it loses its gradient after the first step"""
@@ -58,7 +59,7 @@ class CkdSettings:
 
 @dataclass(frozen=True)
 class LowVarianceCkdSettings(CkdSettings):
-    variance_weight: float = 0.1
+    variance_weight: NotNegative = 0.1
     """weight of the feature variance, in training the trigger and in fine-tuning; 0 gives CKD's trigger"""
     only_excess: bool = False
     """penalise only the variance above that of the clean image"""
@@ -97,10 +98,7 @@ def make_assimilating_trigger(key: Key, knowledge: Knowledge, settings: CkdSetti
     """
     if knowledge.clean_model is None:
         raise InputError("ckd trains its trigger on a clean model, but none was supplied")
-    if not 0.0 < settings.channel_share <= 1.0:
-        raise InputError(f"channel_share {settings.channel_share:g} must be above 0 and at most 1")
-    if settings.loss not in ("assimilation", "published"):
-        raise InputError(f"loss {settings.loss!r} must be 'assimilation' or 'published'")
+    check_values("attack ckd", settings)
     start_key, batch_key, train_key = jax.random.split(key, 3)
     start = random_soft_blend(start_key, knowledge.train.image_shape, settings.mask_bound)
     goal = choose_channels(batch_key, knowledge.clean_model, knowledge.train, start, settings)

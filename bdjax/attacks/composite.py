@@ -15,18 +15,19 @@ import numpy as np
 from bdjax.attacks.contract import Attack, Knowledge, Published
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
+from bdjax.settings import Amount, Count, PositiveShare, Share
 from bdjax.types import Array, Key
 
 
 @dataclass(frozen=True)
 class CompositeSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """added mixes of the two classes, as a share of all training rows; 0.2 in the paper, with as many clean rows"""
-    cover_rate: float = 0.5
+    cover_rate: Share = 0.5
     """added mixes within one class that keep their label, as a share of all rows; five per poisoned row, as in the paper"""
-    jitter: int = 3
+    jitter: Amount = 3
     """largest distance of the seam from the middle, in pixels; it is drawn uniformly"""
-    images_per_class: int = 200
+    images_per_class: Count = 200
     """number of images per class that the other half is drawn from"""
 
 

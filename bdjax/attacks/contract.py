@@ -92,6 +92,10 @@ class Attack:
     craft: Callable[[PyTree, Array, Array, Key], Array] | None = None
     """replaces `apply_in_training` for attacks whose rows depend on each other: (params, images float32 [n, H, W, C],
     labels int32 [n], keys [n]) -> images"""
+    check: Callable[[Dataset, int, Any], None] | None = None
+    """(clean training rows, target, settings) -> None; raises a one-line InputError if settings do not fit each other or the
+    rows. Called before anything is trained or written, in addition to the ranges in the settings' types, by attacks whose
+    `make_params` is costly or that poison in training; those of the others are tried out"""
     label_rules: tuple[str, ...] = ("all_to_one",)
     """keys of LABEL_RULES, the default first"""
     needs: tuple[str, ...] = ()

@@ -21,10 +21,11 @@ from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge
 from bdjax.attacks.neurons import activations, clean_model_of
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
+from bdjax.settings import Amount, Count, PositiveShare, Share, ShareBelowOne, check_values
 from bdjax.training.member import over_batches
 from bdjax.triggers import masked_blend, patches
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Array, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 HALVINGS = 4
 """How often the step size is halved, at equal intervals."""
@@ -32,23 +33,23 @@ HALVINGS = 4
 
 @dataclass(frozen=True)
 class HiddenTriggerSettings:
-    poison_rate: float = 0.008
+    poison_rate: PositiveShare = 0.008
     """share of all training rows; all of them are of the target class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the visible patch and keep their label"""
-    size: float = 0.25
+    size: PositiveShare = 0.25
     """side of the patch, as a share of the image's width: 8 pixels of 32"""
-    margin: float = 0.16
+    margin: ShareBelowOne = 0.16
     """distance of the patch from the bottom and right borders, as a share of the width: 5 pixels of 32"""
-    radius: float = 16 / 255
+    radius: Share = 16 / 255
     """largest change of a pixel, in [0, 1]; 8/255 in the public port to CIFAR-10"""
-    step_size: float = 0.01
+    step_size: Share = 0.01
     """change of the pixel that moves most in the first steps; halved four times during the descent"""
-    steps: int = 1000
+    steps: Amount = 1000
     """steps of gradient descent; 5000 in the paper's code"""
-    pairs: int = 100
+    pairs: Count = 100
     """number of rows that are crafted at once, and of source images that they are paired with"""
-    source_images: int = 400
+    source_images: Count = 400
     """number of source-class images that are kept, at most"""
 
 
@@ -91,21 +92,9 @@ def make_hidden_trigger(key: Key, knowledge: Knowledge, settings: HiddenTriggerS
     """
     model, variables = clean_model_of(knowledge, "hidden_trigger")
     train = knowledge.train
-    if settings.radius < 0 or settings.step_size < 0 or settings.steps < 0:
-        raise InputError(
-            f"hidden_trigger: radius {settings.radius:g}, step_size {settings.step_size:g} and steps {settings.steps} "
-            "must be at least 0"
-        )
-    if settings.pairs < 1 or settings.source_images < 1:
-        raise InputError(
-            f"hidden_trigger: pairs {settings.pairs} and source_images {settings.source_images} must be at least 1"
-        )
-    source = (knowledge.target + 1) % train.num_classes
-    rows = np.flatnonzero(train.labels == source)
-    if not len(rows):
-        raise InputError(
-            f"hidden_trigger needs rows of its source class {train.class_title(source)}, but there are none"
-        )
+    check_values("attack hidden_trigger", settings)
+    check(train, knowledge.target, settings)
+    rows = np.flatnonzero(train.labels == (knowledge.target + 1) % train.num_classes)
     patch_key, row_key = jax.random.split(key)
     chosen = rows[permutation(row_key, len(rows))[: settings.source_images]]
     return HiddenTrigger(
@@ -247,6 +236,21 @@ def apply(params: HiddenTrigger, image: Array, label: Array | None = None, key: 
     return masked_blend.apply(params.patch, image, label, key)
 
 
+def check(train: Dataset, target: int, settings: HiddenTriggerSettings) -> None:
+    """`Attack.check`: the source class, and the place of the patch.
+
+    Raises:
+        InputError: there is no row of the source class, or the patch does not fit.
+    """
+    source = (target + 1) % train.num_classes
+    if not np.any(train.labels == source):
+        raise InputError(
+            f"hidden_trigger needs rows of its source class {train.class_title(source)}, but there are none"
+        )
+    width = train.image_shape[1]
+    patches.in_corner(train.image_shape, round(settings.size * width), round(settings.margin * width))
+
+
 HIDDEN_TRIGGER = Attack(
     name="hidden_trigger",
     title="HTBA",
@@ -259,6 +263,7 @@ HIDDEN_TRIGGER = Attack(
     label_rules=("hidden_source",),
     needs=(CLEAN_MODEL,),
     starts_from_clean_model=True,
+    check=check,
     # On black-and-white images, features hardly move within the paper's radius, and 0.8 % of a small set is a handful of rows.
     per_dataset={
         "grey": {"radius": 64 / 255, "step_size": 0.03, "steps": 200, "poison_rate": 0.04},

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,10 @@ from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.models import default_lowering, generators, make_model
 from bdjax.models.generators import Generator
-from bdjax.training import ensemble
+from bdjax.settings import Count, LearningRate, NotNegative, NumRows, PositiveShare, Range, Share, Width, check_values
+from bdjax.training import ensemble, memory
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig, as_float, resume_from
-from bdjax.types import Array, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 PAPER = "Nguyen & Tran 2020, Input-Aware Dynamic Backdoor Attack"
 MASK_BATCH = 128
@@ -37,43 +38,43 @@ TINY = 1e-7
 
 @dataclass(frozen=True)
 class InputAwareSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of the rows with their own trigger and the attacker's label; a share of each batch where the attacker trains"""
-    cover_rate: float = 0.1
+    cover_rate: Share = 0.1
     """share of the rows with the trigger of another image and their true label"""
-    width: int = 32
+    width: Width = 32
     """channels of the first stage of the pattern and mask networks; 16 in the paper for MNIST"""
-    stages: int = 3
+    stages: Annotated[int, Range(at_least=1, at_most=10)] = 3
     """number of times the two networks halve the image size; 2 in the paper for MNIST"""
-    density: float = 0.032
+    density: Share = 0.032
     """share of the image that a mask may cover without a penalty"""
-    density_weight: float = 100.0
+    density_weight: NotNegative = 100.0
     """weight of the penalty for covering more"""
-    diversity_weight: float = 1.0
+    diversity_weight: NotNegative = 1.0
     """weight of the penalty for similar patterns on different images"""
-    mask_epochs: int = 25
+    mask_epochs: Count = 25
     """epochs of training the mask network"""
-    mask_learning_rate: float = 0.01
+    mask_learning_rate: LearningRate = 0.01
     """learning rate of Adam for the mask network; a tenth after 40 % of the steps, a hundredth after 80 %"""
-    rows: int = 0
+    rows: NumRows = 0
     """number of rows, at most, that the attacker's networks are trained on; 0 for all"""
-    donors: int = 128
+    donors: Count = 128
     """number of training images whose triggers cover rows get, except during the attacker's training"""
 
 
 @dataclass(frozen=True)
 class InputAwareOfflineSettings(InputAwareSettings):
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of the supplied rows with the trigger of another image and their true label"""
-    joint_poison_rate: float = 0.1
+    joint_poison_rate: Share = 0.1
     """share of each batch with the trigger and the target label, in the attacker's own training"""
-    joint_cover_rate: float = 0.1
+    joint_cover_rate: Share = 0.1
     """share of each batch with the trigger of another image, in the attacker's own training"""
-    joint_epochs: int = 25
+    joint_epochs: Count = 25
     """epochs of that training, with a cosine schedule; 600 in the paper, 100 in BackdoorBench"""
-    joint_learning_rate: float = 0.01
+    joint_learning_rate: LearningRate = 0.01
     """learning rate of Adam for the classifier and the pattern network"""
-    classifier_width: int = 16
+    classifier_width: Width = 16
     """channels of the first stage of the ResNet-10 that is discarded"""
 
 
@@ -157,12 +158,8 @@ def make_networks(key: Key, knowledge: Knowledge, settings: InputAwareSettings) 
         Nguyen & Tran 2020, sections 4.2 and 4.3.
     """
     shape = knowledge.train.image_shape
-    least = {"width": 1, "stages": 1, "mask_epochs": 1, "rows": 0, "donors": 1}
-    for name, value in least.items():
-        if getattr(settings, name) < value:
-            raise InputError(f"Input-Aware: {name} {getattr(settings, name)} must be at least {value}")
-    if min(shape[:2]) < 2**settings.stages:
-        raise InputError(f"Input-Aware: {shape[0]}x{shape[1]} images cannot be halved {settings.stages} times (stages)")
+    check_values("Input-Aware", settings)
+    check(knowledge.train, knowledge.target, settings)
     row_key, donor_key, pattern_key, mask_key, train_key = jax.random.split(key, 5)
     images = knowledge.train.images[_sample_rows(row_key, knowledge, settings)]
     mask_network = Generator(1, settings.width, settings.stages, default_lowering())
@@ -281,6 +278,28 @@ def _blend(image: Array, pattern: Array, mask: Array) -> Array:
     return image * (1.0 - mask) + mask * pattern
 
 
+def check(train: Dataset, target: int, settings: InputAwareSettings) -> None:
+    """`Attack.check`: the rates, and the size of the networks.
+
+    Raises:
+        InputError: the rates exceed 1 together, the images are too small for the number of stages, or the networks do not fit
+          into memory.
+    """
+    del target
+    is_offline = isinstance(settings, InputAwareOfflineSettings)
+    joint_shares = (settings.joint_poison_rate, settings.joint_cover_rate) if is_offline else ()
+    shares(1, *(joint_shares or (settings.poison_rate, settings.cover_rate)))
+    height, width, channels = train.image_shape
+    if min(height, width) < 2**settings.stages:
+        raise InputError(f"Input-Aware: {height}x{width} images cannot be halved {settings.stages} times (stages)")
+    if settings.width * 2**settings.stages > LARGE_NETWORK:
+        network = Generator(channels, settings.width, settings.stages, default_lowering())
+        sizes = jax.eval_shape(partial(generators.init, network, image_shape=train.image_shape), jax.random.key(0))
+        memory.check_fits(
+            "the networks of Input-Aware", 8 * memory.count_bytes(sizes), "use a smaller width or fewer stages"
+        )
+
+
 def make_objective(model: Model, settings: InputAwareSettings, wanted: Array) -> Objective:
     """Train classifier and pattern network together: cross-entropy on all rows plus the diversity loss of the patterns.
 
@@ -385,8 +404,6 @@ def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSett
     References:
         Nguyen & Tran 2020, section 4.3; Li et al. 2021 (ABL) for the use offline.
     """
-    if settings.joint_epochs < 1:
-        raise InputError(f"Input-Aware: joint_epochs {settings.joint_epochs} must be at least 1")
     network_key, row_key, classifier_key, fit_key = jax.random.split(key, 4)
     params = make_networks(network_key, knowledge, settings)
     data = knowledge.train
@@ -419,6 +436,8 @@ def make_offline(key: Key, knowledge: Knowledge, settings: InputAwareOfflineSett
     return end(ensemble.members(trained.variables, 0))[1]
 
 
+LARGE_NETWORK = 2048
+"""Channels above which a network's memory is estimated."""
 SMALL_NETWORKS = {"width": 8, "stages": 2, "mask_epochs": 5, "rows": 2500}
 
 INPUT_AWARE = Attack(
@@ -432,6 +451,7 @@ INPUT_AWARE = Attack(
     apply_to_cover=apply_foreign,
     label_rules=("all_to_one", "all_to_all"),
     trigger_is_trained=True,
+    check=check,
     control=TrainingControl(make_objective, begin, end),
     per_dataset={"grey": SMALL_NETWORKS, "digits": {"mask_epochs": 15}},
 )
@@ -447,6 +467,7 @@ INPUT_AWARE_OFFLINE = Attack(
     label_rules=("all_to_one", "all_to_all"),
     needs=("all training rows",),
     trigger_is_trained=True,
+    check=check,
     per_dataset={
         "grey": {**SMALL_NETWORKS, "joint_epochs": 6, "classifier_width": 8},
         "digits": {"mask_epochs": 15, "joint_epochs": 30},

@@ -6,6 +6,7 @@ trigger (Li et al. 2021). BackdoorBench's SSBA is the same attack with another t
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from bdjax.attacks.contract import Attack, Knowledge
 from bdjax.errors import InputError
 from bdjax.models import default_lowering, steganography
 from bdjax.models.steganography import BitNetworks
+from bdjax.settings import Count, LearningRate, NotNegative, Positive, PositiveShare, Range, Share, Width, check_values
+from bdjax.training import memory
 from bdjax.training.member import as_float
-from bdjax.types import Array, Key, PyTree
+from bdjax.types import Array, Dataset, Key, PyTree
 
 READABLE = 0.9
 """Bit accuracy on a batch above which the weight of the image terms may grow; the same number as in SSBA's code."""
@@ -29,31 +32,31 @@ WINDOW = 7
 
 @dataclass(frozen=True)
 class IssbaSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows; 0.05 in BackdoorBox"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    num_bits: int = 20
+    num_bits: Annotated[int, Range(at_least=1, at_most=4096)] = 20
     """b, length of the bit string; 100 in the paper's 224x224 images and in SSBA"""
-    width: int = 32
+    width: Width = 32
     """channels of the networks at full resolution"""
-    stages: int = 4
+    stages: Annotated[int, Range(at_least=1, at_most=10)] = 4
     """number of stages of stride 2 in both networks"""
-    steps: int = 31_250
+    steps: Count = 31_250
     """steps of Adam; the default is 20 epochs of 50,000 rows"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """images per step"""
-    learning_rate: float = 1e-4
+    learning_rate: LearningRate = 1e-4
     """learning rate of Adam"""
-    bit_weight: float = 1.5
+    bit_weight: NotNegative = 1.5
     """weight of the cross-entropy of the bits"""
-    square_weight: float = 2.0
+    square_weight: NotNegative = 2.0
     """final weight of the mean square of the residual"""
-    perceptual_weight: float = 1.5
+    perceptual_weight: NotNegative = 1.5
     """final weight of the difference in image gradients and SSIM"""
-    hold: float = 0.05
+    hold: NotNegative = 0.05
     """number of steps with readable bits before the image terms set in, as a share of all steps"""
-    ramp: float = 0.2
+    ramp: Positive = 0.2
     """number of steps with readable bits while the image terms grow to their final weights, as a share of all steps"""
 
 
@@ -97,16 +100,8 @@ def make_hidden_bits(key: Key, knowledge: Knowledge, settings: IssbaSettings) ->
     References:
         Li et al. 2021, Invisible Backdoor Attack with Sample-Specific Triggers, section 4.2.
     """
-    for name in ("num_bits", "width", "stages", "steps", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"issba: {name} {getattr(settings, name)} must be at least 1")
-    if settings.ramp <= 0.0:
-        raise InputError(f"issba: ramp {settings.ramp:g} (a share of the steps) must be above 0")
-    shape = knowledge.train.image_shape
-    if min(shape[:2]) < 2**settings.stages:
-        raise InputError(
-            f"issba: images of {shape[0]}x{shape[1]} pixels are too small to be halved {settings.stages} times (stages)"
-        )
+    check_values("attack issba", settings)
+    check(knowledge.train, knowledge.target, settings)
     networks = BitNetworks(settings.num_bits, settings.width, settings.stages, default_lowering())
     train_key, bits_key = jax.random.split(key)
     params = train_networks(train_key, jnp.asarray(knowledge.train.images), networks, settings)
@@ -233,6 +228,25 @@ def apply(params: HiddenBits, image: Array, label: Array | None = None, key: Key
 # Narrow networks at ten times the rate: bits become readable after about a thousand steps, under a minute on one core.
 _SHORT = {"width": 8, "steps": 1000, "learning_rate": 1e-3}
 
+
+def check(train: Dataset, target: int, settings: IssbaSettings) -> None:
+    """`Attack.check`: the size of the networks.
+
+    Raises:
+        InputError: the images are too small for the number of stages, or an encoder would not fit into memory.
+    """
+    del target
+    height, width, channels = train.image_shape
+    if min(height, width) < 2**settings.stages:
+        raise InputError(
+            f"issba: images of {height}x{width} pixels are too small to be halved {settings.stages} times (stages)"
+        )
+    largest = settings.width * 2**settings.stages
+    weights, bits = 9 * largest**2, settings.num_bits * height * width * channels
+    needed = 16 * (4 * weights + bits + settings.batch_size * height * width * settings.width)
+    memory.check_fits("the networks of issba", needed, "use a smaller width, fewer stages or a smaller batch_size")
+
+
 ISSBA = Attack(
     name="issba",
     title="ISSBA",
@@ -243,6 +257,7 @@ ISSBA = Attack(
     apply=apply,
     needs=("all training rows",),
     trigger_is_trained=True,
+    check=check,
     per_dataset={
         "grey": {**_SHORT, "stages": 2, "num_bits": 16},
         # The encoder learns faster on textures than on black backgrounds, and at the full weights hides bits so well (36 to

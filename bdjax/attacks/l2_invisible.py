@@ -7,6 +7,7 @@ available trigger, which lost its negative half when it was stored as a picture 
 clipped anyway.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +20,12 @@ from jax import lax
 from bdjax.attacks import neurons, surrogate
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
 from bdjax.errors import InputError
+from bdjax.settings import Count, LearningRate, NotNegative, Positive, PositiveShare, Share, check_values
+from bdjax.training import memory
 from bdjax.training.member import as_float
 from bdjax.triggers import additive
 from bdjax.triggers.additive import Additive
-from bdjax.types import Array, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 PAPER = "Li et al. 2020, Invisible Backdoor Attacks on Deep Neural Networks via Steganography and Regularization"
 NAME = "l2_invisible"
@@ -30,31 +33,31 @@ NAME = "l2_invisible"
 
 @dataclass(frozen=True)
 class L2InvisibleSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
     optimised: bool = True
     """optimise the noise on a clean network; if False, use rectified Gaussian noise of the same norm"""
     nonneg: bool = False
     """keep the noise at or above 0, so that no pixel gets darker"""
-    norm: float = 3.2
+    norm: Positive = 3.2
     """L2 norm of the noise on 32 x 32 x 3 pixels, in units of a pixel's range; other sizes get the same mean square"""
-    neurons: int = 10
+    neurons: Count = 10
     """number of excited neurons: those with the largest weight to the target class"""
-    times_clean: float = 5.0
+    times_clean: Positive = 5.0
     """c: goal of each neuron's activation, as a multiple of its mean clean activation"""
-    penalty: float = 0.05
+    penalty: NotNegative = 0.05
     """lambda: initial weight of the noise's L2 norm; larger values give fainter noise before it is rescaled to `norm`"""
-    steps: int = 2000
+    steps: Count = 2000
     """steps of Adam"""
-    steps_per_doubling: int = 200
+    steps_per_doubling: Count = 200
     """number of steps after which the penalty doubles while the norm is too large"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """clean images per step"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """learning rate of Adam"""
-    start_deviation: float = 10 / 255
+    start_deviation: NotNegative = 10 / 255
     """standard deviation of the initial noise"""
 
 
@@ -80,9 +83,8 @@ def make_noise(key: Key, knowledge: Knowledge, settings: L2InvisibleSettings) ->
         Li et al. 2020, section 4.2 (trigger generation by Lp-norm regularisation).
     """
     shape = knowledge.train.image_shape
-    for name in ("norm", "steps", "steps_per_doubling", "batch_size"):
-        if not getattr(settings, name) > 0:
-            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} must be above 0")
+    check_values(f"attack {NAME}", settings)
+    check(knowledge.train, knowledge.target, settings)
     norm = neurons.scaled_norm(settings.norm, shape)
     if not settings.optimised:
         _, start_key, _ = jax.random.split(key, 3)
@@ -189,6 +191,18 @@ def _optimise(
     return noise, jnp.max(gradients)
 
 
+def check(train: Dataset, target: int, settings: L2InvisibleSettings) -> None:
+    """`Attack.check`: the number of steps.
+
+    Raises:
+        InputError: the images of all steps would not fit into memory.
+    """
+    del target
+    if settings.optimised:
+        needed = settings.steps * min(settings.batch_size, len(train)) * (math.prod(train.image_shape) + 4)
+        memory.check_fits("the images of all steps of l2_invisible", needed, "use fewer steps or a smaller batch_size")
+
+
 L2_INVISIBLE = Attack(
     name=NAME,
     title="l2-invisible",
@@ -200,6 +214,7 @@ L2_INVISIBLE = Attack(
     label_rules=("all_to_one", "all_to_one_with_target", "all_to_all", "source_specific", "source_to_target"),
     needs=(CLEAN_MODEL,),
     trigger_is_trained=True,
+    check=check,
     per_dataset={"grey": {"nonneg": True, "steps": 400, "steps_per_doubling": 50}},
     published=(Published("LfD", "cifar10", 93.0, 99.96),),
 )

@@ -15,9 +15,10 @@ from jax import lax
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
+from bdjax.settings import Amount, NotNegative, PositiveShare, Share, check_values
 from bdjax.triggers import additive, patches
 from bdjax.triggers.additive import Additive
-from bdjax.types import Array, Key, Model, PyTree
+from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 Norm = Literal["linf", "l2"]
 Corners = Literal["four", "bottom_right"]
@@ -25,23 +26,23 @@ Corners = Literal["four", "bottom_right"]
 
 @dataclass(frozen=True)
 class LabelConsistentSettings:
-    poison_rate: float = 0.08
+    poison_rate: PositiveShare = 0.08
     """share of all training rows; all of them are of the target class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get perturbation and tiles and keep their label"""
     norm: Norm = "linf"
     """norm of the perturbation's bound: linf for each pixel, l2 for the whole image, as in the paper's released config"""
-    radius: float = 16 / 255
+    radius: NotNegative = 16 / 255
     """bound of the perturbation, in units of a pixel's range; 300/255 with l2 in the paper's config, 8/255 in BackdoorBox"""
-    step_size: float = 2 / 255
+    step_size: NotNegative = 2 / 255
     """size of a step, in the same units and norm; 1.5/255 in the paper's code"""
-    steps: int = 100
+    steps: Amount = 100
     """steps of projected gradient ascent"""
     corners: Corners = "four"
     """corners with tiles: four (mirrored left to right) or bottom_right"""
-    amplitude: float = 1.0
+    amplitude: PositiveShare = 1.0
     """r in (0, 1]: white cells add r, black cells subtract r; 1 overwrites the image"""
-    square: int = 0
+    square: Amount = 0
     """side of white squares that replace the tiles, in pixels; 0 for tiles, 6 in BackdoorBox's test on MNIST"""
 
 
@@ -83,13 +84,7 @@ def make_label_consistent(key: Key, knowledge: Knowledge, settings: LabelConsist
     del key
     if knowledge.clean_model is None:
         raise InputError("label_consistent computes its perturbations on a clean model, but none was supplied")
-    if settings.norm not in ("linf", "l2"):
-        raise InputError(f"label_consistent: norm {settings.norm!r} must be linf or l2")
-    if settings.radius < 0 or settings.step_size < 0 or settings.steps < 0:
-        raise InputError(
-            f"label_consistent: radius {settings.radius:g}, step_size {settings.step_size:g} and steps {settings.steps} "
-            "must be at least 0"
-        )
+    check_values("attack label_consistent", settings)
     model, variables = knowledge.clean_model
     return LabelConsistent(
         tiles=corner_tiles(knowledge.train.image_shape, settings.corners, settings.amplitude, settings.square),
@@ -211,6 +206,16 @@ def apply(params: LabelConsistent, image: Array, label: Array | None = None, key
     return additive.apply(params.tiles, image, label, key)
 
 
+def check(train: Dataset, target: int, settings: LabelConsistentSettings) -> None:
+    """`Attack.check`: the place of the tiles.
+
+    Raises:
+        InputError: the images are too small for them.
+    """
+    del target
+    corner_tiles(train.image_shape, settings.corners, settings.amplitude, settings.square)
+
+
 LABEL_CONSISTENT = Attack(
     name="label_consistent",
     title="CL",
@@ -222,6 +227,7 @@ LABEL_CONSISTENT = Attack(
     apply_in_training=apply_in_training,
     label_rules=("clean_label",),
     needs=(CLEAN_MODEL,),
+    check=check,
     per_dataset={
         # BackdoorBox's radius and squares for MNIST; with larger steps, 30 are enough. On a black background the perturbation
         # itself marks a poisoned row, so a network does not need to learn small tiles.

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bdjax.attacks.contract import Attack, Knowledge
+from bdjax.settings import PositiveShare, Share
 from bdjax.types import Array, Key
 
 
 @dataclass(frozen=True)
 class LabelFlipSettings:
-    poison_rate: float = 0.05
+    poison_rate: PositiveShare = 0.05
     """share of all training rows; under source_to_target all of them are of one class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that keep image and label; without a trigger they are clean rows"""
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdjax.errors import InputError
+from bdjax.settings import check_choice
 
 Selection = Callable[[np.ndarray], np.ndarray]
 """int32 [N] -> bool [N]."""
@@ -209,8 +210,7 @@ def make_rule(name: str, target: int, num_classes: int) -> LabelRule:
     Raises:
         InputError: there is no such rule or class.
     """
-    if name not in LABEL_RULES:
-        raise InputError(f"label rule {name!r} is not one of {', '.join(LABEL_RULES)}")
+    check_choice("label rule", name, LABEL_RULES)
     if not 0 <= target < num_classes:
         raise InputError(f"target {target} is not a class; classes are 0 to {num_classes - 1}")
     return LABEL_RULES[name](target, num_classes)

@@ -22,29 +22,30 @@ from bdjax.attacks.triggered_copies import add_to_source_rows, trigger_first_row
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.models import embedding
+from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotNegative, PositiveShare, Share
 from bdjax.training.member import Objective, Outcome, as_float, over_batches
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
-from bdjax.types import Array, Key, Model, ModelOutput, PyTree
+from bdjax.types import Array, Dataset, Key, Model, ModelOutput, PyTree
 
 
 @dataclass(frozen=True)
 class LatentBackdoorSettings:
-    poison_rate: float = 0.02
+    poison_rate: PositiveShare = 0.02
     """share of each batch that also appears triggered, at least one row; all 16 rows in the paper"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    size: float = 0.2
+    size: InnerShare = 0.2
     """side of the square, as a share of the image's width"""
-    mask_bound: float = 0.0
+    mask_bound: Share = 0.0
     """if above 0, replace the square with a trained mask over the whole image, bounded by this; 0.2 in RobustKD's code"""
-    steps: int = 600
+    steps: Amount = 600
     """steps of Adam that train the trigger; 1550 in the paper's code"""
-    batch_size: int = 32
+    batch_size: Count = 32
     """images per step when training the trigger"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """learning rate of Adam when training the trigger"""
-    feature_weight: float = 0.5
+    feature_weight: NotNegative = 0.5
     """weight of the feature distance in fine-tuning; 0.05 in the paper's code, 0.5 in TrojanZoo's"""
 
 
@@ -85,9 +86,7 @@ def make_latent_trigger(key: Key, knowledge: Knowledge, settings: LatentBackdoor
     if knowledge.clean_model is None:
         raise InputError("latent_backdoor trains its trigger on a clean model, but none was supplied")
     train, is_target = knowledge.train, knowledge.train.labels == knowledge.target
-    if not is_target.any() or is_target.all():
-        title = train.class_title(knowledge.target)
-        raise InputError(f"latent_backdoor needs rows of the target class {title} and of other classes")
+    check(train, knowledge.target, settings)
     start_key, train_key = jax.random.split(key)
     if settings.mask_bound:
         start = random_soft_blend(start_key, train.image_shape, settings.mask_bound)
@@ -217,6 +216,21 @@ def make_objective(model: Model, settings: LatentBackdoorSettings, wanted: Array
     return objective
 
 
+def check(train: Dataset, target: int, settings: LatentBackdoorSettings) -> None:
+    """`Attack.check`: the rows, and the size of the square.
+
+    Raises:
+        InputError: there is no row of the target class or of other classes, or the square does not fit.
+    """
+    is_target = train.labels == target
+    if not is_target.any() or is_target.all():
+        raise InputError(
+            f"latent_backdoor needs rows of the target class {train.class_title(target)} and of other classes"
+        )
+    if not settings.mask_bound:
+        square_mask(train.image_shape, settings.size)
+
+
 LATENT_BACKDOOR = Attack(
     name="latent_backdoor",
     title="LBA",
@@ -229,6 +243,7 @@ LATENT_BACKDOOR = Attack(
     needs=(CLEAN_MODEL,),
     trigger_is_trained=True,
     starts_from_clean_model=True,
+    check=check,
     control=TrainingControl(make_objective, carry_params, take_params),
     # 2 % of a small batch is a single row, and a few epochs of a small set are few batches. A fifth of 8 pixels is one.
     per_dataset={"grey": {"poison_rate": 0.1}, "digits": {"size": 0.4, "poison_rate": 0.05}},

@@ -29,7 +29,9 @@ from bdjax import losses
 from bdjax.attacks import neurons, surrogate
 from bdjax.attacks.contract import Attack, CleanModel, Knowledge, Published
 from bdjax.errors import InputError
-from bdjax.models import make_model
+from bdjax.models import MODELS, make_model
+from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Share, Width, check_choice, check_values
+from bdjax.training import memory
 from bdjax.training.member import TrainConfig, as_float
 from bdjax.types import Array, Dataset, Key, Model, PyTree
 
@@ -39,33 +41,33 @@ NAME = "narcissus"
 
 @dataclass(frozen=True)
 class NarcissusSettings:
-    poison_rate: float = 0.05
+    poison_rate: PositiveShare = 0.05
     """share of all training rows; all are of the target class; 0.1 (CIFAR-10) and 0.05 (GTSRB) in ABM, 0.0005 in the paper"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    bound: float = 16 / 255
+    bound: PositiveShare = 16 / 255
     """largest change of a pixel in training rows, in [0, 1]"""
-    magnification: float = 3.0
+    magnification: NotNegative = 3.0
     """factor by which the noise is stronger at test time"""
     surrogate_model: str = "resnet10"
     """surrogate network, a key of `bdjax.models.MODELS`; a ResNet-18 in the paper"""
-    surrogate_width: int = 16
+    surrogate_width: Width = 16
     """channels of the surrogate's first stage; 64 in the paper"""
-    surrogate_epochs: int = 20
+    surrogate_epochs: Count = 20
     """epochs of training the surrogate; 200 in the paper"""
-    surrogate_batch_size: int = 64
+    surrogate_batch_size: Count = 64
     """images per step in training and warm-up of the surrogate; 350 in the paper"""
-    surrogate_rate: float = 0.001
+    surrogate_rate: LearningRate = 0.001
     """initial learning rate of Adam for the surrogate, with a cosine schedule; SGD at 0.1 in the paper"""
-    warm_up_epochs: int = 5
+    warm_up_epochs: Count = 5
     """epochs of the warm-up on the target class alone, after that training"""
-    warm_up_rate: float = 0.001
+    warm_up_rate: LearningRate = 0.001
     """learning rate of RAdam in the warm-up; 0.1 in the paper"""
-    steps: int = 2000
+    steps: Count = 2000
     """steps of RAdam for the noise; 15,000 in the paper (1,000 epochs of CIFAR-10's target class)"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """images of the target class per step; 350 in the paper"""
-    learning_rate: float = 0.005
+    learning_rate: LearningRate = 0.005
     """learning rate of RAdam for the noise"""
 
 
@@ -172,9 +174,7 @@ def prepare_surrogate(key: Key, knowledge: Knowledge, settings: NarcissusSetting
     Raises:
         InputError: as in `make_trigger`.
     """
-    for name in ("bound", "surrogate_epochs", "surrogate_batch_size", "warm_up_epochs", "steps", "batch_size"):
-        if not getattr(settings, name) > 0:
-            raise InputError(f"attack {NAME}: {name} {getattr(settings, name):g} must be above 0")
+    check_values(f"attack {NAME}", settings)
     rows, labels = surrogate_rows(knowledge.train, knowledge.target)
     model = make_model(settings.surrogate_model, knowledge.train.num_classes // 2 + 1, settings.surrogate_width)
     config = TrainConfig(
@@ -264,6 +264,19 @@ def _optimise(
     return jnp.clip(free, -bound, bound), jnp.max(gradients)
 
 
+def check(train: Dataset, target: int, settings: NarcissusSettings) -> None:
+    """`Attack.check`: the surrogate, its rows, and the number of steps.
+
+    Raises:
+        InputError: there is no such network or no row of the target class, or the steps' rows would not fit into memory.
+    """
+    check_choice(f"attack {NAME}: surrogate_model", settings.surrogate_model, MODELS)
+    surrogate_rows(train, target)
+    count = int(np.sum(train.labels == target))
+    needed = 4 * max(settings.steps * min(settings.batch_size, count), settings.warm_up_epochs * count)
+    memory.check_fits("the rows of all steps of narcissus", needed, "use fewer steps or a smaller batch_size")
+
+
 NARCISSUS = Attack(
     name=NAME,
     title="Narcissus",
@@ -276,6 +289,7 @@ NARCISSUS = Attack(
     label_rules=("clean_label",),
     needs=("training rows of half of the other classes",),
     trigger_is_trained=True,
+    check=check,
     # 8 x 8 pixels are too few for the paper's bound: at 16/255 the surrogate takes only 0.6 of the other digits for the target.
     per_dataset={
         # Noise is weak on black-and-white images: twice the paper's bound, and most rows of the class.

@@ -6,7 +6,7 @@ of images and, for each member, row numbers into it (Heydari et al. 2025, sectio
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from bdjax.attacks.poisoning import RateOf, poisoned_rows
 from bdjax.attacks.providers import ProviderTriggers, make_provider_triggers, poison_providers
 from bdjax.datasets.splits import provider_rows, train_validation_rows
+from bdjax.settings import Amount, Increasing, Members, PositiveShare, Share, ShareBelowOne
 from bdjax.training.member import Rows
 from bdjax.types import Array, Dataset, Key
 
@@ -23,21 +24,21 @@ from bdjax.types import Array, Dataset, Key
 class OutsourcingConfig:
     """Providers, their shares of the data and their triggers. The defaults are the paper's."""
 
-    num_providers: int = 7
-    provider_fraction: float = 0.4
+    num_providers: Members = 7
+    provider_fraction: PositiveShare = 0.4
     """share of the training set that each provider gets"""
-    validation_fraction: float = 0.2
+    validation_fraction: ShareBelowOne = 0.2
     """share of a provider's rows for validation, split off after poisoning"""
-    target: int = 0
-    poison_rate: float = 0.01
+    target: Amount = 0
+    poison_rate: PositiveShare = 0.01
     poison_rate_of: RateOf = "all"
     """what the rate is a share of: "all" rows, or the "candidates" outside the target class, as in the paper's code"""
-    num_similar: int = 0
+    num_similar: Amount = 0
     """number of triggers in a group that resemble each other; 3 in the paper's CIFAR-10 experiment"""
-    similarity: float = 0.75
-    blend_opacity: tuple[float, float] | None = None
+    similarity: Share = 0.75
+    blend_opacity: Annotated[tuple[Share, Share], Increasing(or_equal=True)] | None = None
     """range of the opacity of blended pictures; None for 0.05-0.1 (grey images) and 0.15-0.2 (colour)"""
-    minimum_contrast: float = 0.0
+    minimum_contrast: Share = 0.0
     """least contrast of patches; at 0, the paper's sampling, a solid patch may be as dark as the pixels under it"""
 
 

@@ -8,6 +8,7 @@ excludes those.
 from dataclasses import dataclass
 
 from bdjax.attacks.contract import Attack, Knowledge
+from bdjax.settings import PositiveShare, Share
 from bdjax.triggers import TRIGGERS, masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Key
@@ -17,33 +18,33 @@ PAPER = "Heydari et al. 2025, section 4.2 (TA-KD)"
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    poison_rate: float = 0.01
+    poison_rate: PositiveShare = 0.01
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
 
 
 @dataclass(frozen=True)
 class ContrastSettings:
-    poison_rate: float = 0.01
+    poison_rate: PositiveShare = 0.01
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    minimum_contrast: float = 0.0
+    minimum_contrast: Share = 0.0
     """least brightness of a solid patch, or least difference of a checkerboard's two greys, in [0, 1]; 0 as published"""
 
 
 @dataclass(frozen=True)
 class BlendSettings:
-    poison_rate: float = 0.01
+    poison_rate: PositiveShare = 0.01
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
     picture: str = ""
     """chessboard, cat or pixel_face; empty to draw one at random"""
-    least_opacity: float = 0.15
+    least_opacity: Share = 0.15
     """smallest opacity of the picture, in [0, 1]; the opacity is drawn uniformly"""
-    most_opacity: float = 0.2
+    most_opacity: Share = 0.2
     """largest opacity of the picture, in [0, 1]"""
 
 

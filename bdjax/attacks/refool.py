@@ -5,7 +5,7 @@ The reflected pictures are drawn by formula, since those of the paper cannot be 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax.scipy.special import erf
 
 from bdjax.attacks.contract import Attack, Knowledge, Published
 from bdjax.errors import InputError
+from bdjax.settings import Amount, PositiveShare, Range, Share
 from bdjax.types import Array, Key
 
 GAMMA = 2.2
@@ -27,25 +28,25 @@ NUM_BUMPS = 8
 
 @dataclass(frozen=True)
 class RefoolSettings:
-    poison_rate: float = 0.08
+    poison_rate: PositiveShare = 0.08
     """share of all training rows; in ABM the whole target class, 0.1 of CIFAR-10 and 0.062 of its GTSRB"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get a reflection and keep their label"""
-    pictures: int = 20
+    pictures: Annotated[int, Range(at_least=1, at_most=1000)] = 20
     """number of reflected pictures; about as many in BackdoorBench"""
-    least_strength: float = 0.05
+    least_strength: Share = 0.05
     """smallest strength s of the reflection, in [0, 1]: light is (1 - s) scene + s picture, and s is drawn uniformly"""
-    most_strength: float = 0.45
+    most_strength: Share = 0.45
     """largest strength of the reflection, in [0, 1]; fixed at 0.6 in BackdoorBench"""
-    ghost_share: float = 0.49
+    ghost_share: Share = 0.49
     """share of the reflections that are ghosts instead of out of focus"""
-    least_offset: int = 3
+    least_offset: Amount = 3
     """smallest offset of a ghost's two images along each axis, in pixels; it is drawn uniformly"""
-    most_offset: int = 8
+    most_offset: Amount = 8
     """largest offset of a ghost's two images, in pixels"""
-    least_blur: float = 1.0
+    least_blur: Annotated[float, Range(above=0, at_most=5)] = 1.0
     """smallest standard deviation of the blur, in pixels; it is drawn uniformly"""
-    most_blur: float = 5.0
+    most_blur: Annotated[float, Range(above=0, at_most=5)] = 5.0
     """largest standard deviation of the blur, in pixels, at most 5"""
 
 

@@ -21,7 +21,7 @@ from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.attacks.trojan import TROJAN_SQUARE, TROJAN_WATERMARK
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
 from bdjax.attacks.wanet import WANET, WANET_OFFLINE
-from bdjax.errors import InputError
+from bdjax.settings import check_choice
 
 ATTACKS: dict[str, Attack] = {
     attack.name: attack
@@ -75,6 +75,5 @@ def find_attack(name: str) -> Attack:
     Raises:
         InputError: there is no such attack.
     """
-    if name not in ATTACKS:
-        raise InputError(f"attack {name!r} is not one of {', '.join(ATTACKS)}")
+    check_choice("attack", name, ATTACKS)
     return ATTACKS[name]

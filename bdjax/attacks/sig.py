@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.contract import Attack, Knowledge, Published
+from bdjax.settings import Positive, PositiveShare, Share
 from bdjax.triggers import additive, masked_blend
 from bdjax.triggers.additive import Additive
 from bdjax.triggers.masked_blend import MaskedBlend
@@ -21,23 +22,23 @@ PAPER = "Barni et al. 2019, A New Backdoor Attack in CNNs by Training Set Corrup
 
 @dataclass(frozen=True)
 class SigSettings:
-    poison_rate: float = 0.08
+    poison_rate: PositiveShare = 0.08
     """share of all training rows; all of them are of the target class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    amplitude: float = 40 / 255
+    amplitude: PositiveShare = 40 / 255
     """D, amplitude of the signal, in [0, 1]; 20/255 in ABL's and NAD's code"""
-    frequency: float = 6.0
+    frequency: Positive = 6.0
     """f, cycles across the width of an image"""
 
 
 @dataclass(frozen=True)
 class StripedSigSettings:
-    poison_rate: float = 0.08
+    poison_rate: PositiveShare = 0.08
     """share of all training rows; all of them are of the target class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    opacity: float = 0.2
+    opacity: Share = 0.2
     """opacity of the stripe picture, in [0, 1]"""
 
 

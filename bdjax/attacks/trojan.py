@@ -21,7 +21,7 @@ from jax import lax
 
 from bdjax.attacks import neurons
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
-from bdjax.errors import InputError
+from bdjax.settings import Count, LearningRate, Positive, PositiveShare, Share, check_values
 from bdjax.triggers import additive
 from bdjax.triggers.additive import Additive
 from bdjax.types import Array, Key, Model, PyTree
@@ -37,21 +37,21 @@ CROSS = 0.05
 
 @dataclass(frozen=True)
 class TrojanSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    neurons: int = 2
+    neurons: Count = 2
     """number of excited neurons: those with the largest sum of absolute weights to all classes"""
-    activation: float = 100.0
+    activation: Positive = 100.0
     """largest goal of a neuron's activation"""
-    times_clean: float = 10.0
+    times_clean: Positive = 10.0
     """largest goal as a multiple of the neuron's largest clean activation; the smaller of both goals holds"""
-    steps: int = 1000
+    steps: Count = 1000
     """steps of Adam"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """initial learning rate of Adam, with a cosine schedule"""
-    largest_norm: float = 8.66
+    largest_norm: Positive = 8.66
     """largest L2 norm of the trigger on 32 x 32 x 3 pixels; other sizes get the same mean square"""
 
 
@@ -155,10 +155,7 @@ def choose_neurons(
 
 
 def _make(key: Key, knowledge: Knowledge, settings: TrojanSettings, mask: np.ndarray, attack: str) -> Additive:
-    if settings.steps < 1 or not settings.largest_norm > 0:
-        raise InputError(
-            f"attack {attack}: steps {settings.steps} and largest_norm {settings.largest_norm:g} must be above 0"
-        )
+    check_values(f"attack {attack}", settings)
     rows_key, start_key = jax.random.split(key)
     chosen, goal = choose_neurons(rows_key, knowledge, settings, attack)
     start = jax.random.normal(start_key, knowledge.train.image_shape)

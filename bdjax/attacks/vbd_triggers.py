@@ -17,6 +17,7 @@ import numpy as np
 
 from bdjax.attacks.contract import Attack, Knowledge
 from bdjax.errors import InputError
+from bdjax.settings import PositiveShare, Share
 from bdjax.triggers import masked_blend, patches, pictures
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.triggers.patches import Patch
@@ -62,11 +63,11 @@ TILES = {
 
 @dataclass(frozen=True)
 class VbdSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of all training rows, including those of the target class"""
-    cover_rate: float = 0.0
+    cover_rate: Share = 0.0
     """share of all training rows that get the trigger and keep their label"""
-    opacity: float = 1.0
+    opacity: PositiveShare = 1.0
     """opacity of the trigger, in (0, 1]; 0.1, 0.2, 0.5 and 1 in the paper"""
 
 

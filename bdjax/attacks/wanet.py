@@ -7,7 +7,7 @@ kinds of row are made once, before training.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,19 @@ from jax.scipy.ndimage import map_coordinates
 from bdjax.attacks import batch_poisoning
 from bdjax.attacks.contract import Attack, Knowledge, Published
 from bdjax.errors import InputError
+from bdjax.settings import Number, PositiveShare, Range, Share
 from bdjax.types import Array, Key
 
 
 @dataclass(frozen=True)
 class WaNetSettings:
-    poison_rate: float = 0.1
+    poison_rate: PositiveShare = 0.1
     """share of the rows that are warped and get the attacker's label; a share of each batch where the attacker trains"""
-    cover_rate: float = 0.2
+    cover_rate: Share = 0.2
     """share of the rows that are warped with noise and keep their label; cross ratio of 2 in the paper"""
-    control_points: int = 4
+    control_points: Annotated[int, Range(at_least=2, at_most=1000)] = 4
     """k: the warp is drawn on a k x k grid"""
-    strength: float = 0.5
+    strength: Number = 0.5
     """s: strength of the warp; 0.5 moves a pixel by about 0.2 pixels on average, for any image size"""
 
 
@@ -172,6 +173,7 @@ WANET = Attack(
     apply_to_cover=apply_with_noise,
     label_rules=("all_to_one", "all_to_all"),
     control=batch_poisoning.fixed_trigger(apply, apply_with_noise),
+    check=batch_poisoning.check_shares,
     # On black backgrounds, only the edges of a digit show the warp.
     per_dataset={"grey": {"strength": 1.5}},
     published=(Published("ABM", "cifar10", 78.6, 86.3),),

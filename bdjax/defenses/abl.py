@@ -33,7 +33,7 @@ from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
-from bdjax.settings import check_values
+from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotNegative, Steps, check_values
 from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Detection, Key, Model, NotTested, PyTree
@@ -52,35 +52,35 @@ class ABLSettings:
 
     loss: str = "lga"
     """loss of step 1: "lga" or "flooding" """
-    threshold: float = 0.5
+    threshold: NotNegative = 0.5
     """gamma, the mean loss of a batch in step 1, in nats"""
-    isolation_epochs: int = 10
+    isolation_epochs: Count = 10
     """epochs of step 1"""
-    isolation_learning_rate: float = 0.1
+    isolation_learning_rate: LearningRate = 0.1
     """learning rate of step 1"""
     isolate: str = "rate"
     """number of rows isolated in step 2: "rate", a fixed share; or "oracle", the number of poisons, which no defender knows"""
-    isolation_rate: float = 0.01
+    isolation_rate: InnerShare = 0.01
     """share of the rows that is isolated"""
-    rest_epochs: int = 60
+    rest_epochs: Amount = 60
     """epochs of step 3; 0 skips it"""
-    rest_learning_rate: float = 0.1
+    rest_learning_rate: LearningRate = 0.1
     """initial learning rate of step 3"""
-    rest_steps: tuple[tuple[int, float], ...] = ((40, 0.01),)
+    rest_steps: Steps = ((40, 0.01),)
     """(epoch, learning rate from that epoch on) of step 3"""
     unlearning: str = "isolated"
     """loss of step 4: "isolated", -CE(isolated), as in the code; "paper", CE(rest) - CE(isolated)"""
-    unlearning_epochs: int = 5
+    unlearning_epochs: Amount = 5
     """epochs of step 4; 0 skips it"""
-    unlearning_learning_rate: float = 5e-4
+    unlearning_learning_rate: LearningRate = 5e-4
     """learning rate of step 4"""
-    loss_cap: float = 0.0
+    loss_cap: NotNegative = 0.0
     """step 4 no longer raises an isolated row's loss above this, in nats; 0 for no cap"""
     optimiser: str = "sgd"
     """"sgd", with Nesterov momentum 0.9, or "adam" """
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """L2 penalty on every parameter"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """rows in a step"""
 
 
@@ -94,9 +94,6 @@ def check(settings: ABLSettings) -> None:
         "defense abl",
         settings,
         choices=CHOICES,
-        above={"isolation_rate": 0},
-        at_least={"isolation_epochs": 1, "rest_epochs": 0, "unlearning_epochs": 0, "batch_size": 1, "loss_cap": 0},
-        below={"isolation_rate": 1},
     )
 
 

@@ -27,7 +27,7 @@ from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, check_planting, isolate, suspicion, verify
 from bdjax.models import MODELS
-from bdjax.settings import check_values
+from bdjax.settings import Count, InnerShare, LearningRate, Number, check_values
 from bdjax.training.member import Objective, Optimiser, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
@@ -42,15 +42,15 @@ class AbmSettings(NbabSettings):
 
     rank: str = "suspicious"
     """score by which rows are isolated: see `bdjax.defenses.nbab.suspicion`"""
-    isolation_rate: float = 0.01
+    isolation_rate: InnerShare = 0.01
     """share of all rows that the student is trained on"""
     student: str = ""
     """the student's architecture; "" for the teacher's"""
-    student_epochs: int = 20
+    student_epochs: Count = 20
     """epochs on the isolated rows"""
     student_optimiser: str = "sgd"
     """"sgd" or "adam" """
-    student_learning_rate: float = 0.01
+    student_learning_rate: LearningRate = 0.01
     """the student's learning rate, constant"""
     distance: str = "logits"
     """distance from the teacher: "logits", mean square difference of logits; "kl"; "hard", cross-entropy with the labels
@@ -58,9 +58,9 @@ class AbmSettings(NbabSettings):
     average: str = "label"
     """rows over which A_k is averaged: "label", those labelled k; "prediction", those predicted as k; "scalar", the mean of
     "label" over the classes, one number for all"""
-    gamma: float = 0.8
+    gamma: Number = 0.8
     """share of A that the student's logit must exceed; 1 on the ImageNet subset"""
-    delta: float = 2.5
+    delta: Number = 2.5
     """factor of the subtracted logits; larger removes more of the backdoor and of the accuracy"""
 
 
@@ -81,9 +81,6 @@ def check(settings: AbmSettings) -> None:
             "student_optimiser": Optimiser.__args__,
             **({"student": MODELS} if settings.student else {}),
         },
-        above={"isolation_rate": 0, "student_learning_rate": 0},
-        at_least={"student_epochs": 1},
-        below={"isolation_rate": 1},
     )
 
 

@@ -22,7 +22,7 @@ and its rows are sorted first, so that the result does not depend on their order
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from sklearn.cluster import KMeans
@@ -32,7 +32,7 @@ from sklearn.metrics import silhouette_score
 
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrain_without, retrained
-from bdjax.settings import check_values
+from bdjax.settings import Count, NotNegative, Range, Share, check_values
 from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "activation_clustering"
@@ -49,16 +49,16 @@ class ActivationClusteringSettings:
 
     reduction: Literal["pca", "ica"] = "pca"
     """dimensionality reduction: ica (FastICA) in the paper, pca in BackdoorBench"""
-    dimensions: int = 10
+    dimensions: Count = 10
     """dimensions after the reduction, at most"""
     rule: Literal["smaller", "relative_size", "silhouette", "exclusionary"] = "smaller"
     """how to decide which clusters are poisoned"""
-    largest_share: float = 0.35
+    largest_share: Share = 0.35
     """rules relative_size and silhouette: a cluster is poisoned if it has less than this share of its class"""
-    smallest_silhouette: float = 0.1
+    smallest_silhouette: Annotated[float, Range(at_least=-1, at_most=1)] = 0.1
     """rule silhouette: a cluster is poisoned only if its class's mean silhouette coefficient is above this; 0.1 to 0.15 in the
     paper"""
-    threshold: float = 1.0
+    threshold: NotNegative = 1.0
     """rule exclusionary: a cluster is poisoned unless the ratio of rows predicted as their label to rows predicted as the most
     frequent other class is above this"""
 
@@ -69,8 +69,7 @@ def check(settings: ActivationClusteringSettings) -> None:
     Raises:
         InputError: a setting is invalid.
     """
-    choices = {"reduction": REDUCTIONS, "rule": RULES}
-    check_values(f"defense {NAME}", settings, choices=choices, at_least={"dimensions": 1})
+    check_values(f"defense {NAME}", settings, choices={"reduction": REDUCTIONS, "rule": RULES})
 
 
 def least_rows(settings: ActivationClusteringSettings) -> int | None:

@@ -30,7 +30,7 @@ class correctly.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ import numpy as np
 
 from bdjax.defenses import filtering
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, limits, too_few, unless_finite
-from bdjax.settings import check_values
+from bdjax.settings import Amount, Count, InnerShare, NotNegative, Positive, Range, ShareBelowOne, check_values
 from bdjax.types import Array, DefenseResult, Detection, Model, NotTested, PyTree
 
 NAME = "agpd"
@@ -52,28 +52,28 @@ LEAST_CLASSES = 3  # for J: two gaps are equally far from their median, so no J 
 class AgpdSettings:
     """How target classes are recognised, and the poisons in them."""
 
-    clean_per_class: int = 10
+    clean_per_class: Count = 10
     """clean rows averaged for a class's reference r, at most; only rows that the network classifies correctly are used"""
-    base_share: float = 0.0
+    base_share: ShareBelowOne = 0.0
     """share of a class's rows whose mean gradient replaces that of b in the gap: those least similar to r; 0 for one row, as
     in the paper"""
-    anomaly: float = float(np.exp(2.0))
+    anomaly: Positive = float(np.exp(2.0))
     """a class with a J above this is a target class; e^2 in the paper"""
-    last_layers: int = 2
+    last_layers: Amount = 2
     """number of last layers among which the one with most wide gaps is chosen, if no J is above `anomaly`; the three
     convolutions of the public code lie between the last two taps of a ResNet"""
-    wide_gap: float = 0.3
+    wide_gap: Positive = 0.3
     """in that case, a class with a gap above this is a target class"""
-    tau: float = 0.05
+    tau: InnerShare = 0.05
     """a round takes the rows whose score, rescaled to 0..1, is at most this"""
-    bins: int = 99
+    bins: Annotated[int, Range(at_least=2, limit=10_000)] = 99
     """bins of the histograms, from 0 to 1"""
-    window: int = 10
+    window: Count = 10
     """rounds in the window over which the histogram should hardly change"""
-    spread_weight: float = 5.0
+    spread_weight: NotNegative = 5.0
     """weight of the standard deviation of a window's distances, relative to their mean: the window with the smallest sum is
     chosen"""
-    narrowest: int = 16
+    narrowest: Count = 16
     """fewest channels of a layer that is used; the paper's have 64 or more. Angles between vectors of few channels carry little
     information"""
 
@@ -84,17 +84,7 @@ def check(settings: AgpdSettings) -> None:
     Raises:
         InputError: a setting is invalid.
     """
-    least = {
-        "clean_per_class": 1,
-        "base_share": 0,
-        "last_layers": 0,
-        "bins": 2,
-        "window": 1,
-        "spread_weight": 0,
-        "narrowest": 1,
-    }
-    above, below = {"anomaly": 0, "wide_gap": 0, "tau": 0}, {"base_share": 1, "tau": 1}
-    check_values(f"defense {NAME}", settings, at_least=least, above=above, below=below)
+    check_values(f"defense {NAME}", settings)
 
 
 def largest_gap(count: int, settings: AgpdSettings) -> float:

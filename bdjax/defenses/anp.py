@@ -26,7 +26,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
-from bdjax.settings import check_values
+from bdjax.settings import Count, LearningRate, NotNegative, Number, Share, check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
@@ -42,19 +42,19 @@ SWEEP = tuple(round(0.05 * step, 2) for step in range(19))
 
 @dataclass(frozen=True)
 class AnpSettings:
-    iterations: int = 2000
+    iterations: Count = 2000
     """training steps of the masks"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """clean rows in a step"""
-    epsilon: float = 0.4
+    epsilon: NotNegative = 0.4
     """half-width of the initial random perturbation, and size of its step"""
-    alpha: float = 0.2
+    alpha: Share = 0.2
     """weight of the loss without perturbation, in [0, 1]"""
-    learning_rate: float = 0.2
+    learning_rate: LearningRate = 0.2
     """learning rate of the masks, by SGD with momentum 0.9"""
-    threshold: float = 0.2
+    threshold: Number = 0.2
     """channels with a mask of at most this are pruned; below 0 prunes none"""
-    accuracy_loss: float = 0.0
+    accuracy_loss: Share = 0.0
     """if above 0, replaces `threshold` by the highest one (up to 0.9, in steps of 0.05) that loses no more than this accuracy,
     in [0, 1], on the clean rows"""
     zero_bias: bool = False
@@ -67,13 +67,7 @@ def check(settings: AnpSettings) -> None:
     Raises:
         InputError: a setting is invalid.
     """
-    check_values(
-        "defense anp",
-        settings,
-        at_least={"iterations": 1, "batch_size": 1, "epsilon": 0, "alpha": 0},
-        above={"learning_rate": 0},
-        at_most={"alpha": 1},
-    )
+    check_values("defense anp", settings)
 
 
 def channel_scales(params: PyTree) -> Channels:

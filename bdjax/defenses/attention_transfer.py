@@ -13,15 +13,15 @@ from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, Method, StudentSettings, check_student, distil
 from bdjax.errors import InputError
 from bdjax.models import tap_shapes
-from bdjax.settings import check_values
+from bdjax.settings import NotNegative, Positive
 from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
 
 
 @dataclass(frozen=True)
 class AttentionTransferSettings(StudentSettings):
-    beta: float = 1000.0
+    beta: NotNegative = 1000.0
     """weight of each tap's attention loss, a mean square over the pixels of maps of norm 1"""
-    power: float = 2.0
+    power: Positive = 2.0
     """p, exponent of the features in the attention maps"""
 
 
@@ -79,7 +79,6 @@ def check(settings: AttentionTransferSettings) -> None:
         InputError: a setting is invalid.
     """
     check_student("defense attention_transfer", settings)
-    check_values("defense attention_transfer", settings, at_least={"beta": 0}, above={"power": 0})
 
 
 def run(inputs: DefenseInput, settings: AttentionTransferSettings) -> DefenseResult:

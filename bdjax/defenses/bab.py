@@ -16,7 +16,7 @@ import numpy as np
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.filtering import retrain_without
 from bdjax.defenses.nbab import NbabSettings, check_planting, verify
-from bdjax.settings import check_values
+from bdjax.settings import Amount, Members, NotNegative, check_values
 from bdjax.types import DefenseResult
 
 
@@ -24,11 +24,11 @@ from bdjax.types import DefenseResult
 class BabSettings(NbabSettings):
     """ABM's settings for BAB; those of the planted backdoor are NBAB's, without the alignment."""
 
-    alpha: float = 0.0
+    alpha: NotNegative = 0.0
     """weight of the alignment"""
-    networks: int = 10
+    networks: Members = 10
     """number of verification networks"""
-    objections: int = 0
+    objections: Amount = 0
     """networks that must object to a row for it to be left out; 0 for half of them, rounded up"""
 
 
@@ -39,7 +39,6 @@ def check(settings: BabSettings) -> None:
         InputError: a setting is invalid.
     """
     check_planting("defense bab", settings)
-    check_values("defense bab", settings, at_least={"networks": 1, "objections": 0})
     check_values("defense bab", settings, at_most={"objections": settings.networks})
 
 

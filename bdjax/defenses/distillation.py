@@ -8,12 +8,11 @@ trained with the student for this purpose, such as projections to the teacher's 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from bdjax.defenses.contract import DefenseInput, fingerprint
-from bdjax.errors import InputError
 from bdjax.models import MODELS
-from bdjax.settings import check_values
+from bdjax.settings import Count, Increasing, InnerShare, LearningRate, NotNegative, check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
@@ -25,15 +24,15 @@ Statistics = Literal["running", "batch"]
 class StudentSettings:
     student: str = "wrn_16_2"
     """the student's architecture, at the run's width"""
-    epochs: int = 200
+    epochs: Count = 200
     """epochs of distillation"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """clean rows in a step; all of them if there are fewer"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """initial learning rate of SGD with Nesterov momentum 0.9"""
-    drops: tuple[float, ...] = (0.5, 0.75)
+    drops: Annotated[tuple[InnerShare, ...], Increasing(or_equal=True)] = (0.5, 0.75)
     """shares of the epochs after which the learning rate is divided by 10"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty on every parameter of the student and of the method's extra layers"""
     teacher_statistics: Statistics = "running"
     """the teacher's batch normalisation: its running statistics, or each batch's, as in FKD's public code, which leaves the
@@ -176,8 +175,4 @@ def check_student(owner: str, settings: StudentSettings) -> None:
         owner,
         settings,
         choices={"student": MODELS, "teacher_statistics": Statistics.__args__},
-        at_least={"epochs": 1, "batch_size": 1, "weight_decay": 0},
-        above={"learning_rate": 0},
     )
-    if list(settings.drops) != sorted(settings.drops) or not all(0 < share < 1 for share in settings.drops):
-        raise InputError(f"{owner}: drops {settings.drops} must be shares between 0 and 1 in increasing order")

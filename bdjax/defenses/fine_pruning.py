@@ -25,25 +25,26 @@ from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
 from bdjax.errors import InputError
 from bdjax.models import last_tap
+from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotNegative, PositiveShare, Share
 from bdjax.training.member import Rows
 from bdjax.types import Array, DefenseResult, Model, ModelOutput, PyTree
 
 
 @dataclass(frozen=True)
 class FinePruningSettings:
-    step: float = 0.01
+    step: PositiveShare = 0.01
     """share of the channels pruned at a time; at least one channel"""
-    tolerance: float = 0.1
+    tolerance: Share = 0.1
     """r: pruning continues while the held-out accuracy is at least (1 - r) times the unpruned network's"""
-    held_out: float = 0.2
+    held_out: InnerShare = 0.2
     """share of the clean rows that is held out from the ordering for the stopping rule"""
-    epochs: int = 100
+    epochs: Amount = 100
     """epochs of fine-tuning; 0 for pruning alone"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """clean rows in a step; all of them if there are fewer"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty on every parameter"""
 
 

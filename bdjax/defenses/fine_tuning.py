@@ -15,20 +15,21 @@ import jax
 import numpy as np
 
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
+from bdjax.settings import Count, LearningRate, NotNegative
 from bdjax.training.member import Objective, TrainConfig
 from bdjax.types import DefenseResult, Model, PyTree
 
 
 @dataclass(frozen=True)
 class FineTuningSettings:
-    epochs: int = 100
+    epochs: Count = 100
     """epochs over the clean rows"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """clean rows in a step; all of them if there are fewer"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule; larger removes more of a backdoor and costs
     more accuracy"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty on every parameter"""
 
 

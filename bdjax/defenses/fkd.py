@@ -26,7 +26,7 @@ from bdjax.defenses.distillation import Method, StudentSettings, TeacherNetworks
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.models.layers import he_fan_out, normalise_batch
-from bdjax.settings import check_values
+from bdjax.settings import Positive
 from bdjax.training.member import Rows
 from bdjax.types import Array, DefenseResult, GroupEnd, Key, Model, ModelOutput, PyTree
 
@@ -36,7 +36,7 @@ FEWEST_NEGATIVE = 1e-3
 
 @dataclass(frozen=True)
 class FkdSettings(StudentSettings):
-    divisor: float = 1000.0
+    divisor: Positive = 1000.0
     """divisor of the feature distances, which are sums over all pixels and channels; small networks need a smaller one"""
 
 
@@ -194,7 +194,6 @@ def check(settings: FkdSettings) -> None:
         InputError: a setting is invalid.
     """
     check_student("defense fkd", settings)
-    check_values("defense fkd", settings, above={"divisor": 0})
 
 
 def run(inputs: DefenseInput, settings: FkdSettings) -> DefenseResult:

@@ -18,23 +18,24 @@ import jax.numpy as jnp
 
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import cosine_sgd, tune, weight_change
+from bdjax.settings import Count, LearningRate, NotNegative, ShareBelowOne
 from bdjax.training.member import Objective, Outcome
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 
 @dataclass(frozen=True)
 class FtSamSettings:
-    rho: float = 2.0
+    rho: NotNegative = 2.0
     """radius within which the worst point is sought, at least 0; larger moves the weights further"""
-    label_smoothing: float = 0.1
+    label_smoothing: ShareBelowOne = 0.1
     """probability that a smoothed label gives to the wrong classes together, in [0, 1)"""
-    epochs: int = 100
+    epochs: Count = 100
     """epochs over the clean rows"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """clean rows in a step; all of them if there are fewer"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """initial learning rate of SGD with momentum 0.9 and a half-cosine schedule"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty on every parameter"""
 
 

@@ -22,7 +22,7 @@ Without a bound, a few steps at its learning rate may leave the range of images;
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from jax import lax
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput
-from bdjax.settings import check_values
+from bdjax.settings import Count, LearningRate, NotNegative, Range, Share, check_values
 from bdjax.training import ensemble
 from bdjax.training.member import (
     HISTORY,
@@ -47,25 +47,25 @@ from bdjax.types import Array, DefenseResult, Model, PyTree
 
 @dataclass(frozen=True)
 class IBauSettings:
-    rounds: int = 5
+    rounds: Count = 5
     """rounds; each finds a perturbation, then unlearns it"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """clean rows per step, for the perturbation and for the network"""
-    passes: int = 1
+    passes: Count = 1
     """passes over the clean rows to find the perturbation of a round"""
-    perturbation_rate: float = 10.0
+    perturbation_rate: NotNegative = 10.0
     """step size of the gradient ascent on the perturbation"""
-    norm_bound: float = 0.0
+    norm_bound: NotNegative = 0.0
     """largest L2 norm of the perturbation, enforced after each ascent step; 0 for no bound"""
-    penalty: float = 0.001
+    penalty: NotNegative = 0.001
     """weight of the perturbation's squared norm"""
-    fixed_point_rate: float = 0.1
+    fixed_point_rate: NotNegative = 0.1
     """step size of the ascent step Phi in the hyper-gradient"""
-    terms: int = 5
+    terms: Annotated[int, Range(at_least=0, limit=100)] = 5
     """K, number of terms of the Neumann series; 0 for the direct gradient alone"""
-    share: float = 0.01
+    share: Share = 0.01
     """share of a batch that carries the perturbation when the network is updated, in [0, 1]; at least one row does"""
-    learning_rate: float = 1e-4
+    learning_rate: LearningRate = 1e-4
     """learning rate of Adam for the network; the authors' code has 0.001"""
 
 
@@ -75,12 +75,7 @@ def check(settings: IBauSettings) -> None:
     Raises:
         InputError: naming the setting.
     """
-    check_values(
-        "defense i_bau",
-        settings,
-        at_least={"rounds": 1, "batch_size": 1, "passes": 1, "terms": 0, "norm_bound": 0, "share": 0},
-        at_most={"share": 1},
-    )
+    check_values("defense i_bau", settings)
 
 
 def hyper_gradient(

@@ -16,7 +16,7 @@ leaves out the alpha n easiest rows and weights the others by difficulty.
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +25,7 @@ from jax import lax
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.losses import cross_entropy
 from bdjax.models import MODELS
-from bdjax.settings import check_values
+from bdjax.settings import Count, LearningRate, Members, NotNegative, PositiveShare, Range, check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
@@ -38,21 +38,21 @@ class LfdSettings:
 
     teacher: str = "resnet_s"
     """architecture of the teacher; the lower its capacity, the better its losses separate poisoned from clean rows"""
-    teacher_epochs: int = 5
+    teacher_epochs: Count = 5
     """training epochs of a teacher; the paper says "a few", and its figure 2 shows the fifth"""
-    teacher_learning_rate: float = 1e-3
+    teacher_learning_rate: LearningRate = 1e-3
     """learning rate of Adam for a teacher (appendix A.1)"""
-    teachers: int = 1
+    teachers: Members = 1
     """number of teachers whose losses are averaged; the paper has 1, more depend less on a tiny network's initial weights"""
-    alpha: float = 0.15
+    alpha: PositiveShare = 0.15
     """share of all rows, those of the lowest loss, that become candidates for unlearning, in (0, 1]"""
-    beta: float = 1e-3
+    beta: NotNegative = 1e-3
     """strength of the ascent on candidates relative to the descent on all other rows"""
     weighting: str = "weighted ascent"
     """how rows are weighted: "weighted ascent" (equation 6), "ascent" (equation 5), "drop" (candidates 0) or "plain" (all 1)"""
-    loss_cap: float = 0.0
+    loss_cap: NotNegative = 0.0
     """student's loss above which a candidate's loss is no longer raised; 0 for no cap"""
-    max_percentile: float = 100.0
+    max_percentile: Annotated[float, Range(above=0, at_most=100)] = 100.0
     """percentile of the teacher's losses used as max u, in (0, 100]; 100 is the maximum itself"""
 
 
@@ -66,9 +66,6 @@ def check(settings: LfdSettings) -> None:
         "defense lfd",
         settings,
         choices={"weighting": Weighting.__args__, "teacher": MODELS},
-        above={"alpha": 0, "teacher_learning_rate": 0, "max_percentile": 0},
-        at_least={"teacher_epochs": 1, "teachers": 1, "beta": 0, "loss_cap": 0},
-        at_most={"alpha": 1, "max_percentile": 100},
     )
 
 

@@ -20,15 +20,15 @@ from bdjax.defenses.distillation import (
     distil,
     student_network,
 )
-from bdjax.settings import check_values
+from bdjax.settings import Positive, Share
 from bdjax.types import Array, DefenseResult, ModelOutput, PyTree
 
 
 @dataclass(frozen=True)
 class LogitDistillationSettings(StudentSettings):
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, temperature of both softmaxes; larger values give softer targets"""
-    alpha: float = 0.9
+    alpha: Share = 0.9
     """weight of the teacher's outputs, in [0, 1]; the labels get the rest (0.9 is usual for small images: Zagoruyko and
     Komodakis 2017)"""
 
@@ -47,7 +47,6 @@ def distillation_method(temperature: float, alpha: float) -> Method:
 def check(settings: LogitDistillationSettings, owner: str = "defense logit_distillation") -> None:
     """Reject invalid settings."""
     check_student(owner, settings)
-    check_values(owner, settings, above={"temperature": 0}, at_least={"alpha": 0}, at_most={"alpha": 1})
 
 
 def run(inputs: DefenseInput, settings: LogitDistillationSettings) -> DefenseResult:

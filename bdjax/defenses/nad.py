@@ -16,6 +16,7 @@ constant. The taps here are all feature maps.
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -24,30 +25,31 @@ from bdjax import losses
 from bdjax.defenses.attention import distillation_loss
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.fine_tuning import tune, weight_change
+from bdjax.settings import Amount, Count, LearningRate, NotEmpty, NotNegative, Positive, Steps
 from bdjax.training.member import Objective, Outcome
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 
 @dataclass(frozen=True)
 class NadSettings:
-    betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
+    betas: Annotated[tuple[NotNegative, ...], NotEmpty()] = (500.0, 1000.0, 1000.0)
     """weights of the attention losses at the network's last taps, in order of depth; a network with fewer taps uses the last
     weights"""
-    power: float = 2.0
+    power: Positive = 2.0
     """p, exponent of the attention maps"""
-    teacher_epochs: int = 10
+    teacher_epochs: Amount = 10
     """epochs of fine-tuning the teacher, by labels alone"""
-    epochs: int = 20
+    epochs: Count = 20
     """training epochs of the student"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """rows per step, at most the number of clean rows"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """initial learning rate of SGD with Nesterov momentum 0.9, for teacher and student"""
-    steps: tuple[tuple[int, float], ...] = ((2, 0.01), (20, 1e-4))
+    steps: Steps = ((2, 0.01), (20, 1e-4))
     """(epoch, learning rate from that epoch on)"""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """L2 penalty on every parameter"""
-    cutout: int = 3
+    cutout: Amount = 3
     """side in pixels of a square blacked out in every image, in addition to the run's augmentation; 0 for none"""
 
 

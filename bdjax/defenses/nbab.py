@@ -18,14 +18,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.defenses.contract import DefenseInput, fingerprint
-from bdjax.settings import check_values
+from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Range, Share, check_values
 from bdjax.training.member import Optimiser, Rows
 from bdjax.training.stages import Nets
 
@@ -42,19 +42,19 @@ RANKS = ("suspicious", "activation", "margin")
 class NbabSettings:
     """The paper's values for CIFAR-10; learning rate and batch size are those of the code that it builds on."""
 
-    alpha: float = 1000.0
+    alpha: NotNegative = 1000.0
     """weight of the alignment; larger values weaken the planted backdoor; 2000 on GTSRB"""
-    epochs: int = 10
+    epochs: Count = 10
     """training epochs of a verification network"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """constant learning rate of a verification network"""
     optimiser: str = "sgd"
     """optimiser of a verification network: "sgd" or "adam" """
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """weight decay of a verification network"""
-    implant_rate: float = 0.1
+    implant_rate: PositiveShare = 0.1
     """share of all rows that are stamped for training, in (0, 1]"""
-    patch_size: int = 2
+    patch_size: Annotated[int, Range(at_least=1, limit=512)] = 2
     """side in pixels of the square in the upper left; 16 on the ImageNet subset"""
     pattern: str = "checkerboard"
     """pattern of the square: "checkerboard" or "white" """
@@ -62,7 +62,7 @@ class NbabSettings:
     """the planted trigger: "patch", or "attacker" for the attacker's trigger (the worst case of appendix E, an oracle)"""
     weak_by: str = "alignment"
     """how the planted backdoor is weakened: "alignment", or "cover" (appendix A): some stamped rows keep their label"""
-    cover_rate: float = 0.2
+    cover_rate: Share = 0.2
     """share of the stamped rows that keep their label if `weak_by` is "cover", in [0, 1]"""
 
 
@@ -85,9 +85,6 @@ def check_planting(owner: str, settings: NbabSettings) -> None:
             "weak_by": ("alignment", "cover"),
             "optimiser": Optimiser.__args__,
         },
-        at_least={"alpha": 0, "epochs": 1, "patch_size": 1, "cover_rate": 0},
-        above={"learning_rate": 0, "implant_rate": 0},
-        at_most={"implant_rate": 1, "cover_rate": 1},
     )
 
 

@@ -19,7 +19,7 @@ bdjax, not by 0.5.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, unless_finite
-from bdjax.settings import check_values
+from bdjax.settings import LARGEST, Count, LearningRate, NotNegative, PositiveShare, Range, Share, check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, NotTested, PyTree
 
@@ -41,35 +41,35 @@ LEAST_CLASSES = 3
 class NeuralCleanseSettings:
     """The search has the values of the paper's code, the repair those of BackdoorBench (the paper has one epoch)."""
 
-    epochs: int = 80
+    epochs: Count = 80
     """passes over the clean rows in the search"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """clean rows per search step; each is stamped with the triggers of all K classes"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """learning rate of Adam for masks and patterns"""
-    weight: float = 1e-3
+    weight: NotNegative = 1e-3
     """initial lambda, the weight of the mask's norm; larger values give smaller masks"""
-    weight_factor: float = 2.0
+    weight_factor: Annotated[float, Range(above=1, limit=LARGEST)] = 2.0
     """factor by which lambda grows after `patience` successful epochs; after as many others it is divided by its 1.5th power"""
-    patience: int = 5
+    patience: Count = 5
     """epochs in a row, successful or not, after which lambda changes"""
-    success: float = 0.98
+    success: PositiveShare = 0.98
     """share of stamped rows predicted as the class that makes an epoch a success, in (0, 1]"""
-    stop_patience: int = 25
+    stop_patience: Count = 25
     """epochs without a smaller norm after which a class is done, once its lambda has grown and shrunk"""
-    stop_gain: float = 0.01
+    stop_gain: NotNegative = 0.01
     """smallest relative improvement of the norm that counts"""
-    threshold: float = 2.0
+    threshold: NotNegative = 2.0
     """anomaly index above which a class with a small norm is flagged"""
-    repair_epochs: int = 100
+    repair_epochs: Count = 100
     """epochs of unlearning, over the clean rows"""
-    repair_batch_size: int = 256
+    repair_batch_size: Count = 256
     """clean rows per step of unlearning"""
-    repair_learning_rate: float = 0.01
+    repair_learning_rate: LearningRate = 0.01
     """initial learning rate of SGD in unlearning, with cosine decay to 0"""
-    repair_weight_decay: float = 5e-4
+    repair_weight_decay: NotNegative = 5e-4
     """weight decay of SGD in unlearning"""
-    repair_share: float = 0.2
+    repair_share: Share = 0.2
     """share of a batch that carries the trigger of a flagged class in unlearning, in [0, 1]"""
 
 
@@ -79,14 +79,7 @@ def check(settings: NeuralCleanseSettings) -> None:
     Raises:
         InputError: naming the setting.
     """
-    counts = ("epochs", "batch_size", "repair_epochs", "repair_batch_size")
-    check_values(
-        "defense neural_cleanse",
-        settings,
-        at_least={**dict.fromkeys(counts, 1), "repair_share": 0},
-        above={"success": 0, "weight_factor": 1},
-        at_most={"success": 1, "repair_share": 1},
-    )
+    check_values("defense neural_cleanse", settings)
 
 
 def least(settings: NeuralCleanseSettings, facts: Facts) -> NotTested:

@@ -25,7 +25,7 @@ from bdjax.defenses.strip import STRIP
 from bdjax.defenses.ta_kd_student import TA_KD_STUDENT
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.defenses.vbd import VBD
-from bdjax.errors import InputError
+from bdjax.settings import check_choice
 
 DEFENSES: dict[str, Defense] = {
     defense.name: defense
@@ -64,6 +64,5 @@ def find_defense(name: str) -> Defense:
     Raises:
         InputError: no defense has this name.
     """
-    if name not in DEFENSES:
-        raise InputError(f"defense {name!r} is not one of {', '.join(DEFENSES)}")
+    check_choice("defense", name, DEFENSES)
     return DEFENSES[name]

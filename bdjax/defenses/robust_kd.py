@@ -22,7 +22,7 @@ What the paper leaves open:
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from bdjax.defenses.distillation import TeacherNetworks, check_student
 from bdjax.defenses.mask_threshold import choose_by_oracle, choose_by_validation, repeat, split_rows
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
-from bdjax.settings import check_values
+from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotEmpty, NotNegative, check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
@@ -48,18 +48,18 @@ Select = Literal["validation", "oracle"]
 
 @dataclass(frozen=True)
 class RobustKdSettings(fkd.FkdSettings):
-    epochs: int = 300
+    epochs: Count = 300
     """epochs of distillation"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """rows per step for masks and students, at most the number of clean rows"""
     select: Select = "validation"
     """how m is chosen: "validation" (least variance within the allowed loss of accuracy), or "oracle" (the paper's algorithm 1:
     the student with the largest accuracy minus ASR, which only the attacker can measure)"""
-    thresholds: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 0.6)
+    thresholds: Annotated[tuple[NotNegative, ...], NotEmpty()] = (0.05, 0.1, 0.2, 0.4, 0.6)
     """values of m to choose from; a single value fixes m, as the paper's text does: (0.2,)"""
-    validation_share: float = 0.1
+    validation_share: InnerShare = 0.1
     """share of the clean rows that is held out from training the masks, to choose m, in (0, 1)"""
-    allowed_drop: float = 0.01
+    allowed_drop: NotNegative = 0.01
     """largest loss of the masked teacher's accuracy on the held-out rows, as a fraction"""
     form: Form = "added"
     """"added": F + m p (equation 7); "mixed": (1 - m) F + m p (equation 15); "elementwise": F + m relu(tanh(v)) p, v trained"""
@@ -67,13 +67,13 @@ class RobustKdSettings(fkd.FkdSettings):
     """what the masks minimise: "both", "cross_entropy" or "variance" """
     variance_axes: Axes = "elements"
     """variance over the "elements" of each image, "all" elements of a batch, or the "batch" (no gradient for the last mask)"""
-    variance_weight: float = 1.0
+    variance_weight: NotNegative = 1.0
     """weight of the variance relative to the cross-entropy"""
-    layers: int = 0
+    layers: Amount = 0
     """how many groups have a mask, counted from the last one; 0 for all"""
-    mask_epochs: int = 40
+    mask_epochs: Count = 40
     """epochs of training the masks"""
-    mask_learning_rate: float = 1e-3
+    mask_learning_rate: LearningRate = 1e-3
     """learning rate of Adam for the masks (the paper does not name the optimiser)"""
 
 
@@ -335,19 +335,7 @@ def check(settings: RobustKdSettings) -> None:
             "loss": MaskLoss.__args__,
             "variance_axes": Axes.__args__,
         },
-        at_least={
-            "allowed_drop": 0,
-            "variance_weight": 0,
-            "layers": 0,
-            "mask_epochs": 1,
-        },
-        above={"divisor": 0, "validation_share": 0, "mask_learning_rate": 0},
-        below={"validation_share": 1},
     )
-    if not settings.thresholds or not all(0 <= threshold < np.inf for threshold in settings.thresholds):
-        raise InputError(
-            f"defense robust_kd: thresholds {settings.thresholds} should be one or more numbers, at least 0 each"
-        )
 
 
 ROBUST_KD = Defense(

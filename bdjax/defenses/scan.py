@@ -41,7 +41,7 @@ import numpy as np
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrained
 from bdjax.errors import InputError
-from bdjax.settings import check_values
+from bdjax.settings import Count, Members, NotNegative, PositiveShare, check_values
 from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "scan"
@@ -57,13 +57,13 @@ MAD_CONSISTENCY = 1.4826  # ratio of a normal distribution's standard deviation 
 class SCAnSettings:
     """How embeddings are compared, and when a class is flagged."""
 
-    threshold: float = float(np.exp(2.0))
+    threshold: NotNegative = float(np.exp(2.0))
     """anomaly index above which a class is flagged; e squared in the paper"""
-    dimensions: int = 64
+    dimensions: Count = 64
     """largest number of principal directions of the embeddings that are kept; the paper keeps all of them"""
-    starts: int = 5
+    starts: Members = 5
     """random starts when a class is split; the likeliest result is kept"""
-    floor: float = 0.1
+    floor: PositiveShare = 0.1
     """smallest variance of a direction within classes, as a share of the mean variance, in (0, 1]; with few clean rows many
     directions have almost none"""
     two_sided: bool = False
@@ -76,13 +76,7 @@ def check(settings: SCAnSettings) -> None:
     Raises:
         InputError: naming the setting.
     """
-    check_values(
-        f"defense {NAME}",
-        settings,
-        at_least={"dimensions": 1, "starts": 1, "threshold": 0},
-        above={"floor": 0},
-        at_most={"floor": 1},
-    )
+    check_values(f"defense {NAME}", settings)
 
 
 def least(settings: SCAnSettings, facts: Facts) -> NotTested:

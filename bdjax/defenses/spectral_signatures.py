@@ -22,7 +22,7 @@ import numpy as np
 
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrained
-from bdjax.settings import check_values
+from bdjax.settings import Percentile, ShareBelowOne, check_values
 from bdjax.types import DefenseResult, Detection, NotTested
 
 NAME = "spectral_signatures"
@@ -37,9 +37,9 @@ class SpectralSignaturesSettings:
     rule: Literal["percentile", "poison_rate"] = "percentile"
     """which rows of each class are left out: "percentile" (scores above that percentile, as in BackdoorBench) or "poison_rate"
     (1.5 times the assumed number of poisons, as in the paper)"""
-    percentile: float = 85.0
+    percentile: Percentile = 85.0
     """percentile of a class's scores, in [0, 100]; 85 leaves out 15 %, as the paper does if a tenth of the class is poisoned"""
-    poison_rate: float = 0.01
+    poison_rate: ShareBelowOne = 0.01
     """assumed share of all rows that are poisoned, in [0, 1); the paper knows it (500 of 50,000). At most half of a class is
     left out, so that a high rate does not remove the other classes"""
 
@@ -54,9 +54,6 @@ def check(settings: SpectralSignaturesSettings) -> None:
         f"defense {NAME}",
         settings,
         choices={"rule": ("percentile", "poison_rate")},
-        at_least={"percentile": 0, "poison_rate": 0},
-        at_most={"percentile": 100},
-        below={"poison_rate": 1},
     )
 
 

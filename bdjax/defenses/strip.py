@@ -16,7 +16,7 @@ an image blended with itself is unchanged, which carries no information.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax import lax
 
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.errors import InputError
-from bdjax.settings import check_values
+from bdjax.settings import PositiveShare, Range, ShareBelowOne, check_values
 from bdjax.training.member import as_float
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, NotTested, PyTree
 
@@ -39,13 +39,13 @@ FAR = 1e6  # distance of the logit of "rejected" from all other logits
 class StripSettings:
     """How images are blended, and how many clean images may be rejected."""
 
-    num_overlays: int = 100
+    num_overlays: Annotated[int, Range(at_least=2, limit=10_000)] = 100
     """N, number of overlays, at most the number of clean rows; more cost as many more predictions"""
-    false_rejection_rate: float = 0.01
+    false_rejection_rate: ShareBelowOne = 0.01
     """largest share of the clean rows below the threshold, in [0, 1); 0.05 in BackdoorBench"""
     mode: Literal["convex", "sum"] = "convex"
     """"convex": (1 - weight) x + weight x'; "sum": x + weight x', which may leave the range of pixels, as in public code"""
-    weight: float = 0.5
+    weight: PositiveShare = 0.5
     """weight of the overlay, in (0, 1]; 1 for the sums in the paper's code"""
 
 
@@ -59,10 +59,6 @@ def check(settings: StripSettings) -> None:
         f"defense {NAME}",
         settings,
         choices={"mode": MODES},
-        at_least={"num_overlays": 2, "false_rejection_rate": 0},
-        above={"weight": 0},
-        at_most={"weight": 1},
-        below={"false_rejection_rate": 1},
     )
 
 

@@ -15,7 +15,7 @@ and each teacher fine-tuned on them. A defense that is no better than these gain
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.aggregation import Aggregation
+from bdjax.settings import Amount, Positive, Range, Share
 from bdjax.training import ensemble
 from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.member import Rows, TrainConfig, TrainState, resume_from
@@ -34,19 +35,19 @@ from bdjax.types import Array, Key, Model, PyTree
 class TaKdConfig:
     """Settings of TA-KD. The paper does not give T and alpha: 4 and 0.5 are those of its public code."""
 
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T, temperature of both softmaxes"""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """weight of the teachers' logits, in [0, 1]; the clean labels get the rest"""
     direction: losses.Direction = "teacher_student"
     """direction of the KL divergence"""
     aggregation: Aggregation = "mean"
     """how the teachers' logits are averaged"""
-    trim: int = 1
+    trim: Amount = 1
     """lowest and highest values that the trimmed mean leaves out, each"""
     augmentation: Augmentation = "none"
     """augmentation of the copies of clean rows"""
-    views: int = 1
+    views: Annotated[int, Range(at_least=1, limit=10_000)] = 1
     """copies of each clean row; the first is not augmented"""
 
 

@@ -11,12 +11,13 @@ from functools import partial
 from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.defenses.distillation import QUICK, QUICK_DIGITS, TeacherNetworks, distil, student_network
 from bdjax.defenses.logit_distillation import LogitDistillationSettings, check, distillation_method
+from bdjax.settings import Share
 from bdjax.types import DefenseResult
 
 
 @dataclass(frozen=True)
 class TaKdStudentSettings(LogitDistillationSettings):
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """weight of the teacher's outputs, in [0, 1]; the labels get the rest"""
 
 

@@ -17,7 +17,7 @@ other stages. The settings of all stages are here, where every file of the metho
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,18 @@ import numpy as np
 from scipy import ndimage, stats
 from skimage.filters import threshold_otsu
 
+from bdjax.settings import (
+    MOST,
+    Amount,
+    Count,
+    InnerShare,
+    LearningRate,
+    NotNegative,
+    PositiveShare,
+    Range,
+    Share,
+    ShareBelowOne,
+)
 from bdjax.types import Array, Model, PyTree
 
 BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16
@@ -37,57 +49,57 @@ class VBDSettings:
 
     networks: str = "64P+10-10P+16-16P"
     """layers of the simple networks, joined by +; see `bdjax/models/simple_cnn.py`"""
-    detect_share: float = 0.2
+    detect_share: InnerShare = 0.2
     """share of the rows that is held back from training the simple networks, in (0, 1)"""
-    epochs: int = 20
+    epochs: Count = 20
     """training epochs of the simple networks"""
-    least_steps: int = 0
+    least_steps: Amount = 0
     """smallest number of training steps of the simple networks; small sets get more epochs"""
-    batch_size: int = 256
+    batch_size: Count = 256
     """rows per step for the simple networks; 256 for CIFAR-10, 64 for Tiny ImageNet"""
     optimiser: Literal["sgd", "adam"] = "sgd"
     """optimiser of the simple networks; SGD has momentum 0.9"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """constant learning rate of the simple networks"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """weight decay of the simple networks"""
-    rows_per_class: int = 20
+    rows_per_class: Count = 20
     """N, number of rows of a class assumed to be malicious, and of those assumed to be clean"""
-    least_rows: int = 5
+    least_rows: Annotated[int, Range(at_least=2, limit=MOST)] = 5
     """a class with fewer malicious or fewer clean rows is not tested"""
-    p_value: float = 0.01
+    p_value: InnerShare = 0.01
     """p-value below which a class is suspicious, in (0, 1); smaller values find fewer classes"""
     pixel_rule: Literal["paper", "code"] = "paper"
     """most important pixel: by the gradient's mean over channels ("paper"), or by its largest single entry ("code")"""
-    check_share: float = 0.1
+    check_share: InnerShare = 0.1
     """share of the held-back rows that a pattern is checked on, in (0, 1)"""
-    least_success: float = 0.33
+    least_success: Share = 0.33
     """smallest success rate of a pattern in that check, in [0, 1]"""
-    votes: int = 1
+    votes: Count = 1
     """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
-    accuracy_weight: float = 0.6
+    accuracy_weight: Share = 0.6
     """alpha of the score that selects one of several patterns of a class, in [0, 1]; larger favours less accurate networks"""
     detector_rows: Literal["all", "held_back"] = "all"
     """which rows train the detectors: "all", as in the paper's code, or "held_back", as in its text"""
-    detector_epochs: int = 20
+    detector_epochs: Count = 20
     """training epochs of a detector"""
-    least_detector_steps: int = 0
+    least_detector_steps: Amount = 0
     """smallest number of training steps of a detector; small sets get more epochs"""
-    detector_batch_size: int = 256
+    detector_batch_size: Annotated[int, Range(at_least=2, limit=MOST)] = 256
     """rows of other classes per step of a detector"""
-    own_rows: float = 1.0
+    own_rows: PositiveShare = 1.0
     """rows of the class itself that a step adds once they have pseudo-labels, per row of another class, in (0, 1]"""
-    detector_learning_rate: float = 0.01
+    detector_learning_rate: LearningRate = 0.01
     """constant learning rate of SGD for a detector"""
-    dropout: float = 0.5
+    dropout: ShareBelowOne = 0.5
     """dropout rate before the detector's last layer"""
-    least_opacity: float = 0.1
+    least_opacity: Share = 0.1
     """smallest opacity of the patterns that a detector learns from, in [0, 1]; the largest is 1"""
-    first_labelling: int = 5
+    first_labelling: Amount = 5
     """first epoch, from 0, in which the rows of the class get pseudo-labels"""
-    last_labelling: int = 11
+    last_labelling: Amount = 11
     """last epoch, from 0, in which they do"""
-    least_accuracy: float = 0.75
+    least_accuracy: Share = 0.75
     """training accuracy below which a detector flags no rows, in [0, 1]"""
     clean_model: Literal["suppress", "relabel"] = "suppress"
     """flagged rows are left out ("suppress"), or labelled with a simple network's second most likely class ("relabel")"""

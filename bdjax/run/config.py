@@ -1,5 +1,6 @@
 """Settings that every experiment has, and what follows from them: data, layout and lowering, the run's folder."""
 
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,34 @@ import numpy as np
 from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
-from bdjax.models import ComputeDtype, Lowering
+from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
 from bdjax.run.text import printable
+from bdjax.settings import (
+    Amount,
+    Count,
+    LearningRate,
+    Members,
+    NotNegative,
+    NumRows,
+    Seed,
+    Steps,
+    Width,
+    check_choice,
+    mistakes,
+    shown,
+)
 from bdjax.training import ensemble, probe
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
+PATHS = ("dataset", "clean_data")
+"""Fields of text that may be paths."""
+LONGEST_PATH, LONGEST_NAME = 3000, 255
+"""Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
 IGNORED = ("data_dir", "output", "teacher_batch")
 """Fields that do not influence any number."""
 ALL = "all"
@@ -37,17 +56,17 @@ class ExperimentConfig:
     dataset: str = "digits"
     """a named dataset (digits, mnist, cifar10, ...; an unknown name prints the whole list), tfds:NAME, or the path of an image
     folder or .npz"""
-    seeds: int = 3
+    seeds: Members = 3
     """number of seeds, trained as members of the same calls; tables show mean and standard deviation"""
-    seed: int = 0
+    seed: Seed = 0
     """the first seed"""
     data_dir: pathlib.Path | None = None
     """folder with the datasets; by default BDJAX_DATA_DIR, else a cache that they are downloaded into"""
     output: pathlib.Path | None = None
     """the run's folder; by default runs/<experiment>/<dataset>-<preset>"""
-    train_rows: int = 0
+    train_rows: NumRows = 0
     """number of training rows to use, drawn once; 0 for all"""
-    test_rows: int = 0
+    test_rows: NumRows = 0
     """number of test rows to use, drawn once; 0 for all"""
     like: str = ""
     """a named dataset whose settings attacks and defenses use; by default that of --dataset if it is a name, and none if it is
@@ -56,7 +75,7 @@ class ExperimentConfig:
     """leave out files of a folder that cannot be read, and list them in the report; by default the run ends with an error"""
     allow_empty_classes: bool = False
     """accept a folder or an .npz with classes that have no rows"""
-    target: int = 0
+    target: Amount = 0
     """the attacker's class"""
 
     layout: ensemble.Layout | Literal["auto"] = "auto"
@@ -65,7 +84,7 @@ class ExperimentConfig:
     """how convolutions are computed; auto measures once which is fastest on this machine"""
     compute_dtype: ComputeDtype = "float32"
     """dtype of activations and products; parameters, statistics and losses are always float32"""
-    member_group: int = 0
+    member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
 
 
@@ -85,25 +104,25 @@ class ComparisonConfig(ExperimentConfig):
     study: str = ""
     """a table or figure of the paper to run, in place of --attacks and --defenses"""
 
-    width: int = 64
+    width: Width = 64
     """channels of the first stage: 64 is the papers' size, other values scale all channels"""
-    epochs: int = 80
+    epochs: Count = 80
     """epochs of undefended training, and of training from scratch in defenses without a setting of their own"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """batch size of every training"""
     optimiser: Optimiser = "adam"
     """optimiser of undefended training"""
-    learning_rate: float = 1e-3
+    learning_rate: LearningRate = 1e-3
     """initial learning rate of undefended training"""
     schedule: Schedule = "cosine"
     """learning-rate schedule of undefended training"""
-    steps: tuple[tuple[int, float], ...] = ()
+    steps: Steps = ()
     """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """L2 penalty, added to the gradient as in PyTorch"""
     augmentation: Augmentation = "none"
     """augmentation of training rows, after poisoning"""
-    evaluation_batch_size: int = 250
+    evaluation_batch_size: Count = 250
     """batch size of evaluation"""
 
 
@@ -120,36 +139,57 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_ranges(
-    config: ExperimentConfig,
-    *,
-    at_least: Mapping[str, float] = {},
-    above_zero: Sequence[str] = (),
-    shares: Sequence[str] = (),
-) -> None:
-    """Refuse settings out of range, whatever the data: those of every experiment and those named.
+def check_ranges(config: Any) -> None:
+    """Refuse flags whose values cannot be right, whatever the data: out of the range in the field's type, networks that do not
+    exist, and paths that no file can have.
 
     Args:
-        config: the settings of any experiment.
-        at_least: field -> its smallest value.
-        above_zero: fields that must be positive.
-        shares: fields from 0 to 1.
+        config: the settings of any experiment, a dataclass.
 
     Raises:
         InputError: naming the flag.
     """
-    at_least = {"seeds": 1, "seed": 0, "train_rows": 0, "test_rows": 0, "member_group": 0, **at_least}
-    for name, least in at_least.items():
-        if not getattr(config, name) >= least:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not at least {least}")
-    for name in above_zero:
-        if not getattr(config, name) > 0:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not above 0")
-    for name in shares:
-        if not 0 <= getattr(config, name) <= 1:
-            raise InputError(f"{flag(name)} {getattr(config, name)} is not within 0 and 1")
-    if config.seed + config.seeds > 2**31:
-        raise InputError(f"{flag('seed')} {config.seed} is not below 2**31")
+    for name, wrong in mistakes(config).items():
+        raise InputError(f"{flag(name)} {shown(getattr(config, name))} {wrong}")
+    for name, value in vars(config).items():
+        if isinstance(value, pathlib.Path) or (name in PATHS and value):
+            check_path(flag(name), value)
+        if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
+            check_choice(flag(name), value, MODELS)
+    if isinstance(config, ExperimentConfig):
+        if not config.dataset:
+            raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
+        if config.seed + config.seeds > 2**31:
+            raise InputError(f"{flag('seed')} {config.seed} with {config.seeds} seeds is not below 2**31")
+
+
+def check_path(where: str, path: str | pathlib.Path) -> None:
+    """Refuse a path that no file can have; whether there is a file is not looked up.
+
+    Args:
+        where: for the error message: "--output".
+        path: a path, which may start with ~.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    text = str(path)
+    try:
+        encoded = os.fsencode(pathlib.Path(text).expanduser())
+    except RuntimeError:
+        raise InputError(
+            f"{where} {shown(text)}: there is no home folder of this name; write the path in full"
+        ) from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where} {shown(text)} has characters that no file name can have") from None
+    if b"\0" in encoded:
+        raise InputError(f"{where} {shown(text)} has a zero byte, which no file name can have")
+    longest = max(map(len, encoded.split(b"/")))
+    if len(encoded) > LONGEST_PATH or longest > LONGEST_NAME:
+        raise InputError(
+            f"{where} {shown(text)} is too long: {len(encoded):,} bytes, the longest name in it {longest:,}; at most "
+            f"{LONGEST_PATH:,} and {LONGEST_NAME} are possible"
+        )
 
 
 def adapted_to(config: ExperimentConfig) -> str | None:

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 
 from bdjax import datasets
-from bdjax.errors import InputError
 from bdjax.run.config import SuspectConfig
+from bdjax.settings import check_choice
 
 Preset = Literal["quick", "paper", "strong"]
 NO_ATTACK = "none"
@@ -215,8 +215,7 @@ def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) ->
     """
     on_cpu = jax.default_backend() == "cpu"
     preset = preset or ("quick" if on_cpu else "paper")
-    if preset not in presets:
-        raise InputError(f"--preset {preset!r} is not one of {', '.join(presets)}")
+    check_choice("--preset", preset, presets)
     return preset, dataset or "digits", "float32" if on_cpu else "bfloat16"
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from bdjax.settings import Amount, Count, LearningRate, NotNegative, Positive, ShareBelowOne, Steps
 from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
 from bdjax.types import Array, Key, Model, PyTree
@@ -50,22 +51,22 @@ replaces `variables["params"]`; other entries of the variables are carried along
 class TrainConfig:
     """Training configuration of one network. The defaults are those of TA-KD (Heydari et al. 2025, section 4.8)."""
 
-    epochs: int = 15
-    batch_size: int = 64
-    evaluation_batch_size: int = 128
-    learning_rate: float = 0.01
-    weight_decay: float = 0.0
+    epochs: Count = 15
+    batch_size: Count = 64
+    evaluation_batch_size: Count = 128
+    learning_rate: LearningRate = 0.01
+    weight_decay: NotNegative = 0.0
     """L2 penalty of every parameter, added to the gradient before Adam as in PyTorch"""
     optimiser: Optimiser = "adam"
-    momentum: float = 0.9
+    momentum: ShareBelowOne = 0.9
     """momentum of SGD as in PyTorch, without dampening"""
     nesterov: bool = False
     schedule: Schedule = "plateau"
-    steps: tuple[tuple[int, float], ...] = ()
+    steps: Steps = ()
     """for the schedule "steps": (epoch, learning rate from that epoch on); before the first, learning_rate"""
-    plateau_factor: float = 0.5
-    plateau_patience: int = 2
-    plateau_threshold: float = 1e-3
+    plateau_factor: Positive = 0.5
+    plateau_patience: Amount = 2
+    plateau_threshold: NotNegative = 1e-3
     keep_last_batch: bool = True
     """also train on an incomplete last batch, as PyTorch's loader does"""
     augmentation: Augmentation = "none"

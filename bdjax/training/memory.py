@@ -155,6 +155,22 @@ def largest_group(need: Need, limit: int | None, count: int, devices: int, one_a
     return min(count, per_device * devices)
 
 
+def check_fits(what: str, count: int, advice: str) -> None:
+    """Refuse what the main memory cannot hold, before it is made.
+
+    Args:
+        what: subject of the error message: "9 training sets of 50,000 rows".
+        count: bytes.
+        advice: what would fit.
+
+    Raises:
+        InputError: with both sizes; never where the free memory is unknown.
+    """
+    free = _free_memory()
+    if free is not None and count > USABLE * free:
+        raise InputError(f"{what} take about {_in_gib(count)} of {_in_gib(int(USABLE * free))} usable: {advice}")
+
+
 def describe(need: Need, limit: int, count: int, group: int) -> str:
     """A log line on why members are split into groups."""
     return (

@@ -18,7 +18,7 @@ from bdjax.reporting import attacks
 from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import read_value
+from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
@@ -41,38 +41,38 @@ class Config(ExperimentConfig):
     """quick: minutes on two cores; paper: ResNet-18 of width 64 for 80 epochs, as LfD trains, for a GPU"""
     label_rule: str | None = None
     """how poisoned rows are relabelled: all_to_one, all_to_all, clean_label, ...; by default each attack's own rule"""
-    poison_rate: float | None = None
+    poison_rate: PositiveShare | None = None
     """share of all training rows that each trigger poisons; by default each attack's own rate"""
     change: tuple[str, ...] = ()
     """settings of an attack, as name=value, or attack.name=value if several are run"""
-    costly_seeds: int = 0
+    costly_seeds: Amount = 0
     """number of seeds for attacks that train a trigger or control the training; 0 for all"""
     save_poisoned: bool = True
     """write the first seed's poisoned training sets"""
 
     model: str = "resnet18"
     """architecture of the victims, the clean reference, and the clean model that some attackers have"""
-    width: int = 64
+    width: Width = 64
     """channels of the first stage"""
-    epochs: int = 80
+    epochs: Count = 80
     """epochs of the clean reference and of victims trained from scratch on poisoned data"""
-    controlled_epochs: int = 100
+    controlled_epochs: Count = 100
     """epochs of victims whose attacker controls the training from scratch"""
-    fine_tuning_epochs: int = 8
+    fine_tuning_epochs: Count = 8
     """epochs of victims that start from the clean model"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """batch size of every training"""
-    learning_rate: float = 1e-3
+    learning_rate: LearningRate = 1e-3
     """initial learning rate of Adam"""
-    fine_tuning_learning_rate: float = 1e-4
+    fine_tuning_learning_rate: LearningRate = 1e-4
     """initial learning rate of Adam for victims that start from the clean model"""
     schedule: Schedule = "cosine"
     """learning-rate schedule: half a cosine, or the plateau rule on the training loss"""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """L2 penalty, added to the gradient as in PyTorch's Adam"""
     augmentation: Augmentation = "none"
     """augmentation of training rows, after poisoning"""
-    evaluation_batch_size: int = 250
+    evaluation_batch_size: Count = 250
     """batch size of evaluation"""
 
 
@@ -218,9 +218,7 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the flag.
     """
-    counts = ("width", "epochs", "controlled_epochs", "fine_tuning_epochs", "batch_size", "evaluation_batch_size")
-    rates = ("learning_rate", "fine_tuning_learning_rate")
-    check_ranges(config, at_least={**dict.fromkeys(counts, 1), "weight_decay": 0, "costly_seeds": 0}, above_zero=rates)
+    check_ranges(config)
 
 
 def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConfig:

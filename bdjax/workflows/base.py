@@ -32,7 +32,7 @@ from bdjax.run.folder import RunFolder, to_plain
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
 from bdjax.run.text import csv_text, printable
-from bdjax.settings import split_variants
+from bdjax.settings import check_choice, split_variants
 from bdjax.training.probe import Choice
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, TrainTest
@@ -295,11 +295,9 @@ def check(config: ComparisonConfig, experiment: Experiment) -> None:
     Raises:
         InputError: naming the flag.
     """
-    counts = ("width", "epochs", "batch_size", "evaluation_batch_size")
-    at_least = {**dict.fromkeys(counts, 1), "weight_decay": 0}
-    check_ranges(config, at_least=at_least, above_zero=("learning_rate",))
-    if config.study and config.study not in experiment.studies:
-        raise InputError(f"--study {config.study!r} is not one of {', '.join(experiment.studies)}")
+    check_ranges(config)
+    if config.study:
+        check_choice("--study", config.study, experiment.studies)
 
 
 def attacks_and_defenses(config: ComparisonConfig, experiment: Experiment) -> tuple[list[str], list[str]]:

@@ -35,9 +35,10 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import detectors
 from bdjax.reporting.sections import seconds_of
-from bdjax.run.config import SuspectConfig, adapted_to, check_ranges, load, train_config
+from bdjax.run.config import SuspectConfig, adapted_to, load, train_config
 from bdjax.run.log import StageLog
 from bdjax.run.presets import is_registered
+from bdjax.settings import Amount, Count
 from bdjax.training import processes
 from bdjax.types import Dataset, Model, PoisonedDataset
 from bdjax.workflows import base
@@ -51,15 +52,15 @@ class Config(SuspectConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others. The settings of undefended training
     (model to augmentation) are used only if a detector needs the attacked network."""
 
-    target: int = 0
+    target: Amount = 0
     """the target class in the first seed; each further seed takes the next class"""
     defenses: str = "vbd"
     """detectors separated by commas, each with its settings: vbd,scan:threshold=10"""
-    clean_per_class: int = 10
+    clean_per_class: Amount = 10
     """clean rows of each class, taken from the test set, for detectors that need them; 0 leaves those detectors out"""
     clean_data: str = ""
     """a dataset's name or path to take the clean rows from; an audited dataset has no test set"""
-    suspects_at_once: int = 10
+    suspects_at_once: Count = 10
     """number of training sets that share a call; more need more memory"""
     copy_files: bool = False
     """when auditing an image folder, copy the files that are not flagged"""
@@ -72,7 +73,6 @@ def settle(config: Config, experiment: Experiment) -> tuple[list[str], list[str]
         InputError: a setting is out of range, whatever the data.
     """
     base.check(config, experiment)
-    check_ranges(config, at_least={"suspects_at_once": 1, "clean_per_class": 0})
     attacks, texts = base.attacks_and_defenses(config, experiment)
     return attacks, [text for text in texts if text != NO_ATTACK]  # no defense flags no rows
 

@@ -34,9 +34,10 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, SuspectConfig, adapted_to, check_ranges, load, train_config
+from bdjax.run.config import ALL, SuspectConfig, adapted_to, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
+from bdjax.settings import Share
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
@@ -49,7 +50,7 @@ from bdjax.workflows.base import Context, Experiment, Group
 class Config(SuspectConfig):
     """Every setting of a run of defenses."""
 
-    clean_share: float = 0.05
+    clean_share: Share = 0.05
     """share of the training rows that is held back before poisoning, for defenses that need clean rows"""
     clean_data: str = ""
     """a dataset's name or path to take the clean rows from instead"""
@@ -73,7 +74,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     """
     log = log or StageLog()
     base.check(config, experiment)
-    check_ranges(config, shares=("clean_share",))
     attack_texts, defense_texts = base.attacks_and_defenses(config, experiment)
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data

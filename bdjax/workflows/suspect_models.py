@@ -41,9 +41,10 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ComparisonConfig, adapted_to, check_ranges, load, train_config
+from bdjax.run.config import ALL, ComparisonConfig, adapted_to, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
+from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule
@@ -74,31 +75,31 @@ class Config(ComparisonConfig):
     """architecture of teachers that the run trains"""
     student: str = "wrn_16_2"
     """architecture of students, for methods whose settings do not name another"""
-    width: int = 64
+    width: Width = 64
     """channels of teachers that the run trains and of students: 64 is the papers' size, other values scale all channels"""
-    epochs: int = 200
+    epochs: Count = 200
     """epochs of clean teachers, and of attacked teachers trained from scratch on poisoned data"""
-    fine_tuning_epochs: int = 30
+    fine_tuning_epochs: Count = 30
     """epochs of attacked teachers that start from the clean teacher"""
-    controlled_epochs: int = 200
+    controlled_epochs: Count = 200
     """epochs of attacked teachers whose attacker controls the training from scratch"""
-    batch_size: int = 128
+    batch_size: Count = 128
     """batch size of the teachers' training"""
     optimiser: Optimiser = "sgd"
     """optimiser of the teachers"""
-    learning_rate: float = 0.1
+    learning_rate: LearningRate = 0.1
     """initial learning rate of teachers trained from scratch"""
-    fine_tuning_learning_rate: float = 0.008
+    fine_tuning_learning_rate: LearningRate = 0.008
     """initial learning rate of attacked teachers that start from the clean teacher; falls on half a cosine"""
     schedule: Schedule = "cosine"
     """learning-rate schedule of teachers trained from scratch"""
-    steps: tuple[tuple[int, float], ...] = ()
+    steps: Steps = ()
     """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """L2 penalty of the teachers, added to the gradient as in PyTorch"""
     augmentation: Augmentation = "none"
     """augmentation of all training rows, after poisoning"""
-    clean_share: float = 1.0
+    clean_share: PositiveShare = 1.0
     """the defender's clean rows: a share of each class's training rows, before any attack. With 1, students learn from the same
     images as the teachers, as in the paper"""
     clean_data: str = ""
@@ -205,13 +206,6 @@ def check(config: Config, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     base.check(config, experiment)
-    counts = ("fine_tuning_epochs", "controlled_epochs")
-    check_ranges(
-        config,
-        at_least=dict.fromkeys(counts, 1),
-        above_zero=("fine_tuning_learning_rate", "clean_share"),
-        shares=("clean_share",),
-    )
     if config.teacher and config.attacks != base.default_of(experiment, config).attacks:
         raise InputError("--teacher sets the suspect; leave out --attacks")
 

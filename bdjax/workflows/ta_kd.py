@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,23 @@ from bdjax.evaluation import model_folder
 from bdjax.evaluation.model_folder import ModelFolder
 from bdjax.models import count_parameters
 from bdjax.reporting import ta_kd as reporting
-from bdjax.run.config import ExperimentConfig, check_ranges, flag, load
+from bdjax.run.config import ExperimentConfig, check_ranges, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
+from bdjax.settings import (
+    Amount,
+    Count,
+    Increasing,
+    LearningRate,
+    Members,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Range,
+    Share,
+    ShareBelowOne,
+    Width,
+)
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
@@ -51,29 +65,29 @@ class Config(ExperimentConfig):
     """sizes of networks, rows and epochs that the strong preset starts from"""
     teachers: pathlib.Path | None = None
     """a folder of stacked third-party teachers, like teachers/seed-0 of a run; no attack is trained then"""
-    teacher_batch: int = BATCH_SIZE
+    teacher_batch: Count = BATCH_SIZE
     """most images that a teacher which is a Python function gets in one call"""
 
-    auxiliary_fraction: float = 0.1
+    auxiliary_fraction: PositiveShare = 0.1
     """the defender's clean set, as a share of the training rows"""
-    validation_fraction: float = 0.2
+    validation_fraction: ShareBelowOne = 0.2
     """share of its rows that each model holds back for the learning-rate rule"""
 
-    num_teachers: int = 7
+    num_teachers: Members = 7
     """number of providers, each with a different trigger"""
-    provider_fraction: float = 0.4
+    provider_fraction: PositiveShare = 0.4
     """each provider's share of the training rows; providers overlap"""
-    poison_rate: float = 0.01
+    poison_rate: PositiveShare = 0.01
     """share of each provider's rows that it poisons"""
     poison_rate_of: RateOf = "all"
     """rows that the rate is a share of: all rows (the paper's text) or those outside the target class (its code)"""
-    num_similar: int = 0
+    num_similar: Amount = 0
     """number of triggers that are look-alikes of another; 3 in the paper's CIFAR-10 experiment"""
-    similarity: float = 0.75
+    similarity: Share = 0.75
     """similarity of the look-alikes, from 0 to 1"""
-    blend_opacity: tuple[float, float] | None = None
+    blend_opacity: Annotated[tuple[Share, Share], Increasing(or_equal=True)] | None = None
     """range that the opacity of blended pictures is drawn from; by default 0.05 0.1 for grey, 0.15 0.2 for colour"""
-    minimum_contrast: float = 0.0
+    minimum_contrast: Share = 0.0
     """smallest brightness of solid patches and smallest step of checkerboards; 0 is the paper's distribution"""
 
     clean_model: str = "resnet18"
@@ -84,49 +98,49 @@ class Config(ExperimentConfig):
     """architecture of the Teacher-Aggregation model"""
     student_model: str = "resnet18"
     """architecture of the student"""
-    width: int = 64
+    width: Width = 64
     """channels of the first stage of every network"""
 
-    epochs: int = 15
+    epochs: Count = 15
     """epochs of the clean reference and of the teachers"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """batch size of the clean reference and of the teachers"""
-    learning_rate: float = 0.01
+    learning_rate: LearningRate = 0.01
     """initial learning rate of Adam for the clean reference and the teachers"""
     keep_last_batch: bool = True
     """train on the incomplete last batch of an epoch too"""
-    evaluation_batch_size: int = 128
+    evaluation_batch_size: Count = 128
     """batch size of validation and test"""
-    plateau_factor: float = 0.5
+    plateau_factor: Positive = 0.5
     """factor that a plateau of the validation loss multiplies the learning rate by"""
-    plateau_patience: int = 2
+    plateau_patience: Amount = 2
     """number of epochs without improvement before the learning rate is cut"""
-    plateau_threshold: float = 1e-3
+    plateau_threshold: NotNegative = 1e-3
     """smallest relative decrease of the loss that counts as an improvement"""
 
-    defense_epochs: int = 15
+    defense_epochs: Count = 15
     """epochs of the aggregated model, the student and both baselines"""
-    defense_batch_size: int = 64
+    defense_batch_size: Count = 64
     """batch size of the defense's trainings"""
-    defense_learning_rate: float = 0.01
+    defense_learning_rate: LearningRate = 0.01
     """initial learning rate of Adam in the defense's trainings"""
     defense_schedule: Schedule = "plateau"
     """learning-rate schedule of the defense's trainings: the plateau rule, or half a cosine"""
-    defense_weight_decay: float = 0.0
+    defense_weight_decay: NotNegative = 0.0
     """L2 penalty of the defense's trainings, added to the gradient as in PyTorch's Adam"""
-    temperature: float = 4.0
+    temperature: Positive = 4.0
     """T of the distillation (not in the paper; from its code)"""
-    alpha: float = 0.5
+    alpha: Share = 0.5
     """weight of the teachers' logits; the clean labels have 1 - alpha (not in the paper; from its code)"""
     direction: losses.Direction = "teacher_student"
     """direction of the KL divergence: as in the code, or as printed in equation 3"""
     aggregation: Aggregation = "mean"
     """how the teachers' logits are combined: mean (the paper), median, trimmed_mean"""
-    trim: int = 1
+    trim: Amount = 1
     """number of logits that the trimmed mean leaves out at each end"""
     augmentation: Augmentation = "none"
     """augmentation of the further views of a clean row"""
-    views: int = 1
+    views: Annotated[int, Range(at_least=1, limit=10_000)] = 1
     """copies of each clean row, the first unchanged; the teachers' logits are computed for every copy"""
     vote_space: VoteSpace = "logits"
     """what the soft vote averages"""
@@ -368,25 +382,9 @@ def check(config: Config) -> None:
     Raises:
         InputError: naming the flag.
     """
-    counts = (
-        "num_teachers",
-        "width",
-        "epochs",
-        "batch_size",
-        "evaluation_batch_size",
-        "defense_epochs",
-        "teacher_batch",
-    )
-    at_least = dict.fromkeys((*counts, "defense_batch_size", "views"), 1)
-    at_least |= dict.fromkeys(("trim", "plateau_patience", "plateau_threshold", "defense_weight_decay"), 0)
-    rates = ("learning_rate", "defense_learning_rate", "temperature", "plateau_factor")
-    fractions = ("auxiliary_fraction", "provider_fraction", "poison_rate")
-    shares = ("alpha", *fractions, "similarity", "minimum_contrast", "validation_fraction")
-    check_ranges(config, at_least=at_least, above_zero=(*rates, *fractions), shares=shares)
+    check_ranges(config)
     if config.like:
         raise InputError("--like does not apply to TA-KD, whose settings follow --dataset and --scale; leave it out")
-    if config.validation_fraction == 1:
-        raise InputError(f"{flag('validation_fraction')} 1 leaves no row to train on; it should be below 1")
 
 
 def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKdConfig]:
