@@ -15,23 +15,27 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 
 from bdjax.benchmarking import interleave, operations, report, settings
 from bdjax.errors import InputError
-from bdjax.models import MODELS, ComputeDtype
+from bdjax.models import ComputeDtype
 from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, to_markdown, to_rich
 from bdjax.run import command_line
+from bdjax.run.config import check_ranges
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
+from bdjax.settings import MOST, Count, Positive, Range, Width, check_choice
+from bdjax.training import memory
 
 Preset = Literal["quick", "full", "gpu"]
 
@@ -59,9 +63,9 @@ class Config:
 
     preset: Preset = "quick"
     """quick: two cores; full: the whole grid; gpu: the paper's ResNet-34 at full width"""
-    members: tuple[int, ...] = ()
+    members: tuple[Annotated[int, Range(at_least=1, at_most=MOST_MEMBERS)], ...] = ()
     """members of the ensemble, 1 to 35; by default the preset's for each network"""
-    widths: tuple[int, ...] = ()
+    widths: tuple[Width, ...] = ()
     """channels of the first stage; if this or --shapes is set, the grid has all combinations of both"""
     shapes: tuple[str, ...] = ()
     """image sizes as height x width x channels, such as 32x32x3"""
@@ -69,17 +73,17 @@ class Config:
     """dtype of activations and products, in the engine and (by autocast) in PyTorch"""
     model: str = "resnet18"
     """architecture"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Range(at_least=2, limit=MOST)] = 64
     """images in a training step"""
-    rows: int = 512
+    rows: Count = 512
     """images in an epoch of each member; a multiple of the batch size"""
-    rounds: int = 5
+    rounds: Count = 5
     """number of turns of each contender"""
-    seconds_per_turn: float = 1.0
+    seconds_per_turn: Positive = 1.0
     """least length of a turn, which consists of whole epochs, in seconds"""
-    time_limit: float = 60.0
+    time_limit: Positive = 60.0
     """seconds allowed for a contender's first epoch; a slower one is stopped and reported with this bound"""
-    compile_limit: float = 300.0
+    compile_limit: Positive = 300.0
     """seconds allowed for a contender's compilation"""
     forms: tuple[str, ...] = ()
     """contenders to run, with wildcards, such as map-*, alone or pytorch-compiled; a leading ! excludes; by default all"""
@@ -111,8 +115,7 @@ def preset(preset: str | None = None) -> Config:
         InputError: if there is no such preset.
     """
     preset = preset or ("quick" if jax.default_backend() == "cpu" else "gpu")
-    if preset not in PRESETS:
-        raise InputError(f"--preset {preset!r} does not exist; choose one of {', '.join(PRESETS)}")
+    check_choice("--preset", preset, PRESETS)
     return Config(preset=preset, **PRESETS[preset])
 
 
@@ -122,25 +125,13 @@ def check(config: Config) -> None:
     Raises:
         InputError: if a setting is invalid; the message names its flag.
     """
-    for count in config.members:
-        if not 1 <= count <= MOST_MEMBERS:
-            raise InputError(f"--members {count} must be between 1 and {MOST_MEMBERS}")
-    for width in config.widths:
-        if width < 1:
-            raise InputError(f"--widths {width} must be at least 1")
+    check_ranges(config)
     for shape in config.shapes:
-        parse_shape(shape)
-    for name, least in {"batch_size": 2, "rows": 1, "rounds": 1}.items():
-        if getattr(config, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least {least}")
+        needed = config.rows * math.prod(parse_shape(shape))
+        memory.check_fits(f"{config.rows} --rows of {shape}", 8 * needed, "use fewer --rows or smaller --shapes")
     if config.rows % config.batch_size:
         # An incomplete last batch would be a second program to compile.
         raise InputError(f"--rows {config.rows} must be a multiple of --batch-size {config.batch_size}")
-    for name in ("seconds_per_turn", "time_limit", "compile_limit"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name):g} must be above 0")
-    if config.model not in MODELS:
-        raise InputError(f"--model {config.model!r} does not exist; choose one of {', '.join(MODELS)}")
     if not config.compute_dtype:
         raise InputError("--compute-dtype is empty; give float32, bfloat16 or both")
     known = settings.all_forms(has_gpu())
@@ -232,7 +223,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
         # Outside a terminal rich would squeeze twelve columns into eighty characters.
         shown = to_rich(table) if log.console.is_terminal else to_markdown(table)
         log.console.print(shown, highlight=False, markup=False, soft_wrap=not log.console.is_terminal)
-    log.console.print(f"tables: {folder.path / 'table.md'}", highlight=False, soft_wrap=True)
+    log.say(f"tables: {folder.path / 'table.md'}")
     return results
 
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bdjax import datasets
-from bdjax.errors import InputError
 from bdjax.run import command_line, presets
+from bdjax.settings import check_choice
 from bdjax.workflows import ta_kd
 from bdjax.workflows.base import Experiment, read_flags
 from bdjax.workflows.ta_kd import Config
@@ -51,8 +51,7 @@ def preset(preset: str | None = None, dataset: str | None = None, scale: str | N
     preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper", "strong"))
     is_large = preset == "paper" or (preset == "strong" and compute_dtype == "bfloat16")
     scale = scale or ("paper" if is_large else "quick")
-    if scale not in ("quick", "paper"):
-        raise InputError(f"--scale {scale!r} is not one of quick, paper")
+    check_choice("--scale", scale, ("quick", "paper"))
     changes = PAPER.get(dataset, {}) if scale == "paper" else presets.quick("ta_kd", dataset)
     if preset == "strong":
         changes = changes | STRONG | ({"augmentation": "crop_flip"} if datasets.traits(dataset).flips else {})

@@ -1,9 +1,39 @@
+import contextlib
+import dataclasses
+import math
+import re
+import time
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
+from bdjax.attacks.registry import ATTACKS
+from bdjax.defenses.contract import Defense
+from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
-from bdjax.settings import changed, check_values, read_value, read_variant, split_variants
+from bdjax.settings import (
+    Amount,
+    Count,
+    Increasing,
+    LearningRate,
+    NotEmpty,
+    NotNegative,
+    Number,
+    Range,
+    Share,
+    Steps,
+    changed,
+    check_choice,
+    check_values,
+    kinds_of,
+    mistakes,
+    nearest,
+    read_value,
+    read_variant,
+    shown,
+    split_variants,
+)
 
 
 @dataclass(frozen=True)
@@ -26,10 +56,9 @@ def test_fields_are_changed_by_name():
     assert changed("defense some", SOME, {}) == SOME
 
 
-def test_an_integer_will_do_for_a_float_and_anything_for_nothing():
+def test_an_integer_will_do_for_a_float_and_either_type_of_a_union():
     assert changed("it", SOME, {"rate": 1}).rate == 1
-    assert changed("it", SOME, {"rows": 7}).rows == 7
-    assert changed("it", SOME, {"rows": "all"}).rows == "all"
+    assert changed("it", SOME, {"rows": 7}).rows == 7 and changed("it", SOME, {"rows": None}).rows is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +84,7 @@ def test_a_value_of_another_kind_is_refused(name, value):
 
 
 def test_a_setting_that_is_not_there_is_refused_with_those_that_are():
-    message = "attack sig has no setting 'rat'; it has rate, epochs, name, is_soft, limits, rows"
+    message = "attack sig has no setting 'rat'; it has rate, epochs, name, is_soft, limits, rows; did you mean rate?"
     with pytest.raises(InputError) as caught:
         changed("attack sig", SOME, {"rat": 1.0})
     assert str(caught.value) == message
@@ -74,6 +103,164 @@ def test_a_value_out_of_its_bounds_is_refused_with_what_would_be_right(wanted, m
     with pytest.raises(InputError) as caught:
         check_values("defense some", SOME, **wanted)
     assert str(caught.value) == f"defense some: {message}"
+
+
+@dataclass(frozen=True)
+class Ranged:
+    """A setting of each kind."""
+
+    epochs: Count = 5
+    skipped: Amount = 0
+    share: Share = 0.5
+    rate: LearningRate = 0.1
+    factor: Number = -2.0
+    limits: Annotated[tuple[Share, Share], Increasing(or_equal=True)] | None = None
+    steps: Steps = ()
+    betas: Annotated[tuple[NotNegative, ...], NotEmpty()] = (1.0,)
+    kind: Literal["mean", "median"] = "mean"
+    layout: Literal["map"] | Literal["auto"] = "auto"
+    is_soft: bool = False
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("epochs", 0, "0 is not at least 1"),
+        ("epochs", 10**18, "1000000000000000000 is not at most 1,000,000"),
+        ("epochs", 2.0, "2.0 is not a whole number"),
+        ("epochs", True, "True is not a whole number"),
+        ("epochs", math.nan, "nan is not a whole number"),
+        ("epochs", 16**5000, "of 20001 bits is not at most 1,000,000"),
+        ("skipped", -1, "-1 is not at least 0"),
+        ("share", 1.5, "1.5 is not at least 0 and at most 1"),
+        ("share", math.nan, "nan is not at least 0 and at most 1"),
+        ("share", 1j, "1j is not a number"),
+        ("share", b"0.5", "b'0.5' is not a number"),
+        ("share", None, "None is not a number"),
+        ("rate", 0.0, "0.0 is not above 0"),
+        ("rate", -1, "-1 is not above 0"),
+        ("rate", math.inf, "inf is not at most 1,000"),
+        ("rate", 1e-300, "1e-300 is too close to 0"),
+        ("rate", 10**400, "is not at most 1,000"),
+        ("factor", math.nan, "nan is not a finite number"),
+        ("factor", -math.inf, "-inf is not at least -1e+09"),
+        ("factor", [1.0], "[1.0] is not a number"),
+        ("limits", (0.3, 0.1), "(0.3, 0.1) is not in increasing order"),
+        ("limits", (0.3,), "(0.3,) is not a tuple of 2 values"),
+        ("limits", (0.3, 2.0), "has the entry 2.0, which is not at least 0 and at most 1"),
+        ("limits", 0.3, "0.3 is not a tuple of 2 values"),
+        ("steps", ((0, 0.1),), "has the entry (0, 0.1), which has the entry 0, which is not at least 1"),
+        ("steps", ((1, math.nan),), "which has the entry nan, which is not above 0"),
+        ("steps", ((5, 0.1), (3, 0.01)), "((5, 0.1), (3, 0.01)) is not in increasing order"),
+        ("steps", ((5, 0.1), (5, 0.01)), "is not in increasing order"),
+        ("steps", (5, 0.1), "has the entry 5, which is not a tuple of 2 values"),
+        ("betas", (), "() is empty"),
+        ("betas", ("a",), "has the entry 'a', which is not a number"),
+        ("kind", "medain", "'medain' is not one of mean, median; did you mean median?"),
+        ("kind", ["mean"], "['mean'] is not one of mean, median"),
+        ("layout", "pam", "'pam' is not one of map, auto"),
+        ("is_soft", 1, "1 is not True or False"),
+        ("name", 3, "3 is not text"),
+    ],
+)
+def test_types_say_what_is_out_of_range(name, value, wrong):
+    settings = Ranged(**{name: value})
+    assert list(mistakes(settings)) == [name]
+    with pytest.raises(InputError, match=re.escape(wrong)) as caught:
+        check_values("defense some", settings)
+    assert str(caught.value).startswith(f"defense some: {name} ") and len(str(caught.value)) < 250
+    with pytest.raises(InputError, match=f"^defense some: {name} "):
+        changed("defense some", Ranged(), {name: value})
+
+
+def test_types_allow_what_they_say():
+    assert mistakes(Ranged()) == {}
+    for fields in (
+        {"epochs": 1_000_000, "skipped": 0, "share": 1, "rate": 1000, "factor": 0.0, "limits": (0.2, 0.2)},
+        {"steps": ((1, 0.1), (2, 0.2)), "betas": (0.0, 0), "kind": "median", "layout": "map", "is_soft": True},
+    ):
+        assert mistakes(Ranged(**fields)) == {}
+
+
+OWNERS = [*ATTACKS.values(), *DEFENSES.values()]
+OUTSIDE = (math.nan, math.inf, -math.inf, 10**18, -(10**18), 16**5000, "x", b"1", 1j, [], {}, (), Ellipsis, {1})
+
+
+@pytest.mark.parametrize("owner", OWNERS, ids=lambda owner: owner.name)
+class TestEveryAttackAndDefense:
+    def test_has_a_range_for_every_number(self, owner):
+        for name, kind in kinds_of(type(owner.settings)).items():
+            assert not numbers_without_range(kind), name
+
+    def test_has_its_own_values_within_their_ranges(self, owner):
+        tables = getattr(owner, "per_dataset", None) or getattr(owner, "changes", {})
+        for changes in ({}, *tables.values()):
+            assert mistakes(dataclasses.replace(owner.settings, **changes)) == {}
+
+    def test_refuses_what_no_number_can_be(self, owner):
+        for name, value in vars(owner.settings).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                for wrong in OUTSIDE:
+                    with pytest.raises(InputError, match=f": {name} ") as caught:
+                        changed(owner.name, owner.settings, {name: wrong})
+                    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+    def test_accepts_or_refuses_numbers_at_the_edge(self, owner):
+        """0, -1 and 1 may be in the range or not; nothing else may happen."""
+        for name, value in vars(owner.settings).items():
+            for edge in (-1, 0, 1, -0.0, 1e-300):
+                with contextlib.suppress(InputError):
+                    after = changed(owner.name, owner.settings, {name: edge})
+                    if isinstance(value, float):
+                        assert getattr(after, name) == edge and abs(edge) != 1e-300
+                    if isinstance(owner, Defense) and owner.check:
+                        owner.check(after)
+
+
+def numbers_without_range(kind):
+    """Whether a type has a number that may be anything."""
+    if get_origin(kind) is Annotated:
+        inner, *rules = get_args(kind)
+        return (
+            inner in (int, float)
+            and not any(isinstance(rule, Range) for rule in rules)
+            or (inner not in (int, float) and numbers_without_range(inner))
+        )
+    if get_origin(kind) is Literal:
+        return False
+    return kind in (int, float) or any(map(numbers_without_range, get_args(kind)))
+
+
+@pytest.mark.parametrize(
+    "text", ["{[]:1}", "-" * 900, "(" * 900, "[" * 150 + "]" * 150, "9" * 5000, "1" * 10**6, "'\\d'", "\0"]
+)
+def test_text_that_python_cannot_read_is_text(text):
+    start = time.perf_counter()
+    value = read_value(text)
+    assert isinstance(value, (str, list)) and time.perf_counter() - start < 1
+
+
+def test_values_are_shown_on_one_short_line():
+    assert shown(0.1) == "0.1" and shown("a\nb") == r"'a\nb'"
+    assert shown(16**9999) == "of 39997 bits" and shown((16**9999,)) == "a tuple"
+    assert len(shown("x" * 10**6)) < 100
+
+
+def test_a_long_list_of_variants_is_split_in_no_time():
+    start = time.perf_counter()
+    assert len(split_variants("a" * 10**6 + ",b" * 10**5)) == 2
+    assert time.perf_counter() - start < 5
+
+
+def test_the_nearest_name_is_suggested():
+    assert nearest("badnet", ["sig", "badnets"]) == "; did you mean badnets?"
+    assert nearest("zzz", ["sig", "badnets"]) == "" == nearest(3, ["sig"])
+    check_choice("attack", "sig", ["sig"])
+    for name in ("sgi", None, ["sig"], "x" * 10**6):
+        with pytest.raises(InputError, match="^attack .* is not one of sig") as caught:
+            check_choice("attack", name, ["sig"])
+        assert len(str(caught.value)) < 200
 
 
 def test_values_at_their_bounds_are_fine():

@@ -12,6 +12,7 @@ import numpy as np
 
 from bdjax.errors import InputError
 from bdjax.settings import check_choice
+from bdjax.types import Dataset
 
 Selection = Callable[[np.ndarray], np.ndarray]
 """int32 [N] -> bool [N]."""
@@ -224,6 +225,24 @@ def titled(name: str, title: Callable[[int], str]) -> str:
         title: a class -> its title, such as `Dataset.class_title`.
     """
     return re.sub(r"(?<!shift )\b\d+\b", lambda number: title(int(number[0])), name)
+
+
+def check_target(target: int, dataset: Dataset) -> None:
+    """Refuse a target class without rows: its success could not be told from that of any other class.
+
+    Args:
+        target: a class.
+        dataset: the training rows.
+
+    Raises:
+        InputError: with the classes that have rows.
+    """
+    present = np.unique(dataset.labels)
+    if target not in present:
+        listed = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
+        raise InputError(
+            f"target {dataset.class_title(target)} has none of the {len(dataset):,} training rows of {dataset.name}; classes with rows: {listed}"
+        )
 
 
 def _all(labels: np.ndarray) -> np.ndarray:

@@ -262,7 +262,7 @@ def poison_by_several(
     References:
         ABM, section V: BadNets with Blend, CBA, SIG or Refool.
     """
-    order = sorted(range(len(parts)), key=lambda number: not _keeps_labels(parts[number].rule, dataset.labels))
+    order = _order(parts, dataset.labels)
     is_free = np.ones(len(dataset), bool)
     current: Dataset = dataset
     original = dataset.labels
@@ -282,6 +282,33 @@ def poison_by_several(
     return PoisonedDataset(**fields, is_poisoned=is_poisoned, original_labels=original, is_cover=is_cover), rows
 
 
+def check_rows(labels: np.ndarray, parts: Sequence[ConfiguredAttack]) -> None:
+    """Refuse rates that do not fit the rows, by choosing rows as `poison_by_several` does, without images.
+
+    Args:
+        labels: int32 [N].
+        parts: the attacks.
+
+    Raises:
+        InputError: as in `poison_by_several`.
+    """
+    is_free = np.ones(len(labels), bool)
+    for number in _order(parts, labels):
+        part = parts[number]
+        rows, cover_rows = _choose_rows(jax.random.key(0), labels, part, is_free)
+        changed = np.concatenate([rows, cover_rows])
+        if part.attack.adds_rows:
+            labels = np.concatenate([labels, labels[changed]])
+            is_free = np.concatenate([is_free, np.zeros(len(changed), bool)])
+        else:
+            is_free[changed] = False
+
+
+def _order(parts: Sequence[ConfiguredAttack], labels: np.ndarray) -> list[int]:
+    """The order in which the attacks choose their rows."""
+    return sorted(range(len(parts)), key=lambda number: not _keeps_labels(parts[number].rule, labels))
+
+
 def _keeps_labels(rule: LabelRule, labels: np.ndarray) -> bool:
     candidates = labels[rule.candidates(labels)]
     return np.array_equal(rule.relabel(candidates), candidates)
@@ -290,25 +317,34 @@ def _keeps_labels(rule: LabelRule, labels: np.ndarray) -> bool:
 def _poison_free_rows(
     key: Key, dataset: Dataset, part: ConfiguredAttack, params: PyTree, is_free: np.ndarray
 ) -> PoisonedDataset:
-    attack, settings, rule = part
-    row_key, cover_key, image_key = jax.random.split(key, 3)
-    rule = rule._replace(
-        candidates=lambda labels: part.rule.candidates(labels) & is_free,
-        cover=lambda labels: part.rule.cover(labels) & is_free,
-    )
-    rows = select_rows(row_key, dataset.labels, settings.poison_rate, rule)
+    attack = part.attack
+    image_key = jax.random.split(key, 3)[2]
+    rows, cover_rows = _choose_rows(key, dataset.labels, part, is_free)
     return poison(
         dataset,
         rows,
         attack.apply_in_training or attack.apply,
-        rule,
+        part.rule,
         params=params,
         key=image_key,
-        cover_rows=select_cover_rows(cover_key, dataset.labels, settings.cover_rate, rule, rows),
+        cover_rows=cover_rows,
         cover_apply=attack.apply_to_cover,
         craft=attack.craft,
         adds_rows=attack.adds_rows,
     )
+
+
+def _choose_rows(
+    key: Key, labels: np.ndarray, part: ConfiguredAttack, is_free: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that an attack poisons, and its cover rows: int32 [n] and [m]."""
+    row_key, cover_key, _ = jax.random.split(key, 3)
+    rule = part.rule._replace(
+        candidates=lambda labels: part.rule.candidates(labels) & is_free,
+        cover=lambda labels: part.rule.cover(labels) & is_free,
+    )
+    rows = select_rows(row_key, labels, part.settings.poison_rate, rule)
+    return rows, select_cover_rows(cover_key, labels, part.settings.cover_rate, rule, rows)
 
 
 def pooled(clean: Dataset, sets: Sequence[Dataset | None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

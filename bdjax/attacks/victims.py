@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.contract import CleanModel, Knowledge, settings_for
-from bdjax.attacks.label_rules import make_rule
-from bdjax.attacks.poisoning import ConfiguredAttack, poison_by_several, pooled, select_rows, trigger_all
+from bdjax.attacks.label_rules import check_target, make_rule
+from bdjax.attacks.poisoning import ConfiguredAttack, check_rows, poison_by_several, pooled, trigger_all
 from bdjax.attacks.registry import find_attack
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
+from bdjax.settings import nearest
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
@@ -68,8 +69,8 @@ def make_plan(
         like: the named dataset whose settings are used; see `settings_for`.
 
     Raises:
-        InputError: there is no such attack, rule, setting or class; a rate does not fit the dataset; or the attacks cannot
-          share a training set.
+        InputError: there is no such attack, rule, setting or class; the class has no rows; a rate or a setting does not fit the
+          dataset; or the attacks cannot share a training set.
     """
     parts = []
     for part_name in name.split("+"):
@@ -78,6 +79,7 @@ def make_plan(
         if rule_name not in attack.label_rules:
             raise InputError(
                 f"attack {part_name}: label rule {rule_name} is not one of {', '.join(attack.label_rules)}"
+                + nearest(rule_name, attack.label_rules)
             )
         part_changes = dict(changes.get(part_name, {}))
         if poison_rate is not None:
@@ -88,10 +90,31 @@ def make_plan(
         raise InputError(
             f"attack {name}: only data attacks whose victims are trained from scratch can be combined with +"
         )
+    check_target(target, dataset)
     for part in parts:
-        if not part.attack.control:  # report invalid rates before anything is trained
-            select_rows(jax.random.key(0), dataset.labels, part.settings.poison_rate, part.rule)
+        if part.attack.check:
+            part.attack.check(dataset, target, part.settings)
+    if not any(part.attack.control for part in parts):
+        check_rows(dataset.labels, parts)
     return Plan(name, tuple(parts))
+
+
+def try_out(key: Key, plan: Plan, train: Dataset, target: int) -> None:
+    """Poison the training set if the plan's triggers are cheap to make, so that what does not fit is reported before anything
+    is trained or written. Costly triggers have `Attack.check`, which `make_plan` calls.
+
+    Args:
+        key: the seed's key.
+        plan: the attacks.
+        train: the clean training set.
+        target: the target class.
+
+    Raises:
+        InputError: as `prepare`.
+    """
+    attacks = [part.attack for part in plan.parts]
+    if not any(attack.needs_clean_model or attack.trigger_is_trained for attack in attacks):
+        prepare(key, plan, train, target, 0, None)
 
 
 class Prepared(NamedTuple):
@@ -126,7 +149,7 @@ def key_of(key: Key, name: str) -> Key:
     return jax.random.fold_in(key, zlib.crc32(name.encode()) >> 1)
 
 
-def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_model: CleanModel) -> Prepared:
+def prepare(key: Key, plan: Plan, train: Dataset, target: int, seed: int, clean_model: CleanModel | None) -> Prepared:
     """Make a plan's triggers, and poison the training set unless the attacker does so during training.
 
     Args:

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.attacks import victims
 from bdjax.attacks.contract import CleanModel
-from bdjax.attacks.poisoning import ConfiguredAttack, pooled, trigger_all
+from bdjax.attacks.poisoning import ConfiguredAttack, check_rows, pooled, trigger_all
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.attacks.victims import key_of, prepare
 from bdjax.datasets import splits
 from bdjax.defenses.contract import AttackerInTraining, AttackerTriggers, DefenseInput, PoolRows, labelled
-from bdjax.errors import InputError
 from bdjax.evaluation.variants import AttackVariant
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import StageRunner
@@ -73,11 +73,28 @@ def make_suspect(
         known = train.is_poisoned if isinstance(train, PoisonedDataset) else np.zeros(len(train), bool)
         return Suspect(attack, seed, train, (), known if is_clean or isinstance(train, PoisonedDataset) else None)
     prepared = prepare(key, attack.plan, train, attack.target, seed, clean_model)
-    if attack.suppression and len(prepared.poisoned) != len(train):
-        raise InputError(
-            f"attack {attack.name}: suppression needs a clean version of each row, which the rows that it adds do not have"
-        )
     return Suspect(attack, seed, prepared.poisoned, prepared.params, prepared.poisoned.is_poisoned)
+
+
+def try_out(key: Key, attacks: Sequence[AttackVariant], train: Dataset) -> None:
+    """Refuse attacks that cannot be carried out on a training set, before anything is trained or written.
+
+    Args:
+        key: key of the first seed.
+        attacks: any number.
+        train: the clean training set.
+
+    Raises:
+        InputError: as `make_suspect`, except for what shows only when a trigger is trained.
+    """
+    for attack in attacks:
+        if attack.plan is None:
+            continue
+        rows = train
+        if attack.label_noise:
+            rows = with_label_noise(jax.random.fold_in(key, 0), train, attack.label_noise)
+            check_rows(rows.labels, attack.plan.parts)
+        victims.try_out(key, attack.plan, rows, attack.target)
 
 
 def with_label_noise(key: Key, dataset: Dataset, share: float) -> Dataset:

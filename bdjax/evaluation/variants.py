@@ -1,18 +1,18 @@
 """Attacks and defenses as the command line names them: "badnets:poison_rate=0.05:target=4", "fine_tuning:epochs=5+fkd"."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.victims import Plan, make_plan
 from bdjax.defenses import chain, contract
 from bdjax.defenses.contract import Defense, Facts, settings_for
 from bdjax.defenses.registry import find_defense
 from bdjax.errors import InputError
-from bdjax.settings import read_variant
+from bdjax.settings import LARGEST, NotNegative, Share, check_choice, mistake, read_variant, shown
 from bdjax.types import Dataset, Model
 
 NO_ATTACK = "none"
@@ -73,21 +73,23 @@ def read_attack(
     name, changes = read_variant(text)
     for setting in ("label_noise", "suppression"):
         if defender_gets == "model" and setting in changes:
-            raise InputError(f"{text!r}: {setting} applies to training sets only; here the defender gets a model")
+            raise InputError(f"{shown(text)}: {setting} applies to training sets only; here the defender gets a model")
     noise = changes.pop("label_noise", 0.0)
-    if type(noise) not in (int, float) or not 0 <= noise <= 1:
-        raise InputError(f"{text!r}: label_noise {noise!r} should be a share from 0 to 1")
+    if mistake(Share, noise):
+        raise InputError(f"{shown(text)}: label_noise {shown(noise)} should be a share from 0 to 1")
     if name == NO_ATTACK:
         if changes:
             settings = "" if defender_gets == "model" else " except label_noise"
-            raise InputError(f"{text!r}: {NO_ATTACK} has no settings{settings}")
+            raise InputError(f"{shown(text)}: {NO_ATTACK} has no settings{settings}")
         return AttackVariant(text, None, target, 0.0, float(noise), CLEAN_TEACHER if defender_gets == "model" else "")
     target, rule = changes.pop("target", target), changes.pop("label_rule", None)
     suppression = changes.pop("suppression", 0.0)
     if type(target) is not int or not 0 <= target < train.num_classes:
-        raise InputError(f"{text!r}: target {target!r} is not a class; classes are {train.class_range}")
-    if type(suppression) not in (int, float) or not 0 <= suppression < math.inf:
-        raise InputError(f"{text!r}: suppression {suppression!r} should be a number of at least 0")
+        raise InputError(f"{shown(text)}: target {shown(target)} is not a class; classes are {train.class_range}")
+    if rule is not None:
+        check_choice(f"{shown(text)}: label rule", rule, LABEL_RULES)
+    if mistake(NotNegative, suppression):
+        raise InputError(f"{shown(text)}: suppression {shown(suppression)} should be a number from 0 to {LARGEST:g}")
     part_changes = dict.fromkeys(name.split("+"), changes) if changes else {}
     plan = make_plan(name, train, target, label_rule=rule, changes=part_changes, like=like)
     if defender_gets == "model":
@@ -98,6 +100,10 @@ def read_attack(
     if any(part.attack.starts_from_clean_model for part in plan.parts):
         raise InputError(
             f"attack {name} fine-tunes a clean model: its training set does not poison a network that is trained from scratch"
+        )
+    if suppression and any(part.attack.adds_rows for part in plan.parts):
+        raise InputError(
+            f"attack {name}: suppression needs a clean version of each row, which the rows that it adds do not have"
         )
     return AttackVariant(text, plan, target, float(suppression), float(noise))
 

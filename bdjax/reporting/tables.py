@@ -9,7 +9,7 @@ import rich.table
 from rich.cells import cell_len
 from rich.text import Text
 
-from bdjax.run.text import printable
+from bdjax.run.text import printable, shortened
 
 Cell = str | int | float | None
 
@@ -134,15 +134,15 @@ def to_markdown(table: Table) -> str:
 
 
 def to_rich(table: Table) -> rich.table.Table:
-    """Returns the table for a rich console."""
+    """Returns the table for a rich console; long cells are shortened."""
     result = rich.table.Table(
-        title=Text(printable(table.title), "bold") if table.title else None,
-        caption=Text(printable(table.notes), "dim") if table.notes else None,
+        title=Text(shortened(printable(table.title)), "bold") if table.title else None,
+        caption=Text(shortened(printable(table.notes), 4000), "dim") if table.notes else None,
         title_justify="left",
         caption_justify="left",
     )
     for name, right in zip(table.header, number_columns(table), strict=True):
         result.add_column(Text(printable(name)), justify="right" if right else "left")
     for row, style in zip(cells(table), styles(table), strict=True):
-        result.add_row(*(Text(text) for text in row), style=_RICH_STYLES[style])
+        result.add_row(*(Text(shortened(text, 200, 60)) for text in row), style=_RICH_STYLES[style])
     return result

@@ -2,14 +2,18 @@
 
 import contextlib
 import dataclasses
+import io
+import itertools
 import os
 import pathlib
 import shlex
 import sys
+import types
+import typing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import tyro
@@ -17,12 +21,16 @@ from rich.console import Console
 
 from bdjax import interruption
 from bdjax.errors import InputError
+from bdjax.run.text import printable, shortened
+from bdjax.settings import kinds_of, nearest, shown
 from bdjax.training import ensemble, processes
 
 Config = TypeVar("Config")
 
 FAILED = 2
 """Exit status if the input cannot be used."""
+LONGEST_ERROR = 500
+"""Letters of an error message on the terminal; the middle of a longer one is left out."""
 LOST = 1
 """Exit status if something outside of the run fails: another process, the disk."""
 
@@ -44,32 +52,147 @@ def parse(
         texts: `prog` and `description` for the help text, to which the flags of `run` are added.
 
     Raises:
-        InputError: a flag of several values is given more than once, or `defaults` raises it.
+        InputError: there is no such flag, it is given twice or has a value that its type cannot have, or `defaults` raises it.
+          Ranges are not checked here.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    chosen = dict(choosers)
-    for position, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name in chosen:
-            if not equals and position + 1 < len(arguments):
-                value = arguments[position + 1]
-            chosen[name] = value
-    default = defaults(**chosen)
-    for name, count in Counter(_flags(arguments)).items():
-        # tyro would silently keep only the last.
-        if count > 1 and isinstance(getattr(default, name, None), tuple):
-            raise InputError(
-                f"--{name.replace('_', '-')} is given {count} times; give it once, followed by all its values"
-            )
+    asks_for_help = any(argument in ("-h", "--help") or argument.startswith("--tyro-") for argument in arguments)
+    given = list(_split(arguments, is_lenient=asks_for_help))
+    default = defaults(**choosers | {name: values[0] for name, values in given if name in choosers and values})
+    if not asks_for_help:
+        _check(given, kinds_of(type(default)), choosers)
     texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
-    return tyro.cli(type(default), default=default, args=arguments, **texts)
+    wrong = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(wrong):
+            return tyro.cli(type(default), default=default, args=arguments, **texts)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # The checks above have missed something; tyro's text is framed.
+        words = [word for word in wrong.getvalue().split() if any(map(str.isalnum, word))]
+        raise InputError(f"the flags cannot be read: {' '.join(words)}; --help lists all flags") from None
 
 
-def _flags(arguments: Sequence[str]) -> list[str]:
-    """The names of the fields that the flags set."""
-    flags = (argument.partition("=")[0] for argument in arguments if argument.startswith("--"))
-    return [flag.removeprefix("--").replace("-", "_") for flag in flags]
+def _split(arguments: Sequence[str], *, is_lenient: bool) -> Iterator[tuple[str, list[str]]]:
+    """The flags of a command line in order: the name as a field, such as "no_shuffle", and the values.
+
+    Raises:
+        InputError: a value comes before the first flag, unless `is_lenient`.
+    """
+    name, values = None, []
+    for argument in arguments:
+        if argument.startswith("--"):
+            if name is not None:
+                yield name, values
+            flag, equals, value = argument.partition("=")
+            name, values = flag[2:].replace("-", "_"), [value] if equals else []
+        elif name is not None:
+            values.append(argument)
+        elif not is_lenient:
+            raise InputError(f"{shown(argument)} is not a flag; flags begin with --, and --help lists them")
+    if name is not None:
+        yield name, values
+
+
+def _check(given: Sequence[tuple[str, list[str]]], kinds: Mapping[str, Any], choosers: Mapping[str, Any]) -> None:
+    """Refuse flags that tyro would refuse in a box of many lines, or would overrule in silence.
+
+    Args:
+        given: from `_split`.
+        kinds: field -> type.
+        choosers: the fields that decide the others' defaults.
+
+    Raises:
+        InputError: an unknown flag, a flag that is given twice, or a value that its type cannot have.
+    """
+    switches = {f"no_{name}": name for name, kind in kinds.items() if kind is bool}
+    counts = Counter(switches.get(name, name) for name, _ in given)
+    for name, values in given:
+        field = switches.get(name, name)
+        flag = "--" + name.replace("_", "-")
+        if field not in kinds:
+            names = ["--" + known.replace("_", "-") for known in (*kinds, *switches)]
+            near = nearest(flag, names) or "; --help lists all flags"
+            raise InputError(f"there is no flag {shown(flag)}{near}")
+        kind = kinds[field]
+        if counts[field] > 1:
+            several = ", followed by all its values" if _is_tuple(kind) else ""
+            raise InputError(f"{flag} is given {counts[field]} times; give it once{several}")
+        if kind is bool:
+            if values:
+                raise InputError(
+                    f"{flag} takes no value, but has {shown(' '.join(values))}: --{field.replace('_', '-')} or "
+                    f"--no-{field.replace('_', '-')}"
+                )
+            continue
+        if not values:
+            raise InputError(f"{flag} needs a value{_allowed(kind)}")
+        if wrong := _wrong(kind, values):
+            raise InputError(f"{flag} {wrong}")
+
+
+def _is_tuple(kind: Any) -> bool:
+    return any(typing.get_origin(option) is tuple for option in _options(kind))
+
+
+def _options(kind: Any) -> list[Any]:
+    """The types that a field may have, without ranges."""
+    if typing.get_origin(kind) is Annotated:
+        return _options(typing.get_args(kind)[0])
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [option for part in typing.get_args(kind) for option in _options(part)]
+    return [kind]
+
+
+def _allowed(kind: Any) -> str:
+    names = [
+        str(name)
+        for option in _options(kind)
+        if typing.get_origin(option) is Literal
+        for name in typing.get_args(option)
+    ]
+    return f": one of {', '.join(names)}" if names else ""
+
+
+def _wrong(kind: Any, values: Sequence[str]) -> str:
+    """What is wrong with a flag's values as written: "'abc' is not a whole number"; empty if nothing is, ranges aside."""
+    options = _options(kind)
+    if len(values) == 1 and values[0] == "None" and type(None) in options:
+        return ""
+    tuples = [typing.get_args(option) for option in options if typing.get_origin(option) is tuple]
+    if not tuples:
+        if len(values) > 1:
+            return f"takes one value; {shown(values[1])} is a second one"
+        return _wrong_value(kind, values[0])
+    (parts,) = tuples
+    is_long = len(parts) == 2 and parts[1] is Ellipsis
+    (first,) = _options(parts[0])
+    if is_long:
+        parts = typing.get_args(first) if typing.get_origin(first) is tuple else parts[:1]
+    if len(values) % len(parts) or not (is_long or len(values) == len(parts)):
+        wanted = f"groups of {len(parts)} values" if is_long else f"{len(parts)} values"
+        return f"takes {wanted}; there {'is' if len(values) == 1 else 'are'} {len(values)}"
+    return next(filter(None, map(_wrong_value, itertools.cycle(parts), values)), "")
+
+
+def _wrong_value(kind: Any, text: str) -> str:
+    """What is wrong with a single value as written."""
+    options = _options(kind)
+    names = [
+        str(name) for option in options if typing.get_origin(option) is Literal for name in typing.get_args(option)
+    ]
+    if names:
+        return "" if text in names else f"{shown(text)} is not one of {', '.join(names)}{nearest(text, names)}"
+    for option, name in ((int, "whole number"), (float, "number")):
+        if option in options:
+            try:
+                option(text)
+            except ValueError:
+                return f"{shown(text)} is not a {name}"
+    if pathlib.Path in options and not text:
+        return "is empty; leave the flag out, or give it a path"
+    return ""
 
 
 def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:
@@ -163,4 +286,7 @@ def _abandon_output() -> None:
 
 
 def _print_error(error: object) -> None:
-    Console(stderr=True).print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+    # Not by rich, which takes seconds for a long line.
+    text = shortened(printable(f"error: {error}"), LONGEST_ERROR)
+    colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    print(f"\033[31m{text}\033[0m" if colours else text, file=sys.stderr, flush=True)

@@ -32,6 +32,8 @@ from bdjax.training import processes
 
 CONFIG_FILE = "config.json"
 _OF_EVERY_RUN = (CONFIG_FILE, "engine.json", "results.json", "table.md", "timings.json", "report.html")
+LONGEST_SLUG = 200
+"""Bytes of the readable part of a run's name; a file system takes 255."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -185,13 +187,23 @@ def default_name(dataset: str, preset: str, changed: Mapping[str, Any]) -> str:
 
     Returns:
         "digits-quick", or "digits-quick-1a2b3c4d" if any field differs.
+
+    Raises:
+        InputError: a number is not finite.
     """
     name = f"{dataset}-{preset}"
-    slug = re.sub(r"[^\w.-]+", "-", name)[-80:].strip("-.")
+    slug = re.sub(r"[^\w.-]+", "-", name)[-80:]
+    while len(slug.encode()) > LONGEST_SLUG:
+        slug = slug[1:]
+    slug = slug.strip("-.")
     if not changed and slug == name:
         return name
     # A shortened name no longer distinguishes two datasets, so the full name goes into the digest.
-    identity = json.dumps([name, to_plain(changed, "changed")], sort_keys=True)
+    try:
+        plain = to_plain(changed, "changed")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    identity = json.dumps([name, plain], sort_keys=True)
     return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
 

@@ -10,10 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from bdjax import interruption
-from bdjax.run.text import printable
+from bdjax.run.text import printable, shortened
 from bdjax.training import processes
 
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0
+LONGEST_LINE = 2000
+"""Letters of a line. Printing more takes long, and nobody reads it."""
 
 
 class StageProgress:
@@ -92,6 +94,10 @@ class StageLog:
                 written = f"   → {printable(progress.output)}" if progress.output else ""
                 self.note(name, f"{printable(progress.detail):<28} {format_seconds(seconds):>10}{written}")
 
+    def say(self, text: str) -> None:
+        """Prints a line that belongs to no stage, such as the path of the report."""
+        self._print(printable(text))
+
     def note(self, name: str, text: str) -> None:
         """Prints one line about a stage, such as that it was skipped."""
         self._print(f"{printable(name):<16} {text}")
@@ -131,7 +137,7 @@ class StageLog:
 
     def _print(self, line: str) -> None:
         # Text, not a string, which rich would read as markup. No wrapping: a line stays a line.
-        self.console.print(Text(line.rstrip()), soft_wrap=True, highlight=False)
+        self.console.print(Text(shortened(line.rstrip(), LONGEST_LINE)), soft_wrap=True, highlight=False)
 
 
 def format_seconds(seconds: float) -> str:

@@ -17,6 +17,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
 
 
+def shortened(text: str, most: int = 500, end: int = 140) -> str:
+    """Returns a text of at most `most` letters: if it is longer, its beginning and its last `end` letters.
+
+    The end of an error message says what would be right.
+    """
+    return text if len(text) <= most else f"{text[: most - end - 3]} … {text[len(text) - end :]}"
+
+
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a CSV table, the only way in which bdjax writes one.
 

@@ -7,6 +7,7 @@ little, whereas running out of memory ends the run.
 
 import math
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,10 +18,15 @@ from jax.extend import core
 from bdjax.errors import InputError
 from bdjax.training import processes
 from bdjax.training.member import Objective, Rows, TrainConfig, TrainState, as_float
-from bdjax.types import Array, Key, PyTree
+from bdjax.types import Array, Key, Model, PyTree
 
 USABLE = 0.8
 """Share of the memory that the estimate may fill."""
+
+_STATES = 6
+"""Copies of one network's variables while it trains: weights and two moments, before and after an epoch."""
+_SMALL = 16 * 64**2
+"""Networks times squared width up to which every machine has the memory: sixteen networks of the papers' size."""
 
 ADVICE = "use a smaller --batch-size or --width, --compute-dtype=bfloat16, or --member-group=1 with --layout=map"
 
@@ -153,6 +159,46 @@ def largest_group(need: Need, limit: int | None, count: int, devices: int, one_a
     while need.total(per_device, 1 if one_at_a_time else per_device) > limit:
         per_device -= 1
     return min(count, per_device * devices)
+
+
+def check_networks(
+    make: Callable[[int], Model], image_shape: tuple[int, int, int], width: int, members: int, advice: str
+) -> None:
+    """Refuse networks whose weights no device can hold, before anything is allocated. Small networks are not looked at.
+
+    Args:
+        make: (width) -> one network.
+        image_shape: (H, W, C).
+        width: the run's width.
+        members: how many networks exist at the same time.
+        advice: the flags that set their number.
+
+    Raises:
+        InputError: with both sizes, and the width or the number of networks that would fit.
+    """
+    if members * width**2 <= _SMALL:
+        return
+    limit = available()
+    if limit is None:
+        return
+
+    def needed(width: int, members: int) -> int:
+        shapes = jax.eval_shape(lambda: make(width).init(jax.random.key(0), image_shape))
+        return (-(-members // jax.device_count()) + _STATES) * count_bytes(shapes)
+
+    if (total := needed(width, members)) <= limit:
+        return
+    single = needed(width, 0) // _STATES
+    most = (limit // max(single, 1) - _STATES) * jax.device_count()
+    narrow = width
+    while narrow > 1 and needed(narrow, members) > limit:
+        narrow //= 2
+    fits = [f"--width={narrow}"] if needed(narrow, members) <= limit else []
+    fits += [f"{most} of them ({advice})"] if most > 0 else []
+    raise InputError(
+        f"{members} networks of --width {width} take about {_in_gib(total)} of a device's {_in_gib(limit)} usable; "
+        f"{' or '.join(fits) or 'a smaller --width with fewer networks'} would fit"
+    )
 
 
 def check_fits(what: str, count: int, advice: str) -> None:

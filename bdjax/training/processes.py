@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bdjax.errors import InputError
+from bdjax.settings import shown
 from bdjax.types import PyTree
 
 Arguments = ParamSpec("Arguments")
@@ -73,6 +74,8 @@ def take_flags(arguments: Sequence[str]) -> tuple[Flags | None, list[str]]:
     waiting = iter(arguments)
     for argument in waiting:
         flag, equals, value = argument.partition("=")
+        if flag in given:
+            raise InputError(f"{flag} is given twice; give it once")
         if flag == "--distributed" and not equals:
             given[flag] = ""
         elif flag in ("--coordinator", "--processes", "--process"):
@@ -94,11 +97,11 @@ def take_flags(arguments: Sequence[str]) -> tuple[Flags | None, list[str]]:
             f"{' and '.join(missing)} missing: several processes need all of --coordinator --processes --process"
         )
     host, _, port = given["--coordinator"].rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise InputError(f"--coordinator {given['--coordinator']!r} is not HOST:PORT")
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 2**16:
+        raise InputError(f"--coordinator {shown(given['--coordinator'])} is not HOST:PORT")
     for flag in ("--processes", "--process"):
-        if not given[flag].isdecimal():
-            raise InputError(f"{flag} {given[flag]!r} is not a whole number")
+        if not given[flag].isdecimal() or len(given[flag]) > 6:
+            raise InputError(f"{flag} {shown(given[flag])} is not a whole number below a million")
     count, index = int(given["--processes"]), int(given["--process"])
     if index >= count:
         raise InputError(f"--process {index} must be below --processes {count}: processes are numbered from 0")

@@ -12,13 +12,13 @@ import numpy as np
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
-from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims
+from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims, try_out
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
 from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value
+from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value, shown
 from bdjax.training import ensemble, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
@@ -94,11 +94,15 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     check(config)
     data = load(config, log)
     train, test = data
-    plans, left_out = make_plans(config, train)
-    members = sum(num_seeds(config, plan) for plan in plans)
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
-    model = run.make_model(config.model)
     clean_key, attack_key, victim_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    # Every error in the settings is raised before the folder is opened, and before anything is measured.
+    plans, left_out = make_plans(config, train, jax.random.fold_in(attack_key, config.seed))
+    members = sum(num_seeds(config, plan) for plan in plans)
+    kept = members * (train.images.nbytes + test.images.nbytes)
+    run = base.begin(
+        experiment, config, train.image_shape, train.num_classes, members, log, networks=[config.model], kept=kept
+    )
+    model = run.make_model(config.model)
     folder = run.open_folder()
     runner = run.make_runner(folder.checkpoints)
     from_scratch = train_config(config, config.epochs, config.learning_rate)
@@ -156,8 +160,13 @@ def prepare_all(
     return prepared, left_out
 
 
-def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, str]]:
+def make_plans(config: Config, train: Dataset, key: Key) -> tuple[list[Plan], dict[str, str]]:
     """Every attack of the run, in the order of the registry or of the command line.
+
+    Args:
+        config: all settings.
+        train: the training rows.
+        key: of the first seed's triggers, which are tried out if they are cheap to make.
 
     Returns:
         The plans; and for `--attack=all`, attacks that cannot be run on the dataset -> why.
@@ -172,7 +181,9 @@ def make_plans(config: Config, train: Dataset) -> tuple[list[Plan], dict[str, st
     options = {"label_rule": config.label_rule, "poison_rate": config.poison_rate, "changes": changes}
     for name in names:
         try:
-            plans.append(make_plan(name, train, config.target, like=adapted_to(config), **options))
+            plan = make_plan(name, train, config.target, like=adapted_to(config), **options)
+            try_out(key, plan, train, config.target)
+            plans.append(plan)
         except InputError as error:
             if not is_all:
                 raise
@@ -193,11 +204,18 @@ def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[s
         name, equals, value = text.partition("=")
         attack, _, setting = name.rpartition(".")
         if not equals or not setting or (not attack and (len(names) > 1 or "+" in names[0])):
-            raise InputError(f"--change {text!r} should be name=value, or attack.name=value if several attacks are run")
-        changes.setdefault(attack or names[0], {})[setting] = read_value(value)
+            raise InputError(
+                f"--change {shown(text)} should be name=value, or attack.name=value if several attacks are run"
+            )
+        of_attack = changes.setdefault(attack or names[0], {})
+        if setting in of_attack:
+            raise InputError(f"--change {shown(text)}: {setting} is set twice; set it once")
+        of_attack[setting] = read_value(value)
     run = {part for name in names for part in name.split("+")}
     if unknown := sorted(changes.keys() - run):
-        raise InputError(f"--change names the attack {unknown[0]}, which is not run; --attack has {', '.join(names)}")
+        raise InputError(
+            f"--change names the attack {shown(unknown[0])}, which is not run; --attack has {', '.join(names)}"
+        )
     return changes
 
 

@@ -1,17 +1,17 @@
 """Shared by all workflows: the definition of an experiment, the start and the end of a run.
 
-A workflow checks the settings, loads the data, calls `begin`, checks what depends on the network, calls `open_folder`, runs
-its stages, and passes its report to `finish`. Nothing is written before `open_folder`, so input that cannot be used leaves
-no files behind.
+A workflow checks the settings, loads the data, checks what depends on the rows and on the network, tries out cheap triggers,
+calls `begin`, which may measure, and `open_folder`, runs its stages, and passes its report to `finish`. Nothing is written
+before `open_folder`, so input that cannot be used leaves no files behind.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.text import Text
 
 from bdjax.datasets import unread_of
 from bdjax.datasets.overlap import shared_rows
@@ -31,14 +31,18 @@ from bdjax.run.config import ALL, IGNORED, ComparisonConfig, ExperimentConfig, c
 from bdjax.run.folder import RunFolder, to_plain
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.run.text import csv_text, printable
+from bdjax.run.text import csv_text
 from bdjax.settings import check_choice, split_variants
+from bdjax.training import memory
 from bdjax.training.probe import Choice
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, TrainTest
 
 NOT_READ_FILE = "not_read.csv"
 """The list of what the data has and was not read."""
+
+FEWER_MEMBERS = "fewer --seeds, --attacks or --num-teachers"
+FEWER_ROWS = "use fewer --seeds or --attacks, or smaller --train-rows and --test-rows"
 
 
 class Group(NamedTuple):
@@ -145,6 +149,12 @@ class Run(NamedTuple):
         return StageRunner(folder, self.image_shape, self.engine.layout, self.log, self.config.member_group or None)
 
 
+def network_maker(config: Any, num_classes: int) -> Callable[..., Model]:
+    """(name=None, num_classes=None) -> a network as `Run.make_model` makes it, in the default lowering: to check what depends
+    on shapes before the run's own lowering is measured. Without a name, the run's network."""
+    return lambda name=None, classes=None: make_model(name or config.model, classes or num_classes, config.width)
+
+
 def begin(
     experiment: Experiment,
     config: Any,
@@ -152,8 +162,13 @@ def begin(
     num_classes: int,
     members: int,
     log: StageLog,
+    *,
+    networks: Sequence[str] = (),
+    kept: int = 0,
 ) -> Run:
     """Choose the run's folder, and the layout and lowering of its networks.
+
+    Whatever else can be refused is to be refused before: choosing may take a minute of measurements.
 
     Args:
         experiment: the experiment.
@@ -162,11 +177,19 @@ def begin(
         num_classes: K.
         members: the largest number of networks that train in one call.
         log: where progress is printed.
+        networks: the names of the architectures that are trained.
+        kept: bytes of the training and test sets that exist at the same time.
 
     Raises:
-        InputError: the layout or lowering is not available on this machine.
+        InputError: the folder cannot be used, or the networks or the rows do not fit into memory.
     """
     output = output_folder(experiment, config)
+    memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
+    make_network = partial(make_model, num_classes=num_classes)
+    for name in networks:
+        memory.check_networks(
+            lambda width, name=name: make_network(name, width=width), image_shape, config.width, members, FEWER_MEMBERS
+        )
     engine = run_config.choose_engine(config, image_shape, config.width, config.batch_size, members, output, log)
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
 
@@ -259,12 +282,13 @@ def finish(
 
 def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str]) -> None:
     """Print the main result, sentences on what limits it, and the path of the report."""
-    if summary is not None:
-        shown = to_rich(summary) if isinstance(summary, Table) else summary
-        run.log.console.print(shown, highlight=False, soft_wrap=isinstance(summary, str))
+    if isinstance(summary, Table):
+        run.log.console.print(to_rich(summary), highlight=False)
+    elif summary is not None:
+        run.log.say(summary)
     for text in limits:
-        run.log.console.print(Text(printable(text)), soft_wrap=True, highlight=False)
-    run.log.console.print(f"report: {folder.path / 'report.html'}", highlight=False, soft_wrap=True)
+        run.log.say(text)
+    run.log.say(f"report: {folder.path / 'report.html'}")
 
 
 def command(experiment: Experiment, config: Any) -> str:

@@ -23,7 +23,7 @@ from bdjax.defenses.contract import DefenseInput
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import compare_patterns, with_true_classes
-from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys
+from bdjax.evaluation.suspects import Suspect, make_defense_input, make_suspect, suspect_keys, try_out
 from bdjax.evaluation.variants import (
     NO_ATTACK,
     AttackVariant,
@@ -134,8 +134,15 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         for seed in range(config.seeds)
     ]
     check_attacks([attack for attack, _ in wanted], train)
+    key = jax.random.fold_in(jax.random.key(config.seed), config.seed)
+    try_out(key, [attack for attack, seed in wanted if not seed], train)
     members = min(config.suspects_at_once, len(wanted))
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
+    kept = members * train.images.nbytes
+    needs_network = any("attacked model" in variant.defense.needs for variant in variants)
+    networks = [config.model] if needs_network else []
+    run = base.begin(
+        experiment, config, train.image_shape, train.num_classes, members, log, networks=networks, kept=kept
+    )
     make_network = network_maker(config, run)
     folder = run.open_folder()
     outcomes = []
@@ -149,7 +156,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 suspects = [poison(key, config, train, attack, seed) for attack, seed in batch]
             checkpoints = folder.checkpoints / name
             runner = run.make_runner(checkpoints)
-            needs_network = any("attacked model" in variant.defense.needs for variant in variants)
             keys = suspect_keys(jax.random.fold_in(key, 1), suspects)
             recipe = train_config(config)
             inputs = make_defense_input(

@@ -21,7 +21,7 @@ from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, clean_members, defend, make_views, success_on
-from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys
+from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys, try_out
 from bdjax.evaluation.variants import (
     NO_ATTACK,
     AttackVariant,
@@ -75,27 +75,34 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     log = log or StageLog()
     base.check(config, experiment)
     attack_texts, defense_texts = base.attacks_and_defenses(config, experiment)
+    read_defenses(config, defense_texts)
     data, clean, is_clean = load_rows(config, attack_texts, log)
     train, test = data
-    attacks = [read_attack(text, train, config.target, like=adapted_to(config)) for text in attack_texts]
+    # Every error in the settings is raised before the folder is opened, and before anything is measured.
     named = clean if config.clean_data else None
     shared = base.find_shared(log, named, {"the suspect set": train, "the test set": test})
     variants, left_out = usable_defenses(config, defense_texts, clean)
     variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
     left_out |= not_testable
+    plain = base.network_maker(config, train.num_classes)
+    variants, not_fitting = compatible_defenses(
+        variants, plain(), plain, train.image_shape, is_all=config.defenses == ALL
+    )
+    left_out |= not_fitting
+    clean_key, attack_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 4)
+    attacks = [read_attack(text, train, config.target, like=adapted_to(config)) for text in attack_texts]
+    try_out(jax.random.fold_in(attack_key, config.seed), attacks, train)
     members = len(attacks) * config.seeds
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
+    kept = members * (train.images.nbytes + test.images.nbytes)
+    run = base.begin(
+        experiment, config, train.image_shape, train.num_classes, members, log, networks=[config.model], kept=kept
+    )
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:
         return run.make_model(name or config.model, num_classes)
 
-    variants, not_fitting = compatible_defenses(
-        variants, make_network(), make_network, train.image_shape, is_all=config.defenses == ALL
-    )
-    left_out |= not_fitting
     folder = run.open_folder()
     runner = run.make_runner(folder.checkpoints)
-    clean_key, attack_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 4)
     recipe = train_config(config)
     suspects = make_suspects(
         config, attacks, train, is_clean, runner, make_network(), recipe, clean_key, attack_key, log
@@ -217,17 +224,25 @@ def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) ->
     return dataclasses.replace(clean, unread=below)
 
 
+def read_defenses(config: Config, texts: Sequence[str]) -> list[DefenseVariant]:
+    """Every defense that is named.
+
+    Raises:
+        InputError: there is no such defense or setting, or a value is out of range.
+    """
+    # Without an accelerator, strong runs use the small networks of quick runs.
+    is_small = config.preset == "strong" and jax.default_backend() == "cpu"
+    return [read_defense(text, "quick strong" if is_small else config.preset, adapted_to(config)) for text in texts]
+
+
 def usable_defenses(
     config: Config, texts: Sequence[str], clean: Dataset | None
 ) -> tuple[list[DefenseVariant], dict[str, str]]:
     """Every defense of the run; and those that cannot be run -> why."""
     variants, left_out = [], {}
-    # Without an accelerator, strong runs use the small networks of quick runs.
-    is_small = config.preset == "strong" and jax.default_backend() == "cpu"
-    for text in texts:
-        variant = read_defense(text, "quick strong" if is_small else config.preset, adapted_to(config))
+    for variant in read_defenses(config, texts):
         if clean is None and "clean rows" in variant.defense.needs_with(variant.settings):
-            left_out[text] = "needs clean rows, and there are none: set --clean-data"
+            left_out[variant.name] = "needs clean rows, and there are none: set --clean-data"
         else:
             variants.append(variant)
     return variants, left_out

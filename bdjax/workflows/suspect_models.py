@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,7 @@ from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers as third_party
 from bdjax.evaluation.measure import Comparison, TriggeredViews, defend, make_views
-from bdjax.evaluation.suspects import suspect_keys
+from bdjax.evaluation.suspects import suspect_keys, try_out
 from bdjax.evaluation.teachers import (
     SuspectTeachers,
     control,
@@ -39,6 +40,7 @@ from bdjax.evaluation.variants import (
     read_defense,
     without_untestable,
 )
+from bdjax.models import default_lowering
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, ComparisonConfig, adapted_to, load, train_config
@@ -133,26 +135,35 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     shared = base.find_shared(log, named, {"the training set": train, "the test set": test})
     variants, not_testable = without_untestable(variants, facts_of(None, clean, train.num_classes))
     left_out |= not_testable
-    members = config.seeds * (1 if config.teacher else len(attack_texts))
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
-    # Every error in the settings is raised before the folder is opened.
-    found = attacks = None
+    # Every error in the settings is raised before the folder is opened, and before anything is measured.
+    teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
+    plain, found, attacks = base.network_maker(config, train.num_classes), None, None
     if config.teacher:
-        found = third_party.read_folder(config.teacher, train, config.target, run.engine.lowering, config.compute_dtype)
+        read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
+        found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
     else:
         like = adapted_to(config)
         attacks = [read_attack(text, train, config.target, like=like, defender_gets="model") for text in attack_texts]
-        model = run.make_model(config.teacher_model)
+        try_out(jax.random.fold_in(teacher_key, config.seed), attacks, train)
+        model = plain(config.teacher_model)
     variants, not_fitting = compatible_defenses(
-        variants, model, run.make_model, train.image_shape, is_all=config.defenses == ALL
+        variants, model, plain, train.image_shape, is_all=config.defenses == ALL
     )
     left_out |= not_fitting
     if found is not None and found.suspects[0].attack.plan is None:
         check_oracles(variants)
+    members = config.seeds * (1 if config.teacher else len(attack_texts))
+    networks = [config.student] if config.teacher else [config.teacher_model, config.student]
+    kept = members * 2 * test.images.nbytes
+    run = base.begin(
+        experiment, config, train.image_shape, train.num_classes, members, log, networks=networks, kept=kept
+    )
+    if found is not None and run.engine.lowering != default_lowering():
+        found = read_teacher(run.engine.lowering, config.compute_dtype)
+    model = found.model if found else run.make_model(config.teacher_model)
     folder = run.open_folder({"teacher": found.digest} if found else {})
     runner = run.make_runner(folder.checkpoints)
-    teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     recipes = make_recipes(
         train_config(config),
         config.fine_tuning_epochs,

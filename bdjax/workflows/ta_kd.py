@@ -13,6 +13,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.attacks import outsourcing
+from bdjax.attacks.label_rules import check_target
 from bdjax.attacks.poisoning import RateOf
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.datasets import splits
@@ -22,7 +23,7 @@ from bdjax.defenses.teachers import BATCH_SIZE, TeacherLogits
 from bdjax.errors import InputError
 from bdjax.evaluation import model_folder
 from bdjax.evaluation.model_folder import ModelFolder
-from bdjax.models import count_parameters
+from bdjax.models import count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
 from bdjax.run.config import ExperimentConfig, check_ranges, load
 from bdjax.run.folder import RunFolder
@@ -41,7 +42,7 @@ from bdjax.settings import (
     ShareBelowOne,
     Width,
 )
-from bdjax.training import ensemble, processes
+from bdjax.training import ensemble, memory, processes
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner, predict_groups
@@ -168,24 +169,30 @@ def run(
     log = log or StageLog()
     check(config)
     train, test = load(config, log)
-    members = config.num_teachers * config.seeds
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
-    models = {role: run.make_model(getattr(config, f"{role}_model")) for role in ROLES}
     third_party = None
     if config.teachers:
         shape = train.num_classes, train.image_shape, config.target
-        third_party = model_folder.read(config.teachers, *shape, run.engine.lowering, config.compute_dtype)
+        read_teachers = partial(model_folder.read, config.teachers, *shape)
+        third_party = read_teachers(default_lowering(), config.compute_dtype)
     count = len(classifiers) or (ensemble.num_members(third_party.variables) if third_party else config.num_teachers)
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= count:
         raise InputError(f"--trim {config.trim} at each end leaves no logits of {count} teachers; use a smaller --trim")
     data_key, model_key, defense_key = jax.random.split(jax.random.key(config.seed), 3)
     keys = [jax.random.split(jax.random.fold_in(data_key, config.seed + s), 3) for s in range(config.seeds)]
-    # Every error in the settings is raised before the folder is opened.
+    # Every error in the settings is raised before the folder is opened, and before anything is measured.
     defense = configurations(config)[2]
+    check_memory(config, count, train, test)
     clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
     outsourced = None
     if not (third_party or classifiers):
+        check_target(config.target, train)
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
+    members = config.num_teachers * config.seeds
+    networks = [getattr(config, f"{role}_model") for role in ROLES]
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log, networks=networks)
+    models = {role: run.make_model(name) for role, name in zip(ROLES, networks, strict=True)}
+    if third_party and run.engine.lowering != default_lowering():
+        third_party = read_teachers(run.engine.lowering, config.compute_dtype)
     folder = run.open_folder({"teachers": third_party.digest} if third_party else {})
     runner = run.make_runner(folder.checkpoints)
 
@@ -385,6 +392,28 @@ def check(config: Config) -> None:
     check_ranges(config)
     if config.like:
         raise InputError("--like does not apply to TA-KD, whose settings follow --dataset and --scale; leave it out")
+
+
+def check_memory(config: Config, num_teachers: int, train: Dataset, test: Dataset) -> None:
+    """Refuse numbers of teachers, views and seeds whose images would not fit into memory, before they are made.
+
+    Raises:
+        InputError: with what would be smaller.
+    """
+    image = train.images[:1].nbytes
+    rows = int(config.auxiliary_fraction * len(train))
+    needed = config.seeds * rows * config.views * (image + 4 * num_teachers * train.num_classes)
+    memory.check_fits(
+        f"{config.views} --views of {rows:,} clean rows",
+        needed,
+        "use fewer --views or --seeds, or a smaller --auxiliary-fraction",
+    )
+    per_provider = int(config.provider_fraction * len(train)) * (8 + config.poison_rate * image)
+    tested = (num_teachers + 1) * len(test) * (image + 4 * num_teachers * train.num_classes)
+    needed = int(config.seeds * num_teachers * per_provider) + tested
+    memory.check_fits(
+        f"the rows of {num_teachers} teachers", needed, "use fewer --num-teachers or --seeds, or --test-rows"
+    )
 
 
 def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKdConfig]:

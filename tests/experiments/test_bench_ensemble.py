@@ -225,19 +225,19 @@ def test_a_process_that_fails_or_is_too_slow_is_ended():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"members": (0,)}, "--members 0 must be between 1 and 35"),
-        ({"members": (36,)}, "--members 36 must be between 1 and 35"),
-        ({"widths": (0,)}, "--widths 0 must be at least 1"),
+        ({"members": (0,)}, "--members (0,) has the entry 0, which is not at least 1 and at most 35"),
+        ({"members": (36,)}, "--members (36,) has the entry 36, which is not at least 1 and at most 35"),
+        ({"widths": (0,)}, "--widths (0,) has the entry 0, which is not at least 1"),
         ({"shapes": ("8x8",)}, "--shapes '8x8' must be height x width x channels"),
         ({"shapes": ("0x8x1",)}, "--shapes '0x8x1' must be height x width x channels"),
         ({"rows": 10}, "--rows 10 must be a multiple of --batch-size 4"),
-        ({"rounds": 0}, "--rounds 0 must be at least 1"),
-        ({"seconds_per_turn": -1.0}, "--seconds-per-turn -1 must be above 0"),
-        ({"time_limit": 0.0}, "--time-limit 0 must be above 0"),
-        ({"model": "vgg"}, "--model 'vgg' does not exist; choose one of resnet10"),
+        ({"rounds": 0}, "--rounds 0 is not at least 1"),
+        ({"seconds_per_turn": -1.0}, "--seconds-per-turn -1.0 is not above 0"),
+        ({"time_limit": 0.0}, "--time-limit 0.0 is not above 0"),
+        ({"model": "vgg"}, "--model 'vgg' is not one of resnet10"),
         ({"forms": ("map-*", "tensorflow")}, "--forms 'tensorflow' matches none of vmap-native"),
         ({"forms": ("alone", "!alone")}, "excludes every contender"),
-        ({"preset": "slow"}, "--preset 'slow' does not exist; choose one of quick, full, gpu"),
+        ({"preset": "slow"}, "--preset 'slow' is not one of quick, full, gpu"),
     ],
 )
 def test_invalid_flags_give_an_error_of_one_line(tmp_path, changes, message):

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import signal
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,14 +69,25 @@ def test_a_flag_goes_before_the_preset_wherever_it_stands():
     assert parse("--epochs=7", "--preset=big").epochs == parse("--preset=big", "--epochs=7").epochs == 7
 
 
-def test_the_last_of_two_equal_flags_counts():
-    assert parse("--preset=big", "--preset=small") == Config()
-
-
 def test_a_flag_of_several_values_is_given_once():
     assert parse("--preset=big", "--opacity", "0.3", "0.4").opacity == (0.3, 0.4)
     with pytest.raises(InputError, match="^--opacity is given 2 times; give it once, followed by all its values$"):
         parse("--preset=big", "--opacity", "0.3", "0.4", "--opacity", "0.5", "0.6")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--preset=big", "--preset=small"),
+        ("--epochs=3", "--epochs", "3"),
+        ("--data-set=a", "--data_set=a"),
+        ("--shuffle", "--no-shuffle"),
+        ("--verbose", "--epochs=3", "--verbose"),
+    ],
+)
+def test_a_flag_is_given_once(arguments):
+    with pytest.raises(InputError, match="is given 2 times; give it once$"):
+        parse(*arguments)
 
 
 def test_the_arguments_are_the_programs_own_by_default(monkeypatch):
@@ -88,12 +100,62 @@ def test_a_preset_that_there_is_not():
         parse("--preset=huge")
 
 
-@pytest.mark.parametrize("arguments", [("--epochs=many",), ("--unknown=1",), ("--preset",), ("--opacity", "0.1")])
-def test_flags_that_make_no_sense_end_with_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--epochs=many",), "--epochs 'many' is not a whole number"),
+        (("--epochs=1e3",), "--epochs '1e3' is not a whole number"),
+        (("--epochs=",), "--epochs '' is not a whole number"),
+        (("--epochs=" + "9" * 5000,), "is not a whole number"),
+        (("--epochs",), "--epochs needs a value"),
+        (("--epochs", "--verbose"), "--epochs needs a value"),
+        (("--epochs", "3", "4"), "--epochs takes one value; '4' is a second one"),
+        (("--epochs", "3", "-x"), "--epochs takes one value; '-x' is a second one"),
+        (("--rate=fast",), "--rate 'fast' is not a number"),
+        (("--unknown=1",), "there is no flag '--unknown'; --help lists all flags"),
+        (("--epoch=1",), "there is no flag '--epoch'; did you mean --epochs?"),
+        (("--no-shufle",), "there is no flag '--no-shufle'; did you mean --no-shuffle?"),
+        (("--no-epochs",), "there is no flag '--no-epochs'; did you mean --epochs?"),
+        (("--shuffle=True",), "--shuffle takes no value, but has 'True': --shuffle or --no-shuffle"),
+        (("--preset",), "--preset needs a value: one of small, big"),
+        (("--opacity", "0.1"), "--opacity takes 2 values; there is 1"),
+        (("--opacity", "0.1", "0.2", "0.3"), "--opacity takes 2 values; there are 3"),
+        (("--opacity", "0.1", "much"), "--opacity 'much' is not a number"),
+        (("--output=",), "--output is empty; leave the flag out, or give it a path"),
+        (("epochs=3",), "'epochs=3' is not a flag; flags begin with --, and --help lists them"),
+        (("-e", "3"), "'-e' is not a flag"),
+        (("--",), "there is no flag '--'"),
+    ],
+)
+def test_wrong_flags_are_one_line_with_what_would_be_right(arguments, message, capsys):
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         parse(*arguments)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+    assert capsys.readouterr() == ("", "")
+
+
+def test_pairs_are_counted():
+    @dataclass(frozen=True)
+    class Paired:
+        steps: tuple[tuple[int, float], ...] = ()
+        names: tuple[str, ...] = ()
+
+    def read(*arguments):
+        return command_line.parse(lambda: Paired(), {}, arguments)
+
+    assert read("--steps", "3", "0.1", "5", "0.01", "--names", "a", "-1") == Paired(((3, 0.1), (5, 0.01)), ("a", "-1"))
+    for arguments in (("3",), ("3", "0.1", "5")):
+        with pytest.raises(InputError, match="^--steps takes groups of 2 values; there (is 1|are 3)$"):
+            read("--steps", *arguments)
+    with pytest.raises(InputError, match="^--steps '0.1' is not a whole number$"):
+        read("--steps", "3", "0.1", "0.1", "5")
+
+
+def test_what_only_tyro_finds_is_one_line_too(monkeypatch):
+    monkeypatch.setattr(command_line, "_check", lambda *given: None)
+    with pytest.raises(InputError, match="^the flags cannot be read: .*unknown.*; --help lists all flags$") as error:
+        parse("--unknown=1")
+    assert "\n" not in str(error.value) and "─" not in str(error.value)
 
 
 def test_help_shows_the_presets_own_defaults(capsys):
@@ -151,6 +213,33 @@ def test_input_that_cannot_be_used_is_one_line_and_status_2(capsys):
     output, error = capsys.readouterr()
     assert output == ""
     assert error == "error: a file: [bold]is not good[/] " + " ".join(["and so on"] * 30) + "\n"
+
+
+@pytest.mark.usefixtures("settings_untouched")
+@pytest.mark.parametrize("length", [40_000, 2_000_000])
+def test_a_long_message_keeps_its_beginning_and_its_end(length, capsys):
+    def main(arguments):
+        raise InputError(f"--dataset {'x' * length} is wrong; use --dataset=digits")
+
+    start = time.perf_counter()
+    with pytest.raises(SystemExit):
+        command_line.run(main, [])
+    assert time.perf_counter() - start < 2
+    error = capsys.readouterr().err
+    assert len(error) == command_line.LONGEST_ERROR + 1
+    assert error.startswith("error: --dataset xxx") and error.endswith("xx is wrong; use --dataset=digits\n")
+
+
+@pytest.mark.usefixtures("settings_untouched")
+def test_control_characters_do_not_reach_the_terminal(capsys):
+    def main(arguments):
+        raise InputError("photos/\x1b]0;title\x07\x1b[2J\u202egnp.exe\x00: is\r\nnot an image")
+
+    with pytest.raises(SystemExit):
+        command_line.run(main, [])
+    error = capsys.readouterr().err
+    assert error.isprintable() is False and error[:-1].isprintable() and error.count("\n") == 1
+    assert "is not an image" in error
 
 
 @pytest.mark.usefixtures("settings_untouched")

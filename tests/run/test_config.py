@@ -9,12 +9,14 @@ import pytest
 from bdjax.errors import InputError
 from bdjax.run import config as run_config
 from bdjax.run.config import ExperimentConfig
+from bdjax.settings import Count, PositiveShare
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ExperimentConfig):
-    epochs: int = 3
-    share: float = 0.5
+    epochs: Count = 3
+    share: PositiveShare = 0.5
+    model: str = "lenet"
 
 
 class Silent:
@@ -27,7 +29,7 @@ class Silent:
 
 def check(**changes):
     config = dataclasses.replace(Config(), **changes)
-    run_config.check_ranges(config, at_least={"epochs": 1}, above_zero=("share",), shares=("share",))
+    run_config.check_ranges(config)
 
 
 @pytest.mark.parametrize(
@@ -38,9 +40,19 @@ def check(**changes):
         ({"member_group": -1}, "--member-group -1 is not at least 0"),
         ({"epochs": 0}, "--epochs 0 is not at least 1"),
         ({"share": 0.0}, "--share 0.0 is not above 0"),
-        ({"share": 1.5}, "--share 1.5 is not within 0 and 1"),
+        ({"share": 1.5}, "--share 1.5 is not above 0 and at most 1"),
         ({"share": float("nan")}, "--share nan is not above 0"),
         ({"seed": 2**31}, "is not below"),
+        ({"model": "lennet"}, "--model 'lennet' is not one of .*; did you mean lenet?"),
+        ({"layout": "pmap"}, "--layout 'pmap' is not one of vmap, map, unrolled, auto; did you mean vmap?"),
+        ({"dataset": ""}, "--dataset is empty"),
+        ({"dataset": "~no_such_user/photos"}, "--dataset '~no_such_user/photos': there is no home folder of this name"),
+        ({"output": pathlib.Path("~no_such_user/run")}, "--output .* no home folder"),
+        ({"output": pathlib.Path("a" * 5000)}, "--output .* is too long: 5,000 bytes"),
+        ({"output": pathlib.Path("runs") / ("ä" * 200)}, "the longest name in it 400"),
+        ({"output": pathlib.Path("/".join(["folder"] * 600))}, "--output .* is too long"),
+        ({"data_dir": pathlib.Path("a\0b")}, "--data-dir .* has a zero byte"),
+        ({"dataset": "a\ud800b"}, "characters that no file name can have"),
     ],
 )
 def test_settings_that_no_data_could_be_right_for(changes, reason):

@@ -315,6 +315,18 @@ def test_what_json_has_no_form_for_is_named():
         open_run(Path("nowhere"), {}, experiment="ta_kd")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_there_is_no_name_for_a_number_that_is_not_finite(value):
+    with pytest.raises(InputError, match=r"^changed\.rate is (nan|inf), which is not a finite number$"):
+        default_name("digits", "quick", {"rate": value})
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e4", "\u4e2d", "\U00020000", "\udcff", "/", " "])
+def test_default_names_are_short_enough_for_any_file_system(letter):
+    name = default_name(letter * 5000, "quick", {})
+    assert 8 < len(name.encode()) < 256 and "/" not in name
+
+
 def test_default_names_tell_settings_apart():
     assert default_name("digits", "quick", {}) == "digits-quick"
     one = default_name("digits", "quick", {"epochs": 15, "seed": 1})

@@ -4,12 +4,19 @@ import pathlib
 import pytest
 
 from bdjax.run import text
-from bdjax.run.text import csv_text, printable
+from bdjax.run.text import csv_text, printable, shortened
 
 
 def test_printable_text_is_one_line_without_control_characters():
     assert printable("a\tb\nc") == "a b c"
     assert printable("a\x1b[31mb\u202ec") == "a\ufffd[31mb\ufffdc"
+
+
+def test_a_shortened_text_keeps_its_beginning_and_its_end():
+    text = "".join(map(str, range(1000)))
+    short = shortened(text, 100, 30)
+    assert len(short) == 100 and short.startswith(text[:60]) and short.endswith(text[-30:]) and " … " in short
+    assert shortened(text[:100], 100, 30) == text[:100]
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])

@@ -122,7 +122,7 @@ def test_attacks_that_control_the_training_leave_no_poisoned_set(tmp_path):
             "sig: label rule source_specific is not one of clean_label",
         ),
         ({"attack": "sig", "poison_rate": 0.5}, "largest rate possible"),
-        ({"attack": "sig", "poison_rate": 0.0}, "poison rate 0"),
+        ({"attack": "sig", "poison_rate": 0.0}, "--poison-rate 0.0 is not above 0"),
         ({"attack": "sig", "change": ("loudness=3",)}, "no setting 'loudness'"),
         ({"attack": "sig", "change": ("amplitude",)}, "should be name=value"),
         ({"attack": "sig,badnets", "change": ("amplitude=1",)}, "attack.name=value"),

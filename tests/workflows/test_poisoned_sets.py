@@ -102,12 +102,12 @@ def test_third_party_rows_have_no_asr_but_scores(tmp_path, monkeypatch):
     [
         ({"study": "figure99"}, "--study 'figure99' is not one of"),
         ({"study": "alpha", "attacks": "none"}, "sets attacks and defenses itself"),
-        ({"clean_share": 1.5}, "--clean-share 1.5 is not within 0 and 1"),
+        ({"clean_share": 1.5}, "--clean-share 1.5 is not at least 0 and at most 1"),
         ({"attacks": "wanet"}, "controls the training itself"),
         ({"attacks": "sig:colour=1"}, "has no setting 'colour'"),
         ({"defenses": "prayer"}, "is not one of none"),
         ({"defenses": "lfd:alpha=2.0"}, "defense lfd: alpha 2.0 is not above 0 and at most 1"),
-        ({"model": "transformer"}, "unknown model 'transformer'"),
+        ({"model": "transformer"}, "--model 'transformer' is not one of"),
         ({"clean_share": 0.01}, "it should be at least one row for each of the 10 classes"),
     ],
 )
