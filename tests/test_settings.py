@@ -232,9 +232,10 @@ def numbers_without_range(kind):
     return kind in (int, float) or any(map(numbers_without_range, get_args(kind)))
 
 
-@pytest.mark.parametrize(
-    "text", ["{[]:1}", "-" * 900, "(" * 900, "[" * 150 + "]" * 150, "9" * 5000, "1" * 10**6, "'\\d'", "\0"]
-)
+UNREADABLE = ("{[]:1}", "-" * 900, "(" * 900, "[" * 150 + "]" * 150, "9" * 5000, "1" * 10**6, r"'\d'", "\0")
+
+
+@pytest.mark.parametrize("text", UNREADABLE, ids=range(len(UNREADABLE)))
 def test_text_that_python_cannot_read_is_text(text):
     start = time.perf_counter()
     value = read_value(text)

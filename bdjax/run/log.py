@@ -116,8 +116,8 @@ class StageLog:
         self._has_bar = True
         try:
             with Progress(*columns, console=self.console, transient=True) as bar:
-                task = bar.add_task(name, total=total, message="")
-                yield lambda done, message: bar.update(task, completed=done, message=printable(message))
+                task = bar.add_task(shortened(name, 200), total=total, message="")
+                yield lambda done, message: bar.update(task, completed=done, message=shortened(printable(message), 200))
         finally:
             self._has_bar = False
 
