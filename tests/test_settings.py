@@ -93,7 +93,7 @@ def test_a_setting_that_is_not_there_is_refused_with_those_that_are():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"choices": {"name": ("median", "mode")}}, "name 'mean' is not one of median, mode"),
+        ({"choices": {"name": ("median", "mode")}}, "name 'mean' is not one of median, mode; did you mean median?"),
         ({"at_least": {"epochs": 6}}, "epochs 5 is not at least 6"),
         ({"above": {"rate": 0.1}, "at_most": {"rate": 1}}, "rate 0.1 is not above 0.1 and at most 1"),
         ({"at_least": {"rate": 0}, "below": {"rate": 0.1}}, "rate 0.1 is not at least 0 and below 0.1"),
@@ -131,7 +131,6 @@ class Ranged:
         ("epochs", 2.0, "2.0 is not a whole number"),
         ("epochs", True, "True is not a whole number"),
         ("epochs", math.nan, "nan is not a whole number"),
-        ("epochs", 16**5000, "of 20001 bits is not at most 1,000,000"),
         ("skipped", -1, "-1 is not at least 0"),
         ("share", 1.5, "1.5 is not at least 0 and at most 1"),
         ("share", math.nan, "nan is not at least 0 and at most 1"),
@@ -142,7 +141,6 @@ class Ranged:
         ("rate", -1, "-1 is not above 0"),
         ("rate", math.inf, "inf is not at most 1,000"),
         ("rate", 1e-300, "1e-300 is too close to 0"),
-        ("rate", 10**400, "is not at most 1,000"),
         ("factor", math.nan, "nan is not a finite number"),
         ("factor", -math.inf, "-inf is not at least -1e+09"),
         ("factor", [1.0], "[1.0] is not a number"),
@@ -172,6 +170,12 @@ def test_types_say_what_is_out_of_range(name, value, wrong):
     assert str(caught.value).startswith(f"defense some: {name} ") and len(str(caught.value)) < 250
     with pytest.raises(InputError, match=f"^defense some: {name} "):
         changed("defense some", Ranged(), {name: value})
+
+
+@pytest.mark.parametrize("name", ["epochs", "share", "rate", "factor"])
+def test_integers_without_end_are_out_of_range(name):
+    with pytest.raises(InputError, match=f"^it: {name} of 20001 bits is not "):
+        check_values("it", Ranged(**{name: 16**5000}))
 
 
 def test_types_allow_what_they_say():

@@ -20,7 +20,7 @@ from jax import lax
 from bdjax.attacks import neurons, surrogate
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
 from bdjax.errors import InputError
-from bdjax.settings import Count, LearningRate, NotNegative, Positive, PositiveShare, Share, check_values
+from bdjax.settings import Count, NotNegative, Positive, PositiveShare, Share, check_values
 from bdjax.training import memory
 from bdjax.training.member import as_float
 from bdjax.triggers import additive
@@ -55,7 +55,7 @@ class L2InvisibleSettings:
     """number of steps after which the penalty doubles while the norm is too large"""
     batch_size: Count = 64
     """clean images per step"""
-    learning_rate: LearningRate = 0.01
+    learning_rate: NotNegative = 0.01
     """learning rate of Adam"""
     start_deviation: NotNegative = 10 / 255
     """standard deviation of the initial noise"""

@@ -160,7 +160,7 @@ def check_ranges(config: Any) -> None:
         if not config.dataset:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
         if config.seed + config.seeds > 2**31:
-            raise InputError(f"{flag('seed')} {config.seed} with {config.seeds} seeds is not below 2**31")
+            raise InputError(f"{flag('seed')} {shown(config.seed)} with {config.seeds} seeds is not below 2**31")
 
 
 def check_path(where: str, path: str | pathlib.Path) -> None:
@@ -190,6 +190,25 @@ def check_path(where: str, path: str | pathlib.Path) -> None:
             f"{where} {shown(text)} is too long: {len(encoded):,} bytes, the longest name in it {longest:,}; at most "
             f"{LONGEST_PATH:,} and {LONGEST_NAME} are possible"
         )
+
+
+def check_output(folder: pathlib.Path) -> None:
+    """Refuse a run's folder that cannot be made, without making it.
+
+    Raises:
+        InputError: a file is in its place or above it, or nothing can be written there.
+    """
+    path = folder.expanduser().absolute()
+    try:
+        there = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
+        is_folder, is_writable = there.is_dir(), os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be used ({error.strerror or error}); choose another --output") from None
+    if not is_folder:
+        what = f"{folder}" if there == path else f"{folder}: {there}"
+        raise InputError(f"{what} is a file, not a folder; choose another --output")
+    if not is_writable:
+        raise InputError(f"{folder} cannot be written to; choose another --output")
 
 
 def adapted_to(config: ExperimentConfig) -> str | None:

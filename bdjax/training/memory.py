@@ -182,18 +182,13 @@ def check_networks(
     if limit is None:
         return
 
-    def needed(width: int, members: int) -> int:
-        shapes = jax.eval_shape(lambda: make(width).init(jax.random.key(0), image_shape))
-        return (-(-members // jax.device_count()) + _STATES) * count_bytes(shapes)
-
-    if (total := needed(width, members)) <= limit:
+    single = count_bytes(jax.eval_shape(lambda: make(width).init(jax.random.key(0), image_shape)))
+    total = (-(-members // jax.device_count()) + _STATES) * single
+    if total <= limit:
         return
-    single = needed(width, 0) // _STATES
     most = (limit // max(single, 1) - _STATES) * jax.device_count()
-    narrow = width
-    while narrow > 1 and needed(narrow, members) > limit:
-        narrow //= 2
-    fits = [f"--width={narrow}"] if needed(narrow, members) <= limit else []
+    narrow = int(0.9 * width * math.sqrt(limit / total))  # the number of weights grows with the square
+    fits = [f"--width={narrow}"] if narrow else []
     fits += [f"{most} of them ({advice})"] if most > 0 else []
     raise InputError(
         f"{members} networks of --width {width} take about {_in_gib(total)} of a device's {_in_gib(limit)} usable; "

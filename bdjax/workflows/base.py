@@ -155,6 +155,19 @@ def network_maker(config: Any, num_classes: int) -> Callable[..., Model]:
     return lambda name=None, classes=None: make_model(name or config.model, classes or num_classes, config.width)
 
 
+def check_networks(
+    config: Any, image_shape: tuple[int, int, int], num_classes: int, members: int, networks: Sequence[str]
+) -> None:
+    """Refuse networks that do not fit into memory: see `begin`, which calls this.
+
+    Raises:
+        InputError: with what would fit.
+    """
+    for name in dict.fromkeys(networks):
+        make = partial(make_model, name, num_classes)
+        memory.check_networks(make, image_shape, config.width, members, FEWER_MEMBERS)
+
+
 def begin(
     experiment: Experiment,
     config: Any,
@@ -184,12 +197,9 @@ def begin(
         InputError: the folder cannot be used, or the networks or the rows do not fit into memory.
     """
     output = output_folder(experiment, config)
+    run_config.check_output(output)
     memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
-    make_network = partial(make_model, num_classes=num_classes)
-    for name in networks:
-        memory.check_networks(
-            lambda width, name=name: make_network(name, width=width), image_shape, config.width, members, FEWER_MEMBERS
-        )
+    check_networks(config, image_shape, num_classes, members, networks)
     engine = run_config.choose_engine(config, image_shape, config.width, config.batch_size, members, output, log)
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
 

@@ -182,14 +182,14 @@ def run(
     # Every error in the settings is raised before the folder is opened, and before anything is measured.
     defense = configurations(config)[2]
     check_memory(config, count, train, test)
+    members, networks = config.num_teachers * config.seeds, [getattr(config, f"{role}_model") for role in ROLES]
+    base.check_networks(config, train.image_shape, train.num_classes, members, networks)
     clean_sets = [clean_set(config, defense, train, key[2]) for key in keys]
     outsourced = None
     if not (third_party or classifiers):
         check_target(config.target, train)
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
-    members = config.num_teachers * config.seeds
-    networks = [getattr(config, f"{role}_model") for role in ROLES]
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log, networks=networks)
+    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
     models = {role: run.make_model(name) for role, name in zip(ROLES, networks, strict=True)}
     if third_party and run.engine.lowering != default_lowering():
         third_party = read_teachers(run.engine.lowering, config.compute_dtype)

@@ -101,7 +101,7 @@ def test_settings_that_cannot_be_are_refused(digits, knowledge):
         CKD.make_params(jax.random.key(0), Knowledge(digits.train, 0), CkdSettings())
     with pytest.raises(InputError, match="channel_share 0"):
         CKD.make_params(jax.random.key(0), knowledge, CkdSettings(channel_share=0.0))
-    with pytest.raises(InputError, match="'other' must be"):
+    with pytest.raises(InputError, match="'other' is not one of assimilation, published"):
         CKD.make_params(jax.random.key(0), knowledge, CkdSettings(loss="other"))
 
 

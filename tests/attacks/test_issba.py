@@ -98,13 +98,13 @@ def test_perceptual_difference_of_a_known_change():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_bits": 0}, "num_bits 0 must be"),
-        ({"steps": 0}, "steps 0 must be"),
-        ({"ramp": 0.0}, "ramp 0"),
+        ({"num_bits": 0}, "num_bits 0 is not at least 1"),
+        ({"steps": 0}, "steps 0 is not at least 1"),
+        ({"ramp": 0.0}, "ramp 0.0 is not above 0"),
         ({"stages": 4}, "8x8 pixels are too small to be halved 4 times"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
-    settings = settings_for(ISSBA, digits().train, changes, like="digits")
     with pytest.raises(InputError, match=message):
+        settings = settings_for(ISSBA, digits().train, changes, like="digits")
         ISSBA.make_params(jax.random.key(0), Knowledge(digits().train, target=0), settings)

@@ -109,7 +109,7 @@ def test_batches_are_shuffles_of_all_rows():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(InputError, match="narcissus: steps 0 must be above 0"):
+    with pytest.raises(InputError, match="narcissus: steps 0 is not at least 1"):
         NARCISSUS.make_params(jax.random.key(0), knowledge(), dataclasses.replace(SETTINGS, steps=0))
     model, variables = prepared()
     dead = prepared()._replace(variables=jax.tree.map(jnp.zeros_like, variables))

@@ -14,6 +14,7 @@ from bdjax.evaluation.suspects import (
     make_defense_input,
     make_suspect,
     suspect_keys,
+    try_out,
     with_label_noise,
 )
 from bdjax.evaluation.variants import read_attack
@@ -70,6 +71,27 @@ class TestMakeSuspect:
     def test_added_rows_have_no_partner(self):
         with pytest.raises(InputError, match="suppression needs a clean version of each row"):
             suspect("composite:suppression=10")
+
+
+class TestTryOut:
+    def test_what_fits_passes(self):
+        attacks = [
+            read_attack(text, TRAIN, 0) for text in ("badnets:poison_rate=0.2", "none", "narcissus", "label_flip")
+        ]
+        try_out(jax.random.key(0), attacks, TRAIN)
+
+    def test_a_trigger_that_changes_nothing(self):
+        with pytest.raises(InputError, match="attack blended: its trigger changes no pixel"):
+            try_out(jax.random.key(0), [read_attack("blended:poison_rate=0.2:opacity=0", TRAIN, 0)], TRAIN)
+
+    def test_rows_are_counted_after_label_noise(self):
+        attack = read_attack("sig:poison_rate=0.2:label_noise=1", TRAIN, 0)
+        keys = [jax.random.key(seed) for seed in range(20)]
+        counts = [int((with_label_noise(jax.random.fold_in(key, 0), TRAIN, 1.0).labels == 0).sum()) for key in keys]
+        assert min(counts) < 8 <= max(counts)
+        try_out(keys[int(np.argmax(counts))], [attack], TRAIN)
+        with pytest.raises(InputError, match="may be poisoned under the rule"):
+            try_out(keys[int(np.argmin(counts))], [attack], TRAIN)
 
 
 class TestLabelNoise:

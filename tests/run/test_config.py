@@ -44,7 +44,7 @@ def check(**changes):
         ({"share": float("nan")}, "--share nan is not above 0"),
         ({"seed": 2**31}, "is not below"),
         ({"model": "lennet"}, "--model 'lennet' is not one of .*; did you mean lenet?"),
-        ({"layout": "pmap"}, "--layout 'pmap' is not one of vmap, map, unrolled, auto; did you mean vmap?"),
+        ({"layout": "pmap"}, "--layout 'pmap' is not one of vmap, map, unrolled, auto; did you mean map?"),
         ({"dataset": ""}, "--dataset is empty"),
         ({"dataset": "~no_such_user/photos"}, "--dataset '~no_such_user/photos': there is no home folder of this name"),
         ({"output": pathlib.Path("~no_such_user/run")}, "--output .* no home folder"),
@@ -59,6 +59,17 @@ def test_settings_that_no_data_could_be_right_for(changes, reason):
     check()
     with pytest.raises(InputError, match=reason):
         check(**changes)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run", "link", "link/run"])
+def test_a_folder_that_cannot_be_made(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InputError, match="is a file, not a folder; choose another --output$"):
+        run_config.check_output(tmp_path / name)
+    for good in (tmp_path, tmp_path / "a" / "b", pathlib.Path("runs/digits"), pathlib.Path("~/runs")):
+        run_config.check_output(good)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_fewer_rows_are_the_same_rows_whatever_the_seed():

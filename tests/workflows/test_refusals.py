@@ -1,6 +1,7 @@
 """What no run can do is refused by every workflow before the probe, and before the run's folder is opened."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,7 +46,6 @@ ATTACKS = (
     "sig:amplitude=1e999",
     "sig:frequency=0",
     "sig:poison_rate=0.2",  # more than the target class has
-    "sig:label_noise=1:poison_rate=0.09",  # more than the target class has after the noise
     "badnets_white:size=-1",
     "badnets_white:size=9",
     "badnets_white:size=100000000000",
@@ -127,7 +127,7 @@ def refuse(name: str, folder, **changes: Any) -> str:
     """The one-line error of a run, which must leave nothing."""
     workflow = WORKFLOWS[name]
     start = workflow.module.preset("quick", changes.pop("dataset", "digits"))
-    config = dataclasses.replace(start, output=folder / "run", **{**SMALL, **workflow.changes, **changes})
+    config = dataclasses.replace(start, **{"output": folder / "run", **SMALL, **workflow.changes, **changes})
     with pytest.raises(InputError) as error:
         workflow.run(config, workflow.module.EXPERIMENT, log=StageLog())
     assert "\n" not in str(error.value)
@@ -172,20 +172,43 @@ def test_changes_of_an_attack(changes, message, tmp_path):
     assert message in refuse("attack", tmp_path, **changes)
 
 
+LARGE = {"width": 1024, "seeds": 100, "train_rows": 100}
+
+
 @pytest.mark.parametrize(
-    ("name", "changes", "message"),
+    ("name", "changes", "free", "message"),
     [
-        ("poisoned_sets", {"width": 1024, "seeds": 1000, "model": "resnet18"}, "would fit"),
-        ("attack", {"width": 1024, "seeds": 1000, "model": "resnet18"}, "would fit"),
-        ("ta_kd", {"views": 10_000, "seeds": 1000, "auxiliary_fraction": 1.0}, "--views of 300 clean rows take about"),
-        ("ta_kd", {"num_teachers": 1000, "width": 1024}, "would fit"),
-        ("ta_kd", {"target": 10}, "--target 10 is not a class"),
-        ("ta_kd", {"num_similar": 100}, "similar triggers among"),
+        (
+            "detection",
+            {"seeds": 1000, "suspects_at_once": 1000},
+            2**24,
+            "the training and test sets of 1000 networks take",
+        ),
+        ("poisoned_sets", LARGE, 2**30, "100 networks of --width 1024 take about"),
+        ("attack", LARGE, 2**30, "--width="),
+        ("ta_kd", {"num_teachers": 100, "width": 1024}, 2**30, "100 networks of --width 1024 take about"),
+        ("ta_kd", {"views": 10_000, "seeds": 100}, 2**24, "10000 --views of 45 clean rows take about"),
+        ("ta_kd", {"num_teachers": 1000}, 2**30, "the rows of 1000 teachers take about"),
     ],
 )
-def test_what_does_not_fit_into_memory(name, changes, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("bdjax.training.memory._free_memory", lambda: 2**30)
+def test_what_does_not_fit_into_memory(name, changes, free, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("bdjax.training.memory._free_memory", lambda: free)
     assert message in refuse(name, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": 10}, "--target 10 is not a class"),
+        ({"num_similar": 100}, "similar triggers among"),
+        ({"num_similar": 1}, "similar triggers among"),
+        ({"poison_rate": 0.001}, "less than one row"),
+        ({"auxiliary_fraction": 0.001}, "leaves no clean row"),
+        ({"output": pathlib.Path("/dev/null")}, "/dev/null is a file, not a folder"),
+    ],
+)
+def test_settings_of_ta_kd_that_do_not_fit_the_data(changes, message, tmp_path):
+    assert message in refuse("ta_kd", tmp_path, **changes)
 
 
 @pytest.mark.parametrize("name", ["poisoned_sets", "detection", "attack", "suspect_models", "ta_kd"])
