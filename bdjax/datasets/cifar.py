@@ -1,25 +1,39 @@
 """CIFAR-10 and CIFAR-100, from the binary or the Python version, unpacked or as an archive."""
 
-import gzip
+import dataclasses
 import io
 import pickle
-import tarfile
-import zlib
+import pickletools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bdjax.datasets.archives import Limits, read_tar_gz
+from bdjax.datasets.files import list_files, read_file
 from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
 from bdjax.datasets.validation import as_int32_labels, describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
-from bdjax.types import Dataset, TrainTest
+from bdjax.types import Dataset, TrainTest, Unread
 
 _URLS = ("https://www.cs.toronto.edu/~kriz/",)
 _PIXEL_BYTES = 3 * 32 * 32
 _MAXIMUM_TAR_MEMBERS = 100
-_MAXIMUM_PADDING_BYTES = 1 << 20
+_MAXIMUM_OTHER_BYTES = 1 << 22  # in an archive, beside the batches
+_KNOWN_FILES = {"batches.meta", "batches.meta.txt", "readme.html", "meta", "file.txt~"}
+_KNOWN_FILES |= {"coarse_label_names.txt", "fine_label_names.txt"}
+_MAXIMUM_OPCODES = 800_000  # of a pickle; CIFAR-100's training batch has 250,000, or twice as many from Python 3
+_MAXIMUM_TUPLES = 1_000  # of a pickle; a batch has ten
+_OPCODES = """
+    PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING
+    BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD
+"""
+_ALLOWED_OPCODES = frozenset(_OPCODES.split())
+_TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+_GETS = ("GET", "BINGET", "LONG_BINGET")
 _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 _CIFAR100_CLASSES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -140,14 +154,45 @@ def read_pickle(data: bytes, where: object) -> Any:
         The value; arrays are `PickledArray`.
 
     Raises:
-        InputError: If the file contains anything else, or is damaged.
+        InputError: If the file contains anything else, is damaged, or needs more memory than its content takes.
     """
     try:
-        return _ArrayUnpickler(io.BytesIO(data), where).load()
+        _check_opcodes(data)
+        return _ArrayUnpickler(data, where).load()
     except InputError:
         raise
     except Exception as error:  # the unpickler raises almost any exception on a damaged pickle
-        raise InputError(f"{where}: is not an intact pickle ({one_line(error)})") from error
+        raise InputError(f"{where}: is not an intact pickle ({one_line(error)[:200]})") from error
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Checks the steps of a pickle before any is taken; raises ValueError.
+
+    A few bytes can make the unpickler allocate gigabytes (the number of a memo) or nest tuples until their hash overflows the
+    stack.
+    """
+    num_tuples = 0
+    memo: dict[int, bool] = {}  # number -> whether it is text
+    is_text = was_text = False  # of the last object, and of the one before
+    for position, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        if name not in _ALLOWED_OPCODES:
+            raise ValueError(f"it has the opcode {name}, which a CIFAR batch does not need")
+        if position >= _MAXIMUM_OPCODES:
+            raise ValueError(f"it has over {_MAXIMUM_OPCODES} opcodes")
+        if name == "FRAME" and argument > len(data):
+            raise ValueError(f"it has a frame of {argument} bytes, more than the file")
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else argument
+            if not 0 <= number <= _MAXIMUM_OPCODES:
+                raise ValueError(f"it numbers an object {number}; at most {_MAXIMUM_OPCODES} are read")
+            memo[number] = is_text
+            continue
+        # Python 3 writes bytes in protocol 2 as two texts in a tuple, so such tuples, which do not nest, may be many.
+        num_tuples += name in ("TUPLE", "TUPLE1", "TUPLE3") or (name == "TUPLE2" and not (is_text and was_text))
+        if num_tuples > _MAXIMUM_TUPLES:
+            raise ValueError(f"it has over {_MAXIMUM_TUPLES} tuples")
+        was_text, is_text = is_text, name in _TEXTS or (name in _GETS and memo.get(argument, False))
 
 
 class PickledArray:
@@ -177,37 +222,36 @@ class PickledArray:
         return np.frombuffer(bytes(content), np.uint8).reshape(shape, order=order)
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    # Python 3 writes bytes this way in protocol 2, which some re-pickled files use.
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError("bytes are not encoded as latin1")
-    return text.encode("latin1")
-
-
 _ALLOWED_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"): PickledArray,
-    ("numpy._core.multiarray", "_reconstruct"): PickledArray,
-    ("numpy.core.numeric", "_frombuffer"): PickledArray,
-    ("numpy._core.numeric", "_frombuffer"): PickledArray,
-    ("numpy", "ndarray"): PickledArray,
-    ("numpy", "dtype"): PickledArray,
-    ("_codecs", "encode"): _encode,
+    *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
+    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
 }
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, where: object):
+    def __init__(self, data: bytes, where: object):
         # CIFAR was pickled by Python 2, whose strings are bytes.
-        super().__init__(file, encoding="bytes")
+        super().__init__(io.BytesIO(data), encoding="bytes")
         self._where = where
+        self._left_to_encode = len(data)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED_GLOBALS:
             raise InputError(
-                f"{self._where}: this pickle refers to {one_line(module)}.{one_line(name)}, which may run code, so it was "
-                "not loaded; a CIFAR batch contains only NumPy arrays and lists"
+                f"{self._where}: this pickle refers to {one_line(module)[:100]}.{one_line(name)[:100]}, which may run code, so "
+                "it was not loaded; a CIFAR batch contains only NumPy arrays and lists"
             )
-        return _ALLOWED_GLOBALS[module, name]
+        return self._encode if name == "encode" else PickledArray
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        # Python 3 writes bytes this way in protocol 2, which some re-pickled files use.
+        self._left_to_encode -= len(text)
+        if encoding not in ("latin1", "latin-1") or self._left_to_encode < 0:
+            raise ValueError("bytes are not encoded as latin1, or more than once")
+        return text.encode("latin1")
 
 
 def _load(cifar: _Format, folders: Sequence[Path], download: bool) -> TrainTest:
@@ -224,11 +268,14 @@ def _load(cifar: _Format, folders: Sequence[Path], download: bool) -> TrainTest:
         found = cifar.versions[0], fetched[cifar.remote.file_name]
     version, path = found
     names = (*version.train_files, version.test_file)
-    files = _read_folder(path, names, cifar) if path.is_dir() else _read_archive(path, version, names, cifar)
-    return TrainTest(
+    read = _read_folder if path.is_dir() else _read_archive
+    files, others = read(path, version, names, cifar)
+    unread = tuple(Unread(name, f"is not a file of {cifar.name}") for name in others if name not in _KNOWN_FILES)
+    parts = (
         _read_part(cifar, version, path, files, version.train_files, 50_000),
         _read_part(cifar, version, path, files, (version.test_file,), 10_000),
     )
+    return TrainTest(*(dataclasses.replace(part, unread=unread) for part in parts))
 
 
 def _find(cifar: _Format, folders: Sequence[Path]) -> tuple[_Version, Path] | None:
@@ -237,7 +284,7 @@ def _find(cifar: _Format, folders: Sequence[Path]) -> tuple[_Version, Path] | No
             if (folder / version.folder).is_dir():
                 return version, folder / version.folder
         for version in cifar.versions:
-            if (folder / version.archive).is_file():
+            if (folder / version.archive).exists():
                 return version, folder / version.archive
     return None
 
@@ -247,46 +294,34 @@ def _maximum_bytes(cifar: _Format) -> int:
     return cifar.rows_per_file * (_PIXEL_BYTES + 100)
 
 
-def _check_size(num_bytes: int, where: object, cifar: _Format) -> None:
-    if num_bytes > _maximum_bytes(cifar):
-        raise InputError(f"{where}: has {num_bytes} bytes; files of {cifar.name} have at most {_maximum_bytes(cifar)}")
-
-
-def _read_folder(folder: Path, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
+def _read_folder(
+    folder: Path, version: _Version, wanted: tuple[str, ...], cifar: _Format
+) -> tuple[dict[str, bytes], list[str]]:
+    """The content of the wanted files, and the names of the others."""
     files = {}
     for name in wanted:
         path = folder / name
-        try:
-            _check_size(path.stat().st_size, path, cifar)
-            files[name] = path.read_bytes()
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: is missing; {folder.name} must contain {', '.join(wanted)}") from error
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
-    return files
+        if not path.exists():
+            raise InputError(f"{path}: is missing; {folder.name} must contain {', '.join(wanted)}")
+        files[name] = read_file(path, _maximum_bytes(cifar), f"files of {cifar.name}")
+    return files, [listed.name for listed in list_files(folder) if listed.name not in wanted]
 
 
-def _read_archive(path: Path, version: _Version, wanted: tuple[str, ...], cifar: _Format) -> dict[str, bytes]:
-    files = {}
-    try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            # Members are read into memory in the archive's order; none is written to disk.
-            for position, member in enumerate(archive):
-                _check_size(member.size, f"{path}, member {one_line(member.name)}", cifar)
-                if position >= _MAXIMUM_TAR_MEMBERS:
-                    raise InputError(f"{path}: has over {_MAXIMUM_TAR_MEMBERS} members; the published archive has 8")
-                folder, _, name = member.name.removeprefix("./").partition("/")
-                if folder == version.folder and name in wanted and member.isfile():
-                    files[name] = archive.extractfile(member).read()
-            # gzip verifies its checksum at the end of the file, which is after the end of the tar archive.
-            if len(stream.read(_MAXIMUM_PADDING_BYTES + 1)) > _MAXIMUM_PADDING_BYTES:
-                raise InputError(f"{path}: has over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); download it again") from error
-    missing = [name for name in wanted if name not in files]
+def _read_archive(
+    path: Path, version: _Version, wanted: tuple[str, ...], cifar: _Format
+) -> tuple[dict[str, bytes], list[str]]:
+    """As `_read_folder`, for the archive's folder of this name."""
+    prefix = f"{version.folder}/"
+    total = _maximum_bytes(cifar) * len(wanted) + _MAXIMUM_OTHER_BYTES
+    limits = Limits(
+        f"files of {cifar.name}", _maximum_bytes(cifar), total, _MAXIMUM_TAR_MEMBERS, "the published archive has 8"
+    )
+    names = {prefix + name for name in wanted}
+    contents, others = read_tar_gz(path, limits, names.__contains__)
+    missing = [name for name in wanted if prefix + name not in contents]
     if missing:
         raise InputError(f"{path}: does not contain {version.folder}/{missing[0]}; it must contain {', '.join(wanted)}")
-    return files
+    return {name: contents[prefix + name] for name in wanted}, [name.removeprefix(prefix) for name in others]
 
 
 def _read_part(

@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
@@ -69,20 +69,33 @@ def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
     Raises:
         InputError: If it is not a regular file, cannot be read, or is too large.
     """
-    try:
-        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"{path}: is not a regular file; a plain file is needed")
-            if status.st_size > maximum_bytes:
-                raise InputError(f"{path}: has {status.st_size} bytes; {what} have at most {maximum_bytes}")
+    with open_file(path, maximum_bytes, what) as file:
+        try:
             data = file.read(maximum_bytes + 1)  # the file may grow while it is read
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
     if len(data) > maximum_bytes:
         raise InputError(f"{path}: grew beyond {maximum_bytes} bytes while it was read")
     return data
+
+
+def open_file(path: Path, maximum_bytes: int, what: str) -> BinaryIO:
+    """Opens a regular file; arguments and errors are those of `read_file`."""
+    try:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
+    status = os.fstat(file.fileno())
+    problem = ""
+    if not stat.S_ISREG(status.st_mode):
+        problem = "is not a regular file; a plain file is needed"
+    elif status.st_size > maximum_bytes:
+        problem = f"has {status.st_size} bytes; {what} have at most {maximum_bytes}"
+    if problem:
+        file.close()
+        raise InputError(f"{path}: {problem}")
+    return file
 
 
 def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Listed]:

@@ -7,10 +7,8 @@ leave 20 images of each class for testing. RobustKD has 70 for training and 10 f
 The archive's MD5 comes from other libraries' loaders.
 """
 
-import gzip
+import dataclasses
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,11 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bdjax.datasets.archives import Limits, read_tar_gz, short
 from bdjax.datasets.decoding import RESIZED, read_pixels
+from bdjax.datasets.files import list_files, read_file
 from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
 from bdjax.datasets.validation import describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
-from bdjax.types import Dataset, TrainTest
+from bdjax.types import Dataset, TrainTest, Unread
 
 _ARCHIVE = RemoteFile(
     "17flowers.tgz", "b59a65d8d1a99cd66944d474e1289eab", ("https://www.robots.ox.ac.uk/~vgg/data/flowers/17/",)
@@ -35,7 +35,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png")
 _MAXIMUM_FILE_BYTES = 4 << 20
 _MAXIMUM_ARCHIVE_MEMBERS = 5_000
 _MAXIMUM_ARCHIVE_BYTES = 1 << 29  # the published archive has 60 MB
-_MAXIMUM_PADDING_BYTES = 1 << 20
+_KNOWN_FILES = ("files.txt", "jpg/files.txt")
 _CLASS_NAMES = (
     "daffodil",
     "snowdrop",
@@ -67,6 +67,7 @@ class _Files(NamedTuple):
     """name -> function that returns the content"""
     where: Callable[[str], str]
     """name -> the file, for error messages"""
+    unread: tuple[Unread, ...]
 
 
 def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
@@ -83,7 +84,7 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
 
     Returns:
         The last images of each class, by name, for testing: 10 of 80, or of another number one in eight and at least one; the
-        rest for training.
+        rest for training. Other files are in `unread`.
 
     Raises:
         InputError: If the files are not found or damaged, or a class has fewer than two images.
@@ -91,10 +92,10 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
     for folder in folders:
         roots = [folder / name for name in _FOLDERS if (folder / name).is_dir()]
         for root in roots:
-            if not (root / _ARCHIVE.file_name).is_file():
+            if not (root / _ARCHIVE.file_name).exists():
                 return _load(_unpacked(root))
         for root in (*roots, folder):
-            if (root / _ARCHIVE.file_name).is_file():
+            if (root / _ARCHIVE.file_name).exists():
                 return _load(_packed(root / _ARCHIVE.file_name))
     wanted = f"folder {_FOLDERS[0]} or archive {_ARCHIVE.file_name}"
     if not download:
@@ -108,46 +109,31 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
 
 
 def _unpacked(root: Path) -> _Files:
-    paths = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_file()]
-    names = {path.relative_to(root).as_posix(): path for path in paths}
-    return _Files(
-        root,
-        {name: partial(_read, path) for name, path in names.items() if _is_image(name)},
-        lambda name: str(root / name),
-    )
+    listed = {file.name: file.problem for file in list_files(root)}
+    contents = {
+        name: partial(read_file, root / name, _MAXIMUM_FILE_BYTES, "files of Flowers-17")
+        for name in listed
+        if _is_image(name) and name.count("/") < 2
+    }
+    unread = _unread({name: problem for name, problem in listed.items() if name not in contents})
+    return _Files(root, contents, lambda name: str(root / name), unread)
 
 
 def _packed(path: Path) -> _Files:
     """The images of an archive, read into memory; nothing is written to disk."""
-    contents: dict[str, bytes] = {}
-    total = 0
-    try:
-        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
-            for position, member in enumerate(archive):
-                if position >= _MAXIMUM_ARCHIVE_MEMBERS:
-                    raise InputError(
-                        f"{path}: has over {_MAXIMUM_ARCHIVE_MEMBERS} members; the published archive has 1,363"
-                    )
-                if member.size > _MAXIMUM_FILE_BYTES:
-                    raise InputError(
-                        f"{path}, member {one_line(member.name)}: unpacks to {member.size} bytes; files of Flowers-17 "
-                        f"have at most {_MAXIMUM_FILE_BYTES}"
-                    )
-                total += member.size
-                if total > _MAXIMUM_ARCHIVE_BYTES:
-                    raise InputError(f"{path}: unpacks to more than the limit of {_MAXIMUM_ARCHIVE_BYTES} bytes")
-                name = member.name.removeprefix("./")
-                if member.isfile() and _is_image(name):  # links are ignored
-                    contents[name] = archive.extractfile(member).read()
-            # gzip verifies its checksum at the end of the file, which is after the end of the tar archive.
-            if len(stream.read(_MAXIMUM_PADDING_BYTES + 1)) > _MAXIMUM_PADDING_BYTES:
-                raise InputError(f"{path}: has over {_MAXIMUM_PADDING_BYTES} bytes after the end of the archive")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: is not an intact .tar.gz ({one_line(error)}); download it again") from error
+    limits = Limits(
+        "files of Flowers-17",
+        _MAXIMUM_FILE_BYTES,
+        _MAXIMUM_ARCHIVE_BYTES,
+        _MAXIMUM_ARCHIVE_MEMBERS,
+        "the published archive has 1,363",
+    )
+    contents, others = read_tar_gz(path, limits, _is_image)
     return _Files(
         path,
         {name: partial(bytes, content) for name, content in contents.items()},
-        lambda name: f"{path}, member {one_line(name)}",
+        lambda name: f"{path}, member {short(name)}",
+        _unread(others),
     )
 
 
@@ -156,13 +142,15 @@ def _is_image(name: str) -> bool:
     return not folder.startswith(".") and not file.startswith(".") and file.lower().endswith(_SUFFIXES)
 
 
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large; files of Flowers-17 have at most {_MAXIMUM_FILE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+def _unread(others: Mapping[str, str]) -> tuple[Unread, ...]:
+    """Entries for the files that are not read: name -> why it is not a regular file, or ""."""
+
+    def reason(name: str) -> str:
+        if any(part.startswith(".") for part in name.split("/")):
+            return "is hidden"
+        return "is in a folder below a class" if _is_image(name) else "has a suffix that is not read"
+
+    return tuple(Unread(name, problem or reason(name)) for name, problem in others.items() if name not in _KNOWN_FILES)
 
 
 def _load(files: _Files) -> TrainTest:
@@ -223,7 +211,7 @@ def _decode(
     for index, (name, _) in enumerate(rows):
         images[index] = read_pixels(files.read[name](), files.where(name), size=RESIZED)
     described = describe_rows(len(rows), num_published)
-    return make_dataset(
+    dataset = make_dataset(
         images,
         np.array([label for _, label in rows]),
         len(class_names),
@@ -233,3 +221,4 @@ def _decode(
         where=files.source,
         files=[name for name, _ in rows],
     )
+    return dataclasses.replace(dataset, unread=files.unread)

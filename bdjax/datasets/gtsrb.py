@@ -1,21 +1,23 @@
 """GTSRB, the German traffic signs, in torchvision's folder layout or from the published archives."""
 
 import csv
+import dataclasses
 import re
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bdjax.datasets.archives import Limits, open_zip, short
 from bdjax.datasets.decoding import RESIZED, read_pixels
+from bdjax.datasets.files import list_files, read_file
 from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
 from bdjax.datasets.validation import as_int32_labels, describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
-from bdjax.types import Dataset, TrainTest
+from bdjax.types import Dataset, TrainTest, Unread
 
 _URLS = ("https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370/",)
 _ARCHIVES = (
@@ -30,7 +32,8 @@ _TEST_FOLDER = "GTSRB/Final_Test/Images"
 _NUM_TEST_ROWS = 12_630
 _TEST_LABELS = "GT-final_test.csv"
 _MAXIMUM_FILE_BYTES = 4 << 20  # the largest image has 225x243 pixels, 164 KB; the table has 0.4 MB
-_MAXIMUM_ARCHIVE_MEMBERS = 100_000
+_LIMITS = Limits("files of GTSRB", _MAXIMUM_FILE_BYTES, 1 << 31, 100_000, "GTSRB's archives have fewer than 40,000")
+_TABLE_SUFFIXES = (".csv", ".txt")  # of files that come with the images
 _CLASS_NAMES = (
     *(f"speed limit {limit}" for limit in (20, 30, 50, 60, 70, 80)),
     "end of speed limit 80",
@@ -89,7 +92,8 @@ def load_gtsrb(folders: Sequence[Path], download: bool) -> TrainTest:
         download: Whether to download the archives if nothing is found.
 
     Returns:
-        The published split; `source` says how many of the published rows there are.
+        The published split; `source` says how many of the published rows there are. Other files among the images are in
+        `unread`.
 
     Raises:
         InputError: If the files are not found, incomplete or damaged.
@@ -99,7 +103,7 @@ def load_gtsrb(folders: Sequence[Path], download: bool) -> TrainTest:
             if (root / "GTSRB").is_dir():
                 return _load_unpacked(root)
             archives = [root / archive.file_name for archive in _ARCHIVES]
-            if all(path.is_file() for path in archives):
+            if all(path.exists() for path in archives):
                 return _load_archives(*archives)
     wanted = f"folder gtsrb/GTSRB or archives {', '.join(archive.file_name for archive in _ARCHIVES)}"
     destination = folders[0] / "gtsrb"
@@ -116,82 +120,89 @@ def _load_unpacked(root: Path) -> TrainTest:
     training_folder = next((folder for folder in _TRAINING_FOLDERS if (root / folder).is_dir()), None)
     if training_folder is None:
         raise InputError(f"{root}: has no training images; {' or '.join(_TRAINING_FOLDERS)} is needed")
-    training_rows = []
-    for class_folder in sorted(path for path in (root / training_folder).iterdir() if path.is_dir()):
-        label = _class_of_folder(class_folder.name, class_folder)
-        training_rows += [_row_of_file(path, root, label) for path in sorted(class_folder.glob("*.ppm"))]
-
-    table = next((path for path in (root / _TEST_LABELS, root / "GTSRB" / _TEST_LABELS) if path.is_file()), None)
+    names = {f"GTSRB/{listed.name}": listed.problem for listed in list_files(root / "GTSRB")}
+    training_rows, unread = _training_rows(
+        names, training_folder, lambda name: str(root / name), lambda name: _read(root / name)
+    )
+    table = next((path for path in (root / _TEST_LABELS, root / "GTSRB" / _TEST_LABELS) if path.exists()), None)
     if table is None:
         raise InputError(f"{root / _TEST_LABELS}: is missing; it contains the labels of {_TEST_FOLDER}")
     test_rows = []
     for file_name, label in _read_table(_read(table), table):
-        path = root / _TEST_FOLDER / file_name
-        if not path.is_file():
-            raise InputError(f"{path}: is missing, although {table.name} has a row for it")
-        test_rows.append(_row_of_file(path, root, label))
+        name = f"{_TEST_FOLDER}/{file_name}"
+        if not (root / name).exists():
+            raise InputError(f"{root / name}: is missing, although {table.name} has a row for it")
+        test_rows.append(_Row(str(root / name), name, label, partial(_read, root / name)))
     return TrainTest(
-        _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder]),
-        _decode(test_rows, table, root, _NUM_TEST_ROWS),
+        _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder], unread),
+        _decode(test_rows, table, root, _NUM_TEST_ROWS, _unread_test_files(names, test_rows)),
     )
 
 
-def _row_of_file(path: Path, root: Path, label: int) -> _Row:
-    return _Row(str(path), path.relative_to(root).as_posix(), label, partial(_read, path))
+def _training_rows(
+    names: Mapping[str, str], folder: str, where: Callable[[str], str], read: Callable[[str], bytes]
+) -> tuple[list[_Row], tuple[Unread, ...]]:
+    """The rows among these files (name -> problem, or ""), and the files that are neither rows nor come with them."""
+    rows, unread, elsewhere = [], [], Counter()
+    for name, problem in names.items():
+        inner = name.removeprefix(f"{folder}/")
+        class_folder, _, file_name = inner.partition("/")
+        if name.startswith(f"{_TEST_FOLDER}/") or name.lower().endswith(_TABLE_SUFFIXES):
+            continue
+        if inner == name:
+            elsewhere["/".join(name.split("/")[:2])] += 1
+        elif name.endswith("/"):
+            unread.append(Unread(name, problem))
+        elif "/" in file_name:
+            unread.append(Unread(name, "is in a folder below a class"))
+        elif not file_name:
+            unread.append(Unread(name, problem or "is not in the folder of a class"))
+        elif not file_name.endswith(".ppm"):
+            unread.append(Unread(name, problem or "has a suffix that is not read; .ppm is"))
+        else:
+            label = _class_of_folder(class_folder, where(f"{folder}/{class_folder}"))
+            rows.append(_Row(where(name), name, label, partial(read, name)))
+    unread += [Unread(name, f"holds {count:,} file(s) and is not read") for name, count in elsewhere.items()]
+    return rows, tuple(unread)
+
+
+def _unread_test_files(names: Mapping[str, str], rows: Sequence[_Row]) -> tuple[Unread, ...]:
+    read = {row.file for row in rows}
+    return tuple(
+        Unread(name, problem or f"has no row in {_TEST_LABELS}")
+        for name, problem in names.items()
+        if name.startswith(f"{_TEST_FOLDER}/") and name not in read and not name.lower().endswith(_TABLE_SUFFIXES)
+    )
 
 
 def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> TrainTest:
-    path = training_path
-    try:
-        with zipfile.ZipFile(training_path) as archive:
-            rows = []
-            for name, info in sorted(_members(archive, path).items()):
-                match = re.fullmatch(r"GTSRB/(?:Training|Final_Training/Images)/(\d+)/[\w-]+\.ppm", name)
-                if match:
-                    where = f"{path}, member {name}"
-                    rows.append(_Row(where, name, _class_of_folder(match[1], where), partial(archive.read, info)))
-            train = _decode(rows, path, path, _TRAINING_FOLDERS["GTSRB/Training"])
-        path = table_path
-        with zipfile.ZipFile(table_path) as archive:
-            members = _members(archive, path)
-            if _TEST_LABELS not in members:
-                raise InputError(f"{path}: does not contain {_TEST_LABELS}")
-            table = _read_table(archive.read(members[_TEST_LABELS]), f"{path}, member {_TEST_LABELS}")
-        path = test_path
-        with zipfile.ZipFile(test_path) as archive:
-            members = _members(archive, path)
-            rows = []
-            for file_name, label in table:
-                name = f"{_TEST_FOLDER}/{file_name}"
-                if name not in members:
-                    raise InputError(f"{path}: does not contain {name}, although {table_path.name} has a row for it")
-                rows.append(_Row(f"{path}, member {name}", name, label, partial(archive.read, members[name])))
-            return TrainTest(train, _decode(rows, path, path, _NUM_TEST_ROWS))
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        # zipfile raises RuntimeError on a member that needs a password.
-        raise InputError(f"{path}: is not an intact .zip ({one_line(error)}); download it again") from error
+    def member(path: Path, name: str) -> str:
+        return f"{path}, member {short(name)}"
 
-
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    members = {info.filename: info for info in archive.infolist()}
-    if len(members) > _MAXIMUM_ARCHIVE_MEMBERS:
-        raise InputError(f"{path}: has {len(members)} members; GTSRB's archives have fewer than 40,000")
-    for info in members.values():
-        if info.file_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(
-                f"{path}, member {one_line(info.filename)}: unpacks to {info.file_size} bytes; "
-                f"files of GTSRB have at most {_MAXIMUM_FILE_BYTES}"
-            )
-    return members
+    with open_zip(training_path, _LIMITS) as archive:
+        names = dict.fromkeys(sorted(archive.sizes), "")
+        folder = next(
+            (name for name in _TRAINING_FOLDERS if any(file.startswith(f"{name}/") for file in names)), "GTSRB"
+        )
+        rows, unread = _training_rows(names, folder, partial(member, training_path), archive.read)
+        train = _decode(rows, training_path, training_path, _TRAINING_FOLDERS["GTSRB/Training"], unread)
+    with open_zip(table_path, _LIMITS) as archive:
+        if _TEST_LABELS not in archive.sizes:
+            raise InputError(f"{table_path}: does not contain {_TEST_LABELS}")
+        table = _read_table(archive.read(_TEST_LABELS), member(table_path, _TEST_LABELS))
+    with open_zip(test_path, _LIMITS) as archive:
+        rows = []
+        for file_name, label in table:
+            name = f"{_TEST_FOLDER}/{file_name}"
+            if name not in archive.sizes:
+                raise InputError(f"{test_path}: does not contain {name}, although {table_path.name} has a row for it")
+            rows.append(_Row(member(test_path, name), name, label, partial(archive.read, name)))
+        unread = _unread_test_files(dict.fromkeys(archive.sizes, ""), rows)
+        return TrainTest(train, _decode(rows, test_path, test_path, _NUM_TEST_ROWS, unread))
 
 
 def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large; files of GTSRB have at most {_MAXIMUM_FILE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+    return read_file(path, _MAXIMUM_FILE_BYTES, "files of GTSRB")
 
 
 def _class_of_folder(name: str, where: object) -> int:
@@ -206,20 +217,25 @@ def _read_table(data: bytes, where: object) -> list[tuple[str, int]]:
         lines = data.decode("ascii").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not plain text ({one_line(error)})") from error
-    table = []
-    for number, row in enumerate(csv.DictReader(lines, delimiter=";"), start=2):
-        file_name, label = row.get("Filename") or "", row.get("ClassId") or ""
-        if not re.fullmatch(r"[\w-]+\.ppm", file_name) or not re.fullmatch(r"-?[0-9]{1,9}", label):
-            raise InputError(
-                f"{where}: line {number} has Filename {file_name!r} and ClassId {label!r}; a .ppm file and a number are "
-                f"needed, in columns separated by ;"
-            )
-        table.append((file_name, int(label)))
-    as_int32_labels(np.array([label for _, label in table], np.int64), len(_CLASS_NAMES), where)
-    return table
+    table: dict[str, int] = {}
+    try:
+        for number, row in enumerate(csv.DictReader(lines, delimiter=";"), start=2):
+            file_name, label = row.get("Filename") or "", row.get("ClassId") or ""
+            if not re.fullmatch(r"[\w-]+\.ppm", file_name) or not re.fullmatch(r"-?[0-9]{1,9}", label):
+                raise InputError(
+                    f"{where}: line {number} has Filename {short(file_name)!r} and ClassId {short(label)!r}; a .ppm file "
+                    "and a number are needed, in columns separated by ;"
+                )
+            if file_name in table:
+                raise InputError(f"{where}: line {number} has {short(file_name)} again; each file has one row")
+            table[file_name] = int(label)
+    except csv.Error as error:
+        raise InputError(f"{where}: is not a table ({one_line(error)}); columns separated by ; are needed") from error
+    as_int32_labels(np.array(list(table.values()), np.int64), len(_CLASS_NAMES), where)
+    return list(table.items())
 
 
-def _decode(rows: list[_Row], where: object, source: Path, num_published: int) -> Dataset:
+def _decode(rows: list[_Row], where: object, source: Path, num_published: int, unread: tuple[Unread, ...]) -> Dataset:
     if not rows:
         raise InputError(f"{where}: contains no images; .ppm files are needed")
     images = np.empty((len(rows), *RESIZED, 3), np.uint8)
@@ -228,4 +244,7 @@ def _decode(rows: list[_Row], where: object, source: Path, num_published: int) -
     labels = np.array([row.label for row in rows])
     described = f"{source} ({describe_rows(len(rows), num_published)})"
     files = [row.file for row in rows]
-    return make_dataset(images, labels, len(_CLASS_NAMES), "gtsrb", described, _CLASS_NAMES, where=where, files=files)
+    dataset = make_dataset(
+        images, labels, len(_CLASS_NAMES), "gtsrb", described, _CLASS_NAMES, where=where, files=files
+    )
+    return dataclasses.replace(dataset, unread=unread)

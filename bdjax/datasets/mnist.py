@@ -1,6 +1,5 @@
 """MNIST and Fashion-MNIST, from the published IDX files, compressed or not."""
 
-import gzip
 import math
 import zlib
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bdjax.datasets.archives import GzipStream
+from bdjax.datasets.files import open_file
 from bdjax.datasets.locate import RemoteFile, cache_folder, download_hint, fetch, not_found
 from bdjax.datasets.validation import as_int32_labels, describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
@@ -109,10 +110,11 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     Raises:
         InputError: If the header or the length of the file is wrong, or it cannot be decompressed.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
     header_bytes = 4 + 4 * num_dimensions
+    maximum_bytes = header_bytes + _MAXIMUM_ROWS * (math.prod(_IMAGE_SIZE) if num_dimensions == 3 else 1) + 1
     try:
-        with opener(path, "rb") as file:
+        with open_file(path, maximum_bytes, "IDX files") as opened:
+            file = GzipStream(opened, maximum_bytes, path) if path.suffix == ".gz" else opened
             header = file.read(header_bytes)
             if len(header) < header_bytes or header[:4] != bytes((0, 0, 8, num_dimensions)):
                 raise InputError(
@@ -185,7 +187,7 @@ def _is_fashion_folder(folder: Path) -> bool:
 
 def _existing_file(folder: Path, file_name: str) -> Path | None:
     for path in (folder / file_name, folder / f"{file_name}.gz"):
-        if path.is_file():
+        if path.exists():
             return path
     return None
 

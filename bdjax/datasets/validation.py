@@ -53,20 +53,44 @@ def as_uint8_images(images: np.ndarray, where: object) -> np.ndarray:
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:3]:
         raise InputError(
             f"{where}: images have shape {list(images.shape)}; they must be [rows, height, width] or "
-            "[rows, height, width, channels] with 1 or 3 channels"
+            f"[rows, height, width, channels] with 1 or 3 channels{_shape_hint(images.shape)}"
         )
     if len(images) == 0:
         raise InputError(f"{where}: contains no images; at least one row is needed")
     if images.dtype == np.uint8:
         return images
     if not np.issubdtype(images.dtype, np.floating):
-        raise InputError(f"{where}: images are {images.dtype}; they must be uint8, or float in 0..1")
+        hint = (
+            ": images.astype(np.uint8)"
+            if images.dtype.kind in "iu" and images.min() >= 0 and images.max() <= 255
+            else ""
+        )
+        raise InputError(f"{where}: images are {images.dtype}; they must be uint8, or float in 0..1{hint}")
     wrong = ~((images >= 0) & (images <= 1))  # NaN fails both comparisons, so it counts as wrong
     if wrong.any():
         row, *pixel = (int(index) for index in np.unravel_index(np.argmax(wrong), wrong.shape))
         value = images[(row, *pixel)]
-        raise InputError(f"{where}: row {row} has pixel value {value} at {pixel}; float pixels must be in 0..1")
+        hint = _range_hint(float(images.min()), float(images.max()))
+        raise InputError(f"{where}: row {row} has pixel value {value} at {pixel}; float pixels must be in 0..1{hint}")
     return np.rint(images * 255).astype(np.uint8)
+
+
+def _shape_hint(shape: tuple[int, ...]) -> str:
+    """The line of NumPy that gives images the right shape, if there is one."""
+    if len(shape) == 4 and shape[-1] == 4:
+        return ": images[..., :3] leaves out an alpha channel"
+    if len(shape) == 4 and shape[-1] == 2:
+        return ": images[..., :1] leaves out an alpha channel"
+    if len(shape) == 4 and shape[1] in (1, 3):
+        return ": np.moveaxis(images, 1, -1)"
+    return ""
+
+
+def _range_hint(lowest: float, highest: float) -> str:
+    """The line of NumPy that brings pixels from this range to 0..1, if there is one."""
+    if lowest >= 0 and highest <= 255:
+        return ": images / 255"
+    return ": (images + 1) / 2" if lowest >= -1 and highest <= 1 else ""
 
 
 def as_int32_labels(labels: np.ndarray, num_classes: int, where: object) -> np.ndarray:

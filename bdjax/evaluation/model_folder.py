@@ -11,8 +11,8 @@ A folder holds arrays and JSON only, so reading it cannot run code.
 import hashlib
 import io
 import json
+import os
 import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from bdjax import atomic
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.providers import ProviderTriggers
+from bdjax.datasets.archives import open_npz
 from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering, make_model
 from bdjax.training import checkpoint, ensemble, processes
@@ -30,6 +31,8 @@ from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Model, PyTree, class_title
 
 TRIGGERS = "triggers.npz"
+_OPTIONAL = ("label_rule", "target_name")
+_MAXIMUM_TEXT_BYTES = 1 << 20
 
 
 class ModelFolder(NamedTuple):
@@ -154,20 +157,9 @@ def _digest(about: Mapping[str, Any], *parts: PyTree) -> str:
 def _read_triggers(
     path: pathlib.Path, count: int, image_shape: tuple[int, int, int], target: int
 ) -> tuple[ProviderTriggers | None, tuple[str, ...]]:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None, ()
     height, width, channels = image_shape
-    # numpy.load would leave a damaged file open.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = {}
-            known = ("mask", "pattern", "opacity", "names", "similar_group", "target")
-            optional = [name for name in ("label_rule", "target_name") if f"{name}.npy" in archive.namelist()]
-            for name in (*known, *optional):
-                with archive.open(f"{name}.npy") as member:
-                    arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
-        raise InputError(f"{path}: not a readable triggers.npz of a model folder ({error})") from None
     shapes = {
         "mask": ((count, height, width, 1), np.floating),
         "pattern": ((count, height, width, channels), np.floating),
@@ -175,14 +167,28 @@ def _read_triggers(
         "names": ((count,), np.str_),
         "similar_group": ((count,), np.bool_),
         "target": ((), np.integer),
-        **({"label_rule": ((count,), np.str_)} if "label_rule" in arrays else {}),
-        **({"target_name": ((), np.str_)} if "target_name" in arrays else {}),
+        "label_rule": ((count,), np.str_),
+        "target_name": ((), np.str_),
     }
-    for name, (shape, kind) in shapes.items():
-        values = arrays[name]
-        if values.shape != shape or not np.issubdtype(values.dtype, kind):
-            should = f"{kind.__name__.rstrip('_')} {shape}"
-            raise InputError(f"{path}: {name} is {values.dtype} {values.shape}; should be {should}")
+    arrays = {}
+    with open_npz(path, "triggers.npz of a model folder") as file:
+        for name, (shape, kind) in shapes.items():
+            if name in _OPTIONAL and name not in {*file.headers, *file.problems}:
+                continue
+            # Before it is read: it may claim to be larger than any trigger.
+            header = file.headers.get(name)
+            if header is None or header.shape != shape or not np.issubdtype(header.dtype, kind):
+                what = (
+                    f"{header.dtype} {header.shape}"
+                    if header
+                    else file.problems.get(name, "missing").removeprefix("is ")
+                )
+                raise InputError(f"{path}: {name} is {what}; should be {kind.__name__.rstrip('_')} {shape}")
+            if header.num_bytes > _MAXIMUM_TEXT_BYTES and kind is np.str_:
+                raise InputError(f"{path}: {name} has {header.num_bytes} bytes; at most {_MAXIMUM_TEXT_BYTES} are read")
+            arrays[name] = file.read(name)
+    for name, values in arrays.items():
+        kind = shapes[name][1]
         if kind is np.floating and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise InputError(f"{path}: {name} has values outside [0, 1]")
     if int(arrays["target"]) != target:

@@ -21,7 +21,7 @@ from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
 from bdjax.reporting.sections import most_suspicious
 from bdjax.run.folder import RunFolder
-from bdjax.run.text import csv_text
+from bdjax.run.text import csv_text, printable
 from bdjax.types import Dataset, PoisonedDataset
 
 
@@ -105,14 +105,13 @@ def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_
 
 
 def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
-    """Write cleaned.npz: images, labels, num_classes, class_names, the rows' numbers as "row", and the ground truth, where
-    they are known."""
+    """Write cleaned.npz: images, labels, num_classes, class_names, the rows' numbers as "row", and known ground truth."""
     names = ["images", "labels"]
     if isinstance(dataset, PoisonedDataset):
         names += ["is_poisoned", "original_labels", "is_cover"]
     arrays = {name: getattr(dataset, name)[rows] for name in names}
     if dataset.class_names:
-        arrays["class_names"] = np.array(dataset.class_names)
+        arrays["class_names"] = np.array([printable(name)[:100] or "?" for name in dataset.class_names])
     path = folder.file("cleaned.npz")
     try:
         with atomic.replacing(path) as file:  # not in memory: there may be gigabytes

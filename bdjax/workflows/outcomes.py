@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bdjax.datasets.archives import open_npz
+from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import FoundPattern
@@ -74,15 +76,16 @@ def read_outcome(
     if not file.exists():
         return None
     try:
-        # From memory: numpy.load would leave a damaged file open.
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            arrays = dict(arrays)
+        with open_npz(file) as stored:
+            if stored.problems:
+                raise ValueError(" ".join(next(iter(stored.problems.items()))))
+            arrays = {name: stored.read(name) for name in stored.headers}
         suspects = [_suspect(arrays, number, attack, seed, class_names) for number, (attack, seed) in enumerate(wanted)]
         comparisons = [_comparison(arrays, number, variant, suspects) for number, variant in enumerate(variants)]
         return Outcome(comparisons, _found(arrays))
-    except Exception as error:  # zipfile, zlib and NumPy raise different exceptions on damaged files
+    except Exception as error:  # also of arrays that are intact but not those of an outcome
         raise InputError(
-            f"{file}: is damaged ({error}); remove it to run the detectors on these suspects again"
+            f"{file}: is damaged ({one_line(error)}); remove it to run the detectors on these suspects again"
         ) from error
 
 

@@ -5,12 +5,14 @@ import pathlib
 import pickle
 import re
 import tarfile
+import time
 
 import numpy as np
 import pytest
 
 from bdjax.datasets.cifar import load_cifar10, load_cifar100, read_pickle
 from bdjax.errors import InputError
+from tests.fixtures.archives import PICKLE_FAULTS
 
 ROWS = 3
 BATCHES = [f"data_batch_{batch}" for batch in range(1, 6)]
@@ -183,6 +185,44 @@ def test_a_damaged_pickle_is_named(data):
         read_pickle(data, "file")
 
 
+@pytest.mark.parametrize("fault", PICKLE_FAULTS)
+def test_hostile_pickles_are_refused_at_once(folder, fault, monkeypatch):
+    monkeypatch.setattr("bdjax.datasets.cifar._MAXIMUM_OPCODES", 100_000)  # 800,000 take a second
+    write_folder(folder / "cifar-10-batches-py", cifar10_files(True) | {"data_batch_2": PICKLE_FAULTS[fault]})
+    start = time.perf_counter()
+    with pytest.raises(InputError, match=f"^{re.escape(str(folder))}/cifar-10-batches-py/data_batch_2: ") as caught:
+        load_cifar10([folder], False)
+    assert time.perf_counter() - start < 5 and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_pickle_as_large_as_the_largest_batch_is_read():
+    """CIFAR-100's training batch has 50,000 rows with names and two labels."""
+    batch = {
+        b"filenames": [b"name_%d.png" % i for i in range(50_000)],
+        b"fine_labels": [5] * 50_000,
+        b"coarse": [1] * 50_000,
+    }
+    # Protocol 2 of Python 3 takes the most steps: it writes bytes as calls.
+    assert len(read_pickle(pickle.dumps(batch, 2), "file")[b"filenames"]) == 50_000
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_files_that_are_no_batches_are_said(folder, packed):
+    files = cifar10_files(False) | {
+        "batches.meta.txt": b"",
+        "readme.html": b"",
+        "._test_batch.bin": b"",
+        ".DS_Store": b"",
+    }
+    files |= {"data_batch_6.bin": binary_batch(6)}
+    if packed:
+        write_archive(folder / "cifar-10-binary.tar.gz", "cifar-10-batches-bin", files)
+    else:
+        write_folder(folder / "cifar-10-batches-bin", files)
+    for part in load_cifar10([folder], False):
+        assert part.unread == (("data_batch_6.bin", "is not a file of cifar10"),)
+
+
 def reduced(dtype: bytes, shape: bytes, content: bytes) -> bytes:
     """A pickle of a batch whose array's parts are given, for arrays that NumPy would not write."""
     array = (
@@ -317,7 +357,7 @@ def test_oversized_files_and_members_are_refused(folder):
     path = folder / "cifar-10-binary.tar.gz"
     write_archive(path, "", {"bomb": bytes(40_000_000)})
     assert path.stat().st_size < 100_000
-    message = f"{path}, member bomb: has 40000000 bytes; files of cifar10 have at most 31720000"
+    message = f"{path}, member bomb: unpacks to 40000000 bytes; files of cifar10 have at most 31720000"
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_cifar10([folder], False)
     write_archive(path, "", {f"file_{i}": b"" for i in range(101)})

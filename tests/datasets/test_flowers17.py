@@ -128,6 +128,26 @@ def test_folders_of_other_names_are_labelled_in_their_order(folder, write):
     assert train.files[0] == "00/image_1.jpg" and test.files[:2] == ("00/image_8.jpg", "00/image_9.jpg")
 
 
+@WRITERS
+def test_residue_is_no_data_and_other_files_are_said(folder, write):
+    files = {
+        **{f"jpg/{name}": b"x" for name in ("._image_0001.jpg", ".DS_Store", "Thumbs.db", "desktop.ini")},
+        "__MACOSX/jpg/image_0001.jpg": b"x",
+        "jpg/more.tif": b"x",
+        "notes.md": b"x",
+    }
+    if write is write_files:
+        files["jpg/deep/image_0003.jpg"] = IMAGES[0]
+    write(folder, published_files(2) | files)
+    train, test = load_flowers17([folder], False)
+    assert len(train) == len(test) == 17 and train.unread == test.unread
+    assert {entry.file: entry.reason for entry in train.unread} == {
+        "jpg/more.tif": "has a suffix that is not read",
+        "notes.md": "has a suffix that is not read",
+        **({"jpg/deep/image_0003.jpg": "is in a folder below a class"} if write is write_files else {}),
+    }
+
+
 @pytest.mark.usefixtures("no_network")
 def test_without_files_and_network_one_line_tells_all(folder, cache):
     with pytest.raises(InputError) as caught:
@@ -197,6 +217,7 @@ def test_members_that_point_elsewhere_are_passed_over(folder):
     write_archive(folder, published_files(2), (link, hard))
     train, test = load_flowers17([folder], False)
     assert len(train) == len(test) == 17 and "jpg/image_0003.jpg" not in train.files + test.files
+    assert train.unread == (("jpg/image_0003.jpg", "is a link"), ("jpg/image_0004.jpg", "is a link"))
     write_archive(folder, published_files(2) | {"../../image_0003.jpg": IMAGES[0], "/image_0004.jpg": IMAGES[0]})
     with pytest.raises(InputError, match="member /image_0004.jpg: is not one of image_0001.jpg to"):
         load_flowers17([folder], False)
@@ -221,7 +242,9 @@ def test_what_is_too_large_is_refused(folder, monkeypatch):
         load_flowers17([folder], False)
     root = write_files(folder, published_files(2))  # goes before the archive
     monkeypatch.setattr("bdjax.datasets.flowers17._MAXIMUM_FILE_BYTES", 100)
-    with pytest.raises(InputError, match=f"^{re.escape(str(root))}/jpg/image_0001.jpg: is too large; files of Flowers"):
+    with pytest.raises(
+        InputError, match=f"^{re.escape(str(root))}/jpg/image_0001.jpg: has [0-9]+ bytes; files of Flowers"
+    ):
         load_flowers17([folder], False)
 
 

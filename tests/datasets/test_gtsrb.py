@@ -115,6 +115,31 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     )
 
 
+@pytest.mark.parametrize("write", [write_files, write_archives])
+def test_residue_is_no_data_and_other_files_are_said(folder, write):
+    residue = ["00000/._00000.ppm", "00000/.DS_Store", "__MACOSX/00000.ppm", "00001/Thumbs.db", "00001/desktop.ini"]
+    training = ["00000/more.PPM", "00000/more.png", "00001/deep/00000.ppm", "stray.png"]
+    files = {f"GTSRB/Training/{name}": ppm(1) for name in residue + training}
+    files |= {f"GTSRB/Final_Test/Images/{name}": ppm(1) for name in ("._00000.ppm", "00002.ppm", "Readme.txt")}
+    write(folder, published_files() | files)
+    train, test = load_gtsrb([folder], False)
+    check(train, test)
+    assert {entry.file: entry.reason for entry in train.unread} == {
+        "GTSRB/Training/00000/more.PPM": "has a suffix that is not read; .ppm is",
+        "GTSRB/Training/00000/more.png": "has a suffix that is not read; .ppm is",
+        "GTSRB/Training/00001/deep/00000.ppm": "is in a folder below a class",
+        "GTSRB/Training/stray.png": "is not in the folder of a class",
+    }
+    assert test.unread == (("GTSRB/Final_Test/Images/00002.ppm", "has no row in GT-final_test.csv"),)
+
+
+def test_another_training_set_beside_the_one_that_is_read_is_said(folder):
+    write_files(folder, published_files() | published_files("GTSRB/Final_Training/Images"))
+    train, test = load_gtsrb([folder], False)
+    check(train, test)
+    assert train.unread == (("GTSRB/Final_Training", "holds 4 file(s) and is not read"),) and test.unread == ()
+
+
 def table(*lines: str) -> bytes:
     return (HEADER + "\n".join(lines)).encode()
 
@@ -129,7 +154,7 @@ def table(*lines: str) -> bytes:
         ),
         (
             {"GTSRB/Training/00000/00000.ppm": bytes(5 << 20)},
-            "{}/GTSRB/Training/00000/00000.ppm: is too large; files",
+            "{}/GTSRB/Training/00000/00000.ppm: has 5242880 bytes; files of GTSRB have",
         ),
         (
             {"GTSRB/Training/00043/00000.ppm": ppm(0)},
@@ -157,6 +182,14 @@ def table(*lines: str) -> bytes:
             "{}/GT-final_test.csv: line 2 has Filename '00000.ppm' and ClassId ''; a .ppm file and a number",
         ),
         ({"GT-final_test.csv": table("00000.ppm,1,1,1,1,1,1,5")}, "{}/GT-final_test.csv: line 2 has Filename "),
+        (
+            {"GT-final_test.csv": table(*["00000.ppm;1;1;1;1;1;1;5"] * 2)},
+            "{}/GT-final_test.csv: line 3 has 00000.ppm again; each file has one row",
+        ),
+        (
+            {"GT-final_test.csv": table("n" * 1_000_000)},
+            "{}/GT-final_test.csv: is not a table (field larger than field limit (131072)); columns separated by ; are needed",
+        ),
         ({"GT-final_test.csv": b"\xff\xfe"}, "{}/GT-final_test.csv: is not plain text ("),
         ({"GT-final_test.csv": HEADER.encode()}, "{}/GT-final_test.csv: contains no images; .ppm files are needed"),
     ],
@@ -195,7 +228,7 @@ def test_missing_parts_of_a_folder_are_named(folder):
         ),
         (
             {"GTSRB/Training/00099/00000.ppm": ppm(0)},
-            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00099/00000.ppm: is not in the folder of a class, ",
+            "{}/GTSRB-Training_fixed.zip, member GTSRB/Training/00099: is not in the folder of a class, ",
         ),
         (
             {"GT-final_test.csv": table("00009.ppm;1;1;1;1;1;1;5")},

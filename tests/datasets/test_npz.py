@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.npz import load_npz, load_suspect_npz
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
 from bdjax.types import Dataset, PoisonedDataset
+from tests.fixtures import arrays
 
 
 def rows(num_rows: int, channels: int = 3) -> np.ndarray:
@@ -136,25 +138,26 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
         load_suspect_npz(path)
     np.savez(path, images=rows(4))
     with pytest.raises(
-        InputError, match=f"^{re.escape(str(path))}: contains images; it must contain either images, labels"
+        InputError,
+        match=rf"^{re.escape(str(path))}: contains images \(uint8 \[4, 4, 5, 3\]\); it must contain either images, labels",
     ):
         load_suspect_npz(path)
 
 
 @pytest.mark.parametrize(
-    ("arrays", "message"),
+    ("content", "message"),
     [
         (
             {"images": rows(4)},
-            ": contains images; it must contain either images, labels or train_images, train_labels, test_",
+            ": contains images (uint8 [4, 4, 5, 3]); it must contain either images, labels or train_images, train",
         ),
         (
             {"x": rows(4)},
-            ": contains none of the expected arrays; it must contain either images, labels or train_images, ",
+            ": contains x (uint8 [4, 4, 5, 3]); it must contain either images, labels or train_images, ",
         ),
         (
             whole() | parts(),
-            ": contains images, labels, test_images, test_labels, train_images, train_labels; it must contain",
+            ": contains images (uint8 [20, 4, 5, 3]), labels (int64 [20]), train_images (uint8 [6, 4, 5, 3]), train_labels (",
         ),
         (whole(images=rows(0), labels=np.zeros(0, int)), ", images: contains no images; at least one row is needed"),
         (whole(images=rows(20).astype(np.int32)), ", images: images are int32; they must be uint8, or float in 0..1"),
@@ -175,7 +178,7 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
             ", labels: labels are float64 of shape [20]; they must be integers, one per row",
         ),
         (
-            whole(labels=np.eye(20, dtype=int)),
+            whole(labels=np.eye(20, dtype=int) * 2),
             ", labels: labels are int64 of shape [20, 20]; they must be integers",
         ),
         (whole(labels=np.zeros(20, int)), ", images: has 1 class(es); a classifier needs 2 to 1000000"),
@@ -217,8 +220,8 @@ def test_suspect_rows_that_cannot_be_used_are_refused(path):
         ),
     ],
 )
-def test_what_is_wrong_is_named(path, arrays, message):
-    np.savez(path, **arrays)
+def test_what_is_wrong_is_named(path, content, message):
+    np.savez(path, **content)
     with pytest.raises(InputError, match="^" + re.escape(f"{path}{message}")):
         load_npz(path)
 
@@ -235,7 +238,8 @@ def test_object_arrays_are_refused_and_run_nothing(path, folder):
     trace = folder / "owned"
     np.savez(path, **whole(labels=np.array([Hostile(trace)] * 20, object)))
     with pytest.raises(
-        InputError, match=rf"^{re.escape(str(path))}: is not an intact .npz file of plain arrays \(Object ar"
+        InputError,
+        match=f"^{re.escape(str(path))}, labels: is an array of objects, which are pickles; plain arrays are needed$",
     ):
         load_npz(path)
     path.write_bytes(pickle.dumps(Hostile(trace)))  # which numpy.load would take, if it were let
@@ -276,3 +280,101 @@ def test_a_single_array_is_refused(path):
     path.write_bytes(stream.getvalue())
     with pytest.raises(InputError, match=r"is not an intact .npz file of plain arrays \(File is not a zip file\)$"):
         load_npz(path)
+
+
+@pytest.mark.parametrize("kind", arrays.FOREIGN)
+def test_files_of_other_libraries_are_read(path, kind):
+    make, num_train, said = arrays.FOREIGN[kind]
+    train, test = load_npz(make(path))
+    suspect = load_suspect_npz(path)
+    assert len(train) == num_train and len(test) == 4 and train.num_classes == 2 and len(suspect) == 20
+    np.testing.assert_array_equal(train.labels, train.images[:, 0, 0, 0] % 2)
+    np.testing.assert_array_equal(suspect.labels, np.arange(20) % 2)
+    assert suspect.source == f"{path} ({said})"
+
+
+def test_arrays_that_are_not_read_are_said(path):
+    arrays.FOREIGN["medmnist"][0](path)
+    train, test = load_npz(path)
+    assert train.unread == test.unread == load_suspect_npz(path).unread
+    assert {entry.file: entry.reason for entry in train.unread} == {
+        "val_images": "is a further part of 6 rows (uint8 [6, 4, 5])",
+        "val_labels": "is a further part of 6 rows (uint8 [6, 1])",
+    }
+    arrays.whole(
+        more_images=arrays.images(3), o=np.array([None], object), row=np.arange(20), is_cover=np.zeros(20, bool)
+    )(path)
+    unread = load_npz(path).train.unread
+    assert {entry.file: entry.reason for entry in unread} == {
+        "more_images": "is an array of a name that is not read (uint8 [3, 4, 5, 3])",
+        "is_cover": "is an array of a name that is not read (bool [20])",
+        "o": "is an array of objects, which are pickles",
+    }
+    arrays.with_member(arrays.npy(arrays.images()), **{"notes.txt": b"x"})(path)
+    assert load_npz(path).train.unread == (("notes.txt", "is not an array (.npy)"),)
+    arrays.whole()(path)
+    assert load_npz(path).train.unread == ()
+
+
+def test_the_training_part_alone_is_enough_for_a_suspect(path):
+    arrays.saved(x_train=arrays.images(), y_train=arrays.labels())(path)
+    assert len(load_suspect_npz(path)) == 20
+    with pytest.raises(
+        InputError, match=r": contains x_train \(uint8 \[20, 4, 5, 3\]\), y_train \(int64 \[20\]\); it must "
+    ):
+        load_npz(path)
+
+
+def test_the_list_of_what_a_file_holds_is_short(path):
+    arrays.NPZ_FAULTS["many arrays"](path)
+    with pytest.raises(InputError, match=r"a9 \(float64 \[1\]\), 190 more; it must contain either images, labels or "):
+        load_npz(path)
+
+
+def test_names_of_classes_are_read(path):
+    arrays.whole(class_names=np.array(["cat", "Hund ß"]))(path)
+    train, test = load_npz(path)
+    assert train.class_names == test.class_names == load_suspect_npz(path).class_names == ("cat", "Hund ß")
+    arrays.whole(class_names=np.array(["a", "b", "c"]))(path)  # a class without rows, but with a name
+    assert load_npz(path).train.num_classes == 3
+
+
+def test_labels_from_1_are_read_if_that_is_intended(path):
+    labels = arrays.labels() + 1
+    arrays.whole(labels=labels)(path)
+    message = (
+        f"{path}: the lowest label is 1, so class 0 has no rows; labels start at 0: labels - 1; or add num_classes to the "
+        "file, or give --allow-empty-classes, if this is intended"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        load_suspect_npz(path)
+    assert load_npz(path, ReadOptions(allow_empty_classes=True)).train.num_classes == 3
+    for changes in ({"num_classes": 3}, {"class_names": np.array(["none", "a", "b"])}):
+        arrays.whole(labels=labels, **changes)(path)
+        assert load_suspect_npz(path).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("0 to 255 as float", "images / 255"),
+        ("-1 to 1", "(images + 1) / 2"),
+        ("colour first", "np.moveaxis(images, 1, -1)"),
+        ("alpha", "images[..., :3] leaves out an alpha channel"),
+        ("grey and alpha", "images[..., :1] leaves out an alpha channel"),
+        ("integers", "images.astype(np.uint8)"),
+        ("labels of floats", "labels.astype(int)"),
+        ("labels of text", "class_names, labels = np.unique(labels, return_inverse=True) gives numbers and names"),
+    ],
+)
+def test_the_line_that_mends_a_file_is_given_and_does(path, fault, line):
+    arrays.NPZ_FAULTS[fault](path)
+    with pytest.raises(InputError, match=re.escape(line)) as caught:
+        load_npz(path)
+    with np.load(path) as file:
+        scope = {"np": np, **file}
+    statement = line.partition(" leaves")[0].partition(" gives")[0]
+    name = "images" if ", images: " in str(caught.value) else "labels"
+    exec(statement if "=" in statement.partition("(")[0] else f"{name} = {statement}", scope)
+    np.savez(path, images=scope["images"], labels=scope["labels"])
+    assert len(load_suspect_npz(path)) == 20

@@ -139,6 +139,44 @@ def test_without_files_and_network_one_line_tells_all(folder, cache):
     )
 
 
+@WRITERS
+def test_residue_is_no_data_and_other_files_are_said(folder, write):
+    class_folder = "train/n01443537/images"
+    files = {
+        f"{class_folder}/._n01443537_0.JPEG": b"x",
+        f"{class_folder}/.DS_Store": b"x",
+        "train/.DS_Store/images/x.JPEG": b"x",
+        "__MACOSX/train/x.JPEG": b"x",
+        f"{class_folder}/more.jpg": jpeg(1),
+        f"{class_folder}/deep/more.JPEG": jpeg(1),
+        "val/images/val_7.JPEG": jpeg(1),
+        "val/images/._val_0.JPEG": b"x",
+        "extra/more.JPEG": jpeg(1),
+    }
+    path = write(folder, published_files() | files)
+    train, test = load_tiny_imagenet([folder], False)
+    check(train, test, path)
+    assert {entry.file: entry.reason for entry in train.unread} == {
+        f"{class_folder}/more.jpg": "has a suffix that is not read; .JPEG is",
+        f"{class_folder}/deep/more.JPEG": "is not in the images folder of a class",
+        "test": "holds 1 file(s) without labels",
+        "extra": "holds 1 file(s), not read",
+    }
+    assert test.unread == (("val/images/val_7.JPEG", "has no line in val/val_annotations.txt"),)
+
+
+def test_members_outside_the_folder_are_said(folder):
+    path = write_archive(folder, published_files())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("../x.JPEG", b"x")
+        archive.writestr("/abs.JPEG", b"x")
+    train, _ = load_tiny_imagenet([folder], False)
+    assert [entry for entry in train.unread if "outside" in entry.reason] == [
+        ("../x.JPEG", "is outside tiny-imagenet-200/"),
+        ("/abs.JPEG", "is outside tiny-imagenet-200/"),
+    ]
+
+
 def without(*names: str) -> dict[str, bytes]:
     return {name: content for name, content in published_files().items() if not name.startswith(names)}
 
@@ -186,6 +224,17 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
             "val/val_annotations.txt",
             "line 1 has class '', which wnids.txt does not list",
         ),
+        (
+            {"val/val_annotations.txt": b"val_0.JPEG\tn04067472\n" * 2},
+            "val/val_annotations.txt",
+            "line 2 has val_0.JPEG again; each image has one",
+        ),
+        (
+            {"wnids.txt": b"".join(b"n%08d\n" % i for i in range(100_000))},
+            "wnids.txt",
+            "lists more than 1000 classes; Tiny ImageNet has 200",
+        ),
+        ({"wnids.txt": b"n" * 1_000_000}, "wnids.txt", f"line 1 is '{'n' * 97}...'; n and 8 digits are needed"),
         ({"val/val_annotations.txt": b"\n"}, "val/val_annotations.txt", "labels no images; at least one is needed"),
         ({GOLDFISH: jpeg(1, (64, 63))}, GOLDFISH, "has 64x63 pixels; 64x64 are needed"),
         ({"val/images/val_2.JPEG": noise()[:2000]}, "val/images/val_2.JPEG", "is damaged ("),
@@ -208,7 +257,9 @@ def test_files_that_are_too_large_are_refused_unread(folder, monkeypatch):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tiny_imagenet([folder], False)
     path = write_files(folder, files)  # goes before the archive
-    with pytest.raises(InputError, match="^" + re.escape(f"{path / GOLDFISH}: is too large; files of Tiny ImageNet")):
+    with pytest.raises(
+        InputError, match="^" + re.escape(f"{path / GOLDFISH}: has 10001 bytes; files of Tiny ImageNet")
+    ):
         load_tiny_imagenet([folder], False)
 
 

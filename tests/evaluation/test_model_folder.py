@@ -169,7 +169,7 @@ def test_a_folder_of_something_else(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"mask": None}, "not a readable triggers.npz of a model folder ("),
+        ({"mask": None}, "mask is missing; should be floating"),
         ({"mask": np.zeros((3, 8, 4, 1), np.float32)}, "mask is float32 (3, 8, 4, 1); should be floating (3, 8, 8, 1)"),
         ({"pattern": np.zeros((3, 8, 8, 3), np.uint8)}, "pattern is uint8 (3, 8, 8, 3); should be floating"),
         ({"opacity": np.full(3, np.nan)}, "opacity has values outside [0, 1]"),
@@ -207,11 +207,11 @@ class Hostile:
 def test_triggers_run_nothing(folder, tmp_path):
     trace = tmp_path / "owned"
     change_triggers(folder, names=np.array([Hostile(trace)] * 3, object))
-    with pytest.raises(InputError, match="not a readable triggers.npz"):
+    with pytest.raises(InputError, match="is not an intact triggers.npz of a model folder"):
         read(folder)
     for content in (pickle.dumps(Hostile(trace)), b"", b"PK\x03\x04"):
         (folder / "triggers.npz").write_bytes(content)
-        with pytest.raises(InputError, match="not a readable triggers.npz"):
+        with pytest.raises(InputError, match="is not an intact triggers.npz of a model folder"):
             read(folder)
     assert not trace.exists()
 
@@ -221,7 +221,7 @@ def test_damaged_triggers(folder):
     intact = path.read_bytes()
     for content in (intact[: len(intact) // 2], intact[:400] + bytes([7] * 20) + intact[420:]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="not a readable triggers.npz"):
+        with pytest.raises(InputError, match="is not an intact triggers.npz of a model folder"):
             read(folder)
 
 
