@@ -241,7 +241,8 @@ def check_target(target: int, dataset: Dataset) -> None:
     if target not in present:
         listed = ", ".join(map(str, present[:20])) + (", ..." if len(present) > 20 else "")
         raise InputError(
-            f"target {dataset.class_title(target)} has none of the {len(dataset):,} training rows of {dataset.name}; classes with rows: {listed}"
+            f"target {dataset.class_title(target)} has none of the {len(dataset):,} training rows of {dataset.name}; classes "
+            f"with rows: {listed}"
         )
 
 

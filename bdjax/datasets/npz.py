@@ -100,6 +100,22 @@ def load_suspect_npz(path: Path, options: ReadOptions = STRICT) -> Dataset:
     return _training_rows(_read(path, options, needs_test=False), path)
 
 
+def classes_as_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
+    """Returns the arrays with which `load_npz` knows the classes of a dataset again: `num_classes`, and `class_names` if any.
+
+    Characters that do not print, and letters beyond the 256th, are not kept.
+    """
+    arrays = {"num_classes": np.array(dataset.num_classes)}
+    if dataset.class_names:
+        replaced = ("".join(map(_printable, name))[:_MAXIMUM_NAME_LETTERS] for name in dataset.class_names)
+        arrays["class_names"] = np.array([name if name.strip() else "?" for name in replaced])
+    return arrays
+
+
+def _printable(letter: str) -> str:
+    return letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}"
+
+
 def _training_rows(content: _Content, path: Path) -> Dataset:
     dataset = _dataset(content, content.names.train_images, content.names.train_labels, path)
     return _with_poison(dataset, content.arrays, path)

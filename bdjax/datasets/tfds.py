@@ -258,6 +258,8 @@ def _class_names(label: _Feature, folder: Path) -> tuple[str, ...]:
     """The names of the classes from the file beside the features, which `ClassLabel` reads too, or their numbers."""
     where = folder / "features.json"
     names, num_classes = label.content.get("names"), _whole_number(label.content.get("num_classes"))
+    if num_classes is None and label.content.get("num_classes") is not None:
+        raise InputError(f"{where}: the number of classes is {short(ascii(label.content['num_classes']))}")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise InputError(f"{where}: the names of the classes are not a list of text")
     names_file = folder / "label.labels.txt"

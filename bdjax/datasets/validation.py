@@ -88,6 +88,8 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 def _range_hint(lowest: float, highest: float) -> str:
     """The line of NumPy that brings pixels from this range to 0..1, if there is one."""
+    if lowest >= -0.5 and highest <= 2:
+        return ": np.clip(images, 0, 1)"
     if lowest >= 0 and highest <= 255:
         return ": images / 255"
     return ": (images + 1) / 2" if lowest >= -1 and highest <= 1 else ""

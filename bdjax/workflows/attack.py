@@ -13,6 +13,7 @@ from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims, try_out
+from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
 from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
@@ -267,8 +268,6 @@ def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:
         buffer = io.BytesIO()
         names = ("images", "labels", "is_poisoned", "original_labels", "is_cover")
         arrays = {name: getattr(victim.poisoned, name) for name in names}
-        if victim.poisoned.class_names:
-            arrays["class_names"] = np.array(victim.poisoned.class_names)
-        np.savez_compressed(buffer, **arrays, num_classes=victim.poisoned.num_classes)
+        np.savez_compressed(buffer, **arrays, **classes_as_arrays(victim.poisoned))
         folder.write_bytes(f"poisoned/{victim.plan.name}.npz", buffer.getvalue())
     return f"no set for {', '.join(without_set)}: the attacker controls the training" if without_set else ""

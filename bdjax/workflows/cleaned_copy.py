@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import atomic
+from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
 from bdjax.reporting.sections import most_suspicious
 from bdjax.run.folder import RunFolder
-from bdjax.run.text import csv_text, printable
+from bdjax.run.text import csv_text
 from bdjax.types import Dataset, PoisonedDataset
 
 
@@ -110,12 +111,10 @@ def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
     if isinstance(dataset, PoisonedDataset):
         names += ["is_poisoned", "original_labels", "is_cover"]
     arrays = {name: getattr(dataset, name)[rows] for name in names}
-    if dataset.class_names:
-        arrays["class_names"] = np.array([printable(name)[:100] or "?" for name in dataset.class_names])
     path = folder.file("cleaned.npz")
     try:
         with atomic.replacing(path) as file:  # not in memory: there may be gigabytes
-            np.savez_compressed(file, **arrays, row=rows.astype(np.int32), num_classes=dataset.num_classes)
+            np.savez_compressed(file, **arrays, row=rows.astype(np.int32), **classes_as_arrays(dataset))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
 

@@ -9,6 +9,7 @@ import tensorflow_datasets
 
 from bdjax.datasets.tfds import load_tfds
 from bdjax.errors import InputError
+from tests.fixtures.archives import FILE_FAULTS
 
 BUILDERS = """
 import numpy, PIL.Image, tensorflow_datasets as tfds
@@ -36,6 +37,12 @@ class TinySet(tfds.core.GeneratorBasedBuilder):
 
 class TinyValidation(TinySet):
     TEST_SPLIT = "validation"
+
+class TinyZlib(TinySet):
+    IMAGE = tfds.features.Tensor(shape=(5, 6, 3), dtype=numpy.uint8, encoding="zlib")
+
+    def _image(self, level):
+        return numpy.full((5, 6, 3), level, numpy.uint8)
 
 class TinySizes(TinySet):
     SIZES = [(6, 5), (10, 40)]
@@ -107,6 +114,7 @@ def test_a_prepared_set_is_read(prepare, folder):
         ("TinySizes", "tiny_sizes", (4, 32, 32, 3), "4 rows of test, 2 sizes resized to 32x32"),
         ("TinyGrey", "tiny_grey", (4, 5, 6, 1), "4 rows of test"),
         ("TinyTensor", "tiny_tensor", (4, 5, 6, 3), "4 rows of test"),
+        ("TinyZlib", "tiny_zlib", (4, 5, 6, 3), "4 rows of test"),
     ],
 )
 def test_sets_of_other_forms_are_read(prepare, folder, builder, name, shape, source):
@@ -220,6 +228,250 @@ def test_a_set_cannot_have_modules_imported(prepare, folder, monkeypatch):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         load_tfds("tiny_set", [folder])
     assert "evil_module" not in sys.modules
+
+
+def change(path: pathlib.Path, name: str, edit) -> None:
+    """Rewrites a description of a set."""
+    content = json.loads((path / name).read_text())
+    content = edit(content) or content
+    (path / name).write_text(json.dumps(content))
+
+
+def old_form(features: dict, *, as_text: bool) -> dict:
+    """The form of features.json before TFDS 4.6, with protocol buffers as objects or as text, or without."""
+    core = "tensorflow_datasets.core.features."
+
+    def node(kind: str, proto: str, content: dict) -> dict:
+        content = json.dumps(content) if as_text else content
+        return {"type": core + kind, "content": content, "proto_cls": f"tensorflow_datasets.{proto}"}
+
+    children = {
+        "image": {
+            "type": core + "image_feature.Image",
+            "content": {"shape": [None, None, 3], "dtype": "uint8", "encoding_format": "png"},
+        },
+        "label": node("class_label_feature.ClassLabel", "ClassLabel", {"numClasses": "3"}),
+    }
+    if as_text:  # within a protocol buffer, all are in today's form
+        return node("features_dict.FeaturesDict", "FeaturesDict", features["featuresDict"])
+    return {"type": core + "features_dict.FeaturesDict", "content": children}
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_descriptions_of_older_versions_are_read(prepare, folder, as_text):
+    path = prepare("TinySet")
+    expected = load_tfds("tiny_set", [folder]).train
+    change(path, "features.json", lambda features: old_form(features, as_text=as_text))
+    # Such files do exist: TFDS reads them, too.
+    assert set(tensorflow_datasets.builder_from_directory(path).info.features) == {"image", "label"}
+    train = load_tfds("tiny_set", [folder]).train
+    np.testing.assert_array_equal(train.images, expected.images)
+    assert train.labels.tolist() == expected.labels.tolist() and train.class_names == ("ant", "bee", "cat")
+
+
+EVIL = "evil_module.Feature"
+CORE = "tensorflow_datasets.core.features."
+
+
+def features_of(features: dict) -> dict:
+    return features["featuresDict"]["features"]
+
+
+def replace_feature(name: str, feature: object):
+    return lambda features: features_of(features).update({name: feature})
+
+
+HOSTILE_FEATURES = {
+    "class of another module": replace_feature("image", {"pythonClassName": EVIL, "image": {}}),
+    "class in snake case": replace_feature("image", {"python_class_name": EVIL, "image": {}}),
+    "old form": replace_feature("label", {"type": EVIL, "content": {"num_classes": 3}}),
+    "old form as text": replace_feature("label", {"type": EVIL, "content": '{"num_classes": 3}', "proto_cls": "x"}),
+    "all in old form": lambda features: {
+        "type": EVIL,
+        "content": "{}",
+        "proto_cls": "tensorflow_datasets.FeaturesDict",
+    },
+    "text in old form": lambda features: {
+        "type": CORE + "features_dict.FeaturesDict",
+        "content": json.dumps({"image": {"type": EVIL, "content": {}}, "label": features_of(features)["label"]}),
+    },
+    "a feature that is not used": replace_feature("more", {"pythonClassName": EVIL, "text": {}}),
+    "in a sequence": replace_feature(
+        "more", {"pythonClassName": CORE + "sequence_feature.Sequence", "sequence": {"feature": {"type": EVIL}}}
+    ),
+    "below the package": replace_feature("image", {"pythonClassName": CORE + "image_feature.Image.x", "image": {}}),
+    "beside the package": replace_feature(
+        "image", {"pythonClassName": "tensorflow_datasets.core.evil.Image", "image": {}}
+    ),
+    "path": replace_feature("image", {"pythonClassName": CORE + "../../evil.Image", "image": {}}),
+    "no class": replace_feature("image", {"image": {}}),
+    "class is a number": replace_feature("image", {"pythonClassName": 3, "image": {}}),
+    "no object": replace_feature("image", [1]),
+    "no features": lambda features: {"pythonClassName": CORE + "features_dict.FeaturesDict"},
+    "features are a list": lambda features: {
+        "pythonClassName": CORE + "features_dict.FeaturesDict",
+        "featuresDict": {"features": []},
+    },
+    "list": lambda features: [features],
+    "number": lambda features: 3,
+    "names_file": replace_feature(
+        "label", {"type": CORE + "class_label_feature.ClassLabel", "content": {"names_file": "/etc/passwd"}}
+    ),
+    "names without end": replace_feature(
+        "label", {"pythonClassName": CORE + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "9" * 17}}
+    ),
+    "no number of classes": replace_feature(
+        "label", {"pythonClassName": CORE + "class_label_feature.ClassLabel", "classLabel": {"numClasses": "many"}}
+    ),
+    "names that are no text": replace_feature(
+        "label", {"type": CORE + "class_label_feature.ClassLabel", "content": {"names": [1, 2, 3]}}
+    ),
+    "keys that are not known": replace_feature(
+        "label", {"type": CORE + "class_label_feature.ClassLabel", "content": {"num_classes": 3, "run": "x"}}
+    ),
+    "content beside content": replace_feature(
+        "label",
+        {
+            "pythonClassName": CORE + "class_label_feature.ClassLabel",
+            "classLabel": {"numClasses": "3"},
+            "jsonFeature": {},
+        },
+    ),
+    "damaged content": replace_feature(
+        "label",
+        {
+            "type": CORE + "class_label_feature.ClassLabel",
+            "content": "{",
+            "proto_cls": "tensorflow_datasets.ClassLabel",
+        },
+    ),
+    "image without shape": replace_feature("image", {"pythonClassName": CORE + "tensor_feature.Tensor", "tensor": {}}),
+    "image of objects": replace_feature(
+        "image",
+        {
+            "pythonClassName": CORE + "tensor_feature.Tensor",
+            "tensor": {"dtype": "object", "shape": {"dimensions": ["5", "6", "3"]}},
+        },
+    ),
+    "image without end": replace_feature(
+        "image",
+        {
+            "pythonClassName": CORE + "tensor_feature.Tensor",
+            "tensor": {"dtype": "uint8", "shape": {"dimensions": ["9" * 17, "9" * 17, "3"]}},
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(builders, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a sound set."""
+    builder = builders.TinySet(data_dir=tmp_path_factory.mktemp("prepared"), file_format="array_record")
+    builder.download_and_prepare()
+    return {path.name: path.read_bytes() for path in pathlib.Path(builder.data_path).iterdir()}
+
+
+@pytest.fixture
+def sound(prepared, folder) -> pathlib.Path:
+    path = folder / "tiny_set" / "1.0.0"
+    path.mkdir(parents=True)
+    for name, content in prepared.items():
+        (path / name).write_bytes(content)
+    return path
+
+
+def refused(folder: pathlib.Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load_tfds("tiny_set", [folder])
+    message = str(caught.value)
+    assert message.startswith(str(folder)) and "\n" not in message and len(message) < 1000
+    return message
+
+
+@pytest.mark.parametrize("case", HOSTILE_FEATURES)
+def test_hostile_features_are_refused_and_nothing_is_imported(sound, folder, case, monkeypatch):
+    (folder / "evil_module.py").write_text("raise SystemExit('this must not run')")
+    monkeypatch.syspath_prepend(folder)
+    change(sound, "features.json", HOSTILE_FEATURES[case])
+    refused(folder)
+    assert "evil_module" not in sys.modules
+
+
+def first_split(info: dict) -> dict:
+    return info["splits"][0]
+
+
+HOSTILE_INFO = {
+    "path in the name": lambda info: info.update(name="../../etc/passwd"),
+    "name is a number": lambda info: info.update(name=3),
+    "no name": lambda info: info.pop("name"),
+    "another format": lambda info: info.update(fileFormat="tfrecord"),
+    "format is a list": lambda info: info.update(fileFormat=["array_record"]),
+    "no splits": lambda info: info.pop("splits"),
+    "splits are text": lambda info: info.update(splits="train"),
+    "splits are numbers": lambda info: info.update(splits=[1, 2]),
+    "split with a path": lambda info: first_split(info).update(name="../train"),
+    "two splits of a name": lambda info: info["splits"].append(first_split(info)),
+    "template": lambda info: first_split(info).update(filepathTemplate="/etc/{DATASET}"),
+    "lengths are text": lambda info: first_split(info).update(shardLengths="666"),
+    "lengths below 0": lambda info: first_split(info).update(shardLengths=["-6"]),
+    "lengths without end": lambda info: first_split(info).update(shardLengths=["9" * 17]),
+    "lengths are fractions": lambda info: first_split(info).update(shardLengths=[6.5]),
+    "too many rows": lambda info: first_split(info).update(shardLengths=["7"]),
+    "too few rows": lambda info: first_split(info).update(shardLengths=["5"]),
+    "more shards": lambda info: first_split(info).update(shardLengths=["3", "3"]),
+    "no rows": lambda info: first_split(info).update(shardLengths=["0"]),
+    "list": lambda info: [info],
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_INFO)
+def test_hostile_descriptions_are_refused(sound, folder, case):
+    change(sound, "dataset_info.json", HOSTILE_INFO[case])
+    refused(folder)
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"\xff\xfe", b'{"a": NaN}', b"null"]
+)
+def test_descriptions_that_cannot_be_parsed_are_refused(sound, folder, name, content):
+    (sound / name).write_bytes(content)
+    refused(folder)
+
+
+SHARD = "tiny_set-train.array_record-00000-of-00001"
+
+
+@pytest.mark.parametrize("fault", ["endless", "pipe", "folder", "empty", "text"])
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "label.labels.txt", SHARD])
+def test_files_that_are_no_regular_files_are_refused(sound, folder, name, fault):
+    (sound / name).unlink()
+    FILE_FAULTS[fault](sound / name)
+    refused(folder)
+
+
+def test_class_names_are_bounded_and_compared_with_their_number(sound, folder):
+    (sound / "label.labels.txt").write_text("ant\nbee\n")
+    assert refused(folder) == f"{sound / 'label.labels.txt'}: has 2 class names for 3 classes"
+    (sound / "label.labels.txt").write_text("ant\nbee\n" + "c" * 5000)
+    assert len(load_tfds("tiny_set", [folder]).train.class_names[2]) == 100
+    (sound / "label.labels.txt").write_bytes(b"\n" * (17 << 20))
+    assert "lists of classes have at most" in refused(folder)
+    (sound / "label.labels.txt").unlink()
+    assert load_tfds("tiny_set", [folder]).train.class_names == ("0", "1", "2")
+
+
+def test_other_splits_and_images_are_said(sound, folder):
+    feature = {"pythonClassName": CORE + "image_feature.Image", "image": {"dtype": "uint8"}}
+    change(sound, "features.json", replace_feature("mask", feature))
+    split = {"name": "validation", "shardLengths": ["3", "4"]}
+    change(sound, "dataset_info.json", lambda info: info["splits"].append(split))
+    for part in load_tfds("tiny_set", [folder]):
+        assert part.unread == (
+            ("validation", "is a further split of 7 rows"),
+            ("mask", "is a further feature with images"),
+        )
 
 
 def test_images_are_decoded_by_our_reader(prepare, folder, monkeypatch):

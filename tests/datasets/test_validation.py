@@ -32,12 +32,23 @@ def test_floats_are_rounded(dtype):
     np.testing.assert_array_equal(as_uint8_images(images, "file").reshape(-1), levels)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -0.01, 1.01, 255.0])
-def test_a_pixel_that_is_not_in_range_is_named(value):
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        (np.nan, ""),
+        (np.inf, ""),
+        (256.0, ""),
+        (-0.01, ": np.clip(images, 0, 1)"),
+        (1.01, ": np.clip(images, 0, 1)"),
+        (255.0, ": images / 255"),
+        (-1.0, ": (images + 1) / 2"),
+    ],
+)
+def test_a_pixel_that_is_not_in_range_is_named(value, hint):
     images = np.zeros((3, 2, 2, 1), np.float32)
     images[1, 0, 1, 0] = value
     message = re.escape(
-        f"file.npz: row 1 has pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1"
+        f"file.npz: row 1 has pixel value {np.float32(value)} at [0, 1, 0]; float pixels must be in 0..1{hint}"
     )
     with pytest.raises(InputError, match=f"^{message}$"):
         as_uint8_images(images, "file.npz")

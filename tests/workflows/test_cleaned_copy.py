@@ -1,6 +1,7 @@
 """Lists of rows, and the cleaned copy: nothing of the user's own is touched, and nothing leaves the run folder."""
 
 import csv
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -107,6 +108,13 @@ def test_cleaned_npz_keeps_the_number_of_classes_and_the_truth(tmp_path):
     read = datasets.load_suspect(str(tmp_path / "cleaned.npz"))
     assert isinstance(read, PoisonedDataset) and read.num_classes == 5
     assert read.is_poisoned.sum() == 1 and read.is_poisoned[-1] and read.is_cover[6]
+
+
+def test_cleaned_npz_keeps_the_names_of_the_classes(tmp_path):
+    names = ("cat", "Hund ß\x1b[31m", "n" * 300, " ")
+    write(tmp_path, dataclasses.replace(dataset(num_classes=4), class_names=names))
+    read = datasets.load_suspect(str(tmp_path / "cleaned.npz"))
+    assert read.class_names == ("cat", "Hund ß\N{REPLACEMENT CHARACTER}[31m", "n" * 256, "?") and read.unread == ()
 
 
 def test_nothing_left_is_no_file(tmp_path):
