@@ -25,7 +25,8 @@ from bdjax.types import Dataset, TrainTest, Unread
 
 PREFIX = "tfds:"
 
-_MAXIMUM_JSON_BYTES = 1 << 24
+_MAXIMUM_JSON_BYTES = 1 << 21
+_MAXIMUM_NAMES_BYTES = 1 << 24
 _MAXIMUM_CLASSES = 1_000_000
 _MAXIMUM_RECORD_READS = 1_000
 _FILE_FORMAT = "array_record"
@@ -264,7 +265,7 @@ def _class_names(label: _Feature, folder: Path) -> tuple[str, ...]:
         raise InputError(f"{where}: the names of the classes are not a list of text")
     names_file = folder / "label.labels.txt"
     if names_file.exists():
-        text = read_file(names_file, _MAXIMUM_JSON_BYTES, "lists of classes").decode(errors="replace")
+        text = read_file(names_file, _MAXIMUM_NAMES_BYTES, "lists of classes").decode(errors="replace")
         names = [line.strip() for line in text.split("\n") if line.strip()]
         where = names_file
     if num_classes is None:
