@@ -7,7 +7,7 @@ everything else that a reader does not read belongs in `Dataset.unread`.
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from bdjax.datasets.validation import one_line
@@ -20,13 +20,17 @@ _MAXIMUM_DEPTH = 64
 
 
 class Listed(NamedTuple):
-    """A file, or a folder that is not entered."""
+    """An entry of a folder."""
 
     name: str
     """relative to the listed folder, with "/" """
     path: Path
     problem: str = ""
     """why it is not a regular file that can be read; "" if it is. A predicate: "is a link to a folder" """
+    is_link: bool = False
+    """a symbolic link"""
+    inode: int = 0
+    """the same for hard links to one file"""
 
 
 def is_residue(name: str) -> bool:
@@ -35,7 +39,7 @@ def is_residue(name: str) -> bool:
     Args:
         name: relative to the dataset's folder or archive, with "/".
     """
-    return any(part.startswith("._") or part.lower() in _RESIDUE for part in PurePosixPath(name).parts)
+    return any(part.startswith("._") or part.lower() in _RESIDUE for part in name.split("/"))
 
 
 def list_files(folder: Path) -> list[Listed]:
@@ -53,6 +57,27 @@ def list_files(folder: Path) -> list[Listed]:
         InputError: If the folder cannot be listed, or has too many files or levels.
     """
     return sorted(_walk(folder, ()), key=lambda listed: listed.name.split("/"))
+
+
+def list_level(folder: Path) -> tuple[list[Listed], list[Listed]]:
+    """Lists a folder without entering the folders in it, and without residue of operating systems.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The folders in it, links to folders included, and everything else; both sorted by name.
+
+    Raises:
+        InputError: If the folder cannot be listed, or has too many files.
+    """
+    folders, others = [], []
+    for entry in _entries(folder):
+        is_folder = _is_folder(entry)
+        problem = "" if is_folder else _problem(entry)
+        listed = Listed(entry.name, Path(entry.path), problem, entry.is_symlink(), entry.inode())
+        (folders if is_folder else others).append(listed)
+    return sorted(folders, key=lambda listed: listed.name), sorted(others, key=lambda listed: listed.name)
 
 
 def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
@@ -98,30 +123,54 @@ def open_file(path: Path, maximum_bytes: int, what: str) -> BinaryIO:
     return file
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that are free on this machine, or None if unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Listed]:
     try:
-        entries = list(os.scandir(folder))
-    except OSError as error:
+        entries = _entries(folder)
+    except InputError as error:
         if not parents:
-            raise InputError(f"{folder}: cannot be listed ({one_line(error.strerror or error)})") from error
-        yield Listed("/".join(parents) + "/", folder, f"cannot be listed ({one_line(error.strerror or error)})")
+            raise
+        yield Listed("/".join(parents) + "/", folder, str(error).removeprefix(f"{folder}: "))
         return
-    if len(entries) > _MAXIMUM_FILES:
-        raise InputError(f"{folder}: has {len(entries)} files; the limit is {_MAXIMUM_FILES}")
     for entry in entries:
         parts = (*parents, entry.name)
         name = "/".join(parts)
-        if is_residue(entry.name):
-            continue
         if entry.is_dir(follow_symlinks=False):
             if len(parts) > _MAXIMUM_DEPTH:
                 yield Listed(name + "/", Path(entry.path), f"is more than {_MAXIMUM_DEPTH} folders deep")
             else:
                 yield from _walk(Path(entry.path), parts)
-        elif entry.is_dir():
-            yield Listed(name, Path(entry.path), "is a link to a folder")
-        else:
-            yield Listed(name, Path(entry.path), _problem(entry))
+            continue
+        is_link = entry.is_symlink()
+        problem = "is a link to a folder" if is_link and _is_folder(entry) else _problem(entry)
+        yield Listed(name, Path(entry.path), problem, is_link, entry.inode())
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, without residue."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = [entry for entry in listing if not is_residue(entry.name)]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({one_line(error.strerror or error)})") from error
+    if len(entries) > _MAXIMUM_FILES:
+        raise InputError(f"{folder}: has {len(entries)} files; the limit is {_MAXIMUM_FILES}")
+    return entries
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
 
 
 def _problem(entry: os.DirEntry) -> str:

@@ -1,58 +1,122 @@
-"""Any folder of image files with one sub-folder for each class."""
+"""Any folder of image files with one sub-folder for each class.
 
+Whatever is in the folder is either a row of the dataset or listed in its `unread`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os.path
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from bdjax.datasets.decoding import common_size, read_header, read_pixels
+from bdjax.datasets.decoding import (
+    RESIZED,
+    SUFFIXES,
+    ImageHeader,
+    Picture,
+    decode,
+    read_header,
+    resizing_note,
+    rules_note,
+)
+from bdjax.datasets.files import Listed, free_memory, list_files, list_level, read_file
 from bdjax.datasets.splits import fixed_test_split, take_part
-from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
+from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset
 from bdjax.errors import InputError
-from bdjax.types import Dataset, TrainTest
+from bdjax.types import Dataset, TrainTest, Unread
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp")
 _MAXIMUM_FILE_BYTES = 1 << 28
+_USABLE_MEMORY = 0.8
+_MOST_NAMED = 10
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "val": ("val", "valid", "validation", "eval", "evaluation"),
+}
+"""a part of a dataset -> what people call its folder, in any case"""
+_FACTS = {
+    "nested": "in folders below a class",
+    "splits": "in a class's folder that is called train, test or val",
+    "links": "by symbolic links",
+    "shared": "whose file another row has, too",
+    "copies": "with the same bytes as another row",
+    "contradictions": "with the bytes of a row of another class",
+}
+"""facts on single files -> how `source` counts them, after a number"""
+_SPLIT_OF_NAME = {name: split for split, names in _SPLITS.items() for name in names}
 
 
 class _Part(NamedTuple):
     prefix: str
-    """prefix of its file names: "train/", "test/", "val/", or "" for a folder without a split"""
+    """prefix of its file names: "train/", "Test/", "val/", or "" for a folder without a split"""
     folder: Path
-    classes: dict[str, list[Path]]
-    """class name -> files"""
+    classes: dict[str, list[Listed]]
+    """class name -> files, whose names are relative to the class's folder; in the order of the labels"""
 
 
-class _Form(NamedTuple):
-    """The common form of all images."""
+class _Found(NamedTuple):
+    """What a folder consists of."""
 
-    size: tuple[int, int]
-    """(height, width)"""
-    is_grey: bool
-    note: str
-    """note on resizing for `source`"""
+    parts: list[_Part]
+    """the training part (or the whole folder), and the test part if there is one"""
+    unread: list[Unread]
+    num_unread: int
+    """number of files in `unread`, whose folders count with all their files"""
+    notes: tuple[str, ...]
+    """further facts for `source`"""
+
+
+class _Row(NamedTuple):
+    part: int
+    label: int
+    name: str
+    """relative to the dataset's folder"""
+    file: Listed
+
+
+class _Rows(NamedTuple):
+    """The rows of a dataset that could be read."""
+
+    rows: list[_Row]
+    images: np.ndarray
+    """uint8 [N, H, W, C]"""
+    num_sizes: int
+    counts: list[Counter]
+    """for each part: key of `RULES`, or of `_FACTS` -> number of files"""
+    unreadable: list[Unread]
 
 
 def load_image_folder(path: Path, options: ReadOptions = STRICT) -> TrainTest:
     """Loads a folder of images; the classes are its sub-folders, by name.
 
     Args:
-        path: A folder with a sub-folder for each class; or with `train`, and `test` or `val`, which have one. Hidden folders
-            and files other than .png, .jpg, .jpeg, .ppm, .bmp and .webp are ignored.
+        path: A folder with a sub-folder for each class, which may have folders in turn; or with `train`, and `test` or `val`,
+            which have such sub-folders. These may be called `training`, `testing`, `valid`, `validation`, `eval` or
+            `evaluation`, in any case.
+        options: What to tolerate.
 
     Returns:
-        The folder's own split, or a fixed stratified 80/20 split. Images are [H, W, 1] if all are grey, otherwise [H, W, 3].
-        If sizes differ, all are resized to 32x32 and `source` says so. `files` is relative to `path`.
+        The folder's own split (`test` rather than `val`), or a fixed stratified 80/20 split. Images are [H, W, 1] if all are
+        grey, otherwise [H, W, 3]. If sizes differ, all are resized to 32x32 and `source` says so. Classes are in the order of
+        their names, as numbers if all are numbers. `files` is relative to `path`, and `unread` lists every file that is no row.
 
     Raises:
-        InputError: If there are fewer than two classes with images, a test class is not a training class, or an image
-            cannot be read.
+        InputError: If there are fewer than two classes, a class has no images, a test class is not a training class, an image
+            cannot be read, or the images do not fit into memory.
     """
-    parts = _parts(path)
-    if len(parts) == 1 and parts[0].prefix:
-        raise InputError(f"{path}: has train/ but neither test/ nor val/; one of them is needed for the test images")
-    form = _common_form(parts)
-    datasets = [_read_part(path, part, parts[0], form) for part in parts]
+    found = _find(path, options)
+    if len(found.parts) == 1 and found.parts[0].prefix:
+        folder = found.parts[0].prefix
+        raise InputError(f"{path}: has {folder} but neither test/ nor val/; one of them is needed for the test images")
+    datasets = _read(path, found, options)
     return TrainTest(*datasets) if len(datasets) == 2 else _split(datasets[0])
 
 
@@ -61,87 +125,381 @@ def load_suspect_image_folder(path: Path, options: ReadOptions = STRICT) -> Data
 
     Args:
         path: As for `load_image_folder`; but `train` alone is enough.
+        options: What to tolerate.
 
     Returns:
         The images in `train`, as from `load_image_folder`, or all images if there is no `train`: classes by name, and the
-        files of each class by name.
+        files of each class by name. A test part counts as unread.
 
     Raises:
         InputError: As `load_image_folder`, but one image per class is enough.
     """
-    parts = _parts(path)
-    return _read_part(path, parts[0], parts[0], _common_form(parts))
+    found = _find(path, options)
+    train, *tests = found.parts
+    # The form of the rows is common to both parts, so that a row is the same whichever function read it.
+    also = _rows_of(tests, train)
+    unread = [Unread(part.prefix, f"is the part for testing, of {len(also):,} images") for part in tests]
+    found = found._replace(parts=[train], unread=found.unread + unread, num_unread=found.num_unread + len(also))
+    return _read(path, found, options, also)[0]
 
 
-def _parts(path: Path) -> list[_Part]:
-    """Finds the training part (or the whole folder), and the test part if there is one."""
-    subfolders = {folder.name: folder for folder in _subfolders(path)}
-    test = subfolders.get("test", subfolders.get("val"))
-    if "train" not in subfolders or (test is None and len(subfolders) > 1):  # "train" may be a class
-        return [_Part("", path, _training_classes(path))]
-    train = _Part("train/", subfolders["train"], _training_classes(subfolders["train"]))
-    if test is None:
-        return [train]
-    test_classes = _class_files(test)
-    if not test_classes:
-        raise InputError(f"{test}: has no sub-folders; one is needed for each class")
-    unknown = sorted(set(test_classes) - set(train.classes))
-    if unknown:
-        raise InputError(f"{test / unknown[0]}: is not a class in {train.folder}")
-    return [train, _Part(f"{test.name}/", test, test_classes)]
+# ---- What is there ---------------------------------------------------------------------------------------------------
 
 
-def _subfolders(path: Path) -> list[Path]:
-    return sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+def _find(path: Path, options: ReadOptions) -> _Found:
+    """Tells training, test and other files apart."""
+    folders, files = list_level(path)
+    unread = _LeftOut()
+    for file in files:
+        unread.add_file(file.name, file, "is an image beside the folders of the classes")
+    folders = [folder for folder in folders if not unread.add_hidden(folder)]
+    by_split = {split: [folder for folder in folders if _split_of(folder) == split] for split in _SPLITS}
+    others = [folder for folder in folders if _split_of(folder) is None]
+    tests = by_split["test"] or by_split["val"]
+    train = by_split["train"][0] if by_split["train"] else None
+    if train is None or (not tests and others and not _holds_folders_only(train)):
+        return _find_classes(path, folders, others, unread, options)
+    for split, alternatives in (("training", by_split["train"]), ("test", tests)):
+        if len(alternatives) > 1:
+            names = " and ".join(f"{folder.name}/" for folder in alternatives)
+            raise InputError(f"{path}: has {names}; one folder of {split} images is needed")
+    for folder in [*others, *(by_split["val"] if by_split["test"] else [])]:
+        what = "is neither the training nor the test part" if _split_of(folder) is None else "is a third split"
+        unread.add_folder(folder, what)
+    parts = [_part(train, options, unread)]
+    _check_number(train.path, parts[0].classes)
+    if tests:
+        parts.append(_part(tests[0], options, unread))
+        if not parts[1].classes:
+            raise InputError(f"{tests[0].path}: has no sub-folders; one is needed for each class")
+        unknown = sorted(set(parts[1].classes) - set(parts[0].classes))
+        if unknown:
+            raise InputError(f"{tests[0].path / unknown[0]}: is not a class in {train.path}")
+    return _Found(parts, unread.entries, unread.count, ())
 
 
-def _class_files(path: Path) -> dict[str, list[Path]]:
-    classes = {}
-    for folder in _subfolders(path):
-        classes[folder.name] = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
-        if not classes[folder.name]:
-            raise InputError(
-                f"{folder}: contains no images; each sub-folder is a class and needs {', '.join(_SUFFIXES)}"
-            )
-    return classes
-
-
-def _training_classes(path: Path) -> dict[str, list[Path]]:
-    classes = _class_files(path)
-    if len(classes) < 2:
+def _find_classes(
+    path: Path, folders: Sequence[Listed], others: Sequence[Listed], unread: "_LeftOut", options: ReadOptions
+) -> _Found:
+    """A folder without a split."""
+    splits = [folder for folder in folders if _split_of(folder) is not None]
+    # Classes called "valid" and "invalid", or "car" and "train", are possible; "cat", "dog" and "test" are not.
+    if any(_split_of(folder) != "train" and (len(others) != 1 or _holds_folders_only(folder)) for folder in splits):
+        names = " and ".join(f"{folder.name}/" for folder in splits)
         raise InputError(
-            f"{path}: has {len(classes)} sub-folder(s) of images; at least 2 are needed, one for each class"
+            f"{path}: has {names}, by the name a split, but no train/; put the folders of the training classes into train/, "
+            "or rename what is a class"
         )
-    return classes
+    part = _Part("", path, _classes(folders, "", options, unread))
+    _check_number(path, part.classes)
+    notes = tuple(f"{folder.name}/ is read as a class" for folder in splits)
+    return _Found([part], unread.entries, unread.count, notes)
 
 
-def _common_form(parts: list[_Part]) -> _Form:
-    headers = [
-        read_header(_read(file), file)
-        for part in parts
-        for class_files in part.classes.values()
-        for file in class_files
-    ]
-    size, note = common_size(headers)
-    return _Form(size, all(header.is_grey for header in headers), note)
+def _part(folder: Listed, options: ReadOptions, unread: "_LeftOut") -> _Part:
+    folders, files = list_level(folder.path)
+    prefix = f"{folder.name}/"
+    for file in files:
+        unread.add_file(prefix + file.name, file, "is an image beside the folders of the classes")
+    folders = [inner for inner in folders if not unread.add_hidden(inner, prefix)]
+    folders = [inner._replace(is_link=inner.is_link or folder.is_link) for inner in folders]
+    return _Part(prefix, folder.path, _classes(folders, prefix, options, unread))
 
 
-def _read_part(path: Path, part: _Part, train: _Part, form: _Form) -> Dataset:
-    class_names = tuple(train.classes)  # sorted
-    rows = [(file, class_names.index(name)) for name, class_files in part.classes.items() for file in class_files]
-    images = np.empty((len(rows), *form.size, 1 if form.is_grey else 3), np.uint8)
-    for index, (file, _) in enumerate(rows):
-        images[index] = read_pixels(_read(file), file, size=form.size, grey=form.is_grey)
-    return make_dataset(
-        images,
-        np.array([label for _, label in rows]),
-        len(class_names),
-        path.resolve().name,
-        f"{path}{'/' + part.prefix if part.prefix else ''} ({len(rows):,} images{form.note})",
-        class_names,
-        where=part.folder,
-        files=[file.relative_to(path).as_posix() for file, _ in rows],
+def _classes(
+    folders: Iterable[Listed], prefix: str, options: ReadOptions, unread: "_LeftOut"
+) -> dict[str, list[Listed]]:
+    """The images of each class, at any depth."""
+    classes = {}
+    for folder in folders:
+        name, before = folder.name, unread.count
+        hidden = Counter()
+        classes[name] = []
+        for file in list_files(folder.path):
+            if "." in file.name and (hidden_in := re.match(r"(?:[^/]+/)*?\.[^/]*/", file.name)):
+                hidden[hidden_in[0]] += 1
+            elif not unread.add_file(f"{prefix}{name}/{file.name}", file):
+                classes[name].append(file._replace(is_link=True) if folder.is_link else file)
+        for inner, count in hidden.items():
+            unread.add(f"{prefix}{name}/{inner}", f"is a hidden folder of {count:,} files", count)
+        if not classes[name] and not options.allow_empty_classes:
+            left_out = ""
+            if unread.count > before:
+                last = unread.entries[-1]
+                left_out = f"; it has {unread.count - before:,} other file(s): {last.file} {last.reason}"
+            raise InputError(
+                f"{folder.path}: contains no images; each sub-folder is a class and needs {', '.join(SUFFIXES)}{left_out}; "
+                "--allow-empty-classes accepts it as an empty class"
+            )
+    are_numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in classes)
+    return dict(sorted(classes.items(), key=lambda item: (int(item[0]) if are_numbers else 0, item[0])))
+
+
+def _check_number(path: Path, classes: dict[str, list[Listed]]) -> None:
+    if len(classes) >= 2:
+        return
+    hint = ""
+    for name, files in classes.items():
+        inner = {file.name.split("/")[0] for file in files if "/" in file.name}
+        if len(inner) >= 2:
+            hint = f"; the folders in {path / name} look like classes"
+    raise InputError(
+        f"{path}: has {len(classes)} sub-folder(s) of images; at least 2 are needed, one for each class{hint}"
     )
+
+
+def _split_of(folder: Listed) -> str | None:
+    return _SPLIT_OF_NAME.get(folder.name.lower())
+
+
+def _holds_folders_only(folder: Listed) -> bool:
+    """Whether a folder has folders but no images, as a split has and a class need not."""
+    folders, files = list_level(folder.path)
+    return any(not inner.name.startswith(".") for inner in folders) and not any(_is_image(file.name) for file in files)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+class _LeftOut:
+    """Collects what is left out."""
+
+    def __init__(self) -> None:
+        self.entries: list[Unread] = []
+        self.count = 0
+
+    def add(self, name: str, reason: str, count: int = 1) -> None:
+        self.entries.append(Unread(name, reason))
+        self.count += count
+
+    def add_file(self, name: str, file: Listed, problem: str = "") -> bool:
+        """Adds a file that cannot be a row, or that is none for another reason; returns whether it did."""
+        if file.problem:
+            self.add(name, file.problem)
+        elif os.path.basename(name).startswith("."):
+            self.add(name, "is hidden")
+        elif not _is_image(name):
+            self.add(name, "has a suffix that is not read")
+        elif problem:
+            self.add(name, problem)
+        else:
+            return False
+        return True
+
+    def add_hidden(self, folder: Listed, prefix: str = "") -> bool:
+        """Adds a hidden folder; returns whether it is one."""
+        if not folder.name.startswith("."):
+            return False
+        self.add_folder(folder, "is hidden", prefix)
+        return True
+
+    def add_folder(self, folder: Listed, what: str, prefix: str = "") -> None:
+        try:
+            count = len(list_files(folder.path))
+        except InputError as error:
+            self.add(f"{prefix}{folder.name}/", str(error).removeprefix(f"{folder.path}: "))
+        else:
+            if count:
+                self.add(f"{prefix}{folder.name}/", f"{what}, of {count:,} files", count)
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _rows_of(parts: Sequence[_Part], train: _Part) -> list[_Row]:
+    labels = {name: label for label, name in enumerate(train.classes)}
+    return [
+        _Row(number, labels[name], f"{part.prefix}{name}/{file.name}", file)
+        for number, part in enumerate(parts)
+        for name, files in part.classes.items()
+        for file in files
+    ]
+
+
+def _read(path: Path, found: _Found, options: ReadOptions, also: Sequence[_Row] = ()) -> list[Dataset]:
+    """Reads the rows of all parts in their common form.
+
+    Args:
+        path: The dataset's folder.
+        found: What it consists of.
+        options: What to tolerate.
+        also: Rows that are left out, but have a say in the form.
+    """
+    train = found.parts[0]
+    read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), also)
+    if read.unreadable and not options.skip_unreadable:
+        raise _refusal(path, read.unreadable)
+    unread = (*found.unread, *read.unreadable)
+    num_unread = found.num_unread + len(read.unreadable)
+    class_names = tuple(train.classes)
+    datasets = []
+    start = 0
+    for number, part in enumerate(found.parts):
+        rows = [row for row in read.rows if row.part == number]
+        images = read.images[start : start + len(rows)]
+        start += len(rows)
+        labels = np.array([row.label for row in rows], np.int32)
+        if read.unreadable and not options.allow_empty_classes:
+            _check_readable(part, {class_names[label] for label in labels})
+        notes = [resizing_note(read.num_sizes), rules_note(read.counts[number])]
+        notes += [
+            f", {read.counts[number][fact]:,} {text}" for fact, text in _FACTS.items() if read.counts[number][fact]
+        ]
+        notes += [f", {num_unread:,} file(s) not read" if num_unread else "", *(f", {note}" for note in found.notes)]
+        dataset = make_dataset(
+            images,
+            labels,
+            len(class_names),
+            path.resolve().name,
+            f"{path}{'/' + part.prefix if part.prefix else ''} ({len(rows):,} images{''.join(notes)})",
+            class_names,
+            where=part.folder,
+            files=[row.name for row in rows],
+        )
+        datasets.append(dataclasses.replace(dataset, unread=unread))
+    return datasets
+
+
+def _check_readable(part: _Part, names: set[str]) -> None:
+    for name, files in part.classes.items():
+        if files and name not in names:
+            raise InputError(f"{part.folder / name}: has {len(files)} image(s), none of which can be read")
+
+
+def _refusal(path: Path, unreadable: Sequence[Unread]) -> InputError:
+    hint = "--skip-unreadable leaves such files out"
+    if len(unreadable) == 1:
+        return InputError(f"{path / unreadable[0].file}: {unreadable[0].reason}; {hint}")
+    named = "; ".join(f"{file} {reason}" for file, reason in unreadable[:_MOST_NAMED])
+    more = f"; and {len(unreadable) - _MOST_NAMED:,} more" if len(unreadable) > _MOST_NAMED else ""
+    return InputError(f"{path}: {len(unreadable):,} files cannot be read ({hint}): {named}{more}")
+
+
+def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[_Row]) -> _Rows:
+    """Reads each file once."""
+    stack = _Stack(path, len(rows))
+    for header in _headers(also):
+        stack.see(header)
+    kept: list[_Row] = []
+    unreadable: list[Unread] = []
+    counts = [Counter() for _ in range(num_parts)]
+    seen: dict[bytes, _Row] = {}
+    for number, row in enumerate(rows, start=1):
+        try:
+            data = read_file(row.file.path, _MAXIMUM_FILE_BYTES, "images")
+            picture = decode(data, row.file.path, size=RESIZED if len(stack.sizes) > 1 else None)
+        except InputError as error:
+            unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ").split("; ")[0]))
+            continue
+        stack.add(picture, _headers(rows[number:]) if stack.must_change(picture.header) else iter(()))
+        kept.append(row)
+        counts[row.part].update(picture.rules)
+        counts[row.part].update(_facts(row, data, seen))
+    return _Rows(kept, stack.filled(), len(stack.sizes), counts, unreadable)
+
+
+def _headers(rows: Iterable[_Row]) -> Iterator[ImageHeader]:
+    """The headers of the files that can be read."""
+    for row in rows:
+        with contextlib.suppress(InputError):
+            yield read_header(read_file(row.file.path, _MAXIMUM_FILE_BYTES, "images"), row.file.path)
+
+
+def _facts(row: _Row, data: bytes, seen: dict[bytes, _Row]) -> Iterator[str]:
+    """The keys of `_FACTS` that hold for a row, given the first row with each content."""
+    if "/" in row.file.name:
+        yield "nested"
+        if row.file.name.split("/")[0].lower() in _SPLIT_OF_NAME:
+            yield "splits"
+    if row.file.is_link:
+        yield "links"
+        return
+    first = seen.setdefault(hashlib.blake2b(data, digest_size=16).digest(), row)
+    if first is not row:
+        yield "shared" if first.file.inode == row.file.inode else "copies"
+        if first.label != row.label:
+            yield "contradictions"
+
+
+class _Stack:
+    """Images in one array. Its form adapts to the images that are added, so that each file is read and decoded once."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        self.path = path
+        self.capacity = capacity
+        self.sizes: set[tuple[int, int]] = set()
+        self.is_grey = True
+        self.images: np.ndarray | None = None
+        self.count = 0
+
+    def see(self, header: ImageHeader) -> None:
+        """Lets an image have a say in the form."""
+        self.sizes.add(header.size)
+        self.is_grey &= header.is_grey
+
+    def must_change(self, header: ImageHeader) -> bool:
+        """Whether an image with this header would change the form."""
+        return self.images is None or header.size not in self.sizes or (self.is_grey and not header.is_grey)
+
+    def add(self, picture: Picture, rest: Iterator[ImageHeader]) -> None:
+        """Adds an image.
+
+        Args:
+            picture: in its own size, or resized.
+            rest: the headers of the images to come. If one has another size, all are resized and so take less memory.
+
+        Raises:
+            InputError: if the images will not fit into memory.
+        """
+        self.see(picture.header)
+        if self.images is None or self.images.shape[1:] != self._form():
+            if not self._fits():
+                self.see(next((header for header in rest if header.size not in self.sizes), picture.header))
+            if not self._fits():
+                raise self._too_large()
+            self._change()
+        self.images[self.count] = _resized(picture.pixels, self.images.shape[1:3])
+        self.count += 1
+
+    def filled(self) -> np.ndarray:
+        """uint8 [N, H, W, C]: the images so far."""
+        return np.empty((0, 1, 1, 1), np.uint8) if self.images is None else self.images[: self.count]
+
+    def _form(self) -> tuple[int, int, int]:
+        return (*(RESIZED if len(self.sizes) > 1 else next(iter(self.sizes))), 1 if self.is_grey else 3)
+
+    def _num_bytes(self) -> int:
+        return self.capacity * math.prod(self._form())
+
+    def _fits(self) -> bool:
+        free = free_memory()
+        return free is None or self._num_bytes() <= _USABLE_MEMORY * free
+
+    def _too_large(self) -> InputError:
+        height, width, channels = self._form()
+        free = free_memory() or 0
+        return InputError(
+            f"{self.path}: {self.capacity:,} images of {height}x{width} pixels and {channels} channel(s) take "
+            f"{self._num_bytes() / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free; use fewer or smaller images"
+        )
+
+    def _change(self) -> None:
+        previous = self.filled()
+        try:
+            self.images = np.empty((self.capacity, *self._form()), np.uint8)
+        except MemoryError as error:
+            raise self._too_large() from error
+        for index, pixels in enumerate(previous):
+            self.images[index] = _resized(pixels, self.images.shape[1:3])
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """Resizes uint8 [H, W, 1 or 3] as `decode` does."""
+    if pixels.shape[:2] == size:
+        return pixels
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, -1)
 
 
 def _split(dataset: Dataset) -> TrainTest:
@@ -151,12 +509,3 @@ def _split(dataset: Dataset) -> TrainTest:
             f"{dataset.source}: 20 % of each class, for testing, is less than one image; each class needs at least 3 images"
         )
     return TrainTest(*(take_part(dataset, *part) for part in zip(rows_of_parts, ("train", "test"), strict=True)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAXIMUM_FILE_BYTES:
-            raise InputError(f"{path}: is too large for an image; the limit is {_MAXIMUM_FILE_BYTES} bytes")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error

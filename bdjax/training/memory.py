@@ -6,7 +6,6 @@ little, whereas running out of memory ends the run.
 """
 
 import math
-import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from bdjax.datasets.files import free_memory
 from bdjax.errors import InputError
 from bdjax.training import processes
 from bdjax.training.member import Objective, Rows, TrainConfig, TrainState, as_float
@@ -115,7 +115,7 @@ def available(device: jax.Device | None = None) -> int | None:
     """
     device = device or jax.local_devices()[0]
     if device.platform == "cpu":
-        free = _free_memory()
+        free = free_memory()
         free = None if free is None else free // jax.local_device_count()
     else:
         statistics = device.memory_stats() or {}
@@ -125,15 +125,6 @@ def available(device: jax.Device | None = None) -> int | None:
         lowest = min(int(text) for text in processes.exchange("memory", str(-1 if free is None else free)))
         free = None if lowest < 0 else lowest
     return None if free is None else int(USABLE * free)
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    values = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(values["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in values else None
 
 
 def largest_group(need: Need, limit: int | None, count: int, devices: int, one_at_a_time: bool) -> int:

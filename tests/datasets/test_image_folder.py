@@ -5,22 +5,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bdjax.datasets import image_folder
+from bdjax.datasets.decoding import SUFFIXES
 from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
+from bdjax.types import Unread
+from tests.fixtures import folders, images
+from tests.fixtures.folders import classes
 
 
-def write_images(folder: pathlib.Path, levels, *, size=(6, 5), mode="RGB", suffix=".png") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for level in levels:
-        color = level if mode == "L" else (level, 0, 0)
-        Image.new(mode, size, color).save(folder / f"{level:03d}{suffix}")
+def write_images(folder: pathlib.Path, levels, **options) -> None:
+    classes(folder.parent, {folder.name: levels}, **options)
 
 
 def test_a_folder_of_classes_is_split_the_same_way_every_time(folder):
     for start, name in ((0, "cat"), (100, "ant"), (200, "bee")):
         write_images(folder / name, range(start, start + 10))
-    (folder / "cat" / "notes.txt").write_text("passed over")
-    (folder / "readme.txt").write_text("passed over")
+    (folder / "cat" / "notes.txt").write_text("not read")
+    (folder / "readme.txt").write_text("not read")
     (folder / ".hidden").mkdir()
     train, test = load_image_folder(folder)
     assert train.images.shape == (24, 5, 6, 3) and test.images.shape == (6, 5, 6, 3)
@@ -34,7 +37,15 @@ def test_a_folder_of_classes_is_split_the_same_way_every_time(folder):
         )
     levels = np.concatenate([train.images[:, 2, 2, 0], test.images[:, 2, 2, 0]])
     assert sorted(levels) == sorted([*range(10), *range(100, 110), *range(200, 210)])
-    assert train.source == f"{folder} (30 images), train rows of a fixed 80/20 split"
+    assert train.source == f"{folder} (30 images, 2 file(s) not read), train rows of a fixed 80/20 split"
+    assert (
+        train.unread
+        == test.unread
+        == (
+            Unread("readme.txt", "has a suffix that is not read"),
+            Unread("cat/notes.txt", "has a suffix that is not read"),
+        )
+    )
     assert train.name == folder.name
     np.testing.assert_array_equal(load_image_folder(folder).test.images, test.images)
 
@@ -75,13 +86,14 @@ def test_images_of_several_sizes_are_resized_and_source_says_so(folder):
     assert test.source == f"{folder}/test/ (1 images, 2 sizes resized to 32x32)"
 
 
-@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp"])
+@pytest.mark.parametrize("suffix", sorted({*SUFFIXES, ".PNG", ".Tif"} - {".pbm"}))
 def test_each_kind_of_file_is_read(folder, suffix):
     write_images(folder / "train" / "a", [100], suffix=suffix)
     write_images(folder / "train" / "b", [200], suffix=suffix)
     write_images(folder / "test" / "a", [100], suffix=suffix)
     train, _ = load_image_folder(folder)
-    np.testing.assert_allclose(train.images[:, 2, 2, 0].astype(int), [100, 200], atol=3)
+    atol = 6 if suffix in (".jp2", ".j2k", ".jpf", ".jpx") else 3
+    np.testing.assert_allclose(train.images[:, 2, 2, 0].astype(int), [100, 200], atol=atol)
 
 
 def test_every_image_of_a_folder_without_parts_is_suspect(folder):
@@ -103,8 +115,9 @@ def test_of_a_folder_with_parts_the_training_part_is_suspect(folder):
     suspect, train = load_suspect_image_folder(folder), load_image_folder(folder).train
     assert suspect.images.shape == (2, 32, 32, 3)
     np.testing.assert_array_equal(suspect.images, train.images)
-    assert (suspect.source, suspect.files) == (train.source, train.files)
-    assert suspect.files == ("train/a/001.png", "train/b/002.png")
+    assert suspect.files == train.files == ("train/a/001.png", "train/b/002.png")
+    assert suspect.unread == (Unread("test/", "is the part for testing, of 1 images"),) and train.unread == ()
+    assert suspect.source == f"{folder}/train/ (2 images, 2 sizes resized to 32x32, 1 file(s) not read)"
 
 
 def test_suspect_images_that_cannot_be_used_are_refused(folder):
@@ -113,7 +126,7 @@ def test_suspect_images_that_cannot_be_used_are_refused(folder):
         load_suspect_image_folder(folder)
     write_images(folder / "b", [2])
     (folder / "b" / "002.png").write_bytes(b"")
-    with pytest.raises(InputError, match="^" + re.escape(f"{folder / 'b' / '002.png'}: cannot be read as an image; ")):
+    with pytest.raises(InputError, match="^" + re.escape(f"{folder / 'b' / '002.png'}: is empty; --skip-unreadable ")):
         load_suspect_image_folder(folder)
 
 
@@ -121,7 +134,9 @@ def test_a_class_may_be_called_train(folder):
     for name in ("bus", "train"):
         write_images(folder / name, range(1, 6))
     assert load_image_folder(folder).train.class_names == ("bus", "train")
-    assert load_suspect_image_folder(folder).labels.tolist() == [0] * 5 + [1] * 5
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.labels.tolist() == [0] * 5 + [1] * 5
+    assert suspect.source.startswith(f"{folder} (10 images") and suspect.source.endswith(", train/ is read as a class)")
 
 
 def refused(folder: pathlib.Path, message: str) -> None:
@@ -158,7 +173,234 @@ def test_a_damaged_image_is_named(folder):
     path.write_bytes(data[:60])
     refused(folder, f"{path}: is damaged (")
     path.write_bytes(b"")
-    refused(folder, f"{path}: cannot be read as an image; a PNG, JPEG, PPM, BMP or WebP is needed")
-    path.unlink()
-    path.mkdir()
-    refused(folder, f"{path}: cannot be read (")
+    refused(folder, f"{path}: is empty; --skip-unreadable leaves such files out")
+    path.write_bytes(b"text")
+    refused(folder, f"{path}: is not an image in a format that is read (PNG, JPEG, ")
+
+
+# ---- What is there ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", folders.UNREAD)
+def test_what_is_no_row_is_unread(name, folder):
+    make, unread = folders.UNREAD[name]
+    suspect = load_suspect_image_folder(make(folder))
+    assert suspect.labels.tolist() == [0, 0, 0, 1, 1, 1] and suspect.images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert dict(suspect.unread) == unread
+    count = sum(int(found[1]) if (found := re.search(r"of (\d+) files", reason)) else 1 for reason in unread.values())
+    assert suspect.source == f"{folder} (6 images{f', {count} file(s) not read' if count else ''})"
+    assert {entry.file for part in load_image_folder(folder) for entry in part.unread} == set(unread)
+
+
+@pytest.mark.parametrize("name", folders.REFUSED)
+def test_a_folder_of_another_form_is_refused(name, folder):
+    make, message = folders.REFUSED[name]
+    make(folder)
+    refused(folder, f"{folder}: " + message.format(path=folder))
+    with pytest.raises(InputError, match="^" + re.escape(f"{folder}: " + message.format(path=folder))):
+        load_suspect_image_folder(folder)
+
+
+def test_folders_below_a_class_belong_to_it(folder):
+    classes(
+        folder,
+        {"cat": (1,), "cat/2021": (2,), "cat/2021/may": (3,), "dog/x": (4,), "dog/train": (5,), "dog/Test": (6,)},
+    )
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.files == (
+        *("cat/001.png", "cat/2021/002.png", "cat/2021/may/003.png"),
+        *("dog/Test/006.png", "dog/train/005.png", "dog/x/004.png"),
+    )
+    assert suspect.labels.tolist() == [0, 0, 0, 1, 1, 1] and suspect.unread == ()
+    assert suspect.source == (
+        f"{folder} (6 images, 5 in folders below a class, 2 in a class's folder that is called train, test or val)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "testing"), ("Training", "TEST"), ("TRAIN", "Valid"), ("training", "validation"), ("train", "eval")],
+)
+def test_splits_are_known_by_the_names_that_people_write(train, test, folder):
+    classes(folder, {f"{train}/a": (1, 2), f"{train}/b": (3,), f"{test}/a": (4,)})
+    parts = load_image_folder(folder)
+    assert parts.train.files == (f"{train}/a/001.png", f"{train}/a/002.png", f"{train}/b/003.png")
+    assert parts.test.files == (f"{test}/a/004.png",) and parts.test.source == f"{folder}/{test}/ (1 images)"
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.files == parts.train.files and suspect.unread == (
+        Unread(f"{test}/", "is the part for testing, of 1 images"),
+    )
+
+
+def test_a_third_split_and_further_folders_are_unread(folder):
+    classes(folder, {"train/a": (1, 2), "train/b": (3,), "test/a": (4,), "val/a": (5, 6), "val/b": (7,), "more": (8,)})
+    (folder / "more" / "notes.txt").write_text("x")
+    unread = {"val/": "is a third split, of 3 files", "more/": "is neither the training nor the test part, of 2 files"}
+    for part in load_image_folder(folder):
+        assert dict(part.unread) == unread and part.source.endswith(", 5 file(s) not read)")
+    suspect = load_suspect_image_folder(folder)
+    assert dict(suspect.unread) == unread | {"test/": "is the part for testing, of 1 images"}
+    assert suspect.source == f"{folder}/train/ (3 images, 6 file(s) not read)"
+
+
+def test_a_training_part_beside_other_folders_is_known_by_its_folders(folder):
+    classes(folder, {"train/a": (1,), "train/b": (2,), "more": (3,)})
+    assert load_suspect_image_folder(folder).files == ("train/a/001.png", "train/b/002.png")
+    refused(folder, f"{folder}: has train/ but neither test/ nor val/; one of them is needed for the test images")
+
+
+def test_two_classes_may_be_called_valid_and_invalid(folder):
+    classes(folder, {"valid": (1, 2, 3), "invalid": (4, 5, 6)})
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.class_names == ("invalid", "valid") and suspect.source.endswith(", valid/ is read as a class)")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("10", "9", "1"), ("1", "9", "10")),
+        (("010", "9", "-1"), ("-1", "9", "010")),
+        (("10", "9", "a"), ("10", "9", "a")),
+        (("1.5", "10", "9"), ("1.5", "10", "9")),
+        (("1", "01", "2"), ("01", "1", "2")),
+    ],
+)
+def test_numbers_are_in_the_order_of_numbers(names, expected, folder):
+    for level, name in enumerate(names):
+        write_images(folder / name, [level])
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.class_names == expected
+    assert [suspect.class_names[label] for label in suspect.labels] == [file.split("/")[0] for file in suspect.files]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31m", "=1+1", "a\u202eb", "x" * 255, "caf\udce9", " ", "a;b,c", "CON"])
+def test_odd_names_of_classes(name, folder):
+    suspect = load_suspect_image_folder(classes(folder, {"zz": (1,), name: (2,)}))
+    assert suspect.class_names == (name, "zz") and suspect.files == (f"{name}/002.png", "zz/001.png")
+
+
+def test_classes_without_images(folder):
+    classes(folder, {"a": (1, 2, 3), "b": (4, 5, 6), "c": (), "train": ()})
+    (folder / "c" / "x.tga").write_bytes(b"x")
+    refused(folder, f"{folder / 'c'}: contains no images; each sub-folder is a class and needs .png, ")
+    with pytest.raises(
+        InputError, match=re.escape("; it has 1 other file(s): c/x.tga has a suffix that is not read; --allow")
+    ):
+        load_image_folder(folder)
+    train, test = load_image_folder(folder, ReadOptions(allow_empty_classes=True))
+    assert train.class_names == ("a", "b", "c", "train") and train.num_classes == 4
+    assert np.bincount(train.labels, minlength=4).tolist() == [2, 2, 0, 0] and len(test) == 2
+
+
+def test_links_and_copies_are_said(folder):
+    classes(folder, {"a": (1, 2), "b": (3,), "c": (5,)})
+    (folder / "a" / "link.png").symlink_to("001.png")
+    (folder / "b" / "hard.png").hardlink_to(folder / "b" / "003.png")
+    (folder / "b" / "copy.png").write_bytes((folder / "a" / "001.png").read_bytes())
+    (folder / "d").symlink_to("c")
+    suspect = load_suspect_image_folder(folder)
+    assert len(suspect) == 8 and suspect.class_names == ("a", "b", "c", "d") and suspect.unread == ()
+    assert suspect.source == (
+        f"{folder} (8 images, 2 by symbolic links, 1 whose file another row has, too, 1 with the same bytes as another row, "
+        "1 with the bytes of a row of another class)"
+    )
+
+
+# ---- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_files_say_about_their_pixels_is_counted(folder):
+    classes(folder, {"a": (1,), "b": (2,)})
+    for number, (_, make) in enumerate(images.RULED.values()):
+        make(folder / "ab"[number % 2] / f"x{number}.png")
+    source = load_suspect_image_folder(folder).source
+    counts = {rule: sum(rule == other for other, _ in images.RULED.values()) for rule, _ in images.RULED.values()}
+    assert (
+        f", {counts['orientation']} turned as EXIF says, {counts['transparency']} with transparency, which is" in source
+    )
+    assert f", {counts['frames']} with several frames, of which the first is read" in source
+    assert f", {counts['cmyk']} converted from CMYK" in source
+
+
+def test_a_turned_image_has_its_turned_size(folder):
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        (folder / name / "1.jpg").write_bytes(images.turned(6, "JPEG", size=(16, 8)))
+        Image.new("L", (8, 16)).save(folder / name / "2.png")
+    assert load_suspect_image_folder(folder).images.shape == (4, 16, 8, 1)
+
+
+def test_the_form_is_the_same_in_whatever_order_images_come(folder):
+    small, large = images.noise((20, 30), "L"), images.noise((50, 40))
+    for name, order in (("a", (small, small, large)), ("b", (large, small, small))):
+        (folder / name).mkdir()
+        for number, image in enumerate(order):
+            image.save(folder / name / f"{number}.png")
+    suspect = load_suspect_image_folder(folder)
+    resized = [np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)) for image in (small, large)]
+    np.testing.assert_array_equal(
+        suspect.images, np.stack([resized[0], resized[0], resized[1], resized[1], resized[0], resized[0]])
+    )
+
+
+def test_colour_that_comes_late_makes_all_images_colour(folder):
+    classes(folder, {"a": (1, 2)}, mode="L")
+    classes(folder, {"b": (3,)})
+    assert load_suspect_image_folder(folder).images[:, 0, 0].tolist() == [[1, 1, 1], [2, 2, 2], [3, 0, 0]]
+
+
+def test_unreadable_files_are_named_and_counted(folder):
+    faults = list(images.FAULTS)[:14]
+    folders.small(folder)
+    for number, name in enumerate(faults):
+        images.FAULTS[name](folder / "b" / f"x{number:02d}.png")
+    with pytest.raises(InputError) as caught:
+        load_image_folder(folder)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{folder}: 14 files cannot be read (--skip-unreadable leaves such files out): b/x00.png is empty; b/x01.png is not an "
+    )
+    assert message.endswith("; and 4 more") and message.count("b/x") == 10 and message.isprintable()
+
+
+@pytest.mark.parametrize("name", [name for name in images.FAULTS if name != "JPEG of 300 scans"])
+def test_unreadable_files_can_be_left_out(name, folder):
+    images.FAULTS[name](folders.small(folder) / "a" / "x.png")
+    suspect = load_suspect_image_folder(folder, ReadOptions(skip_unreadable=True))
+    assert suspect.images[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5, 6] and suspect.source.endswith(
+        ", 1 file(s) not read)"
+    )
+    ((file, reason),) = suspect.unread
+    assert file == "a/x.png" and reason.startswith(("is ", "has ")) and len(reason) < 250
+
+
+def test_a_class_of_which_nothing_can_be_read_is_refused(folder):
+    classes(folder, {"a": (1, 2, 3), "b": ()})
+    for number in range(3):
+        (folder / "b" / f"{number}.png").write_bytes(b"text")
+    options = ReadOptions(skip_unreadable=True)
+    with pytest.raises(InputError, match="^" + re.escape(f"{folder / 'b'}: has 3 image(s), none of which can be read")):
+        load_image_folder(folder, options)
+    suspect = load_suspect_image_folder(folder, options._replace(allow_empty_classes=True))
+    assert suspect.labels.tolist() == [0, 0, 0] and suspect.num_classes == 2 and len(suspect.unread) == 3
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
+    classes(folder, {"a": range(50), "b": range(50, 100)}, size=(100, 100))
+    monkeypatch.setattr(image_folder, "free_memory", lambda: 1_000_000)
+    message = (
+        f"{folder}: 100 images of 100x100 pixels and 3 channel(s) take 0.0 GiB, and 0.0 GiB of memory are free; use "
+    )
+    refused(folder, message)
+    # Of another size, all become 32x32, which fits.
+    write_images(folder / "b", [200], size=(10, 10))
+    assert load_suspect_image_folder(folder).images.shape == (101, 32, 32, 3)
+
+
+def test_each_file_is_read_once(folder, monkeypatch):
+    folders.small(folder)
+    read = []
+    real = image_folder.read_file
+    monkeypatch.setattr(image_folder, "read_file", lambda path, *rest: read.append(path) or real(path, *rest))
+    load_image_folder(folder)
+    assert len(read) == len(set(read)) == 6
