@@ -4,11 +4,13 @@ A file's format is detected from its content. For what a file says about how its
 `RULES`; a decoded picture names those that applied, for readers to count.
 """
 
+import contextlib
 import io
+import os
 import re
 import struct
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,15 +50,18 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCb
 _MAXIMUM_PIXELS = 1 << 25
 # Each of these bounds is on a kind of small file that would keep a decoder busy for minutes, or fill the memory.
 _MAXIMUM_PIECES = 10_000
-_MAXIMUM_METADATA = {"TIFF": 1 << 23}
+_MAXIMUM_METADATA = {"TIFF": 1 << 22, "JPEG": 1 << 24}
 _MAXIMUM_OTHER_METADATA = 1 << 25
 _MAXIMUM_SCANNED_PIXELS = 1 << 30
-_MAXIMUM_SLOW_PIXELS = 1 << 21
+_MAXIMUM_SLOW_PIXELS = 1 << 19
 _SLOW_DECODERS = {"bmp_rle": 4, "ppm": 8, "ppm_plain": 24}
 """decoders of Pillow in Python -> the most bytes of a file per pixel"""
 _MAXIMUM_COMMENTS = 1_000
+_MAXIMUM_TILES = 50_000
+_MAXIMUM_TILE_PIXELS = 1 << 22  # or four times the image
+_MAXIMUM_EXIF = 1 << 18
 
-_ORIENTATION = 0x0112
+_TILE_WIDTH, _TILE_HEIGHT, _BITS_PER_SAMPLE, _ORIENTATION = 322, 323, 258, 274  # tags of TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -103,7 +108,7 @@ def read_header(data: bytes, where: object) -> ImageHeader:
     with warnings.catch_warnings(action="ignore"), _open(data, where) as image:
         try:
             if image.format in ("PNG", "TIFF") and _may_be_turned(image, data):
-                image.load()  # a PNG may say so after its pixels, and a TIFF is turned by Pillow
+                _load(image)  # a PNG may say so after its pixels, and a TIFF is turned by Pillow
             size = (image.height, image.width)
             is_turned = image.format != "TIFF" and _orientation(image) >= 5
             return ImageHeader(size[::-1] if is_turned else size, _is_grey(image))
@@ -137,7 +142,7 @@ def decode(data: bytes, where: object, *, size: tuple[int, int] | None = None, g
                 rules.append("depth")
             is_grey, is_tiff = _is_grey(image), image.format == "TIFF"
             orientation = _orientation(image) if is_tiff else 1
-            image.load()
+            _load(image)
             converted = _converted(image, "L" if (is_grey if grey is None else grey) else "RGB", rules)
             if not is_tiff:  # Pillow has turned a TIFF
                 orientation = _orientation(image)
@@ -238,6 +243,12 @@ def _open(data: bytes, where: object) -> Image.Image:
     if image.mode not in _MODES and not _is_deep_grey(image):
         raise InputError(f"{where}: has Pillow's pixel mode {image.mode}; 8 or 16 bits per channel are needed")
     decoder = image.tile[0][0] if image.tile else ""
+    if len(image.tile) > _MAXIMUM_TILES:
+        raise InputError(f"{where}: has {len(image.tile):,} tiles; images have at most {_MAXIMUM_TILES:,}")
+    if image_format == "TIFF":
+        tile = image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_HEIGHT, 1)
+        if max(tile) * min(tile) > max(_MAXIMUM_TILE_PIXELS, 4 * num_pixels):
+            raise InputError(f"{where}: has tiles of {tile[0]}x{tile[1]} pixels, far larger than the image")
     if decoder == "jpeg":
         scans = data.count(b"\xff\xda")
         if scans * num_pixels > _MAXIMUM_SCANNED_PIXELS:
@@ -250,6 +261,28 @@ def _open(data: bytes, where: object) -> Image.Image:
     file.pieces = 2 * len(data) if decoder in _SLOW_DECODERS else _MAXIMUM_PIECES + len(data) // 64
     file.bytes = 4 * len(data) + _MAXIMUM_OTHER_METADATA
     return image
+
+
+def _load(image: Image.Image) -> None:
+    with _no_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+        image.load()
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Silences what the library behind TIFF prints: it writes about damage to the process's stderr itself."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _format(data: bytes) -> str | None:
@@ -286,7 +319,7 @@ def _is_deep(image: Image.Image, data: bytes) -> bool:
             args = image.tile[0][3]  # (mode, largest value), or the mode
             return isinstance(args, tuple) and isinstance(args[-1], int) and args[-1] > 255
         case "TIFF":
-            return max(image.tag_v2.get(258, (1,))) > 8
+            return max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,))) > 8
         case "JPEG2000":
             start = data.find(b"\xff\x4f\xff\x51")
             return start >= 0 and data[start + 42] & 0x7F > 7
@@ -324,8 +357,9 @@ def _orientation(image: Image.Image) -> int:
     found = image.tag_v2.get(_ORIENTATION) if image.format == "TIFF" else None
     exif = info.get("exif")
     if exif is None and "Raw profile type exif" in info:  # as ImageMagick writes it into a PNG
-        digits = "".join(str(info["Raw profile type exif"]).split("\n")[3:])
-        exif = bytes.fromhex(digits) if re.fullmatch("(?:[0-9a-fA-F]{2})+", digits) else None
+        lines = str(info["Raw profile type exif"])[:_MAXIMUM_EXIF].split("\n")
+        with contextlib.suppress(ValueError):
+            exif = bytes.fromhex("".join(lines[3:]))
     if found is None and isinstance(exif, bytes):
         found = _orientation_of_exif(exif)
     xmp = info.get("XML:com.adobe.xmp") or info.get("xmp")

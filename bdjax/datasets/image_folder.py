@@ -330,7 +330,7 @@ def _read(path: Path, found: _Found, options: ReadOptions, also: Sequence[_Row] 
     read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), also)
     if read.unreadable and not options.skip_unreadable:
         raise _refusal(path, read.unreadable)
-    unread = (*found.unread, *read.unreadable)
+    unread = (*found.unread, *(Unread(file, _fault(reason)) for file, reason in read.unreadable))
     num_unread = found.num_unread + len(read.unreadable)
     class_names = tuple(train.classes)
     datasets = []
@@ -371,9 +371,14 @@ def _refusal(path: Path, unreadable: Sequence[Unread]) -> InputError:
     hint = "--skip-unreadable leaves such files out"
     if len(unreadable) == 1:
         return InputError(f"{path / unreadable[0].file}: {unreadable[0].reason}; {hint}")
-    named = "; ".join(f"{file} {reason}" for file, reason in unreadable[:_MOST_NAMED])
+    named = "; ".join(f"{file} {_fault(reason)}" for file, reason in unreadable[:_MOST_NAMED])
     more = f"; and {len(unreadable) - _MOST_NAMED:,} more" if len(unreadable) > _MOST_NAMED else ""
     return InputError(f"{path}: {len(unreadable):,} files cannot be read ({hint}): {named}{more}")
+
+
+def _fault(reason: str) -> str:
+    """What is wrong, without what would be right."""
+    return reason.split("; ")[0]
 
 
 def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[_Row]) -> _Rows:
@@ -390,7 +395,7 @@ def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[
             data = read_file(row.file.path, _MAXIMUM_FILE_BYTES, "images")
             picture = decode(data, row.file.path, size=RESIZED if len(stack.sizes) > 1 else None)
         except InputError as error:
-            unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ").split("; ")[0]))
+            unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ")))
             continue
         stack.add(picture, _headers(rows[number:]) if stack.must_change(picture.header) else iter(()))
         kept.append(row)

@@ -62,10 +62,10 @@ def test_a_faulty_file_is_refused_in_one_line(name, tmp_path, monkeypatch, capfd
     monkeypatch.setattr(subprocess, "Popen", None)  # no program is started
     path = images.FAULTS[name](tmp_path / "x.png")
     data = path.read_bytes()
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(InputError) as caught:
         decode(data, path)
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
     message = str(caught.value)
     assert message.startswith(f"{path}: ") and len(message) < len(str(path)) + 250
     assert message.isprintable() and " at 0x" not in message
