@@ -19,7 +19,7 @@ from PIL import Image
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 
-FORMATS = "PNG, JPEG, PPM, BMP, WebP, GIF, TIFF, JPEG 2000"
+FORMATS = "PNG, JPEG, PPM, BMP, WebP, GIF, TIFF and JPEG 2000"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".jp2", ".j2k")
 SUFFIXES += (".jpf", ".jpx", ".pgm", ".pbm", ".pnm", ".dib", ".apng")
 """Of files that are taken for images, in lower case."""
@@ -222,7 +222,7 @@ def _open(data: bytes, where: object) -> Image.Image:
         raise InputError(f"{where}: is empty; an intact image file is needed")
     image_format = _format(data)
     if image_format is None:
-        raise InputError(f"{where}: is not an image in a format that is read ({FORMATS})")
+        raise InputError(f"{where}: is not an image in a format that is read; {FORMATS} are")
     metadata = (
         len(data) + 64 if image_format == "WEBP" else _MAXIMUM_METADATA.get(image_format, _MAXIMUM_OTHER_METADATA)
     )

@@ -70,8 +70,10 @@ class _Found(NamedTuple):
     unread: list[Unread]
     num_unread: int
     """number of files in `unread`, whose folders count with all their files"""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """further facts for `source`"""
+    also: tuple[Listed, ...] = ()
+    """files that are no rows, but have a say in the form of the rows"""
 
 
 class _Row(NamedTuple):
@@ -134,20 +136,14 @@ def load_suspect_image_folder(path: Path, options: ReadOptions = STRICT) -> Data
     Raises:
         InputError: As `load_image_folder`, but one image per class is enough.
     """
-    found = _find(path, options)
-    train, *tests = found.parts
-    # The form of the rows is common to both parts, so that a row is the same whichever function read it.
-    also = _rows_of(tests, train)
-    unread = [Unread(part.prefix, f"is the part for testing, of {len(also):,} images") for part in tests]
-    found = found._replace(parts=[train], unread=found.unread + unread, num_unread=found.num_unread + len(also))
-    return _read(path, found, options, also)[0]
+    return _read(path, _find(path, options, without_test=True), options)[0]
 
 
 # ---- What is there ---------------------------------------------------------------------------------------------------
 
 
-def _find(path: Path, options: ReadOptions) -> _Found:
-    """Tells training, test and other files apart."""
+def _find(path: Path, options: ReadOptions, without_test: bool = False) -> _Found:
+    """Tells training, test and other files apart; the test part can be left unread."""
     folders, files = list_level(path)
     unread = _LeftOut()
     for file in files:
@@ -155,7 +151,8 @@ def _find(path: Path, options: ReadOptions) -> _Found:
     folders = [folder for folder in folders if not unread.add_hidden(folder)]
     by_split = {split: [folder for folder in folders if _split_of(folder) == split] for split in _SPLITS}
     others = [folder for folder in folders if _split_of(folder) is None]
-    tests = by_split["test"] or by_split["val"]
+    # A test part without labels, such as ImageNet's, is none beside a `val` with labels.
+    tests = next(filter(None, sorted((by_split["test"], by_split["val"]), key=_have_no_folders)), [])
     train = by_split["train"][0] if by_split["train"] else None
     if train is None or (not tests and others and not _holds_folders_only(train)):
         return _find_classes(path, folders, others, unread, options)
@@ -163,11 +160,19 @@ def _find(path: Path, options: ReadOptions) -> _Found:
         if len(alternatives) > 1:
             names = " and ".join(f"{folder.name}/" for folder in alternatives)
             raise InputError(f"{path}: has {names}; one folder of {split} images is needed")
-    for folder in [*others, *(by_split["val"] if by_split["test"] else [])]:
-        what = "is neither the training nor the test part" if _split_of(folder) is None else "is a third split"
-        unread.add_folder(folder, what)
+    for folder in (*others, *by_split["test"], *by_split["val"]):
+        if folder not in tests:
+            unread.add_folder(
+                folder, "is neither the training nor the test part" if folder in others else "is a third split"
+            )
     parts = [_part(train, options, unread)]
     _check_number(train.path, parts[0].classes)
+    if without_test:
+        # The form of the rows is common to both parts, so that a row is the same whichever function read it.
+        also = [file for test in tests for file in list_files(test.path) if "/" in file.name and _is_image(file.name)]
+        for test in tests:
+            unread.add_folder(test, "is the part for testing")
+        return _Found(parts, unread.entries, unread.count, also=tuple(also))
     if tests:
         parts.append(_part(tests[0], options, unread))
         if not parts[1].classes:
@@ -175,7 +180,7 @@ def _find(path: Path, options: ReadOptions) -> _Found:
         unknown = sorted(set(parts[1].classes) - set(parts[0].classes))
         if unknown:
             raise InputError(f"{tests[0].path / unknown[0]}: is not a class in {train.path}")
-    return _Found(parts, unread.entries, unread.count, ())
+    return _Found(parts, unread.entries, unread.count)
 
 
 def _find_classes(
@@ -228,8 +233,8 @@ def _classes(
                 last = unread.entries[-1]
                 left_out = f"; it has {unread.count - before:,} other file(s): {last.file} {last.reason}"
             raise InputError(
-                f"{folder.path}: contains no images; each sub-folder is a class and needs {', '.join(SUFFIXES)}{left_out}; "
-                "--allow-empty-classes accepts it as an empty class"
+                f"{folder.path}: contains no images; each sub-folder is a class and needs .png, .jpg, .gif, .tif or other "
+                f"image files{left_out}; --allow-empty-classes accepts it as an empty class"
             )
     are_numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in classes)
     return dict(sorted(classes.items(), key=lambda item: (int(item[0]) if are_numbers else 0, item[0])))
@@ -242,7 +247,7 @@ def _check_number(path: Path, classes: dict[str, list[Listed]]) -> None:
     for name, files in classes.items():
         inner = {file.name.split("/")[0] for file in files if "/" in file.name}
         if len(inner) >= 2:
-            hint = f"; the folders in {path / name} look like classes"
+            hint = f"; the dataset may be {path / name}"
     raise InputError(
         f"{path}: has {len(classes)} sub-folder(s) of images; at least 2 are needed, one for each class{hint}"
     )
@@ -250,6 +255,10 @@ def _check_number(path: Path, classes: dict[str, list[Listed]]) -> None:
 
 def _split_of(folder: Listed) -> str | None:
     return _SPLIT_OF_NAME.get(folder.name.lower())
+
+
+def _have_no_folders(folders: Sequence[Listed]) -> bool:
+    return not any(list_level(folder.path)[0] for folder in folders)
 
 
 def _holds_folders_only(folder: Listed) -> bool:
@@ -317,17 +326,10 @@ def _rows_of(parts: Sequence[_Part], train: _Part) -> list[_Row]:
     ]
 
 
-def _read(path: Path, found: _Found, options: ReadOptions, also: Sequence[_Row] = ()) -> list[Dataset]:
-    """Reads the rows of all parts in their common form.
-
-    Args:
-        path: The dataset's folder.
-        found: What it consists of.
-        options: What to tolerate.
-        also: Rows that are left out, but have a say in the form.
-    """
+def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
+    """Reads the rows of all parts in their common form."""
     train = found.parts[0]
-    read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), also)
+    read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), found.also)
     if read.unreadable and not options.skip_unreadable:
         raise _refusal(path, read.unreadable)
     unread = (*found.unread, *(Unread(file, _fault(reason)) for file, reason in read.unreadable))
@@ -381,7 +383,7 @@ def _fault(reason: str) -> str:
     return reason.split("; ")[0]
 
 
-def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[_Row]) -> _Rows:
+def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[Listed]) -> _Rows:
     """Reads each file once."""
     stack = _Stack(path, len(rows))
     for header in _headers(also):
@@ -397,18 +399,20 @@ def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[
         except InputError as error:
             unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ")))
             continue
-        stack.add(picture, _headers(rows[number:]) if stack.must_change(picture.header) else iter(()))
+        stack.add(
+            picture, _headers(row.file for row in rows[number:]) if stack.must_change(picture.header) else iter(())
+        )
         kept.append(row)
         counts[row.part].update(picture.rules)
         counts[row.part].update(_facts(row, data, seen))
     return _Rows(kept, stack.filled(), len(stack.sizes), counts, unreadable)
 
 
-def _headers(rows: Iterable[_Row]) -> Iterator[ImageHeader]:
+def _headers(files: Iterable[Listed]) -> Iterator[ImageHeader]:
     """The headers of the files that can be read."""
-    for row in rows:
+    for file in files:
         with contextlib.suppress(InputError):
-            yield read_header(read_file(row.file.path, _MAXIMUM_FILE_BYTES, "images"), row.file.path)
+            yield read_header(read_file(file.path, _MAXIMUM_FILE_BYTES, "images"), file.path)
 
 
 def _facts(row: _Row, data: bytes, seen: dict[bytes, _Row]) -> Iterator[str]:

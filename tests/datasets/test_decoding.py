@@ -87,7 +87,7 @@ def test_odd_metadata_does_not_matter(name, tmp_path):
 def test_the_message_fits_the_fault(tmp_path):
     expected = {
         "empty": "is empty; an intact image file is needed",
-        "text": "is not an image in a format that is read (PNG, JPEG, PPM, BMP, WebP, GIF, TIFF, JPEG 2000)",
+        "text": "is not an image in a format that is read; PNG, JPEG, PPM, BMP, WebP, GIF, TIFF and JPEG 2000 are",
         "half a JPEG": "is damaged (image file is truncated",
         "start only": "is damaged (its header cannot be read); an intact image file is needed",
         "wrong checksum": "is damaged (",

@@ -175,7 +175,7 @@ def test_what_is_fetched_is_read(cache, monkeypatch):
 @pytest.mark.parametrize(
     ("files", "name", "message"),
     [
-        (published_files(2) | {PANSY: b"text"}, PANSY, "is not an image in a format that is read (PNG, JPEG, "),
+        (published_files(2) | {PANSY: b"text"}, PANSY, "is not an image in a format that is read; PNG, JPEG, "),
         (published_files(2) | {PANSY: jpeg(1, (99, 99))[:700]}, PANSY, "is damaged ("),
         (
             published_files(2) | {"jpg/image_1361.jpg": IMAGES[0]},

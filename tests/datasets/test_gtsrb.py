@@ -150,7 +150,7 @@ def table(*lines: str) -> bytes:
         ({"GTSRB/Training/00000/00000.ppm": ppm(0)[:500]}, "{}/GTSRB/Training/00000/00000.ppm: is damaged ("),
         (
             {"GTSRB/Training/00000/00000.ppm": b"text"},
-            "{}/GTSRB/Training/00000/00000.ppm: is not an image in a format that is read (",
+            "{}/GTSRB/Training/00000/00000.ppm: is not an image in a format that is read; ",
         ),
         (
             {"GTSRB/Training/00000/00000.ppm": bytes(5 << 20)},

@@ -116,7 +116,7 @@ def test_of_a_folder_with_parts_the_training_part_is_suspect(folder):
     assert suspect.images.shape == (2, 32, 32, 3)
     np.testing.assert_array_equal(suspect.images, train.images)
     assert suspect.files == train.files == ("train/a/001.png", "train/b/002.png")
-    assert suspect.unread == (Unread("test/", "is the part for testing, of 1 images"),) and train.unread == ()
+    assert suspect.unread == (Unread("test/", "is the part for testing, of 1 files"),) and train.unread == ()
     assert suspect.source == f"{folder}/train/ (2 images, 2 sizes resized to 32x32, 1 file(s) not read)"
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_image_is_named(folder):
     path.write_bytes(b"")
     refused(folder, f"{path}: is empty; an intact image file is needed; --skip-unreadable leaves such files out")
     path.write_bytes(b"text")
-    refused(folder, f"{path}: is not an image in a format that is read (PNG, JPEG, ")
+    refused(folder, f"{path}: is not an image in a format that is read; PNG, JPEG, ")
 
 
 # ---- What is there ---------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_splits_are_known_by_the_names_that_people_write(train, test, folder):
     assert parts.test.files == (f"{test}/a/004.png",) and parts.test.source == f"{folder}/{test}/ (1 images)"
     suspect = load_suspect_image_folder(folder)
     assert suspect.files == parts.train.files and suspect.unread == (
-        Unread(f"{test}/", "is the part for testing, of 1 images"),
+        Unread(f"{test}/", "is the part for testing, of 1 files"),
     )
 
 
@@ -243,8 +243,18 @@ def test_a_third_split_and_further_folders_are_unread(folder):
     for part in load_image_folder(folder):
         assert dict(part.unread) == unread and part.source.endswith(", 5 file(s) not read)")
     suspect = load_suspect_image_folder(folder)
-    assert dict(suspect.unread) == unread | {"test/": "is the part for testing, of 1 images"}
+    assert dict(suspect.unread) == unread | {"test/": "is the part for testing, of 1 files"}
     assert suspect.source == f"{folder}/train/ (3 images, 6 file(s) not read)"
+
+
+def test_a_test_part_without_labels_is_unread(folder):
+    classes(folder, {"train/a": (1,), "train/b": (2,), "test": (5, 6)})
+    unread = (Unread("test/", "is the part for testing, of 2 files"),)
+    assert load_suspect_image_folder(folder).unread == unread
+    refused(folder, f"{folder / 'test'}: has no sub-folders; one is needed for each class")
+    classes(folder, {"val/a": (3,)})
+    assert load_image_folder(folder).test.files == ("val/a/003.png",)
+    assert load_image_folder(folder).test.unread == (Unread("test/", "is a third split, of 2 files"),)
 
 
 def test_a_training_part_beside_other_folders_is_known_by_its_folders(folder):
@@ -286,7 +296,7 @@ def test_odd_names_of_classes(name, folder):
 def test_classes_without_images(folder):
     classes(folder, {"a": (1, 2, 3), "b": (4, 5, 6), "c": (), "train": ()})
     (folder / "c" / "x.tga").write_bytes(b"x")
-    refused(folder, f"{folder / 'c'}: contains no images; each sub-folder is a class and needs .png, ")
+    refused(folder, f"{folder / 'c'}: contains no images; each sub-folder is a class and needs .png, .jpg, ")
     with pytest.raises(
         InputError, match=re.escape("; it has 1 other file(s): c/x.tga has a suffix that is not read; --allow")
     ):

@@ -238,7 +238,7 @@ GOLDFISH = "train/n01443537/images/n01443537_0.JPEG"
         ({"val/val_annotations.txt": b"\n"}, "val/val_annotations.txt", "labels no images; at least one is needed"),
         ({GOLDFISH: jpeg(1, (64, 63))}, GOLDFISH, "has 64x63 pixels; 64x64 are needed"),
         ({"val/images/val_2.JPEG": noise()[:2000]}, "val/images/val_2.JPEG", "is damaged ("),
-        ({GOLDFISH: b"text"}, GOLDFISH, "is not an image in a format that is read (PNG, JPEG, "),
+        ({GOLDFISH: b"text"}, GOLDFISH, "is not an image in a format that is read; PNG, JPEG, "),
     ],
 )
 def test_what_is_wrong_is_named(folder, write, files, name, message):
