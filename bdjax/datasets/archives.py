@@ -6,21 +6,19 @@ and with the memory that is available before any of it is read.
 
 import io
 import math
-import os
 import re
-import resource
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from bdjax.datasets.files import is_residue, open_file
+from bdjax.datasets.files import free_memory, is_residue, open_file
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 
@@ -426,7 +424,7 @@ def open_npz(path: Path, what: str = ".npz file of plain arrays") -> Iterator[Ar
                 problems[name] = header
             else:
                 headers[name] = header
-        available, total = available_memory(), 0
+        available, total = free_memory(), 0
 
         def read(name: str) -> np.ndarray:
             nonlocal total
@@ -492,24 +490,6 @@ def _read_content(stream: BinaryIO, header: Header) -> np.ndarray:
     if len(skipped) != header.start or stream.read(1):
         raise EOFError("the data has another length than its header says")
     return array.reshape(header.shape, order="F" if header.is_fortran else "C")
-
-
-def available_memory() -> int:
-    """Returns how many bytes can be allocated, as far as the system says."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    available = os.sysconf("SC_PHYS_PAGES") * page
-    with suppress(OSError, ValueError):  # Linux only
-        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-        available = int(match[1]) << 10 if match else available
-    with suppress(OSError, ValueError):  # a container's limit, if there is one
-        group = Path("/sys/fs/cgroup")
-        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        available = min(available, int((group / "memory.max").read_text()) - int(used[1] if used else 0))
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        with suppress(OSError, ValueError):
-            available = min(available, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
-    return max(available, 0)
 
 
 def short(name: str) -> str:

@@ -264,7 +264,10 @@ def _open(data: bytes, where: object) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    with _no_stderr() if image.format == "TIFF" else contextlib.nullcontext():
+    if image.format != "TIFF":
+        image.load()
+        return
+    with _no_stderr():
         image.load()
 
 
@@ -342,7 +345,7 @@ def _converted(image: Image.Image, mode: str, rules: list[str]) -> Image.Image:
         image = Image.fromarray((levels >> 8).astype(np.uint8))
     if marked or (image.mode in ("LA", "RGBA") and image.getextrema()[-1][0] < 255):
         rules.append("transparency")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _may_be_turned(image: Image.Image, data: bytes) -> bool:

@@ -5,8 +5,11 @@ everything else that a reader does not read belongs in `Dataset.unread`.
 """
 
 import os
+import re
+import resource
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -94,42 +97,60 @@ def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
     Raises:
         InputError: If it is not a regular file, cannot be read, or is too large.
     """
-    with open_file(path, maximum_bytes, what) as file:
-        try:
-            data = file.read(maximum_bytes + 1)  # the file may grow while it is read
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
-    if len(data) > maximum_bytes:
+    number = _open(path, maximum_bytes, what)
+    try:
+        size = os.fstat(number).st_size
+        pieces = []
+        left = maximum_bytes + 1  # the file may grow while it is read
+        while left and (piece := os.read(number, min(left, size + 1))):
+            pieces.append(piece)
+            left -= len(piece)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
+    finally:
+        os.close(number)
+    if not left:
         raise InputError(f"{path}: grew beyond {maximum_bytes} bytes while it was read")
-    return data
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def open_file(path: Path, maximum_bytes: int, what: str) -> BinaryIO:
     """Opens a regular file; arguments and errors are those of `read_file`."""
+    return os.fdopen(_open(path, maximum_bytes, what), "rb")
+
+
+def _open(path: Path, maximum_bytes: int, what: str) -> int:
+    """The descriptor of an opened regular file within the limit."""
     try:
         # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
-    status = os.fstat(file.fileno())
-    problem = ""
-    if not stat.S_ISREG(status.st_mode):
-        problem = "is not a regular file; a plain file is needed"
-    elif status.st_size > maximum_bytes:
-        problem = f"has {status.st_size} bytes; {what} have at most {maximum_bytes}"
-    if problem:
-        file.close()
-        raise InputError(f"{path}: {problem}")
-    return file
+    status = os.fstat(number)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= maximum_bytes:
+        return number
+    os.close(number)
+    if stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path}: has {status.st_size} bytes; {what} have at most {maximum_bytes}")
+    raise InputError(f"{path}: is not a regular file; a plain file is needed")
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that are free on this machine, or None if unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def free_memory() -> int:
+    """Returns how many bytes can be allocated, as far as the system says."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    available = os.sysconf("SC_PHYS_PAGES") * page
+    with suppress(OSError, ValueError):  # Linux only
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        available = int(match[1]) << 10 if match else available
+    with suppress(OSError, ValueError):  # a container's limit, if there is one
+        group = Path("/sys/fs/cgroup")
+        used = re.search(r"^anon (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        available = min(available, int((group / "memory.max").read_text()) - int(used[1] if used else 0))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with suppress(OSError, ValueError):
+            available = min(available, limit - int(Path("/proc/self/statm").read_text().split()[0]) * page)
+    return max(available, 0)
 
 
 def _walk(folder: Path, parents: tuple[str, ...]) -> Iterator[Listed]:

@@ -403,8 +403,8 @@ def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[
             picture, _headers(row.file for row in rows[number:]) if stack.must_change(picture.header) else iter(())
         )
         kept.append(row)
-        counts[row.part].update(picture.rules)
-        counts[row.part].update(_facts(row, data, seen))
+        for key in (*picture.rules, *_facts(row, data, seen)):
+            counts[row.part][key] += 1
     return _Rows(kept, stack.filled(), len(stack.sizes), counts, unreadable)
 
 
@@ -482,12 +482,11 @@ class _Stack:
         return self.capacity * math.prod(self._form())
 
     def _fits(self) -> bool:
-        free = free_memory()
-        return free is None or self._num_bytes() <= _USABLE_MEMORY * free
+        return self._num_bytes() <= _USABLE_MEMORY * free_memory()
 
     def _too_large(self) -> InputError:
         height, width, channels = self._form()
-        free = free_memory() or 0
+        free = free_memory()
         return InputError(
             f"{self.path}: {self.capacity:,} images of {height}x{width} pixels and {channels} channel(s) take "
             f"{self._num_bytes() / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free; use fewer or smaller images"

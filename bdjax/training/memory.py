@@ -115,8 +115,7 @@ def available(device: jax.Device | None = None) -> int | None:
     """
     device = device or jax.local_devices()[0]
     if device.platform == "cpu":
-        free = free_memory()
-        free = None if free is None else free // jax.local_device_count()
+        free = free_memory() // jax.local_device_count()
     else:
         statistics = device.memory_stats() or {}
         limit = statistics.get("bytes_limit")
@@ -196,10 +195,10 @@ def check_fits(what: str, count: int, advice: str) -> None:
         advice: what would fit.
 
     Raises:
-        InputError: with both sizes; never where the free memory is unknown.
+        InputError: with both sizes.
     """
-    free = _free_memory()
-    if free is not None and count > USABLE * free:
+    free = free_memory()
+    if count > USABLE * free:
         raise InputError(f"{what} take about {_in_gib(count)} of {_in_gib(int(USABLE * free))} usable: {advice}")
 
 

@@ -216,11 +216,11 @@ def test_what_is_no_plain_array_is_said(folder):
 def test_arrays_are_compared_with_the_memory_that_there_is(folder, monkeypatch):
     path = folder / "a.npz"
     whole()(path)
-    monkeypatch.setattr(archives, "available_memory", lambda: 1300)
+    monkeypatch.setattr(archives, "free_memory", lambda: 1300)
     message = f"{path}, labels: int64 [20] has 160 bytes, 60 more than the memory that is available"
     assert refused(load_npz, path) == message
     monkeypatch.undo()
-    assert 1 << 24 < archives.available_memory() < 1 << 60
+    assert 1 << 24 < archives.free_memory() < 1 << 60
 
 
 @pytest.mark.parametrize("fault", NPZ_FAULTS)

@@ -113,7 +113,7 @@ def test_read_file(folder):
     for name, message in {
         "pipe": "is not a regular file; a plain file is needed",
         "zero": "is not a regular file; a plain file is needed",
-        ".": "cannot be read (Is a directory)",
+        ".": "is not a regular file; a plain file is needed",
         "self": "cannot be read (Too many levels of symbolic links)",
         "gone": "cannot be read (No such file or directory)",
     }.items():
@@ -124,4 +124,4 @@ def test_read_file(folder):
 
 
 def test_the_free_memory_is_known():
-    assert free_memory() is None or 1 << 20 < free_memory() < 1 << 60
+    assert 1 << 20 < free_memory() < 1 << 60

@@ -192,7 +192,7 @@ LARGE = {"width": 1024, "seeds": 100, "train_rows": 100}
     ],
 )
 def test_what_does_not_fit_into_memory(name, changes, free, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("bdjax.training.memory._free_memory", lambda: free)
+    monkeypatch.setattr("bdjax.training.memory.free_memory", lambda: free)
     assert message in refuse(name, tmp_path, **changes)
 
 
