@@ -6,6 +6,7 @@ A file's format is detected from its content. For what a file says about how its
 
 import contextlib
 import io
+import logging
 import os
 import re
 import struct
@@ -71,6 +72,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow logs damage that it also raises; without a handler, Python would print it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
 _SAYS_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe", b"tiff:Orientation")
 
 
