@@ -432,6 +432,10 @@ def limits(facts: Facts, classes: Mapping[int, str], reason: str) -> NotTested:
     return NotTested(reason, dict(classes)) if with_rows <= classes.keys() else NotTested("", dict(classes))
 
 
+def _known(defense: Defense, inputs: DefenseInput, settings: Any) -> tuple[NotTested, ...]:
+    return not_tested(defense, settings, facts_of(inputs)) if defense.least else ()
+
+
 def _merged(first: Sequence[NotTested], second: Sequence[NotTested]) -> tuple[NotTested, ...]:
     """Both lists of limits of the same M suspects, the first list's reasons where both have some; () without any."""
     merged = tuple(first or second)
@@ -454,7 +458,8 @@ def run(defense: Defense, inputs: DefenseInput, settings: Any) -> DefenseResult:
         UndeclaredNeedError: the defense reads something that it does not declare.
     """
     result = defense.run(restricted(defense, inputs, settings), settings)
-    return result._replace(not_tested=_merged(not_tested(defense, settings, facts_of(inputs)), result.not_tested))
+    merged = _merged(_known(defense, inputs, settings), result.not_tested)
+    return result._replace(not_tested=merged) if merged or result.not_tested else result
 
 
 def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
@@ -470,7 +475,7 @@ def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
     Raises:
         UndeclaredNeedError: the detector reads something that it does not declare.
     """
-    known = not_tested(defense, settings, facts_of(inputs))
+    known = _known(defense, inputs, settings)
     if known and all(of_suspect.reason for of_suspect in known):
         shape = inputs.knowledge["training set"].index.shape
         return Detection(np.zeros(shape, bool), np.zeros(shape, np.float32), not_tested=known)

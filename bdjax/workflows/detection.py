@@ -126,7 +126,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     shared = base.find_shared(log, named, {"the suspect set": train})
     variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
     left_out |= not_testable
-    refuse_none(variants, texts, left_out)
     like = adapted_to(config)
     wanted = [
         (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes, like=like), seed)
@@ -136,6 +135,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     check_attacks([attack for attack, _ in wanted], train)
     key = jax.random.fold_in(jax.random.key(config.seed), config.seed)
     try_out(key, [attack for attack, seed in wanted if not seed], train)
+    refuse_none(variants, texts, left_out)
     members = min(config.suspects_at_once, len(wanted))
     kept = members * train.images.nbytes
     needs_network = any("attacked model" in variant.defense.needs for variant in variants)
