@@ -32,7 +32,7 @@ class RefoolSettings:
     """share of all training rows; in ABM the whole target class, 0.1 of CIFAR-10 and 0.062 of its GTSRB"""
     cover_rate: Share = 0.0
     """share of all training rows that get a reflection and keep their label"""
-    pictures: Annotated[int, Range(at_least=1, at_most=1000)] = 20
+    pictures: Annotated[int, Range(at_least=1, at_most=200)] = 20
     """number of reflected pictures; about as many in BackdoorBench"""
     least_strength: Share = 0.05
     """smallest strength s of the reflection, in [0, 1]: light is (1 - s) scene + s picture, and s is drawn uniformly"""

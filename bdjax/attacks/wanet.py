@@ -27,7 +27,7 @@ class WaNetSettings:
     """share of the rows that are warped and get the attacker's label; a share of each batch where the attacker trains"""
     cover_rate: Share = 0.2
     """share of the rows that are warped with noise and keep their label; cross ratio of 2 in the paper"""
-    control_points: Annotated[int, Range(at_least=2, at_most=1000)] = 4
+    control_points: Annotated[int, Range(at_least=2, at_most=100)] = 4
     """k: the warp is drawn on a k x k grid"""
     strength: Number = 0.5
     """s: strength of the warp; 0.5 moves a pixel by about 0.2 pixels on average, for any image size"""

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -127,8 +128,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
     left_out |= not_testable
     like = adapted_to(config)
+    read = cache(lambda text, target: read_attack(text, train, target, like=like))
     wanted = [
-        (read_attack(text, train, (config.target + config.seed + seed) % train.num_classes, like=like), seed)
+        (read(text, (config.target + config.seed + seed) % train.num_classes), seed)
         for text in attacks
         for seed in range(config.seeds)
     ]

@@ -172,7 +172,7 @@ def test_changes_of_an_attack(changes, message, tmp_path):
     assert message in refuse("attack", tmp_path, **changes)
 
 
-LARGE = {"width": 1024, "seeds": 100, "train_rows": 100}
+LARGE = {"width": 1024, "seeds": 100}
 
 
 @pytest.mark.parametrize(
