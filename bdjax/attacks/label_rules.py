@@ -228,7 +228,7 @@ def titled(name: str, title: Callable[[int], str]) -> str:
 
 
 def check_target(target: int, dataset: Dataset) -> None:
-    """Refuse a target class without rows: its success could not be told from that of any other class.
+    """Refuse a target class without rows: the trigger has no class to lead to.
 
     Args:
         target: a class.

@@ -161,13 +161,13 @@ def prepare_all(
     return prepared, left_out
 
 
-def make_plans(config: Config, train: Dataset, key: Key) -> tuple[list[Plan], dict[str, str]]:
+def make_plans(config: Config, train: Dataset, key: Key | None = None) -> tuple[list[Plan], dict[str, str]]:
     """Every attack of the run, in the order of the registry or of the command line.
 
     Args:
         config: all settings.
         train: the training rows.
-        key: of the first seed's triggers, which are tried out if they are cheap to make.
+        key: of the first seed's triggers, which are tried out if they are cheap to make; None to try out none.
 
     Returns:
         The plans; and for `--attack=all`, attacks that cannot be run on the dataset -> why.
@@ -183,7 +183,8 @@ def make_plans(config: Config, train: Dataset, key: Key) -> tuple[list[Plan], di
     for name in names:
         try:
             plan = make_plan(name, train, config.target, like=adapted_to(config), **options)
-            try_out(key, plan, train, config.target)
+            if key is not None:
+                try_out(key, plan, train, config.target)
             plans.append(plan)
         except InputError as error:
             if not is_all:

@@ -102,7 +102,7 @@ def test_attackers_who_train_have_no_poisoned_set(clean):
 
 def test_a_trigger_that_changes_nothing_is_an_error(clean):
     with pytest.raises(InputError, match="changes no pixel of the 12 poisoned rows"):
-        prepare_all(clean, ["sig"], changes={"sig": {"amplitude": 0.0}}, poison_rate=0.08)
+        prepare_all(clean, ["sig"], changes={"sig": {"amplitude": 1e-9}}, poison_rate=0.08)
 
 
 def test_keys_are_of_the_name_alone():

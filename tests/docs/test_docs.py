@@ -20,6 +20,7 @@ from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
+from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
@@ -259,7 +260,7 @@ def check_attack(text: str, dataset: str, target: int, like: str | None, gets: s
 
 
 def test_a_flag_that_is_not_there_would_be_noticed():
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match="there is no flag"):
         check_experiment("lfd", ["--no-such-flag=1"])
 
 
