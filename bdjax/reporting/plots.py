@@ -261,7 +261,8 @@ def training_curves(
         histories: for each model, its metrics. With several members, the line is the mean and the band minimum to maximum.
         title: of the figure.
         value_label: label of the vertical axis.
-        log_scale: whether the vertical axis is logarithmic.
+        log_scale: whether the vertical axis is logarithmic; it is linear in panels without a positive number, as after training
+            that diverged.
     """
     columns = min(3, len(histories))
     rows = -(-len(histories) // columns)
@@ -283,8 +284,9 @@ def training_curves(
             if len(lines) > 1:
                 panel.fill_between(epochs, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
         panel.set_title(_short(name) + (f" ({members} members)" if members > 1 else ""))
-        panel.set(xlabel="epoch", yscale="log" if log_scale else "linear")
-        if log_scale:  # maths parsing is off (names may contain $), and matplotlib writes powers of ten as formulas
+        is_log = log_scale and any(np.any(np.nan_to_num(series, posinf=0.0) > 0) for series in history.values())
+        panel.set(xlabel="epoch", yscale="log" if is_log else "linear")
+        if is_log:  # maths parsing is off (names may contain $), and matplotlib writes powers of ten as formulas
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
         panel.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))

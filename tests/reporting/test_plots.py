@@ -162,6 +162,14 @@ def test_feature_maps_have_rows_for_stages_and_models_and_the_mean_first():
     assert canvas[-1, 0].max() == 0  # a model that diverged is drawn black
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_training_curves_without_a_positive_number_are_not_logarithmic(value):
+    curves = {"lost": {"loss": np.full((2, 3), value)}, "student": {"loss": np.array([1.0, 0.1])}}
+    figure = plots.training_curves(curves, log_scale=True)
+    figure.canvas.draw()
+    assert [panel.get_yscale() for panel in figure.axes] == ["linear", "log"]
+
+
 def test_training_curves_draw_mean_and_range_in_spite_of_a_lost_member():
     losses = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [np.nan, np.nan, np.nan]])
     figure = plots.training_curves({"teachers": {"loss": losses}, "student": {"loss": losses[0]}})
