@@ -123,6 +123,33 @@ def open_run(
     return RunFolder(Path(opened["path"]), opened["is_new"], opened["record"], locks[-1])
 
 
+def check_run(output: Path, config: Any, *, experiment: str, ignore: Sequence[str] = ()) -> None:
+    """Refuses a folder that `open_run` would refuse, without making or changing anything. What is at the settings' paths is not
+    compared, nor whether another process uses the folder.
+
+    Args:
+        output, config, experiment, ignore: as for `open_run`.
+
+    Raises:
+        InputError: the folder holds other files, or a run with other settings.
+    """
+    _look(output, {"experiment": experiment, "config": to_plain(config, "config")}, list(ignore))
+
+
+@processes.by_primary
+def _look(output: Path, wanted: Mapping[str, Any], ignore: Sequence[str]) -> None:
+    path = Path(output).expanduser().absolute()
+    try:
+        if not path.is_dir():
+            return
+        if (path / CONFIG_FILE).is_file():
+            known = _read_record(path / CONFIG_FILE, output).get("contents")
+            ignore = [*ignore, *(known if isinstance(known, dict) else ())]
+        _existing(path, wanted, ignore, output)
+    except OSError as error:
+        raise InputError(f"{output} cannot be used ({error.strerror or error}); choose another --output") from error
+
+
 @processes.by_primary
 def _open(output: Path, wanted: Mapping[str, Any], ignore: Sequence[str], locks: list[Lock | None]) -> dict[str, Any]:
     """Creates or checks the folder, appends its lock, and returns the other fields of a `RunFolder`."""

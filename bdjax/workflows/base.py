@@ -28,7 +28,7 @@ from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import command_line
 from bdjax.run import config as run_config
 from bdjax.run.config import ALL, IGNORED, ComparisonConfig, ExperimentConfig, check_ranges
-from bdjax.run.folder import RunFolder, to_plain
+from bdjax.run.folder import RunFolder, check_run, to_plain
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
 from bdjax.run.text import csv_text
@@ -198,6 +198,7 @@ def begin(
     """
     output = output_folder(experiment, config)
     run_config.check_output(output)
+    check_run(output, config, experiment=experiment.name, ignore=IGNORED)
     memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
     check_networks(config, image_shape, num_classes, members, networks)
     engine = run_config.choose_engine(config, image_shape, config.width, config.batch_size, members, output, log)

@@ -1,6 +1,7 @@
 """What no run can do is refused by every workflow before the probe, and before the run's folder is opened."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import pytest
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.run import config as run_config
+from bdjax.run.folder import to_plain
 from bdjax.run.log import StageLog
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit, detection, poisoned_sets, suspect_models
@@ -180,7 +182,7 @@ LARGE = {"width": 1024, "seeds": 100}
     [
         (
             "detection",
-            {"seeds": 1000, "suspects_at_once": 1000},
+            {"seeds": 1000, "suspects_at_once": 1000, "train_rows": 0},
             2**24,
             "the training and test sets of 1000 networks take",
         ),
@@ -209,6 +211,22 @@ def test_what_does_not_fit_into_memory(name, changes, free, message, tmp_path, m
 )
 def test_settings_of_ta_kd_that_do_not_fit_the_data(changes, message, tmp_path):
     assert message in refuse("ta_kd", tmp_path, **changes)
+
+
+def test_a_folder_of_something_else_or_of_other_settings(tmp_path):
+    """They are looked at before the probe, and not changed."""
+    config = dataclasses.replace(ta_kd.preset("quick", "digits"), output=tmp_path, **SMALL)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(InputError, match=r"has files \(thesis.tex\) but no config.json"):
+        ta_kd_workflow.run(config, ta_kd.EXPERIMENT, log=StageLog())
+    record = {"experiment": "ta_kd", "config": to_plain(dataclasses.replace(config, epochs=7))}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="holds a run with other settings: epochs 7 -> 20"):
+        ta_kd_workflow.run(config, ta_kd.EXPERIMENT, log=StageLog())
+    (tmp_path / "config.json").write_text(json.dumps({**record, "experiment": "lfd"}))
+    with pytest.raises(InputError, match="holds a run of lfd, not of ta_kd"):
+        ta_kd_workflow.run(config, ta_kd.EXPERIMENT, log=StageLog())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
 
 
 @pytest.mark.parametrize("name", ["poisoned_sets", "detection", "attack", "suspect_models", "ta_kd"])
