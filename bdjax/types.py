@@ -83,8 +83,9 @@ class Dataset:
 
 
 def name_of_class(dataset: Dataset, number: int) -> str:
-    """The class's name, "" if it has none."""
-    return dataset.class_names[number] if dataset.class_names else ""
+    """The class's name, "" if it has none but its number."""
+    name = dataset.class_names[number] if dataset.class_names else ""
+    return "" if name == str(number) else name
 
 
 class TrainTest(NamedTuple):

@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "first_labelling": 0,
         "last_labelling": 0,
     },
+    "agpd": {"narrowest": 1},
     "strip": {"num_overlays": 4},
     "neural_cleanse": {"repair_epochs": 1},
     "anp": {"iterations": 2},

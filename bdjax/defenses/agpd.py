@@ -435,21 +435,37 @@ def detect(inputs: DefenseInput, settings: AgpdSettings) -> Detection:
         clean_gradients = [at_layer[member, num_rows:] for at_layer in gradients]
         found.append(find_poisons(suspect_gradients, labels, clean_gradients, clean, settings))
         diverged = unless_finite(*suspect_gradients, *clean_gradients)
-        untested.append(diverged if diverged.reason else _not_tested(suspect_gradients, labels, clean, settings))
+        untested.append(
+            diverged if diverged.reason else _not_tested(suspect_gradients, labels, clean_gradients, clean, settings)
+        )
     flags, scores, facts = zip(*found, strict=True)
     stacked_facts = {name: np.array([values[name] for values in facts]) for name in facts[0]}
     return Detection(np.stack(flags), np.stack(scores), stacked_facts, not_tested=tuple(untested))
 
 
 def _not_tested(
-    gradients: Sequence[np.ndarray], labels: np.ndarray, clean: dict[int, np.ndarray], settings: AgpdSettings
+    gradients: Sequence[np.ndarray],
+    labels: np.ndarray,
+    clean_gradients: Sequence[np.ndarray],
+    clean: dict[int, np.ndarray],
+    settings: AgpdSettings,
 ) -> NotTested:
     """What could not be tested, known only after training; arguments as in `find_poisons`."""
-    if all(at_layer.shape[1] < settings.narrowest for at_layer in gradients):
+    layers = [pair for pair in zip(gradients, clean_gradients, strict=True) if pair[0].shape[1] >= settings.narrowest]
+    if not layers:
         return NotTested(f"needs a layer of at least {settings.narrowest} channels, which this network does not have")
-    missing = [int(label) for label in np.unique(labels) if label not in clean]
-    reason = "needs clean rows that the network classifies correctly, and there are none" if not clean else ""
-    return NotTested(reason, dict.fromkeys(missing, "has no clean row that the network classifies correctly"))
+    present, classes = np.unique(labels).tolist(), {}
+    for label in present:
+        if label not in clean:
+            classes[label] = "has no clean row that the network classifies correctly"
+        elif not any(
+            np.sum(np.any(rows[labels == label] != 0, axis=1)) >= LEAST_ROWS
+            and of_clean[clean[label]].mean(axis=0).any()
+            for rows, of_clean in layers
+        ):
+            classes[label] = "has fewer than 2 rows, or no clean row, that its logit has a gradient on"
+    reason = "needs classes with rows and clean rows that the network classifies correctly, and has a gradient on"
+    return NotTested(reason if len(classes) == len(present) else "", classes)
 
 
 def run(inputs: DefenseInput, settings: AgpdSettings) -> DefenseResult:

@@ -310,3 +310,41 @@ def test_defenses_that_can_find_nothing_are_left_out_with_the_reason():
     assert [variant.name for variant in kept] == ["none", "strip"]
     assert left_out["neural_cleanse"].startswith("could not be tested: needs at least 3 classes")
     assert math.isclose(facts_of(None, rows, 2).rows.sum(), 0)
+
+
+class TestWhatIsKnownOnlyAfterTraining:
+    """A network that diverged, or that leaves nothing to compare, finds nothing: that is no result."""
+
+    LABELS = np.repeat([0, 1, 2], 8)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_embeddings_that_are_not_finite_flag_nothing_and_say_so(self, value):
+        rows = np.random.default_rng(0).normal(size=(24, 3)).astype(np.float32)
+        rows[5] = value
+        found = activation_clustering.find_clusters(
+            rows, self.LABELS, activation_clustering.ActivationClusteringSettings()
+        )
+        assert not found.flags.any() and found.not_tested.reason == contract.DIVERGED
+        settings = spectral_signatures.SpectralSignaturesSettings()
+        assert not spectral_signatures.find_poisons(rows, self.LABELS, settings)[0].any()
+        assert not scan.find_poisons(rows, self.LABELS, rows, self.LABELS, scan.SCAnSettings()).flags.any()
+        assert contract.unless_finite(rows).reason == contract.DIVERGED and not contract.unless_finite(rows[:5]).reason
+
+    def test_gradients_that_are_not_finite_are_no_p_value(self):
+        gradients = np.ones((2, 8, 2, 2, 1), np.float32)
+        gradients[1] = 0
+        images = np.random.default_rng(0).random((8, 2, 2, 1), np.float32)
+        assert patterns.find_candidate(images, *gradients, p_value=0.01).p_value < 0.01
+        gradients[0, 0] = np.nan
+        found = patterns.find_candidate(images, *gradients, p_value=0.01)
+        assert found.least_p_value == 1 and not found.mask.any()
+
+    def test_agpd_lists_classes_without_a_gradient_or_a_correct_clean_row(self):
+        gradients = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+        gradients[self.LABELS == 1] = 0
+        clean, settings = {0: np.array([0]), 1: np.array([1])}, agpd.AgpdSettings()
+        found = agpd._not_tested([gradients], self.LABELS, [gradients[:2]], clean, settings)
+        assert list(found.classes) == [1, 2] and not found.reason
+        assert agpd._not_tested([gradients], self.LABELS, [gradients[:2]], {}, settings).reason
+        narrow = agpd._not_tested([gradients[:, :4]], self.LABELS, [gradients[:2, :4]], clean, settings)
+        assert narrow.reason.startswith("needs a layer of at least 16 channels")

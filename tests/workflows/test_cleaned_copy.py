@@ -80,7 +80,11 @@ def test_names_are_quoted_and_kept_to_the_letter(tmp_path):
     files = tuple(reversed(names))  # the odd ones are among the last rows, some of them flagged
     write(tmp_path, dataset(files=files, class_names=('ant, "red"', "bee")))
     found = {int(line["row"]): line for line in lines(tmp_path / "rows.csv")}
-    assert [found[row]["file"] for row in range(ROWS)] == [name.replace("\udce4", "\\udce4") for name in files]
+    shown = {
+        "=1+1.png": "'=1+1.png",
+        "not-\udce4-utf8.png": "not-\\udce4-utf8.png",
+    }  # a spreadsheet would run the first
+    assert [found[row]["file"] for row in range(ROWS)] == [shown.get(name, name) for name in files]
     assert found[0]["class_name"] == 'ant, "red"'
 
 
