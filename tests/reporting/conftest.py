@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from bdjax import atomic
 from bdjax.reporting import plots
-from bdjax.run.folder import write_bytes_atomically
 
 PNG = plots.to_png(plots.image_grid(np.zeros((1, 1, 8, 8, 1)), [], [], "a picture"))
 
@@ -21,6 +21,6 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def save(figure: Figure, path: Path) -> Path:
         assert isinstance(figure, Figure)
-        return write_bytes_atomically(path, PNG)
+        return atomic.write_bytes(path, PNG)
 
     monkeypatch.setattr(plots, "save", save)
