@@ -42,7 +42,12 @@ def start(output: pathlib.Path, script: str = "ta_kd", flags: tuple[str, ...] = 
         "PYTHONUNBUFFERED": "1",
     }
     command = [sys.executable, str(ROOT / "experiments" / f"{script}.py"), *(flags or FLAGS), f"--output={output}"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for(program: subprocess.Popen, happened: Callable[[], bool]) -> None:
@@ -63,7 +68,10 @@ def modules_mapped(program: subprocess.Popen, name: str) -> bool:
 def interrupt(program: subprocess.Popen, number: signal.Signals) -> None:
     """Send a signal; the program must end with the one line."""
     program.send_signal(number)
-    output, error = program.communicate(timeout=120)
+    try:
+        output, error = program.communicate(timeout=120)
+    finally:
+        program.kill()
     assert (program.returncode, error) == (128 + number, LINE), output
     assert "Traceback" not in output
 
