@@ -18,6 +18,8 @@ from bdjax.errors import InputError
 
 _RESIDUE = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", ".ipynb_checkpoints", ".ds_store"}
 _RESIDUE |= {".spotlight-v100", ".trashes", ".fseventsd", "$recycle.bin", "system volume information"}
+# O_NONBLOCK: opening a named pipe would otherwise wait for a writer.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _MAXIMUM_FILES = 20_000_000
 _MAXIMUM_DEPTH = 64
 
@@ -83,7 +85,7 @@ def list_level(folder: Path) -> tuple[list[Listed], list[Listed]]:
     return sorted(folders, key=lambda listed: listed.name), sorted(others, key=lambda listed: listed.name)
 
 
-def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
+def read_file(path: str | Path, maximum_bytes: int, what: str) -> bytes:
     """Reads a regular file; anything else (a device, a pipe, a folder) is refused without waiting for it.
 
     Args:
@@ -114,12 +116,12 @@ def read_file(path: Path, maximum_bytes: int, what: str) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def open_file(path: Path, maximum_bytes: int, what: str) -> BinaryIO:
+def open_file(path: str | Path, maximum_bytes: int, what: str) -> BinaryIO:
     """Opens a regular file; arguments and errors are those of `read_file`."""
     return os.fdopen(_open(path, maximum_bytes, what), "rb")
 
 
-def _open(path: Path, maximum_bytes: int, what: str) -> int:
+def _open(path: str | Path, maximum_bytes: int, what: str) -> int:
     """The descriptor of an opened regular file within the limit."""
     try:
         # O_NONBLOCK: opening a named pipe would otherwise wait for a writer.

@@ -122,7 +122,7 @@ def _load_unpacked(root: Path) -> TrainTest:
         raise InputError(f"{root}: has no training images; {' or '.join(_TRAINING_FOLDERS)} is needed")
     names = {f"GTSRB/{listed.name}": listed.problem for listed in list_files(root / "GTSRB")}
     training_rows, unread = _training_rows(
-        names, training_folder, lambda name: str(root / name), lambda name: _read(root / name)
+        names, training_folder, lambda name: f"{root}/{name}", lambda name: _read(f"{root}/{name}")
     )
     table = next((path for path in (root / _TEST_LABELS, root / "GTSRB" / _TEST_LABELS) if path.exists()), None)
     if table is None:
@@ -130,9 +130,10 @@ def _load_unpacked(root: Path) -> TrainTest:
     test_rows = []
     for file_name, label in _read_table(_read(table), table):
         name = f"{_TEST_FOLDER}/{file_name}"
-        if not (root / name).exists():
-            raise InputError(f"{root / name}: is missing, although {table.name} has a row for it")
-        test_rows.append(_Row(str(root / name), name, label, partial(_read, root / name)))
+        path = f"{root}/{name}"
+        if name not in names:
+            raise InputError(f"{path}: is missing, although {table.name} has a row for it")
+        test_rows.append(_Row(path, name, label, partial(_read, path)))
     return TrainTest(
         _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder], unread),
         _decode(test_rows, table, root, _NUM_TEST_ROWS, _unread_test_files(names, test_rows)),
@@ -201,7 +202,7 @@ def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> Tr
         return TrainTest(train, _decode(rows, test_path, test_path, _NUM_TEST_ROWS, unread))
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     return read_file(path, _MAXIMUM_FILE_BYTES, "files of GTSRB")
 
 

@@ -2,6 +2,9 @@
 
 import gzip
 import io
+import os
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -22,7 +25,15 @@ from bdjax.evaluation import model_folder
 from bdjax.workflows.outcomes import read_outcome
 from tests.datasets import test_gtsrb as gtsrb
 from tests.datasets import test_tiny_imagenet as tiny
-from tests.fixtures.archives import FILE_FAULTS, TAR_FAULTS, gzip_zeros, pax_record, tar_member, zip_faults
+from tests.fixtures.archives import (
+    FILE_FAULTS,
+    PICKLE_FAULTS,
+    TAR_FAULTS,
+    gzip_zeros,
+    pax_record,
+    tar_member,
+    zip_faults,
+)
 from tests.fixtures.arrays import NPZ_FAULTS, images, npy, saved, whole, with_member
 
 LIMITS = Limits("files of the test", 1000, 5000, 5, "the published archive has 2")
@@ -275,3 +286,55 @@ def test_unpacked_bytes_are_counted_as_they_come(folder):
     path = folder / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\0\0\0\x01" + b"\0\0\0\x1c" * 2) + gzip_zeros(2048))
     assert refused(read_idx, path, 3).endswith("has more than the 784 bytes that its header gives")
+
+
+IN_LITTLE_MEMORY = """
+import pathlib, resource, sys
+from bdjax.datasets.cifar import load_cifar10, read_pickle
+from bdjax.datasets.npz import load_npz
+from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
+from bdjax.errors import InputError
+from tests.datasets.test_archives import TINY_FAULTS
+from tests.fixtures import archives, arrays
+
+folder = pathlib.Path(sys.argv[1])
+cases = [
+    (archives.TAR_FAULTS[name], "cifar-10-binary.tar.gz", lambda path: load_cifar10([folder], False))
+    for name in ("long name", "pax header", "bomb", "large member", "comment", "streams without end", "endless")
+]
+cases += [
+    (arrays.NPZ_FAULTS[name], "mine.npz", load_npz)
+    for name in ("3 GB in 3 MB", "3 GB of floats", "header of 4 GB", "dtype without end", "larger than it says", "endless")
+]
+cases += [
+    (TINY_FAULTS[name], "tiny-imagenet-200.zip", lambda path: load_tiny_imagenet([folder], False))
+    for name in ("larger than it says", "members without end", "endless")
+]
+pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30),) * 2)
+for make, name, load in cases:
+    path = make(folder / name)
+    try:
+        load(path)
+    except InputError as error:
+        print("refused", error)
+    path.unlink()
+for name, data in archives.PICKLE_FAULTS.items():
+    try:
+        read_pickle(data, name).as_array()
+    except (InputError, AttributeError) as error:
+        print("refused", error)
+"""
+
+
+@pytest.mark.slow
+def test_a_gigabyte_is_enough_to_refuse(folder):
+    """In a process of its own, since the limit cannot be lifted again."""
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(folder)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": os.getcwd()}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 7 + 6 + 3 + len(PICKLE_FAULTS) and all(line.startswith("refused ") for line in lines)
+    assert "MemoryError" not in done.stdout and "Cannot allocate" not in done.stdout
