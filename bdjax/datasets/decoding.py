@@ -47,9 +47,14 @@ _STARTS = {
     "JPEG2000": (b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"),
     "DIB": tuple(bytes((size, 0, 0, 0)) for size in (12, 40, 52, 56, 64, 108, 124)),
 }
+_BY_FIRST_BYTE = {
+    first: [(name, start) for name, starts in _STARTS.items() for start in starts if start[0] == first]
+    for first in {start[0] for starts in _STARTS.values() for start in starts}
+}
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr")
 _MAXIMUM_PIXELS = 1 << 25
 # Each of these bounds is on a kind of small file that would keep a decoder busy for minutes, or fill the memory.
+_ALWAYS_QUICK = 1 << 16  # bytes of a file; counting the pieces of small ones would take longer than reading them
 _MAXIMUM_PIECES = 10_000
 _MAXIMUM_METADATA = {"TIFF": 1 << 22, "JPEG": 1 << 24}
 _MAXIMUM_OTHER_METADATA = 1 << 25
@@ -213,7 +218,7 @@ class _BoundedFile(io.BytesIO):
         self.bytes = num_bytes
 
     def read(self, size: int | None = -1) -> bytes:
-        data = super().read(size)
+        data = io.BytesIO.read(self, size)
         self.pieces -= 1
         self.bytes -= len(data)
         if self.pieces < 0 or self.bytes < 0:
@@ -230,9 +235,11 @@ def _open(data: bytes, where: object) -> Image.Image:
     metadata = (
         len(data) + 64 if image_format == "WEBP" else _MAXIMUM_METADATA.get(image_format, _MAXIMUM_OTHER_METADATA)
     )
-    file = _BoundedFile(data, where, metadata)
+    is_bounded = len(data) > _ALWAYS_QUICK or image_format == "TIFF"
+    file = _BoundedFile(data, where, metadata) if is_bounded else io.BytesIO(data)
     try:
         image = Image.open(file, formats=(image_format,))
+        _check_cost(image, data, where)
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -241,30 +248,37 @@ def _open(data: bytes, where: object) -> Image.Image:
         raise _damaged(where, "its header cannot be read") from error
     except Exception as error:
         raise _damaged(where, error) from error
-    num_pixels = image.width * image.height
+    if is_bounded:
+        is_slow = image.tile and image.tile[0][0] in _SLOW_DECODERS
+        file.pieces = 2 * len(data) if is_slow else _MAXIMUM_PIECES + len(data) // 64
+        file.bytes = 4 * len(data) + _MAXIMUM_OTHER_METADATA
+    return image
+
+
+def _check_cost(image: Image.Image, data: bytes, where: object) -> None:
+    """Refuses what Pillow cannot convert, or could only decode with much time or memory."""
+    width, height = image.size
+    num_pixels = width * height
     if num_pixels > _MAXIMUM_PIXELS:
-        raise InputError(f"{where}: has {image.width}x{image.height} pixels; the limit is {_MAXIMUM_PIXELS} pixels")
+        raise InputError(f"{where}: has {width}x{height} pixels; the limit is {_MAXIMUM_PIXELS} pixels")
     if image.mode not in _MODES and not _is_deep_grey(image):
         raise InputError(f"{where}: has Pillow's pixel mode {image.mode}; 8 or 16 bits per channel are needed")
-    decoder = image.tile[0][0] if image.tile else ""
     if len(image.tile) > _MAXIMUM_TILES:
         raise InputError(f"{where}: has {len(image.tile):,} tiles; images have at most {_MAXIMUM_TILES:,}")
-    if image_format == "TIFF":
-        tile = image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_HEIGHT, 1)
-        if max(tile) * min(tile) > max(_MAXIMUM_TILE_PIXELS, 4 * num_pixels):
+    if image.format == "TIFF":
+        tile = int(image.tag_v2.get(_TILE_WIDTH, 1)), int(image.tag_v2.get(_TILE_HEIGHT, 1))
+        if tile[0] * tile[1] > max(_MAXIMUM_TILE_PIXELS, 4 * num_pixels):
             raise InputError(f"{where}: has tiles of {tile[0]}x{tile[1]} pixels, far larger than the image")
+    decoder = image.tile[0][0] if image.tile else ""
     if decoder == "jpeg":
         scans = data.count(b"\xff\xda")
         if scans * num_pixels > _MAXIMUM_SCANNED_PIXELS:
-            raise InputError(f"{where}: has {scans} scans of {image.width}x{image.height} pixels; that takes too long")
+            raise InputError(f"{where}: has {scans} scans of {width}x{height} pixels; that takes too long")
     elif decoder in _SLOW_DECODERS:
         if num_pixels > _MAXIMUM_SLOW_PIXELS or len(data) > _SLOW_DECODERS[decoder] * num_pixels + (1 << 16):
             raise InputError(f"{where}: is a {image.format} of a kind that is slow to read, and too large; use PNG")
         if decoder == "ppm_plain" and data.count(b"#") > _MAXIMUM_COMMENTS:
             raise InputError(f"{where}: has more than {_MAXIMUM_COMMENTS} comments; images have a few")
-    file.pieces = 2 * len(data) if decoder in _SLOW_DECODERS else _MAXIMUM_PIECES + len(data) // 64
-    file.bytes = 4 * len(data) + _MAXIMUM_OTHER_METADATA
-    return image
 
 
 def _load(image: Image.Image) -> None:
@@ -294,9 +308,9 @@ def _no_stderr() -> Iterator[None]:
 
 def _format(data: bytes) -> str | None:
     """Pillow's name of the format, from the first bytes."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    return next((name for name, starts in _STARTS.items() if data.startswith(starts)), None)
+    if data[:4] == b"RIFF":
+        return "WEBP" if data[8:12] == b"WEBP" else None
+    return next((name for name, start in _BY_FIRST_BYTE.get(data[0], ()) if data.startswith(start)), None)
 
 
 def _damaged(where: object, error: object) -> InputError:
@@ -308,7 +322,9 @@ def _damaged(where: object, error: object) -> InputError:
 
 def _is_deep_grey(image: Image.Image) -> bool:
     # "I" has 32 bits, but Pillow uses it for 16 in PPM and, before its version 11, in PNG.
-    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    return image.mode not in _MODES and (
+        image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    )
 
 
 def _is_grey(image: Image.Image) -> bool:
@@ -361,6 +377,8 @@ def _may_be_turned(image: Image.Image, data: bytes) -> bool:
 def _orientation(image: Image.Image) -> int:
     """The orientation, 1 (upright) to 8, from a TIFF's tags, EXIF or XMP; 1 if they cannot be read."""
     info = image.info
+    if not info and image.format != "TIFF":
+        return 1
     found = image.tag_v2.get(_ORIENTATION) if image.format == "TIFF" else None
     exif = info.get("exif")
     if exif is None and "Raw profile type exif" in info:  # as ImageMagick writes it into a PNG

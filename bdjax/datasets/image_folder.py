@@ -6,6 +6,7 @@ Whatever is in the folder is either a row of the dataset or listed in its `unrea
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import math
 import os.path
 import re
@@ -29,7 +30,7 @@ from bdjax.datasets.decoding import (
 )
 from bdjax.datasets.files import Listed, free_memory, list_files, list_level, read_file
 from bdjax.datasets.splits import fixed_test_split, take_part
-from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset
+from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
@@ -372,10 +373,10 @@ def _check_readable(part: _Part, names: set[str]) -> None:
 def _refusal(path: Path, unreadable: Sequence[Unread]) -> InputError:
     hint = "--skip-unreadable leaves such files out"
     if len(unreadable) == 1:
-        return InputError(f"{path / unreadable[0].file}: {unreadable[0].reason}; {hint}")
+        return InputError(one_line(f"{path / unreadable[0].file}: {unreadable[0].reason}; {hint}"))
     named = "; ".join(f"{file} {_fault(reason)}" for file, reason in unreadable[:_MOST_NAMED])
     more = f"; and {len(unreadable) - _MOST_NAMED:,} more" if len(unreadable) > _MOST_NAMED else ""
-    return InputError(f"{path}: {len(unreadable):,} files cannot be read ({hint}): {named}{more}")
+    return InputError(one_line(f"{path}: {len(unreadable):,} files cannot be read ({hint}): {named}{more}"))
 
 
 def _fault(reason: str) -> str:
@@ -399,9 +400,7 @@ def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[
         except InputError as error:
             unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ")))
             continue
-        stack.add(
-            picture, _headers(row.file for row in rows[number:]) if stack.must_change(picture.header) else iter(())
-        )
+        stack.add(picture, _headers(row.file for row in itertools.islice(rows, number, None)))
         kept.append(row)
         for key in (*picture.rules, *_facts(row, data, seen)):
             counts[row.part][key] += 1
@@ -446,10 +445,6 @@ class _Stack:
         """Lets an image have a say in the form."""
         self.sizes.add(header.size)
         self.is_grey &= header.is_grey
-
-    def must_change(self, header: ImageHeader) -> bool:
-        """Whether an image with this header would change the form."""
-        return self.images is None or header.size not in self.sizes or (self.is_grey and not header.is_grey)
 
     def add(self, picture: Picture, rest: Iterator[ImageHeader]) -> None:
         """Adds an image.
