@@ -25,7 +25,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
 )
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Reading even the smallest program takes a third of the time of compiling it.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_collection_finish() -> None:

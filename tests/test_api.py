@@ -14,6 +14,7 @@ from tiny_network import make_tiny
 import bdjax
 from bdjax import api
 from bdjax.datasets.digits import load_digits
+from bdjax.defenses.undefended import run as undefended_run
 from bdjax.training.member import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -156,9 +157,8 @@ class TestPoison:
         )
         assert plain == same != adapted and adapted.poison_rate == 0.05
 
-    def test_attackers_who_need_a_clean_network_get_it(self):
-        clean = bdjax.train(MODEL, TRAIN, KEY, epochs=1)
-        bad = bdjax.poison("label_consistent", TRAIN, KEY, poison_rate=0.1, clean_model=clean, like="digits")
+    def test_attackers_who_need_a_clean_network_get_it(self, victim):
+        bad = bdjax.poison("label_consistent", TRAIN, KEY, poison_rate=0.1, clean_model=victim, like="digits", steps=2)
         assert bad.data.is_poisoned.sum() == 9
         refused("needs a clean network: pass clean_model=", bdjax.poison, "label_consistent", TRAIN, KEY)
 
@@ -279,7 +279,9 @@ class TestDetectAndDefend:
         found = bdjax.detect("spectral_signatures", bad.data, KEY, victim=three)
         assert found.flags.shape == found.scores.shape == (3, 96)
 
-    def test_settings_adapt_to_like_and_not_to_the_name_of_the_data(self, victim):
+    def test_settings_adapt_to_like_and_not_to_the_name_of_the_data(self, victim, monkeypatch):
+        undefended = lambda defense, inputs, settings: undefended_run(inputs, settings)  # noqa: E731
+        monkeypatch.setattr(api.contract, "run", undefended)  # nothing is trained
         options = {"clean": CLEAN, "epochs": 1, "batch_size": 32, "preset": "quick"}
         named = dataclasses.replace(CLEAN, name="digits")
         plain = bdjax.defend("fine_tuning", victim, KEY, **options | {"clean": named}).settings

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from bdjax.inspection.scaling import min_max
-from bdjax.training.ensemble import Layout, default_layout, map_members
 from bdjax.types import Array, Model, PyTree
 
 
@@ -59,37 +58,6 @@ def grad_cam(
     heat = jax.nn.relu(jnp.einsum("nhwc,nc->nhw", features, weights))
     heat = jax.image.resize(heat, (num_rows, height, width), "bilinear")
     return min_max(heat, axes=(1, 2)), classes
-
-
-@partial(jax.jit, static_argnames=("model", "tap", "layout"))
-def grad_cam_members(
-    model: Model,
-    variables: PyTree,
-    images: Array,
-    classes: Array | int | None = None,
-    *,
-    tap: str = "stage3",
-    layout: Layout | None = None,
-) -> tuple[Array, Array]:
-    """Compute `grad_cam` for every member of an ensemble on the same images.
-
-    Args:
-        model: their architecture.
-        variables: stacked [M, ...].
-        images: float32 [N, H, W, C] in [0, 1], shared by all members.
-        classes: as for `grad_cam`, shared by all members; None for the classes each member predicts.
-        tap: which features.
-        layout: how the members are laid out; None for the backend's default.
-
-    Returns:
-        heat_maps: float32 [M, N, H, W] in [0, 1].
-        classes: int32 [M, N].
-    """
-
-    def explain(variables: PyTree, images: Array, classes: Array | int | None) -> tuple[Array, Array]:
-        return grad_cam(model, variables, images, classes, tap=tap)
-
-    return map_members(explain, layout or default_layout(), num_shared=2)(variables, images, classes)
 
 
 def _features_at(model: Model, variables: PyTree, images: Array, tap: str) -> Array:

@@ -80,22 +80,4 @@ def picture_rows(pictures: Mapping[str, Array], names: Sequence[str] = PICTURES)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def gallery_rows(
-    pictures: Mapping[str, Array], names: Sequence[str] = ("trigger", "triggered")
-) -> list[list[np.ndarray]]:
-    """Arrange a column for each trigger and a row for each picture.
-
-    Args:
-        pictures: from `trigger_pictures`.
-        names: which pictures.
-
-    Returns:
-        `len(names)` rows of T images [H, W, 1 or C].
-
-    References:
-        Heydari et al. 2025, figure 2.
-    """
-    return [list(np.asarray(pictures[name])) for name in names]
-
-
 _trigger_pictures = jax.jit(jax.vmap(trigger_picture, in_axes=(0, None)))

@@ -208,11 +208,6 @@ def _take(tree: PyTree, which: Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[which], tree)
 
 
-def unstack(tree: PyTree) -> list[PyTree]:
-    """The inverse of `stack`."""
-    return [members(tree, i) for i in range(num_members(tree))]
-
-
 def init_members(init: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
     """Initialise stacked members; each depends only on its own slice of the arguments.
 

@@ -118,8 +118,8 @@ GOAL = Assimilation(
 def test_assimilation_is_the_mean_distance_to_the_value():
     groups = [np.asarray(maps) for maps in MAPS]
     expected = [((g[..., which] - v) ** 2).mean() for g, which, v in zip(groups, *GOAL, strict=True)]
-    np.testing.assert_allclose(assimilation(MAPS, GOAL), np.mean(expected), rtol=1e-5)
-    gradient = jax.jit(jax.grad(assimilation))(MAPS, GOAL)
+    found, gradient = jax.jit(jax.value_and_grad(assimilation))(MAPS, GOAL)
+    np.testing.assert_allclose(found, np.mean(expected), rtol=1e-5)
     for group, which, value, found in zip(groups, *GOAL, gradient, strict=True):
         chosen = np.zeros(group.shape[-1])
         chosen[np.asarray(which)] = 1 / (3 * group[..., which].size)
@@ -129,13 +129,12 @@ def test_assimilation_is_the_mean_distance_to_the_value():
 def test_the_published_loss_sees_one_channel_of_one_image():
     last = np.asarray(MAPS[-1], np.float64)
     value = last.mean(axis=(0, 1, 2)).max()
-    np.testing.assert_allclose(
-        published_assimilation(MAPS, GOAL), 2 / 4 * ((last[0, :, :, 14] - value) ** 2).sum(), rtol=1e-5
-    )
-    gradient = jax.jit(jax.grad(published_assimilation))(MAPS, GOAL)
+    found, gradient = jax.jit(jax.value_and_grad(published_assimilation))(MAPS, GOAL)
+    np.testing.assert_allclose(found, 2 / 4 * ((last[0, :, :, 14] - value) ** 2).sum(), rtol=1e-5)
+    gradient = [np.asarray(leaf) for leaf in gradient]
     assert not gradient[0].any() and not gradient[1].any()
     np.testing.assert_allclose(gradient[2][0, :, :, 14], 2 / 4 * 2 * (last[0, :, :, 14] - value), rtol=1e-4)
-    np.testing.assert_allclose(jnp.abs(gradient[2]).sum(), jnp.abs(gradient[2][0, :, :, 14]).sum())
+    np.testing.assert_allclose(np.abs(gradient[2]).sum(), np.abs(gradient[2][0, :, :, 14]).sum(), rtol=1e-6)
 
 
 def apply_in_groups(variables, images, *, train, edits=None):
@@ -152,8 +151,8 @@ def test_features_are_before_the_relu_of_all_groups_in_their_order(digits):
     images = jnp.asarray(digits.test.images[:4], jnp.float32) / 255
     output = apply_in_groups({}, images, train=False)
     for number, features in enumerate(distilled_features(output), 1):
-        np.testing.assert_array_equal(features, number * images - 1)
-    np.testing.assert_array_equal(last_output(output), 11 * images)
+        np.testing.assert_array_equal(features, number * np.asarray(images) - 1)
+    np.testing.assert_array_equal(last_output(output), 11 * np.asarray(images))
     # The means grow with the number; sorted by name, group10 would come second.
     start = random_soft_blend(jax.random.key(3), digits.train.image_shape, 0.5)
     goal = choose_channels(jax.random.key(0), (IN_GROUPS, {}), digits.train, start, CkdSettings())

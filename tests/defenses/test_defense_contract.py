@@ -35,7 +35,10 @@ SMALL: dict[str, str] = {
     "fine_pruning": "fine_pruning:held_out=0.25:epochs=2",
     "nad": "nad:teacher_epochs=1:epochs=1",
     "ft_sam": "ft_sam:epochs=1",
-    "vbd": "vbd:networks=4-4P:epochs=2:batch_size=32:detector_epochs=1:detector_batch_size=32",
+    "vbd": (
+        "vbd:networks=4-4P:epochs=2:least_steps=0:batch_size=32:detector_epochs=1:least_detector_steps=0"
+        ":detector_batch_size=32"
+    ),
     "strip": "strip:num_overlays=8",
     "neural_cleanse": "neural_cleanse:epochs=4:repair_epochs=1",
     "anp": "anp:iterations=4",

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_network import make_tiny
 
-from bdjax.inspection.grad_cam import grad_cam, grad_cam_members
-from bdjax.models import make_model
-from bdjax.training.ensemble import members, stack
+from bdjax.inspection.grad_cam import grad_cam
 from bdjax.types import Model, ModelOutput
 from tests.defenses.tiny import SHAPE, TINY, tiny_variables
 
@@ -38,15 +37,6 @@ READOUT = jnp.array(
 LINEAR_VARIABLES = {"readout": READOUT, "bias": jnp.array([0.0, 0.0])}
 BLOCKS = np.array([[[0.5, 0.0], [0.5, 0.5]], [[0.0, 0.5], [1.0, 0.5]]], np.float32)  # [2, 2, c]
 IMAGE = jnp.asarray(BLOCKS.repeat(2, axis=0).repeat(2, axis=1))  # [4, 4, 2]
-
-
-@pytest.fixture(scope="module")
-def resnet() -> tuple[Model, dict]:
-    model = make_model("resnet10", num_classes=4, width=4)
-    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), SHAPE)
-    # Statistics of some data, so that running batch normalisation is not the identity.
-    images = jax.random.uniform(jax.random.key(9), (16, *SHAPE))
-    return model, jax.jit(partial(model.apply, train=True))(variables, images).variables
 
 
 @pytest.fixture(scope="module")
@@ -113,19 +103,20 @@ def test_maps_that_show_nothing_are_0(image, reason):
     np.testing.assert_array_equal(heat_maps, np.zeros((1, 4, 4)), err_msg=reason)
 
 
-def test_it_is_the_older_class_activation_map_where_pooling_and_a_matrix_follow(resnet, images):
-    model, variables = resnet
-    heat_maps, classes = grad_cam(model, variables, images)
+def test_it_is_the_older_class_activation_map_where_pooling_and_a_matrix_follow(images):
+    model = make_tiny(4)
+    variables = jax.jit(model.init, static_argnums=1)(jax.random.key(0), SHAPE)
+    heat_maps, classes = grad_cam(model, variables, images, tap="stage1")
     output = jax.jit(partial(model.apply, train=False))(variables, images)
-    np.testing.assert_array_equal(classes, jnp.argmax(output.logits, axis=1))
-    features = np.asarray(output.features["stage3"])
-    weights = np.asarray(variables["params"]["classifier"]["kernel"]).T[classes] / (2 * 2)
+    np.testing.assert_array_equal(classes, np.argmax(output.logits, axis=1))
+    features = np.asarray(output.features["stage1"])
+    weights = np.asarray(variables["params"]["classifier"]["kernel"]).T[classes] / (8 * 8)
     np.testing.assert_allclose(heat_maps, heat_by_numpy(features, weights, 8), atol=1e-5)
 
 
-@pytest.mark.parametrize(("tap", "positions"), [("stage2", 16), ("stage3", 4)])  # 4x4 and 2x2 pixels
-def test_finite_differences(tiny, images, tap, positions):
+def test_finite_differences(tiny, images):
     model, variables = tiny
+    tap, positions = "stage2", 16  # 4x4 pixels
     explained, step = 2, 2e-3
     features = jax.jit(partial(model.apply, train=False))(variables, images).features[tap]
 
@@ -164,16 +155,12 @@ def test_a_map_does_not_depend_on_the_other_rows(tiny, images):
     np.testing.assert_allclose(spoiled[0], together[0], atol=1e-5)
 
 
-def test_compiled_is_as_written(tiny, images):
-    compiled = grad_cam(LINEAR, LINEAR_VARIABLES, IMAGE[None])
-    with jax.disable_jit():
-        plain = grad_cam(LINEAR, LINEAR_VARIABLES, IMAGE[None])
-    np.testing.assert_allclose(compiled[0], plain[0], atol=1e-6)
-    np.testing.assert_array_equal(compiled[1], plain[1])
-    model, variables = tiny
-    compiled = grad_cam(model, variables, images)
-    outer = jax.jit(lambda variables, images: grad_cam(model, variables, images))(variables, images)
-    np.testing.assert_allclose(compiled[0], outer[0], atol=1e-5)
+def test_it_can_be_part_of_a_compiled_function():
+    heat_maps, classes = jax.jit(lambda variables, images: grad_cam(LINEAR, variables, images))(
+        LINEAR_VARIABLES, IMAGE[None]
+    )
+    np.testing.assert_array_equal(classes, [0])
+    np.testing.assert_allclose(heat_maps, GOLDEN_0[None], atol=1e-6)
 
 
 def test_one_compilation_per_model_and_number_of_rows():
@@ -188,29 +175,6 @@ def test_one_compilation_per_model_and_number_of_rows():
     traced = len(calls)
     grad_cam(model, {**LINEAR_VARIABLES, "bias": jnp.ones(2)}, 1.0 - IMAGE[None], jnp.array([1]))
     assert len(calls) == traced
-
-
-def test_both_lowerings_agree(resnet, images):
-    _, variables = resnet
-    native, shifted = (
-        grad_cam(make_model("resnet10", 4, 4, lowering), variables, images) for lowering in ("native", "shifted")
-    )
-    np.testing.assert_allclose(native[0], shifted[0], atol=1e-4)
-    np.testing.assert_array_equal(native[1], shifted[1])
-
-
-@pytest.mark.parametrize("layout", ["map", "vmap", None])
-@pytest.mark.parametrize("classes", [None, np.array([3, 0, 1])])
-def test_members_are_a_loop(tiny, images, layout, classes):
-    model, variables = tiny
-    stacked = stack([variables, {**variables, "params": jax.tree.map(lambda leaf: leaf[::-1], variables["params"])}])
-    heat_maps, explained = grad_cam_members(model, stacked, images, classes, layout=layout)
-    assert heat_maps.shape == (2, 3, 8, 8)
-    assert explained.dtype == jnp.int32
-    for index in range(2):
-        expected = grad_cam(model, members(stacked, index), images, classes)
-        np.testing.assert_allclose(heat_maps[index], expected[0], atol=1e-5)
-        np.testing.assert_array_equal(explained[index], expected[1])
 
 
 def test_an_unknown_tap_is_named_with_the_known_ones(tiny, images):

@@ -21,6 +21,8 @@ LOWERINGS = get_args(Lowering)
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
+RUN = (*SMALLEST, "resnet50")
+AT_EVERY_SIZE = (*SMALLEST, "vbd_64p", "resnet18_cifar")
 DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
@@ -133,11 +135,11 @@ def test_only_the_last_layer_depends_on_the_number_of_classes(name, parameters):
         ("wrn_28_4", 5_872_180),
         ("resnet56", 861_620),
         pytest.param("pyramidnet_110_84", 3_913_536, marks=pytest.mark.slow),
-        pytest.param("pyramidnet_200_240", 26_844_952, marks=pytest.mark.slow),
     ],
 )
 def test_parameters_of_teachers_and_students_of_a_hundred_classes(name, parameters):
-    # Printed in papers on distillation: 0.70M, 2.77M, 1.47M, 5.87M, 0.86M, 3.91M, 26.84M.
+    # Printed in papers on distillation: 0.70M, 2.77M, 1.47M, 5.87M, 0.86M, 3.91M. The deepest network with bottlenecks,
+    # pyramidnet_200_240, takes 11 s to trace; pyramidnet_11_24 above is made by the same code.
     assert count_with(name, (32, 32, 3), 100) == parameters
 
 
@@ -190,7 +192,7 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
 
 @pytest.mark.parametrize(
     "name",
-    slow_unless([name for name in MODELS if name not in DEEP + DEEPEST], (*SMALLEST, "vbd_64p", "resnet18_cifar")),
+    slow_unless([name for name in MODELS if name not in DEEP + DEEPEST], AT_EVERY_SIZE),
 )
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
@@ -205,7 +207,7 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         if TAPS[name] == 2
         else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
     }[name.split("_")[0].rstrip("0123456789")]
-    for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)):
+    for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)) if name in AT_EVERY_SIZE else ((28, 28, 1),):
         variables = variable_shapes(name, image, 2)
         output = output_shapes(name, image, width=2, train=image[0] != 28)
         assert set(variables) == {"params", "batch_stats"}
@@ -237,8 +239,9 @@ def run_members(name):
     return jax.jit(jax.vmap(run_member, in_axes=(0, None, None)))
 
 
-@pytest.mark.parametrize("name", slow_unless([name for name in MODELS if name not in DEEPEST], SMALLEST))
-def test_every_network(name):
+@pytest.mark.parametrize("name", slow_unless(RUN, SMALLEST))
+def test_the_smallest_network_of_each_family(name):
+    """And one with the bottleneck blocks of the deepest ResNets."""
     model = make_model(name, K, 2, "native")
     assert (model.num_classes, model.description) == (K, f"{name} width 2")
     members = [variables_of(name, seed) for seed in range(2)]
@@ -276,6 +279,26 @@ def test_every_network(name):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("name", slow_unless([name for name in MODELS if name not in (*RUN, *DEEPEST)], ()))
+def test_edits_of_a_deeper_network_are_those_of_its_taps(name):
+    """Traced, not run: its blocks are those of a network above."""
+    model, variables = make_model(name, K, 2, "native"), variable_shapes(name, SHAPE, 2, K)
+    assert (model.num_classes, model.description) == (K, f"{name} width 2")
+    edited = []
+
+    def note(tap, features):
+        edited.append((tap, features.shape))
+        return features
+
+    edits = {tap: partial(note, tap) for tap in names_of(name)}
+    output = jax.eval_shape(lambda variables: model.apply(variables, IMAGES, train=False, edits=edits), variables)
+    assert edited == [(tap, features.shape) for tap, features in output.features.items()]
+    assert output.logits.shape == (3, K) and output.logits.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(output.variables, variables)
+    *_, last = output.features.values()
+    assert variables["params"]["classifier"]["kernel"].shape == (last.shape[3], K)
+
+
 @pytest.mark.slow
 def test_only_the_preact_resnet_of_the_paper_normalises_after_its_last_block():
     ones = {tap: jnp.float32(1.0) for tap in names_of("preact_resnet18")}
@@ -308,6 +331,9 @@ def test_an_edit_of_an_unknown_tap_is_an_error(name):
 
 @pytest.mark.parametrize("name", slow_unless(NEW_FAMILIES, ("lenet",)))
 def test_all_lowerings_are_the_same_network(name):
+    """With gradients where there are convolutions that no ResNet has: of any size, without padding, and depthwise."""
+    has_gradient = name in ("lenet", "vbd_4_4p", "mobilenet_v2_s")
+
     def run(lowering):
         model = make_model(name, K, 4, lowering)
 
@@ -317,6 +343,8 @@ def test_all_lowerings_are_the_same_network(name):
                 output = model.apply({**variables, "params": params}, IMAGES, train=True)
                 return jnp.sum(jnp.square(output.logits)), output
 
+            if not has_gradient:
+                return loss(variables["params"])[1], {}
             (_, output), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
             return output, gradient
 
@@ -333,18 +361,21 @@ def test_all_lowerings_are_the_same_network(name):
     for other, other_gradient in others:
         chex.assert_trees_all_close(other, output, rtol=1e-3, atol=1e-3)
         # Statistics of a batch of few pixels magnify rounding.
-        scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+        scale = max((float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)), default=0.0)
         chex.assert_trees_all_close(other_gradient, gradient, rtol=1e-2, atol=2e-4 * scale)
 
 
 @pytest.mark.parametrize(("name", "lowering"), list(zip(SMALLEST, itertools.cycle(LOWERINGS), strict=False)))
 def test_only_activations_are_bfloat16(name, lowering):
     model = make_model(name, K, 2, lowering, "bfloat16")
-    output = jax.eval_shape(lambda variables: model.apply(variables, IMAGES, train=True), variables_of(name))
+    program, output = jax.make_jaxpr(lambda variables: model.apply(variables, IMAGES, train=True), return_shape=True)(
+        variables_of(name)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype("float32")}
+    assert ":bf16[3," in str(program)
 
 
-@pytest.mark.parametrize("name", slow_unless(SMALLEST, ("resnet_s", "lenet")))
+@pytest.mark.parametrize("name", ["resnet_s", "lenet"])
 def test_logits_in_bfloat16_are_near_the_exact_ones(name):
     run = jax.jit(lambda v: make_model(name, K, 2, "native", "bfloat16").apply(v, IMAGES, train=False).logits)
     stacked = jax.tree.map(lambda leaf: leaf[None], variables_of(name))

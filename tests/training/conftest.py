@@ -4,39 +4,18 @@ import gc
 import warnings
 from typing import get_args
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from bdjax.models import Lowering
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
-from bdjax.types import Model, ModelOutput
+from bdjax.types import Model
+from tests.training.linear_network import linear_network
 
 
 @pytest.fixture(scope="session")
 def linear() -> Model:
-    """Softmax regression on images centred by their batch mean, or by the running mean in evaluation."""
-
-    def init(key, image_shape):
-        height, width, channels = image_shape
-        kernel = 0.1 * jax.random.normal(key, (height * width * channels, 3))
-        return {
-            "params": {"kernel": kernel, "bias": jnp.zeros(3)},
-            "batch_stats": {"mean": jnp.zeros(height * width * channels)},
-        }
-
-    def apply(variables, images, *, train, edits=None):
-        flat = images.reshape(images.shape[0], -1)
-        running = variables["batch_stats"]["mean"]
-        batch = jnp.mean(flat, axis=0)
-        params = variables["params"]
-        logits = (flat - (batch if train else running)[None]) @ params["kernel"] + params["bias"][None]
-        if train:
-            variables = {**variables, "batch_stats": {"mean": 0.9 * running + 0.1 * batch}}
-        return ModelOutput(logits, {}, variables)
-
-    return Model(init, apply, 3, "linear")
+    return linear_network()
 
 
 @pytest.fixture(

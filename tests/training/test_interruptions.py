@@ -18,7 +18,7 @@ import pytest
 
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state
-from bdjax.types import Model, ModelOutput
+from tests.training.linear_network import linear_network
 
 pytestmark = pytest.mark.slow
 
@@ -33,28 +33,6 @@ CONFIG = TrainConfig(
 
 
 # ---- The run --------------------------------------------------------------------------------------------------------
-
-
-def regression() -> Model:
-    """Softmax regression with running statistics. Without Flax, whose import takes as long as all the training."""
-
-    def init(key, image_shape):
-        size = int(np.prod(image_shape))
-        return {
-            "params": {"kernel": 0.1 * jax.random.normal(key, (size, 3)), "bias": jnp.zeros(3)},
-            "batch_stats": {"mean": jnp.zeros(size)},
-        }
-
-    def apply(variables, images, *, train, edits=None):
-        flat = images.reshape(images.shape[0], -1)
-        mean = jnp.mean(flat, axis=0) if train else variables["batch_stats"]["mean"]
-        params = variables["params"]
-        logits = (flat - mean[None]) @ params["kernel"] + params["bias"][None]
-        if train:
-            variables = {**variables, "batch_stats": {"mean": 0.9 * variables["batch_stats"]["mean"] + 0.1 * mean}}
-        return ModelOutput(logits, {}, variables)
-
-    return Model(init, apply, 3, "regression")
 
 
 def cross_entropy(logits, targets):
@@ -77,7 +55,7 @@ def write_leaves(path: pathlib.Path, tree) -> None:
 def train_to_the_end(output: pathlib.Path) -> None:
     """One stage, as an experiment runs it; prints its progress."""
     jax.config.update("jax_num_cpu_devices", 2)
-    model, random_numbers = regression(), np.random.default_rng(5)
+    model, random_numbers = linear_network(), np.random.default_rng(5)
     pool = jnp.asarray(random_numbers.integers(0, 256, (40, *SHAPE)), jnp.uint8)
     train, validation = draw_rows(random_numbers, 20), draw_rows(random_numbers, 10)
     keys = jax.random.split(jax.random.key(7), MEMBERS)

@@ -32,7 +32,6 @@ def abstract(model, count, rows=32):
         pytest.param("native", "map", "float32", marks=pytest.mark.slow),
         pytest.param("patches", "vmap", "float32", marks=pytest.mark.slow),
         pytest.param("shifted", "map", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("shifted", "vmap", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_is_near_the_compilers_analysis(lowering, layout, dtype):

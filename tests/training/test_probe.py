@@ -126,7 +126,6 @@ def test_convolutions_are_really_timed(shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", [("map", "native"), ("vmap", "patches"), ("unrolled", "shifted")])
-def test_combinations_are_really_timed(choice):
-    assert 0 < probe.time_convolutions(Choice(*choice), Shape((2, 2, 1), 2, 2, 3, "bfloat16")) < 60
-    assert 0 < probe.time_training(Choice(*choice), Shape((4, 4, 1), 2, 2, 3)) < 60
+def test_training_is_really_timed():
+    """With one combination: the layouts and lowerings themselves are those of `test_ensemble.py`."""
+    assert 0 < probe.time_training(Choice("map", "shifted"), Shape((4, 4, 1), 2, 2, 3)) < 60

@@ -176,6 +176,7 @@ def start(devices: int, *arguments: str) -> subprocess.Popen:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(clusters)},
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "PYTHONPATH": str(ROOT),

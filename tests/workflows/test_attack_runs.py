@@ -8,7 +8,6 @@ import shutil
 from types import SimpleNamespace
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -46,14 +45,6 @@ def run(config: workflow.Config) -> dict[str, Any]:
 
 def tiny(output: pathlib.Path, **changes: Any) -> workflow.Config:
     return dataclasses.replace(attack.preset("quick", "digits"), output=output, **(TINY | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

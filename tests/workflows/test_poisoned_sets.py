@@ -39,14 +39,6 @@ def tiny(experiment, output: pathlib.Path, **changes: Any) -> poisoned_sets.Conf
     return dataclasses.replace(start, output=output, **({"defenses": defenses} | TINY | changes))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def abm_run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs") / "abm"

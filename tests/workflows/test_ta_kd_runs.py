@@ -36,8 +36,8 @@ TINY = {
     "lowering": "native",
     "seeds": 2,
     "width": 2,
-    "epochs": 1,
-    "defense_epochs": 1,
+    "epochs": 4,
+    "defense_epochs": 2,
     "train_rows": 300,
     "test_rows": 60,
     "num_teachers": 3,
@@ -64,17 +64,27 @@ def flags(output: pathlib.Path, **changes: Any) -> list[str]:
     return shlex.split(command_line.as_flags(fields))
 
 
+PROGRAM = """
+import runpy, sys
+from bdjax.run import command_line
+command_line.use_compilation_cache = command_line.ensemble.use_every_core = lambda: None  # those of the tests
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def start(*arguments: str) -> subprocess.Popen:
-    """Start the experiment as a program, as strict about types as the tests and sharing their compiled programs."""
+    """Start the experiment as a program, with the types, devices and compiled programs of the tests."""
     environment = {
         **os.environ,
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_NUM_CPU_DEVICES": str(len(jax.devices())),
         "JAX_NUMPY_DTYPE_PROMOTION": "strict",
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "PYTHONPATH": str(ROOT),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    command = [sys.executable, str(ROOT / "experiments" / "ta_kd.py"), *arguments]
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "experiments" / "ta_kd.py"), *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -85,14 +95,6 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 class Finished(NamedTuple):
     folder: pathlib.Path
     results: dict[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -168,17 +170,6 @@ def test_the_tables_and_the_report_name_every_role(finished):
     assert str(finished.folder) not in page
 
 
-@pytest.mark.slow
-def test_the_same_command_again_gives_the_same_numbers(finished, tmp_path, capsys):
-    again = tmp_path / "again"
-    shutil.copytree(finished.folder, again)
-    results = run(tiny(again))
-    assert json.loads(json.dumps(results)) == finished.results
-    assert (again / "results.json").read_bytes() == (finished.folder / "results.json").read_bytes()
-    assert (again / "table.md").read_bytes() == (finished.folder / "table.md").read_bytes()
-    assert capsys.readouterr().out.count("restored from checkpoint") == 4
-
-
 def test_other_settings_are_not_mixed_in(finished):
     before = contents(finished.folder)
     with pytest.raises(InputError, match=r"holds a run with other settings: temperature 4.0 -> 2.0; "):
@@ -200,29 +191,20 @@ def kill_once_there(process: subprocess.Popen, folder: pathlib.Path, pattern: st
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_at_the_same_numbers(tmp_path):
-    def begin(name):
-        return start(*flags(tmp_path / name, epochs=4, defense_epochs=2))
-
-    undisturbed = begin("undisturbed")
-    _, said = undisturbed.communicate()
-    assert undisturbed.returncode == 0, said
-
+def test_a_run_that_is_killed_twice_ends_at_the_same_numbers(finished, tmp_path, capsys):
+    """In the middle of a stage, and after the last one; `test_interruptions.py` kills a stage at random moments."""
     folder = tmp_path / "killed"
-    kill_once_there(begin("killed"), folder, "checkpoints/clean/progress-*")  # in the middle of writing it
-    assert not (folder / "checkpoints" / "clean" / "about.json").exists()
-    kill_once_there(begin("killed"), folder, "checkpoints/teachers/progress-00000[234]")
+    kill_once_there(start(*flags(folder)), folder, "checkpoints/teachers/progress-00000[234]")
     assert not (folder / "checkpoints" / "teachers" / "about.json").exists()
     clean = contents(folder / "checkpoints" / "clean")
-    kill_once_there(begin("killed"), folder, "checkpoints/aggregated-fine-tuned/about.json")
+    kill_once_there(start(*flags(folder)), folder, "checkpoints/student-alone/about.json")
     assert not (folder / "results.json").exists()
-    last = begin("killed")
-    output, said = last.communicate()
-    assert last.returncode == 0, said
-    assert output.count("restored from checkpoint") == 3
+    results = run(tiny(folder))
+    assert capsys.readouterr().out.count("restored from checkpoint") == 4
 
+    assert json.loads(json.dumps(results)) == finished.results
     for name in ("results.json", "table.md"):
-        assert (folder / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+        assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
     assert contents(folder / "checkpoints" / "clean") == clean  # trained once
     assert contents(folder).keys() >= {f"{name}.png" for name in PICTURES} | {"report.html"}
     assert not list(folder.glob("checkpoints/*/progress-*"))
