@@ -6,6 +6,7 @@ Tests compile much and compute little, so most of the compiler's optimisations a
 import gc
 import os
 import pathlib
+import signal
 import tempfile
 
 # JAX 0.10's --xla_cpu_use_fusion_emitters=false compiles three times as fast, but gives wrong gradients of VGG_s.
@@ -43,6 +44,14 @@ def data_dir() -> pathlib.Path:
     if not folder:
         pytest.skip("BDJAX_DATA_DIR is not set: the big image sets are not here")
     return pathlib.Path(folder)
+
+
+@pytest.fixture
+def foreground():
+    """SIGINT as a program in the foreground has it: a shell that starts the tests in the background lets them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 MOST_MAPS = 25_000

@@ -10,6 +10,7 @@ import pytest
 
 from bdjax import interruption
 
+pytestmark = pytest.mark.usefixtures("foreground")
 BOTH = pytest.mark.parametrize("number", interruption.SIGNALS)
 
 
@@ -79,12 +80,13 @@ import time
 from bdjax import interruption
 interruption._PATIENCE, interruption._PATIENCE_AFTER_SECOND = {patience}
 with interruption.handled():
-    print("ready", flush=True)
+    said = "ready"
     while True:
         try:
+            print(said, flush=True)  # within the block, so that the next signal is dropped as well
             time.sleep(30)
         except KeyboardInterrupt:
-            print("dropped", flush=True)
+            said = "dropped"
 """
 
 

@@ -142,6 +142,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
         found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
+        if found.suspects[0].attack.plan is None:
+            check_oracles(variants)
     else:
         like = adapted_to(config)
         attacks = [read_attack(text, train, config.target, like=like, defender_gets="model") for text in attack_texts]
@@ -151,8 +153,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         variants, model, plain, train.image_shape, is_all=config.defenses == ALL
     )
     left_out |= not_fitting
-    if found is not None and found.suspects[0].attack.plan is None:
-        check_oracles(variants)
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     networks = [config.student] if config.teacher else [config.teacher_model, config.student]
     kept = members * 2 * test.images.nbytes

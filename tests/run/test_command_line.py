@@ -253,7 +253,7 @@ def test_an_interruption_says_how_to_go_on(capsys):
     assert capsys.readouterr().err == "interrupted; run the same command again to continue\n"
 
 
-@pytest.mark.usefixtures("settings_untouched")
+@pytest.mark.usefixtures("settings_untouched", "foreground")
 @pytest.mark.parametrize(
     ("number", "raised"),
     [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, RuntimeError), (signal.SIGTERM, InputError)],
