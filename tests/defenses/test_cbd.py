@@ -95,7 +95,8 @@ def test_critic_distinguishes_pairs_from_the_same_image():
     assert found > 0.1 and found > 2 * train(unrelated)[1]
 
 
-@pytest.mark.parametrize("disentangle", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("disentangle", [False, True])
 def test_result_is_the_clean_network_alone(inputs, disentangle):
     result = run(inputs, CBDSettings(**SMALL, disentangle=disentangle))
     assert result.variables.keys() == inputs.attacked.variables.keys()

@@ -98,7 +98,7 @@ class Run(NamedTuple):
 _runs: dict[str, Run] = {}
 
 FAST = (
-    *("attention_transfer", "fine_tuning", "ft_sam", "i_bau", "logit_distillation", "none"),
+    *("fine_tuning", "ft_sam", "i_bau", "logit_distillation", "none"),
     *("spectral_signatures", "strip", "ta_kd_student"),
 )
 """Defenses of each stage that compile quickly. The runs of all others are in the slow tier; their test files run them too."""

@@ -451,6 +451,7 @@ class Recorded:
         return SimpleNamespace(model=model, variables=variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clean_model", ["suppress", "relabel"])
 def test_the_clean_network_is_trained_without_flagged_rows_or_with_new_labels(found, monkeypatch, clean_model):
     monkeypatch.setattr(vbd, "analyse", lambda inputs, settings: found.analysis)
