@@ -13,18 +13,22 @@ from bdjax.types import Array
 Direction = Literal["teacher_student", "student_teacher"]
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
+def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
     """Cross-entropy with integer labels (Heydari et al. 2025, equation 4).
 
     Args:
         logits: float [N, K].
         labels: int32 [N], in 0..K-1.
+        smoothing: in [0, 1]: the share of the target that is spread evenly over all K classes (Szegedy et al. 2016).
 
     Returns:
         float [N].
     """
     log_probabilities = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    of_label = -jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    if not smoothing:
+        return of_label
+    return (1 - smoothing) * of_label - smoothing * jnp.mean(log_probabilities, axis=1)
 
 
 def kl_divergence(log_p: Array, log_q: Array) -> Array:

@@ -168,6 +168,9 @@ class Model(NamedTuple):
     num_classes: int
     description: str
     """"resnet34 width 64", for checkpoints and reports"""
+    prepare: Callable[[PyTree, Array], PyTree] | None = None
+    """(variables, training images float32 [N, H, W, C] in [0, 1]) -> variables with the constants that depend on the data;
+    whoever trains from scratch calls it once. None for a network without such constants"""
 
 
 class ExtractedPattern(NamedTuple):

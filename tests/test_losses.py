@@ -61,6 +61,13 @@ def test_the_equations(temperature, direction):
         np.testing.assert_allclose(compiled, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_smoothing_spreads_a_share_of_the_target_over_all_classes():
+    student, _, labels = draw(0)
+    smoothed = jax.jit(cross_entropy, static_argnums=2)(student, labels, 0.2)
+    target = 0.8 * np.eye(5)[np.asarray(labels)] + 0.2 / 5
+    np.testing.assert_allclose(smoothed, -np.sum(target * np.log(softmax(student)), axis=1), rtol=1e-5)
+
+
 def test_cross_entropy_and_divergence_do_not_overflow():
     logits = jnp.asarray([[200.0, -200.0, 0.0], [-300.0, 300.0, 0.0]])
     np.testing.assert_allclose(entropy(logits, jnp.asarray([1, 1], jnp.int32)), [400.0, 0.0])

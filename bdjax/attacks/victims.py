@@ -20,7 +20,7 @@ from bdjax.attacks.registry import find_attack
 from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
 from bdjax.settings import nearest
-from bdjax.training import ensemble
+from bdjax.training import ensemble, stages
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree, TrainTest
@@ -262,6 +262,7 @@ def _train_controlled(
         classifiers = ensemble.members(clean.variables, np.array([member.seed for member in members]))
     else:
         classifiers = ensemble.init_members(lambda key: model.init(key, runner.image_shape), split[:, 0])
+        classifiers = stages.prepare(model, classifiers, pool, rows.index)
     params = ensemble.stack([member.params[0] for member in members])
     variables = ensemble.init_members(control.begin, split[:, 1], classifiers, params)
     wanted = jnp.asarray(part.rule.relabel(np.arange(num_classes, dtype=np.int32)))

@@ -21,9 +21,9 @@ import numpy as np
 from bdjax import losses
 from bdjax.models import embedding
 from bdjax.settings import changed
-from bdjax.training import ensemble
+from bdjax.training import ensemble, recipes
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
-from bdjax.training.stages import Nets, StageRunner
+from bdjax.training.stages import Nets, StageRunner, prepare
 from bdjax.types import Array, DefenseResult, Detection, Key, Model, NotTested, PyTree
 
 Need = Literal["training set", "attacked model", "clean rows", "number of poisons", "attacker's trigger"]
@@ -197,13 +197,18 @@ class DefenseInput:
         return labelled(self.clean_index, self.clean_labels)
 
     def config(self, **changes: Any) -> TrainConfig:
-        """The recipe with changes."""
-        return dataclasses.replace(self.recipe, **changes)
+        """The recipe with changes; a defense that sets an optimiser gets nothing of a named recipe."""
+        recipe = recipes.without(self.recipe) if "optimiser" in changes else self.recipe
+        return dataclasses.replace(recipe, **changes)
 
     def begin(self, stage: str, model: Model) -> PyTree:
-        """Fresh variables of a stage's networks, stacked [M, ...]."""
+        """Fresh variables of a stage's networks, stacked [M, ...], prepared with the suspect rows or else the clean rows."""
         shape = self.runner.image_shape
-        return ensemble.init_members(lambda key: model.init(key, shape), self.keys_for(f"{stage}: weights"))
+        variables = ensemble.init_members(lambda key: model.init(key, shape), self.keys_for(f"{stage}: weights"))
+        for need in ("training set", "clean rows"):
+            if need in self.knowledge:
+                return prepare(model, variables, self.pool, self.knowledge[need].index)
+        return variables
 
     def train(
         self,
@@ -233,7 +238,7 @@ class DefenseInput:
         if objective is None:
             ones = jnp.ones(rows.targets["labels"].shape, jnp.float32)
             rows = rows._replace(targets={"weight": ones, **rows.targets})
-            objective = weighted_cross_entropy(model, loss_cap)
+            objective = weighted_cross_entropy(model, loss_cap, config.label_smoothing)
         keys = self.keys_for(f"{stage}: shuffles")
         return self.runner.from_variables(stage, model, config, variables, keys, 1, self.pool, rows, objective)
 
@@ -266,19 +271,20 @@ def fingerprint(**settings: Any) -> str:
 
 
 @cache
-def weighted_cross_entropy(model: Model, loss_cap: float = 0.0) -> Objective:
+def weighted_cross_entropy(model: Model, loss_cap: float = 0.0, smoothing: float = 0.0) -> Objective:
     """The mean over the batch of targets["weight"], float32 [N], times the cross-entropy. A negative weight raises the loss.
 
     Args:
         model: the network.
         loss_cap: rows of negative weight have no gradient once their cross-entropy exceeds this, since an unbounded ascent
             overflows; 0 for no cap.
+        smoothing: label smoothing, see `losses.cross_entropy`.
     """
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
         output = model.apply({**variables, "params": params}, images, train=True)
-        loss, weight = losses.cross_entropy(output.logits, targets["labels"]), targets["weight"]
+        loss, weight = losses.cross_entropy(output.logits, targets["labels"], smoothing), targets["weight"]
         if loss_cap:
             loss = jnp.where(weight < 0, jnp.minimum(loss, loss_cap), loss)
         weighted = weight * loss

@@ -27,7 +27,7 @@ from bdjax.settings import Amount, Positive, Range, Share
 from bdjax.training import ensemble
 from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.member import Rows, TrainConfig, TrainState, resume_from
-from bdjax.training.stages import Nets, StageRunner
+from bdjax.training.stages import Nets, StageRunner, prepare
 from bdjax.types import Array, Key, Model, PyTree
 
 
@@ -132,12 +132,18 @@ def make_learners(
     return Learners(variables, clean_set, teacher_logits[clean_set], np.full(len(clean_set), alpha, np.float32))
 
 
-def initialise(learners: Learners, model: Model, image_shape: tuple[int, int, int], key: Key) -> Learners:
-    """Initialise the weights of fresh learners; other learners are returned unchanged."""
+def initialise(
+    learners: Learners, model: Model, image_shape: tuple[int, int, int], key: Key, clean_sets: list[CleanSet]
+) -> Learners:
+    """Initialise fresh learners, prepared with their clean set; other learners are returned unchanged."""
     if learners.variables is not None:
         return learners
     keys = jax.random.split(key, len(learners.alpha))
-    return learners._replace(variables=ensemble.init_members(lambda key: model.init(key, image_shape), keys))
+    variables = ensemble.init_members(lambda key: model.init(key, image_shape), keys)
+    size, num_train = len(clean_sets[0].labels), clean_sets[0].num_train
+    pool = jnp.asarray(np.concatenate([clean_set.images for clean_set in clean_sets]))
+    index = learners.clean_set[:, None] * size + np.arange(num_train)
+    return learners._replace(variables=prepare(model, variables, pool, jnp.asarray(index, jnp.int32)))
 
 
 def join_learners(parts: list[Learners]) -> Learners:
@@ -180,7 +186,7 @@ def train_parts(
         init_key, shuffle_key = jax.random.split(jax.random.fold_in(key, number))
         learners = join_learners(
             [
-                initialise(parts[name][1], model, runner.image_shape, jax.random.fold_in(init_key, i))
+                initialise(parts[name][1], model, runner.image_shape, jax.random.fold_in(init_key, i), clean_sets)
                 for i, name in enumerate(names)
             ]
         )

@@ -30,6 +30,7 @@ from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
+from bdjax.training.recipes import without
 from bdjax.training.stages import Log, Nets, StageRunner
 from bdjax.triggers import masked_blend
 from bdjax.triggers.masked_blend import MaskedBlend
@@ -98,7 +99,7 @@ def make_recipes(
     steps = tuple((round(epoch * stretch), rate) for epoch, rate in from_scratch.steps)
     return Recipes(
         from_scratch,
-        dataclasses.replace(from_scratch, **changes),
+        dataclasses.replace(without(from_scratch), **changes),
         dataclasses.replace(from_scratch, epochs=controlled_epochs, steps=steps),
     )
 

@@ -5,7 +5,17 @@ from collections.abc import Callable, Mapping
 from flax import linen as nn
 
 from bdjax.errors import InputError
-from bdjax.models import lenet, mobilenet_v2, preact_resnet, pyramid_net, resnet, simple_cnn, vgg, wide_resnet
+from bdjax.models import (
+    lenet,
+    mobilenet_v2,
+    preact_resnet,
+    pyramid_net,
+    resnet,
+    simple_cnn,
+    speedrun,
+    vgg,
+    wide_resnet,
+)
 from bdjax.models.facade import as_model, count_parameters, embedding, group_shapes, last_tap, tap_shapes
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
@@ -32,8 +42,12 @@ MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = 
     **pyramid_net.NETWORKS,
     **simple_cnn.NETWORKS,
     **preact_resnet.NETWORKS,
+    **speedrun.NETWORKS,
 }
 """Name -> (number of classes, width, lowering, dtype) -> module."""
+
+PREPARE = {"speedrun": speedrun.whiten}
+"""Name -> `Model.prepare`, for the networks that have it."""
 
 
 def make_model(
@@ -47,7 +61,7 @@ def make_model(
 
     All networks take images of 8x8 pixels or more, with any number of channels. They record taps "stage1", "stage2" and so on,
     in the order of the network. The last tap, averaged over its pixels, is the input of the last layer (`embedding`), whose
-    parameters are `variables["params"]["classifier"]`, a kernel [d, K] and a bias [K].
+    parameters are `variables["params"]["classifier"]`, a kernel [d, K] and a bias [K] (which `speedrun` has not).
 
     Args:
         name: a key of `MODELS`.
@@ -67,4 +81,4 @@ def make_model(
     if width < 1 or num_classes < 2:
         raise InputError(f"model {name}: width {width} must be at least 1, and classes {num_classes} at least 2")
     module = MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
-    return as_model(module, num_classes, f"{name} width {width}")
+    return as_model(module, num_classes, f"{name} width {width}", PREPARE.get(name))

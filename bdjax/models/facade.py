@@ -1,6 +1,6 @@
 """Wraps Flax modules as pure pairs `Model(init, apply)`, so that callers do not depend on Flax."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from flax import linen as nn
 from bdjax.types import Model, ModelOutput, PyTree
 
 
-def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
-    """Wrap a module whose call is `(images, *, train, edits) -> (logits, Recorded)`."""
+def as_model(
+    module: nn.Module, num_classes: int, description: str, prepare: Callable[[PyTree, jax.Array], PyTree] | None = None
+) -> Model:
+    """Wrap a module whose call is `(images, *, train, edits) -> (logits, Recorded)`; for `prepare` see `Model`."""
 
     def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
         # A network without normalisation has no "batch_stats".
@@ -23,7 +25,7 @@ def as_model(module: nn.Module, num_classes: int, description: str) -> Model:
         (logits, recorded), updated = module.apply(variables, images, train=True, edits=edits, mutable=["batch_stats"])
         return ModelOutput(logits, recorded.features, {**variables, **updated}, recorded.groups)
 
-    return Model(init, apply, num_classes, description)
+    return Model(init, apply, num_classes, description, prepare)
 
 
 def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:

@@ -209,7 +209,7 @@ def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering
     height, width = ((x.shape[axis] - 1) // stride * stride + 1 for axis in layout.spatial_axes)
     # Rows and columns are axes 1 and 2 of both layouts.
     return sum(
-        padded[:, i : i + height : stride, j : j + width : stride] * _along(kernel[i, j, 0], layout.channel_axis)
+        padded[:, i : i + height : stride, j : j + width : stride] * along(kernel[i, j, 0], layout.channel_axis)
         for i in range(size)
         for j in range(size)
     )
@@ -232,7 +232,7 @@ def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return x
 
 
-def _along(values: jax.Array, axis: int) -> jax.Array:
+def along(values: jax.Array, axis: int) -> jax.Array:
     """[C] reshaped to four axes, to broadcast along all but one of them."""
     return values.reshape(tuple(values.size if i == axis else 1 for i in range(4)))
 
@@ -242,7 +242,7 @@ def _along(values: jax.Array, axis: int) -> jax.Array:
 
 def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array, axis: int) -> jax.Array:
     """x * factor + offset, both float [C] along `axis`: one multiplication and one addition per pixel."""
-    return x * _along(factor, axis) + _along(offset, axis)
+    return x * along(factor, axis) + along(offset, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -319,7 +319,7 @@ class Conv(nn.Module):
         if not self.bias:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + _along(bias.astype(x.dtype), channel_axis)
+        return y + along(bias.astype(x.dtype), channel_axis)
 
 
 class DepthwiseConv(nn.Module):
@@ -399,6 +399,7 @@ class Classifier(nn.Module):
 
     num_classes: int
     lowering: Lowering = "native"
+    has_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -407,9 +408,11 @@ class Classifier(nn.Module):
         pooled = jnp.mean(x.astype(jnp.float32), layout.spatial_axes)  # [N, C] or [C, N]
         initialiser = _uniform_fan_in(channels)
         kernel = self.param("kernel", initialiser, (channels, self.num_classes), jnp.float32)
-        bias = self.param("bias", initialiser, (self.num_classes,), jnp.float32)
         contracted = 0 if layout.channel_axis == 0 else 1
         logits = lax.dot_general(pooled, kernel, (((contracted,), (0,)), ((), ())))
+        if not self.has_bias:
+            return logits
+        bias = self.param("bias", initialiser, (self.num_classes,), jnp.float32)
         return logits + bias[None, :]
 
 
@@ -471,3 +474,8 @@ class Taps:
 
 relu = jax.nn.relu  # gradient 0 at 0, as in PyTorch
 relu6 = jax.nn.relu6
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function of x, exactly, as in PyTorch."""
+    return jax.nn.gelu(x, approximate=False)

@@ -1,5 +1,6 @@
 """Settings that every experiment has, and what follows from them: data, layout and lowering, the run's folder."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -32,9 +33,9 @@ from bdjax.settings import (
     mistakes,
     shown,
 )
-from bdjax.training import ensemble, probe
+from bdjax.training import ensemble, probe, recipes
 from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Schedule, TrainConfig
+from bdjax.training.member import Optimiser, Recipe, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
 PATHS = ("dataset", "clean_data")
@@ -110,6 +111,8 @@ class ComparisonConfig(ExperimentConfig):
     """epochs of undefended training, and of training from scratch in defenses without a setting of their own"""
     batch_size: Count = 128
     """batch size of every training"""
+    recipe: Recipe = ""
+    """named recipe of undefended training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
     optimiser: Optimiser = "adam"
     """optimiser of undefended training"""
     learning_rate: LearningRate = 1e-3
@@ -343,10 +346,26 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
     return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
 
 
+def check_recipe(config: Any, default: Any) -> None:
+    """Refuse flags that a recipe would override.
+
+    Args:
+        config: all settings, with a `recipe`.
+        default: the configuration that its preset starts from.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    changed = command_line.changed_fields(config, default)
+    for name in recipes.fields(config.recipe, 1):
+        if config.recipe and name in changed and name != "recipe":
+            raise InputError(f"--recipe {config.recipe} sets {flag(name)} itself; leave it out, or set --recipe=")
+
+
 def train_config(config: ComparisonConfig) -> TrainConfig:
     """Training settings of this run's undefended networks. Incomplete last batches are dropped: their different shape would
     double the compilation time."""
-    return TrainConfig(
+    plain = TrainConfig(
         epochs=config.epochs,
         batch_size=config.batch_size,
         evaluation_batch_size=config.evaluation_batch_size,
@@ -358,3 +377,4 @@ def train_config(config: ComparisonConfig) -> TrainConfig:
         keep_last_batch=False,
         augmentation=config.augmentation,
     )
+    return dataclasses.replace(plain, **recipes.fields(config.recipe, config.batch_size))

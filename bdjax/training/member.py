@@ -17,13 +17,25 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bdjax.settings import Amount, Count, LearningRate, NotNegative, Positive, ShareBelowOne, Steps
+from bdjax.settings import (
+    Amount,
+    Count,
+    LearningRate,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    ShareBelowOne,
+    Steps,
+)
 from bdjax.training.augmentation import Augmentation, augment
 from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
 from bdjax.types import Array, Key, Model, PyTree
 
-Schedule = Literal["plateau", "cosine", "constant", "steps"]
+Schedule = Literal["plateau", "cosine", "constant", "steps", "triangle"]
 Optimiser = Literal["adam", "sgd"]
+Recipe = Literal["", "speedrun"]
+"""Named recipes, see `bdjax/training/recipes.py`; "" for none."""
 
 Loss = Callable[[Array, PyTree], Array]
 """(logits [N, K], targets of the N rows) -> loss per example [N]."""
@@ -56,7 +68,15 @@ class TrainConfig:
     evaluation_batch_size: Count = 128
     learning_rate: LearningRate = 0.01
     weight_decay: NotNegative = 0.0
-    """L2 penalty of every parameter, added to the gradient before Adam as in PyTorch"""
+    """L2 penalty of every parameter, added to the gradient before Adam or momentum as in PyTorch"""
+    decay_over_rate: bool = False
+    """divide each parameter's weight_decay by its peak learning rate, so that all parameters shrink alike"""
+    norm_scale_rate: NotNegative = 1.0
+    """learning rate of the scales of normalisations, as a multiple of that of other parameters; 0 keeps them"""
+    norm_bias_rate: NotNegative = 1.0
+    """learning rate of the biases of normalisations, as a multiple of that of other parameters"""
+    label_smoothing: Share = 0.0
+    """share of the target that is spread evenly over all classes"""
     optimiser: Optimiser = "adam"
     momentum: ShareBelowOne = 0.9
     """momentum of SGD as in PyTorch, without dampening"""
@@ -64,12 +84,17 @@ class TrainConfig:
     schedule: Schedule = "plateau"
     steps: Steps = ()
     """for the schedule "steps": (epoch, learning rate from that epoch on); before the first, learning_rate"""
+    triangle: tuple[PositiveShare, PositiveShare, PositiveShare] = (0.2, 0.23, 0.07)
+    """for the schedule "triangle", which changes with every step: the first rate as a share of learning_rate, the share of the
+    steps after which it reaches learning_rate, and the last rate as a share of learning_rate"""
     plateau_factor: Positive = 0.5
     plateau_patience: Amount = 2
     plateau_threshold: NotNegative = 1e-3
     keep_last_batch: bool = True
     """also train on an incomplete last batch, as PyTorch's loader does"""
     augmentation: Augmentation = "none"
+    recipe: Recipe = ""
+    """the recipe that fields were taken from; it has no effect of its own"""
 
 
 class Rows(NamedTuple):
@@ -110,7 +135,29 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
         direction = optax.trace(config.momentum, config.nesterov)
     else:
         raise ValueError(f"optimiser {config.optimiser!r} is not one of 'adam', 'sgd'")
-    return optax.chain(optax.add_decayed_weights(config.weight_decay), direction)
+    rates = {"norm scale": config.norm_scale_rate, "norm bias": config.norm_bias_rate, "other": 1.0}
+    if set(rates.values()) == {1.0} and not config.decay_over_rate:
+        return optax.chain(optax.add_decayed_weights(config.weight_decay), direction)
+
+    def of_kind(rate: float) -> optax.GradientTransformation:
+        if rate == 0:
+            return optax.set_to_zero()
+        decay = config.weight_decay / (config.learning_rate * rate if config.decay_over_rate else 1.0)
+        return optax.chain(optax.add_decayed_weights(decay), direction, optax.scale(rate))
+
+    return optax.partition({kind: of_kind(rate) for kind, rate in rates.items()}, parameter_kinds)
+
+
+def parameter_kinds(params: PyTree) -> PyTree:
+    """Label each parameter: "norm scale" and "norm bias" of a normalisation, "other"."""
+
+    def kind(path: tuple[Any, ...], leaf: Array) -> str:
+        del leaf
+        names = [str(getattr(entry, "key", entry)) for entry in path]
+        is_norm = len(names) > 1 and "norm" in names[-2]
+        return f"norm {names[-1]}" if is_norm and names[-1] in ("scale", "bias") else "other"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
 
 
 def init_state(key: Key, model: Model, image_shape: tuple[int, int, int], config: TrainConfig) -> TrainState:
@@ -132,18 +179,31 @@ def resume_from(variables: PyTree, key: Key, config: TrainConfig) -> TrainState:
 
 
 def learning_rate_at(state: TrainState, config: TrainConfig) -> Array:
-    """The learning rate of the next epoch: plateau rule, half a cosine over the epochs, steps, or constant."""
+    """The learning rate of the next epoch: plateau rule, half a cosine over the epochs, steps, or constant; for a triangle the
+    peak, which `triangle_at` multiplies."""
     if config.schedule == "plateau":
         return state.plateau.learning_rate
-    if config.schedule in ("constant", "steps"):
+    if config.schedule in ("constant", "steps", "triangle"):
         rate = jnp.asarray(config.learning_rate, jnp.float32)
         for first_epoch, new_rate in config.steps if config.schedule == "steps" else ():
             rate = jnp.where(state.epoch >= first_epoch, new_rate, rate)
         return rate
     if config.schedule != "cosine":
-        raise ValueError(f"schedule {config.schedule!r} is not one of 'plateau', 'cosine', 'constant', 'steps'")
+        raise ValueError(
+            f"schedule {config.schedule!r} is not one of 'plateau', 'cosine', 'constant', 'steps', 'triangle'"
+        )
     progress = state.epoch.astype(jnp.float32) / config.epochs
     return config.learning_rate * 0.5 * (1 + jnp.cos(math.pi * progress))
+
+
+def triangle_at(progress: Array, config: TrainConfig) -> Array:
+    """The schedule "triangle": a share of the peak learning rate.
+
+    Args:
+        progress: float32 in [0, 1], the share of all steps that are done.
+    """
+    first, peak, last = config.triangle
+    return jnp.interp(progress, jnp.array([0.0, peak, 1.0]), jnp.array([first, 1.0, last]))
 
 
 def supervised(model: Model, loss: Loss) -> Objective:
@@ -260,6 +320,15 @@ def make_epoch(
         epoch_key = jax.random.fold_in(state.key, state.epoch)
         order = jax.random.permutation(epoch_key, num_rows)
         learning_rate = learning_rate_at(state, config)
+        full = num_rows // batch_size
+        has_rest = config.keep_last_batch and full * batch_size < num_rows
+        total_steps = config.epochs * (full + has_rest)
+
+        def rate_at(number: Array) -> Array:
+            if config.schedule != "triangle":
+                return learning_rate
+            step_number = (state.epoch * (full + has_rest) + number).astype(jnp.float32)
+            return learning_rate * triangle_at(step_number / total_steps, config)
 
         def run_batch(carry, batch):
             number, where = batch
@@ -268,15 +337,14 @@ def make_epoch(
             images = augment(batch_key, pool[train.index[where]], config.augmentation)
             targets = {name: values[where] for name, values in train.targets.items()}
             step_key = jax.random.fold_in(batch_key, 1)
-            return step(variables, optimiser_state, as_float(images), targets, learning_rate, step_key)
+            return step(variables, optimiser_state, as_float(images), targets, rate_at(number), step_key)
 
-        full = num_rows // batch_size
         carry = (state.variables, state.optimiser)
         batches = (jnp.arange(full), order[: full * batch_size].reshape(full, batch_size))
         carry, metrics = lax.scan(run_batch, carry, batches)
         totals = jax.tree.map(jnp.sum, metrics)
         seen = full * batch_size
-        if config.keep_last_batch and seen < num_rows:
+        if has_rest:
             carry, metrics = run_batch(carry, (jnp.asarray(full), order[seen:]))
             totals = jax.tree.map(jnp.add, totals, metrics)
             seen = num_rows

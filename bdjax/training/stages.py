@@ -19,6 +19,7 @@ import numpy as np
 from bdjax import interruption, losses
 from bdjax.training import ensemble
 from bdjax.training.member import (
+    Loss,
     Objective,
     Rows,
     TrainConfig,
@@ -163,10 +164,12 @@ class StageRunner:
         """
 
         def begin() -> TrainState:
-            return ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
+            states = ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
+            return states._replace(variables=prepare(model, states.variables, pool, train.index))
 
         def fit(**options: Any) -> TrainState:
-            return ensemble.fit(model, _cross_entropy, config, begin(), pool, train, validation, **options)
+            loss = cross_entropy_of(config)
+            return ensemble.fit(model, loss, config, begin(), pool, train, validation, **options)
 
         trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed})
         return Nets(model, trained.variables, per_seed, _as_numpy(trained.history))
@@ -206,7 +209,7 @@ class StageRunner:
         def fit(**options: Any) -> TrainState:
             states = ensemble.init_members(lambda tree, key: resume_from(tree, key, config), variables, keys)
             state = ensemble.fit(
-                model, _cross_entropy, config, states, pool, train, none, objective=objective, **options
+                model, cross_entropy_of(config), config, states, pool, train, none, objective=objective, **options
             )
             return state._replace(variables=as_leaves(state.variables))
 
@@ -282,8 +285,38 @@ def _as_numpy(history: Mapping[str, Array]) -> dict[str, np.ndarray]:
     return {metric: np.asarray(values) for metric, values in history.items()}
 
 
-def _cross_entropy(logits: Array, targets: Mapping[str, Array]) -> Array:
-    return losses.cross_entropy(logits, targets["labels"])
+def cross_entropy_of(config: TrainConfig) -> Loss:
+    """The cross-entropy of a configuration: a single function object for each label smoothing."""
+    return _cross_entropy(config.label_smoothing)
+
+
+@cache
+def _cross_entropy(smoothing: float) -> Loss:
+    return lambda logits, targets: losses.cross_entropy(logits, targets["labels"], smoothing)
+
+
+PREPARED_ROWS = 2000
+"""Training images that `Model.prepare` gets."""
+
+
+def prepare(model: Model, variables: PyTree, pool: Array, index: Array) -> PyTree:
+    """Set the constants of new networks that depend on their training images; see `Model.prepare`.
+
+    Args:
+        model: the architecture.
+        variables: stacked [M, ...].
+        pool: uint8 [P, H, W, C].
+        index: int32 [M, n] or [M, n, V], each member's rows of the pool.
+    """
+    if model.prepare is None:
+        return variables
+
+    @jax.jit
+    def run(variables: PyTree, pool: Array, index: Array) -> PyTree:
+        # In turn, not vmapped: the images of all members at once might not fit into memory.
+        return jax.lax.map(lambda member: model.prepare(member[0], as_float(pool[member[1]])), (variables, index))
+
+    return run(variables, pool, jnp.asarray(index).reshape(len(index), -1)[:, :PREPARED_ROWS])
 
 
 @cache

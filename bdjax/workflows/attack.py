@@ -1,5 +1,6 @@
 """Attacks from the data to the report: poison, train victims, measure them and clean networks under the same triggers."""
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, p
 from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
-from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, load
+from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value, shown
-from bdjax.training import ensemble, processes
+from bdjax.training import ensemble, processes, recipes
 from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Schedule, TrainConfig
+from bdjax.training.member import Recipe, Schedule, TrainConfig
 from bdjax.training.stages import Nets
 from bdjax.types import Dataset, Key, Model
 from bdjax.workflows import base
@@ -63,6 +64,8 @@ class Config(ExperimentConfig):
     """epochs of victims that start from the clean model"""
     batch_size: Count = 128
     """batch size of every training"""
+    recipe: Recipe = ""
+    """named recipe of training from scratch, in place of Adam, learning rate, schedule and weight decay: speedrun"""
     learning_rate: LearningRate = 1e-3
     """initial learning rate of Adam"""
     fine_tuning_learning_rate: LearningRate = 1e-4
@@ -93,6 +96,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     """
     log = log or StageLog()
     check(config)
+    check_recipe(config, base.default_of(experiment, config))
     data = load(config, log)
     train, test = data
     clean_key, attack_key, victim_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
@@ -106,14 +110,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     model = run.make_model(config.model)
     folder = run.open_folder()
     runner = run.make_runner(folder.checkpoints)
-    from_scratch = train_config(config, config.epochs, config.learning_rate)
+    from_scratch = train_config(config, config.epochs, config.learning_rate, config.recipe)
     rows = outsourcing.split_rows([clean_key] * config.seeds, train.labels, 0.0)
     clean_keys = jax.random.split(clean_key, config.seeds)
     clean = runner.from_scratch("clean", model, from_scratch, clean_keys, 1, jnp.asarray(train.images), *rows)
     prepared, impossible = prepare_all(config, plans, attack_key, train, model, clean, log)
     left_out |= impossible
     fine_tuning = train_config(config, config.fine_tuning_epochs, config.fine_tuning_learning_rate)
-    controlled = train_config(config, config.controlled_epochs, config.learning_rate)
+    controlled = train_config(config, config.controlled_epochs, config.learning_rate, config.recipe)
     victims = train_victims(victim_key, runner, prepared, train, clean, from_scratch, fine_tuning, controlled)
     with log.stage("test", total=len(plans), unit="attacks") as stage:
         trials = []
@@ -241,10 +245,10 @@ def check(config: Config) -> None:
     check_ranges(config)
 
 
-def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConfig:
+def train_config(config: Config, epochs: int, learning_rate: float, recipe: Recipe = "") -> TrainConfig:
     """Training settings of this run's networks. Incomplete last batches are dropped: their different shape would double the
     compilation time."""
-    return TrainConfig(
+    plain = TrainConfig(
         epochs,
         config.batch_size,
         config.evaluation_batch_size,
@@ -254,6 +258,7 @@ def train_config(config: Config, epochs: int, learning_rate: float) -> TrainConf
         keep_last_batch=False,
         augmentation=config.augmentation,
     )
+    return dataclasses.replace(plain, **recipes.fields(recipe, config.batch_size))
 
 
 def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:

@@ -331,6 +331,7 @@ def check(config: ComparisonConfig, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     check_ranges(config)
+    run_config.check_recipe(config, default_of(experiment, config))
     if config.study:
         check_choice("--study", config.study, experiment.studies)
 

@@ -25,7 +25,7 @@ from bdjax.evaluation import model_folder
 from bdjax.evaluation.model_folder import ModelFolder
 from bdjax.models import count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
-from bdjax.run.config import ExperimentConfig, check_ranges, load
+from bdjax.run.config import ExperimentConfig, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import (
@@ -42,9 +42,9 @@ from bdjax.settings import (
     ShareBelowOne,
     Width,
 )
-from bdjax.training import ensemble, memory, processes
+from bdjax.training import ensemble, memory, processes, recipes
 from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Schedule, TrainConfig
+from bdjax.training.member import Recipe, Schedule, TrainConfig
 from bdjax.training.stages import Nets, StageRunner, predict_groups
 from bdjax.types import Classifier, Dataset, Key, Model, TrainTest, name_of_class
 from bdjax.workflows import base
@@ -106,8 +106,12 @@ class Config(ExperimentConfig):
     """epochs of the clean reference and of the teachers"""
     batch_size: Count = 64
     """batch size of the clean reference and of the teachers"""
+    recipe: Recipe = ""
+    """named recipe of the clean reference and the teachers, in place of Adam, its rate and the plateau rule: speedrun"""
     learning_rate: LearningRate = 0.01
     """initial learning rate of Adam for the clean reference and the teachers"""
+    attack_augmentation: Augmentation = "none"
+    """augmentation of the rows of the clean reference and the teachers, after poisoning"""
     keep_last_batch: bool = True
     """train on the incomplete last batch of an epoch too"""
     evaluation_batch_size: Count = 128
@@ -168,6 +172,7 @@ def run(
     """
     log = log or StageLog()
     check(config)
+    check_recipe(config, base.default_of(experiment, config))
     train, test = load(config, log)
     third_party = None
     if config.teachers:
@@ -428,7 +433,14 @@ def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKd
             "plateau_threshold",
         )
     }
-    attack = TrainConfig(config.epochs, config.batch_size, learning_rate=config.learning_rate, **shared)
+    attack = TrainConfig(
+        config.epochs,
+        config.batch_size,
+        learning_rate=config.learning_rate,
+        augmentation=config.attack_augmentation,
+        **shared,
+    )
+    attack = dataclasses.replace(attack, **recipes.fields(config.recipe, config.batch_size))
     defense = TrainConfig(
         config.defense_epochs,
         config.defense_batch_size,

@@ -19,6 +19,7 @@ from tests.tiers import slow_unless
 
 LOWERINGS = get_args(Lowering)
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
+SMALLEST += ("speedrun",)
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
 RUN = (*SMALLEST, "resnet50")
@@ -30,6 +31,7 @@ TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("vgg11", "vgg16", "vgg_s"), 5),
     **dict.fromkeys(("vbd_64p", "vbd_16p"), 2),
     "mobilenet_v2": 8,
+    "speedrun": 4,
 }
 SHAPE, K = (8, 8, 1), 3
 IMAGES = jnp.asarray(np.random.default_rng(0).random((3, *SHAPE)), jnp.float32)
@@ -112,6 +114,7 @@ def count_with(name, image, classes, width=64):
         ("resnet56", 855_770, 857_915),
         ("pyramidnet_20_12", 84_765, 85_722),
         ("pyramidnet_11_24", 54_202, 59_515),
+        ("speedrun", 1_972_504, None),  # as published, less the 288 of the fixed whitening kernel
     ],
 )
 def test_parameters_at_32x32x3(name, ten_classes, forty_three):
@@ -203,6 +206,7 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         "mobilenet": {8: (8, 2, 2), 28: (28, 7, 7), 32: (32, 8, 8)},
         "pyramidnet": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
         "lenet": {8: (4, 2, 1), 28: (14, 5, 1), 32: (14, 5, 1)},
+        "speedrun": {8: (3, 1, 1, 1), 28: (13, 6, 3, 1), 32: (15, 7, 3, 1)},
         "vbd": {8: (3, 1), 28: (13, 1), 32: (15, 1)}
         if TAPS[name] == 2
         else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
@@ -258,13 +262,13 @@ def test_the_smallest_network_of_each_family(name):
     for i, member in enumerate(members):
         last = member["params"]["classifier"]
         seen = embedding(jax.tree.map(lambda each, i=i: each[i], features))
-        expected = np.asarray(seen, np.float64) @ np.asarray(last["kernel"]) + np.asarray(last["bias"])
+        expected = np.asarray(seen, np.float64) @ np.asarray(last["kernel"]) + np.asarray(last.get("bias", 0))
         np.testing.assert_allclose(logits[i], expected, rtol=1e-4, atol=1e-4)
 
     # An edit of the last tap reaches the last layer, one of the first reaches everything after it and nothing else.
     *_, last = ones
     silent, *_ = run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)})
-    bias = np.asarray(stacked["params"]["classifier"]["bias"])
+    bias = np.asarray(stacked["params"]["classifier"].get("bias", np.zeros((2, K))))
     np.testing.assert_allclose(silent, np.broadcast_to(bias[:, None], silent.shape), atol=1e-6)
     _, changed, _ = run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)})
     np.testing.assert_allclose(changed["stage1"], 2 * features["stage1"], rtol=1e-5, atol=1e-6)
@@ -356,7 +360,7 @@ def test_all_lowerings_are_the_same_network(name):
     for new, old in zip(
         jax.tree.leaves(output.variables["batch_stats"]), jax.tree.leaves(before["batch_stats"]), strict=True
     ):
-        assert np.all(new != old)
+        assert np.all(new != old) or name == "speedrun"  # whose whitening is constant
     assert bool(before["batch_stats"]) == (name != "lenet")
     for other, other_gradient in others:
         chex.assert_trees_all_close(other, output, rtol=1e-3, atol=1e-3)

@@ -6,7 +6,7 @@ import pytest
 
 from bdjax.training.augmentation import augment, pad_crop, random_flip
 
-KINDS = ("none", "crop", "crop_flip")
+KINDS = ("none", "crop", "crop_flip", "reflect", "reflect_flip")
 
 
 def picture(*shape):
@@ -41,6 +41,15 @@ def test_a_crop_is_one_of_the_shifts_with_zeros_coming_in(padding):
     assert crops.dtype == jnp.uint8
     seen = {which(crop, candidates) for crop in np.asarray(crops)}
     assert seen == set(candidates)  # every shift is drawn, none beyond the padding
+
+
+def test_a_mirrored_border_comes_in_without_its_edge():
+    image = picture(8, 6, 3)
+    padded = np.pad(np.asarray(image), ((1, 1), (1, 1), (0, 0)), mode="reflect")
+    candidates = {(i, j): padded[i : i + 8, j : j + 6] for i in range(3) for j in range(3)}
+    keys = jax.random.split(jax.random.key(0), 90)
+    crops = jax.jit(jax.vmap(lambda key: pad_crop(key, image, 1, mirror=True)))(keys)
+    assert {which(crop, candidates) for crop in np.asarray(crops)} == set(candidates)
 
 
 def test_a_flip_mirrors_left_to_right_half_of_the_time():
