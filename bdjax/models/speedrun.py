@@ -90,7 +90,7 @@ def _constants(directions: Array, mean: Array, deviation: Array) -> dict[str, Ar
     return {"kernel": kernel, "offset": -jnp.einsum("ijcf,c->f", kernel, mean)}
 
 
-def _assumed(channels: int) -> dict[str, Array]:
+def assumed(channels: int) -> dict[str, Array]:
     """Constants without images: the cosines that whiten patches of the assumed correlation."""
 
     def cosines(size: int) -> np.ndarray:
@@ -129,8 +129,8 @@ class Whitening(nn.Module):
     def __call__(self, x: Array) -> Array:
         axis = layout_of(self.lowering).channel_axis
         channels = x.shape[axis]
-        kernel = self.variable("batch_stats", "kernel", lambda: _assumed(channels)["kernel"])
-        offset = self.variable("batch_stats", "offset", lambda: _assumed(channels)["offset"])
+        kernel = self.variable("batch_stats", "kernel", lambda: assumed(channels)["kernel"])
+        offset = self.variable("batch_stats", "offset", lambda: assumed(channels)["offset"])
         bias = self.param("bias", nn.initializers.zeros, (8 * channels,), jnp.float32)
         y = convolve(x, kernel.value.astype(x.dtype), stride=1, padding=0, lowering=self.lowering)
         return y + along((offset.value + bias).astype(x.dtype), axis)

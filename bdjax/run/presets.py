@@ -28,6 +28,7 @@ class Study(NamedTuple):
 
 
 _SMALL = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
+_SPEEDRUN = {"model": "speedrun", "width": 16, "batch_size": 128, "recipe": "speedrun", "epochs": 8}
 _ATTACK = _SMALL | {"fine_tuning_learning_rate": 1e-3}
 _TA_KD = {
     "clean_model": "resnet10",
@@ -103,13 +104,12 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "fine_tuning_epochs": 5,
             "costly_seeds": 1,
         },
-        "cifar10": _ATTACK
+        "cifar10": _SPEEDRUN
         | {
-            "train_rows": 6000,
-            "test_rows": 1000,
-            "epochs": 10,
-            "controlled_epochs": 12,
-            "fine_tuning_epochs": 4,
+            "augmentation": "reflect_flip",
+            "controlled_epochs": 8,
+            "fine_tuning_epochs": 2,
+            "fine_tuning_learning_rate": 1e-3,
             "seeds": 1,
         },
     },

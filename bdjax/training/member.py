@@ -149,15 +149,17 @@ def make_optimiser(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def parameter_kinds(params: PyTree) -> PyTree:
-    """Label each parameter: "norm scale" and "norm bias" of a normalisation, "other"."""
+    """Label each parameter: "norm scale" and "norm bias" of a layer that has both, as normalisations do, and "other"."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    layers = {path[:-1] for path in paths if _name(path) == "scale"}
+    layers &= {path[:-1] for path in paths if _name(path) == "bias"}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: f"norm {_name(path)}" if path[:-1] in layers else "other", params
+    )
 
-    def kind(path: tuple[Any, ...], leaf: Array) -> str:
-        del leaf
-        names = [str(getattr(entry, "key", entry)) for entry in path]
-        is_norm = len(names) > 1 and "norm" in names[-2]
-        return f"norm {names[-1]}" if is_norm and names[-1] in ("scale", "bias") else "other"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+def _name(path: tuple[Any, ...]) -> str:
+    return str(getattr(path[-1], "key", path[-1])) if path else ""
 
 
 def init_state(key: Key, model: Model, image_shape: tuple[int, int, int], config: TrainConfig) -> TrainState:

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from bdjax.models import count_parameters, make_model
-from bdjax.models.speedrun import LEAST_EIGENVALUE, whiten
+from bdjax.models.speedrun import (
+    COLOR_CORRELATION,
+    LEAST_EIGENVALUE,
+    PIXEL_CORRELATION,
+    PIXEL_DEVIATION,
+    assumed,
+    whiten,
+)
 
 SHAPE = (6, 5, 3)
 
@@ -53,19 +60,25 @@ def test_images_without_variance_give_finite_filters():
     chex.assert_tree_all_finite(grey)
 
 
-def test_the_first_filters_are_cosines_that_decorrelate_smooth_images():
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_without_images_whiten_patches_of_the_usual_correlation(channels):
     model = make_model("speedrun", 4, 2, "native")
-    variables = jax.eval_shape(lambda key: model.init(key, SHAPE), jax.random.key(0))
-    assert variables["batch_stats"]["whitening"]["kernel"].shape == (2, 2, 3, 24)
-    from bdjax.models.speedrun import _assumed
+    constants = assumed(channels)
+    shapes = jax.eval_shape(lambda key: model.init(key, (8, 8, channels)), jax.random.key(0))
+    chex.assert_trees_all_equal_shapes_and_dtypes(dict(shapes["batch_stats"]["whitening"]), constants)
+    directions = PIXEL_DEVIATION * np.asarray(constants["kernel"]).reshape(4 * channels, -1)[:, : 4 * channels]
 
-    kernel = np.asarray(_assumed(3)["kernel"]).reshape(12, 24)[:, :12]
-    cosines = kernel.T @ kernel
-    np.testing.assert_allclose(cosines - np.diag(np.diag(cosines)), 0, atol=1e-3 * np.diag(cosines).max())
-    images = smooth_images(3)
-    deviations = filtered(_assumed(3), images)[:, :12].std(axis=0)
-    raw = np.linalg.eigvalsh(np.cov(patches_of(images).T)) ** 0.5
-    assert deviations.max() / deviations.min() < raw.max() / raw.min() / 3
+    def correlation(size, neighbours):
+        return np.full((size, size), neighbours) + (1 - neighbours) * np.eye(size)
+
+    pixels, colors = correlation(2, PIXEL_CORRELATION), correlation(channels, COLOR_CORRELATION)
+    assumed_moments = np.kron(np.kron(pixels, pixels), colors)
+    moments = directions.T @ assumed_moments @ directions
+    np.testing.assert_allclose(moments - np.diag(np.diag(moments)), 0, atol=1e-5)
+    eigenvalues = np.linalg.eigvalsh(assumed_moments)
+    np.testing.assert_allclose(sorted(np.diag(moments)), eigenvalues / (eigenvalues + LEAST_EIGENVALUE), rtol=1e-3)
+    grey = np.full((1, *SHAPE[:2], channels), 0.5)
+    np.testing.assert_allclose(filtered(constants, grey), 0, atol=1e-5)
 
 
 def test_constants_are_neither_trained_nor_changed_by_training():
