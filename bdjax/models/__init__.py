@@ -16,7 +16,15 @@ from bdjax.models import (
     vgg,
     wide_resnet,
 )
-from bdjax.models.facade import as_model, count_parameters, embedding, group_shapes, last_tap, tap_shapes
+from bdjax.models.facade import (
+    as_model,
+    count_operations,
+    count_parameters,
+    embedding,
+    group_shapes,
+    last_tap,
+    tap_shapes,
+)
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.types import Model
 
@@ -24,6 +32,7 @@ __all__ = [
     "MODELS",
     "ComputeDtype",
     "Lowering",
+    "count_operations",
     "count_parameters",
     "default_lowering",
     "embedding",

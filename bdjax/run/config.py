@@ -42,7 +42,7 @@ PATHS = ("dataset", "clean_data")
 """Fields of text that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch")
+IGNORED = ("data_dir", "output", "teacher_batch", "probe_seconds")
 """Fields that do not influence any number."""
 ALL = "all"
 """The value of `--defenses` that stands for the whole registry."""
@@ -85,6 +85,8 @@ class ExperimentConfig:
     """how convolutions are computed; auto measures once which is fastest on this machine"""
     compute_dtype: ComputeDtype = "float32"
     """dtype of activations and products; parameters, statistics and losses are always float32"""
+    probe_seconds: NotNegative = probe.DEFAULT_SECONDS
+    """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
 
@@ -274,22 +276,15 @@ def read_options(config: ExperimentConfig) -> datasets.ReadOptions:
     return datasets.ReadOptions(config.skip_unreadable, config.allow_empty_classes)
 
 
-def choose_engine(
-    config: ExperimentConfig,
-    image_shape: tuple[int, int, int],
-    width: int,
-    batch_size: int,
-    members: int,
-    folder: pathlib.Path,
-    log: StageLog,
-) -> probe.Choice:
+def choose_engine(config: ExperimentConfig, shape: probe.Shape, folder: pathlib.Path, log: StageLog) -> probe.Choice:
     """Layout and lowering: as set, or those of the run in `folder`, or else the fastest on this machine."""
     with log.stage("probe", detail="skipped: layout and lowering are set") as stage:
         return probe.choose(
-            probe.Shape(image_shape, width, batch_size, members, config.compute_dtype),
+            shape,
             config.layout,
             config.lowering,
             choice_file=folder / ENGINE_FILE,
+            seconds=config.probe_seconds,
             report=partial(setattr, stage, "detail"),
         )
 
@@ -346,20 +341,22 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
     return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
 
 
-def check_recipe(config: Any, default: Any) -> None:
+def check_recipe(config: Any, default: Any, prefix: str = "") -> None:
     """Refuse flags that a recipe would override.
 
     Args:
         config: all settings, with a `recipe`.
         default: the configuration that its preset starts from.
+        prefix: of the names of the recipe's field and of the fields that it sets.
 
     Raises:
         InputError: naming the flag.
     """
     changed = command_line.changed_fields(config, default)
-    for name in recipes.fields(config.recipe, 1):
-        if config.recipe and name in changed and name != "recipe":
-            raise InputError(f"--recipe {config.recipe} sets {flag(name)} itself; leave it out, or set --recipe=")
+    recipe, own = getattr(config, f"{prefix}recipe"), flag(f"{prefix}recipe")
+    for name in recipes.fields(recipe, 1):
+        if recipe and prefix + name in changed and name != "recipe":
+            raise InputError(f"{own} {recipe} sets {flag(prefix + name)} itself; leave it out, or set {own}=")
 
 
 def train_config(config: ComparisonConfig) -> TrainConfig:

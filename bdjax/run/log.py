@@ -6,7 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from bdjax import interruption
@@ -111,6 +119,7 @@ class StageLog:
             MofNCompleteColumn() if total is not None else TextColumn("{task.completed}"),
             TextColumn(printable(unit), markup=False),
             TimeElapsedColumn(),
+            *([TextColumn("left"), TimeRemainingColumn()] if total is not None else []),
             TextColumn("{task.fields[message]}", markup=False),
         )
         self._has_bar = True
@@ -123,15 +132,23 @@ class StageLog:
 
     @contextmanager
     def _plain_lines(self, name: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
-        last = self._clock()
+        start = last = self._clock()
+        first: tuple[int, float] | None = (
+            None  # steps and time of the first report, which has the compilation behind it
+        )
 
         def report(done: int, message: str) -> None:
-            nonlocal last
+            nonlocal last, first
+            first = first or (done, self._clock())
             if self._has_bar or self._clock() - last < _SECONDS_BETWEEN_PLAIN_LINES:
                 return
             last = self._clock()
             count = f"{done} of {total}" if total is not None else f"{done}"
-            self.note(name, printable(f"… {count} {unit}  {message}"))
+            steps, since = (done - first[0], first[1]) if done > first[0] else (done, start)
+            left = ""
+            if total is not None and steps:
+                left = f", {format_seconds((last - since) / steps * (total - done))} left"
+            self.note(name, printable(f"… {count} {unit}  {message}{left}"))
 
         yield report
 

@@ -27,8 +27,11 @@ class Study(NamedTuple):
     defenses: str
 
 
+OTHER = "other"
+"""The key of a table for named datasets that it does not list and that are like none of them."""
+
 _SMALL = {"model": "resnet10", "width": 8, "batch_size": 64, "learning_rate": 3e-3}
-_SPEEDRUN = {"model": "speedrun", "width": 16, "batch_size": 128, "recipe": "speedrun", "epochs": 8}
+_SPEEDRUN = {"width": 16, "batch_size": 128, "recipe": "speedrun", "epochs": 8}
 _ATTACK = _SMALL | {"fine_tuning_learning_rate": 1e-3}
 _TA_KD = {
     "clean_model": "resnet10",
@@ -82,7 +85,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "blend_opacity": (0.15, 0.2),
             "evaluation_batch_size": 250,
         },
-        "cifar10": _TA_KD
+        OTHER: _TA_KD
         | {
             "num_similar": 3,
             "train_rows": 8000,
@@ -92,20 +95,44 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "poison_rate": 0.05,
             "evaluation_batch_size": 250,
         },
+        "cifar10": {f"{role}_model": "speedrun" for role in ("clean", "teacher", "aggregated", "student")}
+        | _SPEEDRUN
+        | {
+            "attack_augmentation": "reflect_flip",
+            "num_similar": 3,
+            "poison_rate": 0.05,
+            "minimum_contrast": 0.3,
+            "keep_last_batch": False,
+            "evaluation_batch_size": 250,
+            "defense_epochs": 30,
+            "defense_learning_rate": 3e-3,
+            "seeds": 1,
+        },
     },
     "attack": {
         "digits": _ATTACK | {"batch_size": 32, "epochs": 20, "controlled_epochs": 40, "fine_tuning_epochs": 10},
-        "mnist": _ATTACK
+        "mnist": _SPEEDRUN
         | {
-            "train_rows": 4000,
+            "model": "speedrun",
+            "epochs": 4,
+            "augmentation": "reflect",
+            "controlled_epochs": 4,
+            "fine_tuning_epochs": 1,
+            "fine_tuning_learning_rate": 1e-3,
+            "seeds": 1,
+        },
+        OTHER: _ATTACK
+        | {
+            "train_rows": 6000,
             "test_rows": 1000,
-            "epochs": 8,
-            "controlled_epochs": 16,
-            "fine_tuning_epochs": 5,
-            "costly_seeds": 1,
+            "epochs": 10,
+            "controlled_epochs": 12,
+            "fine_tuning_epochs": 4,
+            "seeds": 1,
         },
         "cifar10": _SPEEDRUN
         | {
+            "model": "speedrun",
             "augmentation": "reflect_flip",
             "controlled_epochs": 8,
             "fine_tuning_epochs": 2,
@@ -117,8 +144,10 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "digits": _SMALL
         | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
         "mnist": _SMALL | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
-        "cifar10": _SMALL
+        OTHER: _SMALL
         | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
+        "cifar10": _SPEEDRUN
+        | {"model": "speedrun", "augmentation": "reflect_flip", "attacks": "badnets_grid,blended,none", "seeds": 1},
     },
     "detection": {
         "digits": _SMALL
@@ -188,18 +217,20 @@ def is_registered(dataset: str) -> bool:
 
 
 def quick(workflow: str, dataset: str) -> dict[str, Any]:
-    """The fields of a quick run: those of the dataset, else of the dataset that it is like, else of CIFAR-10. Data at a path
-    gets those of the digits, which use all rows.
+    """The fields of a quick run: those of the dataset, else of the dataset that it is like, else of `OTHER` or of CIFAR-10.
+    Data at a path gets those of the digits, which use all rows. Images are mirrored only where their class stays the same.
 
     Args:
         workflow: a key of `QUICK`.
         dataset: its name or path.
     """
-    table = QUICK[workflow]
-    for name in (dataset, datasets.traits(dataset).like):
-        if name in table:
-            return dict(table[name])
-    return dict(table["cifar10" if is_registered(dataset) else "digits"])
+    table, traits = QUICK[workflow], datasets.traits(dataset)
+    fallback = (OTHER, "cifar10") if is_registered(dataset) else ("digits",)
+    fields = dict(next(table[name] for name in (dataset, traits.like, *fallback) if name in table))
+    for name in ("augmentation", "attack_augmentation"):
+        if name in fields and not traits.flips:
+            fields[name] = fields[name].removesuffix("_flip")
+    return fields
 
 
 def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) -> tuple[str, str, str]:

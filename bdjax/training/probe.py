@@ -1,12 +1,13 @@
 """Choose the fastest layout of the members and lowering of convolutions by measurement.
 
 The fastest combination differs between CPU and GPU, and with width, image size and number of members. Slow lowerings are first
-ruled out on four convolutions and few rows. With the others, a small ResNet with the run's width, images, batch size and
+ruled out on four convolutions and few rows. With the others, a small network with the run's width, images, batch size and
 number of members is trained for a few steps in every layout. (Timing convolutions alone, without optimiser and network, made
-vmap look faster than it is.)
+vmap look faster than it is.) The default combination is timed first, and nothing that would probably end after the time limit
+is started, so a slow machine gets the best of what it could time.
 
-The choice is cached in the user's cache folder. Each run also saves its own choice, since two lowerings agree only within float
-tolerance and a resumed run must end with the same numbers.
+The choice and its speed are cached in the user's cache folder. Each run also saves its own choice, since two lowerings agree
+only within float tolerance and a resumed run must end with the same numbers.
 """
 
 import contextlib
@@ -41,6 +42,14 @@ UNROLLED_MEMBERS = 3
 CLEARLY = 1.1
 """Factor by which a combination must beat the default: a near tie is noise, and the default was measured on whole trainings."""
 
+DEFAULT_SECONDS = 20.0
+"""Time limit of the measurements."""
+
+PROBED = ("speedrun",)
+"""Networks that are timed themselves. The others compile slowly and are made of the blocks of `USUAL_NETWORK`."""
+
+USUAL_NETWORK = "resnet10"
+
 _STEPS = 4
 _REPEATS = 5
 _ENOUGH_SECONDS = 0.3
@@ -58,6 +67,8 @@ class Shape:
     batch_size: int
     members: int
     compute_dtype: ComputeDtype = "float32"
+    network: str = USUAL_NETWORK
+    """what is trained; see `probed_network`"""
 
 
 class Choice(NamedTuple):
@@ -71,14 +82,21 @@ Measure = Callable[[Choice, Shape], float]
 """The seconds that a combination takes for a few steps of all members."""
 
 
+def probed_network(names: Sequence[str]) -> str:
+    """The network to time for a run that trains these: the first, if it is timed itself."""
+    return names[0] if names and names[0] in PROBED else USUAL_NETWORK
+
+
 def choose(
     shape: Shape,
     layout: ensemble.Layout | Literal["auto"] = _AUTO,
     lowering: Lowering | Literal["auto"] = _AUTO,
     *,
     choice_file: pathlib.Path | None = None,
+    seconds: float = DEFAULT_SECONDS,
     report: Callable[[str], None] = lambda line: None,
     measure: Measure | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Choose a layout and a lowering. Given values are kept; "auto" is measured unless the choice is already saved.
 
@@ -87,14 +105,17 @@ def choose(
         layout: a layout, or "auto".
         lowering: a lowering, or "auto".
         choice_file: the JSON file with a run's saved choice, which is used if it exists.
+        seconds: time limit: no measurement starts that would end later if it took as long as the longest before it.
         report: called with one line on the measurement or the source of the choice; not called if there is only one option.
         measure: times one combination; by default `time_convolutions` on few rows and `time_training` on a batch.
+        clock: the time in seconds.
 
     Returns:
         The fastest combination (the default one if none is clearly faster), the same in every process.
     """
-    per_device = -(-shape.members // jax.device_count())
-    layouts = [name for name in get_args(ensemble.Layout) if name != "unrolled" or per_device <= UNROLLED_MEMBERS]
+    layouts = [
+        name for name in get_args(ensemble.Layout) if name != "unrolled" or _per_device(shape) <= UNROLLED_MEMBERS
+    ]
     lowerings = get_args(Lowering)
     candidates = [
         Choice(*pair)
@@ -102,7 +123,6 @@ def choose(
             layouts if layout == _AUTO else (layout,), lowerings if lowering == _AUTO else (lowering,)
         )
     ]
-    shape = replace(shape, members=min(per_device, _PROBED_MEMBERS) * min(shape.members, jax.device_count()))
     if len(candidates) == 1:
         return candidates[0]
     saved = _saved_choice(choice_file) if choice_file else None
@@ -110,26 +130,71 @@ def choose(
     if choice in candidates:
         report(f"{_words(choice)}, as at the start of this run")
         return choice
+    default = _default(candidates)
     if processes.count() > 1:
         # Timings would differ between the processes, which must all run the same program.
-        default = _default(candidates)
         report(f"{_words(default)}, the default: not measured with several processes (or give --layout and --lowering)")
         return default
+    shape = _as_timed(shape)
     key = json.dumps([_environment(), asdict(shape), [list(candidate) for candidate in candidates]])
     cache = cache_file()
-    cached = _read(cache).get(key)
+    cached = _choice(_read(cache).get(key))
     if cached in candidates:
         report(f"{_words(cached)}, from an earlier measurement ({cache})")
         return cached
-    seconds = _race(candidates, shape, measure or time_convolutions, measure or time_training)
-    best = min(seconds, key=seconds.__getitem__)
-    default = _default(candidates)
-    if default in seconds and seconds[default] < CLEARLY * seconds[best]:
+    limit = _TimeLimit(seconds, clock)
+    timed = _race(candidates, default, shape, measure or time_convolutions, measure or time_training, limit)
+    best = min(timed, key=timed.__getitem__, default=default)
+    if default in timed and timed[default] < CLEARLY * timed[best]:
         best = default
-    timings = [f"{_words(timed)} {seconds[timed] * 1e3:.3g} ms" for timed in sorted(seconds, key=seconds.get)]
-    report(f"{_words(best)} ({', '.join(timings)}; {len(candidates) - len(seconds)} slower ones not timed)")
-    _save(cache, key, best)
+    timings = [f"{_words(choice)} {timed[choice] * 1e3:.3g} ms" for choice in sorted(timed, key=timed.get)]
+    others = f"the limit of {seconds:g} s was reached" if limit.reached else "slower ones not timed"
+    report(f"{_words(best)} ({', '.join([*timings, f'{len(candidates) - len(timed)} others: {others}'])})")
+    speeds = {_speed_key(shape, choice): _rows(shape) / timed[choice] for choice in timed}
+    _save(cache, {key: list(best), **speeds})
     return best
+
+
+def measured_speed(shape: Shape, choice: Choice) -> float | None:
+    """The images per second, of all members together, that a probe of this machine measured; None if none did."""
+    speed = _read(cache_file()).get(_speed_key(_as_timed(shape), choice))
+    return speed if isinstance(speed, float) and 0 < speed < math.inf else None
+
+
+def _per_device(shape: Shape) -> int:
+    return -(-shape.members // jax.device_count())
+
+
+def _as_timed(shape: Shape) -> Shape:
+    """The shape with the number of members that a probe trains."""
+    return replace(shape, members=min(_per_device(shape), _PROBED_MEMBERS) * min(shape.members, jax.device_count()))
+
+
+def _rows(shape: Shape) -> int:
+    """The images of a measurement."""
+    return shape.members * _STEPS * shape.batch_size
+
+
+def _speed_key(shape: Shape, choice: Choice) -> str:
+    return json.dumps(["images per second", _environment(), asdict(shape), list(choice)])
+
+
+class _TimeLimit:
+    """Whether another measurement may start."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._clock, self._end, self._longest = clock, clock() + seconds, 0.0
+        self.reached = False
+
+    def measure(self, measure: Measure, choice: Choice, shape: Shape) -> float | None:
+        """The seconds of a combination; None once the limit is reached."""
+        start = self._clock()
+        self.reached = self.reached or start + self._longest > self._end
+        if self.reached:
+            return None
+        seconds = measure(choice, shape)
+        self._longest = max(self._longest, self._clock() - start)
+        return seconds
 
 
 def record(choice: Choice) -> dict[str, Any]:
@@ -144,8 +209,8 @@ def cache_file() -> pathlib.Path:
 
 
 def time_training(choice: Choice, shape: Shape) -> float:
-    """The median seconds of a few training steps of a ResNet-10, for all members; compilation is not counted."""
-    model = make_model("resnet10", 10, shape.width, choice.lowering, shape.compute_dtype)
+    """The median seconds of a few training steps of the shape's network, for all members; compilation is not counted."""
+    model = make_model(shape.network, 10, shape.width, choice.lowering, shape.compute_dtype)
     config = TrainConfig(epochs=1, batch_size=shape.batch_size)
     count, rows = shape.members, _STEPS * shape.batch_size
 
@@ -214,18 +279,32 @@ def _seconds(run: Callable[[], PyTree]) -> float:
     return statistics.median(seconds)
 
 
-def _race(candidates: Sequence[Choice], shape: Shape, roughly: Measure, exactly: Measure) -> dict[Choice, float]:
+def _race(
+    candidates: Sequence[Choice],
+    default: Choice,
+    shape: Shape,
+    roughly: Measure,
+    exactly: Measure,
+    limit: _TimeLimit,
+) -> dict[Choice, float]:
     """Seconds of the combinations that are worth timing on a whole batch: some lowerings are a hundred times slower than
     others, and timing them would cost more than it saves."""
+
+    def time_all(measure: Measure, choices: Sequence[Choice], shape: Shape) -> dict[Choice, float]:
+        default_first = sorted(choices, key=lambda choice: choice != default)
+        timed = ((choice, limit.measure(measure, choice, shape)) for choice in default_first)
+        return {choice: seconds for choice, seconds in timed if seconds is not None}
+
+    usual = [choice for choice in candidates if choice.layout == default.layout]
     few = replace(shape, batch_size=max(shape.batch_size // 8, 1))
-    layout = _default(candidates).layout
-    first = {choice.lowering: roughly(choice, few) for choice in candidates if choice.layout == layout}
-    hopeful = [choice for choice in candidates if first[choice.lowering] <= HOPELESS * min(first.values())]
-    seconds = {choice: exactly(choice, shape) for choice in hopeful if choice.layout == layout}
+    first = time_all(roughly, usual, few)
+    best = min(first.values(), default=0.0)
+    seconds = time_all(exactly, [choice for choice, taken in first.items() if taken <= HOPELESS * best], shape)
+    if not seconds:
+        return {}
     lowering = min(seconds, key=seconds.__getitem__).lowering
-    return seconds | {
-        choice: exactly(choice, shape) for choice in hopeful if choice.lowering == lowering and choice.layout != layout
-    }
+    others = [choice for choice in candidates if choice.lowering == lowering and choice.layout != default.layout]
+    return seconds | time_all(exactly, others, shape)
 
 
 def _default(candidates: Sequence[Choice]) -> Choice:
@@ -243,25 +322,27 @@ def _environment() -> list[Any]:
     return [jax.__version__, devices[0].platform, devices[0].device_kind, len(devices), os.cpu_count()]
 
 
-def _read(path: pathlib.Path) -> dict[str, Choice]:
-    """The choices in a file; invalid entries are ignored, so they are measured again."""
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """The entries of a file; an invalid file has none, so they are measured again."""
     try:
         content = json.loads(path.read_text()) if path.is_file() else None  # a pipe would wait for ever
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(content, Mapping):
-        return {}
-    return {key: Choice(*value) for key, value in content.items() if isinstance(value, list) and len(value) == 2}
+    return dict(content) if isinstance(content, Mapping) else {}
+
+
+def _choice(entry: Any) -> Choice | None:
+    """An entry as a choice; None if it is none."""
+    return Choice(*entry) if isinstance(entry, list) and len(entry) == 2 else None
 
 
 @processes.by_primary
 def _saved_choice(path: pathlib.Path) -> list[str] | None:
-    choice = _read(path).get("choice")
+    choice = _choice(_read(path).get("choice"))
     return list(choice) if choice else None
 
 
-def _save(path: pathlib.Path, key: str, choice: Choice) -> None:
-    """Add a choice to the cache. If the cache cannot be written, the next run measures again."""
-    content = {**{other: list(saved) for other, saved in _read(path).items()}, key: list(choice)}
+def _save(path: pathlib.Path, entries: Mapping[str, Any]) -> None:
+    """Add entries to the cache. If the cache cannot be written, the next run measures again."""
     with contextlib.suppress(OSError):
-        atomic.write_bytes(path, f"{json.dumps(content, indent=1)}\n".encode())
+        atomic.write_bytes(path, f"{json.dumps({**_read(path), **entries}, indent=1)}\n".encode())

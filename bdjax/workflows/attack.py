@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,7 +106,15 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     members = sum(num_seeds(config, plan) for plan in plans)
     kept = members * (train.images.nbytes + test.images.nbytes)
     run = base.begin(
-        experiment, config, train.image_shape, train.num_classes, members, log, networks=[config.model], kept=kept
+        experiment,
+        config,
+        train.image_shape,
+        train.num_classes,
+        members,
+        log,
+        networks=[config.model],
+        kept=kept,
+        plan=planned(config, plans, len(train)),
     )
     model = run.make_model(config.model)
     folder = run.open_folder()
@@ -228,6 +237,17 @@ def read_changes(texts: Sequence[str], names: Sequence[str]) -> dict[str, dict[s
 def left_out_text(left_out: Mapping[str, str]) -> str:
     """One line on the attacks that cannot be run on the dataset."""
     return "; ".join(f"{name} left out: {reason}" for name, reason in left_out.items())
+
+
+def planned(config: Config, plans: Sequence[Plan], rows: int) -> list[base.Planned]:
+    """The clean networks and the victims."""
+    victims = Counter()
+    for plan in plans:
+        fresh = config.controlled_epochs if plan.control else config.epochs
+        epochs = config.fine_tuning_epochs if plan.starts_from_clean_model else fresh
+        victims[epochs] += num_seeds(config, plan)
+    clean = base.Planned(config.model, config.seeds, config.epochs, rows)
+    return [clean, *(base.Planned(config.model, count, epochs, rows) for epochs, count in victims.items())]
 
 
 def num_seeds(config: Config, plan: Plan) -> int:

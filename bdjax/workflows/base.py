@@ -21,7 +21,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, Measured, TriggeredViews
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import SuspectTeachers
-from bdjax.models import make_model
+from bdjax.models import count_operations, make_model
 from bdjax.reporting import results as schema
 from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
@@ -29,11 +29,11 @@ from bdjax.run import command_line
 from bdjax.run import config as run_config
 from bdjax.run.config import ALL, IGNORED, ComparisonConfig, ExperimentConfig, check_ranges
 from bdjax.run.folder import RunFolder, check_run, to_plain
-from bdjax.run.log import StageLog
+from bdjax.run.log import StageLog, format_seconds
 from bdjax.run.presets import Study
 from bdjax.run.text import csv_text
 from bdjax.settings import check_choice, split_variants
-from bdjax.training import memory
+from bdjax.training import ensemble, memory, probe
 from bdjax.training.probe import Choice
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, TrainTest
@@ -117,6 +117,17 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
     return command_line.parse(experiment.default, dict.fromkeys(experiment.choosers), arguments, **texts)
 
 
+class Planned(NamedTuple):
+    """Networks that a run will train in one call."""
+
+    network: str
+    """name of the architecture"""
+    members: int
+    epochs: int
+    rows: int
+    """training rows of each"""
+
+
 class Run(NamedTuple):
     """A run whose settings are checked; nothing is written yet."""
 
@@ -178,6 +189,8 @@ def begin(
     *,
     networks: Sequence[str] = (),
     kept: int = 0,
+    plan: Sequence[Planned] = (),
+    beyond: str = "",
 ) -> Run:
     """Choose the run's folder, and the layout and lowering of its networks.
 
@@ -192,6 +205,8 @@ def begin(
         log: where progress is printed.
         networks: the names of the architectures that are trained.
         kept: bytes of the training and test sets that exist at the same time.
+        plan: the networks whose training the expected time is printed for.
+        beyond: what else takes time: "the defenses"; empty if nothing does that takes long.
 
     Raises:
         InputError: the folder cannot be used, or the networks or the rows do not fit into memory.
@@ -201,8 +216,41 @@ def begin(
     check_run(output, config, experiment=experiment.name, ignore=IGNORED)
     memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
     check_networks(config, image_shape, num_classes, members, networks)
-    engine = run_config.choose_engine(config, image_shape, config.width, config.batch_size, members, output, log)
+    probed = probe.probed_network([planned.network for planned in plan] or networks)
+    shape = probe.Shape(image_shape, config.width, config.batch_size, members, config.compute_dtype, probed)
+    engine = run_config.choose_engine(config, shape, output, log)
+    if plan:
+        log.note("expected time", expected_time(plan, beyond, num_classes, shape, engine))
     return Run(experiment, config, output, engine, image_shape, num_classes, log)
+
+
+def expected_time(plan: Sequence[Planned], beyond: str, num_classes: int, shape: probe.Shape, engine: Choice) -> str:
+    """About how long trainings will take on this machine, from the speed that the probe measured.
+
+    A network other than the probed one is expected to take as much longer as it has more operations.
+
+    Args:
+        plan: the networks.
+        beyond: as for `begin`.
+        num_classes: K.
+        shape: what the probe measured.
+        engine: the layout and lowering.
+    """
+    speed = probe.measured_speed(shape, engine)
+    if speed is None:
+        return "not known: the probe has not timed this layout and lowering on this machine"
+
+    def operations(network: str) -> float:
+        return count_operations(make_model(network, num_classes, shape.width, "native"), shape.image_shape)
+
+    seconds = 0.0
+    for network, members, epochs, rows in plan:
+        ratio = 1.0 if network == shape.network else operations(network) / operations(shape.network)
+        seconds += ensemble.trained_members(members) * epochs * rows * ratio / speed
+    count = sum(planned.members for planned in plan)
+    networks = "1 network" if count == 1 else f"{count} networks"
+    more = f"; {beyond} add to it" if beyond else ""
+    return f"about {format_seconds(seconds)} to train {networks}{more}"
 
 
 def find_shared(log: StageLog, clean: Dataset | None, others: Mapping[str, Dataset]) -> list[dict[str, Any]]:

@@ -95,7 +95,16 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     members = len(attacks) * config.seeds
     kept = members * (train.images.nbytes + test.images.nbytes)
     run = base.begin(
-        experiment, config, train.image_shape, train.num_classes, members, log, networks=[config.model], kept=kept
+        experiment,
+        config,
+        train.image_shape,
+        train.num_classes,
+        members,
+        log,
+        networks=[config.model],
+        kept=kept,
+        plan=[base.Planned(config.model, members, config.epochs, len(train))],
+        beyond="the defenses",
     )
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:

@@ -127,6 +127,8 @@ class Config(ExperimentConfig):
     """epochs of the aggregated model, the student and both baselines"""
     defense_batch_size: Count = 64
     """batch size of the defense's trainings"""
+    defense_recipe: Recipe = ""
+    """named recipe of the defense's trainings, in place of Adam, its rate, schedule and weight decay: speedrun"""
     defense_learning_rate: LearningRate = 0.01
     """initial learning rate of Adam in the defense's trainings"""
     defense_schedule: Schedule = "plateau"
@@ -172,7 +174,9 @@ def run(
     """
     log = log or StageLog()
     check(config)
-    check_recipe(config, base.default_of(experiment, config))
+    default = base.default_of(experiment, config)
+    check_recipe(config, default)
+    check_recipe(config, default, prefix="defense_")
     train, test = load(config, log)
     third_party = None
     if config.teachers:
@@ -194,7 +198,24 @@ def run(
     if not (third_party or classifiers):
         check_target(config.target, train)
         outsourced = outsourcing.outsource([key[0] for key in keys], train, outsourcing_config(config))
-    run = base.begin(experiment, config, train.image_shape, train.num_classes, members, log)
+    clean_rows, teacher_rows = (
+        round(len(train) * share * (1 - config.validation_fraction)) for share in (1.0, config.provider_fraction)
+    )
+    plan = [
+        base.Planned(config.clean_model, config.seeds, config.epochs, clean_rows),
+        base.Planned(config.teacher_model, members, config.epochs, teacher_rows),
+    ]
+    plan = plan if outsourced else []
+    run = base.begin(
+        experiment,
+        config,
+        train.image_shape,
+        train.num_classes,
+        members,
+        log,
+        plan=plan,
+        beyond="the defense's networks",
+    )
     models = {role: run.make_model(name) for role, name in zip(ROLES, networks, strict=True)}
     if third_party and run.engine.lowering != default_lowering():
         third_party = read_teachers(run.engine.lowering, config.compute_dtype)
@@ -449,6 +470,7 @@ def configurations(config: Config) -> tuple[TrainConfig, TrainConfig, ta_kd.TaKd
         schedule=config.defense_schedule,
         **shared,
     )
+    defense = dataclasses.replace(defense, **recipes.fields(config.defense_recipe, config.defense_batch_size))
     names = (field.name for field in dataclasses.fields(ta_kd.TaKdConfig))
     return attack, defense, ta_kd.TaKdConfig(**{name: getattr(config, name) for name in names})
 

@@ -94,9 +94,22 @@ def test_a_long_stage_gives_a_sign_of_life_now_and_then():
             progress.advance(1, f"loss {epoch}")
     lines = stream.getvalue().splitlines()
     assert [words(line) for line in lines[:-1]] == [
-        f"teachers … {count} of 200 epochs loss {count - 1}" for count in (60, 120, 180)
+        f"teachers … {count} of 200 epochs loss {count - 1}, {left} left"
+        for count, left in ((60, "70.0 s"), (120, "40.0 s"), (180, "10.0 s"))
     ]
     assert words(lines[-1]) == "teachers 200 epochs 1 min 40 s"
+
+
+def test_the_time_left_is_counted_without_the_first_epoch_which_compiles():
+    log, stream, clock = make_log()
+    with log.stage("teachers", total=4, unit="epochs") as progress:
+        for seconds in (100, 10, 30):
+            clock.now += seconds
+            progress.advance(1)
+    assert [words(line).rsplit(", ")[-1] for line in stream.getvalue().splitlines()[:-1]] == [
+        "5 min 00 s left",  # nothing better is known after the first epoch
+        "20.0 s left",  # two epochs in 40 s
+    ]
 
 
 def test_on_a_terminal_the_bar_is_gone_at_the_end():

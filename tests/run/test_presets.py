@@ -22,7 +22,7 @@ def test_every_size_is_a_field_of_the_workflow_and_differs_from_its_default(work
     defaults = {field.name: field.default for field in dataclasses.fields(CONFIGS[workflow])}
     assert set(presets.QUICK) == set(CONFIGS)
     for dataset, fields in presets.QUICK[workflow].items():
-        assert dataset in datasets.DATASETS
+        assert dataset in (*datasets.DATASETS, presets.OTHER)
         assert set(fields) <= set(defaults)
         assert any(defaults[name] != value for name, value in fields.items())
 
@@ -33,14 +33,22 @@ def test_every_size_is_a_field_of_the_workflow_and_differs_from_its_default(work
         ("digits", "digits"),
         ("fashion_mnist", "mnist"),
         ("cifar100", "cifar10"),
-        ("tiny_imagenet", "cifar10"),
-        ("tfds:anything", "cifar10"),
+        ("tiny_imagenet", presets.OTHER),
+        ("tfds:anything", presets.OTHER),
         ("photos/", "digits"),
         ("digits.npz", "digits"),
     ],
 )
 def test_a_set_without_sizes_takes_those_of_the_set_it_is_like(dataset, expected):
     assert presets.quick("attack", dataset) == presets.QUICK["attack"][expected]
+
+
+@pytest.mark.parametrize("workflow", ["attack", "poisoned_sets"])
+def test_images_are_mirrored_only_where_their_class_stays_the_same(workflow):
+    assert presets.quick(workflow, "cifar100")["augmentation"] == "reflect_flip"
+    # A mirrored sign "turn left" is a sign "turn right".
+    signs = presets.quick(workflow, "gtsrb")
+    assert signs == {**presets.quick(workflow, "cifar10"), "augmentation": "reflect"}
 
 
 def test_of_data_at_a_path_no_row_is_left_out():

@@ -38,7 +38,7 @@ def test_the_fastest_wins_and_is_cached_for_all_runs():
     stopwatch, lines = Stopwatch({("vmap", "shifted"): 0.002, ("map", "shifted"): 0.5}), []
     best = probe.choose(SHAPE, report=lines.append, measure=stopwatch)
     assert best == Choice("vmap", "shifted")
-    assert lines[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms; ")
+    assert lines[0].startswith("vmap/shifted (vmap/shifted 2 ms, map/shifted 500 ms, ")
     again = Stopwatch({})
     assert probe.choose(SHAPE, report=lines.append, measure=again) == best
     assert not again.timed
@@ -46,7 +46,10 @@ def test_the_fastest_wins_and_is_cached_for_all_runs():
 
 
 def test_each_shape_is_measured():
-    assert probe.choose(SHAPE, measure=Stopwatch({("vmap", "native"): 0.1})) == ("vmap", "native")
+    assert probe.choose(SHAPE, measure=Stopwatch({("map", "native"): 0.9, ("vmap", "native"): 0.1})) == (
+        "vmap",
+        "native",
+    )
     other = Stopwatch({("map", "patches"): 0.1})
     assert probe.choose(Shape((4, 4, 1), 2, 16, 3), measure=other) == ("map", "patches")
     assert probe.choose(Shape((4, 4, 1), 2, 16, 12, "bfloat16"), measure=other) == ("map", "patches")
@@ -55,12 +58,13 @@ def test_each_shape_is_measured():
 
 def test_hopeless_lowerings_are_only_timed_on_few_rows_and_few_members():
     usual = ensemble.default_layout()
-    stopwatch = Stopwatch({(usual, "native"): 1.6})
+    stopwatch = Stopwatch({(usual, "native"): 1.5, (usual, "patches"): 0.9})
     assert probe.choose(SHAPE, measure=stopwatch).lowering != "native"
     few = [choice for choice, batch_size, _ in stopwatch.timed if batch_size == 2]
     whole = [choice for choice, batch_size, _ in stopwatch.timed if batch_size == 16]
     assert len(few) + len(whole) == len(stopwatch.timed)
-    assert few == [Choice(usual, lowering) for lowering in get_args(Lowering)]
+    assert few[0] == (usual, default_lowering())
+    assert sorted(few) == sorted(Choice(usual, lowering) for lowering in get_args(Lowering))
     # Each hopeful lowering in the usual layout, the best of them in the others.
     layouts = {layout for layout, lowering in whole if lowering == "patches"}
     assert sorted(whole) == sorted(
@@ -88,6 +92,47 @@ def test_unrolled_is_timed_where_it_compiles_quickly(members, is_timed):
     probe.choose(Shape((4, 4, 1), 2, 16, members), measure=stopwatch)
     assert any(choice.layout == "unrolled" for choice, *_ in stopwatch.timed) == is_timed
     assert probe.choose(Shape((4, 4, 1), 2, 16, members), "unrolled", measure=Stopwatch({})).layout == "unrolled"
+
+
+def test_no_measurement_starts_that_would_end_after_the_time_limit():
+    usual = (ensemble.default_layout(), default_lowering())
+    faster = Stopwatch({usual: 0.9, ("map", "patches"): 0.1, ("vmap", "native"): 0.1})
+    lines, now = [], [0.0]
+
+    def slow(choice, shape):
+        now[0] += 6.0
+        return faster(choice, shape)
+
+    best = probe.choose(SHAPE, seconds=20, report=lines.append, measure=slow, clock=lambda: now[0])
+    assert now[0] == 18 and len(faster.timed) == 3  # the fourth would end at 24 s
+    assert best == usual and "the limit of 20 s was reached" in lines[0]
+    # What it found is kept, so that the next run does not measure again.
+    again = Stopwatch({})
+    assert probe.choose(SHAPE, measure=again) == best and not again.timed
+
+
+def test_a_limit_of_0_measures_nothing_but_the_default_on_few_rows():
+    stopwatch, now = Stopwatch({}), [0.0]
+
+    def slow(choice, shape):
+        now[0] += 1.0
+        return stopwatch(choice, shape)
+
+    best = probe.choose(SHAPE, seconds=0, measure=slow, clock=lambda: now[0])
+    assert best == (ensemble.default_layout(), default_lowering()) and len(stopwatch.timed) == 1
+
+
+def test_the_speed_of_what_was_timed_is_known_to_later_runs():
+    assert probe.measured_speed(SHAPE, Choice("vmap", "shifted")) is None
+    best = probe.choose(SHAPE, measure=Stopwatch({("vmap", "shifted"): 0.002}))
+    assert probe.measured_speed(SHAPE, best) == pytest.approx(12 * 4 * 16 / 0.002)
+    assert probe.measured_speed(SHAPE, Choice("vmap", "native")) is None
+    assert probe.measured_speed(Shape((4, 4, 1), 2, 16, 12, network="speedrun"), best) is None
+
+
+def test_a_network_that_compiles_quickly_is_timed_itself():
+    assert probe.probed_network(["speedrun", "resnet18"]) == "speedrun"
+    assert probe.probed_network(["resnet34", "speedrun"]) == probe.probed_network([]) == "resnet10"
 
 
 def test_a_run_keeps_its_first_choice(tmp_path):

@@ -15,6 +15,7 @@ from bdjax.run.config import ComparisonConfig
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
+from bdjax.training import probe
 from bdjax.types import Dataset, Unread
 from bdjax.workflows import base
 from experiments import abm, attack, lfd, robust_kd, ta_kd, vbd
@@ -61,6 +62,25 @@ def test_a_study_decides_on_attacks_and_defenses():
         base.attacks_and_defenses(ComparisonConfig(preset="quick", defenses="lfd", study="few"), EXPERIMENT)
     with pytest.raises(InputError, match="--study 'many' is not one of few"):
         base.check(ComparisonConfig(study="many"), EXPERIMENT)
+
+
+def test_the_expected_time_follows_from_the_speed_that_the_probe_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape, engine = probe.Shape((8, 8, 1), 2, 16, 4), probe.Choice("map", "shifted")
+
+    def expected(*plan: base.Planned, beyond: str = "") -> str:
+        return base.expected_time(plan, beyond, 10, shape, engine)
+
+    planned = base.Planned("resnet10", 4, 3, 1000)
+    assert expected(planned).startswith("not known")
+    probe.choose(shape, lowering="shifted", measure=lambda choice, shape: 4 * 4 * 16 / 2000)  # 2,000 images per second
+    assert expected(planned) == "about 6.0 s to train 4 networks"
+    assert expected(planned, beyond="the defenses") == "about 6.0 s to train 4 networks; the defenses add to it"
+    # A device trains the odd network while the other has none.
+    assert expected(planned._replace(members=3)) == "about 6.0 s to train 3 networks"
+    assert expected(planned._replace(members=1), planned) == "about 7.5 s to train 5 networks"
+    deeper = expected(planned._replace(network="resnet18"))
+    assert 8 < float(deeper.split()[1]) < 20  # ResNet-18 has about twice the operations
 
 
 class Result(NamedTuple):
