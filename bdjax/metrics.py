@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 AttackWord = Literal["yes", "partly", "no"]
 DefenseWord = Literal["nothing to remove", "removed", "removed at a cost", "weakened", "kept"]
@@ -276,6 +275,9 @@ def measure_detection(
         scores: float [n], higher for more suspicious rows; None for a method without scores.
         is_poisoned: bool [n], the ground truth; None if unknown.
     """
+    # Slow to import, so only where needed.
+    from sklearn.metrics import roc_auc_score
+
     flagged = None if flags is None else float(np.mean(flags))
     if is_poisoned is None or not is_poisoned.any():
         return DetectionMetrics(flagged, None, None, None, None)

@@ -25,10 +25,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA, FastICA
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import silhouette_score
 
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, limits, too_few, unless_finite
 from bdjax.defenses.filtering import retrain_without, retrained
@@ -116,6 +112,10 @@ def reduce_dimensions(embeddings: np.ndarray, reduction: str, dimensions: int) -
     Returns:
         float64 [n, k']: k' is the smallest of k and the number of directions in which the rows differ, but at least 1.
     """
+    # Slow to import, so only where needed.
+    from sklearn.decomposition import PCA, FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
     count = min(dimensions, *embeddings.shape)
     pca = PCA(count, svd_solver="covariance_eigh")
     with np.errstate(invalid="ignore"):  # equal rows have no variance: scikit-learn divides 0 by 0
@@ -147,6 +147,10 @@ def split_class(embeddings: np.ndarray, reduction: str, dimensions: int) -> Spli
     Returns:
         The split, or None for fewer than three different rows.
     """
+    # Slow to import, so only where needed.
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
     if len(np.unique(embeddings, axis=0)) < 3:
         return None
     # FastICA and the initial centres of k-means depend on the order of the rows, so they are sorted.

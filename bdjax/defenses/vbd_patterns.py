@@ -22,7 +22,6 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import ndimage, stats
 from skimage.filters import threshold_otsu
 
 from bdjax.settings import (
@@ -257,6 +256,9 @@ def otsu(values: np.ndarray) -> np.ndarray:
 
 def gradient_mask(gradient: np.ndarray) -> np.ndarray:
     """Where the blurred size of the mean gradient, float [H, W, C], is large: bool [H, W] (algorithm 2)."""
+    # Slow to import, so only where needed.
+    from scipy import ndimage
+
     size = np.linalg.norm(gradient.astype(np.float64), axis=-1)
     return otsu(ndimage.correlate(min_max(size), BLUR, mode="mirror"))
 
@@ -303,6 +305,9 @@ def find_candidate(
     Returns:
         The candidate; its mask is all False if the class is not suspicious.
     """
+    # Slow to import, so only where needed.
+    from scipy import stats
+
     if not (np.isfinite(malicious_gradients).all() and np.isfinite(clean_gradients).all()):
         return no_candidate(malicious.shape[1:])
     gradient = malicious_gradients.mean(axis=0)

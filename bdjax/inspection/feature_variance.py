@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import permutation_test
-from sklearn.metrics import roc_auc_score
 
 from bdjax.datasets.splits import sample_rows
 from bdjax.errors import InputError
@@ -241,6 +239,9 @@ def compare(measured: Sequence[Variances], place: str | None = None, *, referenc
           `FEWEST_SEEDS` seeds. The attacks of one seed share its clean network, so the unit is the seed: an exact
           sign-flip test of the mean over attacks of log ratio. seeds: how many there are.
     """
+    # Slow to import, so only where needed.
+    from sklearn.metrics import roc_auc_score
+
     place = place or last_place(measured[0].clean)
     means = [float(np.mean(network.clean[place], dtype=np.float64)) for network in measured]
     usable = [(network, mean) for network, mean in zip(measured, means, strict=True) if np.isfinite(mean) and mean > 0]
@@ -305,6 +306,9 @@ def _kind(
 
 def _p_larger(log_ratios: np.ndarray) -> float:
     """Exact up to 13 seeds; for more seeds, 9,999 random sign patterns."""
+    # Slow to import, so only where needed.
+    from scipy.stats import permutation_test
+
     options = {
         "permutation_type": "samples",
         "alternative": "greater",

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import auc, roc_curve
 
 from bdjax.evaluation import published
 from bdjax.evaluation.measure import Comparison, Measured
@@ -685,6 +684,9 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
 
 def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
     """ROC curves, a figure for each defense that scores rows."""
+    # Slow to import, so only where needed.
+    from sklearn.metrics import auc, roc_curve
+
     curves: dict[str, list[Curve]] = {}
     titles = {comparison.variant.name: comparison.variant.title for comparison in comparisons}
     for comparison in comparisons:

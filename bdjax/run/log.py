@@ -22,6 +22,7 @@ from bdjax.run.text import printable, shortened
 from bdjax.training import processes
 
 _SECONDS_BETWEEN_PLAIN_LINES = 30.0
+_WIDTH_OF_FILES = 160
 LONGEST_LINE = 2000
 """Letters of a line. Printing more takes long, and nobody reads it."""
 
@@ -56,6 +57,9 @@ class StageLog:
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.console = console or Console(quiet=not processes.is_primary())
+        if console is None and not self.console.is_terminal:
+            # A file or a pipe has no width, and rich would cut the numbers of wide tables off.
+            self.console.width = max(self.console.width, _WIDTH_OF_FILES)
         self.timings: dict[str, float] = {}  # seconds without those of nested stages; repeated stages add up
         self._clock = clock
         self._has_bar = False

@@ -42,6 +42,19 @@ _TA_KD = {
     "keep_last_batch": False,  # its different shape would double the compilation time
     "minimum_contrast": 0.3,
 }
+_TA_KD_SPEEDRUN = _SPEEDRUN | {
+    "clean_model": "speedrun",
+    "teacher_model": "speedrun",
+    "aggregated_model": "speedrun",
+    "student_model": "speedrun",
+    "poison_rate": 0.05,
+    "minimum_contrast": 0.3,
+    "keep_last_batch": False,
+    "evaluation_batch_size": 250,
+    "defense_epochs": 30,
+    "defense_learning_rate": 3e-3,
+    "seeds": 1,
+}
 _ROBUST_KD = {
     "teacher_model": "wrn_16_2",
     "student": "wrn_10_2",
@@ -75,15 +88,11 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "defense_epochs": 30,
             "defense_batch_size": 16,
         },
-        "mnist": _TA_KD
+        "mnist": _TA_KD_SPEEDRUN
         | {
-            "train_rows": 10_000,
-            "test_rows": 1000,
-            "epochs": 6,
-            "learning_rate": 3e-3,  # at 0.01 the plateau rule makes no cut within so few epochs
-            "poison_rate": 0.05,
+            "epochs": 4,
+            "attack_augmentation": "reflect",
             "blend_opacity": (0.15, 0.2),
-            "evaluation_batch_size": 250,
         },
         OTHER: _TA_KD
         | {
@@ -95,19 +104,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "poison_rate": 0.05,
             "evaluation_batch_size": 250,
         },
-        "cifar10": {f"{role}_model": "speedrun" for role in ("clean", "teacher", "aggregated", "student")}
-        | _SPEEDRUN
-        | {
-            "attack_augmentation": "reflect_flip",
-            "num_similar": 3,
-            "poison_rate": 0.05,
-            "minimum_contrast": 0.3,
-            "keep_last_batch": False,
-            "evaluation_batch_size": 250,
-            "defense_epochs": 30,
-            "defense_learning_rate": 3e-3,
-            "seeds": 1,
-        },
+        "cifar10": _TA_KD_SPEEDRUN | {"attack_augmentation": "reflect_flip", "num_similar": 3},
     },
     "attack": {
         "digits": _ATTACK | {"batch_size": 32, "epochs": 20, "controlled_epochs": 40, "fine_tuning_epochs": 10},

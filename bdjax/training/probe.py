@@ -3,8 +3,8 @@
 The fastest combination differs between CPU and GPU, and with width, image size and number of members. Slow lowerings are first
 ruled out on four convolutions and few rows. With the others, a small network with the run's width, images, batch size and
 number of members is trained for a few steps in every layout. (Timing convolutions alone, without optimiser and network, made
-vmap look faster than it is.) The default combination is timed first, and nothing that would probably end after the time limit
-is started, so a slow machine gets the best of what it could time.
+vmap look faster than it is.) The default combination is timed first, whatever it takes, since the
+expected time of the run follows from its speed; nothing else that would probably end after the time limit is started.
 
 The choice and its speed are cached in the user's cache folder. Each run also saves its own choice, since two lowerings agree
 only within float tolerance and a resumed run must end with the same numbers.
@@ -50,10 +50,10 @@ PROBED = ("speedrun",)
 
 USUAL_NETWORK = "resnet10"
 
-_STEPS = 4
+_STEPS = 2
 _REPEATS = 5
 _ENOUGH_SECONDS = 0.3
-_PROBED_MEMBERS = 16  # at most, per device; with fewer, more would fit into the CPU cache than in the run
+_PROBED_MEMBERS = 8  # at most, per device; with fewer, more would fit into the CPU cache than in the run
 _AUTO = "auto"
 
 
@@ -105,7 +105,8 @@ def choose(
         layout: a layout, or "auto".
         lowering: a lowering, or "auto".
         choice_file: the JSON file with a run's saved choice, which is used if it exists.
-        seconds: time limit: no measurement starts that would end later if it took as long as the longest before it.
+        seconds: time limit: after the first, no measurement starts that would end later if it took as long as the longest
+            before it.
         report: called with one line on the measurement or the source of the choice; not called if there is only one option.
         measure: times one combination; by default `time_convolutions` on few rows and `time_training` on a batch.
         clock: the time in seconds.
@@ -144,8 +145,8 @@ def choose(
         return cached
     limit = _TimeLimit(seconds, clock)
     timed = _race(candidates, default, shape, measure or time_convolutions, measure or time_training, limit)
-    best = min(timed, key=timed.__getitem__, default=default)
-    if default in timed and timed[default] < CLEARLY * timed[best]:
+    best = min(timed, key=timed.__getitem__)
+    if timed[default] < CLEARLY * timed[best]:
         best = default
     timings = [f"{_words(choice)} {timed[choice] * 1e3:.3g} ms" for choice in sorted(timed, key=timed.get)]
     others = f"the limit of {seconds:g} s was reached" if limit.reached else "slower ones not timed"
@@ -189,7 +190,7 @@ class _TimeLimit:
     def measure(self, measure: Measure, choice: Choice, shape: Shape) -> float | None:
         """The seconds of a combination; None once the limit is reached."""
         start = self._clock()
-        self.reached = self.reached or start + self._longest > self._end
+        self.reached = self.reached or (self._longest > 0 and start + self._longest > self._end)
         if self.reached:
             return None
         seconds = measure(choice, shape)
@@ -295,13 +296,13 @@ def _race(
         timed = ((choice, limit.measure(measure, choice, shape)) for choice in default_first)
         return {choice: seconds for choice, seconds in timed if seconds is not None}
 
+    seconds = time_all(exactly, [default], shape)
     usual = [choice for choice in candidates if choice.layout == default.layout]
     few = replace(shape, batch_size=max(shape.batch_size // 8, 1))
     first = time_all(roughly, usual, few)
     best = min(first.values(), default=0.0)
-    seconds = time_all(exactly, [choice for choice, taken in first.items() if taken <= HOPELESS * best], shape)
-    if not seconds:
-        return {}
+    hopeful = [choice for choice, taken in first.items() if taken <= HOPELESS * best and choice != default]
+    seconds |= time_all(exactly, hopeful, shape)
     lowering = min(seconds, key=seconds.__getitem__).lowering
     others = [choice for choice in candidates if choice.lowering == lowering and choice.layout != default.layout]
     return seconds | time_all(exactly, others, shape)

@@ -112,6 +112,11 @@ def test_the_time_left_is_counted_without_the_first_epoch_which_compiles():
     ]
 
 
+def test_a_file_is_wide_enough_for_tables():
+    assert StageLog().console.width >= 160
+    assert make_log()[0].console.width == 60  # that of the caller's console stays
+
+
 def test_on_a_terminal_the_bar_is_gone_at_the_end():
     log, stream, clock = make_log(is_terminal=True)
     with log.stage("teachers", total=30, unit="epochs") as progress:

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import pathlib
@@ -64,6 +65,27 @@ def test_a_study_decides_on_attacks_and_defenses():
         base.check(ComparisonConfig(study="many"), EXPERIMENT)
 
 
+@pytest.mark.parametrize(
+    ("prefix", "changes", "line"),
+    [
+        ("", {"learning_rate": 0.1}, "--recipe speedrun sets --learning-rate itself; leave it out, or set --recipe="),
+        (
+            "defense_",
+            {"defense_recipe": "speedrun", "defense_schedule": "cosine"},
+            "--defense-recipe speedrun sets --defense-schedule itself; leave it out, or set --defense-recipe=",
+        ),
+    ],
+)
+def test_a_flag_that_a_recipe_would_override_is_refused(prefix, changes, line):
+    default = ta_kd.EXPERIMENT.default("quick", "cifar10")
+    assert default.recipe == "speedrun"
+    with pytest.raises(InputError) as error:
+        run_config.check_recipe(dataclasses.replace(default, **changes), default, prefix)
+    assert str(error.value) == line
+    without = dataclasses.replace(default, **{**changes, f"{prefix}recipe": ""})
+    run_config.check_recipe(without, default, prefix)
+
+
 def test_the_expected_time_follows_from_the_speed_that_the_probe_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape, engine = probe.Shape((8, 8, 1), 2, 16, 4), probe.Choice("map", "shifted")
@@ -73,7 +95,7 @@ def test_the_expected_time_follows_from_the_speed_that_the_probe_measured(tmp_pa
 
     planned = base.Planned("resnet10", 4, 3, 1000)
     assert expected(planned).startswith("not known")
-    probe.choose(shape, lowering="shifted", measure=lambda choice, shape: 4 * 4 * 16 / 2000)  # 2,000 images per second
+    probe.choose(shape, lowering="shifted", measure=lambda choice, shape: 4 * 2 * 16 / 2000)  # 2,000 images per second
     assert expected(planned) == "about 6.0 s to train 4 networks"
     assert expected(planned, beyond="the defenses") == "about 6.0 s to train 4 networks; the defenses add to it"
     # A device trains the odd network while the other has none.
