@@ -25,9 +25,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 
-from bdjax.benchmarking import interleave, operations, report, settings
+from bdjax.benchmarking import interleave, report, settings
 from bdjax.errors import InputError
-from bdjax.models import ComputeDtype
+from bdjax.models import ComputeDtype, operations
 from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, to_markdown, to_rich
 from bdjax.run import command_line
@@ -44,16 +44,25 @@ class Family(NamedTuple):
     shape: str
     width: int
     members: tuple[int, ...]
+    model: str = ""
+    """architecture; by default --model"""
+    batch_size: int = 0
+    """images in a training step; by default --batch-size"""
 
 
 MEMBERS = (1, 2, 4, 7, 14, 35)
 MOST_MEMBERS = 35
 GRIDS: dict[str, tuple[Family, ...]] = {
-    "quick": (Family("8x8x1", 8, (1, 2, 7, 14, 35)), Family("28x28x1", 16, (2, 7)), Family("32x32x3", 16, (2, 7))),
+    "quick": (
+        Family("8x8x1", 8, (1, 2, 7, 14, 35)),
+        Family("28x28x1", 16, (2, 7)),
+        Family("32x32x3", 16, (2, 7)),
+        Family("32x32x3", 16, (2, 7), "speedrun", 128),
+    ),
     "full": tuple(
         Family(shape, width, MEMBERS) for shape in ("8x8x1", "28x28x1", "32x32x3") for width in (8, 16, 32, 64)
     ),
-    "gpu": (Family("32x32x3", 64, (7,)),),
+    "gpu": (Family("32x32x3", 64, (7,)), Family("32x32x3", 64, (7,), "speedrun", 1024)),
 }
 
 
@@ -62,7 +71,7 @@ class Config:
     """Every setting of a benchmark; `--preset` sets the defaults of the others."""
 
     preset: Preset = "quick"
-    """quick: two cores; full: the whole grid; gpu: the paper's ResNet-34 at full width"""
+    """quick: two cores; full: the whole grid; gpu: the paper's ResNet-34 and the speed-run network, at full width"""
     members: tuple[Annotated[int, Range(at_least=1, at_most=MOST_MEMBERS)], ...] = ()
     """members of the ensemble, 1 to 35; by default the preset's for each network"""
     widths: tuple[Width, ...] = ()
@@ -129,9 +138,10 @@ def check(config: Config) -> None:
     for shape in config.shapes:
         needed = config.rows * math.prod(parse_shape(shape))
         memory.check_fits(f"{config.rows} --rows of {shape}", 8 * needed, "use fewer --rows or smaller --shapes")
-    if config.rows % config.batch_size:
-        # An incomplete last batch would be a second program to compile.
-        raise InputError(f"--rows {config.rows} must be a multiple of --batch-size {config.batch_size}")
+    for size in {setting.batch_size for setting in grid(config)}:
+        if config.rows % size:
+            # An incomplete last batch would be a second program to compile.
+            raise InputError(f"--rows {config.rows} must be a multiple of --batch-size {size}")
     if not config.compute_dtype:
         raise InputError("--compute-dtype is empty; give float32, bfloat16 or both")
     known = settings.all_forms(has_gpu())
@@ -168,9 +178,8 @@ def grid(config: Config) -> list[settings.Setting]:
         for family in families:
             shape = parse_shape(family.shape)
             for count in sorted(config.members or family.members):
-                setting = settings.Setting(
-                    config.model, shape, family.width, dtype, count, config.rows, config.batch_size
-                )
+                model, batch_size = family.model or config.model, family.batch_size or config.batch_size
+                setting = settings.Setting(model, shape, family.width, dtype, count, config.rows, batch_size)
                 found[setting] = None  # a dictionary, since flags may repeat a value
     return list(found)
 

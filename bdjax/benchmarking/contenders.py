@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -25,11 +26,12 @@ class Training:
         config = TrainConfig(
             epochs=1, batch_size=spec["batch_size"], learning_rate=spec["learning_rate"], plateau_factor=1.0
         )
+        config = replace(config, **spec["recipe"])
         self.images = spec["members"] * len(labels)
         spread = ensemble.spread_members(spec["members"])
 
         def loss(logits: jax.Array, targets: dict[str, jax.Array]) -> jax.Array:
-            return losses.cross_entropy(logits, targets["labels"])
+            return losses.cross_entropy(logits, targets["labels"], config.label_smoothing)
 
         def rows(count: int) -> Rows:
             index = np.tile(np.arange(count, dtype=np.int32), (spec["members"], 1))

@@ -1,4 +1,4 @@
-"""The networks of `bdjax/models/resnet.py` in PyTorch, trained as usual: one model after another.
+"""The networks of `bdjax/models/resnet.py` and `speedrun.py` in PyTorch, trained as usual: one model after another.
 
 PyTorch is an optional extra for this benchmark (`pip install -e '.[bench]'`), so this file is imported only in the processes of
 these contenders. It imports nothing from JAX, whose memory would count as PyTorch's.
@@ -67,6 +67,31 @@ class ResNet(nn.Module):
         return self.classifier(self.blocks(x).mean((2, 3)))
 
 
+class SpeedrunNet(nn.Module):
+    """float [N, C, H, W] in [0, 1] -> logits [N, K]; the whitening is fixed, and so are the scales of normalisations."""
+
+    def __init__(self, channels: tuple[int, ...], num_classes: int, colors: int) -> None:
+        super().__init__()
+        self.whitening = nn.Conv2d(colors, 8 * colors, 2)
+        self.whitening.weight.requires_grad = False
+        features, layers = 8 * colors, []
+        for count in channels:
+            layers += [_convolution(features, count, 3, 1), nn.MaxPool2d(2), _fixed_norm(count), nn.GELU()]
+            layers += [_convolution(count, count, 3, 1), _fixed_norm(count), nn.GELU()]
+            features = count
+        self.blocks = nn.Sequential(*layers)
+        self.classifier = nn.Linear(features, num_classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.blocks(functional.gelu(self.whitening(x))).amax((2, 3)) / 9)
+
+
+def _fixed_norm(features: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(features, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad = False
+    return norm
+
+
 def _convolution(channels: int, features: int, size: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, features, size, stride, size // 2, bias=False)
 
@@ -90,7 +115,8 @@ def synchronize(device: torch.device) -> None:
 class Training:
     """Epochs of one model, on uint8 images that stay on the device.
 
-    Adam is fused, PyTorch's fastest version. Only the training step is computed: no running loss, no accuracy.
+    The optimiser is fused, PyTorch's fastest version. Its rate is constant, which changes no time. Only the training step is
+    computed: no running loss, no accuracy.
     """
 
     def __init__(self, spec: Mapping[str, Any], images: Any, labels: Any) -> None:
@@ -108,12 +134,17 @@ class Training:
         pool = torch.from_numpy(images)
         self.pool = (pool if self.is_channels_last else pool.permute(0, 3, 1, 2).contiguous()).to(self.device)
         self.labels = torch.from_numpy(labels).long().to(self.device)
-        network = ResNet(spec["kind"], spec["blocks"], spec["width"], spec["num_classes"], images.shape[3])
+        colors = images.shape[3]
+        if spec["kind"] == "speedrun":
+            network = SpeedrunNet(spec["blocks"], spec["num_classes"], colors)
+        else:
+            network = ResNet(spec["kind"], spec["blocks"], spec["width"], spec["num_classes"], colors)
         network = network.to(
             self.device, memory_format=torch.channels_last if self.is_channels_last else torch.contiguous_format
         )
         self.network = network.train()
-        self.optimiser = torch.optim.Adam(network.parameters(), lr=spec["learning_rate"], fused=True)
+        self.smoothing = spec["recipe"].get("label_smoothing", 0.0)
+        self.optimiser = _optimiser(network, spec["recipe"], spec["learning_rate"])
         is_half = spec["compute_dtype"] == "bfloat16"
         self.precision = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if is_half else nullcontext
         self.loss = self._loss
@@ -125,10 +156,10 @@ class Training:
             images = images.permute(0, 3, 1, 2)
         with self.precision():
             logits = self.network(images.float().div(255.0))
-        return functional.cross_entropy(logits.float(), labels)
+        return functional.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
 
     def step(self, rows: torch.Tensor) -> None:
-        """One step of Adam on these rows of the pool, int64 [B]."""
+        """One step of the optimiser on these rows of the pool, int64 [B]."""
         loss = self.loss(self.pool[rows], self.labels[rows])
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -156,6 +187,23 @@ class Training:
     def peak_bytes(self) -> int | None:
         """Peak memory on a GPU; None on a CPU, where the memory of the process is measured instead."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+def _optimiser(network: nn.Module, recipe: Mapping[str, Any], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam, or the SGD of a recipe (`bdjax.training.recipes`)."""
+    if not recipe["recipe"]:
+        return torch.optim.Adam(network.parameters(), lr=learning_rate, fused=True)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    biases = [norm.bias for norm in norms]
+    others = [p for p in network.parameters() if p.requires_grad and all(p is not bias for bias in biases)]
+    groups = [
+        {"params": params, "lr": rate, "weight_decay": recipe["weight_decay"] / rate}
+        for params, rate in (
+            (others, recipe["learning_rate"]),
+            (biases, recipe["learning_rate"] * recipe["norm_bias_rate"]),
+        )
+    ]
+    return torch.optim.SGD(groups, momentum=recipe["momentum"], nesterov=recipe["nesterov"], fused=True)
 
 
 class Matmul:

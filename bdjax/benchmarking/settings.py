@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, get_args
 
-from bdjax.models import Lowering, default_lowering
+from bdjax.models import Lowering, default_lowering, speedrun
+from bdjax.models.layers import scale_channels
 from bdjax.models.resnet import BLOCKS
-from bdjax.training import ensemble
+from bdjax.training import ensemble, recipes
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
+SPEEDRUN = "speedrun"
+"""The network that is trained by the recipe of the same name; the others are trained by Adam."""
 ALONE = "alone"
 PYTORCH = "pytorch-"
 PYTORCH_FORMS = ("contiguous", "channels-last", "compiled")
@@ -106,9 +109,12 @@ def describe(setting: Setting, form: str) -> dict[str, Any]:
     """A worker's specification."""
     # The name keeps otherwise equal specifications apart: alone equals a layout with one member.
     common = {"name": form, "num_classes": NUM_CLASSES, "learning_rate": LEARNING_RATE, "task": "training"}
+    common["recipe"] = recipes.fields(SPEEDRUN if setting.model == SPEEDRUN else "", setting.batch_size)
     spec = setting.key | common | {"members": models_at_once(setting, form)}
     if form.startswith(PYTORCH):
         kind, blocks = BLOCKS.get(setting.model, (None, ()))
+        if setting.model == SPEEDRUN:
+            kind, blocks = SPEEDRUN, [scale_channels(count, setting.width) for count in speedrun.CHANNELS]
         base = form.removeprefix(PYTORCH).removesuffix(ONE_THREAD).removesuffix(PER_CORE)
         processes = num_cores() if form.endswith(PER_CORE) else 1
         threads = num_cores() if base == form.removeprefix(PYTORCH) else 1

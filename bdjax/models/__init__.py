@@ -18,7 +18,6 @@ from bdjax.models import (
 )
 from bdjax.models.facade import (
     as_model,
-    count_operations,
     count_parameters,
     embedding,
     group_shapes,
@@ -32,7 +31,6 @@ __all__ = [
     "MODELS",
     "ComputeDtype",
     "Lowering",
-    "count_operations",
     "count_parameters",
     "default_lowering",
     "embedding",

@@ -34,14 +34,6 @@ def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
-def count_operations(model: Model, image_shape: tuple[int, int, int]) -> float:
-    """The floating-point operations of a forward pass of one image, as XLA counts them; nothing is allocated or compiled."""
-    variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    forward = jax.jit(lambda variables, image: model.apply(variables, image, train=False).logits)
-    return forward.lower(variables, image).cost_analysis()["flops"]
-
-
 def embedding(features: Mapping[str, jax.Array]) -> jax.Array:
     """The input of a network's last layer: its last tap, averaged over the pixels.
 

@@ -21,7 +21,8 @@ from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, Measured, TriggeredViews
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import SuspectTeachers
-from bdjax.models import count_operations, make_model
+from bdjax.models import make_model
+from bdjax.models.operations import forward_operations
 from bdjax.reporting import results as schema
 from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
@@ -240,8 +241,8 @@ def expected_time(plan: Sequence[Planned], beyond: str, num_classes: int, shape:
     if speed is None:
         return "not known: the probe has not timed this layout and lowering on this machine"
 
-    def operations(network: str) -> float:
-        return count_operations(make_model(network, num_classes, shape.width, "native"), shape.image_shape)
+    def operations(network: str) -> int:
+        return forward_operations(network, num_classes, shape.width, shape.image_shape)
 
     seconds = 0.0
     for network, members, epochs, rows in plan:

@@ -1,5 +1,6 @@
 """The benchmark of the ensemble engine on tiny networks: its speeds do not matter here, only that they are measured."""
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -8,16 +9,19 @@ import shlex
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_network import make_tiny
 
-from bdjax.benchmarking import contenders, interleave, operations, report, settings, worker
+from bdjax.benchmarking import contenders, interleave, report, settings, worker
 from bdjax.errors import InputError
-from bdjax.models import count_parameters, make_model
+from bdjax.models import count_parameters, make_model, operations
 from bdjax.models.resnet import BLOCKS
 from bdjax.run import command_line
+from bdjax.training.member import Rows, TrainConfig, make_epoch, resume_from
+from bdjax.training.stages import cross_entropy_of
 from experiments import bench_ensemble
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -252,13 +256,17 @@ def test_invalid_flags_give_an_error_of_one_line(tmp_path, changes, message):
 
 def test_presets_make_the_grid():
     quick = bench_ensemble.grid(bench_ensemble.preset("quick"))
-    assert [setting.members for setting in quick] == [1, 2, 7, 14, 35, 2, 7, 2, 7]
+    assert [setting.members for setting in quick] == [1, 2, 7, 14, 35, 2, 7, 2, 7, 2, 7]
+    assert [setting.batch_size for setting in quick] == [64] * 9 + [128] * 2
+    assert {setting.model for setting in quick[9:]} == {"speedrun"}
     assert {setting.rows for setting in quick} == {512}
     assert len(bench_ensemble.grid(bench_ensemble.preset("full"))) == 6 * 3 * 4
     gpu = bench_ensemble.grid(bench_ensemble.preset("gpu"))
     assert [(setting.model, setting.width, setting.compute_dtype) for setting in gpu] == [
         ("resnet34", 64, "float32"),
+        ("speedrun", 64, "float32"),
         ("resnet34", 64, "bfloat16"),
+        ("speedrun", 64, "bfloat16"),
     ]
 
 
@@ -280,6 +288,43 @@ def test_contenders_that_train_more_models_than_members_are_left_out(monkeypatch
 
 def test_every_round_starts_with_another_contender():
     assert [interleave.rotate("abc", number) for number in range(4)] == [*map(tuple, ("abc", "bca", "cab", "abc"))]
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_the_peer_of_the_speed_run_network_takes_the_same_step():
+    """Logits before, and after a step of the recipe; weights are ours, transposed."""
+    import torch
+
+    from bdjax.benchmarking import peer_pytorch
+
+    setting = dataclasses.replace(SETTING, model="speedrun", shape=(12, 12, 3), width=4, batch_size=8)
+    spec = settings.describe(setting, "pytorch-contiguous")
+    images = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), np.uint8)
+    labels = np.arange(8, dtype=np.int32) % settings.NUM_CLASSES
+    model = make_model("speedrun", settings.NUM_CLASSES, setting.width, "native")
+    config = dataclasses.replace(TrainConfig(1, 8), **spec["recipe"], schedule="constant")
+    variables = model.init(jax.random.key(0), setting.shape)
+    state = resume_from(variables, jax.random.key(1), config)
+    rows = Rows(jnp.arange(8, dtype=jnp.int32), {"labels": jnp.asarray(labels)})
+    none = Rows(rows.index[:0], {"labels": rows.targets["labels"][:0]})
+    epoch = jax.jit(make_epoch(model, cross_entropy_of(config), config))
+    trained = epoch(state, rows, none, jnp.asarray(images)).variables
+
+    peer = peer_pytorch.Training(spec, images, labels)
+    kernels = [("whitening", peer.network.whitening), ("classifier", peer.network.classifier)]
+    convolutions = [layer for layer in peer.network.blocks if isinstance(layer, torch.nn.Conv2d)]
+    names = [f"stage{stage}_conv{number}" for stage in (1, 2, 3) for number in (1, 2)]
+    with torch.no_grad():
+        for name, layer in [*kernels, *zip(names, convolutions, strict=True)]:
+            source = variables["batch_stats"] if name == "whitening" else variables["params"]
+            kernel = np.asarray(source[name]["kernel"])
+            layer.weight.copy_(torch.tensor(kernel.T if kernel.ndim == 2 else kernel.transpose(3, 2, 0, 1)))
+        offset = np.asarray(variables["batch_stats"]["whitening"]["offset"])
+        peer.network.whitening.bias.copy_(torch.tensor(offset))
+    peer.step(torch.arange(8))
+    for name, layer in zip(names, convolutions, strict=True):
+        ours = np.asarray(trained["params"][name]["kernel"]).transpose(3, 2, 0, 1)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), ours, rtol=1e-3, atol=1e-4)
 
 
 def test_without_pytorch_its_contenders_are_unavailable(monkeypatch):
