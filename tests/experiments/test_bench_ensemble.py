@@ -302,7 +302,7 @@ def test_the_peer_of_the_speed_run_network_takes_the_same_step():
     images = np.random.default_rng(0).integers(0, 256, (8, 12, 12, 3), np.uint8)
     labels = np.arange(8, dtype=np.int32) % settings.NUM_CLASSES
     model = make_model("speedrun", settings.NUM_CLASSES, setting.width, "native")
-    config = dataclasses.replace(TrainConfig(1, 8), **spec["recipe"], schedule="constant")
+    config = dataclasses.replace(TrainConfig(1, 8), **spec["recipe"] | {"schedule": "constant"})
     variables = model.init(jax.random.key(0), setting.shape)
     state = resume_from(variables, jax.random.key(1), config)
     rows = Rows(jnp.arange(8, dtype=jnp.int32), {"labels": jnp.asarray(labels)})
@@ -323,8 +323,10 @@ def test_the_peer_of_the_speed_run_network_takes_the_same_step():
         peer.network.whitening.bias.copy_(torch.tensor(offset))
     peer.step(torch.arange(8))
     for name, layer in zip(names, convolutions, strict=True):
-        ours = np.asarray(trained["params"][name]["kernel"]).transpose(3, 2, 0, 1)
-        np.testing.assert_allclose(layer.weight.detach().numpy(), ours, rtol=1e-3, atol=1e-4)
+        before, after = (np.asarray(tree["params"][name]["kernel"]) for tree in (variables, trained))
+        theirs = layer.weight.detach().numpy().transpose(2, 3, 1, 0)
+        # Rounding may change which of two nearly equal pixels a maximum takes, so single weights may differ more.
+        assert np.linalg.norm(theirs - after) < 0.02 * np.linalg.norm(after - before), name
 
 
 def test_without_pytorch_its_contenders_are_unavailable(monkeypatch):
