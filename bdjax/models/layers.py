@@ -64,6 +64,9 @@ def layout_of(lowering: Lowering) -> Layout:
     raise ValueError(f"lowering {lowering!r} is not one of 'native', 'patches', 'shifted'")
 
 
+LARGE_BYTES = 2 * 2**20
+"""From this size on the copies of a whole activation would leave the cache of a core."""
+
 # ---- Convolutions on [C, H, W, N] as matrix products ---------------------------------------------------------------
 
 
@@ -90,7 +93,8 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A 3x3 convolution, stride 1, padding 1, as one matrix product.
 
     Rows are shifted before the product (three copies instead of the nine of im2col) and columns after it (three adds). That is
-    fast because the product stays wide and the data only triples.
+    fast because the product stays wide and the data only triples. Activations of more than `LARGE_BYTES` are convolved row by
+    row: what is worked on at once then stays in the cache, and three neighbouring rows need no copies.
 
     Args:
         x: float [C, H, W, N].
@@ -113,13 +117,76 @@ def _stack_rows(x: jax.Array) -> jax.Array:
     return jnp.concatenate([_shift(x, i - 1, 0) for i in range(3)], axis=0)
 
 
+def _is_large(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether the larger of the input and the output has more than `LARGE_BYTES`."""
+    channels, features = kernel.shape[2:]
+    return x.size // channels * max(channels, features) * x.dtype.itemsize > LARGE_BYTES
+
+
+def _shift_columns(x: jax.Array, columns: int) -> jax.Array:
+    """y[..., w, :] = x[..., w + columns, :], zero outside the image; the shift is -1, 0 or 1."""
+    pad = (max(-columns, 0) - max(columns, 0), max(columns, 0) - max(-columns, 0), 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0),) * (x.ndim - 2) + (pad, (0, 0, 0)))
+
+
+def _pad_rows(x: jax.Array) -> jax.Array:
+    """[C, H, W, N] -> [C, H + 2, W, N], with a row of zeros above and below."""
+    return lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (1, 1, 0), (0, 0, 0), (0, 0, 0)))
+
+
+def _three_rows(padded: jax.Array, row: jax.Array) -> jax.Array:
+    """The neighbourhood of a row of the image before padding: [C, H + 2, W, N] -> [C, 3, W, N]."""
+    return lax.dynamic_slice_in_dim(padded, row, 3, axis=1)
+
+
+def _product_of_rows(window: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[C, 3, W, N] with [3, 3, C, O] -> a row of the output, [O, 1, W, N]."""
+    _, _, channels, features = kernel.shape
+    matrix = jnp.transpose(kernel, (1, 3, 2, 0)).reshape(3 * features, 3 * channels)
+    products = lax.dot(matrix, window.reshape(3 * channels, -1)).reshape(3, features, 1, *window.shape[2:])
+    return sum(_shift_columns(products[i], i - 1) for i in range(3))
+
+
+def _by_rows_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    padded = _pad_rows(x)
+
+    def add_row(row: jax.Array, y: jax.Array) -> jax.Array:
+        return lax.dynamic_update_slice_in_dim(y, _product_of_rows(_three_rows(padded, row), kernel), row, axis=1)
+
+    return lax.fori_loop(0, x.shape[1], add_row, jnp.zeros((kernel.shape[3], *x.shape[1:]), x.dtype))
+
+
+def _by_rows_backward(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The gradient by the input is the convolution of the gradient with the transposed kernel."""
+    channels, features = kernel.shape[2:]
+    padded, padded_gradient = _pad_rows(x), _pad_rows(gradient)
+    transposed = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+
+    def add_row(row: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_gradient, matrix_gradient = sums
+        window = _three_rows(padded_gradient, row)
+        x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, _product_of_rows(window, transposed), row, axis=1)
+        columns = jnp.stack([_shift_columns(window[:, 1], 1 - i) for i in range(3)])
+        return x_gradient, matrix_gradient + _outer(
+            columns.reshape(3 * features, -1), _three_rows(padded, row).reshape(3 * channels, -1)
+        )
+
+    start = jnp.zeros_like(x), jnp.zeros((3 * features, 3 * channels), x.dtype)
+    x_gradient, matrix_gradient = lax.fori_loop(0, x.shape[1], add_row, start)
+    return x_gradient, jnp.transpose(matrix_gradient.reshape(3, features, channels, 3), (3, 0, 2, 1))
+
+
 def _convolve_3x3_forward(x, kernel):
+    if _is_large(x, kernel):
+        return _by_rows_forward(x, kernel), (x, kernel)
     products = jnp.split(_matmul(_row_column_matrix(kernel), _stack_rows(x)), 3)
     return sum(_shift(products[i], 0, i - 1) for i in range(3)), (x, kernel)
 
 
 def _convolve_3x3_backward(residuals, gradient):
     x, kernel = residuals
+    if _is_large(x, kernel):
+        return _by_rows_backward(x, kernel, gradient)
     channels, features = kernel.shape[2:]
     columns = jnp.concatenate([_shift(gradient, 0, 1 - i) for i in range(3)], axis=0)
     matrix_gradient = _outer(columns, _stack_rows(x)).reshape(3, features, 3, channels)

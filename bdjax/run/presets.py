@@ -51,7 +51,6 @@ _TA_KD_SPEEDRUN = _SPEEDRUN | {
     "minimum_contrast": 0.3,
     "keep_last_batch": False,
     "evaluation_batch_size": 250,
-    "defense_epochs": 30,
     "defense_learning_rate": 3e-3,
     "seeds": 1,
 }
