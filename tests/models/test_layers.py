@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from bdjax.models import layers
 from bdjax.models.layers import (
     BatchNorm,
     Classifier,
@@ -169,7 +170,24 @@ def test_gradients_in_bfloat16_point_where_the_exact_ones_do(lowering):
         assert cosine > 0.999, name
 
 
-def test_the_written_gradient_of_the_3x3_convolution_is_right():
+@pytest.fixture(params=["whole", "by rows"])
+def form(request, monkeypatch):
+    """Both forms of the 3x3 convolution, which is chosen by size."""
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0 if request.param == "by rows" else layers.LARGE_BYTES)
+
+
+def test_large_activations_are_convolved_by_rows():
+    kernel = draw(0, 3, 3, 2, 8)
+
+    def loops(rows):
+        x = jax.ShapeDtypeStruct((2, rows, 64, 64), jnp.float32)
+        traced = jax.make_jaxpr(jax.grad(lambda x: jnp.sum(convolve_3x3(x, kernel))))(x)
+        return str(traced).count("scan[")
+
+    assert (loops(15), loops(17)) == (0, 2)  # 8 channels of 16 rows are 2 MiB; forward and backward
+
+
+def test_the_written_gradient_of_the_3x3_convolution_is_right(form):
     arguments = draw(0, 2, 4, 3, 2), draw(1, 3, 3, 2, 3)  # [C, H, W, N] and HWIO
     cotangent = draw(2, 3, 4, 3, 2)
     assert_slope(convolve_3x3, arguments, cotangent)
@@ -181,7 +199,7 @@ def test_the_written_gradient_of_the_3x3_convolution_is_right():
     chex.assert_trees_all_close(written, automatic, rtol=1e-5, atol=1e-5)
 
 
-def test_the_3x3_convolution_maps_over_stacked_kernels():
+def test_the_3x3_convolution_maps_over_stacked_kernels(form):
     x, kernels = draw(0, 2, 4, 3, 2), draw(1, 5, 3, 3, 2, 3)
     gradient = jax.grad(lambda kernel: jnp.sum(jnp.square(convolve_3x3(x, kernel))))
     alone = jax.jit(gradient)
