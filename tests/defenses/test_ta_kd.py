@@ -230,12 +230,23 @@ def test_learners_of_a_seed_have_the_same_teacher_logits():
 
 def test_fresh_learners_get_weights_and_others_keep_theirs():
     learners = make_learners(None, np.arange(3), random_logits(0, 3, 5), 0.5)
-    started = initialise(learners, MODEL, SHAPE, jax.random.key(0))
+    sets = (clean_sets() * 3)[:3]
+    started = initialise(learners, MODEL, SHAPE, jax.random.key(0), sets)
     chex.assert_tree_shape_prefix(started.variables, (3,))
-    chex.assert_trees_all_equal(started, initialise(learners, MODEL, SHAPE, jax.random.key(0)))
+    chex.assert_trees_all_equal(started, initialise(learners, MODEL, SHAPE, jax.random.key(0), sets))
     kernels = np.asarray(started.variables["params"]["hidden"])
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
-    assert initialise(started, MODEL, SHAPE, jax.random.key(1)) is started
+    assert initialise(started, MODEL, SHAPE, jax.random.key(1), sets) is started
+
+
+def test_fresh_learners_are_prepared_with_the_training_rows_of_their_clean_set():
+    sets = clean_sets()[:2]
+    mean_of = lambda variables, images: {**variables, "mean": jnp.mean(images)}  # noqa: E731
+    model = MODEL._replace(prepare=mean_of)
+    learners = make_learners(None, np.array([1, 0, 1]), random_logits(0, len(sets), 5), 0.5)
+    means = initialise(learners, model, SHAPE, jax.random.key(0), sets).variables["mean"]
+    expected = [np.mean(each.images[: each.num_train] / 255.0) for each in sets]
+    np.testing.assert_allclose(means, [expected[1], expected[0], expected[1]], rtol=1e-5)
 
 
 def test_joined_learners_are_slices_in_their_order():

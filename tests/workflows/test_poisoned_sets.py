@@ -154,7 +154,7 @@ def test_the_command_line_starts_from_the_preset_of_the_set(experiment, monkeypa
     assert one is experiment.EXPERIMENT
     assert config == dataclasses.replace(experiment.preset("quick", "cifar100"), seeds=5)
     like = dataclasses.replace(experiment.preset("quick", "cifar10"), dataset="cifar100", seeds=5)
-    assert config == like and config.train_rows == 6000
+    assert config == like and (config.train_rows, config.model) == (0, "speedrun")
 
 
 @pytest.mark.parametrize(
@@ -164,10 +164,10 @@ def test_the_command_line_starts_from_the_preset_of_the_set(experiment, monkeypa
 def test_a_preset_is_of_its_own_size_and_the_device_decides_where_none_is_named(backend, preset, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     config = lfd.preset(preset, "cifar10")
-    assert (config.preset, config.width) == (expected, {"quick": 8, "paper": 64}[expected])
+    assert (config.preset, config.width) == (expected, {"quick": 16, "paper": 64}[expected])
 
 
-@pytest.mark.parametrize(("backend", "width"), [("cpu", 8), ("gpu", 64)])
+@pytest.mark.parametrize(("backend", "width"), [("cpu", 16), ("gpu", 64)])
 def test_strong_runs_are_of_the_size_that_the_device_can_bear(backend, width, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert lfd.preset("strong", "cifar10").width == width
