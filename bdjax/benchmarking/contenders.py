@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax import losses
 from bdjax.models import make_model
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.stages import cross_entropy_of
 
 
 class Training:
@@ -30,9 +30,6 @@ class Training:
         self.images = spec["members"] * len(labels)
         spread = ensemble.spread_members(spec["members"])
 
-        def loss(logits: jax.Array, targets: dict[str, jax.Array]) -> jax.Array:
-            return losses.cross_entropy(logits, targets["labels"], config.label_smoothing)
-
         def rows(count: int) -> Rows:
             index = np.tile(np.arange(count, dtype=np.int32), (spec["members"], 1))
             return spread.place(Rows(index, {"labels": np.asarray(labels, np.int32)[index]}))
@@ -42,7 +39,7 @@ class Training:
         self.states = spread.place(ensemble.init_members(lambda key: init_state(key, model, shape, config), keys))
         self.shared = (rows(len(labels)), rows(0), spread.replicate(jnp.asarray(images)))
         self.run = ensemble.compile_members(
-            make_epoch(model, loss, config), spec["layout"], spread, num_shared=1, donate=True
+            make_epoch(model, cross_entropy_of(config), config), spec["layout"], spread, num_shared=1, donate=True
         )
         jax.block_until_ready((self.states, self.shared))
 

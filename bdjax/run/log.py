@@ -137,9 +137,8 @@ class StageLog:
     @contextmanager
     def _plain_lines(self, name: str, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
         start = last = self._clock()
-        first: tuple[int, float] | None = (
-            None  # steps and time of the first report, which has the compilation behind it
-        )
+        # Steps and time of the first report, which has the compilation behind it.
+        first: tuple[int, float] | None = None
 
         def report(done: int, message: str) -> None:
             nonlocal last, first

@@ -108,12 +108,6 @@ def _is_key(leaf: Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def trained_members(count: int) -> int:
-    """How many networks are computed when `count` are trained: all devices get the same number."""
-    devices = jax.device_count()
-    return count if count < devices else -(-count // devices) * devices
-
-
 class Spread(NamedTuple):
     """How M members are sharded over devices; the last member is repeated so that all devices have the same number."""
 

@@ -26,11 +26,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bdjax import atomic, losses
+from bdjax import atomic
 from bdjax.models import make_model
 from bdjax.models.layers import ComputeDtype, Lowering, convolve, default_lowering, layout_of, normalise_batch, relu
 from bdjax.training import ensemble, processes
 from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.stages import cross_entropy_of
 from bdjax.types import Array, PyTree
 
 HOPELESS = 1.5
@@ -215,15 +216,14 @@ def time_training(choice: Choice, shape: Shape) -> float:
     config = TrainConfig(epochs=1, batch_size=shape.batch_size)
     count, rows = shape.members, _STEPS * shape.batch_size
 
-    def loss(logits: Array, targets: Mapping[str, Array]) -> Array:
-        return losses.cross_entropy(logits, targets["labels"])
-
     def make_rows(number: int) -> Rows:
         index = jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), (count, number))
         return Rows(index, {"labels": index % 10})
 
     spread = ensemble.spread_members(count)
-    run = ensemble.compile_members(make_epoch(model, loss, config), choice.layout, spread, num_shared=1)
+    run = ensemble.compile_members(
+        make_epoch(model, cross_entropy_of(config), config), choice.layout, spread, num_shared=1
+    )
     keys = jax.random.split(jax.random.key(0), count)
     states = ensemble.init_members(lambda key: init_state(key, model, shape.image_shape, config), keys)
     placed = [spread.place(tree) for tree in (states, make_rows(rows), make_rows(0))]

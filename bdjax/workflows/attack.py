@@ -108,8 +108,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     run = base.begin(
         experiment,
         config,
-        train.image_shape,
-        train.num_classes,
+        train,
         members,
         log,
         networks=[config.model],

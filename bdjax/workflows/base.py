@@ -183,8 +183,7 @@ def check_networks(
 def begin(
     experiment: Experiment,
     config: Any,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    rows: Dataset,
     members: int,
     log: StageLog,
     *,
@@ -200,8 +199,7 @@ def begin(
     Args:
         experiment: the experiment.
         config: all settings.
-        image_shape: (H, W, C).
-        num_classes: K.
+        rows: the training or suspect set, whose image shape and classes the networks have.
         members: the largest number of networks that train in one call.
         log: where progress is printed.
         networks: the names of the architectures that are trained.
@@ -212,6 +210,7 @@ def begin(
     Raises:
         InputError: the folder cannot be used, or the networks or the rows do not fit into memory.
     """
+    image_shape, num_classes = rows.image_shape, rows.num_classes
     output = output_folder(experiment, config)
     run_config.check_output(output)
     check_run(output, config, experiment=experiment.name, ignore=IGNORED)
@@ -247,11 +246,13 @@ def expected_time(plan: Sequence[Planned], beyond: str, num_classes: int, shape:
     seconds = 0.0
     for network, members, epochs, rows in plan:
         ratio = 1.0 if network == shape.network else operations(network) / operations(shape.network)
-        seconds += ensemble.trained_members(members) * epochs * rows * ratio / speed
+        # All devices get the same number of networks.
+        computed = members + ensemble.spread_members(members).padding
+        seconds += computed * epochs * rows * ratio / speed
     count = sum(planned.members for planned in plan)
     networks = "1 network" if count == 1 else f"{count} networks"
     more = f"; {beyond} add to it" if beyond else ""
-    return f"about {format_seconds(seconds)} to train {networks}{more}"
+    return f"about {format_seconds(seconds)} to train {networks}, without compilation{more}"
 
 
 def find_shared(log: StageLog, clean: Dataset | None, others: Mapping[str, Dataset]) -> list[dict[str, Any]]:

@@ -142,9 +142,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     kept = members * train.images.nbytes
     needs_network = any("attacked model" in variant.defense.needs for variant in variants)
     networks = [config.model] if needs_network else []
-    run = base.begin(
-        experiment, config, train.image_shape, train.num_classes, members, log, networks=networks, kept=kept
-    )
+    run = base.begin(experiment, config, train, members, log, networks=networks, kept=kept)
     make_network = network_maker(config, run)
     folder = run.open_folder()
     outcomes = []

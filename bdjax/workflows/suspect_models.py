@@ -156,9 +156,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     members = config.seeds * (1 if config.teacher else len(attack_texts))
     networks = [config.student] if config.teacher else [config.teacher_model, config.student]
     kept = members * 2 * test.images.nbytes
-    run = base.begin(
-        experiment, config, train.image_shape, train.num_classes, members, log, networks=networks, kept=kept
-    )
+    run = base.begin(experiment, config, train, members, log, networks=networks, kept=kept)
     if found is not None and run.engine.lowering != default_lowering():
         found = read_teacher(run.engine.lowering, config.compute_dtype)
     model = found.model if found else run.make_model(config.teacher_model)

@@ -209,8 +209,7 @@ def run(
     run = base.begin(
         experiment,
         config,
-        train.image_shape,
-        train.num_classes,
+        train,
         members,
         log,
         plan=plan,

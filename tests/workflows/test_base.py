@@ -19,6 +19,7 @@ from bdjax.run.presets import Study
 from bdjax.training import probe
 from bdjax.types import Dataset, Unread
 from bdjax.workflows import base
+from bdjax.workflows import ta_kd as workflow
 from experiments import abm, attack, lfd, robust_kd, ta_kd, vbd
 
 EXPERIMENTS = [module.EXPERIMENT for module in (ta_kd, lfd, abm, attack, vbd, robust_kd)]
@@ -86,6 +87,15 @@ def test_a_flag_that_a_recipe_would_override_is_refused(prefix, changes, line):
     run_config.check_recipe(without, default, prefix)
 
 
+def test_either_recipe_of_ta_kd_reaches_its_trainings():
+    default = ta_kd.EXPERIMENT.default("quick", "cifar10")
+    attack, defense, _ = workflow.configurations(default)
+    assert (attack.optimiser, attack.label_smoothing, defense.optimiser) == ("sgd", 0.2, "adam")
+    attack, defense, _ = workflow.configurations(dataclasses.replace(default, recipe="", defense_recipe="speedrun"))
+    assert (attack.optimiser, defense.optimiser, defense.schedule) == ("adam", "sgd", "triangle")
+    assert defense.learning_rate == pytest.approx(11.5 * default.defense_batch_size / (1024 * (1 + 1 / 0.15)))
+
+
 def test_the_expected_time_follows_from_the_speed_that_the_probe_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape, engine = probe.Shape((8, 8, 1), 2, 16, 4), probe.Choice("map", "shifted")
@@ -96,11 +106,14 @@ def test_the_expected_time_follows_from_the_speed_that_the_probe_measured(tmp_pa
     planned = base.Planned("resnet10", 4, 3, 1000)
     assert expected(planned).startswith("not known")
     probe.choose(shape, lowering="shifted", measure=lambda choice, shape: 4 * 2 * 16 / 2000)  # 2,000 images per second
-    assert expected(planned) == "about 6.0 s to train 4 networks"
-    assert expected(planned, beyond="the defenses") == "about 6.0 s to train 4 networks; the defenses add to it"
+    assert expected(planned) == "about 6.0 s to train 4 networks, without compilation"
+    assert (
+        expected(planned, beyond="the defenses")
+        == "about 6.0 s to train 4 networks, without compilation; the defenses add to it"
+    )
     # A device trains the odd network while the other has none.
-    assert expected(planned._replace(members=3)) == "about 6.0 s to train 3 networks"
-    assert expected(planned._replace(members=1), planned) == "about 7.5 s to train 5 networks"
+    assert expected(planned._replace(members=3)) == "about 6.0 s to train 3 networks, without compilation"
+    assert expected(planned._replace(members=1), planned) == "about 7.5 s to train 5 networks, without compilation"
     deeper = expected(planned._replace(network="resnet18"))
     assert 8 < float(deeper.split()[1]) < 20  # ResNet-18 has about twice the operations
 
