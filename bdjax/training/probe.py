@@ -150,7 +150,7 @@ def choose(
     if timed[default] < CLEARLY * timed[best]:
         best = default
     timings = [f"{_words(choice)} {timed[choice] * 1e3:.3g} ms" for choice in sorted(timed, key=timed.get)]
-    others = f"the limit of {seconds:g} s was reached" if limit.reached else "slower ones not timed"
+    others = f"would pass the limit of {seconds:g} s" if limit.reached else "slower ones not timed"
     report(f"{_words(best)} ({', '.join([*timings, f'{len(candidates) - len(timed)} others: {others}'])})")
     speeds = {_speed_key(shape, choice): _rows(shape) / timed[choice] for choice in timed}
     _save(cache, {key: list(best), **speeds})
