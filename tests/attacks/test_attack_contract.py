@@ -108,7 +108,8 @@ def prepared(name, shape):
 
 
 def functions(attack):
-    return {f for f in (attack.apply, attack.apply_in_training, attack.apply_to_cover) if f is not None}
+    """Without repeats and in a fixed order: a set of functions has another order in every process of the test run."""
+    return dict.fromkeys(f for f in (attack.apply, attack.apply_in_training, attack.apply_to_cover) if f is not None)
 
 
 CHEAP_FIRST = sorted(ATTACKS, key=lambda name: (name in SMALL, name))
