@@ -292,6 +292,18 @@ def measure_detection(
     return DetectionMetrics(flagged, precision, recall, f1, auc)
 
 
+def top_rows(scores: np.ndarray, count: int) -> np.ndarray:
+    """The rows with the highest scores: bool [n], of equal scores the first.
+
+    Args:
+        scores: float [n].
+        count: how many, in 0..n.
+    """
+    flags = np.zeros(len(scores), bool)
+    flags[np.argsort(-scores, kind="stable")[:count]] = True
+    return flags
+
+
 def evaluated_rows(labels: np.ndarray, target: int, *, include_target: bool = False) -> np.ndarray:
     """The rows that ASR and R-ACC are measured on (equation 8): bool [N].
 

@@ -235,6 +235,10 @@ class DefenseResult(NamedTuple):
     """name -> float32 [M, k, H, W, C] in [0, 1]: images for the report, such as extracted triggers"""
     not_tested: tuple[NotTested, ...] = ()
     """see `Detection.not_tested`"""
+    warnings: tuple[str, ...] = ()
+    """of each suspect, why its result should not be relied on, "" for nothing; () for nothing at all"""
+    single_scores: np.ndarray | None = None
+    """float32 [M, T, n]: the scores of the T networks that `scores` combines; None if they are not a combination"""
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]

@@ -23,11 +23,12 @@ from bdjax.types import Array, Key, Model, PyTree
 
 
 @cache
-def suppressed_cross_entropy(model: Model) -> Objective:
+def suppressed_cross_entropy(model: Model, smoothing: float = 0.0) -> Objective:
     """The loss above, for rows with two views: the one that is learned, and its partner without the trigger.
 
     Args:
         model: the network.
+        smoothing: label smoothing, see `losses.cross_entropy`.
 
     Returns:
         An objective of images [N, 2, H, W, C] and the targets "labels" int32 [N] and "suppression" float32 [N], which is
@@ -40,7 +41,7 @@ def suppressed_cross_entropy(model: Model) -> Objective:
         output = model.apply(variables, images[:, 0], train=True)
         partner = model.apply(jax.lax.stop_gradient(variables), images[:, 1], train=True)
         distance = jnp.mean(jnp.square(embedding(output.features) - embedding(partner.features)), axis=1)
-        loss = losses.cross_entropy(output.logits, targets["labels"]) + targets["suppression"] * distance
+        loss = losses.cross_entropy(output.logits, targets["labels"], smoothing) + targets["suppression"] * distance
         return Outcome(loss, output.logits, targets["labels"], output.variables)
 
     return objective

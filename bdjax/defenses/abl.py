@@ -21,6 +21,7 @@ Others use different settings: BackdoorBench trains 20, 60 and 20 epochs at rate
 of 256; LfD's authors 20, 60 and 20, unlearning at 0.0001; ABM's 10, 40 and 20.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -146,7 +147,9 @@ def flag_lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return rank < counts[:, None]
 
 
-def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray, kind: str) -> Rows:
+def unlearning_rows(
+    index: np.ndarray, labels: np.ndarray, isolated: np.ndarray, kind: str, generators: Sequence[np.random.Generator]
+) -> Rows:
     """The rows of step 4 with weights; step 4 minimises the mean of weight times cross-entropy.
 
     Args:
@@ -154,13 +157,14 @@ def unlearning_rows(index: np.ndarray, labels: np.ndarray, isolated: np.ndarray,
         isolated: bool [M, n].
         kind: "isolated", only the isolated rows, for minus their mean loss; or "paper", all rows, for the mean loss of the rest
             minus the mean loss of the isolated rows.
+        generators: of each member, for "isolated".
 
     Returns:
         Leaves [M, n'], where n' is n, or for "isolated" the largest number of isolated rows of a member (members with fewer
         see theirs more than once).
     """
     if kind == "isolated":
-        chosen = kept_rows(~isolated, np.random.default_rng(0))
+        chosen = kept_rows(~isolated, generators)
         index, labels, isolated = (np.take_along_axis(array, chosen, axis=1) for array in (index, labels, isolated))
         weight = -isolated.astype(np.float32)
     else:
@@ -252,7 +256,7 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
     model, config = nets.model, partial(_config, inputs, settings)
 
     if settings.rest_epochs:
-        kept = kept_rows(isolated, np.random.default_rng(0))
+        kept = kept_rows(isolated, inputs.generators(f"{stage}: repeated rows"))
         rest = labelled(*(np.take_along_axis(array, kept, axis=1) for array in (inputs.index, inputs.labels)))
         stage += f"; rest {settings.rest_epochs} epochs at {settings.rest_learning_rate} {settings.rest_steps}"
         rest_config = config(settings.rest_epochs, settings.rest_learning_rate, steps=settings.rest_steps)
@@ -265,7 +269,8 @@ def run(inputs: DefenseInput, settings: ABLSettings) -> DefenseResult:
             f" up to {settings.loss_cap}"
         )
         unlearning_config = config(settings.unlearning_epochs, settings.unlearning_learning_rate, augmentation="none")
-        rows = unlearning_rows(inputs.index, inputs.labels, isolated, settings.unlearning)
+        generators = inputs.generators(f"{stage}: repeated rows")
+        rows = unlearning_rows(inputs.index, inputs.labels, isolated, settings.unlearning, generators)
         unlearned = inputs.train(
             stage, model, unlearning_config, rows, variables=variables, loss_cap=settings.loss_cap
         ).variables

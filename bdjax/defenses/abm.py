@@ -25,7 +25,7 @@ import numpy as np
 
 from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
-from bdjax.defenses.nbab import RANKS, NbabSettings, check_planting, isolate, suspicion, verify
+from bdjax.defenses.nbab import RANKS, NbabSettings, agreement, check_planting, isolate, suspicion, usable, verify
 from bdjax.models import MODELS
 from bdjax.settings import Count, InnerShare, LearningRate, Number, check_values
 from bdjax.training.member import Objective, Optimiser, Outcome
@@ -207,11 +207,30 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
     return nets._replace(variables={name: value for name, value in nets.variables.items() if name != "teacher"})
 
 
+def premise_warning(held_out_success: np.ndarray, is_usable: np.ndarray) -> str:
+    """What is wrong if NBAB's premise holds for none of a suspect's networks; "" if it may hold.
+
+    Args:
+        held_out_success: float [V].
+        is_usable: bool [V].
+    """
+    if is_usable.any():
+        return ""
+    shares = ", ".join(f"{share:.2f}" for share in held_out_success)
+    return (
+        "the isolated rows may be no poisoned ones: the defender's own trigger succeeds on "
+        f"{shares} of the rows that were not stamped in training, so it was not learned, or it dominates the attacker's. "
+        "Change alpha"
+    )
+
+
 def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     """Isolate rows, train the student on them, and combine both networks."""
     nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
     verified = verify(inputs, nbab)
-    scores = suspicion(verified, settings.rank)
+    single_scores = suspicion(verified, settings.rank)
+    is_usable = usable(verified.held_out_success, settings.least_success, settings.most_success)
+    scores = agreement(single_scores, is_usable)
     flags = isolate(scores, settings.isolation_rate)
     student = train_student(inputs, flags, settings)
     logits = inputs.logits(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
@@ -222,7 +241,7 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
         ]
     )
     members = len(flags)
-    failed = verified.margins < 0
+    failed = np.mean(verified.margins < 0, axis=1) > 0.5  # by most of the networks
     return DefenseResult(
         defended_model(inputs.attacked.model, student.model),
         {
@@ -235,11 +254,16 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
         flags=flags,
         scores=scores,
         facts={
-            "own trigger answered": verified.implant_success,
+            "own trigger's success, rows of training": verified.implant_success.mean(axis=1),
+            "own trigger's success, other rows": verified.held_out_success.mean(axis=1),
+            "usable verification networks": is_usable.sum(axis=1),
             "rows that fail the test": failed.mean(axis=1),
+            "isolated rows": flags.sum(axis=1),
             "isolated rows that failed": (flags & failed).sum(axis=1) / flags.sum(axis=1),
-            "accuracy of the verification network": verified.clean_accuracy,
+            "accuracy of the verification networks": verified.clean_accuracy.mean(axis=1),
         },
+        single_scores=single_scores,
+        warnings=tuple(map(premise_warning, verified.held_out_success, is_usable)),
     )
 
 

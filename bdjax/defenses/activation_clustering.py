@@ -34,6 +34,7 @@ from bdjax.types import DefenseResult, Detection, NotTested
 NAME = "activation_clustering"
 RULES = ("smaller", "relative_size", "silhouette", "exclusionary")
 REDUCTIONS = ("pca", "ica")
+NETWORKS = ("attacked", "unaugmented")
 RANDOM_STATE = 0  # of k-means and FastICA: the flags depend on the embeddings alone
 LEAST_CLUSTER = 2  # rows: the silhouette coefficient of a cluster of one is 0 by definition, whatever the row is
 STARTS = 10  # of k-means; the result with the lowest inertia is used
@@ -47,6 +48,9 @@ class ActivationClusteringSettings:
     """dimensionality reduction: ica (FastICA) in the paper, pca in BackdoorBench"""
     dimensions: Count = 10
     """dimensions after the reduction, at most"""
+    network: Literal["attacked", "unaugmented"] = "attacked"
+    """whose embeddings: those of the attacked network, or of one that is trained on the same rows by the same recipe without
+    augmentation (LfD, appendix A.2)"""
     rule: Literal["smaller", "relative_size", "silhouette", "exclusionary"] = "smaller"
     """how to decide which clusters are poisoned"""
     largest_share: Share = 0.35
@@ -65,7 +69,7 @@ def check(settings: ActivationClusteringSettings) -> None:
     Raises:
         InputError: a setting is invalid.
     """
-    check_values(f"defense {NAME}", settings, choices={"reduction": REDUCTIONS, "rule": RULES})
+    check_values(f"defense {NAME}", settings, choices={"reduction": REDUCTIONS, "rule": RULES, "network": NETWORKS})
 
 
 def least_rows(settings: ActivationClusteringSettings) -> int | None:
@@ -247,7 +251,7 @@ def reclassify(flags: np.ndarray, labels: np.ndarray, predictions: np.ndarray, t
 
 def _stage(settings: ActivationClusteringSettings) -> str:
     """The name of the stage that trains without the flagged clusters."""
-    stage = f"activation clustering: {settings.reduction} {settings.dimensions}, {settings.rule}"
+    stage = f"activation clustering: {settings.network}, {settings.reduction} {settings.dimensions}, {settings.rule}"
     if settings.rule in ("relative_size", "silhouette"):
         stage += f" {settings.largest_share:g}"
     if settings.rule == "silhouette":
@@ -273,7 +277,11 @@ def detect(inputs: DefenseInput, settings: ActivationClusteringSettings) -> Dete
     """
     check(settings)
     rows = inputs.all_rows()
-    embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
+    nets = inputs.attacked
+    if settings.network == "unaugmented":
+        config = inputs.config(augmentation="none")
+        nets = inputs.train("activation clustering: unaugmented network", inputs.make_model(), config, rows)
+    embeddings = inputs.embeddings(nets.model, nets.variables, rows)
     found = [find_clusters(*member, settings) for member in zip(embeddings, inputs.labels, strict=True)]
     flags, scores, largest_silhouette = (np.stack([member[i] for member in found]) for i in range(3))
     if settings.rule == "exclusionary":

@@ -48,9 +48,9 @@ def count_objections(inputs: DefenseInput, settings: BabSettings) -> tuple[np.nd
     Returns:
         Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], to order rows of equal counts.
     """
-    nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
-    margins = np.stack([verify(inputs, nbab, number).margins for number in range(settings.networks)])
-    return np.sum(margins < 0, axis=0), margins.min(axis=0)
+    fields = {name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__}
+    margins = verify(inputs, NbabSettings(**{**fields, "rungs": (1.0,) * settings.networks})).margins
+    return np.sum(margins < 0, axis=1), margins.min(axis=1)
 
 
 def run(inputs: DefenseInput, settings: BabSettings) -> DefenseResult:

@@ -128,6 +128,26 @@ class DefenseInput:
         """A copy with some knowledge added or replaced."""
         return dataclasses.replace(self, knowledge={**self.knowledge, **changes})
 
+    def copies(self, count: int) -> "DefenseInput":
+        """Every suspect `count` times in succession, each copy with a key that depends on its number alone: for several
+        networks of each suspect as members of one call. Results have the shape [M * count, ...], see `apart`.
+
+        Args:
+            count: how many.
+        """
+
+        def repeated(leaf: Any) -> Any:
+            return None if leaf is None else np.repeat(np.asarray(leaf), count, axis=0)
+
+        rows = {need: self.knowledge[need] for need in ("training set", "clean rows") if need in self.knowledge}
+        keys = jax.vmap(lambda key: jax.vmap(lambda copy: jax.random.fold_in(key, copy))(jnp.arange(count)))(self.keys)
+        return dataclasses.replace(
+            self,
+            keys=keys.reshape(-1),
+            knowledge={need: PoolRows(*map(repeated, value)) for need, value in rows.items()},
+            attacker=self.attacker and AttackerInTraining(*map(repeated, self.attacker)),
+        )
+
     def known(self, need: Need) -> Any:
         """An entry of `knowledge`. All properties below, which defenses read, go through this method.
 
@@ -187,6 +207,11 @@ class DefenseInput:
     def keys_for(self, stage: str) -> Key:
         """Typed keys [M] that depend on the stage's name alone, whatever else is run."""
         return jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(stage.encode()) >> 1))(self.keys)
+
+    def generators(self, stage: str) -> list[np.random.Generator]:
+        """NumPy generators, one for each suspect, seeded by `keys_for`: for choices of rows outside of compiled code."""
+        data = np.asarray(jax.random.key_data(self.keys_for(stage)))
+        return [np.random.default_rng(words.tolist()) for words in data]
 
     def all_rows(self) -> Rows:
         """All rows of the training sets: leaves [M, n]."""
@@ -257,6 +282,11 @@ class DefenseInput:
     def embeddings(self, model: Model, variables: PyTree, rows: Rows) -> np.ndarray:
         """Each row's embedding, the input of the last layer, un-augmented and with running statistics: float32 [M, n', d]."""
         return self.per_row(row_embeddings(model), variables, rows)
+
+
+def apart(values: np.ndarray, count: int) -> np.ndarray:
+    """Results of `DefenseInput.copies`, [M * count, ...], as [M, count, ...]."""
+    return values.reshape(-1, count, *values.shape[1:])
 
 
 def labelled(index: np.ndarray, labels: np.ndarray) -> Rows:

@@ -1,5 +1,7 @@
 """How a detector becomes a defense: train from scratch on the rows that are not flagged."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from bdjax.defenses.contract import DefenseInput, labelled
@@ -7,7 +9,7 @@ from bdjax.training.stages import Nets
 from bdjax.types import DefenseResult, Detection
 
 
-def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def kept_rows(flags: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
     """The row numbers that each member keeps, padded to the same length by repeating some of them.
 
     The members of a call need the same number of rows, but detectors flag different numbers. A member that keeps fewer rows
@@ -15,7 +17,7 @@ def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
     Args:
         flags: bool [M, n]; a member whose rows are all flagged keeps all of them.
-        generator: chooses the repeated rows.
+        generators: of each member, chooses the repeated rows.
 
     Returns:
         int32 [M, m], where m is the largest number of rows that a member keeps.
@@ -23,7 +25,7 @@ def kept_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     flags = np.where(flags.all(axis=1, keepdims=True), False, flags)
     size = int((~flags).sum(axis=1).max())
     rows = []
-    for member_flags in flags:
+    for member_flags, generator in zip(flags, generators, strict=True):
         kept = np.flatnonzero(~member_flags)
         rounds = [kept] * (size // len(kept))
         rest = generator.choice(kept, size % len(kept), replace=False)
@@ -39,7 +41,7 @@ def retrain_without(inputs: DefenseInput, stage: str, flags: np.ndarray) -> Nets
         stage: name of the stage, for checkpoints.
         flags: bool [M, n].
     """
-    rows = kept_rows(flags, np.random.default_rng(0))
+    rows = kept_rows(flags, inputs.generators(f"{stage}: repeated rows"))
     index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
     return inputs.train(stage, inputs.make_model(), inputs.recipe, labelled(index, labels))
 

@@ -13,7 +13,7 @@ Here a share of the clean rows of each class is held out from the ordering and u
 a fifth, at least one row of every class that has three. Fine-tuning, after which nothing is selected, uses all clean rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -48,7 +48,9 @@ class FinePruningSettings:
     """L2 penalty on every parameter"""
 
 
-def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+def split_rows(
+    labels: np.ndarray, share: float, generators: Sequence[np.random.Generator]
+) -> tuple[np.ndarray, np.ndarray]:
     """Split each member's rows, class by class, into those that order the channels and those that are held out.
 
     The number of held-out rows is the same for all members, whatever their labels.
@@ -56,6 +58,7 @@ def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
     Args:
         labels: int32 [M, c].
         share: share of the rows to hold out, in (0, 1).
+        generators: of each member.
 
     Returns:
         Row numbers int32 [M, c - k] and [M, k], where k is share * c, rounded; disjoint, and together 0..c-1.
@@ -71,8 +74,8 @@ def split_rows(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
             "and at least 1 must remain"
         )
     order = []
-    for number, member_labels in enumerate(labels):
-        shuffled = np.random.default_rng(number).permutation(count)
+    for member_labels, generator in zip(labels, generators, strict=True):
+        shuffled = generator.permutation(count)
         # A row's place within its class, from 0 to 1: the first k by place are about the same share of every class.
         place = np.empty(count)
         for label in np.unique(member_labels):
@@ -178,7 +181,8 @@ def prune(inputs: DefenseInput, settings: FinePruningSettings) -> tuple[np.ndarr
     """
     model, variables = inputs.attacked.model, inputs.attacked.variables
     all_rows = inputs.clean_rows()
-    ordering, held = split_rows(np.asarray(all_rows.targets["labels"]), settings.held_out)
+    labels = np.asarray(all_rows.targets["labels"])
+    ordering, held = split_rows(labels, settings.held_out, inputs.generators("fine-pruning: held-out rows"))
 
     def take(rows: np.ndarray) -> Rows:
         return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, jnp.asarray(rows), axis=1), all_rows)

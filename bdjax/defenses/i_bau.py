@@ -4,7 +4,8 @@ A backdoor is a perturbation of the input that works on every image, so removing
 
     min over theta of max over delta of  mean CE(f_theta(x + delta), y),   ||delta|| <= C                   (equation 1)
 
-Each round first finds delta: from 0, one pass of gradient ascent, with a penalty of 0.001 ||delta||^2. Then the network
+Each round first finds delta: from 0, one pass of gradient ascent away from the network's own predictions, with a penalty of
+0.001 ||delta||^2. Then the network
 descends the hyper-gradient of its loss F(delta, theta): the gradient by theta plus a term through delta, which is the fixed
 point of an ascent step Phi(delta, theta),
 
@@ -112,6 +113,16 @@ def clip_norm(delta: Array, bound: float) -> Array:
     return delta * jnp.minimum(1.0, bound / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(delta))), 1e-12))
 
 
+def predicted_classes(model: Model, variables: PyTree, images: Array) -> Array:
+    """The classes that delta is to move images away from: those that the network predicts for them unperturbed, as in the
+    authors' code. The labels are used by Phi and when the network is updated.
+
+    Returns:
+        int32 [N].
+    """
+    return jnp.argmax(model.apply(variables, images, train=False).logits, axis=1).astype(jnp.int32)
+
+
 def make_round(
     model: Model, config: TrainConfig, settings: IBauSettings
 ) -> Callable[[TrainState, Rows, Array], TrainState]:
@@ -146,9 +157,14 @@ def make_round(
             loss, _ = mean_loss(images + delta[None], labels, params)
             return settings.penalty * jnp.sum(jnp.square(delta)) - loss
 
+        def ascent(delta: Array, where: Array) -> Array:
+            images, _ = read(where)
+            return jax.grad(ascent_loss)(
+                delta, state.variables["params"], images, predicted_classes(model, state.variables, images)
+            )
+
         def ascend(delta: Array, where: Array) -> tuple[Array, None]:
-            gradient = jax.grad(ascent_loss)(delta, state.variables["params"], *read(where))
-            delta = delta - settings.perturbation_rate * gradient
+            delta = delta - settings.perturbation_rate * ascent(delta, where)
             return clip_norm(delta, settings.norm_bound) if settings.norm_bound else delta, None
 
         start = jnp.zeros(pool.shape[1:], jnp.float32)

@@ -1,10 +1,16 @@
 """NBAB: find a strong backdoor with a weaker one that the defender plants (ABM, Chen et al. 2024, section IV-A, algorithm 1).
 
-The defender plants a backdoor into the suspect rows: a small white square that leads to an extra class, number K. The
+The defender plants a backdoor into the suspect rows: a small square that leads to an extra class, number K. The
 verification network learns it along with everything else, but weakly, since features of stamped images are pulled to those
 of the same images without the stamp (equation 2; see `bdjax/attacks/suppression.py`). Then *every* row is stamped. A clean
 row with the square is predicted as K; where the attacker's trigger is present too, it dominates the square. So rows that are
 not predicted as K are suspicious.
+
+That rests on a premise: the defender's backdoor is learned, and it is the weaker one. Which one is weaker depends on alpha, on
+the attack and on the network's start, and not smoothly. So several verification networks may be trained, of several alphas
+(`rungs`), and a row's score is its mean rank over them. The defender can see where the premise fails without knowing the
+poisons: where stamped rows that were not stamped in training are hardly ever predicted as K, the square was not learned; where
+they nearly always are, it dominates whatever else is in the rows. Such networks are left out (`least_success`, `most_success`).
 
 The paper leaves open how many rows are stamped in training (here a tenth, balanced over the given labels), which layer is
 aligned (here the input of the last one), how a distance is scaled (here the mean over features), which colour the square has
@@ -24,9 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.suppression import suppressed_cross_entropy
-from bdjax.defenses.contract import DefenseInput, fingerprint
-from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Range, Share, check_values
-from bdjax.training.member import Optimiser, Rows
+from bdjax.defenses.contract import DefenseInput, apart, fingerprint
+from bdjax.settings import Count, LearningRate, NotEmpty, NotNegative, PositiveShare, Range, Share, check_values
+from bdjax.training.member import Optimiser, Rows, TrainConfig
 from bdjax.training.stages import Nets
 
 Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -34,6 +40,7 @@ Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]
 CHUNK = 4096
 """Rows of each member that are stamped at a time."""
 PATTERNS = ("checkerboard", "white")
+RECIPE = "recipe"
 RANKS = ("suspicious", "activation", "margin")
 """How rows are ranked for isolation: see `suspicion`."""
 
@@ -44,12 +51,20 @@ class NbabSettings:
 
     alpha: NotNegative = 1000.0
     """weight of the alignment; larger values weaken the planted backdoor; 2000 on GTSRB"""
+    rungs: Annotated[tuple[NotNegative, ...], NotEmpty()] = (1.0,)
+    """factors of alpha: one verification network for each. Equal factors are networks with different starts; the paper has one
+    network"""
+    least_success: Share = 0.0
+    """a network is left out if a smaller share of the held-out stamped rows is predicted as K, in [0, 1]"""
+    most_success: Share = 1.0
+    """a network is left out if a larger share of the held-out stamped rows is predicted as K, in [0, 1]"""
     epochs: Count = 10
     """training epochs of a verification network"""
     learning_rate: LearningRate = 0.01
     """constant learning rate of a verification network"""
     optimiser: str = "sgd"
-    """optimiser of a verification network: "sgd" or "adam" """
+    """optimiser of a verification network: "sgd"; "adam"; or "recipe", trained as an undefended network, so that learning rate
+    and weight decay have no effect"""
     weight_decay: NotNegative = 1e-4
     """weight decay of a verification network"""
     implant_rate: PositiveShare = 0.1
@@ -83,26 +98,26 @@ def check_planting(owner: str, settings: NbabSettings) -> None:
             "pattern": PATTERNS,
             "trigger": ("patch", "attacker"),
             "weak_by": ("alignment", "cover"),
-            "optimiser": Optimiser.__args__,
+            "optimiser": (*Optimiser.__args__, RECIPE),
         },
     )
 
 
 class Verified(NamedTuple):
-    """What the verification networks predict for every row."""
+    """What V verification networks of each of M suspects predict for every row."""
 
     margins: np.ndarray
-    """float32 [M, n]: of the stamped row, the logit of class K minus the highest other logit; below 0 it is suspicious"""
+    """float32 [M, V, n]: of the stamped row, the logit of class K minus the highest other logit; below 0 it is suspicious"""
     activations: np.ndarray
-    """float32 [M, n]: of the stamped row, the highest logit other than that of class K"""
+    """float32 [M, V, n]: of the stamped row, the highest logit other than that of class K"""
     implant_success: np.ndarray
-    """float64 [M]: share of the stamped training rows that are predicted as K"""
+    """float64 [M, V]: share of the rows stamped in training that are predicted as K"""
+    held_out_success: np.ndarray
+    """float64 [M, V]: share of the other rows that are predicted as K with the stamp; nan if there are no others"""
     clean_accuracy: np.ndarray
-    """float64 [M]: share of all rows that, unstamped, are predicted as their given label"""
+    """float64 [M, V]: share of all rows that, unstamped, are predicted as their given label"""
     nets: Nets
-    """the verification networks, K + 1 classes"""
-    predictions: np.ndarray
-    """int [M, n]: the classes predicted for the stamped rows"""
+    """the verification networks, K + 1 classes, stacked [M * V, ...]"""
 
 
 def make_patch(size: int, pattern: str) -> Stamp:
@@ -145,25 +160,27 @@ def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Genera
     return np.sort(by_label[places]).astype(np.int32)
 
 
-def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Verified:
-    """Train a verification network on each suspect, and predict every row with the stamp on it.
+def verify(inputs: DefenseInput, settings: NbabSettings) -> Verified:
+    """Train verification networks on each suspect, as members of one call, and predict every row with the stamp on it.
 
     Args:
         inputs: the suspects.
-        settings: of the planted backdoor.
-        number: which of several verification networks: each has its own weights and its own stamped rows.
+        settings: of the planted backdoor. Each network has its own weights and its own stamped rows.
 
     Raises:
         InputError: an invalid setting.
     """
     check_planting("nbab", settings)
+    networks = len(settings.rungs)
+    stamps = [_stamp_of(inputs, settings, member) for member in range(len(inputs.keys)) for _ in settings.rungs]
+    inputs = inputs.copies(networks)
     num_members, num_rows = inputs.index.shape
-    stamps = [_stamp_of(inputs, settings, member) for member in range(num_members)]
+    stage = f"nbab {fingerprint(**vars(settings))}"
     pool = np.asarray(inputs.pool)
     implants = np.stack(
         [
-            choose_implants(labels, settings.implant_rate, np.random.default_rng((number, member)))
-            for member, labels in enumerate(inputs.labels)
+            choose_implants(labels, settings.implant_rate, generator)
+            for labels, generator in zip(inputs.labels, inputs.generators(f"{stage}: stamped rows"), strict=True)
         ]
     )
     num_implants = implants.shape[1]
@@ -173,9 +190,10 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
     ]
     where = len(pool) + np.arange(num_members * num_implants, dtype=np.int32).reshape(num_members, num_implants)
     source = np.take_along_axis(inputs.index, implants, axis=1)
-    new_labels, alpha = np.full(implants.shape, inputs.num_classes, np.int32), settings.alpha
+    new_labels = np.full(implants.shape, inputs.num_classes, np.int32)
+    alpha = settings.alpha * np.tile(settings.rungs, num_members // networks)[:, None]
     if settings.weak_by == "cover":
-        num_covers, alpha = round(settings.cover_rate * num_implants), 0.0
+        num_covers, alpha = round(settings.cover_rate * num_implants), 0.0 * alpha
         # Evenly spaced, so that the rows that keep their label are balanced over the labels.
         covers = (np.arange(num_covers) * num_implants) // max(num_covers, 1)
         new_labels[:, covers] = np.take_along_axis(inputs.labels, implants[:, covers], axis=1)
@@ -191,32 +209,46 @@ def verify(inputs: DefenseInput, settings: NbabSettings, number: int = 0) -> Ver
         {
             "labels": jnp.asarray(np.concatenate([inputs.labels, new_labels], 1), jnp.int32),
             "suppression": jnp.asarray(
-                np.concatenate([suppression, np.full(implants.shape, alpha, np.float32)], 1), jnp.float32
+                np.concatenate([suppression, np.broadcast_to(alpha, implants.shape)], 1), jnp.float32
             ),
         },
     )
     model = inputs.make_model(num_classes=inputs.num_classes + 1)
-    config = inputs.config(
+    config = _training(inputs, settings)
+    objective = suppressed_cross_entropy(model, config.label_smoothing)
+    if not np.any(rows.targets["suppression"]):
+        # Nothing is aligned, so the partners' forward pass would have no effect.
+        rows, objective = rows._replace(index=rows.index[..., 0]), None
+    with_stamped = dataclasses.replace(inputs, pool=jnp.asarray(np.concatenate([pool, *stamped])))
+    nets = with_stamped.train(stage, model, config, rows, objective=objective)
+    logits = stamped_logits(inputs, nets, stamps)
+    is_own = np.argmax(logits, -1) == inputs.num_classes
+    plain = np.argmax(inputs.logits(model, nets.variables, inputs.all_rows()), -1)
+    in_training = np.zeros(is_own.shape, bool)
+    np.put_along_axis(in_training, implants, True, axis=1)
+    num_held = num_rows - num_implants
+    held_out = (is_own & ~in_training).sum(1) / num_held if num_held else np.full(num_members, np.nan)
+    of_networks = {
+        "margins": logits[..., -1] - logits[..., :-1].max(-1),
+        "activations": logits[..., :-1].max(-1),
+        "implant_success": (is_own & in_training).sum(1) / num_implants,
+        "held_out_success": held_out,
+        "clean_accuracy": np.mean(plain == inputs.labels, axis=1),
+    }
+    return Verified(**{name: apart(values, networks) for name, values in of_networks.items()}, nets=nets)
+
+
+def _training(inputs: DefenseInput, settings: NbabSettings) -> TrainConfig:
+    """How a verification network is trained."""
+    if settings.optimiser == RECIPE:
+        return inputs.config(epochs=settings.epochs, augmentation="none")
+    return inputs.config(
         epochs=settings.epochs,
         optimiser=settings.optimiser,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         schedule="constant",
         augmentation="none",
-    )
-    stage = f"nbab {fingerprint(number=number, **vars(settings))}"
-    with_stamped = dataclasses.replace(inputs, pool=jnp.asarray(np.concatenate([pool, *stamped])))
-    nets = with_stamped.train(stage, model, config, rows, objective=suppressed_cross_entropy(model))
-    logits = stamped_logits(inputs, nets, stamps)
-    predictions = np.argmax(logits, -1)
-    plain = np.argmax(inputs.logits(model, nets.variables, inputs.all_rows()), -1)
-    return Verified(
-        margins=logits[..., -1] - logits[..., :-1].max(-1),
-        activations=logits[..., :-1].max(-1),
-        implant_success=np.mean(np.take_along_axis(predictions, implants, 1) == inputs.num_classes, axis=1),
-        clean_accuracy=np.mean(plain == inputs.labels, axis=1),
-        nets=nets,
-        predictions=predictions,
     )
 
 
@@ -248,7 +280,7 @@ def stamped_logits(inputs: DefenseInput, nets: Nets, stamps: list[Stamp]) -> np.
 
 
 def suspicion(verified: Verified, rank: str) -> np.ndarray:
-    """Score the rows: float32 [M, n], higher is more suspicious.
+    """Score the rows: float32 [M, V, n], higher is more suspicious.
 
     Args:
         verified: predictions of the verification networks.
@@ -263,9 +295,38 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
     if rank == "activation":
         return verified.activations
     if rank == "suspicious":
-        gap = np.ptp(verified.activations, axis=1, keepdims=True) + 1
+        gap = np.ptp(verified.activations, axis=-1, keepdims=True) + 1
         return np.where(verified.margins < 0, verified.activations + gap, verified.activations)
     raise ValueError(f"rank {rank!r} is not one of {', '.join(RANKS)}")
+
+
+def usable(held_out_success: np.ndarray, least: float, most: float) -> np.ndarray:
+    """The networks for which the premise may hold: the defender's square is learned, but not dominant.
+
+    Args:
+        held_out_success: float [M, V].
+        least, most: the allowed range, in [0, 1].
+
+    Returns:
+        bool [M, V]; all networks of a suspect without a usable one are False.
+    """
+    return (held_out_success >= least) & (held_out_success <= most)
+
+
+def agreement(scores: np.ndarray, is_usable: np.ndarray) -> np.ndarray:
+    """Each row's mean rank over the usable networks of its suspect, or over all if none is usable.
+
+    Args:
+        scores: float [M, V, n], higher is more suspicious.
+        is_usable: bool [M, V].
+
+    Returns:
+        float32 [M, n], in [0, 1]: 1 for a row that every network ranks highest.
+    """
+    ranks = np.argsort(np.argsort(scores, axis=-1, kind="stable"), axis=-1, kind="stable")
+    weights = np.where(is_usable.any(1, keepdims=True), is_usable, True).astype(np.float64)
+    mean = np.einsum("mvn,mv->mn", ranks, weights) / weights.sum(1, keepdims=True)
+    return (mean / max(scores.shape[-1] - 1, 1)).astype(np.float32)
 
 
 def isolate(scores: np.ndarray, rate: float) -> np.ndarray:

@@ -12,9 +12,18 @@ from bdjax.defenses import contract
 from bdjax.defenses.contract import DefenseInput
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant
-from bdjax.metrics import AttackMetrics, DetectionMetrics, clean_accuracy, measure_attack, measure_detection
+from bdjax.metrics import (
+    AttackMetrics,
+    DetectionMetrics,
+    clean_accuracy,
+    measure_attack,
+    measure_detection,
+    top_rows,
+)
 from bdjax.training import ensemble
 from bdjax.types import Dataset, DefenseResult, Detection, Key, Model, NotTested, PyTree
+
+LABELS = {"auc": "AUC", "precision": "precision", "recall": "recall"}
 
 
 class Measured(NamedTuple):
@@ -33,6 +42,8 @@ class Measured(NamedTuple):
     """time of the shared call divided by the number of suspects in it"""
     not_tested: NotTested = NotTested()
     """what of the suspect could not be tested"""
+    warning: str = ""
+    """why the result should not be relied on; "" for nothing"""
 
     @property
     def asr(self) -> float | None:
@@ -193,12 +204,29 @@ def measure(
                 clean_accuracy(clean[i], test.labels),
                 tuple(measured[i]),
                 measure_detection(flags, scores, suspect.is_poisoned),
-                {name: _number(values[i]) for name, values in result.facts.items()},
+                {name: _number(values[i]) for name, values in result.facts.items()} | _of_singles(result, suspect, i),
                 seconds,
                 limits,
+                result.warnings[i] if result.warnings else "",
             )
         )
     return results
+
+
+def _of_singles(result: DefenseResult, suspect: Suspect, number: int) -> dict[str, float | None]:
+    """How well each of several networks finds the poisoned rows by itself: the range of AUC, and of precision and recall where
+    it flags as many rows as the defense. Empty without several networks or without the ground truth."""
+    if result.single_scores is None or result.single_scores.shape[1] < 2 or suspect.is_poisoned is None:
+        return {}
+    all_scores, flags = result.single_scores[number], result.flags[number]
+    measured = [measure_detection(top_rows(scores, flags.sum()), scores, suspect.is_poisoned) for scores in all_scores]
+    found = {name: [getattr(single, name) for single in measured] for name in ("auc", "precision", "recall")}
+    return {
+        f"{LABELS[name]} of a single network, {which}": float(function(values))
+        for name, values in found.items()
+        if None not in values
+        for which, function in (("lowest", min), ("median", np.median), ("highest", max))
+    }
 
 
 def success_on(

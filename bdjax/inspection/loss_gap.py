@@ -10,7 +10,7 @@ from bdjax.defenses.lfd import above_clean_mean, loss_history
 from bdjax.metrics import measure_detection
 from bdjax.models import count_parameters
 
-EPOCHS = 8
+EPOCHS = 5
 COUNTED_EPOCH = 5
 """The epoch of the paper's figure 2, from 1."""
 
@@ -31,7 +31,10 @@ class LossGap(NamedTuple):
 
 
 def loss_gaps(
-    inputs: DefenseInput, attacks: Sequence[str], is_poisoned: Sequence[np.ndarray | None], networks: Sequence[str]
+    inputs: DefenseInput,
+    attacks: Sequence[str],
+    is_poisoned: Sequence[np.ndarray | None],
+    networks: Sequence[str | None],
 ) -> list[tuple[str, list[LossGap]]]:
     """Train networks on each training set as LfD trains its teachers, for `EPOCHS` epochs, and measure their losses.
 
@@ -39,7 +42,7 @@ def loss_gaps(
         inputs: M suspect training sets.
         attacks: of each set, the attack's title; sets of the same title are the seeds of one attack.
         is_poisoned: of each set, bool [n]; None if the ground truth is unknown. Sets without a poisoned row are left out.
-        networks: names of the architectures.
+        networks: names of the architectures; None is that of the undefended network.
 
     Returns:
         Each attack's title with the losses of every network. Empty, without training, if no set is known to be poisoned.
@@ -50,10 +53,12 @@ def loss_gaps(
             numbers.setdefault(attack, []).append(number)
     if not numbers:
         return []
-    sizes = {name: count_parameters(inputs.make_model(name), inputs.runner.image_shape) for name in networks}
+    models = {name: inputs.make_model(name) for name in networks}
+    sizes = {name: count_parameters(model, inputs.runner.image_shape) for name, model in models.items()}
+    titles = {name: name or model.description for name, model in models.items()}
     histories = {name: loss_history(inputs, name, EPOCHS) for name in networks}
     return [
-        (attack, [_measure(name, sizes[name], history[which], [is_poisoned[i] for i in which])
+        (attack, [_measure(titles[name], sizes[name], history[which], [is_poisoned[i] for i in which])
                   for name, history in histories.items()])
         for attack, which in numbers.items()
     ]  # fmt: skip

@@ -54,7 +54,7 @@ def verification_heat(
         plain = Dataset(test.images[victims], test.labels[victims], test.num_classes, "", "")
         attacked = trigger_all(inputs.keys[number], plain, part.attack.apply, params)
         views = [plain.images, stamp(plain.images, plain.labels), attacked, stamp(attacked, plain.labels)]
-        member = ensemble.members(nets.variables, number)
+        member = ensemble.members(nets.variables, number * len(settings.rungs))  # the first of its networks
         tap = last_tap(nets.model, member, test.image_shape)
         maps = [grad_cam(nets.model, member, jnp.asarray(view, jnp.float32) / 255, tap=tap) for view in views]
         found.append(

@@ -91,10 +91,12 @@ def detail_table(results: Entry) -> Table | None:
     columns = {
         **shared.title_columns("training set", "defense"),
         **shared.number_columns((*_with_control(results, "cda", "asr"), "r_acc")),
+        **shared.number_columns(name for name in ("precision", "recall", "auc") if schema.is_known(results, name)),
         "backdoor": lambda _, attack, method: word_of(results, attack["attack"], method["method"]),
     }
     notes = (
-        f"{schema.mean_text(results).capitalize()}.{shared.explain(*WORDS)} {UNKNOWN}: no defense, or no known trigger."
+        f"{schema.mean_text(results).capitalize()}.{shared.explain(*WORDS)} {UNKNOWN}: no defense, or no known trigger. "
+        "Precision, recall, AUC: of the rows that a defense flags or scores."
     )
     return shared.cell_table("Every number", schema.cells(results), columns, notes)
 

@@ -11,7 +11,7 @@
 
 In addition, only where there is something to say: "class_names" [..]; "not_tested" [{"attack", "method", "title", "seed",
 "reason", "classes": {title: reason}}]; "shared_rows" [{"of": "the suspect set", "count", "rows"}], clean rows that another set
-has, too.
+has, too; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should not be relied on.
 
 A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
 network. Wall times are not in results.json, so that a repeated run writes the same file.
@@ -208,6 +208,7 @@ def summarise(
         [make_cell(*key, by_seed, names) for key, by_seed in rows.items() if by_seed],
         left_out,
         **({"not_tested": limited} if (limited := _not_tested(measured, seed)) else {}),
+        **({"warnings": warned} if (warned := _warnings(measured, seed)) else {}),
         **extra,
     )
 
@@ -233,6 +234,21 @@ def _not_tested(measured: Sequence[Measured], seed: int) -> list[dict[str, Any]]
         }
         for measurement in measured
         if any(measurement.not_tested)
+    ]
+
+
+def _warnings(measured: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
+    """An entry for each measurement that should not be relied on."""
+    return [
+        {
+            "attack": measurement.suspect.attack.name,
+            "method": measurement.variant.name,
+            "title": f"{measurement.variant.title} on {measurement.suspect.attack.title}",
+            "seed": seed + measurement.suspect.seed,
+            "text": measurement.warning,
+        }
+        for measurement in measured
+        if measurement.warning
     ]
 
 
@@ -369,6 +385,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
                 f"{title}: {noun} {', '.join(names[:MOST_CLASSES])}{more} {NOT_TESTED}{where} (class {names[0]} "
                 f"{group['classes'][names[0]]})."
             )
+    texts += [f"{entry['title']}, seed {entry['seed']}: {entry['text']}." for entry in results.get("warnings", ())]
     return texts
 
 

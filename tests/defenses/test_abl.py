@@ -54,7 +54,7 @@ def test_unlearning_minimises_what_each_variant_says():
     losses = np.random.default_rng(0).random(12).astype(np.float32)
 
     def minimised(kind):
-        rows = unlearning_rows(index, labels, isolated, kind)
+        rows = unlearning_rows(index, labels, isolated, kind, [np.random.default_rng(0) for _ in labels])
         return rows, np.mean(np.asarray(rows.targets["weight"]) * losses[np.asarray(rows.index)], axis=1)
 
     rows, value = minimised("isolated")

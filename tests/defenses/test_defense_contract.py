@@ -5,6 +5,7 @@ Each defense runs once; all tests share its result.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple, get_args
 
@@ -112,9 +113,9 @@ def run(request, suspects, monkeypatch) -> Run:
         variant = read_defense(SMALL.get(name, name), "quick", "digits")
         read, known, kept_rows = set(), DefenseInput.known, filtering.kept_rows
 
-        def repeated_rows(flags: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        def repeated_rows(flags: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
             """As many rows as there are without a detector: the retraining is then compiled once for all detectors."""
-            rows = kept_rows(flags, generator)
+            rows = kept_rows(flags, generators)
             return rows[:, np.arange(flags.shape[1]) % rows.shape[1]]
 
         monkeypatch.setattr(filtering, "kept_rows", repeated_rows)

@@ -53,13 +53,17 @@ MODEL = Model(_init, _apply, 3, "two layers")
 VARIABLES = _init(None, None)
 
 
+def generators(members):
+    return [np.random.default_rng(number) for number in range(len(members))]
+
+
 # ---- The split ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_rows_are_used_for_the_ordering_or_held_out_but_never_both(share):
     labels = np.random.default_rng(0).integers(0, 10, (3, 70)).astype(np.int32)
-    ordering, held = split_rows(labels, share)
+    ordering, held = split_rows(labels, share, generators(labels))
     assert ordering.shape == (3, 70 - round(share * 70)) and held.shape == (3, round(share * 70))
     for pair in zip(ordering, held, strict=True):
         np.testing.assert_array_equal(np.sort(np.concatenate(pair)), np.arange(70))
@@ -68,7 +72,7 @@ def test_rows_are_used_for_the_ordering_or_held_out_but_never_both(share):
 
 def test_the_held_out_rows_are_a_share_of_each_class():
     labels = np.repeat(np.arange(10), 7)[None]
-    ordering, held = split_rows(labels, 0.2)
+    ordering, held = split_rows(labels, 0.2, generators(labels))
     counts = np.bincount(labels[0, held[0]], minlength=10)
     assert counts.sum() == 14 and counts.min() == 1 and counts.max() == 2
     assert np.unique(labels[0, ordering[0]]).size == 10
@@ -76,14 +80,14 @@ def test_the_held_out_rows_are_a_share_of_each_class():
 
 def test_a_class_of_one_row_is_not_held_out():
     labels = np.array([[0] * 9 + [1] + [2] * 10])
-    ordering, held = split_rows(labels, 0.2)
+    ordering, held = split_rows(labels, 0.2, generators(labels))
     assert 1 in labels[0, ordering[0]] and set(labels[0, held[0]]) == {0, 2}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 1.0])
 def test_a_split_without_rows_on_one_side_is_refused(share):
     with pytest.raises(InputError, match="of 10 clean rows is .* rows: at least 1 must be held out"):
-        split_rows(np.zeros((1, 10), np.int32), share)
+        split_rows(np.zeros((1, 10), np.int32), share, generators([0]))
 
 
 # ---- What is pruned and when it stops -------------------------------------------------------------------------------------
@@ -198,7 +202,7 @@ def test_hits_under_each_mask_are_those_of_the_pruned_network():
 
 def test_pruning_stops_before_the_held_out_accuracy_is_gone(inputs):
     masks, before, after = prune(inputs, SMALL)
-    _, held = split_rows(inputs.clean_labels, SMALL.held_out)
+    _, held = split_rows(inputs.clean_labels, SMALL.held_out, inputs.generators("fine-pruning: held-out rows"))
     rows = labelled(*(np.take_along_axis(array, held, 1) for array in (inputs.clean_index, inputs.clean_labels)))
     model = pruned_model(inputs.attacked.model, "stage3")
     activation = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, inputs.clean_rows()).mean(1)

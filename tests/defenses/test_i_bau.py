@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bdjax import losses
+from bdjax.defenses import i_bau
 from bdjax.defenses.contract import labelled
 from bdjax.defenses.i_bau import IBauSettings, check, clip_norm, hyper_gradient, make_round, run
 from bdjax.errors import InputError
@@ -118,6 +119,19 @@ def test_one_row_of_a_small_batch_is_perturbed(after_plain_round):
     perturbed = after_a_round(dataclasses.replace(PLAIN, perturbation_rate=10.0))
     pairs = zip(*(jax.tree.leaves(state.variables["params"]) for state in (after_plain_round, perturbed)), strict=True)
     assert max(np.abs(plain - other).max() for plain, other in pairs) > 1e-4
+
+
+def test_the_perturbation_is_found_without_the_labels(monkeypatch):
+    """Where the network predicts the labels themselves, nothing changes; where it does not, the perturbation is another."""
+    settings = dataclasses.replace(PLAIN, perturbation_rate=10.0, share=1.0)
+    by_predictions = after_a_round(settings)
+    pool, rows = batch_of()
+    predicted = i_bau.predicted_classes(LINEAR, VARIABLES, as_float(pool))
+    assert np.any(predicted != rows.targets["labels"])
+    monkeypatch.setattr(i_bau, "predicted_classes", lambda model, variables, images: rows.targets["labels"])
+    by_labels = after_a_round(settings)
+    pairs = zip(*(jax.tree.leaves(state.variables["params"]) for state in (by_predictions, by_labels)), strict=True)
+    assert max(np.abs(one - other).max() for one, other in pairs) > 1e-5
 
 
 def test_bound_is_kept():

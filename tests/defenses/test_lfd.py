@@ -11,7 +11,16 @@ import pytest
 
 from bdjax import losses
 from bdjax.defenses.contract import weighted_cross_entropy
-from bdjax.defenses.lfd import LfdSettings, above_clean_mean, loss_history, row_weights, threshold
+from bdjax.defenses.lfd import (
+    LfdSettings,
+    above_clean_mean,
+    combined,
+    loss_history,
+    row_weights,
+    scaled,
+    teacher_losses,
+    threshold,
+)
 from bdjax.errors import InputError
 from tests.defenses.tiny import LINEAR, TINY, tiny_inputs, tiny_variables
 
@@ -62,6 +71,36 @@ def test_a_percentile_cuts_outliers_off_at_one():
     teacher_losses = np.array([0.1, 0.2, 0.4, 0.5, 100.0])
     weights = row_weights(teacher_losses, LfdSettings(alpha=0.2, max_percentile=75))
     np.testing.assert_allclose(weights, [0, 0.4, 0.8, 1, 1])
+
+
+def test_scaled_weights_have_mean_one_and_the_same_proportions():
+    weights = row_weights(np.random.default_rng(3).gamma(1.0, size=300), LfdSettings(alpha=0.15))
+    assert weights.mean() < 0.5  # the maximum is an outlier
+    result = scaled(weights, "mean")
+    assert result.mean() == pytest.approx(1, rel=1e-5) and result.dtype == np.float32
+    np.testing.assert_allclose(result * weights.mean(), weights, rtol=1e-5)
+    np.testing.assert_array_equal(scaled(weights, "printed"), weights)
+    for without_scale in (-weights, 0 * weights):
+        np.testing.assert_array_equal(scaled(without_scale, "mean"), without_scale)
+
+
+def test_the_minimum_keeps_a_row_low_that_one_teacher_finds_easy():
+    # [1, 3 teachers, 4 rows]: only the second teacher found the trigger, which is on row 0.
+    losses = np.array([[[2.0, 1.0, 1.5, 2.5], [0.0, 1.2, 1.4, 2.0], [3.0, 0.9, 1.0, 2.2]]])
+    assert combined(losses, "minimum").argmin() == 0
+    assert combined(losses, "mean").argmin() == combined(losses, "median").argmin() == 1
+    np.testing.assert_allclose(combined(losses, "minimum"), [[0.0, 0.9, 1.0, 2.0]])
+    np.testing.assert_allclose(combined(losses, "median"), [[2.0, 1.0, 1.4, 2.2]])
+
+
+def test_teachers_are_members_of_one_call_and_differ_in_their_start(tmp_path):
+    inputs = tiny_inputs(tmp_path)
+    inputs = dataclasses.replace(inputs, make_model=lambda name=None: LINEAR)
+    members, num_rows = inputs.index.shape
+    losses = teacher_losses(inputs, LfdSettings(teacher="lenet", teachers=3, teacher_epochs=1))
+    assert losses.shape == (members, 3, num_rows) and np.isfinite(losses).all()
+    assert all(np.abs(losses[:, i] - losses[:, j]).max() > 1e-3 for i, j in ((0, 1), (1, 2), (0, 2)))
+    assert len(list(inputs.runner.folder.iterdir())) == 1
 
 
 IMAGES, LABELS = np.random.default_rng(1).random((4, 8, 8, 1), np.float32), np.arange(4, dtype=np.int32)

@@ -63,10 +63,43 @@ def test_suspicious_rows_come_first_unless_the_rank_is_another(rank, order):
 
 def test_the_planted_trigger_is_learnt_beside_the_task(inputs, verified):
     members, num_rows = inputs.index.shape
-    assert verified.margins.shape == (members, num_rows)
+    assert verified.margins.shape == verified.activations.shape == (members, 1, num_rows)
     assert verified.nets.model.num_classes == inputs.num_classes + 1
     assert (verified.implant_success > 0.5).all() and (verified.clean_accuracy > 0.3).all()
-    np.testing.assert_array_equal(verified.margins > 0, verified.predictions == inputs.num_classes)
+    share = np.mean(verified.margins > 0, axis=-1)
+    np.testing.assert_allclose(0.2 * verified.implant_success + 0.8 * verified.held_out_success, share, rtol=1e-6)
+
+
+def test_networks_of_several_rungs_are_members_of_one_call(inputs, trained_on):
+    pool, rows = trained_on(dataclasses.replace(SMALL, alpha=30.0, rungs=(1.0, 0.0, 2.0, 1.0)))
+    (members, num_rows), suppression = inputs.index.shape, rows.targets["suppression"]
+    assert rows.index.shape[0] == 4 * members
+    assert suppression[:, num_rows:].min(axis=1).tolist() == [30.0, 0.0, 60.0, 30.0] * members
+    sources = rows.index[:4, num_rows:, 1]
+    assert not np.array_equal(sources[0], sources[3])  # each network has its own stamped rows
+    del pool
+
+
+def test_a_ranking_over_networks_ignores_unusable_ones():
+    scores = np.array([[[0.1, 0.9, 0.5], [9.0, 2.0, 3.0], [0.0, 0.2, 0.1]]])
+    is_usable = nbab.usable(np.array([[0.5, 0.99, 0.3]]), 0.05, 0.9)
+    assert is_usable.tolist() == [[True, False, True]]
+    np.testing.assert_allclose(nbab.agreement(scores, is_usable), [[0.0, 1.0, 0.5]])
+    none = np.zeros((1, 3), bool)  # then all networks count, and the premise is reported as failed
+    np.testing.assert_allclose(nbab.agreement(scores, none), [[2 / 6, 4 / 6, 3 / 6]])
+    np.testing.assert_allclose(nbab.agreement(scores[:, :1], none[:, :1]), [[0.0, 1.0, 0.5]])
+
+
+def test_stamped_rows_depend_on_the_suspect_and_not_on_its_place(inputs):
+    def first_draws(keys):
+        given = dataclasses.replace(inputs, keys=keys)
+        return [generator.integers(1 << 30) for generator in given.generators("stage")]
+
+    draws = first_draws(inputs.keys)
+    assert len(set(draws)) == len(draws)
+    assert first_draws(inputs.keys[::-1]) == draws[::-1]
+    other = [generator.integers(1 << 30) for generator in inputs.generators("another stage")]
+    assert not set(other) & set(draws)
 
 
 def test_all_rows_are_stamped_in_order_however_many_at_a_time(inputs, verified, monkeypatch):
@@ -84,7 +117,8 @@ def trained_on(inputs, verified, monkeypatch):
 
         def train(self, stage, model, config, rows, **options):
             seen.append((np.asarray(self.pool), jax.tree.map(np.asarray, rows)))
-            return verified.nets
+            repeated = jax.tree.map(lambda leaf: np.repeat(leaf, len(settings.rungs), axis=0), verified.nets.variables)
+            return verified.nets._replace(variables=repeated)
 
         monkeypatch.setattr(type(inputs), "train", train)
         verify(inputs, settings)
@@ -117,6 +151,7 @@ def test_cover_rows_keep_their_labels(inputs, trained_on):
     new = rows.targets["labels"][:, num_rows:]
     assert (np.sum(new != inputs.num_classes, axis=1) == round(0.25 * new.shape[1])).all()
     assert not np.any(rows.targets["suppression"])
+    assert rows.index.ndim == 2  # without alignment no partner is computed
 
 
 def test_unknown_choices_are_refused():

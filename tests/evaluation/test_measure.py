@@ -37,6 +37,7 @@ def suspect(text, seed=0, train=TRAIN, is_clean=True):
 
 TINY = Model(lambda key, shape: {"params": jax.random.normal(key, (2,))}, lambda *_, **__: None, CLASSES, "tiny")
 RECIPE = TrainConfig(epochs=1, batch_size=8)
+RANGE = {"lowest": 0.0, "median": 0.5, "highest": 1.0}
 
 
 def read_pixel(model, variables, images, batch_size):
@@ -92,6 +93,22 @@ class TestMeasure:
         assert clean.detection == (5 / ROWS, None, None, None, None)
         assert [dict(result.facts) for result in (hybrid, clean)] == [{"kept": 35.0}, {"kept": 36.0}]
         assert hybrid.seconds == 1.5 and hybrid.suspect is suspects[0] and hybrid.variant is variant
+
+    def test_each_of_several_networks_is_measured_by_itself(self, suspects, result):
+        # Five rows are flagged; the first network ranks the four poisoned rows first, the second ranks them last.
+        singles = np.tile(np.stack([-np.arange(ROWS), np.arange(ROWS)]).astype(np.float32), (2, 1, 1))
+        combined = result._replace(single_scores=singles, warnings=("", "do not rely on it"))
+        hybrid, clean = measure(
+            self.inputs, combined, suspects, read_defense("none", "quick", "digits"), self.views, 0.0
+        )
+        of_singles = {name: value for name, value in hybrid.facts.items() if "single network" in name}
+        assert of_singles == {
+            **{f"AUC of a single network, {which}": value for which, value in RANGE.items()},
+            **{f"precision of a single network, {which}": 0.8 * value for which, value in RANGE.items()},
+            **{f"recall of a single network, {which}": value for which, value in RANGE.items()},
+        }
+        assert dict(clean.facts) == {"kept": 36.0}
+        assert (hybrid.warning, clean.warning) == ("", "do not rely on it")
 
     def test_a_detector_at_test_time_may_reject(self, suspects, result):
         """Rejected rows are neither right nor successes."""
