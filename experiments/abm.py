@@ -17,7 +17,6 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax.defenses.nbab import NbabSettings
 from bdjax.inspection.verification import verification_heat
 from bdjax.reporting import inspections
 from bdjax.reporting.report import Section
@@ -133,9 +132,7 @@ def sections(context: Context) -> Sequence[Section]:
     variants = [comparison.variant for comparison in context.comparisons if comparison.variant.defense.name == "abm"]
     if not variants:
         return ()
-    fields = NbabSettings.__dataclass_fields__
-    settings = NbabSettings(**{name: getattr(variants[0].settings, name) for name in fields})
-    found = []
+    settings, found = variants[0].settings, []
     with context.log.stage("verification", detail="Grad-CAM under either trigger"):
         for inputs, suspects, _ in context.groups:
             known = [number for number, suspect in enumerate(suspects) if suspect.parts and not suspect.seed]

@@ -329,5 +329,16 @@ ABL = Defense(
             "batch_size": 64,
         },
         "quick digits": {"threshold": 0.1},
+        # An epoch of all rows has eight times the steps.
+        "quick cifar10": {
+            "isolation_epochs": 3,
+            "isolation_rate": 0.01,
+            "rest_epochs": 5,
+            "rest_learning_rate": 0.05,
+            "rest_steps": ((3, 5e-3),),
+            "unlearning_epochs": 1,
+            "unlearning_learning_rate": 5e-4,
+            "batch_size": 128,
+        },
     },
 )

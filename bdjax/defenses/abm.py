@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput, fingerprint, labelled
+from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, agreement, check_planting, isolate, suspicion, usable, verify
 from bdjax.models import MODELS
 from bdjax.settings import Count, InnerShare, LearningRate, Number, check_values
@@ -44,6 +44,9 @@ class AbmSettings(NbabSettings):
     """score by which rows are isolated: see `bdjax.defenses.nbab.suspicion`"""
     isolation_rate: InnerShare = 0.01
     """share of all rows that the student is trained on"""
+    student_rows: str = "isolated"
+    """rows that the student is trained on: "isolated"; or "clean", as many known clean rows, as a control that shows what the
+    subtraction does by itself"""
     student: str = ""
     """the student's architecture; "" for the teacher's"""
     student_epochs: Count = 20
@@ -79,6 +82,7 @@ def check(settings: AbmSettings) -> None:
             "distance": Distance.__args__,
             "average": Average.__args__,
             "student_optimiser": Optimiser.__args__,
+            "student_rows": ("isolated", "clean"),
             **({"student": MODELS} if settings.student else {}),
         },
     )
@@ -181,7 +185,7 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
 
 
 def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
-    """Train the student on the isolated rows alone.
+    """Train the student on the isolated rows alone, or on as many clean rows.
 
     Args:
         inputs: the suspects.
@@ -189,7 +193,10 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
         settings: of the student; NBAB's, on which the rows depend, are part of the stage's name.
     """
     rows = np.stack([np.flatnonzero(member_flags) for member_flags in flags])
-    index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
+    if settings.student_rows == "clean":
+        index, labels = (array[:, : rows.shape[1]] for array in (inputs.clean_index, inputs.clean_labels))
+    else:
+        index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
     teacher, student = inputs.attacked.model, inputs.make_model(settings.student or None)
     config = inputs.config(
         epochs=settings.student_epochs,
@@ -226,8 +233,7 @@ def premise_warning(held_out_success: np.ndarray, is_usable: np.ndarray) -> str:
 
 def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     """Isolate rows, train the student on them, and combine both networks."""
-    nbab = NbabSettings(**{name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__})
-    verified = verify(inputs, nbab)
+    verified = verify(inputs, settings, settings.rungs)
     single_scores = suspicion(verified, settings.rank)
     is_usable = usable(verified.held_out_success, settings.least_success, settings.most_success)
     scores = agreement(single_scores, is_usable)
@@ -267,13 +273,19 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     )
 
 
+def more_needs(settings: AbmSettings) -> tuple[Need, ...]:
+    """What these settings need in addition: see `Defense.oracles`."""
+    oracle = ("attacker's trigger",) if settings.trigger == "attacker" else ()
+    return (*oracle, "clean rows") if settings.student_rows == "clean" else oracle
+
+
 ABM = Defense(
     name="abm",
     title="ABM",
     paper="Chen et al. 2024, Anti-Backdoor Model: A Novel Algorithm to Remove Backdoors in a Non-Invasive Way",
     stage="in training",
     needs=("training set", "attacked model"),
-    oracles=lambda settings: ("attacker's trigger",) if settings.trigger == "attacker" else (),
+    oracles=more_needs,
     settings=AbmSettings(),
     run=run,
     check=check,
@@ -290,5 +302,6 @@ ABM = Defense(
             "student_optimiser": "adam",
             "student_learning_rate": 3e-3,
         },
+        "quick cifar10": {"optimiser": "recipe", "epochs": 3},
     },
 )

@@ -15,13 +15,13 @@ import numpy as np
 
 from bdjax.defenses.contract import Defense, DefenseInput, fingerprint
 from bdjax.defenses.filtering import retrain_without
-from bdjax.defenses.nbab import NbabSettings, check_planting, verify
+from bdjax.defenses.nbab import PlantingSettings, check_planting, verify
 from bdjax.settings import Amount, Members, NotNegative, check_values
 from bdjax.types import DefenseResult
 
 
 @dataclass(frozen=True)
-class BabSettings(NbabSettings):
+class BabSettings(PlantingSettings):
     """ABM's settings for BAB; those of the planted backdoor are NBAB's, without the alignment."""
 
     alpha: NotNegative = 0.0
@@ -48,8 +48,7 @@ def count_objections(inputs: DefenseInput, settings: BabSettings) -> tuple[np.nd
     Returns:
         Objections, int [M, n]; and each row's lowest margin for that class, float32 [M, n], to order rows of equal counts.
     """
-    fields = {name: getattr(settings, name) for name in NbabSettings.__dataclass_fields__}
-    margins = verify(inputs, NbabSettings(**{**fields, "rungs": (1.0,) * settings.networks})).margins
+    margins = verify(inputs, settings, (1.0,) * settings.networks).margins
     return np.sum(margins < 0, axis=1), margins.min(axis=1)
 
 
@@ -79,5 +78,8 @@ BAB = Defense(
     settings=BabSettings(),
     run=run,
     check=check,
-    changes={"quick": {"optimiser": "adam", "learning_rate": 3e-3, "networks": 3, "epochs": 6}},
+    changes={
+        "quick": {"optimiser": "adam", "learning_rate": 3e-3, "networks": 3, "epochs": 6},
+        "quick cifar10": {"optimiser": "recipe", "epochs": 3},
+    },
 )

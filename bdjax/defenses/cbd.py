@@ -301,6 +301,7 @@ CBD = Defense(
             "steps": ((15, 3e-4),),
             "optimiser": "adam",
             "weight_decay": 0.0,
-        }
+        },
+        "quick cifar10": {"biased_epochs": 1, "epochs": 8, "steps": ((6, 3e-4),), "batch_size": 128},
     },
 )

@@ -363,7 +363,7 @@ class Defense:
     detect: Callable[[DefenseInput, Any], Detection] | None = None
     """(inputs, settings) -> which rows are poisoned, without the training that follows; None if it flags no rows"""
     oracles: Callable[[Any], tuple[Need, ...]] | None = None
-    """(settings) -> the oracles that these settings need in addition to `needs`"""
+    """(settings) -> what these settings need in addition to `needs`: oracles, or the rows of a control"""
     check: Callable[[Any], None] | None = None
     """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
     `variants.read_defense` calls it before anything is trained"""

@@ -22,7 +22,7 @@ margin over K puts images first on which the square is hard to see.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -46,18 +46,12 @@ RANKS = ("suspicious", "activation", "margin")
 
 
 @dataclass(frozen=True)
-class NbabSettings:
-    """The paper's values for CIFAR-10; learning rate and batch size are those of the code that it builds on."""
+class PlantingSettings:
+    """How the defender's backdoor is planted: the paper's values for CIFAR-10; learning rate and batch size are those of the
+    code that it builds on."""
 
     alpha: NotNegative = 1000.0
     """weight of the alignment; larger values weaken the planted backdoor; 2000 on GTSRB"""
-    rungs: Annotated[tuple[NotNegative, ...], NotEmpty()] = (1.0,)
-    """factors of alpha: one verification network for each. Equal factors are networks with different starts; the paper has one
-    network"""
-    least_success: Share = 0.0
-    """a network is left out if a smaller share of the held-out stamped rows is predicted as K, in [0, 1]"""
-    most_success: Share = 1.0
-    """a network is left out if a larger share of the held-out stamped rows is predicted as K, in [0, 1]"""
     epochs: Count = 10
     """training epochs of a verification network"""
     learning_rate: LearningRate = 0.01
@@ -81,7 +75,20 @@ class NbabSettings:
     """share of the stamped rows that keep their label if `weak_by` is "cover", in [0, 1]"""
 
 
-def check_planting(owner: str, settings: NbabSettings) -> None:
+@dataclass(frozen=True)
+class NbabSettings(PlantingSettings):
+    """The planted backdoor, and which verification networks there are."""
+
+    rungs: Annotated[tuple[NotNegative, ...], NotEmpty()] = (1.0,)
+    """factors of alpha: one verification network for each. Equal factors are networks with different starts; the paper has one
+    network"""
+    least_success: Share = 0.0
+    """a network is left out if a smaller share of the held-out stamped rows is predicted as K, in [0, 1]"""
+    most_success: Share = 1.0
+    """a network is left out if a larger share of the held-out stamped rows is predicted as K, in [0, 1]"""
+
+
+def check_planting(owner: str, settings: PlantingSettings) -> None:
     """Reject invalid settings of the planted backdoor.
 
     Args:
@@ -160,22 +167,24 @@ def choose_implants(labels: np.ndarray, rate: float, generator: np.random.Genera
     return np.sort(by_label[places]).astype(np.int32)
 
 
-def verify(inputs: DefenseInput, settings: NbabSettings) -> Verified:
+def verify(inputs: DefenseInput, settings: PlantingSettings, rungs: Sequence[float] = (1.0,)) -> Verified:
     """Train verification networks on each suspect, as members of one call, and predict every row with the stamp on it.
 
     Args:
         inputs: the suspects.
-        settings: of the planted backdoor. Each network has its own weights and its own stamped rows.
+        settings: of the planted backdoor; those of a subclass do not change the result.
+        rungs: of each of the V networks, the factor of alpha. Each has its own weights and its own stamped rows.
 
     Raises:
         InputError: an invalid setting.
     """
     check_planting("nbab", settings)
-    networks = len(settings.rungs)
-    stamps = [_stamp_of(inputs, settings, member) for member in range(len(inputs.keys)) for _ in settings.rungs]
+    networks = len(rungs)
+    stamps = [_stamp_of(inputs, settings, member) for member in range(len(inputs.keys)) for _ in rungs]
     inputs = inputs.copies(networks)
     num_members, num_rows = inputs.index.shape
-    stage = f"nbab {fingerprint(**vars(settings))}"
+    planting = {field.name: getattr(settings, field.name) for field in dataclasses.fields(PlantingSettings)}
+    stage = f"nbab {fingerprint(rungs=tuple(rungs), **planting)}"
     pool = np.asarray(inputs.pool)
     implants = np.stack(
         [
@@ -191,7 +200,7 @@ def verify(inputs: DefenseInput, settings: NbabSettings) -> Verified:
     where = len(pool) + np.arange(num_members * num_implants, dtype=np.int32).reshape(num_members, num_implants)
     source = np.take_along_axis(inputs.index, implants, axis=1)
     new_labels = np.full(implants.shape, inputs.num_classes, np.int32)
-    alpha = settings.alpha * np.tile(settings.rungs, num_members // networks)[:, None]
+    alpha = settings.alpha * np.tile(rungs, num_members // networks)[:, None]
     if settings.weak_by == "cover":
         num_covers, alpha = round(settings.cover_rate * num_implants), 0.0 * alpha
         # Evenly spaced, so that the rows that keep their label are balanced over the labels.
@@ -238,7 +247,7 @@ def verify(inputs: DefenseInput, settings: NbabSettings) -> Verified:
     return Verified(**{name: apart(values, networks) for name, values in of_networks.items()}, nets=nets)
 
 
-def _training(inputs: DefenseInput, settings: NbabSettings) -> TrainConfig:
+def _training(inputs: DefenseInput, settings: PlantingSettings) -> TrainConfig:
     """How a verification network is trained."""
     if settings.optimiser == RECIPE:
         return inputs.config(epochs=settings.epochs, augmentation="none")
@@ -252,7 +261,7 @@ def _training(inputs: DefenseInput, settings: NbabSettings) -> TrainConfig:
     )
 
 
-def _stamp_of(inputs: DefenseInput, settings: NbabSettings, member: int) -> Stamp:
+def _stamp_of(inputs: DefenseInput, settings: PlantingSettings, member: int) -> Stamp:
     trigger = inputs.attacker_triggers[member] if settings.trigger == "attacker" else None
     # A suspect without an attacker has no trigger: it gets the patch.
     return trigger or make_patch(settings.patch_size, settings.pattern)

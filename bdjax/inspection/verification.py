@@ -46,7 +46,7 @@ def verification_heat(
     """
     if not triggers:
         return []
-    nets = verify(inputs, settings).nets
+    nets = verify(inputs, settings, settings.rungs).nets
     stamp = make_patch(settings.patch_size, settings.pattern)
     found = []
     for number, (part, params) in triggers.items():

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import scipy.special
 
-from bdjax.defenses.abm import AbmSettings, average_activation, corrected, defended_model, imitation, run
+from bdjax.defenses.abm import (
+    ABM,
+    AbmSettings,
+    average_activation,
+    corrected,
+    defended_model,
+    imitation,
+    premise_warning,
+    run,
+    train_student,
+)
 from tests.defenses.conftest import init_small, small_model
 
 SMALL = AbmSettings(
@@ -59,6 +69,27 @@ def test_teacher_does_not_change_and_delta_zero_returns_its_logits(inputs, suspe
     attacked = inputs.runner.predict(inputs.attacked.model, inputs.attacked.variables, images, 64)
     np.testing.assert_allclose(defended, attacked, atol=1e-5)
     assert result.flags.sum(axis=1).tolist() == [32, 32]
+
+
+def test_a_student_of_clean_rows_is_a_control_that_declares_them(inputs, monkeypatch):
+    settings = AbmSettings(**{**vars(SMALL), "student_rows": "clean"})
+    assert "clean rows" in ABM.needs_with(settings) and "clean rows" not in ABM.needs_with(SMALL)
+    seen = []
+    monkeypatch.setattr(type(inputs), "train", lambda self, stage, model, config, rows, **options: seen.append(rows))
+    flags = np.zeros(inputs.index.shape, bool)
+    flags[:, :7] = True
+    for rows_of in (settings, SMALL):
+        with pytest.raises(AttributeError):  # nothing was trained
+            train_student(inputs, flags, rows_of)
+    clean, isolated = (np.asarray(rows.index) for rows in seen)
+    np.testing.assert_array_equal(clean, inputs.clean_index[:, :7])
+    np.testing.assert_array_equal(isolated, inputs.index[:, :7])
+
+
+def test_a_premise_that_holds_for_no_network_is_reported():
+    assert premise_warning(np.array([0.5, 0.99]), np.array([True, False])) == ""
+    text = premise_warning(np.array([0.991, 0.0]), np.array([False, False]))
+    assert "succeeds on 0.99, 0.00 of the rows that were not stamped" in text and not text.endswith(".")
 
 
 def test_defended_model_cannot_be_trained():

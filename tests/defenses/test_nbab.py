@@ -71,13 +71,12 @@ def test_the_planted_trigger_is_learnt_beside_the_task(inputs, verified):
 
 
 def test_networks_of_several_rungs_are_members_of_one_call(inputs, trained_on):
-    pool, rows = trained_on(dataclasses.replace(SMALL, alpha=30.0, rungs=(1.0, 0.0, 2.0, 1.0)))
+    _, rows = trained_on(dataclasses.replace(SMALL, alpha=30.0), (1.0, 0.0, 2.0, 1.0))
     (members, num_rows), suppression = inputs.index.shape, rows.targets["suppression"]
     assert rows.index.shape[0] == 4 * members
     assert suppression[:, num_rows:].min(axis=1).tolist() == [30.0, 0.0, 60.0, 30.0] * members
     sources = rows.index[:4, num_rows:, 1]
     assert not np.array_equal(sources[0], sources[3])  # each network has its own stamped rows
-    del pool
 
 
 def test_a_ranking_over_networks_ignores_unusable_ones():
@@ -112,16 +111,16 @@ def test_all_rows_are_stamped_in_order_however_many_at_a_time(inputs, verified, 
 def trained_on(inputs, verified, monkeypatch):
     """From changes of the settings to the pool and the rows that the network is trained on, without training it."""
 
-    def record(settings):
+    def record(settings, rungs=(1.0,)):
         seen = []
 
         def train(self, stage, model, config, rows, **options):
             seen.append((np.asarray(self.pool), jax.tree.map(np.asarray, rows)))
-            repeated = jax.tree.map(lambda leaf: np.repeat(leaf, len(settings.rungs), axis=0), verified.nets.variables)
+            repeated = jax.tree.map(lambda leaf: np.repeat(leaf, len(rungs), axis=0), verified.nets.variables)
             return verified.nets._replace(variables=repeated)
 
         monkeypatch.setattr(type(inputs), "train", train)
-        verify(inputs, settings)
+        verify(inputs, settings, rungs)
         return seen[0]
 
     return record

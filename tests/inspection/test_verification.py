@@ -26,7 +26,7 @@ def test_maps_are_of_the_sets_own_network_on_its_own_triggers(monkeypatch):
     train, test = load_digits((), False)
     model = tiny_network(11)
     nets = Nets(model, init_members(lambda key: model.init(key, test.image_shape), KEYS), 1, {})
-    monkeypatch.setattr(verification, "verify", lambda inputs, settings: SimpleNamespace(nets=nets))
+    monkeypatch.setattr(verification, "verify", lambda inputs, settings, rungs: SimpleNamespace(nets=nets))
     target, badnets = int(test.labels[0]), ATTACKS["badnets"]
     part = ConfiguredAttack(badnets, badnets.settings, all_to_one(target))
     params = badnets.make_params(jax.random.key(1), Knowledge(train, target), badnets.settings)
