@@ -330,7 +330,7 @@ ABL = Defense(
         },
         "quick digits": {"threshold": 0.1},
         # An epoch of all rows has eight times the steps.
-        "quick cifar10": {
+        "speedrun": {
             "isolation_epochs": 3,
             "isolation_rate": 0.01,
             "rest_epochs": 5,

@@ -302,6 +302,6 @@ ABM = Defense(
             "student_optimiser": "adam",
             "student_learning_rate": 3e-3,
         },
-        "quick cifar10": {"optimiser": "recipe", "epochs": 3},
+        "speedrun": {"optimiser": "recipe", "epochs": 3},
     },
 )

@@ -80,6 +80,6 @@ BAB = Defense(
     check=check,
     changes={
         "quick": {"optimiser": "adam", "learning_rate": 3e-3, "networks": 3, "epochs": 6},
-        "quick cifar10": {"optimiser": "recipe", "epochs": 3},
+        "speedrun": {"optimiser": "recipe", "epochs": 3},
     },
 )

@@ -302,6 +302,6 @@ CBD = Defense(
             "optimiser": "adam",
             "weight_decay": 0.0,
         },
-        "quick cifar10": {"biased_epochs": 1, "epochs": 8, "steps": ((6, 3e-4),), "batch_size": 128},
+        "speedrun": {"biased_epochs": 1, "epochs": 8, "steps": ((6, 3e-4),), "batch_size": 128},
     },
 )

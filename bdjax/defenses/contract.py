@@ -374,7 +374,8 @@ class Defense:
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
     it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """changes of the settings by preset ("quick", "strong"), by the dataset ("gtsrb"), or by both ("quick digits")"""
+    """changes of the settings by preset ("quick", "strong"), by the recipe of a quick run ("speedrun", which has all rows), by
+    the dataset ("gtsrb"), or by both ("quick digits")"""
 
     def __post_init__(self) -> None:
         for changes in self.changes.values():
@@ -392,7 +393,8 @@ def settings_for(defense: Defense, preset: str, like: str | None, changes: Mappi
 
     Args:
         defense: the defense.
-        preset: "paper", "quick" or "strong"; "quick strong" applies both in this order: strong settings at a small scale.
+        preset: "paper", "quick" or "strong"; several words are applied in their order: "quick strong" are strong settings at a
+            small scale, "quick speedrun" those of a quick run by that recipe.
         like: a key of `bdjax.datasets.DATASETS`, whose settings are used; None for no dataset.
         changes: setting -> value.
 

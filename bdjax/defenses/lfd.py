@@ -275,8 +275,7 @@ LFD = Defense(
         "gtsrb": {"alpha": 0.2, "beta": 3e-3},
         # A small set makes few steps, which a higher rate makes up for.
         "quick": {"teacher_learning_rate": 3e-3, "teachers": 5},
-        "quick cifar10": {"teacher_learning_rate": 1e-3},
-        "quick mnist": {"teacher_learning_rate": 1e-3},
+        "speedrun": {"teacher_learning_rate": 1e-3},
         "strong": {"teachers": 7, "alpha": 0.2, "weighting": "drop"},
     },
 )

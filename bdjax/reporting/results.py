@@ -11,7 +11,8 @@
 
 In addition, only where there is something to say: "class_names" [..]; "not_tested" [{"attack", "method", "title", "seed",
 "reason", "classes": {title: reason}}]; "shared_rows" [{"of": "the suspect set", "count", "rows"}], clean rows that another set
-has, too; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should not be relied on.
+has, too; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should not be relied on; "limits"
+[sentence], what the run cannot show.
 
 A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
 network. Wall times are not in results.json, so that a repeated run writes the same file.
@@ -386,6 +387,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
                 f"{group['classes'][names[0]]})."
             )
     texts += [f"{entry['title']}, seed {entry['seed']}: {entry['text']}." for entry in results.get("warnings", ())]
+    texts += results.get("limits", ())
     return texts
 
 

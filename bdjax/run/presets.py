@@ -139,7 +139,14 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "poisoned_sets": {
         "digits": _SMALL
         | {"batch_size": 32, "epochs": 20, "attacks": "badnets,blended,sig:amplitude=0.6:target=8,none"},
-        "mnist": _SMALL | {"train_rows": 4000, "test_rows": 1000, "epochs": 8},
+        "mnist": _SPEEDRUN
+        | {
+            "model": "speedrun",
+            "epochs": 4,
+            "augmentation": "reflect",
+            "attacks": "badnets_grid,blended,none",
+            "seeds": 1,
+        },
         OTHER: _SMALL
         | {"train_rows": 6000, "test_rows": 1000, "epochs": 12, "attacks": "badnets,blended,none", "seeds": 2},
         "cifar10": _SPEEDRUN

@@ -58,6 +58,13 @@ class Config(SuspectConfig):
     """write the networks that the experiment's own defense makes in the first seed"""
 
 
+SMOKE_TEST = (
+    "The digits are a smoke test for defenses in training: at 8×8 pixels a network learns the classes as fast as a trigger, so "
+    "what works or fails on them need not do so on photographs."
+)
+"""What a run on the digits cannot show."""
+
+
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
     """Run defenses from the data to the report.
 
@@ -139,6 +146,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         comparisons += of_variant
     measured = [result for comparison in comparisons for result in comparison.measured]
     results = defenses.summarise(measured, len(test), config.seed, left_out, controls)
+    if config.dataset == "digits":
+        results["limits"] = [SMOKE_TEST]
     results = base.write_results(folder, results, train, test, named, shared=shared)
     if not processes.is_primary():
         return results
@@ -238,9 +247,12 @@ def read_defenses(config: Config, texts: Sequence[str]) -> list[DefenseVariant]:
     Raises:
         InputError: there is no such defense or setting, or a value is out of range.
     """
-    # Without an accelerator, strong runs use the small networks of quick runs.
-    is_small = config.preset == "strong" and jax.default_backend() == "cpu"
-    return [read_defense(text, "quick strong" if is_small else config.preset, adapted_to(config)) for text in texts]
+    words = config.preset
+    if config.preset == "quick" or (config.preset == "strong" and jax.default_backend() == "cpu"):
+        # Without an accelerator, strong runs use the small networks of quick runs.
+        strong = ["strong"] if config.preset == "strong" else []
+        words = " ".join(["quick", *filter(None, [config.recipe]), *strong])
+    return [read_defense(text, words, adapted_to(config)) for text in texts]
 
 
 def usable_defenses(

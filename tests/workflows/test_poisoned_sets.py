@@ -58,6 +58,22 @@ def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     assert len(scores) == 2 and len(scores[0].read_text().splitlines()) > 200
     saved = sorted((abm_run / "models").glob("*/*"))
     assert len(saved) == 2 and checkpoint.about(saved[0])["num_classes"] == 10
+    assert results["limits"] == [poisoned_sets.SMOKE_TEST] and "smoke test for defenses in training" in report
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "epochs", "rate"),
+    [
+        ("quick", {}, 3, 1e-3),
+        ("quick", {"recipe": ""}, 12, 3e-3),
+        ("strong", {}, 3, 1e-3),
+        ("paper", {}, 10, 1e-3),
+    ],
+)
+def test_a_quick_run_by_a_recipe_has_settings_for_all_rows(preset, changes, epochs, rate):
+    config = dataclasses.replace(lfd.preset(preset, "cifar10"), **changes)
+    abl, teachers = (variant.settings for variant in poisoned_sets.read_defenses(config, ["abl", "lfd"]))
+    assert (abl.isolation_epochs, teachers.teacher_learning_rate) == (epochs, rate)
 
 
 @pytest.mark.slow
