@@ -31,6 +31,8 @@ import numpy as np
 
 from bdjax.attacks.suppression import suppressed_cross_entropy
 from bdjax.defenses.contract import DefenseInput, apart, fingerprint
+from bdjax.metrics import top_rows
+from bdjax.models import MODELS
 from bdjax.settings import Count, LearningRate, NotEmpty, NotNegative, PositiveShare, Range, Share, check_values
 from bdjax.training.member import Optimiser, Rows, TrainConfig
 from bdjax.training.stages import Nets
@@ -50,6 +52,8 @@ class PlantingSettings:
     """How the defender's backdoor is planted: the paper's values for CIFAR-10; learning rate and batch size are those of the
     code that it builds on."""
 
+    network: str = ""
+    """architecture of a verification network; "" for that of the undefended network"""
     alpha: NotNegative = 1000.0
     """weight of the alignment; larger values weaken the planted backdoor; 2000 on GTSRB"""
     epochs: Count = 10
@@ -106,6 +110,7 @@ def check_planting(owner: str, settings: PlantingSettings) -> None:
             "trigger": ("patch", "attacker"),
             "weak_by": ("alignment", "cover"),
             "optimiser": (*Optimiser.__args__, RECIPE),
+            **({"network": MODELS} if settings.network else {}),
         },
     )
 
@@ -222,7 +227,7 @@ def verify(inputs: DefenseInput, settings: PlantingSettings, rungs: Sequence[flo
             ),
         },
     )
-    model = inputs.make_model(num_classes=inputs.num_classes + 1)
+    model = inputs.make_model(settings.network or None, inputs.num_classes + 1)
     config = _training(inputs, settings)
     objective = suppressed_cross_entropy(model, config.label_smoothing)
     if not np.any(rows.targets["suppression"]):
@@ -349,7 +354,4 @@ def isolate(scores: np.ndarray, rate: float) -> np.ndarray:
         bool [M, n], ceil(rate n) rows of each member.
     """
     count = math.ceil(rate * scores.shape[1] - 1e-9)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    flags = np.zeros(scores.shape, bool)
-    np.put_along_axis(flags, order, True, axis=1)
-    return flags
+    return np.stack([top_rows(of_member, count) for of_member in scores])
