@@ -20,6 +20,7 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.attacks.vbd_triggers import TILES
+from bdjax.reporting.audit import exit_status
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
@@ -98,4 +99,4 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, status_of=exit_status)

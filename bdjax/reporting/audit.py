@@ -210,6 +210,19 @@ def reason_of(results: Entry) -> str:
     return next((entry["reason"] for entry in results.get("not_tested", ())), "")
 
 
+FOUND, COULD_NOT_BE_TESTED = 3, 4
+"""Exit statuses of an audit that flags rows or finds a pattern, and of one that could test nothing; 0 if nothing was found."""
+
+
+def exit_status(results: Entry) -> int:
+    """The exit status of a run of detectors: see `FOUND`. Always 0 for results that are not an audit's."""
+    if "verdict" not in results:
+        return 0
+    if reason_of(results):
+        return COULD_NOT_BE_TESTED
+    return FOUND if results["flagged"] or found_classes(results) else 0
+
+
 def verdict(results: Entry) -> Verdict:
     """Put the numbers of `summarise` into words."""
     if reason := reason_of(results):

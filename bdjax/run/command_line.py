@@ -26,6 +26,7 @@ from bdjax.settings import kinds_of, nearest, shown
 from bdjax.training import ensemble, processes
 
 Config = TypeVar("Config")
+Result = TypeVar("Result")
 
 FAILED = 2
 """Exit status if the input cannot be used."""
@@ -230,11 +231,20 @@ def use_compilation_cache() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
-def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str] | None = None) -> None:
+def run(
+    main: Callable[[Sequence[str] | None], Result],
+    arguments: Sequence[str] | None = None,
+    status_of: Callable[[Result], int] = lambda result: 0,
+) -> None:
     """Run an experiment's main function. What a user can mend gives one line on standard error and an exit status above 0.
 
     That is input that cannot be used, an interruption, a failure of the disk, and a failure of another process. The flags for
     several processes (`processes.HELP`), which every experiment has, are removed from the command line first.
+
+    Args:
+        main: called with the other flags.
+        arguments: the command line without the program's name; None for that of the process.
+        status_of: the exit status of a complete run, from what `main` returned.
     """
     with interruption.handled():
         try:
@@ -243,9 +253,11 @@ def run(main: Callable[[Sequence[str] | None], object], arguments: Sequence[str]
             others, arguments = processes.take_flags(sys.argv[1:] if arguments is None else arguments)
             if others is not None:
                 processes.start(others)
-            main(arguments)
+            status = status_of(main(arguments))
             interruption.check()
-        except SystemExit:  # --help, or flags that cannot be read
+            if status:
+                raise SystemExit(status)
+        except SystemExit:  # a status, --help, or flags that cannot be read
             raise
         except BaseException as error:
             status = _report(error)

@@ -312,6 +312,13 @@ def test_a_bug_is_not_dressed_up_as_bad_input():
 
 
 @pytest.mark.usefixtures("settings_untouched")
+def test_a_complete_run_may_have_a_status():
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(len, ["one", "two", "three"], lambda count: count)
+    assert stop.value.code == 3
+    command_line.run(len, [], lambda count: count)
+
+
 def test_main_gets_the_arguments():
     got = []
     command_line.run(got.append, ["--epochs=3"])

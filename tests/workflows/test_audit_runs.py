@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bdjax import datasets
 from bdjax.errors import InputError
+from bdjax.reporting.audit import exit_status
 from bdjax.run.log import StageLog
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Unread
@@ -66,6 +67,7 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     results = json.loads((folder / "results.json").read_text())
     assert results["rows"] == len(images) and results["detection"] is None
     assert results["verdict"]["level"] == "attacked" and results["classes"][TARGET]["finding"] == "trigger"
+    assert exit_status(results) == 3
     flagged = (folder / "flagged.csv").read_text().splitlines()
     kept = (folder / "kept.csv").read_text().splitlines()
     assert len(flagged) - 1 == results["flagged"] and len(flagged) + len(kept) - 2 == len(images)
@@ -103,7 +105,7 @@ def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
     strict = VBD.replace("p_value=0.4", "p_value=2e-05")  # the smallest of ten rows against ten is 1.1e-5
     run_folder = tmp_path / "run"
     results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
-    assert results["verdict"]["level"] == "info" and results["flagged"] == 0
+    assert results["verdict"]["level"] == "info" and results["flagged"] == 0 and exit_status(results) == 0
     assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
     assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
     assert "No class has a trigger that this method can find" in (run_folder / "report.html").read_text()
@@ -189,6 +191,7 @@ def test_an_audit_of_too_few_rows_trains_nothing_and_says_that_it_knows_nothing(
     results = run([*ENGINE, "--dataset=own/", f"--output={folder}", f"--defenses={defense}"], log)
     headline = results["verdict"]["headline"]
     assert "could not be tested: needs at least" in headline and results["verdict"]["level"] == "info"
+    assert exit_status(results) == 4
     assert results["flagged"] is None and results["detection"] is None and results["cleaned"]["kind"] is None
     report, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()
     assert headline in report and headline in text.getvalue() and "not tested" in table
