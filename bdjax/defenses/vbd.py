@@ -352,7 +352,8 @@ def _second_best(
 def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
     """Convert an analysis to a `Detection`.
 
-    Its evidence has the "accuracies" [M, J], the "p_values" [M, J, K] and the "success" [M, J, K] of `Analysis`.
+    Its evidence has the "accuracies" [M, J], the "p_values" [M, J, K], the "success" [M, J, K] and the "new_labels" [M, n] of
+    `Analysis`.
     """
     found = analysis.is_poisoned_class
     facts = {
@@ -368,7 +369,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         names = ", ".join(map(str, shown))
         pictures[f"patterns of classes {names}"] = analysis.patterns[:, shown]
         pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
-    evidence = {name: getattr(analysis, name) for name in ("accuracies", "p_values", "success")}
+    evidence = {name: getattr(analysis, name) for name in ("accuracies", "p_values", "success", "new_labels")}
     patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
     return Detection(
         analysis.flags, analysis.scores, facts, pictures, patterns, evidence, not_tested=analysis.not_tested

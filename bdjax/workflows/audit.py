@@ -77,7 +77,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     if reporting.reason_of(results):  # lists of flagged and of kept rows would look like a result
         results["cleaned"] = {"kind": None, "rows": 0}
     else:
-        write_rows(folder, data, found.flags[0], found.scores[0])
+        likely = found.evidence["new_labels"][0] if "new_labels" in found.evidence else None
+        write_rows(folder, data, found.flags[0], found.scores[0], likely)
         path = pathlib.Path(config.dataset).expanduser()
         source = path if config.copy_files and path.is_dir() else None
         results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)

@@ -37,7 +37,9 @@ class Copied(NamedTuple):
     """other files in cleaned/, which are no copies of kept rows"""
 
 
-def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: np.ndarray) -> None:
+def write_rows(
+    folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: np.ndarray, likely: np.ndarray | None = None
+) -> None:
     """Write flagged.csv, rows.csv and kept.csv.
 
     Args:
@@ -45,13 +47,18 @@ def write_rows(folder: RunFolder, dataset: Dataset, flags: np.ndarray, scores: n
         dataset: the n rows.
         flags: bool [n].
         scores: float [n].
+        likely: int [n], the likely true class of each flagged row; None if the detector has none.
     """
     order = most_suspicious(flags, scores, len(dataset))
     # Six digits: the rest is noise.
     rounded = {"score": [float(f"{score:.6g}") for score in scores]}
     flagged = {"flagged": flags.astype(int).tolist()}
+    likely_class = {}
+    if likely is not None:
+        names = names_of(dataset)
+        likely_class = {"likely_class": likely.tolist(), "likely_class_name": [names[label] for label in likely]}
     files = {
-        "flagged.csv": rows_csv(dataset, order[flags[order]], rounded),
+        "flagged.csv": rows_csv(dataset, order[flags[order]], rounded | likely_class),
         "rows.csv": rows_csv(dataset, order, rounded | flagged),
         "kept.csv": rows_csv(dataset, np.flatnonzero(~flags), {}),
     }

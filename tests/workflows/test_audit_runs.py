@@ -1,5 +1,6 @@
 """experiments/vbd.py on a user's own rows: an audit by any detector, from the command line to the files that it leaves."""
 
+import csv
 import hashlib
 import io
 import json
@@ -73,6 +74,9 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     assert len(flagged) - 1 == results["flagged"] and len(flagged) + len(kept) - 2 == len(images)
     names = [line.split(",")[1].strip('"') for line in flagged[1:]]
     hits = [is_poisoned[int(pathlib.Path(name).stem)] for name in names]
+    with open(folder / "flagged.csv", newline="") as file:
+        likely = [(row["class"], row["likely_class"], row["likely_class_name"]) for row in csv.DictReader(file)]
+    assert all(given != other and name == f"kind-{other}" for given, other, name in likely)
     assert np.mean(hits) > 0.6 and sum(hits) > 0.5 * is_poisoned.sum()
     assert {pathlib.Path(name).parent.name for name in names} >= {f"kind-{TARGET}"}
     trigger = folder / "triggers" / f"class-{TARGET}-trigger.png"
