@@ -29,7 +29,7 @@ from typing import Annotated, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.suppression import suppressed_cross_entropy
+from bdjax.attacks.suppression import most_pairs, suppressed_cross_entropy
 from bdjax.defenses.contract import DefenseInput, apart, fingerprint
 from bdjax.metrics import top_rows
 from bdjax.models import MODELS
@@ -73,6 +73,9 @@ class PlantingSettings:
     """pattern of the square: "checkerboard" or "white" """
     trigger: str = "patch"
     """the planted trigger: "patch", or "attacker" for the attacker's trigger (the worst case of appendix E, an oracle)"""
+    partners: str = "apart"
+    """batch in which the images without the stamp are normalised: "apart", one of their own; "together", that of the images
+    with the stamp"""
     weak_by: str = "alignment"
     """how the planted backdoor is weakened: "alignment", or "cover" (appendix A): some stamped rows keep their label"""
     cover_rate: Share = 0.2
@@ -108,6 +111,7 @@ def check_planting(owner: str, settings: PlantingSettings) -> None:
         choices={
             "pattern": PATTERNS,
             "trigger": ("patch", "attacker"),
+            "partners": ("apart", "together"),
             "weak_by": ("alignment", "cover"),
             "optimiser": (*Optimiser.__args__, RECIPE),
             **({"network": MODELS} if settings.network else {}),
@@ -229,7 +233,9 @@ def verify(inputs: DefenseInput, settings: PlantingSettings, rungs: Sequence[flo
     )
     model = inputs.make_model(settings.network or None, inputs.num_classes + 1)
     config = _training(inputs, settings)
-    objective = suppressed_cross_entropy(model, config.label_smoothing)
+    is_suppressed = np.asarray(rows.targets["suppression"]) > 0
+    pairs = most_pairs(config.batch_size, is_suppressed.mean(axis=1).max()) if settings.partners == "together" else 0
+    objective = suppressed_cross_entropy(model, config.label_smoothing, pairs)
     if not np.any(rows.targets["suppression"]):
         # Nothing is aligned, so the partners' forward pass would have no effect.
         rows, objective = rows._replace(index=rows.index[..., 0]), None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks.suppression import suppressed_cross_entropy
+from bdjax.attacks.suppression import most_pairs, suppressed_cross_entropy
 from bdjax.defenses.contract import weighted_cross_entropy
 from bdjax.models import make_model
 from bdjax.types import Model, ModelOutput
@@ -75,6 +75,38 @@ def test_no_gradient_flows_through_the_partner():
 def test_running_statistics_are_those_of_the_learnt_views():
     outcome = run(suppressed_cross_entropy(TOY), PARAMS)
     np.testing.assert_allclose(outcome.variables["batch_stats"]["mean"], IMAGES[:, 0].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("pairs", [3, 4, ROWS])
+def test_partners_in_the_same_batch_have_the_same_values_and_gradients_without_normalisation(pairs):
+    """Three rows are suppressed; partners of other rows have no effect."""
+
+    def loss(params, pairs):
+        return jnp.sum(run(suppressed_cross_entropy(TOY, pairs=pairs), params).losses)
+
+    apart, together = (run(suppressed_cross_entropy(TOY, pairs=number), PARAMS) for number in (0, pairs))
+    np.testing.assert_allclose(together.losses, apart.losses, rtol=1e-6)
+    np.testing.assert_allclose(together.logits, apart.logits, rtol=1e-6)
+    gradients = [jax.grad(loss)(PARAMS, number) for number in (0, pairs)]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    joined = np.concatenate([IMAGES[:, 0], IMAGES[[1, 4, 3, 0, 2][:pairs], 1]])  # by suppression, then in order
+    np.testing.assert_allclose(together.variables["batch_stats"]["mean"], joined.mean(), rtol=1e-6)
+
+
+def test_rows_beyond_the_number_of_pairs_are_not_suppressed():
+    plain, one = (
+        run(suppressed_cross_entropy(TOY, pairs=1), PARAMS, suppression=values).losses
+        for values in (np.zeros(ROWS), SUPPRESSION)
+    )
+    assert np.flatnonzero(np.asarray(one) != np.asarray(plain)).tolist() == [1]
+
+
+@pytest.mark.parametrize(("share", "most"), [(0.0, 0), (0.1, 34), (0.5, 98), (1.0, 128)])
+def test_most_pairs_of_a_batch_of_128(share, most):
+    assert most_pairs(128, share) == most
+    draws = np.random.default_rng(0).binomial(128, share, 10_000)
+    assert draws.max() <= most
 
 
 def test_a_row_that_is_its_own_partner_is_not_suppressed():

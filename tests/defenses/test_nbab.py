@@ -121,7 +121,7 @@ def trained_on(inputs, verified, monkeypatch):
 
         monkeypatch.setattr(type(inputs), "train", train)
         verify(inputs, settings, rungs)
-        return seen[0]
+        return seen[-1]
 
     return record
 
@@ -142,6 +142,14 @@ def test_stamped_rows_are_added_and_aligned_with_the_rows_they_come_from(inputs,
         np.testing.assert_array_equal(pool[learnt[member, num_rows:]], stamp(sources, None))
         assert np.isin(partner[member, num_rows:], inputs.index[member]).all()
     assert not suppression[:, :num_rows].any() and (suppression[:, num_rows:] == 30).all()
+
+
+def test_partners_may_join_the_batch(inputs, trained_on):
+    pool, rows = trained_on(dataclasses.replace(SMALL, alpha=30.0, partners="together"))
+    apart_pool, apart = trained_on(dataclasses.replace(SMALL, alpha=30.0))
+    assert rows.index.shape == apart.index.shape and pool.shape == apart_pool.shape
+    with pytest.raises(InputError, match="partners 'alone' is not one of apart, together"):
+        verify(inputs, dataclasses.replace(SMALL, partners="alone"))
 
 
 def test_cover_rows_keep_their_labels(inputs, trained_on):
