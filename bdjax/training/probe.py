@@ -141,7 +141,8 @@ def choose(
     key = json.dumps([_environment(), asdict(shape), [list(candidate) for candidate in candidates]])
     cache = cache_file()
     cached = _choice(_read(cache).get(key))
-    if cached in candidates:
+    # Without its speed, an entry of an earlier version, a run could not say how long it will take.
+    if cached in candidates and measured_speed(shape, cached) is not None:
         report(f"{_words(cached)}, from an earlier measurement ({cache})")
         return cached
     limit = _TimeLimit(seconds, clock)

@@ -45,6 +45,19 @@ def test_the_fastest_wins_and_is_cached_for_all_runs():
     assert "from an earlier measurement" in lines[1] and str(probe.cache_file()) in lines[1]
 
 
+def test_a_choice_without_its_speed_is_measured_again():
+    """Caches of earlier versions have none, and then no run knows how long it will take."""
+    best = probe.choose(SHAPE, measure=Stopwatch({("vmap", "shifted"): 0.002}))
+    entries = json.loads(probe.cache_file().read_text())
+    choices = {key: value for key, value in entries.items() if isinstance(value, list)}
+    assert len(choices) == 1 < len(entries)
+    probe.cache_file().write_text(json.dumps(choices))
+    assert probe.measured_speed(SHAPE, best) is None
+    again = Stopwatch({("vmap", "shifted"): 0.002})
+    assert probe.choose(SHAPE, measure=again) == best and again.timed
+    assert probe.measured_speed(SHAPE, best) > 0
+
+
 def test_each_shape_is_measured():
     assert probe.choose(SHAPE, measure=Stopwatch({("map", "native"): 0.9, ("vmap", "native"): 0.1})) == (
         "vmap",
