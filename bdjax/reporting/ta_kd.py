@@ -131,8 +131,9 @@ def summarise(
     """Measure every role on every seed.
 
     Args:
-        logits: for each seed, role -> float [members, 1 + T, N, K]; the first view is the untouched test set, the
-            other views are the same rows under each of T triggers (T may be 0: then there is no ASR).
+        logits: for each seed, role -> float [members, 1 + T, N, K]; the first view is the untouched test set, the other views
+            are the same rows under each of T triggers (T may be 0: then there is no ASR). "fine-tuned" may instead have
+            [members, 2, N, K], the second view under each member's own trigger.
         labels: int32 [N], true labels.
         triggers: of each seed; None if unknown.
         parameters: role -> trainable parameters of the deployed model.
@@ -179,12 +180,21 @@ def _one_seed(
     predictions["soft vote"] = np.stack([soft_vote(suspects, vote_space) for suspects in views])[None]
     votes = [hard_vote(suspects, tie) for suspects in views]
     predictions["hard vote"] = np.stack([vote.predictions for vote in votes])[None]
+    names = triggers.names if triggers else ()
+
+    def views_of(role: str, member: np.ndarray, number: int) -> np.ndarray:
+        """What a member predicts under the triggers that it is measured under: int [0 to T, N]."""
+        if role not in MEMBERWISE:
+            return member[1:]
+        if number >= len(names):
+            return member[:0]
+        return member[1:] if len(member) == 2 else member[[1 + number]]
+
     measured = {
-        role: [metrics.measure(member[0], member[1:], labels, target) for member in values]
+        role: [metrics.measure(member[0], views_of(role, member, i), labels, target) for i, member in enumerate(values)]
         for role, values in predictions.items()
     }
     clean = measured["clean"][0] if "clean" in measured else None
-    names = triggers.names if triggers else ()
     models = {
         role: _memberwise(member_metrics, names, clean)
         if role in MEMBERWISE
@@ -214,15 +224,14 @@ def _single(measured: BackdoorMetrics, clean: BackdoorMetrics | None) -> dict[st
 def _memberwise(
     measured: Sequence[BackdoorMetrics], names: Sequence[str], clean: BackdoorMetrics | None
 ) -> dict[str, Any]:
-    """Each member under its own trigger, and the means over the members."""
+    """Each member under its own trigger, the only one it was measured under, and the means over the members."""
     rows = []
     for i, member in enumerate(measured):
         row: dict[str, Any] = {"cda": member.cda, "asr": None, "r_acc": None}
         if i < len(names):
-            under_trigger = BackdoorMetrics(member.cda, member.asr[[i]], member.r_acc[[i]])
-            row |= {"trigger": names[i], "asr": float(under_trigger.asr[0]), "r_acc": float(under_trigger.r_acc[0])}
+            row |= {"trigger": names[i], "asr": float(member.asr[0]), "r_acc": float(member.r_acc[0])}
             if clean is not None:
-                row |= metrics.deltas(clean, under_trigger, [i])
+                row |= metrics.deltas(clean, member, [i])
         rows.append(row)
     means = {
         name: None if rows[0].get(name) is None else float(np.mean([row[name] for row in rows]))

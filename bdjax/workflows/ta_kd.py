@@ -238,7 +238,8 @@ def run(
         query = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
     nets |= distil(config, defense_key, runner, models, nets, query, clean_sets)
 
-    logits = evaluate(config, log, predict, nets, triggers, query if classifiers else None, test)
+    predict_own = partial(runner.predict_own, batch_size=config.evaluation_batch_size)
+    logits = evaluate(config, log, predict, predict_own, nets, triggers, query if classifiers else None, test)
     sizes = {name: count_parameters(networks.model, train.image_shape) for name, networks in nets.items()}
     if "teachers" in nets:  # a vote deploys all teachers
         sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
@@ -376,34 +377,44 @@ def evaluate(
     config: Config,
     log: StageLog,
     predict: partial,
+    predict_own: partial,
     nets: dict[str, Nets],
     triggers: Sequence[ProviderTriggers | None],
     query: Sequence[TeacherLogits] | None,
     test: Dataset,
 ) -> list[dict[str, np.ndarray]]:
-    """Every role's logits on the clean test images and under each trigger.
+    """Every role's logits on the clean test images and under each trigger; a fine-tuned teacher's under its own alone.
 
     Args:
         config: all settings.
         log: where progress is printed.
         predict: (model, variables, images) -> logits.
+        predict_own: the same with images of each member.
         nets: by role.
         triggers: the triggers of each seed.
         query: for each seed, maps images to logits, if the teachers are callables; None if they are in `nets`.
         test: the test rows.
 
     Returns:
-        For each seed, role -> float32 [members, 1 + T, N, K].
+        For each seed, role -> float32 [members, 1 + T, N, K]; "fine-tuned" -> [members, 2, N, K] if there are triggers.
     """
     logits = []
+    tuned = nets.get("fine-tuned")
     with log.stage("evaluation", total=config.seeds, unit="seeds") as stage:
         for s in range(config.seeds):
             views = outsourcing.triggered_views(test.images, triggers[s])  # [1 + T, N, H, W, C]
             flat = views.reshape(-1, *test.image_shape)
-            outputs = predict_groups(nets, s, lambda model, variables, flat=flat: predict(model, variables, flat))
+            shared = nets
+            if tuned and triggers[s]:
+                shared = {role: networks for role, networks in nets.items() if role != "fine-tuned"}
+            outputs = predict_groups(shared, s, lambda model, variables, flat=flat: predict(model, variables, flat))
             if query:
                 outputs["teachers"] = query[s](flat)
-            logits.append({role: rows.reshape(len(rows), *views.shape[:2], -1) for role, rows in outputs.items()})
+            by_view = {role: rows.reshape(len(rows), *views.shape[:2], -1) for role, rows in outputs.items()}
+            if tuned and triggers[s]:
+                known = tuned.model, tuned.of_seed(s)
+                by_view["fine-tuned"] = np.stack([predict(*known, views[0]), predict_own(*known, views[1:])], axis=1)
+            logits.append(by_view)
             stage.advance()
     return logits
 

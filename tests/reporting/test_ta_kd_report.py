@@ -51,6 +51,15 @@ def test_each_teacher_is_measured_under_its_own_trigger():
         assert math.isclose(seed[name], value)
 
 
+def test_a_fine_tuned_teacher_may_come_with_its_own_trigger_alone():
+    tuned = ANSWERS["teachers"]
+    own = np.stack([member[[0, 1 + number]] for number, member in enumerate(tuned)])
+    of_all, of_own = (
+        by_seed(summarise([ANSWERS | {"fine-tuned": values}], [TRIGGERS]), "fine-tuned") for values in (tuned, own)
+    )
+    assert of_all == of_own and of_own[0]["asr"] == 0.875
+
+
 def test_differences_are_to_the_clean_references_means():
     results = summarise()
     (clean,) = by_seed(results, "clean")
