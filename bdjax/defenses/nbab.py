@@ -89,9 +89,9 @@ class NbabSettings(PlantingSettings):
     rungs: Annotated[tuple[NotNegative, ...], NotEmpty()] = (1.0,)
     """factors of alpha: one verification network for each. Equal factors are networks with different starts; the paper has one
     network"""
-    least_success: Share = 0.0
+    least_success: Share = 0.05
     """a network is left out if a smaller share of the held-out stamped rows is predicted as K, in [0, 1]"""
-    most_success: Share = 1.0
+    most_success: Share = 0.9
     """a network is left out if a larger share of the held-out stamped rows is predicted as K, in [0, 1]"""
 
 
@@ -324,13 +324,13 @@ def usable(held_out_success: np.ndarray, least: float, most: float) -> np.ndarra
     """The networks for which the premise may hold: the defender's square is learned, but not dominant.
 
     Args:
-        held_out_success: float [M, V].
+        held_out_success: float [M, V]; NaN, where no row was held out, cannot be checked and counts as usable.
         least, most: the allowed range, in [0, 1].
 
     Returns:
         bool [M, V]; all networks of a suspect without a usable one are False.
     """
-    return (held_out_success >= least) & (held_out_success <= most)
+    return ~((held_out_success < least) | (held_out_success > most))
 
 
 def agreement(scores: np.ndarray, is_usable: np.ndarray) -> np.ndarray:

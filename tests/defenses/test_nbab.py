@@ -84,6 +84,10 @@ def test_a_ranking_over_networks_ignores_unusable_ones():
     is_usable = nbab.usable(np.array([[0.5, 0.99, 0.3]]), 0.05, 0.9)
     assert is_usable.tolist() == [[True, False, True]]
     np.testing.assert_allclose(nbab.agreement(scores, is_usable), [[0.0, 1.0, 0.5]])
+    assert nbab.usable(np.array([[np.nan]]), 0.05, 0.9).all()  # every row was stamped in training
+    defaults = NbabSettings()
+    of_dead_and_dominant = nbab.usable(np.array([[0.0, 0.99]]), defaults.least_success, defaults.most_success)
+    assert not of_dead_and_dominant.any()  # so that the default settings can warn
     none = np.zeros((1, 3), bool)  # then all networks count, and the premise is reported as failed
     np.testing.assert_allclose(nbab.agreement(scores, none), [[2 / 6, 4 / 6, 3 / 6]])
     np.testing.assert_allclose(nbab.agreement(scores[:, :1], none[:, :1]), [[0.0, 1.0, 0.5]])
