@@ -34,6 +34,7 @@ from bdjax import losses
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
+from bdjax.metrics import top_rows
 from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotNegative, Steps, check_values
 from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets
@@ -143,8 +144,7 @@ def flag_lowest(row_losses: np.ndarray, counts: np.ndarray) -> np.ndarray:
     Returns:
         bool [M, n].
     """
-    rank = np.argsort(np.argsort(row_losses, axis=1, kind="stable"), axis=1, kind="stable")
-    return rank < counts[:, None]
+    return np.stack([top_rows(-of_member, count) for of_member, count in zip(row_losses, counts, strict=True)])
 
 
 def unlearning_rows(
@@ -308,7 +308,7 @@ ABL = Defense(
     paper="Li et al. 2021, Anti-Backdoor Learning: Training Clean Models on Poisoned Data",
     stage="in training",
     needs=("training set",),
-    oracles=lambda settings: ("number of poisons",) if settings.isolate == "oracle" else (),
+    more_needs=lambda settings: ("number of poisons",) if settings.isolate == "oracle" else (),
     settings=ABLSettings(),
     run=run,
     detect=detect,

@@ -45,8 +45,8 @@ class AbmSettings(NbabSettings):
     isolation_rate: InnerShare = 0.01
     """share of all rows that the student is trained on"""
     student_rows: str = "isolated"
-    """rows that the student is trained on: "isolated"; or "clean", as many known clean rows, as a control that shows what the
-    subtraction does by itself"""
+    """rows that the student is trained on: "isolated"; or "clean", as many known clean rows (all if there are fewer), a control
+    that shows what the subtraction does by itself"""
     student: str = ""
     """the student's architecture; "" for the teacher's"""
     student_epochs: Count = 20
@@ -194,9 +194,13 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
     """
     rows = np.stack([np.flatnonzero(member_flags) for member_flags in flags])
     if settings.student_rows == "clean":
-        index, labels = (array[:, : rows.shape[1]] for array in (inputs.clean_index, inputs.clean_labels))
+        index, labels, count = inputs.clean_index, inputs.clean_labels, rows.shape[1]
+        # Drawn, since data may be sorted by class.
+        generators = inputs.generators("abm: clean rows")
+        rows = np.stack([generator.permutation(index.shape[1])[:count] for generator in generators])
     else:
-        index, labels = (np.take_along_axis(array, rows, axis=1) for array in (inputs.index, inputs.labels))
+        index, labels = inputs.index, inputs.labels
+    index, labels = (np.take_along_axis(array, rows, axis=1) for array in (index, labels))
     teacher, student = inputs.attacked.model, inputs.make_model(settings.student or None)
     config = inputs.config(
         epochs=settings.student_epochs,
@@ -274,7 +278,7 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
 
 
 def more_needs(settings: AbmSettings) -> tuple[Need, ...]:
-    """What these settings need in addition: see `Defense.oracles`."""
+    """What these settings need in addition: see `Defense.more_needs`."""
     oracle = ("attacker's trigger",) if settings.trigger == "attacker" else ()
     return (*oracle, "clean rows") if settings.student_rows == "clean" else oracle
 
@@ -285,7 +289,7 @@ ABM = Defense(
     paper="Chen et al. 2024, Anti-Backdoor Model: A Novel Algorithm to Remove Backdoors in a Non-Invasive Way",
     stage="in training",
     needs=("training set", "attacked model"),
-    oracles=more_needs,
+    more_needs=more_needs,
     settings=AbmSettings(),
     run=run,
     check=check,

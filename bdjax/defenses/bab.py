@@ -74,7 +74,7 @@ BAB = Defense(
     paper="Chen et al. 2023, BAB: A novel algorithm for training clean model based on poisoned data",
     stage="in training",
     needs=("training set",),
-    oracles=lambda settings: ("attacker's trigger",) if settings.trigger == "attacker" else (),
+    more_needs=lambda settings: ("attacker's trigger",) if settings.trigger == "attacker" else (),
     settings=BabSettings(),
     run=run,
     check=check,

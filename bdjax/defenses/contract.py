@@ -362,7 +362,7 @@ class Defense:
     """(inputs, settings) -> result"""
     detect: Callable[[DefenseInput, Any], Detection] | None = None
     """(inputs, settings) -> which rows are poisoned, without the training that follows; None if it flags no rows"""
-    oracles: Callable[[Any], tuple[Need, ...]] | None = None
+    more_needs: Callable[[Any], tuple[Need, ...]] | None = None
     """(settings) -> what these settings need in addition to `needs`: oracles, or the rows of a control"""
     check: Callable[[Any], None] | None = None
     """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
@@ -382,8 +382,8 @@ class Defense:
             changed(f"defense {self.name}", self.settings, changes)
 
     def needs_with(self, settings: Any) -> tuple[Need, ...]:
-        """Everything that the defense needs with these settings, oracles included."""
-        return self.needs + (self.oracles(settings) if self.oracles else ())
+        """Everything that the defense needs with these settings."""
+        return self.needs + (self.more_needs(settings) if self.more_needs else ())
 
 
 def settings_for(defense: Defense, preset: str, like: str | None, changes: Mapping[str, Any] | None = None) -> Any:

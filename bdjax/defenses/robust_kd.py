@@ -318,7 +318,7 @@ def network_after(
     return fkd.student_of_pair(settings, attacked, make_model, image_shape)
 
 
-def oracles(settings: RobustKdSettings) -> tuple[Need, ...]:
+def more_needs(settings: RobustKdSettings) -> tuple[Need, ...]:
     """Algorithm 1 needs the attacker's trigger."""
     return ("attacker's trigger",) if settings.select == "oracle" else ()
 
@@ -348,7 +348,7 @@ ROBUST_KD = Defense(
     run=run,
     check=check,
     network_after=network_after,
-    oracles=oracles,
+    more_needs=more_needs,
     # Adam moves a mask by about its learning rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3; small
     # runs take a few hundred, so their rate is larger by about the same factor.
     changes={

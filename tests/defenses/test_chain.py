@@ -103,7 +103,9 @@ def test_three_parts_nest(inputs):
 
 
 def test_needs_of_settings_are_needs_of_the_chain():
-    oracle = dataclasses.replace(SECOND, oracles=lambda settings: ("attacker's trigger",) if settings.add > 5 else ())
+    oracle = dataclasses.replace(
+        SECOND, more_needs=lambda settings: ("attacker's trigger",) if settings.add > 5 else ()
+    )
     assert make((FIRST, 1), (oracle, 10)).needs == ("attacked model", "attacker's trigger")
     assert make((FIRST, 1), (oracle, 1)).needs == ("attacked model",)
 

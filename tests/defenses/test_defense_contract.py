@@ -169,7 +169,8 @@ def test_a_defense_that_reads_more_than_it_declares_fails(inputs, need, name):
 
 def test_an_oracle_of_some_settings_is_read_with_those_alone(inputs):
     sly = dataclasses.replace(
-        reader("number of poisons", "num_poisons"), oracles=lambda settings: ("number of poisons",) if settings else ()
+        reader("number of poisons", "num_poisons"),
+        more_needs=lambda settings: ("number of poisons",) if settings else (),
     )
     assert contract.run(sly, inputs, True).variables is not None
     with pytest.raises(UndeclaredNeedError):
