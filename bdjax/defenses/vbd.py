@@ -18,6 +18,8 @@ training set, in the text on those of the detection split. Here, as in the code,
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ from bdjax.models import MODELS
 from bdjax.models.simple_cnn import LAYERS, network_name
 from bdjax.settings import check_values
 from bdjax.training.stages import Nets
-from bdjax.types import DefenseResult, Detection, ExtractedPattern, Key, NotTested
+from bdjax.types import Array, DefenseResult, Detection, ExtractedPattern, Key, Model, NotTested
 
 LEAST_CHECKED = 100
 """Smallest number of rows that a pattern is checked on; not in the paper, for small sets."""
@@ -50,7 +52,9 @@ class Analysis(NamedTuple):
     scores: np.ndarray
     """float32 [M, n]: the detector's probability; 0 for rows of a class without a detector"""
     accuracies: np.ndarray
-    """float64 [M, J]: training accuracy of the simple networks in the last epoch"""
+    """float64 [M, J]: accuracy of the simple networks on their training rows, after training and with running statistics"""
+    held_back_accuracies: np.ndarray
+    """float64 [M, J]: their accuracy on the held-back rows"""
     p_values: np.ndarray
     """float64 [M, J, K]"""
     success: np.ndarray
@@ -120,8 +124,22 @@ def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray
         inputs.train(
             f"vbd: {layers}, {description}", inputs.make_model(network_name(layers)), config, labelled(index, labels)
         )
-        for layers in settings.networks.split("+")
+        for layers in settings.layers
     ]
+
+
+@cache
+def row_is_right(model: Model) -> Callable[..., Array]:
+    """For `DefenseInput.per_row`: whether a row is predicted as its label."""
+    return lambda variables, images, targets: (
+        jnp.argmax(model.apply(variables, images, train=False).logits, axis=1) == targets["labels"]
+    )
+
+
+def accuracy_on(inputs: DefenseInput, nets: Nets, rows: np.ndarray) -> np.ndarray:
+    """Accuracy of each suspect's network on rows of its training set, int [M, n']: float64 [M]."""
+    index, labels = (np.take_along_axis(values, rows, axis=1) for values in (inputs.index, inputs.labels))
+    return inputs.per_row(row_is_right(nets.model), nets.variables, labelled(index, labels)).mean(axis=1)
 
 
 def find_candidates(
@@ -267,7 +285,9 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         ],
         axis=1,
     )
-    accuracies = np.stack([nets.history["accuracy"][:, -1] for nets in networks], axis=1).astype(np.float64)
+    accuracies, held_back_accuracies = (
+        np.stack([accuracy_on(inputs, nets, rows) for nets in networks], axis=1) for rows in (training, held_back)
+    )
     chosen = choose_networks(accuracies, success, settings)
 
     num, num_rows = inputs.labels.shape
@@ -298,6 +318,7 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         flags=flags,
         scores=scores,
         accuracies=accuracies,
+        held_back_accuracies=held_back_accuracies,
         p_values=np.array(
             [[[candidate.p_value for candidate in of_member] for of_member in of_network] for of_network in found]
         ).swapaxes(0, 1),
@@ -352,8 +373,8 @@ def _second_best(
 def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
     """Convert an analysis to a `Detection`.
 
-    Its evidence has the "accuracies" [M, J], the "p_values" [M, J, K], the "success" [M, J, K] and the "new_labels" [M, n] of
-    `Analysis`.
+    Its evidence has the "accuracies" [M, J], the "held_back_accuracies" [M, J], the "p_values" [M, J, K], the "success"
+    [M, J, K] and the "new_labels" [M, n] of `Analysis`.
     """
     found = analysis.is_poisoned_class
     facts = {
@@ -361,6 +382,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         "smallest p-value": analysis.p_values.min(axis=(1, 2)),
         "best success of a pattern": analysis.success.max(axis=(1, 2)),
         "mean accuracy of the simple networks": analysis.accuracies.mean(axis=1),
+        "the same on held-back rows": analysis.held_back_accuracies.mean(axis=1),
     }
     # The same number of pictures for every suspect: of all classes with a pattern in any suspect.
     shown = np.flatnonzero(found.any(axis=0))
@@ -369,7 +391,8 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         names = ", ".join(map(str, shown))
         pictures[f"patterns of classes {names}"] = analysis.patterns[:, shown]
         pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
-    evidence = {name: getattr(analysis, name) for name in ("accuracies", "p_values", "success", "new_labels")}
+    names = ("accuracies", "held_back_accuracies", "p_values", "success", "new_labels")
+    evidence = {name: getattr(analysis, name) for name in names}
     patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
     return Detection(
         analysis.flags, analysis.scores, facts, pictures, patterns, evidence, not_tested=analysis.not_tested
@@ -378,7 +401,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
 
 def _patterns(analysis: Analysis, settings: VBDSettings, member: int) -> tuple[ExtractedPattern, ...]:
     """The patterns kept for one suspect, by class."""
-    networks, chosen = settings.networks.split("+"), analysis.network[member]
+    networks, chosen = settings.layers, analysis.network[member]
     return tuple(
         ExtractedPattern(
             label=int(label),
@@ -453,7 +476,7 @@ def check(settings: VBDSettings) -> None:
     Raises:
         InputError: naming the setting.
     """
-    for layers in settings.networks.split("+"):
+    for layers in settings.layers:
         if network_name(layers) not in MODELS:
             raise InputError(f"defense vbd: networks {layers!r} is not one of {', '.join(LAYERS)}")
     check_values(
@@ -466,7 +489,7 @@ def check(settings: VBDSettings) -> None:
             "clean_model": ("suppress", "relabel"),
         },
         at_least={"votes": 1},
-        at_most={"votes": len(settings.networks.split("+"))},
+        at_most={"votes": len(settings.layers)},
     )
 
 
@@ -483,7 +506,7 @@ VBD = Defense(
     least=least,
     changes={
         "quick": {
-            "networks": "64P+10-10P",
+            "networks": "64P/10-10P",
             "epochs": 5,
             "least_steps": 600,
             "batch_size": 64,
@@ -496,7 +519,7 @@ VBD = Defense(
             "last_labelling": 6,
         },
         "quick digits": {
-            "networks": "16P+4-4P+8-8P",
+            "networks": "16P/4-4P/8-8P",
             "epochs": 20,
             "batch_size": 32,
             "rows_per_class": 8,

@@ -1,12 +1,14 @@
 """VBD, stages 5 and 6 (Aseervatham et al. 2025, algorithm 3): a detector for each pattern, and the rows that it flags.
 
 A detector is a small network on gradient images g(x; c) of the simple network that revealed the pattern. It learns from rows
-of other classes, half of them unchanged (0) and half with the pattern blended in at random opacities (1); after some epochs,
-rows of class c itself are added, with the detector's own predictions as labels (pseudo-labels).
+of other classes, each of them in a step both unchanged (0) and with the pattern blended in at a random opacity (1); after some
+epochs, rows of class c itself are added, with the detector's own predictions as labels (pseudo-labels), as many as there are
+rows of other classes, so a third of the step.
 
 Algorithm 3 prints that the rows with y != c are removed; the text and the code train on them. The opacities are U(0.1, 1) in
 the paper and U(0.2, 1) in the code. Pseudo-labels are renewed whenever a row is used rather than once an epoch, at no cost,
-since its gradient is computed anyway.
+since its gradient is computed anyway; a row that has none yet is not learned from. The code ends an epoch with the rows of
+class c, so that its epochs become shorter once these are added; here every epoch has all rows of other classes.
 """
 
 from collections.abc import Callable
@@ -28,6 +30,8 @@ from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.training.stages import Nets
 from bdjax.types import Array, Key, Model, PyTree
 
+NO_LABEL = -1.0
+"""The pseudo-label of a row that was not labelled yet."""
 SCALE_ROWS = 1000
 """Rows whose pixels give the standard deviations by which gradients are scaled."""
 
@@ -61,9 +65,10 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
     """Stage 5: binary cross-entropy of a detector on gradient images, with pseudo-labels for the rows of the class itself.
 
     `params` are the detector's; the variables hold the simple "network", its "mask" and "pattern", the "class", the factor of
-    gradients ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], and the number of "steps". A row is a
-    pair of views: a row of another class, and a row of the class itself, whose number within the class is
-    targets["class_row"]. Accuracy is measured on the rows of other classes alone.
+    gradients ("scale", float32 [C]), the "pseudo_labels" float32 [rows of the class], which are 0, 1 or, before the first
+    labelling, `NO_LABEL`, and the number of "steps". A row is a pair: a row of another class, and a row of the class itself,
+    whose number within the class is targets["class_row"]. Accuracy is measured on the rows of other classes alone, half of them
+    unchanged and the other half with the pattern.
     """
     detector = make_pattern_detector()
 
@@ -72,33 +77,35 @@ def detector_objective(network: Model, settings: VBDSettings, batches_per_epoch:
         count = len(images)
         class_count = max(1, round(settings.own_rows * count))
         others, of_class, which = images[:, 0], images[:class_count, 1], targets["class_row"][:class_count]
-        is_patched = jnp.arange(count) < count // 2  # of rows that are shuffled every epoch
         opacity = jax.random.uniform(opacity_key, (count, 1, 1, 1), minval=settings.least_opacity)
         patched = vbd_patterns.blend(others, variables["mask"][None], variables["pattern"][None], opacity)
-        others = jnp.where(is_patched[:, None, None, None], patched, others)
-        gradients = scaled_gradients(network, variables, jnp.concatenate([others, of_class]))
+        gradients = scaled_gradients(network, variables, jnp.concatenate([others, patched, of_class]))
         flat = embedding(detector.apply(_weights(params), gradients, train=True).features)
         is_kept = jax.random.bernoulli(dropout_key, 1 - settings.dropout, flat.shape)
         output = last_layer(params, jnp.where(is_kept, flat / (1 - settings.dropout), 0))[:, 0]
-        class_output = last_layer(params, flat[count:])[:, 0]  # without dropout; gives labels only, no gradient
+        class_output = last_layer(params, flat[2 * count :])[:, 0]  # without dropout; gives labels only, no gradient
 
         epoch = variables["steps"] // batches_per_epoch
-        has_labels = (epoch > settings.first_labelling).astype(jnp.float32)
         is_labelling = (epoch >= settings.first_labelling) & (epoch <= settings.last_labelling)
         pseudo_labels = variables["pseudo_labels"]
-        wanted = jnp.concatenate([is_patched.astype(jnp.float32), pseudo_labels[which]])
-        entropies = optax.sigmoid_binary_cross_entropy(output, wanted)
-        # The mean over all rows of the step, written as a loss for each row of another class.
-        class_share = jnp.sum(entropies[count:]) / count
-        losses = (entropies[:count] + has_labels * class_share) / (1 + has_labels * class_count / count)
+        is_learned = (pseudo_labels[which] >= 0) & (epoch > settings.first_labelling)
+        clean, patched = jnp.split(output[: 2 * count], 2)
+        pair_losses = jax.nn.softplus(clean) + jax.nn.softplus(-patched)
+        class_losses = optax.sigmoid_binary_cross_entropy(output[2 * count :], pseudo_labels[which])
+        # The mean over all images of the step, written as a loss for each row of another class.
+        class_loss = jnp.sum(jnp.where(is_learned, class_losses, 0))
+        losses = (count * pair_losses + class_loss) / (2 * count + jnp.sum(is_learned, dtype=jnp.float32))
         renewed = pseudo_labels.at[which].set((class_output >= 0).astype(jnp.float32))
         variables = {
             **variables,
             "pseudo_labels": jnp.where(is_labelling, renewed, pseudo_labels),
             "steps": variables["steps"] + 1,
         }
-        logits = jnp.stack([jnp.zeros_like(output), output], axis=1)[:count]
-        return Outcome(losses, logits, is_patched.astype(jnp.int32), variables)
+        is_patched = jnp.arange(count) < count // 2
+        shown = jnp.where(is_patched, patched, clean)
+        return Outcome(
+            losses, jnp.stack([jnp.zeros_like(shown), shown], axis=1), is_patched.astype(jnp.int32), variables
+        )
 
     return objective
 
@@ -177,7 +184,7 @@ def train_detectors(
         "pattern": jnp.asarray([candidate.pattern for candidate in candidates]),
         "class": jnp.asarray([pattern.label for pattern in patterns], jnp.int32),
         "scale": jnp.asarray(np.stack(scales), jnp.float32),
-        "pseudo_labels": jnp.zeros((len(patterns), max(class_counts)), jnp.float32),
+        "pseudo_labels": jnp.full((len(patterns), max(class_counts)), NO_LABEL, jnp.float32),
         "steps": jnp.zeros(len(patterns), jnp.int32),
     }
     config = inputs.config(
@@ -187,7 +194,7 @@ def train_detectors(
         momentum=0.9,
         nesterov=False,
         learning_rate=settings.detector_learning_rate,
-        weight_decay=0.0,
+        weight_decay=settings.detector_weight_decay,
         schedule="constant",
         augmentation="none",
         keep_last_batch=False,

@@ -46,8 +46,8 @@ BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16
 class VBDSettings:
     """The values of the paper, and of its code where the paper gives none."""
 
-    networks: str = "64P+10-10P+16-16P"
-    """layers of the simple networks, joined by +; see `bdjax/models/simple_cnn.py`"""
+    networks: str = "64P/10-10P/16-16P"
+    """layers of the simple networks, separated by /; see `bdjax/models/simple_cnn.py`"""
     detect_share: InnerShare = 0.2
     """share of the rows that is held back from training the simple networks, in (0, 1)"""
     epochs: Count = 20
@@ -85,11 +85,14 @@ class VBDSettings:
     least_detector_steps: Amount = 0
     """smallest number of training steps of a detector; small sets get more epochs"""
     detector_batch_size: Annotated[int, Range(at_least=2, limit=MOST)] = 256
-    """rows of other classes per step of a detector"""
+    """rows of other classes per step of a detector; each is shown unchanged and with the pattern"""
     own_rows: PositiveShare = 1.0
-    """rows of the class itself that a step adds once they have pseudo-labels, per row of another class, in (0, 1]"""
+    """rows of the class itself that a step adds once they have pseudo-labels, per row of another class, in (0, 1]; each row of
+    another class is shown twice, so that 1 is the paper's third of a step"""
     detector_learning_rate: LearningRate = 0.01
     """constant learning rate of SGD for a detector"""
+    detector_weight_decay: NotNegative = 5e-4
+    """weight decay of a detector"""
     dropout: ShareBelowOne = 0.5
     """dropout rate before the detector's last layer"""
     least_opacity: Share = 0.1
@@ -102,6 +105,11 @@ class VBDSettings:
     """training accuracy below which a detector flags no rows, in [0, 1]"""
     clean_model: Literal["suppress", "relabel"] = "suppress"
     """flagged rows are left out ("suppress"), or labelled with a simple network's second most likely class ("relabel")"""
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of each simple network."""
+        return tuple(self.networks.split("/"))
 
 
 class Candidate(NamedTuple):

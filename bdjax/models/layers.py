@@ -16,6 +16,7 @@ Activations may be bfloat16: layers compute in the dtype of their input, with fl
 normalisation and float32 logits.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
@@ -365,8 +366,21 @@ normalise_batch.defvjp(_normalise_forward, _normalise_backward)
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+def _uniform(fan_in: int) -> nn.initializers.Initializer:
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """PyTorch's default start of a layer's weights: uniform in ±1/sqrt(fan in). The last axis is the outputs'."""
+    return _uniform(math.prod(shape[:-1]))(key, shape, dtype)
+
+
 class Conv(nn.Module):
-    """PyTorch's `Conv2d`, initialised as in torchvision's ResNets and VGGs: normal, He et al. 2015, fan out; bias 0."""
+    """PyTorch's `Conv2d`, by default initialised as in torchvision's ResNets and VGGs: normal, He et al. 2015, fan out.
+
+    A bias starts at 0.
+    """
 
     features: int
     size: int
@@ -375,12 +389,13 @@ class Conv(nn.Module):
     padding: int | None = None
     """zeros on each of the four sides; None for half the kernel's size, which keeps the image size at stride 1"""
     bias: bool = False
+    start: nn.initializers.Initializer = he_fan_out
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         channel_axis = layout_of(self.lowering).channel_axis
         shape = (self.size, self.size, x.shape[channel_axis], self.features)
-        kernel = self.param("kernel", he_fan_out, shape, jnp.float32)
+        kernel = self.param("kernel", self.start, shape, jnp.float32)
         padding = self.size // 2 if self.padding is None else self.padding
         y = convolve(x, kernel.astype(x.dtype), stride=self.stride, padding=padding, lowering=self.lowering)
         if not self.bias:
@@ -435,11 +450,6 @@ class BatchNorm(nn.Module):
         return _affine(x.astype(scale.dtype), factor, bias - running_mean.value * factor, axis).astype(x.dtype)
 
 
-def _uniform_fan_in(fan_in: int) -> Callable[..., jax.Array]:
-    bound = fan_in**-0.5
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 class Dense(nn.Module):
     """A hidden fully connected layer: PyTorch's `Linear` (weights and bias uniform in ±1/sqrt(fan in)).
 
@@ -454,9 +464,8 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         layout = layout_of(self.lowering)
         flat = layout.to_nhwc(x).reshape(x.shape[layout.batch_axis], -1)
-        initialiser = _uniform_fan_in(flat.shape[1])
-        kernel = self.param("kernel", initialiser, (flat.shape[1], self.features), jnp.float32)
-        bias = self.param("bias", initialiser, (self.features,), jnp.float32)
+        kernel = self.param("kernel", uniform_fan_in, (flat.shape[1], self.features), jnp.float32)
+        bias = self.param("bias", _uniform(flat.shape[1]), (self.features,), jnp.float32)
         y = lax.dot(flat, kernel.astype(x.dtype)) + bias.astype(x.dtype)[None, :]
         return layout.from_nhwc(y[:, None, None, :])
 
@@ -473,13 +482,12 @@ class Classifier(nn.Module):
         layout = layout_of(self.lowering)
         channels = x.shape[layout.channel_axis]
         pooled = jnp.mean(x.astype(jnp.float32), layout.spatial_axes)  # [N, C] or [C, N]
-        initialiser = _uniform_fan_in(channels)
-        kernel = self.param("kernel", initialiser, (channels, self.num_classes), jnp.float32)
+        kernel = self.param("kernel", uniform_fan_in, (channels, self.num_classes), jnp.float32)
         contracted = 0 if layout.channel_axis == 0 else 1
         logits = lax.dot_general(pooled, kernel, (((contracted,), (0,)), ((), ())))
         if not self.has_bias:
             return logits
-        bias = self.param("bias", initialiser, (self.num_classes,), jnp.float32)
+        bias = self.param("bias", _uniform(channels), (self.num_classes,), jnp.float32)
         return logits + bias[None, :]
 
 

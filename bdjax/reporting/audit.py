@@ -117,7 +117,7 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
 
 def _networks(detection: Detection, settings: Any) -> list[str]:
     """Names of VBD's simple networks; empty for other detectors."""
-    return settings.networks.split("+") if "p_values" in detection.evidence else []
+    return settings.layers if "p_values" in detection.evidence else []
 
 
 def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, Detection, NotTested, PoisonedDataset
 
 ROWS, CLASSES, OF_A_CLASS = 40, 4, 10
-SETTINGS = VBDSettings(networks="64P+16-16P")
+SETTINGS = VBDSettings(networks="64P/16-16P")
 
 
 def dataset(**changes):
@@ -56,7 +56,8 @@ def analysis(found=(3,), flagged=4, success=0.9, accuracy=0.95):
         accuracies[0, label] = accuracy
     labels = (np.arange(ROWS) % CLASSES).astype(np.int32)[None]
     return Analysis(
-        flags, scores, np.array([[0.2, 0.4]]), p_values, rates, network, masks, patterns, accuracies, labels
+        *(flags, scores, np.array([[0.2, 0.4]]), np.array([[0.2, 0.3]]), p_values, rates, network),
+        *(masks, patterns, accuracies, labels),
     )
 
 
@@ -221,7 +222,7 @@ def test_numbers_of_a_class_and_that_they_are_json():
     assert (dog["rows"], dog["flagged"], dog["network"], dog["mask_pixels"]) == (10, 4, "16-16P", 4)
     assert (dog["finding"], results["classes"][0]["finding"]) == ("trigger", "none")
     assert results["classes"][0]["detector_accuracy"] is results["classes"][0]["mask_pixels"] is None
-    assert results["methods"][0]["settings"]["networks"] == "64P+16-16P" and results["flagged_share"] == 0.1
+    assert results["methods"][0]["settings"]["networks"] == "64P/16-16P" and results["flagged_share"] == 0.1
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
@@ -353,6 +354,7 @@ def small_analysis(flagged=tuple(FLAGGED)):
         flags,
         scores,
         np.array([0.3]),
+        np.array([0.25]),
         np.array([[0.5, 1e-5 if found else 0.4]]),
         np.array([[0.0, 0.9 * found]]),
         np.array([-1, 0 if found else -1]),
