@@ -511,6 +511,7 @@ VBD = Defense(
             "least_steps": 600,
             "batch_size": 64,
             "detector_rows": "held_back",
+            "most_detector_rows": 2400,
             "detector_epochs": 8,
             "least_detector_steps": 200,
             "detector_batch_size": 64,

@@ -157,6 +157,7 @@ def train_detectors(
         training accuracy in the last epoch.
     """
     per_epoch = round(rows.shape[1] * (inputs.num_classes - 1) / inputs.num_classes)
+    per_epoch = min(per_epoch, settings.most_detector_rows or per_epoch)
     batch_size = min(settings.detector_batch_size, per_epoch)
     pairs, class_counts, scales = [], [], []
     for member, label, _ in patterns:

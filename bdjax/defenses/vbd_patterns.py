@@ -80,6 +80,8 @@ class VBDSettings:
     """alpha of the score that selects one of several patterns of a class, in [0, 1]; larger favours less accurate networks"""
     detector_rows: Literal["all", "held_back"] = "all"
     """which rows train the detectors: "all", as in the paper's code, or "held_back", as in its text"""
+    most_detector_rows: Amount = 0
+    """largest number of rows of other classes in a detector's epoch; 0 for all"""
     detector_epochs: Count = 20
     """training epochs of a detector"""
     least_detector_steps: Amount = 0

@@ -168,14 +168,12 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "attacks": "white_square,white_grid:opacity=0.5,none",
             "seeds": 2,
         },
-        "cifar10": _SMALL
+        "cifar10": _SPEEDRUN
         | {
-            "train_rows": 10_000,
-            "test_rows": 1000,
-            "epochs": 6,
-            "attacks": "white_square,color_grid:opacity=0.5,none",
-            "seeds": 2,
-            "suspects_at_once": 12,
+            "model": "speedrun",
+            "augmentation": "reflect_flip",
+            "attacks": "white_square,color_grid:opacity=0.2,none",
+            "seeds": 1,
         },
         "tiny_imagenet": _SMALL
         | {
