@@ -27,7 +27,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, count_text, fingerprint, labelled, limits
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, apart, count_text, fingerprint, labelled, limits
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
@@ -35,6 +35,7 @@ from bdjax.errors import InputError
 from bdjax.models import MODELS
 from bdjax.models.simple_cnn import LAYERS, network_name
 from bdjax.settings import check_values
+from bdjax.training import ensemble
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Detection, ExtractedPattern, Key, Model, NotTested
 
@@ -90,14 +91,37 @@ def split_rows(key: Key, labels: np.ndarray, share: float) -> tuple[np.ndarray, 
         Row numbers, int32 [n1] and [n2]. The sizes depend on n alone, so that sets with other labels fit into the same
         call. The first rows of the second part are again stratified by class.
     """
-    order = splits.permutation(key, len(labels))
-    rank = np.empty(len(labels))
-    for label in np.unique(labels):
-        class_rows = order[labels[order] == label]
-        rank[class_rows] = (np.arange(len(class_rows)) + 0.5) / len(class_rows)
-    order = order[np.argsort(rank[order], kind="stable")]
+    order = _interleaved(splits.permutation(key, len(labels)), labels)
     count = round(share * len(labels))
     return np.sort(order[count:]), order[:count]
+
+
+def fold_rows(key: Key, labels: np.ndarray, folds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split one set into two in several ways, stratified by class: every row is held back once.
+
+    Args:
+        key: of the order within the classes.
+        labels: int32 [n].
+        folds: k, at least 2; up to k - 1 rows are never held back, so that all parts are of the same size.
+
+    Returns:
+        Row numbers of training, int32 [k, n - n // k], and held back, int32 [k, n // k], as in `split_rows`.
+    """
+    order = splits.permutation(key, len(labels))
+    by_label = order[np.argsort(labels[order], kind="stable")]
+    # Every k-th of rows that are sorted by class: as many of each class as of all rows.
+    held_back = [_interleaved(rows, labels) for rows in by_label[: len(labels) // folds * folds].reshape(-1, folds).T]
+    training = [np.setdiff1d(order, of_fold) for of_fold in held_back]  # sorted
+    return np.stack(training), np.stack(held_back)
+
+
+def _interleaved(rows: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rows in an order in which each class is spread evenly, and otherwise unchanged."""
+    given, rank = labels[rows], np.empty(len(rows))
+    for label in np.unique(given):
+        in_class = np.flatnonzero(given == label)
+        rank[in_class] = (np.arange(len(in_class)) + 0.5) / len(in_class)
+    return rows[np.argsort(rank, kind="stable")]
 
 
 def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray) -> list[Nets]:
@@ -118,7 +142,8 @@ def train_networks(inputs: DefenseInput, settings: VBDSettings, rows: np.ndarray
     )
     description = (
         f"{epochs} epochs, batch {settings.batch_size}, {settings.optimiser} {settings.learning_rate:g}, decay "
-        f"{settings.weight_decay:g}, {settings.detect_share:g} held back"
+        f"{settings.weight_decay:g}, "
+        + (f"{settings.detect_share:g} held back" if settings.folds == 1 else f"{settings.folds} splits")
     )
     return [
         inputs.train(
@@ -145,36 +170,42 @@ def accuracy_on(inputs: DefenseInput, nets: Nets, rows: np.ndarray) -> np.ndarra
 def find_candidates(
     inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray
 ) -> list[list[Candidate]]:
-    """Stages 2 and 3 with one network: a candidate for each suspect and class.
+    """Stages 2 and 3 with networks of one kind: a candidate for each suspect and class.
+
+    With several splits the rows of a class are those that any of them holds back, each with the logits and the gradient of the
+    network that was not trained on it.
 
     Args:
-        inputs: the suspects.
+        inputs: the suspects, each as often as there are splits.
         settings: of the defense.
-        nets: one simple network, trained on each suspect.
-        held_back: int [M, d], rows of the training sets.
+        nets: a simple network for each of these members.
+        held_back: int [M * folds, d], rows of the training sets.
+
+    Returns:
+        M lists of K candidates.
     """
+    folds = settings.folds
     index, labels = (np.take_along_axis(values, held_back, axis=1) for values in (inputs.index, inputs.labels))
     logits = inputs.logits(nets.model, nets.variables, labelled(index, labels))
-    found: list[list[Candidate]] = [[] for _ in index]
+    by_suspect = [values.reshape(-1, folds * values.shape[1], *values.shape[2:]) for values in (index, labels, logits)]
+    found: list[list[Candidate]] = [[] for _ in by_suspect[0]]
     # Gradients are as large as images, and there may be hundreds of classes.
     for start in range(0, inputs.num_classes, CLASSES_AT_ONCE):
         classes = np.arange(start, start + CLASSES_AT_ONCE) % inputs.num_classes  # the same shape in each iteration
         rows = [
-            [vbd_patterns.select_rows(*of_member, label, settings.rows_per_class) for label in classes]
-            for of_member in zip(logits, labels, strict=True)
+            [vbd_patterns.select_rows(of_suspect, given, label, settings.rows_per_class) for label in classes]
+            for _, given, of_suspect in zip(*by_suspect, strict=True)
         ]
-        gradients = _gradients(inputs, nets, index, rows, classes, settings.rows_per_class)
-        for member, of_member in enumerate(rows):
+        gradients = _gradients(inputs, nets, index, rows, classes, settings)
+        for suspect, of_suspect in enumerate(rows):
             for place in range(min(CLASSES_AT_ONCE, inputs.num_classes - start)):
-                most_confident, least_confident = of_member[place]
-                if min(len(most_confident), len(least_confident)) < settings.least_rows:
-                    found[member].append(vbd_patterns.no_candidate(inputs.runner.image_shape))
+                if min(map(len, of_suspect[place])) < settings.least_rows:
+                    found[suspect].append(vbd_patterns.no_candidate(inputs.runner.image_shape))
                     continue
-                found[member].append(
+                found[suspect].append(
                     vbd_patterns.find_candidate(
-                        pixels(inputs, index[member, most_confident]),
-                        gradients[member, place, 0, : len(most_confident)],
-                        gradients[member, place, 1, : len(least_confident)],
+                        pixels(inputs, by_suspect[0][suspect, of_suspect[place][0]]),
+                        *gradients[suspect][place],
                         p_value=settings.p_value,
                         pixel_rule=settings.pixel_rule,
                     )
@@ -183,36 +214,61 @@ def find_candidates(
 
 
 def _gradients(
-    inputs: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, count: int
-) -> np.ndarray:
-    """g of the chosen rows, float32 [M, classes, 2, count, H, W, C]; meaningless beyond the number of chosen rows."""
-    which = np.zeros((len(index), len(classes), 2, count), np.int64)
-    for member, of_member in enumerate(rows):
-        for place, parts in enumerate(of_member):
+    inputs: DefenseInput, nets: Nets, index: np.ndarray, rows: list, classes: np.ndarray, settings: VBDSettings
+) -> list:
+    """g of the chosen rows: for each suspect and class a list of two arrays, float32 [chosen, H, W, C].
+
+    Args:
+        inputs: the suspects, each as often as there are splits.
+        nets: a simple network for each of these members.
+        index: int [M * folds, d], the held-back rows of the pool.
+        rows: for each suspect and class two arrays of places in the held-back rows of all splits, 0 to folds * d - 1.
+        classes: int [classes].
+        settings: of the defense.
+    """
+    folds, held_back = settings.folds, index.shape[1]
+    which = np.zeros((len(index), len(classes), 2, settings.rows_per_class), np.int64)
+    for suspect, of_suspect in enumerate(rows):
+        for place, parts in enumerate(of_suspect):
             for part, chosen in enumerate(parts):
-                which[member, place, part, : len(chosen)] = chosen
+                for fold in range(folds):
+                    of_fold = chosen[chosen // held_back == fold] % held_back
+                    which[suspect * folds + fold, place, part, : len(of_fold)] = of_fold
     wanted = np.broadcast_to(classes[:, None, None], which.shape).reshape(len(index), -1)
     chosen = np.take_along_axis(index, which.reshape(len(index), -1), axis=1)
     function = vbd_patterns.row_margin_gradients(nets.model)
     gradients = inputs.per_row(function, nets.variables, of_class(chosen, wanted))
-    return gradients.reshape(*which.shape, *gradients.shape[2:])
+    gradients = apart(gradients.reshape(*which.shape, *gradients.shape[2:]), folds)
+
+    def gathered(suspect: int, place: int, part: int) -> np.ndarray:
+        fold_of = rows[suspect][place][part] // held_back
+        number = np.zeros(len(fold_of), np.int64)
+        for fold in range(folds):
+            number[fold_of == fold] = np.arange(np.sum(fold_of == fold))
+        return gradients[suspect, fold_of, place, part, number]
+
+    return [
+        [[gathered(suspect, place, part) for part in (0, 1)] for place in range(len(classes))]
+        for suspect in range(len(rows))
+    ]
 
 
 def check_candidates(
     inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, found: list[list[Candidate]]
 ) -> np.ndarray:
-    """Stage 4 with one network: the success rate of each candidate on rows of other classes, at full opacity.
+    """Stage 4 with networks of one kind: the success rate of each candidate on rows of other classes, at full opacity.
 
     Args:
-        inputs: the suspects.
+        inputs: the suspects, each as often as there are splits.
         settings: of the defense.
-        nets: the network that found the candidates.
-        held_back: int [M, d], in the order of `split_rows`.
+        nets: the networks that found the candidates, one for each of these members.
+        held_back: int [M * folds, d], in the order of `split_rows`.
         found: the candidate of each suspect and class.
 
     Returns:
-        float64 [M, K]; 0 without a candidate.
+        float64 [M * folds, K]; 0 without a candidate.
     """
+    found = [of_suspect for of_suspect in found for _ in range(settings.folds)]
     count = min(max(round(settings.check_share * held_back.shape[1]), LEAST_CHECKED), held_back.shape[1])
     index, labels = (
         np.take_along_axis(values, held_back[:, :count], axis=1) for values in (inputs.index, inputs.labels)
@@ -273,20 +329,28 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         Aseervatham et al. 2025, algorithm 1 and section 3.3.8.
     """
     check(settings)
-    keys = inputs.keys_for("vbd: split")
-    parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(inputs.labels)]
-    training, held_back = (np.stack(rows) for rows in zip(*parts, strict=True))
-    networks = train_networks(inputs, settings, training)
-    found = [find_candidates(inputs, settings, nets, held_back) for nets in networks]
-    success = np.stack(
+    folds, keys = settings.folds, inputs.keys_for("vbd: split")
+    if folds == 1:
+        each = inputs
+        parts = [split_rows(keys[i], labels, settings.detect_share) for i, labels in enumerate(inputs.labels)]
+        training, held_back = (np.stack(rows) for rows in zip(*parts, strict=True))
+    else:
+        each = inputs.copies(folds)
+        parts = [fold_rows(keys[i], labels, folds) for i, labels in enumerate(inputs.labels)]
+        training, held_back = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+    networks = train_networks(each, settings, training)
+    found = [find_candidates(each, settings, nets, held_back) for nets in networks]
+    success_by_fold = np.stack(
         [
-            check_candidates(inputs, settings, nets, held_back, candidates)
+            apart(check_candidates(each, settings, nets, held_back, candidates), folds)
             for nets, candidates in zip(networks, found, strict=True)
         ],
         axis=1,
-    )
+    )  # [M, J, folds, K]
+    success = success_by_fold.mean(axis=2)
     accuracies, held_back_accuracies = (
-        np.stack([accuracy_on(inputs, nets, rows) for nets in networks], axis=1) for rows in (training, held_back)
+        np.stack([apart(accuracy_on(each, nets, rows), folds).mean(axis=1) for nets in networks], axis=1)
+        for rows in (training, held_back)
     )
     chosen = choose_networks(accuracies, success, settings)
 
@@ -297,15 +361,18 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     detector_accuracies = np.zeros((num, inputs.num_classes))
     scores = np.zeros((num, num_rows), np.float32)
     flags, new_labels = np.zeros((num, num_rows), bool), inputs.labels.copy()
-    all_rows = np.tile(np.arange(num_rows), (num, 1))
+    all_rows = np.tile(np.arange(num_rows), (num * folds, 1))
     for number, nets in enumerate(networks):
-        kept = [Pattern(int(m), int(c), number) for m, c in np.argwhere(chosen == number)]
+        # A detector reads the gradients of a single network: of several splits, that on which the pattern works best.
+        best_fold = success_by_fold[:, number].argmax(axis=1)
+        candidates = [of_suspect for of_suspect in found[number] for _ in range(folds)]
+        kept = [Pattern(int(m * folds + best_fold[m, c]), int(c), number) for m, c in np.argwhere(chosen == number)]
         for start in range(0, len(kept), PATTERNS_AT_ONCE):
             chunk = kept[start : start + PATTERNS_AT_ONCE]
             rows = held_back if settings.detector_rows == "held_back" else all_rows
-            detections = train_detectors(inputs, settings, nets, chunk, found[number], rows)
+            detections = train_detectors(each, settings, nets, chunk, candidates, rows)
             for pattern, (where, probabilities, accuracy) in zip(chunk, detections, strict=True):
-                member, label = pattern.member, pattern.label
+                member, label = pattern.member // folds, pattern.label
                 masks[member, label] = found[number][member][label].mask
                 patterns[member, label] = found[number][member][label].pattern
                 detector_accuracies[member, label] = accuracy
@@ -313,7 +380,8 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
                 if accuracy >= settings.least_accuracy:
                     flags[member, where] = probabilities >= 0.5
         if kept:
-            new_labels = _second_best(inputs, nets, chosen == number, flags, new_labels)
+            first = nets._replace(variables=ensemble.members(nets.variables, np.arange(0, num * folds, folds)))
+            new_labels = _second_best(inputs, first, chosen == number, flags, new_labels)
     return Analysis(
         flags=flags,
         scores=scores,
@@ -455,14 +523,15 @@ def least(settings: VBDSettings, facts: Facts) -> NotTested:
             f"finds nothing, whatever the rows are: with rows_per_class {settings.rows_per_class} and least_rows "
             f"{settings.least_rows}, no p-value is below p_value {settings.p_value:g}"
         )
-    held_back = vbd_patterns.most_held_back(facts.rows, settings.detect_share)
+    share = settings.detect_share if settings.folds == 1 else 1.0
+    held_back = vbd_patterns.most_held_back(facts.rows, share)
     classes = {
         int(
             label
         ): f"has {count_text(facts.rows[label])}, {held_back[label]} of them held back; needs at least {needed}"
         for label in np.flatnonzero((facts.rows > 0) & (held_back < needed))
     }
-    about = math.ceil(needed / settings.detect_share)
+    about = math.ceil(needed / share)
     reason = (
         f"needs at least {needed} held-back rows of a class, which is about {about:,} rows: the p-value of fewer is never "
         f"below {settings.p_value:g}"

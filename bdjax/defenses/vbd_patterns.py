@@ -50,6 +50,9 @@ class VBDSettings:
     """layers of the simple networks, separated by /; see `bdjax/models/simple_cnn.py`"""
     detect_share: InnerShare = 0.2
     """share of the rows that is held back from training the simple networks, in (0, 1)"""
+    folds: Count = 1
+    """splits of the rows; with k of them there are k networks of each kind, each with another k-th of the rows held back, and
+    a class is tested on the rows of all splits, so that fewer poisoned rows are enough; `detect_share` then has no effect"""
     epochs: Count = 20
     """training epochs of the simple networks"""
     least_steps: Amount = 0

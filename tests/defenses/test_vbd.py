@@ -17,6 +17,7 @@ from bdjax.defenses.vbd import (
     check,
     choose_networks,
     detect,
+    fold_rows,
     run,
     split_rows,
     to_detection,
@@ -62,6 +63,16 @@ class TestSplit:
         for count in (5, 10, 23, 50, 100):
             found = np.bincount(self.labels[held_back[:count]], minlength=5)
             assert np.abs(found - count / 500 * sizes).max() <= 1, count
+
+    @pytest.mark.parametrize("folds", [2, 5, 7])
+    def test_every_row_is_held_back_by_one_of_several_splits(self, folds):
+        training, held_back = fold_rows(jax.random.key(1), self.labels, folds)
+        assert training.shape == (folds, 500 - 500 // folds) and held_back.shape == (folds, 500 // folds)
+        assert len(np.unique(held_back)) == 500 // folds * folds
+        for of_fold, rest in zip(held_back, training, strict=True):
+            np.testing.assert_array_equal(np.sort(np.concatenate([of_fold, rest])), np.arange(500))
+            counts = np.bincount(self.labels[of_fold], minlength=5)
+            assert np.abs(counts - np.bincount(self.labels) / folds).max() <= 2  # in proportion
 
     def test_keys(self):
         first, again, other = (self.of(seed)[1] for seed in (0, 0, 1))
@@ -405,6 +416,15 @@ class TestAnalysis:
         first, last = (jax.tree.map(lambda leaf, i=i: leaf[i], values) for i in (0, 2))
         assert found.analysis.not_tested[2] == found.analysis.not_tested[0]
         chex.assert_trees_all_close(last, first, rtol=1e-3, atol=1e-3)
+
+    def test_several_splits(self, found, tmp_path):
+        _, patched, labels, is_poisoned = noise(5)
+        several = analyse(make_inputs([(patched, labels, 0)], tmp_path), dataclasses.replace(SMALL, folds=2))
+        np.testing.assert_array_equal(several.network, [[-1, 0, -1]])
+        assert several.p_values.shape == (1, 1, CLASSES) and several.accuracies.shape == (1, 1)
+        flags = several.flags[0]
+        assert 2 * (flags & is_poisoned).sum() / (flags.sum() + is_poisoned.sum()) > 0.9
+        np.testing.assert_array_equal(several.new_labels[0] != labels, flags)
 
     def test_new_labels_are_of_flagged_rows(self, found):
         flags, new = found.analysis.flags[0], found.analysis.new_labels[0]
