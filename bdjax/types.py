@@ -54,6 +54,8 @@ class Dataset:
     """N file names relative to the source, with "/"; empty where rows have no files"""
     unread: tuple[Unread, ...] = field(default=(), kw_only=True)
     """what the source has beside these rows and was not read; reports list it"""
+    original_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict, kw_only=True)
+    """(height, width) of the source's images before they were scaled to this size -> their number; empty if none was scaled"""
 
     def __len__(self) -> int:
         return len(self.labels)

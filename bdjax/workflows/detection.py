@@ -247,7 +247,7 @@ def clean_rows(config: Config, train: Dataset, test: Dataset | None) -> Dataset 
         InputError: there are too few rows, or their shape or classes differ from the training set's.
     """
     if config.clean_data:
-        test = load_clean_data(config.clean_data, config.data_dir, train)
+        test = load_clean_data(config, train)
     return take_per_class(test, config.clean_per_class) if test is not None else None
 
 
