@@ -173,6 +173,10 @@ class Model(NamedTuple):
     prepare: Callable[[PyTree, Array], PyTree] | None = None
     """(variables, training images float32 [N, H, W, C] in [0, 1]) -> variables with the constants that depend on the data;
     whoever trains from scratch calls it once. None for a network without such constants"""
+    convolutions: Callable[..., tuple[Array, dict[str, Array]]] | None = None
+    """(variables, images, offsets={}) -> (logits, name -> float32 [N, h, w, c]: the output of every convolution, in the order
+    of the network), without training. `offsets` maps names to arrays that are added to these outputs, to differentiate by.
+    None for a model of other making"""
 
 
 class ExtractedPattern(NamedTuple):

@@ -365,7 +365,11 @@ normalise_batch.defvjp(_normalise_forward, _normalise_backward)
 he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-class Conv(nn.Module):
+class Convolution(nn.Module):
+    """Any layer whose output `Model.convolutions` records; it has a `lowering`."""
+
+
+class Conv(Convolution):
     """PyTorch's `Conv2d`, initialised as in torchvision's ResNets and VGGs: normal, He et al. 2015, fan out; bias 0."""
 
     features: int
@@ -389,7 +393,7 @@ class Conv(nn.Module):
         return y + along(bias.astype(x.dtype), channel_axis)
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Convolution):
     """PyTorch's `Conv2d(C, C, 3, padding=1, groups=C, bias=False)`, initialised as in torchvision's MobileNetV2.
 
     That is normal, fan out; PyTorch counts all C channels in the fan out, although each input has one output.
