@@ -22,8 +22,8 @@ at its taps, or at the input of the ReLU where a stage ends in one: after the la
 follow, so the gradient there is the same for all rows of a class.
 
 The end of the growth is the paper's weakest rule: on synthetic rows that growth orders perfectly, the window is often found in
-the tail, where hardly a row is left, or after the first rounds. `cut="gap"` ends before the round whose rows are suddenly
-further from the poisons: the largest rise of their mean s.
+the tail, where hardly a row is left, or after the first rounds. `cut="split"` ends where the rows taken and the others differ
+most: at the round with the largest n_taken n_left (mean s of those left - mean s of those taken)^2, Otsu's criterion.
 
 The public code stops one round too early, since it counts the first row as a round but the distances between rounds from the
 first round on; where the first round takes all poisons it keeps only one of them, and where the histogram is steady from the
@@ -73,9 +73,9 @@ class AgpdSettings:
     """a round takes the rows whose score, rescaled to 0..1, is at most this"""
     bins: Annotated[int, Range(at_least=2, limit=10_000)] = 99
     """bins of the histograms, from 0 to 1"""
-    cut: Literal["window", "gap"] = "window"
-    """where the growth ends: before the window in which the histogram is steadiest (the paper's), or before the largest rise
-    of the score of the rows taken (ours)"""
+    cut: Literal["window", "split"] = "window"
+    """where the growth ends: before the window in which the histogram is steadiest (the paper's), or where the rows taken and
+    those left differ most (ours)"""
     window: Count = 10
     """rounds in the window over which the histogram should hardly change"""
     spread_weight: NotNegative = 5.0
@@ -327,18 +327,9 @@ def js_distance(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.sqrt(max(sum(divergences), 0.0)))
 
 
-class Growth(NamedTuple):
-    """How the set of poisons of a class grew, in R rounds."""
-
-    rounds: np.ndarray
-    """int [n]: the round in which each row was taken; 0 for the first row, then 1 to R"""
-    distances: np.ndarray
-    """float64 [R]: the distance between the histograms of the remaining rows before and after each round"""
-    levels: np.ndarray
-    """float64 [R]: the mean score of the rows that each round took"""
-
-
-def grow(gradients: np.ndarray, reference: np.ndarray, base: int, tau: float, bins: int) -> Growth:
+def grow(
+    gradients: np.ndarray, reference: np.ndarray, base: int, tau: float, bins: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Take the rows of a class round by round, starting from the row least similar to the clean rows.
 
     A round costs O(n c), and there are at most n rounds.
@@ -350,11 +341,14 @@ def grow(gradients: np.ndarray, reference: np.ndarray, base: int, tau: float, bi
         tau: a round takes the rows whose rescaled score is at most this.
         bins: of the histograms.
 
+    Returns:
+        The round in which each row was taken, int [n]: 0 for the first row, then 1 to R; and the distance between the
+        histograms of the remaining rows before and after each round, float64 [R].
     """
     gradients = gradients.astype(np.float64)
     directions = gradients / np.linalg.norm(gradients, axis=1, keepdims=True)
     to_clean = cosines(gradients, reference)
-    rounds, total, distances, levels = np.full(len(gradients), -1), np.zeros_like(reference, np.float64), [], []
+    rounds, total, distances = np.full(len(gradients), -1), np.zeros_like(reference, np.float64), []
     rounds[base], total = 0, gradients[base].copy()
 
     def scores_of(left: np.ndarray) -> np.ndarray:
@@ -369,12 +363,11 @@ def grow(gradients: np.ndarray, reference: np.ndarray, base: int, tau: float, bi
         # The row with the smallest score is always taken, and all rows if their scores are equal.
         taken = scores - scores.min() <= tau * (scores.max() - scores.min())
         rounds[left[taken]] = len(distances) + 1
-        levels.append(scores[taken].mean())
         total += gradients[left[taken]].sum(axis=0)
         left, after = left[~taken], np.histogram(scores[~taken], bins, (0.0, 1.0))[0]
         distances.append(js_distance(before, after))
         before = after
-    return Growth(rounds, np.array(distances), np.array(levels))
+    return rounds, np.array(distances)
 
 
 def last_round(distances: np.ndarray, window: int, spread_weight: float) -> int:
@@ -396,20 +389,27 @@ def last_round(distances: np.ndarray, window: int, spread_weight: float) -> int:
     return int(np.argmin(windows.mean(axis=1) + spread_weight * windows.std(axis=1)))
 
 
-def last_before_rise(levels: np.ndarray) -> int:
-    """The last round that took poisons by our rule: the one before the largest rise.
-
-    The poisons that are taken are at most as far from the mean of the poisons as their spread, and the next rows suddenly
-    further. Unlike the histograms' distances, the levels do not depend on the number of rows that are left.
+def best_split(gradients: np.ndarray, reference: np.ndarray, rounds: np.ndarray) -> int:
+    """The last round that took poisons by our rule: rows taken until then and the others differ most (Otsu's criterion).
 
     Args:
-        levels: float64 [R], of the rounds 1 to R.
+        gradients: float [n, c], no row of which is 0.
+        reference: float [c], r.
+        rounds: int [n], from `grow`.
 
     Returns:
-        In 1..R-1; 0, the first row alone, if the level never rises.
+        In 0..R-1.
     """
-    rises = np.diff(levels)
-    return int(np.argmax(rises)) + 1 if len(rises) and rises.max() > 0 else 0
+    to_clean = cosines(gradients, reference)
+
+    def criterion(last: int) -> float:
+        taken = rounds <= last
+        centre = gradients[taken].mean(axis=0, dtype=np.float64)
+        scores = closeness(cosines(gradients, centre), to_clean)
+        difference = scores[~taken].mean() - scores[taken].mean()
+        return float(taken.sum() * (~taken).sum() * max(difference, 0.0) ** 2)
+
+    return max(range(int(rounds.max())), key=criterion, default=0)
 
 
 # ---- As a defense -----------------------------------------------------------------------------------------------------
@@ -457,12 +457,12 @@ def find_poisons(
     for target in targets.classes:
         rows, reference = target.rows, target.reference
         of_class = gradients[rows]
-        growth = grow(of_class, reference, target.base, settings.tau, settings.bins)
-        if settings.cut == "gap":
-            last = last_before_rise(growth.levels)
+        rounds, distances = grow(of_class, reference, target.base, settings.tau, settings.bins)
+        if settings.cut == "split":
+            last = best_split(of_class, reference, rounds)
         else:
-            last = last_round(growth.distances, settings.window, settings.spread_weight)
-        taken = growth.rounds <= last
+            last = last_round(distances, settings.window, settings.spread_weight)
+        taken = rounds <= last
         flags[rows[taken]] = True
         centre = of_class[taken].mean(axis=0, dtype=np.float64)
         scores[rows] = 1.0 - closeness(cosines(of_class, centre), cosines(of_class, reference))

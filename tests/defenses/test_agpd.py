@@ -13,6 +13,7 @@ from bdjax.defenses.agpd import (
     AgpdSettings,
     ClassGradients,
     anomaly_indices,
+    best_split,
     check,
     choose_clean,
     closeness,
@@ -22,7 +23,6 @@ from bdjax.defenses.agpd import (
     find_targets,
     grow,
     js_distance,
-    last_before_rise,
     last_round,
     layers_of,
     measure_class,
@@ -371,7 +371,7 @@ def test_growth_is_that_of_the_paper():
     gradients, labels, _, clean, clean_rows = planted(1, rows=40, poisons=15)
     gradients, reference = gradients[labels == 3], clean[clean_rows[3]].mean(axis=0)
     base = int(np.argmin(cosines(gradients, reference)))
-    rounds, distances, levels = grow(gradients, reference, base, 0.05, 99)
+    rounds, distances = grow(gradients, reference, base, 0.05, 99)
     expected_rounds, expected_distances = grown(gradients.astype(np.float64), reference, base, 0.05, 99)
     np.testing.assert_array_equal(rounds, expected_rounds)
     np.testing.assert_allclose(distances, expected_distances, atol=1e-6)
@@ -381,23 +381,24 @@ def test_growth_is_that_of_the_paper():
 
 def test_rows_of_two_directions_are_taken_one_direction_after_the_other():
     gradients = np.array([[0, 1]] * 4 + [[1, 0]] * 6, np.float32)
-    rounds, distances, levels = grow(gradients, np.array([1.0, 0.0]), 1, 0.05, 99)
+    rounds, distances = grow(gradients, np.array([1.0, 0.0]), 1, 0.05, 99)
     np.testing.assert_array_equal(rounds, [1, 0, 1, 1] + [2] * 6)
     # Nothing is left after the last round: the largest possible distance.
     assert len(distances) == 2 and distances[1] == 1 and 0 < distances[0] < 1
-    np.testing.assert_allclose(levels, [0, 1])
+    assert best_split(gradients, np.array([1.0, 0.0]), rounds) == 1
 
 
 def test_equal_rows_are_taken_in_one_round():
-    rounds, distances, _ = grow(np.ones((5, 3), np.float32), np.ones(3), 2, 0.05, 99)
+    rounds, distances = grow(np.ones((5, 3), np.float32), np.ones(3), 2, 0.05, 99)
     np.testing.assert_array_equal(rounds, [1, 1, 0, 1, 1])
     np.testing.assert_array_equal(distances, [1])
 
 
 def test_a_single_row_is_taken_before_the_first_round():
-    rounds, distances, levels = grow(np.ones((1, 3), np.float32), np.ones(3), 0, 0.05, 99)
+    rounds, distances = grow(np.ones((1, 3), np.float32), np.ones(3), 0, 0.05, 99)
     np.testing.assert_array_equal(rounds, [0])
-    assert last_round(distances, 10, 5.0) == last_before_rise(levels) == 0
+    assert last_round(distances, 10, 5.0) == 0
+    assert best_split(np.ones((1, 3), np.float32), np.ones(3), rounds) == 0
 
 
 def test_the_stop_is_before_the_steady_window():
@@ -440,26 +441,27 @@ def f1(flags, truth):
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_window_ends_in_the_tail_of_rows_that_a_cut_separates_and_the_gap_does_not(seed):
-    scores = {"best": [], "window": [], "gap": []}
+def test_the_window_ends_in_the_tail_of_rows_that_a_cut_separates_and_the_split_does_not(seed):
+    scores = {"best": [], "window": [], "split": []}
     for noise in (0.15, 0.5, 0.8):
         for share in (0.05, 0.1, 0.3):
             gradients, reference, truth = ordered_class(noise, share, 500, seed)
             base = int(np.argmin(cosines(gradients, reference)))
-            rounds, distances, levels = grow(gradients, reference, base, SETTINGS.tau, SETTINGS.bins)
+            rounds, distances = grow(gradients, reference, base, SETTINGS.tau, SETTINGS.bins)
             scores["best"].append(max(f1(rounds <= last, truth) for last in range(len(distances))))
             scores["window"].append(f1(rounds <= last_round(distances, SETTINGS.window, SETTINGS.spread_weight), truth))
-            scores["gap"].append(f1(rounds <= last_before_rise(levels), truth))
-    best, window, gap = (np.array(values) for values in scores.values())
+            scores["split"].append(f1(rounds <= best_split(gradients, reference, rounds), truth))
+    best, window, split = (np.array(values) for values in scores.values())
     np.testing.assert_array_equal(best, 1)  # growth orders the rows of all nine sets
     assert np.sum(window < 0.5) >= 3, "the paper's rule fails on a third of them or more"
-    assert gap.min() > 0.99
+    assert split.min() > 0.99
 
 
-def test_the_largest_rise_by_hand():
-    assert last_before_rise(np.array([0.1, 0.12, 0.2, 0.7, 0.75, 0.6])) == 3
-    assert last_before_rise(np.array([0.5, 0.4, 0.1])) == 0  # it never rises
-    assert last_before_rise(np.array([0.5])) == last_before_rise(np.zeros(0)) == 0
+def test_the_best_split_by_hand():
+    # With r = (1, 0) and the first two rows taken, s is 0 for both and 1 for the others; any other split mixes them.
+    gradients = np.array([[0, 1], [0, 2], [1, 0], [3, 0]], np.float32)
+    assert best_split(gradients, np.array([1.0, 0.0]), np.array([0, 1, 2, 3])) == 1
+    assert best_split(np.ones((4, 2), np.float32), np.ones(2), np.array([0, 1, 1, 1])) == 0  # nothing differs
 
 
 def test_the_cut_is_a_setting():
@@ -474,8 +476,8 @@ def test_the_cut_is_a_setting():
         clean.append(spread(random, direction, 10))
     rows = np.concatenate(parts), np.concatenate(labels), np.concatenate(clean)
     clean_rows = {label: np.arange(10) + 10 * label for label in range(CLASSES)}
-    flagged = {cut: found_in(*rows, clean_rows, cut=cut, anomaly=5.0)[0][: len(truth)] for cut in ("window", "gap")}
-    np.testing.assert_array_equal(flagged["gap"], truth)
+    flagged = {cut: found_in(*rows, clean_rows, cut=cut, anomaly=5.0)[0][: len(truth)] for cut in ("window", "split")}
+    np.testing.assert_array_equal(flagged["split"], truth)
     assert f1(flagged["window"], truth) < 0.5
     assert AgpdSettings().cut == "window"
 
