@@ -22,9 +22,10 @@ from bdjax.attacks.label_rules import LabelRule
 from bdjax.attacks.poisoning import trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.attacks.victims import make_plan, prepare
-from bdjax.datasets import check_like, load, load_suspect, splits
+from bdjax.datasets import ReadOptions, check_like, load, load_suspect, splits
 from bdjax.datasets.overlap import shared_rows
-from bdjax.datasets.validation import make_dataset
+from bdjax.datasets.scaling import scaled, size_hint
+from bdjax.datasets.validation import check_options, make_dataset
 from bdjax.defenses import contract
 from bdjax.defenses.aggregation import Aggregation, aggregate_logits
 from bdjax.defenses.chain import LINK
@@ -67,6 +68,7 @@ __all__ = [
     "Dataset",
     "InputError",
     "PoisonedDataset",
+    "ReadOptions",
     "dataset",
     "defend",
     "detect",
@@ -79,6 +81,8 @@ __all__ = [
 ]
 
 Preset = Literal["paper", "quick", "strong"]
+SIZE = "image_size="
+"""How messages name the argument of `dataset` and of `ReadOptions`."""
 PLAIN = TrainConfig(epochs=20, evaluation_batch_size=250, learning_rate=1e-3, schedule="cosine", keep_last_batch=False)
 """Default training of an undefended network."""
 
@@ -92,6 +96,7 @@ def dataset(
     num_classes: int | None = None,
     name: str = "data",
     class_names: Sequence[str] = (),
+    image_size: int | None = None,
 ) -> Dataset:
     """Make a dataset from arrays, which are checked. Select rows by `data[mask]`, `data[10:20]` or `data[[3, 5]]`.
 
@@ -101,6 +106,7 @@ def dataset(
         num_classes: K; None for the largest label plus 1.
         name: the name in reports; no result depends on it.
         class_names: empty, or K names.
+        image_size: height and width that all images are scaled to, at least 8; None for their own.
 
     Raises:
         InputError: wrong shape or dtype, no rows, or a label that is not a class.
@@ -110,7 +116,11 @@ def dataset(
         raise InputError(f"dataset {name}: {_describe(images)}; they must be uint8 [rows, height, width, channels]")
     if num_classes is None and np.issubdtype(labels.dtype, np.integer) and labels.size:
         num_classes = max(int(labels.max()) + 1, 2)
-    return make_dataset(images, labels, num_classes or 2, name, "arrays", tuple(class_names), where=f"dataset {name}")
+    check_options(ReadOptions(image_size=image_size))
+    names = tuple(class_names)
+    return scaled(
+        make_dataset(images, labels, num_classes or 2, name, "arrays", names, where=f"dataset {name}"), image_size
+    )
 
 
 def _describe(images: np.ndarray) -> str:
@@ -287,7 +297,7 @@ def _check_fits(network: Network, data: Dataset, where: str) -> None:
     if (network.image_shape, network.model.num_classes) != (data.image_shape, data.num_classes):
         raise InputError(
             f"{where} has {data.num_classes} classes of images {data.image_shape}; the network is for "
-            f"{network.model.num_classes} of {network.image_shape}"
+            f"{network.model.num_classes} of {network.image_shape}{size_hint(network.image_shape, data.image_shape, SIZE)}"
         )
 
 
@@ -667,7 +677,8 @@ def _make_inputs(
         _check_fits(network, rows, f"{where}: {'data' if is_set else 'clean'}")
         seeds, width, model = _seeds_with(network, seeds), network.width, network.model
     if is_set and clean is not None and _kind(clean) != _kind(suspect):
-        raise InputError(f"{where}: clean has {_kind(clean)}; the data has {_kind(suspect)}")
+        hint = size_hint(suspect.image_shape, clean.image_shape, SIZE)
+        raise InputError(f"{where}: clean has {_kind(clean)}; the data has {_kind(suspect)}{hint}")
     attacked, keys, runner = _as_model(model, rows.num_classes, width), _keys(key, seeds), _runner(rows.image_shape)
 
     def make_network(name: str | None = None, num_classes: int | None = None) -> Model:

@@ -77,6 +77,8 @@ Amount = Annotated[int, Range(at_least=0, limit=MOST)]
 """0, 1, ..., where 0 often has a meaning of its own"""
 NumRows = Annotated[int, Range(at_least=0, limit=2**31 - 1)]
 """a number of rows of a dataset, or 0"""
+ImageSide = Annotated[int, Range(at_least=8, limit=4096)]
+"""height and width of images in pixels; all networks take 8 and more"""
 Width = Annotated[int, Range(at_least=1, limit=1024)]
 """channels of a network's first stage"""
 Members = Annotated[int, Range(at_least=1, limit=1000)]

@@ -54,6 +54,8 @@ class Dataset:
     """N file names relative to the source, with "/"; empty where rows have no files"""
     unread: tuple[Unread, ...] = field(default=(), kw_only=True)
     """what the source has beside these rows and was not read; reports list it"""
+    original_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict, kw_only=True)
+    """(height, width) of the source's images before they were scaled to this size -> their number; empty if none was scaled"""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -171,6 +173,10 @@ class Model(NamedTuple):
     prepare: Callable[[PyTree, Array], PyTree] | None = None
     """(variables, training images float32 [N, H, W, C] in [0, 1]) -> variables with the constants that depend on the data;
     whoever trains from scratch calls it once. None for a network without such constants"""
+    convolutions: Callable[..., tuple[Array, dict[str, Array]]] | None = None
+    """(variables, images, offsets={}) -> (logits, name -> float32 [N, h, w, c]: the output of every convolution, in the order
+    of the network), without training. `offsets` maps names to arrays that are added to these outputs, to differentiate by.
+    None for a model of other making"""
 
 
 class ExtractedPattern(NamedTuple):

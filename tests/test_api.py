@@ -101,6 +101,13 @@ class TestPackage:
 
 
 class TestDataset:
+    def test_images_are_scaled_if_asked_for(self):
+        data = bdjax.dataset(TRAIN.images, TRAIN.labels, image_size=12)
+        assert data.images.shape[1:] == (12, 12, 1) and data.original_sizes == {(8, 8): len(TRAIN)}
+        refused("image_size 4 is not at least 8", bdjax.dataset, TRAIN.images, TRAIN.labels, image_size=4)
+        scaled = bdjax.load("digits", options=bdjax.ReadOptions(image_size=12)).train
+        assert scaled.image_shape == (12, 12, 1)
+
     def test_arrays_become_rows_that_can_be_chosen(self):
         data = bdjax.dataset(TRAIN.images, TRAIN.labels, class_names=("zero", "one", "two", "three"))
         assert (data.num_classes, data.name, data.labels.dtype) == (4, "data", np.int32)
@@ -314,6 +321,7 @@ class TestDetectAndDefend:
         refused("needs clean rows", bdjax.defend, "nad", victim, KEY)
         other = bdjax.dataset(np.zeros((4, 9, 9, 1), np.uint8), np.arange(4))
         refused("clean has 4 classes of images", bdjax.defend, "nad", victim, KEY, clean=other)
+        refused("8, 1.; image_size=8 scales images to 8x8 pixels", bdjax.defend, "nad", victim, KEY, clean=other)
         refused("data is a Trained; it must be a Dataset", bdjax.detect, "scan", victim, KEY)
         refused("does not flag rows; detectors are ", bdjax.detect, "nad", TRAIN, KEY)
         refused("seeds 2: the given network has 3 seeds", bdjax.defend, "nad", three, KEY, clean=CLEAN, seeds=2)

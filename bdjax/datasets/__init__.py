@@ -17,10 +17,11 @@ from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_fo
 from bdjax.datasets.locate import search_folders
 from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
 from bdjax.datasets.npz import load_npz, load_suspect_npz
+from bdjax.datasets.scaling import scaled
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
 from bdjax.datasets.tfds import load_tfds
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
-from bdjax.datasets.validation import STRICT, ReadOptions
+from bdjax.datasets.validation import STRICT, ReadOptions, check_options
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
@@ -37,7 +38,7 @@ __all__ = [
     "unread_of",
 ]
 
-Loader = Callable[[tuple[Path, ...], bool], TrainTest]
+Loader = Callable[..., TrainTest]
 """`loader(folders, download)` searches the folders in order, then downloads if allowed."""
 
 
@@ -55,6 +56,8 @@ class Source(NamedTuple):
 
     loader: Loader
     traits: Traits = Traits()
+    of_several_sizes: bool = False
+    """whether images have several sizes; the loader then has a parameter `side` that they are scaled to, 32 by default"""
 
 
 DATASETS: Mapping[str, Source] = {
@@ -63,9 +66,9 @@ DATASETS: Mapping[str, Source] = {
     "fashion_mnist": Source(load_fashion_mnist, Traits(like="mnist")),
     "cifar10": Source(load_cifar10, Traits(flips=True)),
     "cifar100": Source(load_cifar100, Traits(flips=True, like="cifar10")),
-    "gtsrb": Source(load_gtsrb, Traits(like="cifar10")),
+    "gtsrb": Source(load_gtsrb, Traits(like="cifar10"), of_several_sizes=True),
     "tiny_imagenet": Source(load_tiny_imagenet, Traits(flips=True)),
-    "flowers17": Source(load_flowers17, Traits(flips=True)),
+    "flowers17": Source(load_flowers17, Traits(flips=True), of_several_sizes=True),
 }
 
 
@@ -104,7 +107,7 @@ def load(
             write "./mnist" for the folder.
         data_dir: The folder to search first for named sets; then $BDJAX_DATA_DIR and the user's cache are searched.
         download: Whether to download a named set that is not found, into the cache. Its checksum is verified.
-        options: What to tolerate in a folder or an .npz file.
+        options: What to tolerate in a folder or an .npz file; its `image_size` applies to every dataset.
 
     Returns:
         The training and the test rows: images uint8 [N, H, W, C], labels int32 [N].
@@ -113,7 +116,8 @@ def load(
         InputError: If the dataset is unknown, or a file is missing or invalid. One line that says what is wrong and what
             would be right.
     """
-    published = _load_published(name_or_path, data_dir, download)
+    check_options(options)
+    published = _load_published(name_or_path, data_dir, download, options)
     if published is not None:
         return published
     path = _existing_path(name_or_path)
@@ -144,7 +148,8 @@ def load_suspect(
     Raises:
         InputError: As `load`; but a folder may have `train` without a test part, and any number of images per class.
     """
-    published = _load_published(name_or_path, data_dir, download)
+    check_options(options)
+    published = _load_published(name_or_path, data_dir, download, options)
     if published is not None:
         return published.train
     path = _existing_path(name_or_path)
@@ -156,12 +161,17 @@ def unread_of(*parts: Dataset) -> tuple[Unread, ...]:
     return tuple(dict.fromkeys(entry for part in parts for entry in part.unread))
 
 
-def _load_published(name: str, data_dir: str | os.PathLike | None, download: bool) -> TrainTest | None:
-    folders = search_folders(data_dir)
+def _load_published(
+    name: str, data_dir: str | os.PathLike | None, download: bool, options: ReadOptions
+) -> TrainTest | None:
+    folders, side = search_folders(data_dir), options.image_size
     if name in DATASETS:
-        return DATASETS[name].loader(folders, download)
+        source = DATASETS[name]
+        if side and source.of_several_sizes:
+            return source.loader(folders, download, side=side)
+        return TrainTest(*(scaled(part, side) for part in source.loader(folders, download)))
     if name.startswith(TFDS_PREFIX):
-        return load_tfds(name.removeprefix(TFDS_PREFIX), folders)
+        return load_tfds(name.removeprefix(TFDS_PREFIX), folders, options)
     return None
 
 

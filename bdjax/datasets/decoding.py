@@ -11,12 +11,14 @@ import os
 import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from bdjax.datasets.scaling import count_sizes, scale
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 
@@ -24,8 +26,8 @@ FORMATS = "PNG, JPEG, PPM, BMP, WebP, GIF, TIFF and JPEG 2000"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".jfif", ".jpe", ".jp2", ".j2k")
 SUFFIXES += (".jpf", ".jpx", ".pgm", ".pbm", ".pnm", ".dib", ".apng")
 """Of files that are taken for images, in lower case."""
-RESIZED = (32, 32)
-"""(height, width) that images are resized to if their sizes differ."""
+SMALL = 32
+"""Height and width that the images of published sets of several sizes are scaled to by default."""
 RULES: Mapping[str, str] = {
     "orientation": "turned as EXIF says",
     "transparency": "with transparency, which is dropped",
@@ -95,7 +97,7 @@ class Picture(NamedTuple):
     pixels: np.ndarray
     """uint8 [height, width, 1 or 3]"""
     header: ImageHeader
-    """of the file, so before resizing"""
+    """of the file, so before scaling"""
     rules: tuple[str, ...]
     """the keys of `RULES` that applied"""
 
@@ -128,7 +130,7 @@ def read_header(data: bytes, where: object) -> ImageHeader:
 
 
 def decode(data: bytes, where: object, *, size: tuple[int, int] | None = None, grey: bool | None = None) -> Picture:
-    """Decodes an image, upright, and resizes it (bilinear, without cropping) if it does not have the requested size.
+    """Decodes an image, upright, and scales it as `scale` does if it does not have the requested size.
 
     Args:
         data: The content of an image file in one of `FORMATS`.
@@ -159,10 +161,8 @@ def decode(data: bytes, where: object, *, size: tuple[int, int] | None = None, g
             if orientation > 1:
                 rules.append("orientation")
             header = ImageHeader((converted.height, converted.width), is_grey)
-            height, width = size or header.size
-            if converted.size != (width, height):
-                converted = converted.resize((width, height), Image.Resampling.BILINEAR)
-            return Picture(np.asarray(converted, np.uint8).reshape(height, width, -1), header, tuple(rules))
+            pixels = np.asarray(converted, np.uint8).reshape(*header.size, -1)
+            return Picture(scale(pixels, size or header.size), header, tuple(rules))
         except InputError:
             raise
         except Exception as error:  # Pillow's decoders raise almost any exception on a damaged file
@@ -178,22 +178,27 @@ def read_pixels(data: bytes, where: object, *, size: tuple[int, int] | None, gre
     return decode(data, where, size=size, grey=grey).pixels
 
 
-def common_size(headers: Sequence[ImageHeader]) -> tuple[tuple[int, int], str]:
-    """Determines the common size of a set of images.
+def read_scaled(
+    files: Sequence[tuple[Callable[[], bytes], object]], side: int
+) -> tuple[np.ndarray, dict[tuple[int, int], int]]:
+    """Decodes colour images of any size and scales them to one.
 
     Args:
-        headers: The headers of all images, at least one.
+        files: a function that returns the content, and the name for error messages, of each file.
+        side: height and width of the result.
 
     Returns:
-        (height, width), which is 32 by 32 if the sizes differ; and a note on resizing for `source`.
+        uint8 [N, side, side, 3]; and (height, width) of the originals -> their number.
+
+    Raises:
+        InputError: As `decode`.
     """
-    sizes = {header.size for header in headers}
-    return (RESIZED if len(sizes) > 1 else next(iter(sizes))), resizing_note(len(sizes))
-
-
-def resizing_note(num_sizes: int) -> str:
-    """The note in `source` on images of several sizes; "" if they have the same."""
-    return f", {num_sizes} sizes resized to {RESIZED[0]}x{RESIZED[1]}" if num_sizes > 1 else ""
+    images, sizes = np.empty((len(files), side, side, 3), np.uint8), Counter()
+    for row, (read, where) in enumerate(files):
+        picture = decode(read(), where, size=(side, side), grey=False)
+        images[row] = picture.pixels
+        sizes[picture.header.size] += 1
+    return images, count_sizes(sizes)
 
 
 def rules_note(counts: Mapping[str, int]) -> str:

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bdjax.datasets.archives import Limits, read_tar_gz, short
-from bdjax.datasets.decoding import RESIZED, read_pixels
+from bdjax.datasets.decoding import SMALL, read_scaled
 from bdjax.datasets.files import list_files, read_file
 from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
+from bdjax.datasets.scaling import scaling_note
 from bdjax.datasets.validation import describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
@@ -70,8 +71,8 @@ class _Files(NamedTuple):
     unread: tuple[Unread, ...]
 
 
-def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
-    """Loads Flowers-17: 17 classes, each image resized to [32, 32, 3] without cropping, 1,190 and 170 rows.
+def load_flowers17(folders: Sequence[Path], download: bool, *, side: int = SMALL) -> TrainTest:
+    """Loads Flowers-17: 17 classes, each image scaled to [side, side, 3] without cropping, 1,190 and 170 rows.
 
     There are two layouts, both in a folder `flowers17` or `17flowers` or in `17flowers.tgz`: the published one,
     `jpg/image_0001.jpg` to `jpg/image_1360.jpg`; and one folder for each class. Folders with the flowers' names get the
@@ -81,6 +82,7 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
     Args:
         folders: Where to look; an unpacked folder takes precedence over the archive.
         download: Whether to download the archive if nothing is found.
+        side: Height and width of the images.
 
     Returns:
         The last images of each class, by name, for testing: 10 of 80, or of another number one in eight and at least one; the
@@ -93,10 +95,10 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
         roots = [folder / name for name in _FOLDERS if (folder / name).is_dir()]
         for root in roots:
             if not (root / _ARCHIVE.file_name).exists():
-                return _load(_unpacked(root))
+                return _load(_unpacked(root), side)
         for root in (*roots, folder):
             if (root / _ARCHIVE.file_name).exists():
-                return _load(_packed(root / _ARCHIVE.file_name))
+                return _load(_packed(root / _ARCHIVE.file_name), side)
     wanted = f"folder {_FOLDERS[0]} or archive {_ARCHIVE.file_name}"
     if not download:
         raise not_found("flowers17", wanted, folders, download_hint((_ARCHIVE,), folders[0], download))
@@ -105,7 +107,7 @@ def load_flowers17(folders: Sequence[Path], download: bool) -> TrainTest:
     except InputError as error:
         hint = download_hint((_ARCHIVE,), folders[0], download, error)
         raise not_found("flowers17", wanted, folders, hint) from error
-    return _load(_packed(fetched[_ARCHIVE.file_name]))
+    return _load(_packed(fetched[_ARCHIVE.file_name]), side)
 
 
 def _unpacked(root: Path) -> _Files:
@@ -153,7 +155,7 @@ def _unread(others: Mapping[str, str]) -> tuple[Unread, ...]:
     return tuple(Unread(name, problem or reason(name)) for name, problem in others.items() if name not in _KNOWN_FILES)
 
 
-def _load(files: _Files) -> TrainTest:
+def _load(files: _Files, side: int) -> TrainTest:
     class_names, classes = _find_classes(files)
     parts: tuple[list, list] = [], []
     for label, names in enumerate(classes):
@@ -166,8 +168,8 @@ def _load(files: _Files) -> TrainTest:
             part += [(name, label) for name in part_names]
     train, test = parts
     return TrainTest(
-        _decode(files, class_names, train, _NUM_TRAIN_ROWS, "first"),
-        _decode(files, class_names, test, _NUM_TEST_ROWS, "last"),
+        _decode(files, class_names, train, _NUM_TRAIN_ROWS, "first", side),
+        _decode(files, class_names, test, _NUM_TEST_ROWS, "last", side),
     )
 
 
@@ -205,20 +207,24 @@ def _letters(name: str) -> str:
 
 
 def _decode(
-    files: _Files, class_names: tuple[str, ...], rows: Sequence[tuple[str, int]], num_published: int, which: str
+    files: _Files,
+    class_names: tuple[str, ...],
+    rows: Sequence[tuple[str, int]],
+    num_published: int,
+    which: str,
+    side: int,
 ) -> Dataset:
-    images = np.empty((len(rows), *RESIZED, 3), np.uint8)
-    for index, (name, _) in enumerate(rows):
-        images[index] = read_pixels(files.read[name](), files.where(name), size=RESIZED)
+    images, sizes = read_scaled([(files.read[name], files.where(name)) for name, _ in rows], side)
+    note = scaling_note(sizes, (side, side))
     described = describe_rows(len(rows), num_published)
     dataset = make_dataset(
         images,
         np.array([label for _, label in rows]),
         len(class_names),
         "flowers17",
-        f"{files.source} ({described}, the {which} of each class, resized to {RESIZED[0]}x{RESIZED[1]})",
+        f"{files.source} ({described}, the {which} of each class{note})",
         class_names,
         where=files.source,
         files=[name for name, _ in rows],
     )
-    return dataclasses.replace(dataset, unread=files.unread)
+    return dataclasses.replace(dataset, unread=files.unread, original_sizes=sizes if note else {})

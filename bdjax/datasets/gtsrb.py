@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from bdjax.datasets.archives import Limits, open_zip, short
-from bdjax.datasets.decoding import RESIZED, read_pixels
+from bdjax.datasets.decoding import SMALL, read_scaled
 from bdjax.datasets.files import list_files, read_file
 from bdjax.datasets.locate import RemoteFile, download_hint, fetch, not_found
+from bdjax.datasets.scaling import scaling_note
 from bdjax.datasets.validation import as_int32_labels, describe_rows, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
@@ -84,12 +85,13 @@ class _Row(NamedTuple):
     read: Callable[[], bytes]
 
 
-def load_gtsrb(folders: Sequence[Path], download: bool) -> TrainTest:
-    """Loads GTSRB: 43 classes, each image resized to [32, 32, 3] without cropping.
+def load_gtsrb(folders: Sequence[Path], download: bool, *, side: int = SMALL) -> TrainTest:
+    """Loads GTSRB: 43 classes, each image scaled to [side, side, 3] without cropping.
 
     Args:
         folders: Where to look for `gtsrb/GTSRB`, `GTSRB`, or the three archives, alone or in `gtsrb`.
         download: Whether to download the archives if nothing is found.
+        side: Height and width of the images.
 
     Returns:
         The published split; `source` says how many of the published rows there are. Other files among the images are in
@@ -101,10 +103,10 @@ def load_gtsrb(folders: Sequence[Path], download: bool) -> TrainTest:
     for folder in folders:
         for root in (folder / "gtsrb", folder):
             if (root / "GTSRB").is_dir():
-                return _load_unpacked(root)
+                return _load_unpacked(root, side)
             archives = [root / archive.file_name for archive in _ARCHIVES]
             if all(path.exists() for path in archives):
-                return _load_archives(*archives)
+                return _load_archives(*archives, side)
     wanted = f"folder gtsrb/GTSRB or archives {', '.join(archive.file_name for archive in _ARCHIVES)}"
     destination = folders[0] / "gtsrb"
     if not download:
@@ -113,10 +115,10 @@ def load_gtsrb(folders: Sequence[Path], download: bool) -> TrainTest:
         fetched = fetch(_ARCHIVES, "gtsrb")
     except InputError as error:
         raise not_found("gtsrb", wanted, folders, download_hint(_ARCHIVES, destination, download, error)) from error
-    return _load_archives(*(fetched[archive.file_name] for archive in _ARCHIVES))
+    return _load_archives(*(fetched[archive.file_name] for archive in _ARCHIVES), side)
 
 
-def _load_unpacked(root: Path) -> TrainTest:
+def _load_unpacked(root: Path, side: int) -> TrainTest:
     training_folder = next((folder for folder in _TRAINING_FOLDERS if (root / folder).is_dir()), None)
     if training_folder is None:
         raise InputError(f"{root}: has no training images; {' or '.join(_TRAINING_FOLDERS)} is needed")
@@ -135,8 +137,8 @@ def _load_unpacked(root: Path) -> TrainTest:
             raise InputError(f"{path}: is missing, although {table.name} has a row for it")
         test_rows.append(_Row(path, name, label, partial(_read, path)))
     return TrainTest(
-        _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder], unread),
-        _decode(test_rows, table, root, _NUM_TEST_ROWS, _unread_test_files(names, test_rows)),
+        _decode(training_rows, root / training_folder, root, _TRAINING_FOLDERS[training_folder], unread, side),
+        _decode(test_rows, table, root, _NUM_TEST_ROWS, _unread_test_files(names, test_rows), side),
     )
 
 
@@ -176,7 +178,7 @@ def _unread_test_files(names: Mapping[str, str], rows: Sequence[_Row]) -> tuple[
     )
 
 
-def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> TrainTest:
+def _load_archives(training_path: Path, test_path: Path, table_path: Path, side: int) -> TrainTest:
     def member(path: Path, name: str) -> str:
         return f"{path}, member {short(name)}"
 
@@ -186,7 +188,7 @@ def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> Tr
             (name for name in _TRAINING_FOLDERS if any(file.startswith(f"{name}/") for file in names)), "GTSRB"
         )
         rows, unread = _training_rows(names, folder, partial(member, training_path), archive.read)
-        train = _decode(rows, training_path, training_path, _TRAINING_FOLDERS["GTSRB/Training"], unread)
+        train = _decode(rows, training_path, training_path, _TRAINING_FOLDERS["GTSRB/Training"], unread, side)
     with open_zip(table_path, _LIMITS) as archive:
         if _TEST_LABELS not in archive.sizes:
             raise InputError(f"{table_path}: does not contain {_TEST_LABELS}")
@@ -199,7 +201,7 @@ def _load_archives(training_path: Path, test_path: Path, table_path: Path) -> Tr
                 raise InputError(f"{test_path}: does not contain {name}, although {table_path.name} has a row for it")
             rows.append(_Row(member(test_path, name), name, label, partial(archive.read, name)))
         unread = _unread_test_files(dict.fromkeys(archive.sizes, ""), rows)
-        return TrainTest(train, _decode(rows, test_path, test_path, _NUM_TEST_ROWS, unread))
+        return TrainTest(train, _decode(rows, test_path, test_path, _NUM_TEST_ROWS, unread, side))
 
 
 def _read(path: str | Path) -> bytes:
@@ -236,16 +238,17 @@ def _read_table(data: bytes, where: object) -> list[tuple[str, int]]:
     return list(table.items())
 
 
-def _decode(rows: list[_Row], where: object, source: Path, num_published: int, unread: tuple[Unread, ...]) -> Dataset:
+def _decode(
+    rows: list[_Row], where: object, source: Path, num_published: int, unread: tuple[Unread, ...], side: int
+) -> Dataset:
     if not rows:
         raise InputError(f"{where}: contains no images; .ppm files are needed")
-    images = np.empty((len(rows), *RESIZED, 3), np.uint8)
-    for index, row in enumerate(rows):
-        images[index] = read_pixels(row.read(), row.where, size=RESIZED)
+    images, sizes = read_scaled([(row.read, row.where) for row in rows], side)
     labels = np.array([row.label for row in rows])
-    described = f"{source} ({describe_rows(len(rows), num_published)})"
+    note = scaling_note(sizes, (side, side))
+    described = f"{source} ({describe_rows(len(rows), num_published)}{note})"
     files = [row.file for row in rows]
     dataset = make_dataset(
         images, labels, len(_CLASS_NAMES), "gtsrb", described, _CLASS_NAMES, where=where, files=files
     )
-    return dataclasses.replace(dataset, unread=unread)
+    return dataclasses.replace(dataset, unread=unread, original_sizes=sizes if note else {})

@@ -16,19 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from bdjax.datasets.decoding import (
-    RESIZED,
-    SUFFIXES,
-    ImageHeader,
-    Picture,
-    decode,
-    read_header,
-    resizing_note,
-    rules_note,
-)
+from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read_header, rules_note
 from bdjax.datasets.files import Listed, free_memory, list_files, list_level, read_file
+from bdjax.datasets.scaling import FLAG, Size, as_text, check_one_size, count_sizes, scaling_note
 from bdjax.datasets.splits import fixed_test_split, take_part
 from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
 from bdjax.errors import InputError
@@ -91,7 +82,8 @@ class _Rows(NamedTuple):
     rows: list[_Row]
     images: np.ndarray
     """uint8 [N, H, W, C]"""
-    num_sizes: int
+    sizes: list[Counter]
+    """for each part: (height, width) before scaling -> number of files"""
     counts: list[Counter]
     """for each part: key of `RULES`, or of `_FACTS` -> number of files"""
     unreadable: list[Unread]
@@ -108,12 +100,12 @@ def load_image_folder(path: Path, options: ReadOptions = STRICT) -> TrainTest:
 
     Returns:
         The folder's own split (`test` rather than `val`), or a fixed stratified 80/20 split. Images are [H, W, 1] if all are
-        grey, otherwise [H, W, 3]. If sizes differ, all are resized to 32x32 and `source` says so. Classes are in the order of
-        their names, as numbers if all are numbers. `files` is relative to `path`, and `unread` lists every file that is no row.
+        grey, otherwise [H, W, 3]. Classes are in the order of their names, as numbers if all are numbers. `files` is relative
+        to `path`, and `unread` lists every file that is no row.
 
     Raises:
         InputError: If there are fewer than two classes, a class has no images, a test class is not a training class, an image
-            cannot be read, or the images do not fit into memory.
+            cannot be read, images differ in size and `options` has no `image_size`, or they do not fit into memory.
     """
     found = _find(path, options)
     if len(found.parts) == 1 and found.parts[0].prefix:
@@ -330,7 +322,7 @@ def _rows_of(parts: Sequence[_Part], train: _Part) -> list[_Row]:
 def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
     """Reads the rows of all parts in their common form."""
     train = found.parts[0]
-    read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), found.also)
+    read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), found.also, options)
     if read.unreadable and not options.skip_unreadable:
         raise _refusal(path, read.unreadable)
     unread = (*found.unread, *(Unread(file, _fault(reason)) for file, reason in read.unreadable))
@@ -345,7 +337,9 @@ def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
         labels = np.array([row.label for row in rows], np.int32)
         if read.unreadable and not options.allow_empty_classes:
             _check_readable(part, {class_names[label] for label in labels})
-        notes = [resizing_note(read.num_sizes), rules_note(read.counts[number])]
+        sizes = count_sizes(read.sizes[number])
+        scaling = scaling_note(sizes, images.shape[1:3])
+        notes = [scaling, rules_note(read.counts[number])]
         notes += [
             f", {read.counts[number][fact]:,} {text}" for fact, text in _FACTS.items() if read.counts[number][fact]
         ]
@@ -360,7 +354,7 @@ def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
             where=part.folder,
             files=[row.name for row in rows],
         )
-        datasets.append(dataclasses.replace(dataset, unread=unread))
+        datasets.append(dataclasses.replace(dataset, unread=unread, original_sizes=sizes if scaling else {}))
     return datasets
 
 
@@ -384,27 +378,35 @@ def _fault(reason: str) -> str:
     return reason.split("; ")[0]
 
 
-def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[Listed]) -> _Rows:
-    """Reads each file once."""
+def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[Listed], options: ReadOptions) -> _Rows:
+    """Reads each file once; of images in several sizes without `image_size`, those after the second size are only counted."""
+    side = options.image_size
     stack = _Stack(path, len(rows))
+    elsewhere: Counter[Size] = Counter()
     for header in _headers(also):
-        stack.see(header)
+        stack.is_grey &= header.is_grey
+        elsewhere[header.size] += 1
     kept: list[_Row] = []
     unreadable: list[Unread] = []
-    counts = [Counter() for _ in range(num_parts)]
+    sizes: list[Counter] = [Counter() for _ in range(num_parts)]
+    counts: list[Counter] = [Counter() for _ in range(num_parts)]
     seen: dict[bytes, _Row] = {}
     for number, row in enumerate(rows, start=1):
         try:
             data = read_file(row.file.path, _MAXIMUM_FILE_BYTES, "images")
-            picture = decode(data, row.file.path, size=RESIZED if len(stack.sizes) > 1 else None)
+            picture = decode(data, row.file.path, size=(side, side) if side else None)
         except InputError as error:
             unreadable.append(Unread(row.name, str(error).removeprefix(f"{row.file.path}: ")))
             continue
-        stack.add(picture, _headers(row.file for row in itertools.islice(rows, number, None)))
+        sizes[row.part][picture.header.size] += 1
+        if not side and len({*elsewhere, *itertools.chain(*sizes)}) > 1:
+            rest = Counter(header.size for header in _headers(row.file for row in rows[number:]))
+            check_one_size(path, count_sizes(elsewhere, *sizes, rest))
+        stack.add(picture)
         kept.append(row)
         for key in (*picture.rules, *_facts(row, data, seen)):
             counts[row.part][key] += 1
-    return _Rows(kept, stack.filled(), len(stack.sizes), counts, unreadable)
+    return _Rows(kept, stack.filled(), sizes, counts, unreadable)
 
 
 def _headers(files: Iterable[Listed]) -> Iterator[ImageHeader]:
@@ -431,78 +433,48 @@ def _facts(row: _Row, data: bytes, seen: dict[bytes, _Row]) -> Iterator[str]:
 
 
 class _Stack:
-    """Images in one array. Its form adapts to the images that are added, so that each file is read and decoded once."""
+    """Images of one size in one array. It gets colours with the first image that has some, so that each file is read once."""
 
     def __init__(self, path: Path, capacity: int) -> None:
         self.path = path
         self.capacity = capacity
-        self.sizes: set[tuple[int, int]] = set()
         self.is_grey = True
         self.images: np.ndarray | None = None
         self.count = 0
 
-    def see(self, header: ImageHeader) -> None:
-        """Lets an image have a say in the form."""
-        self.sizes.add(header.size)
-        self.is_grey &= header.is_grey
-
-    def add(self, picture: Picture, rest: Iterator[ImageHeader]) -> None:
+    def add(self, picture: Picture) -> None:
         """Adds an image.
-
-        Args:
-            picture: in its own size, or resized.
-            rest: the headers of the images to come. If one has another size, all are resized and so take less memory.
 
         Raises:
             InputError: if the images will not fit into memory.
         """
-        self.see(picture.header)
-        if self.images is None or self.images.shape[1:] != self._form():
-            if not self._fits():
-                self.see(next((header for header in rest if header.size not in self.sizes), picture.header))
-            if not self._fits():
-                raise self._too_large()
-            self._change()
-        self.images[self.count] = _resized(picture.pixels, self.images.shape[1:3])
+        self.is_grey &= picture.header.is_grey
+        form = (*picture.pixels.shape[:2], 1 if self.is_grey else 3)
+        if self.images is None or self.images.shape[1:] != form:
+            self._change(form)
+        self.images[self.count] = picture.pixels
         self.count += 1
 
     def filled(self) -> np.ndarray:
         """uint8 [N, H, W, C]: the images so far."""
         return np.empty((0, 1, 1, 1), np.uint8) if self.images is None else self.images[: self.count]
 
-    def _form(self) -> tuple[int, int, int]:
-        return (*(RESIZED if len(self.sizes) > 1 else next(iter(self.sizes))), 1 if self.is_grey else 3)
-
-    def _num_bytes(self) -> int:
-        return self.capacity * math.prod(self._form())
-
-    def _fits(self) -> bool:
-        return self._num_bytes() <= _USABLE_MEMORY * free_memory()
-
-    def _too_large(self) -> InputError:
-        height, width, channels = self._form()
-        free = free_memory()
-        return InputError(
-            f"{self.path}: {self.capacity:,} images of {height}x{width} pixels and {channels} channel(s) take "
-            f"{self._num_bytes() / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free; use fewer or smaller images"
+    def _change(self, form: tuple[int, int, int]) -> None:
+        previous, free = self.filled(), free_memory()
+        num_bytes = self.capacity * math.prod(form)
+        too_large = InputError(
+            f"{self.path}: {self.capacity:,} images of {as_text(form[:2])} pixels and {form[2]} channel(s) take "
+            f"{num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free; use fewer images, or {FLAG}=N "
+            "to make them smaller"
         )
-
-    def _change(self) -> None:
-        previous = self.filled()
+        if num_bytes > _USABLE_MEMORY * free:
+            raise too_large
         try:
-            self.images = np.empty((self.capacity, *self._form()), np.uint8)
+            self.images = np.empty((self.capacity, *form), np.uint8)
         except MemoryError as error:
-            raise self._too_large() from error
-        for index, pixels in enumerate(previous):
-            self.images[index] = _resized(pixels, self.images.shape[1:3])
-
-
-def _resized(pixels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Resizes uint8 [H, W, 1 or 3] as `decode` does."""
-    if pixels.shape[:2] == size:
-        return pixels
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, -1)
+            raise too_large from error
+        if self.count:
+            self.images[: self.count] = previous
 
 
 def _split(dataset: Dataset) -> TrainTest:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdjax.datasets.archives import Arrays, open_npz, short
+from bdjax.datasets.scaling import scaled, size_hint
 from bdjax.datasets.splits import fixed_test_split, take_part
 from bdjax.datasets.validation import STRICT, ReadOptions, as_int32_labels, as_uint8_images, make_dataset
 from bdjax.errors import InputError
@@ -72,14 +73,14 @@ def load_npz(path: Path, options: ReadOptions = STRICT) -> TrainTest:
             `class_names` says that there is a class 0 (unless `options` allows it).
     """
     content = _read(path, options, needs_test=True)
-    train = _training_rows(content, path)
+    train = _training_rows(content, path, options)
     if not content.names.test_images:
         return _split(train, path)
-    test = _dataset(content, content.names.test_images, content.names.test_labels, path)
+    test = _dataset(content, content.names.test_images, content.names.test_labels, path, options)
     if train.image_shape != test.image_shape:
         raise InputError(
             f"{path}: {content.names.train_images} are {list(train.image_shape)} and {content.names.test_images} "
-            f"{list(test.image_shape)}; their shapes must be equal"
+            f"{list(test.image_shape)}; their shapes must be equal{size_hint(train.image_shape, test.image_shape)}"
         )
     return TrainTest(train, test)
 
@@ -97,7 +98,7 @@ def load_suspect_npz(path: Path, options: ReadOptions = STRICT) -> Dataset:
     Raises:
         InputError: As `load_npz`, but a class may have any number of rows.
     """
-    return _training_rows(_read(path, options, needs_test=False), path)
+    return _training_rows(_read(path, options, needs_test=False), path, options)
 
 
 def classes_as_arrays(dataset: Dataset) -> dict[str, np.ndarray]:
@@ -116,8 +117,8 @@ def _printable(letter: str) -> str:
     return letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}"
 
 
-def _training_rows(content: _Content, path: Path) -> Dataset:
-    dataset = _dataset(content, content.names.train_images, content.names.train_labels, path)
+def _training_rows(content: _Content, path: Path, options: ReadOptions) -> Dataset:
+    dataset = _dataset(content, content.names.train_images, content.names.train_labels, path, options)
     return _with_poison(dataset, content.arrays, path)
 
 
@@ -255,13 +256,13 @@ def _num_classes(
     return num_classes
 
 
-def _dataset(content: _Content, images: str, labels: str, path: Path) -> Dataset:
+def _dataset(content: _Content, images: str, labels: str, path: Path, options: ReadOptions) -> Dataset:
     where = f"{path}, {images}"
     pixels = as_uint8_images(content.arrays[images], where)
     checked = as_int32_labels(content.arrays[labels], content.num_classes, f"{path}, {labels}")
     source = f"{path} ({len(pixels):,} {_in_words(images, content.names)}{content.note})"
     dataset = make_dataset(pixels, checked, content.num_classes, path.stem, source, content.class_names, where=where)
-    return dataclasses.replace(dataset, unread=content.unread)
+    return scaled(dataclasses.replace(dataset, unread=content.unread), options.image_size)
 
 
 def _in_words(images: str, names: _Names) -> str:

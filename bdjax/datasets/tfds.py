@@ -10,6 +10,7 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax.datasets.archives import short
-from bdjax.datasets.decoding import common_size, read_header, read_pixels
+from bdjax.datasets.decoding import read_header, read_pixels
 from bdjax.datasets.files import open_file, read_file
-from bdjax.datasets.validation import make_dataset, one_line
+from bdjax.datasets.scaling import Size, check_one_size, count_sizes, scaled, scaling_note
+from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
@@ -60,19 +62,20 @@ class _Split(NamedTuple):
     shard_lengths: tuple[int, ...]
 
 
-def load_tfds(name: str, folders: Sequence[Path]) -> TrainTest:
+def load_tfds(name: str, folders: Sequence[Path], options: ReadOptions = STRICT) -> TrainTest:
     """Loads a prepared set with the features `image` and `label`.
 
     Args:
         name: The name in TensorFlow Datasets: "cifar10", "name/config", "name:1.0.0"; without a version, the highest.
         folders: Where to look for it; then $TFDS_DATA_DIR and ~/tensorflow_datasets.
+        options: What to tolerate; only `image_size` applies.
 
     Returns:
-        The splits `train`, and `test` or else `validation`. If sizes differ, images are resized to 32x32 and `source` says
-        so. Other splits and images are in `unread`.
+        The splits `train`, and `test` or else `validation`. Other splits and images are in `unread`.
 
     Raises:
-        InputError: If the set is not found, cannot be read without TensorFlow, or lacks a required feature or split.
+        InputError: If the set is not found, cannot be read without TensorFlow, lacks a required feature or split, or has images
+            of several sizes and `options` has no `image_size`.
     """
     folders = (*folders, *_default_folders())
     folder = _find(name, folders)
@@ -107,7 +110,8 @@ def load_tfds(name: str, folders: Sequence[Path]) -> TrainTest:
         for name, feature in features.items()
         if name != "image" and feature.kind == _IMAGE
     ]
-    train, test = _make_datasets(re.sub(r"[/:]", "_", name), folder, rows, features["image"], class_names)
+    named = re.sub(r"[/:]", "_", name)
+    train, test = _make_datasets(named, folder, rows, features["image"], class_names, options.image_size)
     return TrainTest(*(dataclasses.replace(part, unread=tuple(unread)) for part in (train, test)))
 
 
@@ -362,28 +366,38 @@ def _make_datasets(
     rows: Mapping[str, list[tuple[Any, int]]],
     image: _Feature,
     class_names: tuple[str, ...],
+    side: int | None,
 ) -> list[Dataset]:
     images = {split: [image for image, _ in of_split] for split, of_split in rows.items()}
-    note = ""
+    sizes: dict[str, dict[Size, int]] = {split: {} for split in rows}
     if image.kind == _IMAGE:
         # Image files are decoded by `read_pixels`, which accepts fewer formats than TFDS.
-        decoded, note = _decode_parts(images, folder)
+        decoded, sizes = _decode_parts(images, folder, side)
     else:
         decoded = {split: np.stack(of_split) for split, of_split in images.items()}
     datasets = []
     for split, of_split in rows.items():
+        note = scaling_note(sizes[split], decoded[split].shape[1:3])
         source = f"{folder} ({len(of_split):,} rows of {split}{note})"
         labels = np.array([label for _, label in of_split], np.int64)
         where = f"{folder}, split {split}"
-        datasets.append(make_dataset(decoded[split], labels, len(class_names), name, source, class_names, where=where))
+        dataset = make_dataset(decoded[split], labels, len(class_names), name, source, class_names, where=where)
+        datasets.append(scaled(dataclasses.replace(dataset, original_sizes=sizes[split] if note else {}), side))
     return datasets
 
 
-def _decode_parts(parts: Mapping[str, list[bytes]], folder: Path) -> tuple[dict[str, np.ndarray], str]:
+def _decode_parts(
+    parts: Mapping[str, list[bytes]], folder: Path, side: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, dict[Size, int]]]:
+    """The images of each part, and the number of those of each size before scaling."""
     files = {(split, row): data for split, encoded in parts.items() for row, data in enumerate(encoded)}
     headers = {place: read_header(data, f"{folder}, {place[0]} row {place[1]}") for place, data in files.items()}
     grey = all(header.is_grey for header in headers.values())
-    size, note = common_size(list(headers.values()))
+    sizes = {split: Counter(headers[split, row].size for row in range(len(parts[split]))) for split in parts}
+    together = count_sizes(*sizes.values())
+    if side is None:
+        check_one_size(folder, together)
+    size = (side, side) if side else next(iter(together))
     decoded = {
         split: np.stack(
             [
@@ -393,4 +407,4 @@ def _decode_parts(parts: Mapping[str, list[bytes]], folder: Path) -> tuple[dict[
         )
         for split, encoded in parts.items()
     }
-    return decoded, note
+    return decoded, {split: count_sizes(of_split) for split, of_split in sizes.items()}

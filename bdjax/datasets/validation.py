@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bdjax.errors import InputError
+from bdjax.settings import ImageSide, mistake
 from bdjax.types import Dataset
 
 _MAXIMUM_CLASSES = 1_000_000
@@ -18,9 +19,21 @@ class ReadOptions(NamedTuple):
     """leave out files that cannot be read, and list them in `Dataset.unread`; by default they are an error"""
     allow_empty_classes: bool = False
     """accept classes without rows; by default labels that start at 1 are an error"""
+    image_size: int | None = None
+    """height and width that all images are scaled to, see `ImageSide`; by default images of several sizes are an error"""
 
 
 STRICT = ReadOptions()
+
+
+def check_options(options: ReadOptions) -> None:
+    """Checks the options of a reader.
+
+    Raises:
+        InputError: If `image_size` is not a size that networks take.
+    """
+    if options.image_size is not None and (wrong := mistake(ImageSide, options.image_size)):
+        raise InputError(f"image_size {options.image_size!r} {wrong}")
 
 
 def one_line(error: object) -> str:

@@ -373,6 +373,9 @@ class Defense:
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
     it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
+    chosen_clean: str = ""
+    """the setting with the most clean rows of a class that it uses, if it chooses rows that the network classifies
+    correctly and so can be given more than it uses; "" for a defense that uses all it is given"""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """changes of the settings by preset ("quick", "strong"), by the recipe of a quick run ("speedrun", which has all rows), by
     the dataset ("gtsrb"), or by both ("quick digits")"""

@@ -24,6 +24,7 @@ from bdjax import atomic
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.datasets.archives import open_npz
+from bdjax.datasets.scaling import size_hint
 from bdjax.errors import InputError
 from bdjax.models import ComputeDtype, Lowering, make_model
 from bdjax.training import checkpoint, ensemble, processes
@@ -128,9 +129,11 @@ def read(
         if not isinstance(about.get(name), kind):
             raise InputError(f"{folder / 'about.json'}: {name} should be {kind.__name__}, not {about.get(name)!r}")
     if about["num_classes"] != num_classes or about["image_shape"] != list(image_shape):
+        is_shape = len(about["image_shape"]) == 3 and about["num_classes"] == num_classes
+        hint = size_hint(about["image_shape"], image_shape) if is_shape else ""
         raise InputError(
             f"{folder}: the models have {about['num_classes']} classes and take images of shape {about['image_shape']}; "
-            f"the data has {num_classes} classes and images of shape {list(image_shape)}"
+            f"the data has {num_classes} classes and images of shape {list(image_shape)}{hint}"
         )
     if about["members"] < 1:
         raise InputError(f"{folder / 'about.json'}: members is {about['members']}; should be at least 1")

@@ -12,8 +12,9 @@ others are recomputed, since several of them do not follow from the rows above t
   runs differ in the seed and, all-to-one, in the target class, 0 to 4. A number is the mean of the five and its standard
   deviation; that of an average is the standard deviation of the five runs' averages. A run without a result counts as F1 0, as
   a run that flags nothing does. ABL is given the poisoning rate and flags that share of the rows, so that its precision equals
-  its recall. AGPD and SCAn are given 10 clean rows per class, taken from the test set. VBD's three networks are far smaller
-  than the other detectors' PreActResNet-18. Means over both datasets are left out, other than table 5's.
+  its recall. AGPD and SCAn are given 10 clean rows per class, taken from the test set, AGPD 10 that its network classifies
+  correctly. VBD's three networks are far smaller than the other detectors' PreActResNet-18. Means over both datasets are left
+  out, other than table 5's.
 - RobustKD (Chen et al. 2024, tables 3 to 7): students, and the teachers that they were distilled from. Every cell is kept, even
   where cells contradict each other: table 3 and the FKD columns of tables 4 and 5 print different numbers for the same
   experiments. The teachers of tables 3 to 6 have a single accuracy (and in tables 4 and 6 a single success) for all attacks,

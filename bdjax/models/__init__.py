@@ -18,6 +18,7 @@ from bdjax.models import (
 )
 from bdjax.models.facade import (
     as_model,
+    convolution_shapes,
     count_parameters,
     embedding,
     group_shapes,
@@ -31,6 +32,7 @@ __all__ = [
     "MODELS",
     "ComputeDtype",
     "Lowering",
+    "convolution_shapes",
     "count_parameters",
     "default_lowering",
     "embedding",

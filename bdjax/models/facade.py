@@ -1,11 +1,13 @@
 """Wraps Flax modules as pure pairs `Model(init, apply)`, so that callers do not depend on Flax."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bdjax.models.layers import Convolution, layout_of
 from bdjax.types import Model, ModelOutput, PyTree
 
 
@@ -25,7 +27,28 @@ def as_model(
         (logits, recorded), updated = module.apply(variables, images, train=True, edits=edits, mutable=["batch_stats"])
         return ModelOutput(logits, recorded.features, {**variables, **updated}, recorded.groups)
 
-    return Model(init, apply, num_classes, description, prepare)
+    def convolutions(
+        variables: PyTree, images: jax.Array, offsets: Mapping[str, jax.Array] = {}
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        outputs: dict[str, jax.Array] = {}
+
+        def record(call: Callable[..., jax.Array], args: tuple, options: dict, context: Any) -> Any:
+            y, layer = call(*args, **options), context.module
+            if not isinstance(layer, Convolution) or context.method_name != "__call__":
+                return y
+            name, layout = "/".join(layer.path), layout_of(layer.lowering)
+            outputs[name] = layout.to_nhwc(y).astype(jnp.float32)
+            if name in offsets:
+                outputs[name] += offsets[name]
+                y = layout.from_nhwc(outputs[name]).astype(y.dtype)
+            return y
+
+        # Around every layer, so that no network has to name its convolutions.
+        with nn.intercept_methods(record):
+            logits, _ = module.apply(variables, images, train=False)
+        return logits, outputs
+
+    return Model(init, apply, num_classes, description, prepare, convolutions)
 
 
 def count_parameters(model: Model, image_shape: tuple[int, int, int]) -> int:
@@ -65,6 +88,29 @@ def tap_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tup
         image_shape: (H, W, C).
     """
     return _shapes(model, None, image_shape)[0]
+
+
+def convolution_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[int, int, int]]:
+    """The convolutions of a network in order, with the shapes (h, w, C) of their outputs; nothing is computed.
+
+    The result is empty for a model of other making. The first layer of VBD's simple networks, which is fused on a CPU, is
+    not among them.
+
+    Args:
+        model: a network.
+        image_shape: (H, W, C).
+    """
+    shapes: dict[str, tuple[int, int, int]] = {}
+    if model.convolutions is None:
+        return shapes
+
+    def call(variables: PyTree, images: jax.Array) -> None:
+        outputs = model.convolutions(variables, images)[1]
+        shapes.update({name: output.shape[1:] for name, output in outputs.items()})
+
+    variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+    jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return shapes
 
 
 def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

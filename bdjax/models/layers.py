@@ -376,7 +376,11 @@ def uniform_fan_in(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> 
     return _uniform(math.prod(shape[:-1]))(key, shape, dtype)
 
 
-class Conv(nn.Module):
+class Convolution(nn.Module):
+    """Any layer whose output `Model.convolutions` records; it has a `lowering`."""
+
+
+class Conv(Convolution):
     """PyTorch's `Conv2d`, by default initialised as in torchvision's ResNets and VGGs: normal, He et al. 2015, fan out.
 
     A bias starts at 0.
@@ -404,7 +408,7 @@ class Conv(nn.Module):
         return y + along(bias.astype(x.dtype), channel_axis)
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Convolution):
     """PyTorch's `Conv2d(C, C, 3, padding=1, groups=C, bias=False)`, initialised as in torchvision's MobileNetV2.
 
     That is normal, fan out; PyTorch counts all C channels in the fan out, although each input has one output.

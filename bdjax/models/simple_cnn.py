@@ -13,6 +13,7 @@ Pixels are not standardised: an unpadded convolution without bias followed by no
 and to a scale that all channels share, and the published constants differ by 7 % between channels.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
 
@@ -58,7 +59,13 @@ def read_layers(text: str) -> tuple[tuple[int, bool], ...]:
 
 # ---- The first layer on a CPU --------------------------------------------------------------------------------------
 
-IMAGES_AT_ONCE = 8
+PIXELS_AT_ONCE = 8 * 32 * 32
+"""Of a first layer's input: with more, its maps would leave the cache of a core."""
+
+
+def images_at_once(count: int, height: int, width: int) -> int:
+    """How many of a number of images of this size the first layer computes at a time: a power of two, or all."""
+    return min(2 ** int(math.log2(max(1, PIXELS_AT_ONCE // (height * width)))), count)
 
 
 class ConvKernel(nn.Module):
@@ -120,7 +127,7 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool
     """
     kernel = ConvKernel(features, images.shape[3], name="stage1_conv")()
     matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(features, -1)
-    count, at_once = len(images), min(IMAGES_AT_ONCE, len(images))
+    count, at_once = len(images), images_at_once(*images.shape[:3])
     padding = -count % at_once  # images of zeros, which do not change any sum
     padded = jnp.concatenate([images, jnp.zeros((padding, *images.shape[1:]), images.dtype)])
     groups = padded.reshape(-1, at_once, *images.shape[1:])

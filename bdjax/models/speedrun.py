@@ -25,6 +25,7 @@ from bdjax.models.layers import (
     BatchNorm,
     Classifier,
     ComputeDtype,
+    Convolution,
     Lowering,
     Taps,
     along,
@@ -120,7 +121,7 @@ def _identity(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return kernel.at[..., :passed].set(identity)
 
 
-class Whitening(nn.Module):
+class Whitening(Convolution):
     """A 2x2 convolution without padding, of the constants `kernel` and `offset`, with a trained bias, initially 0."""
 
     lowering: Lowering
@@ -136,7 +137,7 @@ class Whitening(nn.Module):
         return y + along((offset.value + bias).astype(x.dtype), axis)
 
 
-class IdentityConv(nn.Module):
+class IdentityConv(Convolution):
     """A 3x3 convolution of padding 1 without bias, which initially passes its input on: see `_identity`."""
 
     features: int

@@ -11,8 +11,9 @@
 
 In addition, only where there is something to say: "class_names" [..]; "not_tested" [{"attack", "method", "title", "seed",
 "reason", "classes": {title: reason}}]; "shared_rows" [{"of": "the suspect set", "count", "rows"}], clean rows that another set
-has, too; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should not be relied on; "limits"
-[sentence], what the run cannot show.
+has, too; "scaled" [{"of": dataset, "image_size": [h, w], "original_sizes": [{"size": [h, w], "images"}], "num_sizes", "text"}],
+what was scaled, with the most frequent sizes; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should
+not be relied on; "limits" [sentence], what the run cannot show.
 
 A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
 network. Wall times are not in results.json, so that a repeated run writes the same file.
@@ -26,13 +27,15 @@ import numpy as np
 
 from bdjax import metrics
 from bdjax.attacks.label_rules import titled
+from bdjax.datasets import scaling
 from bdjax.evaluation.measure import Measured
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant
 from bdjax.reporting.tables import mean_and_spread
 from bdjax.run.folder import to_plain
+from bdjax.run.text import printable
 from bdjax.settings import read_variant
-from bdjax.types import class_title
+from bdjax.types import Dataset, class_title
 
 NO_DEFENSE = "none"
 """The base name of the baseline."""
@@ -359,6 +362,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
         files, lists = ("1 file", "it") if count == 1 else (f"{count:,} files", "them")
         was = "was" if count == 1 else "were"
         texts.append(f"{files} of the data {was} not read and so not examined: not_read.csv lists {lists}.")
+    texts += [entry["text"] for entry in results.get("scaled", ())]
     for shared in results.get("shared_rows", ()):
         texts.append(f"{shared_text(shared)}. A method that trusts them may take what they carry for clean.")
     for name, reason in results["left_out"].items():
@@ -389,6 +393,34 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
     texts += [f"{entry['title']}, seed {entry['seed']}: {entry['text']}." for entry in results.get("warnings", ())]
     texts += results.get("limits", ())
     return texts
+
+
+def scaled(parts: Iterable[Dataset]) -> list[dict[str, Any]]:
+    """The entries of results["scaled"]: what was scaled, and what a small patch is in the originals.
+
+    Args:
+        parts: the run's datasets; those of the same name, such as training and test rows, count together.
+    """
+    of_name: dict[str, list[Dataset]] = {}
+    for part in parts:
+        if part.original_sizes:
+            of_name.setdefault(part.name, []).append(part)
+    entries = []
+    for name, same in of_name.items():
+        # Parts of one split array all have the sizes of the whole.
+        sizes = scaling.count_sizes(*{id(part.original_sizes): part.original_sizes for part in same}.values())
+        size = same[0].image_shape[:2]
+        named = scaling.ranked(sizes)[: scaling.MOST_SIZES]
+        entries.append(
+            {
+                "of": name,
+                "image_size": list(size),
+                "original_sizes": [{"size": list(original), "images": count} for original, count in named],
+                "num_sizes": len(sizes),
+                "text": scaling.scaling_text(printable(name), sizes, size),
+            }
+        )
+    return entries
 
 
 def shared_text(shared: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from bdjax.run.text import printable
 from bdjax.settings import (
     Amount,
     Count,
+    ImageSide,
     LearningRate,
     Members,
     NotNegative,
@@ -76,6 +77,9 @@ class ExperimentConfig:
     """leave out files of a folder that cannot be read, and list them in the report; by default the run ends with an error"""
     allow_empty_classes: bool = False
     """accept a folder or an .npz with classes that have no rows"""
+    image_size: ImageSide | None = None
+    """height and width that all images are scaled to, without cropping; by default they keep their size, and the run ends with
+    an error if a folder has several sizes"""
     target: Amount = 0
     """the attacker's class"""
 
@@ -272,8 +276,8 @@ def note_unread(log: StageLog, name: str, unread: Sequence[Unread]) -> None:
 
 
 def read_options(config: ExperimentConfig) -> datasets.ReadOptions:
-    """What the run tolerates in a folder or an .npz file."""
-    return datasets.ReadOptions(config.skip_unreadable, config.allow_empty_classes)
+    """What the run tolerates in a folder or an .npz file, and the size that it scales images to."""
+    return datasets.ReadOptions(config.skip_unreadable, config.allow_empty_classes, config.image_size)
 
 
 def choose_engine(config: ExperimentConfig, shape: probe.Shape, folder: pathlib.Path, log: StageLog) -> probe.Choice:

@@ -23,6 +23,7 @@ from bdjax.workflows.cleaned_copy import write_cleaned, write_rows
 from bdjax.workflows.detection import (
     Config,
     clean_rows,
+    inputs_of,
     needs_clean_rows,
     network_maker,
     read_detectors,
@@ -61,7 +62,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     suspect = as_suspect(data)
     needs = variant.defense.needs_with(variant.settings)
     check_needs(config, variant, suspect)
-    clean = clean_rows(config, data, None) if needs_clean_rows(variant) else None
+    clean = clean_rows(config, data, None, variants) if needs_clean_rows(variant) else None
     shared = base.find_shared(log, clean, {"the suspect set": data})
     _, left_out = without_untestable([variant], facts_of(data, clean, data.num_classes))
     run = base.begin(experiment, config, data, 1, log)
@@ -72,7 +73,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     recipe = train_config(config)
     needs_network = "attacked model" in needs and not left_out
     inputs = make_defense_input([suspect], keys, data, clean, make_network, recipe, runner, train_plainly=needs_network)
-    found = contract.detect(variant.defense, inputs, variant.settings)
+    found = contract.detect(variant.defense, *inputs_of(inputs, variant, config.clean_per_class))
     results = reporting.summarise(suspect, found, variant, config.seed)
     if reporting.reason_of(results):  # lists of flagged and of kept rows would look like a result
         results["cleaned"] = {"kind": None, "rows": 0}

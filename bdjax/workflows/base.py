@@ -294,6 +294,8 @@ def write_results(
     known = [part for part in parts if part is not None]
     unread = unread_of(*known)
     complete = {**results, **schema.class_names(known[0].class_names), "not_read": len(unread)}
+    if scaled := schema.scaled(known):
+        complete["scaled"] = scaled
     if shared:
         complete["shared_rows"] = list(shared)
     if "verdict" in complete:

@@ -20,7 +20,7 @@ import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import contract
-from bdjax.defenses.contract import DefenseInput
+from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, score_detection
 from bdjax.evaluation.patterns import compare_patterns, with_true_classes
@@ -58,7 +58,8 @@ class Config(SuspectConfig):
     defenses: str = "vbd"
     """detectors separated by commas, each with its settings: vbd,scan:threshold=10"""
     clean_per_class: Amount = 10
-    """clean rows of each class, taken from the test set, for detectors that need them; 0 leaves those detectors out"""
+    """clean rows of each class, taken from the test set, for detectors that need them; AGPD chooses among five times as many,
+    those that the network classifies correctly. 0 leaves those detectors out"""
     clean_data: str = ""
     """a dataset's name or path to take the clean rows from; an audited dataset has no test set"""
     suspects_at_once: Count = 10
@@ -122,10 +123,11 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             variants.append(variant)
     refuse_none(variants, texts, left_out)
     train, test = load(config, log)
-    clean = clean_rows(config, train, test) if any(map(needs_clean_rows, variants)) else None
+    clean = clean_rows(config, train, test, variants) if any(map(needs_clean_rows, variants)) else None
     named = clean if config.clean_data else None
     shared = base.find_shared(log, named, {"the suspect set": train})
-    variants, not_testable = without_untestable(variants, facts_of(train, clean, train.num_classes))
+    given = None if clean is None else take_per_class(clean, config.clean_per_class)
+    variants, not_testable = without_untestable(variants, facts_of(train, given, train.num_classes))
     left_out |= not_testable
     like = adapted_to(config)
     read = cache(lambda text, target: read_attack(text, train, target, like=like))
@@ -161,7 +163,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             inputs = make_defense_input(
                 suspects, keys, train, clean, make_network, recipe, runner, train_plainly=needs_network
             )
-            outcome = detect_all(inputs, suspects, variants, log, name)
+            outcome = detect_all(inputs, suspects, variants, config.clean_per_class, log, name)
             write_outcome(folder, f"{FILES}/{name}.npz", outcome)
             if processes.is_primary():
                 shutil.rmtree(checkpoints, ignore_errors=True)
@@ -240,33 +242,65 @@ def network_maker(config: Config, run: Run) -> Callable[..., Model]:
     return make_network
 
 
-def clean_rows(config: Config, train: Dataset, test: Dataset | None) -> Dataset | None:
-    """The detectors' clean rows: from `--clean-data` if it is set, otherwise from the test set.
+CHOICE = 5
+"""A detector that chooses its clean rows chooses among this many times `--clean-per-class` of each class."""
+
+
+def clean_rows(
+    config: Config, train: Dataset, test: Dataset | None, variants: Sequence[DefenseVariant]
+) -> Dataset | None:
+    """The detectors' clean rows: from `--clean-data` if it is set, otherwise from the test set. There are more than
+    `--clean-per-class` of a class if a detector chooses among them: see `inputs_of`.
 
     Raises:
         InputError: there are too few rows, or their shape or classes differ from the training set's.
     """
     if config.clean_data:
-        test = load_clean_data(config.clean_data, config.data_dir, train)
-    return take_per_class(test, config.clean_per_class) if test is not None else None
+        test = load_clean_data(config, train)
+    choice = CHOICE if any(variant.defense.chosen_clean for variant in variants) else 1
+    return take_per_class(test, config.clean_per_class, choice) if test is not None else None
 
 
-def take_per_class(dataset: Dataset, count: int) -> Dataset | None:
-    """The first `count` rows of each class; None if `count` is 0.
+def inputs_of(inputs: DefenseInput, variant: DefenseVariant, count: int) -> tuple[DefenseInput, Any]:
+    """The inputs and settings of one detector, which uses at most `count` clean rows of a class.
+
+    Args:
+        inputs: with the rows of `clean_rows`.
+        variant: the detector.
+        count: `--clean-per-class`.
+    """
+    settings, limit = variant.settings, variant.defense.chosen_clean
+    if "clean rows" not in inputs.knowledge:
+        return inputs, settings
+    if limit:
+        return inputs, dataclasses.replace(settings, **{limit: min(getattr(settings, limit), count)})
+    index, labels = inputs.knowledge["clean rows"]
+    kept = first_of_class(labels[0], count)  # the same for all suspects
+    return inputs.with_knowledge({"clean rows": PoolRows(index[:, kept], labels[:, kept])}), settings
+
+
+def first_of_class(labels: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` rows of each class, or all of a class that has fewer: int [n], in their order."""
+    rows = [np.flatnonzero(labels == label)[:count] for label in np.unique(labels)]
+    return np.sort(np.concatenate(rows))
+
+
+def take_per_class(dataset: Dataset, count: int, choice: int = 1) -> Dataset | None:
+    """The first `count` rows of each class, or up to `choice` times as many; None if `count` is 0.
 
     Raises:
-        InputError: a class has fewer rows.
+        InputError: a class has fewer than `count` rows.
     """
     if not count:
         return None
-    rows = [np.flatnonzero(dataset.labels == label)[:count] for label in range(dataset.num_classes)]
-    fewest = min(range(len(rows)), key=lambda label: len(rows[label]))
-    if len(rows[fewest]) < count:
+    available = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    fewest = int(np.argmin(available))
+    if available[fewest] < count:
         raise InputError(
             f"--clean-per-class {count}: class {dataset.class_title(fewest)} of {dataset.name} has only "
-            f"{len(rows[fewest])} rows"
+            f"{available[fewest]} rows"
         )
-    return splits.take(dataset, np.sort(np.concatenate(rows)))
+    return splits.take(dataset, first_of_class(dataset.labels, count * choice))
 
 
 def poison(key: jax.Array, config: Config, train: Dataset, attack: AttackVariant, seed: int) -> Suspect:
@@ -278,6 +312,7 @@ def detect_all(
     inputs: DefenseInput,
     suspects: Sequence[Suspect],
     variants: Sequence[DefenseVariant],
+    clean_per_class: int,
     log: StageLog,
     name: str,
 ) -> Outcome:
@@ -287,7 +322,7 @@ def detect_all(
     for variant in variants:
         start = time.perf_counter()
         with log.stage(f"{name}: {variant.name}") as stage:
-            detected = contract.detect(variant.defense, inputs, variant.settings)
+            detected = contract.detect(variant.defense, *inputs_of(inputs, variant, clean_per_class))
             if detected.patterns:
                 found += compare_patterns(detected, suspects)
                 detected = with_true_classes(detected, suspects)

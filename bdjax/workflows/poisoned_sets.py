@@ -6,7 +6,6 @@ of attacks and defenses) and their own figures.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from bdjax import datasets
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.datasets import splits
+from bdjax.datasets.scaling import size_hint
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, clean_members, defend, make_views, success_on
 from bdjax.evaluation.suspects import Suspect, group_by_size, make_defense_input, make_suspect, suspect_keys, try_out
@@ -34,7 +34,7 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, SuspectConfig, adapted_to, load, train_config
+from bdjax.run.config import ALL, SuspectConfig, adapted_to, load, read_options, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Share
@@ -207,7 +207,7 @@ def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[Tr
         )
     is_clean = is_attacked or config.dataset in datasets.DATASETS
     if config.clean_data:
-        return TrainTest(train, test), load_clean_data(config.clean_data, config.data_dir, train), is_clean
+        return TrainTest(train, test), load_clean_data(config, train), is_clean
     if not is_clean or not config.clean_share:
         return TrainTest(train, test), None, is_clean
     stay, held_back = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)
@@ -219,23 +219,24 @@ def load_rows(config: Config, attacks: Sequence[str], log: StageLog) -> tuple[Tr
     return TrainTest(splits.take(train, stay), test), splits.take(train, held_back), is_clean
 
 
-def load_clean_data(name: str, data_dir: pathlib.Path | None, train: Dataset) -> Dataset:
+def load_clean_data(config: Any, train: Dataset) -> Dataset:
     """The training rows of another dataset, as clean rows for a defense on `train`. The names of its files that were not read
     begin with its own, since they are no files of the suspect set.
 
     Args:
-        name: name or path of the other dataset.
-        data_dir: folder with the datasets.
+        config: all settings, with `clean_data`, the name or path of the other dataset; it is read as `--dataset` is.
         train: the suspect training set, or the clean rows that a suspect model was made for.
 
     Raises:
         InputError: its image shape or number of classes differs.
     """
-    clean = datasets.load(name, data_dir).train
+    name = config.clean_data
+    clean = datasets.load(name, config.data_dir, options=read_options(config)).train
     if clean.image_shape != train.image_shape or clean.num_classes != train.num_classes:
+        hint = size_hint(train.image_shape, clean.image_shape) if clean.num_classes == train.num_classes else ""
         raise InputError(
             f"--clean-data {name}: {clean.num_classes} classes and images of shape {clean.image_shape}; the training "
-            f"set has {train.num_classes} classes and images of shape {train.image_shape}"
+            f"set has {train.num_classes} classes and images of shape {train.image_shape}{hint}"
         )
     below = tuple(Unread(f"{name}/{file}", reason) for file, reason in clean.unread)
     return dataclasses.replace(clean, unread=below)

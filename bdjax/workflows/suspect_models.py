@@ -272,7 +272,7 @@ def clean_rows(config: Config, train: Dataset) -> Dataset:
             f"{train.source}: {int(train.is_poisoned.sum())} rows are poisoned; runs on suspect models need a clean dataset"
         )
     if config.clean_data:
-        return load_clean_data(config.clean_data, config.data_dir, train)
+        return load_clean_data(config, train)
     if config.clean_share == 1:
         return train
     _, rows = splits.stratified_split(jax.random.key(0), train.labels, config.clean_share)

@@ -19,7 +19,8 @@ def refused(message: str, *arguments, **keywords) -> None:
 
 def test_every_loader_has_the_same_form():
     for source in DATASETS.values():
-        assert list(inspect.signature(source.loader).parameters) == ["folders", "download"]
+        further = ["side"] if source.of_several_sizes else []
+        assert list(inspect.signature(source.loader).parameters) == ["folders", "download", *further]
 
 
 def test_traits_stand_on_the_set():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from bdjax.datasets.decoding import RULES, ImageHeader, common_size, decode, read_header, read_pixels, rules_note
+from bdjax.datasets.decoding import RULES, ImageHeader, decode, read_header, read_pixels, read_scaled, rules_note
 from bdjax.errors import InputError
 from tests.fixtures import images
 from tests.fixtures.images import encoded
@@ -51,10 +51,11 @@ def test_resizing_keeps_the_whole_frame():
     assert (resized[:, :14] == 0).all() and (resized[:, 18:] == 200).all()
 
 
-def test_common_size():
-    assert common_size([ImageHeader((5, 7), False)] * 2) == ((5, 7), "")
-    mixed = [ImageHeader((5, 7), False), ImageHeader((7, 5), False)]
-    assert common_size(mixed) == ((32, 32), ", 2 sizes resized to 32x32")
+def test_files_of_several_sizes_are_scaled_to_one():
+    files = [(lambda: encoded(Image.new("L", (9, 5), 10)), "a"), (lambda: encoded(Image.new("RGB", (20, 20))), "b")]
+    pixels, sizes = read_scaled([*files, files[0]], 8)
+    assert pixels.shape == (3, 8, 8, 3) and (pixels[0] == 10).all() and not pixels[1].any()
+    assert sizes == {(5, 9): 2, (20, 20): 1}
 
 
 @pytest.mark.parametrize("name", images.FAULTS)

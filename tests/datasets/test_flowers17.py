@@ -100,7 +100,7 @@ def test_the_publishers_layout_is_read(folder, write):
         np.testing.assert_allclose(part.images[:, 5, 9, 0].astype(int), 10 * part.labels, atol=4)
         assert part.name == "flowers17" and part.num_classes == 17
         assert part.class_names[0] == "daffodil" and part.class_names[16] == "pansy"
-        assert part.source == f"{path} ({rows} rows, the {which} of each class, resized to 32x32)"
+        assert part.source == f"{path} ({rows} rows, the {which} of each class, 17 sizes scaled to 32x32)"
 
 
 @WRITERS

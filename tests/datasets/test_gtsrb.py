@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bdjax.datasets import load
 from bdjax.datasets.gtsrb import load_gtsrb
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
 
 HEADER = "Filename;Width;Height;Roi.X1;Roi.Y1;Roi.X2;Roi.Y2;ClassId\n"
@@ -73,22 +75,31 @@ def test_the_unpacked_folder_is_read(folder, subfolder):
     train, test = load_gtsrb([folder], False)
     check(train, test)
     assert all((folder / subfolder / file).is_file() for file in train.files + test.files)
-    assert train.source == f"{folder / subfolder} (4 of 26,640 rows)"
-    assert test.source == f"{folder / subfolder} (2 of 12,630 rows)"
+    assert train.source == f"{folder / subfolder} (4 of 26,640 rows, 3 sizes scaled to 32x32)"
+    assert test.source == f"{folder / subfolder} (2 of 12,630 rows, 2 sizes scaled to 32x32)"
+
+
+def test_the_originals_are_scaled_to_the_size_that_is_asked_for(folder):
+    write_files(folder / "gtsrb", published_files())
+    train, test = load("gtsrb", folder, download=False, options=ReadOptions(image_size=48))
+    assert train.images.shape == (4, 48, 48, 3) and test.images.shape == (2, 48, 48, 3)
+    assert test.images[:, 4, 45].tolist() == [[50, 51, 52], [60, 61, 62]]
+    assert train.original_sizes == load_gtsrb([folder], False).train.original_sizes
+    assert "3 sizes scaled to 48x48" in train.source
 
 
 def test_the_training_set_of_the_final_is_read(folder):
     write_files(folder / "gtsrb", published_files("GTSRB/Final_Training/Images"))
     train, test = load_gtsrb([folder], False)
     check(train, test)
-    assert train.source == f"{folder / 'gtsrb'} (4 of 39,209 rows)"
+    assert train.source == f"{folder / 'gtsrb'} (4 of 39,209 rows, 3 sizes scaled to 32x32)"
 
 
 def test_the_archives_are_read_without_unpacking(folder):
     write_archives(folder, published_files())
     train, test = load_gtsrb([folder], False)
     check(train, test)
-    assert train.source == f"{folder / 'GTSRB-Training_fixed.zip'} (4 of 26,640 rows)"
+    assert train.source == f"{folder / 'GTSRB-Training_fixed.zip'} (4 of 26,640 rows, 3 sizes scaled to 32x32)"
     assert len(list(folder.iterdir())) == 3
 
 
@@ -271,4 +282,5 @@ def test_the_real_gtsrb(data_dir):
     assert train.images.shape == (len(train), 32, 32, 3) and test.images.shape == (len(test), 32, 32, 3)
     assert 20_000 < len(train) <= 39_209 and 3_000 < len(test) <= 12_630
     assert np.unique(train.labels).tolist() == np.unique(test.labels).tolist() == list(range(43))
-    assert f"{len(train):,} " in train.source and train.source.endswith("rows)")
+    assert f"{len(train):,} " in train.source and train.source.endswith(" sizes scaled to 32x32)")
+    assert sum(train.original_sizes.values()) == len(train) and len(train.original_sizes) > 100

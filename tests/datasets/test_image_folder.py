@@ -75,15 +75,59 @@ def test_grey_only_if_every_image_is(folder):
     assert test.images[1, 0, 0].tolist() == [4, 0, 0]
 
 
-def test_images_of_several_sizes_are_resized_and_source_says_so(folder):
-    write_images(folder / "train" / "a", [10], size=(40, 50))
-    write_images(folder / "train" / "b", [20], size=(8, 9))
-    write_images(folder / "test" / "a", [30], size=(8, 9))
-    train, test = load_image_folder(folder)
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (224, 224), (48, 80)])
+def test_images_of_one_size_keep_it(folder, size):
+    folders.small(folder, size=size)
+    suspect = load_suspect_image_folder(folder)
+    assert suspect.images.shape == (6, *size[::-1], 3) and not suspect.original_sizes
+    assert suspect.source == f"{folder} (6 images)"
+
+
+def test_images_of_several_sizes_are_refused(folder, monkeypatch):
+    write_images(folder / "train" / "a", range(3), size=(50, 40))
+    write_images(folder / "train" / "b", range(10, 12), size=(100, 70))
+    write_images(folder / "test" / "a", [30], size=(9, 8))
+    decoded = []
+    real = image_folder.decode
+    monkeypatch.setattr(image_folder, "decode", lambda *args, **options: decoded.append(0) or real(*args, **options))
+    for read in (load_image_folder, load_suspect_image_folder):
+        decoded.clear()
+        with pytest.raises(InputError) as caught:
+            read(folder)
+        assert str(caught.value) == (
+            f"{folder}: images have 3 sizes (50x40: 3, 100x70: 2, 9x8: 1); one size is needed: --image-size=N scales all "
+            "images to N x N pixels, for instance --image-size=32"
+        )
+        assert len(decoded) <= 4  # the others are only counted
+
+
+def test_of_many_sizes_the_most_frequent_are_named(folder):
+    for number in range(9):
+        write_images(folder / "a", range(10 * number, 10 * number + 10 - number), size=(64, 80 + number))
+    write_images(folder / "b", [200], size=(5, 5))
+    with pytest.raises(InputError) as caught:
+        load_suspect_image_folder(folder)
+    assert "have 10 sizes (64x80: 10, 64x81: 9, 64x82: 8, 64x83: 7, 64x84: 6 and 5 more)" in str(caught.value)
+    assert str(caught.value).endswith("for instance --image-size=64")
+
+
+def test_images_are_scaled_if_asked_for(folder):
+    write_images(folder / "train" / "a", [10], size=(50, 40))
+    write_images(folder / "train" / "b", [20], size=(32, 32))
+    write_images(folder / "test" / "a", [30], size=(9, 8))
+    train, test = load_image_folder(folder, ReadOptions(image_size=32))
     assert train.images.shape == (2, 32, 32, 3) and test.images.shape == (1, 32, 32, 3)
     assert (train.images[..., 0] == np.array([10, 20])[:, None, None]).all()
-    assert train.source == f"{folder}/train/ (2 images, 2 sizes resized to 32x32)"
-    assert test.source == f"{folder}/test/ (1 images, 2 sizes resized to 32x32)"
+    assert train.source == f"{folder}/train/ (2 images, 2 sizes scaled to 32x32)"
+    assert train.original_sizes == {(40, 50): 1, (32, 32): 1}
+    assert test.source == f"{folder}/test/ (1 images, 9x8 scaled to 32x32)" and test.original_sizes == {(8, 9): 1}
+
+
+def test_images_that_have_the_size_already_are_not_scaled(folder):
+    folders.small(folder, size=(16, 16))
+    own, asked = load_suspect_image_folder(folder), load_suspect_image_folder(folder, ReadOptions(image_size=16))
+    np.testing.assert_array_equal(own.images, asked.images)
+    assert own.source == asked.source and not asked.original_sizes
 
 
 @pytest.mark.parametrize("suffix", sorted({*SUFFIXES, ".PNG", ".Tif"} - {".pbm"}))
@@ -111,13 +155,13 @@ def test_of_a_folder_with_parts_the_training_part_is_suspect(folder):
     alone = load_suspect_image_folder(folder)
     assert alone.images.shape == (2, 5, 6, 1) and alone.source == f"{folder}/train/ (2 images)"
     # The form is common to both parts, so that a row is the same whichever function read it.
-    write_images(folder / "test" / "a", [3], size=(8, 8))
+    write_images(folder / "test" / "a", [3])
     suspect, train = load_suspect_image_folder(folder), load_image_folder(folder).train
-    assert suspect.images.shape == (2, 32, 32, 3)
+    assert suspect.images.shape == (2, 5, 6, 3)
     np.testing.assert_array_equal(suspect.images, train.images)
     assert suspect.files == train.files == ("train/a/001.png", "train/b/002.png")
     assert suspect.unread == (Unread("test/", "is the part for testing, of 1 files"),) and train.unread == ()
-    assert suspect.source == f"{folder}/train/ (2 images, 2 sizes resized to 32x32, 1 file(s) not read)"
+    assert suspect.source == f"{folder}/train/ (2 images, 1 file(s) not read)"
 
 
 def test_suspect_images_that_cannot_be_used_are_refused(folder):
@@ -327,7 +371,7 @@ def test_what_files_say_about_their_pixels_is_counted(folder):
     classes(folder, {"a": (1,), "b": (2,)})
     for number, (_, make) in enumerate(images.RULED.values()):
         make(folder / "ab"[number % 2] / f"x{number}.png")
-    source = load_suspect_image_folder(folder).source
+    source = load_suspect_image_folder(folder, ReadOptions(image_size=32)).source
     counts = {rule: sum(rule == other for other, _ in images.RULED.values()) for rule, _ in images.RULED.values()}
     assert (
         f", {counts['orientation']} turned as EXIF says, {counts['transparency']} with transparency, which is" in source
@@ -350,11 +394,12 @@ def test_the_form_is_the_same_in_whatever_order_images_come(folder):
         (folder / name).mkdir()
         for number, image in enumerate(order):
             image.save(folder / name / f"{number}.png")
-    suspect = load_suspect_image_folder(folder)
-    resized = [np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)) for image in (small, large)]
+    suspect = load_suspect_image_folder(folder, ReadOptions(image_size=24))
+    scaled = [np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR).convert("RGB")) for image in (small, large)]
     np.testing.assert_array_equal(
-        suspect.images, np.stack([resized[0], resized[0], resized[1], resized[1], resized[0], resized[0]])
+        suspect.images, np.stack([scaled[0], scaled[0], scaled[1], scaled[1], scaled[0], scaled[0]])
     )
+    assert suspect.original_sizes == {(30, 20): 4, (40, 50): 2}
 
 
 def test_colour_that_comes_late_makes_all_images_colour(folder):
@@ -409,9 +454,7 @@ def test_images_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
         f"{folder}: 100 images of 100x100 pixels and 3 channel(s) take 0.0 GiB, and 0.0 GiB of memory are free; use "
     )
     refused(folder, message)
-    # Of another size, all become 32x32, which fits.
-    write_images(folder / "b", [200], size=(10, 10))
-    assert load_suspect_image_folder(folder).images.shape == (101, 32, 32, 3)
+    assert load_suspect_image_folder(folder, ReadOptions(image_size=32)).images.shape == (100, 32, 32, 3)
 
 
 def test_each_file_is_read_once(folder, monkeypatch):

@@ -122,6 +122,23 @@ def test_every_row_of_a_whole_set_is_suspect(path):
     assert type(load_suspect_npz(path)) is Dataset and len(load_suspect_npz(path)) == 3
 
 
+def test_images_are_scaled_if_asked_for(path):
+    np.savez(path, **parts(test_images=rows(3)[:, :, :3]))
+    height, width = rows(1).shape[1:3]
+    with pytest.raises(InputError, match="their shapes must be equal$"):  # no side that scales only one of them
+        load_npz(path)
+    train, test = load_npz(path, ReadOptions(image_size=16))
+    assert train.images.shape[1:3] == test.images.shape[1:3] == (16, 16)
+    assert train.original_sizes == {(height, width): 6} and test.original_sizes == {(height, 3): 3}
+    assert train.source == f"{path} (6 train images), {width}x{height} scaled to 16x16"
+
+
+def test_poisoned_rows_stay_known_when_images_are_scaled(path):
+    np.savez(path, **whole(), **poison(20, [4], np.arange(20) % 2))
+    suspect = load_suspect_npz(path, ReadOptions(image_size=16))
+    assert np.flatnonzero(suspect.is_poisoned).tolist() == [4] and suspect.images.shape[1:3] == (16, 16)
+
+
 def test_of_parts_the_training_part_is_suspect(path):
     np.savez(path, **parts(test_labels=np.array([2, 1, 3])), **poison(6, [], np.array([0, 1, 2, 0, 1, 2])))
     suspect, train = load_suspect_npz(path), load_npz(path).train

@@ -8,6 +8,7 @@ import pytest
 import tensorflow_datasets
 
 from bdjax.datasets.tfds import load_tfds
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
 from tests.fixtures.archives import FILE_FAULTS
 
@@ -111,7 +112,6 @@ def test_a_prepared_set_is_read(prepare, folder):
     ("builder", "name", "shape", "source"),
     [
         ("TinyValidation", "tiny_validation", (4, 5, 6, 3), "4 rows of validation"),
-        ("TinySizes", "tiny_sizes", (4, 32, 32, 3), "4 rows of test, 2 sizes resized to 32x32"),
         ("TinyGrey", "tiny_grey", (4, 5, 6, 1), "4 rows of test"),
         ("TinyTensor", "tiny_tensor", (4, 5, 6, 3), "4 rows of test"),
         ("TinyZlib", "tiny_zlib", (4, 5, 6, 3), "4 rows of test"),
@@ -122,6 +122,25 @@ def test_sets_of_other_forms_are_read(prepare, folder, builder, name, shape, sou
     _, test = load_tfds(name, [folder])
     assert test.images.shape == shape and test.source == f"{path} ({source})"
     np.testing.assert_array_equal(test.images[:, 2, 2, 0] % 3, test.labels)
+
+
+def test_sets_of_several_sizes_need_an_image_size(prepare, folder):
+    path = prepare("TinySizes")
+    with pytest.raises(InputError, match=re.escape(f"{path}: images have 2 sizes (") + ".*--image-size=N scales all"):
+        load_tfds("tiny_sizes", [folder])
+    train, test = load_tfds("tiny_sizes", [folder], ReadOptions(image_size=16))
+    assert test.images.shape == (4, 16, 16, 3) and train.images.shape[1:] == (16, 16, 3)
+    assert test.source == f"{path} (4 rows of test, 2 sizes scaled to 16x16)" and sum(test.original_sizes.values()) == 4
+    np.testing.assert_array_equal(test.images[:, 2, 2, 0] % 3, test.labels)
+
+
+@pytest.mark.parametrize("builder", ["TinySet", "TinyTensor"])
+def test_sets_of_one_size_are_scaled_too(prepare, folder, builder):
+    prepare(builder)
+    name = "tiny_set" if builder == "TinySet" else "tiny_tensor"
+    test = load_tfds(name, [folder], ReadOptions(image_size=16)).test
+    assert test.images.shape == (4, 16, 16, 3) and test.original_sizes == {(5, 6): 4}
+    assert "6x5 scaled to 16x16" in test.source
 
 
 def test_the_folders_of_tfds_are_searched_last(prepare, folder, tmp_path, monkeypatch):

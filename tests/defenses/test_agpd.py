@@ -13,6 +13,7 @@ from bdjax.defenses.agpd import (
     AgpdSettings,
     ClassGradients,
     anomaly_indices,
+    best_split,
     check,
     choose_clean,
     closeness,
@@ -23,14 +24,20 @@ from bdjax.defenses.agpd import (
     grow,
     js_distance,
     last_round,
+    layers_of,
     measure_class,
+    measure_layer,
+    passes,
     row_gradients,
     run,
 )
 from bdjax.errors import InputError
+from bdjax.models import make_model
+from bdjax.training.stages import Nets
 from bdjax.types import Model, ModelOutput
 
 SETTINGS = AgpdSettings()
+TAPS = ("stage1", "stage2", "stage3")
 CLASSES, CHANNELS = 10, 24
 ROWS, CLEAN_ROWS = 320, 64  # of the suspects
 
@@ -67,7 +74,18 @@ def planted(seed=0, target=3, rows=150, poisons=60, channels=CHANNELS):
 
 
 def found_in(gradients, labels, clean, clean_rows, **changes):
-    return find_poisons([gradients], labels, [clean], clean_rows, dataclasses.replace(SETTINGS, **changes))
+    return found_at([gradients], labels, [clean], clean_rows, dataclasses.replace(SETTINGS, **changes))
+
+
+def found_at(gradients, labels, clean, clean_rows, settings):
+    """Flags, scores and facts from the gradients at all layers."""
+    layers = [
+        measure_layer(at_layer, labels, clean_at_layer, clean_rows, settings.base_share)
+        if at_layer.shape[1] >= settings.narrowest
+        else []
+        for at_layer, clean_at_layer in zip(gradients, clean, strict=True)
+    ]
+    return find_poisons(layers, lambda layer: gradients[layer], labels, clean_rows, settings)
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------------
@@ -77,7 +95,7 @@ def found_in(gradients, labels, clean, clean_rows, **changes):
 def of_networks(inputs):
     """Predictions [M, n + c] and, for each tap, gradients [M, n + c, channels] of all rows and the clean rows."""
     rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=1), inputs.all_rows(), inputs.clean_rows())
-    return inputs.per_row(row_gradients(inputs.attacked.model), inputs.attacked.variables, rows)
+    return inputs.per_row(row_gradients(inputs.attacked.model, TAPS, True), inputs.attacked.variables, rows)
 
 
 def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(inputs, of_networks):
@@ -122,7 +140,8 @@ def _curved(images, edits):
     )
 
 
-CURVED_GRADIENTS = jax.jit(row_gradients(CURVED))
+CURVED_TAPS = ("stage1", "stage10", "stage2")  # in the order of the network
+CURVED_GRADIENTS = jax.jit(row_gradients(CURVED, CURVED_TAPS, True))
 
 
 @partial(jax.jit, static_argnames="tap")
@@ -169,7 +188,71 @@ def test_gradients_do_not_depend_on_other_rows():
     first, third = (jax.tree.map(lambda leaf, row=row: leaf[row], tree) for tree, row in ((alone, 0), (together, 2)))
     chex.assert_trees_all_close(first, third, rtol=1e-4, atol=1e-6)
     # Another function object would be compiled again.
-    assert row_gradients(CURVED) is row_gradients(CURVED)
+    assert row_gradients(CURVED, CURVED_TAPS, True) is row_gradients(CURVED, CURVED_TAPS, True)
+
+
+def test_layers_are_all_convolutions_with_the_gradients_of_their_outputs():
+    model = make_model("resnet10", 4, width=2, lowering="native")
+    layers = layers_of(model, (8, 8, 1))
+    assert len(layers.channels) == 9 and not layers.are_taps
+    assert list(layers.channels.values()) == [
+        2,
+        2,
+        2,
+        4,
+        4,
+        4,
+        8,
+        8,
+        8,
+    ]  # stem, then two and a shortcut where the shape changes
+    variables, random = model.init(jax.random.key(3), (8, 8, 1)), np.random.default_rng(0)
+    images, labels = random.random((3, 8, 8, 1), np.float32), np.array([0, 3, 1], np.int32)
+    names = ("stem_conv", "stage2_block1/shortcut_conv", "stage3_block1/Conv_1")
+    predictions, gradients = jax.jit(row_gradients(model, names))(variables, images, {"labels": labels})
+    logits = jax.jit(model.convolutions)
+
+    for number, name in enumerate(names):
+        shape = logits(variables, images)[1][name].shape
+        step = 1e-2 * random.standard_normal(shape[-1]).astype(np.float32)
+        offset = np.broadcast_to(step, shape)
+        up, down = (logits(variables, images, {name: sign * offset})[0][np.arange(3), labels] for sign in (1, -1))
+        expected = (up - down) / 2 / (shape[1] * shape[2])
+        np.testing.assert_allclose(gradients[number] @ step, expected, rtol=0.05, atol=2e-5)
+    np.testing.assert_array_equal(predictions, logits(variables, images)[0].argmax(-1))
+
+
+def test_the_convolutions_of_a_network_are_examined(tiny_attacked):
+    found = detect(tiny_attacked, dataclasses.replace(SETTINGS, narrowest=1, anomaly=0.5))
+    # An untrained network finds no more than a few digits; the flags come from a layer beyond the three taps.
+    assert found.flags.any() and 3 < found.facts["layer"].max() <= 9
+
+
+@pytest.fixture(scope="module")
+def tiny_attacked(inputs):
+    """The suspects with an untrained ResNet instead of their own network."""
+    model = make_model("resnet10", 10, width=2)
+    variables = jax.vmap(lambda key: model.init(key, (8, 8, 1)))(jax.random.split(jax.random.key(0), 2))
+    return inputs.with_knowledge({"attacked model": Nets(model, variables, 1, {})})
+
+
+def test_a_pass_for_each_layer_gives_the_same_as_one_pass(inputs, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, anomaly=0.5, narrowest=4)
+    together = detect(inputs, settings)
+    counted, real = [], type(inputs).per_row
+    monkeypatch.setattr(type(inputs), "per_row", lambda *arguments: counted.append(0) or real(*arguments))
+    monkeypatch.setattr("bdjax.defenses.agpd.MOST_BYTES", 1)
+    apart = detect(inputs, settings)
+    assert 3 <= len(counted) <= 5  # one for each layer, and again for those that are chosen
+    np.testing.assert_array_equal(apart.flags, together.flags)
+    np.testing.assert_allclose(apart.scores, together.scores, atol=1e-5)
+    assert apart.facts.keys() == together.facts.keys()
+
+
+def test_layers_share_a_pass_as_long_as_they_fit(monkeypatch):
+    monkeypatch.setattr("bdjax.defenses.agpd.MOST_BYTES", 4 * 10 * 30)
+    assert passes({"a": 10, "b": 20, "c": 1, "d": 100, "e": 5}, 10) == [("a", "b"), ("c",), ("d",), ("e",)]
+    assert passes({}, 10) == [()]  # predictions are needed all the same
 
 
 # ---- Which classes --------------------------------------------------------------------------------------------------
@@ -220,12 +303,14 @@ def test_the_layer_is_that_of_the_largest_index():
 
 def test_where_every_class_is_a_target_the_gap_decides_in_one_of_the_last_layers():
     layers = [classes_of(*(0.9,) * 4), classes_of(0.31, 0.33, 0.35, 0.2), classes_of(0.31, 0.05, 0.1, 0.2)]
-    targets = find_targets(layers, SETTINGS)  # the first layer is not one of the last two
+    two = dataclasses.replace(SETTINGS, last_layers=2)
+    targets = find_targets(layers, two)  # the first layer is not one of the last two
     assert targets.layer == 1 and [target.label for target in targets.classes] == [0, 1, 2] and targets.by_gap
+    assert find_targets(layers, SETTINGS).layer == 0  # but of the last three
     assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=1)).layer == 2
     assert find_targets(layers, dataclasses.replace(SETTINGS, last_layers=7)).layer == 0
     for changes in ({"last_layers": 0}, {"wide_gap": 0.95}):
-        nothing = find_targets(layers, dataclasses.replace(SETTINGS, **changes))
+        nothing = find_targets(layers, dataclasses.replace(two, **changes))
         assert nothing.layer == -1 and not nothing.classes and not nothing.by_gap
 
 
@@ -300,6 +385,7 @@ def test_rows_of_two_directions_are_taken_one_direction_after_the_other():
     np.testing.assert_array_equal(rounds, [1, 0, 1, 1] + [2] * 6)
     # Nothing is left after the last round: the largest possible distance.
     assert len(distances) == 2 and distances[1] == 1 and 0 < distances[0] < 1
+    assert best_split(gradients, np.array([1.0, 0.0]), rounds) == 1
 
 
 def test_equal_rows_are_taken_in_one_round():
@@ -312,6 +398,7 @@ def test_a_single_row_is_taken_before_the_first_round():
     rounds, distances = grow(np.ones((1, 3), np.float32), np.ones(3), 0, 0.05, 99)
     np.testing.assert_array_equal(rounds, [0])
     assert last_round(distances, 10, 5.0) == 0
+    assert best_split(np.ones((1, 3), np.float32), np.ones(3), rounds) == 0
 
 
 def test_the_stop_is_before_the_steady_window():
@@ -338,6 +425,63 @@ def test_fewer_rounds_than_a_window():
     assert last_round(np.zeros(0), 10, 5.0) == 0
 
 
+def ordered_class(noise, share, rows, seed):
+    """A target class of two directions; its reference, and which rows are poisoned."""
+    random = np.random.default_rng(seed)
+    direction, other = random.uniform(0.2, 1.0, 64), random.uniform(-1.0, 1.0, 64)
+    poisons = int(share * rows)
+    gradients = np.concatenate(
+        [spread(random, direction, rows - poisons, noise), spread(random, other, poisons, noise)]
+    )
+    return gradients, spread(random, direction, 10, noise).mean(axis=0), np.arange(rows) >= rows - poisons
+
+
+def f1(flags, truth):
+    return 2 * np.sum(flags & truth) / (flags.sum() + truth.sum())
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_window_ends_in_the_tail_of_rows_that_a_cut_separates_and_the_split_does_not(seed):
+    scores = {"best": [], "window": [], "split": []}
+    for noise in (0.15, 0.5, 0.8):
+        for share in (0.05, 0.1, 0.3):
+            gradients, reference, truth = ordered_class(noise, share, 500, seed)
+            base = int(np.argmin(cosines(gradients, reference)))
+            rounds, distances = grow(gradients, reference, base, SETTINGS.tau, SETTINGS.bins)
+            scores["best"].append(max(f1(rounds <= last, truth) for last in range(len(distances))))
+            scores["window"].append(f1(rounds <= last_round(distances, SETTINGS.window, SETTINGS.spread_weight), truth))
+            scores["split"].append(f1(rounds <= best_split(gradients, reference, rounds), truth))
+    best, window, split = (np.array(values) for values in scores.values())
+    np.testing.assert_array_equal(best, 1)  # growth orders the rows of all nine sets
+    assert np.sum(window < 0.5) >= 3, "the paper's rule fails on a third of them or more"
+    assert split.min() > 0.99
+
+
+def test_the_best_split_by_hand():
+    # With r = (1, 0) and the first two rows taken, s is 0 for both and 1 for the others; any other split mixes them.
+    gradients = np.array([[0, 1], [0, 2], [1, 0], [3, 0]], np.float32)
+    assert best_split(gradients, np.array([1.0, 0.0]), np.array([0, 1, 2, 3])) == 1
+    assert best_split(np.ones((4, 2), np.float32), np.ones(2), np.array([0, 1, 1, 1])) == 0  # nothing differs
+
+
+def test_the_cut_is_a_setting():
+    gradients, reference, truth = ordered_class(0.8, 0.1, 500, 0)
+    parts, labels = [gradients], [np.zeros(len(gradients), np.int32)]
+    random = np.random.default_rng(9)
+    clean = [np.repeat(reference[None], 10, axis=0).astype(np.float32)]
+    for label in range(1, CLASSES):
+        direction = random.uniform(0.2, 1.0, 64)
+        parts.append(spread(random, direction, 100, 0.15))
+        labels.append(np.full(100, label, np.int32))
+        clean.append(spread(random, direction, 10))
+    rows = np.concatenate(parts), np.concatenate(labels), np.concatenate(clean)
+    clean_rows = {label: np.arange(10) + 10 * label for label in range(CLASSES)}
+    flagged = {cut: found_in(*rows, clean_rows, cut=cut, anomaly=5.0)[0][: len(truth)] for cut in ("window", "split")}
+    np.testing.assert_array_equal(flagged["split"], truth)
+    assert f1(flagged["window"], truth) < 0.5
+    assert AgpdSettings().cut == "window"
+
+
 # ---- Together -------------------------------------------------------------------------------------------------------
 
 
@@ -358,7 +502,7 @@ def test_the_layer_with_two_directions_is_chosen():
     gradients, labels, is_poisoned, clean, clean_rows = planted()
     even = np.eye(CLASSES, CHANNELS, dtype=np.float32)[labels]  # one direction for all rows of a class
     clean_even = np.repeat(np.eye(CLASSES, CHANNELS, dtype=np.float32), 10, axis=0)
-    _, _, facts = find_poisons([even, gradients, even], labels, [clean_even, clean, clean_even], clean_rows, SETTINGS)
+    _, _, facts = found_at([even, gradients, even], labels, [clean_even, clean, clean_even], clean_rows, SETTINGS)
     assert facts["layer"] == 2 and facts["target classes"] == 1
 
 

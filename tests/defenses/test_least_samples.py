@@ -86,7 +86,9 @@ def gradients_fire(count: int) -> bool:
     gradients = np.ones((count, 16), np.float32)
     gradients[0] = -1
     clean, settings = np.ones((1, 16), np.float32), agpd.AgpdSettings()
-    return bool(agpd.find_poisons([gradients], np.zeros(count, int), [clean], {0: np.array([0])}, settings)[0].any())
+    labels, chosen = np.zeros(count, int), {0: np.array([0])}
+    layer = agpd.measure_layer(gradients, labels, clean, chosen)
+    return bool(agpd.find_poisons([layer], lambda _: gradients, labels, chosen, settings)[0].any())
 
 
 def entropies_fire(count: int) -> bool:
@@ -343,8 +345,9 @@ class TestWhatIsKnownOnlyAfterTraining:
         gradients = np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
         gradients[self.LABELS == 1] = 0
         clean, settings = {0: np.array([0]), 1: np.array([1])}, agpd.AgpdSettings()
-        found = agpd._not_tested([gradients], self.LABELS, [gradients[:2]], clean, settings)
+        layer = agpd.measure_layer(gradients, self.LABELS, gradients[:2], clean)
+        found = agpd._not_tested([layer], self.LABELS, clean, settings)
         assert list(found.classes) == [1, 2] and not found.reason
-        assert agpd._not_tested([gradients], self.LABELS, [gradients[:2]], {}, settings).reason
-        narrow = agpd._not_tested([gradients[:, :4]], self.LABELS, [gradients[:2, :4]], clean, settings)
+        assert agpd._not_tested([[]], self.LABELS, {}, settings).reason
+        narrow = agpd._not_tested([], self.LABELS, clean, settings)
         assert narrow.reason.startswith("needs a layer of at least 16 channels")

@@ -2,10 +2,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from bdjax.models import make_model
-from bdjax.models.facade import as_model, count_parameters, group_shapes, last_tap, tap_shapes
+from bdjax.models.facade import as_model, convolution_shapes, count_parameters, group_shapes, last_tap, tap_shapes
 from bdjax.models.layers import Recorded
 from bdjax.types import Model, ModelOutput
 
@@ -27,6 +28,7 @@ class Centred(nn.Module):
 
 
 MODEL = as_model(Centred(), 4, "centred")
+KEY = jax.random.key(0)
 
 
 def test_variables_are_plain_and_hold_the_two_collections():
@@ -77,3 +79,45 @@ def test_shapes_are_told_without_computing_anything():
     wide = make_model("wrn_10_2", 10, 4)
     assert list(tap_shapes(wide, (8, 8, 1)).values()) == [(8, 8, 2), (4, 4, 4), (2, 2, 8)]
     assert group_shapes(wide, (8, 8, 1))["group2"] == ((4, 4, 4), (4, 4, 4))
+
+
+RESNET = make_model("resnet10", 4, width=2, lowering="native")
+
+
+def test_convolutions_are_all_in_the_order_of_the_network():
+    shapes = convolution_shapes(RESNET, (8, 8, 1))
+    assert list(shapes) == [
+        "stem_conv", "stage1_block1/Conv_0", "stage1_block1/Conv_1",
+        "stage2_block1/Conv_0", "stage2_block1/Conv_1", "stage2_block1/shortcut_conv",
+        "stage3_block1/Conv_0", "stage3_block1/Conv_1", "stage3_block1/shortcut_conv",
+    ]  # fmt: skip
+    assert list(shapes.values()) == [(8, 8, 2)] * 3 + [(4, 4, 4)] * 3 + [(2, 2, 8)] * 3
+    assert convolution_shapes(Model(RESNET.init, RESNET.apply, 4, "of other making"), (8, 8, 1)) == {}
+
+
+@pytest.mark.parametrize("name", ["lenet", "mobilenet_v2_s", "preact_resnet18", "speedrun", "vgg_s"])
+def test_each_kernel_is_that_of_a_convolution(name):
+    model = make_model(name, 4, 8, "native")
+    variables = jax.eval_shape(lambda key: model.init(key, (8, 8, 3)), KEY)
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    kernels = [path for path, leaf in leaves if "kernel" in str(path[-1]) and leaf.ndim == 4]
+    assert len(convolution_shapes(model, (8, 8, 3))) == len(kernels) > 0
+
+
+@pytest.mark.parametrize("lowering", ["native", "shifted"])
+def test_recording_changes_no_logit_and_offsets_are_added(lowering):
+    model = make_model("resnet10", 4, width=2, lowering=lowering)
+    variables, images = model.init(KEY, (8, 8, 1)), jax.random.uniform(KEY, (3, 8, 8, 1))
+    logits, outputs = model.convolutions(variables, images)
+    np.testing.assert_array_equal(logits, model.apply(variables, images, train=False).logits)
+    kernel = variables["params"]["stem_conv"]["kernel"]
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(outputs["stem_conv"], expected, rtol=1e-4, atol=1e-5)
+    # An offset of the last convolution passes normalisation, ReLU, the pool and the last layer.
+    name = "stage3_block1/Conv_1"
+    shifted, moved = model.convolutions(variables, images, {name: jnp.ones((3, 2, 2, 8))})
+    np.testing.assert_allclose(moved[name], outputs[name] + 1, rtol=1e-5)
+    np.testing.assert_array_equal(moved["stage3_block1/Conv_0"], outputs["stage3_block1/Conv_0"])
+    assert np.abs(shifted - logits).max() > 1e-3

@@ -9,11 +9,12 @@ from flax import linen as nn
 
 from bdjax.models import MODELS, count_parameters, embedding, make_model
 from bdjax.models.facade import as_model
+from bdjax.models import simple_cnn
 from bdjax.models.simple_cnn import (
-    IMAGES_AT_ONCE,
     LAYERS,
     ConvKernel,
     SimpleCNN,
+    images_at_once,
     last_layer,
     make_pattern_detector,
     network_name,
@@ -76,6 +77,19 @@ def test_weights_start_as_in_pytorch():
 # ---- The first layer, a few images at a time ------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_groups():
+    """Groups of eight of these small images, as of larger ones otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simple_cnn, "PIXELS_AT_ONCE", 8 * 8 * 8)
+        yield
+
+
+@pytest.mark.parametrize(("size", "expected"), [((8, 8), 8), ((4, 4), 32), ((8, 9), 4), ((100, 100), 1), ((2, 3), 40)])
+def test_groups_shrink_with_the_images(size, expected):
+    assert images_at_once(40, *size) == expected
+
+
 @cache
 def model_of(layers, lowering, normalise=True):
     return as_model(SimpleCNN(read_layers(layers), K, lowering, normalise=normalise), K, layers)
@@ -133,7 +147,7 @@ def assert_same(layers, variables, images, train, normalise=True, rtol=1e-3):
     [*(("4P", 1, count, True) for count in (1, 11)), ("3-2P", 3, 16, True), ("3-2P", 3, 11, False)],
 )
 def test_a_few_images_at_a_time_is_layer_after_layer(layers, channels, count, train):
-    assert IMAGES_AT_ONCE == 8  # so these are part of a group, more than a group, and two groups
+    assert images_at_once(count, 8, 8) == min(8, count)  # so these are part of a group, more than one, and two
     variables = variables_of(layers, channels)
     output, _ = assert_same(layers, variables, draw(count, count, 8, 8, channels), train)
     for old, new in zip(

@@ -133,10 +133,10 @@ def test_the_line_on_a_defense_leaves_out_what_is_unknown():
 EMPTY = {"left_out": {}, "attacks": [], "seeds": []}
 
 
-def rows(first: int, count: int, *, names: tuple[str, ...] = (), unread: tuple[Unread, ...] = ()) -> Dataset:
+def rows(first: int, count: int, *, names: tuple[str, ...] = (), **fields) -> Dataset:
     """Rows of a single pixel each, with the numbers from `first` as values."""
     images = np.arange(first, first + count, dtype=np.uint8).reshape(count, 1, 1, 1)
-    return Dataset(images, np.arange(count, dtype=np.int32) % 2, 2, "mine", "arrays", names, unread=unread)
+    return Dataset(images, np.arange(count, dtype=np.int32) % 2, 2, "mine", "arrays", names, **fields)
 
 
 def opened(folder: pathlib.Path) -> RunFolder:
@@ -182,6 +182,29 @@ class TestFilesThatWereNotRead:
         )
         run_config.note_unread(log, "mine", ())
         assert text.getvalue().count("\n") == 1
+
+
+SIZES = {(224, 224): 3, (375, 500): 1}
+
+
+class TestImagesThatWereScaled:
+    def test_are_in_the_results_and_in_the_verdict(self, tmp_path):
+        parts = rows(0, 4, original_sizes=SIZES), rows(4, 2, original_sizes={(64, 32): 2})
+        verdict = {"level": "info", "headline": "No class has a trigger.", "text": ""}
+        results = base.write_results(opened(tmp_path), {"verdict": verdict, **EMPTY}, *parts)
+        (scaled,) = results["scaled"]
+        assert scaled["num_sizes"] == 3 and scaled["image_size"] == list(parts[0].image_shape[:2])
+        assert scaled["original_sizes"][1] == {"size": [64, 32], "images": 2}
+        assert scaled["text"] in results["verdict"]["text"] and "pixels here are" in scaled["text"]
+
+    def test_parts_of_one_array_count_once(self, tmp_path):
+        whole = rows(0, 4, original_sizes=SIZES)
+        (scaled,) = base.write_results(opened(tmp_path), EMPTY, whole[:3], whole[3:])["scaled"]
+        assert [entry["images"] for entry in scaled["original_sizes"]] == [3, 1]
+
+    def test_without_any_nothing_is_said(self, tmp_path):
+        results = base.write_results(opened(tmp_path), EMPTY, rows(0, 4))
+        assert "scaled" not in results and base.schema.reservations(results) == []
 
 
 class TestCleanRowsThatAreSuspectRows:

@@ -16,7 +16,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack
 from bdjax.reporting.sections import file_name
 from bdjax.run.log import StageLog
-from bdjax.types import Dataset
+from bdjax.types import Dataset, Detection
 from bdjax.workflows import base, detection
 from bdjax.workflows.outcomes import FILES
 from experiments import vbd
@@ -177,6 +177,32 @@ def test_how_many_suspects_share_a_call_changes_no_number(grid, own_rows, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_detector_that_chooses_its_clean_rows_chooses_among_more_than_the_others_get(tmp_path, monkeypatch):
+    seen = {}
+
+    def detected(defense, inputs, settings):
+        seen[defense.name] = np.bincount(inputs.clean_labels[0]).tolist(), getattr(settings, "clean_per_class", None)
+        rows, shown = inputs.pool[inputs.clean_index[0]], seen.setdefault("rows", {})
+        shown[defense.name] = {image.tobytes() for image in np.asarray(rows)}
+        return Detection(np.zeros(inputs.index.shape, bool), np.zeros(inputs.index.shape, np.float32))
+
+    monkeypatch.setattr(detection.contract, "detect", detected)
+    start = ("--dataset=digits", "--preset=quick", f"--output={tmp_path / 'run'}", "--seeds=1", "--train-rows=200")
+    run([*start, *ENGINE, f"--attacks={SQUARE}", "--defenses=scan,agpd", "--clean-per-class=4"])
+    shown = seen.pop("rows")
+    assert seen == {"scan": ([4] * 10, None), "agpd": ([20] * 10, 4)}  # and AGPD uses no more than four
+    assert shown["scan"] < shown["agpd"]
+
+
+def test_of_small_classes_a_detector_chooses_among_all():
+    labels = np.repeat(np.arange(3, dtype=np.int32), [4, 9, 30])
+    data = Dataset(np.zeros((43, 2, 2, 1), np.uint8), labels, 3, "mine", "arrays")
+    assert np.bincount(detection.take_per_class(data, 4, 5).labels).tolist() == [4, 9, 20]
+    assert np.bincount(detection.take_per_class(data, 4).labels).tolist() == [4, 4, 4]
+    with pytest.raises(InputError, match="class 0 of mine has only 4 rows"):
+        detection.take_per_class(data, 5, 5)
+
+
 def test_competitors_get_clean_rows_and_a_network(tmp_path):
     arguments = [f"--attacks={SQUARE},{CLEAN}", "--defenses=scan,agpd", "--seeds=1", "--train-rows=200"]
     start = ("--dataset=digits", "--preset=quick", f"--output={tmp_path / 'run'}")

@@ -18,6 +18,7 @@ from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit, detection, poisoned_sets, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 from experiments import attack, lfd, robust_kd, ta_kd, vbd
+from tests.fixtures import folders
 
 
 class Workflow(NamedTuple):
@@ -227,6 +228,31 @@ def test_a_folder_of_something_else_or_of_other_settings(tmp_path):
     with pytest.raises(InputError, match="holds a run of lfd, not of ta_kd"):
         ta_kd_workflow.run(config, ta_kd.EXPERIMENT, log=StageLog())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "thesis.tex"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_images_of_several_sizes_and_sizes_that_no_network_takes(name, tmp_path):
+    photos = folders.classes(tmp_path / "photos", {"cat": range(12)}, size=(24, 24))
+    folders.classes(photos, {"dog": range(10)}, size=(20, 16))
+    assert refuse(name, tmp_path, dataset=str(photos)) == (
+        f"{photos}: images have 2 sizes (24x24: 12, 20x16: 10); one size is needed: --image-size=N scales all images to N x N "
+        "pixels, for instance --image-size=32"
+    )
+    assert "--image-size 7 is not at least 8" in refuse(name, tmp_path, dataset=str(photos), image_size=7)
+
+
+@pytest.mark.parametrize("name", ["poisoned_sets", "detection", "suspect_models", "audit"])
+def test_clean_data_of_another_size(name, tmp_path):
+    data, clean = load_digits((), False).train, tmp_path / "clean.npz"
+    np.savez(tmp_path / "own.npz", images=data.images[:300], labels=data.labels[:300])
+    np.savez(clean, images=data.images[300:800, :6, :6], labels=data.labels[300:800])
+    changes = {"dataset": str(tmp_path / "own.npz"), "clean_data": str(clean)}
+    changes |= {"defenses": "scan"} if name in ("detection", "audit") else {}
+    message = refuse(name, tmp_path, **changes)
+    assert message.startswith(f"--clean-data {clean}: ")
+    assert message.endswith("images of shape (8, 8, 1); --image-size=8 scales images to 8x8 pixels")
+    # With the flag it is read as the training set is.
+    assert "shape" not in refuse(name, tmp_path, **changes, image_size=8, output=pathlib.Path("/dev/null"))
 
 
 @pytest.mark.parametrize("name", ["poisoned_sets", "detection", "attack", "suspect_models", "ta_kd"])

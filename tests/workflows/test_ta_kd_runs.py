@@ -462,7 +462,8 @@ def test_folders_that_cannot_be_used(tmp_path):
 def other_images(folder):
     about = json.loads((folder / "about.json").read_text())
     (folder / "about.json").write_text(json.dumps(about | {"image_shape": [28, 28, 1]}))
-    return "take images of shape [28, 28, 1]; the data has 10 classes and images of shape [8, 8, 1]"
+    said = "take images of shape [28, 28, 1]; the data has 10 classes and images of shape [8, 8, 1]"
+    return f"{said}; --image-size=28 scales images to 28x28 pixels"
 
 
 def triggers_for_another_class(folder):
