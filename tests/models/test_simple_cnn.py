@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bdjax.models import MODELS, count_parameters, embedding, make_model
+from bdjax.models import MODELS, count_parameters, embedding, make_model, simple_cnn
 from bdjax.models.facade import as_model
-from bdjax.models import simple_cnn
 from bdjax.models.simple_cnn import (
     LAYERS,
     ConvKernel,
