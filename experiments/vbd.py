@@ -20,7 +20,7 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.attacks.vbd_triggers import TILES
-from bdjax.reporting.audit import exit_status
+from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study

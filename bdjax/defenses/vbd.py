@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.datasets import splits
-from bdjax.defenses import vbd_patterns
+from bdjax.defenses import vbd_patterns, vbd_premise
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, count_text, fingerprint, labelled, limits
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
@@ -481,6 +481,8 @@ VBD = Defense(
     detect=detect,
     check=check,
     least=least,
+    smallest=vbd_premise.smallest,
+    doubt=vbd_premise.doubt,
     changes={
         "quick": {
             "networks": "64P+10-10P",
