@@ -291,7 +291,7 @@ def main_table(results: Entry) -> Table:
     columns: dict[str, list[Cell]] = {"class": [capital(entry["title"]) for entry in shown]}
     notes = []
     if results["extracts_patterns"]:
-        words = {TRIGGER: "trigger", WEAK: "weak", NONE: "no"}
+        words = {TRIGGER: "trigger", WEAK: "weak", NONE: "none found"}
         columns["trigger"] = ["not tested" if entry["not_tested"] else words[entry["finding"]] for entry in shown]
     flagged = ["not tested" if entry["not_tested"] else entry["flagged"] for entry in shown]
     columns |= {"rows": [entry["rows"] for entry in shown], "flagged": flagged}
@@ -478,7 +478,7 @@ def _key_numbers(results: Entry) -> dict[str, str]:
     }
     if results["extracts_patterns"]:
         certain, weak = (len(found_classes(results, finding)) for finding in (TRIGGER, WEAK))
-        shown["classes with a trigger"] = f"{certain:,} of {len(results['classes']):,}"
+        shown["classes found with a trigger"] = f"{certain:,} of {len(results['classes']):,}"
         if weak:
             shown["with weak evidence"] = f"{weak:,}"
     if sets := results["sensitivity"]["sets"]:

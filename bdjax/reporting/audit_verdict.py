@@ -108,8 +108,9 @@ def _nothing_found(results: Entry) -> Verdict:
         where = f"in the {rows - sum(entry['rows'] for entry in missing):,} of {rows:,} {unit} that could be tested"
     least, bound, sensitivity = least_found(results["sensitivity"]["sets"]), results["bound"], results["sensitivity"]
     if least is not None:
-        trigger = f"a planted {sensitivity['trigger']}"
-        end = f"{trigger} is found if it is on {least:,} of them ({percent(least / rows)}) or more"
+        missed = [entry["planted"] for entry in sensitivity["sets"] if entry["planted"] < least and not entry["found"]]
+        end = f"a {sensitivity['trigger']} planted in {least:,} of them ({percent(least / rows)}) was found"
+        end += f", in {max(missed):,} it was not" if missed else ""
     elif bound is not None:
         few = f"fewer than about {bound:,} poisoned {unit} of a class ({_share_of(bound, rows)})"
         end = f"{few} cannot be counted on to be found"

@@ -263,8 +263,8 @@ def test_evidence_names_suspicious_classes_first_then_by_p_value():
     assert [row[:2] for row in table.rows] == [
         ("Class 3 (dog)", "trigger"),
         ("Class 2 (cat)", "weak"),
-        ("Class 1 (bee)", "no"),
-        ("Class 0 (ant)", "no"),
+        ("Class 1 (bee)", "none found"),
+        ("Class 0 (ant)", "none found"),
     ]
     assert table.rows[0][2:] == (10, 4, "0.0001 / 1e-06", "0.90 / 0.90", "2 of 2", "16-16P", 4, "0.95")
     assert "| Class 3 (dog) |" in to_markdown(table)
@@ -566,7 +566,7 @@ def test_nothing_found_names_the_smallest_planted_trigger_that_was_found():
     results = nothing(sensitivity=planted((5, 1, 1, False), (10, 9, 9, True), (20, 20, 21, True)))
     assert (results["outcome"], audit_verdict.exit_status(results)) == ("nothing found", 0)
     assert results["verdict"]["headline"] == (
-        "Nothing found in these 40 rows; a planted 3×3 green square is found if it is on 10 of them (25 %) or more."
+        "Nothing found in these 40 rows; a 3×3 green square planted in 10 of them (25 %) was found, in 5 it was not."
     )
     assert results["verdict"]["text"].startswith(
         "A 3×3 green square planted in 20 of these 40 rows was found (20 of them flagged); in 10 it was found (9 flagged); in "
@@ -581,7 +581,7 @@ def test_nothing_found_names_the_smallest_planted_trigger_that_was_found():
 
 def test_a_smaller_number_that_was_found_by_luck_does_not_count():
     results = nothing(sensitivity=planted((5, 5, 5, True), (10, 0, 0, False), (20, 20, 20, True)))
-    assert "is found if it is on 20 of them (50 %) or more" in results["verdict"]["headline"]
+    assert "planted in 20 of them (50 %) was found, in 10 it was not." in results["verdict"]["headline"]
 
 
 def test_a_run_that_finds_no_planted_trigger_has_tested_nothing():

@@ -143,7 +143,7 @@ def sees_squares(smallest: int, calls: list[int]):
     [
         (
             30,
-            "Nothing found in these 500 rows; a planted 3×3 white square is found if it is on 34 of them (6.8 %) or more.",
+            "Nothing found in these 500 rows; a 3×3 white square planted in 34 of them (6.8 %) was found, in 17 it was not.",
             0,
         ),
         (
