@@ -497,6 +497,7 @@ VBD = Defense(
             "first_labelling": 3,
             "last_labelling": 6,
         },
+        "quick textures": {"networks": "10-10P", "least_steps": 0, "least_detector_steps": 100},
         "quick digits": {
             "networks": "16P+4-4P+8-8P",
             "epochs": 20,
