@@ -1,6 +1,6 @@
 """VBD: find the poisoned rows of a training set, and the trigger, without clean data.
 
-    python experiments/vbd.py                                       # drawn textures: a trigger, and no attack; a minute
+    python experiments/vbd.py                                       # drawn textures: a trigger, and no attack
     python experiments/vbd.py --dataset=photos/                     # audit your own image folder or .npz
     python experiments/vbd.py --dataset=photos/ --defenses=spectral_signatures    # with another detector
     python experiments/vbd.py --dataset=cifar10 --study=table1      # a table of the paper; see --help

@@ -390,7 +390,7 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
     for entry in results.get("warnings", ()):
         alike.setdefault((entry["method"], entry["text"]), []).append(entry)
     for (_, text), (first, *others) in alike.items():
-        more = f" and {len(others)} more of its results" if others else ""
+        more = f", and in {len(others)} more case{'s' if len(others) > 1 else ''}" if others else ""
         texts.append(f"{first['title']}, seed {first['seed']}{more}: {text}.")
     texts += results.get("limits", ())
     return texts
