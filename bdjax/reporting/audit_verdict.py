@@ -27,6 +27,8 @@ MOST_NAMED = 4
 """Most classes that a sentence names."""
 MOST_SETTINGS = 3
 """Most settings that a sentence names."""
+SIZES = ("networks", "epochs", "detector_epochs")
+"""VBD's settings that cost sensitivity where they are smaller than the paper's."""
 MOST_REASONS = 5
 """Most files that the report names as not copied."""
 VBD_NOT_FOUND = (
@@ -259,11 +261,18 @@ def setup_texts(results: Entry) -> list[str]:
         )
         more = f", and {len(changed) - MOST_SETTINGS} more" if len(changed) > MOST_SETTINGS else ""
         count = "1 setting differs" if len(changed) == 1 else f"{len(changed)} settings differ"
-        texts.append(
-            f"Preset {results['preset']}: {count} from the paper's: {named}{more}. A smaller size than "
-            "the paper's costs sensitivity, above all for faint triggers."
-        )
+        texts.append(f"Preset {results['preset']}: {count} from the paper's: {named}{more}.")
+        if any(map(_is_smaller, changed)):
+            texts[-1] += " Fewer networks or epochs than the paper's cost sensitivity, above all for faint triggers."
     return texts
+
+
+def _is_smaller(entry: Entry) -> bool:
+    """Whether an entry of "changed_settings" makes VBD's networks fewer, or their training shorter."""
+    if entry["setting"] not in SIZES:
+        return False
+    value, paper = entry["value"], entry["paper"]
+    return len(value) < len(paper) if isinstance(value, str) else value < paper
 
 
 def limits_text(results: Entry) -> str:

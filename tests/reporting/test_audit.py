@@ -641,13 +641,17 @@ def test_accuracies_stand_beside_every_verdict():
 
 def test_what_a_preset_changes_is_read_off_the_settings():
     quick = dataclasses.replace(VBDSettings(), networks="64P+10-10P", epochs=5, least_steps=600, batch_size=64)
-    found = to_detection(analysis(), quick)
+    found = to_detection(analysis(), quick)._replace(evidence={}, patterns=())
     variant = DefenseVariant("vbd", DEFENSES["vbd"], quick)
     results = audit.summarise(suspect_of(dataset()), found, variant, preset="quick")
     assert (
         "Preset quick: 4 settings differ from the paper's: networks 64P+10-10P (paper: 64P+10-10P+16-16P), epochs 5 (paper: "
         "20), least steps 600 (paper: 0), and 1 more."
     ) in results["verdict"]["text"]
+    assert "Fewer networks or epochs than the paper's cost sensitivity" in results["verdict"]["text"]
+    larger = dataclasses.replace(VBDSettings(), epochs=40, p_value=0.02)
+    text = audit.summarise(suspect_of(dataset()), found, variant._replace(settings=larger))["verdict"]["text"]
+    assert "2 settings differ" in text and "cost sensitivity" not in text
     assert audit.settings_table(results).rows[-1] == ("batch_size", "64", "256")
 
 
