@@ -102,7 +102,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         )
         results = summarise(sensitivity=measured)
     elif results["outcome"] == "nothing found":
-        results = summarise(sensitivity={"why": "--sensitivity=false"})
+        results = summarise(sensitivity={"why": "--no-sensitivity"})
     if reporting.reason_of(results):  # lists of flagged and of kept rows would look like a result
         results["cleaned"] = {"kind": None, "rows": 0}
     else:
@@ -149,7 +149,7 @@ def measure_sensitivity(
     log.note(
         "sensitivity",
         f"nothing was found; planting a {planting.title} in copies, in {counts} {unit}: roughly "
-        f"{format_seconds(len(copies) * seconds)}, or twice that where the trigger is found; --sensitivity=false leaves it out",
+        f"{format_seconds(len(copies) * seconds)}, or twice that where the trigger is found; --no-sensitivity leaves it out",
     )
     with log.stage("sensitivity") as stage:
         sets = sensitivity.measure(planting, detect(copies))

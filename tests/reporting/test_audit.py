@@ -594,9 +594,9 @@ def test_a_run_that_finds_no_planted_trigger_has_tested_nothing():
 
 
 def test_a_sensitivity_that_was_not_measured_is_said_to_be_unknown():
-    results = nothing(sensitivity={"why": "--sensitivity=false"})
+    results = nothing(sensitivity={"why": "--no-sensitivity"})
     assert results["verdict"]["level"] == "nothing_found"
-    assert results["verdict"]["text"].startswith("The sensitivity of this run was not measured: --sensitivity=false.")
+    assert results["verdict"]["text"].startswith("The sensitivity of this run was not measured: --no-sensitivity.")
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])

@@ -114,14 +114,14 @@ def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
         f"--dataset={pictures}",
         f"--output={run_folder}",
         f"--defenses={strict}",
-        "--sensitivity=false",
+        "--no-sensitivity",
     ]
     results = run(arguments)
     assert results["verdict"]["level"] == "nothing_found" and results["flagged"] == 0 and exit_status(results) == 0
     assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
     assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
     report = (run_folder / "report.html").read_text()
-    assert "Nothing found in these 500 files" in report and "was not measured: --sensitivity=false." in report
+    assert "Nothing found in these 500 files" in report and "was not measured: --no-sensitivity." in report
 
 
 def sees_squares(smallest: int, calls: list[int]):
