@@ -505,6 +505,8 @@ class Detected:
     """clean rows that are suspect rows, too: a detector that trusts them may take what they carry for clean"""
     unread: tuple[Unread, ...] = ()
     """what the data's source has beside its rows and was not read, and so not examined"""
+    warnings: tuple[str, ...] = ()
+    """why the result should not be relied on, such as a premise of the method that fails; of all seeds, each text once"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -580,7 +582,8 @@ def detect(
     limits = _in_any(found.not_tested)
     if found.not_tested and all(of_seed.reason for of_seed in found.not_tested):
         flags = scores = None
-    return Detected(flags, scores, patterns, facts, needs, config, limits, _shared_rows(clean, data), data.unread)
+    warnings, shared = tuple(dict.fromkeys(filter(None, found.warnings))), _shared_rows(clean, data)
+    return Detected(flags, scores, patterns, facts, needs, config, limits, shared, data.unread, warnings)
 
 
 def defend(

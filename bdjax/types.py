@@ -222,6 +222,8 @@ class Detection(NamedTuple):
     """name -> [M, ...]: the detector's statistics behind its flags"""
     not_tested: tuple[NotTested, ...] = ()
     """for each of the M sets, what could not be tested; () if everything was. Rows that were not tested have no flags"""
+    warnings: tuple[str, ...] = ()
+    """for each of the M sets, why its result should not be relied on, "" for no reason; () if there is none for any"""
 
 
 class DefenseResult(NamedTuple):

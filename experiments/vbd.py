@@ -1,6 +1,6 @@
 """VBD: find the poisoned rows of a training set, and the trigger, without clean data.
 
-    python experiments/vbd.py                                       # digits: two triggers, and no attack
+    python experiments/vbd.py                                       # drawn textures: a trigger, and no attack
     python experiments/vbd.py --dataset=photos/                     # audit your own image folder or .npz
     python experiments/vbd.py --dataset=photos/ --defenses=spectral_signatures    # with another detector
     python experiments/vbd.py --dataset=cifar10 --study=table1      # a table of the paper; see --help
@@ -20,7 +20,7 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.attacks.vbd_triggers import TILES
-from bdjax.reporting.audit import exit_status
+from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run import command_line, presets
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
@@ -81,7 +81,9 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
         "seeds": 5,
     }
     always = {"defenses": "vbd", "schedule": "cosine"}
-    return presets.start_from("detection", preset, dataset, always, paper, kind=Config, path_defenses="vbd")
+    return presets.start_from(
+        "detection", preset, dataset, always, paper, kind=Config, path_defenses="vbd", usual="textures"
+    )
 
 
 EXPERIMENT = Experiment("vbd", "Variance-based defense", ("vbd",), preset, STUDIES)

@@ -16,6 +16,7 @@ from bdjax import api
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses.undefended import run as undefended_run
 from bdjax.training.member import TrainConfig
+from bdjax.types import Detection
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -401,6 +402,12 @@ class TestRowsThatAreTooFew:
         found = bdjax.detect("activation_clustering", self.FEW, KEY, model=MODEL)
         assert found.flags is None and found.scores is None
         assert found.not_tested.reason.startswith("needs at least 4 rows of a class")
+
+    def test_a_detector_passes_its_warnings_on(self, monkeypatch):
+        nothing = np.zeros((1, 3), bool)
+        found = Detection(nothing, nothing.astype(np.float32), warnings=("its premise fails",))
+        monkeypatch.setattr(api.contract, "detect", lambda *_: found)
+        assert bdjax.detect("vbd", self.FEW, KEY, model=MODEL).warnings == ("its premise fails",)
 
     def test_a_defense_is_refused_in_one_line(self):
         two = bdjax.dataset(TRAIN.images[TRAIN.labels < 2], TRAIN.labels[TRAIN.labels < 2])

@@ -18,6 +18,7 @@ from bdjax.datasets.locate import search_folders
 from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
 from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.scaling import scaled
+from bdjax.datasets.textures import load_textures
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
 from bdjax.datasets.tfds import load_tfds
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
@@ -62,6 +63,7 @@ class Source(NamedTuple):
 
 DATASETS: Mapping[str, Source] = {
     "digits": Source(load_digits),
+    "textures": Source(load_textures),
     "mnist": Source(load_mnist),
     "fashion_mnist": Source(load_fashion_mnist, Traits(like="mnist")),
     "cifar10": Source(load_cifar10, Traits(flips=True)),

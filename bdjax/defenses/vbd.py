@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.datasets import splits
-from bdjax.defenses import vbd_patterns
+from bdjax.defenses import vbd_patterns, vbd_premise
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, apart, count_text, fingerprint, labelled, limits
 from bdjax.defenses.filtering import retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
@@ -523,7 +523,7 @@ def least(settings: VBDSettings, facts: Facts) -> NotTested:
             f"finds nothing, whatever the rows are: with rows_per_class {settings.rows_per_class} and least_rows "
             f"{settings.least_rows}, no p-value is below p_value {settings.p_value:g}"
         )
-    share = settings.detect_share if settings.folds == 1 else 1.0
+    share = settings.held_back_share
     held_back = vbd_patterns.most_held_back(facts.rows, share)
     classes = {
         int(
@@ -573,6 +573,8 @@ VBD = Defense(
     detect=detect,
     check=check,
     least=least,
+    smallest=vbd_premise.smallest,
+    doubt=vbd_premise.doubt,
     changes={
         "quick": {
             "networks": "64P/10-10P",
@@ -588,6 +590,7 @@ VBD = Defense(
             "first_labelling": 3,
             "last_labelling": 6,
         },
+        "quick textures": {"networks": "10-10P", "least_steps": 0, "least_detector_steps": 100},
         "quick digits": {
             "networks": "16P/4-4P/8-8P",
             "epochs": 20,

@@ -116,6 +116,11 @@ class VBDSettings:
         """The layers of each simple network."""
         return tuple(self.networks.split("/"))
 
+    @property
+    def held_back_share(self) -> float:
+        """Share of the rows that a class is tested on."""
+        return self.detect_share if self.folds == 1 else 1.0
+
 
 class Candidate(NamedTuple):
     """The result of one network for one class."""

@@ -129,12 +129,17 @@ def score_detection(
         flags, scores = (None, None) if limits.reason else (found.flags[i], found.scores[i])
         detection = measure_detection(flags, scores, suspect.is_poisoned)
         facts = {name: _number(values[i]) for name, values in found.facts.items()}
-        results.append(Measured(suspect, variant, None, (), detection, facts, seconds, limits))
+        results.append(Measured(suspect, variant, None, (), detection, facts, seconds, limits, warning_of(found, i)))
     return results
 
 
 def _number(value: np.ndarray) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def warning_of(found: Detection | DefenseResult, number: int) -> str:
+    """Why the result of one of the suspects should not be relied on; "" for no reason."""
+    return found.warnings[number] if found.warnings else ""
 
 
 def not_tested_of(found: Detection | DefenseResult, number: int) -> NotTested:
@@ -207,7 +212,7 @@ def measure(
                 {name: _number(values[i]) for name, values in result.facts.items()} | _of_singles(result, suspect, i),
                 seconds,
                 limits,
-                result.warnings[i] if result.warnings else "",
+                warning_of(result, i),
             )
         )
     return results

@@ -1,9 +1,8 @@
-"""The report on an audit: what a detector finds in the user's own rows, as numbers, tables, verdict, pictures and page.
+"""The report on an audit: what a detector finds in the user's own rows, as numbers, tables, pictures and page.
 
-The ground truth is usually unknown here. So the numbers are the evidence for each class, and the verdict is careful: a class
-"carries a trigger" if the detector extracted a pattern for it and there is no evidence against that pattern. A detector that
-extracts no patterns only flags rows, and the verdict claims no more than that. The evidence behind the flags is shown for VBD
-(p-values); the page does not know how to read that of other detectors.
+The ground truth is usually unknown here, so the numbers are the evidence for each class. `bdjax/reporting/audit_verdict.py` has
+the words. The evidence behind the flags is shown for VBD (p-values); the page does not know how to read that of other
+detectors.
 
 Below the run folder, `page` writes the pictures, some of which are in the report, and for each class with a pattern:
 
@@ -11,7 +10,7 @@ Below the run folder, `page` writes the pictures, some of which are in the repor
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,16 +19,36 @@ import numpy as np
 from PIL import Image
 
 from bdjax import types
-from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection
+from bdjax.defenses.vbd_premise import LEARNED
+from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection, warning_of
+from bdjax.evaluation.sensitivity import FOUND_SHARE, least_found
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant
+from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant, facts_of
 from bdjax.inspection.extracted_triggers import LEAST_SIDE, enlarge, on_grey, outlined, pattern_pictures
 from bdjax.reporting import plots
 from bdjax.reporting import results as schema
+from bdjax.reporting.audit_verdict import (
+    NONE,
+    TRIGGER,
+    WEAK,
+    bound_text,
+    capital,
+    caveats,
+    found_classes,
+    is_or_are,
+    listed,
+    next_steps,
+    outcome_of,
+    percent,
+    reason_of,
+    smallest_p_value,
+    untested,
+    verdict,
+)
 from bdjax.reporting.report import Figure, Report, Section, Verdict
 from bdjax.reporting.sections import Entry, most_suspicious, section
 from bdjax.reporting.tables import Cell, Table
-from bdjax.run.folder import RunFolder
+from bdjax.run.folder import RunFolder, to_plain
 from bdjax.run.text import printable
 from bdjax.types import Dataset, Detection, ExtractedPattern, PoisonedDataset
 
@@ -40,29 +59,22 @@ ALMOST_ALL, CROWDED = 0.9, 2.0
 """It is also weak evidence if more than the first share of the class's rows is flagged, unless the class has more rows than the
 second times the median class; ours. Mislabelled poisoned rows come in addition to a class's own rows. So if a class of ordinary
 size is flagged almost entirely, the pattern is more likely a common feature of its images, which happens on clean digits."""
-MOST_OF_A_CLASS = 0.5
-"""A class with more than this share of its rows flagged is mentioned in the caveats."""
-MOST_NAMED, MOST_LISTED = 4, 40
-"""Most classes that a sentence names, and that a table lists."""
-TRIGGER, WEAK, NONE = "trigger", "weak", "none"
-"""The possible findings for a class."""
+LEAST_AGREEING = 2
+"""It is also weak evidence if fewer of several networks have a working pattern of the class; ours, stricter than the paper,
+where one is enough. One of three networks once had a pattern of a clean class, whose detector then flagged 445 clean rows."""
+MOST_LISTED = 40
+"""Most classes that a table lists."""
 MEASURED = ("flagged", "precision", "recall", "f1", "auc")
 """The numbers on the flags; all but the first need the ground truth."""
-VBD_NOT_FOUND = (
-    "This method cannot find triggers that move or change from row to row (dynamic and sample-specific triggers), triggers on "
-    "rows that keep their own label (clean-label attacks), or rare triggers."
-)
-NOT_FOUND = (
-    "A detector finds the kind of attack that it was designed for; rows that it does not flag may be poisoned, too."
-)
-"""The same for every other detector."""
+SCORE_BANDS = (0.5, 0.9, 0.95)
+"""Lower ends of the bands of scores in which flagged rows are counted; the last one ends at 1."""
 EXAMPLES, MOST_CLASSES = 3, 8
 """Flagged rows of each class that are shown with the trigger outlined, and most classes whose triggers, examples and histograms
 are in the report; the folder triggers/ has all."""
 PICTURES, PER_LINE = 24, 6
 """Suspicious rows shown in the report, and in one line of it."""
-MOST_REASONS = 5
-"""Most files that the report names as not copied."""
+NO_SENSITIVITY = {"trigger": "", "target": "", "sets": [], "why": ""}
+"""results["sensitivity"] of an audit whose sensitivity was neither measured nor asked for."""
 
 
 def class_title(number: int, name: str = "") -> str:
@@ -78,7 +90,15 @@ def names_of(dataset: Dataset) -> tuple[str, ...]:
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, seed: int = 0) -> dict[str, Any]:
+def summarise(
+    suspect: Suspect,
+    detection: Detection,
+    variant: DefenseVariant,
+    seed: int = 0,
+    *,
+    preset: str = "paper",
+    sensitivity: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """All numbers of an audit.
 
     Args:
@@ -86,33 +106,102 @@ def summarise(suspect: Suspect, detection: Detection, variant: DefenseVariant, s
         detection: the detection for this suspect alone: M = 1.
         variant: the detector.
         seed: of the run.
+        preset: of the run.
+        sensitivity: what became of a planted trigger: its name as "trigger", the title of the class that planted rows are
+            labelled as ("target"), and the entries of `bdjax.evaluation.sensitivity.measure` as "sets"; without any, "why".
 
     Returns:
         The schema of `bdjax.reporting.results` with one attack, that of the rows, and one method, the detector; in addition
-        the verdict and the numbers of each class. The same for the same inputs.
+        the outcome, the verdict and the numbers of each class. The same for the same inputs.
     """
     if len(detection.flags) != 1:
         raise ValueError(f"the detection has {len(detection.flags)} training sets; it must have exactly 1")
+    sensitivity = {**NO_SENSITIVITY, **(sensitivity or {})}
+    detection = judged(detection, sensitivity)
     dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
     limits = not_tested_of(detection, 0)
     is_tested = not limits.reason
-    networks = _networks(detection, settings)
-    accuracies = detection.evidence["accuracies"][0].tolist() if networks else []
+    smallest = variant.defense.smallest
     tree = schema.summarise(
         score_detection(detection, [suspect], variant, 0.0),
         *(MEASURED, MEASURED, 0, seed, {}, {}),
         detector=variant.defense.title,
+        preset=preset,
         dataset=dataset.name,
         rows=len(dataset),
+        unit="files" if dataset.files else "rows",
         flagged=int(flags.sum()) if is_tested else None,
         flagged_share=float(flags.mean()) if is_tested else None,
         image_shape=list(dataset.image_shape),
-        networks=[{"network": network, "accuracy": share} for network, share in zip(networks, accuracies, strict=True)],
+        networks=_network_numbers(detection, settings),
         extracts_patterns=bool(detection.patterns),
         classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
         detection=measure_by_class(suspect, detection) if is_tested else None,
+        score_bands=_score_bands(suspect, detection) if _networks(detection, settings) and is_tested else [],
+        changed_settings=_changed_settings(variant),
+        bound=smallest(settings, facts_of(dataset, None, dataset.num_classes)) if smallest else None,
+        sensitivity=sensitivity,
     )
+    tree["outcome"] = outcome_of(tree)
     return {"verdict": asdict(verdict(tree)), **tree, "caveats": caveats(tree)}
+
+
+def judged(detection: Detection, sensitivity: Mapping[str, Any] = NO_SENSITIVITY) -> Detection:
+    """The detection of one suspect, as a test that failed if nothing was found and nothing could be expected to be.
+
+    That is so if the detector warns that its premise fails, or if it finds none of the planted triggers. Findings stay
+    findings: a warning is then a caveat.
+    """
+    limits = not_tested_of(detection, 0)
+    if limits.reason or detection.flags.any() or any(detection.patterns):
+        return detection
+    reason, sets = warning_of(detection, 0), sensitivity["sets"]
+    if not reason and sets and not any(entry["found"] for entry in sets):
+        most = max(entry["planted"] for entry in sets)
+        reason = f"not even a {sensitivity['trigger']} that was planted in {most:,} rows of a copy was found"
+    if not reason:
+        return detection
+    return detection._replace(not_tested=(limits._replace(reason=reason),), warnings=())
+
+
+def _changed_settings(variant: DefenseVariant) -> list[dict[str, Any]]:
+    """The detector's settings that are not the paper's."""
+    settings, paper = to_plain(variant.settings), to_plain(variant.defense.settings)
+    return [
+        {"setting": name, "value": value, "paper": paper[name]}
+        for name, value in settings.items()
+        if value != paper[name]
+    ]
+
+
+def _network_numbers(detection: Detection, settings: Any) -> list[dict[str, Any]]:
+    """Accuracy of each simple network on its training rows, and on the held-back rows where that is known."""
+    networks = _networks(detection, settings)
+    if not networks:
+        return []
+    accuracies = detection.evidence["accuracies"][0].tolist()
+    held_back = detection.evidence.get("held_back_accuracies")
+    known = [None] * len(networks) if held_back is None else np.asarray(held_back[0], float).tolist()
+    return [
+        {"network": network, "accuracy": accuracy, "held_back_accuracy": other}
+        for network, accuracy, other in zip(networks, accuracies, known, strict=True)
+    ]
+
+
+def _score_bands(suspect: Suspect, detection: Detection) -> list[dict[str, Any]]:
+    """How many flagged rows have a score in each of the `SCORE_BANDS`, and how many of these are poisoned, if known."""
+    flags, scores, truth = detection.flags[0], detection.scores[0], suspect.is_poisoned
+    bands = []
+    for low, high in zip(SCORE_BANDS, (*SCORE_BANDS[1:], None), strict=True):
+        rows = flags & (scores >= low) & (True if high is None else scores < high)
+        bands.append(
+            {
+                "title": f"from {low:g} on" if high is None else f"from {low:g} to below {high:g}",
+                "flagged": int(rows.sum()),
+                "poisoned": None if truth is None else int((rows & truth).sum()),
+            }
+        )
+    return bands
 
 
 def _networks(detection: Detection, settings: Any) -> list[str]:
@@ -139,6 +228,7 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         # Without a candidate pattern nothing is tested: the success is unknown, not 0.
         rates = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
         numbers["success"] = dict(zip(networks, rates, strict=True))
+        numbers["agreeing"] = sum(rate is not None and rate >= settings.least_success for rate in rates)
     if detection.patterns:
         numbers |= {
             "network": found.network if found else None,
@@ -165,193 +255,24 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
             f"its detector has accuracy {entry['detector_accuracy']:.2f}, below {least_accuracy:g}, and is not used"
         )
     elif entry["flagged"] < WEAK_SHARE * entry["rows"] or not entry["flagged"]:
-        texts.append(f"{entry['flagged'] or 'none'} of its {entry['rows']:,} rows {_are(entry['flagged'])} flagged")
+        texts.append(
+            f"{entry['flagged'] or 'none'} of its {entry['rows']:,} rows {is_or_are(entry['flagged'])} flagged"
+        )
     elif entry["flagged"] > ALMOST_ALL * entry["rows"] and entry["rows"] <= CROWDED * usual:
         texts.append(
             f"{entry['flagged']:,} of its {entry['rows']:,} rows are flagged, as if the pattern were what the class looks like"
         )
     if entry["pattern_success"] < WEAK_SUCCESS:
-        texts.append(f"its pattern turns {_percent(entry['pattern_success'])} of other rows")
+        texts.append(f"its pattern turns {percent(entry['pattern_success'])} of other rows")
+    networks = len(entry.get("success", ()))
+    if networks >= LEAST_AGREEING > entry.get("agreeing", networks):
+        texts.append(f"only {entry['agreeing']} of {networks} networks has a working pattern")
     return texts
 
 
-def _are(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.{0 if share == 0 or share >= 0.1 else 1}f} %"
-
-
-def found_classes(results: Entry, finding: str = "") -> list[Entry]:
-    """Classes with a pattern, in order of increasing p-values.
-
-    Args:
-        results: from `summarise`.
-        finding: `TRIGGER` or `WEAK`; by default both, triggers before weak evidence.
-    """
-    wanted = [finding] if finding else [TRIGGER, WEAK]
-    shown = [entry for entry in results["classes"] if entry["finding"] in wanted]
-    return sorted(shown, key=lambda entry: (wanted.index(entry["finding"]), _smallest_p_value(entry)))
-
-
-def _smallest_p_value(entry: Entry) -> float:
-    """The smallest p-value of an entry of "classes"; 1 if the detector has none."""
-    return min(entry["p_values"].values()) if "p_values" in entry else 1.0
-
-
-def untested(results: Entry) -> list[Entry]:
-    """Classes with rows that could not be tested."""
-    return [entry for entry in results["classes"] if entry["not_tested"]]
-
-
-def reason_of(results: Entry) -> str:
-    """Why nothing could be tested; "" if something could be."""
-    return next((entry["reason"] for entry in results.get("not_tested", ())), "")
-
-
-FOUND, COULD_NOT_BE_TESTED = 3, 4
-"""Exit statuses of an audit that flags rows or finds a pattern, and of one that could test nothing; 0 if nothing was found."""
-
-
-def exit_status(results: Entry) -> int:
-    """The exit status of a run of detectors: see `FOUND`. Always 0 for results that are not an audit's."""
-    if "verdict" not in results:
-        return 0
-    if reason_of(results):
-        return COULD_NOT_BE_TESTED
-    return FOUND if results["flagged"] or found_classes(results) else 0
-
-
-def verdict(results: Entry) -> Verdict:
-    """Put the numbers of `summarise` into words."""
-    if reason := reason_of(results):
-        title = _capital(results["not_tested"][0]["title"])
-        text = "Nothing is known about these rows: this is no sign that they are clean, nor that they are poisoned."
-        return Verdict("info", f"{title} {NOT_TESTED}: {reason}.", text)
-    if not results["extracts_patterns"]:
-        return _verdict_on_flags(results)
-    certain, weak = found_classes(results, TRIGGER), found_classes(results, WEAK)
-    flagged = f"{results['flagged']:,} of {results['rows']:,} rows {_are(results['flagged'])} flagged"
-    text = "\n\n".join([*_evidence(results, certain or weak), *_rest(results)])
-    if certain:
-        verb = "carries" if len(certain) == 1 else "carry"
-        return Verdict("attacked", f"{_listed(certain)} {verb} a trigger: {flagged}.", text)
-    if weak:
-        headline = f"{_listed(weak)} may carry a trigger, but the evidence is weak: {flagged}."
-        return Verdict("warning", headline, text)
-    tested = " that could be tested" if untested(results) else ""
-    return Verdict("info", f"No class{tested} has a trigger that this method can find.", text)
-
-
-def _verdict_on_flags(results: Entry) -> Verdict:
-    """The verdict of a detector without patterns: how many rows are flagged, and in which class most of them are."""
-    name, rows, flagged = _capital(results["detector"]), results["rows"], results["flagged"]
-    if not flagged:
-        missing = untested(results)
-        tested = " that could be tested" if missing else ""
-        count = rows - sum(entry["rows"] for entry in missing)
-        return Verdict("info", f"{name} flags none of the {count:,} rows{tested}.", "\n\n".join(_rest(results)))
-    most = max(results["classes"], key=lambda entry: entry["flagged"] or 0)
-    text = (
-        f"{most['flagged']:,} of the flagged rows are in {most['title']}: {_percent(most['flagged'] / most['rows'])} of its "
-        f"{most['rows']:,} rows. This detector extracts no trigger, so look at the rows to see whether it is right."
-    )
-    headline = f"{name} flags {flagged:,} of {rows:,} rows ({_percent(flagged / rows)})."
-    return Verdict("warning", headline, "\n\n".join([text, *_rest(results)]))
-
-
-def detector_of(results: Entry) -> Entry:
+def method_of(results: Entry) -> Entry:
     """The entry of the one method of an audit."""
     return results["methods"][0]
-
-
-def _limits(results: Entry) -> str:
-    return VBD_NOT_FOUND if results["networks"] else NOT_FOUND
-
-
-def _listed(classes: Sequence[Entry]) -> str:
-    if len(classes) > MOST_NAMED:
-        return f"{len(classes)} classes"
-    names = [entry["title"].removeprefix("class ") for entry in classes]
-    if len(names) == 1:
-        return f"Class {names[0]}"
-    return f"Classes {', '.join(names[:-1])} and {names[-1]}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
-    height, width, _ = results["image_shape"]
-    lines = []
-    for entry in classes[:MOST_NAMED]:
-        p_value = f"p-value {_smallest_p_value(entry):.2g}; " if "p_values" in entry else ""
-        share = f" ({_percent(entry['flagged'] / entry['rows'])})" if entry["flagged"] else ""
-        lines.append(
-            f"{_capital(entry['title'])}: a pattern of {entry['mask_pixels']:,} of {height * width:,} pixels turns "
-            f"{_percent(entry['pattern_success'])} of other rows into this class; {p_value}{entry['flagged']:,} of "
-            f"its {entry['rows']:,} rows are flagged{share}."
-        )
-    if weak := found_classes(results, WEAK):
-        doubts = "; ".join(f"{entry['title']} ({', '.join(entry['against'])})" for entry in weak[:MOST_NAMED])
-        more = f"; and {len(weak) - MOST_NAMED} more" if len(weak) > MOST_NAMED else ""
-        lines.append(f"Weak evidence: {doubts}{more}.")
-    return lines
-
-
-def _rest(results: Entry) -> list[str]:
-    """What belongs to every verdict: the ground truth, if known, and the limits of the method."""
-    texts = []
-    if results["detection"]:
-        overall = results["detection"][0]
-        if overall["poisoned"]:
-            texts.append(
-                f"The ground truth is known here: {overall['hits']:,} of {overall['poisoned']:,} poisoned rows are flagged, "
-                f"and {overall['flagged'] - overall['hits']:,} of {overall['rows'] - overall['poisoned']:,} clean rows."
-            )
-        else:
-            texts.append(
-                "The ground truth is known here: no row is poisoned"
-                + (", so this is a false alarm." if overall["flagged"] else ".")
-            )
-    is_silent = not (found_classes(results) or (results["flagged"] and not results["extracts_patterns"]))
-    start = "This does not mean that the rows are clean. " if is_silent else "Other rows may be poisoned, too. "
-    return [*texts, start + _limits(results)]
-
-
-def caveats(results: Entry) -> list[str]:
-    """Caveats for the reader, one or two sentences each."""
-    if reason_of(results):
-        return [_limits(results)]
-    texts = [_limits(results)]
-    if results["flagged"] and not results["detection"]:
-        texts.append(
-            "The ground truth is unknown: some of the flagged rows may be clean, and some poisoned rows may not be flagged."
-        )
-    if not results["extracts_patterns"]:
-        texts.append(
-            "A detector that flags a fixed share of the rows does so even if none is poisoned; see its settings."
-        )
-    large = [entry for entry in results["classes"] if (entry["flagged"] or 0) > MOST_OF_A_CLASS * entry["rows"]]
-    if large:
-        texts.append(
-            f"{_listed(large)}: more than half of the rows are flagged. Look at them before removing them; the remaining rows "
-            "may be too few to learn the class from."
-        )
-    not_compared = untested(results)
-    if not_compared:
-        texts.append(
-            f"{_listed(not_compared)} {NOT_TESTED}; {not_compared[0]['title']} {not_compared[0]['not_tested']}. A trigger of "
-            "such a class goes unnoticed."
-        )
-    if found_classes(results):
-        texts.append(
-            "A feature that all rows of a class share, such as a watermark or a border, looks like a trigger to this method: "
-            "compare the pattern with the images."
-        )
-    return texts
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------
@@ -364,26 +285,27 @@ def main_table(results: Entry) -> Table:
     by_flags = not results["networks"]
     ordered = [
         *found,
-        *sorted(without_pattern, key=lambda entry: -(entry["flagged"] or 0) if by_flags else _smallest_p_value(entry)),
+        *sorted(without_pattern, key=lambda entry: -(entry["flagged"] or 0) if by_flags else smallest_p_value(entry)),
     ]
     shown = ordered[: max(MOST_LISTED, len(found))]
-    columns: dict[str, list[Cell]] = {"class": [_capital(entry["title"]) for entry in shown]}
+    columns: dict[str, list[Cell]] = {"class": [capital(entry["title"]) for entry in shown]}
     notes = []
     if results["extracts_patterns"]:
-        words = {TRIGGER: "trigger", WEAK: "weak", NONE: "no"}
+        words = {TRIGGER: "trigger", WEAK: "weak", NONE: "none found"}
         columns["trigger"] = ["not tested" if entry["not_tested"] else words[entry["finding"]] for entry in shown]
     flagged = ["not tested" if entry["not_tested"] else entry["flagged"] for entry in shown]
     columns |= {"rows": [entry["rows"] for entry in shown], "flagged": flagged}
     if networks := [network["network"] for network in results["networks"]]:
-        settings = detector_of(results)["settings"]
+        settings = method_of(results)["settings"]
         columns["p-value"] = [" / ".join(f"{entry['p_values'][name]:.2g}" for name in networks) for entry in shown]
         columns["success"] = [" / ".join(_rate(entry["success"][name]) for name in networks) for entry in shown]
+        columns["agree"] = [f"{entry['agreeing']} of {len(networks)}" for entry in shown]
         notes.append(
             f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the class's most and "
             "least confidently predicted rows use their most important pixel differently. Success: share of rows of other "
             "classes that the extracted pattern turns into this class; a pattern is kept if it is at least "
-            f"{settings['least_success']:g}. Detector: accuracy on rows with and without the pattern; below "
-            f"{settings['least_accuracy']:g} it flags nothing."
+            f"{settings['least_success']:g}. Agree: networks with such a pattern. Detector: accuracy on rows with and "
+            f"without the pattern; below {settings['least_accuracy']:g} it flags nothing."
         )
     if results["extracts_patterns"]:
         columns["kept from" if networks else "network"] = [entry["network"] for entry in shown]
@@ -395,7 +317,7 @@ def main_table(results: Entry) -> Table:
             entry["flagged"] / entry["rows"] if is_known else None for entry, is_known in zip(shown, known, strict=True)
         ]
     if missing := untested(results):
-        notes.append(f"{_listed(missing)}: {NOT_TESTED}.")
+        notes.append(f"{listed(missing)}: {NOT_TESTED}.")
     if len(ordered) > len(shown):
         notes.append(f"{len(shown)} of {len(ordered)} classes; results.json has all.")
     return Table("Evidence for each class", tuple(columns), tuple(zip(*columns.values(), strict=True)), " ".join(notes))
@@ -407,7 +329,7 @@ def _rate(value: float | None) -> str:
 
 def detector_table(results: Entry) -> Table:
     """The detector, its inputs, and the facts that it reports, unless the page shows them elsewhere."""
-    detector, (cell,) = detector_of(results), results["cells"]
+    detector, (cell,) = method_of(results), results["cells"]
     rows: list[tuple[Cell, ...]] = [
         ("detector", results["detector"]),
         ("paper", detector["paper"]),
@@ -419,24 +341,76 @@ def detector_table(results: Entry) -> Table:
 
 
 def networks_table(results: Entry) -> Table | None:
-    """VBD's simple networks and their training accuracy; None for other detectors."""
+    """VBD's simple networks and their accuracies; None for other detectors."""
     if not results["networks"]:
         return None
     kept = [entry["network"] for entry in results["classes"]]
     rows = [
-        (network["network"], network["accuracy"], kept.count(network["network"])) for network in results["networks"]
+        (network["network"], network["accuracy"], network["held_back_accuracy"], kept.count(network["network"]))
+        for network in results["networks"]
     ]
     notes = (
-        "Their accuracy should be low: a simple network is then confident only about easy features, such as a trigger."
+        "Their accuracy should be low: a simple network is then confident only about easy features, such as a trigger. If "
+        f"all of them reach {LEARNED:g} on held-back rows (on training rows where the former is unknown), the premise fails."
     )
-    return Table("The simple networks", ("network", "training accuracy", "patterns kept"), tuple(rows), notes)
+    header = ("network", "accuracy, training rows", "accuracy, held-back rows", "patterns kept")
+    return Table("The simple networks", header, tuple(rows), notes)
+
+
+def sensitivity_table(results: Entry) -> Table | None:
+    """What became of the planted trigger; None if none was planted."""
+    sensitivity, unit = results["sensitivity"], results["unit"]
+    if not sensitivity["sets"]:
+        return None
+    rows = [
+        (
+            entry["planted"],
+            percent(entry["share"]),
+            entry["hits"],
+            entry["flagged"],
+            entry["precision"],
+            "yes" if entry["found"] else "no",
+        )
+        for entry in sensitivity["sets"]
+    ]
+    header = (f"planted {unit}", "share", "flagged of them", "flagged in all", "precision", "found")
+    notes = (
+        f"A {sensitivity['trigger']}, opaque, at the bottom right of rows of all other classes, labelled as "
+        f"{sensitivity['target']}; the same detector and settings. Found: at least {percent(FOUND_SHARE)} of the planted "
+        f"{unit} are flagged, and at least {percent(FOUND_SHARE)} of the flagged {unit} are planted. One choice of {unit} for "
+        "each number."
+    )
+    return Table("A planted trigger", header, tuple(rows), notes)
+
+
+def settings_table(results: Entry) -> Table | None:
+    """The detector's settings that are not the paper's; None if all are."""
+    rows = [tuple(map(str, entry.values())) for entry in results["changed_settings"]]
+    return Table("Settings that are not the paper's", ("setting", "here", "paper"), tuple(rows)) if rows else None
+
+
+def scores_table(results: Entry) -> Table | None:
+    """Flagged rows by score; None for a detector whose scores are no probabilities, or if no row is flagged."""
+    if not results["flagged"] or not results["score_bands"]:
+        return None
+    is_known = results["score_bands"][0]["poisoned"] is not None
+    rows = [
+        (capital(band["title"]), band["flagged"], *([band["poisoned"]] if is_known else []))
+        for band in results["score_bands"]
+    ]
+    notes = (
+        "The score is the probability that the detector of the row's class gives to the pattern being on the row. It was not "
+        "compared with how often it is right. Look at the lowest scores first."
+    )
+    header = ("score", f"flagged {results['unit']}", *(["poisoned of them"] if is_known else []))
+    return Table("Flagged rows by score", header, tuple(rows), notes)
 
 
 def truth_table(results: Entry) -> Table | None:
     """Flags against the ground truth; None if it is unknown."""
     if not results["detection"]:
         return None
-    names = {entry["class"]: _capital(entry["title"]) for entry in results["classes"]}
+    names = {entry["class"]: capital(entry["title"]) for entry in results["classes"]}
     columns = ("rows", "poisoned", "flagged", "hits", "precision", "recall", "f1", "auc")
     rows: list[tuple[Cell, ...]] = [
         ("All rows" if entry["class"] is None else names[entry["class"]], *(entry[column] for column in columns))
@@ -454,7 +428,9 @@ def truth_table(results: Entry) -> Table | None:
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 
-def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detection) -> Report:
+def page(
+    folder: RunFolder, results: Entry, suspect: Suspect, detection: Detection, planted: Suspect | None = None
+) -> Report:
     """Write the pictures into the folder and assemble the page.
 
     Args:
@@ -462,6 +438,7 @@ def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detecti
         results: from `summarise`, with a description of the cleaned copy under "cleaned".
         suspect: the rows.
         detection: the detection that `results` summarises.
+        planted: a copy of the rows with a planted trigger, to be shown.
     """
     dataset = suspect.dataset
     write_triggers(folder, dataset, detection)
@@ -473,15 +450,21 @@ def page(folder: RunFolder, results: Entry, suspect: Suspect, detection: Detecti
         key_numbers=_key_numbers(results),
         sections=(
             Section("What to do next", "\n\n".join(next_steps(results))),
+            *section(
+                "What this run could find",
+                [sensitivity_table(results), settings_table(results)],
+                planted_figures(folder, dataset, planted, results) if planted else [],
+                bound_text(results),
+            ),
             *section("Evidence", tables),
             *section("Against the ground truth", [truth_table(results)]),
             *section("Triggers", [], trigger_figures(folder, dataset, detection, results)),
             *section("Examples", [], example_figures(folder, dataset, detection, results)),
-            *section("Scores", [], score_figures(folder, dataset, detection, results)),
+            *section("Scores", [scores_table(results)], score_figures(folder, dataset, detection, results)),
             *section("The most suspicious rows", [], suspicious),
             Section("Caveats", "\n\n".join(results["caveats"])),
         ),
-        settings={results["detector"]: detector_of(results)["settings"]},
+        settings={results["detector"]: method_of(results)["settings"]},
     )
 
 
@@ -495,76 +478,14 @@ def _key_numbers(results: Entry) -> dict[str, str]:
     }
     if results["extracts_patterns"]:
         certain, weak = (len(found_classes(results, finding)) for finding in (TRIGGER, WEAK))
-        shown["classes with a trigger"] = f"{certain:,} of {len(results['classes']):,}"
+        shown["classes found with a trigger"] = f"{certain:,} of {len(results['classes']):,}"
         if weak:
             shown["with weak evidence"] = f"{weak:,}"
+    if sets := results["sensitivity"]["sets"]:
+        least = least_found(sets)
+        shown["planted trigger found from"] = "–" if least is None else f"{least:,} {results['unit']}"
     measured = results["detection"][0] if results["detection"] else {}
     return shown | {name: f"{measured[name]:.3f}" for name in ("precision", "recall") if measured.get(name) is not None}
-
-
-def next_steps(results: Entry) -> list[str]:
-    """What the owner of the rows can do now, as paragraphs."""
-    if reason_of(results):
-        return [
-            "Run the audit again with more rows, with other settings, or with a detector that needs fewer. Nothing is known "
-            "about these rows."
-        ]
-    level, cleaned = results["verdict"]["level"], results["cleaned"]
-    costs = "Removing clean rows costs a little accuracy; training on poisoned rows may give an attacker control of the model."
-    if level == "attacked":
-        first = (
-            "Compare the triggers and the examples below with your own images. If they do not belong there, remove the rows in "
-            "flagged.csv and train again from the start. Do not use a model that was trained on all of these rows, and find "
-            "out where the flagged rows came from."
-        )
-    elif results["flagged"] and not results["extracts_patterns"]:
-        first = f"Look at the rows in flagged.csv, and at the most suspicious rows below, before you decide. {costs}"
-    elif found_classes(results) and results["flagged"]:
-        first = f"Look at the triggers below and at the rows in flagged.csv before you decide. {costs}"
-    elif found_classes(results):
-        first = (
-            "Look at the triggers below. If they do not belong on your images, look through the rows of these classes: "
-            "rows.csv lists them by score, although none of them is flagged."
-        )
-    elif level == "warning":
-        first = "Run the audit again with more rows of each class, or with other networks."
-    else:
-        first = "There are no rows to remove. A detector of another kind may find what this one does not."
-    texts = [first]
-    if cleaned["kind"] == "npz":
-        texts.append(
-            f"cleaned.npz has the {cleaned['rows']:,} rows that are not flagged: images, labels, and row, their original "
-            "numbers."
-        )
-    elif cleaned["kind"] == "folder":
-        texts.append(
-            f"cleaned/ has copies of {cleaned['copied']:,} of the {cleaned['rows']:,} files that are not flagged."
-        )
-        texts += _not_copied(cleaned)
-    emptied = [entry for entry in results["classes"] if entry["rows"] and entry["flagged"] == entry["rows"]]
-    if emptied:
-        names = ", ".join(entry["title"] for entry in emptied[:MOST_REASONS]) + (
-            " ..." if emptied[MOST_REASONS:] else ""
-        )
-        texts.append(f"Every row of {names} is flagged: without these rows the class is gone. Look at them first.")
-    if results["flagged"]:
-        texts.append(
-            "flagged.csv lists the flagged rows, most suspicious first; kept.csv the other rows; rows.csv every row."
-        )
-    return texts
-
-
-def _not_copied(cleaned: Entry) -> list[str]:
-    texts = []
-    for names, text in (
-        ([f"{entry['file']} ({entry['why']})" for entry in cleaned["left_out"]], "Not copied"),
-        (cleaned["strangers"], "Files below cleaned/ that this run did not put there"),
-    ):
-        if names:
-            shown = "; ".join(map(printable, names[:MOST_REASONS]))
-            more = f"; and {len(names) - MOST_REASONS:,} more, in results.json" if len(names) > MOST_REASONS else ""
-            texts.append(f"{text}: {shown}{more}.")
-    return texts
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -619,6 +540,17 @@ def trigger_figures(folder: RunFolder, dataset: Dataset, detection: Detection, r
         "predicts most confidently, so those of a blended trigger are washed out." + _cut(found)
     )
     return [Figure(path, caption, "The extracted trigger of each suspicious class and its mask.")]
+
+
+def planted_figures(folder: RunFolder, dataset: Dataset, planted: Suspect, results: Entry) -> list[Figure]:
+    """Some rows with the planted trigger, each beside the unchanged row."""
+    rows, versions = np.flatnonzero(planted.is_poisoned)[:EXAMPLES], (dataset.images, planted.dataset.images)
+    scale = _drawn_scale(dataset, 176)
+    images = [[enlarge(images[row], scale).astype(np.float32) / 255 for row in rows for images in versions]]
+    captions = [[text for row in rows for text in (_row_name(dataset, row), "with the trigger")]]
+    path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("planted.png"))
+    caption = f"The {results['sensitivity']['trigger']} that was planted in copies of the rows. It is not in your data."
+    return [Figure(path, caption, "Rows without and with the planted trigger.")]
 
 
 def example_figures(folder: RunFolder, dataset: Dataset, detection: Detection, results: Entry) -> list[Figure]:

@@ -19,6 +19,7 @@ import numpy as np
 from bdjax.evaluation import published
 from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.patterns import FoundPattern
+from bdjax.evaluation.variants import NOT_TESTED
 from bdjax.metrics import DEFINITIONS, DETECTION_FAILS, detection_word
 from bdjax.reporting import defenses, detector_plots, plots
 from bdjax.reporting import results as schema
@@ -415,12 +416,31 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     failed = any(_failed(measured) for _, measured in known)
     level = "attacked" if "missed" in words else "warning" if failed or words != {"found"} else "success"
     sentences = [f"{detector['title']} has a mean F1 of {_mean(measured):.1f} %" for detector, measured in known]
+    if doubted := _doubted(results, shown):
+        text = "\n\n".join([f"Measured all the same: {'; '.join(sentences)}.", text])
+        return Verdict(
+            "not_tested", f"{doubted} {NOT_TESTED} on {where}: its premise fails on every one of them.", text
+        )
     count = len(known[0][1])
     sets_text = f"{count} training set{'s' if count > 1 else ''}"
     headline = f"{'; '.join(sentences)} on {sets_text}."
     if len(known) == 1 and failed:
         headline = f"{sentences[0]}, and fails on {len(_failed(known[0][1]))} of {sets_text}."
     return Verdict(level, headline, text)
+
+
+def _doubted(results: Entry, shown: Sequence[Entry]) -> str:
+    """The titles of the detectors that the report is about, if each of them warns about every training set; otherwise empty."""
+    sets = {(attack["attack"], seed) for attack in results["attacks"] for seed in attack["seeds"]}
+    for detector in shown:
+        warned = {
+            (entry["attack"], entry["seed"])
+            for entry in results.get("warnings", ())
+            if entry["method"] == detector["method"]
+        }
+        if warned != sets:
+            return ""
+    return " and ".join(detector["title"] for detector in shown)
 
 
 def _shown(results: Entry, about: Sequence[str]) -> list[Entry]:

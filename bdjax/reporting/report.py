@@ -20,7 +20,8 @@ from bdjax.reporting.plots import DPI
 from bdjax.reporting.tables import Table
 from bdjax.run.folder import RunFolder, describe_environment, to_plain
 
-LEVELS = ("success", "warning", "attacked", "info")
+LEVELS = ("success", "warning", "attacked", "info", "found", "suspicious", "nothing_found", "not_tested")
+"""The last four are of audits, whose ground truth is unknown: none of them is a success."""
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 

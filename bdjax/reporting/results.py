@@ -247,7 +247,7 @@ def _warnings(measured: Sequence[Measured], seed: int) -> list[dict[str, Any]]:
         {
             "attack": measurement.suspect.attack.name,
             "method": measurement.variant.name,
-            "title": f"{measurement.variant.title} on {measurement.suspect.attack.title}",
+            "title": f"{measurement.variant.title} on {set_title(measurement.suspect)}",
             "seed": seed + measurement.suspect.seed,
             "text": measurement.warning,
         }
@@ -390,7 +390,12 @@ def reservations(results: Mapping[str, Any]) -> list[str]:
                 f"{title}: {noun} {', '.join(names[:MOST_CLASSES])}{more} {NOT_TESTED}{where} (class {names[0]} "
                 f"{group['classes'][names[0]]})."
             )
-    texts += [f"{entry['title']}, seed {entry['seed']}: {entry['text']}." for entry in results.get("warnings", ())]
+    alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for entry in results.get("warnings", ()):
+        alike.setdefault((entry["method"], entry["text"]), []).append(entry)
+    for (_, text), (first, *others) in alike.items():
+        more = f", and in {len(others)} more case{'s' if len(others) > 1 else ''}" if others else ""
+        texts.append(f"{first['title']}, seed {first['seed']}{more}: {text}.")
     texts += results.get("limits", ())
     return texts
 

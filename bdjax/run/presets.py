@@ -160,6 +160,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "attacks": "white_square,green_square:opacity=0.5,none",
             "suspects_at_once": 16,
         },
+        "textures": _SMALL | {"epochs": 8, "attacks": "white_square,none", "seeds": 1},
         "mnist": _SMALL
         | {
             "train_rows": 10_000,
@@ -234,13 +235,16 @@ def quick(workflow: str, dataset: str) -> dict[str, Any]:
     return fields
 
 
-def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) -> tuple[str, str, str]:
+def choose(
+    preset: str | None, dataset: str | None, presets: tuple[str, ...], usual: str = "digits"
+) -> tuple[str, str, str]:
     """Fill in the preset and the dataset if they are None, and choose the compute dtype for the backend.
 
     Args:
         preset: its name; None for quick on a CPU, paper elsewhere.
-        dataset: its name or path; None for the digits.
+        dataset: its name or path; None for the usual one.
         presets: the names of the experiment's presets.
+        usual: the name of the dataset without a choice, which needs no files.
 
     Raises:
         InputError: there is no such preset.
@@ -248,7 +252,7 @@ def choose(preset: str | None, dataset: str | None, presets: tuple[str, ...]) ->
     on_cpu = jax.default_backend() == "cpu"
     preset = preset or ("quick" if on_cpu else "paper")
     check_choice("--preset", preset, presets)
-    return preset, dataset or "digits", "float32" if on_cpu else "bfloat16"
+    return preset, dataset or usual, "float32" if on_cpu else "bfloat16"
 
 
 def start_from(
@@ -260,6 +264,7 @@ def start_from(
     *,
     kind: type[Settings],
     path_defenses: str,
+    usual: str = "digits",
 ) -> Settings:
     """The configuration that a preset of a run on suspect training sets starts from.
 
@@ -271,11 +276,12 @@ def start_from(
         paper: field -> value at the paper's size, also used by strong runs on an accelerator.
         kind: the configuration's class.
         path_defenses: the defenses for data at a path, which is not attacked and has no known clean rows.
+        usual: as for `choose`.
 
     Raises:
         InputError: there is no such preset.
     """
-    preset, dataset, compute_dtype = choose(preset, dataset, ("quick", "paper", "strong"))
+    preset, dataset, compute_dtype = choose(preset, dataset, ("quick", "paper", "strong"), usual)
     if preset == "paper" or (preset == "strong" and compute_dtype == "bfloat16"):
         sized = {**paper, "compute_dtype": compute_dtype}
     else:

@@ -2,10 +2,16 @@
 
 import csv
 import io
+import numbers
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full width
+_FORMULA = re.compile(
+    r"(^\s*|[;,|\t\r\n]\s*)(?=[=+\-@\uff1d\uff0b\uff0d\uff20])|^(?=[\t\r\n])"
+)  # the last four: full width
+"""Where a spreadsheet may see the beginning of a formula: at the beginning of a cell, and, since some countries' spreadsheets
+separate cells by a semicolon and so do not see the quotes of a comma-separated file, after anything that may separate cells."""
 
 
 def printable(text: str) -> str:
@@ -29,12 +35,12 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """Returns a CSV table, the only way in which bdjax writes one.
 
     Text is always quoted. A spreadsheet would run text that starts with =, +, -, @ (in full width, too), a tab or the end of a
-    line as a formula, so such text gets a leading apostrophe, which spreadsheets show as plain text. Numbers are left as they
-    are.
+    line as a formula, so an apostrophe is put before it, with which spreadsheets show plain text; also within a text, after
+    whatever may separate cells. Numbers are left as they are: -1.5 is no formula.
 
     Args:
         header: names of the columns.
-        rows: cells: text, numbers, or None for an empty cell.
+        rows: cells: text, numbers, or None for an empty cell; anything else is written as its text.
     """
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -44,4 +50,6 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _inert(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell
+    if cell is None or isinstance(cell, numbers.Number):
+        return cell
+    return _FORMULA.sub(r"\1'", str(cell))

@@ -1,6 +1,12 @@
-"""An audit: a detector on a user's own training set, whose ground truth is unknown."""
+"""An audit: a detector on a user's own training set, whose ground truth is unknown.
+
+Where nothing is found, a trigger is planted in copies of the rows, to see what would have been found.
+"""
 
 import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +16,16 @@ from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.defenses import contract
 from bdjax.errors import InputError
+from bdjax.evaluation import sensitivity
+from bdjax.evaluation.sensitivity import Planting
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, without_untestable
 from bdjax.reporting import audit as reporting
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
-from bdjax.run.log import StageLog
-from bdjax.types import Dataset, PoisonedDataset
+from bdjax.run.log import StageLog, format_seconds
+from bdjax.training.stages import StageRunner
+from bdjax.types import Dataset, Detection, PoisonedDataset
 from bdjax.workflows import base
 from bdjax.workflows.base import Experiment
 from bdjax.workflows.cleaned_copy import write_cleaned, write_rows
@@ -68,13 +77,33 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     run = base.begin(experiment, config, data, 1, log)
     make_network = network_maker(config, run)
     folder = run.open_folder()
-    runner = run.make_runner(folder.checkpoints)
-    keys = suspect_keys(jax.random.key(config.seed), [suspect])
     recipe = train_config(config)
     needs_network = "attacked model" in needs and not left_out
-    inputs = make_defense_input([suspect], keys, data, clean, make_network, recipe, runner, train_plainly=needs_network)
-    found = contract.detect(variant.defense, *inputs_of(inputs, variant, config.clean_per_class))
-    results = reporting.summarise(suspect, found, variant, config.seed)
+
+    def detect(suspects: Sequence[Suspect], runner: StageRunner) -> Detection:
+        keys = suspect_keys(key, suspects)
+        inputs = make_defense_input(
+            suspects, keys, data, clean, make_network, recipe, runner, train_plainly=needs_network
+        )
+        return contract.detect(variant.defense, *inputs_of(inputs, variant, config.clean_per_class))
+
+    key, start = jax.random.key(config.seed), time.perf_counter()
+    found = detect([suspect], run.make_runner(folder.checkpoints))
+    seconds = time.perf_counter() - start
+    summarise = partial(reporting.summarise, suspect, found, variant, config.seed, preset=config.preset)
+    results, planting = summarise(), None
+    if results["outcome"] == "nothing found" and config.sensitivity:
+        planting, measured = measure_sensitivity(
+            data,
+            results["bound"],
+            partial(detect, runner=run.make_runner(folder.checkpoints / "sensitivity")),
+            jax.random.fold_in(key, 1),
+            seconds,
+            log,
+        )
+        results = summarise(sensitivity=measured)
+    elif results["outcome"] == "nothing found":
+        results = summarise(sensitivity={"why": "--no-sensitivity"})
     if reporting.reason_of(results):  # lists of flagged and of kept rows would look like a result
         results["cleaned"] = {"kind": None, "rows": 0}
     else:
@@ -84,9 +113,52 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         source = path if config.copy_files and path.is_dir() else None
         results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
     results = base.write_results(folder, results, data, clean, shared=shared)
-    page = reporting.page(folder, results, suspect, found)
+    page = reporting.page(folder, results, suspect, found, planting.suspects[-1] if planting else None)
     base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results)
     return results
+
+
+def measure_sensitivity(
+    data: Dataset,
+    smallest: int | None,
+    detect: Callable[[Sequence[Suspect]], Detection],
+    key: jax.Array,
+    seconds: float,
+    log: StageLog,
+) -> tuple[Planting | None, Mapping[str, Any]]:
+    """Plant a trigger in copies of the rows and run the detector on them.
+
+    Args:
+        data: the rows.
+        smallest: the number of poisoned rows that the detector's settings ask for; None if they say nothing.
+        detect: runs the detector, with the settings of the audit, on several suspects of one call.
+        key: decides which rows are planted.
+        seconds: what the detector took on the rows themselves.
+        log: where it is printed.
+
+    Returns:
+        The copies, and what `reporting.summarise` takes; None and the reason if nothing could be planted.
+    """
+    try:
+        planting = sensitivity.plant(key, data, smallest)
+    except InputError as error:
+        why = f"the trigger {error}"
+        log.note("sensitivity", f"not measured: {why}")
+        return None, {"why": why}
+    copies, unit = planting.suspects, "files" if data.files else "rows"
+    counts = ", ".join(f"{int(copy.is_poisoned.sum()):,}" for copy in copies)
+    log.note(
+        "sensitivity",
+        f"nothing was found; planting a {planting.title} in copies, in {counts} {unit}: roughly "
+        f"{format_seconds(len(copies) * seconds)}, or twice that where the trigger is found; --no-sensitivity leaves it out",
+    )
+    with log.stage("sensitivity") as stage:
+        sets = sensitivity.measure(planting, detect(copies))
+        stage.detail = "; ".join(
+            f"{entry['planted']:,} {unit}: {'found' if entry['found'] else 'not found'}" for entry in sets
+        )
+    target = f"class {data.class_title(planting.target)}"
+    return planting, {"trigger": planting.title, "target": target, "sets": sets}
 
 
 def as_suspect(data: Dataset) -> Suspect:

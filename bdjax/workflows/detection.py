@@ -66,6 +66,9 @@ class Config(SuspectConfig):
     """number of training sets that share a call; more need more memory"""
     copy_files: bool = False
     """when auditing an image folder, copy the files that are not flagged"""
+    sensitivity: bool = True
+    """when an audit finds nothing, plant a trigger in copies of the rows, and report from how many rows on the detector finds
+    it; takes three to six times as long as the audit itself"""
 
 
 def settle(config: Config, experiment: Experiment) -> tuple[list[str], list[str]]:

@@ -45,6 +45,8 @@ def write_outcome(folder: RunFolder, name: str, outcome: Outcome) -> pathlib.Pat
         if comparison.result.not_tested:
             limits = [{"reason": of.reason, "classes": dict(of.classes)} for of in comparison.result.not_tested]
             arrays[f"not tested {number}"] = np.array(json.dumps(limits))
+        if comparison.result.warnings:
+            arrays[f"warnings {number}"] = np.array(json.dumps(comparison.result.warnings))
         facts = [np.asarray(values, np.float64) for values in comparison.result.facts.values()]
         arrays[f"facts {number}"] = np.array(facts).reshape(len(facts), len(comparison.measured))
     for number, pattern in enumerate(outcome.found):
@@ -111,7 +113,10 @@ def _comparison(
     not_tested = tuple(
         NotTested(of["reason"], {int(label): reason for label, reason in of["classes"].items()}) for of in limits
     )
-    detected = Detection(arrays[f"flags {number}"], arrays[f"scores {number}"], facts, not_tested=not_tested)
+    warnings = tuple(map(str, json.loads(str(arrays.get(f"warnings {number}", "[]")))))
+    detected = Detection(
+        arrays[f"flags {number}"], arrays[f"scores {number}"], facts, not_tested=not_tested, warnings=warnings
+    )
     return Comparison(
         variant, detected, score_detection(detected, suspects, variant, float(arrays[f"seconds {number}"]))
     )

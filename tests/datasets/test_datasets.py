@@ -24,15 +24,18 @@ def test_every_loader_has_the_same_form():
 
 
 def test_traits_stand_on_the_set():
-    photographs, digits = ("cifar10", "cifar100", "tiny_imagenet", "flowers17"), ("digits", "mnist", "gtsrb")
-    assert all(traits(name).flips for name in photographs) and not any(traits(name).flips for name in digits)
+    photographs, others = (
+        ("cifar10", "cifar100", "tiny_imagenet", "flowers17"),
+        ("digits", "mnist", "gtsrb", "textures"),
+    )
+    assert all(traits(name).flips for name in photographs) and not any(traits(name).flips for name in others)
     like = {name: traits(name).like for name in ("fashion_mnist", "cifar100", "gtsrb", "digits")}
     assert like == {"fashion_mnist": "mnist", "cifar100": "cifar10", "gtsrb": "cifar10", "digits": None}
     assert {traits(name).like for name in DATASETS} - {None} <= set(DATASETS)
     assert traits("mine.npz") == traits("tfds:cifar10") == Traits()
 
 
-@pytest.mark.parametrize("name", [name for name in DATASETS if name != "digits"])
+@pytest.mark.parametrize("name", [name for name in DATASETS if name not in ("digits", "textures")])
 @pytest.mark.usefixtures("no_network")
 def test_every_named_set_that_is_nowhere_is_one_line(name, folder, cache, monkeypatch):
     monkeypatch.setenv(DATA_DIR_VARIABLE, "/elsewhere")
@@ -44,6 +47,11 @@ def test_every_named_set_that_is_nowhere_is_one_line(name, folder, cache, monkey
         assert f" in {folder}, /elsewhere, {cache}; " in message
         assert ("the download failed (http" in message) == download
         assert ": put " in message and " from http" in message and f" into {folder}" in message
+
+
+def test_textures_need_no_files():
+    train, test = load("textures", download=False)
+    assert train.image_shape == test.image_shape == (32, 32, 3)
 
 
 def test_digits_need_no_files():

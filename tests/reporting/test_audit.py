@@ -1,5 +1,6 @@
 """The numbers, tables and sentences of an audit."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant
 from bdjax.inspection.extracted_triggers import enlarge
-from bdjax.reporting import audit, report
+from bdjax.reporting import audit, audit_verdict, report
 from bdjax.reporting.audit import class_title, main_table, truth_table
 from bdjax.reporting.tables import to_markdown
 from bdjax.run.folder import RunFolder
@@ -50,7 +51,7 @@ def analysis(found=(3,), flagged=4, success=0.9, accuracy=0.95):
         scores[0, in_class] = np.linspace(0.4, 0.1, OF_A_CLASS)
         scores[0, in_class[:flagged]] = 0.9 + 0.01 * np.arange(flagged)
         flags[0, in_class[:flagged]] = accuracy >= SETTINGS.least_accuracy
-        p_values[0, 1, label], rates[0, 1, label], network[0, label] = 1e-6, success, 1
+        p_values[0, :, label], rates[0, :, label], network[0, label] = (1e-4, 1e-6), success, 1
         masks[0, label, 6:, 6:] = True
         patterns[0, label, 6:, 6:] = 1.0
         accuracies[0, label] = accuracy
@@ -79,43 +80,56 @@ def verdict_of(rows=None, **changes):
 def test_a_class_with_a_trigger():
     verdict = verdict_of()
     assert (verdict["level"], verdict["headline"]) == (
-        "attacked",
+        "found",
         "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged.",
     )
-    assert verdict["text"].startswith(
-        "Class 3 (dog): a pattern of 4 of 64 pixels turns 90 % of other rows into this class; p-value 1e-06; 4 of its 10 rows "
-        "are flagged (40 %).\n\nOther rows may be poisoned, too. "
+    evidence, networks, preset, rest = verdict["text"].split("\n\n")
+    assert evidence == (
+        "Class 3 (dog): a pattern of 4 of 64 pixels turns 90 % of other rows into this class; 2 of 2 simple networks have such "
+        "a pattern; p-value 1e-06; 4 of its 10 rows are flagged (40 %)."
     )
+    assert networks.startswith(
+        "Simple networks: 64P predicts 20 % of its training rows; 16-16P predicts 40 % of its training rows as their label."
+    )
+    assert preset.startswith(
+        "Preset paper: 1 setting differs from the paper's: networks 64P+16-16P (paper: 64P+10-10P+16-16P)."
+    )
+    assert rest.startswith("Other rows may be poisoned, too. ")
 
 
 @pytest.mark.parametrize(
     ("changes", "level", "headline"),
     [
-        ({"found": (1, 3)}, "attacked", "Classes 1 (bee) and 3 (dog) carry a trigger: 8 of 40 rows are flagged."),
-        ({"flagged": 1}, "attacked", "Class 3 (dog) carries a trigger: 1 of 40 rows is flagged."),
+        ({"found": (1, 3)}, "found", "Classes 1 (bee) and 3 (dog) carry a trigger: 8 of 40 rows are flagged."),
+        ({"flagged": 1}, "found", "Class 3 (dog) carries a trigger: 1 of 40 rows is flagged."),
         (
             {"success": 0.49},
-            "warning",
-            "Class 3 (dog) may carry a trigger, but the evidence is weak: 4 of 40 rows are flagged.",
+            "suspicious",
+            "Class 3 (dog) is suspicious, but the evidence is weak: 4 of 40 rows are flagged.",
         ),
-        ({"success": 0.5}, "attacked", "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged."),
+        ({"success": 0.5}, "found", "Class 3 (dog) carries a trigger: 4 of 40 rows are flagged."),
         (
             {"flagged": 0},
-            "warning",
-            "Class 3 (dog) may carry a trigger, but the evidence is weak: 0 of 40 rows are flagged.",
+            "suspicious",
+            "Class 3 (dog) is suspicious, but the evidence is weak: 0 of 40 rows are flagged.",
         ),
         (
             {"accuracy": 0.7},
-            "warning",
-            "Class 3 (dog) may carry a trigger, but the evidence is weak: 0 of 40 rows are flagged.",
+            "suspicious",
+            "Class 3 (dog) is suspicious, but the evidence is weak: 0 of 40 rows are flagged.",
         ),
-        ({"found": ()}, "info", "No class has a trigger that this method can find."),
+        (
+            {"found": ()},
+            "nothing_found",
+            "Nothing found in these 40 rows; fewer than about 100 poisoned rows of a class (more than all) cannot be counted "
+            "on to be found.",
+        ),
     ],
 )
 def test_every_finding_has_its_sentence(changes, level, headline):
     verdict = verdict_of(**changes)
     assert (verdict["level"], verdict["headline"]) == (level, headline)
-    assert audit.VBD_NOT_FOUND in verdict["text"]
+    assert audit_verdict.VBD_NOT_FOUND in verdict["text"]
 
 
 def test_why_evidence_is_weak():
@@ -126,18 +140,20 @@ def test_why_evidence_is_weak():
 
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
-    assert verdict["level"] == "warning" and "(10 of its 10 rows are flagged, as if the pattern were" in verdict["text"]
-    assert verdict_of(flagged=9)["level"] == "attacked"
+    assert (
+        verdict["level"] == "suspicious" and "(10 of its 10 rows are flagged, as if the pattern were" in verdict["text"]
+    )
+    assert verdict_of(flagged=9)["level"] == "found"
 
 
 def test_almost_all_of_a_class_may_be_poisoned_if_it_has_too_many_rows():
     # Mislabelled poisoned rows of many classes are added to one class and outnumber its own rows.
     base = analysis(found=())
-    for size, level in ((30, "attacked"), (10, "warning")):
+    for size, level in ((30, "found"), (10, "suspicious")):
         labels = np.repeat([0, 1, 2, 3], [size, 5, 5, ROWS - size - 10]).astype(np.int32)
         found = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
         found = found._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
-        found.p_values[0, 1, 0], found.success[0, 1, 0] = 1e-4, 0.9
+        found.p_values[0, :, 0], found.success[0, :, 0] = 1e-4, 0.9
         assert summarise(dataset(labels=labels), found, SETTINGS)["verdict"]["level"] == level
 
 
@@ -163,7 +179,7 @@ def test_half_a_percent_of_the_class_is_the_least():
         masks=base.masks[:, :2],
         detector_accuracies=np.array([[0.9, 0.0]]),
     )
-    for count, level in ((4, "warning"), (5, "attacked")):
+    for count, level in ((4, "suspicious"), (5, "found")):
         found.flags[0, 2 : 2 + count] = True
         assert summarise(many, found, SETTINGS)["verdict"]["level"] == level
 
@@ -173,29 +189,33 @@ def test_many_classes_are_counted_not_named():
     names = {"class_names": ()}
     verdict = summarise(dataset(**names), found, SETTINGS)["verdict"]
     assert verdict["headline"].startswith("Classes 0, 1, 2 and 3 carry a trigger: ")
-    assert audit._listed([{"title": f"class {number}"} for number in range(5)]) == "5 classes"
+    assert audit_verdict.listed([{"title": f"class {number}"} for number in range(5)]) == "5 classes"
 
 
 def test_nothing_compared_is_nothing_known():
     classes = dict.fromkeys(range(CLASSES), "has few rows")
     found = analysis(found=())._replace(not_tested=(NotTested("needs more rows", classes),))
     results = summarise(dataset(), found, SETTINGS)
-    assert results["verdict"]["level"] == "info"
+    assert (results["verdict"]["level"], results["outcome"]) == ("not_tested", "could not be tested")
     assert results["verdict"]["headline"] == "VBD could not be tested: needs more rows."
     assert results["flagged"] is results["flagged_share"] is results["classes"][0]["flagged"] is None
-    assert audit.reason_of(results) == "needs more rows"
+    assert audit_verdict.reason_of(results) == "needs more rows"
     assert {row[1] for row in audit.main_table(results).rows} == {"not tested"}
 
 
 def test_classes_that_could_not_be_tested_are_no_classes_without_a_trigger():
     found = analysis(found=())._replace(not_tested=(NotTested("", {0: "has few rows"}),))
     results = summarise(dataset(), found, SETTINGS)
-    assert results["verdict"]["headline"] == "No class that could be tested has a trigger that this method can find."
+    assert results["verdict"]["headline"].startswith(
+        "Nothing found in the 30 of 40 rows that could be tested; fewer than"
+    )
     said = "Class 0 (ant) could not be tested; class 0 (ant) has few rows. A trigger of such a class goes unnoticed."
     assert said in results["caveats"] and "Class 0 (ant): could not be tested." in audit.main_table(results).notes
     (untested,) = [row for row in audit.main_table(results).rows if row[0] == "Class 0 (ant)"]
     assert untested[1] == untested[3] == "not tested" and results["classes"][0]["flagged"] is None
-    assert summarise(dataset(), analysis(found=()), SETTINGS)["verdict"]["headline"].startswith("No class has")
+    assert summarise(dataset(), analysis(found=()), SETTINGS)["verdict"]["headline"].startswith(
+        "Nothing found in these 40 rows;"
+    )
 
 
 def test_rows_that_could_not_be_tested_do_not_count_as_unflagged():
@@ -203,7 +223,10 @@ def test_rows_that_could_not_be_tested_do_not_count_as_unflagged():
     found = Detection(flags, flags.astype(np.float32), not_tested=(NotTested("", {1: "has no clean row"}),))
     variant = DefenseVariant("scan", DEFENSES["scan"], DEFENSES["scan"].settings)
     results = audit.summarise(suspect_of(rows), found, variant)
-    assert results["verdict"]["headline"] == f"SCAn flags none of the {ROWS - OF_A_CLASS} rows that could be tested."
+    assert results["verdict"]["headline"] == (
+        f"Nothing found in the {ROWS - OF_A_CLASS} of {ROWS} rows that could be tested; how small an attack this run would "
+        "have found was not measured."
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,8 +240,9 @@ def test_names_of_classes_are_made_printable(name, title):
 def test_numbers_of_a_class_and_that_they_are_json():
     results = summarise(dataset(), analysis(), SETTINGS)
     dog = results["classes"][3]
-    assert dog["p_values"] == {"64P": 0.4, "16-16P": 1e-6}
-    assert dog["success"] == {"64P": None, "16-16P": 0.9}  # no candidate is not a success of 0
+    assert dog["p_values"] == {"64P": 1e-4, "16-16P": 1e-6}
+    assert dog["success"] == {"64P": 0.9, "16-16P": 0.9} and dog["agreeing"] == 2
+    assert results["classes"][0]["success"] == {"64P": None, "16-16P": None}  # no candidate is not a success of 0
     assert (dog["rows"], dog["flagged"], dog["network"], dog["mask_pixels"]) == (10, 4, "16-16P", 4)
     assert (dog["finding"], results["classes"][0]["finding"]) == ("trigger", "none")
     assert results["classes"][0]["detector_accuracy"] is results["classes"][0]["mask_pixels"] is None
@@ -240,10 +264,10 @@ def test_evidence_names_suspicious_classes_first_then_by_p_value():
     assert [row[:2] for row in table.rows] == [
         ("Class 3 (dog)", "trigger"),
         ("Class 2 (cat)", "weak"),
-        ("Class 1 (bee)", "no"),
-        ("Class 0 (ant)", "no"),
+        ("Class 1 (bee)", "none found"),
+        ("Class 0 (ant)", "none found"),
     ]
-    assert table.rows[0][2:] == (10, 4, "0.4 / 1e-06", "– / 0.90", "16-16P", 4, "0.95")
+    assert table.rows[0][2:] == (10, 4, "0.0001 / 1e-06", "0.90 / 0.90", "2 of 2", "16-16P", 4, "0.95")
     assert "| Class 3 (dog) |" in to_markdown(table)
 
 
@@ -291,19 +315,20 @@ def flagged_by(rows, name="spectral_signatures", count=6):
 def test_a_detector_without_patterns_names_rows_and_no_trigger():
     results = flagged_by(dataset())
     verdict = results["verdict"]
-    assert (verdict["level"], verdict["headline"]) == ("warning", "Spectral signatures flags 6 of 40 rows (15 %).")
-    assert verdict["text"].startswith("5 of the flagged rows are in class 3 (dog): 50 % of its 10 rows.")
+    assert (verdict["level"], verdict["headline"]) == ("suspicious", "Spectral signatures flags 6 of 40 rows (15 %).")
+    assert verdict["text"].startswith("5 of the flagged rows are in class 3 (dog): 50 % of its 10.")
     text = verdict["text"] + " ".join(results["caveats"])
     assert not results["extracts_patterns"] and results["networks"] == []
-    assert audit.VBD_NOT_FOUND not in text and audit.NOT_FOUND in text and "p-value" not in text
+    assert audit_verdict.VBD_NOT_FOUND not in text and audit_verdict.NOT_FOUND in text and "p-value" not in text
     assert all("p_values" not in entry and "network" not in entry for entry in results["classes"])
     assert json.loads(json.dumps(results, allow_nan=False)) == results
 
 
 def test_no_flag_is_no_verdict_on_the_rows():
     verdict = flagged_by(dataset(), count=0)["verdict"]
-    assert (verdict["level"], verdict["headline"]) == ("info", "Spectral signatures flags none of the 40 rows.")
-    assert verdict["text"].startswith("This does not mean that the rows are clean.")
+    assert verdict["level"] == "nothing_found"
+    assert verdict["headline"].startswith("Nothing found in these 40 rows; how small an attack")
+    assert "Nothing found does not mean that the rows are clean." in verdict["text"]
 
 
 def test_its_tables_have_its_own_numbers_and_none_of_vbd():
@@ -437,16 +462,16 @@ def test_the_report_says_the_verdict_and_shows_the_pictures(tmp_path, undrawn):
     assert page.count('src="data:image/png') == 4 and "cleaned.npz has the 9 rows" in page
     assert ">detector<" in page and ">VBD<" in page
     assert all(f">{title}</h2>" in page for title in ("What to do next", "Evidence", "Triggers", "Examples", "Scores"))
-    assert results["verdict"]["level"] == "attacked"
+    assert results["verdict"]["level"] == "found"
     assert json.loads((tmp_path / "timings.json").read_text("utf-8")) == {"seconds": {"vbd": 1.5}}
     assert "Evidence for each class" in (tmp_path / "table.md").read_text("utf-8")
 
 
-def test_a_clean_verdict_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path, undrawn):
+def test_a_verdict_of_nothing_found_has_no_pictures_and_says_what_it_does_not_rule_out(tmp_path, undrawn):
     results = write(tmp_path, found=small_analysis(()))
     page = (tmp_path / "report.html").read_text("utf-8")
-    assert results["verdict"]["level"] == "info" and not (tmp_path / "triggers").exists()
-    assert "This does not mean that the rows are clean." in page and "data:image/png" not in page
+    assert results["verdict"]["level"] == "nothing_found" and not (tmp_path / "triggers").exists()
+    assert "Nothing found does not mean that the rows are clean." in page and "data:image/png" not in page
 
 
 def test_the_same_audit_writes_the_same_bytes(tmp_path, monkeypatch):
@@ -470,13 +495,13 @@ def test_what_to_do_next_depends_on_the_finding(tmp_path, undrawn):
         "There are no rows to remove.": small_analysis(()),
     }
     for number, (start, found) in enumerate(begins.items()):
-        steps = audit.next_steps(write(tmp_path / str(number), found=found))
+        steps = audit_verdict.next_steps(write(tmp_path / str(number), found=found))
         assert steps[0].startswith(start)
         assert ("flagged.csv lists" in steps[-1]) == found.flags.any()
 
 
 def test_a_class_that_would_be_gone_is_pointed_out(tmp_path, undrawn):
-    steps = audit.next_steps(write(tmp_path, found=small_analysis(tuple(range(6, DOZEN)))))
+    steps = audit_verdict.next_steps(write(tmp_path, found=small_analysis(tuple(range(6, DOZEN)))))
     assert any(
         text.startswith("Every row of class 1 is flagged: without these rows the class is gone.") for text in steps
     )
@@ -516,3 +541,146 @@ def test_the_page_of_a_detector_without_patterns(tmp_path, undrawn):
     for text in ("VBD", "p-value", "triggers", "simple networks", "From 0 to 1"):
         assert text not in page, text
     assert page.count('src="data:image/png') == 2 and not (tmp_path / "triggers").exists()
+
+
+# ---- What a run that finds nothing could have found -----------------------------------------------------------------
+
+
+def nothing(**changes):
+    """The numbers of an audit by VBD of 40 rows in which nothing is found."""
+    variant = DefenseVariant("vbd", DEFENSES["vbd"], SETTINGS)
+    found = to_detection(analysis(found=()), SETTINGS)
+    evidence = dict(found.evidence) | changes.pop("evidence", {})
+    found = found._replace(evidence=evidence, **{name: changes.pop(name) for name in ("warnings",) if name in changes})
+    return audit.summarise(suspect_of(changes.pop("rows", dataset())), found, variant, **changes)
+
+
+def planted(*entries):
+    """A planted trigger: (planted rows, hits, flagged rows, whether it was found)."""
+    sets = [
+        {"planted": count, "share": count / ROWS, "hits": hits, "flagged": flagged, "precision": None, "found": found}
+        for count, hits, flagged, found in entries
+    ]
+    return {"trigger": "3×3 green square", "target": "class 0 (ant)", "sets": sets}
+
+
+def test_nothing_found_names_the_smallest_planted_trigger_that_was_found():
+    results = nothing(sensitivity=planted((5, 1, 1, False), (10, 9, 9, True), (20, 20, 21, True)))
+    assert (results["outcome"], audit_verdict.exit_status(results)) == ("nothing found", 0)
+    assert results["verdict"]["headline"] == (
+        "Nothing found in these 40 rows; a 3×3 green square planted in 10 of them (25 %) was found, in 5 it was not."
+    )
+    assert results["verdict"]["text"].startswith(
+        "A 3×3 green square planted in 20 of these 40 rows was found (20 of them flagged); in 10 it was found (9 flagged); in "
+        "5 it was not found (1 flagged): fewer poisoned rows than 10, fainter triggers, or triggers of another kind cannot be "
+        "excluded. Planted rows were labelled as class 0 (ant), the class with the most rows."
+    )
+    assert (
+        "By its settings VBD asks for about 100 poisoned rows of a class (more than all of these 40)"
+        in (results["verdict"]["text"])
+    )
+
+
+def test_a_smaller_number_that_was_found_by_luck_does_not_count():
+    results = nothing(sensitivity=planted((5, 5, 5, True), (10, 0, 0, False), (20, 20, 20, True)))
+    assert "planted in 20 of them (50 %) was found, in 10 it was not." in results["verdict"]["headline"]
+
+
+def test_a_run_that_finds_no_planted_trigger_has_tested_nothing():
+    results = nothing(sensitivity=planted((5, 0, 0, False), (20, 0, 0, False)))
+    assert (results["outcome"], audit_verdict.exit_status(results)) == ("could not be tested", 4)
+    assert results["verdict"]["headline"] == (
+        "VBD could not be tested: not even a 3×3 green square that was planted in 20 rows of a copy was found."
+    )
+    assert results["flagged"] is None and {row[1] for row in main_table(results).rows} == {"not tested"}
+
+
+def test_a_sensitivity_that_was_not_measured_is_said_to_be_unknown():
+    results = nothing(sensitivity={"why": "--no-sensitivity"})
+    assert results["verdict"]["level"] == "nothing_found"
+    assert results["verdict"]["text"].startswith("The sensitivity of this run was not measured: --no-sensitivity.")
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper"])
+def test_nothing_found_is_neither_clean_nor_green(tmp_path, undrawn, preset):
+    found = to_detection(analysis(found=()), SETTINGS)
+    copy = suspect_of(poisoned(np.arange(ROWS) < 5))
+    results = nothing(sensitivity=planted((20, 20, 20, True)), preset=preset) | {
+        "cleaned": {"kind": None, "rows": ROWS}
+    }
+    folder = RunFolder(tmp_path, is_new=True)
+    page = audit.page(folder, results, suspect_of(dataset()), found, copy)
+    text = report.render(page)
+    banner = text.split("<body>")[1].split("</header>")[0]
+    assert "verdict nothing_found" in banner and ">Nothing found<" in banner and "uccess" not in banner
+    assert (tmp_path / "planted.png").exists()
+    sentences = text.split("<body>")[1].split(".")
+    assert all("does not mean" in sentence or "Removing" in sentence for sentence in sentences if " clean" in sentence)
+
+
+def test_networks_that_learned_the_classes_leave_nothing_to_be_known():
+    warning = "simple networks learned the classes: 64P 97 %"
+    results = nothing(warnings=(warning,))
+    assert (results["outcome"], audit_verdict.exit_status(results)) == ("could not be tested", 4)
+    assert results["verdict"]["headline"] == f"VBD could not be tested: {warning}." and "warnings" not in results
+    assert "lists" not in " ".join(audit_verdict.next_steps(results | {"cleaned": {"kind": None, "rows": 0}}))
+
+
+def test_a_finding_stays_a_finding_if_the_premise_is_in_doubt():
+    variant = DefenseVariant("vbd", DEFENSES["vbd"], SETTINGS)
+    found = to_detection(analysis(), SETTINGS)._replace(warnings=("simple networks learned the classes",))
+    results = audit.summarise(suspect_of(dataset()), found, variant)
+    assert (results["outcome"], audit_verdict.exit_status(results)) == ("found", 3)
+    assert [entry["text"] for entry in results["warnings"]] == ["simple networks learned the classes"]
+
+
+def test_accuracies_stand_beside_every_verdict():
+    results = nothing(evidence={"held_back_accuracies": np.array([[0.25, 0.125]])})
+    assert [network["held_back_accuracy"] for network in results["networks"]] == [0.25, 0.125]
+    assert "64P predicts 20 % of its training rows and 25 % of the held-back rows" in results["verdict"]["text"]
+    assert audit.networks_table(results).rows == (("64P", 0.2, 0.25, 0), ("16-16P", 0.4, 0.125, 0))
+
+
+def test_what_a_preset_changes_is_read_off_the_settings():
+    quick = dataclasses.replace(VBDSettings(), networks="64P+10-10P", epochs=5, least_steps=600, batch_size=64)
+    found = to_detection(analysis(), quick)._replace(evidence={}, patterns=())
+    variant = DefenseVariant("vbd", DEFENSES["vbd"], quick)
+    results = audit.summarise(suspect_of(dataset()), found, variant, preset="quick")
+    assert (
+        "Preset quick: 4 settings differ from the paper's: networks 64P+10-10P (paper: 64P+10-10P+16-16P), epochs 5 (paper: "
+        "20), least steps 600 (paper: 0), and 1 more."
+    ) in results["verdict"]["text"]
+    assert "Fewer networks or epochs than the paper's cost sensitivity" in results["verdict"]["text"]
+    larger = dataclasses.replace(VBDSettings(), epochs=40, p_value=0.02)
+    text = audit.summarise(suspect_of(dataset()), found, variant._replace(settings=larger))["verdict"]["text"]
+    assert "2 settings differ" in text and "cost sensitivity" not in text
+    assert audit.settings_table(results).rows[-1] == ("batch_size", "64", "256")
+
+
+def test_a_class_that_one_of_several_networks_saw_is_suspicious():
+    found = analysis()
+    found.success[0, 0, 3] = 0.32  # below the least success, as if there were no pattern
+    verdict = summarise(dataset(), found, SETTINGS)["verdict"]
+    assert verdict["level"] == "suspicious" and "1 of 2 simple networks has such a pattern" in verdict["text"]
+    assert "(only 1 of 2 networks has a working pattern)" in verdict["text"]
+    alone = VBDSettings(networks="64P")
+    assert summarise(dozen(), small_analysis(), alone)["verdict"]["level"] == "found"
+
+
+def test_flagged_rows_are_counted_by_score():
+    found = analysis(flagged=4)
+    found.scores[0, [3, 7, 11, 15]] = (0.5, 0.9, 0.95, 1.0)
+    truth = np.zeros(ROWS, bool)
+    truth[[11, 15]] = True
+    results = summarise(poisoned(truth), found, SETTINGS)
+    assert [tuple(band.values()) for band in results["score_bands"]] == [
+        ("from 0.5 to below 0.9", 1, 0),
+        ("from 0.9 to below 0.95", 1, 0),
+        ("from 0.95 on", 2, 2),
+    ]
+    assert audit.scores_table(results).rows[2] == ("From 0.95 on", 2, 2)
+    steps = audit_verdict.next_steps(results | {"cleaned": {"kind": "npz", "rows": 36}})
+    assert (
+        "1 from 0.5 to below 0.9, 1 from 0.9 to below 0.95, 2 from 0.95 on. Look at the lowest ones first" in steps[1]
+    )
+    assert audit.scores_table(flagged_by(dataset())) is None  # these scores are no probabilities

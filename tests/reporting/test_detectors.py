@@ -262,6 +262,18 @@ def comparisons():
     return result
 
 
+def test_a_premise_that_fails_on_every_set_is_no_result():
+    sets = [measure("white_square", VBD, flags(20)), measure("none", VBD, flags(0)), measure("none", SCAN, flags(0))]
+    warned = [measured._replace(warning="simple networks learned the classes") for measured in sets[:2]]
+    outcome = detectors.verdict(summarise(*warned, sets[2]), ("vbd",))
+    assert outcome.level == "not_tested"
+    assert outcome.headline == (
+        "VBD could not be tested on the paper's settings: its premise fails on every one of them."
+    )
+    assert outcome.text.startswith("Measured all the same: VBD has a mean F1 of 100.0 %.")
+    assert detectors.verdict(summarise(warned[0], *sets[1:]), ("vbd",)).level == "success"
+
+
 def test_sets_that_are_drawn_are_spread_out():
     compared = comparisons()
     results = summarise(*(measurement for comparison in compared for measurement in comparison.measured))

@@ -142,6 +142,15 @@ class TestTexts:
             == " Left out: abl (no rows); issba (no room)."
         )
 
+    def test_warnings_of_the_same_words_are_one_sentence(self):
+        entry = {"attack": "a", "method": "vbd", "title": "VBD on A", "seed": 0, "text": "it learned the classes"}
+        others = [entry | {"seed": 1}, entry | {"seed": 2, "text": "it diverged"}, entry | {"seed": 3}]
+        assert schema.reservations(make() | {"warnings": [entry]}) == ["VBD on A, seed 0: it learned the classes."]
+        assert schema.reservations(make() | {"warnings": [entry, *others]}) == [
+            "VBD on A, seed 0, and in 2 more cases: it learned the classes.",
+            "VBD on A, seed 2: it diverged.",
+        ]
+
 
 class TestNamesOfClasses:
     NAMES = ("ant", "bee", "cat", "dog", "eel")

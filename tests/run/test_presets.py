@@ -7,6 +7,7 @@ from bdjax import datasets
 from bdjax.errors import InputError
 from bdjax.run import presets
 from bdjax.workflows import attack, detection, poisoned_sets, suspect_models, ta_kd
+from experiments import lfd, vbd
 
 CONFIGS = {
     "ta_kd": ta_kd.Config,
@@ -72,6 +73,12 @@ def test_sizes_are_a_copy():
 def test_the_device_decides_where_no_preset_is_named(backend, named, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert presets.choose(named, None, ("quick", "paper")) == expected
+
+
+def test_without_a_dataset_vbd_runs_on_one_that_its_networks_do_not_learn():
+    chosen = vbd.preset("quick")
+    assert (chosen.dataset, chosen.attacks, chosen.defenses) == ("textures", "white_square,none", "vbd")
+    assert vbd.preset("quick", "digits").dataset == "digits" and lfd.preset("quick").dataset == "digits"
 
 
 def test_a_preset_that_the_experiment_does_not_have():

@@ -26,6 +26,22 @@ def test_text_that_a_spreadsheet_would_run_is_neutralised(start):
     assert csv_text((name,), []).startswith(f'"\'{name}"')
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (" =1", " '=1"),
+        ("a;=1.png", "a;'=1.png"),  # a second cell where cells are separated by semicolons
+        ("a\n@x", "a\n'@x"),
+        ("a-b=c+d@e", "a-b=c+d@e"),
+        ("3,-4", "3,'-4"),
+        (pathlib.PurePosixPath("=1"), "'=1"),
+        ("-1.5", "'-1.5"),  # a class's name, not a number
+    ],
+)
+def test_what_a_spreadsheet_may_take_for_a_cell_is_neutralised(name, written):
+    assert csv_text(("a",), [(name,)]) == f'"a"\n"{written}"\n'
+
+
 def test_commas_quotes_and_newlines_survive():
     cells = ["a,b", 'say "x"', "two\nlines", "lone\rreturn", "", "x=1", "é"]
     assert next(csv.reader([csv_text(cells, [])])) == cells

@@ -14,11 +14,12 @@ from planted_rows import CLASSES, ENGINE, TARGET, VBD, make_rows, poisoned_rows,
 from rich.console import Console
 
 from bdjax import datasets
+from bdjax.defenses import contract
 from bdjax.errors import InputError
-from bdjax.reporting.audit import exit_status
+from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run.log import StageLog
 from bdjax.training.stages import StageRunner
-from bdjax.types import Dataset, Unread
+from bdjax.types import Dataset, Detection, Unread
 
 
 def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
@@ -67,7 +68,7 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     images, labels, is_poisoned, _ = poisoned_rows()
     results = json.loads((folder / "results.json").read_text())
     assert results["rows"] == len(images) and results["detection"] is None
-    assert results["verdict"]["level"] == "attacked" and results["classes"][TARGET]["finding"] == "trigger"
+    assert results["outcome"] == "found" and results["classes"][TARGET]["finding"] == "trigger"
     assert exit_status(results) == 3
     flagged = (folder / "flagged.csv").read_text().splitlines()
     kept = (folder / "kept.csv").read_text().splitlines()
@@ -108,11 +109,80 @@ def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
     pictures = write_folder(tmp_path / "pictures", *make_rows())
     strict = VBD.replace("p_value=0.4", "p_value=2e-05")  # the smallest of ten rows against ten is 1.1e-5
     run_folder = tmp_path / "run"
-    results = run([*ENGINE, f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={strict}"])
-    assert results["verdict"]["level"] == "info" and results["flagged"] == 0 and exit_status(results) == 0
+    arguments = [
+        *ENGINE,
+        f"--dataset={pictures}",
+        f"--output={run_folder}",
+        f"--defenses={strict}",
+        "--no-sensitivity",
+    ]
+    results = run(arguments)
+    assert results["verdict"]["level"] == "nothing_found" and results["flagged"] == 0 and exit_status(results) == 0
     assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
     assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
-    assert "No class has a trigger that this method can find" in (run_folder / "report.html").read_text()
+    report = (run_folder / "report.html").read_text()
+    assert "Nothing found in these 500 files" in report and "was not measured: --no-sensitivity." in report
+
+
+def sees_squares(smallest: int, calls: list[int]):
+    """A detector in the place of `contract.detect`: it flags green and white corners if at least so many rows have them."""
+
+    def detect(defense, inputs, settings) -> Detection:
+        del defense, settings
+        calls.append(len(inputs.keys))
+        corners = np.asarray(inputs.pool)[inputs.index][:, :, -3:, -3:]
+        flags = np.isin(corners, (0, 255)).all(axis=(2, 3, 4))
+        flags &= flags.sum(axis=1, keepdims=True) >= smallest
+        return Detection(flags, flags.astype(np.float32))
+
+    return detect
+
+
+@pytest.mark.parametrize(
+    ("smallest", "headline", "status"),
+    [
+        (
+            30,
+            "Nothing found in these 500 rows; a 3×3 white square planted in 34 of them (6.8 %) was found, in 17 it was not.",
+            0,
+        ),
+        (
+            99,
+            ") could not be tested: not even a 3×3 white square that was planted in 68 rows of a copy was found.",
+            4,
+        ),
+    ],
+)
+def test_an_audit_that_finds_nothing_plants_a_trigger_and_says_what_became_of_it(
+    own_rows, tmp_path, monkeypatch, smallest, headline, status
+):
+    calls, text = [], io.StringIO()
+    monkeypatch.setattr(contract, "detect", sees_squares(smallest, calls))
+    log, folder = StageLog(Console(file=text, width=400)), tmp_path / "run"
+    results = run([*ENGINE, f"--dataset={own_rows}", f"--output={folder}", f"--defenses={VBD}"], log)
+    assert calls == [1, 3], "the copies are members of one call"
+    assert [(entry["planted"], entry["found"]) for entry in results["sensitivity"]["sets"]] == [
+        (17, False),
+        (34, not status),
+        (68, not status),
+    ]
+    assert results["verdict"]["headline"].endswith(headline) and exit_status(results) == status
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert "planting a 3×3 white square in copies, in 17, 34, 68 rows: roughly" in text.getvalue()
+    assert headline in text.getvalue() and (folder / "planted.png").exists()
+    assert "flagged in all" in (folder / "table.md").read_text()
+    assert (folder / "flagged.csv").exists() != bool(status)
+
+
+def test_a_trigger_that_cannot_be_planted_is_a_reason(own_rows, tmp_path, monkeypatch):
+    calls, many = [], VBD.replace("rows_per_class=10", "rows_per_class=1000")
+    monkeypatch.setattr(contract, "detect", sees_squares(1, calls))
+    results = run([*ENGINE, f"--dataset={own_rows}", f"--output={tmp_path / 'run'}", f"--defenses={many}"])
+    assert calls == [1] and results["outcome"] == "nothing found"
+    assert (
+        "not measured: the trigger cannot be planted: 1,667 rows are more than half of the 375"
+        in results["verdict"]["text"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +264,7 @@ def test_an_audit_of_too_few_rows_trains_nothing_and_says_that_it_knows_nothing(
     log = StageLog(Console(file=text, width=400))
     results = run([*ENGINE, "--dataset=own/", f"--output={folder}", f"--defenses={defense}"], log)
     headline = results["verdict"]["headline"]
-    assert "could not be tested: needs at least" in headline and results["verdict"]["level"] == "info"
+    assert "could not be tested: needs at least" in headline and results["verdict"]["level"] == "not_tested"
     assert exit_status(results) == 4
     assert results["flagged"] is None and results["detection"] is None and results["cleaned"]["kind"] is None
     report, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()

@@ -49,7 +49,8 @@ class TestEveryExperiment:
 
     def test_its_folder_is_named_after_what_differs(self, experiment):
         plain, other = experiment.default(), base.read_flags(experiment, "a run", ["--seeds=5"])
-        assert base.output_folder(experiment, plain) == pathlib.Path("runs") / experiment.name / "digits-quick"
+        name = f"{'textures' if experiment.name == 'vbd' else 'digits'}-quick"
+        assert base.output_folder(experiment, plain) == pathlib.Path("runs") / experiment.name / name
         assert base.output_folder(experiment, other) != base.output_folder(experiment, plain)
 
 

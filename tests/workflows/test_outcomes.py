@@ -27,6 +27,7 @@ def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
     comparisons = []
     for variant, facts in zip(variants, ({"largest": np.array([1.5, 1 / 3])}, {}), strict=True):  # some have no facts
         found = Detection(rng.random((2, 40)) < 0.3, rng.random((2, 40)).astype(np.float32), facts)
+        found = found._replace(warnings=("", "careful") if facts else ())
         comparisons.append(Comparison(variant, found, score_detection(found, suspects, variant, 0.1)))
     pattern = rng.random((SIDE, SIDE, 3)).astype(np.float32)
     mask = np.zeros((SIDE, SIDE), bool)
@@ -41,6 +42,7 @@ def test_what_is_written_of_a_group_is_what_is_read(tmp_path):
     for before, after in zip(comparisons, read.comparisons, strict=True):
         assert [row[1:] for row in before.measured] == [row[1:] for row in after.measured]
         np.testing.assert_array_equal(before.result.scores, after.result.scores)
+    assert [row.warning for row in read.comparisons[0].measured] == ["", "careful"]
     assert [row.suspect.num_covers for row in read.comparisons[0].measured] == [0, 0]
     for before, after in zip(found, read.found, strict=True):
         for name, value in before._asdict().items():
