@@ -12,7 +12,7 @@ from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.defenses.vbd_premise import LEARNED, doubt, smallest
 from bdjax.types import Detection
 
-SETTINGS = VBDSettings(networks="64P+16-16P")
+SETTINGS = VBDSettings(networks="64P/16-16P")
 FACTS = Facts(np.full(10, 300), np.zeros(10, int))
 
 

@@ -89,10 +89,11 @@ def test_a_class_with_a_trigger():
         "a pattern; p-value 1e-06; 4 of its 10 rows are flagged (40 %)."
     )
     assert networks.startswith(
-        "Simple networks: 64P predicts 20 % of its training rows; 16-16P predicts 40 % of its training rows as their label."
+        "Simple networks: 64P predicts 20 % of its training rows and 20 % of the held-back rows; 16-16P predicts 40 % of its "
+        "training rows and 30 % of the held-back rows as their label."
     )
     assert preset.startswith(
-        "Preset paper: 1 setting differs from the paper's: networks 64P+16-16P (paper: 64P+10-10P+16-16P)."
+        "Preset paper: 1 setting differs from the paper's: networks 64P/16-16P (paper: 64P/10-10P/16-16P)."
     )
     assert rest.startswith("Other rows may be poisoned, too. ")
 
@@ -642,12 +643,12 @@ def test_accuracies_stand_beside_every_verdict():
 
 
 def test_what_a_preset_changes_is_read_off_the_settings():
-    quick = dataclasses.replace(VBDSettings(), networks="64P+10-10P", epochs=5, least_steps=600, batch_size=64)
+    quick = dataclasses.replace(VBDSettings(), networks="64P/10-10P", epochs=5, least_steps=600, batch_size=64)
     found = to_detection(analysis(), quick)._replace(evidence={}, patterns=())
     variant = DefenseVariant("vbd", DEFENSES["vbd"], quick)
     results = audit.summarise(suspect_of(dataset()), found, variant, preset="quick")
     assert (
-        "Preset quick: 4 settings differ from the paper's: networks 64P+10-10P (paper: 64P+10-10P+16-16P), epochs 5 (paper: "
+        "Preset quick: 4 settings differ from the paper's: networks 64P/10-10P (paper: 64P/10-10P/16-16P), epochs 5 (paper: "
         "20), least steps 600 (paper: 0), and 1 more."
     ) in results["verdict"]["text"]
     assert "Fewer networks or epochs than the paper's cost sensitivity" in results["verdict"]["text"]

@@ -99,7 +99,7 @@ def test_settings_are_adapted_to_a_named_set_or_to_what_is_asked_for(dataset, li
 
 
 def test_a_kind_of_data_that_is_not_known_is_refused():
-    with pytest.raises(InputError, match="^--like 'digit' is not one of digits, mnist, "):
+    with pytest.raises(InputError, match="^--like 'digit' is not one of digits, textures, mnist, "):
         run_config.adapted_to(Config(like="digit"))
 
 
