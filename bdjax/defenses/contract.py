@@ -373,8 +373,6 @@ class Defense:
     smallest: Callable[[Any, Facts], int] | None = None
     """(settings, facts) -> about how many poisoned rows of one class its own rule asks for: fewer are found by luck, if at all.
     None for a method whose settings say nothing about it"""
-    doubt: Callable[[Any, Detection], tuple[str, ...]] | None = None
-    """(settings, detection) -> `Detection.warnings`: for a premise that shows only after training. `detect` calls it"""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
     it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
@@ -530,6 +528,4 @@ def detect(defense: Defense, inputs: DefenseInput, settings: Any) -> Detection:
     if merged:
         flags = found.flags & np.array([[not of_suspect.reason] for of_suspect in merged])
         found = found._replace(flags=flags)
-    found = found._replace(not_tested=merged)
-    warnings = defense.doubt(settings, found) if defense.doubt else found.warnings
-    return found._replace(warnings=warnings if any(warnings) else ())
+    return found._replace(not_tested=merged)

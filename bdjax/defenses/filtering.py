@@ -54,7 +54,18 @@ def retrained(inputs: DefenseInput, stage: str, found: Detection) -> DefenseResu
         stage: name of the stage, for checkpoints.
         found: the detector's result.
     """
-    nets = retrain_without(inputs, stage, found.flags)
+    return as_result(retrain_without(inputs, stage, found.flags), found)
+
+
+def as_result(nets: Nets, found: Detection) -> DefenseResult:
+    """Networks that were trained because of a detector's result, with all that it says of the rows."""
     return DefenseResult(
-        nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures, found.not_tested
+        nets.model,
+        nets.variables,
+        found.flags,
+        found.scores,
+        found.facts,
+        found.pictures,
+        found.not_tested,
+        found.warnings,
     )

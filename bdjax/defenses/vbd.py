@@ -28,7 +28,7 @@ import numpy as np
 from bdjax.datasets import splits
 from bdjax.defenses import vbd_patterns, vbd_premise
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, apart, count_text, fingerprint, labelled, limits
-from bdjax.defenses.filtering import retrained
+from bdjax.defenses.filtering import as_result, retrained
 from bdjax.defenses.vbd_detector import Pattern, epochs_for, of_class, pixels, train_detectors
 from bdjax.defenses.vbd_patterns import Candidate, VBDSettings
 from bdjax.errors import InputError
@@ -463,7 +463,14 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
     evidence = {name: getattr(analysis, name) for name in names}
     patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
     return Detection(
-        analysis.flags, analysis.scores, facts, pictures, patterns, evidence, not_tested=analysis.not_tested
+        analysis.flags,
+        analysis.scores,
+        facts,
+        pictures,
+        patterns,
+        evidence,
+        not_tested=analysis.not_tested,
+        warnings=vbd_premise.doubt(analysis.held_back_accuracies),
     )
 
 
@@ -508,9 +515,7 @@ def run(inputs: DefenseInput, settings: VBDSettings) -> DefenseResult:
         return retrained(inputs, stage, found)
     rows = labelled(inputs.index, analysis.new_labels)
     nets = inputs.train(stage, inputs.make_model(), inputs.recipe, rows)
-    return DefenseResult(
-        nets.model, nets.variables, found.flags, found.scores, found.facts, found.pictures, found.not_tested
-    )
+    return as_result(nets, found)
 
 
 def least(settings: VBDSettings, facts: Facts) -> NotTested:
@@ -574,7 +579,6 @@ VBD = Defense(
     check=check,
     least=least,
     smallest=vbd_premise.smallest,
-    doubt=vbd_premise.doubt,
     changes={
         "quick": {
             "networks": "64P/10-10P",

@@ -83,7 +83,7 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     trigger = folder / "triggers" / f"class-{TARGET}-trigger.png"
     opacity = np.asarray(Image.open(trigger))[..., 3] > 0
     corner = opacity[-opacity.shape[0] // 4 :, -opacity.shape[1] // 4 :]
-    assert corner.all() and opacity.mean() < 0.6, "the pattern is where the planted one is, and not everywhere"
+    assert corner.mean() > 2 * opacity.mean(), f"{corner.mean():.2f} of the planted pixels, {opacity.mean():.2f} of all"
     assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
     report = (folder / "report.html").read_text()
     assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
