@@ -374,8 +374,8 @@ class Defense:
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where
     it differs from the attacked one; raises a one-line InputError if the two are incompatible. Called before any training"""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """changes of the settings by preset ("quick", "strong"), by the recipe of a quick run ("speedrun", which has all rows), by
-    the dataset ("gtsrb"), or by both ("quick digits")"""
+    """changes of the settings by preset ("paper", "quick", "strong"), by the recipe of a quick run ("speedrun", which has all
+    rows), by the dataset ("gtsrb"), or by both ("quick digits")"""
 
     def __post_init__(self) -> None:
         for changes in self.changes.values():

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses import fkd
+from bdjax.defenses import distillation, fkd
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint
 from bdjax.defenses.distillation import TeacherNetworks, check_student
 from bdjax.defenses.mask_threshold import choose_by_oracle, choose_by_validation, repeat, split_rows
@@ -352,7 +352,13 @@ ROBUST_KD = Defense(
     # Adam moves a mask by about its learning rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3; small
     # runs take a few hundred, so their rate is larger by about the same factor.
     changes={
-        "quick": {**fkd.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
-        "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 15, "mask_learning_rate": 0.1, "thresholds": (0.1, 0.3)},
+        "paper": fkd.PAPER,
+        "quick": {**distillation.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
+        "quick digits": {
+            **distillation.QUICK_DIGITS,
+            "mask_epochs": 15,
+            "mask_learning_rate": 0.1,
+            "thresholds": (0.1, 0.3),
+        },
     },
 )

@@ -138,7 +138,7 @@ class TestReadChain:
             ("fine_tuning+nothing", "'nothing' is not one of"),
             ("fine_tuning+", "'' is not one of"),
             ("fine_tuning:colour=1+fkd", "has no setting 'colour'"),
-            ("fine_tuning+fkd:divisor=0.0", "divisor"),
+            ("fine_tuning+fkd:divisor=-1.0", "divisor"),
             ("strip+fkd", "strip works at test time"),
         ],
     )
