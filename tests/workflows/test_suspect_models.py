@@ -142,7 +142,13 @@ class TestAThirdPartyTeacher:
     def test_an_oracle_needs_a_known_trigger(self, folder, tmp_path):
         message = "needs the attacker's trigger, which the --teacher folder does not have"
         with pytest.raises(InputError, match=message):
-            run(tiny(tmp_path / "run", teacher=folder / "teachers" / "none", defenses="robust_kd:select=oracle"))
+            run(
+                tiny(
+                    tmp_path / "run",
+                    teacher=folder / "teachers" / "none",
+                    defenses="robust_kd:select=oracle:thresholds=(0.1, 0.2)",
+                )
+            )
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
