@@ -32,7 +32,7 @@ from bdjax.run.presets import Study
 from bdjax.training.ensemble import members
 from bdjax.workflows import suspect_models
 from bdjax.workflows.base import Context, Experiment, read_flags
-from bdjax.workflows.suspect_models import Config
+from bdjax.workflows.suspect_models import LABELS_ONLY, Config
 
 CKD = "ckd:mask_bound=0.2"
 """With the bound of the CKD mask in RobustKD's repository. CKD's code clips its masks to 0.5, and most of the masks for CIFAR
@@ -40,8 +40,9 @@ in CKD's repository are not clipped at all."""
 PASSING = f"{CKD},latent_backdoor,none"
 """The attacks whose backdoor students inherit according to the paper, and the clean teacher, their control."""
 ATTACKS = f"{CKD},latent_backdoor,hidden_trigger,none"
-METHODS = "fkd,robust_kd"
-BASELINES = "fkd,robust_kd,logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
+METHODS = f"{LABELS_ONLY},fkd,robust_kd"
+"""The paper compares with FKD only; but whoever has the clean images that students learn from may do without the teacher."""
+BASELINES = f"{METHODS},logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
 
 
 SEVERAL = "thresholds=(0.05, 0.1, 0.2, 0.4, 0.6)"
@@ -49,8 +50,8 @@ SEVERAL = "thresholds=(0.05, 0.1, 0.2, 0.4, 0.6)"
 
 
 def _robust_kd(*settings: str) -> str:
-    """FKD, and a variant of RobustKD for each text of settings."""
-    return ",".join(["fkd", *(f"robust_kd{':' if text else ''}{text}" for text in settings)])
+    """A student on labels only, FKD, and a variant of RobustKD for each text of settings."""
+    return ",".join([LABELS_ONLY, "fkd", *(f"robust_kd{':' if text else ''}{text}" for text in settings)])
 
 
 def _thresholds(*values: float, form: str = "added") -> str:
@@ -60,12 +61,12 @@ def _thresholds(*values: float, form: str = "added") -> str:
 
 
 STUDIES = {
-    "transfer": Study("table 3: which backdoors plain feature distillation transfers", ATTACKS, "fkd"),
+    "transfer": Study("table 3: which backdoors plain feature distillation transfers", ATTACKS, f"{LABELS_ONLY},fkd"),
     "removal": Study("tables 4 to 6: RobustKD on these backdoors", PASSING, METHODS),
     "threshold": Study(
         "figure 4: the mask's weight m, where equation 7 has it (only as a start) and in equation 15; and a search",
         PASSING,
-        f"fkd,{_thresholds(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},{_thresholds(0.1, 0.2, 0.4, 0.6, form='mixed')},"
+        f"{LABELS_ONLY},fkd,{_thresholds(0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)},{_thresholds(0.1, 0.2, 0.4, 0.6, form='mixed')},"
         f"robust_kd:form=mixed:{SEVERAL}",
     ),
     "form": Study(

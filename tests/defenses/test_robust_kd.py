@@ -253,7 +253,7 @@ def test_masks_start_as_mean_features_and_training_lowers_the_variance(inputs):
     )
     teachers, facts = detoxify(inputs, dataclasses.replace(settings, allowed_drop=1.0))
     assert sorted(teachers.variables["masks"]) == ["group2", "group3"]  # layers are counted from the last
-    assert all(facts["masked feature variance"] < facts["feature variance"])
+    assert all(facts["masked teacher's feature variance"] < facts["teacher's feature variance"])
     assert set(np.round(facts["mask threshold"], 3)) <= {0.2, 0.5}
     rows = inputs.clean_rows()
     means = inputs.runner.mean(group_outputs(inputs.attacked.model), inputs.attacked.variables, rows, inputs.pool, 50)
@@ -271,7 +271,8 @@ def test_the_rest_is_fkd_from_the_masked_networks(inputs, monkeypatch):
     detoxified = TeacherNetworks(masked(TINY, "mixed"), "masked networks")
     monkeypatch.setattr(robust_kd, "detoxify", lambda *arguments: (detoxified, facts))
     monkeypatch.setattr(fkd, "run_from", lambda *arguments, **options: calls.append((arguments, options)) or student)
-    assert ROBUST_KD.run(inputs, settings) == student._replace(facts=facts)
+    networks = {"masked teacher": (masked(TINY, "mixed"), "masked networks")}
+    assert ROBUST_KD.run(inputs, settings) == student._replace(facts=facts, more_networks=networks)
     learnt = TeacherNetworks(masked(TINY, "mixed", "before_mask"), "masked networks")
     assert calls == [((inputs, "RobustKD", settings, learnt), {})]
 

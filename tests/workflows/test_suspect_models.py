@@ -267,6 +267,20 @@ def test_every_study_names_attacks_and_methods_that_are_there(tmp_path):
             assert read_attack(text, train, 0, defender_gets="model").name == text
 
 
+def test_a_student_that_learns_nothing_from_the_teacher_is_a_baseline_of_every_run(tmp_path):
+    for preset in ("quick", "paper"):
+        variants, _ = suspect_models.read_methods(
+            tiny(tmp_path), split_variants(robust_kd.preset(preset, "digits").defenses)
+        )
+        assert [variant.title for variant in variants] == ["student on labels only", "FKD", "RobustKD"]
+        assert variants[0].settings.alpha == 0
+
+
+def test_quick_teachers_are_trained_as_in_the_paper():
+    quick, paper = (robust_kd.preset(preset, "digits") for preset in ("quick", "paper"))
+    assert (quick.optimiser, quick.weight_decay) == (paper.optimiser, paper.weight_decay) == ("sgd", 5e-4)
+
+
 @pytest.mark.parametrize("preset", ["quick", "paper"])
 def test_presets_exist_for_every_set(preset):
     for dataset in ("digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "gtsrb", "flowers17", "own.npz"):
