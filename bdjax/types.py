@@ -247,6 +247,9 @@ class DefenseResult(NamedTuple):
     """of each suspect, why its result should not be relied on, "" for nothing; () for nothing at all"""
     single_scores: np.ndarray | None = None
     """float32 [M, T, n]: the scores of the T networks that `scores` combines; None if they are not a combination"""
+    more_networks: Mapping[str, tuple[Model, PyTree]] = {}
+    """name -> an intermediate network of each suspect and its variables, stacked [M, ...], for the evaluator to measure beside
+    the result: "masked teacher" """
 
 
 Classifier = Callable[[np.ndarray], np.ndarray]

@@ -92,7 +92,8 @@ def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[An
         settings: the settings of each defense.
 
     Returns:
-        The networks of the last defense; flags and scores of the last defense that has any; facts and pictures of all.
+        The networks of the last defense; flags and scores of the last defense that has any; facts, pictures and further
+        networks of all.
     """
     folder, results = inputs.runner.folder, []
     for number, (defense, defense_settings) in enumerate(zip(defenses, settings, strict=True)):
@@ -114,6 +115,7 @@ def run(inputs: DefenseInput, defenses: Sequence[Defense], settings: Sequence[An
         facts=_merge(names, [result.facts for result in results]),
         pictures=_merge(names, [result.pictures for result in results]),
         not_tested=next((result.not_tested for result in reversed(results) if result.not_tested), ()),
+        more_networks=_merge(names, [result.more_networks for result in results]),
     )
 
 

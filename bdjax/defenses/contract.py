@@ -380,8 +380,8 @@ class Defense:
     """the setting with the most clean rows of a class that it uses, if it chooses rows that the network classifies
     correctly and so can be given more than it uses; "" for a defense that uses all it is given"""
     changes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """changes of the settings by preset ("quick", "strong"), by the recipe of a quick run ("speedrun", which has all rows), by
-    the dataset ("gtsrb"), or by both ("quick digits")"""
+    """changes of the settings by preset ("paper", "quick", "strong"), by the recipe of a quick run ("speedrun", which has all
+    rows), by the dataset ("gtsrb"), or by both ("quick digits")"""
 
     def __post_init__(self) -> None:
         for changes in self.changes.values():

@@ -5,12 +5,16 @@ values are included:
 
     L = CE(z_S, y) + 1/1000 sum over groups l = 1..L of 2^(l - L) d_l(max(t_l, m_l), r_l(s_l))
 
+The distances d_l are sums over pixels and channels, so 1/1000 fits the paper's networks only. Here the sum is a mean over the
+weighted elements times 49.152, which is the same at the paper's size (`divisor_of`).
+
 The teacher's features t_l are clipped from below at a margin m_l, each channel's expected value given that it is negative
 (section 3.1); regressors r_l, 1x1 convolutions with batch normalisation, map the student's s_l to the teacher's channels and
 are discarded after training (3.2); the partial L2 distance d_l is 0 where the teacher is not positive and the student is below
 it (3.4). The method trusts the teacher: a backdoor in these features is transferred to the student.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -26,18 +30,23 @@ from bdjax.defenses.distillation import Method, StudentSettings, TeacherNetworks
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
 from bdjax.models.layers import he_fan_out, normalise_batch
-from bdjax.settings import Positive
+from bdjax.settings import NotNegative
 from bdjax.training.member import Rows
 from bdjax.types import Array, DefenseResult, GroupEnd, Key, Model, ModelOutput, PyTree
 
 FEWEST_NEGATIVE = 1e-3
 """If a channel has a smaller share of negative values, its margin is -3 deviations instead of the expected negative value."""
 
+DISTANCE_WEIGHT = 49.152
+"""Weight of the mean distance of a weighted element: a WRN-28-4 on 32x32 images has 49,152 of them, and FKD's code divides by
+1,000."""
+
 
 @dataclass(frozen=True)
 class FkdSettings(StudentSettings):
-    divisor: Positive = 1000.0
-    """divisor of the feature distances, which are sums over all pixels and channels; small networks need a smaller one"""
+    divisor: NotNegative = 0.0
+    """divisor of the feature distances, which are sums over all pixels and channels; 0 for the one that suits the teacher's
+    size, which is the paper's 1000 for a WRN-28-4 on 32x32 images"""
 
 
 def margins(mean: Array, deviation: Array) -> Array:
@@ -113,12 +122,30 @@ def feature_distance(
     """
     pairs = list(zip(regressors, student.values(), teacher.values(), strict=True))
     total = jnp.zeros(pairs[0][1].before_relu.shape[0], jnp.float32)
-    for number, (params, student_end, teacher_end) in enumerate(pairs, start=1):
+    for weight, (params, student_end, teacher_end) in zip(group_weights(len(pairs)), pairs, strict=True):
         margin = margins(teacher_end.mean, teacher_end.deviation)[None, None, None, :]
         wanted = jnp.maximum(teacher_end.before_relu, margin)
         distance = jnp.sum(partial_l2(regress(params, student_end.before_relu), wanted), axis=(1, 2, 3))
-        total += 2.0 ** (number - len(pairs)) * distance
+        total += weight * distance
     return total
+
+
+def group_weights(count: int) -> tuple[float, ...]:
+    """2^(l - L) for l = 1..L: (0.25, 0.5, 1.0) for three groups."""
+    return tuple(2.0 ** (number - count) for number in range(1, count + 1))
+
+
+def divisor_of(teacher: Mapping[str, GroupEnd]) -> float:
+    """The divisor that gives a `feature_distance` the weight that it has in the paper: 1000 for a WRN-28-4 on 32x32 images.
+
+    sum over groups l of 2^(l - L) h_l w_l C_l / 49.152, so that the distance is a mean over weighted elements times 49.152.
+
+    Args:
+        teacher: the teacher's groups; only their shapes are used.
+    """
+    shapes = [end.before_relu.shape[1:] for end in teacher.values()]
+    weighted = zip(group_weights(len(shapes)), shapes, strict=True)
+    return sum(weight * math.prod(shape) for weight, shape in weighted) / DISTANCE_WEIGHT
 
 
 @cache
@@ -132,7 +159,7 @@ def feature_distillation(channels: tuple[tuple[int, int], ...], divisor: float) 
 
     def loss(regressors: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
         distance = feature_distance(regressors, student.groups, teacher.groups)
-        return losses.cross_entropy(student.logits, labels) + distance / divisor
+        return losses.cross_entropy(student.logits, labels) + distance / (divisor or divisor_of(teacher.groups))
 
     return Method(loss, partial(init_regressors, channels=channels))
 
@@ -201,8 +228,8 @@ def run(inputs: DefenseInput, settings: FkdSettings) -> DefenseResult:
     return run_from(inputs, "FKD", settings)
 
 
-QUICK = {**distillation.QUICK, "divisor": 100.0}
-QUICK_DIGITS = {**distillation.QUICK_DIGITS, "divisor": 10.0}
+PAPER = {"divisor": 1000.0}
+"""The public code's divisor whatever the teacher; for PyramidNets it differs from `divisor_of`."""
 
 FKD = Defense(
     name="fkd",
@@ -214,5 +241,5 @@ FKD = Defense(
     run=run,
     check=check,
     network_after=student_of_pair,
-    changes={"quick": QUICK, "quick digits": QUICK_DIGITS},
+    changes={"paper": PAPER, "quick": distillation.QUICK, "quick digits": distillation.QUICK_DIGITS},
 )

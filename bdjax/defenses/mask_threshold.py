@@ -1,6 +1,11 @@
 """Two ways to choose the weight m of RobustKD's masks: by the defender, on held-out clean rows, or by an oracle.
 
-The oracle is the paper's algorithm 1, which uses the students' ASR: measuring that takes the attacker's trigger.
+Both compare masks that were trained for each m. What differs between them depends on the form (`robust_kd.apply_mask`):
+- "added" (equation 7): only where the masks start. Enough training makes them equal, so that no choice is left.
+- "mixed" and "elementwise" (equation 15): how much of the features is replaced. A larger m has a lower variance and, from some
+  m on, a lower accuracy; the choice on held-out rows takes the largest m that accuracy allows.
+Held-out clean rows do not show how much of the backdoor is left. The oracle, which is the paper's algorithm 1, measures that by
+the students' ASR, which takes the attacker's trigger.
 """
 
 import dataclasses

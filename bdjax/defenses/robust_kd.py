@@ -1,25 +1,44 @@
 """RobustKD: masks lower the variance of a suspect teacher's features, then FKD distils from those (Chen et al. 2024).
 
-The paper observes that backdoored networks have features of larger variance than clean ones. Before distillation it learns,
-for each group of blocks, a tensor p of the size of one image's features, which is added with a weight m to the group's output,
-the same for every image (equation 7, section 4.2):
+The paper observes that backdoored networks have features of larger variance than clean ones. Before distillation it learns a
+mask for each group of blocks, the same for every image, on clean rows and with the teacher frozen. Masks are cumulative: a
+group's masked output goes on to the next group. FKD then distils from the masked features.
 
-    F'_l = F_l + m p_l
+| symbol | here |
+| --- | --- |
+| F_l, float32 [N, h, w, C] | the output of group l, before the normalisation and the ReLU that follow (`GroupEnd.output`) |
+| p_l, float32 [h, w, C] | a tensor of the size of one image's features, learnt; it starts as their mean over the clean rows |
+| m, float32 [] | the mask's weight, the paper's threshold (`thresholds`) |
+| u_l = m p_l | what is trained instead of p_l (`Mask`) |
+| Var(F) | the biased variance over one image's elements (`variance`) |
 
-Masks are cumulative: F'_1 goes on to the second group, whose output gets p_2, and so on. The teacher is frozen; the masks alone
-minimise, on clean rows, the labels' cross-entropy and the variance of the last group's masked output (equations 8 to 10).
-They start as the mean features. FKD then distils from the masked features.
+| in the paper | here |
+| --- | --- |
+| equation 7, F' = F + m p | `apply_mask`, form "added" |
+| equation 8, Var(F') of the last group | `variance`, `losses.feature_variance` |
+| equation 9, the labels' cross-entropy of the masked network; equation 10, the sum of both | `mask_objective`, `train_masks` |
+| equation 15, F' = (1 - m) F + m p | `apply_mask`, forms "mixed" and, as in the public code, "elementwise" |
+| algorithm 1, the choice of m | `mask_threshold.choose_by_oracle`; for a real defender `choose_by_validation` |
+| equation 6, distillation | `fkd.feature_distance` |
 
-What the paper leaves open:
+**In equation 7 m is redundant.** p is free, so F + m p has the same optimum for every m > 0, and m only scales the start and
+the steps: with p trained, values of m compare degrees of under-training. Therefore u = m p is trained here, and m decides only
+where u starts. This also explains why the paper finds its results insensitive to m. In equation 15 m is not redundant: it says
+how much of F is left, and what no p can cancel of Var falls with (1 - m)^2.
+
+What the paper leaves open, and where its public code differs:
 - Over what the variance is taken. p is the same for all images, so at the last group the variance *across images* does not
   depend on it at all, and its gradient is zero; only the variance over one image's elements can be lowered. That is the
   default; the other choices are there for comparison.
-- What m is. The text fixes it at 0.2, finds 0.1 best in its figure 4, and its algorithm 1 stops on the student's ASR, which no
-  defender knows. Here the defender chooses among several values (thresholds): the one with the least variance among those that
-  cost the masked teacher at most a point of accuracy on held-out clean rows. The paper's way is available as an oracle.
+- What m is. The text fixes it at 0.2, which is the default, finds 0.1 best in its figure 4, and its algorithm 1 stops on the
+  student's ASR, which no defender knows. Several `thresholds` are a search, by held-out clean rows or by the oracle.
+- The form. The public code has no training of the masks. It distils from WRNs by equation 15 with an elementwise M in place of
+  m, and all four masks that come with it are clipped to [0, 0.05]: `form=elementwise:thresholds=(0.05,)`.
+- The taps. For PyramidNets the public code distils the groups' outputs before their masks are added: `taps=before_mask`.
+- The student's input. The public code adds salt-and-pepper noise by array calls that tensors do not have: left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Annotated, Literal
@@ -29,18 +48,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses import fkd
+from bdjax.defenses import distillation, fkd
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint
 from bdjax.defenses.distillation import TeacherNetworks, check_student
 from bdjax.defenses.mask_threshold import choose_by_oracle, choose_by_validation, repeat, split_rows
 from bdjax.errors import InputError
 from bdjax.models import group_shapes
-from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotEmpty, NotNegative, check_values
+from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotEmpty, NotNegative, Positive, check_values
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
 Form = Literal["added", "mixed", "elementwise"]
+Taps = Literal["after_mask", "before_mask"]
 MaskLoss = Literal["both", "cross_entropy", "variance"]
 Axes = Literal["elements", "all", "batch"]
 Select = Literal["validation", "oracle"]
@@ -53,16 +73,24 @@ class RobustKdSettings(fkd.FkdSettings):
     batch_size: Count = 64
     """rows per step for masks and students, at most the number of clean rows"""
     select: Select = "validation"
-    """how m is chosen: "validation" (least variance within the allowed loss of accuracy), or "oracle" (the paper's algorithm 1:
-    the student with the largest accuracy minus ASR, which only the attacker can measure)"""
-    thresholds: Annotated[tuple[NotNegative, ...], NotEmpty()] = (0.05, 0.1, 0.2, 0.4, 0.6)
-    """values of m to choose from; a single value fixes m, as the paper's text does: (0.2,)"""
+    """how m is chosen among several thresholds: "validation" (least variance within the allowed loss of accuracy), or "oracle"
+    (the paper's algorithm 1: the student with the largest accuracy minus ASR, which only the attacker can measure)"""
+    thresholds: Annotated[tuple[Positive, ...], NotEmpty()] = (0.2,)
+    """m, as in the paper's text; several values are a search. In form "added" m is only where the masks start (m times the mean
+    features), so a search there finds the best-trained masks and no more; in form "mixed" it is the share of the features that
+    is replaced, at most 1; in form "elementwise" the bound of that share"""
     validation_share: InnerShare = 0.1
-    """share of the clean rows that is held out from training the masks, to choose m, in (0, 1)"""
+    """share of the clean rows that is held out from training the masks, to measure them and to choose m, in (0, 1)"""
     allowed_drop: NotNegative = 0.01
-    """largest loss of the masked teacher's accuracy on the held-out rows, as a fraction"""
+    """for select validation: largest loss of the masked teacher's accuracy on the held-out rows, as a fraction; if every m
+    loses more, the m that loses least is taken"""
     form: Form = "added"
-    """"added": F + m p (equation 7); "mixed": (1 - m) F + m p (equation 15); "elementwise": F + m relu(tanh(v)) p, v trained"""
+    """"added": F + m p (equation 7); "mixed": (1 - m) F + m p (equation 15); "elementwise": (1 - M) F + M p with M learnt,
+    clipped to [0, m] (equation 15 as in the public code, where m is 0.05)"""
+    taps: Taps = "after_mask"
+    """the teacher's features that the student learns: with their group's mask ("after_mask"), or without it but with those of
+    the groups before ("before_mask"), as in the public code for PyramidNets: then the first group's are the teacher's own,
+    and the last mask never reaches the student"""
     loss: MaskLoss = "both"
     """what the masks minimise: "both", "cross_entropy" or "variance" """
     variance_axes: Axes = "elements"
@@ -74,11 +102,12 @@ class RobustKdSettings(fkd.FkdSettings):
     mask_epochs: Count = 40
     """epochs of training the masks"""
     mask_learning_rate: LearningRate = 1e-3
-    """learning rate of Adam for the masks (the paper does not name the optimiser)"""
+    """learning rate of Adam for u = m p (the paper names no optimiser, and 1e-3 for p)"""
 
 
 Mask = dict[str, Array]
-"""The mask of one group: "pattern" float32 [h, w, C], and "gate" of the same shape if the form is elementwise."""
+"""The mask of one group: "shift", u = m p, float32 [h, w, C]; if the form is elementwise also "gate" of the same shape, M / m
+before it is clipped to [0, 1]."""
 
 
 def apply_mask(features: Array, mask: Mask, threshold: Array, form: Form) -> Array:
@@ -87,40 +116,76 @@ def apply_mask(features: Array, mask: Mask, threshold: Array, form: Form) -> Arr
     Args:
         features: float32 [N, h, w, C].
         mask: of the group.
-        threshold: m, float32 [].
+        threshold: m, float32 []; unused in form "added", where u has all of it.
         form: see `RobustKdSettings`.
 
     Returns:
-        float32 [N, h, w, C]; with m = 0, the features themselves.
+        float32 [N, h, w, C]; with m = 0 and so u = 0, the features themselves.
+
+    Raises:
+        ValueError: there is no such form.
     """
-    weighted = threshold * mask["pattern"][None]
+    shift = mask["shift"][None]
     if form == "added":
-        return features + weighted
+        return features + shift
     if form == "mixed":
-        return (1.0 - threshold) * features + weighted
+        return (1.0 - threshold) * features + shift
     if form == "elementwise":
-        return features + jax.nn.relu(jnp.tanh(mask["gate"]))[None] * weighted
+        gate = clip_to_unit(mask["gate"])[None]
+        return (1.0 - threshold * gate) * features + gate * shift
     raise ValueError(f"form {form!r} is not one of {', '.join(Form.__args__)}")
 
 
+@jax.custom_vjp
+def clip_to_unit(values: Array) -> Array:
+    """Clip to [0, 1], float32 of any shape.
+
+    The gradient is zero only where a step against it would lead further out. Beyond a bound the clip's own gradient is zero
+    in both directions, so that an element which a step has carried out could never come back.
+    """
+    return jnp.clip(values, 0.0, 1.0)
+
+
+def _clip_backward(values: Array, gradient: Array) -> tuple[Array]:
+    leads_out = ((values <= 0.0) & (gradient > 0.0)) | ((values >= 1.0) & (gradient < 0.0))
+    return (jnp.where(leads_out, 0.0, gradient),)
+
+
+clip_to_unit.defvjp(lambda values: (clip_to_unit(values), values), _clip_backward)
+
+
 @cache
-def masked(teacher: Model, form: Form) -> Model:
+def masked(teacher: Model, form: Form, taps: Taps = "after_mask") -> Model:
     """A network with masks. Its variables are "network", "masks" and "threshold" (float32 []).
 
-    Logits, taps and groups of its output all follow from the masked groups.
+    Logits and taps of its output follow from the masked groups.
 
     Args:
         teacher: the architecture; it has groups.
         form: of the masks.
+        taps: whether the groups of its output are those with their mask, or those before it. The latter takes a forward pass
+            for each mask, of which a compiler can share what is the same.
     """
 
     def apply(variables: PyTree, images: Array, *, train: bool, edits=None) -> ModelOutput:
-        edits = dict(edits or {})
-        for name, mask in variables["masks"].items():
-            after = edits.get(name, lambda features: features)
-            put_on = partial(apply_mask, mask=mask, threshold=variables["threshold"], form=form)
-            edits[name] = lambda features, put_on=put_on, after=after: after(put_on(features))
-        output = teacher.apply(variables["network"], images, train=train, edits=edits)
+        masks, edits = variables["masks"], dict(edits or {})
+
+        def with_masks(names: Sequence[str]) -> ModelOutput:
+            all_edits = dict(edits)
+            for name in names:
+                after = edits.get(name, lambda features: features)
+                put_on = partial(apply_mask, mask=masks[name], threshold=variables["threshold"], form=form)
+                all_edits[name] = lambda features, put_on=put_on, after=after: after(put_on(features))
+            return teacher.apply(variables["network"], images, train=train, edits=all_edits)
+
+        output = with_masks(list(masks))
+        if taps == "before_mask":
+            names = list(output.groups)
+            before = {
+                name: with_masks([other for other in names[:number] if other in masks])
+                for number, name in enumerate(names)
+            }
+            output = output._replace(groups={name: before[name].groups[name] for name in names})
         return output._replace(variables={**variables, "network": output.variables})
 
     def init(key: Key, image_shape: tuple[int, int, int]) -> PyTree:
@@ -137,7 +202,10 @@ def variance(features: Array, axes: Axes) -> Array:
         axes: see `RobustKdSettings`.
 
     Returns:
-        float32 [N]; the same value N times for a variance of the whole batch.
+        float32 [N], at least 0; the same value N times for a variance of the whole batch.
+
+    Raises:
+        ValueError: there are no such axes.
     """
     if axes == "elements":
         return losses.feature_variance(features)
@@ -155,7 +223,8 @@ def last_output(output: ModelOutput) -> Array:
 
 @cache
 def mask_objective(teacher: Model, form: Form, loss: MaskLoss, axes: Axes, weight: float) -> Objective:
-    """What the masks minimise (equation 10), on a frozen network with running statistics.
+    """What the masks minimise on a frozen network with running statistics: the labels' cross-entropy (equation 9) plus the
+    variance of the last group's masked output (equation 8), which is equation 10.
 
     Args:
         teacher: the architecture.
@@ -225,7 +294,7 @@ def masked_groups(teacher: Model, layers: int, image_shape: tuple[int, int, int]
 
 
 def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) -> TeacherNetworks:
-    """Learn masks for each suspect and each of T thresholds, in one call.
+    """Learn masks for each suspect and each of T thresholds, in one call (section 4.2.3).
 
     Args:
         inputs: M suspects.
@@ -242,12 +311,13 @@ def train_masks(inputs: DefenseInput, settings: RobustKdSettings, rows: Rows) ->
     names = masked_groups(teacher, settings.layers, inputs.runner.image_shape)
     batch_size = inputs.recipe.evaluation_batch_size
     means = inputs.runner.mean(group_outputs(teacher), attacked, rows, inputs.pool, batch_size)
-    masks = {name: {"pattern": jnp.asarray(means[name])} for name in names}
-    if settings.form == "elementwise":
-        masks = {name: {**mask, "gate": jnp.ones_like(mask["pattern"])} for name, mask in masks.items()}
     count = len(settings.thresholds)
     thresholds = jnp.tile(jnp.asarray(settings.thresholds, jnp.float32), len(inputs.keys))
-    variables = {"params": repeat(masks, count), "network": repeat(attacked, count), "threshold": thresholds}
+    starts = repeat({name: jnp.asarray(means[name]) for name in names}, count)
+    masks = {name: {"shift": thresholds[:, None, None, None] * start} for name, start in starts.items()}
+    if settings.form == "elementwise":
+        masks = {name: {**mask, "gate": jnp.full_like(mask["shift"], 0.5)} for name, mask in masks.items()}
+    variables = {"params": masks, "network": repeat(attacked, count), "threshold": thresholds}
     config = inputs.config(
         epochs=settings.mask_epochs,
         batch_size=settings.batch_size,
@@ -289,7 +359,7 @@ def detoxify(inputs: DefenseInput, settings: RobustKdSettings) -> tuple[TeacherN
     )
     accuracy, variances = (with_masks[name].reshape(-1, num) for name in ("accuracy", "variance"))
     if settings.select == "oracle":
-        chosen = choose_by_oracle(inputs, settings, teachers, num, kept, held_out)
+        chosen = choose_by_oracle(inputs, settings, taught(teachers, inputs, settings), num, kept, held_out)
     else:
         chosen = choose_by_validation(accuracy, variances, plain["accuracy"], settings.allowed_drop)
     members = np.arange(len(chosen)) * num + chosen
@@ -297,17 +367,24 @@ def detoxify(inputs: DefenseInput, settings: RobustKdSettings) -> tuple[TeacherN
     facts = {
         "mask threshold": np.asarray(settings.thresholds)[chosen],
         "teacher's accuracy on held-out clean rows": plain["accuracy"],
-        "masked teacher's": accuracy[of_chosen],
-        "feature variance": plain["variance"],
-        "masked feature variance": variances[of_chosen],
+        "masked teacher's accuracy on them": accuracy[of_chosen],
+        "teacher's feature variance": plain["variance"],
+        "masked teacher's feature variance": variances[of_chosen],
     }
     return TeacherNetworks(teachers.model, ensemble.members(teachers.variables, members)), facts
 
 
+def taught(teachers: TeacherNetworks, inputs: DefenseInput, settings: RobustKdSettings) -> TeacherNetworks:
+    """The masked networks with the taps that students learn."""
+    return TeacherNetworks(masked(inputs.attacked.model, settings.form, settings.taps), teachers.variables)
+
+
 def run(inputs: DefenseInput, settings: RobustKdSettings) -> DefenseResult:
-    """Learn masks, choose the threshold, distil."""
+    """Learn masks, choose the threshold, distil. The masked teachers are passed to the evaluator: whether masks remove a
+    backdoor from the *teacher* is the direct test of the paper's mechanism, and only the evaluator has the trigger."""
     teachers, facts = detoxify(inputs, settings)
-    return fkd.run_from(inputs, "RobustKD", settings, teachers)._replace(facts=facts)
+    result = fkd.run_from(inputs, "RobustKD", settings, taught(teachers, inputs, settings))
+    return result._replace(facts=facts, more_networks={"masked teacher": tuple(teachers)})
 
 
 def network_after(
@@ -324,7 +401,11 @@ def more_needs(settings: RobustKdSettings) -> tuple[Need, ...]:
 
 
 def check(settings: RobustKdSettings) -> None:
-    """Reject invalid settings."""
+    """Reject invalid settings.
+
+    Raises:
+        InputError: a setting is invalid, or an oracle has a single m to choose from.
+    """
     check_student("defense robust_kd", settings)
     check_values(
         "defense robust_kd",
@@ -332,10 +413,21 @@ def check(settings: RobustKdSettings) -> None:
         choices={
             "select": Select.__args__,
             "form": Form.__args__,
+            "taps": Taps.__args__,
             "loss": MaskLoss.__args__,
             "variance_axes": Axes.__args__,
         },
     )
+    if settings.form != "added" and max(settings.thresholds) > 1:
+        raise InputError(
+            f"defense robust_kd: thresholds {settings.thresholds} should be at most 1 in form {settings.form}, which replaces "
+            "this share of the features"
+        )
+    if settings.select == "oracle" and len(settings.thresholds) == 1:
+        raise InputError(
+            f"defense robust_kd: select oracle has only thresholds {settings.thresholds} to choose from; add some, as in "
+            "thresholds=(0.1, 0.2, 0.4)"
+        )
 
 
 ROBUST_KD = Defense(
@@ -349,10 +441,11 @@ ROBUST_KD = Defense(
     check=check,
     network_after=network_after,
     more_needs=more_needs,
-    # Adam moves a mask by about its learning rate in each step, whatever m is. The paper takes some 31,000 steps of 1e-3; small
-    # runs take a few hundred, so their rate is larger by about the same factor.
+    # Adam moves a mask by about its learning rate in each step. The paper takes some 31,000 steps of 1e-3; small runs take a
+    # few hundred, so their rate is larger.
     changes={
-        "quick": {**fkd.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.05, "thresholds": (0.1, 0.2, 0.4)},
-        "quick digits": {**fkd.QUICK_DIGITS, "mask_epochs": 15, "mask_learning_rate": 0.1, "thresholds": (0.1, 0.3)},
+        "paper": fkd.PAPER,
+        "quick": {**distillation.QUICK, "mask_epochs": 10, "mask_learning_rate": 0.02},
+        "quick digits": {**distillation.QUICK_DIGITS, "mask_epochs": 15, "mask_learning_rate": 0.03},
     },
 )

@@ -181,7 +181,7 @@ def measure(
     views: TriggeredViews,
     seconds: float,
 ) -> list[Measured]:
-    """CDA, ASR, R-ACC and the quality of the flags, for every suspect."""
+    """CDA, ASR, R-ACC and the quality of the flags, for every suspect; as facts CDA and ASR of `more_networks`."""
     runner, batch_size, test = inputs.runner, inputs.recipe.evaluation_batch_size, views.test
     clean = np.argmax(runner.predict(result.model, result.variables, test.images, batch_size), -1)
     measured: list[list[AttackMetrics]] = [[] for _ in suspects]
@@ -196,7 +196,7 @@ def measure(
                 rule = suspect.parts[part].rule
                 victims, wanted = rule.victims(test.labels), rule.wanted(test.labels)
                 measured[i].append(measure_attack(clean[i], predicted[i], test.labels, victims, wanted))
-    results = []
+    results, of_more = [], _of_more_networks(inputs, result, suspects, variant, views)
     for i, suspect in enumerate(suspects):
         limits = not_tested_of(result, i)
         flags, scores = (
@@ -209,13 +209,37 @@ def measure(
                 clean_accuracy(clean[i], test.labels),
                 tuple(measured[i]),
                 measure_detection(flags, scores, suspect.is_poisoned),
-                {name: _number(values[i]) for name, values in result.facts.items()} | _of_singles(result, suspect, i),
+                {name: _number(values[i]) for name, values in result.facts.items()}
+                | _of_singles(result, suspect, i)
+                | of_more[i],
                 seconds,
                 limits,
                 warning_of(result, i),
             )
         )
     return results
+
+
+def _of_more_networks(
+    inputs: DefenseInput,
+    result: DefenseResult,
+    suspects: Sequence[Suspect],
+    variant: DefenseVariant,
+    views: TriggeredViews,
+) -> list[dict[str, float | None]]:
+    """For each suspect, the CDA of each of `DefenseResult.more_networks`; for an attacked suspect also the ASR, and as its
+    control the ASR on the clean suspect's network of the same seed, where the run has one."""
+    found: list[dict[str, float | None]] = [{} for _ in suspects]
+    for name, network in result.more_networks.items():
+        alone = DefenseResult(*network)
+        measured = measure(inputs, alone, suspects, variant, views, 0.0)
+        of_seed = clean_members(Comparison(variant, alone, measured))
+        controls = success_on(inputs, alone.model, of_seed, suspects, variant, views)
+        for facts, of_suspect, control in zip(found, measured, controls, strict=True):
+            facts[f"{name}'s CDA"] = of_suspect.cda
+            if of_suspect.metrics:
+                facts |= {f"{name}'s ASR": of_suspect.asr, f"{name}'s control ASR": control}
+    return found
 
 
 def _of_singles(result: DefenseResult, suspect: Suspect, number: int) -> dict[str, float | None]:

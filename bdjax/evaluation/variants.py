@@ -115,9 +115,13 @@ class DefenseVariant(NamedTuple):
     """"lfd", "lfd:alpha=0.5", "fine_tuning:epochs=5+fkd" """
     defense: Defense
     settings: Any
+    label: str = ""
+    """title in tables; empty for a title made from the name"""
 
     @property
     def title(self) -> str:
+        if self.label:
+            return self.label
         if chain.LINK in self.name:  # a chain's title already has the settings of each part
             return self.defense.title
         _, changes = read_variant(self.name)

@@ -57,6 +57,8 @@ from bdjax.workflows.poisoned_sets import load_clean_data
 
 OF_TRAINING_SETS = ("training set", "number of poisons")
 """Needs of defenses that a model without its training set cannot meet."""
+LABELS_ONLY = "logit_distillation:alpha=0.0"
+"""A student that learns nothing from the teacher: what distillation is worth beside the clean rows alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,8 @@ def read_methods(config: Config, texts: Sequence[str]) -> tuple[list[DefenseVari
             variants.append(DefenseVariant(text, unchanged, unchanged.settings))
             continue
         variant = read_defense(text, config.preset, adapted_to(config), {"student": config.student})
+        if text == LABELS_ONLY:
+            variant = variant._replace(label="student on labels only")
         missing = [need for need in variant.defense.needs_with(variant.settings) if need in OF_TRAINING_SETS]
         if not missing:
             variants.append(variant)

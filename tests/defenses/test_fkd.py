@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 
 from bdjax.defenses import distillation
+from bdjax.defenses.contract import settings_for
 from bdjax.defenses.fkd import (
     FKD,
     FkdSettings,
+    divisor_of,
     feature_distance,
     feature_distillation,
     init_regressors,
@@ -18,7 +20,7 @@ from bdjax.defenses.fkd import (
 )
 from bdjax.errors import InputError
 from bdjax.models import make_model
-from bdjax.types import GroupEnd
+from bdjax.types import GroupEnd, ModelOutput
 from tests.defenses.conftest import init_small, small_model
 
 RANDOM = np.random.default_rng(0)
@@ -130,6 +132,34 @@ def test_the_gradient_is_that_of_finite_differences():
     assert along == pytest.approx(float((up - down) / (2 * step)), rel=0.03)
 
 
+def groups_of_size(width, height):
+    """The groups of a network of three groups, as shapes: each has half the pixels a side and twice the channels."""
+    shapes = [(1, height >> number, height >> number, width << number) for number in range(3)]
+    ends = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return {f"group{number}": GroupEnd(end, end, None, None) for number, end in enumerate(ends, start=1)}
+
+
+def test_the_divisor_of_the_papers_size_is_1000():
+    assert divisor_of(groups_of_size(64, 32)) == 1000.0  # WRN-28-4 on 32x32 images
+    digits = divisor_of(groups_of_size(12, 8))  # WRN-16-2 of width 24 on the digits
+    assert digits == pytest.approx((12 * 64 / 4 + 24 * 16 / 2 + 48 * 4) / 49.152)
+
+
+@pytest.mark.parametrize(("divisor", "expected"), [(0.0, (3 / 4 + 4 / 2 + 5) * 4 / 49.152), (7.0, 7.0)])
+def test_a_student_minimises_the_cross_entropy_and_the_divided_distance(divisor, expected):
+    method = feature_distillation(CHANNELS, divisor)
+    logits, labels = normal(3, 10), jnp.arange(3, dtype=jnp.int32)
+    student, teacher = (ModelOutput(logits, {}, {}, ends) for ends in (STUDENT, TEACHER))
+    found = jax.jit(lambda: method.loss(REGRESSORS, student, teacher, labels))()
+    of_labels = -np.log(np.exp(logits) / np.exp(logits).sum(1, keepdims=True))[np.arange(3), np.arange(3)]
+    np.testing.assert_allclose(found, of_labels + distances(REGRESSORS)[0] / expected, rtol=1e-5)
+
+
+def test_the_paper_preset_has_the_public_codes_divisor():
+    assert settings_for(FKD, "paper", "cifar100").divisor == 1000.0
+    assert settings_for(FKD, "quick", "digits").divisor == 0.0
+
+
 # ---- Pairs and students ---------------------------------------------------------------------------------------------
 
 
@@ -176,7 +206,7 @@ def test_the_teacher_does_not_change_and_normalises_by_the_chosen_statistics(sta
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"drops": (0.75, 0.5)}, {"drops": (1.5,)}, {"learning_rate": 0.0}, {"divisor": 0.0}]
+    "changes", [{"epochs": 0}, {"drops": (0.75, 0.5)}, {"drops": (1.5,)}, {"learning_rate": 0.0}, {"divisor": -1.0}]
 )
 def test_invalid_settings_are_refused(changes):
     with pytest.raises(InputError):

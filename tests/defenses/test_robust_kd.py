@@ -15,6 +15,7 @@ from bdjax.defenses.robust_kd import (
     ROBUST_KD,
     RobustKdSettings,
     apply_mask,
+    clip_to_unit,
     detoxify,
     group_outputs,
     last_output,
@@ -48,7 +49,7 @@ def network():
     return tiny_variables(0)
 
 
-MASKS = {name: {"pattern": normal(*output)} for name, (output, _) in group_shapes(TINY, SHAPE).items()}
+MASKS = {name: {"shift": normal(*output)} for name, (output, _) in group_shapes(TINY, SHAPE).items()}
 
 
 def with_masks(network, masks, threshold):
@@ -66,41 +67,63 @@ def applied(model: Model, variables, edits=()) -> ModelOutput:
 
 def test_forms_of_masks():
     features, pattern, gate = normal(3, 2, 2, 4), normal(2, 2, 4), normal(2, 2, 4)
-    mask, threshold = {"pattern": pattern, "gate": gate}, jnp.float32(0.2)
-    np.testing.assert_allclose(
-        apply_mask(features, mask, threshold, "added"), features + 0.2 * pattern[None], rtol=1e-5
-    )
+    mask, threshold = {"shift": 0.2 * pattern, "gate": gate}, jnp.float32(0.2)
+    added = apply_mask(features, mask, threshold, "added")
+    np.testing.assert_allclose(added, features + 0.2 * pattern[None], rtol=1e-5, atol=1e-6)
     mixed = apply_mask(features, mask, threshold, "mixed")
     np.testing.assert_allclose(mixed, 0.8 * features + 0.2 * pattern[None], rtol=1e-5, atol=1e-6)
-    weight = 0.2 * np.maximum(np.tanh(gate), 0)
+    share = np.clip(0.2 * gate, 0, 0.2)[None]  # M of equation 15, elementwise
     elementwise = apply_mask(features, mask, threshold, "elementwise")
-    np.testing.assert_allclose(elementwise, features + weight[None] * pattern[None], rtol=1e-5, atol=1e-6)
-    assert weight.min() == 0 < weight.max() < 0.2
+    np.testing.assert_allclose(elementwise, (1 - share) * features + share * pattern[None], rtol=1e-5, atol=1e-6)
+    assert share.min() == 0 and share.max() == np.float32(0.2) and ((share > 0) & (share < 0.2)).any()
+
+
+def test_a_clipped_share_keeps_its_bounds_and_comes_back_from_beyond_them():
+    values, pull = jnp.asarray([-0.5, -0.5, 0.3, 0.3, 1.5, 1.5]), jnp.asarray([1.0, -1.0, 2.0, -2.0, 1.0, -1.0])
+    clipped, pull_back = jax.vjp(clip_to_unit, values)
+    np.testing.assert_allclose(clipped, [0, 0, 0.3, 0.3, 1, 1])
+    # A step goes against the gradient: from below 0 only upwards, from above 1 only downwards.
+    np.testing.assert_allclose(pull_back(pull)[0], [0, -1, 2, -2, 1, 0])
 
 
 @pytest.mark.parametrize("form", ["added", "mixed", "elementwise"])
-def test_a_threshold_of_0_changes_nothing_bitwise(network, form):
-    gated = {name: {**mask, "gate": mask["pattern"]} for name, mask in MASKS.items()}
+@pytest.mark.parametrize("taps", ["after_mask", "before_mask"])
+def test_without_a_weight_the_network_is_the_teacher_bitwise(network, form, taps):
+    """So that the method is FKD then."""
+    empty = {name: {"shift": 0.0 * mask["shift"], "gate": mask["shift"]} for name, mask in MASKS.items()}
     plain = applied(TINY, network)
-    found = applied(masked(TINY, form), with_masks(network, gated, 0.0))
+    found = applied(masked(TINY, form, taps), with_masks(network, empty, 0.0))
     chex.assert_trees_all_equal(found.logits, plain.logits)
     chex.assert_trees_all_equal(found.features, plain.features)
     chex.assert_trees_all_equal(found.groups, plain.groups)
 
 
 def test_masks_are_cumulative_and_apply_to_the_output_of_groups(network):
-    model, patterns = masked(TINY, "added"), {name: np.asarray(mask["pattern"]) for name, mask in MASKS.items()}
+    model, shifts = masked(TINY, "added"), {name: np.asarray(mask["shift"]) for name, mask in MASKS.items()}
     plain = applied(TINY, network).groups
     only_first = applied(model, with_masks(network, {"group1": MASKS["group1"]}, 0.5)).groups
-    expected = plain["group1"].output + 0.5 * patterns["group1"][None]
+    expected = plain["group1"].output + shifts["group1"][None]
     np.testing.assert_allclose(only_first["group1"].output, expected, rtol=1e-5, atol=1e-6)
     assert np.abs(only_first["group3"].output - plain["group3"].output).max() > 1e-3  # later groups see the mask
     everywhere = applied(model, with_masks(network, MASKS, 0.5)).groups
-    second = applied(TINY, network, (("group1", lambda f: f + 0.5 * patterns["group1"][None]),))
-    expected = second.groups["group2"].output + 0.5 * patterns["group2"][None]
+    second = applied(TINY, network, (("group1", lambda f: f + shifts["group1"][None]),))
+    expected = second.groups["group2"].output + shifts["group2"][None]
     np.testing.assert_allclose(everywhere["group2"].output, expected, rtol=1e-5, atol=1e-6)
     only_last = applied(model, with_masks(network, {"group3": MASKS["group3"]}, 0.5)).groups
     np.testing.assert_array_equal(only_last["group2"].output, plain["group2"].output)
+
+
+def test_taps_before_masks_are_those_of_the_public_code_for_pyramid_nets(network):
+    variables = with_masks(network, MASKS, 0.5)
+    found, after = (applied(masked(TINY, "added", taps), variables) for taps in ("before_mask", "after_mask"))
+    shift = MASKS["group1"]["shift"][None]
+    second = applied(TINY, network, (("group1", lambda f: f + shift),)).groups["group2"]
+    chex.assert_trees_all_equal(found.groups["group1"], applied(TINY, network).groups["group1"])
+    chex.assert_trees_all_close(found.groups["group2"], second, rtol=1e-5, atol=1e-5)
+    for name, mask in MASKS.items():
+        put_on = found.groups[name].output + mask["shift"][None]
+        np.testing.assert_allclose(put_on, after.groups[name].output, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_equal(found.logits, after.logits)
 
 
 def test_edits_of_a_masked_network_come_after_its_masks(network):
@@ -129,7 +152,7 @@ def gradient_of_last_mask(network, axes):
         variables = {"params": params, "network": network, "threshold": jnp.float32(0.3)}
         return objective(params, variables, IMAGES, LABELS, jax.random.key(0)).losses.mean()
 
-    return jax.grad(total)(LAST_MASK)["group3"]["pattern"]
+    return jax.grad(total)(LAST_MASK)["group3"]["shift"]
 
 
 def test_the_variance_across_a_batch_does_not_depend_on_the_last_mask(network):
@@ -140,8 +163,49 @@ def test_the_variance_across_a_batch_does_not_depend_on_the_last_mask(network):
 def test_the_gradient_of_the_variance_is_the_closed_form(network):
     output = np.asarray(last_output(applied(masked(TINY, "added"), with_masks(network, LAST_MASK, 0.3))))
     centred = output - output.mean((1, 2, 3), keepdims=True)
-    expected = 2 * 0.3 / output[0].size * centred.mean(0)
+    expected = 2 / output[0].size * centred.mean(0)
     np.testing.assert_allclose(gradient_of_last_mask(network, "elements"), expected, rtol=1e-3, atol=1e-6)
+
+
+@partial(jax.jit, static_argnames="form")
+def mask_loss_and_gradient(network, masks, form):
+    """Equation 10 of masks, as float32 [] and as a tree."""
+    objective = mask_objective(TINY, form, "both", "elements", 1.0)
+
+    def total(params):
+        variables = {"params": params, "network": network, "threshold": jnp.float32(0.2)}
+        return objective(params, variables, IMAGES, LABELS, jax.random.key(0)).losses.mean()
+
+    return jax.value_and_grad(total)(masks)
+
+
+@pytest.mark.parametrize("form", ["added", "mixed", "elementwise"])
+def test_the_gradient_of_the_mask_loss_is_that_of_finite_differences(network, form):
+    masks = {name: {"shift": 0.1 * mask["shift"]} for name, mask in MASKS.items()}
+    if form == "elementwise":  # inside the bounds, where the clip is the identity
+        inside = {name: jax.nn.sigmoid(mask["shift"]) for name, mask in MASKS.items()}
+        masks = {name: {**mask, "gate": 0.1 + 0.8 * inside[name]} for name, mask in masks.items()}
+    direction = jax.tree.map(lambda leaf: normal(*leaf.shape), masks)
+    step = np.float32(3e-3)
+    up, down = (
+        mask_loss_and_gradient(network, jax.tree.map(lambda p, d, s=sign: p + s * step * d, masks, direction), form)[0]
+        for sign in (np.float32(1), np.float32(-1))
+    )
+    gradient = mask_loss_and_gradient(network, masks, form)[1]
+    along = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
+    assert along == pytest.approx(float((up - down) / (2 * step)), rel=0.05, abs=1e-3) and abs(along) > 1e-2
+
+
+def test_m_does_not_change_the_masks_of_equation_7(network):
+    """The paper's m p is trained as one tensor, so neither the loss nor its gradient has m in it."""
+    objective = mask_objective(TINY, "added", "both", "elements", 1.0)
+
+    @jax.jit
+    def losses_with(threshold):
+        variables = {"params": MASKS, "network": network, "threshold": threshold}
+        return objective(MASKS, variables, IMAGES, LABELS, jax.random.key(0)).losses
+
+    np.testing.assert_array_equal(losses_with(jnp.float32(0.05)), losses_with(jnp.float32(0.6)))
 
 
 def test_losses_are_cross_entropy_and_variance_and_their_sum(network):
@@ -185,11 +249,11 @@ def test_held_out_rows_are_not_trained_on(inputs):
 
 def test_masks_start_as_mean_features_and_training_lowers_the_variance(inputs):
     settings = RobustKdSettings(
-        loss="variance", layers=2, batch_size=32, mask_epochs=20, mask_learning_rate=0.1, thresholds=(0.2, 0.5)
+        loss="variance", layers=2, batch_size=32, mask_epochs=20, mask_learning_rate=0.05, thresholds=(0.2, 0.5)
     )
     teachers, facts = detoxify(inputs, dataclasses.replace(settings, allowed_drop=1.0))
     assert sorted(teachers.variables["masks"]) == ["group2", "group3"]  # layers are counted from the last
-    assert all(facts["masked feature variance"] < facts["feature variance"])
+    assert all(facts["masked teacher's feature variance"] < facts["teacher's feature variance"])
     assert set(np.round(facts["mask threshold"], 3)) <= {0.2, 0.5}
     rows = inputs.clean_rows()
     means = inputs.runner.mean(group_outputs(inputs.attacked.model), inputs.attacked.variables, rows, inputs.pool, 50)
@@ -202,16 +266,19 @@ def test_masks_start_as_mean_features_and_training_lowers_the_variance(inputs):
 
 def test_the_rest_is_fkd_from_the_masked_networks(inputs, monkeypatch):
     """With a threshold of 0 these are the attacked networks bit for bit (see above), so it is then FKD."""
-    settings, calls = RobustKdSettings(), []
+    settings, calls = RobustKdSettings(form="mixed", taps="before_mask"), []
     facts, student = {"mask threshold": np.zeros(2)}, DefenseResult(TINY, {})
-    monkeypatch.setattr(robust_kd, "detoxify", lambda *arguments: ("masked networks", facts))
+    detoxified = TeacherNetworks(masked(TINY, "mixed"), "masked networks")
+    monkeypatch.setattr(robust_kd, "detoxify", lambda *arguments: (detoxified, facts))
     monkeypatch.setattr(fkd, "run_from", lambda *arguments, **options: calls.append((arguments, options)) or student)
-    assert ROBUST_KD.run(inputs, settings) == student._replace(facts=facts)
-    assert calls == [((inputs, "RobustKD", settings, "masked networks"), {})]
+    networks = {"masked teacher": (masked(TINY, "mixed"), "masked networks")}
+    assert ROBUST_KD.run(inputs, settings) == student._replace(facts=facts, more_networks=networks)
+    learnt = TeacherNetworks(masked(TINY, "mixed", "before_mask"), "masked networks")
+    assert calls == [((inputs, "RobustKD", settings, learnt), {})]
 
 
 def test_the_oracle_declares_that_it_is_one():
-    assert ROBUST_KD.needs_with(RobustKdSettings(select="oracle"))[-1] == "attacker's trigger"
+    assert ROBUST_KD.needs_with(RobustKdSettings(select="oracle", thresholds=(0.1, 0.2)))[-1] == "attacker's trigger"
     assert "attacker's trigger" not in ROBUST_KD.needs_with(RobustKdSettings())
 
 
@@ -261,10 +328,19 @@ def test_more_layers_than_groups_are_refused():
         "form=subtracted",
         "loss=ce",
         "variance_axes=channels",
+        "taps=inside",
         "thresholds=(-0.1,)",
+        "thresholds=(0.0,)",
+        "thresholds=(1.5,):form=mixed",
         "validation_share=1.0",
     ],
 )
 def test_invalid_settings_are_refused(text):
     with pytest.raises(InputError, match=text.partition("=")[0]):
         read_defense(f"robust_kd:{text}", "quick", "digits")
+
+
+def test_an_oracle_has_something_to_choose_from():
+    with pytest.raises(InputError, match=r"select oracle has only thresholds \(0.2,\)"):
+        read_defense("robust_kd:select=oracle", "quick", "digits")
+    assert read_defense("robust_kd:select=oracle:thresholds=(0.1, 0.2)", "quick", "digits").settings.select == "oracle"

@@ -110,6 +110,24 @@ class TestMeasure:
         assert dict(clean.facts) == {"kept": 36.0}
         assert (hybrid.warning, clean.warning) == ("", "do not rely on it")
 
+    def test_further_networks_are_measured_beside_the_result(self, suspects, result):
+        """The members of the further network are those of the result in reverse: the first is one class off."""
+        more = result._replace(more_networks={"masked teacher": (TINY, self.variables[::-1])})
+        attacked, clean = measure(self.inputs, more, suspects, read_defense("none", "quick", "digits"), self.views, 0.0)
+        alone, _ = measure(
+            self.inputs,
+            DefenseResult(TINY, self.variables[::-1]),
+            suspects,
+            read_defense("none", "quick", "digits"),
+            self.views,
+            0.0,
+        )
+        assert attacked.cda == pytest.approx(5 / 6) and alone.asr != attacked.asr
+        assert attacked.facts["masked teacher's CDA"] == 0 and attacked.facts["masked teacher's ASR"] == alone.asr
+        # The clean suspect's member is right about the first pixel, as the attacked suspect's of the result is.
+        assert attacked.facts["masked teacher's control ASR"] == attacked.asr
+        assert dict(clean.facts) == {"kept": 36.0, "masked teacher's CDA": pytest.approx(5 / 6)}
+
     def test_a_detector_at_test_time_may_reject(self, suspects, result):
         """Rejected rows are neither right nor successes."""
 

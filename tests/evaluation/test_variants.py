@@ -121,8 +121,11 @@ class TestReadChain:
         assert variant.defense.needs_with(variant.settings) == ("attacked model", "clean rows")
 
     def test_three_parts_and_what_any_of_them_needs(self):
-        variant = read_defense("lfd+fine_tuning+robust_kd:select=oracle", "quick", "digits")
-        assert len(variant.settings) == 3 and variant.title == "LfD, then FT, then RobustKD (select oracle)"
+        variant = read_defense("lfd+fine_tuning+robust_kd:select=oracle:thresholds=(0.1, 0.2)", "quick", "digits")
+        assert (
+            len(variant.settings) == 3
+            and variant.title == "LfD, then FT, then RobustKD (select oracle, thresholds (0.1, 0.2))"
+        )
         assert set(variant.defense.needs) == {"training set", "attacked model", "clean rows", "attacker's trigger"}
 
     def test_what_the_run_says_holds_where_the_text_does_not(self):
@@ -138,7 +141,7 @@ class TestReadChain:
             ("fine_tuning+nothing", "'nothing' is not one of"),
             ("fine_tuning+", "'' is not one of"),
             ("fine_tuning:colour=1+fkd", "has no setting 'colour'"),
-            ("fine_tuning+fkd:divisor=0.0", "divisor"),
+            ("fine_tuning+fkd:divisor=-1.0", "divisor"),
             ("strip+fkd", "strip works at test time"),
         ],
     )

@@ -142,7 +142,13 @@ class TestAThirdPartyTeacher:
     def test_an_oracle_needs_a_known_trigger(self, folder, tmp_path):
         message = "needs the attacker's trigger, which the --teacher folder does not have"
         with pytest.raises(InputError, match=message):
-            run(tiny(tmp_path / "run", teacher=folder / "teachers" / "none", defenses="robust_kd:select=oracle"))
+            run(
+                tiny(
+                    tmp_path / "run",
+                    teacher=folder / "teachers" / "none",
+                    defenses="robust_kd:select=oracle:thresholds=(0.1, 0.2)",
+                )
+            )
         assert not (tmp_path / "run").exists()
 
     @pytest.mark.parametrize(
@@ -259,6 +265,20 @@ def test_every_study_names_attacks_and_methods_that_are_there(tmp_path):
         suspect_models.read_methods(tiny(tmp_path), split_variants(study.defenses))
         for text in split_variants(study.attacks):
             assert read_attack(text, train, 0, defender_gets="model").name == text
+
+
+def test_a_student_that_learns_nothing_from_the_teacher_is_a_baseline_of_every_run(tmp_path):
+    for preset in ("quick", "paper"):
+        variants, _ = suspect_models.read_methods(
+            tiny(tmp_path), split_variants(robust_kd.preset(preset, "digits").defenses)
+        )
+        assert [variant.title for variant in variants] == ["student on labels only", "FKD", "RobustKD"]
+        assert variants[0].settings.alpha == 0
+
+
+def test_quick_teachers_are_trained_as_in_the_paper():
+    quick, paper = (robust_kd.preset(preset, "digits") for preset in ("quick", "paper"))
+    assert (quick.optimiser, quick.weight_decay) == (paper.optimiser, paper.weight_decay) == ("sgd", 5e-4)
 
 
 @pytest.mark.parametrize("preset", ["quick", "paper"])
