@@ -37,9 +37,12 @@ from bdjax.workflows.suspect_models import LABELS_ONLY, Config
 CKD = "ckd:mask_bound=0.2"
 """With the bound of the CKD mask in RobustKD's repository. CKD's code clips its masks to 0.5, and most of the masks for CIFAR
 in CKD's repository are not clipped at all."""
+LBA = "latent_backdoor:features=groups:mask_bound=0.5:feature_weight=0.0"
+"""RobustKD's LBA; `latent_backdoor` is Yao et al.'s. It is left out of the quick runs: on 8x8 digits its trigger fools the
+clean network as well, so that the control leaves nothing to measure."""
 PASSING = f"{CKD},latent_backdoor,none"
 """The attacks whose backdoor students inherit according to the paper, and the clean teacher, their control."""
-ATTACKS = f"{CKD},latent_backdoor,hidden_trigger,none"
+ATTACKS = f"{CKD},{LBA},latent_backdoor,hidden_trigger,none"
 METHODS = f"{LABELS_ONLY},fkd,robust_kd"
 """The paper compares with FKD only; but whoever has the clean images that students learn from may do without the teacher."""
 BASELINES = f"{METHODS},logit_distillation,attention_transfer,ta_kd_student,fine_tuning+fkd,nad+fkd,fine_tuning,nad"
@@ -62,7 +65,7 @@ def _thresholds(*values: float, form: str = "added") -> str:
 
 STUDIES = {
     "transfer": Study("table 3: which backdoors plain feature distillation transfers", ATTACKS, f"{LABELS_ONLY},fkd"),
-    "removal": Study("tables 4 to 6: RobustKD on these backdoors", PASSING, METHODS),
+    "removal": Study("tables 4 to 6: RobustKD on these backdoors", f"{CKD},{LBA},latent_backdoor,none", METHODS),
     "threshold": Study(
         "figure 4: the mask's weight m, where equation 7 has it (only as a start) and in equation 15; and a search",
         PASSING,

@@ -277,7 +277,9 @@ def perturb_patch(key: Key, patch: Patch, image_shape: ImageShape, similarity: f
     """Draw a patch that is similar to another one in size and place.
 
     With r the similarity, a side s becomes floor(r s + (1 - r) s_random); a place moves by (1 - r) times a whole number
-    uniform in -(s_new + s) .. (s_new + s), rounded away from zero, and is clipped to the margin.
+    uniform in -(s_new + s) .. (s_new + s), rounded away from zero, and is clipped so that the outermost pixels stay free, as
+    for the other patch. The code released with TA-KD clips it to the image, 0 .. W - s_new: there a look-alike can touch the
+    border.
 
     Args:
         key: a key of `jax.random.key`.

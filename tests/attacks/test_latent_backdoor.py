@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from bdjax.attacks.latent_backdoor import (
     LatentBackdoorSettings,
     LatentTrigger,
     distances,
-    pooled_features,
+    features_of,
     square_mask,
 )
 from bdjax.errors import InputError
@@ -71,7 +72,7 @@ def test_pixels_outside_the_square_are_untouched(trained):
 
 
 def test_features_come_to_the_targets(seen, trained):
-    distance = {steps: float(jnp.mean(distances(pooled_features(output), trained[0].target_features)))
+    distance = {steps: float(jnp.mean(distances(features_of(output, "pooled"), trained[0].target_features)))
                 for steps, output in seen.items()}  # fmt: skip
     # Other classes keep some of their own features under the trigger, so the distance cannot come near 0.
     assert distance[200] <= 0.85 * distance[0], distance
@@ -86,9 +87,52 @@ def test_the_target_is_the_mean_of_its_class(digits, clean_digits_model, trained
     images = digits.train.images[digits.train.labels == TARGET]
     model, variables = clean_digits_model
     floats = jnp.asarray(images, jnp.float32) / 255
-    features = jax.jit(lambda: pooled_features(model.apply(variables, floats, train=False)))()
-    np.testing.assert_allclose(trained[0].target_features, features.mean(axis=0), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(trained[0].target_features, trained[200].target_features)
+    (features,) = jax.jit(lambda: features_of(model.apply(variables, floats, train=False), "pooled"))()
+    (found,), (after,) = trained[0].target_features, trained[200].target_features
+    np.testing.assert_allclose(found, features.mean(axis=0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(found, after)
+
+
+# RobustKD's LBA
+GROUPS = {"features": "groups", "mask_bound": 0.5, "feature_weight": 0.0}
+
+
+def test_features_of_groups_come_to_the_targets(digits, clean_digits_model):
+    """On the maps before the ReLU, place by place, by a soft mask over the whole image."""
+    knowledge, (model, variables) = Knowledge(digits.train, TARGET, clean_digits_model), clean_digits_model
+    images = {
+        is_target: jnp.asarray(digits.train.images[(digits.train.labels == TARGET) == is_target], jnp.float32) / 255
+        for is_target in (True, False)
+    }
+
+    @jax.jit
+    def look(params):
+        blended = jax.vmap(LATENT_BACKDOOR.apply, in_axes=(None, 0))(params, images[False])
+        maps, wanted = (
+            model.apply(variables, x, train=False).groups["group1"].before_relu for x in (blended, images[True])
+        )
+        return jnp.mean(jnp.square(maps - wanted.mean(0)[None])), wanted.mean(0)
+
+    distance = {}
+    for steps in (0, 100):
+        settings = LatentBackdoorSettings(**GROUPS, steps=steps)
+        params = LATENT_BACKDOOR.make_params(jax.random.key(1), knowledge, settings)
+        distance[steps], wanted = look(params)
+        (found,) = params.target_features
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+        assert params.blend.mask.min() >= 0 and params.blend.mask.max() <= 0.5
+    assert distance[100] <= 0.8 * distance[0], distance
+
+
+def test_the_distances_of_several_groups_add_up():
+    features = [jnp.ones((3, 2, 2, 4)), 2 * jnp.ones((3, 1, 1, 8))]
+    targets = [jnp.zeros((2, 2, 4)), 5 * jnp.ones((1, 1, 8))]
+    np.testing.assert_allclose(distances(features, targets), [1 + 9] * 3)
+
+
+def test_unknown_features_are_refused(digits):
+    with pytest.raises(InputError, match="features 'logits' is not one of pooled, groups"):
+        LATENT_BACKDOOR.check(digits.train, TARGET, LatentBackdoorSettings(features="logits"))
 
 
 def test_a_trained_mask_over_the_whole_image_keeps_its_bound(digits, clean_digits_model):
@@ -114,7 +158,7 @@ def test_what_it_cannot_do_without_is_asked_for(digits, clean_digits_model):
 
 WANTED = jnp.full(3, 2, jnp.int32)
 TRIGGER = LatentTrigger(
-    MaskedBlend(jnp.ones((2, 2, 1)), jnp.full((2, 2, 1), 0.9), jnp.float32(1.0)), jnp.asarray([0.5, 1.0])
+    MaskedBlend(jnp.ones((2, 2, 1)), jnp.full((2, 2, 1), 0.9), jnp.float32(1.0)), (jnp.asarray([0.5, 1.0]),)
 )
 
 
@@ -141,7 +185,7 @@ def fine_tuning(weight, params=PARAMS):
     return objective, variables, images, {"labels": labels}
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="weight")
 def gradient(weight):
     def mean_loss(params):
         objective, *batch = fine_tuning(weight, params)
@@ -166,7 +210,7 @@ def test_fine_tuning_minimises_the_three_terms():
 
 
 def test_the_features_pull_the_network_and_not_the_target():
-    pull = gradient(jnp.float32(0.5)) - gradient(jnp.float32(0.0))
+    pull = gradient(0.5) - gradient(0.0)
     # d/dw of 0.5 ((0.9 w1 - 0.5)^2 + (0.9 w2 - 1)^2) / 2
     np.testing.assert_allclose(pull, [0.5 * 0.9 * 0.4, 0.5 * 0.9 * 0.8], rtol=1e-4)
     config = TrainConfig()
