@@ -377,7 +377,8 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
                 patterns[member, label] = found[number][member][label].pattern
                 detector_accuracies[member, label] = accuracy
                 scores[member, where] = probabilities
-                if accuracy >= settings.least_accuracy:
+                is_sure = vbd_patterns.sure_share(probabilities) >= settings.least_sure
+                if accuracy >= settings.least_accuracy and is_sure:
                     flags[member, where] = probabilities >= 0.5
         if kept:
             first = nets._replace(variables=ensemble.members(nets.variables, np.arange(0, num * folds, folds)))

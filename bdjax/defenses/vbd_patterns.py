@@ -38,6 +38,9 @@ from bdjax.settings import (
 )
 from bdjax.types import Array, Model, PyTree
 
+SURE = 0.75
+"""Score from which a detector counts as sure of a row. Of the rows flagged in a class, it was sure of at least 0.79 in 11
+poisoned classes, and of at most 0.14 in 7 clean classes with a pattern (CIFAR-10 with faint triggers and without, seed 10)."""
 BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16
 """The paper says Gaussian; its code uses this one."""
 
@@ -108,6 +111,9 @@ class VBDSettings:
     """last epoch, from 0, in which they do"""
     least_accuracy: Share = 0.75
     """training accuracy below which a detector flags no rows, in [0, 1]"""
+    least_sure: Share = 0.0
+    """share of the rows flagged in a class whose score must be at least 0.75, in [0, 1]; else none of them is flagged, since
+    patterns of clean classes have unsure detectors. Not in the paper; 0 for no such rule"""
     clean_model: Literal["suppress", "relabel"] = "suppress"
     """flagged rows are left out ("suppress"), or labelled with a simple network's second most likely class ("relabel")"""
 
@@ -120,6 +126,12 @@ class VBDSettings:
     def held_back_share(self) -> float:
         """Share of the rows that a class is tested on."""
         return self.detect_share if self.folds == 1 else 1.0
+
+
+def sure_share(scores: np.ndarray) -> float:
+    """Of the rows with a score of at least 0.5, float [n], the share with a score of at least `SURE`; 0 if there are none."""
+    flagged = scores[scores >= 0.5]
+    return float(np.mean(flagged >= SURE)) if len(flagged) else 0.0
 
 
 class Candidate(NamedTuple):

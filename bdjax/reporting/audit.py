@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from bdjax import types
+from bdjax.defenses.vbd_patterns import SURE, sure_share
 from bdjax.defenses.vbd_premise import LEARNED
 from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection, warning_of
 from bdjax.evaluation.sensitivity import FOUND_SHARE, least_found
@@ -66,6 +67,8 @@ MOST_LISTED = 40
 """Most classes that a table lists."""
 MEASURED = ("flagged", "precision", "recall", "f1", "auc")
 """The numbers on the flags; all but the first need the ground truth."""
+LEAST_SURE = 0.5
+"""Weak evidence if fewer of a class's flagged rows have a score of `SURE`, whose docstring says what was measured."""
 SCORE_BANDS = (0.5, 0.9, 0.95)
 """Lower ends of the bands of scores in which flagged rows are counted; the last one ends at 1."""
 EXAMPLES, MOST_CLASSES = 3, 8
@@ -235,6 +238,7 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
             "pattern_success": found.success if found else None,
             "mask_pixels": int(found.mask.sum()) if found else None,
             "detector_accuracy": found.accuracy if found else None,
+            "sure": sure_share(detection.scores[0, in_class]) if found and networks else None,
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
     against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual) if found else []
@@ -264,6 +268,8 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
         )
     if entry["pattern_success"] < WEAK_SUCCESS:
         texts.append(f"its pattern turns {percent(entry['pattern_success'])} of other rows")
+    if entry["flagged"] and entry["sure"] is not None and entry["sure"] < LEAST_SURE:
+        texts.append(f"{percent(entry['sure'])} of its flagged rows have a score of {SURE:g} or more")
     networks = len(entry.get("success", ()))
     if networks >= LEAST_AGREEING > entry.get("agreeing", networks):
         texts.append(f"only {entry['agreeing']} of {networks} networks has a working pattern")

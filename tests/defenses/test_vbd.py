@@ -138,6 +138,7 @@ class TestChoice:
         ({"least_opacity": 2.0}, "least_opacity 2.0 is not"),
         ({"first_labelling": -1}, "first_labelling -1 is not"),
         ({"least_accuracy": 1.1}, "least_accuracy 1.1 is not"),
+        ({"least_sure": 1.1}, "least_sure 1.1 is not"),
         ({"clean_model": "both"}, "clean_model 'both' is not one of suppress, relabel"),
         ({"learning_rate": 0.0}, "learning_rate 0.0 is not above 0"),
     ],
@@ -464,6 +465,16 @@ class TestAnalysis:
             np.testing.assert_array_equal(scores[rows], probabilities)
             np.testing.assert_array_equal(flags, (scores >= 0.5) & (accuracy >= 0.75))
             np.testing.assert_array_equal(analysis.new_labels[member] != found.labels, flags)
+
+    def test_a_detector_that_is_unsure_of_what_it_flags_flags_nothing(self, found, monkeypatch):
+        rows = np.flatnonzero(found.labels == 1)
+        sure, unsure = (np.where(np.arange(len(rows)) % 4 > 0, score, 0.6).astype(np.float32) for score in (0.9, 0.7))
+        detections = [(rows, scores, 0.9) for scores in (sure, unsure)]  # of members 0 and 2
+        monkeypatch.setattr(vbd, "train_detectors", lambda *arguments: detections)
+        for least, expected in ((0.0, (True, True)), (0.5, (True, False)), (0.8, (False, False))):
+            analysis = analyse(found.inputs, dataclasses.replace(SMALL, least_sure=least))
+            assert [bool(analysis.flags[member].any()) for member in (0, 2)] == list(expected)
+            assert analysis.scores[2, rows].max() == pytest.approx(0.7)  # scores stay
 
 
 class Recorded:

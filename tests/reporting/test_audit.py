@@ -139,6 +139,16 @@ def test_why_evidence_is_weak():
     assert "(its detector has accuracy 0.70, below 0.75, and is not used)" in verdict_of(accuracy=0.7)["text"]
 
 
+def test_a_detector_that_is_unsure_of_most_of_its_rows_is_weak_evidence():
+    for sure, level in ((1, "suspicious"), (2, "found")):
+        found = analysis()
+        found.scores[found.flags] = np.where(np.arange(4) < sure, 0.75, 0.74)
+        verdict = summarise(dataset(), found, SETTINGS)["verdict"]
+        assert verdict["level"] == level
+        text = "(25 % of its flagged rows have a score of 0.75 or more)"
+        assert (text in verdict["text"]) is (level == "suspicious")
+
+
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
     assert (
@@ -154,6 +164,7 @@ def test_almost_all_of_a_class_may_be_poisoned_if_it_has_too_many_rows():
         labels = np.repeat([0, 1, 2, 3], [size, 5, 5, ROWS - size - 10]).astype(np.int32)
         found = base._replace(network=np.array([[1, -1, -1, -1]]), detector_accuracies=np.array([[0.9, 0, 0, 0]]))
         found = found._replace(flags=(labels == 0)[None], p_values=base.p_values.copy(), success=base.success.copy())
+        found = found._replace(scores=found.flags.astype(np.float32))
         found.p_values[0, :, 0], found.success[0, :, 0] = 1e-4, 0.9
         assert summarise(dataset(labels=labels), found, SETTINGS)["verdict"]["level"] == level
 
@@ -181,7 +192,7 @@ def test_half_a_percent_of_the_class_is_the_least():
         detector_accuracies=np.array([[0.9, 0.0]]),
     )
     for count, level in ((4, "suspicious"), (5, "found")):
-        found.flags[0, 2 : 2 + count] = True
+        found.flags[0, 2 : 2 + count] = found.scores[0, 2 : 2 + count] = True
         assert summarise(many, found, SETTINGS)["verdict"]["level"] == level
 
 
