@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "strip": {"num_overlays": 4},
     "vbd": {
         "networks": "4-4P",
+        "rows_per_class": 3,  # so that a class whose rows are all predicted correctly can be tested
         "detect_share": 0.5,
         "least_rows": 2,
         "p_value": 0.9,
