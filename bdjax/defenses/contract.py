@@ -370,8 +370,8 @@ class Defense:
     least: Callable[[Any, Facts], NotTested] | None = None
     """(settings, facts) -> what no rows could make it find in a sample as small as this; None for a method that draws no
     conclusion from rows. Every detector has it"""
-    smallest: Callable[[Any, Facts], int] | None = None
-    """(settings, facts) -> about how many poisoned rows of one class its own rule asks for: fewer are found by luck, if at all.
+    smallest: Callable[[Any], int] | None = None
+    """settings -> about how many poisoned rows of one class its own rule asks for: fewer are found by luck, if at all.
     None for a method whose settings say nothing about it"""
     network_after: Callable[[Any, Model, Callable[..., Model], tuple[int, int, int]], Model] | None = None
     """(settings, attacked network, `DefenseInput.make_model`, image shape) -> the architecture of the defended network, where

@@ -24,7 +24,7 @@ from bdjax.defenses.vbd_premise import LEARNED
 from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection, warning_of
 from bdjax.evaluation.sensitivity import FOUND_SHARE, least_found
 from bdjax.evaluation.suspects import Suspect
-from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant, facts_of
+from bdjax.evaluation.variants import NOT_TESTED, DefenseVariant
 from bdjax.inspection.extracted_triggers import LEAST_SIDE, enlarge, on_grey, outlined, pattern_pictures
 from bdjax.reporting import plots
 from bdjax.reporting import results as schema
@@ -142,7 +142,7 @@ def summarise(
         detection=measure_by_class(suspect, detection) if is_tested else None,
         score_bands=_score_bands(suspect, detection) if _networks(detection, settings) and is_tested else [],
         changed_settings=_changed_settings(variant),
-        bound=smallest(settings, facts_of(dataset, None, dataset.num_classes)) if smallest else None,
+        bound=smallest(settings) if smallest else None,
         sensitivity=sensitivity,
     )
     tree["outcome"] = outcome_of(tree)

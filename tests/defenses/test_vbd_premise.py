@@ -3,20 +3,18 @@
 import numpy as np
 import pytest
 
-from bdjax.defenses.contract import Facts
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.vbd import Analysis, to_detection
 from bdjax.defenses.vbd_patterns import VBDSettings
 from bdjax.defenses.vbd_premise import LEARNED, doubt, smallest
 
 SETTINGS = VBDSettings(networks="64P/16-16P")
-FACTS = Facts(np.full(10, 300), np.zeros(10, int))
 
 
 @pytest.mark.parametrize(("rows", "share", "expected"), [(20, 0.2, 100), (8, 0.2, 40), (20, 0.3, 67), (10, 0.1, 100)])
 def test_the_settings_ask_for_so_many_poisoned_rows_of_a_class(rows, share, expected):
     settings = VBDSettings(rows_per_class=rows, detect_share=share)
-    assert smallest(settings, FACTS) == expected == DEFENSES["vbd"].smallest(settings, FACTS)
+    assert smallest(settings) == expected == DEFENSES["vbd"].smallest(settings)
 
 
 def test_all_networks_must_have_learned_the_classes():
