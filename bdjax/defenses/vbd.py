@@ -168,7 +168,7 @@ def accuracy_on(inputs: DefenseInput, nets: Nets, rows: np.ndarray) -> np.ndarra
 
 
 def find_candidates(
-    inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray
+    inputs: DefenseInput, settings: VBDSettings, nets: Nets, held_back: np.ndarray, logits: np.ndarray
 ) -> list[list[Candidate]]:
     """Stages 2 and 3 with networks of one kind: a candidate for each suspect and class.
 
@@ -180,13 +180,13 @@ def find_candidates(
         settings: of the defense.
         nets: a simple network for each of these members.
         held_back: int [M * folds, d], rows of the training sets.
+        logits: float32 [M * folds, d, K], of these rows.
 
     Returns:
         M lists of K candidates.
     """
     folds = settings.folds
     index, labels = (np.take_along_axis(values, held_back, axis=1) for values in (inputs.index, inputs.labels))
-    logits = inputs.logits(nets.model, nets.variables, labelled(index, labels))
     by_suspect = [values.reshape(-1, folds * values.shape[1], *values.shape[2:]) for values in (index, labels, logits)]
     found: list[list[Candidate]] = [[] for _ in by_suspect[0]]
     # Gradients are as large as images, and there may be hundreds of classes.
@@ -339,7 +339,12 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         parts = [fold_rows(keys[i], labels, folds) for i, labels in enumerate(inputs.labels)]
         training, held_back = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     networks = train_networks(each, settings, training)
-    found = [find_candidates(each, settings, nets, held_back) for nets in networks]
+    index, labels = (np.take_along_axis(values, held_back, axis=1) for values in (each.index, each.labels))
+    logits = [each.logits(nets.model, nets.variables, labelled(index, labels)) for nets in networks]
+    found = [
+        find_candidates(each, settings, nets, held_back, of_held_back)
+        for nets, of_held_back in zip(networks, logits, strict=True)
+    ]
     success_by_fold = np.stack(
         [
             apart(check_candidates(each, settings, nets, held_back, candidates), folds)
@@ -349,8 +354,11 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     )  # [M, J, folds, K]
     success = success_by_fold.mean(axis=2)
     accuracies, held_back_accuracies = (
-        np.stack([apart(accuracy_on(each, nets, rows), folds).mean(axis=1) for nets in networks], axis=1)
-        for rows in (training, held_back)
+        np.stack([apart(of_member, folds).mean(axis=1) for of_member in of_networks], axis=1)
+        for of_networks in (
+            [accuracy_on(each, nets, training) for nets in networks],
+            [np.mean(np.argmax(of_held_back, -1) == labels, axis=1) for of_held_back in logits],
+        )
     )
     chosen = choose_networks(accuracies, success, settings)
 
