@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.defenses.vbd_patterns import sure_share
 from bdjax.evaluation.suspects import Suspect
 from bdjax.types import Detection
 
@@ -40,6 +41,10 @@ class FoundPattern(NamedTuple):
     """whether the attack sends rows to that class"""
     class_title: str = ""
     """the class as reports name it; empty for its number"""
+    flagged: int | None = None
+    """number of rows of the class that are flagged; None if it was not recorded"""
+    sure: float | None = None
+    """of its rows with a score of at least 0.5, the share with a high score (`sure_share`); None if it was not recorded"""
 
     @property
     def overlap(self) -> float | None:
@@ -79,6 +84,8 @@ def compare_patterns(detected: Detection, suspects: Sequence[Suspect]) -> list[F
                     example=suspect.dataset.images[best] if flagged.any() else None,
                     is_true_class=pattern.label in poisoned,
                     class_title=suspect.dataset.class_title(pattern.label),
+                    flagged=int(flagged.sum()),
+                    sure=sure_share(detected.scores[member, suspect.dataset.labels == pattern.label]),
                 )
             )
     return found

@@ -21,7 +21,7 @@ from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.variants import NOT_TESTED
 from bdjax.metrics import DEFINITIONS, DETECTION_FAILS, detection_word
-from bdjax.reporting import defenses, detector_plots, plots
+from bdjax.reporting import defenses, detector_plots, found_patterns, plots
 from bdjax.reporting import results as schema
 from bdjax.reporting import sections as shared
 from bdjax.reporting.detector_plots import Curve, Line
@@ -52,8 +52,6 @@ WHOLE_GRID = 40
 """Number of settings in the paper for one dataset."""
 _DECIMALS = 1
 """Of F1 in percent: the paper prints two, more than five seeds support."""
-MOST_TRIGGERS, TRIGGERS_OF_ONE = 24, 6
-"""Most found triggers that are shown, and number of them in one figure."""
 MOST_NAMES = 12
 """Most training sets that the verdict names."""
 
@@ -559,7 +557,9 @@ def page(
             *shared.section("Results", [summary_table(results, name), *main], opacity_figures(folder, results, name)),
             *shared.section("Outside the paper's settings", [outside], rates if outside else []),
             *extra_sections,
-            *shared.section("Found triggers", [], trigger_figures(folder, found)),
+            *shared.section(
+                "Found triggers", [found_patterns.patterns_table(found)], found_patterns.trigger_figures(folder, found)
+            ),
             *shared.section("Evidence behind the flags", [evidence_table(results)]),
             *shared.section("Scores", [], curves, sample),
             *shared.section("Training sets", [defenses.rows_table(results)]),
@@ -726,30 +726,4 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
             "score; square-root scale on the horizontal axis. Its own flags are at most one point of the curve."
         )
         figures.append(Figure(path, caption, f"Receiver operating characteristics of {titles[name]}."))
-    return figures
-
-
-def choose_patterns(found: Sequence[FoundPattern], most: int = MOST_TRIGGERS) -> list[FoundPattern]:
-    """A sample of the found triggers, in their order, from as many attacks as possible: one of each before a second."""
-    attacks = [pattern.attack for pattern in found]
-    ranks = [attacks[:number].count(attack) for number, attack in enumerate(attacks)]
-    chosen = np.argsort(ranks, kind="stable")[:most]
-    return [found[i] for i in sorted(chosen)]
-
-
-def trigger_figures(folder: RunFolder, found: Sequence[FoundPattern]) -> list[Figure]:
-    """The found triggers beside the true triggers, and on flagged rows."""
-    shown, figures = choose_patterns(found), []
-    for start in range(0, len(shown), TRIGGERS_OF_ONE):
-        group = shown[start : start + TRIGGERS_OF_ONE]
-        figure = detector_plots.trigger_grid(group)
-        path = plots.save(figure, folder.file(f"triggers-{start // TRIGGERS_OF_ONE + 1}.png"))
-        caption = f"Triggers {start + 1} to {start + len(group)} of {len(shown)}."
-        if not start:
-            caption += (
-                " Grey is transparent. A found trigger's colours come from rows with the true trigger, so a faint trigger is "
-                "mixed with the image below it. Red outlines the found pixels."
-            )
-            caption += f" {len(found)} were found in all." if len(found) > len(shown) else ""
-        figures.append(Figure(path, caption, "; ".join(map(detector_plots.pattern_caption, group))))
     return figures

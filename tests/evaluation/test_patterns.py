@@ -52,6 +52,7 @@ def test_patterns_stand_beside_the_true_one_and_a_flagged_row(suspects):
     assert (wrong.label, wrong.is_true_class, wrong.true_mask, wrong.overlap) == (3, False, None, None)
     np.testing.assert_array_equal(right.example, suspects[0].dataset.images[row])
     assert wrong.example is None
+    assert (right.flagged, wrong.flagged) == (1, 0)
     is_set = right.true_mask > 0
     assert right.overlap == np.sum(is_set & right.mask) / np.sum(is_set | right.mask) > 0
 
