@@ -131,9 +131,14 @@ def distil(
         inputs.pool,
         inputs.clean_rows() if rows is None else rows,
         student_objective(student, teachers.model, method, settings.teacher_statistics),
+        network_of=student_of,
     )
-    trained = {"params": nets.variables["params"]["student"], "batch_stats": nets.variables["batch_stats"]}
-    return DefenseResult(student, trained)
+    return DefenseResult(student, student_of(nets.variables))
+
+
+def student_of(variables: PyTree) -> PyTree:
+    """The student's variables among those of `student_objective`."""
+    return {"params": variables["params"]["student"], "batch_stats": variables["batch_stats"]}
 
 
 def student_network(

@@ -600,6 +600,7 @@ VBD = Defense(
             "least_detector_steps": 200,
             "detector_batch_size": 64,
             "own_rows": 0.25,
+            "least_sure": 0.5,
             "first_labelling": 3,
             "last_labelling": 6,
         },

@@ -254,6 +254,7 @@ def training_curves(
     *,
     value_label: str = "loss",
     log_scale: bool = False,
+    epochs: Mapping[str, Sequence[int]] = {},  # model -> [epochs]
 ) -> Figure:
     """Draws metrics against epochs, with a panel for each model or ensemble.
 
@@ -263,6 +264,7 @@ def training_curves(
         value_label: label of the vertical axis.
         log_scale: whether the vertical axis is logarithmic; it is linear in panels without a positive number, as after training
             that diverged.
+        epochs: the epochs that the metrics are of, from 1; all of them for models that are not in it.
     """
     columns = min(3, len(histories))
     rows = -(-len(histories) // columns)
@@ -277,12 +279,12 @@ def training_curves(
             # Masked, so that a diverged member does not make the mean of all members NaN.
             lines = np.ma.masked_invalid(np.atleast_2d(np.asarray(series, np.float64)))
             members = max(members, len(lines))
-            epochs = np.arange(1, lines.shape[1] + 1)
+            numbers = epochs.get(name, np.arange(1, lines.shape[1] + 1))
             colour = COLOURS[metrics.index(metric) % len(COLOURS)]
             marker = "o" if lines.shape[1] == 1 else ""
-            panel.plot(epochs, lines.mean(axis=0), color=colour, label=_words(metric), linewidth=1.6, marker=marker)
+            panel.plot(numbers, lines.mean(axis=0), color=colour, label=_words(metric), linewidth=1.6, marker=marker)
             if len(lines) > 1:
-                panel.fill_between(epochs, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
+                panel.fill_between(numbers, lines.min(axis=0), lines.max(axis=0), color=colour, alpha=0.18, linewidth=0)
         panel.set_title(_short(name) + (f" ({members} members)" if members > 1 else ""))
         is_log = log_scale and any(np.any(np.nan_to_num(series, posinf=0.0) > 0) for series in history.values())
         panel.set(xlabel="epoch", yscale="log" if is_log else "linear")

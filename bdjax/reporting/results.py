@@ -13,7 +13,8 @@ In addition, only where there is something to say: "class_names" [..]; "not_test
 "reason", "classes": {title: reason}}]; "shared_rows" [{"of": "the suspect set", "count", "rows"}], clean rows that another set
 has, too; "scaled" [{"of": dataset, "image_size": [h, w], "original_sizes": [{"size": [h, w], "images"}], "num_sizes", "text"}],
 what was scaled, with the most frequent sizes; "warnings" [{"attack", "method", "title", "seed", "text"}], results that should
-not be relied on; "limits" [sentence], what the run cannot show.
+not be relied on; "limits" [sentence], what the run cannot show; "curves" [{"attack", "method", "seed", "points": [{"epoch",
+numbers..}], "best": point}], students during their training.
 
 A cell holds the numbers of one method on one attack. The method with the base `NO_DEFENSE` is the baseline: the undefended
 network. Wall times are not in results.json, so that a repeated run writes the same file.

@@ -11,7 +11,10 @@ of the same seed, or on the student that the same method makes from it. Two word
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bdjax.evaluation.measure import Comparison
+from bdjax.evaluation.student_curves import ALLOWED_DROP, CurvePoint, best_point
 from bdjax.metrics import DEFINITIONS, DefenseWord, has_backdoor
 from bdjax.models import count_parameters
 from bdjax.reporting import plots
@@ -21,7 +24,7 @@ from bdjax.reporting.defenses import WORDS
 from bdjax.reporting.report import Figure, Report, Section, Verdict, level_of
 from bdjax.reporting.results import find, mean_of
 from bdjax.reporting.sections import ORACLES, Entry
-from bdjax.reporting.tables import UNKNOWN, Table
+from bdjax.reporting.tables import UNKNOWN, Table, mean_and_spread
 from bdjax.run.folder import RunFolder
 from bdjax.types import Model, TrainTest
 
@@ -44,6 +47,7 @@ def summarise(
     test_rows: int,
     seed: int,
     left_out: Mapping[str, str] = {},
+    curves: Mapping[str, Sequence[CurvePoint]] = {},
 ) -> dict[str, Any]:
     """Numbers of all methods on all teachers: the content of results.json, as `bdjax.reporting.results` has it.
 
@@ -54,6 +58,7 @@ def summarise(
         test_rows: number of test rows.
         seed: number of the first seed.
         left_out: a method -> why it is not in the run.
+        curves: a method -> its students during their training.
     """
     measured = [measurement for comparison in comparisons for measurement in comparison.measured]
     values = (value for of_method in controls for value in of_method)
@@ -76,7 +81,36 @@ def summarise(
         dict(zip(keys, values, strict=True)),
         method_facts=facts,
         teacher={"model": teachers.model.description, "parameters": of_teacher},
+        **({"curves": found} if (found := _curves(comparisons, seed, curves)) else {}),
     )
+
+
+def _curves(
+    comparisons: Sequence[Comparison], seed: int, curves: Mapping[str, Sequence[CurvePoint]]
+) -> list[dict[str, Any]]:
+    """An entry for each method and each teacher with a trigger: its students' numbers by epoch, and those of the best epoch."""
+    of_teachers = next((of.measured for of in comparisons if of.variant.defense.name == schema.NO_DEFENSE), None)
+    found = []
+    for variant, _, measured in comparisons:
+        points = curves.get(variant.name, ())
+        for number, student in enumerate(measured):
+            if not points or not student.metrics:
+                continue
+            of_student = [
+                {"epoch": point.epoch} | {name: getattr(point, name)[number] for name in ("cda", "asr", "control_asr")}
+                for point in points
+            ]
+            best = best_point(points, number, of_teachers[number].cda) if of_teachers else None
+            names = {"attack": student.suspect.attack.name, "method": variant.name}
+            found.append(
+                {
+                    **names,
+                    "seed": seed + student.suspect.seed,
+                    "points": of_student,
+                    "best": next((point for point in of_student if best and point["epoch"] == best.epoch), None),
+                }
+            )
+    return found
 
 
 def passes(results: Entry, attack: str, method: str | None) -> bool | None:
@@ -290,6 +324,7 @@ def page(
         sections=(
             *shared.section("Results", main, result_figures(folder, results)),
             *extra_sections,
+            *shared.section("During distillation", [epoch_table(results)], curve_figures(folder, results)),
             *shared.section("Teachers", [attack_table(results)]),
             *shared.section("What the methods found", [], shared.picture_figures(folder, comparisons)),
             *shared.section("Details", details),
@@ -326,6 +361,67 @@ def result_figures(folder: RunFolder, results: Entry) -> list[Figure]:
             _bars(folder, results, "control_asr", "control-asr.png", about, "attack success without a backdoor")
         )
     return [*figures, shared.trade_off_figure(folder, results, "method")]
+
+
+def epoch_table(results: Entry) -> Table | None:
+    """The last and the best epoch of each method's students; None if no student was measured during its training."""
+    by_cell: dict[tuple[str, str], list[Entry]] = {}
+    for curve in results.get("curves", ()):
+        by_cell.setdefault((curve["attack"], curve["method"]), []).append(curve)
+    if not by_cell:
+        return None
+    titles = [{entry[kind]: entry["title"] for entry in results[f"{kind}s"]} for kind in ("attack", "method")]
+    rows = []
+    for (attack, method), curves in by_cell.items():
+        last = [curve["points"][-1] for curve in curves]
+        best = [curve["best"] for curve in curves]
+        rows.append(
+            (
+                titles[0][attack],
+                titles[1][method],
+                last[0]["epoch"],
+                *(mean_and_spread([point[name] for point in last]) for name in ("asr", "control_asr")),
+                *(mean_and_spread([point and point[name] for point in best]) for name in ("asr", "control_asr", "cda")),
+            )
+        )
+    header = (
+        "teacher",
+        "method",
+        "epochs",
+        "ASR, last",
+        "control, last",
+        "ASR, best epoch",
+        "control, then",
+        "CDA, then",
+    )
+    notes = (
+        f"{schema.mean_text(results).capitalize()}. Best epoch: the epoch with the highest ASR among those measured (about "
+        f"20 of a training) in which the student's CDA is at most {ALLOWED_DROP:g} below its teacher's, as the public code of "
+        f"CKD chooses it; {UNKNOWN} where a seed has no such epoch. It is chosen with the trigger, so it is the attacker's "
+        "number; a user gets the last epoch."
+    )
+    return Table("The last and the best epoch", header, tuple(rows), notes)
+
+
+def curve_figures(folder: RunFolder, results: Entry) -> list[Figure]:
+    """ASR, control ASR and CDA of each method's students by epoch, with a panel for each teacher and method."""
+    panels: dict[str, dict[str, list[list[float]]]] = {}
+    epochs: dict[str, list[int]] = {}
+    titles = [{entry[kind]: entry["title"] for entry in results[f"{kind}s"]} for kind in ("attack", "method")]
+    for curve in results.get("curves", ()):
+        name = f"{titles[1][curve['method']]}, {titles[0][curve['attack']]}"
+        epochs[name] = [point["epoch"] for point in curve["points"]]
+        for metric in ("asr", "control_asr", "cda"):
+            values = [point[metric] for point in curve["points"]]
+            if None not in values:
+                panels.setdefault(name, {}).setdefault(shared.LABELS[metric], []).append(values)
+    if not panels:
+        return []
+    lines = {name: {metric: np.array(values) for metric, values in panel.items()} for name, panel in panels.items()}
+    figure = plots.training_curves(lines, value_label="rate", epochs=epochs)
+    path = plots.save(figure, folder.file("students-by-epoch.png"))
+    about = "The students during their distillation: mean over seeds, band from the lowest to the highest seed."
+    return [Figure(path, about, "Lines of ASR, control ASR and CDA by epoch; the numbers are in results.json.")]
 
 
 def _bars(folder: RunFolder, results: Entry, name: str, file: str, caption: str, content: str) -> Figure:

@@ -41,6 +41,10 @@ class Log(Protocol):
     ) -> AbstractContextManager: ...
 
 
+Watch = Callable[[str, int, int, Model, PyTree], None]
+"""(stage, number of epochs trained, number of epochs, model, stacked variables [M, ...]): called after each epoch."""
+
+
 class SilentStage:
     """Replaces the stage of a log where there is no log."""
 
@@ -81,6 +85,8 @@ class StageRunner:
     """None to print nothing"""
     group_size: int | None = None
     """members per call; None for as many as fit into memory"""
+    watch: Watch | None = None
+    """measures networks during trainings that say which part of their variables is a network"""
 
     def train(
         self,
@@ -91,6 +97,7 @@ class StageRunner:
         fit: Callable[..., TrainState],
         about: Mapping[str, Any] | None = None,
         like: ensemble.Trained | None = None,
+        watch: Callable[[TrainState, int], None] | None = None,
     ) -> ensemble.Trained:
         """Train a stage of `count` members, or restore it from its checkpoint.
 
@@ -102,6 +109,7 @@ class StageRunner:
             fit: called with keyword arguments to pass on to `ensemble.fit`.
             about: further facts to save beside the checkpoint.
             like: the shapes of the result; None if its variables are the model's.
+            watch: called after each epoch with the stacked state and the number of epochs trained.
         """
         facts = {
             "model": model.description,
@@ -117,12 +125,15 @@ class StageRunner:
             def on_epoch(state: TrainState) -> None:
                 done = int(state.epoch[0])
                 stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
+                if watch is not None:
+                    watch(state, done)
 
             def report(line: str) -> None:
                 stage.detail += f"; {line}"
 
             options = {"layout": self.layout, "group_size": self.group_size, "report": report}
-            options["on_epoch"] = None if self.log is None else on_epoch  # reading the loss waits for the epoch
+            is_seen = self.log is not None or watch is not None
+            options["on_epoch"] = on_epoch if is_seen else None  # reading the loss waits for the epoch
             if self.folder is None:
                 state = fit(**options, progress_folder=None)
                 return ensemble.Trained(state.variables, state.history)
@@ -185,6 +196,7 @@ class StageRunner:
         pool: Array,
         train: Rows,
         objective: Objective | None = None,
+        network_of: Callable[[PyTree], PyTree] | None = None,
     ) -> Nets:
         """Continue the training of given networks: fine-tuning, or training with another objective.
 
@@ -198,6 +210,7 @@ class StageRunner:
             pool: uint8 [P, H, W, C].
             train: training rows, leaves [M, n]; there is no validation.
             objective: what a step minimises; None for cross-entropy.
+            network_of: from such variables to those of the model, for `watch`; None if the training is not to be watched.
         """
         none = jax.tree.map(lambda leaf: leaf[:, :0], train)
         leaves, structure = jax.tree.flatten(variables)
@@ -217,7 +230,13 @@ class StageRunner:
             jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), as_leaves(leaves)),
             ensemble.history_like(len(keys), config.epochs),
         )
-        trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed}, like)
+        watch = None
+        if self.watch is not None and network_of is not None:
+
+            def watch(state: TrainState, epoch: int) -> None:
+                self.watch(name, epoch, config.epochs, model, network_of(state.variables))
+
+        trained = self.train(name, model, config, len(keys), fit, {"per_seed": per_seed}, like, watch)
         restored = structure.unflatten([trained.variables[number] for number in sorted(trained.variables)])
         return Nets(model, restored, per_seed, _as_numpy(trained.history))
 

@@ -22,6 +22,7 @@ from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers as third_party
 from bdjax.evaluation.measure import Comparison, TriggeredViews, defend, make_views
+from bdjax.evaluation.student_curves import StudentCurves
 from bdjax.evaluation.suspects import suspect_keys, try_out
 from bdjax.evaluation.teachers import (
     SuspectTeachers,
@@ -179,15 +180,18 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     with log.stage("triggered test images") as stage:
         views = make_views(view_key, teachers.suspects, test)
         stage.detail = f"{len(teachers.suspects)} teachers × {len(test):,} test rows"
-    comparisons, controls = [], []
+    comparisons, controls, curves = [], [], {}
     for variant in variants:
         with log.stage(f"method {variant.name}") as stage:
-            result, measured = defend(inputs, teachers.suspects, variant, views)
+            curve_file = folder.file(f"curves/{file_name(variant.name)}.json")
+            of_method = StudentCurves(curve_file, variant, teachers, views)
+            result, measured = defend(of_method.watching(inputs), teachers.suspects, variant, views)
+            curves[variant.name] = of_method.points
             comparisons.append(Comparison(variant, result, measured))
             controls.append(control(inputs, teachers, comparisons[-1], views))
             stage.detail = base.summary_line(measured)
     networks = students.Networks(model, train.image_shape)
-    results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out)
+    results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out, curves)
     results = base.write_results(folder, results, train, test, named, shared=shared)
     if config.save_models:
         save_models(folder, teachers, comparisons, views, train)

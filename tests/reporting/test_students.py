@@ -9,6 +9,7 @@ import pytest
 
 from bdjax.defenses.contract import Defense
 from bdjax.evaluation.measure import Comparison, Measured
+from bdjax.evaluation.student_curves import CurvePoint
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.variants import DefenseVariant, read_attack
 from bdjax.metrics import AttackMetrics, measure_detection
@@ -62,7 +63,7 @@ def suspect(text, seed, label=""):
     return Suspect(attack, seed, TRAIN, ((),) * (1 if attack.plan else 0), known)
 
 
-def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label=""):
+def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label="", curves=None):
     comparisons, controls = [], []
     for variant in variants:
         measured, method_controls = [], []
@@ -76,7 +77,9 @@ def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label="")
         result = DefenseResult(TEACHER if variant is NONE else STUDENT, {})
         comparisons.append(Comparison(variant, result, measured))
         controls.append(method_controls)
-    return numbers.summarise(comparisons, controls, numbers.Networks(TEACHER, SHAPE), 100, 5), comparisons
+    return numbers.summarise(
+        comparisons, controls, numbers.Networks(TEACHER, SHAPE), 100, 5, curves=curves
+    ), comparisons
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -319,3 +322,22 @@ def test_the_report_and_its_files(everything, tmp_path, undrawn):
     assert "**mine**" in table and to_markdown(numbers.seed_table(results)).splitlines()[4] in table
     for name in ("asr.png", "control-asr.png", "trade-off.png", "timings.json"):
         assert (folder.path / name).stat().st_size > 0
+
+
+def test_students_during_their_training(tmp_path):
+    cells = {name: CELLS[name] for name in ("badnets", "none")}  # two seeds of each
+    points = [
+        CurvePoint(epoch, (cda, cda, cda, cda), (asr, asr / 2, None, None), (0.1, 0.1, None, None))
+        for epoch, cda, asr in ((5, 0.5, 0.9), (10, 0.88, 0.8), (15, 0.9, 0.6))
+    ]
+    results, _ = summarise(cells, (NONE, FKD), curves={"fkd": points, "none": []})
+    assert [(curve["attack"], curve["seed"], curve["best"]["epoch"]) for curve in results["curves"]] == [
+        ("badnets", 5, 10),
+        ("badnets", 6, 10),
+    ]
+    table = numbers.epoch_table(results)
+    (row,) = table.rows
+    assert row[1:4] == ("FKD", 15, "0.450 ± 0.212") and row[5] == "0.600 ± 0.283" and row[7] == "0.880 ± 0.000"
+    (figure,) = numbers.curve_figures(open_run(tmp_path / "run", Settings(), experiment="robust_kd"), results)
+    assert (tmp_path / "run" / "students-by-epoch.png").exists() and "ASR" in figure.caption + figure.alt
+    assert "curves" not in summarise(cells)[0] and numbers.epoch_table(summarise(cells)[0]) is None

@@ -106,6 +106,16 @@ class TestARun:
         assert triggers == ["badnets-poison_rate=0.2-target=3"] * 3
 
     @pytest.mark.slow
+    def test_students_are_measured_during_their_training(self, folder, results):
+        of_student = [curve for curve in results["curves"] if curve["method"] == STUDENT]
+        assert [(curve["attack"], curve["seed"]) for curve in of_student] == [(BADNETS, 0), (BADNETS, 1)]
+        last = of_student[0]["points"][-1]
+        measured = row(results, BADNETS, STUDENT)
+        assert {name: last[name] for name in ("cda", "asr", "control_asr")} == {
+            name: pytest.approx(measured[name]) for name in ("cda", "asr", "control_asr")
+        }
+        assert (folder / "students-by-epoch.png").exists() and len(list((folder / "curves").glob("*.json"))) == 2
+
     def test_a_repeated_run_ends_at_the_same_numbers(self, folder, tmp_path):
         again = tmp_path / "again"
         shutil.copytree(folder, again)

@@ -1,0 +1,40 @@
+import json
+
+import pytest
+
+from bdjax.errors import InputError
+from bdjax.evaluation import student_curves
+from bdjax.evaluation.student_curves import CurvePoint, StudentCurves, best_point, is_measured
+
+
+def test_about_twenty_epochs_are_measured_and_always_the_last():
+    for epochs in (1, 7, 20, 50, 199, 300):
+        measured = [epoch for epoch in range(1, epochs + 1) if is_measured(epoch, epochs)]
+        assert measured[-1] == epochs and min(epochs, 10) <= len(measured) <= student_curves.POINTS + 1
+
+
+def test_the_best_epoch_has_the_highest_asr_where_the_student_is_as_good_as_its_teacher():
+    points = [
+        CurvePoint(1, (0.80, 0.90), (0.99, None), (0.0, None)),  # the highest ASR, of a student that is not yet good
+        CurvePoint(2, (0.86, 0.90), (0.60, None), (0.1, None)),
+        CurvePoint(3, (0.90, 0.90), (0.40, None), (0.0, None)),
+    ]
+    assert best_point(points, 0, teacher_cda=0.9).epoch == 2
+    assert best_point(points, 0, teacher_cda=0.8).epoch == 1
+    assert best_point(points, 0, teacher_cda=0.99) is None
+    assert best_point(points, 1, teacher_cda=0.9) is None
+
+
+def test_a_file_keeps_the_points_and_a_damaged_one_is_refused(tmp_path):
+    file = tmp_path / "curves" / "fkd.json"
+    points = {"fkd students": {2: CurvePoint(2, (0.5,), (None,), (None,)), 4: CurvePoint(4, (0.6,), (0.1,), (0.0,))}}
+    student_curves._write(file, points)
+    assert student_curves._read(file) == points and student_curves._read(tmp_path / "none.json") == {}
+    curves = StudentCurves(file, None, None, None, points)
+    assert [point.epoch for point in curves.points] == [2, 4]
+    curves.by_stage["another stage"] = {}
+    assert curves.points == []  # not one student for each teacher
+    for damaged in ("{", "[1]", json.dumps({"stage": [{"epoch": 1}]})):
+        file.write_text(damaged)
+        with pytest.raises(InputError, match="is damaged"):
+            student_curves._read(file)
