@@ -78,7 +78,7 @@ def summarise(cells=CELLS, variants=(NONE, FKD, ROBUST), seeds=(0, 1), label="",
         comparisons.append(Comparison(variant, result, measured))
         controls.append(method_controls)
     return numbers.summarise(
-        comparisons, controls, numbers.Networks(TEACHER, SHAPE), 100, 5, curves=curves
+        comparisons, controls, numbers.Networks(TEACHER, SHAPE), 100, 5, curves=curves or {}
     ), comparisons
 
 
