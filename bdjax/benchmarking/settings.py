@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, get_args
 
-from bdjax.models import Lowering, default_lowering, speedrun
+from bdjax.models import default_lowering, speedrun
 from bdjax.models.layers import scale_channels
 from bdjax.models.resnet import BLOCKS
 from bdjax.training import ensemble, recipes
+from bdjax.training.probe import usable_lowerings
 
 NUM_CLASSES = 10
 LEARNING_RATE = 0.01
@@ -66,8 +67,8 @@ class Setting:
 
 
 def engine_forms() -> dict[str, tuple[str, str]]:
-    """Name -> layout and lowering, of all combinations."""
-    pairs = product(get_args(ensemble.Layout), get_args(Lowering))
+    """Name -> layout and lowering, of all combinations that are worth measuring here."""
+    pairs = product(get_args(ensemble.Layout), usable_lowerings())
     return {f"{layout}-{lowering}": (layout, lowering) for layout, lowering in pairs}
 
 

@@ -1,6 +1,6 @@
 """Layers that match PyTorch's, in the memory layout and form that is fast on the backend.
 
-A convolution can be lowered in three ways, which agree within float tolerance:
+A convolution can be lowered in four ways, of which the first three agree within float tolerance:
 
 - `"native"`: `lax.conv_general_dilated` on NHWC arrays; cuDNN's form and the default on accelerators.
 - `"patches"`: also NHWC, as one product of pixel neighbourhoods and kernel; vmapped over stacked kernels it is a batched
@@ -8,6 +8,8 @@ A convolution can be lowered in three ways, which agree within float tolerance:
 - `"shifted"`: matrix products on batch-minor [C, H, W, N] arrays; the default on a CPU. There the gradients of XLA's own
   convolution are 5 to 100 times slower under vmap or inside `lax.scan`; with the batch innermost every shift is a long
   contiguous copy and every reduction of batch normalisation runs over contiguous memory.
+- `"shifted_bfloat16"`: the same, but what is multiplied is rounded to bfloat16; sums, activations and parameters stay float32.
+  Losses agree to about 1 %. It pays only on a CPU with instructions for such products.
 
 `bdjax/training/probe.py` measures which is fastest. Parameters have one canonical form (float32, kernels HWIO), so checkpoints
 depend neither on the lowering nor on the compute dtype.
@@ -19,7 +21,7 @@ normalisation and float32 logits.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,10 @@ from jax import lax
 
 from bdjax.types import GroupEnd
 
-Lowering = Literal["native", "patches", "shifted"]
+Lowering = Literal["native", "patches", "shifted", "shifted_bfloat16"]
+EXACT_LOWERINGS: tuple[Lowering, ...] = ("native", "patches", "shifted")
+"""Those that agree within float tolerance."""
+BATCH_MINOR: tuple[Lowering, ...] = ("shifted", "shifted_bfloat16")
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -60,9 +65,9 @@ def layout_of(lowering: Lowering) -> Layout:
     """
     if lowering in ("native", "patches"):
         return Layout(3, (1, 2), 0, lambda x: x, lambda x: x)
-    if lowering == "shifted":
+    if lowering in BATCH_MINOR:
         return Layout(0, (1, 2), 3, lambda x: jnp.transpose(x, (3, 1, 2, 0)), lambda x: jnp.transpose(x, (3, 1, 2, 0)))
-    raise ValueError(f"lowering {lowering!r} is not one of 'native', 'patches', 'shifted'")
+    raise ValueError(f"lowering {lowering!r} is not one of {', '.join(map(repr, get_args(Lowering)))}")
 
 
 LARGE_BYTES = 2 * 2**20
@@ -72,14 +77,20 @@ LARGE_BYTES = 2 * 2**20
 
 
 def _matmul(matrix: jax.Array, x: jax.Array) -> jax.Array:
-    """[O, C] times [C, H, W, N] -> [O, H, W, N]."""
-    flat = lax.dot(matrix, x.reshape(x.shape[0], -1))
+    """[O, C] times [C, H, W, N] -> float32 [O, H, W, N]."""
+    flat = lax.dot(matrix, x.reshape(x.shape[0], -1), preferred_element_type=jnp.float32)
     return flat.reshape(matrix.shape[0], *x.shape[1:])
 
 
 def _outer(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract everything but the leading axes: [O, ...] and [C, ...] -> [O, C]."""
-    return lax.dot_general(x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1), (((1,), (1,)), ((), ())))
+    """Contract everything but the leading axes: [O, ...] and [C, ...] -> float32 [O, C]."""
+    flat = x.reshape(x.shape[0], -1), y.reshape(y.shape[0], -1)
+    return lax.dot_general(*flat, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _operand(x: jax.Array, is_rounded: bool) -> jax.Array:
+    """What a product reads: rounded before it is copied, so that the copies are half as large."""
+    return x.astype(jnp.bfloat16) if is_rounded else x
 
 
 def _shift(x: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -89,8 +100,8 @@ def _shift(x: jax.Array, rows: int, columns: int) -> jax.Array:
     return lax.pad(x, zero, ((0, 0, 0), *pads, (0, 0, 0)))
 
 
-@jax.custom_vjp
-def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_3x3(x: jax.Array, kernel: jax.Array, is_rounded: bool = False) -> jax.Array:
     """A 3x3 convolution, stride 1, padding 1, as one matrix product.
 
     Rows are shifted before the product (three copies instead of the nine of im2col) and columns after it (three adds). That is
@@ -100,11 +111,12 @@ def convolve_3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Args:
         x: float [C, H, W, N].
         kernel: float [3, 3, C, O].
+        is_rounded: whether the operands of all products are rounded to bfloat16; sums are float32 in any case.
 
     Returns:
-        float [O, H, W, N].
+        float [O, H, W, N], of the dtype of x.
     """
-    return _convolve_3x3_forward(x, kernel)[0]
+    return _convolve_3x3_forward(x, kernel, is_rounded)[0]
 
 
 def _row_column_matrix(kernel: jax.Array) -> jax.Array:
@@ -141,59 +153,67 @@ def _three_rows(padded: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _product_of_rows(window: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[C, 3, W, N] with [3, 3, C, O] -> a row of the output, [O, 1, W, N]."""
+    """[C, 3, W, N] with [3, 3, C, O] -> a row of the output, float32 [O, 1, W, N]."""
     _, _, channels, features = kernel.shape
     matrix = jnp.transpose(kernel, (1, 3, 2, 0)).reshape(3 * features, 3 * channels)
-    products = lax.dot(matrix, window.reshape(3 * channels, -1)).reshape(3, features, 1, *window.shape[2:])
+    products = lax.dot(matrix, window.reshape(3 * channels, -1), preferred_element_type=jnp.float32)
+    products = products.reshape(3, features, 1, *window.shape[2:])
     return sum(_shift_columns(products[i], i - 1) for i in range(3))
 
 
-def _by_rows_forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    padded = _pad_rows(x)
+def _by_rows_forward(x: jax.Array, kernel: jax.Array, is_rounded: bool) -> jax.Array:
+    padded, rounded = _pad_rows(_operand(x, is_rounded)), _operand(kernel, is_rounded)
 
     def add_row(row: jax.Array, y: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(y, _product_of_rows(_three_rows(padded, row), kernel), row, axis=1)
+        of_row = _product_of_rows(_three_rows(padded, row), rounded).astype(y.dtype)
+        return lax.dynamic_update_slice_in_dim(y, of_row, row, axis=1)
 
     return lax.fori_loop(0, x.shape[1], add_row, jnp.zeros((kernel.shape[3], *x.shape[1:]), x.dtype))
 
 
-def _by_rows_backward(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _by_rows_backward(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, is_rounded: bool
+) -> tuple[jax.Array, jax.Array]:
     """The gradient by the input is the convolution of the gradient with the transposed kernel."""
     channels, features = kernel.shape[2:]
-    padded, padded_gradient = _pad_rows(x), _pad_rows(gradient)
-    transposed = jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2))
+    padded, padded_gradient = (_pad_rows(_operand(values, is_rounded)) for values in (x, gradient))
+    transposed = _operand(jnp.transpose(kernel[::-1, ::-1], (0, 1, 3, 2)), is_rounded)
 
     def add_row(row: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x_gradient, matrix_gradient = sums
         window = _three_rows(padded_gradient, row)
-        x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, _product_of_rows(window, transposed), row, axis=1)
+        of_row = _product_of_rows(window, transposed).astype(x.dtype)
+        x_gradient = lax.dynamic_update_slice_in_dim(x_gradient, of_row, row, axis=1)
         columns = jnp.stack([_shift_columns(window[:, 1], 1 - i) for i in range(3)])
         return x_gradient, matrix_gradient + _outer(
             columns.reshape(3 * features, -1), _three_rows(padded, row).reshape(3 * channels, -1)
         )
 
-    start = jnp.zeros_like(x), jnp.zeros((3 * features, 3 * channels), x.dtype)
+    start = jnp.zeros_like(x), jnp.zeros((3 * features, 3 * channels), jnp.float32)
     x_gradient, matrix_gradient = lax.fori_loop(0, x.shape[1], add_row, start)
-    return x_gradient, jnp.transpose(matrix_gradient.reshape(3, features, channels, 3), (3, 0, 2, 1))
+    kernel_gradient = jnp.transpose(matrix_gradient.reshape(3, features, channels, 3), (3, 0, 2, 1))
+    return x_gradient, kernel_gradient.astype(kernel.dtype)
 
 
-def _convolve_3x3_forward(x, kernel):
+def _convolve_3x3_forward(x, kernel, is_rounded):
     if _is_large(x, kernel):
-        return _by_rows_forward(x, kernel), (x, kernel)
-    products = jnp.split(_matmul(_row_column_matrix(kernel), _stack_rows(x)), 3)
-    return sum(_shift(products[i], 0, i - 1) for i in range(3)), (x, kernel)
+        return _by_rows_forward(x, kernel, is_rounded), (x, kernel)
+    matrix = _row_column_matrix(_operand(kernel, is_rounded))
+    products = jnp.split(_matmul(matrix, _stack_rows(_operand(x, is_rounded))), 3)
+    return sum(_shift(products[i], 0, i - 1) for i in range(3)).astype(x.dtype), (x, kernel)
 
 
-def _convolve_3x3_backward(residuals, gradient):
+def _convolve_3x3_backward(is_rounded, residuals, gradient):
     x, kernel = residuals
     if _is_large(x, kernel):
-        return _by_rows_backward(x, kernel, gradient)
+        return _by_rows_backward(x, kernel, gradient, is_rounded)
     channels, features = kernel.shape[2:]
-    columns = jnp.concatenate([_shift(gradient, 0, 1 - i) for i in range(3)], axis=0)
-    matrix_gradient = _outer(columns, _stack_rows(x)).reshape(3, features, 3, channels)
-    rows = jnp.split(_matmul(_row_column_matrix(kernel).T, columns), 3)
-    x_gradient = sum(_shift(rows[i], 1 - i, 0) for i in range(3))
-    return x_gradient, jnp.transpose(matrix_gradient, (2, 0, 3, 1))
+    columns = jnp.concatenate([_shift(_operand(gradient, is_rounded), 0, 1 - i) for i in range(3)], axis=0)
+    stacked = _stack_rows(_operand(x, is_rounded))
+    matrix_gradient = _outer(columns, stacked).reshape(3, features, 3, channels)
+    rows = jnp.split(_matmul(_row_column_matrix(_operand(kernel, is_rounded)).T, columns), 3)
+    x_gradient = sum(_shift(rows[i], 1 - i, 0) for i in range(3)).astype(x.dtype)
+    return x_gradient, jnp.transpose(matrix_gradient, (2, 0, 3, 1)).astype(kernel.dtype)
 
 
 convolve_3x3.defvjp(_convolve_3x3_forward, _convolve_3x3_backward)
@@ -208,11 +228,14 @@ def _patches(x: jax.Array, size: int, stride: int, padding: int, channel_axis: i
     return jnp.concatenate(shifted, axis=channel_axis) if len(shifted) > 1 else shifted[0]
 
 
-def _convolve_batch_minor(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+def _convolve_batch_minor(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: int, is_rounded: bool = False
+) -> jax.Array:
     """Any square convolution by im2col: [C, H, W, N] with [k, k, C, O] -> [O, H', W', N]. For strides above 1, where the
     shifted form would compute columns that are discarded."""
-    matrix = jnp.transpose(kernel, (3, 0, 1, 2)).reshape(kernel.shape[3], -1)
-    return _matmul(matrix, _patches(x, kernel.shape[0], stride, padding, channel_axis=0))
+    matrix = jnp.transpose(_operand(kernel, is_rounded), (3, 0, 1, 2)).reshape(kernel.shape[3], -1)
+    patches = _patches(_operand(x, is_rounded), kernel.shape[0], stride, padding, channel_axis=0)
+    return _matmul(matrix, patches).astype(x.dtype)
 
 
 # ---- Convolutions on [N, H, W, C] ----------------------------------------------------------------------------------
@@ -246,12 +269,13 @@ def convolve(x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, lowe
         return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     if lowering == "patches":
         return _convolve_patches(x, kernel, stride, padding)
+    is_rounded = lowering == "shifted_bfloat16"
     if kernel.shape[0] == 3 and stride == 1 and padding == 1:
-        return convolve_3x3(x, kernel)
+        return convolve_3x3(x, kernel, is_rounded)
     if kernel.shape[0] == 3 and stride == 1 and padding == 0:
         # Cheaper than nine copies, although the edge is discarded.
-        return convolve_3x3(x, kernel)[:, 1:-1, 1:-1]
-    return _convolve_batch_minor(x, kernel, stride, padding)
+        return convolve_3x3(x, kernel, is_rounded)[:, 1:-1, 1:-1]
+    return _convolve_batch_minor(x, kernel, stride, padding, is_rounded)
 
 
 def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering: Lowering) -> jax.Array:

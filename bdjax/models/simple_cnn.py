@@ -23,6 +23,7 @@ from jax import lax
 
 from bdjax.models.facade import as_model
 from bdjax.models.layers import (
+    BATCH_MINOR,
     BatchNorm,
     Classifier,
     ComputeDtype,
@@ -205,7 +206,7 @@ class SimpleCNN(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
         taps = Taps(self.lowering, edits)
         layout = layout_of(self.lowering)
-        is_folded = self.lowering == "shifted" and self.compute_dtype == "float32"
+        is_folded = self.lowering in BATCH_MINOR and self.compute_dtype == "float32"
         x = None if is_folded else layout.from_nhwc(images.astype(self.compute_dtype))
         for number, (channels, pool) in enumerate(self.layers, start=1):
             if number == 1 and is_folded:

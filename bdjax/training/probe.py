@@ -28,7 +28,16 @@ from jax import lax
 
 from bdjax import atomic
 from bdjax.models import make_model
-from bdjax.models.layers import ComputeDtype, Lowering, convolve, default_lowering, layout_of, normalise_batch, relu
+from bdjax.models.layers import (
+    EXACT_LOWERINGS,
+    ComputeDtype,
+    Lowering,
+    convolve,
+    default_lowering,
+    layout_of,
+    normalise_batch,
+    relu,
+)
 from bdjax.training import ensemble, processes
 from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
 from bdjax.training.stages import cross_entropy_of
@@ -83,6 +92,18 @@ Measure = Callable[[Choice, Shape], float]
 """The seconds that a combination takes for a few steps of all members."""
 
 
+CPU_FACTS = pathlib.Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
+"""Names in `CPU_FACTS` of instructions for products of bfloat16 numbers with float32 sums."""
+
+
+def usable_lowerings() -> tuple[Lowering, ...]:
+    """The lowerings that are worth measuring: products of rounded numbers only on a CPU with instructions for them."""
+    words = CPU_FACTS.read_text().split() if CPU_FACTS.exists() else []
+    has_products = jax.default_backend() == "cpu" and not BFLOAT16_FLAGS.isdisjoint(words)
+    return get_args(Lowering) if has_products else EXACT_LOWERINGS
+
+
 def probed_network(names: Sequence[str]) -> str:
     """The network to time for a run that trains these: the first, if it is timed itself."""
     return names[0] if names and names[0] in PROBED else USUAL_NETWORK
@@ -118,7 +139,7 @@ def choose(
     layouts = [
         name for name in get_args(ensemble.Layout) if name != "unrolled" or _per_device(shape) <= UNROLLED_MEMBERS
     ]
-    lowerings = get_args(Lowering)
+    lowerings = usable_lowerings()
     candidates = [
         Choice(*pair)
         for pair in itertools.product(

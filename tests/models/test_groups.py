@@ -1,7 +1,6 @@
 """The ends of groups, whose features are distilled: what is recorded, and edits."""
 
 from functools import cache, partial
-from typing import get_args
 
 import chex
 import jax
@@ -12,10 +11,10 @@ from flax import linen as nn
 
 from bdjax.models import MODELS, Lowering, make_model
 from bdjax.models.facade import as_model
-from bdjax.models.layers import BatchNorm, Taps, layout_of
+from bdjax.models.layers import EXACT_LOWERINGS, BatchNorm, Taps, layout_of
 from bdjax.models.resnet import ResNet
 
-LOWERINGS = get_args(Lowering)
+LOWERINGS = EXACT_LOWERINGS
 RESNETS = {
     "resnet10": ("stage1_block1/BatchNorm_1", "stage2_block1/BatchNorm_1", "stage3_block1/BatchNorm_1"),
     "bottleneck": ("stage1_block1/BatchNorm_2", "stage2_block2/BatchNorm_2"),

@@ -1,5 +1,4 @@
 import pathlib
-from typing import get_args
 
 import chex
 import jax
@@ -10,12 +9,12 @@ from jax import lax
 
 from bdjax.models import layers
 from bdjax.models.layers import (
+    EXACT_LOWERINGS,
     BatchNorm,
     Classifier,
     Conv,
     Dense,
     DepthwiseConv,
-    Lowering,
     convolve,
     convolve_3x3,
     convolve_depthwise,
@@ -27,7 +26,7 @@ from bdjax.models.layers import (
     scale_channels,
 )
 
-LOWERINGS = get_args(Lowering)
+LOWERINGS = EXACT_LOWERINGS
 SHIFTED_FIRST = ["shifted", *(pytest.param(name, marks=pytest.mark.slow) for name in LOWERINGS if name != "shifted")]
 """The fast tests use the default lowering of a CPU."""
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "batch_norm.npz"
@@ -121,6 +120,39 @@ def test_all_lowerings_are_pytorchs_convolution_with_the_same_gradients(size, st
     np.testing.assert_allclose(native[0], expected, rtol=1e-5, atol=1e-5)
     for other in others:
         chex.assert_trees_all_close(other, native, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (1, 1)])
+def test_rounded_products_have_float32_sums_and_results(size, stride):
+    x, kernel = draw(0, 8, 8, 8, 16), draw(1, size, size, 16, 4)
+
+    def run(lowering):
+        layout = layout_of(lowering)
+
+        def function(x, kernel):
+            y = convolve(layout.from_nhwc(x), kernel, stride=stride, padding=size // 2, lowering=lowering)
+            return layout.to_nhwc(y)
+
+        shape = jax.eval_shape(function, x, kernel).shape
+        return pulled_back(function, (x, kernel), draw(2, *shape))
+
+    for exact, rounded in zip(jax.tree.leaves(run("shifted")), jax.tree.leaves(run("shifted_bfloat16")), strict=True):
+        assert rounded.dtype == np.float32 == exact.dtype
+        error = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
+        # Each operand is off by at most 2^-9, mostly by less; a sum in bfloat16 would be off by several times as much.
+        assert 1e-5 < error < 4e-3
+
+
+def test_rounded_products_row_by_row_are_those_of_whole_activations(monkeypatch):
+    x, kernel = draw(0, 3, 6, 5, 2), draw(1, 3, 3, 3, 4)
+
+    def run(x, kernel):
+        y, pull = jax.vjp(lambda x, kernel: layers.convolve_3x3(x, kernel, True), x, kernel)
+        return y, pull(jnp.cos(y))
+
+    whole = jax.jit(run)(x, kernel)
+    monkeypatch.setattr(layers, "LARGE_BYTES", 0)
+    chex.assert_trees_all_close(jax.jit(lambda *values: run(*values))(x, kernel), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("lowering", SHIFTED_FIRST)

@@ -6,7 +6,6 @@ nothing is neutral.
 
 import itertools
 from functools import cache, partial
-from typing import get_args
 
 import chex
 import jax
@@ -14,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.models import MODELS, Lowering, count_parameters, embedding, make_model
+from bdjax.models import MODELS, count_parameters, embedding, make_model
+from bdjax.models.layers import EXACT_LOWERINGS
 from tests.tiers import slow_unless
 
-LOWERINGS = get_args(Lowering)
+LOWERINGS = EXACT_LOWERINGS
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
 SMALLEST += ("speedrun",)
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering

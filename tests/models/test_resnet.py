@@ -1,7 +1,6 @@
 """The golden arrays are PyTorch's; how they were made is in tests/golden/README.md."""
 
 import pathlib
-from typing import get_args
 
 import chex
 import jax
@@ -11,13 +10,14 @@ import pytest
 
 from bdjax import losses
 from bdjax.errors import InputError
-from bdjax.models import Lowering, count_parameters, make_model
+from bdjax.models import count_parameters, make_model
 from bdjax.models.facade import as_model
+from bdjax.models.layers import EXACT_LOWERINGS
 from bdjax.models.resnet import ResNet
 from bdjax.training.member import TrainConfig, as_float, make_optimiser, make_step, supervised
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-LOWERINGS = get_args(Lowering)
+LOWERINGS = EXACT_LOWERINGS
 SHIFTED_FIRST = ["shifted", *(pytest.param(name, marks=pytest.mark.slow) for name in LOWERINGS if name != "shifted")]
 """The fast tests use the default lowering of a CPU; test_layers.py has all three for each layer."""
 

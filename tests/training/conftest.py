@@ -2,12 +2,11 @@
 
 import gc
 import warnings
-from typing import get_args
 
 import pytest
 
-from bdjax.models import Lowering
 from bdjax.models.facade import as_model
+from bdjax.models.layers import EXACT_LOWERINGS
 from bdjax.models.resnet import ResNet
 from bdjax.types import Model
 from tests.training.linear_network import linear_network
@@ -22,7 +21,7 @@ def linear() -> Model:
     scope="session",
     params=[
         "shifted",  # the default on a CPU
-        *(pytest.param(name, marks=pytest.mark.slow) for name in get_args(Lowering) if name != "shifted"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in EXACT_LOWERINGS if name != "shifted"),
     ],
 )
 def convolutional(request) -> Model:

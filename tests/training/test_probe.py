@@ -1,10 +1,10 @@
 import json
-from typing import get_args
 
 import jax
 import pytest
 
-from bdjax.models import Lowering, default_lowering
+from bdjax.models import default_lowering
+from bdjax.models.layers import EXACT_LOWERINGS
 from bdjax.training import ensemble, probe
 from bdjax.training.probe import Choice, Shape
 
@@ -77,7 +77,7 @@ def test_hopeless_lowerings_are_only_timed_on_few_rows_and_few_members():
     whole = [choice for choice, batch_size, _ in stopwatch.timed if batch_size == 16]
     assert len(few) + len(whole) == len(stopwatch.timed)
     assert few[0] == (usual, default_lowering())
-    assert sorted(few) == sorted(Choice(usual, lowering) for lowering in get_args(Lowering))
+    assert sorted(few) == sorted(Choice(usual, lowering) for lowering in EXACT_LOWERINGS)
     # Each hopeful lowering in the usual layout, the best of them in the others.
     layouts = {layout for layout, lowering in whole if lowering == "patches"}
     assert sorted(whole) == sorted(
@@ -189,3 +189,15 @@ def test_convolutions_are_really_timed(shape):
 def test_training_is_really_timed():
     """With one combination: the layouts and lowerings themselves are those of `test_ensemble.py`."""
     assert 0 < probe.time_training(Choice("map", "shifted"), Shape((4, 4, 1), 2, 2, 3)) < 60
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("fma avx2", False), ("fma avx512_bf16 vnni", True), (None, False)])
+def test_rounded_products_are_measured_only_where_the_cpu_has_instructions_for_them(
+    tmp_path, monkeypatch, flags, expected
+):
+    facts = tmp_path / "cpuinfo"
+    if flags is not None:
+        facts.write_text(f"flags\t\t: {flags}\n")
+    monkeypatch.setattr(probe, "CPU_FACTS", facts)
+    lowerings = probe.usable_lowerings()
+    assert ("shifted_bfloat16" in lowerings) == expected and set(EXACT_LOWERINGS) <= set(lowerings)

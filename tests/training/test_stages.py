@@ -8,7 +8,9 @@ import pytest
 from rich.console import Console
 
 from bdjax import losses
+from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
+from bdjax.models import make_model
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint, ensemble
 from bdjax.training.member import Outcome, Rows, TrainConfig, init_state, resume_from
@@ -288,3 +290,21 @@ def test_a_function_of_a_row_gets_all_its_views(runner):
     index = jnp.stack([TRAIN.index, TRAIN.index[:, ::-1]], axis=2)
     made = runner.per_row(brightness, variables(4, 5), TRAIN._replace(index=index), jnp.asarray(POOL), 4)
     np.testing.assert_allclose(made, POOL[np.asarray(index)].mean(axis=(3, 4, 5)) / 255, rtol=1e-5)
+
+
+def test_losses_with_rounded_products_agree_to_one_percent():
+    train = load_digits().train
+    rows = Rows(jnp.arange(256)[None], {"labels": jnp.asarray(train.labels[:256])[None]})
+    none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+    config = TrainConfig(epochs=3, batch_size=32, learning_rate=3e-3)
+
+    def losses_of(lowering):
+        model = make_model("resnet10", 10, 4, lowering)
+        runner = StageRunner(None, train.image_shape, "map")
+        keys = jax.random.split(jax.random.key(0), 1)
+        nets = runner.from_scratch("net", model, config, keys, 1, jnp.asarray(train.images), rows, none)
+        return nets.history["loss"]
+
+    exact, rounded = losses_of("shifted"), losses_of("shifted_bfloat16")
+    assert exact[0, -1] < 0.8 * exact[0, 0] and not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded, exact, rtol=0.01)
