@@ -165,7 +165,7 @@ def least_held_back(settings: VBDSettings) -> int | None:
 
 
 def most_held_back(counts: np.ndarray, share: float) -> np.ndarray:
-    """The largest number of rows of each class that `bdjax.defenses.vbd.split_rows` can hold back.
+    """The largest number of rows of each class that `bdjax.defenses.vbd_splits.split_rows` can hold back.
 
     Args:
         counts: int [K], rows of each class.

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bdjax.defenses import abl, activation_clustering, agpd, contract, neural_cleanse, scan, spectral_signatures, vbd
+from bdjax.defenses import abl, activation_clustering, agpd, contract, neural_cleanse, scan, spectral_signatures
 from bdjax.defenses import vbd_patterns as patterns
 from bdjax.defenses.chain import ChainLink, make_chain
 from bdjax.defenses.contract import DefenseInput, Facts, PoolRows
 from bdjax.defenses.registry import DEFENSES
+from bdjax.defenses.vbd_splits import split_rows
 from bdjax.evaluation.variants import facts_of, read_defense, without_untestable
 from bdjax.types import Dataset, NotTested
 
@@ -250,7 +251,7 @@ class TestVbd:
         labels = np.repeat(np.arange(len(counts)), counts)
         bound = patterns.most_held_back(np.array(counts), 0.3)
         seen = [
-            np.bincount(labels[vbd.split_rows(jax.random.key(seed), labels, 0.3)[1]], minlength=len(counts))
+            np.bincount(labels[split_rows(jax.random.key(seed), labels, 0.3)[1]], minlength=len(counts))
             for seed in range(12)
         ]
         np.testing.assert_array_equal(np.max(seen, axis=0), bound)
