@@ -233,12 +233,13 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         numbers["success"] = dict(zip(networks, rates, strict=True))
         numbers["agreeing"] = sum(rate is not None and rate >= settings.least_success for rate in rates)
     if detection.patterns:
+        scores = detection.scores[0, in_class]
         numbers |= {
             "network": found.network if found else None,
             "pattern_success": found.success if found else None,
             "mask_pixels": int(found.mask.sum()) if found else None,
             "detector_accuracy": found.accuracy if found else None,
-            "sure": sure_share(detection.scores[0, in_class]) if found and networks else None,
+            "sure": sure_share(scores) if found and networks and (scores >= 0.5).any() else None,
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
     against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual) if found else []
@@ -253,10 +254,15 @@ def pattern_of(detection: Detection, number: int) -> ExtractedPattern | None:
 
 def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[str]:
     """Reasons why the pattern of a class is weak evidence; `usual` is the median number of rows of a class."""
-    texts = []
+    texts, is_unsure = [], entry["sure"] is not None and entry["sure"] < LEAST_SURE
     if entry["detector_accuracy"] is not None and entry["detector_accuracy"] < least_accuracy:
         texts.append(
             f"its detector has accuracy {entry['detector_accuracy']:.2f}, below {least_accuracy:g}, and is not used"
+        )
+    elif is_unsure and not entry["flagged"]:
+        texts.append(
+            f"its detector is unsure: {percent(entry['sure'])} of the rows that it recognises have a score of {SURE:g} or more, "
+            "so none is flagged"
         )
     elif entry["flagged"] < WEAK_SHARE * entry["rows"] or not entry["flagged"]:
         texts.append(
@@ -268,7 +274,7 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
         )
     if entry["pattern_success"] < WEAK_SUCCESS:
         texts.append(f"its pattern turns {percent(entry['pattern_success'])} of other rows")
-    if entry["flagged"] and entry["sure"] is not None and entry["sure"] < LEAST_SURE:
+    if entry["flagged"] and is_unsure:
         texts.append(f"{percent(entry['sure'])} of its flagged rows have a score of {SURE:g} or more")
     networks = len(entry.get("success", ()))
     if networks >= LEAST_AGREEING > entry.get("agreeing", networks):

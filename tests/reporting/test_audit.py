@@ -149,6 +149,18 @@ def test_a_detector_that_is_unsure_of_most_of_its_rows_is_weak_evidence():
         assert (text in verdict["text"]) is (level == "suspicious")
 
 
+def test_a_class_whose_flags_are_dropped_for_an_unsure_detector_says_so():
+    found = analysis()
+    found.scores[found.flags] = 0.6
+    found.flags[:] = False  # what `least_sure` does
+    verdict = summarise(dataset(), found, SETTINGS)["verdict"]
+    assert verdict["level"] == "suspicious"
+    assert (
+        "its detector is unsure: 0 % of the rows that it recognises have a score of 0.75 or more, so none is flagged"
+        in verdict["text"]
+    )
+
+
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
     assert (
