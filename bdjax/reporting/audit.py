@@ -261,8 +261,8 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
         )
     elif is_unsure and not entry["flagged"]:
         texts.append(
-            f"its detector is unsure: {percent(entry['sure'])} of the rows that it recognises have a score of {SURE:g} or more, "
-            "so none is flagged"
+            f"its detector is unsure: {percent(entry['sure'])} of the rows that it recognises have a score of {SURE:g} or "
+            "more, so none is flagged"
         )
     elif entry["flagged"] < WEAK_SHARE * entry["rows"] or not entry["flagged"]:
         texts.append(
