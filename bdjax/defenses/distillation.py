@@ -40,7 +40,7 @@ class StudentSettings:
 
 
 QUICK = {"epochs": 15, "batch_size": 64}
-QUICK_DIGITS = {"epochs": 50, "batch_size": 64}
+QUICK_DIGITS = {"epochs": 25, "batch_size": 64}
 """Changes for small runs of every method."""
 
 
