@@ -1,8 +1,8 @@
 """bdjax: backdoor attacks and defenses on image classifiers, in JAX.
 
 This module exports the Python interface (`bdjax.api`): datasets, functions and registries. The subpackages, in the order that
-data flows through them: `datasets`, `triggers`, `models`, `training`, `attacks`, `defenses`, `inspection`, `evaluation`, `run`,
-`reporting`, `workflows`. Each imports only from those before it.
+data flows through them: `datasets`, `triggers`, `models`, `training`, `attacks`, `defenses`, `inspection`, `exchange`,
+`evaluation`, `run`, `reporting`, `workflows`. Each imports only from those before it.
 """
 
 from importlib import import_module

@@ -156,6 +156,18 @@ class ModelApply(Protocol):
     ) -> ModelOutput: ...
 
 
+class Architecture(NamedTuple):
+    """What a network is built from, beside the number of classes."""
+
+    name: str
+    """a key of `bdjax.models.MODELS`"""
+    width: int
+    mean: tuple[float, ...] = ()
+    """of every channel, subtracted from pixels in [0, 1]; () without normalisation"""
+    std: tuple[float, ...] = ()
+    """of every channel, that the difference is divided by"""
+
+
 class Model(NamedTuple):
     """A network as two pure functions, independent of the layer library behind it.
 
@@ -177,6 +189,8 @@ class Model(NamedTuple):
     """(variables, images, offsets={}) -> (logits, name -> float32 [N, h, w, c]: the output of every convolution, in the order
     of the network), without training. `offsets` maps names to arrays that are added to these outputs, to differentiate by.
     None for a model of other making"""
+    architecture: Architecture | None = None
+    """None for a model of other making, which no file can describe"""
 
 
 class ExtractedPattern(NamedTuple):

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(bdjax.__file__).parent
 ORDER = (
     *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "datasets", "triggers", "models"),
     *("training", "attacks"),
-    *("defenses", "inspection", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
+    *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
@@ -65,6 +65,7 @@ def test_no_module_imports_itself_through_others():
     [
         ("flax", "models"),
         ("orbax", "training/checkpoint.py"),
+        ("safetensors", "exchange/safetensors_files.py"),
         ("torch", "benchmarking"),
         ("tyro", "run/command_line.py"),
     ],

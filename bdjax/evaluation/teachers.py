@@ -23,10 +23,10 @@ from bdjax.attacks.providers import ProviderTriggers
 from bdjax.attacks.victims import Plan, prepare, train_victims
 from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.errors import InputError
-from bdjax.evaluation import model_folder
 from bdjax.evaluation.measure import Comparison, TriggeredViews, clean_members, success_on
 from bdjax.evaluation.suspects import Suspect, first_triggers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
+from bdjax.exchange import model_folder
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
@@ -257,14 +257,14 @@ def read_folder(
     """Read third-party models, and their triggers if the folder has them.
 
     Args:
-        folder: a model folder, see `bdjax.evaluation.model_folder`.
+        folder: a model folder, see `bdjax.exchange.model_folder`.
         train: clean rows of the data that the models are for.
         target: the class that success is measured for.
         lowering: how to compute the convolutions.
         compute_dtype: dtype of the activations.
 
     Raises:
-        InputError: as `bdjax.evaluation.model_folder.read`.
+        InputError: as `bdjax.exchange.model_folder.read`.
     """
     found = model_folder.read(folder, train.num_classes, train.image_shape, target, lowering, compute_dtype)
     count, suspects = ensemble.num_members(found.variables), []

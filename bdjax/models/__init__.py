@@ -26,7 +26,8 @@ from bdjax.models.facade import (
     tap_shapes,
 )
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
-from bdjax.types import Model
+from bdjax.models.normalisation import normalised
+from bdjax.types import Architecture, Model
 
 __all__ = [
     "MODELS",
@@ -39,6 +40,7 @@ __all__ = [
     "group_shapes",
     "last_tap",
     "make_model",
+    "normalised",
     "tap_shapes",
 ]
 
@@ -90,4 +92,5 @@ def make_model(
     if width < 1 or num_classes < 2:
         raise InputError(f"model {name}: width {width} must be at least 1, and classes {num_classes} at least 2")
     module = MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
-    return as_model(module, num_classes, f"{name} width {width}", PREPARE.get(name))
+    model = as_model(module, num_classes, f"{name} width {width}", PREPARE.get(name))
+    return model._replace(architecture=Architecture(name, width))

@@ -324,6 +324,22 @@ def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return x
 
 
+def max_pool_3x3(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """3x3 max-pooling with stride 2 and padding 1, as in ImageNet stems. See `max_pool` for the gradient.
+
+    Args:
+        x: float, any layout.
+        axes: the axes of rows and columns.
+    """
+    for axis in axes:
+        pads = tuple((1, 1, 0) if i == axis else (0, 0, 0) for i in range(x.ndim))
+        padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), pads)
+        end = (x.shape[axis] - 1) // 2 * 2 + 1
+        first, second, third = (lax.slice_in_dim(padded, start, start + end, 2, axis) for start in range(3))
+        x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
 def along(values: jax.Array, axis: int) -> jax.Array:
     """[C] reshaped to four axes, to broadcast along all but one of them."""
     return values.reshape(tuple(values.size if i == axis else 1 for i in range(4)))

@@ -5,12 +5,14 @@ them to few channels again, with batch normalisation after all three and ReLU6 a
 the stem and the second stage have stride 1 instead of 2, as in the usual ports to CIFAR-10.
 
 Those ports give a block of stride 1 that changes the width a 1x1 convolution as shortcut, which the paper does not have;
-`mobilenet_v2` follows the ports, since published results use them. `mobilenet_v2_s` has a shortcut only where shapes agree. Its
+`mobilenet_v2` follows the ports, since published results use them, but with the paper's ReLU6; `mobilenet_v2_relu` has their
+ReLU as well, so that their weights can be read. `mobilenet_v2_s` has a shortcut only where shapes agree. Its
 paper gives channels but no strides: here they are 1, 2 and 2 for its three blocks. Its few channels make it small, so `width`
 does not change it.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from flax import linen as nn
@@ -24,6 +26,7 @@ from bdjax.models.layers import (
     Lowering,
     Taps,
     layout_of,
+    relu,
     relu6,
     scale_channels,
 )
@@ -52,13 +55,14 @@ class InvertedResidual(nn.Module):
     features: int
     stride: int
     projects_shortcut: bool
+    activation: Callable[[jax.Array], jax.Array]
     lowering: Lowering
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = relu6(_conv_norm(x, self.expanded, 1, self.lowering, "expand", train))
+        y = self.activation(_conv_norm(x, self.expanded, 1, self.lowering, "expand", train))
         y = DepthwiseConv(self.stride, self.lowering, name="filter_conv")(y)
-        y = relu6(BatchNorm(self.lowering, name="filter_norm")(y, train=train))
+        y = self.activation(BatchNorm(self.lowering, name="filter_norm")(y, train=train))
         y = _conv_norm(y, self.features, 1, self.lowering, "project", train)
         if self.stride > 1:
             return y
@@ -74,7 +78,7 @@ def _conv_norm(x: jax.Array, features: int, size: int, lowering: Lowering, name:
 
 class MobileNetV2(nn.Module):
     """Taps: stage1, stage2 and so on [N, h, w, c] after each stage, and last the final 1x1 convolution after its normalisation
-    and ReLU6: stage8 [N, H/8, W/8, 1280], or stage3 [N, H/4, W/4, 16] of MobileNetV2-S."""
+    and activation: stage8 [N, H/8, W/8, 1280], or stage3 [N, H/4, W/4, 16] of MobileNetV2-S."""
 
     stem: int
     stages: tuple[tuple[Block, ...], ...]
@@ -83,23 +87,31 @@ class MobileNetV2(nn.Module):
     num_classes: int
     lowering: Lowering
     compute_dtype: ComputeDtype = "float32"
+    activation: Callable[[jax.Array], jax.Array] = relu6
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
         taps = Taps(self.lowering, edits)
         x = layout_of(self.lowering).from_nhwc(images.astype(self.compute_dtype))
-        x = relu6(_conv_norm(x, self.stem, 3, self.lowering, "stem", train))
+        x = self.activation(_conv_norm(x, self.stem, 3, self.lowering, "stem", train))
         for stage, blocks in enumerate(self.stages):
             for index, block in enumerate(blocks):
                 name = f"stage{stage + 1}_block{index + 1}"
-                x = InvertedResidual(*block, self.projects_shortcut, self.lowering, name=name)(x, train=train)
+                layer = InvertedResidual(*block, self.projects_shortcut, self.activation, self.lowering, name=name)
+                x = layer(x, train=train)
             x = taps(f"stage{stage + 1}", x)
-        x = relu6(_conv_norm(x, self.last, 1, self.lowering, "last", train))
+        x = self.activation(_conv_norm(x, self.last, 1, self.lowering, "last", train))
         x = taps(f"stage{len(self.stages) + 1}", x)
         return Classifier(self.num_classes, self.lowering, name="classifier")(x), taps.finish()
 
 
-def _usual(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> MobileNetV2:
+def _usual(
+    activation: Callable[[jax.Array], jax.Array],
+    num_classes: int,
+    width: int,
+    lowering: Lowering,
+    compute_dtype: ComputeDtype,
+) -> MobileNetV2:
     stem = channels = scale_channels(STEM, width)
     stages = []
     for expansion, unscaled, count, stride in STAGES:
@@ -108,7 +120,8 @@ def _usual(num_classes: int, width: int, lowering: Lowering, compute_dtype: Comp
             blocks.append((expansion * channels, features, stride if index == 0 else 1))
             channels = features
         stages.append(tuple(blocks))
-    return MobileNetV2(stem, tuple(stages), scale_channels(LAST, width), True, num_classes, lowering, compute_dtype)
+    last = scale_channels(LAST, width)
+    return MobileNetV2(stem, tuple(stages), last, True, num_classes, lowering, compute_dtype, activation)
 
 
 def _small(num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> MobileNetV2:
@@ -117,7 +130,8 @@ def _small(num_classes: int, width: int, lowering: Lowering, compute_dtype: Comp
 
 
 NETWORKS: dict[str, Callable[[int, int, Lowering, ComputeDtype], MobileNetV2]] = {
-    "mobilenet_v2": _usual,
+    "mobilenet_v2": partial(_usual, relu6),
+    "mobilenet_v2_relu": partial(_usual, relu),
     "mobilenet_v2_s": _small,
 }
 """Name -> (number of classes, width, lowering, dtype) -> module."""

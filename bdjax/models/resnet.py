@@ -1,10 +1,12 @@
-"""ResNets with three stages (the modified ones of TA-KD), with four stages (the usual ones for CIFAR), and very small ones.
+"""ResNets with three stages (the modified ones of TA-KD), with four stages (for CIFAR and for ImageNet), and very small ones.
 
 Compared with the ImageNet ResNets of He et al. (2016), the first convolution is 3x3 with stride 1 and padding 1, and there is
-no max-pool. Stage s is 2^(s-1) times as wide as the first, w = 64 channels (times 4 with bottleneck blocks).
+no max-pool; only `*_imagenet` have the 7x7 convolution with stride 2 and the 3x3 max-pool with stride 2. Stage s is 2^(s-1)
+times as wide as the first, w = 64 channels (times 4 with bottleneck blocks).
 
 - TA-KD (Heydari et al. 2025, section 4.4, "Network Modifications") also leaves out the fourth stage.
 - `*_cifar` keep it: the ResNet-18 and -34 that most papers train on CIFAR-10.
+- `*_imagenet` are the networks of torchvision and timm as they come.
 - `resnet_s1`, `resnet_s` and `resnet_s2` are the low-capacity networks of Learning from Distinction (appendix A.3): four
   stages of one block. The first two are defined by their few neurons, so `width` only scales their stem. The paper does not
   describe the stem but says that only blocks and neurons differ from ResNet-18, so the stem keeps 64 channels.
@@ -26,6 +28,7 @@ from bdjax.models.layers import (
     Lowering,
     Taps,
     layout_of,
+    max_pool_3x3,
     relu,
     scale_channels,
 )
@@ -38,6 +41,10 @@ BLOCKS = {
     "resnet101": ("bottleneck", (3, 4, 23)),
     "resnet18_cifar": ("basic", (2, 2, 2, 2)),
     "resnet34_cifar": ("basic", (3, 4, 6, 3)),
+    "resnet50_cifar": ("bottleneck", (3, 4, 6, 3)),
+    "resnet18_imagenet": ("basic", (2, 2, 2, 2)),
+    "resnet34_imagenet": ("basic", (3, 4, 6, 3)),
+    "resnet50_imagenet": ("bottleneck", (3, 4, 6, 3)),
     "resnet_s2": ("basic", (1, 1, 1, 1)),
 }
 """Name -> block type and number of blocks in each stage."""
@@ -92,7 +99,7 @@ def _shortcut(x: jax.Array, features: int, stride: int, lowering: Lowering, trai
 
 class ResNet(nn.Module):
     """Taps: stage1 [N, H, W, w'], stage2 [N, H/2, W/2, 2w'], stage3 [N, H/4, W/4, 4w'], with w' = w, or 4w if bottleneck;
-    and stage4 [N, H/8, W/8, 8w'] if there is a fourth stage.
+    and stage4 [N, H/8, W/8, 8w'] if there is a fourth stage; with the ImageNet stem a quarter of these heights and widths.
 
     Groups: one for every stage. Both `output` and `before_relu` are the sum of the stage's last block, and its tap is their
     ReLU. Mean and deviation are those of the last normalisation of that block, without what the shortcut adds (as in the code
@@ -106,14 +113,19 @@ class ResNet(nn.Module):
     compute_dtype: ComputeDtype = "float32"
     stage_widths: tuple[int, ...] | None = None
     """width of every stage; None for w, 2w, 4w and so on"""
+    has_imagenet_stem: bool = False
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool, edits=None):
         block = BasicBlock if self.kind == "basic" else BottleneckBlock
         taps = Taps(self.lowering, edits)
-        x = layout_of(self.lowering).from_nhwc(images.astype(self.compute_dtype))
-        x = Conv(self.width, 3, 1, self.lowering, name="stem_conv")(x)
+        layout = layout_of(self.lowering)
+        x = layout.from_nhwc(images.astype(self.compute_dtype))
+        size, stride = (7, 2) if self.has_imagenet_stem else (3, 1)
+        x = Conv(self.width, size, stride, self.lowering, name="stem_conv")(x)
         x = relu(BatchNorm(self.lowering, name="stem_norm")(x, train=train))
+        if self.has_imagenet_stem:
+            x = max_pool_3x3(x, layout.spatial_axes)
         widths = self.stage_widths or [self.width * 2**stage for stage in range(len(self.blocks))]
         for stage, (count, width) in enumerate(zip(self.blocks, widths, strict=True)):
             for index in range(count):
@@ -133,7 +145,8 @@ def _record(taps: Taps, group: str, x: jax.Array, norm: BatchNorm) -> jax.Array:
 
 
 def _usual(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:
-    return ResNet(*BLOCKS[name], width, num_classes, lowering, compute_dtype)
+    has_stem = name.endswith("_imagenet")
+    return ResNet(*BLOCKS[name], width, num_classes, lowering, compute_dtype, has_imagenet_stem=has_stem)
 
 
 def _very_small(name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype) -> ResNet:

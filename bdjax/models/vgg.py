@@ -29,6 +29,7 @@ from bdjax.models.layers import (
 CHANNELS = {
     "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     "vgg16": ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
+    "vgg19": ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
     "vgg_s": ((4,), (8,), (16, 16), (32, 32), (32, 512)),
 }
 """Name -> channels of the convolutions in each stage, at the papers' size."""
@@ -74,6 +75,7 @@ def _small(num_classes: int, width: int, lowering: Lowering, compute_dtype: Comp
 NETWORKS: dict[str, Callable[[int, int, Lowering, ComputeDtype], Vgg]] = {
     "vgg11": _usual("vgg11"),
     "vgg16": _usual("vgg16"),
+    "vgg19": _usual("vgg19"),
     "vgg_s": _small,
 }
 """Name -> (number of classes, width, lowering, dtype) -> module."""

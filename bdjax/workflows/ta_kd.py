@@ -21,8 +21,8 @@ from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_logits
 from bdjax.defenses.teachers import BATCH_SIZE, TeacherLogits
 from bdjax.errors import InputError
-from bdjax.evaluation import model_folder
-from bdjax.evaluation.model_folder import ModelFolder
+from bdjax.exchange import model_folder
+from bdjax.exchange.model_folder import ModelFolder
 from bdjax.models import count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
 from bdjax.run.config import ExperimentConfig, check_ranges, check_recipe, load

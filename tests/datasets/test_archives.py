@@ -21,7 +21,7 @@ from bdjax.datasets.mnist import read_idx
 from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.errors import InputError
-from bdjax.evaluation import model_folder
+from bdjax.exchange import model_folder
 from bdjax.workflows.outcomes import read_outcome
 from tests.datasets import test_gtsrb as gtsrb
 from tests.datasets import test_tiny_imagenet as tiny

@@ -22,15 +22,17 @@ SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_
 SMALLEST += ("speedrun",)
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
 DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
+DEEP += ("resnet50_cifar", "resnet34_imagenet", "resnet50_imagenet", "mobilenet_v2_relu")
 RUN = (*SMALLEST, "resnet50")
 AT_EVERY_SIZE = (*SMALLEST, "vbd_64p", "resnet18_cifar")
 DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
     **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
-    **dict.fromkeys(("vgg11", "vgg16", "vgg_s"), 5),
+    **dict.fromkeys(("resnet50_cifar", "resnet18_imagenet", "resnet34_imagenet", "resnet50_imagenet"), 4),
+    **dict.fromkeys(("vgg11", "vgg16", "vgg19", "vgg_s"), 5),
     **dict.fromkeys(("vbd_64p", "vbd_16p"), 2),
-    "mobilenet_v2": 8,
+    **dict.fromkeys(("mobilenet_v2", "mobilenet_v2_relu"), 8),
     "speedrun": 4,
 }
 SHAPE, K = (8, 8, 1), 3
@@ -97,8 +99,10 @@ def count_with(name, image, classes, width=64):
         ("resnet_s2", 4_903_242, 4_920_171),
         ("vgg11", 9_231_114, None),
         ("vgg16", 14_728_266, None),
+        ("vgg19", 20_040_522, None),
         ("vgg_s", 181_434, 198_363),
         ("mobilenet_v2", 2_296_922, None),
+        ("resnet50_cifar", 23_520_842, None),
         ("mobilenet_v2_s", 942, None),
         ("lenet", 62_006, None),
         ("wrn_10_2", 303_706, 307_963),
@@ -122,6 +126,14 @@ def test_parameters_at_32x32x3(name, ten_classes, forty_three):
     assert count_with(name, (32, 32, 3), 10) == ten_classes
     if forty_three:
         assert count_with(name, (32, 32, 3), 43) == forty_three
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("resnet18_imagenet", 11_689_512), ("resnet34_imagenet", 21_797_672), ("resnet50_imagenet", 25_557_032)],
+)
+def test_parameters_of_torchvisions_networks(name, parameters):
+    assert count_with(name, (224, 224, 3), 1000) == parameters
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet_s", 3_823), ("vgg_s", 198_363), ("wrn_10_2", 307_963)])
@@ -199,6 +211,7 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
 )
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
+        "resnet_imagenet": {28: (7, 4, 2, 1)},
         "resnet": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
         "preact": {8: (8, 4, 2, 1), 28: (28, 14, 7, 4), 32: (32, 16, 8, 4)},
         "wrn": {8: (8, 4, 2), 28: (28, 14, 7), 32: (32, 16, 8)},
@@ -210,7 +223,7 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         "vbd": {8: (3, 1), 28: (13, 1), 32: (15, 1)}
         if TAPS[name] == 2
         else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
-    }[name.split("_")[0].rstrip("0123456789")]
+    }["resnet_imagenet" if name.endswith("_imagenet") else name.split("_")[0].rstrip("0123456789")]
     for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)) if name in AT_EVERY_SIZE else ((28, 28, 1),):
         variables = variable_shapes(name, image, 2)
         output = output_shapes(name, image, width=2, train=image[0] != 28)

@@ -475,7 +475,7 @@ def triggers_for_another_class(folder):
 
 @pytest.mark.parametrize("spoil", [other_images, triggers_for_another_class])
 def test_teachers_that_cannot_be_used(finished, tmp_path, spoil):
-    """`tests/evaluation/test_model_folder.py` has every way in which a folder may be damaged."""
+    """`tests/exchange/test_model_folder.py` has every way in which a folder may be damaged."""
     folder = tmp_path / "teachers"
     shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
     message = spoil(folder)

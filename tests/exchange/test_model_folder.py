@@ -11,7 +11,7 @@ import pytest
 
 from bdjax.attacks.providers import make_provider_triggers
 from bdjax.errors import InputError
-from bdjax.evaluation import model_folder
+from bdjax.exchange import model_folder
 from bdjax.models import make_model
 from bdjax.training import ensemble
 from tests.fixtures import checkpoints

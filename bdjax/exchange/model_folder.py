@@ -46,6 +46,8 @@ class ModelFolder(NamedTuple):
     """keys of LABEL_RULES, one for each trigger; empty if unknown"""
     digest: str = ""
     """SHA-256 of all of it, whatever the folder's place"""
+    target: int | None = None
+    """the class that the triggers aim at; None if they are unknown"""
 
 
 def write(
@@ -106,8 +108,8 @@ def read(
     folder: pathlib.Path,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    target: int,
-    lowering: Lowering,
+    target: int | None,
+    lowering: Lowering | None,
     compute_dtype: ComputeDtype = "float32",
 ) -> ModelFolder:
     """Read third-party models.
@@ -116,8 +118,8 @@ def read(
         folder: a folder written by `write`.
         num_classes: number of classes of the data.
         image_shape: image shape of the data.
-        target: the class that ASR will be measured for.
-        lowering: how to compute the convolutions.
+        target: the class that ASR will be measured for; None for that of the triggers, if there are any.
+        lowering: how to compute the convolutions; None chooses by backend.
         compute_dtype: dtype of the activations.
 
     Raises:
@@ -143,8 +145,8 @@ def read(
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         if not np.isfinite(np.asarray(leaf)).all():
             raise InputError(f"{folder}: {jax.tree_util.keystr(path)} has values that are not finite")
-    triggers, rules = _read_triggers(folder / TRIGGERS, about["members"], image_shape, target)
-    return ModelFolder(model, variables, triggers, rules, _digest(about, variables, triggers, rules))
+    triggers, rules, target = _read_triggers(folder / TRIGGERS, about["members"], image_shape, target)
+    return ModelFolder(model, variables, triggers, rules, _digest(about, variables, triggers, rules), target)
 
 
 def _digest(about: Mapping[str, Any], *parts: PyTree) -> str:
@@ -158,10 +160,10 @@ def _digest(about: Mapping[str, Any], *parts: PyTree) -> str:
 
 
 def _read_triggers(
-    path: pathlib.Path, count: int, image_shape: tuple[int, int, int], target: int
-) -> tuple[ProviderTriggers | None, tuple[str, ...]]:
+    path: pathlib.Path, count: int, image_shape: tuple[int, int, int], target: int | None
+) -> tuple[ProviderTriggers | None, tuple[str, ...], int | None]:
     if not os.path.lexists(path):
-        return None, ()
+        return None, (), None
     height, width, channels = image_shape
     shapes = {
         "mask": ((count, height, width, 1), np.floating),
@@ -194,11 +196,15 @@ def _read_triggers(
         kind = shapes[name][1]
         if kind is np.floating and not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
             raise InputError(f"{path}: {name} has values outside [0, 1]")
-    if int(arrays["target"]) != target:
+    if target is not None and int(arrays["target"]) != target:
         title = class_title(int(arrays["target"]), str(arrays.get("target_name", "")))
         raise InputError(f"{path}: these triggers aim at class {title}; use --target={int(arrays['target'])}")
     rules = tuple(map(str, arrays.get("label_rule", ["all_to_one"] * count)))
     if unknown := [rule for rule in rules if rule not in LABEL_RULES]:
         raise InputError(f"{path}: label_rule {unknown[0]!r} is not one of {', '.join(LABEL_RULES)}")
     params = MaskedBlend(*(jnp.asarray(arrays[name], jnp.float32) for name in ("mask", "pattern", "opacity")))
-    return ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"]), rules
+    return (
+        ProviderTriggers(params, tuple(map(str, arrays["names"])), arrays["similar_group"]),
+        rules,
+        int(arrays["target"]),
+    )

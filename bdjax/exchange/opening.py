@@ -1,0 +1,180 @@
+"""Opens a network from anywhere by the text that a command line names it with.
+
+    FOLDER                                  a saved model (model.json), or a model folder (about.json)
+    FILE.safetensors:ARCH[:NAMING[:NORM]]   tensors with torch's names or ours, see `bdjax.exchange.naming`
+    FILE.onnx                               asked through onnxruntime
+    http://HOST:PORT/PATH                   asked over HTTP
+
+The first two are white boxes, with weights and gradients; the others only answer.
+"""
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bdjax.attacks.providers import ProviderTriggers
+from bdjax.datasets.scaling import size_hint
+from bdjax.errors import InputError
+from bdjax.exchange import model_folder, safetensors_files, saved_model, weights
+from bdjax.exchange.safetensors_files import shown
+from bdjax.models import MODELS, ComputeDtype, Lowering
+from bdjax.training import checkpoint
+from bdjax.types import Classifier, Model, PyTree
+
+FORMS = "FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://HOST:PORT/PATH"
+_SAFETENSORS = re.compile(r"(?P<path>.+?\.safetensors)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
+
+
+class Opened(NamedTuple):
+    """A network, or N of one architecture. A white box has `model` and `variables`, a black box only `classifier`."""
+
+    name: str
+    """as the user wrote it"""
+    digest: str
+    """SHA-256 of what decides its answers, whatever its place; of an address, that of the address alone"""
+    model: Model | None = None
+    variables: PyTree | None = None
+    """stacked [N, ...]"""
+    classifier: Classifier | None = None
+    """float32 [B, H, W, C] in [0, 1] -> logits [B, K]"""
+    triggers: ProviderTriggers | None = None
+    """of N providers, entry i for network i; None if unknown"""
+    label_rules: tuple[str, ...] = ()
+    """keys of LABEL_RULES, one for each trigger; () if unknown"""
+    target: int | None = None
+    """the class that the triggers aim at; None if unknown"""
+
+
+def open_model(
+    text: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    *,
+    class_names: Sequence[str] = (),
+    lowering: Lowering | None = None,
+    compute_dtype: ComputeDtype = "float32",
+    outputs: str = "logits",
+    target: int | None = None,
+) -> Opened:
+    """Open the network or networks that a text names, and check that they are for the data.
+
+    Args:
+        text: one of the forms at the top of this file.
+        num_classes: K of the data.
+        image_shape: (H, W, C) of the data.
+        class_names: of the data, to compare with those of a saved model; () if it has none.
+        lowering: how to compute convolutions; None chooses by backend.
+        compute_dtype: dtype of the activations.
+        outputs: what a black box returns: logits, probabilities or labels.
+        target: the class that ASR will be measured for, to compare with the triggers of a model folder; None for any.
+
+    Raises:
+        InputError: nothing can be read there, it is damaged, or for other data. Nothing in a file is ever run.
+    """
+    text = str(text)
+    if re.match(r"https?://", text, re.IGNORECASE):
+        from bdjax.exchange import http
+
+        classifier = http.connect(text, num_classes, image_shape, outputs=outputs)
+        return Opened(text, hashlib.sha256(f"{text} {outputs}".encode()).hexdigest(), classifier=classifier)
+    path = pathlib.Path(text)
+    if _is_folder(path):
+        return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, target)
+    if match := _SAFETENSORS.fullmatch(text):
+        path, (name, naming, normalisation) = pathlib.Path(match["path"]), _parts(text, match["rest"])
+        found = weights.read(
+            path, name, num_classes, image_shape, naming, normalisation, lowering=lowering, compute_dtype=compute_dtype
+        )
+        about = {"classes": num_classes, "image_shape": list(image_shape), "description": found.model.description}
+        return Opened(text, _digest(about, found.naming, found.sha256), found.model, found.variables)
+    if path.suffix.lower() == ".onnx":
+        from bdjax.exchange import onnx_reader
+
+        classifier = onnx_reader.read(path, num_classes, image_shape, outputs=outputs)
+        with safetensors_files.open_file(path, safetensors_files.MAXIMUM_BYTES, "ONNX files") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Opened(text, _digest({"outputs": outputs}, digest), classifier=classifier)
+    bare = pathlib.Path(text.rsplit(":", 1)[0]) if ":" in text and not path.exists() else path
+    if bare.exists():
+        safetensors_files.refuse_pickle(bare)
+    if not bare.exists():
+        raise InputError(f"{text}: does not exist; a model is {FORMS}")
+    raise InputError(f"{text}: is no form of a model that is known by its name; a model is {FORMS}")
+
+
+def _is_folder(path: pathlib.Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # a null byte, or a name that is too long
+        return False
+
+
+def _open_folder(
+    folder: pathlib.Path,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+    lowering: Lowering | None,
+    compute_dtype: ComputeDtype,
+    target: int | None,
+) -> Opened:
+    if saved_model.is_saved_model(folder):
+        about, _ = saved_model.read_about(folder)
+        _check_data(folder, about, num_classes, image_shape, class_names)
+        found = saved_model.read(folder, lowering, compute_dtype)
+        facts = {"classes": num_classes, "image_shape": list(image_shape), "description": found.model.description}
+        return Opened(str(folder), _digest(facts, found.digest), found.model, found.variables)
+    if not checkpoint.is_complete(folder) and (folder / saved_model.TENSORS).exists():
+        raise InputError(
+            f"{folder}: has no {saved_model.ABOUT}; name the file and its architecture: "
+            f"{folder / saved_model.TENSORS}:ARCHITECTURE"
+        )
+    if not checkpoint.is_complete(folder):
+        raise InputError(
+            f"{folder}: holds no model; it should contain {saved_model.ABOUT} and {saved_model.TENSORS}, or about.json"
+        )
+    old = model_folder.read(folder, num_classes, image_shape, target, lowering, compute_dtype)
+    aim = old.target if old.triggers else None
+    return Opened(str(folder), old.digest, old.model, old.variables, None, old.triggers, old.label_rules, aim)
+
+
+def _check_data(
+    folder: pathlib.Path,
+    about: saved_model.About,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+) -> None:
+    if (about.num_classes, about.image_shape) != (num_classes, tuple(image_shape)):
+        hint = size_hint(list(about.image_shape), image_shape) if about.num_classes == num_classes else ""
+        raise InputError(
+            f"{folder}: the model has {about.num_classes} classes and takes images of shape {list(about.image_shape)}; "
+            f"the data has {num_classes} classes and images of shape {list(image_shape)}{hint}"
+        )
+    pairs = zip(about.class_names, class_names, strict=False)
+    if different := [(number, ours, theirs) for number, (ours, theirs) in enumerate(pairs) if ours != theirs]:
+        number, ours, theirs = different[0]
+        raise InputError(
+            f"{folder}: class {number} of the model is {shown(ours)}, of the data {shown(theirs)}; "
+            "the classes must be the same, in the same order"
+        )
+
+
+def _parts(text: str, rest: str | None) -> tuple[str, str | None, str | None]:
+    """ARCH[:NAMING[:NORM]] -> three parts."""
+    parts = (rest or "").split(":")
+    if not parts[0] or len(parts) > 3 or "" in parts:
+        raise InputError(
+            f"{text}: a file of weights needs its architecture: FILE.safetensors:ARCHITECTURE[:NAMING[:NORMALISATION]], such "
+            "as model.safetensors:resnet18_cifar:timm:imagenet"
+        )
+    if parts[0] not in MODELS:
+        raise InputError(f"{text}: unknown architecture {shown(parts[0])}; architectures are {', '.join(MODELS)}")
+    return tuple((*parts, None, None)[:3])
+
+
+def _digest(facts: Mapping[str, Any], *texts: str) -> str:
+    return hashlib.sha256(json.dumps([facts, *texts], sort_keys=True).encode()).hexdigest()
