@@ -82,7 +82,7 @@ def read(
         ours = _shapes(architecture, num_classes, _USUAL_WIDTH, image_shape)
         naming = naming or names.detect(architecture, ours, found)
         sources = names.sources(architecture, naming, ours)
-        _check_classes(path, found, sources, ours, num_classes)
+        _check_classes(path, found, sources, num_classes)
         width, ours = _fitting_width(architecture, num_classes, image_shape, found, sources, ours)
         theirs = {source.name: names.their_shape(ours[our], source) for our, source in sources.items()}
         check_fits(
@@ -113,24 +113,22 @@ def _shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's variables by path; nothing is computed. The native lowering is traced fastest."""
     model = make_model(architecture, num_classes, width, "native")
-    return {
-        path: leaf.shape
-        for path, leaf in flat(jax.eval_shape(lambda key: model.init(key, image_shape), _key())).items()
-    }
+    leaves = flat(jax.eval_shape(lambda key: model.init(key, image_shape), _key()))
+    in_order = sorted(leaves, key=lambda path: not path.startswith("params/"))  # messages name the kernels first
+    return {path: leaves[path].shape for path in in_order}
 
 
 def _check_classes(
     path: pathlib.Path,
     found: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, names.Source],
-    ours: Mapping[str, tuple[int, ...]],
     num_classes: int,
 ) -> None:
     source = sources["params/classifier/kernel"]
     shape, place = found.get(source.name, ()), 0 if source.axes else 1
     if len(shape) == 2 and shape[place] != num_classes:
         raise InputError(
-            f"{path}: the network has {shape[place]} classes; the data has {num_classes}, and they must be the same"
+            f"{path}: the network has {shape[place]} classes; the data has {num_classes}; both must be the same"
         )
 
 
@@ -142,7 +140,7 @@ def _fitting_width(
     sources: Mapping[str, names.Source],
     ours: dict[str, tuple[int, ...]],
 ) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """The width with which every tensor fits, or the usual one; and the shapes of our tensors with it."""
+    """The width with which the most tensors fit, and the shapes of our tensors with it."""
     kernels = [path for path, shape in ours.items() if len(shape) == 4]
     candidates = []
     for path in (*kernels[:1], *kernels[-1:]):
@@ -151,13 +149,17 @@ def _fitting_width(
         if len(shape) == 4:
             outputs = shape[0] if source.axes else shape[3]
             candidates.append(round(outputs * _USUAL_WIDTH / ours[path][3]))
+
+    def fitting(shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return sum(
+            found.get(source.name) == names.their_shape(shapes[path], source) for path, source in sources.items()
+        )
+
+    fits = {_USUAL_WIDTH: ours}
     for width in dict.fromkeys(candidates):
-        if width == _USUAL_WIDTH or mistake(Width, width):
-            continue
-        scaled = _shapes(architecture, num_classes, width, image_shape)
-        if all(found.get(source.name) == names.their_shape(scaled[path], source) for path, source in sources.items()):
-            return width, scaled
-    return _USUAL_WIDTH, ours
+        if fitting(fits[_USUAL_WIDTH]) < len(ours) and width not in fits and not mistake(Width, width):
+            fits[width] = _shapes(architecture, num_classes, width, image_shape)
+    return max(fits.items(), key=lambda item: fitting(item[1]))
 
 
 def _hint(architecture: str, found: Mapping[str, tuple[int, ...]]) -> str:
