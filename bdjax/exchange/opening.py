@@ -10,6 +10,7 @@ The first two are white boxes, with weights and gradients; the others only answe
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,7 @@ def open_model(
     compute_dtype: ComputeDtype = "float32",
     outputs: str = "logits",
     target: int | None = None,
+    store: pathlib.Path | None = None,
 ) -> Opened:
     """Open the network or networks that a text names, and check that they are for the data.
 
@@ -70,6 +72,7 @@ def open_model(
         compute_dtype: dtype of the activations.
         outputs: what a black box returns: logits, probabilities or labels.
         target: the class that ASR will be measured for, to compare with the triggers of a model folder; None for any.
+        store: a folder for the answers of an address, so that no image is sent twice; None to keep them in memory.
 
     Raises:
         InputError: nothing can be read there, it is damaged, or for other data. Nothing in a file is ever run.
@@ -78,7 +81,7 @@ def open_model(
     if re.match(r"https?://", text, re.IGNORECASE):
         from bdjax.exchange import http
 
-        classifier = http.connect(text, num_classes, image_shape, outputs=outputs)
+        classifier = http.connect(text, num_classes, image_shape, outputs=outputs, store=store)
         return Opened(text, hashlib.sha256(f"{text} {outputs}".encode()).hexdigest(), classifier=classifier)
     path = pathlib.Path(text)
     if _is_folder(path):
@@ -121,7 +124,8 @@ def _open_folder(
     compute_dtype: ComputeDtype,
     target: int | None,
 ) -> Opened:
-    if saved_model.is_saved_model(folder):
+    has_triggers = checkpoint.is_complete(folder) and os.path.lexists(folder / model_folder.TRIGGERS)
+    if saved_model.is_saved_model(folder) and not has_triggers:
         about, _ = saved_model.read_about(folder)
         _check_data(folder, about, num_classes, image_shape, class_names)
         found = saved_model.read(folder, lowering, compute_dtype)

@@ -166,6 +166,43 @@ def summarise(
     return schema.assemble(defined, len(labels), seeds, [attack], methods, cells, **extra)
 
 
+def agreement(logits: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """How far third-party teachers agree on the untouched test rows, which needs no trigger and no label.
+
+    Args:
+        logits: float [T, N, K].
+        names: of the T teachers.
+
+    Returns:
+        "teachers": the names; "pairs": T lists of T shares of rows on which both predict the same class; "vote": for each
+        teacher, the share of rows on which it does not predict the class that the hard vote does.
+    """
+    predicted = np.argmax(logits, axis=-1)
+    voted = hard_vote(logits).predictions
+    pairs = np.mean(predicted[:, None] == predicted[None], axis=-1)
+    return {
+        "teachers": list(names),
+        "pairs": pairs.tolist(),
+        "vote": np.mean(predicted != voted[None], axis=-1).tolist(),
+    }
+
+
+def agreement_table(results: Mapping[str, Any]) -> Table:
+    """The table of `agreement`."""
+    found = results["agreement"]
+    numbers = [str(number) for number in range(1, len(found["teachers"]) + 1)]
+    rows = tuple(
+        (f"{number}: {name}", *pairs, vote)
+        for number, name, pairs, vote in zip(numbers, found["teachers"], found["pairs"], found["vote"], strict=True)
+    )
+    notes = (
+        f"{results['test_rows']:,} untouched test rows: the share on which two teachers predict the same class, and the share "
+        "on which a teacher does not predict the class of the hard vote. A backdoor shows in neither: on untouched rows a "
+        "backdoored teacher agrees like a clean one."
+    )
+    return Table("Agreement between the teachers", ("teacher", *numbers, "not the vote"), rows, notes)
+
+
 def _one_seed(
     role_logits: Mapping[str, np.ndarray],
     labels: np.ndarray,
@@ -304,7 +341,14 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
     if before is None:
         headline = "The teachers' triggers are unknown, so the attack success rate cannot be measured."
         text = f"The aggregated model has CDA {mean('aggregated', 'cda'):.3f}, the teachers on average "
-        return Verdict("info", headline, f"{text}{mean('teachers', 'cda'):.3f}.\n\n{gain}")
+        text = f"{text}{mean('teachers', 'cda'):.3f}."
+        if found := results.get("agreement"):
+            text += (
+                f" Measured: accuracy, and disagreement: on average a teacher differs from the vote on "
+                f"{np.mean(found['vote']):.1%} of the test rows. Not measured: ASR and R-ACC; that a backdoor is gone does not "
+                "follow from these numbers."
+            )
+        return Verdict("info", headline, f"{text}\n\n{gain}")
     count = len(find(results, ATTACK, "teachers")["by_seed"][0]["members"])
     compared = f"Soft vote has ASR {mean('soft vote', 'asr'):.3f}, hard vote {mean('hard vote', 'asr'):.3f}"
     if find(results, ATTACK, "fine-tuned"):
@@ -319,8 +363,9 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         headline = f"The attack does not work here: mean ASR {before:.3f} under the {count} teachers' own triggers"
         return Verdict("warning", headline + ("." if control is None else f"; a clean model has {control:.3f}."), text)
     worst = max(words, key=list(OUTCOMES).index)
+    known = f" under the {count} known triggers" if "agreement" in results else ""
     headline = (
-        f"{OUTCOMES[worst]}: mean ASR {mean('aggregated', 'asr'):.3f} for the aggregated model and "
+        f"{OUTCOMES[worst]}{known}: mean ASR {mean('aggregated', 'asr'):.3f} for the aggregated model and "
         f"{mean('student', 'asr'):.3f} for the student, at CDA {mean('aggregated', 'cda'):.3f} and {student:.3f}."
     )
     attacked = f"The {count} teachers reach a mean ASR of {before:.3f}, each under its own trigger."
@@ -363,6 +408,7 @@ def page(
     chosen = {"teachers' ASR": ("teachers", "asr"), "TA ASR": ("aggregated", "asr"), "student ASR": ("student", "asr"),
               "student CDA": ("student", "cda")}  # fmt: skip
     tiles = {title: number_text(find(results, ATTACK, role), name) for title, (role, name) in chosen.items()}
+    agreements = (agreement_table(results),) if "agreement" in results else ()
     return Report(
         title=f"TA-KD on {data.train.name}",
         verdict=verdict(results),
@@ -370,7 +416,7 @@ def page(
         facts=needs_table(results),
         sections=(
             Section("Results", "", (main_table(results, data.train.name),), tuple(figures.pop("Results"))),
-            Section("The suspect models", tied, (teacher_table(results),)),
+            Section("The suspect models", tied, (teacher_table(results), *agreements)),
             *(Section(title, "", (), tuple(drawn)) for title, drawn in figures.items()),
             Section("Size", "", (size_table(results),)),
         ),

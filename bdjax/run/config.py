@@ -14,6 +14,7 @@ import numpy as np
 from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
+from bdjax.exchange.leaving import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
@@ -41,10 +42,14 @@ from bdjax.types import TrainTest, Unread
 
 PATHS = ("dataset", "clean_data")
 """Fields of text that may be paths."""
+SEVERAL_PATHS = ("teachers",)
+"""Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "probe_seconds")
+IGNORED = ("data_dir", "output", "teacher_batch", "probe_seconds", "export")
 """Fields that do not influence any number."""
+IN_CONTENTS = ("outputs",)
+"""Fields that matter only to the content of a path, whose digest has them."""
 ALL = "all"
 """The value of `--defenses` that stands for the whole registry."""
 ENGINE_FILE = "engine.json"
@@ -93,6 +98,8 @@ class ExperimentConfig:
     """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
+    export: tuple[Export, ...] = ()
+    """further forms of the networks in models/, beside model.safetensors: stablehlo, onnx (with the extra onnx)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +168,10 @@ def check_ranges(config: Any) -> None:
     for name, wrong in mistakes(config).items():
         raise InputError(f"{flag(name)} {shown(getattr(config, name))} {wrong}")
     for name, value in vars(config).items():
-        if isinstance(value, pathlib.Path) or (name in PATHS and value):
-            check_path(flag(name), value)
+        paths = value if name in SEVERAL_PATHS and value else (value,)
+        if isinstance(value, pathlib.Path) or (name in PATHS + SEVERAL_PATHS and value):
+            for path in paths:
+                check_path(flag(name), path)
         if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
             check_choice(flag(name), value, MODELS)
     if isinstance(config, ExperimentConfig):
@@ -312,7 +321,7 @@ def open_folder(
     Raises:
         InputError: the folder cannot be used, or holds a run with other settings.
     """
-    opened = open_run(folder, config, experiment=experiment, ignore=IGNORED, contents=contents)
+    opened = open_run(folder, config, experiment=experiment, ignore=IGNORED + IN_CONTENTS, contents=contents)
     opened.write_json(ENGINE_FILE, probe.record(engine))
     return opened
 
@@ -329,6 +338,8 @@ def output_folder(experiment: str, config: ExperimentConfig, default: Experiment
     if config.output:
         return config.output
     changed = command_line.changed_fields(config, default, IGNORED)
+    # A single folder keeps the name from when there could be no more.
+    changed = {name: value[0] if name == "teachers" and len(value) == 1 else value for name, value in changed.items()}
     return pathlib.Path("runs") / experiment / default_name(pathlib.Path(config.dataset).stem, preset, changed)
 
 

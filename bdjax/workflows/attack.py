@@ -14,10 +14,11 @@ import numpy as np
 from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import CleanModel
 from bdjax.attacks.registry import ATTACKS
-from bdjax.attacks.victims import Plan, Prepared, evaluate_victims, make_plan, prepare, train_victims, try_out
+from bdjax.attacks.victims import Plan, Prepared, Trial, evaluate_victims, make_plan, prepare, train_victims, try_out
 from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
+from bdjax.reporting.sections import file_name
 from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
@@ -136,6 +137,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     results = base.write_results(folder, results, *data)
     if not processes.is_primary():
         return results
+    save_models(run, folder, trials, model, clean, train)
     if config.save_poisoned:
         with log.stage("poisoned sets") as stage:
             stage.detail = save_poisoned(folder, prepared)
@@ -278,6 +280,22 @@ def train_config(config: Config, epochs: int, learning_rate: float, recipe: Reci
         augmentation=config.augmentation,
     )
     return dataclasses.replace(plain, **recipes.fields(recipe, config.batch_size))
+
+
+def save_models(
+    run: base.Run, folder: RunFolder, trials: Sequence[Sequence[Trial]], model: Model, clean: Nets, train: Dataset
+) -> None:
+    """Write the first seed's networks: models/clean, and models/<attack> for every victim."""
+    first = np.array([0])
+    seed = run.config.seed
+    base.leave_network(
+        run, folder, "clean", model, ensemble.members(clean.variables, first), train, role="clean", seed=seed
+    )
+    for victim in (of_plan[0].victim for of_plan in trials if not of_plan[0].victim.prepared.seed):
+        name = victim.prepared.plan.name
+        made_by = {"role": "victim", "attack": name, "seed": seed}
+        stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], victim.variables)
+        base.leave_network(run, folder, file_name(name), victim.model, stacked, train, **made_by)
 
 
 def save_poisoned(folder: RunFolder, prepared: Sequence[Prepared]) -> str:

@@ -21,6 +21,7 @@ from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, Measured, TriggeredViews
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import SuspectTeachers
+from bdjax.exchange import leaving
 from bdjax.models import make_model
 from bdjax.models.operations import forward_operations
 from bdjax.reporting import results as schema
@@ -28,7 +29,7 @@ from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import command_line
 from bdjax.run import config as run_config
-from bdjax.run.config import ALL, IGNORED, ComparisonConfig, ExperimentConfig, check_ranges
+from bdjax.run.config import ALL, IGNORED, IN_CONTENTS, ComparisonConfig, ExperimentConfig, check_ranges
 from bdjax.run.folder import RunFolder, check_run, to_plain
 from bdjax.run.log import StageLog, format_seconds
 from bdjax.run.presets import Study
@@ -37,7 +38,7 @@ from bdjax.settings import check_choice, split_variants
 from bdjax.training import ensemble, memory, probe
 from bdjax.training.probe import Choice
 from bdjax.training.stages import StageRunner
-from bdjax.types import Dataset, Model, TrainTest
+from bdjax.types import Dataset, Model, PyTree, TrainTest
 
 NOT_READ_FILE = "not_read.csv"
 """The list of what the data has and was not read."""
@@ -213,7 +214,7 @@ def begin(
     image_shape, num_classes = rows.image_shape, rows.num_classes
     output = output_folder(experiment, config)
     run_config.check_output(output)
-    check_run(output, config, experiment=experiment.name, ignore=IGNORED)
+    check_run(output, config, experiment=experiment.name, ignore=IGNORED + IN_CONTENTS)
     memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
     check_networks(config, image_shape, num_classes, members, networks)
     probed = probe.probed_network([planned.network for planned in plan] or networks)
@@ -312,6 +313,43 @@ def with_limits(verdict: Verdict, results: Mapping[str, Any]) -> Verdict:
     return dataclasses.replace(verdict, text="\n\n".join(filter(None, [verdict.text, *limits])))
 
 
+def leave_network(
+    run: Run, folder: RunFolder, name: str, model: Model, variables: PyTree, rows: Dataset, **made_by: str | int
+) -> None:
+    """Write a network of the run to models/<name>, and in the further forms of `--export`.
+
+    Nothing is written for a network that no file can describe: see `bdjax.exchange.leaving.leave`.
+
+    Args:
+        run: the run.
+        folder: its open folder.
+        name: of the folder in models/; may have slashes.
+        model: the architecture.
+        variables: stacked [1, ...].
+        rows: its training rows, whose classes it has.
+        made_by: "role", "seed" and so on.
+
+    Raises:
+        InputError: as `leave`.
+    """
+    path = folder.file(f"models/{name}/model.json").parent
+    facts = {"experiment": run.experiment.name, **made_by}
+    names = rows.class_names if model.num_classes == rows.num_classes else ()
+    leaving.leave(path, model, variables, run.image_shape, class_names=names, made_by=facts, exports=run.config.export)
+
+
+def _networks_section(folder: RunFolder) -> tuple[Section, ...]:
+    """Where the run has left its networks; empty if it has left none."""
+    found = sorted(path.parent.relative_to(folder.path).as_posix() for path in folder.path.glob("models/**/model.json"))
+    if not found:
+        return ()
+    text = (
+        "The first seed's networks are in these folders of the run, as model.safetensors with model.json beside it. "
+        "bdjax.load_model(FOLDER) reads them, and docs/models_in_and_out.md says how others do.\n\n"
+    )
+    return (Section("Networks to pass on", text + ", ".join(found)),)
+
+
 def finish(
     run: Run,
     folder: RunFolder,
@@ -330,6 +368,7 @@ def finish(
         sources: kind of rows ("training data") -> where they came from.
         results: from `write_results`.
     """
+    page = dataclasses.replace(page, sections=(*page.sections, *_networks_section(folder)))
     if "verdict" not in results:
         page = dataclasses.replace(page, verdict=with_limits(page.verdict, results))
     publish(

@@ -153,7 +153,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         return results
     context = Context(config, folder, data, groups, comparisons, results, log)
     if config.save_models:
-        save_models(folder, comparisons, experiment.about)
+        save_models(run, folder, comparisons, experiment.about, train)
     page = defenses.page(
         folder,
         results,
@@ -298,8 +298,11 @@ def make_suspects(
     return suspects
 
 
-def save_models(folder: RunFolder, comparisons: Sequence[Comparison], about: Sequence[str]) -> None:
-    """Write models/<defense>/<attack>: the first seed's defended networks, as Orbax checkpoints with a description."""
+def save_models(
+    run: base.Run, folder: RunFolder, comparisons: Sequence[Comparison], about: Sequence[str], train: Dataset
+) -> None:
+    """Write models/<defense>/<attack>: the first seed's defended networks, as Orbax checkpoints with a description, and
+    as saved models for others to read."""
     for variant, result, measured in comparisons:
         if variant.defense.name not in about:
             continue
@@ -315,3 +318,12 @@ def save_models(folder: RunFolder, comparisons: Sequence[Comparison], about: Seq
             }
             path = folder.path / "models" / file_name(variant.name) / file_name(suspect.attack.name)
             checkpoint.save(path, ensemble.members(result.variables, number), description)
+            made_by = {
+                "role": "defended",
+                "defense": variant.name,
+                "attack": suspect.attack.name,
+                "seed": run.config.seed,
+            }
+            name = path.relative_to(folder.path / "models").as_posix()
+            member = ensemble.members(result.variables, np.array([number]))
+            base.leave_network(run, folder, name, result.model, member, train, **made_by)

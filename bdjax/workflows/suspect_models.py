@@ -194,7 +194,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     results = students.summarise(comparisons, controls, networks, len(test), config.seed, left_out, curves)
     results = base.write_results(folder, results, train, test, named, shared=shared)
     if config.save_models:
-        save_models(folder, teachers, comparisons, views, train)
+        save_models(run, folder, teachers, comparisons, views, train)
     group = Group(inputs, teachers.suspects, views)
     # Outside the primary's part: sections may train networks, in which all processes take part.
     extra = experiment.sections(Context(config, folder, data, (group,), comparisons, results, log, teachers))
@@ -293,6 +293,7 @@ def clean_rows(config: Config, train: Dataset) -> Dataset:
 
 
 def save_models(
+    run: base.Run,
     folder: RunFolder,
     teachers: SuspectTeachers,
     comparisons: Sequence[Comparison],
@@ -300,7 +301,8 @@ def save_models(
     train: Dataset,
 ) -> None:
     """Write the first seed's teachers to teachers/<attack>, and the methods' models to models/<method>/<attack>, each with its
-    trigger if a model folder can hold it. Any of these folders can be given to `--teacher`."""
+    trigger if a model folder can hold it. Any of these folders can be given to `--teacher`; those in models/ are saved
+    models as well, for others to read."""
     for number, suspect in enumerate(teachers.suspects):
         if suspect.seed:
             continue
@@ -317,3 +319,8 @@ def save_models(
             third_party.write_folder(
                 path, model, member, train.image_shape, trigger, target, name_of_class(train, target)
             )
+            place = path.relative_to(folder.path)
+            if place.parts[0] == "models":
+                made_by = {"role": "defended", "defense": place.parts[1], "attack": suspect.attack.name}
+                name = "/".join(place.parts[1:])
+                base.leave_network(run, folder, name, model, member, train, **made_by, seed=run.config.seed)

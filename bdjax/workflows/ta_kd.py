@@ -1,6 +1,7 @@
 """TA-KD from the data to the report: outsource, train the teachers, vote, aggregate, distil, measure."""
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace, aggregate_lo
 from bdjax.defenses.teachers import BATCH_SIZE, TeacherLogits
 from bdjax.errors import InputError
 from bdjax.exchange import model_folder
-from bdjax.exchange.model_folder import ModelFolder
-from bdjax.models import count_parameters, default_lowering
+from bdjax.exchange.opening import Opened, open_model
+from bdjax.models import Lowering, count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
 from bdjax.run.config import ExperimentConfig, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
@@ -52,6 +53,8 @@ from bdjax.workflows.base import Experiment
 
 Preset = Literal["quick", "paper", "strong"]
 Scale = Literal["quick", "paper"]
+ANSWERS = "answers"
+"""The folder in the run's with the answers of teachers behind addresses."""
 ROLES = ("clean", "teacher", "aggregated", "student")
 """Networks whose architecture is a setting: `Config.<role>_model`."""
 
@@ -64,8 +67,11 @@ class Config(ExperimentConfig):
     """quick: minutes on two cores; paper: to the letter, for a GPU; strong: the same attack, a better defender"""
     scale: Scale = "paper"
     """sizes of networks, rows and epochs that the strong preset starts from"""
-    teachers: pathlib.Path | None = None
-    """a folder of stacked third-party teachers, like teachers/seed-0 of a run; no attack is trained then"""
+    teachers: tuple[str, ...] | None = None
+    """third-party teachers, any mixture of: a folder, like teachers/seed-0 or models/student of a run;
+    FILE.safetensors:ARCHITECTURE; FILE.onnx; http://HOST:PORT/PATH. No attack is trained then"""
+    outputs: Literal["logits", "probabilities", "labels"] = "logits"
+    """what teachers return that are ONNX files or addresses"""
     teacher_batch: Count = BATCH_SIZE
     """most images that a teacher which is a Python function gets in one call"""
 
@@ -178,12 +184,8 @@ def run(
     check_recipe(config, default)
     check_recipe(config, default, prefix="defense_")
     train, test = load(config, log)
-    third_party = None
-    if config.teachers:
-        shape = train.num_classes, train.image_shape, config.target
-        read_teachers = partial(model_folder.read, config.teachers, *shape)
-        third_party = read_teachers(default_lowering(), config.compute_dtype)
-    count = len(classifiers) or (ensemble.num_members(third_party.variables) if third_party else config.num_teachers)
+    third_party = open_teachers(config, train, default_lowering()) if config.teachers else []
+    count = len(classifiers) or sum(map(num_teachers, third_party)) or config.num_teachers
     if config.aggregation == "trimmed_mean" and 2 * config.trim >= count:
         raise InputError(f"--trim {config.trim} at each end leaves no logits of {count} teachers; use a smaller --trim")
     data_key, model_key, defense_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -216,35 +218,45 @@ def run(
         beyond="the defense's networks",
     )
     models = {role: run.make_model(name) for role, name in zip(ROLES, networks, strict=True)}
-    if third_party and run.engine.lowering != default_lowering():
-        third_party = read_teachers(run.engine.lowering, config.compute_dtype)
-    folder = run.open_folder({"teachers": third_party.digest} if third_party else {})
+    folder = run.open_folder({"teachers": digest_of(third_party)} if third_party else {})
+    if third_party and (run.engine.lowering != default_lowering() or any(of.classifier for of in third_party)):
+        third_party = open_teachers(config, train, run.engine.lowering, folder.path / ANSWERS)
     runner = run.make_runner(folder.checkpoints)
 
     nets: dict[str, Nets] = {}
     triggers: Sequence[ProviderTriggers | None] = [None] * config.seeds
     if third_party:
-        nets["teachers"], triggers = take_teachers(config, third_party)
+        triggers = [join_triggers(third_party)] * config.seeds
+        if is_one_architecture(third_party):
+            nets["teachers"] = take_teachers(config, third_party)
     elif outsourced:
         triggers = outsourced.triggers
         clean_rows = outsourcing.split_rows([key[1] for key in keys], train.labels, config.validation_fraction)
         nets = train_teachers(config, model_key, runner, models, outsourced, clean_rows)
         write_teachers(config, folder, nets["teachers"], triggers, train)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
-    if classifiers:
-        query = [teachers.from_classifiers(classifiers, train.num_classes, config.teacher_batch)] * config.seeds
+    if "teachers" not in nets:
+        ask = partial(ask_teachers, config, predict, train.num_classes)
+        query = [
+            ask(third_party or [Opened("", "", classifier=classifier) for classifier in classifiers])
+        ] * config.seeds
     else:
         of_seed = [nets["teachers"].of_seed(s) for s in range(config.seeds)]
         query = [teachers.from_members(partial(predict, nets["teachers"].model), variables) for variables in of_seed]
     nets |= distil(config, defense_key, runner, models, nets, query, clean_sets)
 
     predict_own = partial(runner.predict_own, batch_size=config.evaluation_batch_size)
-    logits = evaluate(config, log, predict, predict_own, nets, triggers, query if classifiers else None, test)
+    is_asked = "teachers" not in nets
+    logits = evaluate(config, log, predict, predict_own, nets, triggers, query if is_asked else None, test)
     sizes = {name: count_parameters(networks.model, train.image_shape) for name, networks in nets.items()}
     if "teachers" in nets:  # a vote deploys all teachers
         sizes["soft vote"] = sizes["hard vote"] = sizes["teachers"] * nets["teachers"].per_seed
     choices = {"target": config.target, "vote_space": config.vote_space, "tie": config.tie}
     results = reporting.summarise(logits, test.labels, triggers, sizes, config.seed, **choices)
+    if third_party or classifiers:
+        results["agreement"] = reporting.agreement(logits[0]["teachers"][:, 0], names_of(third_party, classifiers))
+    for role in ("aggregated", "student"):
+        leave(run, folder, role, nets[role], train)
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
         return results
@@ -257,11 +269,98 @@ def run(
     return results
 
 
-def take_teachers(config: Config, found: ModelFolder) -> tuple[Nets, list[ProviderTriggers | None]]:
-    """Third-party teachers, the same for every seed, and for each seed their triggers if they are known."""
-    variables = ensemble.join([found.variables] * config.seeds)
-    nets = Nets(found.model, variables, ensemble.num_members(found.variables), {})
-    return nets, [found.triggers] * config.seeds
+def open_teachers(
+    config: Config, train: Dataset, lowering: Lowering, store: pathlib.Path | None = None
+) -> list[Opened]:
+    """Third-party teachers in the order of the command line; an entry may hold several of one architecture.
+
+    Args:
+        config: all settings, with `teachers`.
+        train: rows of the data that they are for.
+        lowering: how to compute convolutions of those whose weights are known.
+        store: where answers of addresses are kept; None for in memory.
+
+    Raises:
+        InputError: as `bdjax.exchange.opening.open_model`.
+    """
+    shape = train.num_classes, train.image_shape
+    options = {"lowering": lowering, "compute_dtype": config.compute_dtype, "outputs": config.outputs, "store": store}
+    return [
+        open_model(text, *shape, class_names=train.class_names, target=config.target, **options)
+        for text in config.teachers
+    ]
+
+
+def num_teachers(found: Opened) -> int:
+    """The number of networks of an entry of `--teachers`."""
+    return 1 if found.variables is None else ensemble.num_members(found.variables)
+
+
+def names_of(third_party: Sequence[Opened], classifiers: Sequence[Classifier]) -> list[str]:
+    """A name for every third-party teacher, as the user wrote it."""
+    names = []
+    for found in third_party:
+        count = num_teachers(found)
+        names += [found.name] if count == 1 else [f"{found.name}, network {number + 1}" for number in range(count)]
+    return names or [teachers.name_of(classifier) for classifier in classifiers]
+
+
+def digest_of(third_party: Sequence[Opened]) -> str:
+    """What decides the teachers' answers; of a single entry, its own digest."""
+    digests = [found.digest for found in third_party]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def is_one_architecture(third_party: Sequence[Opened]) -> bool:
+    """Whether all weights are known and of one architecture, so that the teachers can be members of one call."""
+    return None not in (kinds := {found.model and found.model.description for found in third_party}) and len(kinds) == 1
+
+
+def join_triggers(third_party: Sequence[Opened]) -> ProviderTriggers | None:
+    """The triggers of all teachers, in their order; None unless every one is known."""
+    known = [found.triggers for found in third_party]
+    if None in known:
+        return None
+    params = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(triggers.params for triggers in known))
+    names = tuple(name for triggers in known for name in triggers.names)
+    return ProviderTriggers(params, names, np.concatenate([triggers.similar_group for triggers in known]))
+
+
+def take_teachers(config: Config, third_party: Sequence[Opened]) -> Nets:
+    """Third-party teachers of one architecture, the same for every seed."""
+    found = (
+        ensemble.join([found.variables for found in third_party]) if len(third_party) > 1 else third_party[0].variables
+    )
+    return Nets(third_party[0].model, ensemble.join([found] * config.seeds), ensemble.num_members(found), {})
+
+
+def ask_teachers(config: Config, predict: partial, num_classes: int, third_party: Sequence[Opened]) -> TeacherLogits:
+    """The logits of teachers of any kind, asked one after another.
+
+    Args:
+        config: all settings.
+        predict: (model, variables, images) -> logits.
+        num_classes: K.
+        third_party: white boxes and black boxes.
+    """
+    black = [found.classifier for found in third_party if found.classifier]
+    if len(black) == len(third_party):  # one call, so that messages number the teachers
+        return teachers.from_classifiers(black, num_classes, config.teacher_batch)
+    asked = [
+        teachers.from_classifiers([found.classifier], num_classes, config.teacher_batch)
+        if found.classifier
+        else teachers.from_members(partial(predict, found.model), found.variables)
+        for found in third_party
+    ]
+    return lambda images: np.concatenate([ask(images) for ask in asked])
+
+
+def leave(run: base.Run, folder: RunFolder, role: str, nets: Nets, train: Dataset) -> None:
+    """Write models/<role>, the first seed's network, and models/<role>-seed-<s> for every other seed s."""
+    for s in range(run.config.seeds):
+        seed = run.config.seed + s
+        name = role if s == 0 else f"{role}-seed-{seed}"
+        base.leave_network(run, folder, name, nets.model, nets.of_seed(s), train, role=role, seed=seed)
 
 
 def train_teachers(

@@ -222,7 +222,7 @@ def teachers_of(results: dict[str, Any]) -> list[dict[str, Any]]:
 def third_party(finished, tmp_path_factory) -> Finished:
     """A run with the first seed's teachers of `finished`, whose triggers are known."""
     folder = tmp_path_factory.mktemp("runs") / "known"
-    run(tiny(folder, teachers=finished.folder / "teachers" / "seed-0", seeds=1))
+    run(tiny(folder, teachers=(str(finished.folder / "teachers" / "seed-0"),), seeds=1))
     return Finished(folder, json.loads((folder / "results.json").read_text()))
 
 
@@ -242,7 +242,7 @@ def test_third_party_teachers_without_their_triggers(finished, third_party, tmp_
     folder = tmp_path / "third party"
     shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
     (folder / "triggers.npz").unlink()
-    run(tiny(tmp_path / "unknown", teachers=folder, seeds=1))
+    run(tiny(tmp_path / "unknown", teachers=(str(folder),), seeds=1))
     unknown = json.loads((tmp_path / "unknown" / "results.json").read_text())
     assert unknown["attacks"][0]["triggers"] == [None] and unknown["cross_trigger"] == [None]
     for cell, with_triggers in zip(unknown["cells"], third_party.results["cells"], strict=True):
@@ -479,7 +479,7 @@ def test_teachers_that_cannot_be_used(finished, tmp_path, spoil):
     folder = tmp_path / "teachers"
     shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
     message = spoil(folder)
-    refused(message, tiny(tmp_path / "run", teachers=folder))
+    refused(message, tiny(tmp_path / "run", teachers=(str(folder),)))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,93 @@
+"""Leaves a network in a folder, in every form in which others can run it.
+
+FOLDER/model.safetensors, model.json    always: a saved model
+FOLDER/model.stablehlo                  with `--export=stablehlo`
+FOLDER/model.onnx                       with `--export=onnx`, which needs the extra `onnx`
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+
+from bdjax.errors import InputError
+from bdjax.exchange import saved_model, stablehlo
+from bdjax.training import ensemble, processes
+from bdjax.types import Model, PyTree
+
+Export = Literal["stablehlo", "onnx"]
+
+
+def leave(
+    folder: pathlib.Path,
+    model: Model,
+    variables: PyTree,
+    image_shape: tuple[int, int, int],
+    *,
+    class_names: Sequence[str] = (),
+    made_by: Mapping[str, Any] = {},
+    exports: Sequence[Export] = (),
+) -> bool:
+    """Write networks of one architecture as a saved model, and a single network in further forms.
+
+    Args:
+        folder: where to write; created if needed.
+        model: their architecture.
+        variables: stacked [N, ...]; other variables than "params" and "batch_stats" are not written.
+        image_shape: (H, W, C).
+        class_names: of every class; () for none but their numbers.
+        made_by: what made them: "experiment", "role", "seed".
+        exports: further forms; only of a single network.
+
+    Returns:
+        False, and nothing is written, if the model is none that a file can describe: a pruned or masked network, or two
+        networks of which one corrects the other.
+
+    Raises:
+        InputError: an export that is not known, whose extra is not installed, or of several networks.
+        OSError: a file cannot be written.
+    """
+    if model.architecture is None:
+        return False
+    count = ensemble.num_members(variables)
+    network = {part: variables[part] for part in ("params", "batch_stats")}
+    about = saved_model.About(
+        model.architecture, model.num_classes, tuple(image_shape), tuple(class_names), count, dict(made_by)
+    )
+    saved_model.write(folder, about, network)
+    if exports and count > 1:
+        raise InputError(f"{folder}: {count} networks; only a single network is exported")
+    for form in exports:
+        export(folder / f"model.{form}", form, model, jax.tree.map(lambda leaf: leaf[0], network), image_shape)
+    return True
+
+
+def export(
+    path: pathlib.Path, form: Export, model: Model, variables: PyTree, image_shape: tuple[int, int, int]
+) -> None:
+    """Write a single network in a form that runs elsewhere.
+
+    Args:
+        path: the file.
+        form: stablehlo or onnx.
+        model: a network of `bdjax.models.make_model`; its lowering does not matter.
+        variables: of a single network.
+        image_shape: (H, W, C).
+
+    Raises:
+        InputError: a form that is not known, whose extra is not installed, or that has no such network.
+    """
+    if form not in get_args(Export):
+        raise InputError(f"export {form!r} is not one of {', '.join(get_args(Export))}")
+    if model.architecture is None:
+        raise InputError(f"{path}: {model.description} is no network that can be exported")
+    native = saved_model.build(model.architecture, model.num_classes, "native", "float32")
+    if not processes.is_primary():
+        return
+    if form == "stablehlo":
+        stablehlo.write(path, native, variables, image_shape)
+    else:
+        from bdjax.exchange import onnx_writer
+
+        onnx_writer.write(path, native, variables, image_shape)
