@@ -17,8 +17,12 @@ TeacherLogits = Callable[[np.ndarray], np.ndarray]
 BATCH_SIZE = 256
 """Most images that a callable gets in one call."""
 _AS_NUMPY = "return a NumPy array: tensor.detach().cpu().numpy()"
+ASKED_TWICE = 8
+"""Images that a callable gets a second time, to see whether it answers alike."""
+SAME = 0.02
+"""Largest difference between two answers for the same image, as a share of the logits' range, that rounding explains."""
 _LOGITS_ALONE = "return the logits alone, as an array [rows, classes]"
-_NEARLY = 1e-3
+NEARLY = 1e-3
 """Deviation of a row's sum from 1 that still looks like probabilities."""
 
 
@@ -38,7 +42,8 @@ def from_classifiers(
     """Use Python callables as teachers: for example a PyTorch model, or a function that queries a remote service.
 
     They are called outside compiled functions and are not differentiated. A teacher whose rows all sum to 1 gives a warning,
-    once: distillation needs logits, not probabilities.
+    once: distillation needs logits, not probabilities. A teacher that answers differently when it gets the first few images a
+    second time, alone, gives a warning too.
 
     Args:
         classifiers: each maps float32 [B, H, W, C] in [0, 1] to logits [B, K].
@@ -61,11 +66,16 @@ def from_classifiers(
         if not callable(classifier):
             raise InputError(f"{name} cannot be called; a function from images to logits is needed")
     warned: set[str] = set()
+    compared: set[str] = set()
 
     def logits(images: np.ndarray) -> np.ndarray:
         found = np.empty((len(classifiers), len(images), num_classes), np.float32)
         for output, name, classifier in zip(found, names, classifiers, strict=True):
             output[:] = ask(classifier, images, num_classes, name, batch_size)
+            if name not in compared and len(images):
+                compared.add(name)
+                again = ask(classifier, images[: min(ASKED_TWICE, batch_size)], num_classes, name)
+                _warn_if_different(output, again, name)
             if name not in warned and _look_like_probabilities(output):
                 warned.add(name)
                 warnings.warn(
@@ -108,12 +118,17 @@ def ask(
         rows = len(batch)
         try:
             output = classifier(batch)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         except Exception as error:
-            raise InputError(f"{name} failed: {type(error).__name__}: {_one_line(error)}") from error
-        part = _as_array(output, rows, num_classes, name)
+            advice = _smaller_batch(rows) if rows > 1 and _answers(classifier, images[start : start + 1]) else ""
+            raise InputError(f"{name} failed: {type(error).__name__}: {_one_line(error)}{advice}") from error
+        part = as_array(output, name)
         columns = part.shape[1] if part.ndim == 2 and len(part) == rows else 0
         if columns != num_classes and not (more_classes and columns > num_classes):
             hint = "; they look like predicted classes, and logits are needed" if part.shape == (rows,) else ""
+            if part.ndim == 2 and 0 < len(part) < rows and part.shape[1] == num_classes:
+                hint = _smaller_batch(rows)
             raise InputError(f"{name} returned logits of shape {part.shape}; should be {(rows, num_classes)}{hint}")
         with np.errstate(over="ignore"):
             # A copy: the callable may use the same buffer for its next result.
@@ -136,8 +151,12 @@ def name_of(classifier: object) -> str:
     return _one_line(name if isinstance(name, str) else type(classifier).__name__, 60)
 
 
-def _as_array(output: Any, rows: int, num_classes: int, name: str) -> np.ndarray:
-    """What a callable returned as an array of real numbers; its shape is not checked."""
+def as_array(output: Any, name: str) -> np.ndarray:
+    """What a callable returned as an array of real numbers; its shape is not checked.
+
+    Raises:
+        InputError: it is anything else; the message begins with the name.
+    """
     kind = _one_line(type(output).__name__, 60)
     if output is None or isinstance(output, (str, bytes)):
         raise InputError(f"{name} returned {'None' if output is None else f'a {kind}'}; {_LOGITS_ALONE}")
@@ -166,9 +185,33 @@ def _as_array(output: Any, rows: int, num_classes: int, name: str) -> np.ndarray
     return array
 
 
+def _answers(classifier: Classifier, images: np.ndarray) -> bool:
+    """Whether a callable answers at all for images uint8 [N, H, W, C]."""
+    try:
+        classifier(images.astype(np.float32) / 255)
+    except Exception:
+        return False
+    return True
+
+
+def _smaller_batch(rows: int) -> str:
+    return f"; it got {rows} images at a time: if it takes fewer, set a smaller teacher_batch (--teacher-batch)"
+
+
+def _warn_if_different(first: np.ndarray, again: np.ndarray, name: str) -> None:
+    """Warn if the first images' logits, float32 [N, K], are not those of a second call."""
+    difference, extent = np.abs(first[: len(again)] - again).max(), np.ptp(first)
+    if difference > SAME * extent:
+        warnings.warn(
+            f"{name} answers differently for the same images: by up to {difference:.3g}, of logits between "
+            f"{first.min():.3g} and {first.max():.3g}; is it in training mode (dropout, statistics of the batch), or random?",
+            stacklevel=3,
+        )
+
+
 def _look_like_probabilities(logits: np.ndarray) -> bool:
     sums = logits.sum(axis=1)
-    return bool(len(logits)) and bool(np.all(logits >= 0)) and bool(np.all(np.abs(sums - 1) <= _NEARLY))
+    return bool(len(logits)) and bool(np.all(logits >= 0)) and bool(np.all(np.abs(sums - 1) <= NEARLY))
 
 
 def _one_line(text: object, limit: int = 300) -> str:

@@ -50,10 +50,10 @@ def test_teachers_are_asked_in_batches():
 
     images = np.concatenate([IMAGES] * 3)
     found = from_classifiers([classifier], 2, batch_size=6)(images)
-    assert calls == [6, 6, 3]
+    assert calls == [6, 6, 3, 6]  # the last: the first images a second time
     np.testing.assert_array_equal(found[0], images[:, 0, 0, :2].astype(np.float32) / 255 - 1)
     from_classifiers([classifier], 2)(np.zeros((600, 2, 2, 3), np.uint8))
-    assert calls[3:] == [256, 256, 88]
+    assert calls[4:] == [256, 256, 88, 8]
 
 
 def test_a_teacher_may_use_one_buffer_for_all_batches_and_change_its_images():
@@ -128,7 +128,10 @@ async def asynchronous(images):
 GOOD = np.arange(15.0).reshape(5, 3)
 WRONG = {
     "wrong classes": (np.zeros((5, 4)), r"returned logits of shape \(5, 4\); should be \(5, 3\)$"),
-    "wrong rows": (np.zeros((4, 3)), r"returned logits of shape \(4, 3\); should be \(5, 3\)$"),
+    "wrong rows": (
+        np.zeros((4, 3)),
+        r"shape \(4, 3\); should be \(5, 3\); it got 5 images at a time: if it takes fewer, set a smaller teacher_batch",
+    ),
     "predicted classes": (np.zeros(5, int), r"shape \(5,\); should be \(5, 3\); they look like predicted classes"),
     "maps": (np.zeros((5, 3, 1, 1)), r"returned logits of shape \(5, 3, 1, 1\)"),
     "seeds": (np.zeros((2, 5, 3)), r"returned logits of shape \(2, 5, 3\)"),
@@ -173,6 +176,39 @@ def test_a_bad_output_is_one_line_that_names_its_teacher(kind):
     text = str(caught.value)
     assert text.startswith("teacher 2 (bad) returned ") and len(text) < 500
     assert text.isprintable()
+
+
+def test_a_teacher_that_takes_few_images_at_a_time_is_said():
+    def small(images):
+        assert len(images) <= 2, "at most 2 images"
+        return images[:, 0, 0, :2] - 1
+
+    with pytest.raises(
+        InputError, match=r"AssertionError: at most 2 images.*; it got 5 images at a time: if it takes f"
+    ):
+        from_classifiers([small], 2)(IMAGES)
+    assert from_classifiers([small], 2, 2)(IMAGES).shape == (1, 5, 2)
+
+
+def test_a_teacher_that_answers_differently_is_said_once():
+    calls = []
+
+    def batch_statistics(images):
+        calls.append(len(images))
+        return images[:, 0, 0, :2] - images.mean()
+
+    teacher = from_classifiers([batch_statistics], 2)
+    images = np.concatenate([IMAGES, 255 - IMAGES] * 2)
+    with pytest.warns(
+        UserWarning, match=r"teacher 1 \(batch_statistics\) answers differently for the same images"
+    ) as seen:
+        teacher(images)
+        teacher(images)
+    assert len(seen) == 1 and calls == [20, 8, 20]
+
+
+def test_rounding_is_no_different_answer():
+    from_classifiers([lambda images: (images[:, 0, 0, :2] * (9 + 1e-3 * len(images))) - 1], 2)(np.repeat(IMAGES, 4, 0))
 
 
 def test_an_asynchronous_teacher_is_said():
