@@ -436,6 +436,27 @@ def open_npz(path: Path, what: str = ".npz file of plain arrays") -> Iterator[Ar
         yield Arrays(headers, problems, read)
 
 
+def read_npy(data: bytes, where: object) -> np.ndarray:
+    """Reads an array in the form of an .npy file, without pickle; nothing is allocated for what its header says.
+
+    Args:
+        data: The bytes.
+        where: Their origin, for error messages.
+
+    Raises:
+        InputError: If they are no plain array, or have another length than the header says.
+    """
+    try:
+        header = _read_header(io.BytesIO(data), len(data))
+    except Exception as error:
+        raise InputError(f"{where}: is no intact array in NumPy's .npy format ({one_line(error)[:100]})") from error
+    if isinstance(header, str):
+        raise InputError(f"{where}: {header}")
+    return np.frombuffer(data, header.dtype, offset=header.start).reshape(
+        header.shape, order="F" if header.is_fortran else "C"
+    )
+
+
 def _read_header(stream: BinaryIO, size: int) -> Header | str:
     """The header of a member of `size` bytes, or why it is not one of an array that can be read."""
     version = np.lib.format.read_magic(stream)
