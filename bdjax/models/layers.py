@@ -299,9 +299,11 @@ def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering
     pads = tuple(around if axis in layout.spatial_axes else (0, 0, 0) for axis in range(4))
     padded = lax.pad(x, jnp.zeros((), x.dtype), pads)
     height, width = ((x.shape[axis] - 1) // stride * stride + 1 for axis in layout.spatial_axes)
-    # Rows and columns are axes 1 and 2 of both layouts.
+    # Rows and columns are axes 1 and 2 of both layouts. Indexing would become a gather where the batch size is symbolic.
+    first, last = padded.shape[0], padded.shape[3]
     return sum(
-        padded[:, i : i + height : stride, j : j + width : stride] * along(kernel[i, j, 0], layout.channel_axis)
+        lax.slice(padded, (0, i, j, 0), (first, i + height, j + width, last), (1, stride, stride, 1))
+        * along(kernel[i, j, 0], layout.channel_axis)
         for i in range(size)
         for j in range(size)
     )
