@@ -141,7 +141,7 @@ class _Writer:
         values: dict[Any, _Array] = {}
 
         def read(atom: Any) -> _Array:
-            return known(np.asarray(atom.val)) if hasattr(atom, "val") else values[atom]
+            return known(np.asarray(atom.val, atom.aval.dtype)) if hasattr(atom, "val") else values[atom]
 
         values |= zip(jaxpr.constvars, (known(np.asarray(constant)) for constant in constants), strict=True)
         values |= zip(jaxpr.invars, arguments, strict=True)
@@ -429,6 +429,23 @@ def _sliced(writer: _Writer, x: _Array, parts: Sequence[tuple[Any, Any, int]], s
     return x._replace(name=name, shape=tuple(shape))
 
 
+def _gather(writer: _Writer, equation: Any, x: _Array, starts: _Array) -> _Array:
+    """A slice, which is what indexing becomes where the batch size is symbolic."""
+    spec, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    result = equation.outvars[0].aval.shape
+    is_slice = starts.known is not None and starts.known.ndim == 1 and not spec.operand_batching_dims
+    if not is_slice or spec.offset_dims != tuple(range(len(result))):
+        raise InputError(f"{writer._network}: cannot be written as ONNX: it picks elements in an unusual way")
+    x = writer.stretched(x, equation.invars[0].aval.shape)
+    first = dict(zip(spec.start_index_map, starts.known.tolist(), strict=True))
+    parts = [
+        (first.get(axis, 0), side if first.get(axis, 0) == 0 else first[axis] + side, 1)
+        for axis, side in enumerate(sizes)
+    ]
+    x = _sliced(writer, x, parts, sizes)
+    return _reshaped(writer, x, result) if spec.collapsed_slice_dims else x
+
+
 def _pad(writer: _Writer, equation: Any, x: _Array, filling: _Array) -> _Array:
     config, shape = equation.params["padding_config"], equation.invars[0].aval.shape
     if any(interior for _, _, interior in config) or filling.known is None:
@@ -509,6 +526,7 @@ _TRANSLATIONS: Mapping[str, Callable[..., _Array]] = {
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,
     "slice": _slice,
+    "gather": _gather,
     "pad": _pad,
     "concatenate": _concatenate,
 }
