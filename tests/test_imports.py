@@ -65,6 +65,7 @@ def test_no_module_imports_itself_through_others():
     [
         ("flax", "models"),
         ("orbax", "training/checkpoint.py"),
+        ("http", "exchange/http.py"),
         ("safetensors", "exchange/safetensors_files.py"),
         ("torch", "benchmarking"),
         ("tyro", "run/command_line.py"),

@@ -8,6 +8,7 @@ ONNX has channels first, JAX has them last. Instead of transposing at every conv
 order the graph stores its axes (`_Array.order`), and an array is transposed only where two orders meet.
 """
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from bdjax import atomic
+from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
-from bdjax.exchange import extras
+from bdjax.exchange import extras, saved_model
 from bdjax.exchange.onnx_reader import normalisation
-from bdjax.models import make_model, normalised
 from bdjax.types import Model, PyTree
 
 OPSET = 18
@@ -92,7 +94,13 @@ def to_onnx(
         return network.apply(variables, images, train=False).logits
 
     (batch,) = export.symbolic_shape("batch")
-    traced = jax.make_jaxpr(logits)(jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
+    try:
+        traced = jax.make_jaxpr(logits)(jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32))
+    except Exception as error:  # a shape that depends on the number of images in a way that JAX cannot express
+        raise InputError(
+            f"{model.description}: cannot be written as ONNX for any number of images ({one_line(error)[:200]}); build it with "
+            "the native lowering"
+        ) from error
     writer = _Writer(model.description)
     images = _Array(None, INPUT, _FROM_NHWC, (batch, *image_shape))
     (found,) = writer.run(traced.jaxpr, traced.consts, [images])
@@ -114,12 +122,20 @@ def to_onnx(
     return made.SerializeToString()
 
 
+def write(path: pathlib.Path, model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> None:
+    """Write `to_onnx`'s model to a file; arguments and errors as there.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    atomic.write_bytes(path, to_onnx(model, variables, image_shape))
+
+
 def _native(model: Model) -> Model:
     about = model.architecture
     if about is None:
         return model
-    network = make_model(about.name, model.num_classes, about.width, "native")
-    return normalised(network, about.mean, about.std) if about.mean else network
+    return saved_model.build(about, model.num_classes, "native", "float32")
 
 
 # ---- The graph --------------------------------------------------------------------------------------------------------

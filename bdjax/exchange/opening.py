@@ -2,8 +2,9 @@
 
     FOLDER                                  a saved model (model.json), or a model folder (about.json)
     FILE.safetensors:ARCH[:NAMING[:NORM]]   tensors with torch's names or ours, see `bdjax.exchange.naming`
-    FILE.onnx                               asked through onnxruntime
-    http://HOST:PORT/PATH                   asked over HTTP
+    FILE.onnx[:SETTING[:SETTING...]]        asked through onnxruntime; a setting is nchw or nhwc, the order of its input's axes,
+                                            output=NAME, the output that is used, or a normalisation as above
+    http://HOST:PORT/PATH                   asked over HTTP, in JSON if ?format=json is added
 
 The first two are white boxes, with weights and gradients; the others only answer.
 """
@@ -27,6 +28,7 @@ from bdjax.types import Classifier, Model, PyTree
 
 FORMS = "FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://HOST:PORT/PATH"
 _SAFETENSORS = re.compile(r"(?P<path>.+?\.safetensors)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
+_ONNX = re.compile(r"(?P<path>.+?\.onnx)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
 
 
 class Opened(NamedTuple):
@@ -93,13 +95,15 @@ def open_model(
         )
         about = {"classes": num_classes, "image_shape": list(image_shape), "description": found.model.description}
         return Opened(text, _digest(about, found.naming, found.sha256), found.model, found.variables)
-    if path.suffix.lower() == ".onnx":
+    if match := _ONNX.fullmatch(text):
         from bdjax.exchange import onnx_reader
 
-        classifier = onnx_reader.read(path, num_classes, image_shape, outputs=outputs)
-        with safetensors_files.open_file(path, safetensors_files.MAXIMUM_BYTES, "ONNX files") as file:
+        path, settings = pathlib.Path(match["path"]), _onnx_settings(match["path"], match["rest"], image_shape[2])
+        classifier = onnx_reader.read(path, num_classes, image_shape, outputs=outputs, **settings)
+        with safetensors_files.open_file(path, onnx_reader.MAXIMUM_BYTES, "ONNX models") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Opened(text, _digest({"outputs": outputs}, digest), classifier=classifier)
+        facts = {"outputs": outputs, **({"settings": settings} if settings else {})}
+        return Opened(text, _digest(facts, digest), classifier=classifier)
     bare = pathlib.Path(text.rsplit(":", 1)[0]) if ":" in text and not path.exists() else path
     if bare.exists():
         safetensors_files.refuse_pickle(bare)
@@ -178,6 +182,20 @@ def _parts(text: str, rest: str | None) -> tuple[str, str | None, str | None]:
     if parts[0] not in MODELS:
         raise InputError(f"{text}: unknown architecture {shown(parts[0])}; architectures are {', '.join(MODELS)}")
     return tuple((*parts, None, None)[:3])
+
+
+def _onnx_settings(path: str, rest: str | None, channels: int) -> dict[str, Any]:
+    """SETTING[:SETTING...] -> arguments of `onnx_reader.read`."""
+    settings: dict[str, Any] = {}
+    for part in (rest or "").split(":"):
+        if part in ("nchw", "nhwc"):
+            settings["layout"] = part
+        elif part.startswith("output="):
+            settings["output"] = part.removeprefix("output=")
+        elif part:
+            mean, std = weights.statistics(pathlib.Path(path), part, channels)
+            settings |= {"mean": mean or None, "std": std or None}
+    return settings
 
 
 def _digest(facts: Mapping[str, Any], *texts: str) -> str:

@@ -75,7 +75,7 @@ def read(
     path = pathlib.Path(path)
     if architecture not in MODELS:
         raise InputError(f"{path}: unknown architecture {architecture!r}; architectures are {', '.join(MODELS)}")
-    mean, std = _statistics(path, normalisation, image_shape[2])
+    mean, std = statistics(path, normalisation, image_shape[2])
     with safetensors_files.opened(path) as file:
         originals = names.without_prefix(file.tensors)
         found = {name: file.tensors[original].shape for name, original in originals.items()}
@@ -179,10 +179,19 @@ def _hint(architecture: str, found: Mapping[str, tuple[int, ...]]) -> str:
     return f"; it looks like {name}" if name in MODELS and name != architecture else ""
 
 
-def _statistics(
+def statistics(
     path: pathlib.Path, normalisation: Normalisation, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std), or two times () for no normalisation."""
+    """(mean, std) of every channel, or two times () for no normalisation.
+
+    Args:
+        path: the file that the normalisation is for, for error messages.
+        normalisation: see `Normalisation`.
+        channels: of the images.
+
+    Raises:
+        InputError: it is no normalisation of such images.
+    """
     if normalisation is None or normalisation == "none":
         return (), ()
     if isinstance(normalisation, str) and normalisation not in NORMALISATIONS:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bdjax.datasets import archives
-from bdjax.datasets.archives import GzipStream, Limits, open_npz, open_zip, read_tar_gz
+from bdjax.datasets.archives import GzipStream, Limits, open_npz, open_zip, read_npy, read_tar_gz
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.flowers17 import load_flowers17
 from bdjax.datasets.gtsrb import load_gtsrb
@@ -338,3 +338,26 @@ def test_a_gigabyte_is_enough_to_refuse(folder):
     lines = done.stdout.splitlines()
     assert len(lines) == 7 + 6 + 3 + len(PICKLE_FAULTS) and all(line.startswith("refused ") for line in lines)
     assert "MemoryError" not in done.stdout and "Cannot allocate" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3)), np.array(1)]
+)
+def test_an_array_in_memory_is_read(array):
+    found = read_npy(npy(array), "answer")
+    np.testing.assert_array_equal(found, array)
+    assert found.dtype == array.dtype
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "^answer: is no intact array in NumPy's .npy format"),
+        (npy(np.arange(3))[:-1], "^answer: is no intact array .*, but its header says"),
+        (npy(np.arange(3)) + b"x", "^answer: is no intact array .*, but its header says"),
+        (npy(np.array([None])), "^answer: is an array of objects, which are pickles"),
+    ],
+)
+def test_what_is_no_array_in_memory_is_one_line(data, message):
+    with pytest.raises(InputError, match=message):
+        read_npy(data, "answer")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange.onnx_reader import read
 from bdjax.exchange.onnx_writer import to_onnx
@@ -89,7 +90,9 @@ OTHERS = {
     "no pool": shifted_pool,
     "cropped": lambda x: head(lax.pad(x, 0.5, ((0, 0, 0), (-1, 2, 0), (1, -2, 0), (0, 1, 0)))),
     "transposed": lambda x: head(jnp.transpose(jnp.transpose(x, (0, 3, 1, 2)) * 2, (0, 2, 3, 1)) + x),
-    "flattened": lambda x: x[:, 1:3, 5:].reshape(-1, 18) @ np.linspace(-1, 1, 90, dtype=np.float32).reshape(18, CLASSES),
+    "flattened": lambda x: (
+        x[:, 1:3, 5:].reshape(-1, 18) @ np.linspace(-1, 1, 90, dtype=np.float32).reshape(18, CLASSES)
+    ),
     "picked": lambda x: head(x[:, 3:5] + x[:, None, 2]),
     "activations": lambda x: head(
         jax.nn.gelu(x - 0.5) + jax.nn.silu(x) + jnp.tanh(x) + jax.nn.leaky_relu(x - 0.5) + x**3
@@ -133,6 +136,19 @@ def test_normalisation_is_inside():
     expected = run(to_onnx(plain, variables, shape), ((images - MEAN) / STD).astype(np.float32))
     for data in (inside, added):
         np.testing.assert_allclose(run(data, images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("lowering", ["native", "shifted"])
+def test_two_networks_that_abm_combines(lowering):
+    shape = (8, 8, 1)
+    parts = [make_model("lenet", CLASSES, lowering=lowering), make_model("vbd_4_4p", CLASSES, lowering=lowering)]
+    model = defended_model(*parts)
+    variables = {**random_variables(model, shape), "gamma": np.float32(0.8), "delta": np.float32(2.5)}
+    if lowering == "native":
+        check_written(model, variables, shape, to_onnx(model, variables, shape))
+    else:
+        with pytest.raises(InputError, match="for any number of images .*; build it with the native lowering$"):
+            to_onnx(model, variables, shape)
 
 
 def test_a_file_is_plain_and_names_its_ends(tmp_path):
