@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         detect,
         evaluate,
         load,
+        load_model,
         load_suspect,
         poison,
+        save_model,
         ta_kd,
         train,
     )
@@ -44,8 +46,10 @@ __all__ = [
     "detect",
     "evaluate",
     "load",
+    "load_model",
     "load_suspect",
     "poison",
+    "save_model",
     "ta_kd",
     "train",
 ]

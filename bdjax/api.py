@@ -8,6 +8,7 @@ Settings default to the papers', whatever the dataset; `like="digits"` takes the
 `preset="quick"` those that suit small networks and few rows.
 """
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -39,6 +40,8 @@ from bdjax.evaluation import teachers as suspect_models
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import Recipes, SuspectTeachers
 from bdjax.evaluation.variants import NO_ATTACK, NOT_TESTED, AttackVariant, facts_of, read_defense
+from bdjax.exchange import saved_model, weights
+from bdjax.exchange.leaving import Export, leave
 from bdjax.losses import Direction
 from bdjax.metrics import clean_accuracy, measure_attack
 from bdjax.models import MODELS, make_model
@@ -74,8 +77,10 @@ __all__ = [
     "detect",
     "evaluate",
     "load",
+    "load_model",
     "load_suspect",
     "poison",
+    "save_model",
     "ta_kd",
     "train",
 ]
@@ -177,6 +182,76 @@ class Network:
         return logits if self.seeds else logits[0]
 
     __call__ = predict
+
+
+def load_model(
+    path: str | pathlib.Path,
+    model: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+    *,
+    num_classes: int | None = None,
+    naming: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """Load a network: one that a run or `save_model` has left, or weights from elsewhere. Nothing in a file is run.
+
+    Args:
+        path: the folder of a saved model, or a safetensors file.
+        model: of a safetensors file: the architecture, a key of `MODELS`.
+        image_shape: of a safetensors file: (H, W, C).
+        num_classes: of a safetensors file: K; None for that of its last layer.
+        naming: of a safetensors file: whose names the tensors have, torchvision, timm, kuangliu or flax; None to see it from
+            the names.
+        mean, std: of a safetensors file: the normalisation of pixels in [0, 1] that the network was trained with, C numbers
+            each; None for none. It becomes part of the network.
+
+    Raises:
+        InputError: the file is damaged, a pickle, or holds another network.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        if model or image_shape or num_classes or naming or mean or std:
+            raise InputError(f"{path}: a saved model says itself what it is; leave out everything but its folder")
+        found = saved_model.read(path)
+        shape, count = found.about.image_shape, found.about.members
+    else:
+        if model is None or image_shape is None:
+            raise InputError(f"{path}: load_model needs the architecture and the image shape of a file of weights")
+        if (mean is None) != (std is None):
+            raise InputError(f"{path}: give both mean and std, or neither")
+        normalisation = None if mean is None else (mean, std)
+        found = weights.read(path, model, num_classes, tuple(image_shape), naming, normalisation)
+        shape, count = tuple(image_shape), 1
+    seeds = count if count > 1 else None
+    return Network(found.model, _squeezed(found.variables, seeds), shape, found.model.architecture.width, seeds)
+
+
+def save_model(
+    network: Network,
+    folder: str | pathlib.Path,
+    class_names: Sequence[str] = (),
+    exports: Sequence[Export] = (),
+) -> None:
+    """Save a network as model.safetensors and model.json, which `load_model` reads; bit by bit the same.
+
+    Args:
+        network: from `train`, `defend`, `ta_kd` or `load_model`; several seeds are saved together.
+        folder: created if needed.
+        class_names: empty, or K names.
+        exports: further files for other programs, of a single network: "stablehlo", "onnx" (with the extra `onnx`).
+
+    Raises:
+        InputError: the network is not one of `MODELS`, such as a pruned one or two that correct each other.
+    """
+    if not isinstance(network, Network):
+        raise InputError(f"save_model: the network is a {type(network).__name__}; it must be a trained network")
+    if class_names and len(class_names) != network.model.num_classes:
+        raise InputError(f"save_model: {len(class_names)} class names for {network.model.num_classes} classes")
+    variables, shape = _stacked(network, network.seeds or 1), network.image_shape
+    names = tuple(map(str, class_names))
+    if not leave(pathlib.Path(folder), network.model, variables, shape, class_names=names, exports=exports):
+        raise InputError(f"save_model: {network.model.description} is no network that a file can describe")
 
 
 @dataclass(frozen=True, eq=False)

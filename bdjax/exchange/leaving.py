@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from bdjax import atomic
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model, stablehlo
 from bdjax.training import ensemble, processes
@@ -90,4 +91,4 @@ def export(
     else:
         from bdjax.exchange import onnx_writer
 
-        onnx_writer.write(path, native, variables, image_shape)
+        atomic.write_bytes(path, onnx_writer.to_onnx(native, variables, image_shape))

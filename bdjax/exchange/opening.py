@@ -86,7 +86,7 @@ def open_model(
         classifier = http.connect(text, num_classes, image_shape, outputs=outputs, store=store)
         return Opened(text, hashlib.sha256(f"{text} {outputs}".encode()).hexdigest(), classifier=classifier)
     path = pathlib.Path(text)
-    if _is_folder(path):
+    if text and _is_folder(path):
         return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, target)
     if match := _SAFETENSORS.fullmatch(text):
         path, (name, naming, normalisation) = pathlib.Path(match["path"]), _parts(text, match["rest"])
@@ -104,11 +104,10 @@ def open_model(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         facts = {"outputs": outputs, **({"settings": settings} if settings else {})}
         return Opened(text, _digest(facts, digest), classifier=classifier)
-    bare = pathlib.Path(text.rsplit(":", 1)[0]) if ":" in text and not path.exists() else path
-    if bare.exists():
-        safetensors_files.refuse_pickle(bare)
-    if not bare.exists():
-        raise InputError(f"{text}: does not exist; a model is {FORMS}")
+    bare = path if _exists(path) or ":" not in text else pathlib.Path(text.split(":", 1)[0])
+    if not text or not _exists(bare):
+        raise InputError(f"{shown(text)} does not exist; a model is {FORMS}")
+    safetensors_files.refuse_pickle(bare)
     raise InputError(f"{text}: is no form of a model that is known by its name; a model is {FORMS}")
 
 
@@ -116,6 +115,13 @@ def _is_folder(path: pathlib.Path) -> bool:
     try:
         return path.is_dir()
     except (OSError, ValueError):  # a null byte, or a name that is too long
+        return False
+
+
+def _exists(path: pathlib.Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
         return False
 
 

@@ -25,7 +25,8 @@ from bdjax.errors import InputError
 
 MAXIMUM_BYTES = 1 << 33
 """the largest file that is read"""
-_MAXIMUM_HEADER = 1 << 24
+_MAXIMUM_HEADER = 1 << 22
+_MAXIMUM_TENSORS = 10_000
 _MAXIMUM_AXES = 8
 _WEIGHTS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _COUNTER = "num_batches_tracked"
@@ -156,6 +157,8 @@ def _read_header(path: pathlib.Path, file: BinaryIO) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is a {type(header).__name__}; should be an object from names to tensors")
     header.pop("__metadata__", None)
+    if len(header) > _MAXIMUM_TENSORS:
+        raise InputError(f"{path}: has {len(header)} tensors; at most {_MAXIMUM_TENSORS} are read")
     found = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     end = 8 + length
     for name, tensor in sorted(found.items(), key=lambda item: (item[1].start, item[1].num_bytes)):

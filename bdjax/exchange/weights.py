@@ -45,7 +45,7 @@ class Weights(NamedTuple):
 def read(
     path: pathlib.Path,
     architecture: str,
-    num_classes: int,
+    num_classes: int | None,
     image_shape: tuple[int, int, int],
     naming: str | None = None,
     normalisation: Normalisation = None,
@@ -58,7 +58,7 @@ def read(
     Args:
         path: the file.
         architecture: a key of `bdjax.models.MODELS`.
-        num_classes: K of the data.
+        num_classes: K of the data; None for that of the file.
         image_shape: (H, W, C) of the data.
         naming: who named the tensors, one of `bdjax.exchange.naming.NAMINGS`; None to see it from the names.
         normalisation: of pixels in [0, 1], which becomes part of the network.
@@ -79,12 +79,19 @@ def read(
     with safetensors_files.opened(path) as file:
         originals = names.without_prefix(file.tensors)
         found = {name: file.tensors[original].shape for name, original in originals.items()}
-        ours = _shapes(architecture, num_classes, _USUAL_WIDTH, image_shape)
+        ours = _shapes(architecture, num_classes or 2, _USUAL_WIDTH, image_shape)
         naming = naming or names.detect(architecture, ours, found)
         sources = names.sources(architecture, naming, ours)
-        _check_classes(path, found, sources, num_classes)
-        width, ours = _fitting_width(architecture, num_classes, image_shape, found, sources, ours)
-        theirs = {source.name: names.their_shape(ours[our], source) for our, source in sources.items()}
+        classes = _num_classes(found, sources) or num_classes or 2
+        if num_classes and classes != num_classes:
+            raise InputError(
+                f"{path}: the network has {classes} classes; the data has {num_classes}; both must be the same"
+            )
+        if classes < 2:
+            raise InputError(f"{path}: the network has a single output; a classifier has at least 2 classes")
+        num_classes, ours = classes, ours if num_classes else _shapes(architecture, classes, _USUAL_WIDTH, image_shape)
+        width, ours, sources = _fitting_width(architecture, num_classes, image_shape, found, naming, ours)
+        theirs = _theirs(ours, sources)
         check_fits(
             found, theirs, f"{path}: should hold {architecture} as named by {naming}", _hint(architecture, found)
         )
@@ -118,18 +125,11 @@ def _shapes(
     return {path: leaves[path].shape for path in in_order}
 
 
-def _check_classes(
-    path: pathlib.Path,
-    found: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, names.Source],
-    num_classes: int,
-) -> None:
+def _num_classes(found: Mapping[str, tuple[int, ...]], sources: Mapping[str, names.Source]) -> int | None:
+    """The number of classes by the shape of the file's last layer; None if it has none that fits."""
     source = sources["params/classifier/kernel"]
-    shape, place = found.get(source.name, ()), 0 if source.axes else 1
-    if len(shape) == 2 and shape[place] != num_classes:
-        raise InputError(
-            f"{path}: the network has {shape[place]} classes; the data has {num_classes}; both must be the same"
-        )
+    shape = found.get(source.name, ())
+    return shape[0 if source.axes else 1] if len(shape) == 2 else None
 
 
 def _fitting_width(
@@ -137,29 +137,35 @@ def _fitting_width(
     num_classes: int,
     image_shape: tuple[int, int, int],
     found: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, names.Source],
+    naming: str,
     ours: dict[str, tuple[int, ...]],
-) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """The width with which the most tensors fit, and the shapes of our tensors with it."""
+) -> tuple[int, dict[str, tuple[int, ...]], dict[str, names.Source]]:
+    """The width with which the most tensors fit; and with it the shapes of our tensors, and where each comes from."""
+    sources = names.sources(architecture, naming, ours)
+    fits = {_USUAL_WIDTH: (ours, sources)}
     kernels = [path for path, shape in ours.items() if len(shape) == 4]
-    candidates = []
     for path in (*kernels[:1], *kernels[-1:]):
         source = sources[path]
         shape = found.get(source.name, ())
-        if len(shape) == 4:
-            outputs = shape[0] if source.axes else shape[3]
-            candidates.append(round(outputs * _USUAL_WIDTH / ours[path][3]))
+        if len(shape) != 4:
+            continue
+        width = round((shape[0] if source.axes else shape[3]) * _USUAL_WIDTH / ours[path][3])
+        if width not in fits and not mistake(Width, width):
+            shapes = _shapes(architecture, num_classes, width, image_shape)
+            fits[width] = shapes, names.sources(architecture, naming, shapes)
 
-    def fitting(shapes: Mapping[str, tuple[int, ...]]) -> int:
-        return sum(
-            found.get(source.name) == names.their_shape(shapes[path], source) for path, source in sources.items()
-        )
+    def fitting(width: int) -> float:
+        """The share of tensors that fit; those of the file that the network has not count too."""
+        theirs = _theirs(*fits[width])
+        return sum(found.get(name) == shape for name, shape in theirs.items()) / len({*theirs, *found})
 
-    fits = {_USUAL_WIDTH: ours}
-    for width in dict.fromkeys(candidates):
-        if fitting(fits[_USUAL_WIDTH]) < len(ours) and width not in fits and not mistake(Width, width):
-            fits[width] = _shapes(architecture, num_classes, width, image_shape)
-    return max(fits.items(), key=lambda item: fitting(item[1]))
+    width = max(fits, key=fitting)
+    return width, *fits[width]
+
+
+def _theirs(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, names.Source]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that a file of our tensors has."""
+    return {source.name: names.their_shape(shapes[path], source) for path, source in sources.items()}
 
 
 def _hint(architecture: str, found: Mapping[str, tuple[int, ...]]) -> str:
