@@ -336,7 +336,8 @@ def known_operators():
 
 
 def test_the_operators_that_are_run_exist_and_have_no_graphs():
-    assert known_operators() >= onnx_reader.OPERATORS - {"Upsample", "Swish"}
+    newer = {"Attention", "RMSNormalization", "Swish"}  # than the oldest supported version of onnx; Upsample is older
+    assert known_operators() >= onnx_reader.OPERATORS - newer - {"Upsample"}
     graphs = {
         schema.name
         for schema in onnx.defs.get_all_schemas()
