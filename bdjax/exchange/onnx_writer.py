@@ -305,16 +305,18 @@ def _max_pool(writer: _Writer, x: _Array, y: _Array) -> _Array | None:
     first, second = (writer.windows.get(value.name) for value in (x, y))
     if not first or not second or second != first._replace(start=first.start + first.length, length=second.length):
         return None
-    side = first.source.shape[first.source.order[first.axis]]
-    joined = first._replace(length=first.length + second.length)
-    is_whole = (side - joined.length) // joined.stride + 1 == x.shape[x.order[first.axis]]
-    if x.shape != y.shape or len(x.shape) != 4 or first.axis < 2 or first.start or not is_whole:
+    if x.shape != y.shape or len(x.shape) != 4 or first.axis < 2 or first.start:
         return None
-    kernel, strides = [1, 1], [1, 1]
-    kernel[first.axis - 2], strides[first.axis - 2] = joined.length, joined.stride
-    name = writer.add("MaxPool", [first.source.name], kernel_shape=kernel, strides=strides)
-    writer.windows[name] = joined
-    return x._replace(name=name)
+    joined = first._replace(length=first.length + second.length)
+    side = first.source.shape[first.source.order[first.axis]]
+    if (side - joined.length) // joined.stride + 1 == x.shape[x.order[first.axis]]:
+        kernel, strides = [1, 1], [1, 1]
+        kernel[first.axis - 2], strides[first.axis - 2] = joined.length, joined.stride
+        found = x._replace(name=writer.add("MaxPool", [first.source.name], kernel_shape=kernel, strides=strides))
+    else:  # a window that ends before the edge; the next slice may complete it
+        found = _together(writer, "Max", x, y)
+    writer.windows[found.name] = joined
+    return found
 
 
 def _rsqrt(writer: _Writer, equation: Any, x: _Array) -> _Array:
