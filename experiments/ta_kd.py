@@ -4,7 +4,7 @@
     python experiments/ta_kd.py --dataset=mnist                     # narrower networks and fewer rows than in the paper
     python experiments/ta_kd.py --dataset=cifar10 --preset=paper    # the paper to the letter: for a GPU
     python experiments/ta_kd.py --preset=strong                     # the same attack, a better defender
-    python experiments/ta_kd.py --teachers=FOLDER                   # third-party teachers in place of an attack
+    python experiments/ta_kd.py --teachers a/ b.safetensors:resnet18_cifar c.onnx   # third-party teachers, no attack
 
 The first takes two to four minutes on two CPU cores. The same command continues an
 interrupted run, and ends at the same numbers. Everything is written to one folder (`--output`, by default in `runs/ta_kd/`);
