@@ -229,6 +229,52 @@ class TestTrain:
             refused(r"this network takes uint8, or floats in 0..1, of shape \[rows, 8, 8, 1\]", victim.predict, images)
 
 
+class TestLoadAndSave:
+    def network(self, seeds=None):
+        """Random weights; nothing is trained."""
+        model, count = api.make_model("lenet", 3), seeds or 1
+        shapes = api.ensemble.trained_like(model, (8, 8, 1), count, 0).variables
+        draw = np.random.default_rng(0)
+        variables = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)
+        variables = variables if seeds else jax.tree.map(lambda leaf: leaf[0], variables)
+        return api.Network(model, variables, (8, 8, 1), 64, seeds)
+
+    @pytest.mark.parametrize("seeds", [None, 2])
+    def test_a_network_comes_back_as_it_was(self, tmp_path, seeds):
+        network = self.network(seeds)
+        bdjax.save_model(network, tmp_path / "lenet", ["a", "b", "c"])
+        found = bdjax.load_model(tmp_path / "lenet")
+        assert (found.seeds, found.image_shape, found.width) == (seeds, (8, 8, 1), 64)
+        for ours, theirs in zip(*(jax.tree.leaves(of.variables) for of in (network, found)), strict=True):
+            assert np.array_equal(ours, theirs)
+
+    def test_a_file_of_weights_needs_its_architecture(self, tmp_path):
+        bdjax.save_model(self.network(), tmp_path)
+        path = tmp_path / "model.safetensors"
+        found = bdjax.load_model(path, "lenet", (8, 8, 1), mean=[0.5], std=[0.25])
+        assert found.model.num_classes == 3 and found.model.architecture.mean == (0.5,)
+        for arguments, options, message in [
+            ((path,), {}, "needs the architecture and the image shape"),
+            ((path, "lenet", (8, 8, 1)), {"mean": [0.5]}, "give both mean and std"),
+            ((path, "lenet", (8, 8, 1)), {"num_classes": 4}, "the network has 3 classes"),
+            ((tmp_path, "lenet"), {}, "a saved model says itself what it is"),
+        ]:
+            with pytest.raises(bdjax.InputError, match=message):
+                bdjax.load_model(*arguments, **options)
+
+    def test_what_cannot_be_saved(self, tmp_path):
+        network = self.network()
+        pruned = dataclasses.replace(network, model=network.model._replace(architecture=None))
+        for saved, names, message in [
+            (pruned, (), "no network that a file can describe"),
+            (network, ["a"], "1 class names for 3 classes"),
+            (network.model, (), "must be a trained network"),
+        ]:
+            with pytest.raises(bdjax.InputError, match=message):
+                bdjax.save_model(saved, tmp_path / "none", names)
+        assert not (tmp_path / "none").exists()
+
+
 class TestEvaluate:
     def test_any_callable_is_measured(self, bad):
         def always_one(images):

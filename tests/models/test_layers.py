@@ -21,6 +21,7 @@ from bdjax.models.layers import (
     default_lowering,
     layout_of,
     max_pool,
+    max_pool_3x3,
     normalise_batch,
     relu,
     scale_channels,
@@ -480,3 +481,18 @@ def test_a_fully_connected_layer_flattens_pixels_in_the_order_of_nhwc(lowering):
     y = jax.jit(lambda params: layout.to_nhwc(module.apply({"params": params}, layout.from_nhwc(x))))(params)
     expected = np.asarray(x).reshape(5, 24) @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
     np.testing.assert_allclose(y, expected[:, None, None, :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("axes", "shape"), [((1, 2), (2, 7, 4, 3)), ((1, 2), (2, 1, 8, 3))])
+def test_pooling_of_imagenet_stems_takes_the_largest_of_nine(axes, shape):
+    x = np.asarray(draw(0, *shape))
+    padded = np.pad(x, [(1, 1) if axis in axes else (0, 0) for axis in range(4)], constant_values=-np.inf)
+    rows, columns = ((shape[axis] - 1) // 2 + 1 for axis in axes)
+    expected = np.stack(
+        [
+            padded[:, i : i + 2 * rows : 2, j : j + 2 * columns : 2][:, :rows, :columns]
+            for i in range(3)
+            for j in range(3)
+        ]
+    ).max(axis=0)
+    np.testing.assert_array_equal(jax.jit(max_pool_3x3, static_argnums=1)(x, axes), expected)

@@ -337,3 +337,21 @@ def test_black_boxes_cannot_be_fine_tuned(teachers):
     text = ta_kd.verdict(results).text
     assert "fine-tuned" not in text
     assert "Soft vote has ASR 0.310, hard vote 0.320." in text
+
+
+def test_agreement_needs_no_trigger_and_no_label():
+    found = ta_kd.agreement(logits([[0, 1, 2, 1], [0, 1, 2, 2], [0, 1, 0, 1]]), ["a", "b", "c"])
+    assert found["pairs"] == [[1, 0.75, 0.75], [0.75, 1, 0.5], [0.75, 0.5, 1]]
+    assert found["vote"] == [0, 0.25, 0.25]  # the vote is 0, 1, 2, 1
+    table = ta_kd.agreement_table({"agreement": found, "test_rows": 4})
+    assert table.header == ("teacher", "1", "2", "3", "not the vote")
+    assert table.rows[1] == ("2: b", 0.75, 1, 0.5, 0.25)
+
+
+def test_the_verdict_on_third_party_teachers_says_what_was_measured():
+    agreement = {"agreement": {"vote": [0.1, 0.3]}}
+    known = ta_kd.verdict(measured() | agreement)
+    assert known.headline.startswith("The backdoors are removed under the 7 known triggers: mean ASR 0.010")
+    unknown = ta_kd.verdict(measured(teachers=None) | agreement)
+    assert unknown.level == "info" and "differs from the vote on 20.0% of the test rows" in unknown.text
+    assert "Not measured: ASR and R-ACC; that a backdoor is gone does not follow" in unknown.text

@@ -16,15 +16,21 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from bdjax.attacks.providers import make_provider_triggers
 from bdjax.errors import InputError
+from bdjax.exchange import saved_model
+from bdjax.exchange.opening import Opened
+from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.results import find
 from bdjax.run import command_line, config
 from bdjax.run.config import flag
+from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
 from experiments import ta_kd
@@ -252,6 +258,67 @@ def test_third_party_teachers_without_their_triggers(finished, third_party, tmp_
         assert cell["summary"]["cda"] == with_triggers["summary"]["cda"]
     assert "triggers are " in (tmp_path / "unknown" / "report.html").read_text()
     assert not (tmp_path / "unknown" / "triggers.png").exists()
+
+
+def opened(name, model=None, count=0, triggers=None):
+    variables = {"params": jnp.arange(count, dtype=jnp.float32)} if count else None
+    classifier = None if count else lambda images: np.zeros((len(images), 10))
+    return Opened(name, f"digest of {name}", model, variables, classifier, triggers)
+
+
+def test_what_teachers_of_several_kinds_have_in_common():
+    two, one = make_model("lenet", 10), make_model("resnet10", 10, 4)
+    triggers = [make_provider_triggers(jax.random.key(s), (8, 8, 1), count) for s, count in enumerate((2, 1))]
+    pair, single, black = opened("a", two, 2, triggers[0]), opened("b", two, 1, triggers[1]), opened("c.onnx")
+    assert workflow.is_one_architecture([pair, single]) and not workflow.is_one_architecture([pair, black])
+    assert not workflow.is_one_architecture([pair, opened("d", one, 1)])
+    assert not workflow.is_one_architecture([black])
+    assert workflow.names_of([pair, black], []) == ["a, network 1", "a, network 2", "c.onnx"]
+    assert workflow.digest_of([pair]) == "digest of a" != workflow.digest_of([pair, single])
+    joined = workflow.join_triggers([pair, single])
+    assert joined.names == (*triggers[0].names, *triggers[1].names) and len(joined.similar_group) == 3
+    assert all(len(leaf) == 3 for leaf in joined.params) and workflow.join_triggers([pair, black]) is None
+    taken = workflow.take_teachers(tiny(pathlib.Path("run"), seeds=2), [pair, single])
+    assert taken.per_seed == 3 and taken.variables["params"].tolist() == [0, 1, 0, 0, 1, 0]
+
+
+def test_teachers_of_several_kinds_answer_in_the_order_of_the_command_line():
+    def predict(model, variables, images):
+        return np.full((2, len(images), 10), 5.0) + np.asarray(variables["params"])[:, None, None]
+
+    third_party = [opened("c.onnx"), opened("a", make_model("lenet", 10), 2)]
+    answers = workflow.ask_teachers(tiny(pathlib.Path("run")), predict, 10, third_party)(
+        np.zeros((4, 8, 8, 1), np.uint8)
+    )
+    assert answers.shape == (3, 4, 10) and answers[:, 0, 0].tolist() == [0, 5, 6]
+
+
+def test_a_single_teacher_is_named_on_the_command_line_as_before(tmp_path):
+    for arguments, expected in [(["--teachers=a"], ("a",)), (["--teachers", "a", "b:c"], ("a", "b:c")), ([], None)]:
+        found = base.read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
+        assert found.teachers == expected
+    # The folder of a run on one folder of teachers is named as when there could be no more.
+    config = dataclasses.replace(ta_kd.preset("quick", "digits"), teachers=("a",))
+    expected = default_name("digits", "quick", {"teachers": "a"})
+    assert base.output_folder(ta_kd.EXPERIMENT, config).name == expected
+    with pytest.raises(InputError, match="--teachers"):
+        workflow.check(dataclasses.replace(config, teachers=("x" * 5000,)))
+
+
+@pytest.mark.slow
+def test_a_mixture_of_teachers_and_what_the_run_leaves(finished, tmp_path):
+    """A folder of several networks, a saved model and a file of weights, of two architectures."""
+    left = finished.folder / "models" / "student"
+    assert (finished.folder / "models" / "student-seed-1" / "model.json").is_file()
+    assert saved_model.read(left).about.made_by["role"] == "student"
+    texts = (str(finished.folder / "teachers" / "seed-0"), str(left), f"{left}/model.safetensors:lenet")
+    results = run(tiny(tmp_path / "run", teachers=texts, seeds=1, width=3))
+    found = results["agreement"]
+    assert found["teachers"] == [*(f"{texts[0]}, network {i}" for i in (1, 2, 3)), *texts[1:]]
+    assert found["pairs"][3][4] == 1  # the same network
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "models/aggregated, models/student" in page and "Agreement between the teachers" in page
+    assert f"--teachers {texts[0]} {texts[1]} {texts[2]}" in page
 
 
 @pytest.mark.slow
