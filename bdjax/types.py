@@ -191,6 +191,8 @@ class Model(NamedTuple):
     None for a model of other making"""
     architecture: Architecture | None = None
     """None for a model of other making, which no file can describe"""
+    parts: "tuple[Model, ...]" = ()
+    """the networks that it combines, if it combines several"""
 
 
 class ExtractedPattern(NamedTuple):

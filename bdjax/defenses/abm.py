@@ -131,7 +131,8 @@ def defended_model(teacher: Model, student: Model) -> Model:
         logits = corrected(teacher_output.logits, student_logits, variables["average"], gamma=gamma, delta=delta)
         return ModelOutput(logits, teacher_output.features, variables)
 
-    return Model(init, apply, teacher.num_classes, f"{teacher.description}, corrected by {student.description}")
+    description = f"{teacher.description}, corrected by {student.description}"
+    return Model(init, apply, teacher.num_classes, description, parts=(teacher, student))
 
 
 def average_activation(logits: np.ndarray, labels: np.ndarray, num_classes: int, average: str) -> np.ndarray:

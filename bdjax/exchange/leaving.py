@@ -1,23 +1,30 @@
 """Leaves a network in a folder, in every form in which others can run it.
 
-FOLDER/model.safetensors, model.json    always: a saved model
-FOLDER/model.stablehlo                  with `--export=stablehlo`
-FOLDER/model.onnx                       with `--export=onnx`, which needs the extra `onnx`
+    FOLDER/model.safetensors, model.json    always: a saved model
+    FOLDER/model.stablehlo                  with `--export stablehlo`
+    FOLDER/model.onnx                       with `--export onnx`, which needs the extra `onnx`
+
+ABM's network that another one corrects is left as two saved models, FOLDER/teacher and FOLDER/student, with the rule that
+combines their logits in FOLDER/correction.json; its further forms hold both networks and the rule.
 """
 
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
+import numpy as np
 
 from bdjax import atomic
+from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model, stablehlo
 from bdjax.training import ensemble, processes
 from bdjax.types import Model, PyTree
 
 Export = Literal["stablehlo", "onnx"]
+CORRECTION = "correction.json"
 
 
 def leave(
@@ -42,25 +49,29 @@ def leave(
         exports: further forms; only of a single network.
 
     Returns:
-        False, and nothing is written, if the model is none that a file can describe: a pruned or masked network, or two
-        networks of which one corrects the other.
+        False, and nothing is written, if the model is none that a file can describe: a pruned or masked network.
 
     Raises:
         InputError: an export that is not known, whose extra is not installed, or of several networks.
         OSError: a file cannot be written.
     """
-    if model.architecture is None:
-        return False
     count = ensemble.num_members(variables)
-    network = {part: variables[part] for part in ("params", "batch_stats")}
-    about = saved_model.About(
-        model.architecture, model.num_classes, tuple(image_shape), tuple(class_names), count, dict(made_by)
-    )
-    saved_model.write(folder, about, network)
     if exports and count > 1:
         raise InputError(f"{folder}: {count} networks; only a single network is exported")
+    if _is_corrected(model):
+        for part, network in zip(("teacher", "student"), model.parts, strict=True):
+            leave(folder / part, network, variables[part], image_shape, class_names=class_names, made_by=made_by)
+        _write_correction(folder / CORRECTION, variables)
+    elif model.architecture is None:
+        return False
+    else:
+        variables = {part: variables[part] for part in ("params", "batch_stats")}
+        about = saved_model.About(
+            model.architecture, model.num_classes, tuple(image_shape), tuple(class_names), count, dict(made_by)
+        )
+        saved_model.write(folder, about, variables)
     for form in exports:
-        export(folder / f"model.{form}", form, model, jax.tree.map(lambda leaf: leaf[0], network), image_shape)
+        export(folder / f"model.{form}", form, model, jax.tree.map(lambda leaf: leaf[0], variables), image_shape)
     return True
 
 
@@ -72,7 +83,7 @@ def export(
     Args:
         path: the file.
         form: stablehlo or onnx.
-        model: a network of `bdjax.models.make_model`; its lowering does not matter.
+        model: a network of `bdjax.models.make_model`, or ABM's of two; its lowering does not matter.
         variables: of a single network.
         image_shape: (H, W, C).
 
@@ -81,9 +92,9 @@ def export(
     """
     if form not in get_args(Export):
         raise InputError(f"export {form!r} is not one of {', '.join(get_args(Export))}")
-    if model.architecture is None:
+    native = _native(model)
+    if native is None:
         raise InputError(f"{path}: {model.description} is no network that can be exported")
-    native = saved_model.build(model.architecture, model.num_classes, "native", "float32")
     if not processes.is_primary():
         return
     if form == "stablehlo":
@@ -92,3 +103,26 @@ def export(
         from bdjax.exchange import onnx_writer
 
         atomic.write_bytes(path, onnx_writer.to_onnx(native, variables, image_shape))
+
+
+def _is_corrected(model: Model) -> bool:
+    """Whether a model is ABM's of two networks that files can describe."""
+    return len(model.parts) == 2 and all(part.architecture for part in model.parts)
+
+
+def _native(model: Model) -> Model | None:
+    """The same network in the native lowering and in float32; None for a model of other making."""
+    if model.architecture is not None:
+        return saved_model.build(model.architecture, model.num_classes, "native", "float32")
+    return defended_model(*map(_native, model.parts)) if _is_corrected(model) else None
+
+
+@processes.by_primary
+def _write_correction(path: pathlib.Path, variables: PyTree) -> None:
+    facts = {
+        "format": "bdjax correction",
+        "version": 1,
+        "logits": "teacher - delta * max(student - gamma * average, 0)",
+        **{name: np.asarray(variables[name]).tolist() for name in ("gamma", "delta", "average")},
+    }
+    atomic.write_bytes(path, f"{json.dumps(facts, indent=2)}\n".encode())
