@@ -14,6 +14,7 @@ import numpy as np
 from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
+from bdjax.exchange import extras
 from bdjax.exchange.leaving import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
@@ -98,6 +99,12 @@ class ExperimentConfig:
     """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """The setting of every run that leaves networks in models/."""
+
     export: tuple[Export, ...] = ()
     """further forms of the networks in models/, beside model.safetensors: stablehlo, onnx (with the extra onnx)"""
 
@@ -174,6 +181,11 @@ def check_ranges(config: Any) -> None:
                 check_path(flag(name), path)
         if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
             check_choice(flag(name), value, MODELS)
+    if isinstance(config, ExportConfig) and config.export:
+        if not getattr(config, "save_models", True):
+            raise InputError("--export needs the networks that --no-save-models leaves out; leave out one of the two")
+        if "onnx" in config.export:
+            extras.onnx()
     if isinstance(config, ExperimentConfig):
         if not config.dataset:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")

@@ -19,7 +19,7 @@ from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
 from bdjax.reporting.sections import file_name
-from bdjax.run.config import ALL, ExperimentConfig, adapted_to, check_ranges, check_recipe, load
+from bdjax.run.config import ALL, ExperimentConfig, ExportConfig, adapted_to, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value, shown
@@ -36,7 +36,7 @@ HYBRIDS = ("badnets+blended", "badnets+composite", "badnets+sig", "badnets+refoo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
+class Config(ExperimentConfig, ExportConfig):
     """Every setting of an attack run; `--preset` and `--dataset` decide the defaults of the others."""
 
     attack: str = "badnets"

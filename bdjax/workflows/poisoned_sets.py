@@ -34,7 +34,7 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.reporting import defenses
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, SuspectConfig, adapted_to, load, read_options, train_config
+from bdjax.run.config import ALL, ExportConfig, SuspectConfig, adapted_to, load, read_options, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Share
@@ -47,7 +47,7 @@ from bdjax.workflows.base import Context, Experiment, Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig):
+class Config(SuspectConfig, ExportConfig):
     """Every setting of a run of defenses."""
 
     clean_share: Share = 0.05

@@ -44,7 +44,7 @@ from bdjax.evaluation.variants import (
 from bdjax.models import default_lowering
 from bdjax.reporting import students
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ComparisonConfig, adapted_to, load, train_config
+from bdjax.run.config import ALL, ComparisonConfig, ExportConfig, adapted_to, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
@@ -63,7 +63,7 @@ LABELS_ONLY = "logit_distillation:alpha=0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ComparisonConfig):
+class Config(ComparisonConfig, ExportConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Literal["quick", "paper"] = "paper"

@@ -26,7 +26,7 @@ from bdjax.exchange import model_folder
 from bdjax.exchange.opening import Opened, open_model
 from bdjax.models import Lowering, count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
-from bdjax.run.config import ExperimentConfig, check_ranges, check_recipe, load
+from bdjax.run.config import ExperimentConfig, ExportConfig, check_ranges, check_recipe, load
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import (
@@ -60,7 +60,7 @@ ROLES = ("clean", "teacher", "aggregated", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
+class Config(ExperimentConfig, ExportConfig):
     """Every setting of a TA-KD run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Preset = "paper"

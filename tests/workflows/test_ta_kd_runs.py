@@ -29,11 +29,11 @@ from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.results import find
 from bdjax.run import command_line, config
-from bdjax.run.config import flag
+from bdjax.run.config import check_ranges, flag
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
-from experiments import ta_kd
+from experiments import robust_kd, ta_kd, vbd
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -303,6 +303,16 @@ def test_a_single_teacher_is_named_on_the_command_line_as_before(tmp_path):
     assert base.output_folder(ta_kd.EXPERIMENT, config).name == expected
     with pytest.raises(InputError, match="--teachers"):
         workflow.check(dataclasses.replace(config, teachers=("x" * 5000,)))
+
+
+def test_only_runs_that_leave_networks_have_the_flag_for_their_forms(monkeypatch):
+    config = dataclasses.replace(ta_kd.preset("quick", "digits"), export=("onnx",))
+    monkeypatch.setitem(sys.modules, "onnx", None)  # importing it fails
+    with pytest.raises(InputError, match="onnx, which is not installed"):
+        workflow.check(config)
+    with pytest.raises(InputError, match="leave out one of the two"):
+        check_ranges(dataclasses.replace(robust_kd.preset("quick", "digits"), export=("stablehlo",), save_models=False))
+    assert not hasattr(vbd.preset("quick", "digits"), "export")
 
 
 @pytest.mark.slow
