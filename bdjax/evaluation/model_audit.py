@@ -16,24 +16,14 @@ one could not have found anything, and says so.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.poisoning import pooled, trigger_all
 from bdjax.defenses import neural_cleanse
-from bdjax.defenses.contract import DefenseInput, PoolRows, labelled
-from bdjax.defenses.neural_cleanse import NeuralCleanseSettings, Triggers
-from bdjax.errors import InputError
-from bdjax.evaluation import sensitivity
-from bdjax.evaluation.sensitivity import Planting
-from bdjax.training import ensemble
-from bdjax.training.member import Objective, Outcome, TrainConfig
-from bdjax.training.stages import Nets, StageRunner
-from bdjax.types import Array, Dataset, Key, Model, PyTree
+from bdjax.defenses.neural_cleanse import Triggers
+from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 
 LEAST_SUCCESS = 0.8
 """A trigger that turns a smaller share of held-out rows into its class is no finding; ours."""
@@ -45,10 +35,11 @@ LEAST_ROWS = 32
 """Clean rows, and held-out rows, below which nothing is searched or measured; ours."""
 KNOWS = 0.25
 """How far the accuracy of a network must lie between guessing (0) and perfect (1) to be tested; ours."""
-PLANTED_SHARE = 0.1
-"""Share of the clean rows on which a trigger is planted, for the network that must be found."""
 LEAST_PLANTED = 0.8
 """Success of the planted trigger on its network below which it is no backdoor that could be found; ours."""
+
+
+Outcome = Literal["found", "nothing found", "could not be tested"]
 
 
 class Measured(NamedTuple):
@@ -101,16 +92,11 @@ def normal_p_value(score: float, controls: Sequence[float]) -> float:
         score: of a class of the suspect.
         controls: as for `p_value`, at least 2.
     """
-    from scipy import stats
+    from scipy import special  # its import takes a second
 
     values = np.asarray(controls, np.float64)
     deviation = max(float(values.std(ddof=1)), 1e-9) * math.sqrt(1 + 1 / len(values))
-    return float(stats.t.sf((score - values.mean()) / deviation, len(values) - 1))
-
-
-def knows_classes(accuracy: float, num_classes: int) -> bool:
-    """Whether a network classifies clean rows well enough to be tested: see `KNOWS`."""
-    return accuracy >= least_accuracy(num_classes)
+    return float(special.stdtr(len(values) - 1, (values.mean() - score) / deviation))
 
 
 def least_accuracy(num_classes: int) -> float:
@@ -171,146 +157,190 @@ def reasons_against(entry: Mapping[str, Any], threshold: float, controls: int) -
     return texts
 
 
-# ---- Networks -------------------------------------------------------------------------------------------------------
-
-
-class Controls(NamedTuple):
-    """Networks of known training: J clean ones, and one with a planted trigger if that could be planted."""
-
-    model: Model
-    clean: PyTree
-    """stacked [J, ...]"""
-    planted: PyTree | None
-    """stacked [1, ...]"""
-    planting: Planting | None
-    why: str = ""
-    """why nothing was planted"""
-
-
-def train_controls(
-    key: Key, count: int, model: Model, recipe: TrainConfig, runner: StageRunner, clean: Dataset
-) -> Controls:
-    """Train the control networks and the network with a planted trigger, as members of one call.
+def describe_weights(
+    suspects: Sequence[tuple[Sequence[LayerOutlier], ClassOutlier]],
+    controls: Sequence[tuple[Sequence[LayerOutlier], ClassOutlier]],
+    names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What two detectors on the weights say of each suspect, beside the control networks.
 
     Args:
-        key: for weights, shuffles, and the rows that are planted.
-        count: J.
-        model: the suspects' architecture.
-        recipe: of the training.
-        runner: trains.
-        clean: the clean rows.
+        suspects: for each, the outliers of its layers and of its last layer.
+        controls: the same of the control networks.
+        names: the title of each class.
     """
-    planting, why = None, ""
-    try:
-        planting = sensitivity.plant(
-            jax.random.fold_in(key, 1), clean, max(1, round(PLANTED_SHARE / sensitivity.MULTIPLES[-1] * len(clean)))
+    largest = [max((layer.deviations for layer in layers), default=0.0) for layers, _ in controls]
+    last = [outlier.deviations for _, outlier in controls]
+    entries = []
+    for layers, outlier in suspects:
+        top = max(layers, key=lambda layer: layer.deviations, default=None)
+        deviations = top.deviations if top else 0.0
+        entries.append(
+            {
+                "channels": {
+                    "layer": top.layer if top else None,
+                    "channel": top.channel if top else None,
+                    "deviations": deviations,
+                    "controls": largest,
+                    "p_value": p_value(deviations, largest),
+                    "is_outlier": bool(top) and deviations > max(largest),
+                },
+                "last_layer": {
+                    "class": outlier.label,
+                    "title": names[outlier.label],
+                    "means": outlier.means.tolist(),
+                    "deviations": outlier.deviations,
+                    "dixon": outlier.dixon,
+                    "controls": last,
+                    "p_value": p_value(outlier.deviations, last),
+                    "is_outlier": outlier.deviations > max(last),
+                },
+            }
         )
-    except InputError as error:
-        why = f"the trigger {error}"
-    copies = [planting.suspects[-1].dataset] if planting else []
-    pool, index, labels = pooled(clean, [None] * count + copies)
-    rows = labelled(index, labels)
-    none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
-    keys = jnp.stack([jax.random.fold_in(key, 2 + number) for number in range(len(index))])
-    nets = runner.from_scratch("control networks", model, recipe, keys, 1, jnp.asarray(pool), rows, none)
-    clean_nets = ensemble.members(nets.variables, slice(0, count))
-    planted = ensemble.members(nets.variables, slice(count, count + 1)) if planting else None
-    return Controls(model, clean_nets, planted, planting, why)
+    return entries
 
 
-def planted_success(controls: Controls, predict: Callable[[PyTree, np.ndarray], np.ndarray], test: Dataset) -> float:
-    """Success of the planted trigger on its network, on held-out rows of other classes.
+# ---- Outcome --------------------------------------------------------------------------------------------------------
 
-    Args:
-        controls: with a planting.
-        predict: (stacked variables, images) -> logits [1, N, K].
-        test: the held-out rows.
-    """
-    suspect = controls.planting.suspects[-1]
-    shown = trigger_all(jax.random.key(0), test, suspect.parts[0].attack.apply, suspect.params[0])
-    others = test.labels != controls.planting.target
-    classes = predict(controls.planted, shown)[0].argmax(axis=1)
-    return float((classes == controls.planting.target)[others].mean())
+NO_PLANTED = {"title": "", "class": None, "success": None, "works": False, "found": False, "why": "", "numbers": None}
+"""The planted trigger of a run without one."""
 
 
-def surrogate_objective(model: Model) -> Objective:
-    """Cross-entropy with the probabilities that a black box gives, targets["probabilities"] float32 [N, K]."""
-
-    def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
-        del key
-        output = model.apply({**variables, "params": params}, images, train=True)
-        loss = -jnp.sum(targets["probabilities"] * jax.nn.log_softmax(output.logits), axis=1)
-        return Outcome(loss, output.logits, targets["labels"], output.variables)
-
-    return objective
-
-
-def search(
-    key: Key,
-    model: Model,
-    variables: PyTree,
-    clean: Dataset,
-    recipe: TrainConfig,
-    runner: StageRunner,
-    settings: NeuralCleanseSettings,
-) -> Triggers:
-    """The smallest triggers into all classes of M networks: NumPy leaves [M, K, ...]; see `neural_cleanse.find_triggers`."""
-    count = ensemble.num_members(variables)
-    inputs = DefenseInput(
-        pool=jnp.asarray(clean.images),
-        num_classes=clean.num_classes,
-        keys=jnp.stack([jax.random.fold_in(key, number) for number in range(count)]),
-        make_model=lambda name=None, num_classes=None: model,
-        recipe=recipe,
-        runner=runner,
-        knowledge={
-            "attacked model": Nets(model, variables, 1, {}),
-            "clean rows": PoolRows(
-                np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)), np.tile(clean.labels, (count, 1))
-            ),
-        },
-    )
-    return neural_cleanse.find_triggers(inputs, settings)
-
-
-Ask = Callable[[np.ndarray], np.ndarray]
-"""uint8 [B, H, W, C] -> logits [B, K] of one network."""
-
-
-def measure(
-    triggers: Triggers,
-    networks: Sequence[Ask],
-    ask_controls: Callable[[np.ndarray], np.ndarray],
-    controls: Sequence[int],
-    test: Dataset,
-    advance: Callable[[], object] = lambda: None,
-) -> Measured:
-    """The success of each network's triggers on held-out rows, of the network and of the control networks.
+def judge(
+    models: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+    threshold: float,
+    *,
+    black_box: bool,
+    measured: Measured | None = None,
+    places: Sequence[int] = (),
+    accuracies: Sequence[float] = (),
+    planted: Mapping[str, Any] = NO_PLANTED,
+    weights: Sequence[Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """The outcome of an audit of models, and the numbers behind it.
 
     Args:
-        triggers: leaves [M, K, ...].
-        networks: the M networks, which a black box's triggers need not have been found on.
-        ask_controls: uint8 [B, H, W, C] -> logits [J, B, K] of the control networks.
-        controls: which of the M networks these J are.
-        test: the held-out rows.
-        advance: called after every network.
+        models: for each, "title", "source", "accuracy" on held-out rows, and "reason": why it was not tested, or "".
+        names: the title of each class.
+        threshold: smallest anomaly index of a finding.
+        black_box: whether the models were only asked.
+        measured: the networks in this order: the models without a reason, the controls, and the network with a planted trigger
+            if there is one; None if no model was tested.
+        places: which of them are the controls.
+        accuracies: of each control network on held-out rows.
+        planted: "title" and "class" of the planted trigger and its "success"; or "why" nothing was planted.
+        weights: from `describe_weights`, for each model that was tested; None for black boxes.
+
+    Returns:
+        "outcome", "black_box", "threshold", "models" (with "outcome", "reason", "found": labels, "classes": numbers of each
+        class, and "weights" in addition), "controls" and "planted".
     """
-    count, classes = triggers.masks.shape[:2]
-    own, transfer = np.zeros((count, classes)), np.zeros((count, classes, len(controls)))
-    images = test.images.astype(np.float32) / 255
-    for number in range(count):
-        for label in range(classes):
-            stamped = neural_cleanse.stamp(
-                images, triggers.masks[number, label][None], triggers.patterns[number, label][None]
-            )
-            stamped = np.rint(255 * np.asarray(stamped)).astype(np.uint8)  # what a camera or a file can hold
-            others = test.labels != label
-            reached = ask_controls(stamped).argmax(axis=-1) == label
-            transfer[number, label] = reached[:, others].mean(axis=1)
-            if number in controls:
-                place = controls.index(number)
-                own[number, label], transfer[number, label, place] = transfer[number, label, place], np.nan
-            else:
-                own[number, label] = (networks[number](stamped).argmax(axis=-1) == label)[others].mean()
-        advance()
-    return Measured(triggers, triggers.masks.sum(axis=(2, 3, 4), dtype=np.float64), own, transfer)
+    controls, planted = None, {**NO_PLANTED, **planted}
+    if measured is not None:
+        controls = describe_controls(measured, places, accuracies, threshold, names)
+        if planted["success"] is not None:
+            of_planted = class_numbers(measured, len(measured.norms) - 1, places, threshold)
+            planted["works"] = planted["success"] >= LEAST_PLANTED
+            planted["found"] = planted["class"] in [entry["class"] for entry in of_planted if entry["found"]]
+            planted["numbers"] = {**of_planted[planted["class"]], "title": names[planted["class"]]}
+    entries, number = [], 0
+    for model in models:
+        entry = {**model, "classes": [], "found": [], "weights": None}
+        if not model["reason"] and measured is not None:
+            numbers = class_numbers(measured, number, places, threshold)
+            entry["classes"] = [{**of_class, "title": names[of_class["class"]]} for of_class in numbers]
+            entry["found"] = [of_class["class"] for of_class in numbers if of_class["found"]]
+            entry["weights"] = weights[number] if weights else None
+            if not entry["found"]:
+                best = max(of_class["success"] for of_class in numbers)
+                entry["reason"] = reason_of_run(
+                    controls["accuracy"], least_accuracy(len(names)), planted, black_box, best
+                )
+            number += 1
+        entry["outcome"] = outcome_of_model(entry["found"], entry["reason"])
+        entries.append(entry)
+    return {
+        "outcome": outcome_of_all([entry["outcome"] for entry in entries]),
+        "black_box": black_box,
+        "threshold": threshold,
+        "models": entries,
+        "controls": controls,
+        "planted": planted,
+    }
+
+
+def describe_controls(
+    measured: Measured, places: Sequence[int], accuracies: Sequence[float], threshold: float, names: Sequence[str]
+) -> dict[str, Any]:
+    """The control networks: each one's accuracy and the class with its largest score.
+
+    Args:
+        measured: all networks.
+        places: which of them are the controls.
+        accuracies: of each control network on held-out rows.
+        threshold: smallest anomaly index of a finding.
+        names: the title of each class.
+    """
+    networks = []
+    for place, accuracy in zip(places, accuracies, strict=True):
+        top = max(class_numbers(measured, place, places, threshold), key=lambda entry: entry["score"])
+        kept = {name: top[name] for name in ("class", "norm", "index", "score", "success", "transfer")}
+        networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]]})
+    return {
+        "count": len(networks),
+        "accuracy": float(np.mean(accuracies)),
+        "smallest_p_value": 1 / (len(networks) + 1),
+        "networks": networks,
+    }
+
+
+def reason_of_run(
+    accuracy: float, least: float, planted: Mapping[str, Any], black_box: bool, best_success: float
+) -> str:
+    """Why a model in which nothing was found could not be tested by this run; "" if it could.
+
+    Args:
+        accuracy: mean accuracy of the control networks on held-out rows.
+        least: what it must be.
+        planted: the network with a planted trigger: "success" of the trigger (None if none was planted), "works" and "found".
+        black_box: whether triggers were searched on surrogates.
+        best_success: the largest success of a reversed trigger of this model on held-out rows.
+    """
+    if accuracy < least:
+        return (
+            f"the control networks predict only {_percent(accuracy)} of the held-out rows correctly; with more clean rows or "
+            "epochs they would be a control"
+        )
+    if planted["works"] and not planted["found"]:
+        how = " through a surrogate" if black_box else ""
+        return (
+            f"not even a {planted['title']} that was planted in a network trained on the clean rows was found{how}; it turns "
+            f"{_percent(planted['success'])} of held-out rows"
+        )
+    if black_box and not planted["works"]:
+        return "no trigger could be planted to see whether a search through a surrogate finds it"
+    if best_success < LEAST_SUCCESS:
+        return (
+            f"the search found no trigger into any class that turns {_percent(LEAST_SUCCESS)} of held-out rows (at most "
+            f"{_percent(best_success)})"
+        )
+    return ""
+
+
+def outcome_of_model(found: Sequence[int], reason: str) -> Outcome:
+    """The outcome of one model, from the classes that are findings and the reason why nothing could be found."""
+    if found:
+        return "found"
+    return "could not be tested" if reason else "nothing found"
+
+
+def outcome_of_all(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of a run: found if anything was found, could not be tested if no model could, otherwise nothing found."""
+    if "found" in outcomes:
+        return "found"
+    return "could not be tested" if set(outcomes) <= {"could not be tested"} else "nothing found"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"

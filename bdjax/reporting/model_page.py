@@ -10,18 +10,13 @@ from bdjax.defenses import neural_cleanse
 from bdjax.evaluation import model_audit as evidence
 from bdjax.evaluation.model_audit import Measured
 from bdjax.inspection.extracted_triggers import enlarge, on_grey
-from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.reporting import plots
 from bdjax.reporting import results as schema
-from bdjax.reporting.audit import class_title
 from bdjax.reporting.audit_verdict import capital, percent
 from bdjax.reporting.model_verdict import (
     CANNOT_SEE,
     NO_PROOF,
     next_steps,
-    outcome_of_all,
-    outcome_of_model,
-    reason_of_run,
     verdict,
 )
 from bdjax.reporting.report import Figure, Report, Section, Verdict
@@ -30,8 +25,6 @@ from bdjax.reporting.tables import Cell, Table
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset
 
-NO_PLANTED = {"title": "", "class": None, "success": None, "works": False, "found": False, "why": ""}
-"""results["planted"] of a run that planted nothing."""
 MOST_SHOWN = 8
 """Most models with a table of all classes, and most pairs of trigger and mask in the report."""
 
@@ -39,157 +32,31 @@ MOST_SHOWN = 8
 # ---- Numbers --------------------------------------------------------------------------------------------------------
 
 
-def describe_weights(
-    suspects: Sequence[tuple[Sequence[LayerOutlier], ClassOutlier]],
-    controls: Sequence[tuple[Sequence[LayerOutlier], ClassOutlier]],
-    names: Sequence[str],
-) -> list[dict[str, Any]]:
-    """What two detectors on the weights say of each suspect, beside the control networks.
-
-    Args:
-        suspects: for each, the outliers of its layers and of its last layer.
-        controls: the same of the control networks.
-        names: the title of each class.
-    """
-    largest = [max((layer.deviations for layer in layers), default=0.0) for layers, _ in controls]
-    last = [outlier.deviations for _, outlier in controls]
-    entries = []
-    for layers, outlier in suspects:
-        top = max(layers, key=lambda layer: layer.deviations, default=None)
-        deviations = top.deviations if top else 0.0
-        entries.append(
-            {
-                "channels": {
-                    "layer": top.layer if top else None,
-                    "channel": top.channel if top else None,
-                    "deviations": deviations,
-                    "controls": largest,
-                    "p_value": evidence.p_value(deviations, largest),
-                    "is_outlier": bool(top) and deviations > max(largest),
-                },
-                "last_layer": {
-                    "class": outlier.label,
-                    "title": names[outlier.label],
-                    "means": outlier.means.tolist(),
-                    "deviations": outlier.deviations,
-                    "dixon": outlier.dixon,
-                    "controls": last,
-                    "p_value": evidence.p_value(outlier.deviations, last),
-                    "is_outlier": outlier.deviations > max(last),
-                },
-            }
-        )
-    return entries
-
-
-def describe_controls(
-    measured: Measured, places: Sequence[int], accuracies: Sequence[float], threshold: float, names: Sequence[str]
-) -> dict[str, Any]:
-    """The control networks: each one's accuracy and the class with its largest score.
-
-    Args:
-        measured: all networks.
-        places: which of them are the controls.
-        accuracies: of each control network on held-out rows.
-        threshold: smallest anomaly index of a finding.
-        names: the title of each class.
-    """
-    networks = []
-    for place, accuracy in zip(places, accuracies, strict=True):
-        top = max(evidence.class_numbers(measured, place, places, threshold), key=lambda entry: entry["score"])
-        kept = {name: top[name] for name in ("class", "norm", "index", "score", "success", "transfer")}
-        networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]]})
-    return {
-        "count": len(networks),
-        "accuracy": float(np.mean(accuracies)),
-        "smallest_p_value": 1 / (len(networks) + 1),
-        "networks": networks,
-    }
-
-
 def summarise(
-    models: Sequence[Mapping[str, Any]],
-    dataset: Dataset,
-    rows: Mapping[str, int],
-    threshold: float,
-    seed: int,
-    *,
-    black_box: bool,
-    measured: Measured | None = None,
-    places: Sequence[int] = (),
-    accuracies: Sequence[float] = (),
-    planted: Mapping[str, Any] = NO_PLANTED,
-    weights: Sequence[Mapping[str, Any]] | None = None,
-    commands: Sequence[str] = (),
+    numbers: Mapping[str, Any], dataset: Dataset, rows: Mapping[str, int], seed: int, commands: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """All numbers of an audit of models.
+    """The content of results.json.
 
     Args:
-        models: for each, "title", "source", "accuracy" on held-out rows, and "reason": why it was not tested, or "".
+        numbers: from `bdjax.evaluation.model_audit.judge`.
         dataset: the clean rows.
         rows: "clean_rows", "search_rows" and "held_out_rows" -> their number.
-        threshold: smallest anomaly index of a finding.
         seed: of the run.
-        black_box: whether the models were only asked.
-        measured: the networks in this order: the models without a reason, the controls, and the network with a planted trigger
-            if there is one; None if no model was tested.
-        places: which of them are the controls.
-        accuracies: of each control network on held-out rows.
-        planted: "title" and "class" of the planted trigger and its "success"; or "why" nothing was planted.
-        weights: from `describe_weights`, for each model that was tested; None for black boxes.
         commands: what makes a clean student.
 
     Returns:
-        The schema of `bdjax.reporting.results` without attacks, methods and cells; in addition the outcome, the verdict, and
-        the numbers of every model. The same for the same inputs.
+        The schema of `bdjax.reporting.results` without attacks, methods and cells; in addition the numbers, and the verdict on
+        them. The same for the same inputs.
     """
-    names = [class_title(number, _name(dataset, number)) for number in range(dataset.num_classes)]
-    controls, planted = None, {**NO_PLANTED, **planted}
-    if measured is not None:
-        controls = describe_controls(measured, places, accuracies, threshold, names)
-        if planted["success"] is not None:
-            of_planted = evidence.class_numbers(measured, len(measured.norms) - 1, places, threshold)
-            planted["works"] = planted["success"] >= evidence.LEAST_PLANTED
-            planted["found"] = [entry["class"] for entry in of_planted if entry["found"]] == [planted["class"]]
-            planted["numbers"] = of_planted[planted["class"]]
-    entries, number = [], 0
-    for model in models:
-        entry = {**model, "classes": [], "found": [], "weights": None}
-        if not model["reason"] and measured is not None:
-            numbers = evidence.class_numbers(measured, number, places, threshold)
-            entry["classes"] = [{**of_class, "title": names[of_class["class"]]} for of_class in numbers]
-            entry["found"] = [of_class["class"] for of_class in numbers if of_class["found"]]
-            entry["weights"] = weights[number] if weights else None
-            if not entry["found"]:
-                entry["reason"] = reason_of_run(
-                    controls["accuracy"],
-                    evidence.least_accuracy(dataset.num_classes),
-                    planted,
-                    black_box,
-                    max(of_class["success"] for of_class in numbers),
-                    evidence.LEAST_SUCCESS,
-                )
-            number += 1
-        entry["outcome"] = outcome_of_model(entry["found"], entry["reason"])
-        entries.append(entry)
     tree = schema.assemble(
         *((), rows["held_out_rows"], [seed], (), (), ()),
-        outcome=outcome_of_all([entry["outcome"] for entry in entries]),
         dataset=dataset.name,
         image_shape=list(dataset.image_shape),
-        black_box=black_box,
-        threshold=threshold,
-        models=entries,
-        controls=controls,
-        planted=planted,
-        commands=list(commands),
+        **numbers,
         **rows,
+        commands=list(commands),
     )
     return {"verdict": asdict(verdict(tree)), **tree}
-
-
-def _name(dataset: Dataset, number: int) -> str:
-    return dataset.class_names[number] if dataset.class_names else ""
 
 
 # ---- Tables ---------------------------------------------------------------------------------------------------------

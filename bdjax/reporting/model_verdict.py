@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 
 from bdjax.evaluation.variants import NOT_TESTED
-from bdjax.reporting.audit_verdict import Outcome, capital, listed, percent
+from bdjax.reporting.audit_verdict import capital, listed, percent
 from bdjax.reporting.report import Verdict
 from bdjax.reporting.sections import Entry
 
@@ -23,57 +23,6 @@ NO_PROOF = (
 )
 MOST_MODELS = 4
 """Most models that a sentence names."""
-
-
-# ---- Outcome --------------------------------------------------------------------------------------------------------
-
-
-def reason_of_run(
-    accuracy: float, least_accuracy: float, planted: Entry, black_box: bool, best_success: float, least_success: float
-) -> str:
-    """Why a model in which nothing was found could not be tested by this run; "" if it could.
-
-    Args:
-        accuracy: mean accuracy of the control networks on held-out rows.
-        least_accuracy: what it must be.
-        planted: the network with a planted trigger: "success" of the trigger (None if none was planted), "works" and "found".
-        black_box: whether triggers were searched on surrogates.
-        best_success: the largest success of a reversed trigger of this model on held-out rows.
-        least_success: what it must be for one class at least, if the search can find anything.
-    """
-    if accuracy < least_accuracy:
-        return (
-            f"the control networks predict only {percent(accuracy)} of the held-out rows correctly; with more clean rows or "
-            "epochs they would be a control"
-        )
-    if planted["works"] and not planted["found"]:
-        how = " through a surrogate" if black_box else ""
-        return (
-            f"not even a {planted['title']} that was planted in a network trained on the clean rows was found{how}; it turns "
-            f"{percent(planted['success'])} of held-out rows"
-        )
-    if black_box and not planted["works"]:
-        return "no trigger could be planted to see whether a search through a surrogate finds it"
-    if best_success < least_success:
-        return (
-            f"the search found no trigger into any class that turns {percent(least_success)} of held-out rows (at most "
-            f"{percent(best_success)})"
-        )
-    return ""
-
-
-def outcome_of_model(found: Sequence[int], reason: str) -> Outcome:
-    """The outcome of one model, from the classes that are findings and the reason why nothing could be found."""
-    if found:
-        return "found"
-    return "could not be tested" if reason else "nothing found"
-
-
-def outcome_of_all(outcomes: Sequence[Outcome]) -> Outcome:
-    """The outcome of a run: found if anything was found, could not be tested if no model could, otherwise nothing found."""
-    if "found" in outcomes:
-        return "found"
-    return "could not be tested" if set(outcomes) <= {"could not be tested"} else "nothing found"
 
 
 # ---- Verdict --------------------------------------------------------------------------------------------------------

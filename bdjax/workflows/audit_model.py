@@ -7,26 +7,24 @@ box itself counts. `bdjax/evaluation/model_audit.py` has the measurements, `expe
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bdjax.datasets import splits
 from bdjax.defenses import teachers
-from bdjax.defenses.contract import labelled
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
 from bdjax.defenses.teachers import BATCH_SIZE
 from bdjax.errors import InputError
+from bdjax.evaluation import control_networks
 from bdjax.evaluation import model_audit as evidence
-from bdjax.evaluation.model_audit import Ask, Controls
+from bdjax.evaluation.control_networks import Ask, Imitation
 from bdjax.exchange.opening import Opened, open_model
-from bdjax.inspection import weight_outliers
-from bdjax.models import MODELS, Lowering, default_lowering, make_model, normalised_convolutions
+from bdjax.models import MODELS, Lowering, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
 from bdjax.reporting.model_verdict import commands
 from bdjax.reporting.tables import to_rich
@@ -35,9 +33,8 @@ from bdjax.run.log import StageLog
 from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width, check_choice
 from bdjax.training import ensemble, memory, processes
 from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Recipe, Rows, Schedule
-from bdjax.training.stages import StageRunner, prepare
-from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree, TrainTest
+from bdjax.training.member import Optimiser, Recipe, Schedule
+from bdjax.types import Dataset, Model, PoisonedDataset, PyTree, TrainTest
 from bdjax.workflows import base
 from bdjax.workflows.base import Experiment
 
@@ -144,7 +141,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     suspects = open_all(default_lowering())
     # Every error in the settings and in the files is raised before the folder is opened, and before anything is measured.
     clean, searched, held_out = take_rows(config, train, test)
-    settings = search_settings(config, len(searched))
     if suspects.model is not None:
         config = replace(config, width=width_of(suspects.model) or config.width)
     memory.check_networks(
@@ -160,7 +156,6 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     folder = run.open_folder({"model": "/".join(opened.digest for opened in suspects.opened)})
     runner = run.make_runner(folder.checkpoints)
 
-    train_key, search_key, query_key, distil_key = jax.random.split(jax.random.key(config.seed), 4)
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
     asks = [asker(config, suspects, number, predict, train.num_classes) for number in range(len(suspects.titles))]
     with log.stage("accuracy", detail=f"{len(asks)} × {len(held_out):,} held-out rows"):
@@ -170,58 +165,47 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             "title": title,
             "source": suspects.opened[suspects.places[number][0]].name,
             "accuracy": float((rows.argmax(axis=1) == held_out.labels).mean()),
-            "reason": reason_untested(rows, held_out, clean),
+            "reason": control_networks.reason_untested(rows, held_out, clean),
         }
         for number, (title, rows) in enumerate(zip(suspects.titles, logits, strict=True))
     ]
     tested = [number for number, model in enumerate(models) if not model["reason"]]
+    names = [f"class {train.class_title(number)}" for number in range(train.num_classes)]
     found: dict[str, Any] = {}
     if tested:
-        model = suspects.model or run.make_model(config.surrogate)
-        controls = evidence.train_controls(train_key, config.controls, model, train_config(config), runner, clean)
-        boxes = [asks[number] for number in tested]
-        found["places"] = list(range(len(tested), len(tested) + config.controls))
-        if controls.planting:
-            boxes.append(lambda images: predict(model, controls.planted, images)[0])
-            rate = evidence.planted_success(controls, partial(predict, model), held_out)
-            found["planted"] = {"title": controls.planting.title, "class": controls.planting.target, "success": rate}
-        else:
-            found["planted"] = {"why": controls.why}
+        model, recipe = suspects.model or run.make_model(config.surrogate), train_config(config)
+        variables = None
         if suspects.model is not None:
-            parts = [ensemble.members(suspects.variables, np.array(tested))]
-            parts += [controls.planted] if controls.planting else []
-        else:
-            imitations = imitate(config, query_key, distil_key, model, runner, boxes, clean, log)
-            parts = [ensemble.members(imitations, np.arange(number, number + 1)) for number in range(len(boxes))]
-            parts = [ensemble.join(parts[: len(tested)]), *parts[len(tested) :]]
-        parts.insert(1, controls.clean)
-        triggers = evidence.search(
-            search_key, model, ensemble.join(parts), searched, train_config(config), runner, settings
+            variables = ensemble.members(suspects.variables, np.array(tested))
+        examined = control_networks.examine(
+            jax.random.key(config.seed),
+            config.controls,
+            model,
+            variables,
+            [asks[number] for number in tested],
+            recipe,
+            Imitation(replace(recipe, epochs=config.surrogate_epochs), config.queries),
+            search_settings(config, len(searched)),
+            runner,
+            *(clean, searched, held_out),
         )
-        networks = boxes[: len(tested)] + [None] * config.controls + boxes[len(tested) :]
-        ask_controls = partial(predict, model, controls.clean)
-        with log.stage("held-out rows", total=len(networks), unit="networks") as stage:
-            found["measured"] = evidence.measure(
-                triggers, networks, ask_controls, found["places"], held_out, stage.advance
-            )
-            classes = ask_controls(held_out.images).argmax(axis=-1)
-            found["accuracies"] = (classes == held_out.labels).mean(axis=1).tolist()
-        if suspects.model is not None:
-            found["weights"] = weigh(suspects, tested, controls, train)
+        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
+        if variables is not None:
+            weighed = [
+                control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
+            ]
+            found["weights"] = evidence.describe_weights(*weighed, names)
     folders = [opened for opened in suspects.opened if (pathlib.Path(opened.name) / "about.json").exists()]
     results = reporting.summarise(
-        models,
+        evidence.judge(models, names, config.index, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
-        config.index,
         config.seed,
-        black_box=suspects.model is None,
-        commands=[
+        [
             command
             for opened in folders
             for command in commands(config.dataset, opened.name, ensemble.num_members(opened.variables))
         ],
-        **found,
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
@@ -333,31 +317,6 @@ def width_of(model: Model) -> int | None:
     return int(width) if width.isdigit() else None
 
 
-def reason_untested(logits: np.ndarray, held_out: Dataset, clean: Dataset) -> str:
-    """Why a model cannot be tested, before anything is trained; "" if it can.
-
-    Args:
-        logits: float [N, K], of the model on the held-out rows.
-        held_out: the held-out rows.
-        clean: the clean rows.
-    """
-    if not np.isfinite(logits).all():
-        return "its outputs are not finite numbers"
-    for name, rows in (("clean", clean), ("held-out", held_out)):
-        if len(rows) < evidence.LEAST_ROWS:
-            return f"{len(rows)} {name} rows are too few; at least {evidence.LEAST_ROWS} are needed"
-    if missing := sorted(set(range(clean.num_classes)) - set(clean.labels.tolist())):
-        return f"there is no clean row of class {clean.class_title(missing[0])}"
-    accuracy = float((logits.argmax(axis=1) == held_out.labels).mean())
-    least = evidence.least_accuracy(clean.num_classes)
-    if accuracy < least:
-        return (
-            f"it predicts {100 * accuracy:.0f} % of the held-out rows correctly, below {100 * least:.0f} %: these are not rows "
-            "that it was made for, or their classes are in another order"
-        )
-    return ""
-
-
 # ---- Networks -------------------------------------------------------------------------------------------------------
 
 
@@ -368,81 +327,3 @@ def asker(config: Config, suspects: Suspects, number: int, predict: Callable[...
         return lambda images: predict(suspects.model, member, images)[0]
     opened = suspects.opened[suspects.places[number][0]]
     return lambda images: teachers.ask(opened.classifier, images, num_classes, opened.name, config.query_batch)
-
-
-def queries(key: Key, images: np.ndarray, copies: int) -> np.ndarray:
-    """Pictures that a black box is asked about: clean rows, and copies with a rectangle of another row or of noise.
-
-    Args:
-        key: decides rectangles and rows.
-        images: uint8 [n, H, W, C].
-        copies: pictures of each row, the first unchanged.
-
-    Returns:
-        uint8 [copies * n, H, W, C].
-    """
-    words = np.asarray(jax.random.key_data(key)).tolist()
-    random = np.random.default_rng(words)
-    height, width, channels = images.shape[1:]
-    parts = [images]
-    for _ in range(copies - 1):
-        changed = images.copy()
-        for row in range(len(images)):
-            tall, wide = random.integers(1, height // 2 + 1), random.integers(1, width // 2 + 1)
-            top, left = random.integers(0, height - tall + 1), random.integers(0, width - wide + 1)
-            place = slice(top, top + tall), slice(left, left + wide)
-            if random.random() < 0.5:
-                changed[row][place] = images[random.integers(len(images))][place]
-            else:
-                changed[row][place] = random.integers(
-                    0, 256, (1, 1, channels) if random.random() < 0.5 else (tall, wide, channels)
-                )
-        parts.append(changed)
-    return np.concatenate(parts)
-
-
-def imitate(
-    config: Config,
-    query_key: Key,
-    key: Key,
-    model: Model,
-    runner: StageRunner,
-    boxes: Sequence[Ask],
-    clean: Dataset,
-    log: StageLog,
-) -> PyTree:
-    """A surrogate of each black box, distilled from its answers: stacked [boxes, ...]."""
-    pictures = queries(query_key, clean.images, config.queries)
-    with log.stage("queries", total=len(boxes), unit="models") as stage:
-        answers = []
-        for ask in boxes:
-            answers.append(np.asarray(jax.nn.softmax(jnp.asarray(ask(pictures)))))
-            stage.advance()
-    labels = np.tile(clean.labels, (len(boxes), config.queries))
-    rows = labelled(np.tile(np.arange(len(pictures), dtype=np.int32), (len(boxes), 1)), labels)
-    rows = Rows(rows.index, {**rows.targets, "probabilities": jnp.asarray(np.stack(answers))})
-    keys = jnp.stack([jax.random.fold_in(key, number) for number in range(len(boxes))])
-    recipe = replace(train_config(config), epochs=config.surrogate_epochs)
-    shape = clean.image_shape
-    start = ensemble.init_members(lambda key: model.init(key, shape), keys)
-    start = prepare(model, start, jnp.asarray(pictures), rows.index)
-    objective = evidence.surrogate_objective(model)
-    nets = runner.from_variables("surrogates", model, recipe, start, keys, 1, jnp.asarray(pictures), rows, objective)
-    return nets.variables
-
-
-def weigh(suspects: Suspects, tested: Sequence[int], controls: Controls, data: Dataset) -> list[dict[str, Any]]:
-    """What two detectors on the weights say of the tested suspects, beside the control networks."""
-    pairs = normalised_convolutions(suspects.model, data.image_shape)
-
-    def outliers(variables: PyTree, number: int):
-        member = jax.tree.map(lambda leaf: np.asarray(leaf[number]), variables)
-        last = weight_outliers.class_outlier(member["params"]["classifier"]["kernel"])
-        return weight_outliers.channel_outliers(member, pairs), last
-
-    count = ensemble.num_members(controls.clean)
-    return reporting.describe_weights(
-        [outliers(suspects.variables, number) for number in tested],
-        [outliers(controls.clean, number) for number in range(count)],
-        [f"class {data.class_title(number)}" for number in range(data.num_classes)],
-    )
