@@ -179,24 +179,23 @@ def next_steps(results: Entry) -> list[str]:
         )
     if results["commands"]:
         texts.append(f"A clean student of it: {'; or '.join(results['commands'])}.")
-    else:
-        texts.append(
-            "In Python, bdjax.ta_kd makes a clean student from the answers of models like this on clean rows: "
-            "docs/audit_a_model.md shows how."
-        )
     return texts
 
 
-def commands(dataset: str, folder: str, members: int) -> list[str]:
-    """The commands that make a clean student from the models in a model folder.
+def commands(
+    dataset: str, texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
+) -> list[str]:
+    """The commands that make a clean student from the audited models.
 
     Args:
         dataset: as given to this run.
-        folder: the folder, as given to this run.
-        members: how many models it holds.
+        texts: the models, as given to this run.
+        members: how many models they are.
+        is_folder: whether it is a single folder that `experiments/robust_kd.py` can read.
+        outputs: what models return that are only asked.
     """
-    words = [
-        ["python", "experiments/ta_kd.py", f"--dataset={dataset}", f"--teachers={folder}"],
-        ["python", "experiments/robust_kd.py", f"--dataset={dataset}", f"--teacher={folder}"],
-    ]
-    return [shlex.join(parts) for parts in (words if members > 1 else words[::-1])]
+    asked = [] if outputs == "logits" else [f"--outputs={outputs}"]
+    voted = ["python", "experiments/ta_kd.py", f"--dataset={dataset}", *asked, "--teachers", *texts]
+    alone = ["python", "experiments/robust_kd.py", f"--dataset={dataset}", *[f"--teacher={text}" for text in texts]]
+    found = [alone, voted] if is_folder and members == 1 else [voted]
+    return [shlex.join(words) for words in found]

@@ -38,6 +38,8 @@ from bdjax.types import Dataset, Model, PoisonedDataset, PyTree, TrainTest
 from bdjax.workflows import base
 from bdjax.workflows.base import Experiment
 
+ANSWERS = "answers"
+"""The folder in the run's with the answers of models behind addresses."""
 Controlled = Annotated[int, Range(at_least=evidence.LEAST_CONTROLS, limit=1000)]
 
 
@@ -153,7 +155,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     run = base.begin(experiment, config, clean, config.controls + 1, log, kept=2 * clean.images.nbytes)
     if suspects.model is not None and run.engine.lowering != default_lowering():
         suspects = open_all(run.engine.lowering)
-    folder = run.open_folder({"model": "/".join(opened.digest for opened in suspects.opened)})
+    folder = run.open_folder({"model": " ".join(opened.digest for opened in suspects.opened)})
+    if suspects.model is None:
+        suspects = open_all(run.engine.lowering, folder.path / ANSWERS)
     runner = run.make_runner(folder.checkpoints)
 
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
@@ -195,17 +199,13 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
             ]
             found["weights"] = evidence.describe_weights(*weighed, names)
-    folders = [opened for opened in suspects.opened if (pathlib.Path(opened.name) / "about.json").exists()]
+    is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
     results = reporting.summarise(
         evidence.judge(models, names, config.index, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
-        [
-            command
-            for opened in folders
-            for command in commands(config.dataset, opened.name, ensemble.num_members(opened.variables))
-        ],
+        commands(config.dataset, config.model, len(models), is_folder, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
@@ -237,19 +237,32 @@ def check(config: Config) -> None:
         raise InputError(f"--seeds {config.seeds} does not apply to an audit of models; set --controls instead")
     if config.target:
         raise InputError(f"--target {config.target} does not apply to an audit of models: it looks at every class")
+    if config.export:
+        raise InputError("--export does not apply to an audit of models, which leaves no network")
     if config.like:
         raise InputError("--like does not apply to an audit of models, whose settings follow --dataset")
 
 
-def open_suspects(config: Config, data: Dataset, lowering: Lowering) -> Suspects:
+def open_suspects(config: Config, data: Dataset, lowering: Lowering, store: pathlib.Path | None = None) -> Suspects:
     """Open the models and check that they are for the data.
+
+    Args:
+        config: all settings.
+        data: rows of the data that the models are for.
+        lowering: how to compute convolutions of models whose weights are known.
+        store: where answers of addresses are kept; None for in memory.
 
     Raises:
         InputError: no model, one that cannot be used, a member that is not there, or models of several architectures.
     """
     if not config.model:
         raise InputError("--model is missing: the folder, file or address of the model to audit")
-    options = {"class_names": data.class_names, "lowering": lowering, "compute_dtype": config.compute_dtype}
+    options = {
+        "class_names": data.class_names,
+        "lowering": lowering,
+        "compute_dtype": config.compute_dtype,
+        "store": store,
+    }
     opened = [
         open_model(text, data.num_classes, data.image_shape, outputs=config.outputs, **options) for text in config.model
     ]

@@ -56,7 +56,7 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
     names = [f"class {DATA.class_title(number)}" for number in range(5)]
     numbers = model_audit.judge(models, names, 2.0, black_box=black_box, **options)
     return model_page.summarise(
-        numbers, DATA, ROWS, 0, model_verdict.commands("digits", "my models", len(norms))
+        numbers, DATA, ROWS, 0, model_verdict.commands("digits", ["my models"], len(norms), True)
     ), measured
 
 
@@ -132,13 +132,21 @@ def test_a_black_box_has_no_weights():
 
 
 def test_the_commands_for_a_clean_student_can_be_read():
-    for command in model_verdict.commands("digits", "my models", 1):
+    experiments = {"experiments/ta_kd.py": ta_kd.EXPERIMENT, "experiments/robust_kd.py": robust_kd.EXPERIMENT}
+    for command in (
+        *model_verdict.commands("digits", ["my model"], 1, True),
+        *model_verdict.commands("digits", ["my model", "b.onnx"], 2, outputs="labels"),
+    ):
         words = shlex.split(command)
-        experiment = {"experiments/ta_kd.py": ta_kd, "experiments/robust_kd.py": robust_kd}[words[1]].EXPERIMENT
-        config = read_flags(experiment, "", words[2:])
-        assert "my models" in (str(getattr(config, "teacher", "")), str(getattr(config, "teachers", "")))
-    assert "robust_kd" in model_verdict.commands("digits", "x", 1)[0]
-    assert "ta_kd" in model_verdict.commands("digits", "x", 7)[0]
+        config = read_flags(experiments[words[1]], "", words[2:])
+        assert str(getattr(config, "teacher", None) or config.teachers[0]) == "my model"
+    assert [command.split()[1] for command in model_verdict.commands("digits", ["x"], 1, True)] == [
+        "experiments/robust_kd.py",
+        "experiments/ta_kd.py",
+    ]
+    assert [command.split()[1] for command in model_verdict.commands("digits", ["x"], 7, True)] == [
+        "experiments/ta_kd.py"
+    ]
 
 
 @pytest.mark.usefixtures("undrawn")

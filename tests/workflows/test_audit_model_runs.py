@@ -1,4 +1,4 @@
-"""experiments/audit_model.py: what is refused before anything is measured, and an audit of networks with and without a trigger."""
+"""experiments/audit_model.py: what is refused before anything is measured; and audits, with and without a trigger to find."""
 
 import json
 import pathlib
