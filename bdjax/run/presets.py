@@ -203,19 +203,26 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "controls": 9,
             "clean_rows": 500,
             "epochs": 30,
+            "surrogate_epochs": 30,
             "batch_size": 32,
             "search_rows": 128,
             "search_batch_size": 16,
             "search_epochs": 80,
         },
-        OTHER: _AUDIT_MODEL | {"clean_rows": 6000, "epochs": 12},
+        OTHER: _AUDIT_MODEL | {"clean_rows": 6000, "epochs": 12, "surrogate_epochs": 12},
         # The recipe suits the network of the quick runs on these sets.
         "mnist": _AUDIT_MODEL
         | _SPEEDRUN
-        | {"surrogate": "speedrun", "epochs": 4, "augmentation": "reflect", "clean_rows": 10_000},
+        | {
+            "surrogate": "speedrun",
+            "epochs": 4,
+            "surrogate_epochs": 4,
+            "augmentation": "reflect",
+            "clean_rows": 10_000,
+        },
         "cifar10": _AUDIT_MODEL
         | _SPEEDRUN
-        | {"surrogate": "speedrun", "augmentation": "reflect_flip", "clean_rows": 10_000},
+        | {"surrogate": "speedrun", "surrogate_epochs": 8, "augmentation": "reflect_flip", "clean_rows": 10_000},
     },
     "suspect_models": {
         # CKD is only in the studies.
