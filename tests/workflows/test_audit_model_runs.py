@@ -65,7 +65,7 @@ def test_members_of_a_folder_are_counted_from_1(tmp_path):
     )
     with pytest.raises(InputError, match="--members 4: .* has 3 models, counted from 1"):
         workflow.open_suspects(config(f"--model={folder}", "--members", "4"), data, "shifted")
-    other = random_folder(tmp_path / "others", 1, "vbd_4p_4")
+    other = random_folder(tmp_path / "others", 1, "vbd_8_8p")
     with pytest.raises(InputError, match="cannot share control networks"):
         workflow.open_suspects(config("--model", str(folder), str(other)), data, "shifted")
     both = workflow.open_suspects(config("--model", str(folder), str(folder)), data, "shifted")
