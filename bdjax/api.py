@@ -841,7 +841,6 @@ def audit_model(
     controls: int = 9,
     search_epochs: int = 80,
     search_batch_size: int = 64,
-    threshold: float = 2.0,
     surrogate: str = "resnet10",
     width: int = 64,
     queries: int = 4,
@@ -856,7 +855,7 @@ def audit_model(
         held_out: other clean rows, on which the success of the reversed triggers is measured.
         key: random key.
         controls: the number of control networks, at least 2; the p-value is at least 1 / (controls + 1).
-        search_epochs, search_batch_size, threshold: of Neural Cleanse.
+        search_epochs, search_batch_size: of the search by Neural Cleanse.
         surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the suspect
             is asked about; only for a function.
         training: fields of `TrainConfig` for the control networks and surrogates: {"epochs": 8}.
@@ -870,7 +869,7 @@ def audit_model(
         raise InputError(f"audit_model: clean has {_kind(clean)}; held_out has {_kind(held_out)}")
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < LEAST_CONTROLS:
         raise InputError(f"audit_model: controls {controls!r} is not a whole number of at least {LEAST_CONTROLS}")
-    changes = {"epochs": search_epochs, "batch_size": min(search_batch_size, len(clean)), "threshold": threshold}
+    changes = {"epochs": search_epochs, "batch_size": min(search_batch_size, len(clean))}
     settings = changed("audit_model: search", NeuralCleanseSettings(), changes)
     check_values("audit_model: search", settings)
     start = suspect.recipe if isinstance(suspect, Trained) else PLAIN
@@ -905,7 +904,7 @@ def audit_model(
         )
         found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
     names = [f"class {clean.class_title(number)}" for number in range(clean.num_classes)]
-    numbers = judge(models, names, threshold, black_box=variables is None, **found)
+    numbers = judge(models, names, black_box=variables is None, **found)
     masks = patterns = None
     if tested == list(range(count)):
         masks, patterns = (leaf[:count] if count > 1 else leaf[0] for leaf in found["measured"].triggers)

@@ -5,9 +5,9 @@ backdoor is a far smaller trigger into its target than into the other classes. W
 
 - the norm of its mask and the anomaly index of that among the network's classes (not for two classes: two numbers are equally
   far from their median);
-- its score, log(median norm / norm), which is comparable between networks, whatever size their triggers usually have;
 - its success on held-out rows, which the search has not seen, of the network itself and of the control networks: a
   perturbation that fools every network, such as a drawing of the class, is no backdoor of this one;
+- its score: how much smaller its mask is than those of the other classes, times the success that control networks do not share;
 - its p-value: the K control networks have the same architecture and are trained on the clean rows, so they are what the network
   would be without a backdoor. See `p_value` for what that assumes.
 
@@ -27,8 +27,13 @@ from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 
 LEAST_SUCCESS = 0.8
 """A trigger that turns a smaller share of held-out rows into its class is no finding; ours."""
-MOST_TRANSFER = 0.5
+MOST_TRANSFER = 0.1
 """Nor is one that turns a larger share into it on the control networks, on average; ours."""
+MOST_P_VALUE = 0.05
+"""Largest p-value of a finding; where the control networks are too few for it, the smallest that they allow."""
+MOST_NORMAL_P_VALUE = 0.01
+"""Largest p-value of a finding if the controls' largest scores were normal; ours, like all of these chosen on one seed of "
+"digits."""
 LEAST_CONTROLS = 2
 """Control networks without which no spread is known."""
 LEAST_ROWS = 32
@@ -58,13 +63,22 @@ class Measured(NamedTuple):
 # ---- Statistics -----------------------------------------------------------------------------------------------------
 
 
-def scores(norms: np.ndarray) -> np.ndarray:
-    """How much smaller each class's mask is than is usual in its network: log(median norm / norm), float64 [..., K].
+def scores(norms: np.ndarray, own: np.ndarray, transfer: np.ndarray) -> np.ndarray:
+    """How much smaller each class's mask is than is usual in its network, as far as its trigger works on this network alone.
 
-    A score does not change if all norms of a network are multiplied by a number.
+    log(median norm / norm) times (success on the network - mean success on control networks), the latter at least 0. A score
+    does not change if all norms of a network are multiplied by a number.
+
+    Args:
+        norms: float [..., K].
+        own: success on held-out rows of the network, float [..., K].
+        transfer: mean success on the control networks, float [..., K].
+
+    Returns:
+        float64 [..., K].
     """
     norms = np.maximum(np.asarray(norms, np.float64), 1e-6)
-    return np.log(np.median(norms, axis=-1, keepdims=True) / norms)
+    return np.log(np.median(norms, axis=-1, keepdims=True) / norms) * np.maximum(own - transfer, 0)
 
 
 def p_value(score: float, controls: Sequence[float]) -> float:
@@ -104,56 +118,61 @@ def least_accuracy(num_classes: int) -> float:
     return 1 / num_classes + KNOWS * (1 - 1 / num_classes)
 
 
-def class_numbers(measured: Measured, number: int, controls: Sequence[int], threshold: float) -> list[dict[str, Any]]:
+def class_numbers(measured: Measured, number: int, controls: Sequence[int]) -> list[dict[str, Any]]:
     """What is known of every class of a network, with whether it is a finding.
 
     Args:
         measured: M networks.
         number: which of them.
         controls: the numbers of the control networks, in the order of `Measured.transfer`.
-        threshold: smallest anomaly index of a finding.
 
     Returns:
-        For each class "class", "norm", "index" (None for two classes), "score", "success", "transfer" (mean over control
-        networks), "p_value", "normal_p_value", "found" and "against": what speaks against a finding, in words.
+        For each class "class", "norm", "index" (anomaly index, negative for a norm above the median; None for two classes),
+        "score", "success", "transfer" (mean over control networks), "p_value", "normal_p_value", "found" and "against": what
+        speaks against a finding, in words.
     """
-    norms, of_controls = measured.norms[number], [j for j in controls if j != number]
-    largest = scores(measured.norms[of_controls]).max(axis=1)
+    norms, transfer = measured.norms[number], np.nanmean(measured.transfer, axis=2)
+    all_scores = scores(measured.norms, measured.own, transfer)
+    largest = all_scores[[place for place in controls if place != number]].max(axis=1).tolist()
     index = neural_cleanse.anomaly_index(norms) if len(norms) >= neural_cleanse.LEAST_CLASSES else None
     entries = []
-    for label, score in enumerate(scores(norms).tolist()):
+    for label, score in enumerate(all_scores[number].tolist()):
+        sign = 1 if norms[label] < np.median(norms) else -1
         entry = {
             "class": label,
             "norm": float(norms[label]),
-            "index": None if index is None else float(index[label]) * (1 if score > 0 else -1),
+            "index": None if index is None else sign * float(index[label]),
             "score": score,
             "success": float(measured.own[number, label]),
-            "transfer": float(np.nanmean(measured.transfer[number, label])),
-            "p_value": p_value(score, largest.tolist()),
-            "normal_p_value": normal_p_value(score, largest.tolist()) if len(largest) > 1 else None,
+            "transfer": float(transfer[number, label]),
+            "p_value": p_value(score, largest),
+            "normal_p_value": normal_p_value(score, largest) if len(largest) > 1 else None,
         }
-        against = reasons_against(entry, threshold, len(largest))
+        against = reasons_against(entry, len(largest))
         entries.append(entry | {"found": not against, "against": against})
     return entries
 
 
-def reasons_against(entry: Mapping[str, Any], threshold: float, controls: int) -> list[str]:
+def reasons_against(entry: Mapping[str, Any], controls: int) -> list[str]:
     """What speaks against a finding, in words; empty for a finding.
+
+    The anomaly index is not among it: on the digits it missed blended triggers, whose networks have masks of very different
+    sizes, and exceeded 2 in a control network.
 
     Args:
         entry: the numbers of a class, see `class_numbers`.
-        threshold: smallest anomaly index of a finding.
         controls: the number of control networks.
     """
     texts = []
-    if entry["index"] is not None and entry["index"] <= threshold:
-        texts.append(f"its mask is no outlier among the classes (anomaly index {entry['index']:.2f})")
     if entry["success"] < LEAST_SUCCESS:
-        texts.append(f"its trigger turns only {100 * entry['success']:.0f} % of held-out rows")
+        texts.append(f"its trigger turns only {_percent(entry['success'])} of held-out rows")
     if entry["transfer"] > MOST_TRANSFER:
-        texts.append(f"its trigger fools the control networks, too ({100 * entry['transfer']:.0f} % of held-out rows)")
-    if entry["p_value"] > 1 / (controls + 1):
-        texts.append("a control network has an outlier as large")
+        texts.append(f"its trigger fools the control networks, too ({_percent(entry['transfer'])} of held-out rows)")
+    if entry["p_value"] > max(MOST_P_VALUE, 1 / (controls + 1)):
+        count = round(entry["p_value"] * (controls + 1)) - 1
+        texts.append(f"{count} of {controls} control networks {'has' if count == 1 else 'have'} an outlier as large")
+    elif entry["normal_p_value"] is not None and entry["normal_p_value"] > MOST_NORMAL_P_VALUE:
+        texts.append("it is hardly more of an outlier than what control networks have")
     return texts
 
 
@@ -209,7 +228,6 @@ NO_PLANTED = {"title": "", "class": None, "success": None, "works": False, "foun
 def judge(
     models: Sequence[Mapping[str, Any]],
     names: Sequence[str],
-    threshold: float,
     *,
     black_box: bool,
     measured: Measured | None = None,
@@ -223,7 +241,6 @@ def judge(
     Args:
         models: for each, "title", "source", "accuracy" on held-out rows, and "reason": why it was not tested, or "".
         names: the title of each class.
-        threshold: smallest anomaly index of a finding.
         black_box: whether the models were only asked.
         measured: the networks in this order: the models without a reason, the controls, and the network with a planted trigger
             if there is one; None if no model was tested.
@@ -233,14 +250,14 @@ def judge(
         weights: from `describe_weights`, for each model that was tested; None for black boxes.
 
     Returns:
-        "outcome", "black_box", "threshold", "models" (with "outcome", "reason", "found": labels, "classes": numbers of each
+        "outcome", "black_box", "models" (with "outcome", "reason", "found": labels, "classes": numbers of each
         class, and "weights" in addition), "controls" and "planted".
     """
     controls, planted = None, {**NO_PLANTED, **planted}
     if measured is not None:
-        controls = describe_controls(measured, places, accuracies, threshold, names)
+        controls = describe_controls(measured, places, accuracies, names)
         if planted["success"] is not None:
-            of_planted = class_numbers(measured, len(measured.norms) - 1, places, threshold)
+            of_planted = class_numbers(measured, len(measured.norms) - 1, places)
             planted["works"] = planted["success"] >= LEAST_PLANTED
             planted["found"] = planted["class"] in [entry["class"] for entry in of_planted if entry["found"]]
             planted["numbers"] = {**of_planted[planted["class"]], "title": names[planted["class"]]}
@@ -248,7 +265,7 @@ def judge(
     for model in models:
         entry = {**model, "classes": [], "found": [], "weights": None}
         if not model["reason"] and measured is not None:
-            numbers = class_numbers(measured, number, places, threshold)
+            numbers = class_numbers(measured, number, places)
             entry["classes"] = [{**of_class, "title": names[of_class["class"]]} for of_class in numbers]
             entry["found"] = [of_class["class"] for of_class in numbers if of_class["found"]]
             entry["weights"] = weights[number] if weights else None
@@ -263,7 +280,6 @@ def judge(
     return {
         "outcome": outcome_of_all([entry["outcome"] for entry in entries]),
         "black_box": black_box,
-        "threshold": threshold,
         "models": entries,
         "controls": controls,
         "planted": planted,
@@ -271,7 +287,7 @@ def judge(
 
 
 def describe_controls(
-    measured: Measured, places: Sequence[int], accuracies: Sequence[float], threshold: float, names: Sequence[str]
+    measured: Measured, places: Sequence[int], accuracies: Sequence[float], names: Sequence[str]
 ) -> dict[str, Any]:
     """The control networks: each one's accuracy and the class with its largest score.
 
@@ -279,12 +295,11 @@ def describe_controls(
         measured: all networks.
         places: which of them are the controls.
         accuracies: of each control network on held-out rows.
-        threshold: smallest anomaly index of a finding.
         names: the title of each class.
     """
     networks = []
     for place, accuracy in zip(places, accuracies, strict=True):
-        top = max(class_numbers(measured, place, places, threshold), key=lambda entry: entry["score"])
+        top = max(class_numbers(measured, place, places), key=lambda entry: entry["score"])
         kept = {name: top[name] for name in ("class", "norm", "index", "score", "success", "transfer")}
         networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]]})
     return {

@@ -72,12 +72,12 @@ def main_table(results: Entry) -> Table:
     header = ("model", "verdict", "CDA", "class", "mask", "index", "score", "held-out", "controls", "p-value")
     notes = (
         "Of each model the class that was found, or else that came closest. Mask: L1 norm of its reversed trigger, in pixels. "
-        "Index: anomaly index, negative for a mask above the median"
-        + (" (undefined for two classes)" if len(results["models"][0]["classes"]) == 2 else "")
-        + f"; a finding needs more than {results['threshold']:g}. Score: log(median mask / mask). Held-out: share of held-out "
-        f"rows that the trigger turns into the class (a finding needs {evidence.LEAST_SUCCESS:g}); controls: the same on clean "
-        f"control networks (at most {evidence.MOST_TRANSFER:g}). p-value: share of control networks with a score as large, "
-        "counting the model itself."
+        "Index: anomaly index, negative for a mask above the median; the paper flags a class above 2, this audit does not use "
+        "it. Held-out: share of held-out rows that the trigger turns into the class; controls: the same on clean control "
+        "networks. Score: log(median mask / mask) (held-out - controls). p-value: share of networks with a score as large, of "
+        f"the controls and the model itself. A finding needs {evidence.LEAST_SUCCESS:g} on held-out rows, at most "
+        f"{evidence.MOST_TRANSFER:g} on controls, the smallest p-value that the controls allow or {evidence.MOST_P_VALUE:g}, "
+        f"and a normal p-value of at most {evidence.MOST_NORMAL_P_VALUE:g}."
     )
     return Table("Verdicts", header, tuple(rows), notes)
 

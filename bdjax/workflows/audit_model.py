@@ -71,8 +71,6 @@ class Config(ExperimentConfig):
     """passes over the rows of the search"""
     search_batch_size: Count = 64
     """rows per step of the search; each is stamped with the triggers of all classes"""
-    index: NotNegative = 2.0
-    """smallest anomaly index of a finding; not used for two classes"""
     surrogate: str = "resnet10"
     """architecture of the networks that imitate a model which is only asked, and of its control networks"""
     surrogate_epochs: Count = 80
@@ -201,7 +199,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             found["weights"] = evidence.describe_weights(*weighed, names)
     is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
     results = reporting.summarise(
-        evidence.judge(models, names, config.index, black_box=suspects.model is None, **found),
+        evidence.judge(models, names, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
@@ -318,9 +316,7 @@ def _part(rows: Dataset, count: int, number: int) -> Dataset:
 
 def search_settings(config: Config, rows: int) -> NeuralCleanseSettings:
     """The settings of the search."""
-    return NeuralCleanseSettings(
-        epochs=config.search_epochs, batch_size=min(config.search_batch_size, rows), threshold=config.index
-    )
+    return NeuralCleanseSettings(epochs=config.search_epochs, batch_size=min(config.search_batch_size, rows))
 
 
 def width_of(model: Model) -> int | None:

@@ -28,14 +28,16 @@ def judged(numbers, black_box=False, accuracies=(0.9, 0.9, 0.9, 0.9), planted=PL
     models = [{"title": "the model", "source": "folder", "accuracy": 0.9, "reason": ""}]
     places = [1, 2, 3, 4]
     return model_audit.judge(
-        models, NAMES, 2.0, black_box=black_box, measured=numbers, places=places, accuracies=accuracies, planted=planted
+        models, NAMES, black_box=black_box, measured=numbers, places=places, accuracies=accuracies, planted=planted
     )
 
 
-def test_scores_compare_norms_with_their_median_whatever_their_unit():
-    norms = np.array([10.0, 1.0, 9.0, 11.0, 10.0])
-    np.testing.assert_allclose(model_audit.scores(norms), np.log([1, 10, 10 / 9, 10 / 11, 1]), atol=1e-12)
-    np.testing.assert_allclose(model_audit.scores(7 * norms), model_audit.scores(norms))
+def test_scores_compare_norms_with_their_median_as_far_as_controls_do_not_share_the_success():
+    norms, own = np.array([10.0, 1.0, 9.0, 11.0, 10.0]), np.full(5, 0.9)
+    ratios = np.log([1, 10, 10 / 9, 10 / 11, 1])
+    np.testing.assert_allclose(model_audit.scores(norms, own, 0.4 * np.ones(5)), 0.5 * ratios, atol=1e-12)
+    np.testing.assert_allclose(model_audit.scores(7 * norms, own, 0.4), 0.5 * ratios, atol=1e-12)
+    np.testing.assert_array_equal(model_audit.scores(norms, own, np.ones(5)), 0)
 
 
 @pytest.mark.parametrize(("score", "expected"), [(2.0, 0.25), (0.3, 0.5), (0.25, 0.75), (0.0, 1.0)])
@@ -66,7 +68,10 @@ def test_a_far_smaller_mask_that_only_works_on_the_suspect_is_found():
     [
         ({"success": 0.5}, "turns only 50 %"),
         ({"transfer": 0.9}, "fools the control networks"),
-        ({"controls": [*CLEAN_NORMS[:3], [10.0, 9.0, 0.5, 11.0, 10.0]]}, "a control network has an outlier as large"),
+        (
+            {"controls": [*CLEAN_NORMS[:3], [10.0, 9.0, 0.5, 11.0, 10.0]]},
+            "1 of 4 control networks has an outlier as large",
+        ),
     ],
 )
 def test_each_condition_of_a_finding_is_needed(changes, reason):
@@ -74,6 +79,14 @@ def test_each_condition_of_a_finding_is_needed(changes, reason):
     (model,) = results["models"]
     assert not model["found"]
     assert any(reason in text for text in model["classes"][2]["against"])
+
+
+@pytest.mark.parametrize(
+    ("controls", "p_value", "found"), [(9, 0.1, True), (9, 0.2, False), (39, 0.05, True), (39, 0.075, False)]
+)
+def test_with_many_controls_a_p_value_of_5_percent_is_enough(controls, p_value, found):
+    entry = {"index": 3.0, "success": 1.0, "transfer": 0.1, "p_value": p_value, "normal_p_value": 0.001}
+    assert (model_audit.reasons_against(entry, controls) == []) == found
 
 
 def test_masks_of_usual_sizes_are_nothing_found_because_the_planted_trigger_was_found():
@@ -88,7 +101,7 @@ def test_two_classes_have_no_anomaly_index_and_are_decided_by_the_controls():
     numbers = Measured(
         Triggers(np.zeros(shape), np.zeros(shape)), norms, np.ones(norms.shape), np.zeros((*norms.shape, 3))
     )
-    entries = model_audit.class_numbers(numbers, 0, [1, 2, 3], 2.0)
+    entries = model_audit.class_numbers(numbers, 0, [1, 2, 3])
     assert [entry["index"] for entry in entries] == [None, None]
     assert [entry["found"] for entry in entries] == [False, True]
 
@@ -128,7 +141,7 @@ def test_the_outcome_of_several_models(outcomes, expected):
 
 def test_a_model_that_was_not_tested_keeps_its_reason():
     models = [{"title": "the model", "source": "", "accuracy": 0.1, "reason": "it predicts 10 % correctly"}]
-    results = model_audit.judge(models, NAMES, 2.0, black_box=False)
+    results = model_audit.judge(models, NAMES, black_box=False)
     assert (
         results["outcome"] == "could not be tested" and results["models"][0]["reason"] == "it predicts 10 % correctly"
     )

@@ -19,7 +19,7 @@ from bdjax.workflows.base import read_flags
 from experiments import robust_kd, ta_kd
 
 NAMES = ("ant", "bee", "cat", "dog", "<b>")
-USUAL, BACKDOOR = [10.0, 9, 8, 11, 10], [10.0, 9, 1, 11, 10]
+USUAL, BACKDOOR = [10.0, 9.5, 9, 11, 10], [10.0, 9, 1, 11, 10]
 CONTROLS = [[10.0, 11, 9, 10, 12], [20.0, 22, 18, 21, 19], [8.0, 9, 10, 9, 8]]
 ROWS = {"clean_rows": 500, "search_rows": 128, "held_out_rows": 40}
 DATA = bdjax.dataset(np.full((40, 8, 8, 1), 99, np.uint8), np.arange(40) % 5, name="rows", class_names=NAMES)
@@ -28,7 +28,7 @@ DATA = bdjax.dataset(np.full((40, 8, 8, 1), 99, np.uint8), np.arange(40) % 5, na
 def measured_of(norms) -> Measured:
     norms = np.array([*norms, *CONTROLS, [10.0, 1, 9, 11, 10]])
     masks = np.random.default_rng(0).random((*norms.shape, 8, 8, 1), np.float32)
-    return Measured(Triggers(masks, masks), norms, np.full(norms.shape, 0.97), np.full((*norms.shape, 3), 0.12))
+    return Measured(Triggers(masks, masks), norms, np.full(norms.shape, 0.97), np.full((*norms.shape, 3), 0.02))
 
 
 def results_of(*norms, reasons=(), planted=None, black_box=False):
@@ -54,7 +54,7 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
             "weights": None if black_box else model_audit.describe_weights(weights, of_controls, names),
         }
     names = [f"class {DATA.class_title(number)}" for number in range(5)]
-    numbers = model_audit.judge(models, names, 2.0, black_box=black_box, **options)
+    numbers = model_audit.judge(models, names, black_box=black_box, **options)
     return model_page.summarise(
         numbers, DATA, ROWS, 0, model_verdict.commands("digits", ["my models"], len(norms), True)
     ), measured
@@ -114,7 +114,7 @@ def test_the_evidence_names_success_controls_p_value_and_the_agreement_of_the_ot
     text = results["verdict"]["text"]
     assert "turns 97 % of held-out rows into class 2 (cat), anomaly index 6.07" in text
     assert (
-        "on control networks the same trigger turns 12 %; p = 0.25, the smallest that 3 control networks allow" in text
+        "on control networks the same trigger turns 2.0 %; p = 0.25, the smallest that 3 control networks allow" in text
     )
     assert "The weights of the last layer agree: class 2 (cat)" in text
     assert "cannot be below 0.25" in text
