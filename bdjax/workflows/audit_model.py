@@ -235,8 +235,6 @@ def check(config: Config) -> None:
         raise InputError(f"--seeds {config.seeds} does not apply to an audit of models; set --controls instead")
     if config.target:
         raise InputError(f"--target {config.target} does not apply to an audit of models: it looks at every class")
-    if config.export:
-        raise InputError("--export does not apply to an audit of models, which leaves no network")
     if config.like:
         raise InputError("--like does not apply to an audit of models, whose settings follow --dataset")
 
