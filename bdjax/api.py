@@ -31,12 +31,15 @@ from bdjax.defenses import contract
 from bdjax.defenses.aggregation import Aggregation, aggregate_logits
 from bdjax.defenses.chain import LINK
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
+from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_learners, train_parts
 from bdjax.defenses.teachers import BATCH_SIZE, ask, from_classifiers, name_of
 from bdjax.errors import InputError
+from bdjax.evaluation import control_networks
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
+from bdjax.evaluation.model_audit import LEAST_CONTROLS, judge
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import Recipes, SuspectTeachers
 from bdjax.evaluation.variants import NO_ATTACK, NOT_TESTED, AttackVariant, facts_of, read_defense
@@ -72,6 +75,7 @@ __all__ = [
     "InputError",
     "PoisonedDataset",
     "ReadOptions",
+    "audit_model",
     "dataset",
     "defend",
     "detect",
@@ -805,6 +809,110 @@ def _check_needs(where: str, needs: Sequence[str], suspect: Dataset | Network, c
         raise InputError(f"{where} needs the number of poisons, which only a PoisonedDataset has")
     if "attacker's trigger" in needs:
         raise InputError(f"{where} needs the attacker's trigger with these settings, which no defender has")
+
+
+# ---- Audit -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Audited:
+    """The result of `audit_model`. For a network of N seeds, arrays have a leading axis [N]."""
+
+    outcome: str
+    """found, nothing found, or could not be tested; never "clean": what was not found may be there"""
+    reason: str | list[str]
+    """why it could not be tested; "" if it could"""
+    found: tuple[int, ...] | list[tuple[int, ...]]
+    """the classes that a trigger was found for"""
+    masks: np.ndarray | None = field(repr=False)
+    """float32 [K, H, W, 1] in [0, 1]: the mask of the reversed trigger into each class; None if nothing was searched"""
+    patterns: np.ndarray | None = field(repr=False)
+    """float32 [K, H, W, C] in [0, 1]: its pattern"""
+    numbers: Mapping[str, Any] = field(repr=False)
+    """all numbers, see `bdjax.evaluation.model_audit.judge`"""
+
+
+def audit_model(
+    suspect: Network | Classifier,
+    clean: Dataset,
+    held_out: Dataset,
+    key: Key,
+    *,
+    controls: int = 9,
+    search_epochs: int = 80,
+    search_batch_size: int = 64,
+    surrogate: str = "resnet10",
+    width: int = 64,
+    queries: int = 4,
+    training: Mapping[str, Any] = {},
+) -> Audited:
+    """Is there a backdoor in a network? Reversed triggers on held-out rows, beside clean control networks trained here.
+
+    Args:
+        suspect: a network; or any function from images, float32 [B, H, W, C] in [0, 1], to logits, which is only asked:
+        triggers are then searched on a surrogate, which finds less.
+        clean: known clean rows, for the search and for the control networks.
+        held_out: other clean rows, on which the success of the reversed triggers is measured.
+        key: random key.
+        controls: the number of control networks, at least 2; the p-value is at least 1 / (controls + 1).
+        search_epochs, search_batch_size: of the search by Neural Cleanse.
+        surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the suspect
+            is asked about; only for a function.
+        training: fields of `TrainConfig` for the control networks and surrogates: {"epochs": 8}.
+
+    Raises:
+        InputError: rows or settings that do not fit.
+    """
+    for name, rows in (("clean", clean), ("held_out", held_out)):
+        _check_data(rows, f"audit_model: {name}")
+    if _kind(clean) != _kind(held_out):
+        raise InputError(f"audit_model: clean has {_kind(clean)}; held_out has {_kind(held_out)}")
+    if isinstance(controls, bool) or not isinstance(controls, int) or controls < LEAST_CONTROLS:
+        raise InputError(f"audit_model: controls {controls!r} is not a whole number of at least {LEAST_CONTROLS}")
+    changes = {"epochs": search_epochs, "batch_size": min(search_batch_size, len(clean))}
+    settings = changed("audit_model: search", NeuralCleanseSettings(), changes)
+    check_values("audit_model: search", settings)
+    start = suspect.recipe if isinstance(suspect, Trained) else PLAIN
+    recipe, runner = _recipe("audit_model: training", training, start), _runner(clean.image_shape)
+    if isinstance(suspect, Network):
+        _check_fits(suspect, clean, "audit_model: clean")
+        model, variables = suspect.model, _stacked(suspect, suspect.seeds or 1)
+        logits = runner.predict(model, variables, held_out.images, recipe.evaluation_batch_size)
+        members = [ensemble.members(variables, np.arange(number, number + 1)) for number in range(len(logits))]
+        asks = [
+            lambda images, member=member: runner.predict(model, member, images, recipe.evaluation_batch_size)[0]
+            for member in members
+        ]
+    else:
+        model, variables = _network(surrogate, clean.num_classes, width), None
+        asks = [lambda images: ask(suspect, images, clean.num_classes, name_of(suspect))]
+        logits = asks[0](held_out.images)[None]
+    models, count = [], len(asks)
+    for number, rows in enumerate(logits):
+        accuracy = float((rows.argmax(axis=1) == held_out.labels).mean())
+        title = "the model" if count == 1 else f"model {number + 1}"
+        reason = control_networks.reason_untested(rows, held_out, clean)
+        models.append({"title": title, "source": "Python", "accuracy": accuracy, "reason": reason})
+    tested = [number for number, entry in enumerate(models) if not entry["reason"]]
+    found: dict[str, Any] = {}
+    if tested:
+        examined = control_networks.examine(
+            *(key, controls, model),
+            None if variables is None else ensemble.members(variables, np.array(tested)),
+            [asks[number] for number in tested],
+            *(recipe, control_networks.Imitation(recipe, queries), settings, runner, clean, clean, held_out),
+        )
+        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
+    names = [f"class {clean.class_title(number)}" for number in range(clean.num_classes)]
+    numbers = judge(models, names, black_box=variables is None, **found)
+    masks = patterns = None
+    if tested == list(range(count)):
+        masks, patterns = (leaf[:count] if count > 1 else leaf[0] for leaf in found["measured"].triggers)
+    classes = [tuple(entry["found"]) for entry in numbers["models"]]
+    reasons = [entry["reason"] for entry in numbers["models"]]
+    if count == 1:
+        classes, reasons = classes[0], reasons[0]
+    return Audited(numbers["outcome"], reasons, classes, masks, patterns, numbers)
 
 
 # ---- TA-KD -------------------------------------------------------------------------------------------------------

@@ -374,6 +374,33 @@ class TestDetectAndDefend:
         refused("seeds 2: the given network has 3 seeds", bdjax.defend, "nad", three, KEY, clean=CLEAN, seeds=2)
 
 
+class TestAuditModel:
+    def test_arguments_that_do_not_fit_are_refused(self, victim):
+        refused("clean is a ndarray; it must be a Dataset", bdjax.audit_model, victim, TRAIN.images, TEST, KEY)
+        larger = bdjax.dataset(TEST.images, TEST.labels, CLASSES, image_size=12)
+        refused("clean has 4 classes", bdjax.audit_model, victim, CLEAN, larger, KEY)
+        refused(
+            "controls 1 is not a whole number of at least 2", bdjax.audit_model, victim, CLEAN, TEST, KEY, controls=1
+        )
+        refused("epochs", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_epochs=0)
+
+    def test_a_function_that_knows_nothing_could_not_be_tested(self):
+        found = bdjax.audit_model(lambda images: np.zeros((len(images), CLASSES)), CLEAN, TEST, KEY)
+        assert (found.outcome, found.found, found.masks) == ("could not be tested", (), None)
+        assert "of the held-out rows correctly" in found.reason
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("seeds", [None, 2])
+    def test_networks_are_searched_beside_their_controls(self, seeds):
+        training = {"epochs": 30, "batch_size": 32, "learning_rate": 1e-2}
+        network = bdjax.train("vbd_4_4p", TRAIN, KEY, width=8, seeds=seeds, **training)
+        found = bdjax.audit_model(network, TRAIN, TEST, KEY, controls=2, search_epochs=2)
+        assert found.outcome in ("found", "nothing found", "could not be tested")
+        shape = (CLASSES, *TRAIN.image_shape)
+        assert found.patterns.shape == (shape if seeds is None else (seeds, *shape))
+        assert found.numbers["controls"]["count"] == 2
+
+
 class TestTaKd:
     OPTIONS = {"model": MODEL, "student": MODEL, "epochs": 2, "batch_size": 16}
 

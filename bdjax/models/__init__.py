@@ -23,6 +23,7 @@ from bdjax.models.facade import (
     embedding,
     group_shapes,
     last_tap,
+    normalised_convolutions,
     tap_shapes,
 )
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
@@ -40,6 +41,7 @@ __all__ = [
     "group_shapes",
     "last_tap",
     "make_model",
+    "normalised_convolutions",
     "normalised",
     "tap_shapes",
 ]

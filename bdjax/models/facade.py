@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bdjax.models.layers import Convolution, layout_of
+from bdjax.models.layers import BatchNorm, Convolution, layout_of
 from bdjax.types import Model, ModelOutput, PyTree
 
 
@@ -111,6 +111,39 @@ def convolution_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[
     variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
     jax.eval_shape(call, variables, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return shapes
+
+
+def normalised_convolutions(model: Model, image_shape: tuple[int, int, int]) -> tuple[tuple[str, str], ...]:
+    """Pairs (convolution, batch normalisation) of paths in `variables["params"]`, in the order of the network.
+
+    A normalisation is paired with the last convolution that was computed before it, whatever lies between them (a max-pool, a
+    sum with a shortcut), as in the code of channel Lipschitz pruning; a convolution that none follows is in no pair. Nothing is
+    computed.
+
+    Args:
+        model: a network.
+        image_shape: (H, W, C).
+    """
+    pairs, latest = [], ""
+
+    def record(call: Callable[..., jax.Array], args: tuple, options: dict, context: Any) -> Any:
+        nonlocal latest
+        y, layer = call(*args, **options), context.module
+        if context.method_name == "__call__" and isinstance(layer, Convolution):
+            latest = "/".join(layer.path)
+        elif context.method_name == "__call__" and isinstance(layer, BatchNorm) and latest:
+            pairs.append((latest, "/".join(layer.path)))
+            latest = ""
+        return y
+
+    variables = jax.eval_shape(lambda key: model.init(key, image_shape), jax.random.key(0))
+    with nn.intercept_methods(record):
+        jax.eval_shape(
+            lambda variables, images: model.apply(variables, images, train=False).logits,
+            variables,
+            jax.ShapeDtypeStruct((1, *image_shape), jnp.float32),
+        )
+    return tuple(pairs)
 
 
 def group_shapes(model: Model, image_shape: tuple[int, int, int]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

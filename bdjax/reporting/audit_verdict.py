@@ -9,16 +9,15 @@ In every function `results` is from `bdjax.reporting.audit.summarise`.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 from bdjax.defenses.vbd_premise import LEARNED
+from bdjax.evaluation.model_audit import Outcome
 from bdjax.evaluation.sensitivity import least_found
 from bdjax.evaluation.variants import NOT_TESTED
 from bdjax.reporting.report import Verdict
 from bdjax.reporting.sections import Entry
 from bdjax.run.text import printable
 
-Outcome = Literal["found", "nothing found", "could not be tested"]
 TRIGGER, WEAK, NONE = "trigger", "weak", "none"
 """The possible findings for a class."""
 MOST_OF_A_CLASS = 0.5

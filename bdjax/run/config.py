@@ -47,7 +47,7 @@ SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "probe_seconds", "export")
+IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
 """Fields that matter only to the content of a path, whose digest has them."""

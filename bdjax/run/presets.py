@@ -75,6 +75,17 @@ _ROBUST_KD_PHOTOS = {
     "seeds": 2,
 }
 
+_AUDIT_MODEL = {
+    "width": 8,
+    "batch_size": 64,
+    "learning_rate": 3e-3,
+    "search_rows": 512,
+    "search_batch_size": 32,
+    "search_epochs": 40,
+    "held_out_rows": 500,
+    "controls": 5,
+}
+
 QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "ta_kd": {
         "digits": _TA_KD
@@ -185,6 +196,33 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "attacks": "white_square,color_grid:opacity=0.5,none",
             "seeds": 2,
         },
+    },
+    "audit_model": {
+        "digits": _AUDIT_MODEL
+        | {
+            "controls": 9,
+            "clean_rows": 500,
+            "epochs": 30,
+            "surrogate_epochs": 30,
+            "batch_size": 32,
+            "search_rows": 128,
+            "search_batch_size": 16,
+            "search_epochs": 80,
+        },
+        OTHER: _AUDIT_MODEL | {"clean_rows": 6000, "epochs": 12, "surrogate_epochs": 12},
+        # The recipe suits the network of the quick runs on these sets.
+        "mnist": _AUDIT_MODEL
+        | _SPEEDRUN
+        | {
+            "surrogate": "speedrun",
+            "epochs": 4,
+            "surrogate_epochs": 4,
+            "augmentation": "reflect",
+            "clean_rows": 10_000,
+        },
+        "cifar10": _AUDIT_MODEL
+        | _SPEEDRUN
+        | {"surrogate": "speedrun", "surrogate_epochs": 8, "augmentation": "reflect_flip", "clean_rows": 10_000},
     },
     "suspect_models": {
         # CKD is only in the studies.

@@ -29,6 +29,7 @@ from bdjax.run.config import adapted_to
 from bdjax.training import processes
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
+from bdjax.workflows import audit_model as audit_model_workflow
 from bdjax.workflows import base, detection, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 
@@ -37,7 +38,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name != "table.md")]
 REPORT_PICTURE = DOCS / "report.png"
 MOST_README_BYTES = 8192
-EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack")
+EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_model")
 IMAGE_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "tiny_imagenet": (64, 64, 3)}
 NUM_ROWS = 10_000
 NUM_CLASSES = {"gtsrb": 43, "cifar100": 100, "tiny_imagenet": 200, "flowers17": 17}
@@ -236,6 +237,10 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "ta_kd":
         ta_kd_workflow.check(config)
         return
+    if name == "audit_model":
+        assert config.model
+        audit_model_workflow.check(config)
+        return
     if name == "attack":
         attack_workflow.check(config)
         attack_workflow.make_plans(config, some_rows(config.dataset))
@@ -286,7 +291,7 @@ def test_snippets_compile(page):
         json.loads(text)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack")])
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_model")])
 def test_every_study_has_a_result_or_is_listed_as_never_run(name):
     studies = importlib.import_module(f"experiments.{name}").EXPERIMENT.studies
     assert studies

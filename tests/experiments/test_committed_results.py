@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from bdjax.benchmarking import report
-from bdjax.reporting import attacks, defenses, detectors, students, ta_kd
+from bdjax.reporting import attacks, defenses, detectors, model_page, students, ta_kd
 from bdjax.reporting.tables import to_markdown
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -16,6 +16,7 @@ ATTACKS = sorted(path.parent for path in (RESULTS / "attack").rglob("table.md"))
 DEFENSES = sorted(path.parent for name in ("lfd", "abm") for path in (RESULTS / name).rglob("table.md"))
 DETECTIONS = sorted(path.parent for path in (RESULTS / "vbd").rglob("table.md"))
 STUDENTS = sorted(path.parent for path in (RESULTS / "robust_kd").rglob("table.md"))
+MODELS = sorted(path.parent for path in (RESULTS / "audit_model").rglob("table.md"))
 BENCHMARKS = sorted(path.parent for path in (RESULTS / "bench_ensemble").rglob("table.md"))
 PAGES = {"attack": "attacks"}
 """Folder of docs/results/ -> its page, where that is called otherwise."""
@@ -29,11 +30,13 @@ def _first_table(text: str) -> list[str]:
 
 
 def test_there_are_results() -> None:
-    assert RUNS and ATTACKS and DEFENSES and DETECTIONS and STUDENTS and BENCHMARKS
+    assert RUNS and ATTACKS and DEFENSES and DETECTIONS and STUDENTS and MODELS and BENCHMARKS
 
 
 @pytest.mark.parametrize(
-    "run", RUNS + ATTACKS + DEFENSES + DETECTIONS + STUDENTS + BENCHMARKS, ids=lambda run: "/".join(run.parts[-2:])
+    "run",
+    RUNS + ATTACKS + DEFENSES + DETECTIONS + STUDENTS + MODELS + BENCHMARKS,
+    ids=lambda run: "/".join(run.parts[-2:]),
 )
 def test_the_page_of_the_system_prints_the_table_of_the_run(run: pathlib.Path) -> None:
     page = RESULTS / f"{PAGES.get(run.parent.name, run.parent.name)}.md"
@@ -99,3 +102,13 @@ def test_a_run_on_teachers_has_the_table_that_its_report_makes_of_the_numbers(ru
     table = (run / "table.md").read_text()
     assert _first_table(to_markdown(students.main_table(results))) == _first_table(table)
     assert to_markdown(students.detail_table(results, students.plain_method(results))) in table
+
+
+@pytest.mark.parametrize("run", MODELS, ids=lambda run: run.name)
+def test_an_audit_of_models_has_the_tables_that_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    tables = (
+        *(model_page.main_table(results), *model_page.class_tables(results)),
+        *(model_page.controls_table(results), model_page.weights_table(results)),
+    )
+    assert "\n\n".join(to_markdown(table) for table in tables if table) + "\n" == (run / "table.md").read_text()

@@ -12,9 +12,10 @@ from bdjax.errors import InputError
 from bdjax.run import command_line
 from bdjax.settings import Range, kinds_of, mistakes
 from bdjax.workflows import attack as attack_workflow
+from bdjax.workflows import audit_model as audit_model_workflow
 from bdjax.workflows import base, detection, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
-from experiments import abm, attack, bench_ensemble, lfd, robust_kd, ta_kd, vbd
+from experiments import abm, attack, audit_model, bench_ensemble, lfd, robust_kd, ta_kd, vbd
 
 
 class Checked(NamedTuple):
@@ -28,6 +29,7 @@ class Checked(NamedTuple):
 EXPERIMENTS = {
     "abm": Checked(abm.preset, partial(base.check, experiment=abm.EXPERIMENT), ("quick", "paper", "strong")),
     "attack": Checked(attack.preset, attack_workflow.check, ("quick", "paper")),
+    "audit_model": Checked(audit_model.preset, audit_model_workflow.check, ("quick", "paper")),
     "bench_ensemble": Checked(bench_ensemble.preset, bench_ensemble.check, ("quick", "full", "gpu")),
     "lfd": Checked(lfd.preset, partial(base.check, experiment=lfd.EXPERIMENT), ("quick", "paper", "strong")),
     "robust_kd": Checked(

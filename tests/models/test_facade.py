@@ -6,7 +6,15 @@ import pytest
 from flax import linen as nn
 
 from bdjax.models import make_model
-from bdjax.models.facade import as_model, convolution_shapes, count_parameters, group_shapes, last_tap, tap_shapes
+from bdjax.models.facade import (
+    as_model,
+    convolution_shapes,
+    count_parameters,
+    group_shapes,
+    last_tap,
+    normalised_convolutions,
+    tap_shapes,
+)
 from bdjax.models.layers import Recorded
 from bdjax.types import Model, ModelOutput
 
@@ -121,3 +129,25 @@ def test_recording_changes_no_logit_and_offsets_are_added(lowering):
     np.testing.assert_allclose(moved[name], outputs[name] + 1, rtol=1e-5)
     np.testing.assert_array_equal(moved["stage3_block1/Conv_0"], outputs["stage3_block1/Conv_0"])
     assert np.abs(shifted - logits).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("resnet10", ("stem_conv", "stem_norm")),
+        ("resnet10", ("stage2_block1/shortcut_conv", "stage2_block1/shortcut_norm")),
+        ("speedrun", ("stage1_conv1", "stage1_norm1")),  # with a max-pool between them
+        ("preact_resnet18", ("stage1_block1/Conv_0", "stage1_block1/BatchNorm_1")),
+    ],
+)
+def test_every_normalisation_is_paired_with_the_convolution_before_it(name, some):
+    model = make_model(name, 4, width=4)
+    pairs = normalised_convolutions(model, (8, 8, 1))
+    assert some in pairs
+    variables = jax.eval_shape(lambda key: model.init(key, (8, 8, 1)), jax.random.key(0))
+    for convolution, norm in pairs:
+        found = [variables["params"]] * 2
+        for place, path in enumerate((convolution, norm)):
+            for part in path.split("/"):
+                found[place] = found[place][part]
+        assert found[0]["kernel"].shape[-1] == found[1]["scale"].shape[0]

@@ -1,0 +1,201 @@
+"""The words of an audit of models: its three outcomes, the evidence in sentences, what it cannot see, and what to do next.
+
+The outcomes, their exit statuses and their colours are those of an audit of data, `bdjax/reporting/audit_verdict.py`. In every
+function `results` is from `bdjax.reporting.model_page.summarise`, and `model` is an entry of results["models"].
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from bdjax.evaluation.variants import NOT_TESTED
+from bdjax.reporting.audit_verdict import capital, listed, percent
+from bdjax.reporting.report import Verdict
+from bdjax.reporting.sections import Entry
+
+CANNOT_SEE = (
+    "This method looks for one small patch or faint picture that turns any image into one class. It cannot see triggers that "
+    "differ from image to image (input-aware, warped), that only act on some classes, or that move each class to another "
+    "(all-to-all); it sees large patterns and semantic triggers, such as an object in the scene, badly or not at all."
+)
+NO_PROOF = (
+    "No test of this kind can show that a model has no backdoor: what was not found may be there, and an attacker who knows "
+    "the test can avoid it."
+)
+MOST_MODELS = 4
+"""Most models that a sentence names."""
+
+
+# ---- Verdict --------------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Entry) -> Verdict:
+    """Put the numbers into words."""
+    models = results["models"]
+    of_outcome = {
+        outcome: [model for model in models if model["outcome"] == outcome]
+        for outcome in ("found", "nothing found", "could not be tested")
+    }
+    found, nothing, untested = of_outcome.values()
+    texts = [evidence_text(results, model) for model in found[:MOST_MODELS]]
+    if len(found) > MOST_MODELS:
+        texts.append(f"{len(found) - MOST_MODELS} more models are in the tables below.")
+    if nothing and found:
+        texts.append(f"Nothing found in {titles(nothing)}.")
+    for model in untested[:MOST_MODELS]:
+        if found or nothing:
+            texts.append(f"{capital(model['title'])} {NOT_TESTED}: {model['reason']}.")
+    if found:
+        headline = found_headline(results, found)
+    elif nothing:
+        where = "the model" if len(models) == 1 else titles(nothing)
+        headline = f"Nothing found in {where}; {sensitivity_clause(results)}."
+        texts += [closest_text(results, model) for model in nothing[:MOST_MODELS]]
+    else:
+        headline = f"{capital(untested[0]['title'])} {NOT_TESTED}: {untested[0]['reason']}."
+        if len(untested) > 1:
+            headline = f"None of the {len(untested)} models could be tested: {untested[0]['reason']}."
+        texts.append("Nothing is known about a backdoor: this is no sign that there is none, nor that there is one.")
+    if results["controls"]:
+        texts.append(p_value_text(results))
+    texts += [CANNOT_SEE, *([] if found else [NO_PROOF])]
+    level = {"found": "found", "nothing found": "nothing_found", "could not be tested": "not_tested"}[
+        results["outcome"]
+    ]
+    return Verdict(level, headline, "\n\n".join(filter(None, texts)))
+
+
+def found_headline(results: Entry, found: Sequence[Entry]) -> str:
+    """ "A trigger into class 3 (cat) was found in the model."."""
+    if len(results["models"]) == 1:
+        classes = listed([entry for entry in found[0]["classes"] if entry["found"]])
+        return f"A trigger into {classes[:1].lower()}{classes[1:]} was found in the model."
+    labels = {entry["title"] for model in found for entry in model["classes"] if entry["found"]}
+    where = f", always into {next(iter(labels))}" if len(labels) == 1 and len(found) > 1 else ""
+    return f"A trigger was found in {len(found)} of {len(results['models'])} models{where}."
+
+
+def evidence_text(results: Entry, model: Entry) -> str:
+    """The evidence for each found class of a model, in a sentence."""
+    height, width, _ = results["image_shape"]
+    texts = []
+    for entry in (entry for entry in model["classes"] if entry["found"]):
+        index = "" if entry["index"] is None else f", anomaly index {entry['index']:.2f}"
+        texts.append(
+            f"a mask of {entry['norm']:.1f} of {height * width:,} pixels turns {percent(entry['success'])} of held-out rows "
+            f"into {entry['title']}{index}; on control networks the same trigger turns {percent(entry['transfer'])}; "
+            f"{p_text(results, entry)}"
+        )
+    who = "The model" if len(results["models"]) == 1 else capital(model["title"])
+    return f"{who}: {'; '.join(texts)}. {support_text(model)}".strip()
+
+
+def p_text(results: Entry, entry: Entry) -> str:
+    """ "p ≤ 0.10, the smallest that 9 control networks allow"."""
+    least, count = 1 / (results["controls"]["count"] + 1), results["controls"]["count"]
+    text = f"p = {entry['p_value']:.2g}"
+    if entry["p_value"] <= least:
+        text += f", the smallest that {count} control networks allow"
+    return text
+
+
+def support_text(model: Entry) -> str:
+    """What the two other detectors say, and whether they agree; "" without weights."""
+    if not model["weights"]:
+        return ""
+    last, channels = model["weights"]["last_layer"], model["weights"]["channels"]
+    labels = [entry["class"] for entry in model["classes"] if entry["found"]]
+    agrees = last["is_outlier"] and last["class"] in labels
+    first = (
+        f"The weights of the last layer agree: {last['title']} has the largest mean, more of an outlier than in any control "
+        "network"
+        if agrees
+        else "The weights of the last layer show nothing beyond the control networks"
+        if not last["is_outlier"]
+        else f"The weights of the last layer point to another class, {last['title']}"
+    )
+    second = (
+        "a channel is more sensitive than in any control network"
+        if channels["is_outlier"]
+        else "no channel is more sensitive than those of the control networks"
+    )
+    return f"{first}; {second}."
+
+
+def closest_text(results: Entry, model: Entry) -> str:
+    """What came closest to a finding in a model where nothing was found."""
+    if not model["classes"]:
+        return ""
+    entry = min(model["classes"], key=lambda entry: (len(entry["against"]), -entry["score"]))
+    who = "" if len(results["models"]) == 1 else f"{capital(model['title'])}: "
+    return f"{who}{capital(entry['title'])} came closest, but {' and '.join(entry['against'])}."
+
+
+def sensitivity_clause(results: Entry) -> str:
+    """ "a 3×3 white square planted in a network like it was found"."""
+    planted = results["planted"]
+    if not planted["works"]:
+        return "what this run would have found was not measured"
+    return f"a {planted['title']} planted in a network trained on the clean rows was found"
+
+
+def p_value_text(results: Entry) -> str:
+    """What the p-value is of, and what it assumes."""
+    count = results["controls"]["count"]
+    return (
+        f"The p-value is exact if the model, had it no backdoor, were one more draw like the {count} control networks. They "
+        f"have its architecture, but were trained on the {results['clean_rows']:,} clean rows by this run's recipe; how the "
+        f"model was trained is not known. With {count} of them it cannot be below {1 / (count + 1):.2g}."
+    )
+
+
+def titles(models: Sequence[Entry]) -> str:
+    """ "model 2", "models 2 and 3", or "5 models"."""
+    if len(models) > MOST_MODELS:
+        return f"{len(models)} models"
+    names = [model["title"] for model in models]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ---- What to do next ------------------------------------------------------------------------------------------------
+
+
+def next_steps(results: Entry) -> list[str]:
+    """What the owner of the models can do now, as paragraphs."""
+    if results["outcome"] == "could not be tested":
+        return [
+            "Nothing is known about this model. What helps depends on the reason above: more clean rows (--clean-rows), more "
+            "epochs of the control networks (--epochs), or the model's weights in place of its answers alone."
+        ]
+    texts = []
+    if results["outcome"] == "found":
+        texts.append(
+            "Look at the reversed trigger and its mask below. Do not use the model as it is, and find out where it came from. "
+            "The reversed trigger is rarely the attacker's: it is the smallest that has the same effect."
+        )
+    else:
+        texts.append(
+            "Nothing found is no reason to trust a model of unknown origin. A student that learns from its answers on clean "
+            "rows inherits less of what this audit cannot see."
+        )
+    if results["commands"]:
+        texts.append(f"A clean student of it: {'; or '.join(results['commands'])}.")
+    return texts
+
+
+def commands(
+    dataset: str, texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
+) -> list[str]:
+    """The commands that make a clean student from the audited models.
+
+    Args:
+        dataset: as given to this run.
+        texts: the models, as given to this run.
+        members: how many models they are.
+        is_folder: whether it is a single folder that `experiments/robust_kd.py` can read.
+        outputs: what models return that are only asked.
+    """
+    asked = [] if outputs == "logits" else [f"--outputs={outputs}"]
+    voted = ["python", "experiments/ta_kd.py", f"--dataset={dataset}", *asked, "--teachers", *texts]
+    alone = ["python", "experiments/robust_kd.py", f"--dataset={dataset}", *[f"--teacher={text}" for text in texts]]
+    found = [alone, voted] if is_folder and members == 1 else [voted]
+    return [shlex.join(words) for words in found]

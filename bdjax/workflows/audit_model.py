@@ -1,0 +1,336 @@
+"""An audit of suspect models: is there a backdoor, into which class, and what does its trigger look like?
+
+The models are the user's, from anywhere that `bdjax.exchange.opening` can open; all that is needed beside them are clean rows.
+Several models of one architecture are members of the same calls, and so are the control networks. A black box has no gradients:
+a surrogate is distilled from its answers on the clean rows, triggers are searched on that, and only their success on the black
+box itself counts. `bdjax/evaluation/model_audit.py` has the measurements, `experiments/audit_model.py` the presets.
+"""
+
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from bdjax.datasets import splits
+from bdjax.defenses import teachers
+from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
+from bdjax.defenses.teachers import BATCH_SIZE
+from bdjax.errors import InputError
+from bdjax.evaluation import control_networks
+from bdjax.evaluation import model_audit as evidence
+from bdjax.evaluation.control_networks import Ask, Imitation
+from bdjax.exchange.opening import Opened, open_model
+from bdjax.models import MODELS, Lowering, default_lowering, make_model
+from bdjax.reporting import model_page as reporting
+from bdjax.reporting.model_verdict import commands
+from bdjax.reporting.tables import to_rich
+from bdjax.run.config import ExperimentConfig, check_path, check_ranges, check_recipe, load, train_config
+from bdjax.run.log import StageLog
+from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width, check_choice
+from bdjax.training import ensemble, memory, processes
+from bdjax.training.augmentation import Augmentation
+from bdjax.training.member import Optimiser, Recipe, Schedule
+from bdjax.types import Dataset, Model, PoisonedDataset, PyTree, TrainTest
+from bdjax.workflows import base
+from bdjax.workflows.base import Experiment
+
+ANSWERS = "answers"
+"""The folder in the run's with the answers of models behind addresses."""
+Controlled = Annotated[int, Range(at_least=evidence.LEAST_CONTROLS, limit=1000)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ExperimentConfig):
+    """Every setting of an audit of models; `--preset` and `--dataset` decide the defaults of the others."""
+
+    model: tuple[str, ...] = ()
+    """the suspect model, or several of one architecture: a folder, FILE.safetensors:ARCHITECTURE, FILE.onnx or
+    http://HOST:PORT/PATH; a folder may hold several models"""
+    members: tuple[Annotated[int, Range(at_least=1, limit=1_000_000)], ...] = ()
+    """which of a folder's models to audit, counted from 1; by default all"""
+    outputs: Literal["logits", "probabilities", "labels"] = "logits"
+    """what a model that is only asked (.onnx, http) returns"""
+    preset: Literal["quick", "paper"] = "paper"
+    """quick: minutes on two cores; paper: the searches of the papers, for a GPU"""
+    seeds: Members = 1
+    """an audit has one seed; --controls sets the number of control networks"""
+
+    controls: Controlled = 9
+    """clean networks of the suspect's architecture, trained on the clean rows: the p-value is at least 1 / (this + 1)"""
+    clean_rows: NumRows = 0
+    """clean training rows that the control networks learn from; 0 for all"""
+    search_rows: Count = 1000
+    """clean rows among them that triggers are searched on"""
+    held_out_rows: Count = 1000
+    """test rows that success is measured on"""
+    search_epochs: Count = 80
+    """passes over the rows of the search"""
+    search_batch_size: Count = 64
+    """rows per step of the search; each is stamped with the triggers of all classes"""
+    surrogate: str = "resnet10"
+    """architecture of the networks that imitate a model which is only asked, and of its control networks"""
+    surrogate_epochs: Count = 80
+    """epochs of these imitations"""
+    queries: Count = 4
+    """pictures made of each clean row that a model which is only asked gets: itself and this many less one with other rows or
+    noise in places"""
+    query_batch: Count = BATCH_SIZE
+    """most images that such a model gets in one call"""
+
+    width: Width = 64
+    """channels of surrogates; suspects with known weights set that of their control networks"""
+    epochs: Count = 80
+    """epochs of the control networks"""
+    batch_size: Count = 128
+    """batch size of their training"""
+    recipe: Recipe = ""
+    """named recipe of their training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
+    optimiser: Optimiser = "adam"
+    """optimiser of their training"""
+    learning_rate: LearningRate = 1e-3
+    """initial learning rate of their training"""
+    schedule: Schedule = "cosine"
+    """learning-rate schedule of their training"""
+    steps: Steps = ()
+    """for schedule steps: pairs of an epoch and the learning rate from it on"""
+    weight_decay: NotNegative = 0.0
+    """L2 penalty of their training, added to the gradient as in PyTorch"""
+    augmentation: Augmentation = "none"
+    """augmentation of their training rows"""
+    evaluation_batch_size: Count = 250
+    """batch size of evaluation"""
+
+
+class Suspects(NamedTuple):
+    """The models that are audited."""
+
+    opened: list[Opened]
+    titles: list[str]
+    """of N models"""
+    places: list[tuple[int, int]]
+    """of N models: which of `opened`, and which of its members"""
+    model: Model | None
+    """the architecture of all; None for black boxes"""
+    variables: PyTree | None
+    """stacked [N, ...]; None for black boxes"""
+
+
+def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
+    """Audit models from the data to the report.
+
+    Args:
+        config: all settings.
+        experiment: its presets.
+        log: where progress is printed; by default the terminal.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        InputError: the data, a model or the output folder cannot be used.
+    """
+    log = log or StageLog()
+    check(config)
+    check_recipe(config, base.default_of(experiment, config))
+    train, test = load(config, log)
+    open_all = partial(open_suspects, config, train)
+    suspects = open_all(default_lowering())
+    # Every error in the settings and in the files is raised before the folder is opened, and before anything is measured.
+    clean, searched, held_out = take_rows(config, train, test)
+    if suspects.model is not None:
+        config = replace(config, width=width_of(suspects.model) or config.width)
+    memory.check_networks(
+        lambda width: suspects.model or make_model(config.surrogate, train.num_classes, width),
+        train.image_shape,
+        config.width,
+        config.controls + 1 + len(suspects.titles),
+        "fewer --controls or --members",
+    )
+    run = base.begin(experiment, config, clean, config.controls + 1, log, kept=2 * clean.images.nbytes)
+    if suspects.model is not None and run.engine.lowering != default_lowering():
+        suspects = open_all(run.engine.lowering)
+    folder = run.open_folder({"model": " ".join(opened.digest for opened in suspects.opened)})
+    if suspects.model is None:
+        suspects = open_all(run.engine.lowering, folder.path / ANSWERS)
+    runner = run.make_runner(folder.checkpoints)
+
+    predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
+    asks = [asker(config, suspects, number, predict, train.num_classes) for number in range(len(suspects.titles))]
+    with log.stage("accuracy", detail=f"{len(asks)} × {len(held_out):,} held-out rows"):
+        logits = [ask(held_out.images) for ask in asks]
+    models = [
+        {
+            "title": title,
+            "source": suspects.opened[suspects.places[number][0]].name,
+            "accuracy": float((rows.argmax(axis=1) == held_out.labels).mean()),
+            "reason": control_networks.reason_untested(rows, held_out, clean),
+        }
+        for number, (title, rows) in enumerate(zip(suspects.titles, logits, strict=True))
+    ]
+    tested = [number for number, model in enumerate(models) if not model["reason"]]
+    names = [f"class {train.class_title(number)}" for number in range(train.num_classes)]
+    found: dict[str, Any] = {}
+    if tested:
+        model, recipe = suspects.model or run.make_model(config.surrogate), train_config(config)
+        variables = None
+        if suspects.model is not None:
+            variables = ensemble.members(suspects.variables, np.array(tested))
+        examined = control_networks.examine(
+            jax.random.key(config.seed),
+            config.controls,
+            model,
+            variables,
+            [asks[number] for number in tested],
+            recipe,
+            Imitation(replace(recipe, epochs=config.surrogate_epochs), config.queries),
+            search_settings(config, len(searched)),
+            runner,
+            *(clean, searched, held_out),
+        )
+        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
+        if variables is not None:
+            weighed = [
+                control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
+            ]
+            found["weights"] = evidence.describe_weights(*weighed, names)
+    is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
+    results = reporting.summarise(
+        evidence.judge(models, names, black_box=suspects.model is None, **found),
+        train,
+        {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
+        config.seed,
+        commands(config.dataset, config.model, len(models), is_folder, config.outputs),
+    )
+    results = base.write_results(folder, results, train, test)
+    if not processes.is_primary():
+        return results
+    page = reporting.page(folder, results, train, held_out, found.get("measured"))
+    summary = reporting.main_table(results) if len(models) > 1 else None
+    if summary is not None:
+        log.console.print(to_rich(summary), highlight=False)
+    base.finish(run, folder, page, results["verdict"]["headline"], base.sources_of(TrainTest(train, test)), results)
+    return results
+
+
+# ---- Input ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuse settings out of range, whatever the data and the models.
+
+    Raises:
+        InputError: naming the flag.
+    """
+    check_ranges(config)
+    check_choice("--surrogate", config.surrogate, MODELS)
+    for text in config.model:
+        if not text:
+            raise InputError("--model is empty; give it a folder, a file or an address")
+        check_path("--model", text)
+    if config.seeds != 1:
+        raise InputError(f"--seeds {config.seeds} does not apply to an audit of models; set --controls instead")
+    if config.target:
+        raise InputError(f"--target {config.target} does not apply to an audit of models: it looks at every class")
+    if config.like:
+        raise InputError("--like does not apply to an audit of models, whose settings follow --dataset")
+
+
+def open_suspects(config: Config, data: Dataset, lowering: Lowering, store: pathlib.Path | None = None) -> Suspects:
+    """Open the models and check that they are for the data.
+
+    Args:
+        config: all settings.
+        data: rows of the data that the models are for.
+        lowering: how to compute convolutions of models whose weights are known.
+        store: where answers of addresses are kept; None for in memory.
+
+    Raises:
+        InputError: no model, one that cannot be used, a member that is not there, or models of several architectures.
+    """
+    if not config.model:
+        raise InputError("--model is missing: the folder, file or address of the model to audit")
+    options = {
+        "class_names": data.class_names,
+        "lowering": lowering,
+        "compute_dtype": config.compute_dtype,
+        "store": store,
+    }
+    opened = [
+        open_model(text, data.num_classes, data.image_shape, outputs=config.outputs, **options) for text in config.model
+    ]
+    kinds = {found.model.description if found.model else "a model that is only asked" for found in opened}
+    if len(kinds) > 1:
+        raise InputError(
+            f"--model: {' and '.join(sorted(kinds))} cannot share control networks; audit models of one architecture at a time"
+        )
+    counts = [ensemble.num_members(found.variables) if found.model else 1 for found in opened]
+    places = [(source, member) for source, count in enumerate(counts) for member in range(count)]
+    if config.members:
+        if len(opened) > 1:
+            raise InputError("--members counts the models of a single folder; --model has several")
+        if wrong := [member for member in config.members if member > counts[0]]:
+            raise InputError(f"--members {wrong[0]}: {opened[0].name} has {counts[0]} models, counted from 1")
+        places = [(0, member - 1) for member in dict.fromkeys(config.members)]
+    several = sum(counts) > 1
+    titles = [
+        (f"model {member + 1}" if len(opened) == 1 else f"model {number}") if several else "the model"
+        for number, (_, member) in enumerate(places, start=1)
+    ]
+    if opened[0].model is None:
+        return Suspects(opened, titles, places, None, None)
+    starts = np.cumsum([0, *counts])
+    variables = ensemble.join([found.variables for found in opened])
+    which = np.array([starts[source] + member for source, member in places])
+    return Suspects(opened, titles, places, opened[0].model, ensemble.members(variables, which))
+
+
+def take_rows(config: Config, train: Dataset, test: Dataset) -> tuple[Dataset, Dataset, Dataset]:
+    """The clean rows of the control networks, those of them that triggers are searched on, and the held-out rows.
+
+    Each has about the same share of every class.
+
+    Raises:
+        InputError: the data has poisoned rows.
+    """
+    for part in (train, test):
+        if isinstance(part, PoisonedDataset) and part.is_poisoned.any():
+            raise InputError(
+                f"{part.source}: {int(part.is_poisoned.sum())} rows are poisoned; an audit of models needs clean rows"
+            )
+    clean = _part(train, config.clean_rows, 0)
+    return clean, _part(clean, config.search_rows, 1), _part(test, config.held_out_rows, 2)
+
+
+def _part(rows: Dataset, count: int, number: int) -> Dataset:
+    if not 0 < count < len(rows):
+        return rows
+    _, taken = splits.stratified_split(jax.random.key(number), rows.labels, count / len(rows))
+    return splits.take(rows, np.sort(taken))
+
+
+def search_settings(config: Config, rows: int) -> NeuralCleanseSettings:
+    """The settings of the search."""
+    return NeuralCleanseSettings(epochs=config.search_epochs, batch_size=min(config.search_batch_size, rows))
+
+
+def width_of(model: Model) -> int | None:
+    """The width in a model's description, as `make_model` writes it; None for a model of other making."""
+    words = model.description.replace(",", " ").split()
+    width = words[words.index("width") + 1] if "width" in words[:-1] else ""
+    return int(width) if width.isdigit() else None
+
+
+# ---- Networks -------------------------------------------------------------------------------------------------------
+
+
+def asker(config: Config, suspects: Suspects, number: int, predict: Callable[..., np.ndarray], num_classes: int) -> Ask:
+    """uint8 images -> logits of one suspect."""
+    if suspects.model is not None:
+        member = ensemble.members(suspects.variables, np.arange(number, number + 1))
+        return lambda images: predict(suspects.model, member, images)[0]
+    opened = suspects.opened[suspects.places[number][0]]
+    return lambda images: teachers.ask(opened.classifier, images, num_classes, opened.name, config.query_batch)

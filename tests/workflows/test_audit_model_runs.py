@@ -1,0 +1,108 @@
+"""experiments/audit_model.py: what is refused before anything is measured; and audits, with and without a trigger to find."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bdjax
+from bdjax.errors import InputError
+from bdjax.evaluation.teachers import write_folder
+from bdjax.models import make_model
+from bdjax.reporting.audit_verdict import exit_status
+from bdjax.run.log import StageLog
+from bdjax.training import ensemble
+from bdjax.workflows import audit_model as workflow
+from bdjax.workflows.base import read_flags
+from experiments import audit_model
+
+SHAPE = (8, 8, 1)
+
+
+def config(*arguments: str) -> workflow.Config:
+    return read_flags(audit_model.EXPERIMENT, "an audit", ["--preset=quick", *arguments])
+
+
+def random_folder(path: pathlib.Path, count: int = 2, name: str = "vbd_4_4p") -> pathlib.Path:
+    """A model folder of networks that have learned nothing."""
+    model = make_model(name, 10, 8)
+    keys = jax.random.split(jax.random.key(0), count)
+    variables = ensemble.init_members(lambda key: model.init(key, SHAPE), keys)
+    assert write_folder(path, model, variables, SHAPE, None, 0)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model is missing"),
+        (["--model="], "--model is empty"),
+        (["--model=nowhere"], "nowhere"),
+        (["--model=x", "--seeds=2"], "--seeds 2 does not apply to an audit of models; set --controls instead"),
+        (["--model=x", "--target=3"], "--target 3 does not apply"),
+        (["--model=x", "--controls=1"], "--controls 1 is not at least 2"),
+        (["--model=x", "--surrogate=resnet0"], "--surrogate"),
+        (["--model=x", "--like=mnist"], "--like does not apply"),
+    ],
+)
+def test_flags_that_cannot_be_used_end_in_one_line(arguments, message, tmp_path):
+    with pytest.raises(InputError) as error:
+        workflow.run(config(*arguments, f"--output={tmp_path / 'run'}"), audit_model.EXPERIMENT, StageLog())
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_members_of_a_folder_are_counted_from_1(tmp_path):
+    folder = random_folder(tmp_path / "models", 3)
+    data = bdjax.dataset(np.zeros((10, *SHAPE), np.uint8), np.arange(10))
+    suspects = workflow.open_suspects(config(f"--model={folder}", "--members", "3", "1"), data, "shifted")
+    assert suspects.titles == ["model 3", "model 1"] and ensemble.num_members(suspects.variables) == 2
+    np.testing.assert_array_equal(
+        jax.tree.leaves(suspects.variables)[0][0], jax.tree.leaves(suspects.opened[0].variables)[0][2]
+    )
+    with pytest.raises(InputError, match="--members 4: .* has 3 models, counted from 1"):
+        workflow.open_suspects(config(f"--model={folder}", "--members", "4"), data, "shifted")
+    other = random_folder(tmp_path / "others", 1, "vbd_8_8p")
+    with pytest.raises(InputError, match="cannot share control networks"):
+        workflow.open_suspects(config("--model", str(folder), str(other)), data, "shifted")
+    both = workflow.open_suspects(config("--model", str(folder), str(folder)), data, "shifted")
+    assert both.titles == [f"model {number}" for number in range(1, 7)]
+
+
+def test_a_network_that_has_learned_nothing_could_not_be_tested_and_nothing_is_trained(tmp_path):
+    folder = random_folder(tmp_path / "models", 1)
+    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", f"--output={tmp_path / 'run'}"]
+    results = workflow.run(config(*arguments), audit_model.EXPERIMENT, StageLog())
+    assert exit_status(results) == 4 and "of the held-out rows correctly" in results["models"][0]["reason"]
+    assert results["verdict"]["level"] == "not_tested"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "table.md").exists()
+
+
+def test_the_width_of_control_networks_is_the_suspects():
+    assert workflow.width_of(make_model("resnet10", 3, 12)) == 12
+    assert workflow.width_of(make_model("resnet10", 3, 12)._replace(description="made by hand")) is None
+
+
+@pytest.mark.slow
+def test_a_network_with_a_backdoor_is_found_and_one_without_is_not(tmp_path):
+    train, test = bdjax.load("digits")
+    key = jax.random.key(3)
+    bad = bdjax.poison("badnets", train, key, target=4, poison_rate=0.1)
+    training = {"width": 8, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3}
+    networks = [bdjax.train("resnet10", data, key, **training) for data in (bad.data, train)]
+    assert bdjax.evaluate(networks[0], test, bad.trigger).asr > 0.9
+    variables = ensemble.stack([network.variables for network in networks])
+    folder = tmp_path / "models"
+    assert write_folder(folder, networks[0].model, jax.tree.map(jnp.asarray, variables), SHAPE, None, 0)
+    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", "--controls=4"]
+    results = workflow.run(config(*arguments, f"--output={tmp_path / 'run'}"), audit_model.EXPERIMENT, StageLog())
+    assert [model["outcome"] for model in results["models"]] == ["found", "nothing found"]
+    assert results["models"][0]["found"] == [4]
+    assert results["planted"]["found"] and exit_status(results) == 3
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "A trigger was found in 1 of 2 models." in page
