@@ -99,7 +99,7 @@ class Imitation(NamedTuple):
 
     recipe: TrainConfig
     copies: int
-    """pictures of each clean row that a black box is asked about"""
+    """pictures of each clean row that a black box is queried with"""
 
 
 class Examined(NamedTuple):
@@ -129,6 +129,7 @@ def examine(
     clean: Dataset,
     searched: Dataset,
     held_out: Dataset,
+    shown_as: Callable[[np.ndarray], np.ndarray] = lambda logits: logits,
 ) -> Examined:
     """Train the networks of known training, search triggers into all classes of all networks, and measure them.
 
@@ -145,6 +146,7 @@ def examine(
         clean: the rows that networks are trained on.
         searched: the rows that triggers are searched on.
         held_out: the rows that their success is measured on.
+        shown_as: from logits [N, K] to what is left of them in the outputs of a black box like the suspects.
     """
     train_key, search_key, query_key, imitation_key = jax.random.split(key, 4)
     batch_size = recipe.evaluation_batch_size
@@ -155,7 +157,7 @@ def examine(
     controls = train_controls(train_key, count, model, recipe, runner, clean)
     boxes, planted = list(asks), {"why": controls.why}
     if controls.planting:
-        boxes.append(lambda images: predict(controls.planted, images)[0])
+        boxes.append(lambda images: shown_as(predict(controls.planted, images)[0]))
         rate = planted_success(controls, predict, held_out)
         planted = {"title": controls.planting.title, "class": controls.planting.target, "success": rate}
     if suspects is not None:
@@ -194,6 +196,8 @@ def reason_untested(logits: np.ndarray, held_out: Dataset, clean: Dataset) -> st
     for name, rows in (("clean", clean), ("held-out", held_out)):
         if len(rows) < LEAST_ROWS:
             return f"{len(rows)} {name} rows are too few; at least {LEAST_ROWS} are needed"
+    if len(set(held_out.labels.tolist())) < 2:
+        return "the held-out rows are of one class; success is measured on rows of other classes"
     if missing := sorted(set(range(clean.num_classes)) - set(clean.labels.tolist())):
         return f"there is no clean row of class {clean.class_title(missing[0])}"
     accuracy = float((logits.argmax(axis=1) == held_out.labels).mean())
@@ -210,7 +214,7 @@ def reason_untested(logits: np.ndarray, held_out: Dataset, clean: Dataset) -> st
 
 
 def queries(key: Key, images: np.ndarray, copies: int) -> np.ndarray:
-    """Pictures that a black box is asked about: clean rows, and copies with a rectangle of another row or of noise.
+    """Pictures that a black box is queried with: clean rows, and copies with a rectangle of another row or of noise.
 
     Args:
         key: decides rectangles and rows.

@@ -32,8 +32,8 @@ MOST_TRANSFER = 0.1
 MOST_P_VALUE = 0.05
 """Largest p-value of a finding; where the control networks are too few for it, the smallest that they allow."""
 MOST_NORMAL_P_VALUE = 0.01
-"""Largest p-value of a finding if the controls' largest scores were normal; ours, like all of these chosen on one seed of "
-"digits."""
+"""Largest p-value of a finding if the controls' largest scores were normal; ours; like all of these, chosen on one seed of
+digits."""
 LEAST_CONTROLS = 2
 """Control networks without which no spread is known."""
 LEAST_ROWS = 32
@@ -84,8 +84,9 @@ def scores(norms: np.ndarray, own: np.ndarray, transfer: np.ndarray) -> np.ndarr
 def p_value(score: float, controls: Sequence[float]) -> float:
     """The share of networks without a backdoor that would have a score this large: (1 + number of controls with one) / (J + 1).
 
-    Exact for any distribution if the suspect, had it no backdoor, and the J controls are exchangeable: any order of their J + 1
-    scores is equally likely. The control networks differ from such a suspect in what is unknown of its training (its rows,
+    Nearly exact for any distribution if the suspect, had it no backdoor, and the J controls are exchangeable: any order of
+    their J + 1 scores is equally likely. (Nearly: the transfer of a control's trigger is the mean over one network less, and
+    does not include the suspect.) The control networks differ from such a suspect in what is unknown of its training (its rows,
     their number, its recipe), so this holds as far as scores do not depend on that. The smallest possible value is 1 / (J + 1).
 
     Args:
@@ -164,9 +165,10 @@ def reasons_against(entry: Mapping[str, Any], controls: int) -> list[str]:
         controls: the number of control networks.
     """
     texts = []
-    if entry["success"] < LEAST_SUCCESS:
+    # Negated, so that a number that is not known speaks against a finding.
+    if not entry["success"] >= LEAST_SUCCESS:
         texts.append(f"its trigger turns only {_percent(entry['success'])} of held-out rows")
-    if entry["transfer"] > MOST_TRANSFER:
+    if not entry["transfer"] <= MOST_TRANSFER:
         texts.append(f"its trigger fools the control networks, too ({_percent(entry['transfer'])} of held-out rows)")
     if entry["p_value"] > max(MOST_P_VALUE, 1 / (controls + 1)):
         count = round(entry["p_value"] * (controls + 1)) - 1
@@ -241,7 +243,7 @@ def judge(
     Args:
         models: for each, "title", "source", "accuracy" on held-out rows, and "reason": why it was not tested, or "".
         names: the title of each class.
-        black_box: whether the models were only asked.
+        black_box: whether the models' weights are unknown.
         measured: the networks in this order: the models without a reason, the controls, and the network with a planted trigger
             if there is one; None if no model was tested.
         places: which of them are the controls.
@@ -267,13 +269,12 @@ def judge(
         if not model["reason"] and measured is not None:
             numbers = class_numbers(measured, number, places)
             entry["classes"] = [{**of_class, "title": names[of_class["class"]]} for of_class in numbers]
-            entry["found"] = [of_class["class"] for of_class in numbers if of_class["found"]]
+            if not (reason := reason_of_controls(controls["accuracy"], least_accuracy(len(names)))):
+                entry["found"] = [of_class["class"] for of_class in numbers if of_class["found"]]
             entry["weights"] = weights[number] if weights else None
             if not entry["found"]:
                 best = max(of_class["success"] for of_class in numbers)
-                entry["reason"] = reason_of_run(
-                    controls["accuracy"], least_accuracy(len(names)), planted, black_box, best
-                )
+                entry["reason"] = reason or reason_of_run(planted, black_box, best)
             number += 1
         entry["outcome"] = outcome_of_model(entry["found"], entry["reason"])
         entries.append(entry)
@@ -289,7 +290,8 @@ def judge(
 def describe_controls(
     measured: Measured, places: Sequence[int], accuracies: Sequence[float], names: Sequence[str]
 ) -> dict[str, Any]:
-    """The control networks: each one's accuracy and the class with its largest score.
+    """The control networks: of each its accuracy, the class with its largest score, and whether the rule, applied to it beside
+    the other controls, would call it a finding, which is then a false alarm.
 
     Args:
         measured: all networks.
@@ -299,47 +301,57 @@ def describe_controls(
     """
     networks = []
     for place, accuracy in zip(places, accuracies, strict=True):
-        top = max(class_numbers(measured, place, places), key=lambda entry: entry["score"])
+        of_classes = class_numbers(measured, place, places)
+        top = max(of_classes, key=lambda entry: entry["score"])
         kept = {name: top[name] for name in ("class", "norm", "index", "score", "success", "transfer")}
-        networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]]})
+        is_finding = any(entry["found"] for entry in of_classes)
+        networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]], "is_finding": is_finding})
     return {
         "count": len(networks),
         "accuracy": float(np.mean(accuracies)),
         "smallest_p_value": 1 / (len(networks) + 1),
+        "findings": sum(network["is_finding"] for network in networks),
         "networks": networks,
     }
 
 
-def reason_of_run(
-    accuracy: float, least: float, planted: Mapping[str, Any], black_box: bool, best_success: float
-) -> str:
+def reason_of_controls(accuracy: float, least: float) -> str:
+    """Why control networks are no controls, so that nothing can be found or not found; "" if they are.
+
+    Args:
+        accuracy: their mean accuracy on held-out rows.
+        least: what it must be.
+    """
+    if accuracy >= least:
+        return ""
+    return (
+        f"the control networks predict only {_percent(accuracy)} of the held-out rows correctly; with more clean rows or "
+        "epochs they would be a control"
+    )
+
+
+def reason_of_run(planted: Mapping[str, Any], black_box: bool, best_success: float) -> str:
     """Why a model in which nothing was found could not be tested by this run; "" if it could.
 
     Args:
-        accuracy: mean accuracy of the control networks on held-out rows.
-        least: what it must be.
         planted: the network with a planted trigger: "success" of the trigger (None if none was planted), "works" and "found".
         black_box: whether triggers were searched on surrogates.
         best_success: the largest success of a reversed trigger of this model on held-out rows.
     """
-    if accuracy < least:
-        return (
-            f"the control networks predict only {_percent(accuracy)} of the held-out rows correctly; with more clean rows or "
-            "epochs they would be a control"
-        )
     if planted["works"] and not planted["found"]:
         how = " through a surrogate" if black_box else ""
         return (
             f"not even a {planted['title']} that was planted in a network trained on the clean rows was found{how}; it turns "
             f"{_percent(planted['success'])} of held-out rows"
         )
-    if black_box and not planted["works"]:
-        return "no trigger could be planted to see whether a search through a surrogate finds it"
     if best_success < LEAST_SUCCESS:
         return (
             f"the search found no trigger into any class that turns {_percent(LEAST_SUCCESS)} of held-out rows (at most "
             f"{_percent(best_success)})"
         )
+    if not planted["works"]:
+        through = " through a surrogate" if black_box else ""
+        return f"no trigger could be planted to see whether a search{through} finds it"
     return ""
 
 

@@ -133,7 +133,12 @@ def controls_table(results: Entry) -> Table | None:
             f" The planted trigger itself turns {percent(planted['success'])} of held-out rows; the reversed trigger of its "
             f"class is {'a' if planted['found'] else 'no'} finding by the same rules."
         )
-    elif planted["why"]:
+    if findings := results["controls"]["findings"]:
+        notes += (
+            f" By the same rules {findings} of {results['controls']['count']} control networks would be called a finding, a "
+            "false alarm."
+        )
+    if planted["success"] is None and planted["why"]:
         notes += f" Nothing was planted: {planted['why']}."
     return Table("Networks of known training", header, tuple(rows), notes)
 
@@ -211,7 +216,7 @@ def key_numbers(results: Entry) -> dict[str, str]:
         shown = {"CDA": f"{models[0]['accuracy']:.3f}"}
         if top := _top(models[0]):
             shown |= {
-                "smallest trigger": top["title"],
+                "trigger found into" if models[0]["found"] else "class that came closest": top["title"],
                 "success on held-out rows": percent(top["success"]),
                 "on control networks": percent(top["transfer"]),
                 "p-value": f"{top['p_value']:.2g}",

@@ -132,20 +132,29 @@ def closest_text(results: Entry, model: Entry) -> str:
 
 def sensitivity_clause(results: Entry) -> str:
     """ "a 3×3 white square planted in a network like it was found"."""
-    planted = results["planted"]
-    if not planted["works"]:
-        return "what this run would have found was not measured"
-    return f"a {planted['title']} planted in a network trained on the clean rows was found"
+    return f"a {results['planted']['title']} planted in a network trained on the clean rows was found"
 
 
 def p_value_text(results: Entry) -> str:
     """What the p-value is of, and what it assumes."""
-    count = results["controls"]["count"]
-    return (
-        f"The p-value is exact if the model, had it no backdoor, were one more draw like the {count} control networks. They "
-        f"have its architecture, but were trained on the {results['clean_rows']:,} clean rows by this run's recipe; how the "
-        f"model was trained is not known. With {count} of them it cannot be below {1 / (count + 1):.2g}."
+    count, models = results["controls"]["count"], len(results["models"])
+    text = (
+        f"The p-value is nearly exact if the model, had it no backdoor, were one more draw like the {count} control "
+        f"networks. They have its architecture, but were trained on the {results['clean_rows']:,} clean rows by this run's "
+        "recipe; how the model was trained is not known."
     )
+    if results["black_box"]:
+        text = (
+            f"The p-value is only a rank among the {count} control networks: triggers are searched on these directly, but "
+            "through a surrogate of the same architecture for the model, whose architecture is not known."
+        )
+    text += f" With {count} of them it cannot be below {1 / (count + 1):.2g}."
+    if models > 1:
+        by_chance = f"{models / (count + 1):.2g}"
+        text += f" Of {models} models without a backdoor about {by_chance} would have so small a p-value by chance."
+    findings = results["controls"]["findings"]
+    text += " The rule for a finding, applied to each control network beside the others, finds a trigger in "
+    return f"{text}{findings} of {count}{': such false alarms must be expected.' if findings else '.'}"
 
 
 def titles(models: Sequence[Entry]) -> str:
@@ -183,19 +192,19 @@ def next_steps(results: Entry) -> list[str]:
 
 
 def commands(
-    dataset: str, texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
+    data: Sequence[str], texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
 ) -> list[str]:
     """The commands that make a clean student from the audited models.
 
     Args:
-        dataset: as given to this run.
+        data: the flags that name the data.
         texts: the models, as given to this run.
         members: how many models they are.
         is_folder: whether it is a single folder that `experiments/robust_kd.py` can read.
-        outputs: what models return that are only asked.
+        outputs: what black boxes return.
     """
-    asked = [] if outputs == "logits" else [f"--outputs={outputs}"]
-    voted = ["python", "experiments/ta_kd.py", f"--dataset={dataset}", *asked, "--teachers", *texts]
-    alone = ["python", "experiments/robust_kd.py", f"--dataset={dataset}", *[f"--teacher={text}" for text in texts]]
+    returned = [] if outputs == "logits" else [f"--outputs={outputs}"]
+    voted = ["python", "experiments/ta_kd.py", *data, *returned, "--teachers", *texts]
+    alone = ["python", "experiments/robust_kd.py", *data, *[f"--teacher={text}" for text in texts]]
     found = [alone, voted] if is_folder and members == 1 else [voted]
     return [shlex.join(words) for words in found]

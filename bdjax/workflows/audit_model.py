@@ -24,6 +24,7 @@ from bdjax.evaluation import control_networks
 from bdjax.evaluation import model_audit as evidence
 from bdjax.evaluation.control_networks import Ask, Imitation
 from bdjax.exchange.opening import Opened, open_model
+from bdjax.exchange.outputs import Outputs, as_logits
 from bdjax.models import MODELS, Lowering, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
 from bdjax.reporting.model_verdict import commands
@@ -53,7 +54,7 @@ class Config(ExperimentConfig):
     members: tuple[Annotated[int, Range(at_least=1, limit=1_000_000)], ...] = ()
     """which of a folder's models to audit, counted from 1; by default all"""
     outputs: Literal["logits", "probabilities", "labels"] = "logits"
-    """what a model that is only asked (.onnx, http) returns"""
+    """what a black box (.onnx, http) returns"""
     preset: Literal["quick", "paper"] = "paper"
     """quick: minutes on two cores; paper: the searches of the papers, for a GPU"""
     seeds: Members = 1
@@ -72,11 +73,11 @@ class Config(ExperimentConfig):
     search_batch_size: Count = 64
     """rows per step of the search; each is stamped with the triggers of all classes"""
     surrogate: str = "resnet10"
-    """architecture of the networks that imitate a model which is only asked, and of its control networks"""
+    """architecture of the networks that imitate a black box, and of its control networks"""
     surrogate_epochs: Count = 80
     """epochs of these imitations"""
     queries: Count = 4
-    """pictures made of each clean row that a model which is only asked gets: itself and this many less one with other rows or
+    """pictures made of each clean row that a black box gets: itself and this many less one with other rows or
     noise in places"""
     query_batch: Count = BATCH_SIZE
     """most images that such a model gets in one call"""
@@ -190,6 +191,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
             search_settings(config, len(searched)),
             runner,
             *(clean, searched, held_out),
+            partial(as_shown, config.outputs, train.num_classes),
         )
         found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
         if variables is not None:
@@ -203,7 +205,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
-        commands(config.dataset, config.model, len(models), is_folder, config.outputs),
+        # With --members the commands would take the other models of the folder, too.
+        [] if config.members else commands(data_flags(config), config.model, len(models), is_folder, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
@@ -262,7 +265,7 @@ def open_suspects(config: Config, data: Dataset, lowering: Lowering, store: path
     opened = [
         open_model(text, data.num_classes, data.image_shape, outputs=config.outputs, **options) for text in config.model
     ]
-    kinds = {found.model.description if found.model else "a model that is only asked" for found in opened}
+    kinds = {found.model.description if found.model else "a black box" for found in opened}
     if len(kinds) > 1:
         raise InputError(
             f"--model: {' and '.join(sorted(kinds))} cannot share control networks; audit models of one architecture at a time"
@@ -324,7 +327,24 @@ def width_of(model: Model) -> int | None:
     return int(width) if width.isdigit() else None
 
 
+def data_flags(config: Config) -> list[str]:
+    """The flags that name the data of this run."""
+    flags = [f"--dataset={config.dataset}"]
+    flags += [f"--image-size={config.image_size}"] if config.image_size else []
+    return flags + ["--skip-unreadable"] * config.skip_unreadable
+
+
 # ---- Networks -------------------------------------------------------------------------------------------------------
+
+
+def as_shown(outputs: Outputs, num_classes: int, logits: np.ndarray) -> np.ndarray:
+    """What is left of logits, float [N, K], in outputs of this kind, as logits again."""
+    if outputs == "logits":
+        return logits
+    if outputs == "labels":
+        return as_logits(logits.argmax(axis=1), outputs, num_classes)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return as_logits(powers / powers.sum(axis=1, keepdims=True), outputs, num_classes)
 
 
 def asker(config: Config, suspects: Suspects, number: int, predict: Callable[..., np.ndarray], num_classes: int) -> Ask:

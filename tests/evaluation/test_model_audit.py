@@ -1,5 +1,7 @@
 """The statistics and the outcome of an audit of models, on numbers written by hand."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -122,9 +124,32 @@ def test_what_could_not_have_been_found_could_not_be_tested(changes, reason):
     assert reason in results["models"][0]["reason"]
 
 
-def test_a_planted_trigger_that_does_not_work_says_nothing_about_the_search():
+def test_without_a_planted_trigger_that_works_it_is_unknown_what_would_be_found():
     results = judged(measured([10.0] * 5, planted=[10.0] * 5), planted={**PLANTED, "success": 0.5})
-    assert results["outcome"] == "nothing found" and not results["planted"]["works"]
+    assert results["outcome"] == "could not be tested" and not results["planted"]["works"]
+    assert results["models"][0]["reason"] == "no trigger could be planted to see whether a search finds it"
+
+
+def test_control_networks_that_learned_nothing_make_no_finding():
+    found = judged(measured([1.0, 10.0, 9.0, 11.0, 10.0]))
+    assert found["outcome"] == "found"
+    untaught = judged(measured([1.0, 10.0, 9.0, 11.0, 10.0]), accuracies=(0.2, 0.2, 0.2, 0.2))
+    assert untaught["outcome"] == "could not be tested" and untaught["models"][0]["found"] == []
+    assert "predict only 20 %" in untaught["models"][0]["reason"]
+
+
+def test_numbers_that_are_not_known_are_no_finding():
+    entry = {"success": math.nan, "transfer": math.nan, "p_value": 0.1, "normal_p_value": 1e-6}
+    assert len(model_audit.reasons_against(entry, 9)) == 2
+
+
+def test_control_networks_that_the_rule_would_find_are_counted():
+    usual, outlier = [10.0, 9.5, 10.5, 11.0, 10.0], [1.0, 10.0, 9.0, 11.0, 10.0]
+    assert judged(measured(usual, transfer=0.05))["controls"]["findings"] == 0
+    numbers = measured(usual, transfer=0.05)
+    numbers.norms[2] = outlier  # the second control network
+    controls = judged(numbers)["controls"]
+    assert controls["findings"] == 1 and [network["is_finding"] for network in controls["networks"]].index(True) == 1
 
 
 @pytest.mark.parametrize(

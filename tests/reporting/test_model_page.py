@@ -56,7 +56,7 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
     names = [f"class {DATA.class_title(number)}" for number in range(5)]
     numbers = model_audit.judge(models, names, black_box=black_box, **options)
     return model_page.summarise(
-        numbers, DATA, ROWS, 0, model_verdict.commands("digits", ["my models"], len(norms), True)
+        numbers, DATA, ROWS, 0, model_verdict.commands(["--dataset=digits"], ["my models"], len(norms), True)
     ), measured
 
 
@@ -81,9 +81,9 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
         (
             [USUAL],
             {"planted": {"why": "the trigger cannot be planted"}},
-            "nothing_found",
-            0,
-            "Nothing found in the model; what this run would have found was not measured.",
+            "not_tested",
+            4,
+            "The model could not be tested: no trigger could be planted to see whether a search finds it.",
         ),
         (
             [USUAL],
@@ -134,17 +134,17 @@ def test_a_black_box_has_no_weights():
 def test_the_commands_for_a_clean_student_can_be_read():
     experiments = {"experiments/ta_kd.py": ta_kd.EXPERIMENT, "experiments/robust_kd.py": robust_kd.EXPERIMENT}
     for command in (
-        *model_verdict.commands("digits", ["my model"], 1, True),
-        *model_verdict.commands("digits", ["my model", "b.onnx"], 2, outputs="labels"),
+        *model_verdict.commands(["--dataset=digits"], ["my model"], 1, True),
+        *model_verdict.commands(["--dataset=digits"], ["my model", "b.onnx"], 2, outputs="labels"),
     ):
         words = shlex.split(command)
         config = read_flags(experiments[words[1]], "", words[2:])
         assert str(getattr(config, "teacher", None) or config.teachers[0]) == "my model"
-    assert [command.split()[1] for command in model_verdict.commands("digits", ["x"], 1, True)] == [
+    assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 1, True)] == [
         "experiments/robust_kd.py",
         "experiments/ta_kd.py",
     ]
-    assert [command.split()[1] for command in model_verdict.commands("digits", ["x"], 7, True)] == [
+    assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 7, True)] == [
         "experiments/ta_kd.py"
     ]
 
