@@ -145,8 +145,8 @@ def test_numbers_that_are_not_known_are_no_finding():
 
 def test_control_networks_that_the_rule_would_find_are_counted():
     usual, outlier = [10.0, 9.5, 10.5, 11.0, 10.0], [1.0, 10.0, 9.0, 11.0, 10.0]
-    assert judged(measured(usual, transfer=0.05))["controls"]["findings"] == 0
-    numbers = measured(usual, transfer=0.05)
+    numbers = measured(usual, transfer=0.05, controls=[CLEAN_NORMS[0]] * 4)
+    assert judged(numbers)["controls"]["findings"] == 0
     numbers.norms[2] = outlier  # the second control network
     controls = judged(numbers)["controls"]
     assert controls["findings"] == 1 and [network["is_finding"] for network in controls["networks"]].index(True) == 1
