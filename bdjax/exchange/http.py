@@ -57,6 +57,16 @@ class _Retry(Exception):
     """A failure that may not happen again."""
 
 
+class _Response(http.client.HTTPResponse):
+    """An answer whose chunks have sizes of at least 0; the base class takes -1 for the rest of the stream."""
+
+    def _read_next_chunk_size(self) -> int:
+        size = super()._read_next_chunk_size()
+        if size < 0:
+            raise http.client.HTTPException(f"a chunk of {size} bytes")
+        return size
+
+
 def connect(
     url: str,
     num_classes: int,
@@ -183,6 +193,7 @@ def _read_address(url: str) -> _Address:
     try:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
+        (parts.hostname or "").encode("idna")  # as the system is given it; an empty or a long label has no such form
     except ValueError as error:
         raise InputError(f"{url}: is no address ({one_line(error)}); {form}") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -245,6 +256,7 @@ def _request(url: str, address: _Address, body: bytes, most: int, time_limit: fl
     """
     kind = http.client.HTTPSConnection if address.is_encrypted else http.client.HTTPConnection
     connection = kind(address.host, address.port, timeout=time_limit)
+    connection.response_class = _Response
     headers = {"Content-Type": address.content_type, "Accept": address.content_type, "Connection": "close"}
     is_over = threading.Event()
     try:
@@ -259,7 +271,7 @@ def _request(url: str, address: _Address, body: bytes, most: int, time_limit: fl
         return data
     except InputError:
         raise
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if is_over.is_set() or isinstance(error, TimeoutError):
             raise InputError(f"{url}: no answer within {time_limit:g} seconds") from error
         if isinstance(error, (OSError, http.client.IncompleteRead)):

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import math
@@ -36,6 +37,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, answers):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.endless = 0
         self.answers, self.received = list(answers), []
         self.url = f"http://127.0.0.1:{self.server_port}/predict"
 
@@ -210,6 +212,19 @@ def drips(handler, images):
         time.sleep(0.05)
 
 
+def chunk(size):
+    """An answer without an end, of a single chunk that claims to have a size."""
+
+    def answer(handler, images):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%b\r\n" % size)
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b" " * 9999)
+                handler.server.endless += 9999
+
+    return answer
+
+
 def replies(body, *arguments, **headers):
     return lambda handler, images: handler.reply(body, *arguments, **headers)
 
@@ -254,6 +269,9 @@ WRONG = {
         "",
         "answers with more than 4128 bytes",
     ),
+    "endless chunk": (chunk(b"-1"), "", r"the answer is not HTTP \(a chunk of -1 bytes\)"),
+    "negative chunk": (chunk(b"-5"), "", r"the answer is not HTTP \(a chunk of -5 bytes\)"),
+    "no size of a chunk": (chunk(b"many"), "", "tried once"),
     "cut off": (sends(b"HTTP/1.0 200 OK\r\nContent-Length: 99\r\n\r\n" + RIGHT[:50]), "", "tried once"),
     "not HTTP": (sends(b"220 mail\x1b[31m\r\n\r\n"), "", "the answer is not HTTP"),
     "long header": (
@@ -300,6 +318,7 @@ def test_a_wrong_answer_is_one_line_and_not_repeated(serve, kind):
     assert time.monotonic() - start < 1
     assert str(caught.value).startswith(server.url) and str(caught.value).isprintable() and len(str(caught.value)) < 400
     assert len(server.received) == 1
+    assert server.endless < 1 << 24  # what the system buffers
 
 
 @pytest.mark.parametrize(
@@ -310,6 +329,8 @@ def test_a_wrong_answer_is_one_line_and_not_repeated(serve, kind):
         ("http://a:99999/b", "is no address"),
         ("http://a:b/b", "is no address"),
         ("http://[::1/b", "is no address"),
+        ("http://a..b/", r"is no address \(.*label"),
+        (f"http://{'a' * 64}.org/", r"is no address \(.*label"),
         ("http://a/b c", "has characters that no address has"),
         ("http://a/b\r\nHost: c", "has characters that no address has"),
         ("http://user:secret@a/b", "^a: the address has a user name or a password"),
