@@ -119,7 +119,7 @@ def ask(
         try:
             output = classifier(batch)
         except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+            raise InputError(_named(name, classifier, error)) from error
         except Exception as error:
             advice = _smaller_batch(rows) if rows > 1 and _answers(classifier, images[start : start + 1]) else ""
             raise InputError(f"{name} failed: {type(error).__name__}: {_one_line(error)}{advice}") from error
@@ -149,6 +149,13 @@ def name_of(classifier: object) -> str:
     """The name of a callable in messages: of the function, or of the object's type."""
     name = getattr(classifier, "__name__", None)
     return _one_line(name if isinstance(name, str) else type(classifier).__name__, 60)
+
+
+def _named(name: str, classifier: Classifier, error: InputError) -> str:
+    """An error that begins with a name; files and addresses begin theirs with their own, which is not repeated."""
+    start, _, rest = str(error).partition(": ")
+    is_same = start in (name, name_of(classifier)) or name.startswith(f"{start}:")
+    return f"{name}: {rest if is_same else error}"
 
 
 def as_array(output: Any, name: str) -> np.ndarray:

@@ -44,6 +44,11 @@ _MAXIMUM_STORED_BYTES = 1 << 26
 """Largest file of answers."""
 
 
+_answers_to_grey: dict[tuple, np.ndarray] = {}
+"""Of addresses that were connected without a folder: logits [1, K] for the next connection of this process with a folder, since
+a run checks addresses before it opens its folder."""
+
+
 class _Address(NamedTuple):
     is_encrypted: bool
     host: str
@@ -95,8 +100,9 @@ def connect(
         A function from float32 [B, H, W, C] in [0, 1] to float32 [B, K].
 
     Raises:
-        InputError: the address has another form, or the server does not answer a first grey image as it should. Later, from
-            the function: the server fails, or returns anything but finite numbers of that shape.
+        InputError: the address has another form, or the server does not answer a first grey image as it should; after a
+            connection without a folder, the next one with a folder does not send that image again. Later, from the function:
+            the server fails, or returns anything but finite numbers of that shape.
     """
     check_outputs(outputs)
     address = _read_address(url)
@@ -117,7 +123,13 @@ def connect(
         return answers.of(digests)
 
     classifier.__name__ = url
-    classifier(np.full((1, *image_shape), 0.5, np.float32))
+    grey = np.full((1, *image_shape), 0.5, np.float32)
+    key = (url, outputs, tuple(image_shape), num_classes)
+    if store and key in _answers_to_grey:
+        answers.add([hashlib.sha256(grey.tobytes()).digest()], _answers_to_grey.pop(key))
+    found = classifier(grey)
+    if not store:
+        _answers_to_grey[key] = found
     return classifier
 
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from bdjax.defenses.teachers import from_classifiers
+from bdjax.defenses.teachers import ask, from_classifiers
 from bdjax.errors import InputError
 from bdjax.exchange.http import BATCH_SIZE, connect
 
@@ -143,6 +143,15 @@ def test_a_later_process_asks_only_for_what_is_not_stored(serve, tmp_path):
     first.received.clear()
     np.testing.assert_allclose(connect(first.url, CLASSES, SHAPE, store=tmp_path / "answers")(IMAGES), network(IMAGES))
     assert [len(images) for _, images in first.received] == [1, 6]
+
+
+def test_an_address_that_is_checked_before_its_folder_is_known_gets_the_grey_image_once(serve, tmp_path):
+    server = serve(right)
+    for number, store in enumerate([None, tmp_path / "a", tmp_path / "a", None, tmp_path / "b", tmp_path / "c"]):
+        connect(server.url, CLASSES, SHAPE, store=store)
+        # A folder that has the answer, or follows a check, sends nothing; every check and every other folder does.
+        assert len(server.received) == [1, 1, 1, 2, 2, 3][number]
+    assert len(list((tmp_path / "a").rglob("*.npy"))) == len(list((tmp_path / "b").rglob("*.npy"))) == 1
 
 
 def test_answers_of_other_addresses_and_outputs_are_not_used(serve, tmp_path):
@@ -344,7 +353,9 @@ def test_what_is_no_address_is_one_line(url, message):
 
 
 def test_a_teacher_that_fails_later_is_named(serve):
-    server = serve(right, replies(b"", status=404))
+    server = serve(right, replies(b"", status=404), right, replies(b"", status=404))
     teacher = from_classifiers([connect(server.url, CLASSES, SHAPE, waits=())], CLASSES)
-    with pytest.raises(InputError, match=rf"^teacher 1 \({server.url}\): {server.url}: answers with status 404"):
+    with pytest.raises(InputError, match=rf"^teacher 1 \({server.url}\): answers with status 404"):
         teacher(np.zeros((2, *SHAPE), np.uint8))
+    with pytest.raises(InputError, match=f"^{server.url}: answers with status 404"):
+        ask(connect(server.url, CLASSES, SHAPE, waits=()), np.zeros((2, *SHAPE), np.uint8), CLASSES, server.url)
