@@ -195,8 +195,8 @@ def load_model(
     *,
     num_classes: int | None = None,
     naming: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
 ) -> Network:
     """Load a network: one that a run or `save_model` has left, or weights from elsewhere. Nothing in a file is run.
 
@@ -208,15 +208,15 @@ def load_model(
         naming: of a safetensors file: whose names the tensors have, torchvision, timm, kuangliu or flax; None to see it from
             the names.
         mean, std: of a safetensors file: the normalisation of pixels in [0, 1] that the network was trained with, C numbers
-            each; None for none. It becomes part of the network.
+            each, or a single number for all channels; None for none. It becomes part of the network.
 
     Raises:
         InputError: the file is damaged, a pickle, or holds another network.
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        if model or image_shape or num_classes or naming or mean or std:
-            raise InputError(f"{path}: a saved model says itself what it is; leave out everything but its folder")
+        if any(setting is not None for setting in (model, image_shape, num_classes, naming, mean, std)):
+            raise InputError(f"{path}: is the folder of a saved model, which needs no other argument; leave them out")
         found = saved_model.read(path)
         shape, count = found.about.image_shape, found.about.members
     else:

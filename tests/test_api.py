@@ -253,11 +253,15 @@ class TestLoadAndSave:
         path = tmp_path / "model.safetensors"
         found = bdjax.load_model(path, "lenet", (8, 8, 1), mean=[0.5], std=[0.25])
         assert found.model.num_classes == 3 and found.model.architecture.mean == (0.5,)
+        single = bdjax.load_model(path, "lenet", (8, 8, 1), mean=0.5, std=0.25)
+        assert single.model.architecture == found.model.architecture
         for arguments, options, message in [
             ((path,), {}, "needs the architecture and the image shape"),
             ((path, "lenet", (8, 8, 1)), {"mean": [0.5]}, "give both mean and std"),
             ((path, "lenet", (8, 8, 1)), {"num_classes": 4}, "the network has 3 classes"),
-            ((tmp_path, "lenet"), {}, "a saved model says itself what it is"),
+            ((path, "lenet", (8, 8, 1)), {"mean": "a", "std": 1}, "mean a and std 1 must be numbers"),
+            ((tmp_path, "lenet"), {}, "is the folder of a saved model, which needs no other argument"),
+            ((tmp_path,), {"mean": np.zeros(3)}, "is the folder of a saved model, which needs no other argument"),
         ]:
             with pytest.raises(bdjax.InputError, match=message):
                 bdjax.load_model(*arguments, **options)

@@ -128,6 +128,8 @@ def _open(path: str | Path, maximum_bytes: int, what: str) -> int:
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
+    except ValueError as error:  # a null byte in the name
+        raise InputError(f"{str(path)!r}: cannot be read ({one_line(error)})") from error
     status = os.fstat(number)
     if stat.S_ISREG(status.st_mode) and status.st_size <= maximum_bytes:
         return number

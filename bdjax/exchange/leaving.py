@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from bdjax import atomic
-from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model, stablehlo
 from bdjax.training import ensemble, processes
@@ -58,7 +57,7 @@ def leave(
     count = ensemble.num_members(variables)
     if exports and count > 1:
         raise InputError(f"{folder}: {count} networks; only a single network is exported")
-    if _is_corrected(model):
+    if saved_model.is_corrected(model):
         for part, network in zip(("teacher", "student"), model.parts, strict=True):
             leave(folder / part, network, variables[part], image_shape, class_names=class_names, made_by=made_by)
         _write_correction(folder / CORRECTION, variables)
@@ -92,7 +91,7 @@ def export(
     """
     if form not in get_args(Export):
         raise InputError(f"export {form!r} is not one of {', '.join(get_args(Export))}")
-    native = _native(model)
+    native = saved_model.native(model)
     if native is None:
         raise InputError(f"{path}: {model.description} is no network that can be exported")
     if not processes.is_primary():
@@ -103,18 +102,6 @@ def export(
         from bdjax.exchange import onnx_writer
 
         atomic.write_bytes(path, onnx_writer.to_onnx(native, variables, image_shape))
-
-
-def _is_corrected(model: Model) -> bool:
-    """Whether a model is ABM's of two networks that files can describe."""
-    return len(model.parts) == 2 and all(part.architecture for part in model.parts)
-
-
-def _native(model: Model) -> Model | None:
-    """The same network in the native lowering and in float32; None for a model of other making."""
-    if model.architecture is not None:
-        return saved_model.build(model.architecture, model.num_classes, "native", "float32")
-    return defended_model(*map(_native, model.parts)) if _is_corrected(model) else None
 
 
 @processes.by_primary

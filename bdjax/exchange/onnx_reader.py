@@ -20,6 +20,7 @@ from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 from bdjax.exchange import extras
 from bdjax.exchange.outputs import Outputs, check_outputs, convert
+from bdjax.models.normalisation import per_channel
 from bdjax.types import Classifier
 
 ImageLayout = Literal["nchw", "nhwc"]
@@ -47,7 +48,7 @@ ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus So
 Sub Sum Swish Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
 OPERATORS = frozenset(_OPERATORS.split())
-"""Operators of the standard domain that are run: those that compute on arrays, always alike."""
+"""Operators of the standard domain that are run: those that compute on arrays, always alike; of Dropout only for inference."""
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 _OTHER_FILES = {
@@ -84,8 +85,8 @@ def read(
     outputs: Outputs = "logits",
     layout: ImageLayout | None = None,
     output: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
 ) -> Classifier:
     """Read an ONNX model as a classifier.
 
@@ -116,7 +117,8 @@ def read(
     chosen = _chosen_output(path, model.graph, output)
     if outputs != "labels":
         _check_classes(path, chosen, num_classes)
-    shift, scale = normalisation(mean, std, image_shape[2])
+    statistics = per_channel(0.0 if mean is None else mean, 1.0 if std is None else std, image_shape[2])
+    shift, scale = (np.asarray(values, np.float32) for values in statistics)
     session = _session(path, runtime, model)
     name = Path(path).name
 
@@ -144,25 +146,6 @@ def read(
     if first.shape != (1, num_classes):
         raise InputError(f"{path}: returns {list(first.shape)} for one image; should be {[1, num_classes]}")
     return converted
-
-
-def normalisation(
-    mean: Sequence[float] | float | None, std: Sequence[float] | float | None, channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each channel, float32 [C], from settings; 0 and 1 for None.
-
-    Raises:
-        InputError: they are not 1 or C finite numbers, or a deviation is not above 0.
-    """
-    found = []
-    for name, values, default in (("mean", mean, 0.0), ("std", std, 1.0)):
-        array = np.atleast_1d(np.asarray(default if values is None else values, np.float32))
-        if array.shape not in ((1,), (channels,)) or not np.isfinite(array).all():
-            raise InputError(f"{name} {values} should be {channels} finite numbers, of images with {channels} channels")
-        found.append(np.broadcast_to(array, (channels,)))
-    if found[1].min() <= 0:
-        raise InputError(f"std {std} should be above 0; images are divided by it")
-    return found[0], found[1]
 
 
 def _filled(images: np.ndarray, rows: int) -> np.ndarray:
@@ -212,6 +195,10 @@ def _check_graph(path: str | Path, model: Any) -> None:
         if node.op_type in _CONTROL_FLOW:
             raise InputError(
                 f"{path}: has {kind}, and control flow is not run; export a plain graph for images of one size"
+            )
+        if node.op_type == "Dropout" and any(node.input[2:]):
+            raise InputError(
+                f"{path}: has {kind} with a training mode, which would make answers random; export the network for inference"
             )
         if node.op_type not in OPERATORS:
             raise InputError(f"{path}: has {kind}, which is not among those that are run: plain arithmetic on arrays")

@@ -8,7 +8,6 @@ ONNX has channels first, JAX has them last. Instead of transposing at every conv
 order the graph stores its axes (`_Array.order`), and an array is transposed only where two orders meet.
 """
 
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from bdjax import atomic
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
-from bdjax.exchange import extras, saved_model
-from bdjax.exchange.onnx_reader import normalisation
+from bdjax.exchange import extras
+from bdjax.exchange.saved_model import native
 from bdjax.types import Model, PyTree
 
 OPSET = 18
@@ -58,25 +56,16 @@ class _Window(NamedTuple):
     stride: int
 
 
-def to_onnx(
-    model: Model,
-    variables: PyTree,
-    image_shape: tuple[int, int, int],
-    *,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> bytes:
+def to_onnx(model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> bytes:
     """Write a network as an ONNX model.
 
     Its input is "images", float32 [batch, C, H, W] in [0, 1]; its output is "logits", float32 [batch, K].
 
     Args:
-        model: the network. Of an architecture in `MODELS` the native lowering in float32 is written, whatever this one's is.
+        model: the network. Of an architecture in `MODELS`, or ABM's pair of them, the native lowering in float32 is written,
+            whatever this one's is.
         variables: of one member.
         image_shape: (H, W, C).
-        mean: what is subtracted from each channel first: C numbers, or a single number; None for nothing, or if the network
-            does this itself.
-        std: what each channel is divided by then; None for 1.
 
     Returns:
         The content of the file, checked by `onnx.checker`.
@@ -85,12 +74,9 @@ def to_onnx(
         InputError: onnx is not installed, or the network has a primitive that has no translation.
     """
     onnx = extras.onnx()
-    shift, scale = normalisation(mean, std, image_shape[2])
-    network = _native(model)
+    network = native(model) or model
 
     def logits(images: jax.Array) -> jax.Array:
-        if mean is not None or std is not None:
-            images = (images - shift[None, None, None]) / scale[None, None, None]
         return network.apply(variables, images, train=False).logits
 
     (batch,) = export.symbolic_shape("batch")
@@ -120,22 +106,6 @@ def to_onnx(
     onnx.helper.set_model_props(made, {"network": model.description, "pixels": "in [0, 1]"})
     onnx.checker.check_model(made, full_check=True)
     return made.SerializeToString()
-
-
-def write(path: pathlib.Path, model: Model, variables: PyTree, image_shape: tuple[int, int, int]) -> None:
-    """Write `to_onnx`'s model to a file; arguments and errors as there.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    atomic.write_bytes(path, to_onnx(model, variables, image_shape))
-
-
-def _native(model: Model) -> Model:
-    about = model.architecture
-    if about is None:
-        return model
-    return saved_model.build(about, model.num_classes, "native", "float32")
 
 
 # ---- The graph --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ import bdjax
 from bdjax import atomic
 from bdjax.datasets.files import read_file
 from bdjax.datasets.validation import one_line
+from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import safetensors_files
 from bdjax.exchange.safetensors_files import shown
@@ -139,6 +140,18 @@ def build(
     """The network that an architecture names, with its normalisation."""
     model = make_model(architecture.name, num_classes, architecture.width, lowering, compute_dtype)
     return normalised(model, architecture.mean, architecture.std) if architecture.mean else model
+
+
+def is_corrected(model: Model) -> bool:
+    """Whether a model is ABM's of two networks that files can describe."""
+    return len(model.parts) == 2 and all(part.architecture for part in model.parts)
+
+
+def native(model: Model) -> Model | None:
+    """The same network, or pair of networks, in the native lowering and in float32; None for a model of other making."""
+    if model.architecture is not None:
+        return build(model.architecture, model.num_classes, "native", "float32")
+    return defended_model(*map(native, model.parts)) if is_corrected(model) else None
 
 
 def flat(tree: PyTree) -> dict[str, Any]:

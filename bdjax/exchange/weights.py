@@ -16,11 +16,13 @@ from bdjax.exchange import naming as names
 from bdjax.exchange import safetensors_files
 from bdjax.exchange.saved_model import check_fits, filled, flat
 from bdjax.models import MODELS, ComputeDtype, Lowering, make_model, normalised
+from bdjax.models.normalisation import per_channel
 from bdjax.settings import Width, mistake
 from bdjax.types import Model, PyTree
 
-Normalisation = str | tuple[Sequence[float], Sequence[float]] | None
-"""A key of `NORMALISATIONS`; "0.5,0.5,0.5/0.25,0.25,0.25"; (mean, std) in units of [0, 1]; or None for none"""
+Normalisation = str | tuple[Sequence[float] | float, Sequence[float] | float] | None
+"""A key of `NORMALISATIONS`; "0.5,0.5,0.5/0.25,0.25,0.25"; (mean, std) in units of [0, 1], a single number standing for all
+channels; or None for none"""
 
 NORMALISATIONS: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -210,10 +212,8 @@ def statistics(
                 f"{path}: normalisation {normalisation!r} is not one of none, {known}, or numbers: MEAN,MEAN,MEAN/STD,STD,STD"
             ) from None
     else:
-        mean, std = NORMALISATIONS[normalisation] if isinstance(normalisation, str) else map(tuple, normalisation)
-    mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
-    if not len(mean) == len(std) == channels:
-        raise InputError(
-            f"{path}: the normalisation has {len(mean)} means and {len(std)} deviations; images have {channels} channels"
-        )
-    return mean, std
+        mean, std = NORMALISATIONS[normalisation] if isinstance(normalisation, str) else normalisation
+    try:
+        return per_channel(mean, std, channels)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

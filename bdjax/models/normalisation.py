@@ -5,9 +5,40 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bdjax.errors import InputError
 from bdjax.types import Model, ModelOutput, PyTree
+
+
+def per_channel(
+    mean: Sequence[float] | float, std: Sequence[float] | float, channels: int | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and the deviation of every channel, checked.
+
+    Args:
+        mean: numbers.
+        std: numbers.
+        channels: C of the images, which a single number stands for; None if `mean` and `std` have a number for every channel.
+
+    Returns:
+        C means and C deviations.
+
+    Raises:
+        InputError: numbers of another count, that are not finite, or a deviation that is not positive.
+    """
+    try:
+        mean, std = (tuple(map(float, np.atleast_1d(values))) for values in (mean, std))
+    except (TypeError, ValueError):
+        raise InputError(f"normalisation: mean {mean} and std {std} must be numbers") from None
+    if channels is not None:
+        mean, std = (values * channels if len(values) == 1 else values for values in (mean, std))
+    if not len(mean) == len(std) == (channels or len(mean)) or not mean:
+        needed = "every channel needs both" if channels is None else f"images have {channels} channels"
+        raise InputError(f"normalisation: {len(mean)} means and {len(std)} deviations; {needed}")
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise InputError(f"normalisation: mean {mean} and std {std} must be finite, and std positive")
+    return mean, std
 
 
 def normalised(model: Model, mean: Sequence[float], std: Sequence[float]) -> Model:
@@ -22,16 +53,9 @@ def normalised(model: Model, mean: Sequence[float], std: Sequence[float]) -> Mod
         A network that takes images in [0, 1].
 
     Raises:
-        InputError: numbers of different count, that are not finite, or a deviation that is not positive; or the network has a
-            normalisation already.
+        InputError: numbers that are no normalisation; or the network has a normalisation already.
     """
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    if len(mean) != len(std) or not mean:
-        raise InputError(
-            f"normalisation: {len(mean)} means and {len(std)} deviations; one of each is needed for every channel"
-        )
-    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise InputError(f"normalisation: mean {mean} and std {std} must be finite, and std positive")
+    mean, std = per_channel(mean, std)
     if model.architecture and model.architecture.mean:
         raise InputError(f"{model.description}: has a normalisation already")
 

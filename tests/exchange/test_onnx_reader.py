@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from bdjax.defenses.teachers import from_classifiers
+from bdjax.defenses.teachers import ask, from_classifiers
 from bdjax.errors import InputError
 from bdjax.exchange import extras, onnx_reader
 from bdjax.exchange.onnx_reader import read
@@ -73,9 +73,11 @@ def test_normalisation_comes_first(write):
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.1)
     classifier = read(write(model()), CLASSES, SHAPE, mean=mean, std=std)
     np.testing.assert_allclose(classifier(IMAGES), expected((IMAGES - mean) / std), rtol=1e-4)
+    single = read(write(model()), CLASSES, SHAPE, mean=0.5, std=[0.25])
+    np.testing.assert_allclose(single(IMAGES), expected((IMAGES - 0.5) / 0.25), rtol=1e-4)
     for wrong, message in (
-        ({"mean": (1, 2)}, r"mean \(1, 2\) should be 3 finite"),
-        ({"std": 0}, "std 0 should be above 0"),
+        ({"mean": (1, 2)}, "2 means and 3 deviations; images have 3 channels"),
+        ({"std": 0}, "std positive"),
     ):
         with pytest.raises(InputError, match=message):
             read(write(model()), CLASSES, SHAPE, **wrong)
@@ -130,6 +132,15 @@ def test_numbers_that_are_not_finite_name_the_file(write):
     teacher = from_classifiers([read(write(model(nodes=nodes)), CLASSES, SHAPE)], CLASSES)
     with pytest.raises(InputError, match=r"^teacher 1 \(network.onnx\) returned logits that are not finite .* image 0"):
         teacher(np.zeros((2, *SHAPE), np.uint8))
+
+
+def test_an_error_names_the_file_once():
+    def fails(images):
+        raise InputError("models/a.onnx: ONNX Runtime failed")
+
+    for name in ("models/a.onnx", "models/a.onnx:imagenet"):
+        with pytest.raises(InputError, match=f"^{name}: ONNX Runtime failed$"):
+            ask(fails, np.zeros((2, *SHAPE), np.uint8), CLASSES, name)
 
 
 def test_a_missing_library_is_one_line(write, monkeypatch):
@@ -246,6 +257,13 @@ HOSTILE = {
         before_the_usual(h.make_node("RandomNormalLike", ["images"], ["x"])),
         "has operator RandomNormalLike, which is not among those that are run",
     ),
+    "random by dropout": (
+        before_the_usual(
+            h.make_node("Dropout", ["images", "ratio", "training"], ["x"]),
+            arrays=[array(np.float32(0.5), "ratio"), array(np.bool_(True), "training")],
+        ),
+        "has operator Dropout with a training mode, which would make answers random; export the network for inference",
+    ),
     "hidden graph": (
         edited(lambda made: made.graph.node[0].attribute.append(h.make_attribute("body", made.graph))),
         "operator ReduceMean has a graph within, which is not run",
@@ -321,6 +339,11 @@ def test_what_is_no_file_is_one_line(tmp_path):
     for path in (tmp_path / "none.onnx", tmp_path, "/dev/zero"):
         with pytest.raises(InputError, match=str(path)):
             read(path, CLASSES, SHAPE)
+
+
+def test_a_null_byte_in_a_name_is_one_line():
+    with pytest.raises(InputError, match=r"^'a\\x00b.onnx': cannot be read \(embedded null byte\)$"):
+        read("a\0b.onnx", CLASSES, SHAPE)
 
 
 def test_a_large_file_is_not_read(tmp_path):

@@ -104,6 +104,7 @@ def test_models_for_other_data(saved):
         ("{saved}/..", "holds no model; it should contain model.json"),
         ("{tmp}/none", "does not exist; a model is FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://"),
         ("{tmp}/none.safetensors:resnet_s", "cannot be read"),
+        ("a\0b.safetensors:resnet_s", r"'a\x00b.safetensors': cannot be read (embedded null byte)"),
         ("", "does not exist"),
         ("\0", "does not exist"),
         ("x" * 5000, "does not exist"),

@@ -54,6 +54,7 @@ def test_the_architecture_knows_it_and_the_variables_stay():
         ((), (), "0 means"),
         ((0.5,), (0.0,), "std positive"),
         ((float("nan"),), (1.0,), "must be finite"),
+        (((0.5, 0.5),), (1.0,), "must be numbers"),
     ],
 )
 def test_numbers_that_cannot_be_right(mean, std, message):
