@@ -849,15 +849,15 @@ def audit_model(
     """Is there a backdoor in a network? Reversed triggers on held-out rows, beside clean control networks trained here.
 
     Args:
-        suspect: a network; or any function from images, float32 [B, H, W, C] in [0, 1], to logits, which is only asked:
-        triggers are then searched on a surrogate, which finds less.
+        suspect: a network; or any function from images, float32 [B, H, W, C] in [0, 1], to logits, a black box:
+            triggers are then searched on a surrogate, which finds less.
         clean: known clean rows, for the search and for the control networks.
         held_out: other clean rows, on which the success of the reversed triggers is measured.
         key: random key.
         controls: the number of control networks, at least 2; the p-value is at least 1 / (controls + 1).
         search_epochs, search_batch_size: of the search by Neural Cleanse.
-        surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the suspect
-            is asked about; only for a function.
+        surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the
+            suspect is queried with; only for a function.
         training: fields of `TrainConfig` for the control networks and surrogates: {"epochs": 8}.
 
     Raises:

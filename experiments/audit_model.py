@@ -3,7 +3,7 @@
     python experiments/audit_model.py --model=FOLDER                # a model folder for the digits, or a saved model
     python experiments/audit_model.py --model=model.safetensors:resnet18_cifar --dataset=cifar10
     python experiments/audit_model.py --model=FOLDER --members 2 5  # two of the models that a folder holds
-    python experiments/audit_model.py --model=model.onnx --dataset=photos/      # only asked, with your own clean rows
+    python experiments/audit_model.py --model=model.onnx --dataset=photos/      # a black box, with your own clean rows
 
 Clean rows are all that is needed beside the model: --dataset names them. Triggers are searched by Neural Cleanse (Wang et al.
 2019), on the model and on clean control networks of its architecture that are trained here. The exit status is 3 if a trigger

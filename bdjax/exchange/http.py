@@ -83,7 +83,7 @@ def connect(
     time_limit: float = TIME_LIMIT,
     waits: Sequence[float] = WAITS,
 ) -> Classifier:
-    """A classifier that asks a server.
+    """A classifier that queries a server.
 
     Args:
         url: http://HOST:PORT/PATH or https://...; with `?format=json` the exchange is in JSON instead of NumPy's format.
@@ -140,7 +140,7 @@ class _Answers:
     """Logits by the SHA-256 of their image.
 
     A file holds the answers to one request, uint8 [B, 32 + 4 K]: of each image its hash and its float32 logits. The file's
-    name is the SHA-256 of its content, so a damaged file is known as such; its images are then asked for again.
+    name is the SHA-256 of its content, so a damaged file is known as such; its images are then sent again.
     """
 
     def __init__(self, store: Path | None, subject: str, num_classes: int):

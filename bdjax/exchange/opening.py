@@ -2,11 +2,11 @@
 
     FOLDER                                  a saved model (model.json), or a model folder (about.json)
     FILE.safetensors:ARCH[:NAMING[:NORM]]   tensors with torch's names or ours, see `bdjax.exchange.naming`
-    FILE.onnx[:SETTING[:SETTING...]]        asked through onnxruntime; a setting is nchw or nhwc, the order of its input's axes,
+    FILE.onnx[:SETTING[:SETTING...]]        run by ONNX Runtime; a setting is nchw or nhwc, the order of its input's axes,
                                             output=NAME, the output that is used, or a normalisation as above
-    http://HOST:PORT/PATH                   asked over HTTP, in JSON if ?format=json is added
+    http://HOST:PORT/PATH                   queried over HTTP, in JSON if ?format=json is added
 
-The first two are white boxes, with weights and gradients; the others only answer.
+The first two are white boxes, with weights and gradients; the others are black boxes.
 """
 
 import hashlib

@@ -335,7 +335,7 @@ def take_teachers(config: Config, third_party: Sequence[Opened]) -> Nets:
 
 
 def ask_teachers(config: Config, predict: partial, num_classes: int, third_party: Sequence[Opened]) -> TeacherLogits:
-    """The logits of teachers of any kind, asked one after another.
+    """The logits of teachers of any kind, queried one after another.
 
     Args:
         config: all settings.
