@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.models.layers import relu6
 from bdjax.models.mobilenet_v2 import InvertedResidual
 from bdjax.models.pyramid_net import PyramidBlock, PyramidBottleneck
 from bdjax.models.wide_resnet import PreActivationBlock
@@ -56,7 +57,7 @@ def test_a_pre_activation_block_shares_its_first_activation_with_a_projecting_sh
 @pytest.mark.parametrize("projects", [False, True])
 @pytest.mark.parametrize(("channels", "stride"), [(3, 1), (2, 1), (3, 2)])
 def test_an_inverted_residual_has_a_linear_end(channels, stride, projects):
-    x, variables, params, y = block_and_input(InvertedResidual(5, 3, stride, projects, "native"), channels)
+    x, variables, params, y = block_and_input(InvertedResidual(5, 3, stride, projects, relu6, "native"), channels)
     inner = np.clip(normalised(convolved(x, params["expand_conv"], 1), variables, "expand_norm"), 0, 6)
     inner = normalised(convolved(inner, params["filter_conv"], stride, groups=5), variables, "filter_norm")
     assert inner.max() > 6

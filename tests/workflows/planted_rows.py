@@ -16,7 +16,7 @@ TARGET = 3
 VBD = (
     "vbd:networks=4-4P:batch_size=32:epochs=6:rows_per_class=10:least_rows=4:detect_share=0.3:p_value=0.4:least_success=0.9"
     ":detector_batch_size=32:detector_epochs=6:detector_learning_rate=0.2:dropout=0.0:least_opacity=0.9:own_rows=0.5"
-    ":first_labelling=1:last_labelling=6:least_accuracy=0.6:least_steps=0:least_detector_steps=0"
+    ":first_labelling=1:last_labelling=6:least_accuracy=0.6:least_steps=0:least_detector_steps=0:least_sure=0"
 )
 """Lenient with patterns, so that a planted one is found in 500 rows."""
 ENGINE = ("--layout=map", "--lowering=native", "--width=4", "--batch-size=32", "--epochs=1", "--model=lenet")
