@@ -6,10 +6,11 @@ import pytest
 from bdjax import datasets
 from bdjax.errors import InputError
 from bdjax.run import presets
-from bdjax.workflows import attack, detection, poisoned_sets, suspect_models, ta_kd
+from bdjax.workflows import attack, audit_model, detection, poisoned_sets, suspect_models, ta_kd
 from experiments import lfd, vbd
 
 CONFIGS = {
+    "audit_model": audit_model.Config,
     "ta_kd": ta_kd.Config,
     "attack": attack.Config,
     "poisoned_sets": poisoned_sets.Config,
