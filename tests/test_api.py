@@ -393,17 +393,6 @@ class TestAuditModel:
         assert (found.outcome, found.found, found.masks) == ("could not be tested", (), None)
         assert "of the held-out rows correctly" in found.reason
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("seeds", [None, 2])
-    def test_networks_are_searched_beside_their_controls(self, seeds):
-        training = {"epochs": 30, "batch_size": 32, "learning_rate": 1e-2}
-        network = bdjax.train("vbd_4_4p", TRAIN, KEY, width=8, seeds=seeds, **training)
-        found = bdjax.audit_model(network, TRAIN, TEST, KEY, controls=2, search_epochs=2)
-        assert found.outcome in ("found", "nothing found", "could not be tested")
-        shape = (CLASSES, *TRAIN.image_shape)
-        assert found.patterns.shape == (shape if seeds is None else (seeds, *shape))
-        assert found.numbers["controls"]["count"] == 2
-
 
 class TestTaKd:
     OPTIONS = {"model": MODEL, "student": MODEL, "epochs": 2, "batch_size": 16}

@@ -1,10 +1,8 @@
 """experiments/audit_model.py: what is refused before anything is measured; and audits, with and without a trigger to find."""
 
-import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,24 +83,3 @@ def test_a_network_that_has_learned_nothing_could_not_be_tested_and_nothing_is_t
 def test_the_width_of_control_networks_is_the_suspects():
     assert workflow.width_of(make_model("resnet10", 3, 12)) == 12
     assert workflow.width_of(make_model("resnet10", 3, 12)._replace(description="made by hand")) is None
-
-
-@pytest.mark.slow
-def test_a_network_with_a_backdoor_is_found_and_one_without_is_not(tmp_path):
-    train, test = bdjax.load("digits")
-    key = jax.random.key(3)
-    bad = bdjax.poison("badnets", train, key, target=4, poison_rate=0.1)
-    training = {"width": 8, "epochs": 20, "batch_size": 32, "learning_rate": 3e-3}
-    networks = [bdjax.train("resnet10", data, key, **training) for data in (bad.data, train)]
-    assert bdjax.evaluate(networks[0], test, bad.trigger).asr > 0.9
-    variables = ensemble.stack([network.variables for network in networks])
-    folder = tmp_path / "models"
-    assert write_folder(folder, networks[0].model, jax.tree.map(jnp.asarray, variables), SHAPE, None, 0)
-    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", "--controls=4"]
-    results = workflow.run(config(*arguments, f"--output={tmp_path / 'run'}"), audit_model.EXPERIMENT, StageLog())
-    assert [model["outcome"] for model in results["models"]] == ["found", "nothing found"]
-    assert results["models"][0]["found"] == [4]
-    assert results["planted"]["found"] and exit_status(results) == 3
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert "A trigger was found in 1 of 2 models." in page
