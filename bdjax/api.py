@@ -825,7 +825,8 @@ class Audited:
     found: tuple[int, ...] | list[tuple[int, ...]]
     """the classes that a trigger was found for"""
     masks: np.ndarray | None = field(repr=False)
-    """float32 [K, H, W, 1] in [0, 1]: the mask of the reversed trigger into each class; None if nothing was searched"""
+    """float32 [K, H, W, 1] in [0, 1]: the mask of the reversed trigger into each class; None unless all networks were
+    searched"""
     patterns: np.ndarray | None = field(repr=False)
     """float32 [K, H, W, C] in [0, 1]: its pattern"""
     numbers: Mapping[str, Any] = field(repr=False)
@@ -887,12 +888,9 @@ def audit_model(
         model, variables = _network(surrogate, clean.num_classes, width), None
         asks = [lambda images: ask(suspect, images, clean.num_classes, name_of(suspect))]
         logits = asks[0](held_out.images)[None]
-    models, count = [], len(asks)
-    for number, rows in enumerate(logits):
-        accuracy = float((rows.argmax(axis=1) == held_out.labels).mean())
-        title = "the model" if count == 1 else f"model {number + 1}"
-        reason = control_networks.reason_untested(rows, held_out, clean)
-        models.append({"title": title, "source": "Python", "accuracy": accuracy, "reason": reason})
+    count = len(asks)
+    titles = ["the model"] if count == 1 else [f"model {number}" for number in range(1, count + 1)]
+    models = control_networks.describe_suspects(titles, ["Python"] * count, logits, held_out, clean)
     tested = [number for number, entry in enumerate(models) if not entry["reason"]]
     found: dict[str, Any] = {}
     if tested:

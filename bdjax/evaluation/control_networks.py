@@ -183,6 +183,29 @@ def stage_of(runner: StageRunner, name: str, total: int, unit: str) -> AbstractC
     return runner.log.stage(name, total=total, unit=unit) if runner.log else nullcontext(SilentStage())
 
 
+def describe_suspects(
+    titles: Sequence[str], sources: Sequence[str], logits: Sequence[np.ndarray], held_out: Dataset, clean: Dataset
+) -> list[dict[str, Any]]:
+    """What is known of each suspect before anything is trained, as `model_audit.judge` takes it.
+
+    Args:
+        titles: of the suspects.
+        sources: where they come from.
+        logits: of each, float [N, K], on the held-out rows.
+        held_out: the held-out rows.
+        clean: the clean rows.
+    """
+    return [
+        {
+            "title": title,
+            "source": source,
+            "accuracy": float((rows.argmax(axis=1) == held_out.labels).mean()),
+            "reason": reason_untested(rows, held_out, clean),
+        }
+        for title, source, rows in zip(titles, sources, logits, strict=True)
+    ]
+
+
 def reason_untested(logits: np.ndarray, held_out: Dataset, clean: Dataset) -> str:
     """Why a model cannot be tested, before anything is trained; "" if it can.
 
@@ -225,20 +248,20 @@ def queries(key: Key, images: np.ndarray, copies: int) -> np.ndarray:
         uint8 [copies * n, H, W, C].
     """
     words = np.asarray(jax.random.key_data(key)).tolist()
-    random = np.random.default_rng(words)
+    generator = np.random.default_rng(words)
     height, width, channels = images.shape[1:]
     parts = [images]
     for _ in range(copies - 1):
         changed = images.copy()
         for row in range(len(images)):
-            tall, wide = random.integers(1, height // 2 + 1), random.integers(1, width // 2 + 1)
-            top, left = random.integers(0, height - tall + 1), random.integers(0, width - wide + 1)
+            tall, wide = generator.integers(1, height // 2 + 1), generator.integers(1, width // 2 + 1)
+            top, left = generator.integers(0, height - tall + 1), generator.integers(0, width - wide + 1)
             place = slice(top, top + tall), slice(left, left + wide)
-            if random.random() < 0.5:
-                changed[row][place] = images[random.integers(len(images))][place]
+            if generator.random() < 0.5:
+                changed[row][place] = images[generator.integers(len(images))][place]
             else:
-                changed[row][place] = random.integers(
-                    0, 256, (1, 1, channels) if random.random() < 0.5 else (tall, wide, channels)
+                changed[row][place] = generator.integers(
+                    0, 256, (1, 1, channels) if generator.random() < 0.5 else (tall, wide, channels)
                 )
         parts.append(changed)
     return np.concatenate(parts)

@@ -142,8 +142,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     suspects = open_all(default_lowering())
     # Every error in the settings and in the files is raised before the folder is opened, and before anything is measured.
     clean, searched, held_out = take_rows(config, train, test)
-    if suspects.model is not None:
-        config = replace(config, width=width_of(suspects.model) or config.width)
+    if suspects.model is not None and suspects.model.architecture is not None:
+        config = replace(config, width=suspects.model.architecture.width)
     memory.check_networks(
         lambda width: suspects.model or make_model(config.surrogate, train.num_classes, width),
         train.image_shape,
@@ -163,15 +163,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     asks = [asker(config, suspects, number, predict, train.num_classes) for number in range(len(suspects.titles))]
     with log.stage("accuracy", detail=f"{len(asks)} × {len(held_out):,} held-out rows"):
         logits = [ask(held_out.images) for ask in asks]
-    models = [
-        {
-            "title": title,
-            "source": suspects.opened[suspects.places[number][0]].name,
-            "accuracy": float((rows.argmax(axis=1) == held_out.labels).mean()),
-            "reason": control_networks.reason_untested(rows, held_out, clean),
-        }
-        for number, (title, rows) in enumerate(zip(suspects.titles, logits, strict=True))
-    ]
+    sources = [suspects.opened[source].name for source, _ in suspects.places]
+    models = control_networks.describe_suspects(suspects.titles, sources, logits, held_out, clean)
     tested = [number for number, model in enumerate(models) if not model["reason"]]
     names = [f"class {train.class_title(number)}" for number in range(train.num_classes)]
     found: dict[str, Any] = {}
@@ -318,13 +311,6 @@ def _part(rows: Dataset, count: int, number: int) -> Dataset:
 def search_settings(config: Config, rows: int) -> NeuralCleanseSettings:
     """The settings of the search."""
     return NeuralCleanseSettings(epochs=config.search_epochs, batch_size=min(config.search_batch_size, rows))
-
-
-def width_of(model: Model) -> int | None:
-    """The width in a model's description, as `make_model` writes it; None for a model of other making."""
-    words = model.description.replace(",", " ").split()
-    width = words[words.index("width") + 1] if "width" in words[:-1] else ""
-    return int(width) if width.isdigit() else None
 
 
 def data_flags(config: Config) -> list[str]:
