@@ -5,16 +5,22 @@ on. A cell without a result is a row, too, which says why.
 """
 
 import hashlib
+import importlib
+import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
 from bdjax.errors import InputError
+from bdjax.exchange import extras
+from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.config import IGNORED
 from bdjax.run.folder import CONFIG_FILE
@@ -82,8 +88,8 @@ def read_run(folder: Path) -> list[Row]:
     Raises:
         InputError: a file cannot be read, or is not of a run.
     """
-    text, results = _read_json(folder / RESULTS_FILE)
-    _, record = _read_json(folder / CONFIG_FILE)
+    text, results = read_json(folder / RESULTS_FILE)
+    _, record = read_json(folder / CONFIG_FILE)
     if "cells" not in results:
         return []
     try:
@@ -94,7 +100,13 @@ def read_run(folder: Path) -> list[Row]:
         ) from None
 
 
-def _read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
+def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of a JSON file, and the object in it.
+
+    Raises:
+        InputError: it cannot be read, is not JSON, or is not an object.
+    """
+
     def refuse(name: str) -> None:
         raise ValueError(f"has {name}, which is not JSON")
 
@@ -154,6 +166,19 @@ def _rows(folder: Path, results_hash: str, results: Mapping[str, Any], record: M
             for seed in results["seeds"]:
                 of_cell = empty._replace(attack=str(attack), defense=str(defense), seed=int(seed))
                 yield of_cell._replace(status="left out", reason=str(reason))
+
+
+def without_result(cell: Any, status: str, reason: str, run: Path) -> Row:
+    """The row of a grid's cell that has no result.
+
+    Args:
+        cell: with the fields of `bdjax.workflows.grid.Cell`.
+        status: failed, or not run.
+        reason: why.
+        run: the folder that the result would be in.
+    """
+    empty = Row(*("",) * 6, None, "", None, status, reason, str(run), *("",) * 7)
+    return empty._replace(**cell._asdict())
 
 
 def digest(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
@@ -381,3 +406,45 @@ def tables(rows: Sequence[Row], wanted: Sequence[str] = ()) -> list[Table]:
             found.append(rank_table(f"Ranks: {experiment} on {names}, {preset}", ranked))
     missing = missing_table(rows)
     return found + ([missing] if missing else [])
+
+
+# ---- Figures and files -----------------------------------------------------------------------------------------------
+
+
+def figures(rows: Iterable[Row]) -> list[tuple[str, Figure]]:
+    """(file name, figure) of clean accuracy against attack success, for each group that has both."""
+    found = []
+    for of in group(rows):
+        attacks = [
+            name for name in of.attacks if any(of.mean("asr", name, defense) is not None for defense in of.defenses)
+        ]
+        if not attacks or "cda" not in of.metrics(["cda"]):
+            continue
+        cda, asr = (
+            np.array(
+                [
+                    [np.nan if (mean := of.mean(metric, attack, defense)) is None else mean for attack in attacks]
+                    for defense in of.defenses
+                ]
+            )
+            for metric in ("cda", "asr")
+        )
+        slug = re.sub(r"[^\w.-]+", "-", f"{of.experiment}-{of.dataset}-{of.preset}-{of.setting}")[-150:]
+        found.append((f"trade-off-{slug}.png", plots.trade_off(of.defenses, cda, asr, of.title)))
+    return found
+
+
+def to_parquet(rows: Sequence[Row]) -> bytes:
+    """The rows as a Parquet file; columns are those of `Row`, None is null.
+
+    Raises:
+        InputError: pyarrow is not installed.
+    """
+    parquet = extras.parquet()
+    arrow = importlib.import_module("pyarrow")
+    kinds = {"seed": arrow.int64(), "value": arrow.float64()}
+    schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in Row._fields])
+    columns = [[getattr(row, name) for row in rows] for name in Row._fields]
+    buffer = io.BytesIO()
+    parquet.write_table(arrow.table(columns, schema=schema), buffer)
+    return buffer.getvalue()

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -78,11 +80,13 @@ def own_cores() -> list[int]:
 
 @contextlib.contextmanager
 def on_cores(cores: Sequence[int]) -> Iterator[None]:
-    """Processes that are started within the block use these cores only, and so many threads; no effect where the system has
-    no such limits."""
+    """Processes that are started within the block use these cores only, and so many threads, where the system has such limits.
+    They ignore Ctrl-C, which a terminal sends to all processes: `stop` ends them."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before, environment = own_cores(), {name: os.environ.get(name) for name in names}
     can_set = hasattr(os, "sched_setaffinity")
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
     try:
         os.environ.update(dict.fromkeys(names, str(len(cores))))
         if can_set:
@@ -90,6 +94,8 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
                 os.sched_setaffinity(0, cores)
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler)
         if can_set:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, before)
@@ -188,7 +194,7 @@ def follow(
     waiting: Sequence[str],
     start: Callable[[str, int], Any],
     ended: Callable[[str], None],
-    has_outcome: Callable[[str], bool],
+    is_done: Callable[[str], bool],
     at_once: int,
     pause: float,
     grace: float = 0.0,
@@ -199,7 +205,7 @@ def follow(
         waiting: names of the jobs.
         start: (name, slot below `at_once`) -> the started job.
         ended: called with the name of each job that has ended.
-        has_outcome: whether a job has written its outcome.
+        is_done: whether a job is known to have ended, although its process or its place in a queue may still be there.
         at_once: most jobs that run at a time.
         pause: seconds between two looks at them.
         grace: seconds that a job may be over without an outcome before it counts as ended.
@@ -212,7 +218,7 @@ def follow(
             name = queue.pop()
             running[slot] = name, start(name, slot)
         for slot, (name, job) in list(running.items()):
-            if not has_outcome(name):
+            if not is_done(name):
                 if not is_over(job):
                     over.pop(name, None)
                     continue
@@ -224,11 +230,11 @@ def follow(
             time.sleep(pause)
 
 
-def stop(jobs: Sequence[Any], patience: float = 10.0) -> None:
-    """Interrupt local jobs and wait for the end of their processes."""
+def stop(jobs: Sequence[Any], patience: float = 20.0) -> None:
+    """Interrupt local jobs, as SIGTERM does, and wait for the end of their processes."""
     for job in jobs:
-        with contextlib.suppress(OSError):
-            job.cancel()
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(job.job_id), signal.SIGTERM)  # submitit's process passes it on to the job's
     end = time.monotonic() + patience
     while time.monotonic() < end and not all(map(is_over, jobs)):
         time.sleep(0.1)

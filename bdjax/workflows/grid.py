@@ -211,7 +211,10 @@ def make_plan(
             if name not in experiments:
                 near = nearest(name, experiments)
                 raise file.error(
-                    number, f"experiment {shown(name)} is not one of {', '.join(experiments)}{near}", name, "experiments"
+                    number,
+                    f"experiment {shown(name)} is not one of {', '.join(experiments)}{near}",
+                    name,
+                    "experiments",
                 )
             for dataset in block.datasets:
                 found, impossible = _part(file, number, experiments[name], dataset, limit(block), log)
@@ -272,9 +275,7 @@ def _part(
     return jobs, impossible
 
 
-def read_config(
-    file: GridFile, number: int, experiment: Experiment, dataset: str
-) -> tuple[dict[str, Any], Any]:
+def read_config(file: GridFile, number: int, experiment: Experiment, dataset: str) -> tuple[dict[str, Any], Any]:
     """The flags of a block on one dataset, and the configuration that they give.
 
     Raises:
@@ -317,9 +318,7 @@ def read_config(
     return fields, config
 
 
-def _names(
-    file: GridFile, number: int, experiment: Experiment, config: Any, kind: Kind
-) -> tuple[list[str], list[str]]:
+def _names(file: GridFile, number: int, experiment: Experiment, config: Any, kind: Kind) -> tuple[list[str], list[str]]:
     """The attacks and the defenses of a configuration; the defenses are checked.
 
     Raises:
