@@ -206,7 +206,7 @@ def line_of(text: str, where: int | str | None, *words: str) -> int | None:
     ranges = {}
     ends = [*starts[1:], len(lines)]
     block = -1
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in zip(starts, ends, strict=False):
         header = lines[start].partition("#")[0]
         if re.match(rf"\s*\[\[\s*[\"']?{BLOCKS}", header):
             block += 1
