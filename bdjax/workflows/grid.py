@@ -233,7 +233,7 @@ def _part(
     block = file.blocks[number]
     fields, config = read_config(file, number, experiment, dataset)
     kind = kind_of(config)
-    attacks, defenses = _names(file, number, experiment, config, kind)
+    attacks, defenses = names_in(file, number, experiment, config)
     with _located(file, number, dataset, "datasets"):
         train = run_config.load(config, log).train
     anything = _plenty_of(train)
@@ -329,12 +329,13 @@ def _plenty_of(train: Dataset) -> Dataset:
     return Dataset(images, labels, train.num_classes, train.name, train.source)
 
 
-def _names(file: GridFile, number: int, experiment: Experiment, config: Any, kind: Kind) -> tuple[list[str], list[str]]:
+def names_in(file: GridFile, number: int, experiment: Experiment, config: Any) -> tuple[list[str], list[str]]:
     """The attacks and the defenses of a configuration; the defenses are checked.
 
     Raises:
         InputError: with the file and the line.
     """
+    kind = kind_of(config)
     with _located(file, number, "study", "attacks", "defenses"):
         attacks = list(dict.fromkeys(kind.attacks(config, experiment)))
         defenses = list(dict.fromkeys(kind.defenses(config, experiment)))
