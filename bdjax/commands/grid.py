@@ -26,7 +26,6 @@ from rich.console import Console
 from bdjax import atomic, commands, interruption
 from bdjax.datasets.files import free_memory
 from bdjax.errors import InputError
-from bdjax.exchange import extras
 from bdjax.reporting import collected, plots
 from bdjax.reporting.collected import Row
 from bdjax.reporting.tables import Table, to_latex, to_markdown, to_rich
@@ -113,7 +112,7 @@ class Work:
 
     def checkpoint(self) -> Any:
         """What submitit queues again when Slurm's time is over or the job has to make room: the same job, which continues."""
-        return extras.submitit().helpers.DelayedSubmission(self)
+        return jobs.again(self)
 
     def _run(self, folder: pathlib.Path) -> str:
         """Run the command; why it failed, or nothing."""
@@ -143,7 +142,7 @@ def _ending_with(owner: int | None) -> Iterator[None]:
         while not over.wait(0.5):
             try:
                 os.kill(owner, 0)
-            except ProcessLookupError:
+            except OSError:  # it is gone, or its number is another user's
                 os.kill(os.getpid(), interruption.SIGNALS[1])
                 return
 
@@ -201,8 +200,8 @@ def _experiments() -> dict[str, Experiment]:
 def _run(path: pathlib.Path, config: GridConfig, log: StageLog) -> int:
     # The devices are for the jobs: on a GPU, JAX would take most of its memory here.
     jax.config.update("jax_platforms", "cpu")
-    extras.submitit()
     file = grid_file.read(path)
+    jobs.check_installed()
     if config.executor == "slurm" and not jobs.has_slurm():
         raise InputError("--executor slurm: there is no sbatch and srun on this machine; use --executor=local")
     with log.stage("plan") as stage:

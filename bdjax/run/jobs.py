@@ -103,6 +103,20 @@ def on_cores(cores: Sequence[int]) -> Iterator[None]:
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
+def check_installed() -> None:
+    """Refuse to begin without submitit.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    extras.submitit()
+
+
+def again(function: Callable[[], None]) -> Any:
+    """What submitit queues when a job is to be queued again."""
+    return extras.submitit().helpers.DelayedSubmission(function)
+
+
 def local_executor(folder: Path, gpu: int | None = None) -> Any:
     """An executor that starts a process on this machine at once.
 
