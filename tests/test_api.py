@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_network import make_tiny
+from bdjax.testing.tiny_network import make_tiny
 
 import bdjax
 from bdjax import api

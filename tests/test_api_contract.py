@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import make_tiny
+from bdjax.testing.tiny_network import make_tiny
 
 import bdjax
 from bdjax import api

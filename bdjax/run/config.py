@@ -365,7 +365,7 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
         chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
-    return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
+    return f"{command_line.invocation(experiment)} {command_line.as_flags({**chosen, **changed})}"
 
 
 def check_recipe(config: Any, default: Any, prefix: str = "") -> None:

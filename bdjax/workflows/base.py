@@ -96,6 +96,10 @@ class Experiment(NamedTuple):
     """the flags that decide the defaults of the others"""
     always_shown: tuple[str, ...] = ("dataset", "preset")
     """flags that the printed command always has"""
+    positional: str = ""
+    """the flag that a word without a flag sets; "" if every value needs its flag"""
+    fixed: tuple[str, ...] = ()
+    """fields that have no flag, and keep the value of `default`"""
 
 
 def default_of(experiment: Experiment, config: Any) -> Any:
@@ -115,8 +119,16 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
         InputError: as `command_line.parse`.
     """
     studies = "; ".join(f"{name}: {study.about}" for name, study in experiment.studies.items())
-    texts = {"prog": f"{experiment.name}.py", "description": about + (f" Studies: {studies}." if studies else "")}
-    return command_line.parse(experiment.default, dict.fromkeys(experiment.choosers), arguments, **texts)
+    description = about + (f" Studies: {studies}." if studies and "study" not in experiment.fixed else "")
+    return command_line.parse(
+        experiment.default,
+        dict.fromkeys(experiment.choosers),
+        arguments,
+        positional=experiment.positional,
+        fixed=experiment.fixed,
+        prog=command_line.program(experiment.name),
+        description=description,
+    )
 
 
 class Planned(NamedTuple):
@@ -358,7 +370,7 @@ def finish(
     sources: Mapping[str, str],
     results: Mapping[str, Any],
 ) -> None:
-    """Write the report; print the main result, what limits it, and the path of the report.
+    """Write the report; print the main result, what limits it, the verdict, and the path of the report.
 
     Args:
         run: the run that ends.
@@ -379,17 +391,20 @@ def finish(
         reproduce=command(run.experiment, run.config),
         sources=sources,
     )
-    announce(run, folder, summary, [text for text in schema.reservations(results) if text != summary])
+    headline = page.verdict.headline
+    limits = [text for text in schema.reservations(results) if text not in (summary, headline)]
+    announce(run, folder, summary, limits, headline)
 
 
-def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str]) -> None:
-    """Print the main result, sentences on what limits it, and the path of the report."""
+def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str], headline: str) -> None:
+    """Print the main result, sentences on what limits it, the verdict in a sentence, and the path of the report."""
     if isinstance(summary, Table):
         run.log.console.print(to_rich(summary), highlight=False)
-    elif summary is not None:
+    elif summary not in (None, headline):
         run.log.say(summary)
     for text in limits:
         run.log.say(text)
+    run.log.say(headline)
     run.log.say(f"report: {folder.path / 'report.html'}")
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_network import make_tiny
+from bdjax.testing.tiny_network import make_tiny
 
 from bdjax.benchmarking import contenders, interleave, report, settings, worker
 from bdjax.errors import InputError

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import make_tiny
+from bdjax.testing.tiny_network import make_tiny
 
 from bdjax.inspection.grad_cam import grad_cam
 from bdjax.types import Model, ModelOutput
