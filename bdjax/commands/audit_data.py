@@ -13,11 +13,10 @@ from typing import Any
 from bdjax.commands import vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
+from bdjax.run.configs.detection import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
 from bdjax.run.presets import NO_ATTACK
-from bdjax.workflows import audit
-from bdjax.workflows.base import Experiment, read_flags
-from bdjax.workflows.detection import Config
 
 FIXED = {"attacks": NO_ATTACK, "study": "", "seeds": 1, "target": 0, "test_rows": 0, "suspects_at_once": 10}
 """The settings of grids of poisoned sets, which an audit has not."""
@@ -45,4 +44,6 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
     config = read_flags(EXPERIMENT, about, arguments)
     if not config.dataset:
         raise InputError(f"name the data: {command_line.invocation('audit_data')} {EXAMPLE}")
+    from bdjax.workflows import audit
+
     return audit.run(config, EXPERIMENT, log)

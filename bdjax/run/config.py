@@ -15,7 +15,7 @@ from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.exchange import extras
-from bdjax.exchange.leaving import Export
+from bdjax.exchange.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run

@@ -1,4 +1,4 @@
-"""The contracts of attacks, defenses, datasets and networks as functions, for the tests of plugins; bdjax's own tests call them.
+"""The contracts of attacks, defenses, datasets and networks as functions, for tests of plugins; bdjax's own tests call them.
 
 Each `check_...` takes an entry as a registry has it, works on a few small generated images without a network connection, and
 raises `ContractError` for the first promise that the entry breaks.

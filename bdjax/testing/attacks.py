@@ -238,7 +238,7 @@ def check_made_again(prepared: Prepared) -> None:
 
 
 def check_poisoned_rows(prepared: Prepared) -> None:
-    """Poisoned sets by each of its label rules: as many rows as the rates say, with the labels of the rule, all others unchanged.
+    """Poisoned sets by each of its label rules: as many rows as the rates say, with the rule's labels, all others unchanged.
 
     Raises:
         ContractError: a set is not so.

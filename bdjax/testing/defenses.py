@@ -69,7 +69,7 @@ def _rows(data: Dataset, start: int, stop: int) -> Dataset:
 
 
 class Suspects:
-    """Two suspects as a run makes them: 320 digits with BadNets, and the same digits clean; with 64 clean rows and 64 test rows.
+    """Two suspects as a run makes them, 320 digits with BadNets and the same digits clean; 64 clean rows and 64 test rows.
 
     Args:
         folder: where the trained networks are kept.

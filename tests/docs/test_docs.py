@@ -27,6 +27,7 @@ from bdjax.models import MODELS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
 from bdjax.run import command_line, presets
 from bdjax.run.config import adapted_to
+from bdjax.run.experiment import read_flags
 from bdjax.training import processes
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
@@ -238,7 +239,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return
-    config = base.read_flags(script.EXPERIMENT, "", flags)
+    config = read_flags(script.EXPERIMENT, "", flags)
     assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
     like = adapted_to(config)
     if name == "ta_kd":

@@ -11,6 +11,7 @@ import pytest
 from bdjax.commands import abm, attack, audit_model, lfd, robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
+from bdjax.run.experiment import read_flags
 from bdjax.settings import Range, kinds_of, mistakes
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
@@ -141,5 +142,5 @@ class TestEveryExperiment:
 )
 def test_flags_that_used_to_end_otherwise_are_refused(arguments, message):
     with pytest.raises(InputError) as error:
-        base.check(base.read_flags(lfd.EXPERIMENT, "a run", arguments), lfd.EXPERIMENT)
+        base.check(read_flags(lfd.EXPERIMENT, "a run", arguments), lfd.EXPERIMENT)
     assert message in str(error.value)

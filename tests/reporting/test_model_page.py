@@ -15,8 +15,8 @@ from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.reporting import model_page, model_verdict
 from bdjax.reporting.audit_verdict import exit_status
 from bdjax.reporting.report import Verdict, render
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import RunFolder
-from bdjax.workflows.base import read_flags
 
 NAMES = ("ant", "bee", "cat", "dog", "<b>")
 USUAL, BACKDOOR = [10.0, 9.5, 9, 11, 10], [10.0, 9, 1, 11, 10]

@@ -31,6 +31,7 @@ from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.results import find
 from bdjax.run import command_line, config
 from bdjax.run.config import check_ranges, flag
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
@@ -295,7 +296,7 @@ def test_teachers_of_several_kinds_answer_in_the_order_of_the_command_line():
 
 def test_a_single_teacher_is_named_on_the_command_line_as_before(tmp_path):
     for arguments, expected in [(["--teachers=a"], ("a",)), (["--teachers", "a", "b:c"], ("a", "b:c")), ([], None)]:
-        found = base.read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
+        found = read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
         assert found.teachers == expected
     # The folder of a run on one folder of teachers is named as when there could be no more.
     config = dataclasses.replace(ta_kd.preset("quick", "digits"), teachers=("a",))
