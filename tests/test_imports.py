@@ -13,7 +13,7 @@ ORDER = (
     *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "plugins", "datasets", "triggers"),
     *("models", "training", "attacks"),
     *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
-    *("commands", "__main__"),
+    *("testing", "commands", "__main__"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

@@ -36,6 +36,7 @@ __all__ = [
     "MODELS",
     "ComputeDtype",
     "Lowering",
+    "as_model",
     "convolution_shapes",
     "count_parameters",
     "default_lowering",

@@ -44,7 +44,7 @@ class TestEveryExperiment:
     def test_its_command_gives_the_configuration_back(self, experiment):
         config = read_flags(experiment, "a run", ["--seeds=5", "--dataset=mnist"])
         command = base.command(experiment, config)
-        start = f"python experiments/{experiment.name}.py "
+        start = f"bdjax {experiment.name.replace('_', '-')} "
         assert command.startswith(start) and config.seeds == 5
         assert read_flags(experiment, "a run", command.removeprefix(start).split()) == config
 
