@@ -75,6 +75,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         self._what = what
         self._own = dict(own)
         self._mistake = mistake
+        self._seen: tuple[Found, ...] = ()
         self._loaded: dict[str, Entry] = {}
         self._broken: dict[str, str] = {}
         self._warned: set[str] = set()
@@ -121,8 +122,11 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def _plugins(self) -> dict[str, tuple[Found, ...]]:
         """Name -> the entry points of that name, without the names of bdjax's own entries."""
+        points = installed(f"{PREFIX}{self._what}s")
+        if points is not self._seen:  # `installed.cache_clear` makes everything be looked up anew
+            self._seen, self._loaded, self._broken, self._warned = points, {}, {}, set()
         names: dict[str, tuple[Found, ...]] = {}
-        for found in installed(f"{PREFIX}{self._what}s"):
+        for found in points:
             if found.point.name in self._own:
                 self._warn(
                     f"{self._what} {found.point.name} of the plugin {found.distribution} is ignored: bdjax has one of that name"

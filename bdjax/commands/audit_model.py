@@ -36,7 +36,14 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     return dataclasses.replace(base, **changes)
 
 
-EXPERIMENT = Experiment("audit_model", "Audit of models", (), preset, always_shown=("model", "dataset", "preset"))
+EXPERIMENT = Experiment(
+    "audit_model",
+    "Audit of models",
+    (),
+    preset,
+    always_shown=("model", "dataset", "preset"),
+    positional="model",
+)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:

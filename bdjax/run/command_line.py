@@ -22,6 +22,7 @@ from rich.console import Console
 
 from bdjax import interruption
 from bdjax.errors import InputError
+from bdjax.plugins import PluginWarning
 from bdjax.run.flag_groups import GROUPS, documentation, grouped
 from bdjax.run.text import printable, shortened
 from bdjax.settings import kinds_of, nearest, shown
@@ -328,7 +329,7 @@ def run(
         arguments: the command line without the program's name; None for that of the process.
         status_of: the exit status of a complete run, from what `main` returned.
     """
-    with interruption.handled():
+    with interruption.handled(), _warnings_on_plugins():
         try:
             use_compilation_cache()
             ensemble.use_every_core()
@@ -346,6 +347,24 @@ def run(
             if status is None:
                 raise
             raise SystemExit(status) from None
+
+
+@contextlib.contextmanager
+def _warnings_on_plugins() -> Iterator[None]:
+    """Within the block, a plugin that is left out is one line on standard error."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *others: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            _print_line(f"warning: {message}", "33")
+        else:
+            before(message, category, *others, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _report(error: BaseException) -> int | None:
@@ -380,7 +399,12 @@ def _abandon_output() -> None:
 
 
 def _print_error(error: object) -> None:
+    _print_line(f"error: {error}", "31")
+
+
+def _print_line(line: str, colour: str) -> None:
+    """Print a line on standard error, in a colour of the terminal by its ANSI number."""
     # Not by rich, which takes seconds for a long line.
-    text = shortened(printable(f"error: {error}"), LONGEST_ERROR)
+    text = shortened(printable(line), LONGEST_ERROR)
     colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\033[31m{text}\033[0m" if colours else text, file=sys.stderr, flush=True)
+    print(f"\033[{colour}m{text}\033[0m" if colours else text, file=sys.stderr, flush=True)

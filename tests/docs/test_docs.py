@@ -19,6 +19,7 @@ import pytest
 
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
+from bdjax.commands import COMMANDS as TABLE
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
@@ -40,7 +41,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name != "table.md")]
 REPORT_PICTURE = DOCS / "report.png"
 MOST_README_BYTES = 8192
-EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_model")
+EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_data", "audit_model")
 IMAGE_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "tiny_imagenet": (64, 64, 3)}
 NUM_ROWS = 10_000
 NUM_CLASSES = {"gtsrb": 43, "cifar100": 100, "tiny_imagenet": 200, "flowers17": 17}
@@ -143,12 +144,20 @@ def commands(page: pathlib.Path) -> Iterator[str]:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             yield from filter(None, (part.strip() for part in re.sub(r" +# .*", "", line).split("&&")))
     for code in INLINE_CODE.findall(prose(page)):
-        if re.match(r"(python |pip install|\.ci/run$)", code):
+        if re.match(r"(python |pip install|\.ci/run$|bdjax [a-z][a-z-]+ )", code):
             yield code
         elif re.fullmatch(r"'\.\[[\w,]+\]'", code):
             yield f"pip install -e {code}"
         elif re.match(r"experiments/\w+\.py --", code):
             yield f"python {code}"
+
+
+def test_the_pages_on_the_command_name_every_command():
+    rows = re.findall(
+        r"^\| `bdjax ([a-z-]+)` \| (?:`experiments/([a-z_]+)\.py`|–) \|", (DOCS / "runs.md").read_text(), re.M
+    )
+    assert sorted(rows) == sorted((name, command.module) for name, command in TABLE.items())
+    assert "(docs/plugins.md)" in (ROOT / "README.md").read_text()
 
 
 def words(command: str) -> list[str]:
@@ -160,7 +169,8 @@ def words(command: str) -> list[str]:
     return shlex.split(command)
 
 
-COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page)})
+COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page) if "stripe" not in command})
+"""All but those with the template of plugins, which tests/plugins installs."""
 
 
 def test_commands_are_found():
@@ -185,6 +195,8 @@ def test_a_command_is_one_that_works(command):
             assert importlib.util.find_spec(module)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
+        case ["bdjax", name, *flags]:
+            check_experiment(TABLE[name].module, flags)
         case ["ruff", *options]:
             assert options in (["check", "."], ["format", "--check", "."])
         case [".ci/run"]:
@@ -253,7 +265,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
         attack_workflow.check(config)
         attack_workflow.make_plans(config, some_rows(config.dataset))
         return
-    if name == "vbd":
+    if name in ("vbd", "audit_data"):
         attacks, defenses = detection.settle(config, script.EXPERIMENT)
         detection.read_detectors(config, defenses)
     else:
@@ -299,7 +311,9 @@ def test_snippets_compile(page):
         json.loads(text)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_model")])
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_data", "audit_model")]
+)
 def test_every_study_has_a_result_or_is_listed_as_never_run(name):
     studies = defined_in(name).EXPERIMENT.studies
     assert studies
