@@ -25,8 +25,8 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "bdjax COMMAND --help lists the flags of a command. Every run ends in one folder with a report, and the",
-            "same command continues an interrupted run.",
+            "bdjax COMMAND --help lists the flags of a command. Every run ends in one folder",
+            "with a report, and the same command continues an interrupted run.",
         ]
     )
 

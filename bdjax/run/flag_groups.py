@@ -84,7 +84,16 @@ GROUPS = {
     "defense": Group(
         "What the defender does.",
         (
-            *("study", "defenses", "controls", "search_epochs", "search_batch_size", "queries", "sensitivity"),
+            *(
+                "study",
+                "defenses",
+                "controls",
+                "search_epochs",
+                "search_batch_size",
+                "queries",
+                "sensitivity",
+                "loss_gap",
+            ),
             *("defense_epochs", "defense_batch_size", "defense_recipe", "defense_learning_rate", "defense_schedule"),
             *(
                 "defense_weight_decay",

@@ -12,7 +12,7 @@ from bdjax.commands import COMMANDS, audit_data, audit_model
 from bdjax.errors import InputError
 from bdjax.run.experiment import read_flags
 
-HEAVY = ("matplotlib", "orbax", "sklearn", "skimage", "scipy", "tensorflow", "tensorflow_datasets", "jinja2", "pooch")
+HEAVY = ("matplotlib", "orbax", "sklearn", "skimage", "scipy", "tensorflow", "tensorflow_datasets", "jinja2")
 
 
 def said(capsys: pytest.CaptureFixture, *arguments: str) -> str:
