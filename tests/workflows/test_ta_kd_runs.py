@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import inspect
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from bdjax.exchange.opening import Opened
 from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.results import find
-from bdjax.run import command_line, config
+from bdjax.run import command_line
 from bdjax.run.config import check_ranges, flag
 from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
@@ -582,7 +583,8 @@ def test_help_explains_every_flag(capsys):
     for field in dataclasses.fields(workflow.Config):
         assert flag(field.name) in output
     # The string below a field in the source is its help.
-    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(workflow.__file__).read_text()
+    files = (inspect.getsourcefile(kind) for kind in workflow.Config.__mro__[:-1])
+    source = "".join(pathlib.Path(file).read_text() for file in set(files))
     for field in dataclasses.fields(workflow.Config):
         assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
 
