@@ -86,6 +86,7 @@ def test_an_audit_of_a_file_ends_with_its_verdict(run, tmp_path):
     assert (found.returncode, found.stderr) == (3, ""), found.stdout
     *_, verdict, report = found.stdout.splitlines()
     assert "flags" in verdict or "flagged" in verdict
-    assert report == "report: runs/audit_data/mine-quick" + report.removeprefix("report: runs/audit_data/mine-quick")
+    page = pathlib.Path(report.removeprefix("report: "))
+    assert page.is_file() and page.is_relative_to(tmp_path / "runs" / "audit_data")
     unknown = run("audit-data", "nothing.npz")
     assert unknown.returncode == 2 and unknown.stderr == "error: nothing.npz: no such file or folder\n"
