@@ -2,8 +2,12 @@
 
 import importlib
 from types import ModuleType
+from typing import Literal
 
 from bdjax.errors import InputError
+
+Export = Literal["stablehlo", "onnx"]
+"""Further forms in which a run leaves its networks; the second needs the extra."""
 
 
 def onnx() -> ModuleType:

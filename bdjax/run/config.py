@@ -15,7 +15,7 @@ from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.exchange import extras
-from bdjax.exchange.leaving import Export
+from bdjax.exchange.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
@@ -369,7 +369,7 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
         chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
-    return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
+    return f"{command_line.invocation(experiment)} {command_line.as_flags({**chosen, **changed})}"
 
 
 def check_recipe(config: Any, default: Any, prefix: str = "") -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
+from bdjax.commands import COMMANDS as TABLE
 from bdjax.commands import grid as grid_command
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
@@ -29,6 +30,7 @@ from bdjax.models import MODELS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
 from bdjax.run import command_line, grid_file, presets
 from bdjax.run.config import adapted_to
+from bdjax.run.experiment import read_flags
 from bdjax.training import processes
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
@@ -41,7 +43,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name != "table.md")]
 REPORT_PICTURE = DOCS / "report.png"
 MOST_README_BYTES = 8192
-EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_model")
+EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_data", "audit_model")
 IMAGE_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "tiny_imagenet": (64, 64, 3)}
 NUM_ROWS = 10_000
 NUM_CLASSES = {"gtsrb": 43, "cifar100": 100, "tiny_imagenet": 200, "flowers17": 17}
@@ -144,12 +146,20 @@ def commands(page: pathlib.Path) -> Iterator[str]:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             yield from filter(None, (part.strip() for part in re.sub(r" +# .*", "", line).split("&&")))
     for code in INLINE_CODE.findall(prose(page)):
-        if re.match(r"(python |pip install|\.ci/run$)", code):
+        if re.match(r"(python |pip install|\.ci/run$|bdjax [a-z][a-z-]+ )", code):
             yield code
         elif re.fullmatch(r"'\.\[[\w,]+\]'", code):
             yield f"pip install -e {code}"
         elif re.match(r"experiments/\w+\.py --", code):
             yield f"python {code}"
+
+
+def test_the_pages_on_the_command_name_every_command():
+    rows = re.findall(
+        r"^\| `bdjax ([a-z-]+)` \| (?:`experiments/([a-z_]+)\.py`|–) \|", (DOCS / "runs.md").read_text(), re.M
+    )
+    assert sorted(rows) == sorted((name, command.module) for name, command in TABLE.items())
+    assert "(docs/plugins.md)" in (ROOT / "README.md").read_text()
 
 
 def words(command: str) -> list[str]:
@@ -161,7 +171,8 @@ def words(command: str) -> list[str]:
     return shlex.split(command)
 
 
-COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page)})
+COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page) if "stripe" not in command})
+"""All but those with the template of plugins, which tests/plugins installs."""
 
 
 def test_commands_are_found():
@@ -188,6 +199,10 @@ def test_a_command_is_one_that_works(command):
             check_grid(arguments)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
+        case ["bdjax", "grid", *arguments]:
+            check_grid(arguments)
+        case ["bdjax", name, *flags]:
+            check_experiment(TABLE[name].module, flags)
         case ["ruff", *options]:
             assert options in (["check", "."], ["format", "--check", "."])
         case [".ci/run"]:
@@ -242,7 +257,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return
-    config = base.read_flags(script.EXPERIMENT, "", flags)
+    config = read_flags(script.EXPERIMENT, "", flags)
     assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
     like = adapted_to(config)
     if name == "ta_kd":
@@ -256,7 +271,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
         attack_workflow.check(config)
         attack_workflow.make_plans(config, some_rows(config.dataset))
         return
-    if name == "vbd":
+    if name in ("vbd", "audit_data"):
         attacks, defenses = detection.settle(config, script.EXPERIMENT)
         detection.read_detectors(config, defenses)
     else:
@@ -310,7 +325,7 @@ def test_grids_are_ones_that_work(page, tmp_path):
     for text in blocks(page, "toml"):
         (tmp_path / "grid.toml").write_text(text)
         file = grid_file.read(tmp_path / "grid.toml")
-        experiments = grid_command._experiments()
+        experiments = grid_command.experiments()
         for number, block in enumerate(file.blocks):
             for name, dataset in itertools.product(block.experiments, block.datasets):
                 fields, config = grid.read_config(file, number, experiments[name], dataset)
@@ -328,7 +343,9 @@ def test_snippets_compile(page):
         json.loads(text)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_model")])
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_data", "audit_model")]
+)
 def test_every_study_has_a_result_or_is_listed_as_never_run(name):
     studies = defined_in(name).EXPERIMENT.studies
     assert studies

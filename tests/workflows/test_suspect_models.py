@@ -90,7 +90,7 @@ class TestARun:
         for name in ("table.md", "report.html", "asr.png", "control-asr.png", "trade-off.png", "timings.json"):
             assert (folder / name).stat().st_size > 0
         page = (folder / "report.html").read_text()
-        assert "python experiments/robust_kd.py" in page and "clean teacher" in page
+        assert "bdjax robust-kd" in page and "clean teacher" in page
 
     def test_the_first_part_of_a_chain_is_trained_once_and_what_follows_has_a_folder(self, folder):
         places = [path.relative_to(folder / "checkpoints") for path in (folder / "checkpoints").rglob("about.json")]
