@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
         Command("robust-kd", "an untrusted model, clean images: a smaller clean student"),
         Command("audit-data", "your own images: which are poisoned, and with which trigger?"),
         Command("audit-model", "an untrusted model: is there a backdoor, into which class?"),
+        Command("grid", "many attacks, defenses and seeds as jobs, here or under Slurm"),
     )
 }
 """Name -> command. The subcommands of `bdjax` and the scripts in `experiments/` are made from it."""

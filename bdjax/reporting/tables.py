@@ -1,6 +1,7 @@
 """Tables, printed as Markdown for files, by rich on the terminal, or as HTML by the report's template."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -213,3 +214,64 @@ def _spread(least: Sequence[int], wanted: Sequence[int], width: int) -> list[int
 def to_rich(table: Table) -> Fitted:
     """Returns the table for a rich console; long cells are shortened."""
     return Fitted(table)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    '"': "''",
+    "±": r"$\pm$",
+    "–": "--",
+    "—": "---",
+    "−": "$-$",
+    "×": r"$\times$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "≈": r"$\approx$",
+    "…": r"\dots{}",
+    "→": r"$\rightarrow$",
+}
+"""What LaTeX takes for something else than a letter."""
+
+
+def latex_text(text: str) -> str:
+    """Returns a text as LaTeX in ASCII: other letters lose their accents or, if they have no command, become "?"."""
+    found = []
+    for letter in printable(text):
+        if letter in _LATEX:
+            found.append(_LATEX[letter])
+        elif letter.isascii():
+            found.append(letter)
+        else:
+            plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+            found.append("".join(_LATEX.get(part, part) for part in plain) or "?")
+    return "".join(found)
+
+
+def to_latex(table: Table) -> str:
+    r"""Returns the table as a `table` environment, which needs \usepackage{booktabs}."""
+
+    def line(texts: Iterable[str]) -> str:
+        return " & ".join(map(latex_text, texts)) + r" \\"
+
+    columns = "".join("r" if right else "l" for right in number_columns(table))
+    parts = [
+        r"\begin{table}[htbp]",
+        r"\centering",
+        *([rf"\caption{{{latex_text(table.title)}}}"] if table.title else []),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        line(table.header),
+        r"\midrule",
+        *map(line, cells(table)),
+        r"\bottomrule",
+        r"\end{tabular}",
+        *([rf"\par\smallskip\footnotesize {latex_text(table.notes)}"] if table.notes else []),
+        r"\end{table}",
+    ]
+    return "\n".join(parts) + "\n"

@@ -112,6 +112,17 @@ def _with_flag(arguments: Sequence[str], field: str, kinds: Mapping[str, Any]) -
     return words
 
 
+def split_words(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Split a command line into the words before its first flag, such as file names, and the rest.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return arguments[:first], arguments[first:]
+
+
 def _split(arguments: Sequence[str], *, is_lenient: bool) -> Iterator[tuple[str, list[str]]]:
     """The flags of a command line in order: the name as a field, such as "no_shuffle", and the values.
 

@@ -47,7 +47,7 @@ SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export")
+IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "tensorboard")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
 """Fields that matter only to the content of a path, whose digest has them."""
@@ -99,6 +99,8 @@ class ExperimentConfig:
     """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
+    tensorboard: bool = False
+    """write each stage's curves to tensorboard/ in the run's folder, as scalars for TensorBoard (with the extra grid)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +189,8 @@ def check_ranges(config: Any) -> None:
         if "onnx" in config.export:
             extras.onnx()
     if isinstance(config, ExperimentConfig):
+        if config.tensorboard:
+            extras.tensorboard()
         if not config.dataset:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
         if config.seed + config.seeds > 2**31:

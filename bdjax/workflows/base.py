@@ -28,6 +28,7 @@ from bdjax.reporting import results as schema
 from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import config as run_config
+from bdjax.run import scalars
 from bdjax.run.config import ALL, IGNORED, IN_CONTENTS, ComparisonConfig, ExperimentConfig, check_ranges
 from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder, check_run, to_plain
@@ -112,7 +113,9 @@ class Run(NamedTuple):
 
     def make_runner(self, folder: pathlib.Path) -> StageRunner:
         """A runner that trains and evaluates, with its checkpoints in a folder."""
-        return StageRunner(folder, self.image_shape, self.engine.layout, self.log, self.config.member_group or None)
+        curves = partial(scalars.curves_of, self.output.expanduser().absolute()) if self.config.tensorboard else None
+        group = self.config.member_group or None
+        return StageRunner(folder, self.image_shape, self.engine.layout, self.log, group, curves=curves)
 
 
 def network_maker(config: Any, num_classes: int) -> Callable[..., Model]:

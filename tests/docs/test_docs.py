@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -20,20 +21,21 @@ import pytest
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
 from bdjax.commands import COMMANDS as TABLE
+from bdjax.commands import grid as grid_command
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
-from bdjax.run import command_line, presets
+from bdjax.run import command_line, grid_file, presets
 from bdjax.run.config import adapted_to
 from bdjax.run.experiment import read_flags
 from bdjax.training import processes
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
-from bdjax.workflows import base, detection, suspect_models
+from bdjax.workflows import base, detection, grid, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -193,6 +195,8 @@ def test_a_command_is_one_that_works(command):
             check_pytest(options)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
+        case ["python", "experiments/grid.py", *arguments]:
+            check_grid(arguments)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
         case ["bdjax", name, *flags]:
@@ -278,6 +282,14 @@ def check_experiment(name: str, flags: list[str]) -> None:
         check_attack(text, config.dataset, config.target, like, gets)
 
 
+def check_grid(arguments: list[str]) -> None:
+    names, flags = command_line.split_words(arguments)
+    if names[0] == "collect":
+        assert names[1:] and command_line.parse(grid_command.CollectConfig, {}, flags)
+    else:
+        assert len(names) == 1 and names[0].endswith(".toml") and command_line.parse(grid_command.GridConfig, {}, flags)
+
+
 @cache
 def check_attack(text: str, dataset: str, target: int, like: str | None, gets: str) -> None:
     """Many commands name the same attacks."""
@@ -296,11 +308,29 @@ def test_flags_in_sentences_are_flags(page):
         script = defined_in(name)
         config = script.preset() if name == "bench_ensemble" else script.EXPERIMENT.default()
         known |= set(type(config).__dataclass_fields__)
+    known |= set(grid_command.GridConfig.__dataclass_fields__) | set(grid_command.CollectConfig.__dataclass_fields__)
     for code in INLINE_CODE.findall(prose(page)):
         for flag in re.findall(r"(?:^| )--([a-z][\w-]*)", code):
             assert flag.replace("-", "_").removeprefix("no_") in known, (
                 f"{name_of(page)}: --{flag} is a flag of no experiment"
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_grids_are_ones_that_work(page, tmp_path):
+    """Everything but what needs the rows of a dataset."""
+    assert blocks(page, "toml") or page.name != "grid.md"
+    for text in blocks(page, "toml"):
+        (tmp_path / "grid.toml").write_text(text)
+        file = grid_file.read(tmp_path / "grid.toml")
+        experiments = grid_command._experiments()
+        for number, block in enumerate(file.blocks):
+            for name, dataset in itertools.product(block.experiments, block.datasets):
+                fields, config = grid.read_config(file, number, experiments[name], dataset)
+                attacks, defenses = grid.names_in(file, number, experiments[name], config)
+                assert fields["dataset"] == config.dataset == dataset and attacks and defenses
+                for text in attacks:
+                    check_attack(text, dataset, config.target, adapted_to(config), "training set")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
