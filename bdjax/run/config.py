@@ -47,7 +47,7 @@ SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export")
+IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "evidence")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
 """Fields that matter only to the content of a path, whose digest has them."""
@@ -107,6 +107,14 @@ class ExportConfig:
 
     export: tuple[Export, ...] = ()
     """further forms of the networks in models/, beside model.safetensors: stablehlo, onnx (with the extra onnx)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """The setting of every audit and of every run of defenses."""
+
+    evidence: bool = False
+    """write evidence/: verdict.json, findings.sarif, bom.cdx.json, model_card.md and SHA256SUMS; see docs/evidence.md"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from bdjax.evaluation.sensitivity import Planting
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, without_untestable
 from bdjax.reporting import audit as reporting
+from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
 from bdjax.run.log import StageLog, format_seconds
@@ -114,7 +115,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
     results = base.write_results(folder, results, data, clean, shared=shared)
     page = reporting.page(folder, results, suspect, found, planting.suspects[-1] if planting else None)
-    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results)
+    flagged = Flagged(variant.title, data, found.flags[0], found.scores[0])
+    subject = Subject({"audited rows": data}, () if reporting.reason_of(results) else (flagged,))
+    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results, subject)
     return results
 
 

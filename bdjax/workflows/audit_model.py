@@ -27,9 +27,18 @@ from bdjax.exchange.opening import Opened, open_model
 from bdjax.exchange.outputs import Outputs, as_logits
 from bdjax.models import MODELS, Lowering, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.model_verdict import commands
 from bdjax.reporting.tables import to_rich
-from bdjax.run.config import ExperimentConfig, check_path, check_ranges, check_recipe, load, train_config
+from bdjax.run.config import (
+    EvidenceConfig,
+    ExperimentConfig,
+    check_path,
+    check_ranges,
+    check_recipe,
+    load,
+    train_config,
+)
 from bdjax.run.log import StageLog
 from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width, check_choice
 from bdjax.training import ensemble, memory, processes
@@ -45,7 +54,7 @@ Controlled = Annotated[int, Range(at_least=evidence.LEAST_CONTROLS, limit=1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
+class Config(ExperimentConfig, EvidenceConfig):
     """Every setting of an audit of models; `--preset` and `--dataset` decide the defaults of the others."""
 
     model: tuple[str, ...] = ()
@@ -208,7 +217,12 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     summary = reporting.main_table(results) if len(models) > 1 else None
     if summary is not None:
         log.console.print(to_rich(summary), highlight=False)
-    base.finish(run, folder, page, results["verdict"]["headline"], base.sources_of(TrainTest(train, test)), results)
+    subject = Subject(
+        {"clean rows": clean, "held-out rows": held_out},
+        suspects={opened.name: opened.digest for opened in suspects.opened},
+    )
+    sources = base.sources_of(TrainTest(train, test))
+    base.finish(run, folder, page, results["verdict"]["headline"], sources, results, subject)
     return results
 
 

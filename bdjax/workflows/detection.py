@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -35,8 +35,9 @@ from bdjax.evaluation.variants import (
     without_untestable,
 )
 from bdjax.reporting import detectors
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import seconds_of
-from bdjax.run.config import SuspectConfig, adapted_to, load, train_config
+from bdjax.run.config import EvidenceConfig, SuspectConfig, adapted_to, load, train_config
 from bdjax.run.log import StageLog
 from bdjax.run.presets import is_registered
 from bdjax.settings import Amount, Count
@@ -49,7 +50,7 @@ from bdjax.workflows.poisoned_sets import load_clean_data
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig):
+class Config(SuspectConfig, EvidenceConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others. The settings of undefended training
     (model to augmentation) are used only if a detector needs the attacked network."""
 
@@ -187,7 +188,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         title=f"{experiment.title} on {train.name}",
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source}, results)
+    subject = Subject({"training data": train}, methods=experiment.about, word_of=partial(detectors.word_of, results))
+    table = detectors.main_table(results, train.name)
+    base.finish(run, folder, page, table, {"training data": train.source}, results, subject)
     return results
 
 

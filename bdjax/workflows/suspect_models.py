@@ -43,8 +43,9 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.models import default_lowering
 from bdjax.reporting import students
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ComparisonConfig, ExportConfig, adapted_to, load, train_config
+from bdjax.run.config import ALL, ComparisonConfig, EvidenceConfig, ExportConfig, adapted_to, load, train_config
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
@@ -63,7 +64,7 @@ LABELS_ONLY = "logit_distillation:alpha=0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ComparisonConfig, ExportConfig):
+class Config(ComparisonConfig, ExportConfig, EvidenceConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Literal["quick", "paper"] = "paper"
@@ -210,7 +211,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=experiment.about[0],
         extra_sections=extra,
     )
-    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test, "clean rows": clean},
+        asr_rows=base.asr_rows(teachers.suspects, test),
+        suspects={str(config.teacher): found.digest} if found else {},
+        methods=experiment.about,
+        word_of=partial(students.word_of, results, plain=students.plain_method(results)),
+    )
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results, subject)
     return results
 
 
