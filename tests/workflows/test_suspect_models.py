@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bdjax.commands import robust_kd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers
@@ -20,7 +21,6 @@ from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from bdjax.workflows import suspect_models
-from experiments import robust_kd
 
 TINY: dict[str, Any] = {
     "seeds": 2,
