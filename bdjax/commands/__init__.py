@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
         Command("vbd", "a poisoned training set: the flagged rows and the trigger (VBD, with other detectors)"),
         Command("robust-kd", "an untrusted model and clean images: a smaller student (RobustKD, with baselines)"),
         Command("audit-model", "an untrusted model: is there a backdoor, into which class, what does the trigger look like?"),
+        Command("gate", "a run's verdict.json: does it pass limits on ASR and CDA?"),
     )
 }  # fmt: skip
 """Name -> command. The subcommands of `bdjax` and the scripts in `experiments/` are made from it."""

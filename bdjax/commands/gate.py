@@ -1,13 +1,14 @@
-"""Compare the verdict.json of a run with limits: for a step of continuous integration, or before a model is taken over.
+"""Gate: compare the verdict.json of a run with limits, as a step of continuous integration does.
 
-A line for each rule says why it passes or not. An unknown number never passes. The exit status is 0 if every rule passes, 3 if one
-fails, 4 if one cannot be decided, 2 for input that cannot be used.
+A line for each rule says why it passes or not. An unknown number never passes. The exit status is 0 if every rule passes, 3 if
+one fails, 4 if one cannot be decided, 2 for input that cannot be used.
 """
 
 import pathlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bdjax.errors import InputError
 from bdjax.reporting.evidence import gate
@@ -32,6 +33,12 @@ class GateConfig:
     """a method or model of the run, instead of those that it is about"""
 
 
+def rules_of(config: GateConfig) -> dict[str, Any]:
+    """The rules as `bdjax.reporting.evidence.gate.judge` takes them."""
+    words = [word.strip() for word in config.require_verdict.split(",") if word.strip()]
+    return {"max_asr": config.max_asr, "min_cda": config.min_cda, "words": words, "method": config.method}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the flags, print a line for each rule, and return the exit status.
 
@@ -47,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("there is no verdict.json; give its path, such as runs/vbd/photos-quick/evidence/verdict.json")
     check_ranges(config)
     check_path("--verdict", config.verdict)
-    words = [word.strip() for word in config.require_verdict.split(",") if word.strip()]
-    limits = {"max_asr": config.max_asr, "min_cda": config.min_cda}
-    lines = gate.judge(gate.read(config.verdict.expanduser()), **limits, words=words, method=config.method)
+    lines = gate.judge(gate.read(config.verdict.expanduser()), **rules_of(config))
     for line in lines:
         print(f"{line.outcome:<7} {line.text}")
     return gate.status_of(lines)

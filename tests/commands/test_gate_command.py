@@ -64,7 +64,7 @@ def test_a_line_for_each_rule_and_a_status(path, capsys, flags, status, lines):
         (["nowhere.json", "--max-asr=0.1"], "nowhere.json: cannot be read"),
         (["nowhere.json", "--max-asr=2"], "--max-asr 2.0 is not"),
         (["nowhere.json", "--max-asr=high"], "--max-asr 'high' is not a number"),
-        (["nowhere.json", "--max-ars=0.1"], "there is no flag --max-ars"),
+        (["nowhere.json", "--max-ars=0.1"], "there is no flag '--max-ars'; did you mean --max-asr?"),
         (["/", "--max-asr=0.1"], "is not a regular file"),
     ],
 )

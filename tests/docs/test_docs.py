@@ -19,11 +19,15 @@ import pytest
 
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
+from bdjax.commands import gate
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
+from bdjax.reporting.evidence.gate import judge
+from bdjax.reporting.evidence.verdict import metric
+from bdjax.reporting.evidence.writing import SUMS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
 from bdjax.run import command_line, presets
 from bdjax.run.config import adapted_to
@@ -184,6 +188,10 @@ def test_a_command_is_one_that_works(command):
             assert importlib.util.find_spec(module)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
+        case ["cd", folder]:
+            assert folder.startswith("runs/")
+        case ["sha256sum", "-c", name]:
+            assert name == SUMS
         case ["ruff", *options]:
             assert options in (["check", "."], ["format", "--check", "."])
         case [".ci/run"]:
@@ -238,6 +246,9 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return
+    if name == "gate":
+        check_gate(flags)
+        return
     config = base.read_flags(script.EXPERIMENT, "", flags)
     assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
     like = adapted_to(config)
@@ -265,6 +276,14 @@ def check_experiment(name: str, flags: list[str]) -> None:
         check_attack(text, config.dataset, config.target, like, gets)
 
 
+def check_gate(flags: list[str]) -> None:
+    """A verdict that passes is in the place of the file."""
+    assert flags[0].endswith("/evidence/verdict.json")
+    config = command_line.parse(gate.GateConfig, {}, flags[1:])
+    entries = [metric(name, "a run", 0.5, method=config.method) for name in ("asr", "cda")]
+    judge({"verdict": {"word": "removed"}, "metrics": entries}, **gate.rules_of(config))
+
+
 @cache
 def check_attack(text: str, dataset: str, target: int, like: str | None, gets: str) -> None:
     """Many commands name the same attacks."""
@@ -278,7 +297,7 @@ def test_a_flag_that_is_not_there_would_be_noticed():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_in_sentences_are_flags(page):
-    known = {"help", "coordinator", "processes", "process", "distributed"}
+    known = {"help", "coordinator", "processes", "process", "distributed", *gate.GateConfig.__dataclass_fields__}
     for name in (*EXPERIMENTS, "bench_ensemble"):
         script = defined_in(name)
         config = script.preset() if name == "bench_ensemble" else script.EXPERIMENT.default()

@@ -61,7 +61,9 @@ def write(path: pathlib.Path, results: dict, subject: Subject, experiment: str =
 def lfd_subject(results: dict) -> Subject:
     rows = {attack["attack"]: 323 for attack in results["attacks"] if attack["parts"]}
     flagged = (Flagged("LfD", ROWS, FLAGS, None),)
-    return Subject({"training data": ROWS}, flagged, rows, {}, ("lfd",), lambda *names: defenses.word_of(results, *names))
+    return Subject(
+        {"training data": ROWS}, flagged, rows, {}, ("lfd",), lambda *names: defenses.word_of(results, *names)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +75,7 @@ def lfd(tmp_path_factory) -> tuple[dict, pathlib.Path]:
 def test_a_defense_has_every_number_with_its_control_and_its_rows(lfd):
     results, folder = lfd
     verdict = evidence.check(folder)
-    asr = {
-        (entry["method"], entry["attack"]): entry for entry in verdict["metrics"] if entry["metric"] == "asr"
-    }
+    asr = {(entry["method"], entry["attack"]): entry for entry in verdict["metrics"] if entry["metric"] == "asr"}
     for cell in results["cells"]:
         key = cell["method"], cell["attack"]
         if cell["attack"] == "none":  # a clean set has no trigger, so there is no ASR to know
@@ -225,7 +225,12 @@ def entry(value: float | None, method: str = "lfd", role: str = "subject", name:
 
 
 def verdict_of(*entries: dict, word: str = "removed") -> dict:
-    return {"schema": verdicts.NAME, "schema_version": verdicts.VERSION, "verdict": {"word": word}, "metrics": [*entries]}
+    return {
+        "schema": verdicts.NAME,
+        "schema_version": verdicts.VERSION,
+        "verdict": {"word": word},
+        "metrics": [*entries],
+    }
 
 
 @pytest.mark.parametrize(
@@ -235,7 +240,12 @@ def verdict_of(*entries: dict, word: str = "removed") -> dict:
         ([entry(0.1)], 0.099, "fail", "--max-asr=0.099: asr of lfd on badnets is 0.1 (control 0.01, 323 rows)"),
         ([entry(0.05), entry(0.02)], 0.1, "pass", ", the largest of 2"),
         ([entry(0.05), entry(0.2)], 0.1, "fail", "is 0.2"),
-        ([entry(None)], 1.0, "unknown", "asr of lfd on badnets is unknown (not measured in this run); an unknown number"),
+        (
+            [entry(None)],
+            1.0,
+            "unknown",
+            "asr of lfd on badnets is unknown (not measured in this run); an unknown number",
+        ),
         ([entry(0.0), entry(None)], 1.0, "unknown", "an unknown number never passes"),
         ([entry(0.5), entry(None)], 0.1, "fail", "is 0.5"),
         ([], 1.0, "unknown", "the verdict has no asr"),
@@ -302,5 +312,11 @@ def test_a_verdict_that_was_changed_is_refused(lfd, tmp_path):
 
 
 def test_every_rule_of_sarif_is_one_that_results_can_have():
-    assert set(sarif.RULES) == {"flagged-row", "class-with-pattern", "model-with-trigger", "backdoor-remains", "not-tested"}
+    assert set(sarif.RULES) == {
+        "flagged-row",
+        "class-with-pattern",
+        "model-with-trigger",
+        "backdoor-remains",
+        "not-tested",
+    }
     assert audit.TRIGGER == "trigger"

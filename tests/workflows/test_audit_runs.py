@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+from urllib.parse import unquote
 
 import jax
 import numpy as np
@@ -14,12 +15,14 @@ from planted_rows import CLASSES, ENGINE, TARGET, VBD, make_rows, poisoned_rows,
 from rich.console import Console
 
 from bdjax import datasets
+from bdjax.commands import gate
 from bdjax.defenses import contract
 from bdjax.errors import InputError
 from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run.log import StageLog
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Unread
+from tests.fixtures import evidence
 
 
 def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
@@ -59,7 +62,7 @@ def folder_audit(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, list[str
     pictures = write_folder(place / "pictures", images, labels)
     before = hashes(pictures)
     arguments = [*ENGINE, f"--dataset={pictures}", f"--output={place / 'run'}", f"--defenses={VBD}", "--copy-files"]
-    run(arguments)
+    run([*arguments, "--evidence"])
     return place / "run", pictures, arguments, before
 
 
@@ -88,6 +91,23 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
     report = (folder / "report.html").read_text()
     assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
+
+
+def test_an_audit_of_a_folder_leaves_evidence(folder_audit):
+    folder, pictures, _, _ = folder_audit
+    verdict, results = evidence.check(folder / "evidence"), json.loads((folder / "results.json").read_text())
+    assert verdict["verdict"]["word"] == "found" and verdict["exit_code"] == 3
+    values = {entry["metric"]: entry for entry in verdict["metrics"]}
+    assert values["flagged"]["value"] == results["flagged_share"] and values["flagged"]["rows"] == results["rows"]
+    assert values["asr"]["value"] is None and "unknown" in values["asr"]["why"]
+    assert gate.main([str(folder / "evidence" / "verdict.json"), "--max-asr=1"]) == 4
+    (log,) = json.loads((folder / "evidence" / "findings.sarif").read_text())["runs"]
+    found = [result for result in log["results"] if result["ruleId"] == "flagged-row"]
+    places = [result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in found]
+    assert len(places) == results["flagged"] and all((pictures / unquote(place)).is_file() for place in places)
+    assert f"class {TARGET}" in "".join(
+        result["message"]["text"] for result in log["results"] if result["ruleId"] == "class-with-pattern"
+    )
 
 
 def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(folder_audit):
