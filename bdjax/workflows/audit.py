@@ -64,7 +64,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         )
     (variant,) = variants
     with log.stage("data") as stage:
-        data = datasets.load_suspect(config.dataset, config.data_dir, options=run_config.read_options(config))
+        data = datasets.load_suspect(config.dataset, config.data_dir, options=run_config.read_options(config, log))
         if 0 < config.train_rows < len(data):
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
@@ -148,7 +148,7 @@ def measure_sensitivity(
         why = f"the trigger {error}"
         log.note("sensitivity", f"not measured: {why}")
         return None, {"why": why}
-    copies, unit = planting.suspects, "files" if data.files else "rows"
+    copies, unit = planting.suspects, "files" if data.files and not data.records else "rows"
     counts = ", ".join(f"{int(copy.is_poisoned.sum()):,}" for copy in copies)
     log.note(
         "sensitivity",

@@ -139,6 +139,7 @@ def _rows_of(found: Flagged) -> Iterator[dict[str, Any]]:
         location = _logical(what, "row", rows.name, f"class {label}")
         if rows.files:
             what += f", {rows.files[row]},"
+        if rows.files and not rows.records:
             location["physicalLocation"] = {"artifactLocation": {"uri": uri_of(rows.files[row]), "uriBaseId": DATA}}
         text = f"{found.title} flags {what} of class {label}" + ("." if score is None else f" with score {score:g}.")
         fingerprint = f"{found.title}: {rows.files[row] if rows.files else row}"
