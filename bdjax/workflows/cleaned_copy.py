@@ -2,7 +2,7 @@
 
     flagged.csv, rows.csv, kept.csv       the flagged rows, all rows, the rows that are not flagged
     cleaned.npz                           the rows that are not flagged, for `bdjax.datasets.load_suspect`
-    cleaned/cat/1.png                     or copies of their files, with --copy-files, and metadata.jsonl if folders are no classes
+    cleaned/cat/1.png                     or copies of their files, with --copy-files; with metadata.jsonl without class folders
 
 The user's folder is only read, and links that lead out of it are not followed.
 """

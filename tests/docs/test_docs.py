@@ -250,7 +250,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
         check_gate(flags)
         return
     config = base.read_flags(script.EXPERIMENT, "", flags)
-    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
+    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz", ".parquet"))
     like = adapted_to(config)
     if name == "ta_kd":
         ta_kd_workflow.check(config)
