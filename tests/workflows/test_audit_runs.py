@@ -22,7 +22,7 @@ from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run.log import StageLog
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Unread
-from tests.fixtures import evidence
+from tests.fixtures import evidence, forms
 
 
 def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
@@ -157,6 +157,33 @@ def sees_squares(smallest: int, calls: list[int]):
         return Detection(flags, flags.astype(np.float32))
 
     return detect
+
+
+@pytest.mark.parametrize(("form", "first"), [("parquet", "set.parquet#"), ("metadata.csv", "images/")])
+def test_an_audit_of_rows_in_another_form_names_their_records(tmp_path, monkeypatch, form, first):
+    """The arrays are those of a class folder, and so are the flags: `tests/datasets/test_forms.py` compares the arrays."""
+    monkeypatch.setattr(contract, "detect", sees_squares(1, []))
+    images, labels, is_poisoned, _ = poisoned_rows()
+    rows = forms.rows_of(images, [f"kind-{label}" for label in labels])
+    data, folder = forms.WRITERS[form](tmp_path / "set", rows), tmp_path / "run"
+    flags = [f"--dataset={data}", f"--output={folder}", f"--defenses={VBD}", "--copy-files", "--evidence"]
+    results = run([*ENGINE, *flags])
+    assert results["flagged"] == is_poisoned.sum() and results["unit"] == ("rows" if form == "parquet" else "files")
+    with open(folder / "flagged.csv", newline="") as file:
+        flagged = list(csv.DictReader(file))
+    planted = {number for number, row in enumerate(rows) if is_poisoned[int(row.name[-9:-4])]}
+    assert {int(row["row"]) for row in flagged} == planted and all(row["file"].startswith(first) for row in flagged)
+    kept = datasets.load_suspect(str(folder / ("cleaned.npz" if form == "parquet" else "cleaned")))
+    whole = datasets.load_suspect(str(data))
+    left = np.array([number for number in range(len(rows)) if number not in planted])
+    np.testing.assert_array_equal(kept.images, whole.images[left])
+    assert kept.class_names == whole.class_names and not kept.unread
+    np.testing.assert_array_equal(kept.labels, whole.labels[left])
+    evidence.check(folder / "evidence")
+    (log,) = json.loads((folder / "evidence" / "findings.sarif").read_text())["runs"]
+    found = [result for result in log["results"] if result["ruleId"] == "flagged-row"]
+    has_place = ["physicalLocation" in result["locations"][0] for result in found]
+    assert len(found) == len(planted) and all(has_place) == any(has_place) == (form == "metadata.csv")
 
 
 @pytest.mark.parametrize(
