@@ -28,16 +28,16 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
-        Command("ta-kd", "untrusted models and a few clean rows: an aggregated model and a small student"),
-        Command("attack", "poison a training set, train victims on it, and measure the backdoor"),
-        Command("lfd", "a poisoned training set: a clean model (LfD, with baselines)"),
-        Command("abm", "a poisoned training set: the attacked model, corrected (ABM, with baselines)"),
-        Command("vbd", "a poisoned training set: the flagged rows and the trigger (VBD, with other detectors)"),
-        Command("robust-kd", "an untrusted model and clean images: a smaller student (RobustKD, with baselines)"),
-        Command("audit-model", "an untrusted model: is there a backdoor, into which class, what does the trigger look like?"),
+        Command("ta-kd", "several untrusted models, clean rows: a small clean student"),
+        Command("attack", "poison a training set, train on it, measure the backdoor"),
+        Command("lfd", "a poisoned training set: a clean model, by LfD or others"),
+        Command("abm", "a poisoned training set: a clean model, by ABM or others"),
+        Command("vbd", "a poisoned training set: its poisoned rows and the trigger"),
+        Command("robust-kd", "an untrusted model, clean images: a smaller clean student"),
+        Command("audit-model", "an untrusted model: is there a backdoor, into which class?"),
         Command("gate", "a run's verdict.json: does it pass limits on ASR and CDA?"),
     )
-}  # fmt: skip
+}
 """Name -> command. The subcommands of `bdjax` and the scripts in `experiments/` are made from it."""
 
 
