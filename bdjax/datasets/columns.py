@@ -207,7 +207,7 @@ def _find(
             kind = _image_kind(where, image, table.schema.field(image).type)
             before = len(labels)
             for batch in table.batches([label]):
-                labels += batch.column(0).to_pylist()
+                labels += [None if value == "" else value for value in batch.column(0).to_pylist()]
                 if len(labels) > _MAXIMUM_ROWS:
                     raise InputError(f"{where}: has more than {_MAXIMUM_ROWS:,} rows")
             names += [f"{table.name}#{row}" for row in range(len(labels) - before)]

@@ -30,6 +30,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label",
 """Columns that are looked for, in this order, in any case of letters."""
 _MOST_NAMED = 20
 _LEVELS = 3
+_MOST_LETTERS = 256
 
 
 class Encoded(NamedTuple):
@@ -287,6 +288,11 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
         numbers = [[-1 if label is None else int(label) for label in part.labels] for part in source.parts]
         return source.class_names, numbers
     names = {str(label) for label in train.labels if label is not None}
+    if (longest := max(names, key=len, default="")) and len(longest) > _MOST_LETTERS:
+        raise InputError(
+            f"{path}: has a class of {len(longest):,} letters ({longest[:60]!r} ...); a class has at most {_MOST_LETTERS}; "
+            "--label-column=NAME names another column"
+        )
     if len(names) < 2:
         raise InputError(f"{path}: has {len(names)} class(es); at least 2 are needed")
     are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)

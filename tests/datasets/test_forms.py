@@ -240,6 +240,10 @@ BAD = {
         lambda path: with_labels(["a", "b", None, "a", "b", "a"], path),
         "set.parquet#2: has no class",
     ),
+    "parquet, captions for labels": (
+        lambda path: with_labels([letter * 300 for letter in "abcdef"], path),
+        "a class has at most 256; --label-column=NAME names another column",
+    ),
     "parquet, one class": (lambda path: with_labels([3] * 6, path), "has 1 class(es); at least 2 are needed"),
     "parquet, wrong images": (
         lambda path: (
