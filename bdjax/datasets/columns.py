@@ -29,10 +29,10 @@ from bdjax.datasets.validation import ReadOptions, one_line
 from bdjax.errors import InputError
 from bdjax.types import Unread
 
-STATE, SPLITS, INFO = "state.json", "dataset_dict.json", "dataset_info.json"
+STATE, SPLITS = "state.json", "dataset_dict.json"
 """Files of a dataset on disk."""
 _MAXIMUM_JSON, _MAXIMUM_IMAGE = 1 << 26, 1 << 28
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE, _BUFFER = 256, 1 << 20
 _MAXIMUM_ROWS = 100_000_000
 
 
@@ -42,8 +42,6 @@ class _Table(NamedTuple):
     name: str
     """relative to the data's folder"""
     schema: Any
-    num_rows: int | None
-    """None if only reading tells"""
     batches: Callable[[Sequence[str]], Iterator[Any]]
     """names of columns -> record batches with them"""
 
@@ -116,8 +114,8 @@ def _intact(path: Path, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise InputError(f"{path}: a batch of {_ROWS_AT_ONCE} rows does not fit into the free memory") from error
     except Exception as error:  # pyarrow raises several kinds on a damaged file
         raise InputError(f"{path}: is not an intact {what} ({one_line(error)[:150]})") from error
 
@@ -126,13 +124,14 @@ def _parquet(path: Path, name: str) -> _Table:
     module = pyarrow()
     open_file(path, 1 << 62, "").close()  # a regular file
     with _intact(path, "parquet file"):
-        file = module.parquet.ParquetFile(path)
+        # Buffered: otherwise the images of a whole group of rows would be in memory.
+        file = module.parquet.ParquetFile(path, buffer_size=_BUFFER)
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         with _intact(path, "parquet file"):
             yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False)
 
-    return _Table(name, file.schema_arrow, file.metadata.num_rows, batches)
+    return _Table(name, file.schema_arrow, batches)
 
 
 def _arrow_tables(folder: Path, below: str) -> list[_Table]:
@@ -174,7 +173,7 @@ def _arrow(path: Path, name: str) -> _Table:
                 chosen.validate(full=True)  # otherwise a wrong offset in the file would be an address outside of it
                 yield chosen
 
-    return _Table(name, schema, None, batches)
+    return _Table(name, schema, batches)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
