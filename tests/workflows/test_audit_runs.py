@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 from urllib.parse import unquote
 
 import jax
@@ -121,8 +122,12 @@ def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(fold
 def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
     folder, pictures, arguments, before = folder_audit
     results = (folder / "results.json").read_bytes()
-    run(arguments)
+    before_it = {name: (folder / "evidence" / name).read_text() for name in evidence.FILES}
+    run([*arguments, "--evidence"])
     assert (folder / "results.json").read_bytes() == results
+    for name, text in before_it.items():
+        now = (folder / "evidence" / name).read_text()
+        assert re.sub(evidence.TIME, "", now) == re.sub(evidence.TIME, "", text), name
     assert hashes(pictures) == before
 
 

@@ -18,8 +18,8 @@ from bdjax.run.folder import RunFolder, to_plain
 
 FOLDER, SUMS = "evidence", "SHA256SUMS"
 EPOCH = "SOURCE_DATE_EPOCH"
-FILES_OF_THE_RUN = ("results.json", "config.json", "table.md", "flagged.csv", "kept.csv", "rows.csv", "not_read.csv")
-"""What a repeated run writes to the byte; the report has times, too."""
+FILES_OF_THE_RUN = ("results.json", "flagged.csv", "kept.csv", "rows.csv", "not_read.csv")
+"""What the same run writes to the byte, wherever and whenever; other files have times and places."""
 
 
 def write(
