@@ -117,11 +117,10 @@ def test_a_path_that_does_not_exist(folder):
 
 
 def test_a_file_of_another_kind(folder):
-    (folder / "set.zip").write_bytes(b"")
-    refused(
-        f"{folder / 'set.zip'}: is in no form that is read, which are: an .npz file of arrays; a dataset of",
-        str(folder / "set.zip"),
-    )
+    path = folder / "set.zip"
+    path.write_bytes(b"")
+    forms = "; ".join(form.about.replace("`", "") for form in FORMS.values())
+    refused(f"{path}: is in no form that is read, which are: {forms}", str(path))
 
 
 def test_a_data_dir_that_does_not_exist_is_never_passed_over():
