@@ -27,6 +27,7 @@ from bdjax.models import make_model
 from bdjax.run import command_line
 from bdjax.run import config as run_config
 from bdjax.run.config import ALL, adapted_to
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.grid_file import Block, GridFile
 from bdjax.run.log import StageLog
 from bdjax.settings import kinds_of, nearest, shown, split_variants
@@ -35,7 +36,6 @@ from bdjax.training.member import Rows, TrainConfig, init_state, supervised
 from bdjax.training.stages import cross_entropy_of
 from bdjax.types import Dataset
 from bdjax.workflows import attack, base, detection, poisoned_sets, suspect_models, ta_kd
-from bdjax.workflows.base import Experiment
 
 SET_BY_BLOCK = {
     "dataset": "datasets",
@@ -310,7 +310,7 @@ def read_config(file: GridFile, number: int, experiment: Experiment, dataset: st
             raise file.error(number, f"flags: {name} should be a value, not a table", name)
     fields = own | {name: tuple(value) if isinstance(value, list) else value for name, value in block.flags.items()}
     try:
-        config = base.read_flags(experiment, "", shlex.split(command_line.as_flags(fields)))
+        config = read_flags(experiment, "", shlex.split(command_line.as_flags(fields)))
         if (kind := kind_of(config)) is None:
             raise InputError(f"experiment {experiment.name} cannot be part of a grid")
         kind.check(config, experiment)

@@ -41,6 +41,7 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.models import default_lowering
 from bdjax.reporting import students
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, adapted_to, load, train_config
 from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
@@ -154,7 +155,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=experiment.about[0],
         extra_sections=extra,
     )
-    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test, "clean rows": clean},
+        asr_rows=base.asr_rows(teachers.suspects, test),
+        suspects={str(config.teacher): found.digest} if found else {},
+        methods=experiment.about,
+        word_of=partial(students.word_of, results, plain=students.plain_method(results)),
+    )
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results, subject)
     return results
 
 

@@ -21,12 +21,16 @@ import pytest
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
 from bdjax.commands import COMMANDS as TABLE
+from bdjax.commands import gate
 from bdjax.commands import grid as grid_command
 from bdjax.datasets import DATASETS
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
+from bdjax.reporting.evidence.gate import judge
+from bdjax.reporting.evidence.verdict import metric
+from bdjax.reporting.evidence.writing import SUMS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
 from bdjax.run import command_line, grid_file, presets
 from bdjax.run.config import adapted_to
@@ -201,6 +205,10 @@ def test_a_command_is_one_that_works(command):
             check_experiment(pathlib.Path(script).stem, flags)
         case ["bdjax", name, *flags]:
             check_experiment(TABLE[name].module, flags)
+        case ["cd", folder]:
+            assert folder.startswith("runs/")
+        case ["sha256sum", "-c", name]:
+            assert name == SUMS
         case ["ruff", *options]:
             assert options in (["check", "."], ["format", "--check", "."])
         case [".ci/run"]:
@@ -255,8 +263,11 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return
+    if name == "gate":
+        check_gate(flags)
+        return
     config = read_flags(script.EXPERIMENT, "", flags)
-    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
+    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz", ".parquet"))
     like = adapted_to(config)
     if name == "ta_kd":
         ta_kd_workflow.check(config)
@@ -290,6 +301,14 @@ def check_grid(arguments: list[str]) -> None:
         assert len(names) == 1 and names[0].endswith(".toml") and command_line.parse(grid_command.GridConfig, {}, flags)
 
 
+def check_gate(flags: list[str]) -> None:
+    """A verdict that passes is in the place of the file."""
+    assert flags[0].endswith("/evidence/verdict.json")
+    config = command_line.parse(gate.GateConfig, {}, flags[1:])
+    entries = [metric(name, "a run", 0.5, method=config.method) for name in ("asr", "cda")]
+    judge({"verdict": {"word": "removed"}, "metrics": entries}, **gate.rules_of(config))
+
+
 @cache
 def check_attack(text: str, dataset: str, target: int, like: str | None, gets: str) -> None:
     """Many commands name the same attacks."""
@@ -303,7 +322,7 @@ def test_a_flag_that_is_not_there_would_be_noticed():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_in_sentences_are_flags(page):
-    known = {"help", "coordinator", "processes", "process", "distributed"}
+    known = {"help", "coordinator", "processes", "process", "distributed", *gate.GateConfig.__dataclass_fields__}
     for name in (*EXPERIMENTS, "bench_ensemble"):
         script = defined_in(name)
         config = script.preset() if name == "bench_ensemble" else script.EXPERIMENT.default()

@@ -21,6 +21,7 @@ from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from bdjax.workflows import suspect_models
+from tests.fixtures import evidence
 
 TINY: dict[str, Any] = {
     "seeds": 2,
@@ -67,7 +68,7 @@ def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dic
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("runs") / "robust_kd"
-    run(tiny(place))
+    run(tiny(place, evidence=True))
     return place
 
 
@@ -77,6 +78,15 @@ def results(folder) -> dict[str, Any]:
 
 
 class TestARun:
+    def test_evidence(self, folder, results):
+        verdict = evidence.check(folder / "evidence")
+        asr = {entry["attack"]: entry for entry in verdict["metrics"] if entry["metric"] == "asr"}
+        assert list(asr) == [BADNETS] and 0 < asr[BADNETS]["rows"] < results["test_rows"]
+        assert asr[BADNETS]["control"] is not None
+        bom = json.loads((folder / "evidence" / "bom.cdx.json").read_text())
+        left = [entry for entry in bom["components"] if entry["bom-ref"].startswith("network: models/")]
+        assert left and all(entry["hashes"][0]["alg"] == "SHA-256" for entry in left)
+
     def test_numbers(self, results):
         assert [method["method"] for method in results["methods"]] == ["none", STUDENT, CHAIN]
         assert [attack["attack"] for attack in results["attacks"]] == [BADNETS, "none"]

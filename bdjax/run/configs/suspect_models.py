@@ -4,7 +4,7 @@ import pathlib
 from dataclasses import dataclass
 from typing import Literal
 
-from bdjax.run.config import ComparisonConfig, ExportConfig
+from bdjax.run.config import ComparisonConfig, EvidenceConfig, ExportConfig
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule
@@ -14,7 +14,7 @@ LABELS_ONLY = "logit_distillation:alpha=0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ComparisonConfig, ExportConfig):
+class Config(ComparisonConfig, ExportConfig, EvidenceConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Literal["quick", "paper"] = "paper"
