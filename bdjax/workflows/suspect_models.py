@@ -2,12 +2,11 @@
 
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
-trained in any way; or the teacher is the user's, read from a folder. Every method runs on all teachers at once.
+trained in any way; or the teacher is the user's, with its weights. Every method runs on all teachers at once.
 `experiments/robust_kd.py` adds its presets and its studies.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,8 +73,9 @@ class Config(ComparisonConfig, ExportConfig):
     defenses: str = "fkd"
     """methods separated by commas, each with its settings: fkd,robust_kd:layers=1; or all methods for models; joined by +, the
     second runs on the first one's models: fine_tuning+fkd"""
-    teacher: pathlib.Path | None = None
-    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run"""
+    teacher: str | None = None
+    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run, or
+    FILE.safetensors:ARCHITECTURE"""
     teacher_model: str = "wrn_28_4"
     """architecture of teachers that the run trains"""
     student: str = "wrn_16_2"
@@ -142,7 +142,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     plain, found, attacks = base.network_maker(config, train.num_classes), None, None
     if config.teacher:
-        read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
+        read_teacher = partial(third_party.open_teacher, config.teacher, train, config.target)
         found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
         if found.suspects[0].attack.plan is None:
@@ -221,6 +221,8 @@ def check(config: Config, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     base.check(config, experiment)
+    if config.teacher == "":
+        raise InputError("--teacher is empty; give it a folder, or FILE.safetensors:ARCHITECTURE")
     if config.teacher and config.attacks != base.default_of(experiment, config).attacks:
         raise InputError("--teacher sets the suspect; leave out --attacks")
 
@@ -265,7 +267,7 @@ def check_oracles(variants: Sequence[DefenseVariant]) -> None:
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
             raise InputError(
-                f"defense {variant.name} needs the attacker's trigger, which the --teacher folder does not have"
+                f"defense {variant.name} needs the attacker's trigger, which the --teacher model does not come with"
             )
 
 
