@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import rich.table
@@ -16,6 +17,7 @@ Cell = str | int | float | None
 UNKNOWN = "–"
 ROW_STYLES = ("", "paper", "ours")
 _NUMBER = re.compile(r"[<>≤≥≈~]? ?[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Zµ×/]{1,5})?|nan|-?inf")
+_PADDING, _LETTERS_OF_NAMES = 2.5, 18
 _RICH_STYLES = {"": "", "paper": "italic dim", "ours": "bold"}
 _MARKDOWN_MARKS = {"": "", "paper": "*", "ours": "**"}
 
@@ -103,6 +105,33 @@ def number_columns(table: Table) -> tuple[bool, ...]:
 
     columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
     return tuple(is_number(column) for column in columns)
+
+
+class Widths(NamedTuple):
+    """How wide a table is as HTML, in letters; its cells have 2.5 letters of padding each."""
+
+    least: float
+    """if lines break at every space"""
+    comfortable: float
+    """if no number breaks"""
+
+
+def widths(table: Table) -> Widths:
+    """The room that a table needs in HTML, about: letters differ in width."""
+    columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
+    least, comfortable = 0.0, 0.0
+    for name, column, is_number in zip(table.header, columns, number_columns(table), strict=True):
+        words = max(_longest_word(text) for text in (printable(name), *column))
+        least += words + _PADDING
+        comfortable += max(words, *(cell_len(text) for text in column)) + _PADDING if is_number else words + _PADDING
+    if columns and table.rows:  # names wrap to few lines rather than many
+        names = _LETTERS_OF_NAMES - max(_longest_word(text) for text in columns[0])
+        comfortable += max(0, min(names, max(map(cell_len, columns[0])) - max(map(_longest_word, columns[0]))))
+    return Widths(least, comfortable)
+
+
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in re.split(r"\s|(?<=[-/])", text)), default=0)
 
 
 def to_markdown(table: Table) -> str:

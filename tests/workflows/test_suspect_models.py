@@ -160,7 +160,7 @@ class TestAThirdPartyTeacher:
         saved_model.write(tmp_path / "saved", about, member)
         text = str(tmp_path / "saved") if form == "a saved model" else f"{tmp_path / 'saved'}/model.safetensors:lenet"
         found = open_teacher(text, train, 0, "native")
-        assert found.model.description == same.model.description and len(found.suspects) == 1
+        assert found.model.description.startswith("lenet width ") and len(found.suspects) == 1
         assert found.suspects[0].attack.plan is None and found.digest
         jax.tree.map(np.testing.assert_array_equal, found.variables, member)
 
