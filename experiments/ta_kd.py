@@ -11,68 +11,7 @@ interrupted run, and ends at the same numbers. Everything is written to one fold
 open its report.html.
 """
 
-from bdjax import interruption
+from bdjax import commands
 
 if __name__ == "__main__":
-    interruption.exit_at_once()  # the other imports take seconds
-
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
-
-from bdjax import datasets
-from bdjax.run import command_line, presets
-from bdjax.settings import check_choice
-from bdjax.workflows import ta_kd
-from bdjax.workflows.base import Experiment, read_flags
-from bdjax.workflows.ta_kd import Config
-
-PAPER = {"cifar10": {"num_similar": 3}, "cifar100": {"num_similar": 3}}
-"""Differences of single datasets from the paper's settings, which are the dataclass's defaults."""
-STRONG: dict[str, Any] = {
-    "aggregation": "median",
-    "augmentation": "crop",
-    "views": 8,
-    "defense_schedule": "cosine",
-}
-
-
-def preset(preset: str | None = None, dataset: str | None = None, scale: str | None = None) -> Config:
-    """The configuration that a preset starts from.
-
-    Args:
-        preset: quick, paper or strong.
-        dataset: its name or path.
-        scale: quick or paper: the sizes that the strong preset starts from.
-
-    Raises:
-        InputError: there is no such preset or scale.
-    """
-    preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper", "strong"))
-    is_large = preset == "paper" or (preset == "strong" and compute_dtype == "bfloat16")
-    scale = scale or ("paper" if is_large else "quick")
-    check_choice("--scale", scale, ("quick", "paper"))
-    changes = PAPER.get(dataset, {}) if scale == "paper" else presets.quick("ta_kd", dataset)
-    if preset == "strong":
-        changes = changes | STRONG | ({"augmentation": "crop_flip"} if datasets.traits(dataset).flips else {})
-    base = Config(dataset=dataset, preset=preset, scale=scale, compute_dtype=compute_dtype)
-    return dataclasses.replace(base, **changes)
-
-
-EXPERIMENT = Experiment(
-    "ta_kd",
-    "TA-KD",
-    (),
-    preset,
-    choosers=("preset", "dataset", "scale"),
-    always_shown=("dataset", "preset", "scale"),
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read the flags and run."""
-    return ta_kd.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT)
-
-
-if __name__ == "__main__":
-    command_line.run(main)
+    commands.start("ta-kd")

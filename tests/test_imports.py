@@ -13,6 +13,7 @@ ORDER = (
     *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "datasets", "triggers", "models"),
     *("training", "attacks"),
     *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
+    "commands",
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

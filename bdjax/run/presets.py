@@ -1,6 +1,6 @@
 """Presets: the defaults of each kind of run, by preset and dataset.
 
-`paper` is the paper's setting, defined with its experiment (a dataclass's defaults, or `experiments/*.py`). `quick` runs in
+`paper` is the paper's setting, defined with its experiment (a dataclass's defaults, or `bdjax/commands/*.py`). `quick` runs in
 minutes on two cores: the tables below.
 """
 

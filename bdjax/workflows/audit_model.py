@@ -3,7 +3,7 @@
 The models are the user's, from anywhere that `bdjax.exchange.opening` can open; all that is needed beside them are clean rows.
 Several models of one architecture are members of the same calls, and so are the control networks. A black box has no gradients:
 a surrogate is distilled from its answers on the clean rows, triggers are searched on that, and only their success on the black
-box itself counts. `bdjax/evaluation/model_audit.py` has the measurements, `experiments/audit_model.py` the presets.
+box itself counts. `bdjax/evaluation/model_audit.py` has the measurements, `bdjax/commands/audit_model.py` the presets.
 """
 
 import pathlib

@@ -80,10 +80,10 @@ def no_sections(context: Context) -> Sequence[Section]:
 
 
 class Experiment(NamedTuple):
-    """What a script in `experiments/` adds to a workflow."""
+    """What a command adds to a workflow."""
 
     name: str
-    """name of the script and of its folder in runs/: "lfd" """
+    """name of its file in `bdjax/commands/`, of its script, and of its folder in runs/: "lfd" """
     title: str
     """title of the report"""
     about: tuple[str, ...]

@@ -1,8 +1,8 @@
 """Runs on poisoned training sets: poison, train, defend, measure.
 
 A run has attacks, seeds and defenses. Each attack and seed gives one suspect training set; every defense runs on all suspects
-at once. `experiments/lfd.py` and `experiments/abm.py` add their presets, their studies (a paper's table or figure as a choice
-of attacks and defenses) and their own figures.
+at once. `bdjax/commands/lfd.py` and `bdjax/commands/abm.py` add their presets, their studies (a paper's table or figure as a
+choice of attacks and defenses) and their own figures.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
 trained in any way; or the teacher is the user's, with its weights. Every method runs on all teachers at once.
-`experiments/robust_kd.py` adds its presets and its studies.
+`bdjax/commands/robust_kd.py` adds its presets and its studies.
 """
 
 import dataclasses

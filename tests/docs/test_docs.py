@@ -12,6 +12,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -226,9 +227,15 @@ def some_rows(dataset: str) -> Dataset:
     return Dataset(np.broadcast_to(np.uint8(0), (NUM_ROWS, *shape)), labels, classes, "rows", "a test")
 
 
+def defined_in(name: str) -> ModuleType:
+    """The module with the presets and studies of a script."""
+    return importlib.import_module(f"experiments.{name}" if name == "bench_ensemble" else f"bdjax.commands.{name}")
+
+
 def check_experiment(name: str, flags: list[str]) -> None:
     """Read the flags and check them as a run does, before any data is read."""
-    script = importlib.import_module(f"experiments.{name}")
+    assert (ROOT / "experiments" / f"{name}.py").is_file()
+    script = defined_in(name)
     _, flags = processes.take_flags(flags)
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
@@ -275,7 +282,7 @@ def test_a_flag_that_is_not_there_would_be_noticed():
 def test_flags_in_sentences_are_flags(page):
     known = {"help", "coordinator", "processes", "process", "distributed"}
     for name in (*EXPERIMENTS, "bench_ensemble"):
-        script = importlib.import_module(f"experiments.{name}")
+        script = defined_in(name)
         config = script.preset() if name == "bench_ensemble" else script.EXPERIMENT.default()
         known |= set(type(config).__dataclass_fields__)
     for code in INLINE_CODE.findall(prose(page)):
@@ -318,7 +325,7 @@ def test_the_script_for_backdoorbenchs_images(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_model")])
 def test_every_study_has_a_result_or_is_listed_as_never_run(name):
-    studies = importlib.import_module(f"experiments.{name}").EXPERIMENT.studies
+    studies = defined_in(name).EXPERIMENT.studies
     assert studies
     section = (DOCS / "not_yet_run.md").read_text() + (DOCS / "results" / f"{name}.md").read_text()
     assert not [study for study in studies if f"--study={study}" not in section and f"`{study}`" not in section]
@@ -389,7 +396,7 @@ def equation_rows() -> list[tuple[list[str], list[str], str]]:
 @pytest.mark.parametrize(("files", "functions", "cell"), equation_rows(), ids=lambda value: str(value)[:60])
 def test_the_map_of_equations_names_files_and_functions_that_are_there(files, functions, cell):
     if "studies" in cell:
-        studies = importlib.import_module(f"experiments.{pathlib.Path(files[0]).stem}").EXPERIMENT.studies
+        studies = defined_in(pathlib.Path(files[0]).stem).EXPERIMENT.studies
         assert set(functions) <= set(studies) and ("17 studies" not in cell or len(studies) == 17)
         return
     trees = [ast.parse((ROOT / file).read_text()) for file in files]

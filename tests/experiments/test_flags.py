@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 
+from bdjax.commands import abm, attack, audit_model, lfd, robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
 from bdjax.settings import Range, kinds_of, mistakes
@@ -15,7 +16,7 @@ from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
 from bdjax.workflows import base, detection, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
-from experiments import abm, attack, audit_model, bench_ensemble, lfd, robust_kd, ta_kd, vbd
+from experiments import bench_ensemble
 
 
 class Checked(NamedTuple):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from bdjax.commands import robust_kd
 from bdjax.inspection.feature_variance import Variances, compare
 from bdjax.inspection.loss_gap import LossGap
 from bdjax.inspection.verification import IMAGES, VIEWS, VerificationHeat
@@ -20,7 +21,6 @@ from bdjax.reporting.plots import to_png
 from bdjax.reporting.tables import cells
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset
-from experiments import robust_kd
 
 
 def network(kind, seed, factor, triggered=None):

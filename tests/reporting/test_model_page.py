@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bdjax
+from bdjax.commands import robust_kd, ta_kd
 from bdjax.defenses.neural_cleanse import Triggers
 from bdjax.evaluation import model_audit
 from bdjax.evaluation.model_audit import Measured
@@ -16,7 +17,6 @@ from bdjax.reporting.audit_verdict import exit_status
 from bdjax.reporting.report import Verdict, render
 from bdjax.run.folder import RunFolder
 from bdjax.workflows.base import read_flags
-from experiments import robust_kd, ta_kd
 
 NAMES = ("ant", "bee", "cat", "dog", "<b>")
 USUAL, BACKDOOR = [10.0, 9.5, 9, 11, 10], [10.0, 9, 1, 11, 10]

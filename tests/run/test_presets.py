@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from bdjax import datasets
+from bdjax.commands import lfd, vbd
 from bdjax.errors import InputError
 from bdjax.run import presets
 from bdjax.workflows import attack, audit_model, detection, poisoned_sets, suspect_models, ta_kd
-from experiments import lfd, vbd
 
 CONFIGS = {
     "audit_model": audit_model.Config,

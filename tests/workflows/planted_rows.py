@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from bdjax.commands import vbd
 from bdjax.run.log import StageLog
-from experiments import vbd
 
 CLASSES, PER_CLASS, SIDE = 4, 125, 12
 TARGET = 3

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.registry import ATTACKS
+from bdjax.commands import attack
 from bdjax.datasets.npz import load_npz
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
@@ -20,7 +21,6 @@ from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset, PoisonedDataset
 from bdjax.workflows import attack as workflow
 from bdjax.workflows import base
-from experiments import attack
 
 TINY: dict[str, Any] = {
     "attack": "badnets,ckd,badnets+sig",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bdjax
+from bdjax.commands import audit_model
 from bdjax.errors import InputError
 from bdjax.evaluation.teachers import write_folder
 from bdjax.models import make_model
@@ -17,7 +18,6 @@ from bdjax.run.log import StageLog
 from bdjax.training import ensemble
 from bdjax.workflows import audit_model as workflow
 from bdjax.workflows.base import read_flags
-from experiments import audit_model
 
 SHAPE = (8, 8, 1)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bdjax.commands import abm, attack, lfd, robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.reporting.report import Verdict
 from bdjax.run import config as run_config
@@ -20,7 +21,6 @@ from bdjax.training import probe
 from bdjax.types import Dataset, Unread
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
-from experiments import abm, attack, lfd, robust_kd, ta_kd, vbd
 
 EXPERIMENTS = [module.EXPERIMENT for module in (ta_kd, lfd, abm, attack, vbd, robust_kd)]
 STUDIES = {"few": Study("a table", "badnets,none", "abl")}

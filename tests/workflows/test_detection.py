@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from planted_rows import ENGINE, VBD, make_rows, poisoned_rows, quiet, run
 
+from bdjax.commands import vbd
 from bdjax.datasets import DATASETS
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack
@@ -19,7 +20,6 @@ from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
 from bdjax.workflows import base, detection
 from bdjax.workflows.outcomes import FILES
-from experiments import vbd
 
 SQUARE, CLEAN = "white_square:poison_rate=0.2", "none"
 GRID = (*ENGINE, f"--attacks={SQUARE},{CLEAN}", f"--defenses={VBD}", "--seeds=2", "--suspects-at-once=2")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from bdjax.attacks.registry import ATTACKS
+from bdjax.commands import abm, lfd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
 from bdjax.workflows import base, poisoned_sets
-from experiments import abm, lfd
 
 TINY: dict[str, Any] = {
     "seeds": 1,

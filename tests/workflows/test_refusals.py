@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from bdjax.commands import attack, lfd, robust_kd, ta_kd, vbd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.run import config as run_config
@@ -17,7 +18,6 @@ from bdjax.run.log import StageLog
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit, detection, poisoned_sets, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
-from experiments import attack, lfd, robust_kd, ta_kd, vbd
 from tests.fixtures import folders
 
 

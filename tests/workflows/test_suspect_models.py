@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from bdjax.commands import robust_kd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers
@@ -22,7 +23,6 @@ from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from bdjax.workflows import suspect_models
-from experiments import robust_kd
 
 TINY: dict[str, Any] = {
     "seeds": 2,

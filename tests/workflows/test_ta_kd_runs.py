@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 
 from bdjax.attacks.providers import make_provider_triggers
+from bdjax.commands import robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model
 from bdjax.exchange.opening import Opened
@@ -33,7 +34,6 @@ from bdjax.run.config import check_ranges, flag
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
-from experiments import robust_kd, ta_kd, vbd
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,45 @@
+"""Audit of models: is there a backdoor, into which class, and what does its trigger look like?
+
+Clean rows are all that is needed beside the model: --dataset names them. Triggers are searched by Neural Cleanse (Wang et al.
+2019), on the model and on clean control networks of its architecture that are trained here. The exit status is 3 if a trigger
+was found, 0 if nothing was found, 4 if no model could be tested, 2 for input that cannot be used. The same command continues an
+interrupted run, and ends at the same numbers.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from bdjax import datasets
+from bdjax.run import presets
+from bdjax.run.log import StageLog
+from bdjax.workflows import audit_model
+from bdjax.workflows.audit_model import Config
+from bdjax.workflows.base import Experiment, read_flags
+
+
+def preset(preset: str | None = None, dataset: str | None = None) -> Config:
+    """The configuration that a preset starts from.
+
+    Args:
+        preset: quick or paper.
+        dataset: its name or path.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper"))
+    if preset == "quick":
+        changes = presets.quick("audit_model", dataset)
+    else:
+        changes = {"augmentation": "crop_flip" if datasets.traits(dataset).flips else "crop"}
+    base = Config(dataset=dataset, preset=preset, compute_dtype=compute_dtype)
+    return dataclasses.replace(base, **changes)
+
+
+EXPERIMENT = Experiment("audit_model", "Audit of models", (), preset, always_shown=("model", "dataset", "preset"))
+
+
+def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+    """Read the flags and run."""
+    return audit_model.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
