@@ -17,7 +17,7 @@ Cell = str | int | float | None
 UNKNOWN = "–"
 ROW_STYLES = ("", "paper", "ours")
 _NUMBER = re.compile(r"[<>≤≥≈~]? ?[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Zµ×/]{1,5})?|nan|-?inf")
-_PADDING, _LETTERS_OF_NAMES = 2.5, 18
+_PADDING, _LEAST_TEXT, _USUAL_TEXT = 2.5, 12, 20
 _RICH_STYLES = {"": "", "paper": "italic dim", "ours": "bold"}
 _MARKDOWN_MARKS = {"": "", "paper": "*", "ours": "**"}
 
@@ -111,9 +111,9 @@ class Widths(NamedTuple):
     """How wide a table is as HTML, in letters; its cells have 2.5 letters of padding each."""
 
     least: float
-    """if lines break at every space"""
+    """if lines may break at every space"""
     comfortable: float
-    """if no number breaks"""
+    """if no number breaks, and a text only after some words"""
 
 
 def widths(table: Table) -> Widths:
@@ -122,11 +122,9 @@ def widths(table: Table) -> Widths:
     least, comfortable = 0.0, 0.0
     for name, column, is_number in zip(table.header, columns, number_columns(table), strict=True):
         words = max(_longest_word(text) for text in (printable(name), *column))
-        least += words + _PADDING
-        comfortable += max(words, *(cell_len(text) for text in column)) + _PADDING if is_number else words + _PADDING
-    if columns and table.rows:  # names wrap to few lines rather than many
-        names = _LETTERS_OF_NAMES - max(_longest_word(text) for text in columns[0])
-        comfortable += max(0, min(names, max(map(cell_len, columns[0])) - max(map(_longest_word, columns[0]))))
+        longest = max(map(cell_len, column), default=0)
+        least += max(words, 0 if is_number else min(longest, _LEAST_TEXT)) + _PADDING
+        comfortable += max(words, longest if is_number else min(longest, _USUAL_TEXT)) + _PADDING
     return Widths(least, comfortable)
 
 

@@ -38,6 +38,7 @@ def report_of(*tables: Table) -> Report:
     )
 
 
+@pytest.mark.slow  # a browser is several processes
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_overflows(page, name, tmp_path):
     shown(page, reports.report_of(reports.RESULTS / name), tmp_path)
@@ -49,6 +50,7 @@ def test_nothing_overflows(page, name, tmp_path):
     assert page.pdf().startswith(b"%PDF")
 
 
+@pytest.mark.slow  # a browser is several processes
 def test_what_overflows_is_noticed(page, tmp_path):
     shown(page, report_of(), tmp_path)
     page.show(800)
@@ -62,6 +64,7 @@ def test_what_overflows_is_noticed(page, tmp_path):
     assert "table scrolls" in page.overflows() and "the page" not in page.overflows()
 
 
+@pytest.mark.slow  # a browser is several processes
 def test_a_table_that_is_too_wide_becomes_cards(page, tmp_path):
     many = tuple(f"column {number}" for number in range(40))
     wide = Table("Wide", ("defense", *many), (("undefended", *["0.953 ± 0.004"] * 40),) * 3)
@@ -75,6 +78,7 @@ def test_a_table_that_is_too_wide_becomes_cards(page, tmp_path):
     assert page.run("getComputedStyle(document.querySelector('td:nth-child(3)'), '::before').content") == '"column 1"'
 
 
+@pytest.mark.slow  # a browser is several processes
 def test_light_and_dark(page, tmp_path):
     shown(page, report_of(), tmp_path)
     inks = []
