@@ -342,7 +342,8 @@ def test_generated_tables_are_up_to_date(page):
 
 def test_every_generated_table_stands_on_a_page_once():
     names = [name for page in PAGES for name in block_names(page.read_text("utf-8"))]
-    assert len(names) == len(set(names)) and set(TABLES) == {name for name in names if "#" not in name}
+    of_registries = [name for name in names if "#" not in name]  # those of committed runs may stand on several pages
+    assert sorted(of_registries) == sorted(TABLES)
 
 
 def test_pages_are_rewritten_by_the_command(tmp_path, capsys):
