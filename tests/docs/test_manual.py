@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import resource
 import subprocess
 import sys
 import warnings
@@ -22,6 +23,7 @@ CONFIG = DOCS / "manual" / "mkdocs.yml"
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.py"))
 EXTRA = "pip install -e '.[docs]'"
 NOTEBOOK_SECONDS = 120
+"""Most seconds of computing of a notebook; a busy machine takes longer."""
 
 
 def needs(*modules: str) -> None:
@@ -29,6 +31,12 @@ def needs(*modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed: {EXTRA}")
+
+
+def children_seconds() -> float:
+    """Seconds of computing of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def examples(page: str) -> dict[str, object]:
@@ -106,9 +114,12 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    notebook = jupytext.read(path)
+    for name in ("MPLBACKEND", "XLA_FLAGS"):  # those of the tests draw nothing, and compile fast rather than well
+        monkeypatch.delenv(name, raising=False)
+    notebook, before = jupytext.read(path), children_seconds()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Jupyter's libraries warn of each other
-        NotebookClient(notebook, timeout=NOTEBOOK_SECONDS, resources={"metadata": {"path": str(tmp_path)}}).execute()
+        NotebookClient(notebook, timeout=800, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert children_seconds() - before < NOTEBOOK_SECONDS
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
