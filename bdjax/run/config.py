@@ -41,7 +41,7 @@ from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Recipe, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
-PATHS = ("dataset", "clean_data")
+PATHS = ("dataset", "clean_data", "teacher")
 """Fields of text that may be paths."""
 SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""

@@ -128,14 +128,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
             ]
             found["weights"] = evidence.describe_weights(*weighed, names)
-    is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
+    is_white = suspects.model is not None
     results = reporting.summarise(
         evidence.judge(models, names, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
         # With --members the commands would take the other models of the folder, too.
-        [] if config.members else commands(data_flags(config), config.model, len(models), is_folder, config.outputs),
+        [] if config.members else commands(data_flags(config), config.model, len(models), is_white, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():

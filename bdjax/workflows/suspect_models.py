@@ -2,7 +2,7 @@
 
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
-trained in any way; or the teacher is the user's, read from a folder. Every method runs on all teachers at once.
+trained in any way; or the teacher is the user's, with its weights. Every method runs on all teachers at once.
 `bdjax/commands/robust_kd.py` adds its presets and its studies.
 """
 
@@ -87,7 +87,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     plain, found, attacks = base.network_maker(config, train.num_classes), None, None
     if config.teacher:
-        read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
+        read_teacher = partial(third_party.open_teacher, config.teacher, train, config.target)
         found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
         if found.suspects[0].attack.plan is None:
@@ -173,6 +173,8 @@ def check(config: Config, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     base.check(config, experiment)
+    if config.teacher == "":
+        raise InputError("--teacher is empty; give it a folder, or FILE.safetensors:ARCHITECTURE")
     if config.teacher and config.attacks != default_of(experiment, config).attacks:
         raise InputError("--teacher sets the suspect; leave out --attacks")
 
@@ -217,7 +219,7 @@ def check_oracles(variants: Sequence[DefenseVariant]) -> None:
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
             raise InputError(
-                f"defense {variant.name} needs the attacker's trigger, which the --teacher folder does not have"
+                f"defense {variant.name} needs the attacker's trigger, which the --teacher model does not come with"
             )
 
 

@@ -17,13 +17,15 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import bdjax
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
 from bdjax.commands import COMMANDS as TABLE
 from bdjax.commands import gate
 from bdjax.commands import grid as grid_command
-from bdjax.datasets import DATASETS
+from bdjax.datasets import DATASETS, load_suspect
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
@@ -360,6 +362,29 @@ def test_snippets_compile(page):
         json.loads(text)
 
 
+def test_the_script_for_backdoorbenchs_images(tmp_path, monkeypatch):
+    train, _ = bdjax.load("digits")
+    images = 255 - train.images[[3, 40]]
+    for index, image in zip((3, 40), images, strict=True):
+        place = tmp_path / "bd_train_dataset" / str(train.labels[index])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(place / f"{index}.png")
+    np.savez(tmp_path / "rows.npz", index=[3, 40], label=[0, 0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bdjax, "load", lambda name: (train, None))
+    (script,) = (code for code in blocks(DOCS / "backdoorbench.md", "python") if "torch" not in code)
+    exec(compile(script, "backdoorbench.md", "exec"), {})
+    found = load_suspect("suspect.npz")
+    assert np.flatnonzero(found.is_poisoned).tolist() == [3, 40] and found.labels[[3, 40]].tolist() == [0, 0]
+    np.testing.assert_array_equal(found.images[[3, 40]], images)
+    np.testing.assert_array_equal(found.original_labels, train.labels)
+    np.savez("rows.npz", index=[4], label=[0])
+    (tmp_path / "bd_train_dataset" / str((train.labels[4] + 1) % 10)).mkdir(exist_ok=True)
+    Image.fromarray(images[0][..., 0]).save(f"bd_train_dataset/{(train.labels[4] + 1) % 10}/4.png")
+    with pytest.raises(SystemExit, match="the order of rows differs"):
+        exec(compile(script, "backdoorbench.md", "exec"), {})
+
+
 @pytest.mark.parametrize(
     "name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_data", "audit_model")]
 )
@@ -381,7 +406,8 @@ def test_generated_tables_are_up_to_date(page):
 
 def test_every_generated_table_stands_on_a_page_once():
     names = [name for page in PAGES for name in block_names(page.read_text("utf-8"))]
-    assert len(names) == len(set(names)) and set(TABLES) == {name for name in names if "#" not in name}
+    of_registries = [name for name in names if "#" not in name]  # those of committed runs may stand on several pages
+    assert sorted(of_registries) == sorted(TABLES)
 
 
 def test_pages_are_rewritten_by_the_command(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The configuration of runs on suspect models."""
 
-import pathlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +24,9 @@ class Config(ComparisonConfig, ExportConfig, EvidenceConfig):
     defenses: str = "fkd"
     """methods separated by commas, each with its settings: fkd,robust_kd:layers=1; or all methods for models; joined by +, the
     second runs on the first one's models: fine_tuning+fkd"""
-    teacher: pathlib.Path | None = None
-    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run"""
+    teacher: str | None = None
+    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run, or
+    FILE.safetensors:ARCHITECTURE"""
     teacher_model: str = "wrn_28_4"
     """architecture of teachers that the run trains"""
     student: str = "wrn_16_2"
