@@ -30,7 +30,7 @@ from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
-from bdjax.reporting.evidence.gate import judge
+from bdjax.reporting.evidence.gate import decide
 from bdjax.reporting.evidence.verdict import metric
 from bdjax.reporting.evidence.writing import SUMS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
@@ -201,6 +201,8 @@ def test_a_command_is_one_that_works(command):
             check_pytest(options)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
+        case ["python", script, "--help"] if script.startswith("experiments/"):
+            assert (ROOT / script).is_file()
         case ["python", "experiments/grid.py", *arguments]:
             check_grid(arguments)
         case ["python", script, *flags] if script.startswith("experiments/"):
@@ -308,7 +310,7 @@ def check_gate(flags: list[str]) -> None:
     assert flags[0].endswith("/evidence/verdict.json")
     config = command_line.parse(gate.GateConfig, {}, flags[1:])
     entries = [metric(name, "a run", 0.5, method=config.method) for name in ("asr", "cda")]
-    judge({"verdict": {"word": "removed"}, "metrics": entries}, **gate.rules_of(config))
+    decide({"verdict": {"word": "removed"}, "metrics": entries}, **gate.rules_of(config))
 
 
 @cache
