@@ -96,6 +96,10 @@ DEFINITIONS: Mapping[str, str] = {
 """The meaning of every number and word in results.json, tables and verdicts. An unknown control counts as 0."""
 
 
+ABBREVIATIONS: Mapping[str, str] = {"CDA": "cda", "ASR": "asr", "R-ACC": "r_acc", "F1": "f1", "AUC": "auc"}
+"""How reports abbreviate numbers -> their names in `DEFINITIONS`."""
+
+
 def definitions(*names: str) -> dict[str, str]:
     """Name -> definition, for the given names in the given order.
 

@@ -48,7 +48,7 @@ def installed(group: str) -> tuple[Found, ...]:
     for point in importlib.metadata.entry_points(group=group):
         of = point.dist
         found.append(Found(point, f"{of.name} {of.version}" if of else "of an unknown distribution"))
-    return tuple(sorted(found, key=lambda one: (one.point.name, one.distribution)))
+    return tuple(sorted(found, key=lambda entry: (entry.point.name, entry.distribution)))
 
 
 _used: dict[str, str] = {}
@@ -137,7 +137,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
     def _load(self, name: str, found: tuple[Found, ...]) -> None:
         """Import a plugin, into `_loaded` or `_broken`."""
-        owners = " and ".join(one.distribution for one in found)
+        owners = " and ".join(entry.distribution for entry in found)
         start = f"{self._what} {name[:_LONGEST]!r} of the plugin {owners}"
         if len(found) > 1:
             self._broken[name] = f"{start}: two plugins have that name; uninstall one of them"

@@ -280,7 +280,7 @@ class Ranks(NamedTuple):
     incomplete: int
     """blocks that are left out, since a defense has no value"""
     difference: float | None
-    """mean ranks that differ by less than this are not told apart at 5 % (Nemenyi); None with one block"""
+    """the smallest difference of mean ranks that is significant at 5 % (Nemenyi); None with one block"""
     p_value: float | None
     """of Friedman's test that all defenses are alike; None with fewer than three defenses or two blocks"""
 

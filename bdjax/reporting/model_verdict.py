@@ -193,7 +193,7 @@ def next_steps(results: Entry) -> list[str]:
 
 
 def commands(
-    data: Sequence[str], texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
+    data: Sequence[str], texts: Sequence[str], members: int, is_white: bool = False, outputs: str = "logits"
 ) -> list[str]:
     """The commands that make a clean student from the audited models.
 
@@ -201,11 +201,11 @@ def commands(
         data: the flags that name the data.
         texts: the models, as given to this run.
         members: how many models they are.
-        is_folder: whether it is a single folder that `bdjax robust-kd` can read.
+        is_white: whether their weights are known, which `bdjax robust-kd` needs.
         outputs: what black boxes return.
     """
     returned = [] if outputs == "logits" else [f"--outputs={outputs}"]
     voted = "ta_kd", [*data, *returned, "--teachers", *texts]
     alone = "robust_kd", [*data, *[f"--teacher={text}" for text in texts]]
-    found = [alone, voted] if is_folder and members == 1 else [voted]
+    found = [alone, voted] if is_white and len(texts) == members == 1 else [voted]
     return [f"{command_line.invocation(name)} {shlex.join(words)}" for name, words in found]

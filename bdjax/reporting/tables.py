@@ -19,6 +19,7 @@ Cell = str | int | float | None
 UNKNOWN = "–"
 ROW_STYLES = ("", "paper", "ours")
 _NUMBER = re.compile(r"[<>≤≥≈~]? ?[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Zµ×/]{1,5})?|nan|-?inf")
+_PADDING, _LEAST_TEXT, _USUAL_TEXT = 2.5, 12, 20
 _RICH_STYLES = {"": "", "paper": "italic dim", "ours": "bold"}
 _LONGEST_WORD = 24
 """Letters of a word that is never broken on a terminal; file names and settings may be longer."""
@@ -108,6 +109,31 @@ def number_columns(table: Table) -> tuple[bool, ...]:
 
     columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
     return tuple(is_number(column) for column in columns)
+
+
+class Widths(NamedTuple):
+    """How wide a table is as HTML, in letters; its cells have 2.5 letters of padding each."""
+
+    least: float
+    """if lines may break at every space"""
+    comfortable: float
+    """if no number breaks, and a text only after some words"""
+
+
+def widths(table: Table) -> Widths:
+    """The room that a table needs in HTML, about: letters differ in width."""
+    columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
+    least, comfortable = 0.0, 0.0
+    for name, column, is_number in zip(table.header, columns, number_columns(table), strict=True):
+        words = max(_longest_word(text) for text in (printable(name), *column))
+        longest = max(map(cell_len, column), default=0)
+        least += max(words, 0 if is_number else min(longest, _LEAST_TEXT)) + _PADDING
+        comfortable += max(words, longest if is_number else min(longest, _USUAL_TEXT)) + _PADDING
+    return Widths(least, comfortable)
+
+
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in re.split(r"\s|(?<=[-/])", text)), default=0)
 
 
 def to_markdown(table: Table) -> str:

@@ -88,17 +88,6 @@ def parse(
         raise InputError(f"the flags cannot be read: {' '.join(words)}; --help lists all flags") from None
 
 
-def split_words(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Split a command line into the words before its first flag, such as file names, and the rest.
-
-    Args:
-        arguments: without the program's name; None for those of the process.
-    """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-    return arguments[:first], arguments[first:]
-
-
 def _with_flag(arguments: Sequence[str], field: str, kinds: Mapping[str, Any]) -> list[str]:
     """The command line with a flag before each word that is no flag's value.
 
@@ -121,6 +110,17 @@ def _with_flag(arguments: Sequence[str], field: str, kinds: Mapping[str, Any]) -
             waiting = math.inf if _is_tuple(kinds[field]) else 0
         words.append(argument)
     return words
+
+
+def split_words(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Split a command line into the words before its first flag, such as file names, and the rest.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return arguments[:first], arguments[first:]
 
 
 def _split(arguments: Sequence[str], *, is_lenient: bool) -> Iterator[tuple[str, list[str]]]:

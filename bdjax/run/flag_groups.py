@@ -20,111 +20,57 @@ class Group(NamedTuple):
     alone, where the name means something else elsewhere"""
 
 
+def _group(about: str, fields: str) -> Group:
+    """A group of fields that are listed as words."""
+    return Group(about, tuple(fields.split()))
+
+
 GROUPS = {
-    "data": Group(
+    "data": _group(
         "What the run is about, and how much of it.",
-        (
-            *("audit_model.model", "audit_model.members", "teachers", "teacher", "dataset", "preset", "scale", "seeds"),
-            *(
-                "train_rows",
-                "test_rows",
-                "image_size",
-                "data_dir",
-                "like",
-                "clean_data",
-                "clean_share",
-                "clean_per_class",
-            ),
-            *("clean_rows", "search_rows", "held_out_rows", "auxiliary_fraction", "validation_fraction", "outputs"),
-            *("skip_unreadable", "allow_empty_classes", "seed", "shapes"),
-        ),
+        """
+        audit_model.model audit_model.members teachers teacher dataset preset scale seeds train_rows test_rows
+        image_size data_dir image_column label_column like clean_data clean_share clean_per_class clean_rows
+        search_rows held_out_rows auxiliary_fraction validation_fraction outputs skip_unreadable allow_empty_classes
+        seed shapes
+        """,
     ),
-    "attack": Group(
+    "attack": _group(
         "What the attackers do, where there are any.",
-        (
-            *("attack", "attacks", "target", "poison_rate", "poison_rate_of", "label_rule", "change", "costly_seeds"),
-            *("num_teachers", "provider_fraction", "num_similar", "similarity", "blend_opacity", "minimum_contrast"),
-        ),
+        """
+        attack attacks target poison_rate poison_rate_of label_rule change costly_seeds num_teachers
+        provider_fraction num_similar similarity blend_opacity minimum_contrast
+        """,
     ),
-    "training": Group(
+    "training": _group(
         "The networks, and how they are trained.",
-        (
-            *(
-                "model",
-                "clean_model",
-                "teacher_model",
-                "aggregated_model",
-                "student_model",
-                "student",
-                "surrogate",
-                "width",
-            ),
-            *(
-                "widths",
-                "epochs",
-                "batch_size",
-                "recipe",
-                "optimiser",
-                "learning_rate",
-                "schedule",
-                "steps",
-                "weight_decay",
-            ),
-            *(
-                "augmentation",
-                "attack_augmentation",
-                "fine_tuning_epochs",
-                "fine_tuning_learning_rate",
-                "controlled_epochs",
-            ),
-            *("surrogate_epochs", "keep_last_batch", "evaluation_batch_size", "plateau_factor", "plateau_patience"),
-            "plateau_threshold",
-        ),
+        """
+        model clean_model teacher_model aggregated_model student_model student surrogate width widths epochs
+        batch_size recipe optimiser learning_rate schedule steps weight_decay augmentation attack_augmentation
+        fine_tuning_epochs fine_tuning_learning_rate controlled_epochs surrogate_epochs keep_last_batch
+        evaluation_batch_size plateau_factor plateau_patience plateau_threshold
+        """,
     ),
-    "defense": Group(
+    "defense": _group(
         "What the defender does.",
-        (
-            *(
-                "study",
-                "defenses",
-                "controls",
-                "search_epochs",
-                "search_batch_size",
-                "queries",
-                "sensitivity",
-                "loss_gap",
-            ),
-            *("defense_epochs", "defense_batch_size", "defense_recipe", "defense_learning_rate", "defense_schedule"),
-            *(
-                "defense_weight_decay",
-                "temperature",
-                "alpha",
-                "direction",
-                "aggregation",
-                "trim",
-                "views",
-                "vote_space",
-            ),
-            "tie",
-        ),
+        """
+        study defenses controls search_epochs search_batch_size queries sensitivity loss_gap defense_epochs
+        defense_batch_size defense_recipe defense_learning_rate defense_schedule defense_weight_decay temperature
+        alpha direction aggregation trim views vote_space tie
+        """,
     ),
-    "engine": Group(
+    "engine": _group(
         "How it is computed; results differ by rounding only.",
-        (
-            *(
-                "layout",
-                "lowering",
-                "compute_dtype",
-                "member_group",
-                "suspects_at_once",
-                "teacher_batch",
-                "query_batch",
-            ),
-            *("probe_seconds", "members", "rows", "rounds", "seconds_per_turn", "time_limit", "compile_limit", "forms"),
-        ),
+        """
+        layout lowering compute_dtype member_group suspects_at_once teacher_batch query_batch probe_seconds members
+        rows rounds seconds_per_turn time_limit compile_limit forms
+        """,
     ),
-    "output": Group(
-        "What is written, and where.", ("output", "save_models", "save_poisoned", "export", "copy_files", "tensorboard")
+    "output": _group(
+        "What is written, and where.",
+        """
+        output save_models save_poisoned export copy_files evidence tensorboard
+        """,
     ),
 }
 OTHER = "other"

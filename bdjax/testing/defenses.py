@@ -101,7 +101,11 @@ class Run(NamedTuple):
 
 
 def run(suspects: Suspects, variant: DefenseVariant) -> Run:
-    """Run a defense on both suspects, and note what it reads."""
+    """Run a defense on both suspects, and note what it reads.
+
+    Raises:
+        ContractError: its flags or scores have another shape than the training sets, so that nothing can be measured.
+    """
     before = jax.tree.map(np.array, suspects.inputs.attacked.variables)
     read: set[Need] = set()
     known = DefenseInput.known
@@ -110,8 +114,14 @@ def run(suspects: Suspects, variant: DefenseVariant) -> Run:
         read.add(need)
         return known(self, need)
 
+    def checked(inputs: DefenseInput, settings: Any) -> DefenseResult:
+        result = variant.defense.run(inputs, settings)
+        check_flags(variant.defense.name, result, suspects.inputs.index.shape)
+        return result
+
+    defense = dataclasses.replace(variant.defense, run=checked)
     with mock.patch.object(DefenseInput, "known", noted):
-        result, measured = defend(suspects.inputs, suspects.suspects, variant, suspects.views)
+        result, measured = defend(suspects.inputs, suspects.suspects, variant._replace(defense=defense), suspects.views)
     return Run(variant, result, measured, before, read)
 
 
@@ -162,23 +172,17 @@ def check_needs(done: Run) -> None:
 
 
 def check_result(done: Run, suspects: Suspects) -> None:
-    """Shapes, dtypes and ranges of the result, with a row for each suspect.
+    """Shapes and ranges of the result, with a network for each suspect; `check_flags` has looked at the rows.
 
     Raises:
         ContractError: one is wrong.
     """
     result, measured, title = done.result, done.measured, f"defense {done.variant.defense.name}"
-    num, rows = suspects.inputs.index.shape
+    num = len(suspects.suspects)
     leaves = jax.tree.leaves(result.variables)
     require(all(leaf.shape[0] == num for leaf in leaves), f"{title}: variables are stacked, a network for each suspect")
     with promised(f"{title}: variables are finite"):
         chex.assert_tree_all_finite(result.variables)
-    if result.flags is not None:
-        is_right = result.flags.shape == (num, rows) and result.flags.dtype == bool
-        require(is_right, f"{title}: flags are bool [M, n]")
-    if result.scores is not None:
-        is_right = result.scores.shape == (num, rows) and np.isfinite(result.scores).all()
-        require(is_right, f"{title}: scores are finite, [M, n]")
     for name, values in result.facts.items():
         is_right = np.shape(values) == (num,) and np.isfinite(values).all()
         require(is_right, f"{title}: the fact {name} is a finite number for each suspect")
@@ -192,6 +196,25 @@ def check_result(done: Run, suspects: Suspects) -> None:
     if "training set" not in done.variant.defense.needs:
         flags_none = result.flags is None and result.scores is None
         require(flags_none, f"{title}: without the training set it flags no rows")
+
+
+def check_flags(name: str, result: DefenseResult, shape: tuple[int, int]) -> None:
+    """Shapes and dtypes of flags and scores, where there are any.
+
+    Args:
+        name: of the defense.
+        result: what it returns.
+        shape: (M, n) of the training sets.
+
+    Raises:
+        ContractError: one is wrong.
+    """
+    if result.flags is not None:
+        is_right = np.shape(result.flags) == shape and result.flags.dtype == bool
+        require(is_right, f"defense {name}: flags are bool [M, n]")
+    if result.scores is not None:
+        is_right = np.shape(result.scores) == shape and np.isfinite(result.scores).all()
+        require(is_right, f"defense {name}: scores are finite, [M, n]")
 
 
 def check_detection(done: Run, suspects: Suspects) -> None:

@@ -26,6 +26,7 @@ from bdjax.exchange.opening import Opened, open_model
 from bdjax.exchange.outputs import Outputs, as_logits
 from bdjax.models import MODELS, Lowering, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.model_verdict import commands
 from bdjax.reporting.tables import to_rich
 from bdjax.run.config import check_path, check_ranges, check_recipe, load, train_config
@@ -127,14 +128,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
             ]
             found["weights"] = evidence.describe_weights(*weighed, names)
-    is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
+    is_white = suspects.model is not None
     results = reporting.summarise(
         evidence.judge(models, names, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
         # With --members the commands would take the other models of the folder, too.
-        [] if config.members else commands(data_flags(config), config.model, len(models), is_folder, config.outputs),
+        [] if config.members else commands(data_flags(config), config.model, len(models), is_white, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
@@ -143,7 +144,12 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     summary = reporting.main_table(results) if len(models) > 1 else None
     if summary is not None:
         log.console.print(to_rich(summary), highlight=False)
-    base.finish(run, folder, page, results["verdict"]["headline"], base.sources_of(TrainTest(train, test)), results)
+    subject = Subject(
+        {"clean rows": clean, "held-out rows": held_out},
+        suspects={opened.name: opened.digest for opened in suspects.opened},
+    )
+    sources = base.sources_of(TrainTest(train, test))
+    base.finish(run, folder, page, results["verdict"]["headline"], sources, results, subject)
     return results
 
 

@@ -25,6 +25,8 @@ from bdjax.exchange import leaving
 from bdjax.models import make_model
 from bdjax.models.operations import forward_operations
 from bdjax.reporting import results as schema
+from bdjax.reporting.evidence import writing as evidence
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import config as run_config
@@ -313,8 +315,9 @@ def finish(
     summary: Table | str | None,
     sources: Mapping[str, str],
     results: Mapping[str, Any],
+    subject: Subject | None = None,
 ) -> None:
-    """Write the report; print the main result, what limits it, the verdict, and the path of the report.
+    """Write the report, and with `--evidence` the evidence; print the main result, what limits it, the verdict, and the paths.
 
     Args:
         run: the run that ends.
@@ -323,6 +326,7 @@ def finish(
         summary: the main table, or a sentence; None for nothing.
         sources: kind of rows ("training data") -> where they came from.
         results: from `write_results`.
+        subject: what the evidence is about; None for a run that has none.
     """
     page = dataclasses.replace(page, sections=(*page.sections, *_networks_section(folder)))
     if "verdict" not in results:
@@ -335,9 +339,26 @@ def finish(
         reproduce=command(run.experiment, run.config),
         sources=sources,
     )
+    if subject is not None and getattr(run.config, "evidence", False):
+        write_evidence(run, folder, page, results, subject)
     headline = page.verdict.headline
     limits = [text for text in schema.reservations(results) if text not in (summary, headline)]
     announce(run, folder, summary, limits, headline)
+
+
+def write_evidence(run: Run, folder: RunFolder, page: Report, results: Mapping[str, Any], subject: Subject) -> None:
+    """Write evidence/, and print where it is."""
+    path = evidence.write(
+        folder,
+        results,
+        subject,
+        page.verdict,
+        experiment=run.experiment.name,
+        title=page.title,
+        command=command(run.experiment, run.config),
+        settings=settings_of(run),
+    )
+    run.log.say(f"evidence: {path}")
 
 
 def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str], headline: str) -> None:
@@ -367,6 +388,16 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Every setting that numbers depend on, with the chosen layout and lowering."""
     plain = {name: value for name, value in to_plain(run.config).items() if name not in IGNORED}
     return plain | run.engine._asdict()
+
+
+def asr_rows(suspects: Sequence[Suspect], test: Dataset) -> dict[str, int]:
+    """Attack -> the test rows that its ASR is a share of: those of the trigger and the seed with the fewest."""
+    fewest: dict[str, int] = {}
+    for suspect in suspects:
+        counts = [int(part.rule.victims(test.labels).sum()) for part in suspect.parts]
+        if counts:
+            fewest[suspect.attack.name] = min(fewest.get(suspect.attack.name, len(test)), *counts)
+    return fewest
 
 
 def sources_of(data: TrainTest) -> dict[str, str]:

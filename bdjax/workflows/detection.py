@@ -11,7 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from bdjax.evaluation.variants import (
     without_untestable,
 )
 from bdjax.reporting import detectors
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import seconds_of
 from bdjax.run.config import adapted_to, load, train_config
 from bdjax.run.configs.detection import Config
@@ -164,7 +165,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         title=f"{experiment.title} on {train.name}",
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source}, results)
+    subject = Subject({"training data": train}, methods=experiment.about, word_of=partial(detectors.word_of, results))
+    table = detectors.main_table(results, train.name)
+    base.finish(run, folder, page, table, {"training data": train.source}, results, subject)
     return results
 
 

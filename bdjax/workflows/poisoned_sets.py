@@ -7,6 +7,7 @@ choice of attacks and defenses) and their own figures.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from bdjax.evaluation.variants import (
     without_untestable,
 )
 from bdjax.reporting import defenses
+from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, adapted_to, load, read_options, train_config
 from bdjax.run.configs.poisoned_sets import Config
@@ -151,8 +153,29 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
         extra_sections=experiment.sections(context),
     )
-    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test},
+        flagged_of(comparisons),
+        base.asr_rows([suspect for group in groups for suspect in group.suspects], test),
+        methods=experiment.about,
+        word_of=partial(defenses.word_of, results),
+    )
+    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data), results, subject)
     return results
+
+
+def flagged_of(comparisons: Sequence[Comparison]) -> list[Flagged]:
+    """The rows that methods flag in training sets whose ground truth is unknown, of the first seed."""
+    return [
+        Flagged(
+            variant.title, entry.suspect.dataset, result.flags[number], result.scores[number] if has_scores else None
+        )
+        for variant, result, measured in comparisons
+        if result.flags is not None
+        for has_scores in (result.scores is not None,)
+        for number, entry in enumerate(measured)
+        if entry.suspect.is_poisoned is None and not entry.suspect.seed and not entry.not_tested.reason
+    ]
 
 
 def measure_controls(

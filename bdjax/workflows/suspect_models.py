@@ -2,7 +2,7 @@
 
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
-trained in any way; or the teacher is the user's, read from a folder. Every method runs on all teachers at once.
+trained in any way; or the teacher is the user's, with its weights. Every method runs on all teachers at once.
 `bdjax/commands/robust_kd.py` adds its presets and its studies.
 """
 
@@ -41,6 +41,7 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.models import default_lowering
 from bdjax.reporting import students
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import file_name, seconds_of
 from bdjax.run.config import ALL, adapted_to, load, train_config
 from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
@@ -86,7 +87,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     plain, found, attacks = base.network_maker(config, train.num_classes), None, None
     if config.teacher:
-        read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
+        read_teacher = partial(third_party.open_teacher, config.teacher, train, config.target)
         found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
         if found.suspects[0].attack.plan is None:
@@ -154,7 +155,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=experiment.about[0],
         extra_sections=extra,
     )
-    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test, "clean rows": clean},
+        asr_rows=base.asr_rows(teachers.suspects, test),
+        suspects={str(config.teacher): found.digest} if found else {},
+        methods=experiment.about,
+        word_of=partial(students.word_of, results, plain=students.plain_method(results)),
+    )
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results, subject)
     return results
 
 
@@ -165,6 +173,8 @@ def check(config: Config, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     base.check(config, experiment)
+    if config.teacher == "":
+        raise InputError("--teacher is empty; give it a folder, or FILE.safetensors:ARCHITECTURE")
     if config.teacher and config.attacks != default_of(experiment, config).attacks:
         raise InputError("--teacher sets the suspect; leave out --attacks")
 
@@ -209,7 +219,7 @@ def check_oracles(variants: Sequence[DefenseVariant]) -> None:
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
             raise InputError(
-                f"defense {variant.name} needs the attacker's trigger, which the --teacher folder does not have"
+                f"defense {variant.name} needs the attacker's trigger, which the --teacher model does not come with"
             )
 
 

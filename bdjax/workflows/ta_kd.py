@@ -23,6 +23,7 @@ from bdjax.exchange import model_folder
 from bdjax.exchange.opening import Opened, open_model
 from bdjax.models import Lowering, count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.run.config import check_ranges, check_recipe, load
 from bdjax.run.configs.ta_kd import Config
 from bdjax.run.experiment import Experiment, default_of
@@ -144,7 +145,16 @@ def run(
         recognised = np.argmax(logits[0]["student"][0, 0], axis=1) == test.labels
         shown = int(np.argmax(recognised & (test.labels != config.target)))
         page = reporting.page(folder, results, nets, triggers[0], data, shown)
-    base.finish(run, folder, page, reporting.main_table(results, train.name), base.sources_of(data), results)
+    rows = int((test.labels != config.target).sum())
+    subject = Subject(
+        {"training data": train, "test data": test},
+        asr_rows={reporting.ATTACK: rows} if triggers[0] else {},
+        suspects={opened.name: opened.digest for opened in third_party},
+        methods=("student",),
+        word_of=partial(reporting.word_of, results),
+    )
+    table = reporting.main_table(results, train.name)
+    base.finish(run, folder, page, table, base.sources_of(data), results, subject)
     return results
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import DATASETS, Source, Traits, load, load_suspect, traits
+from bdjax.datasets import DATASETS, FORMS, Source, Traits, load, load_suspect, traits
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
 from bdjax.testing import ContractError, check_dataset
@@ -157,8 +157,10 @@ def test_a_path_that_does_not_exist(folder):
 
 
 def test_a_file_of_another_kind(folder):
-    (folder / "set.zip").write_bytes(b"")
-    refused(f"{folder / 'set.zip'}: is neither a folder of images nor an .npz file", str(folder / "set.zip"))
+    path = folder / "set.zip"
+    path.write_bytes(b"")
+    forms = "; ".join(form.about.replace("`", "") for form in FORMS.values())
+    refused(f"{path}: is in no form that is read, which are: {forms}", str(path))
 
 
 def test_a_data_dir_that_does_not_exist_is_never_passed_over():

@@ -139,7 +139,7 @@ def test_the_commands_for_a_clean_student_can_be_read():
     ):
         words = shlex.split(command)
         config = read_flags(experiments[words[1]], "", words[2:])
-        assert str(getattr(config, "teacher", None) or config.teachers[0]) == "my model"
+        assert (getattr(config, "teacher", None) or config.teachers[0]) == "my model"
     assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 1, True)] == [
         "robust-kd",
         "ta-kd",

@@ -8,7 +8,16 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from bdjax.reporting.tables import Table, cells, format_cell, mean_and_spread, number_columns, to_markdown, to_rich
+from bdjax.reporting.tables import (
+    Table,
+    cells,
+    format_cell,
+    mean_and_spread,
+    number_columns,
+    to_markdown,
+    to_rich,
+    widths,
+)
 from bdjax.run.text import printable
 
 TABLE = Table(
@@ -147,3 +156,12 @@ def test_only_a_very_long_word_is_broken():
 def test_malformed_tables_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Table(**{"title": "t", "header": ("a", "b"), "rows": (), **fields})
+
+
+def test_the_room_that_a_table_needs():
+    numbers = Table("", ("a", "b"), (("x", "0.953 ± 0.004"), ("y", "0.9 ± 0.1")))
+    assert widths(numbers) == (1 + 2.5 + 5 + 2.5, 1 + 2.5 + 13 + 2.5)
+    texts = Table("", ("defense",), (("a text of several words in a line",),))
+    assert widths(texts) == (12 + 2.5, 20 + 2.5)
+    assert widths(Table("", ("nothing",), ())) == (7 + 2.5, 7 + 2.5)
+    assert widths(Table("", (), ())) == (0, 0)

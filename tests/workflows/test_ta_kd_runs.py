@@ -29,6 +29,7 @@ from bdjax.exchange import saved_model
 from bdjax.exchange.opening import Opened
 from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
+from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.results import find
 from bdjax.run import command_line
 from bdjax.run.config import check_ranges, flag
@@ -36,6 +37,7 @@ from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
+from tests.fixtures import evidence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -109,11 +111,19 @@ class Finished(NamedTuple):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished run of `tiny()`, to be read only."""
     folder = tmp_path_factory.mktemp("runs") / "ta_kd"
-    run(tiny(folder))
+    run(tiny(folder, evidence=True))
     return Finished(folder, json.loads((folder / "results.json").read_text()))
 
 
 # ---- A whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_evidence(finished):
+    verdict = evidence.check(finished.folder / "evidence")
+    student = {entry["metric"]: entry for entry in verdict["metrics"] if entry["method"] == "student"}
+    assert {entry["method"] for entry in verdict["metrics"] if entry["role"] == "subject"} == {"student"}
+    assert 0 < student["asr"]["rows"] < student["cda"]["rows"] == finished.results["test_rows"]
+    assert student["asr"]["control"] is not None and verdict["verdict"]["word"] in verdicts.DEFENSE_WORDS
 
 
 def test_a_run_leaves_its_settings_numbers_pictures_and_models(finished):

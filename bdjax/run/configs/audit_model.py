@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from bdjax.defenses.teachers import BATCH_SIZE
 from bdjax.metrics import LEAST_CONTROLS
-from bdjax.run.config import ExperimentConfig
+from bdjax.run.config import EvidenceConfig, ExperimentConfig
 from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Recipe, Schedule
@@ -14,7 +14,7 @@ Controlled = Annotated[int, Range(at_least=LEAST_CONTROLS, limit=1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
+class Config(ExperimentConfig, EvidenceConfig):
     """Every setting of an audit of models; `--preset` and `--dataset` decide the defaults of the others."""
 
     model: tuple[str, ...] = ()

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from bdjax.run.config import SuspectConfig
+from bdjax.run.config import EvidenceConfig, SuspectConfig
 from bdjax.settings import Amount, Count
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig):
+class Config(SuspectConfig, EvidenceConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others. The settings of undefended training
     (model to augmentation) are used only if a detector needs the attacked network."""
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from bdjax.run.config import ExportConfig, SuspectConfig
+from bdjax.run.config import EvidenceConfig, ExportConfig, SuspectConfig
 from bdjax.settings import Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig, ExportConfig):
+class Config(SuspectConfig, ExportConfig, EvidenceConfig):
     """Every setting of a run of defenses."""
 
     clean_share: Share = 0.05

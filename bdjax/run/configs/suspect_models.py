@@ -1,10 +1,9 @@
 """The configuration of runs on suspect models."""
 
-import pathlib
 from dataclasses import dataclass
 from typing import Literal
 
-from bdjax.run.config import ComparisonConfig, ExportConfig
+from bdjax.run.config import ComparisonConfig, EvidenceConfig, ExportConfig
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
 from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Schedule
@@ -14,7 +13,7 @@ LABELS_ONLY = "logit_distillation:alpha=0.0"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ComparisonConfig, ExportConfig):
+class Config(ComparisonConfig, ExportConfig, EvidenceConfig):
     """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Literal["quick", "paper"] = "paper"
@@ -25,8 +24,9 @@ class Config(ComparisonConfig, ExportConfig):
     defenses: str = "fkd"
     """methods separated by commas, each with its settings: fkd,robust_kd:layers=1; or all methods for models; joined by +, the
     second runs on the first one's models: fine_tuning+fkd"""
-    teacher: pathlib.Path | None = None
-    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run"""
+    teacher: str | None = None
+    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run, or
+    FILE.safetensors:ARCHITECTURE"""
     teacher_model: str = "wrn_28_4"
     """architecture of teachers that the run trains"""
     student: str = "wrn_16_2"

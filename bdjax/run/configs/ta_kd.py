@@ -7,7 +7,7 @@ from bdjax import losses
 from bdjax.attacks.poisoning import RateOf
 from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace
 from bdjax.defenses.teachers import BATCH_SIZE
-from bdjax.run.config import ExperimentConfig, ExportConfig
+from bdjax.run.config import EvidenceConfig, ExperimentConfig, ExportConfig
 from bdjax.settings import (
     Amount,
     Count,
@@ -30,7 +30,7 @@ Scale = Literal["quick", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig, ExportConfig):
+class Config(ExperimentConfig, ExportConfig, EvidenceConfig):
     """Every setting of a TA-KD run; `--preset` and `--dataset` decide the defaults of the others."""
 
     preset: Preset = "paper"
