@@ -285,7 +285,7 @@ attacks = ["sig"]
 """
 
 
-def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_path, fakes, capfd):
+def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_path, fakes):
     out = tmp_path / "out"
     arguments = [str(write(tmp_path, THREE)), f"--output={out}"]
     assert command.main(arguments, quiet()) == grid_run.FAILED
@@ -302,7 +302,7 @@ def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_pat
     assert (out / "cells.csv").read_bytes() == before and (run / "times").read_text() == "x"
 
 
-def test_collect_has_the_cells_without_a_result(tmp_path, fakes, capfd):
+def test_collect_has_the_cells_without_a_result(tmp_path, fakes):
     out = tmp_path / "out"
     command.main([str(write(tmp_path, THREE)), f"--output={out}"], quiet())
     rows = grid_run.read_rows(out)
