@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import DATASETS, Traits, load, load_suspect, traits
+from bdjax.datasets import DATASETS, FORMS, Traits, load, load_suspect, traits
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
 
