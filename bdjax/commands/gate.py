@@ -34,7 +34,7 @@ class GateConfig:
 
 
 def rules_of(config: GateConfig) -> dict[str, Any]:
-    """The rules as `bdjax.reporting.evidence.gate.judge` takes them."""
+    """The rules as `bdjax.reporting.evidence.gate.decide` takes them."""
     words = [word.strip() for word in config.require_verdict.split(",") if word.strip()]
     return {"max_asr": config.max_asr, "min_cda": config.min_cda, "words": words, "method": config.method}
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise InputError("there is no verdict.json; give its path, such as runs/vbd/photos-quick/evidence/verdict.json")
     check_ranges(config)
     check_path("--verdict", config.verdict)
-    lines = gate.judge(gate.read(config.verdict.expanduser()), **rules_of(config))
+    lines = gate.decide(gate.read(config.verdict.expanduser()), **rules_of(config))
     for line in lines:
         print(f"{line.outcome:<7} {line.text}")
     return gate.status_of(lines)

@@ -1,13 +1,14 @@
 """Datasets by name or path, with one module for each kind of source.
 
-To add a dataset, add a module with a loader, and a line in `DATASETS` with its traits.
+To add a dataset, add a module with a loader, and a line in `_OWN` with its traits; datasets of installed plugins are found by
+themselves.
 """
 
 import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.digits import load_digits
@@ -23,6 +24,7 @@ from bdjax.datasets.tfds import load_tfds
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.datasets.validation import STRICT, ReadOptions, check_options
 from bdjax.errors import InputError
+from bdjax.plugins import Registry
 from bdjax.types import Dataset, TrainTest, Unread
 
 __all__ = [
@@ -61,7 +63,7 @@ class Source(NamedTuple):
     """whether images have several sizes; the loader then has a parameter `side` that they are scaled to, 32 by default"""
 
 
-DATASETS: Mapping[str, Source] = {
+_OWN: Mapping[str, Source] = {
     "digits": Source(load_digits),
     "textures": Source(load_textures),
     "mnist": Source(load_mnist),
@@ -72,6 +74,18 @@ DATASETS: Mapping[str, Source] = {
     "tiny_imagenet": Source(load_tiny_imagenet, Traits(flips=True)),
     "flowers17": Source(load_flowers17, Traits(flips=True), of_several_sizes=True),
 }
+
+
+def _mistake(name: str, entry: Any) -> str:
+    """What is wrong with the entry of a plugin."""
+    if not isinstance(entry, Source) or not callable(entry.loader) or not isinstance(entry.traits, Traits):
+        return f"is of the type {type(entry).__name__}, not a bdjax.datasets.Source with a loader and its Traits"
+    if entry.traits.like not in (None, *_OWN):
+        return f"is like {entry.traits.like!r}, which is not one of {', '.join(_OWN)}"
+    return ""
+
+
+DATASETS: Registry[Source] = Registry("dataset", _OWN, _mistake)
 
 
 def traits(name_or_path: str) -> Traits:

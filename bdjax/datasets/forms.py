@@ -1,4 +1,4 @@
-"""The forms that a user's own data has; what a path holds decides which it is. `FORMS` is the only list of them."""
+"""The forms that a user's own data has, recognised by what a path holds. `FORMS` is the only list of them."""
 
 from collections.abc import Callable
 from functools import partial

@@ -18,6 +18,7 @@ from bdjax.attacks.registry import ATTACKS
 from bdjax.datasets import DATASETS, FORMS
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.registry import DEFENSES
+from bdjax.metrics import ABBREVIATIONS, DEFINITIONS
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.presets import QUICK
 
@@ -80,6 +81,13 @@ def quick_table(workflow: str) -> Table:
     return Table("", ("dataset", "what `quick` sets"), tuple(rows))
 
 
+def definitions_table() -> Table:
+    """One row for each number and word of tables, `results.json` and verdicts."""
+    short = {name: text for text, name in ABBREVIATIONS.items()}
+    rows = ((short.get(name, name.replace("_", " ")), _code(name), text) for name, text in DEFINITIONS.items())
+    return Table("", ("in tables", "in `results.json`", "meaning"), tuple(rows))
+
+
 TABLES: Mapping[str, Callable[[], Table]] = {
     "attacks": attacks_table,
     "attack settings": attack_settings_table,
@@ -87,6 +95,7 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "defense settings": defense_settings_table,
     "datasets": datasets_table,
     "forms": forms_table,
+    "definitions": definitions_table,
     **{f"quick {workflow}": lambda workflow=workflow: quick_table(workflow) for workflow in QUICK},
 }
 """Name of a block -> the table that stands in it."""

@@ -15,7 +15,7 @@ from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.exchange import extras
-from bdjax.exchange.leaving import Export
+from bdjax.exchange.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
@@ -41,13 +41,13 @@ from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Recipe, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
-PATHS = ("dataset", "clean_data")
+PATHS = ("dataset", "clean_data", "teacher")
 """Fields of text that may be paths."""
 SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "evidence")
+IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "tensorboard", "evidence")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
 """Fields that matter only to the content of a path, whose digest has them."""
@@ -103,6 +103,8 @@ class ExperimentConfig:
     """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
+    tensorboard: bool = False
+    """write each stage's curves to tensorboard/ in the run's folder, as scalars for TensorBoard (with the extra grid)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,8 @@ def check_ranges(config: Any) -> None:
         if "onnx" in config.export:
             extras.onnx()
     if isinstance(config, ExperimentConfig):
+        if config.tensorboard:
+            extras.tensorboard()
         if not config.dataset:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
         if config.seed + config.seeds > 2**31:
@@ -389,7 +393,7 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
         chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
-    return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
+    return f"{command_line.invocation(experiment)} {command_line.as_flags({**chosen, **changed})}"
 
 
 def check_recipe(config: Any, default: Any, prefix: str = "") -> None:

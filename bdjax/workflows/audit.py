@@ -24,14 +24,14 @@ from bdjax.reporting import audit as reporting
 from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
+from bdjax.run.configs.detection import Config
+from bdjax.run.experiment import Experiment
 from bdjax.run.log import StageLog, format_seconds
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, PoisonedDataset
 from bdjax.workflows import base
-from bdjax.workflows.base import Experiment
 from bdjax.workflows.cleaned_copy import write_cleaned, write_rows
 from bdjax.workflows.detection import (
-    Config,
     clean_rows,
     inputs_of,
     needs_clean_rows,

@@ -7,7 +7,6 @@ choice of attacks and defenses) and their own figures.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,38 +35,17 @@ from bdjax.evaluation.variants import (
 from bdjax.reporting import defenses
 from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import (
-    ALL,
-    EvidenceConfig,
-    ExportConfig,
-    SuspectConfig,
-    adapted_to,
-    load,
-    read_options,
-    train_config,
-)
+from bdjax.run.config import ALL, adapted_to, load, read_options, train_config
+from bdjax.run.configs.poisoned_sets import Config
+from bdjax.run.experiment import Experiment
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import Share
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest, Unread
 from bdjax.workflows import base
-from bdjax.workflows.base import Context, Experiment, Group
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig, ExportConfig, EvidenceConfig):
-    """Every setting of a run of defenses."""
-
-    clean_share: Share = 0.05
-    """share of the training rows that is held back before poisoning, for defenses that need clean rows"""
-    clean_data: str = ""
-    """a dataset's name or path to take the clean rows from instead"""
-    save_models: bool = True
-    """write the networks that the experiment's own defense makes in the first seed"""
-
+from bdjax.workflows.base import Context, Group
 
 SMOKE_TEST = (
     "The digits are a smoke test for defenses in training: at 8×8 pixels a network learns the classes as fast as a trigger, so "

@@ -254,29 +254,29 @@ def verdict_of(*entries: dict, word: str = "removed") -> dict:
     ],
 )
 def test_the_gate_flips_across_a_threshold_and_refuses_what_is_unknown(entries, limit, outcome, text):
-    (line,) = gate.judge(verdict_of(*entries), max_asr=limit)
+    (line,) = gate.decide(verdict_of(*entries), max_asr=limit)
     assert line.outcome == outcome and text in line.text
     assert gate.status_of([line]) == {"pass": 0, "fail": 3, "unknown": 4}[outcome]
 
 
 def test_several_rules_and_other_methods():
     verdict = verdict_of(entry(0.2), entry(0.9, name="cda"), entry(0.05, "abl", "other"))
-    lines = gate.judge(verdict, max_asr=0.1, min_cda=0.9, words=["removed"])
+    lines = gate.decide(verdict, max_asr=0.1, min_cda=0.9, words=["removed"])
     assert [line.outcome for line in lines] == ["fail", "pass", "pass"] and gate.status_of(lines) == 3
-    (line,) = gate.judge(verdict, max_asr=0.1, method="abl")
+    (line,) = gate.decide(verdict, max_asr=0.1, method="abl")
     assert line.outcome == "pass"
-    (line,) = gate.judge(verdict, min_cda=0.91)
+    (line,) = gate.decide(verdict, min_cda=0.91)
     assert line.outcome == "fail"
-    (line,) = gate.judge(verdict_of(word="could not be tested"), words=["nothing found"])
+    (line,) = gate.decide(verdict_of(word="could not be tested"), words=["nothing found"])
     assert line.outcome == "unknown"
-    (line,) = gate.judge(verdict_of(word="found"), words=["nothing found"])
+    (line,) = gate.decide(verdict_of(word="found"), words=["nothing found"])
     assert line.outcome == "fail"
     with pytest.raises(InputError, match="--method 'nad' is not in the verdict; it has lfd, abl"):
-        gate.judge(verdict, max_asr=0.1, method="nad")
+        gate.decide(verdict, max_asr=0.1, method="nad")
     with pytest.raises(InputError, match="no rule; give --max-asr"):
-        gate.judge(verdict)
+        gate.decide(verdict)
     with pytest.raises(InputError, match="--require-verdict"):
-        gate.judge(verdict, words=["clean"])
+        gate.decide(verdict, words=["clean"])
 
 
 @pytest.mark.parametrize(

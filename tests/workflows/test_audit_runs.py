@@ -91,7 +91,7 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     assert corner.mean() > 2 * opacity.mean(), f"{corner.mean():.2f} of the planted pixels, {opacity.mean():.2f} of all"
     assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
     report = (folder / "report.html").read_text()
-    assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
+    assert results["verdict"]["headline"] in report and "bdjax vbd" in report
 
 
 def test_an_audit_of_a_folder_leaves_evidence(folder_audit):

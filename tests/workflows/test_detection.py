@@ -103,7 +103,7 @@ def test_a_grid_leaves_numbers_tables_a_report_and_the_outcome_of_each_batch(gri
     assert len(cells(results)) == 4
     assert "| vbd" in (grid / "table.md").read_text().lower()
     report = (grid / "report.html").read_text()
-    assert "python experiments/vbd.py" in report and "Variance-based defense on own" in report
+    assert "bdjax vbd" in report and "Variance-based defense on own" in report
     names = ["suspects-0000.npz", "suspects-0002.npz"]
     assert sorted(path.name for path in (grid / FILES).iterdir()) == names
     assert not list((grid / "checkpoints").iterdir()), "the checkpoints of a finished batch are removed"

@@ -66,7 +66,7 @@ def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     for name in ("table.md", "report.html", "verification.png", "timings.json"):
         assert (abm_run / name).stat().st_size > 0
     report = (abm_run / "report.html").read_text()
-    assert "python experiments/abm.py" in report and "Grad-CAM of the verification network" in report
+    assert "bdjax abm" in report and "Grad-CAM of the verification network" in report
     scores = sorted((abm_run / "scores").rglob("*.csv"))
     assert len(scores) == 2 and len(scores[0].read_text().splitlines()) > 200
     saved = sorted((abm_run / "models").glob("*/*"))

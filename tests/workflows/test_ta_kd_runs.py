@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import inspect
 import json
 import math
 import os
@@ -30,8 +31,9 @@ from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.results import find
-from bdjax.run import command_line, config
+from bdjax.run import command_line
 from bdjax.run.config import check_ranges, flag
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
@@ -305,7 +307,7 @@ def test_teachers_of_several_kinds_answer_in_the_order_of_the_command_line():
 
 def test_a_single_teacher_is_named_on_the_command_line_as_before(tmp_path):
     for arguments, expected in [(["--teachers=a"], ("a",)), (["--teachers", "a", "b:c"], ("a", "b:c")), ([], None)]:
-        found = base.read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
+        found = read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
         assert found.teachers == expected
     # The folder of a run on one folder of teachers is named as when there could be no more.
     config = dataclasses.replace(ta_kd.preset("quick", "digits"), teachers=("a",))
@@ -591,7 +593,8 @@ def test_help_explains_every_flag(capsys):
     for field in dataclasses.fields(workflow.Config):
         assert flag(field.name) in output
     # The string below a field in the source is its help.
-    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(workflow.__file__).read_text()
+    files = (inspect.getsourcefile(kind) for kind in workflow.Config.__mro__[:-1])
+    source = "".join(pathlib.Path(file).read_text() for file in set(files))
     for field in dataclasses.fields(workflow.Config):
         assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
 

@@ -81,7 +81,7 @@ def _is_number(value: Any) -> bool:
     return value is None or (is_number and math.isfinite(value))
 
 
-def judge(
+def decide(
     verdict: Mapping[str, Any],
     *,
     max_asr: float | None = None,
