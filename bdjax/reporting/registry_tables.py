@@ -15,7 +15,7 @@ from typing import Any
 
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.registry import ATTACKS
-from bdjax.datasets import DATASETS
+from bdjax.datasets import DATASETS, FORMS
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.registry import DEFENSES
 from bdjax.metrics import ABBREVIATIONS, DEFINITIONS
@@ -65,6 +65,12 @@ def datasets_table() -> Table:
     return Table("", ("name", "a mirrored image keeps its class", "quick runs are sized as for"), tuple(rows))
 
 
+def forms_table() -> Table:
+    """One row for each form of a user's own data."""
+    rows = ((form.about, form.classes, form.copy) for form in FORMS.values())
+    return Table("", ("a path that holds", "classes", "an audit leaves of the rows that are not flagged"), tuple(rows))
+
+
 def quick_table(workflow: str) -> Table:
     """One row for each dataset that the `quick` preset has settings for.
 
@@ -88,6 +94,7 @@ TABLES: Mapping[str, Callable[[], Table]] = {
     "defenses": defenses_table,
     "defense settings": defense_settings_table,
     "datasets": datasets_table,
+    "forms": forms_table,
     "definitions": definitions_table,
     **{f"quick {workflow}": lambda workflow=workflow: quick_table(workflow) for workflow in QUICK},
 }

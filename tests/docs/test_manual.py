@@ -64,7 +64,7 @@ def test_the_api_page_has_every_public_name():
 
 
 def test_the_example_of_an_attack(monkeypatch):
-    monkeypatch.setitem(ATTACKS, "dot", examples("add_an_attack.md")["DOT"])
+    monkeypatch.setitem(ATTACKS._own, "dot", examples("add_an_attack.md")["DOT"])
     train, _ = bdjax.load("digits")
     bad = bdjax.poison("dot", train[:100], jax.random.key(0), target=3, brightness=0.5)
     assert bad.data.is_poisoned.sum() == 10 and set(bad.data.labels[bad.data.is_poisoned]) == {3}
@@ -73,7 +73,7 @@ def test_the_example_of_an_attack(monkeypatch):
 
 @pytest.mark.slow  # it trains a network
 def test_the_example_of_a_defense(monkeypatch):
-    monkeypatch.setitem(DEFENSES, "clip", examples("add_a_defense.md")["CLIP"])
+    monkeypatch.setitem(DEFENSES._own, "clip", examples("add_a_defense.md")["CLIP"])
     train, _ = bdjax.load("digits")
     victim = bdjax.train("lenet", train[:64], jax.random.key(0), epochs=1, batch_size=32, learning_rate=1e-3)
     safe = bdjax.defend("clip", victim, jax.random.key(1), share=0.5)

@@ -23,6 +23,7 @@ from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from bdjax.workflows import suspect_models
+from tests.fixtures import evidence
 
 TINY: dict[str, Any] = {
     "seeds": 2,
@@ -69,7 +70,7 @@ def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dic
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("runs") / "robust_kd"
-    run(tiny(place))
+    run(tiny(place, evidence=True))
     return place
 
 
@@ -79,6 +80,15 @@ def results(folder) -> dict[str, Any]:
 
 
 class TestARun:
+    def test_evidence(self, folder, results):
+        verdict = evidence.check(folder / "evidence")
+        asr = {entry["attack"]: entry for entry in verdict["metrics"] if entry["metric"] == "asr"}
+        assert list(asr) == [BADNETS] and 0 < asr[BADNETS]["rows"] < results["test_rows"]
+        assert asr[BADNETS]["control"] is not None
+        bom = json.loads((folder / "evidence" / "bom.cdx.json").read_text())
+        left = [entry for entry in bom["components"] if entry["bom-ref"].startswith("network: models/")]
+        assert left and all(entry["hashes"][0]["alg"] == "SHA-256" for entry in left)
+
     def test_numbers(self, results):
         assert [method["method"] for method in results["methods"]] == ["none", STUDENT, CHAIN]
         assert [attack["attack"] for attack in results["attacks"]] == [BADNETS, "none"]
@@ -92,7 +102,7 @@ class TestARun:
         for name in ("table.md", "report.html", "asr.png", "control-asr.png", "trade-off.png", "timings.json"):
             assert (folder / name).stat().st_size > 0
         page = (folder / "report.html").read_text()
-        assert "python experiments/robust_kd.py" in page and "clean teacher" in page
+        assert "bdjax robust-kd" in page and "clean teacher" in page
 
     def test_the_first_part_of_a_chain_is_trained_once_and_what_follows_has_a_folder(self, folder):
         places = [path.relative_to(folder / "checkpoints") for path in (folder / "checkpoints").rglob("about.json")]
