@@ -262,9 +262,9 @@ def test_the_smallest_network_of_each_family(name):
     model = make_model(name, K, 2, "native")
     assert (model.num_classes, model.description) == (K, f"{name} width 2")
     members = [variables_of(name, seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
     ones = {tap: jnp.float32(1.0) for tap in names_of(name)}
-    logits, features, after = run_members(name)(stacked, IMAGES, ones)
+    logits, features, after = jax.device_get(run_members(name)(stacked, IMAGES, ones))  # no program per shape below
     chex.assert_trees_all_equal(after, stacked)
 
     assert list(features) == names_of(name)
@@ -280,10 +280,10 @@ def test_the_smallest_network_of_each_family(name):
 
     # An edit of the last tap reaches the last layer, one of the first reaches everything after it and nothing else.
     *_, last = ones
-    silent, *_ = run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)})
+    silent, *_ = jax.device_get(run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)}))
     bias = np.asarray(stacked["params"]["classifier"].get("bias", np.zeros((2, K))))
     np.testing.assert_allclose(silent, np.broadcast_to(bias[:, None], silent.shape), atol=1e-6)
-    _, changed, _ = run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)})
+    _, changed, _ = jax.device_get(run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)}))
     np.testing.assert_allclose(changed["stage1"], 2 * features["stage1"], rtol=1e-5, atol=1e-6)
     assert all(np.abs(changed[tap] - features[tap]).max() > 1e-4 for tap in names_of(name)[1:])
 
