@@ -39,14 +39,14 @@ from bdjax.errors import InputError
 from bdjax.evaluation import control_networks
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
-from bdjax.evaluation.model_audit import LEAST_CONTROLS, judge
+from bdjax.evaluation.model_audit import judge
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import Recipes, SuspectTeachers
 from bdjax.evaluation.variants import NO_ATTACK, NOT_TESTED, AttackVariant, facts_of, read_defense
 from bdjax.exchange import saved_model, weights
 from bdjax.exchange.leaving import Export, leave
 from bdjax.losses import Direction
-from bdjax.metrics import clean_accuracy, measure_attack
+from bdjax.metrics import LEAST_CONTROLS, clean_accuracy, measure_attack
 from bdjax.models import MODELS, make_model
 from bdjax.settings import changed, check_values
 from bdjax.training import ensemble

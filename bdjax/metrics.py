@@ -26,6 +26,8 @@ ATTACK_WORKS, ATTACK_WORKS_ABOVE_CONTROL = 0.9, 0.5
 """Minimum ASR, and minimum ASR above the control's, of an attack that works."""
 ATTACK_WORKS_PARTLY, ATTACK_WORKS_PARTLY_ABOVE_CONTROL = 0.5, 0.2
 """The same minima for an attack that works partly."""
+LEAST_CONTROLS = 2
+"""Control networks of an audit of models, without which no spread is known."""
 BACKDOOR_ASR = 0.5
 """Minimum ASR of a network with a backdoor, without a known control."""
 BACKDOOR_ASR_WITH_CONTROL, BACKDOOR_ABOVE_CONTROL = 0.3, 0.2
@@ -92,6 +94,10 @@ DEFINITIONS: Mapping[str, str] = {
     "missed": f"F1 below {DETECTION_FAILS:g}",
 }
 """The meaning of every number and word in results.json, tables and verdicts. An unknown control counts as 0."""
+
+
+ABBREVIATIONS: Mapping[str, str] = {"CDA": "cda", "ASR": "asr", "R-ACC": "r_acc", "F1": "f1", "AUC": "auc"}
+"""How reports abbreviate numbers -> their names in `DEFINITIONS`."""
 
 
 def definitions(*names: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ import operator
 import types
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -184,8 +184,9 @@ def check_choice(owner: str, name: Any, names: Iterable[str]) -> None:
     Raises:
         InputError: with all names, and the nearest at the end.
     """
-    names = list(names)
+    names = names if isinstance(names, Container) else list(names)
     if not (isinstance(name, str) and name in names):
+        names = list(names)
         raise InputError(f"{owner} {shown(name)} is not one of {', '.join(names)}{nearest(name, names)}")
 
 

@@ -52,6 +52,8 @@ class Dataset:
     """empty, or num_classes names"""
     files: tuple[str, ...] = field(default=(), kw_only=True)  # keyword only: `PoisonedDataset` adds fields by position
     """N file names relative to the source, with "/"; empty where rows have no files"""
+    records: bool = field(default=False, kw_only=True)
+    """whether `files` names records inside files ("train.parquet#17"), of which there is nothing to copy"""
     unread: tuple[Unread, ...] = field(default=(), kw_only=True)
     """what the source has beside these rows and was not read; reports list it"""
     original_sizes: Mapping[tuple[int, int], int] = field(default_factory=dict, kw_only=True)

@@ -9,12 +9,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_network import make_tiny
 
 import bdjax
 from bdjax import api
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses.undefended import run as undefended_run
+from bdjax.testing.tiny_network import make_tiny
 from bdjax.training.member import TrainConfig
 from bdjax.types import Detection
 

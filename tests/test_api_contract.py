@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import make_tiny
 
 import bdjax
 from bdjax import api
 from bdjax.datasets.digits import load_digits
 from bdjax.defenses import contract
+from bdjax.testing.tiny_network import make_tiny
 from bdjax.types import DefenseResult, Detection
 from tests.tiers import slow_unless
 

@@ -10,10 +10,10 @@ import bdjax
 
 ROOT = pathlib.Path(bdjax.__file__).parent
 ORDER = (
-    *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "datasets", "triggers", "models"),
-    *("training", "attacks"),
+    *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "plugins", "datasets", "triggers"),
+    *("models", "training", "attacks"),
     *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
-    "commands",
+    *("testing", "commands", "__main__"),
 )
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 

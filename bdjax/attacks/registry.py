@@ -1,4 +1,5 @@
-"""All attacks by name. To add an attack, write a new file and add it here; the contract test runs on every entry."""
+"""All attacks by name. To add an attack, write a new file and add it here; the contract test runs on every entry. Attacks of
+installed plugins are found by themselves."""
 
 from bdjax.attacks.adaptive import ADAPTIVE_BLEND, ADAPTIVE_PATCH
 from bdjax.attacks.badnets import BADNETS, BADNETS_ALL_TO_ALL, BADNETS_GRID, BADNETS_WHITE, TACT
@@ -21,9 +22,10 @@ from bdjax.attacks.sig import SIG, SIG_STRIPED
 from bdjax.attacks.trojan import TROJAN_SQUARE, TROJAN_WATERMARK
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS
 from bdjax.attacks.wanet import WANET, WANET_OFFLINE
+from bdjax.plugins import Registry, of_type
 from bdjax.settings import check_choice
 
-ATTACKS: dict[str, Attack] = {
+_OWN: dict[str, Attack] = {
     attack.name: attack
     for attack in (
         # Data attacks with fixed triggers.
@@ -67,6 +69,7 @@ ATTACKS: dict[str, Attack] = {
         CKD_LOW_VARIANCE,
     )
 }
+ATTACKS: Registry[Attack] = Registry("attack", _OWN, of_type(Attack, "bdjax.attacks.contract.Attack"))
 
 
 def find_attack(name: str) -> Attack:

@@ -34,7 +34,10 @@ COMMANDS: dict[str, Command] = {
         Command("abm", "a poisoned training set: a clean model, by ABM or others"),
         Command("vbd", "a poisoned training set: its poisoned rows and the trigger"),
         Command("robust-kd", "an untrusted model, clean images: a smaller clean student"),
+        Command("audit-data", "your own images: which are poisoned, and with which trigger?"),
         Command("audit-model", "an untrusted model: is there a backdoor, into which class?"),
+        Command("grid", "many attacks, defenses and seeds as jobs, here or under Slurm"),
+        Command("gate", "a run's verdict.json: does it pass limits on ASR and CDA?"),
     )
 }
 """Name -> command. The subcommands of `bdjax` and the scripts in `experiments/` are made from it."""

@@ -5,17 +5,18 @@ was given. The same command continues an interrupted run, and ends at the same n
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bdjax.inspection.verification import verification_heat
-from bdjax.reporting import inspections
-from bdjax.reporting.report import Section
 from bdjax.run import presets
+from bdjax.run.configs.poisoned_sets import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.workflows import poisoned_sets
-from bdjax.workflows.base import Context, Experiment, read_flags
-from bdjax.workflows.poisoned_sets import Config
+
+if TYPE_CHECKING:
+    from bdjax.reporting.report import Section
+    from bdjax.workflows.base import Context
+
 
 DEFENSES = "nad,abl,bab,cbd,abm"
 """The defenses of the paper's tables III and XI, at each defense's own settings."""
@@ -116,9 +117,12 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     )
 
 
-def sections(context: Context) -> Sequence[Section]:
+def sections(context: "Context") -> "Sequence[Section]":
     """Figure 11: Grad-CAM of the first ABM's verification networks, in the first seed of up to MOST_ATTACKS attacks; empty
     without an ABM or a known attack."""
+    from bdjax.inspection.verification import verification_heat
+    from bdjax.reporting import inspections
+
     variants = [comparison.variant for comparison in context.comparisons if comparison.variant.defense.name == "abm"]
     if not variants:
         return ()
@@ -138,4 +142,7 @@ EXPERIMENT = Experiment("abm", "Anti-Backdoor Model", ("abm",), preset, STUDIES,
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return poisoned_sets.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import poisoned_sets
+
+    return poisoned_sets.run(config, EXPERIMENT, log)

@@ -11,9 +11,8 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.run import presets
-from bdjax.workflows import attack
-from bdjax.workflows.attack import Config
-from bdjax.workflows.base import Experiment, read_flags
+from bdjax.run.configs.attack import Config
+from bdjax.run.experiment import Experiment, read_flags
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
@@ -40,4 +39,7 @@ EXPERIMENT = Experiment("attack", "Attacks", (), preset, always_shown=("attack",
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return attack.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import attack
+
+    return attack.run(config, EXPERIMENT)

@@ -12,10 +12,9 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.run import presets
+from bdjax.run.configs.audit_model import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
-from bdjax.workflows import audit_model
-from bdjax.workflows.audit_model import Config
-from bdjax.workflows.base import Experiment, read_flags
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
@@ -37,9 +36,19 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     return dataclasses.replace(base, **changes)
 
 
-EXPERIMENT = Experiment("audit_model", "Audit of models", (), preset, always_shown=("model", "dataset", "preset"))
+EXPERIMENT = Experiment(
+    "audit_model",
+    "Audit of models",
+    (),
+    preset,
+    always_shown=("model", "dataset", "preset"),
+    positional="model",
+)
 
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return audit_model.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import audit_model
+
+    return audit_model.run(config, EXPERIMENT, log)

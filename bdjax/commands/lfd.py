@@ -6,18 +6,19 @@ was given. The same command continues an interrupted run, and ends at the same n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdjax import datasets
-from bdjax.inspection.loss_gap import EPOCHS, loss_gaps
-from bdjax.reporting import inspections
-from bdjax.reporting.report import Section
 from bdjax.run import presets
+from bdjax.run.configs.poisoned_sets import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.workflows import poisoned_sets
-from bdjax.workflows.base import Context, Experiment, read_flags
-from bdjax.workflows.poisoned_sets import Config
+
+if TYPE_CHECKING:
+    from bdjax.reporting.report import Section
+    from bdjax.workflows.base import Context
+
 
 DEFENSES = "fine_pruning,activation_clustering,abl,lfd"
 """The defenses of the paper's table 1, at each defense's own settings."""
@@ -94,8 +95,11 @@ def preset(preset: str | None = None, dataset: str | None = None) -> LfdConfig:
     )
 
 
-def sections(context: Context) -> Sequence[Section]:
+def sections(context: "Context") -> "Sequence[Section]":
     """The loss gap between clean and poisoned rows, for the networks of the study; empty with --no-loss-gap."""
+    from bdjax.inspection.loss_gap import EPOCHS, loss_gaps
+    from bdjax.reporting import inspections
+
     if not context.config.loss_gap:
         return ()
     networks = {"teachers": CAPACITIES, "architectures": OTHER_FAMILIES}.get(context.config.study, GAP_NETWORKS)
@@ -112,4 +116,7 @@ EXPERIMENT = Experiment("lfd", "Learning from Distinction", ("lfd",), preset, ST
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return poisoned_sets.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import poisoned_sets
+
+    return poisoned_sets.run(config, EXPERIMENT, log)

@@ -6,23 +6,19 @@ The same command continues an interrupted run, and ends at the same numbers.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
-
-import jax
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from bdjax import datasets
-from bdjax.inspection.feature_variance import measure_beside_clean
-from bdjax.models import group_shapes
-from bdjax.reporting import inspections
-from bdjax.reporting.report import Section
 from bdjax.run import presets
+from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.training.ensemble import members
-from bdjax.workflows import suspect_models
-from bdjax.workflows.base import Context, Experiment, read_flags
-from bdjax.workflows.suspect_models import LABELS_ONLY, Config
+
+if TYPE_CHECKING:
+    from bdjax.reporting.report import Section
+    from bdjax.workflows.base import Context
+
 
 CKD = "ckd:mask_bound=0.2"
 """With the bound of the CKD mask in RobustKD's repository. CKD's code clips its masks to 0.5, and most of the masks for CIFAR
@@ -125,9 +121,17 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
     return dataclasses.replace(paper, **flowers) if dataset == "flowers17" else paper
 
 
-def sections(context: Context) -> Sequence[Section]:
+def sections(context: "Context") -> "Sequence[Section]":
     """Figure 2, the paper's premise: whether features of attacked teachers vary more. Empty for networks without known groups,
     without a clean network as the baseline, and without a known trigger."""
+    import jax
+    import numpy as np
+
+    from bdjax.inspection.feature_variance import measure_beside_clean
+    from bdjax.models import group_shapes
+    from bdjax.reporting import inspections
+    from bdjax.training.ensemble import members
+
     teachers, config = context.teachers, context.config
     inputs, _, views = context.groups[0]
     attacked = [number for number, triggered in enumerate(views.triggered) if triggered]
@@ -155,4 +159,7 @@ EXPERIMENT = Experiment("robust_kd", "RobustKD", ("robust_kd",), preset, STUDIES
 
 def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return suspect_models.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT, log)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import suspect_models
+
+    return suspect_models.run(config, EXPERIMENT, log)

@@ -11,10 +11,9 @@ from typing import Any
 
 from bdjax import datasets
 from bdjax.run import presets
+from bdjax.run.configs.ta_kd import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.settings import check_choice
-from bdjax.workflows import ta_kd
-from bdjax.workflows.base import Experiment, read_flags
-from bdjax.workflows.ta_kd import Config
 
 PAPER = {"cifar10": {"num_similar": 3}, "cifar100": {"num_similar": 3}}
 """Differences of single datasets from the paper's settings, which are the dataclass's defaults."""
@@ -60,4 +59,7 @@ EXPERIMENT = Experiment(
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the flags and run."""
-    return ta_kd.run(read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments), EXPERIMENT)
+    config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    from bdjax.workflows import ta_kd
+
+    return ta_kd.run(config, EXPERIMENT)

@@ -10,11 +10,10 @@ from typing import Any
 from bdjax import datasets
 from bdjax.attacks.vbd_triggers import TILES
 from bdjax.run import presets
+from bdjax.run.configs.detection import Config
+from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
-from bdjax.workflows import audit, detection
-from bdjax.workflows.base import Experiment, read_flags
-from bdjax.workflows.detection import Config
 
 TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_grid", "white_square")
 FAINT = (0.1, 0.2, 0.5)
@@ -84,5 +83,7 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
         "first."
     )
     config = read_flags(EXPERIMENT, about, arguments)
+    from bdjax.workflows import audit, detection
+
     workflow = audit if detection.is_audit(config, EXPERIMENT) else detection
     return workflow.run(config, EXPERIMENT, log)

@@ -1,22 +1,22 @@
 """Datasets by name or path, with one module for each kind of source.
 
-To add a dataset, add a module with a loader, and a line in `DATASETS` with its traits.
+To add a dataset, add a module with a loader, and a line in `_OWN` with its traits; datasets of installed plugins are found by
+themselves.
 """
 
 import difflib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bdjax.datasets.cifar import load_cifar10, load_cifar100
 from bdjax.datasets.digits import load_digits
 from bdjax.datasets.flowers17 import load_flowers17
+from bdjax.datasets.forms import FORMS, Form, form_of
 from bdjax.datasets.gtsrb import load_gtsrb
-from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
 from bdjax.datasets.locate import search_folders
 from bdjax.datasets.mnist import load_fashion_mnist, load_mnist
-from bdjax.datasets.npz import load_npz, load_suspect_npz
 from bdjax.datasets.scaling import scaled
 from bdjax.datasets.textures import load_textures
 from bdjax.datasets.tfds import PREFIX as TFDS_PREFIX
@@ -24,10 +24,12 @@ from bdjax.datasets.tfds import load_tfds
 from bdjax.datasets.tiny_imagenet import load_tiny_imagenet
 from bdjax.datasets.validation import STRICT, ReadOptions, check_options
 from bdjax.errors import InputError
+from bdjax.plugins import Registry
 from bdjax.types import Dataset, TrainTest, Unread
 
 __all__ = [
     "DATASETS",
+    "FORMS",
     "TFDS_PREFIX",
     "ReadOptions",
     "Source",
@@ -61,7 +63,7 @@ class Source(NamedTuple):
     """whether images have several sizes; the loader then has a parameter `side` that they are scaled to, 32 by default"""
 
 
-DATASETS: Mapping[str, Source] = {
+_OWN: Mapping[str, Source] = {
     "digits": Source(load_digits),
     "textures": Source(load_textures),
     "mnist": Source(load_mnist),
@@ -72,6 +74,18 @@ DATASETS: Mapping[str, Source] = {
     "tiny_imagenet": Source(load_tiny_imagenet, Traits(flips=True)),
     "flowers17": Source(load_flowers17, Traits(flips=True), of_several_sizes=True),
 }
+
+
+def _mistake(name: str, entry: Any) -> str:
+    """What is wrong with the entry of a plugin."""
+    if not isinstance(entry, Source) or not callable(entry.loader) or not isinstance(entry.traits, Traits):
+        return f"is of the type {type(entry).__name__}, not a bdjax.datasets.Source with a loader and its Traits"
+    if entry.traits.like not in (None, *_OWN):
+        return f"is like {entry.traits.like!r}, which is not one of {', '.join(_OWN)}"
+    return ""
+
+
+DATASETS: Registry[Source] = Registry("dataset", _OWN, _mistake)
 
 
 def traits(name_or_path: str) -> Traits:
@@ -104,9 +118,9 @@ def load(
     """Loads a dataset into memory.
 
     Args:
-        name_or_path: A name in `DATASETS`; "tfds:NAME" for a prepared set of TensorFlow Datasets; a folder of images
-            with a sub-folder for each class; or an .npz file. A name takes precedence over a folder of the same name:
-            write "./mnist" for the folder.
+        name_or_path: A name in `DATASETS`; "tfds:NAME" for a prepared set of TensorFlow Datasets; or the path of data in
+            one of the `FORMS`, such as a folder of images with a sub-folder for each class. A name takes precedence over a
+            folder of the same name: write "./mnist" for the folder.
         data_dir: The folder to search first for named sets; then $BDJAX_DATA_DIR and the user's cache are searched.
         download: Whether to download a named set that is not found, into the cache. Its checksum is verified.
         options: What to tolerate in a folder or an .npz file; its `image_size` applies to every dataset.
@@ -122,8 +136,8 @@ def load(
     published = _load_published(name_or_path, data_dir, download, options)
     if published is not None:
         return published
-    path = _existing_path(name_or_path)
-    return load_image_folder(path, options) if path.is_dir() else load_npz(path, options)
+    path, form = _existing_path(name_or_path)
+    return form.load(path, options)
 
 
 def load_suspect(
@@ -154,8 +168,8 @@ def load_suspect(
     published = _load_published(name_or_path, data_dir, download, options)
     if published is not None:
         return published.train
-    path = _existing_path(name_or_path)
-    return load_suspect_image_folder(path, options) if path.is_dir() else load_suspect_npz(path, options)
+    path, form = _existing_path(name_or_path)
+    return form.load_suspect(path, options)
 
 
 def unread_of(*parts: Dataset) -> tuple[Unread, ...]:
@@ -177,13 +191,15 @@ def _load_published(
     return None
 
 
-def _existing_path(name_or_path: str) -> Path:
-    """The path of a folder or of an .npz file."""
+def _existing_path(name_or_path: str) -> tuple[Path, Form]:
+    """The path of a user's own data, and the form that it has."""
     path = Path(name_or_path).expanduser()
-    if name_or_path and (path.is_dir() or (path.suffix == ".npz" and path.is_file())):  # "" would be the current folder
-        return path
-    if name_or_path and path.exists():
-        raise InputError(f"{path}: is neither a folder of images nor an .npz file")
+    if name_or_path and path.exists():  # "" would be the current folder
+        form = form_of(path) if path.is_dir() or path.is_file() else None
+        if form is None:
+            kinds = "; ".join(form.about.replace("`", "") for form in FORMS.values())
+            raise InputError(f"{path}: is in no form that is read, which are: {kinds}")
+        return path, form
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"{path}: no such file or folder")
     close = difflib.get_close_matches(name_or_path.lower(), DATASETS, n=1)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -145,7 +145,7 @@ def read_tar_gz(path: Path, limits: Limits, is_wanted: Callable[[str], bool]) ->
     with open_file(path, limits.total_bytes + _MAXIMUM_PADDING_BYTES, "archives of " + limits.what) as file:
         stream = GzipStream(file, limits.total_bytes, path)
         try:
-            for position, member in enumerate(_tar_members(stream, path)):
+            for position, member in enumerate(tar_members(stream, path)):
                 _check_name(path, member.name)
                 where = f"{path}, member {short(member.name)}"
                 if position >= limits.members:
@@ -179,8 +179,24 @@ def read_tar_gz(path: Path, limits: Limits, is_wanted: Callable[[str], bool]) ->
     return found
 
 
-def _tar_members(stream: GzipStream, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The members' headers; the caller reads a member's data before it goes on."""
+class Stream(Protocol):
+    """What the members of a tar archive are read from, in order."""
+
+    def read(self, size: int) -> bytearray: ...
+
+    def skip(self, size: int) -> int: ...
+
+
+def tar_members(stream: Stream, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members' headers; the caller reads or skips a member's data, to a whole block, before it goes on.
+
+    Args:
+        stream: the content of the archive.
+        path: the archive, for error messages.
+
+    Raises:
+        InputError, tarfile.TarError, EOFError: If a header is damaged or out of bounds.
+    """
     extended: dict[str, str] = {}
     num_extended = 0
     is_first = True
@@ -233,14 +249,14 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-def _read_exactly(stream: GzipStream, size: int) -> bytearray:
+def _read_exactly(stream: Stream, size: int) -> bytearray:
     data = stream.read(size)
     if len(data) != size:
         raise EOFError("the archive ends within a member")
     return data
 
 
-def _skip_exactly(stream: GzipStream, size: int) -> None:
+def _skip_exactly(stream: Stream, size: int) -> None:
     if stream.skip(size) != size:
         raise EOFError("the archive ends within a member")
 

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
 import os.path
 import re
 from collections import Counter
@@ -17,33 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read_header, rules_note
-from bdjax.datasets.files import Listed, free_memory, list_files, list_level, read_file
-from bdjax.datasets.scaling import FLAG, Size, as_text, check_one_size, count_sizes, scaling_note
-from bdjax.datasets.splits import fixed_test_split, take_part
-from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset, one_line
+from bdjax.datasets.decoding import SUFFIXES, ImageHeader, decode, read_header, rules_note
+from bdjax.datasets.files import Listed, list_files, list_level, read_file
+from bdjax.datasets.scaling import Size, check_one_size, count_sizes, scaling_note
+from bdjax.datasets.stacking import FACTS, SPLITS, Stack, fault, refusal, split_of, split_rows
+from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
 _MAXIMUM_FILE_BYTES = 1 << 28
-_USABLE_MEMORY = 0.8
-_MOST_NAMED = 10
-_SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "val": ("val", "valid", "validation", "eval", "evaluation"),
-}
-"""a part of a dataset -> what people call its folder, in any case"""
-_FACTS = {
-    "nested": "in folders below a class",
-    "splits": "in a class's folder that is called train, test or val",
-    "links": "by symbolic links",
-    "shared": "whose file another row has, too",
-    "copies": "with the same bytes as another row",
-    "contradictions": "with the bytes of a row of another class",
-}
-"""facts on single files -> how `source` counts them, after a number"""
-_SPLIT_OF_NAME = {name: split for split, names in _SPLITS.items() for name in names}
 
 
 class _Part(NamedTuple):
@@ -85,7 +66,7 @@ class _Rows(NamedTuple):
     sizes: list[Counter]
     """for each part: (height, width) before scaling -> number of files"""
     counts: list[Counter]
-    """for each part: key of `RULES`, or of `_FACTS` -> number of files"""
+    """for each part: key of `RULES`, or of `FACTS` -> number of files"""
     unreadable: list[Unread]
 
 
@@ -112,7 +93,7 @@ def load_image_folder(path: Path, options: ReadOptions = STRICT) -> TrainTest:
         folder = found.parts[0].prefix
         raise InputError(f"{path}: has {folder} but neither test/ nor val/; one of them is needed for the test images")
     datasets = _read(path, found, options)
-    return TrainTest(*datasets) if len(datasets) == 2 else _split(datasets[0])
+    return TrainTest(*datasets) if len(datasets) == 2 else split_rows(datasets[0])
 
 
 def load_suspect_image_folder(path: Path, options: ReadOptions = STRICT) -> Dataset:
@@ -142,8 +123,8 @@ def _find(path: Path, options: ReadOptions, without_test: bool = False) -> _Foun
     for file in files:
         unread.add_file(file.name, file, "is an image beside the folders of the classes")
     folders = [folder for folder in folders if not unread.add_hidden(folder)]
-    by_split = {split: [folder for folder in folders if _split_of(folder) == split] for split in _SPLITS}
-    others = [folder for folder in folders if _split_of(folder) is None]
+    by_split = {split: [folder for folder in folders if split_of(folder.name) == split] for split in SPLITS}
+    others = [folder for folder in folders if split_of(folder.name) is None]
     # A test part without labels, such as ImageNet's, is none beside a `val` with labels.
     tests = next(filter(None, sorted((by_split["test"], by_split["val"]), key=_have_no_folders)), [])
     train = by_split["train"][0] if by_split["train"] else None
@@ -162,7 +143,7 @@ def _find(path: Path, options: ReadOptions, without_test: bool = False) -> _Foun
     _check_number(train.path, parts[0].classes)
     if without_test:
         # The form of the rows is common to both parts, so that a row is the same whichever function read it.
-        also = [file for test in tests for file in list_files(test.path) if "/" in file.name and _is_image(file.name)]
+        also = [file for test in tests for file in list_files(test.path) if "/" in file.name and is_image(file.name)]
         for test in tests:
             unread.add_folder(test, "is the part for testing")
         return _Found(parts, unread.entries, unread.count, also=tuple(also))
@@ -180,9 +161,9 @@ def _find_classes(
     path: Path, folders: Sequence[Listed], others: Sequence[Listed], unread: "_LeftOut", options: ReadOptions
 ) -> _Found:
     """A folder without a split."""
-    splits = [folder for folder in folders if _split_of(folder) is not None]
+    splits = [folder for folder in folders if split_of(folder.name) is not None]
     # Classes called "valid" and "invalid", or "car" and "train", are possible; "cat", "dog" and "test" are not.
-    if any(_split_of(folder) != "train" and (len(others) != 1 or _holds_folders_only(folder)) for folder in splits):
+    if any(split_of(folder.name) != "train" and (len(others) != 1 or _holds_folders_only(folder)) for folder in splits):
         names = " and ".join(f"{folder.name}/" for folder in splits)
         raise InputError(
             f"{path}: has {names}, by the name a split, but no train/; put the folders of the training classes into train/, "
@@ -246,10 +227,6 @@ def _check_number(path: Path, classes: dict[str, list[Listed]]) -> None:
     )
 
 
-def _split_of(folder: Listed) -> str | None:
-    return _SPLIT_OF_NAME.get(folder.name.lower())
-
-
 def _have_no_folders(folders: Sequence[Listed]) -> bool:
     return not any(list_level(folder.path)[0] for folder in folders)
 
@@ -257,10 +234,11 @@ def _have_no_folders(folders: Sequence[Listed]) -> bool:
 def _holds_folders_only(folder: Listed) -> bool:
     """Whether a folder has folders but no images, as a split has and a class need not."""
     folders, files = list_level(folder.path)
-    return any(not inner.name.startswith(".") for inner in folders) and not any(_is_image(file.name) for file in files)
+    return any(not inner.name.startswith(".") for inner in folders) and not any(is_image(file.name) for file in files)
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
@@ -281,7 +259,7 @@ class _LeftOut:
             self.add(name, file.problem)
         elif os.path.basename(name).startswith("."):
             self.add(name, "is hidden")
-        elif not _is_image(name):
+        elif not is_image(name):
             self.add(name, "has a suffix that is not read")
         elif problem:
             self.add(name, problem)
@@ -324,8 +302,8 @@ def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
     train = found.parts[0]
     read = _read_rows(path, _rows_of(found.parts, train), len(found.parts), found.also, options)
     if read.unreadable and not options.skip_unreadable:
-        raise _refusal(path, read.unreadable)
-    unread = (*found.unread, *(Unread(file, _fault(reason)) for file, reason in read.unreadable))
+        raise refusal(path, read.unreadable)
+    unread = (*found.unread, *(Unread(file, fault(reason)) for file, reason in read.unreadable))
     num_unread = found.num_unread + len(read.unreadable)
     class_names = tuple(train.classes)
     datasets = []
@@ -341,7 +319,7 @@ def _read(path: Path, found: _Found, options: ReadOptions) -> list[Dataset]:
         scaling = scaling_note(sizes, images.shape[1:3])
         notes = [scaling, rules_note(read.counts[number])]
         notes += [
-            f", {read.counts[number][fact]:,} {text}" for fact, text in _FACTS.items() if read.counts[number][fact]
+            f", {read.counts[number][fact]:,} {text}" for fact, text in FACTS.items() if read.counts[number][fact]
         ]
         notes += [f", {num_unread:,} file(s) not read" if num_unread else "", *(f", {note}" for note in found.notes)]
         dataset = make_dataset(
@@ -364,24 +342,10 @@ def _check_readable(part: _Part, names: set[str]) -> None:
             raise InputError(f"{part.folder / name}: has {len(files)} image(s), none of which can be read")
 
 
-def _refusal(path: Path, unreadable: Sequence[Unread]) -> InputError:
-    hint = "--skip-unreadable leaves such files out"
-    if len(unreadable) == 1:
-        return InputError(one_line(f"{path / unreadable[0].file}: {unreadable[0].reason}; {hint}"))
-    named = "; ".join(f"{file} {_fault(reason)}" for file, reason in unreadable[:_MOST_NAMED])
-    more = f"; and {len(unreadable) - _MOST_NAMED:,} more" if len(unreadable) > _MOST_NAMED else ""
-    return InputError(one_line(f"{path}: {len(unreadable):,} files cannot be read ({hint}): {named}{more}"))
-
-
-def _fault(reason: str) -> str:
-    """What is wrong, without what would be right."""
-    return reason.split("; ")[0]
-
-
 def _read_rows(path: Path, rows: Sequence[_Row], num_parts: int, also: Sequence[Listed], options: ReadOptions) -> _Rows:
     """Reads each file once; of images in several sizes without `image_size`, those after the second size are only counted."""
     side = options.image_size
-    stack = _Stack(path, len(rows))
+    stack = Stack(path, len(rows), options.say)
     elsewhere: Counter[Size] = Counter()
     for header in _headers(also):
         stack.is_grey &= header.is_grey
@@ -417,10 +381,10 @@ def _headers(files: Iterable[Listed]) -> Iterator[ImageHeader]:
 
 
 def _facts(row: _Row, data: bytes, seen: dict[bytes, _Row]) -> Iterator[str]:
-    """The keys of `_FACTS` that hold for a row, given the first row with each content."""
+    """The keys of `FACTS` that hold for a row, given the first row with each content."""
     if "/" in row.file.name:
         yield "nested"
-        if row.file.name.split("/")[0].lower() in _SPLIT_OF_NAME:
+        if split_of(row.file.name.split("/")[0]):
             yield "splits"
     if row.file.is_link:
         yield "links"
@@ -430,57 +394,3 @@ def _facts(row: _Row, data: bytes, seen: dict[bytes, _Row]) -> Iterator[str]:
         yield "shared" if first.file.inode == row.file.inode else "copies"
         if first.label != row.label:
             yield "contradictions"
-
-
-class _Stack:
-    """Images of one size in one array. It gets colours with the first image that has some, so that each file is read once."""
-
-    def __init__(self, path: Path, capacity: int) -> None:
-        self.path = path
-        self.capacity = capacity
-        self.is_grey = True
-        self.images: np.ndarray | None = None
-        self.count = 0
-
-    def add(self, picture: Picture) -> None:
-        """Adds an image.
-
-        Raises:
-            InputError: if the images will not fit into memory.
-        """
-        self.is_grey &= picture.header.is_grey
-        form = (*picture.pixels.shape[:2], 1 if self.is_grey else 3)
-        if self.images is None or self.images.shape[1:] != form:
-            self._change(form)
-        self.images[self.count] = picture.pixels
-        self.count += 1
-
-    def filled(self) -> np.ndarray:
-        """uint8 [N, H, W, C]: the images so far."""
-        return np.empty((0, 1, 1, 1), np.uint8) if self.images is None else self.images[: self.count]
-
-    def _change(self, form: tuple[int, int, int]) -> None:
-        previous, free = self.filled(), free_memory()
-        num_bytes = self.capacity * math.prod(form)
-        too_large = InputError(
-            f"{self.path}: {self.capacity:,} images of {as_text(form[:2])} pixels and {form[2]} channel(s) take "
-            f"{num_bytes / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB of memory are free; use fewer images, or {FLAG}=N "
-            "to make them smaller"
-        )
-        if num_bytes > _USABLE_MEMORY * free:
-            raise too_large
-        try:
-            self.images = np.empty((self.capacity, *form), np.uint8)
-        except MemoryError as error:
-            raise too_large from error
-        if self.count:
-            self.images[: self.count] = previous
-
-
-def _split(dataset: Dataset) -> TrainTest:
-    rows_of_parts = fixed_test_split(dataset.labels)
-    if len(rows_of_parts[1]) == 0:
-        raise InputError(
-            f"{dataset.source}: 20 % of each class, for testing, is less than one image; each class needs at least 3 images"
-        )
-    return TrainTest(*(take_part(dataset, *part) for part in zip(rows_of_parts, ("train", "test"), strict=True)))

@@ -1,6 +1,6 @@
 """Checks that every reader makes before its rows become a `Dataset`; errors name the file, the row and what would be right."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,12 @@ class ReadOptions(NamedTuple):
     """accept classes without rows; by default labels that start at 1 are an error"""
     image_size: int | None = None
     """height and width that all images are scaled to, see `ImageSide`; by default images of several sizes are an error"""
+    image_column: str = ""
+    """the column with the images, in data that has columns; by default the one that is called image, img or the like"""
+    label_column: str = ""
+    """the column with the classes; by default the one that is called label, class or the like"""
+    say: Callable[[str], None] | None = None
+    """called with the memory that large data takes, before it is read"""
 
 
 STRICT = ReadOptions()

@@ -1,4 +1,5 @@
-"""Every defense of suspect training sets, by name. A new defense needs a file and an entry here."""
+"""Every defense of suspect training sets, by name. A new defense needs a file and an entry here; defenses of installed plugins
+are found by themselves."""
 
 from bdjax.defenses.abl import ABL
 from bdjax.defenses.abm import ABM
@@ -25,9 +26,10 @@ from bdjax.defenses.strip import STRIP
 from bdjax.defenses.ta_kd_student import TA_KD_STUDENT
 from bdjax.defenses.undefended import UNDEFENDED
 from bdjax.defenses.vbd import VBD
+from bdjax.plugins import Registry, of_type
 from bdjax.settings import check_choice
 
-DEFENSES: dict[str, Defense] = {
+_OWN: dict[str, Defense] = {
     defense.name: defense
     for defense in (
         UNDEFENDED,
@@ -56,6 +58,7 @@ DEFENSES: dict[str, Defense] = {
         TA_KD_STUDENT,
     )
 }  # fmt: skip
+DEFENSES: Registry[Defense] = Registry("defense", _OWN, of_type(Defense, "bdjax.defenses.contract.Defense"))
 
 
 def find_defense(name: str) -> Defense:

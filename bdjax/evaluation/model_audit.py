@@ -34,8 +34,6 @@ MOST_P_VALUE = 0.05
 MOST_NORMAL_P_VALUE = 0.01
 """Largest p-value of a finding if the controls' largest scores were normal; ours; like all of these, chosen on one seed of
 digits."""
-LEAST_CONTROLS = 2
-"""Control networks without which no spread is known."""
 LEAST_ROWS = 32
 """Clean rows, and held-out rows, below which nothing is searched or measured; ours."""
 KNOWS = 0.25

@@ -8,6 +8,7 @@ evaluation sees these numbers; no method does.
 import json
 import math
 import pathlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from bdjax.evaluation.measure import Comparison, TriggeredViews, measure
 from bdjax.evaluation.teachers import SuspectTeachers, control
 from bdjax.evaluation.variants import DefenseVariant
 from bdjax.training import processes
+from bdjax.training.stages import StageRunner
 from bdjax.types import DefenseResult, Model, PyTree
 
 POINTS = 20
@@ -90,6 +92,7 @@ class StudentCurves:
             point = CurvePoint(epoch, tuple(cda), tuple(asr), tuple(controls))
             self.by_stage.setdefault(stage, {})[epoch] = point
             _write(self.file, self.by_stage)
+            _send(inputs.runner, stage, self.by_stage[stage])
 
         return replace(inputs, runner=replace(inputs.runner, watch=watch))
 
@@ -100,6 +103,19 @@ class StudentCurves:
             return []
         (of_stage,) = self.by_stage.values()
         return [of_stage[epoch] for epoch in sorted(of_stage)]
+
+
+def _send(runner: StageRunner, stage: str, points: dict[int, CurvePoint]) -> None:
+    """Pass all points of a stage on to the runner's curves: the mean over the students whose number is known."""
+    if runner.curves is None or runner.folder is None:
+        return
+    with runner.curves(runner.folder / re.sub(r"\W+", "-", f"{stage} measured")) as take:
+        for epoch, point in sorted(points.items()):
+            known = {
+                name: [value for value in getattr(point, name) if value is not None]
+                for name in ("cda", "asr", "control_asr")
+            }
+            take(epoch, {name: sum(values) / len(values) for name, values in known.items() if values})
 
 
 @processes.by_primary

@@ -1,4 +1,4 @@
-"""Suspect teachers: networks that were attacked here, or third-party networks read from a folder, and what defenses get.
+"""Suspect teachers: networks that were attacked here, or third-party networks with their weights, and what defenses get.
 
 A trained trigger may be a perturbation that fools any network, backdoored or not. So each trigger is also measured on the
 clean network of the same seed, and on the student that a method makes of that network (`control`): its success there is not
@@ -27,6 +27,7 @@ from bdjax.evaluation.measure import Comparison, TriggeredViews, clean_members, 
 from bdjax.evaluation.suspects import Suspect, first_triggers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.exchange import model_folder
+from bdjax.exchange.opening import is_black_box, open_model
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
@@ -70,7 +71,7 @@ class ThirdPartyModels(NamedTuple):
     suspects: list[Suspect]
     """N, for the first seed; with a plan if the trigger is known"""
     digest: str = ""
-    """SHA-256 of the folder's content"""
+    """SHA-256 of what decides their answers"""
 
 
 @dataclass(frozen=True)
@@ -251,22 +252,35 @@ def control(
     return success_on(inputs, comparison.result.model, of_seed, teachers.suspects, comparison.variant, views)
 
 
-def read_folder(
-    folder: pathlib.Path, train: Dataset, target: int, lowering: Lowering, compute_dtype: ComputeDtype = "float32"
+def open_teacher(
+    text: str, train: Dataset, target: int, lowering: Lowering, compute_dtype: ComputeDtype = "float32"
 ) -> ThirdPartyModels:
-    """Read third-party models, and their triggers if the folder has them.
+    """Read third-party models, and their triggers if a folder has them.
 
     Args:
-        folder: a model folder, see `bdjax.exchange.model_folder`.
+        text: a folder or a file of weights, see `bdjax.exchange.opening`.
         train: clean rows of the data that the models are for.
         target: the class that success is measured for.
         lowering: how to compute the convolutions.
         compute_dtype: dtype of the activations.
 
     Raises:
-        InputError: as `bdjax.exchange.model_folder.read`.
+        InputError: as `bdjax.exchange.opening.open_model`; or the text names a black box, which has no weights.
     """
-    found = model_folder.read(folder, train.num_classes, train.image_shape, target, lowering, compute_dtype)
+    if is_black_box(text):
+        raise InputError(
+            f"{text}: is a black box, and these methods need its weights: FOLDER or FILE.safetensors:ARCHITECTURE. "
+            "Students of black boxes: experiments/ta_kd.py --teachers"
+        )
+    found = open_model(
+        text,
+        train.num_classes,
+        train.image_shape,
+        class_names=train.class_names,
+        lowering=lowering,
+        compute_dtype=compute_dtype,
+        target=target,
+    )
     count, suspects = ensemble.num_members(found.variables), []
     for number in range(count):
         name = f"teacher {number + 1}" if count > 1 else "teacher"

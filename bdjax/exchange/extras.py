@@ -1,9 +1,13 @@
-"""Libraries of the extra `onnx`, imported when they are needed."""
+"""Libraries of the extras `onnx` and `grid`, imported when they are needed."""
 
 import importlib
 from types import ModuleType
+from typing import Literal
 
 from bdjax.errors import InputError
+
+Export = Literal["stablehlo", "onnx"]
+"""Further forms in which a run leaves its networks; the second needs the extra."""
 
 
 def onnx() -> ModuleType:
@@ -24,8 +28,37 @@ def onnxruntime() -> ModuleType:
     return _imported("onnxruntime")
 
 
-def _imported(name: str) -> ModuleType:
+def submitit() -> ModuleType:
+    """The library `submitit`, which runs functions in other processes, here or under Slurm.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    return _imported("submitit", "a grid needs", "grid")
+
+
+def tensorboard() -> ModuleType:
+    """The library `tensorboardX`, which writes event files.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    return _imported("tensorboardX", "--tensorboard needs", "grid")
+
+
+def parquet() -> ModuleType:
+    """The library `pyarrow.parquet`.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    return _imported("pyarrow.parquet", "--format=parquet needs", "grid")
+
+
+def _imported(name: str, needs: str = "ONNX models need", extra: str = "onnx") -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise InputError(f"ONNX models need {name}, which is not installed: pip install 'bdjax[onnx]'") from error
+        raise InputError(
+            f"{needs} {name.partition('.')[0]}, which is not installed: pip install 'bdjax[{extra}]'"
+        ) from error

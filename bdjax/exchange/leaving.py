@@ -11,7 +11,7 @@ combines their logits in FOLDER/correction.json; its further forms hold both net
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -19,10 +19,10 @@ import numpy as np
 from bdjax import atomic
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model, stablehlo
+from bdjax.exchange.extras import Export
 from bdjax.training import ensemble, processes
 from bdjax.types import Model, PyTree
 
-Export = Literal["stablehlo", "onnx"]
 CORRECTION = "correction.json"
 
 

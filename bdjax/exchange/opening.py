@@ -27,6 +27,7 @@ from bdjax.training import checkpoint
 from bdjax.types import Classifier, Model, PyTree
 
 FORMS = "FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://HOST:PORT/PATH"
+_ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _SAFETENSORS = re.compile(r"(?P<path>.+?\.safetensors)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
 _ONNX = re.compile(r"(?P<path>.+?\.onnx)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
 
@@ -80,7 +81,7 @@ def open_model(
         InputError: nothing can be read there, it is damaged, or for other data. Nothing in a file is ever run.
     """
     text = str(text)
-    if re.match(r"https?://", text, re.IGNORECASE):
+    if _ADDRESS.match(text):
         from bdjax.exchange import http
 
         classifier = http.connect(text, num_classes, image_shape, outputs=outputs, store=store)
@@ -109,6 +110,11 @@ def open_model(
         raise InputError(f"{shown(text)} does not exist; a model is {FORMS}")
     safetensors_files.refuse_pickle(bare)
     raise InputError(f"{text}: is no form of a model that is known by its name; a model is {FORMS}")
+
+
+def is_black_box(text: str) -> bool:
+    """Whether a text names a model that only answers: its form is that of an address or of an ONNX file."""
+    return bool(_ADDRESS.match(text)) or (not _is_folder(pathlib.Path(text)) and bool(_ONNX.fullmatch(text)))
 
 
 def _is_folder(path: pathlib.Path) -> bool:

@@ -1,6 +1,7 @@
-"""Networks by name. To add one, add a file here and a line in `MODELS`."""
+"""Networks by name. To add one, add a file here and a line in `_OWN`; networks of installed plugins are found by themselves."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from flax import linen as nn
 
@@ -28,12 +29,14 @@ from bdjax.models.facade import (
 )
 from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
 from bdjax.models.normalisation import normalised
+from bdjax.plugins import Registry
 from bdjax.types import Architecture, Model
 
 __all__ = [
     "MODELS",
     "ComputeDtype",
     "Lowering",
+    "as_model",
     "convolution_shapes",
     "count_parameters",
     "default_lowering",
@@ -46,7 +49,10 @@ __all__ = [
     "tap_shapes",
 ]
 
-MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = {
+Maker = Callable[[int, int, Lowering, ComputeDtype], nn.Module]
+"""(number of classes, width, lowering, dtype) -> module."""
+
+_OWN: Mapping[str, Maker] = {
     **resnet.NETWORKS,
     **vgg.NETWORKS,
     **mobilenet_v2.NETWORKS,
@@ -57,7 +63,15 @@ MODELS: Mapping[str, Callable[[int, int, Lowering, ComputeDtype], nn.Module]] = 
     **preact_resnet.NETWORKS,
     **speedrun.NETWORKS,
 }
-"""Name -> (number of classes, width, lowering, dtype) -> module."""
+
+
+def _mistake(name: str, entry: Any) -> str:
+    """What is wrong with the entry of a plugin."""
+    return "" if callable(entry) else f"is of the type {type(entry).__name__}, not a function that makes a network"
+
+
+MODELS: Registry[Maker] = Registry("model", _OWN, _mistake)
+"""Every network by name."""
 
 PREPARE = {"speedrun": speedrun.whiten}
 """Name -> `Model.prepare`, for the networks that have it."""

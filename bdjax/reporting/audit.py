@@ -132,7 +132,7 @@ def summarise(
         preset=preset,
         dataset=dataset.name,
         rows=len(dataset),
-        unit="files" if dataset.files else "rows",
+        unit="files" if dataset.files and not dataset.records else "rows",
         flagged=int(flags.sum()) if is_tested else None,
         flagged_share=float(flags.mean()) if is_tested else None,
         image_shape=list(dataset.image_shape),

@@ -20,7 +20,7 @@ from bdjax.evaluation import published
 from bdjax.evaluation.measure import Comparison, Measured
 from bdjax.evaluation.patterns import FoundPattern
 from bdjax.evaluation.variants import NOT_TESTED
-from bdjax.metrics import DEFINITIONS, DETECTION_FAILS, detection_word
+from bdjax.metrics import DEFINITIONS, DETECTION_FAILS, DetectionWord, detection_word
 from bdjax.reporting import defenses, detector_plots, found_patterns, plots
 from bdjax.reporting import results as schema
 from bdjax.reporting import sections as shared
@@ -94,6 +94,12 @@ def summarise(measured: Iterable[Measured], seed: int, left_out: Mapping[str, st
         left_out: a detector -> why it is not in the run.
     """
     return defenses.summarise(measured, 0, seed, left_out)
+
+
+def word_of(results: Entry, attack: str, detector: str) -> DetectionWord | None:
+    """The word for how well a detector finds the poisoned rows of an attack; None if that is unknown."""
+    f1 = mean_of(schema.find(results, attack, detector), "f1")
+    return None if f1 is None else detection_word(f1)
 
 
 def rule_of(attack: Entry) -> str | None:

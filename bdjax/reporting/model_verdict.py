@@ -11,6 +11,7 @@ from bdjax.evaluation.variants import NOT_TESTED
 from bdjax.reporting.audit_verdict import capital, listed, percent
 from bdjax.reporting.report import Verdict
 from bdjax.reporting.sections import Entry
+from bdjax.run import command_line
 
 CANNOT_SEE = (
     "This method looks for one small patch or faint picture that turns any image into one class. It cannot see triggers that "
@@ -192,7 +193,7 @@ def next_steps(results: Entry) -> list[str]:
 
 
 def commands(
-    data: Sequence[str], texts: Sequence[str], members: int, is_folder: bool = False, outputs: str = "logits"
+    data: Sequence[str], texts: Sequence[str], members: int, is_white: bool = False, outputs: str = "logits"
 ) -> list[str]:
     """The commands that make a clean student from the audited models.
 
@@ -200,11 +201,11 @@ def commands(
         data: the flags that name the data.
         texts: the models, as given to this run.
         members: how many models they are.
-        is_folder: whether it is a single folder that `experiments/robust_kd.py` can read.
+        is_white: whether their weights are known, which `bdjax robust-kd` needs.
         outputs: what black boxes return.
     """
     returned = [] if outputs == "logits" else [f"--outputs={outputs}"]
-    voted = ["python", "experiments/ta_kd.py", *data, *returned, "--teachers", *texts]
-    alone = ["python", "experiments/robust_kd.py", *data, *[f"--teacher={text}" for text in texts]]
-    found = [alone, voted] if is_folder and members == 1 else [voted]
-    return [shlex.join(words) for words in found]
+    voted = "ta_kd", [*data, *returned, "--teachers", *texts]
+    alone = "robust_kd", [*data, *[f"--teacher={text}" for text in texts]]
+    found = [alone, voted] if is_white and len(texts) == members == 1 else [voted]
+    return [f"{command_line.invocation(name)} {shlex.join(words)}" for name, words in found]

@@ -15,9 +15,10 @@ from typing import Any
 
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.registry import ATTACKS
-from bdjax.datasets import DATASETS
+from bdjax.datasets import DATASETS, FORMS
 from bdjax.defenses.contract import Defense
 from bdjax.defenses.registry import DEFENSES
+from bdjax.metrics import ABBREVIATIONS, DEFINITIONS
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.presets import QUICK
 
@@ -64,6 +65,12 @@ def datasets_table() -> Table:
     return Table("", ("name", "a mirrored image keeps its class", "quick runs are sized as for"), tuple(rows))
 
 
+def forms_table() -> Table:
+    """One row for each form of a user's own data."""
+    rows = ((form.about, form.classes, form.copy) for form in FORMS.values())
+    return Table("", ("a path that holds", "classes", "an audit leaves of the rows that are not flagged"), tuple(rows))
+
+
 def quick_table(workflow: str) -> Table:
     """One row for each dataset that the `quick` preset has settings for.
 
@@ -74,12 +81,21 @@ def quick_table(workflow: str) -> Table:
     return Table("", ("dataset", "what `quick` sets"), tuple(rows))
 
 
+def definitions_table() -> Table:
+    """One row for each number and word of tables, `results.json` and verdicts."""
+    short = {name: text for text, name in ABBREVIATIONS.items()}
+    rows = ((short.get(name, name.replace("_", " ")), _code(name), text) for name, text in DEFINITIONS.items())
+    return Table("", ("in tables", "in `results.json`", "meaning"), tuple(rows))
+
+
 TABLES: Mapping[str, Callable[[], Table]] = {
     "attacks": attacks_table,
     "attack settings": attack_settings_table,
     "defenses": defenses_table,
     "defense settings": defense_settings_table,
     "datasets": datasets_table,
+    "forms": forms_table,
+    "definitions": definitions_table,
     **{f"quick {workflow}": lambda workflow=workflow: quick_table(workflow) for workflow in QUICK},
 }
 """Name of a block -> the table that stands in it."""

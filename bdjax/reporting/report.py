@@ -6,6 +6,7 @@ requests.
 
 import base64
 import importlib.resources
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from bdjax.metrics import DefenseWord
+from bdjax.metrics import ABBREVIATIONS, DEFINITIONS, DefenseWord
 from bdjax.reporting import tables
 from bdjax.reporting.plots import DPI
 from bdjax.reporting.tables import Table
@@ -22,6 +23,15 @@ from bdjax.run.folder import RunFolder, describe_environment, to_plain
 
 LEVELS = ("success", "warning", "attacked", "info", "found", "suspicious", "nothing_found", "not_tested")
 """The last four are of audits, whose ground truth is unknown: none of them is a success."""
+TABLE_WIDTHS = tuple(range(30, 140, 8))
+"""Widths in letters, of tables and of the room for them. A table is laid out as a grid where its width, rounded up to one of
+these, fits, and otherwise as a card for each row; beyond the largest always as cards."""
+LETTER = 8.6
+"""Width of a letter in a table, in CSS pixels: that of a digit in a wide font."""
+_SHRUNK = 0.87
+"""Widths of a table in a smaller font, as a share of those in the usual one."""
+_SHORT = 10
+_ABBREVIATION = re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, ABBREVIATIONS))})(?![\w-])")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -107,9 +117,11 @@ def render(report: Report) -> str:
         number_columns=tables.number_columns,
         paragraphs=_paragraphs,
         styles=tables.styles,
+        layout=_layout,
     )
     source = importlib.resources.files("bdjax.reporting").joinpath("report.html.j2").read_text("utf-8")
-    return environment.from_string(source).render(report=report)
+    sizes = {"widths": TABLE_WIDTHS, "letter": LETTER, "shrunk": _SHRUNK}
+    return environment.from_string(source).render(report=report, words=_first_words(report), **sizes)
 
 
 def publish(
@@ -169,6 +181,43 @@ def timings_table(timings: Mapping[str, float], title: str = "Time per stage") -
     total = sum(timings.values())
     rows = [(name, f"{seconds:.1f}", f"{seconds / total:.0%}" if total else None) for name, seconds in timings.items()]
     return Table(title, ("stage", "seconds", "share"), (*rows, ("all", f"{total:.1f}", "100%")))
+
+
+def _first_words(report: Report) -> list[list[tuple[str, str]]]:
+    """Abbreviation and meaning, where each is first used: in the header, among the facts, then in each section."""
+    header = (
+        report.title,
+        report.verdict.headline,
+        report.verdict.text,
+        *report.key_numbers,
+        *report.key_numbers.values(),
+    )
+    places = [header, _words_of(report.facts) if report.facts else ()]
+    for section in report.sections:
+        captions = (figure.caption for figure in section.figures)
+        of_tables = (text for table in section.tables for text in _words_of(table))
+        places.append((section.title, section.text, *of_tables, *captions))
+    seen: set[str] = set()
+    found = []
+    for texts in places:
+        new = dict.fromkeys(word for text in texts for word in _ABBREVIATION.findall(text) if word not in seen)
+        seen |= new.keys()
+        found.append([(word, DEFINITIONS[ABBREVIATIONS[word]]) for word in new])
+    return found
+
+
+def _words_of(table: Table) -> Iterable[str]:
+    return (table.title, *map(str, table.header), *(text for row in tables.cells(table) for text in row), table.notes)
+
+
+def _layout(table: Table) -> str:
+    """The classes of a table that say how much room it needs: as a grid at all, without numbers in two lines, and as cards."""
+    found = [
+        f"{name}-{next((width for width in TABLE_WIDTHS if width >= needed), 'more')}"
+        for name, needed in zip(("grid", "loose"), tables.widths(table), strict=True)
+    ]
+    is_short = all(len(text) <= _SHORT for row in tables.cells(table) for text in row[1:])
+    return " ".join(found + ["short"] * is_short)
 
 
 def _paragraphs(text: str) -> list[str]:

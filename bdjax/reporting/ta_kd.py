@@ -326,6 +326,17 @@ def size_table(results: Mapping[str, Any]) -> Table:
     return Table("Trainable parameters", ("deployed", "parameters"), rows, notes)
 
 
+def word_of(results: Mapping[str, Any], attack: str, role: str) -> DefenseWord | None:
+    """The word for what became of the backdoors in a role; None if the triggers are unknown, and for a role that is not the
+    defense's. The control is the clean reference."""
+    if role not in ("aggregated", "student"):
+        return None
+    before, after, clean = (find(results, attack, name) for name in ("teachers", role, "clean"))
+    asr, cda = ([mean_of(cell, name) for cell in (before, after)] for name in ("asr", "cda"))
+    control = mean_of(clean, "asr")
+    return None if None in asr else defense_word(*asr, *cda, control, control)
+
+
 def verdict(results: Mapping[str, Any]) -> Verdict:
     """Put the numbers into words, also compared with the baselines. The control is the clean reference."""
 
@@ -355,10 +366,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict:
         compared += f"; the teachers fine-tuned on the clean rows {mean('fine-tuned', 'asr'):.3f}"
         compared += f" at CDA {mean('fine-tuned', 'cda'):.3f}"
     text = f"{compared}.\n\n{gain}"
-    words = [
-        defense_word(before, mean(role, "asr"), mean("teachers", "cda"), mean(role, "cda"), control, control)
-        for role in ("aggregated", "student")
-    ]
+    words = [word_of(results, ATTACK, role) for role in ("aggregated", "student")]
     if "nothing to remove" in words:
         headline = f"The attack does not work here: mean ASR {before:.3f} under the {count} teachers' own triggers"
         return Verdict("warning", headline + ("." if control is None else f"; a clean model has {control:.3f}."), text)

@@ -1,12 +1,15 @@
 """Tables, printed as Markdown for files, by rich on the terminal, or as HTML by the report's template."""
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import rich.table
 from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from bdjax.run.text import printable, shortened
@@ -16,7 +19,10 @@ Cell = str | int | float | None
 UNKNOWN = "–"
 ROW_STYLES = ("", "paper", "ours")
 _NUMBER = re.compile(r"[<>≤≥≈~]? ?[+\-−]?\d[\d,.]*(e[+-]?\d+)?( ?± ?[\d.]+)?( ?[%a-zA-Zµ×/]{1,5})?|nan|-?inf")
+_PADDING, _LEAST_TEXT, _USUAL_TEXT = 2.5, 12, 20
 _RICH_STYLES = {"": "", "paper": "italic dim", "ours": "bold"}
+_LONGEST_WORD = 24
+"""Letters of a word that is never broken on a terminal; file names and settings may be longer."""
 _MARKDOWN_MARKS = {"": "", "paper": "*", "ours": "**"}
 
 
@@ -105,6 +111,31 @@ def number_columns(table: Table) -> tuple[bool, ...]:
     return tuple(is_number(column) for column in columns)
 
 
+class Widths(NamedTuple):
+    """How wide a table is as HTML, in letters; its cells have 2.5 letters of padding each."""
+
+    least: float
+    """if lines may break at every space"""
+    comfortable: float
+    """if no number breaks, and a text only after some words"""
+
+
+def widths(table: Table) -> Widths:
+    """The room that a table needs in HTML, about: letters differ in width."""
+    columns = list(zip(*cells(table), strict=True)) or [()] * len(table.header)
+    least, comfortable = 0.0, 0.0
+    for name, column, is_number in zip(table.header, columns, number_columns(table), strict=True):
+        words = max(_longest_word(text) for text in (printable(name), *column))
+        longest = max(map(cell_len, column), default=0)
+        least += max(words, 0 if is_number else min(longest, _LEAST_TEXT)) + _PADDING
+        comfortable += max(words, longest if is_number else min(longest, _USUAL_TEXT)) + _PADDING
+    return Widths(least, comfortable)
+
+
+def _longest_word(text: str) -> int:
+    return max((cell_len(word) for word in re.split(r"\s|(?<=[-/])", text)), default=0)
+
+
 def to_markdown(table: Table) -> str:
     """Returns the table in Markdown, with aligned columns so that the source is readable, too."""
 
@@ -133,16 +164,140 @@ def to_markdown(table: Table) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def to_rich(table: Table) -> rich.table.Table:
+class Fitted(NamedTuple):
+    """A table on a console of any width, without a word or a number cut off.
+
+    Numbers stay on a line and text is wrapped between words. Columns that do not fit beside each other follow below, with the
+    first column repeated. Only words of more than `_LONGEST_WORD` letters are broken.
+    """
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        header = [printable(name) for name in self.table.header]
+        body = [[shortened(text, 200, 60) for text in row] for row in cells(self.table)]
+        numbers = number_columns(self.table)
+        columns = list(zip(header, *body, strict=True))
+        wanted = [max(map(cell_len, column)) for column in columns]
+        least = [_least(column, is_number) for column, is_number in zip(columns, numbers, strict=True)]
+        if self.table.title:
+            yield Text(shortened(printable(self.table.title)), "bold")
+        for block in _blocks(least, options.max_width):
+            shown = rich.table.Table()
+            widths = _spread([least[i] for i in block], [wanted[i] for i in block], options.max_width)
+            for i, width in zip(block, widths, strict=True):
+                justify = "right" if numbers[i] else "left"
+                shown.add_column(Text(header[i]), justify=justify, width=width, overflow="fold")
+            for row, style in zip(body, styles(self.table), strict=True):
+                shown.add_row(*(Text(row[i]) for i in block), style=_RICH_STYLES[style])
+            yield shown
+        if self.table.notes:
+            yield Text(shortened(printable(self.table.notes), 4000), "dim")
+
+
+def _least(column: Sequence[str], is_number: bool) -> int:
+    """Width of a column's longest number, or longest word; the header may be wrapped in either case."""
+    name, *texts = column
+    words = [*name.split(), *(texts if is_number else (word for text in texts for word in text.split()))]
+    longest = max(map(cell_len, words), default=1)
+    return longest if is_number else min(longest, _LONGEST_WORD)
+
+
+def _frame(columns: int) -> int:
+    """Width of the lines and the margins of a table."""
+    return 3 * columns + 1
+
+
+def _blocks(least: Sequence[int], width: int) -> list[list[int]]:
+    """The columns that stand beside each other: every block begins with the first column and has at least one other.
+
+    Args:
+        least: smallest width of each column.
+        width: of the console.
+    """
+    blocks = [[0]] if least else []
+    for column in range(1, len(least)):
+        block = blocks[-1]
+        taken = sum(least[i] for i in block) + least[column] + _frame(len(block) + 1)
+        if len(block) > 1 and taken > width:
+            blocks.append([0, column])
+        else:
+            block.append(column)
+    return blocks
+
+
+def _spread(least: Sequence[int], wanted: Sequence[int], width: int) -> list[int]:
+    """Widths of the columns of a block: what is left over goes to those that would have the most lines."""
+    widths = list(least)
+    for _ in range(width - _frame(len(widths)) - sum(widths)):
+        needs = [want / has if want > has else 0.0 for want, has in zip(wanted, widths, strict=True)]
+        if not any(needs):
+            break
+        widths[needs.index(max(needs))] += 1
+    return widths
+
+
+def to_rich(table: Table) -> Fitted:
     """Returns the table for a rich console; long cells are shortened."""
-    result = rich.table.Table(
-        title=Text(shortened(printable(table.title)), "bold") if table.title else None,
-        caption=Text(shortened(printable(table.notes), 4000), "dim") if table.notes else None,
-        title_justify="left",
-        caption_justify="left",
-    )
-    for name, right in zip(table.header, number_columns(table), strict=True):
-        result.add_column(Text(printable(name)), justify="right" if right else "left")
-    for row, style in zip(cells(table), styles(table), strict=True):
-        result.add_row(*(Text(shortened(text, 200, 60)) for text in row), style=_RICH_STYLES[style])
-    return result
+    return Fitted(table)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{letter: f"\\{letter}" for letter in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"$<$",
+    ">": r"$>$",
+    "|": r"$|$",
+    '"': "''",
+    "±": r"$\pm$",
+    "–": "--",
+    "—": "---",
+    "−": "$-$",
+    "×": r"$\times$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "≈": r"$\approx$",
+    "…": r"\dots{}",
+    "→": r"$\rightarrow$",
+}
+"""What LaTeX takes for something else than a letter."""
+
+
+def latex_text(text: str) -> str:
+    """Returns a text as LaTeX in ASCII: other letters lose their accents or, if they have no command, become "?"."""
+    found = []
+    for letter in printable(text):
+        if letter in _LATEX:
+            found.append(_LATEX[letter])
+        elif letter.isascii():
+            found.append(letter)
+        else:
+            plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+            found.append("".join(_LATEX.get(part, part) for part in plain) or "?")
+    return "".join(found)
+
+
+def to_latex(table: Table) -> str:
+    r"""Returns the table as a `table` environment, which needs \usepackage{booktabs}."""
+
+    def line(texts: Iterable[str]) -> str:
+        return " & ".join(map(latex_text, texts)) + r" \\"
+
+    columns = "".join("r" if right else "l" for right in number_columns(table))
+    parts = [
+        r"\begin{table}[htbp]",
+        r"\centering",
+        *([rf"\caption{{{latex_text(table.title)}}}"] if table.title else []),
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        line(table.header),
+        r"\midrule",
+        *map(line, cells(table)),
+        r"\bottomrule",
+        r"\end{tabular}",
+        *([rf"\par\smallskip\footnotesize {latex_text(table.notes)}"] if table.notes else []),
+        r"\end{table}",
+    ]
+    return "\n".join(parts) + "\n"

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import os
 import pathlib
 import shlex
@@ -21,6 +22,8 @@ from rich.console import Console
 
 from bdjax import interruption
 from bdjax.errors import InputError
+from bdjax.plugins import PluginWarning
+from bdjax.run.flag_groups import GROUPS, documentation, grouped
 from bdjax.run.text import printable, shortened
 from bdjax.settings import kinds_of, nearest, shown
 from bdjax.training import ensemble, processes
@@ -40,6 +43,9 @@ def parse(
     defaults: Callable[..., Config],
     choosers: dict[str, str | None],
     arguments: Sequence[str] | None = None,
+    *,
+    positional: str = "",
+    fixed: Sequence[str] = (),
     **texts: str,
 ) -> Config:
     """Read flags into a frozen dataclass whose defaults depend on some of the flags themselves.
@@ -50,6 +56,8 @@ def parse(
         defaults: maps the choosers' values to the configuration that the flags start from; may raise InputError.
         choosers: name of a flag that decides the others' defaults -> its own default.
         arguments: the command line without the program's name; None for that of the process.
+        positional: the field that a word without a flag sets; "" if every value needs its flag.
+        fixed: fields that have no flag.
         texts: `prog` and `description` for the help text, to which the flags of `run` are added.
 
     Raises:
@@ -58,11 +66,16 @@ def parse(
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asks_for_help = any(argument in ("-h", "--help") or argument.startswith("--tyro-") for argument in arguments)
+    if positional:
+        arguments = _with_flag(arguments, positional, kinds_of(type(defaults(**choosers))))
     given = list(_split(arguments, is_lenient=asks_for_help))
     default = defaults(**choosers | {name: values[0] for name, values in given if name in choosers and values})
-    if not asks_for_help:
-        _check(given, kinds_of(type(default)), choosers)
+    kinds = {name: kind for name, kind in kinds_of(type(default)).items() if name not in fixed}
     texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
+    if asks_for_help:
+        shown = _in_groups(default, kinds)
+        return tyro.cli(tyro.conf.OmitArgPrefixes[type(shown)], default=shown, args=arguments, **texts)
+    _check(given, kinds, choosers)
     wrong = io.StringIO()
     try:
         with contextlib.redirect_stderr(wrong):
@@ -73,6 +86,41 @@ def parse(
         # The checks above have missed something; tyro's text is framed.
         words = [word for word in wrong.getvalue().split() if any(map(str.isalnum, word))]
         raise InputError(f"the flags cannot be read: {' '.join(words)}; --help lists all flags") from None
+
+
+def _with_flag(arguments: Sequence[str], field: str, kinds: Mapping[str, Any]) -> list[str]:
+    """The command line with a flag before each word that is no flag's value.
+
+    Args:
+        arguments: the command line.
+        field: what such a word sets; several words if it is a tuple.
+        kinds: field -> type.
+    """
+    words: list[str] = []
+    waiting = 0.0  # number of values that the last flag may still have
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, _ = argument[2:].replace("-", "_").partition("=")
+            kind = kinds.get(name, kinds.get(name.removeprefix("no_")))
+            waiting = 0 if equals or kind is bool else 1 if kind and not _is_tuple(kind) else math.inf
+        elif waiting:
+            waiting -= 1
+        elif argument != "-h":
+            words.append("--" + field.replace("_", "-"))
+            waiting = math.inf if _is_tuple(kinds[field]) else 0
+        words.append(argument)
+    return words
+
+
+def split_words(arguments: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Split a command line into the words before its first flag, such as file names, and the rest.
+
+    Args:
+        arguments: without the program's name; None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    first = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    return arguments[:first], arguments[first:]
 
 
 def _split(arguments: Sequence[str], *, is_lenient: bool) -> Iterator[tuple[str, list[str]]]:
@@ -196,6 +244,52 @@ def _wrong_value(kind: Any, text: str) -> str:
     return ""
 
 
+def _in_groups(default: Any, kinds: Mapping[str, Any]) -> Any:
+    """The same flags with the same defaults as a dataclass with one dataclass for each group, which tyro prints group by group.
+
+    Args:
+        default: the configuration that the flags start from.
+        kinds: the fields that have a flag -> type.
+    """
+    texts, groups = documentation(type(default)), []
+    for title, names in grouped(type(default), [name for name in kinds_of(type(default)) if name not in kinds]).items():
+        fields = [
+            (
+                name,
+                Annotated[kinds[name], tyro.conf.arg(help=texts.get(name, ""))],
+                dataclasses.field(default=getattr(default, name)),
+            )
+            for name in names
+        ]
+        about = {"__doc__": GROUPS[title].about if title in GROUPS else ""}
+        group = dataclasses.make_dataclass(title, fields, frozen=True, namespace=about)
+        groups.append((title, group, dataclasses.field(default=group())))
+    return dataclasses.make_dataclass("flags", groups, frozen=True)()
+
+
+def _is_script() -> bool:
+    """Whether this process was started as a script of `experiments/`."""
+    return pathlib.PurePath(sys.argv[0]).parent.name == "experiments"
+
+
+def program(name: str) -> str:
+    """What the user has called, for the help text: "bdjax ta-kd", or "ta_kd.py" for a script.
+
+    Args:
+        name: of the experiment: "ta_kd".
+    """
+    return f"{name}.py" if _is_script() else f"bdjax {name.replace('_', '-')}"
+
+
+def invocation(name: str) -> str:
+    """The beginning of a command that starts an experiment, as the user has started this one: by `bdjax` or by a script.
+
+    Args:
+        name: of the experiment: "ta_kd".
+    """
+    return f"python experiments/{name}.py" if _is_script() else f"bdjax {name.replace('_', '-')}"
+
+
 def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of a configuration that differ from the default's."""
     return {
@@ -246,7 +340,7 @@ def run(
         arguments: the command line without the program's name; None for that of the process.
         status_of: the exit status of a complete run, from what `main` returned.
     """
-    with interruption.handled():
+    with interruption.handled(), _warnings_on_plugins():
         try:
             use_compilation_cache()
             ensemble.use_every_core()
@@ -264,6 +358,24 @@ def run(
             if status is None:
                 raise
             raise SystemExit(status) from None
+
+
+@contextlib.contextmanager
+def _warnings_on_plugins() -> Iterator[None]:
+    """Within the block, a plugin that is left out is one line on standard error."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *others: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            _print_line(f"warning: {message}", "33")
+        else:
+            before(message, category, *others, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def _report(error: BaseException) -> int | None:
@@ -298,7 +410,12 @@ def _abandon_output() -> None:
 
 
 def _print_error(error: object) -> None:
+    _print_line(f"error: {error}", "31")
+
+
+def _print_line(line: str, colour: str) -> None:
+    """Print a line on standard error, in a colour of the terminal by its ANSI number."""
     # Not by rich, which takes seconds for a long line.
-    text = shortened(printable(f"error: {error}"), LONGEST_ERROR)
+    text = shortened(printable(line), LONGEST_ERROR)
     colours = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\033[31m{text}\033[0m" if colours else text, file=sys.stderr, flush=True)
+    print(f"\033[{colour}m{text}\033[0m" if colours else text, file=sys.stderr, flush=True)

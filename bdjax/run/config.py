@@ -15,7 +15,7 @@ from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.exchange import extras
-from bdjax.exchange.leaving import Export
+from bdjax.exchange.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
@@ -41,13 +41,13 @@ from bdjax.training.augmentation import Augmentation
 from bdjax.training.member import Optimiser, Recipe, Schedule, TrainConfig
 from bdjax.types import TrainTest, Unread
 
-PATHS = ("dataset", "clean_data")
+PATHS = ("dataset", "clean_data", "teacher")
 """Fields of text that may be paths."""
 SEVERAL_PATHS = ("teachers",)
 """Fields of texts that may be paths."""
 LONGEST_PATH, LONGEST_NAME = 3000, 255
 """Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
-IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export")
+IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "tensorboard", "evidence")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
 """Fields that matter only to the content of a path, whose digest has them."""
@@ -63,7 +63,7 @@ class ExperimentConfig:
 
     dataset: str = "digits"
     """a named dataset (digits, mnist, cifar10, ...; an unknown name prints the whole list), tfds:NAME, or the path of an image
-    folder or .npz"""
+    folder, .npz, parquet, tar shards or COCO's annotations"""
     seeds: Members = 3
     """number of seeds, trained as members of the same calls; tables show mean and standard deviation"""
     seed: Seed = 0
@@ -86,6 +86,10 @@ class ExperimentConfig:
     image_size: ImageSide | None = None
     """height and width that all images are scaled to, without cropping; by default they keep their size, and the run ends with
     an error if a folder has several sizes"""
+    image_column: str = ""
+    """the column (or member of a tar) with the images, in data that has columns; by default image, img or the like"""
+    label_column: str = ""
+    """the column (or member of a tar) with the classes; by default label, class or the like"""
     target: Amount = 0
     """the attacker's class"""
 
@@ -99,6 +103,8 @@ class ExperimentConfig:
     """time limit of that measurement, whose result is kept for later runs on this machine"""
     member_group: Amount = 0
     """most members that train in one call; 0 for as many as fit into memory"""
+    tensorboard: bool = False
+    """write each stage's curves to tensorboard/ in the run's folder, as scalars for TensorBoard (with the extra grid)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,14 @@ class ExportConfig:
 
     export: tuple[Export, ...] = ()
     """further forms of the networks in models/, beside model.safetensors: stablehlo, onnx (with the extra onnx)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvidenceConfig:
+    """The setting of every audit and of every run of defenses."""
+
+    evidence: bool = False
+    """write evidence/: verdict.json, findings.sarif, bom.cdx.json, model_card.md and SHA256SUMS; see docs/evidence.md"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +201,8 @@ def check_ranges(config: Any) -> None:
         if "onnx" in config.export:
             extras.onnx()
     if isinstance(config, ExperimentConfig):
+        if config.tensorboard:
+            extras.tensorboard()
         if not config.dataset:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
         if config.seed + config.seeds > 2**31:
@@ -264,7 +280,7 @@ def load(config: ExperimentConfig, log: StageLog) -> TrainTest:
     """
     like = adapted_to(config)
     with log.stage("data") as stage:
-        loaded = datasets.load(config.dataset, config.data_dir, options=read_options(config))
+        loaded = datasets.load(config.dataset, config.data_dir, options=read_options(config, log))
         parts = []
         for number, (part, limit) in enumerate(zip(loaded, (config.train_rows, config.test_rows), strict=True)):
             if 0 < limit < len(part):
@@ -296,9 +312,21 @@ def note_unread(log: StageLog, name: str, unread: Sequence[Unread]) -> None:
         )
 
 
-def read_options(config: ExperimentConfig) -> datasets.ReadOptions:
-    """What the run tolerates in a folder or an .npz file, and the size that it scales images to."""
-    return datasets.ReadOptions(config.skip_unreadable, config.allow_empty_classes, config.image_size)
+def read_options(config: ExperimentConfig, log: StageLog | None = None) -> datasets.ReadOptions:
+    """What the run tolerates in data at a path, which columns it reads, and the size that it scales images to.
+
+    Args:
+        config: all settings.
+        log: where the memory that large data takes is printed before it is read.
+    """
+    return datasets.ReadOptions(
+        config.skip_unreadable,
+        config.allow_empty_classes,
+        config.image_size,
+        config.image_column,
+        config.label_column,
+        None if log is None else partial(log.note, "memory"),
+    )
 
 
 def choose_engine(config: ExperimentConfig, shape: probe.Shape, folder: pathlib.Path, log: StageLog) -> probe.Choice:
@@ -365,7 +393,7 @@ def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig
         chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
-    return f"python experiments/{experiment}.py " + command_line.as_flags({**chosen, **changed})
+    return f"{command_line.invocation(experiment)} {command_line.as_flags({**chosen, **changed})}"
 
 
 def check_recipe(config: Any, default: Any, prefix: str = "") -> None:

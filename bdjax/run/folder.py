@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 import bdjax
-from bdjax import atomic
+from bdjax import atomic, plugins
 from bdjax.errors import InputError
 from bdjax.run.lock import Lock, lock
 from bdjax.run.text import printable
@@ -241,6 +241,7 @@ def describe_environment() -> dict[str, Any]:
             "bdjax": bdjax.__version__,
             **{name: _version(name) for name in _PACKAGES},
             "python": platform.python_version(),
+            **plugins.used(),
         },
         "git_revision": git_revision(),
         "hardware": {

@@ -27,11 +27,11 @@ import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from bdjax import atomic, interruption
 from bdjax.errors import InputError
@@ -53,15 +53,22 @@ _CHUNK = 1 << 20
 _LARGEST_JSON = 1 << 26
 
 
+def orbax() -> ModuleType:
+    """Orbax, imported when it is first used: that takes as long as importing JAX."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 def _by_itself() -> contextlib.AbstractContextManager:
     """Let each process read on its own; by default Orbax waits for all processes."""
     if processes.count() == 1:
         return contextlib.nullcontext()
     me = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
+    options = orbax().options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"bdjax-{me}"
     )
-    return ocp.Context(multiprocessing_options=options)
+    return orbax().Context(multiprocessing_options=options)
 
 
 # ---- Finished trees -------------------------------------------------------------------------------------------------
@@ -172,14 +179,14 @@ def load(folder: pathlib.Path, like: PyTree, remedy: str = "") -> PyTree:
 
     def read() -> PyTree:
         # Compare shapes first: Orbax would notice a mismatch halfway through its reads.
-        stored, wanted = _shapes(ocp.metadata(path).metadata), _shapes(like)
+        stored, wanted = _shapes(orbax().metadata(path).metadata), _shapes(like)
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
                 raise InputError(
                     f"{folder}: the checkpoint does not fit the model that {_ABOUT} describes: {name} is "
                     f"{stored.get(name, 'absent')}; should be {wanted.get(name, 'absent')}"
                 )
-        return ocp.load(path, target)
+        return orbax().load(path, target)
 
     return _read(path, read, remedy)
 
@@ -233,7 +240,7 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
     wanted = _pack(like)
 
     def read() -> dict[str, np.ndarray]:
-        stored, needed = _shapes(ocp.metadata(path).metadata), _shapes(wanted)
+        stored, needed = _shapes(orbax().metadata(path).metadata), _shapes(wanted)
         for name in sorted(stored.keys() | needed.keys()):
             if stored.get(name) != needed.get(name):
                 sizes = [shapes.get(name, (0,))[0] for shapes in (stored, needed)]
@@ -241,7 +248,7 @@ def load_progress(folder: pathlib.Path, like: PyTree) -> PyTree | None:
                     f"{path}: not the progress of this run (it has {sizes[0]} {name} values, this run {sizes[1]}); choose "
                     "another --output or delete the folder"
                 )
-        return ocp.load(path, wanted)
+        return orbax().load(path, wanted)
 
     return _unpack(_read(path, read, remedy), like)
 
@@ -380,7 +387,7 @@ def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> No
     """Let Orbax write `path`, then complete it; a failure of the file system is an OSError, whatever Orbax makes of it."""
     with interruption.postponed(), _quietly():
         try:
-            ocp.save(path, tree)
+            orbax().save(path, tree)
             complete()
             return
         except Exception as error:

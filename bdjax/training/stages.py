@@ -44,6 +44,10 @@ class Log(Protocol):
 Watch = Callable[[str, int, int, Model, PyTree], None]
 """(stage, number of epochs trained, number of epochs, model, stacked variables [M, ...]): called after each epoch."""
 
+Curves = Callable[[pathlib.Path], AbstractContextManager[Callable[[int, Mapping[str, float]], None]]]
+"""(a stage's folder of checkpoints) -> a context with what takes its curves: (number of epochs trained, name -> number),
+in order and from the first epoch on, whatever was restored."""
+
 
 class SilentStage:
     """Replaces the stage of a log where there is no log."""
@@ -87,6 +91,8 @@ class StageRunner:
     """members per call; None for as many as fit into memory"""
     watch: Watch | None = None
     """measures networks during trainings that say which part of their variables is a network"""
+    curves: Curves | None = None
+    """takes each stage's curves, the mean over its members"""
 
     def train(
         self,
@@ -119,11 +125,13 @@ class StageRunner:
             "epochs": config.epochs,
             **(about or {}),
         }
-        with self._log_stage(name, config.epochs) as stage:
+        with self._log_stage(name, config.epochs) as stage, self._curves_of(name) as take:
+            send = _in_order(take)
             stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
 
             def on_epoch(state: TrainState) -> None:
                 done = int(state.epoch[0])
+                send(state.history, done)
                 stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
                 if watch is not None:
                     watch(state, done)
@@ -132,16 +140,17 @@ class StageRunner:
                 stage.detail += f"; {line}"
 
             options = {"layout": self.layout, "group_size": self.group_size, "report": report}
-            is_seen = self.log is not None or watch is not None
+            is_seen = self.log is not None or watch is not None or self.curves is not None
             options["on_epoch"] = on_epoch if is_seen else None  # reading the loss waits for the epoch
             if self.folder is None:
                 state = fit(**options, progress_folder=None)
                 return ensemble.Trained(state.variables, state.history)
-            folder = self.folder / re.sub(r"\W+", "-", name)
+            folder = self._folder_of(name)
             like = like or ensemble.trained_like(model, self.image_shape, count, config.epochs)
             trained, is_restored = ensemble.fit_once(
                 folder, facts, like, lambda progress: fit(**options, progress_folder=progress)
             )
+            send(trained.history, config.epochs)
             if is_restored:
                 stage.detail += ", restored from checkpoint"
             stage.wrote(f"checkpoints/{folder.name}")
@@ -149,6 +158,13 @@ class StageRunner:
 
     def _log_stage(self, name: str, epochs: int) -> AbstractContextManager:
         return nullcontext(SilentStage()) if self.log is None else self.log.stage(name, total=epochs, unit="epochs")
+
+    def _folder_of(self, name: str) -> pathlib.Path:
+        return self.folder / re.sub(r"\W+", "-", name)
+
+    def _curves_of(self, name: str) -> AbstractContextManager:
+        is_wanted = self.curves is not None and self.folder is not None
+        return self.curves(self._folder_of(name)) if is_wanted else nullcontext()
 
     def from_scratch(
         self,
@@ -282,6 +298,23 @@ class StageRunner:
         run = _per_row(function, self.layout, batch_size, spread, is_mean=True)
         placed = spread.place(variables), spread.place(rows), spread.replicate(pool)
         return jax.tree.map(np.asarray, spread.gather(run(*placed)))
+
+
+def _in_order(take: Callable[[int, Mapping[str, float]], None] | None) -> Callable[[Mapping[str, Array], int], None]:
+    """A function of a history, leaves [M, epochs], and the number of epochs in it, which passes on the mean over the members of
+    each epoch once; it does nothing if `take` is None."""
+    sent = 0
+
+    def send(history: Mapping[str, Array], done: int) -> None:
+        nonlocal sent
+        if take is None or done <= sent:
+            return
+        means = {metric: np.mean(np.asarray(values), axis=0) for metric, values in history.items()}
+        for epoch in range(sent, done):
+            take(epoch + 1, {metric: float(values[epoch]) for metric, values in means.items()})
+        sent = done
+
+    return send
 
 
 @cache

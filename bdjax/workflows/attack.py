@@ -4,8 +4,7 @@ import dataclasses
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,67 +18,20 @@ from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
 from bdjax.reporting.sections import file_name
-from bdjax.run.config import ALL, ExperimentConfig, ExportConfig, adapted_to, check_ranges, check_recipe, load
+from bdjax.run.config import ALL, adapted_to, check_ranges, check_recipe, load
+from bdjax.run.configs.attack import Config
+from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width, read_value, shown
+from bdjax.settings import read_value, shown
 from bdjax.training import ensemble, processes, recipes
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Recipe, Schedule, TrainConfig
+from bdjax.training.member import Recipe, TrainConfig
 from bdjax.training.stages import Nets
 from bdjax.types import Dataset, Key, Model
 from bdjax.workflows import base
-from bdjax.workflows.base import Experiment
 
 HYBRIDS = ("badnets+blended", "badnets+composite", "badnets+sig", "badnets+refool")
 """Run by `--attack=all` in addition to the registry: ABM's four hybrids."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig, ExportConfig):
-    """Every setting of an attack run; `--preset` and `--dataset` decide the defaults of the others."""
-
-    attack: str = "badnets"
-    """an attack, several separated by commas, a hybrid (badnets+sig), or all"""
-    preset: Literal["quick", "paper"] = "paper"
-    """quick: minutes on two cores; paper: ResNet-18 of width 64 for 80 epochs, as LfD trains, for a GPU"""
-    label_rule: str | None = None
-    """how poisoned rows are relabelled: all_to_one, all_to_all, clean_label, ...; by default each attack's own rule"""
-    poison_rate: PositiveShare | None = None
-    """share of all training rows that each trigger poisons; by default each attack's own rate"""
-    change: tuple[str, ...] = ()
-    """settings of an attack, as name=value, or attack.name=value if several are run"""
-    costly_seeds: Amount = 0
-    """number of seeds for attacks that train a trigger or control the training; 0 for all"""
-    save_poisoned: bool = True
-    """write the first seed's poisoned training sets"""
-
-    model: str = "resnet18"
-    """architecture of the victims, the clean reference, and the clean model that some attackers have"""
-    width: Width = 64
-    """channels of the first stage"""
-    epochs: Count = 80
-    """epochs of the clean reference and of victims trained from scratch on poisoned data"""
-    controlled_epochs: Count = 100
-    """epochs of victims whose attacker controls the training from scratch"""
-    fine_tuning_epochs: Count = 8
-    """epochs of victims that start from the clean model"""
-    batch_size: Count = 128
-    """batch size of every training"""
-    recipe: Recipe = ""
-    """named recipe of training from scratch, in place of Adam, learning rate, schedule and weight decay: speedrun"""
-    learning_rate: LearningRate = 1e-3
-    """initial learning rate of Adam"""
-    fine_tuning_learning_rate: LearningRate = 1e-4
-    """initial learning rate of Adam for victims that start from the clean model"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule: half a cosine, or the plateau rule on the training loss"""
-    weight_decay: NotNegative = 0.0
-    """L2 penalty, added to the gradient as in PyTorch's Adam"""
-    augmentation: Augmentation = "none"
-    """augmentation of training rows, after poisoning"""
-    evaluation_batch_size: Count = 250
-    """batch size of evaluation"""
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -98,7 +50,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     """
     log = log or StageLog()
     check(config)
-    check_recipe(config, base.default_of(experiment, config))
+    check_recipe(config, default_of(experiment, config))
     data = load(config, log)
     train, test = data
     clean_key, attack_key, victim_key, test_key = jax.random.split(jax.random.key(config.seed), 4)

@@ -21,16 +21,17 @@ from bdjax.evaluation.sensitivity import Planting
 from bdjax.evaluation.suspects import Suspect, make_defense_input, suspect_keys
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, DefenseVariant, facts_of, without_untestable
 from bdjax.reporting import audit as reporting
+from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.run import config as run_config
 from bdjax.run.config import train_config
+from bdjax.run.configs.detection import Config
+from bdjax.run.experiment import Experiment
 from bdjax.run.log import StageLog, format_seconds
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, PoisonedDataset
 from bdjax.workflows import base
-from bdjax.workflows.base import Experiment
 from bdjax.workflows.cleaned_copy import write_cleaned, write_rows
 from bdjax.workflows.detection import (
-    Config,
     clean_rows,
     inputs_of,
     needs_clean_rows,
@@ -63,7 +64,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         )
     (variant,) = variants
     with log.stage("data") as stage:
-        data = datasets.load_suspect(config.dataset, config.data_dir, options=run_config.read_options(config))
+        data = datasets.load_suspect(config.dataset, config.data_dir, options=run_config.read_options(config, log))
         if 0 < config.train_rows < len(data):
             data = splits.take(data, np.sort(splits.permutation(jax.random.key(0), len(data))[: config.train_rows]))
         stage.detail = f"{data.name}: {len(data):,} rows of {data.num_classes} classes"
@@ -114,7 +115,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         results["cleaned"] = write_cleaned(folder, data, ~found.flags[0], source)
     results = base.write_results(folder, results, data, clean, shared=shared)
     page = reporting.page(folder, results, suspect, found, planting.suspects[-1] if planting else None)
-    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results)
+    flagged = Flagged(variant.title, data, found.flags[0], found.scores[0])
+    subject = Subject({"audited rows": data}, () if reporting.reason_of(results) else (flagged,))
+    base.finish(run, folder, page, results["verdict"]["headline"], {"rows": data.source}, results, subject)
     return results
 
 
@@ -145,7 +148,7 @@ def measure_sensitivity(
         why = f"the trigger {error}"
         log.note("sensitivity", f"not measured: {why}")
         return None, {"why": why}
-    copies, unit = planting.suspects, "files" if data.files else "rows"
+    copies, unit = planting.suspects, "files" if data.files and not data.records else "rows"
     counts = ", ".join(f"{int(copy.is_poisoned.sum()):,}" for copy in copies)
     log.note(
         "sensitivity",

@@ -8,9 +8,9 @@ box itself counts. `bdjax/evaluation/model_audit.py` has the measurements, `bdja
 
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ import numpy as np
 from bdjax.datasets import splits
 from bdjax.defenses import teachers
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
-from bdjax.defenses.teachers import BATCH_SIZE
 from bdjax.errors import InputError
 from bdjax.evaluation import control_networks
 from bdjax.evaluation import model_audit as evidence
@@ -27,83 +26,20 @@ from bdjax.exchange.opening import Opened, open_model
 from bdjax.exchange.outputs import Outputs, as_logits
 from bdjax.models import MODELS, Lowering, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.model_verdict import commands
 from bdjax.reporting.tables import to_rich
-from bdjax.run.config import ExperimentConfig, check_path, check_ranges, check_recipe, load, train_config
+from bdjax.run.config import check_path, check_ranges, check_recipe, load, train_config
+from bdjax.run.configs.audit_model import Config
+from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.log import StageLog
-from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width, check_choice
+from bdjax.settings import check_choice
 from bdjax.training import ensemble, memory, processes
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Recipe, Schedule
 from bdjax.types import Dataset, Model, PoisonedDataset, PyTree, TrainTest
 from bdjax.workflows import base
-from bdjax.workflows.base import Experiment
 
 ANSWERS = "answers"
 """The folder in the run's with the answers of models behind addresses."""
-Controlled = Annotated[int, Range(at_least=evidence.LEAST_CONTROLS, limit=1000)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig):
-    """Every setting of an audit of models; `--preset` and `--dataset` decide the defaults of the others."""
-
-    model: tuple[str, ...] = ()
-    """the suspect model, or several of one architecture: a folder, FILE.safetensors:ARCHITECTURE, FILE.onnx or
-    http://HOST:PORT/PATH; a folder may hold several models"""
-    members: tuple[Annotated[int, Range(at_least=1, limit=1_000_000)], ...] = ()
-    """which of a folder's models to audit, counted from 1; by default all"""
-    outputs: Literal["logits", "probabilities", "labels"] = "logits"
-    """what a black box (.onnx, http) returns"""
-    preset: Literal["quick", "paper"] = "paper"
-    """quick: minutes on two cores; paper: the searches of the papers, for a GPU"""
-    seeds: Members = 1
-    """an audit has one seed; --controls sets the number of control networks"""
-
-    controls: Controlled = 9
-    """clean networks of the suspect's architecture, trained on the clean rows: the p-value is at least 1 / (this + 1)"""
-    clean_rows: NumRows = 0
-    """clean training rows that the control networks learn from; 0 for all"""
-    search_rows: Count = 1000
-    """clean rows among them that triggers are searched on"""
-    held_out_rows: Count = 1000
-    """test rows that success is measured on"""
-    search_epochs: Count = 80
-    """passes over the rows of the search"""
-    search_batch_size: Count = 64
-    """rows per step of the search; each is stamped with the triggers of all classes"""
-    surrogate: str = "resnet10"
-    """architecture of the networks that imitate a black box, and of its control networks"""
-    surrogate_epochs: Count = 80
-    """epochs of these imitations"""
-    queries: Count = 4
-    """pictures made of each clean row that a black box gets: itself and this many less one with other rows or
-    noise in places"""
-    query_batch: Count = BATCH_SIZE
-    """most images that such a model gets in one call"""
-
-    width: Width = 64
-    """channels of surrogates; suspects with known weights set that of their control networks"""
-    epochs: Count = 80
-    """epochs of the control networks"""
-    batch_size: Count = 128
-    """batch size of their training"""
-    recipe: Recipe = ""
-    """named recipe of their training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
-    optimiser: Optimiser = "adam"
-    """optimiser of their training"""
-    learning_rate: LearningRate = 1e-3
-    """initial learning rate of their training"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule of their training"""
-    steps: Steps = ()
-    """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: NotNegative = 0.0
-    """L2 penalty of their training, added to the gradient as in PyTorch"""
-    augmentation: Augmentation = "none"
-    """augmentation of their training rows"""
-    evaluation_batch_size: Count = 250
-    """batch size of evaluation"""
 
 
 class Suspects(NamedTuple):
@@ -136,7 +72,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     """
     log = log or StageLog()
     check(config)
-    check_recipe(config, base.default_of(experiment, config))
+    check_recipe(config, default_of(experiment, config))
     train, test = load(config, log)
     open_all = partial(open_suspects, config, train)
     suspects = open_all(default_lowering())
@@ -192,14 +128,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
                 control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
             ]
             found["weights"] = evidence.describe_weights(*weighed, names)
-    is_folder = len(config.model) == 1 and (pathlib.Path(config.model[0]) / "about.json").exists()
+    is_white = suspects.model is not None
     results = reporting.summarise(
         evidence.judge(models, names, black_box=suspects.model is None, **found),
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
         # With --members the commands would take the other models of the folder, too.
-        [] if config.members else commands(data_flags(config), config.model, len(models), is_folder, config.outputs),
+        [] if config.members else commands(data_flags(config), config.model, len(models), is_white, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
@@ -208,7 +144,12 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     summary = reporting.main_table(results) if len(models) > 1 else None
     if summary is not None:
         log.console.print(to_rich(summary), highlight=False)
-    base.finish(run, folder, page, results["verdict"]["headline"], base.sources_of(TrainTest(train, test)), results)
+    subject = Subject(
+        {"clean rows": clean, "held-out rows": held_out},
+        suspects={opened.name: opened.digest for opened in suspects.opened},
+    )
+    sources = base.sources_of(TrainTest(train, test))
+    base.finish(run, folder, page, results["verdict"]["headline"], sources, results, subject)
     return results
 
 

@@ -25,14 +25,16 @@ from bdjax.exchange import leaving
 from bdjax.models import make_model
 from bdjax.models.operations import forward_operations
 from bdjax.reporting import results as schema
+from bdjax.reporting.evidence import writing as evidence
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
-from bdjax.run import command_line
 from bdjax.run import config as run_config
+from bdjax.run import scalars
 from bdjax.run.config import ALL, IGNORED, IN_CONTENTS, ComparisonConfig, ExperimentConfig, check_ranges
+from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder, check_run, to_plain
 from bdjax.run.log import StageLog, format_seconds
-from bdjax.run.presets import Study
 from bdjax.run.text import csv_text
 from bdjax.settings import check_choice, split_variants
 from bdjax.training import ensemble, memory, probe
@@ -71,52 +73,6 @@ class Context(NamedTuple):
     log: StageLog
     teachers: SuspectTeachers | None = None
     """only in a run on suspect models"""
-
-
-def no_sections(context: Context) -> Sequence[Section]:
-    """For an experiment that adds no sections to its workflow's report."""
-    del context
-    return ()
-
-
-class Experiment(NamedTuple):
-    """What a command adds to a workflow."""
-
-    name: str
-    """name of its file in `bdjax/commands/`, of its script, and of its folder in runs/: "lfd" """
-    title: str
-    """title of the report"""
-    about: tuple[str, ...]
-    """registry names of the experiment's own defenses or detectors; may be empty"""
-    default: Callable[..., Any]
-    """(choosers by name) -> the configuration that the flags start from"""
-    studies: Mapping[str, Study] = {}
-    sections: Callable[[Context], Sequence[Section]] = no_sections
-    choosers: tuple[str, ...] = ("preset", "dataset")
-    """the flags that decide the defaults of the others"""
-    always_shown: tuple[str, ...] = ("dataset", "preset")
-    """flags that the printed command always has"""
-
-
-def default_of(experiment: Experiment, config: Any) -> Any:
-    """The configuration that the preset of `config` starts from."""
-    return experiment.default(**{name: getattr(config, name) for name in experiment.choosers})
-
-
-def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | None = None) -> Any:
-    """The configuration that an experiment's flags set.
-
-    Args:
-        experiment: the experiment.
-        about: a line for --help, which lists the studies as well.
-        arguments: the command line; None for that of the process.
-
-    Raises:
-        InputError: as `command_line.parse`.
-    """
-    studies = "; ".join(f"{name}: {study.about}" for name, study in experiment.studies.items())
-    texts = {"prog": f"{experiment.name}.py", "description": about + (f" Studies: {studies}." if studies else "")}
-    return command_line.parse(experiment.default, dict.fromkeys(experiment.choosers), arguments, **texts)
 
 
 class Planned(NamedTuple):
@@ -159,7 +115,9 @@ class Run(NamedTuple):
 
     def make_runner(self, folder: pathlib.Path) -> StageRunner:
         """A runner that trains and evaluates, with its checkpoints in a folder."""
-        return StageRunner(folder, self.image_shape, self.engine.layout, self.log, self.config.member_group or None)
+        curves = partial(scalars.curves_of, self.output.expanduser().absolute()) if self.config.tensorboard else None
+        group = self.config.member_group or None
+        return StageRunner(folder, self.image_shape, self.engine.layout, self.log, group, curves=curves)
 
 
 def network_maker(config: Any, num_classes: int) -> Callable[..., Model]:
@@ -357,8 +315,9 @@ def finish(
     summary: Table | str | None,
     sources: Mapping[str, str],
     results: Mapping[str, Any],
+    subject: Subject | None = None,
 ) -> None:
-    """Write the report; print the main result, what limits it, and the path of the report.
+    """Write the report, and with `--evidence` the evidence; print the main result, what limits it, the verdict, and the paths.
 
     Args:
         run: the run that ends.
@@ -367,6 +326,7 @@ def finish(
         summary: the main table, or a sentence; None for nothing.
         sources: kind of rows ("training data") -> where they came from.
         results: from `write_results`.
+        subject: what the evidence is about; None for a run that has none.
     """
     page = dataclasses.replace(page, sections=(*page.sections, *_networks_section(folder)))
     if "verdict" not in results:
@@ -379,17 +339,37 @@ def finish(
         reproduce=command(run.experiment, run.config),
         sources=sources,
     )
-    announce(run, folder, summary, [text for text in schema.reservations(results) if text != summary])
+    if subject is not None and getattr(run.config, "evidence", False):
+        write_evidence(run, folder, page, results, subject)
+    headline = page.verdict.headline
+    limits = [text for text in schema.reservations(results) if text not in (summary, headline)]
+    announce(run, folder, summary, limits, headline)
 
 
-def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str]) -> None:
-    """Print the main result, sentences on what limits it, and the path of the report."""
+def write_evidence(run: Run, folder: RunFolder, page: Report, results: Mapping[str, Any], subject: Subject) -> None:
+    """Write evidence/, and print where it is."""
+    path = evidence.write(
+        folder,
+        results,
+        subject,
+        page.verdict,
+        experiment=run.experiment.name,
+        title=page.title,
+        command=command(run.experiment, run.config),
+        settings=settings_of(run),
+    )
+    run.log.say(f"evidence: {path}")
+
+
+def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: Sequence[str], headline: str) -> None:
+    """Print the main result, sentences on what limits it, the verdict in a sentence, and the path of the report."""
     if isinstance(summary, Table):
         run.log.console.print(to_rich(summary), highlight=False)
-    elif summary is not None:
+    elif summary not in (None, headline):
         run.log.say(summary)
     for text in limits:
         run.log.say(text)
+    run.log.say(headline)
     run.log.say(f"report: {folder.path / 'report.html'}")
 
 
@@ -408,6 +388,16 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Every setting that numbers depend on, with the chosen layout and lowering."""
     plain = {name: value for name, value in to_plain(run.config).items() if name not in IGNORED}
     return plain | run.engine._asdict()
+
+
+def asr_rows(suspects: Sequence[Suspect], test: Dataset) -> dict[str, int]:
+    """Attack -> the test rows that its ASR is a share of: those of the trigger and the seed with the fewest."""
+    fewest: dict[str, int] = {}
+    for suspect in suspects:
+        counts = [int(part.rule.victims(test.labels).sum()) for part in suspect.parts]
+        if counts:
+            fewest[suspect.attack.name] = min(fewest.get(suspect.attack.name, len(test)), *counts)
+    return fewest
 
 
 def sources_of(data: TrainTest) -> dict[str, str]:

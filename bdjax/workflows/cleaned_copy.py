@@ -2,12 +2,13 @@
 
     flagged.csv, rows.csv, kept.csv       the flagged rows, all rows, the rows that are not flagged
     cleaned.npz                           the rows that are not flagged, for `bdjax.datasets.load_suspect`
-    cleaned/cat/1.png                     or copies of their files, with --copy-files
+    cleaned/cat/1.png                     or copies of their files, with --copy-files; with metadata.jsonl without class folders
 
 The user's folder is only read, and links that lead out of it are not followed.
 """
 
 import filecmp
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import atomic
+from bdjax.datasets.metadata import LISTS
 from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
@@ -24,6 +26,9 @@ from bdjax.reporting.sections import most_suspicious
 from bdjax.run.folder import RunFolder
 from bdjax.run.text import csv_text
 from bdjax.types import Dataset, PoisonedDataset
+
+_, LIST = LISTS
+"""The list of copied files whose folders do not say their classes; JSON has every name, whatever is in it."""
 
 
 class Copied(NamedTuple):
@@ -84,7 +89,7 @@ def rows_csv(dataset: Dataset, rows: np.ndarray, columns: Mapping[str, Sequence[
 
 
 def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_folder: Path | None) -> dict[str, Any]:
-    """Write cleaned.npz for rows without files, or copy files into cleaned/.
+    """Write cleaned.npz for rows without files of their own, or copy files into cleaned/.
 
     Args:
         folder: the open run.
@@ -102,7 +107,7 @@ def write_cleaned(folder: RunFolder, dataset: Dataset, kept: np.ndarray, source_
     cleaned = {"kind": None, "rows": len(rows)}
     if not len(rows):
         return cleaned
-    if not dataset.files:
+    if not dataset.files or dataset.records:
         write_npz(folder, dataset, rows)
         return cleaned | {"kind": "npz"}
     if source_folder is None:
@@ -127,7 +132,8 @@ def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
 
 
 def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_folder: Path) -> Copied:
-    """Copy the files of some rows into cleaned/, with a folder for each class.
+    """Copy the files of some rows into cleaned/, with a folder for each class if they are in such folders, otherwise with a
+    list of files and classes, metadata.jsonl.
 
     Nothing is overwritten: a file that exists already counts as copied if it has the same content.
 
@@ -141,17 +147,21 @@ def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_fol
         InputError: a file cannot be written.
     """
     root = source_folder.resolve()
-    copied, left_out = set(), []
+    copied, left_out, listed = set(), [], []
     for row in map(int, rows):
         name = dataset.files[row]
         source, why = _source_of(root, name)
         if not why:
             label = dataset.class_names[dataset.labels[row]] if dataset.class_names else ""
-            target, why = _copy(folder, source, _below_class(PurePosixPath(name), label))
+            place = _below_class(PurePosixPath(name), label)
+            target, why = _copy(folder, source, place)
         if why:
             left_out.append({"file": name, "why": why})
         else:
             copied.add(target)
+            listed.append({"file_name": str(place), "label": label})
+    if any(entry["label"] not in PurePosixPath(entry["file_name"]).parts[:-1] for entry in listed):
+        copied.add(folder.write_text(f"cleaned/{LIST}", "".join(f"{json.dumps(entry)}\n" for entry in listed)))
     existing = [Path(parent, name) for parent, _, files in os.walk(folder.path / "cleaned") for name in files]
     strangers = sorted(str(path.relative_to(folder.path)) for path in existing if path.resolve() not in copied)
     return Copied(len(copied), left_out, strangers)

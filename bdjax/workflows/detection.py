@@ -11,8 +11,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -35,40 +34,19 @@ from bdjax.evaluation.variants import (
     without_untestable,
 )
 from bdjax.reporting import detectors
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import seconds_of
-from bdjax.run.config import SuspectConfig, adapted_to, load, train_config
+from bdjax.run.config import adapted_to, load, train_config
+from bdjax.run.configs.detection import Config
+from bdjax.run.experiment import Experiment
 from bdjax.run.log import StageLog
 from bdjax.run.presets import is_registered
-from bdjax.settings import Amount, Count
 from bdjax.training import processes
 from bdjax.types import Dataset, Model, PoisonedDataset
 from bdjax.workflows import base
-from bdjax.workflows.base import Experiment, Run
+from bdjax.workflows.base import Run
 from bdjax.workflows.outcomes import FILES, Outcome, read_outcome, write_outcome
 from bdjax.workflows.poisoned_sets import load_clean_data
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig):
-    """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others. The settings of undefended training
-    (model to augmentation) are used only if a detector needs the attacked network."""
-
-    target: Amount = 0
-    """the target class in the first seed; each further seed takes the next class"""
-    defenses: str = "vbd"
-    """detectors separated by commas, each with its settings: vbd,scan:threshold=10"""
-    clean_per_class: Amount = 10
-    """clean rows of each class, taken from the test set, for detectors that need them; AGPD chooses among five times as many,
-    those that the network classifies correctly. 0 leaves those detectors out"""
-    clean_data: str = ""
-    """a dataset's name or path to take the clean rows from; an audited dataset has no test set"""
-    suspects_at_once: Count = 10
-    """number of training sets that share a call; more need more memory"""
-    copy_files: bool = False
-    """when auditing an image folder, copy the files that are not flagged"""
-    sensitivity: bool = True
-    """when an audit finds nothing, plant a trigger in copies of the rows, and report from how many rows on the detector finds
-    it; takes three to six times as long as the audit itself"""
 
 
 def settle(config: Config, experiment: Experiment) -> tuple[list[str], list[str]]:
@@ -187,7 +165,9 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         title=f"{experiment.title} on {train.name}",
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
     )
-    base.finish(run, folder, page, detectors.main_table(results, train.name), {"training data": train.source}, results)
+    subject = Subject({"training data": train}, methods=experiment.about, word_of=partial(detectors.word_of, results))
+    table = detectors.main_table(results, train.name)
+    base.finish(run, folder, page, table, {"training data": train.source}, results, subject)
     return results
 
 

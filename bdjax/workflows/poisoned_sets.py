@@ -7,7 +7,7 @@ choice of attacks and defenses) and their own figures.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -33,30 +33,19 @@ from bdjax.evaluation.variants import (
     without_untestable,
 )
 from bdjax.reporting import defenses
+from bdjax.reporting.evidence.subject import Flagged, Subject
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ExportConfig, SuspectConfig, adapted_to, load, read_options, train_config
+from bdjax.run.config import ALL, adapted_to, load, read_options, train_config
+from bdjax.run.configs.poisoned_sets import Config
+from bdjax.run.experiment import Experiment
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import Share
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.training.member import TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Model, PoisonedDataset, TrainTest, Unread
 from bdjax.workflows import base
-from bdjax.workflows.base import Context, Experiment, Group
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(SuspectConfig, ExportConfig):
-    """Every setting of a run of defenses."""
-
-    clean_share: Share = 0.05
-    """share of the training rows that is held back before poisoning, for defenses that need clean rows"""
-    clean_data: str = ""
-    """a dataset's name or path to take the clean rows from instead"""
-    save_models: bool = True
-    """write the networks that the experiment's own defense makes in the first seed"""
-
+from bdjax.workflows.base import Context, Group
 
 SMOKE_TEST = (
     "The digits are a smoke test for defenses in training: at 8×8 pixels a network learns the classes as fast as a trigger, so "
@@ -164,8 +153,29 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=[variant.name for variant in variants if variant.defense.name in experiment.about],
         extra_sections=experiment.sections(context),
     )
-    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test},
+        flagged_of(comparisons),
+        base.asr_rows([suspect for group in groups for suspect in group.suspects], test),
+        methods=experiment.about,
+        word_of=partial(defenses.word_of, results),
+    )
+    base.finish(run, folder, page, defenses.main_table(results), base.sources_of(data), results, subject)
     return results
+
+
+def flagged_of(comparisons: Sequence[Comparison]) -> list[Flagged]:
+    """The rows that methods flag in training sets whose ground truth is unknown, of the first seed."""
+    return [
+        Flagged(
+            variant.title, entry.suspect.dataset, result.flags[number], result.scores[number] if has_scores else None
+        )
+        for variant, result, measured in comparisons
+        if result.flags is not None
+        for has_scores in (result.scores is not None,)
+        for number, entry in enumerate(measured)
+        if entry.suspect.is_poisoned is None and not entry.suspect.seed and not entry.not_tested.reason
+    ]
 
 
 def measure_controls(

@@ -2,16 +2,14 @@
 
 The suspect is a network, a *teacher*, without its training set; the defender has clean images, and wants a small clean network,
 a *student*. A run has attacks, seeds and methods. Each attack and seed gives one suspect teacher, which the attacker may have
-trained in any way; or the teacher is the user's, read from a folder. Every method runs on all teachers at once.
+trained in any way; or the teacher is the user's, with its weights. Every method runs on all teachers at once.
 `bdjax/commands/robust_kd.py` adds its presets and its studies.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,74 +41,21 @@ from bdjax.evaluation.variants import (
 )
 from bdjax.models import default_lowering
 from bdjax.reporting import students
+from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.sections import file_name, seconds_of
-from bdjax.run.config import ALL, ComparisonConfig, ExportConfig, adapted_to, load, train_config
+from bdjax.run.config import ALL, adapted_to, load, train_config
+from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
+from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
-from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
 from bdjax.training import ensemble, processes
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Schedule
 from bdjax.types import Dataset, PoisonedDataset, name_of_class
 from bdjax.workflows import base
-from bdjax.workflows.base import Context, Experiment, Group
+from bdjax.workflows.base import Context, Group
 from bdjax.workflows.poisoned_sets import load_clean_data
 
 OF_TRAINING_SETS = ("training set", "number of poisons")
 """Needs of defenses that a model without its training set cannot meet."""
-LABELS_ONLY = "logit_distillation:alpha=0.0"
-"""A student that learns nothing from the teacher: what distillation is worth beside the clean rows alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(ComparisonConfig, ExportConfig):
-    """Every setting of a run; `--preset` and `--dataset` decide the defaults of the others."""
-
-    preset: Literal["quick", "paper"] = "paper"
-    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU"""
-    attacks: str = "ckd,latent_backdoor,none"
-    """attacks on the teacher separated by commas, each with its settings after colons: ckd:poison_rate=0.05. none is a clean
-    teacher, the control of the others"""
-    defenses: str = "fkd"
-    """methods separated by commas, each with its settings: fkd,robust_kd:layers=1; or all methods for models; joined by +, the
-    second runs on the first one's models: fine_tuning+fkd"""
-    teacher: pathlib.Path | None = None
-    """a third-party suspect model, in place of --attacks: a folder like those in teachers/ and models/ of a run"""
-    teacher_model: str = "wrn_28_4"
-    """architecture of teachers that the run trains"""
-    student: str = "wrn_16_2"
-    """architecture of students, for methods whose settings do not name another"""
-    width: Width = 64
-    """channels of teachers that the run trains and of students: 64 is the papers' size, other values scale all channels"""
-    epochs: Count = 200
-    """epochs of clean teachers, and of attacked teachers trained from scratch on poisoned data"""
-    fine_tuning_epochs: Count = 30
-    """epochs of attacked teachers that start from the clean teacher"""
-    controlled_epochs: Count = 200
-    """epochs of attacked teachers whose attacker controls the training from scratch"""
-    batch_size: Count = 128
-    """batch size of the teachers' training"""
-    optimiser: Optimiser = "sgd"
-    """optimiser of the teachers"""
-    learning_rate: LearningRate = 0.1
-    """initial learning rate of teachers trained from scratch"""
-    fine_tuning_learning_rate: LearningRate = 0.008
-    """initial learning rate of attacked teachers that start from the clean teacher; falls on half a cosine"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule of teachers trained from scratch"""
-    steps: Steps = ()
-    """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: NotNegative = 5e-4
-    """L2 penalty of the teachers, added to the gradient as in PyTorch"""
-    augmentation: Augmentation = "none"
-    """augmentation of all training rows, after poisoning"""
-    clean_share: PositiveShare = 1.0
-    """the defender's clean rows: a share of each class's training rows, before any attack. With 1, students learn from the same
-    images as the teachers, as in the paper"""
-    clean_data: str = ""
-    """a dataset's name or path to take the clean rows from instead"""
-    save_models: bool = True
-    """write the first seed's teachers and students"""
 
 
 def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> dict[str, Any]:
@@ -142,7 +87,7 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
     teacher_key, suspect_key, view_key = jax.random.split(jax.random.key(config.seed), 3)
     plain, found, attacks = base.network_maker(config, train.num_classes), None, None
     if config.teacher:
-        read_teacher = partial(third_party.read_folder, config.teacher, train, config.target)
+        read_teacher = partial(third_party.open_teacher, config.teacher, train, config.target)
         found = read_teacher(default_lowering(), config.compute_dtype)
         model = found.model
         if found.suspects[0].attack.plan is None:
@@ -210,7 +155,14 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         about=experiment.about[0],
         extra_sections=extra,
     )
-    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results)
+    subject = Subject(
+        {"training data": train, "test data": test, "clean rows": clean},
+        asr_rows=base.asr_rows(teachers.suspects, test),
+        suspects={str(config.teacher): found.digest} if found else {},
+        methods=experiment.about,
+        word_of=partial(students.word_of, results, plain=students.plain_method(results)),
+    )
+    base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results, subject)
     return results
 
 
@@ -221,7 +173,9 @@ def check(config: Config, experiment: Experiment) -> None:
         InputError: naming the flag.
     """
     base.check(config, experiment)
-    if config.teacher and config.attacks != base.default_of(experiment, config).attacks:
+    if config.teacher == "":
+        raise InputError("--teacher is empty; give it a folder, or FILE.safetensors:ARCHITECTURE")
+    if config.teacher and config.attacks != default_of(experiment, config).attacks:
         raise InputError("--teacher sets the suspect; leave out --attacks")
 
 
@@ -265,7 +219,7 @@ def check_oracles(variants: Sequence[DefenseVariant]) -> None:
     for variant in variants:
         if "attacker's trigger" in variant.defense.needs_with(variant.settings):
             raise InputError(
-                f"defense {variant.name} needs the attacker's trigger, which the --teacher folder does not have"
+                f"defense {variant.name} needs the attacker's trigger, which the --teacher model does not come with"
             )
 
 

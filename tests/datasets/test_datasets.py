@@ -1,4 +1,4 @@
-import inspect
+import dataclasses
 import pathlib
 import re
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import DATASETS, Traits, load, load_suspect, traits
+from bdjax.datasets import DATASETS, FORMS, Source, Traits, load, load_suspect, traits
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 from bdjax.errors import InputError
+from bdjax.testing import ContractError, check_dataset
+from bdjax.types import Dataset, TrainTest
 
 
 def refused(message: str, *arguments, **keywords) -> None:
@@ -17,10 +19,48 @@ def refused(message: str, *arguments, **keywords) -> None:
             function(*arguments, **keywords)
 
 
-def test_every_loader_has_the_same_form():
-    for source in DATASETS.values():
-        further = ["side"] if source.of_several_sizes else []
-        assert list(inspect.signature(source.loader).parameters) == ["folders", "download", *further]
+@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.usefixtures("no_network", "cache")
+def test_every_named_set_keeps_the_contract(name):
+    """As far as it goes without files: the two that need none are loaded."""
+    check_dataset(name, DATASETS[name])
+
+
+def rows(**changes):
+    part = Dataset(np.zeros((4, 8, 8, 1), np.uint8), np.array([0, 1, 0, 1], np.int32), 2, "mine", "a test")
+    return dataclasses.replace(part, **changes)
+
+
+def two_lines(folders, download):
+    raise InputError("mine: found no files\nin these folders")
+
+
+def drawn_anew(folders, download):
+    images = np.random.default_rng().integers(0, 255, (4, 8, 8, 1), np.uint8)
+    return TrainTest(rows(images=images), rows())
+
+
+@pytest.mark.parametrize(
+    ("loader", "promise"),
+    [
+        (lambda folders: None, "its loader has the parameters folders, download"),
+        (two_lines, "what is missing is said in one line"),
+        (drawn_anew, "they are the same each time"),
+        (lambda folders, download: (rows(), rows()), "its loader returns a TrainTest"),
+        (lambda folders, download: TrainTest(rows(name="other"), rows()), "training rows: they have its name"),
+        (
+            lambda folders, download: TrainTest(rows(), rows(images=np.zeros((4, 8, 9, 1), np.uint8))),
+            "both parts have images of one shape, and the same classes",
+        ),
+        (
+            lambda folders, download: TrainTest(rows(labels=np.zeros(4, np.int32)), rows()),
+            "every class has training rows",
+        ),
+    ],
+)
+def test_a_broken_promise_is_named(loader, promise):
+    with pytest.raises(ContractError, match=f"^broken: dataset mine.*{promise}"):
+        check_dataset("mine", Source(loader))
 
 
 def test_traits_stand_on_the_set():
@@ -117,8 +157,10 @@ def test_a_path_that_does_not_exist(folder):
 
 
 def test_a_file_of_another_kind(folder):
-    (folder / "set.zip").write_bytes(b"")
-    refused(f"{folder / 'set.zip'}: is neither a folder of images nor an .npz file", str(folder / "set.zip"))
+    path = folder / "set.zip"
+    path.write_bytes(b"")
+    forms = "; ".join(form.about.replace("`", "") for form in FORMS.values())
+    refused(f"{path}: is in no form that is read, which are: {forms}", str(path))
 
 
 def test_a_data_dir_that_does_not_exist_is_never_passed_over():

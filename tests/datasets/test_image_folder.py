@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.datasets import image_folder
+from bdjax.datasets import image_folder, stacking
 from bdjax.datasets.decoding import SUFFIXES
 from bdjax.datasets.image_folder import load_image_folder, load_suspect_image_folder
 from bdjax.datasets.validation import ReadOptions
@@ -449,7 +449,7 @@ def test_a_class_of_which_nothing_can_be_read_is_refused(folder):
 
 def test_images_that_do_not_fit_into_memory_are_refused(folder, monkeypatch):
     classes(folder, {"a": range(50), "b": range(50, 100)}, size=(100, 100))
-    monkeypatch.setattr(image_folder, "free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(stacking, "free_memory", lambda: 1_000_000)
     message = (
         f"{folder}: 100 images of 100x100 pixels and 3 channel(s) take 0.0 GiB, and 0.0 GiB of memory are free; use "
     )

@@ -18,7 +18,8 @@ from bdjax.defenses.abm import (
     run,
     train_student,
 )
-from tests.defenses.conftest import init_small, small_model
+from bdjax.testing.small_network import small_model
+from tests.defenses.conftest import init_small
 
 SMALL = AbmSettings(
     alpha=0.0, epochs=3, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, isolation_rate=0.1, student_epochs=2

@@ -23,8 +23,9 @@ from bdjax.defenses.anp import (
     run,
 )
 from bdjax.errors import InputError
+from bdjax.testing.small_network import small_model
 from bdjax.training.member import Outcome, TrainConfig, make_optimiser, make_step
-from tests.defenses.conftest import init_small, small_model
+from tests.defenses.conftest import init_small
 
 MODEL = small_model()
 

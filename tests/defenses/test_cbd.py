@@ -17,7 +17,8 @@ from bdjax.defenses.cbd import (
     run,
     spectral_norm,
 )
-from tests.defenses.conftest import init_small, small_model
+from bdjax.testing.small_network import small_model
+from tests.defenses.conftest import init_small
 
 SMALL = {
     "biased_epochs": 1,

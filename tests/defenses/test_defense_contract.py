@@ -1,16 +1,12 @@
-"""What every defense guarantees, checked on each entry of the registry.
+"""What every defense guarantees, checked on each entry of the registry by the functions that plugins are checked by.
 
 Each defense runs once; all tests share its result.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple, get_args
+from typing import get_args
 
-import chex
-import jax
 import numpy as np
 import pytest
 
@@ -20,9 +16,9 @@ from bdjax.defenses.contract import Defense, DefenseInput, Need, UndeclaredNeedE
 from bdjax.defenses.registry import DEFENSES, find_defense
 from bdjax.defenses.undefended import UndefendedSettings
 from bdjax.errors import InputError
-from bdjax.evaluation.measure import defend
 from bdjax.evaluation.variants import DefenseVariant, read_defense
-from bdjax.types import DefenseResult, Detection, Model
+from bdjax.testing import ContractError, defenses
+from bdjax.types import DefenseResult, Detection
 from tests.tiers import slow_unless
 
 SMALL: dict[str, str] = {
@@ -85,18 +81,7 @@ READS = {
 """Each need, and the attributes of `DefenseInput` that read it."""
 
 
-class Run(NamedTuple):
-    """A defense that was run, and what it did."""
-
-    variant: DefenseVariant
-    result: DefenseResult
-    measured: list[Any]
-    attacked_before: Any
-    """variables of the attacked networks before it ran"""
-    needs_read: set[Need]
-
-
-_runs: dict[str, Run] = {}
+_runs: dict[str, defenses.Run] = {}
 
 FAST = (
     *("fine_tuning", "ft_sam", "i_bau", "logit_distillation", "none"),
@@ -106,12 +91,10 @@ FAST = (
 
 
 @pytest.fixture(params=slow_unless(sorted(DEFENSES), FAST))
-def run(request, suspects, monkeypatch) -> Run:
+def run(request, suspects, monkeypatch) -> defenses.Run:
     name = request.param
     if name not in _runs:
-        before = jax.tree.map(np.array, suspects.inputs.attacked.variables)
-        variant = read_defense(SMALL.get(name, name), "quick", "digits")
-        read, known, kept_rows = set(), DefenseInput.known, filtering.kept_rows
+        kept_rows = filtering.kept_rows
 
         def repeated_rows(flags: np.ndarray, generators: Sequence[np.random.Generator]) -> np.ndarray:
             """As many rows as there are without a detector: the retraining is then compiled once for all detectors."""
@@ -119,17 +102,9 @@ def run(request, suspects, monkeypatch) -> Run:
             return rows[:, np.arange(flags.shape[1]) % rows.shape[1]]
 
         monkeypatch.setattr(filtering, "kept_rows", repeated_rows)
-        monkeypatch.setattr(DefenseInput, "known", lambda self, need: read.add(need) or known(self, need))
-        result, measured = defend(suspects.inputs, suspects.suspects, variant, suspects.views)
+        _runs[name] = defenses.run(suspects, read_defense(SMALL.get(name, name), "quick", "digits"))
         monkeypatch.undo()
-        _runs[name] = Run(variant, result, measured, before, read)
     return _runs[name]
-
-
-@cache
-def compiled(model: Model):
-    """A model's `apply` at test time: defenses that return the same architecture share it."""
-    return jax.jit(lambda variables, images: model.apply(variables, images, train=False))
 
 
 def test_every_defense_is_in_the_table():
@@ -137,8 +112,7 @@ def test_every_defense_is_in_the_table():
 
 
 def test_every_defense_needs_all_that_it_declares(run):
-    """That it reads nothing else is shown by its running: it receives nothing else."""
-    assert run.needs_read == set(run.variant.defense.needs_with(run.variant.settings))
+    defenses.check_needs(run)
 
 
 def reader(need: Need, name: str, *needs: Need) -> Defense:
@@ -209,29 +183,14 @@ def test_the_attackers_part_in_training_goes_with_the_training_set(inputs):
     assert restricted.attacker is None and list(restricted.knowledge) == ["attacked model"]
 
 
-def test_settings_are_frozen_and_each_field_is_documented():
-    for defense in DEFENSES.values():
-        assert dataclasses.is_dataclass(defense.settings) and type(defense.settings).__dataclass_params__.frozen
-        assert defense.needs and defense.paper and defense.title
+@pytest.mark.parametrize("name", sorted(DEFENSES))
+def test_an_entry_is_complete(name):
+    assert find_defense(name).name == name
+    defenses.check_entry(find_defense(name))
 
 
 def test_result_has_a_row_for_each_suspect(run, suspects):
-    result, measured = run.result, run.measured
-    num, rows = suspects.inputs.index.shape
-    assert all(leaf.shape[0] == num for leaf in jax.tree.leaves(result.variables))
-    chex.assert_tree_all_finite(result.variables)
-    if result.flags is not None:
-        assert result.flags.shape == (num, rows) and result.flags.dtype == bool
-    if result.scores is not None:
-        assert result.scores.shape == (num, rows) and np.isfinite(result.scores).all()
-    for values in result.facts.values():
-        assert np.shape(values) == (num,) and np.isfinite(values).all()
-    for picture in result.pictures.values():
-        assert len(picture) == num and picture.min() >= 0 and picture.max() <= 1
-    assert [row.suspect for row in measured] == suspects.suspects
-    assert all(0 <= row.cda <= 1 for row in measured) and measured[0].asr is not None and measured[1].asr is None
-    if "training set" not in run.variant.defense.needs:
-        assert result.flags is None and result.scores is None
+    defenses.check_result(run, suspects)
 
 
 DETECTORS = [defense.name for defense in DEFENSES.values() if defense.detect]
@@ -239,38 +198,44 @@ DETECTORS = [defense.name for defense in DEFENSES.values() if defense.detect]
 
 @pytest.mark.parametrize("run", slow_unless(sorted(DETECTORS), FAST), indirect=True)
 def test_detection_alone_gives_the_flags_of_the_defense(run, suspects):
-    variant, result = run.variant, run.result
-    stages = set(suspects.inputs.runner.folder.iterdir())
-    found = contract.detect(variant.defense, suspects.inputs, variant.settings)
-    assert set(suspects.inputs.runner.folder.iterdir()) == stages  # both read the same checkpoints
-    np.testing.assert_array_equal(found.flags, result.flags)
-    np.testing.assert_allclose(found.scores, result.scores, rtol=1e-6)
-    for name, values in found.facts.items():
-        np.testing.assert_allclose(values, result.facts[name], rtol=1e-6)
-    assert "training set" in variant.defense.needs
-    assert len(found.patterns) in (0, len(found.flags))
-    for pattern, mask in ((item.pattern, item.mask) for item in itertools.chain(*found.patterns)):
-        assert pattern.shape == (*mask.shape, pattern.shape[2]) and mask.dtype == bool
-        assert not pattern[~mask].any() and pattern.min() >= 0 and pattern.max() <= 1
-    assert all(len(values) == len(found.flags) for values in found.evidence.values())
+    defenses.check_detection(run, suspects)
 
 
 def test_defended_model_is_pure_and_classifies_each_row_on_its_own(run, suspects):
-    model, variables = run.result.model, jax.tree.map(lambda leaf: leaf[0], run.result.variables)
-    images = suspects.test.images[:4].astype(np.float32) / 255
-    apply = compiled(model)
-    together = apply(variables, images)
-    assert together.logits.shape[0] == 4 and together.logits.shape[1] in (10, 11)
-    chex.assert_trees_all_equal(together.variables, variables)
-    # Copies of a row instead of a batch of one, which would be compiled again.
-    alone = np.concatenate([apply(variables, np.repeat(image[None], 4, axis=0)).logits[:1] for image in images])
-    np.testing.assert_allclose(alone, together.logits, rtol=1e-3, atol=1e-3)
-    single = jax.eval_shape(apply, variables, images[:1])
-    assert single.logits.shape == (1, together.logits.shape[1])
+    defenses.check_model(run, suspects)
 
 
 def test_attacked_networks_do_not_change(run, suspects):
-    chex.assert_trees_all_equal(run.attacked_before, jax.tree.map(np.array, suspects.inputs.attacked.variables))
+    defenses.check_suspects_unchanged(run, suspects)
+
+
+def reads_nothing(inputs: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
+    return DefenseResult(inputs.attacked.model, inputs.attacked.variables)
+
+
+def flags_half(inputs: DefenseInput, settings: UndefendedSettings) -> DefenseResult:
+    return reads_nothing(inputs, settings)._replace(flags=np.zeros((2, 3), bool))
+
+
+@pytest.mark.parametrize(
+    ("changes", "promise"),
+    [
+        ({"name": "do-nothing"}, "the name has only a to z, 0 to 9 and _"),
+        ({"needs": ()}, "it declares what it needs"),
+        (
+            {"needs": ("attacked model", "clean rows"), "run": reads_nothing},
+            r"it reads all that it declares \(clean rows is not",
+        ),
+        ({"run": flags_half}, r"flags are bool \[M, n\]"),
+    ],
+)
+def test_a_broken_promise_is_named(changes, promise, suspects):
+    defense = dataclasses.replace(DEFENSES["none"], **changes)
+    with pytest.raises(ContractError, match=f"^broken: defense {defense.name}: {promise}"):
+        defenses.check_entry(defense)
+        done = defenses.run(suspects, DefenseVariant(defense.name, defense, defense.settings))
+        defenses.check_needs(done)
+        defenses.check_result(done, suspects)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from bdjax.defenses.fkd import (
 )
 from bdjax.errors import InputError
 from bdjax.models import make_model
+from bdjax.testing.small_network import small_model
 from bdjax.types import GroupEnd, ModelOutput
-from tests.defenses.conftest import init_small, small_model
+from tests.defenses.conftest import init_small
 
 RANDOM = np.random.default_rng(0)
 

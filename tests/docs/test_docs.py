@@ -4,6 +4,7 @@ import ast
 import configparser
 import importlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -16,22 +17,31 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import bdjax
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
-from bdjax.datasets import DATASETS
+from bdjax.commands import COMMANDS as TABLE
+from bdjax.commands import gate
+from bdjax.commands import grid as grid_command
+from bdjax.datasets import DATASETS, load_suspect
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.models import MODELS
+from bdjax.reporting.evidence.gate import decide
+from bdjax.reporting.evidence.verdict import metric
+from bdjax.reporting.evidence.writing import SUMS
 from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, main
-from bdjax.run import command_line, presets
+from bdjax.run import command_line, grid_file, presets
 from bdjax.run.config import adapted_to
+from bdjax.run.experiment import read_flags
 from bdjax.training import processes
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
-from bdjax.workflows import base, detection, suspect_models
+from bdjax.workflows import base, detection, grid, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,7 +49,7 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if page.name != "table.md")]
 REPORT_PICTURE = DOCS / "report.png"
 MOST_README_BYTES = 8192
-EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_model")
+EXPERIMENTS = ("ta_kd", "lfd", "abm", "vbd", "robust_kd", "attack", "audit_data", "audit_model")
 IMAGE_SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "tiny_imagenet": (64, 64, 3)}
 NUM_ROWS = 10_000
 NUM_CLASSES = {"gtsrb": 43, "cifar100": 100, "tiny_imagenet": 200, "flowers17": 17}
@@ -142,12 +152,20 @@ def commands(page: pathlib.Path) -> Iterator[str]:
         for line in re.sub(r"\\\n *", "", block).splitlines():
             yield from filter(None, (part.strip() for part in re.sub(r" +# .*", "", line).split("&&")))
     for code in INLINE_CODE.findall(prose(page)):
-        if re.match(r"(python |pip install|\.ci/run$)", code):
+        if re.match(r"(python |pip install|\.ci/run$|bdjax [a-z][a-z-]+ )", code):
             yield code
         elif re.fullmatch(r"'\.\[[\w,]+\]'", code):
             yield f"pip install -e {code}"
         elif re.match(r"experiments/\w+\.py --", code):
             yield f"python {code}"
+
+
+def test_the_pages_on_the_command_name_every_command():
+    rows = re.findall(
+        r"^\| `bdjax ([a-z-]+)` \| (?:`experiments/([a-z_]+)\.py`|–) \|", (DOCS / "runs.md").read_text(), re.M
+    )
+    assert sorted(rows) == sorted((name, command.module) for name, command in TABLE.items())
+    assert "(docs/plugins.md)" in (ROOT / "README.md").read_text()
 
 
 def words(command: str) -> list[str]:
@@ -159,7 +177,8 @@ def words(command: str) -> list[str]:
     return shlex.split(command)
 
 
-COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page)})
+COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page) if "stripe" not in command})
+"""All but those with the template of plugins, which tests/plugins installs."""
 
 
 def test_commands_are_found():
@@ -182,8 +201,18 @@ def test_a_command_is_one_that_works(command):
             check_pytest(options)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
+        case ["python", script, "--help"] if script.startswith("experiments/"):
+            assert (ROOT / script).is_file()
+        case ["python", "experiments/grid.py", *arguments]:
+            check_grid(arguments)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
+        case ["bdjax", name, *flags]:
+            check_experiment(TABLE[name].module, flags)
+        case ["cd", folder]:
+            assert folder.startswith("runs/")
+        case ["sha256sum", "-c", name]:
+            assert name == SUMS
         case ["ruff", *options]:
             assert options in (["check", "."], ["format", "--check", "."])
         case [".ci/run"]:
@@ -238,8 +267,11 @@ def check_experiment(name: str, flags: list[str]) -> None:
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return
-    config = base.read_flags(script.EXPERIMENT, "", flags)
-    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz"))
+    if name == "gate":
+        check_gate(flags)
+        return
+    config = read_flags(script.EXPERIMENT, "", flags)
+    assert presets.is_registered(config.dataset) or config.dataset.endswith(("/", ".npz", ".parquet"))
     like = adapted_to(config)
     if name == "ta_kd":
         ta_kd_workflow.check(config)
@@ -252,7 +284,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
         attack_workflow.check(config)
         attack_workflow.make_plans(config, some_rows(config.dataset))
         return
-    if name == "vbd":
+    if name in ("vbd", "audit_data"):
         attacks, defenses = detection.settle(config, script.EXPERIMENT)
         detection.read_detectors(config, defenses)
     else:
@@ -263,6 +295,22 @@ def check_experiment(name: str, flags: list[str]) -> None:
     gets = "model" if name == "robust_kd" else "training set"
     for text in attacks:
         check_attack(text, config.dataset, config.target, like, gets)
+
+
+def check_grid(arguments: list[str]) -> None:
+    names, flags = command_line.split_words(arguments)
+    if names[0] == "collect":
+        assert names[1:] and command_line.parse(grid_command.CollectConfig, {}, flags)
+    else:
+        assert len(names) == 1 and names[0].endswith(".toml") and command_line.parse(grid_command.GridConfig, {}, flags)
+
+
+def check_gate(flags: list[str]) -> None:
+    """A verdict that passes is in the place of the file."""
+    assert flags[0].endswith("/evidence/verdict.json")
+    config = command_line.parse(gate.GateConfig, {}, flags[1:])
+    entries = [metric(name, "a run", 0.5, method=config.method) for name in ("asr", "cda")]
+    decide({"verdict": {"word": "removed"}, "metrics": entries}, **gate.rules_of(config))
 
 
 @cache
@@ -278,16 +326,34 @@ def test_a_flag_that_is_not_there_would_be_noticed():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_in_sentences_are_flags(page):
-    known = {"help", "coordinator", "processes", "process", "distributed"}
+    known = {"help", "coordinator", "processes", "process", "distributed", *gate.GateConfig.__dataclass_fields__}
     for name in (*EXPERIMENTS, "bench_ensemble"):
         script = defined_in(name)
         config = script.preset() if name == "bench_ensemble" else script.EXPERIMENT.default()
         known |= set(type(config).__dataclass_fields__)
+    known |= set(grid_command.GridConfig.__dataclass_fields__) | set(grid_command.CollectConfig.__dataclass_fields__)
     for code in INLINE_CODE.findall(prose(page)):
         for flag in re.findall(r"(?:^| )--([a-z][\w-]*)", code):
             assert flag.replace("-", "_").removeprefix("no_") in known, (
                 f"{name_of(page)}: --{flag} is a flag of no experiment"
             )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_grids_are_ones_that_work(page, tmp_path):
+    """Everything but what needs the rows of a dataset."""
+    assert blocks(page, "toml") or page.name != "grid.md"
+    for text in blocks(page, "toml"):
+        (tmp_path / "grid.toml").write_text(text)
+        file = grid_file.read(tmp_path / "grid.toml")
+        experiments = grid_command._experiments()
+        for number, block in enumerate(file.blocks):
+            for name, dataset in itertools.product(block.experiments, block.datasets):
+                fields, config = grid.read_config(file, number, experiments[name], dataset)
+                attacks, defenses = grid.names_in(file, number, experiments[name], config)
+                assert fields["dataset"] == config.dataset == dataset and attacks and defenses
+                for text in attacks:
+                    check_attack(text, dataset, config.target, adapted_to(config), "training set")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -298,7 +364,32 @@ def test_snippets_compile(page):
         json.loads(text)
 
 
-@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_model")])
+def test_the_script_for_backdoorbenchs_images(tmp_path, monkeypatch):
+    train, _ = bdjax.load("digits")
+    images = 255 - train.images[[3, 40]]
+    for index, image in zip((3, 40), images, strict=True):
+        place = tmp_path / "bd_train_dataset" / str(train.labels[index])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(place / f"{index}.png")
+    np.savez(tmp_path / "rows.npz", index=[3, 40], label=[0, 0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bdjax, "load", lambda name: (train, None))
+    (script,) = (code for code in blocks(DOCS / "backdoorbench.md", "python") if "torch" not in code)
+    exec(compile(script, "backdoorbench.md", "exec"), {})
+    found = load_suspect("suspect.npz")
+    assert np.flatnonzero(found.is_poisoned).tolist() == [3, 40] and found.labels[[3, 40]].tolist() == [0, 0]
+    np.testing.assert_array_equal(found.images[[3, 40]], images)
+    np.testing.assert_array_equal(found.original_labels, train.labels)
+    np.savez("rows.npz", index=[4], label=[0])
+    (tmp_path / "bd_train_dataset" / str((train.labels[4] + 1) % 10)).mkdir(exist_ok=True)
+    Image.fromarray(images[0][..., 0]).save(f"bd_train_dataset/{(train.labels[4] + 1) % 10}/4.png")
+    with pytest.raises(SystemExit, match="the order of rows differs"):
+        exec(compile(script, "backdoorbench.md", "exec"), {})
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if name not in ("ta_kd", "attack", "audit_data", "audit_model")]
+)
 def test_every_study_has_a_result_or_is_listed_as_never_run(name):
     studies = defined_in(name).EXPERIMENT.studies
     assert studies
@@ -317,7 +408,8 @@ def test_generated_tables_are_up_to_date(page):
 
 def test_every_generated_table_stands_on_a_page_once():
     names = [name for page in PAGES for name in block_names(page.read_text("utf-8"))]
-    assert len(names) == len(set(names)) and set(TABLES) == {name for name in names if "#" not in name}
+    of_registries = [name for name in names if "#" not in name]  # those of committed runs may stand on several pages
+    assert sorted(of_registries) == sorted(TABLES)
 
 
 def test_pages_are_rewritten_by_the_command(tmp_path, capsys):

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -5,6 +6,7 @@ import pytest
 from bdjax.errors import InputError
 from bdjax.evaluation import student_curves
 from bdjax.evaluation.student_curves import CurvePoint, StudentCurves, best_point, is_measured
+from bdjax.training.stages import StageRunner
 
 
 def test_about_twenty_epochs_are_measured_and_always_the_last():
@@ -38,3 +40,23 @@ def test_a_file_keeps_the_points_and_a_damaged_one_is_refused(tmp_path):
         file.write_text(damaged)
         with pytest.raises(InputError, match="is damaged"):
             student_curves._read(file)
+
+
+def test_points_are_curves_of_their_own_with_the_mean_of_what_is_known(tmp_path):
+    points = {
+        4: CurvePoint(4, (0.6, 0.8), (0.1, None), (None, None)),
+        2: CurvePoint(2, (0.5, 0.5), (None, None), (0.0, 0.2)),
+    }
+    seen = []
+
+    @contextlib.contextmanager
+    def curves(stage):
+        yield lambda epoch, numbers: seen.append((stage.name, epoch, numbers))
+
+    student_curves._send(StageRunner(tmp_path, (8, 8, 1), "map", curves=curves), "fkd students", points)
+    assert seen == [
+        ("fkd-students-measured", 2, {"cda": 0.5, "control_asr": 0.1}),
+        ("fkd-students-measured", 4, {"cda": 0.7, "asr": 0.1}),
+    ]
+    student_curves._send(StageRunner(tmp_path, (8, 8, 1), "map"), "fkd students", points)
+    assert len(seen) == 2

@@ -82,7 +82,7 @@ class TestRoundTrip:
         first = ensemble.members(variables, np.array([0]))
         with_more = {**first, "teacher": jnp.zeros(3)}  # further entries are left out
         assert teachers_io.write_folder(tmp_path / "a", NETWORK, with_more, SHAPE, trigger, 2)
-        found = teachers_io.read_folder(tmp_path / "a", TRAIN, 2, "native")
+        found = teachers_io.open_teacher(str(tmp_path / "a"), TRAIN, 2, "native")
         assert found.model.description == NETWORK.description
         jax.tree.map(np.testing.assert_array_equal, found.variables, first)
         (read,) = found.suspects
@@ -94,7 +94,7 @@ class TestRoundTrip:
 
     def test_several_without_triggers(self, tmp_path, variables):
         assert teachers_io.write_folder(tmp_path / "b", NETWORK, variables, SHAPE, None, 2)
-        found = teachers_io.read_folder(tmp_path / "b", TRAIN, 0, "native")
+        found = teachers_io.open_teacher(str(tmp_path / "b"), TRAIN, 0, "native")
         assert [suspect.attack.title for suspect in found.suspects] == ["your teacher 1", "your teacher 2"]
         assert all(suspect.attack.plan is None and suspect.parts == () for suspect in found.suspects)
 
@@ -103,7 +103,7 @@ class TestRoundTrip:
         trigger = teachers_io.trigger_of(one, TRAIN, shown(one))
         teachers_io.write_folder(tmp_path / "c", NETWORK, ensemble.members(variables, np.array([1])), SHAPE, trigger, 2)
         with pytest.raises(InputError, match="use --target=2"):
-            teachers_io.read_folder(tmp_path / "c", TRAIN, 0, "native")
+            teachers_io.open_teacher(str(tmp_path / "c"), TRAIN, 0, "native")
 
     def test_a_user_supplied_network_is_not_written(self, tmp_path, variables):
         network = Model(NETWORK.init, NETWORK.apply, CLASSES, "a network of two heads")

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_network import make_tiny
 
 from bdjax.benchmarking import contenders, interleave, report, settings, worker
 from bdjax.errors import InputError
 from bdjax.models import count_parameters, make_model, operations
 from bdjax.models.resnet import BLOCKS
 from bdjax.run import command_line
+from bdjax.testing.tiny_network import make_tiny
 from bdjax.training.member import Rows, TrainConfig, make_epoch, resume_from
 from bdjax.training.stages import cross_entropy_of
 from experiments import bench_ensemble

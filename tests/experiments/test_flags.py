@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import pytest
 
-from bdjax.commands import abm, attack, audit_model, lfd, robust_kd, ta_kd, vbd
+from bdjax.commands import abm, attack, audit_data, audit_model, lfd, robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
+from bdjax.run.experiment import read_flags
 from bdjax.settings import Range, kinds_of, mistakes
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
@@ -30,6 +31,11 @@ class Checked(NamedTuple):
 EXPERIMENTS = {
     "abm": Checked(abm.preset, partial(base.check, experiment=abm.EXPERIMENT), ("quick", "paper", "strong")),
     "attack": Checked(attack.preset, attack_workflow.check, ("quick", "paper")),
+    "audit_data": Checked(
+        partial(audit_data.preset, dataset="digits"),
+        partial(detection.settle, experiment=audit_data.EXPERIMENT),
+        ("quick", "paper", "strong"),
+    ),
     "audit_model": Checked(audit_model.preset, audit_model_workflow.check, ("quick", "paper")),
     "bench_ensemble": Checked(bench_ensemble.preset, bench_ensemble.check, ("quick", "full", "gpu")),
     "lfd": Checked(lfd.preset, partial(base.check, experiment=lfd.EXPERIMENT), ("quick", "paper", "strong")),
@@ -141,5 +147,5 @@ class TestEveryExperiment:
 )
 def test_flags_that_used_to_end_otherwise_are_refused(arguments, message):
     with pytest.raises(InputError) as error:
-        base.check(base.read_flags(lfd.EXPERIMENT, "a run", arguments), lfd.EXPERIMENT)
+        base.check(read_flags(lfd.EXPERIMENT, "a run", arguments), lfd.EXPERIMENT)
     assert message in str(error.value)

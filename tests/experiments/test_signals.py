@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import pytest
 
+from bdjax.commands import COMMANDS
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LINE = "interrupted; run the same command again to continue\n"
 FLAGS = [
@@ -78,7 +80,7 @@ def interrupt(program: subprocess.Popen, number: signal.Signals) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs /proc")
-@pytest.mark.parametrize("script", ["ta_kd", "lfd", "vbd", "abm", "robust_kd", "attack", "bench_ensemble"])
+@pytest.mark.parametrize("script", [*(command.module for command in COMMANDS.values()), "bench_ensemble"])
 def test_an_interruption_of_the_imports_is_one_line(script, tmp_path):
     for number, library in ((signal.SIGINT, "jaxlib"), (signal.SIGTERM, "_multiarray_umath")):
         program = start(tmp_path / "run", script)

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_network import make_tiny
 
 from bdjax.inspection.grad_cam import grad_cam
+from bdjax.testing.tiny_network import make_tiny
 from bdjax.types import Model, ModelOutput
 from tests.defenses.tiny import SHAPE, TINY, tiny_variables
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.models import MODELS, count_parameters, embedding, make_model
+from bdjax.models import MODELS, count_parameters, make_model
 from bdjax.models.layers import EXACT_LOWERINGS
+from bdjax.testing import models as contract
 from tests.tiers import slow_unless
 
 LOWERINGS = EXACT_LOWERINGS
@@ -36,27 +37,21 @@ TAPS = dict.fromkeys(MODELS, 3) | {
     "speedrun": 4,
 }
 SHAPE, K = (8, 8, 1), 3
-IMAGES = jnp.asarray(np.random.default_rng(0).random((3, *SHAPE)), jnp.float32)
+IMAGES = contract.images_of(SHAPE)
+
+
+@cache
+def network(name):
+    return make_model(name, K, 2, "native")
 
 
 @cache
 def variables_of(name, seed=0, width=2):
-    """Random parameters and statistics of a sensible size."""
-    shapes = jax.eval_shape(lambda key: make_model(name, K, width).init(key, SHAPE), jax.random.key(0))
-    random = np.random.default_rng(seed)
+    return contract.variables_of(make_model(name, K, width, "native"), SHAPE, seed)
 
-    def draw(path, leaf):
-        kind = path[-1].key
-        noise = random.standard_normal(leaf.shape)
-        if kind == "kernel":
-            noise *= (2 / np.prod(leaf.shape[:-1])) ** 0.5
-        elif kind in ("scale", "variance"):
-            noise = np.exp(0.3 * noise)
-        else:
-            noise *= 0.3
-        return jnp.asarray(noise, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+def run_members(name):
+    return contract.run_members(network(name))
 
 
 def names_of(name):
@@ -243,51 +238,19 @@ def test_images_of_tiny_imagenet():
 # ---- What the rest relies on ----------------------------------------------------------------------------------------
 
 
-@cache
-def run_members(name):
-    """(stacked variables, images, factors of the taps) -> logits, features and variables of each member, in one call."""
-    model = make_model(name, K, 2, "native")
-
-    def run_member(variables, images, factors):
-        edits = {tap: lambda x, tap=tap: factors[tap] * x for tap in factors}
-        output = model.apply(variables, images, train=False, edits=edits)
-        return output.logits, output.features, output.variables
-
-    return jax.jit(jax.vmap(run_member, in_axes=(0, None, None)))
-
-
 @pytest.mark.parametrize("name", slow_unless(RUN, SMALLEST))
 def test_the_smallest_network_of_each_family(name):
     """And one with the bottleneck blocks of the deepest ResNets."""
-    model = make_model(name, K, 2, "native")
+    model = network(name)
     assert (model.num_classes, model.description) == (K, f"{name} width 2")
     members = [variables_of(name, seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *members)
-    ones = {tap: jnp.float32(1.0) for tap in names_of(name)}
-    logits, features, after = jax.device_get(run_members(name)(stacked, IMAGES, ones))  # no program per shape below
-    chex.assert_trees_all_equal(after, stacked)
-
-    assert list(features) == names_of(name)
-    assert logits.shape == (2, 3, K) and logits.dtype == jnp.float32
-    assert all(np.all(np.isfinite(each)) and np.ptp(each) > 0.01 for each in (logits, *features.values()))
-
-    # The last tap, averaged over its pixels, is the input of the last layer.
-    for i, member in enumerate(members):
-        last = member["params"]["classifier"]
-        seen = embedding(jax.tree.map(lambda each, i=i: each[i], features))
-        expected = np.asarray(seen, np.float64) @ np.asarray(last["kernel"]) + np.asarray(last.get("bias", 0))
-        np.testing.assert_allclose(logits[i], expected, rtol=1e-4, atol=1e-4)
-
-    # An edit of the last tap reaches the last layer, one of the first reaches everything after it and nothing else.
-    *_, last = ones
-    silent, *_ = jax.device_get(run_members(name)(stacked, IMAGES, {**ones, last: jnp.float32(0.0)}))
-    bias = np.asarray(stacked["params"]["classifier"].get("bias", np.zeros((2, K))))
-    np.testing.assert_allclose(silent, np.broadcast_to(bias[:, None], silent.shape), atol=1e-6)
-    _, changed, _ = jax.device_get(run_members(name)(stacked, IMAGES, {**ones, "stage1": jnp.float32(2.0)}))
-    np.testing.assert_allclose(changed["stage1"], 2 * features["stage1"], rtol=1e-5, atol=1e-6)
-    assert all(np.abs(changed[tap] - features[tap]).max() > 1e-4 for tap in names_of(name)[1:])
+    contract.check_members(f"model {name}", model, members, IMAGES)
+    assert list(output_shapes(name, SHAPE, width=2).features) == names_of(name)
 
     if name == "vbd_4_4p":  # members one after another, not compiled, nothing edited
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+        ones = {tap: jnp.float32(1.0) for tap in names_of(name)}
+        logits, features, _ = run_members(name)(stacked, IMAGES, ones)
         for i, member in enumerate(members):
             output = model.apply(member, IMAGES, train=False)
             chex.assert_trees_all_close(

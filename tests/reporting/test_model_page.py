@@ -15,8 +15,8 @@ from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.reporting import model_page, model_verdict
 from bdjax.reporting.audit_verdict import exit_status
 from bdjax.reporting.report import Verdict, render
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import RunFolder
-from bdjax.workflows.base import read_flags
 
 NAMES = ("ant", "bee", "cat", "dog", "<b>")
 USUAL, BACKDOOR = [10.0, 9.5, 9, 11, 10], [10.0, 9, 1, 11, 10]
@@ -132,21 +132,19 @@ def test_a_black_box_has_no_weights():
 
 
 def test_the_commands_for_a_clean_student_can_be_read():
-    experiments = {"experiments/ta_kd.py": ta_kd.EXPERIMENT, "experiments/robust_kd.py": robust_kd.EXPERIMENT}
+    experiments = {"ta-kd": ta_kd.EXPERIMENT, "robust-kd": robust_kd.EXPERIMENT}
     for command in (
         *model_verdict.commands(["--dataset=digits"], ["my model"], 1, True),
         *model_verdict.commands(["--dataset=digits"], ["my model", "b.onnx"], 2, outputs="labels"),
     ):
         words = shlex.split(command)
         config = read_flags(experiments[words[1]], "", words[2:])
-        assert str(getattr(config, "teacher", None) or config.teachers[0]) == "my model"
+        assert (getattr(config, "teacher", None) or config.teachers[0]) == "my model"
     assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 1, True)] == [
-        "experiments/robust_kd.py",
-        "experiments/ta_kd.py",
+        "robust-kd",
+        "ta-kd",
     ]
-    assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 7, True)] == [
-        "experiments/ta_kd.py"
-    ]
+    assert [command.split()[1] for command in model_verdict.commands(["--dataset=digits"], ["x"], 7, True)] == ["ta-kd"]
 
 
 @pytest.mark.usefixtures("undrawn")

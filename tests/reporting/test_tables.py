@@ -1,5 +1,6 @@
 import io
 import math
+import re
 import statistics
 
 import numpy as np
@@ -7,7 +8,16 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from bdjax.reporting.tables import Table, format_cell, mean_and_spread, number_columns, to_markdown, to_rich
+from bdjax.reporting.tables import (
+    Table,
+    cells,
+    format_cell,
+    mean_and_spread,
+    number_columns,
+    to_markdown,
+    to_rich,
+    widths,
+)
 from bdjax.run.text import printable
 
 TABLE = Table(
@@ -91,6 +101,50 @@ def test_rich_shows_every_cell_and_takes_nothing_for_markup():
     assert "\x1b" not in text
 
 
+WIDE = Table(
+    "Results",
+    ("method", "attack", "CDA", "ASR", "ASR control", "reference model parameters", "needs", "verdict"),
+    (
+        (
+            "teacher-aggregation student",
+            "badnets",
+            "0.953 ± 0.004",
+            "0.953 ± 0.004",
+            0.1,
+            1_234_567,
+            "clean rows",
+            "kept",
+        ),
+        ("reference", "blended and sig", "0.950 ± 0.012", "0.003 ± 0.001", None, 12, "attacked model", "removed"),
+    ),
+    notes="CDA: clean data accuracy. " * 5,
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160, 400])
+def test_no_word_and_no_number_is_cut_off_on_a_terminal(width):
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(to_rich(WIDE), highlight=False)
+    lines = stream.getvalue().splitlines()
+    assert max(map(cell_len, lines)) <= width and "…" not in stream.getvalue()
+    words = " ".join(re.split(r"[\s│┃]+", stream.getvalue()))
+    for name in WIDE.header:
+        assert all(word in words.split() for word in name.split())
+    for row, style in zip(cells(WIDE), WIDE.rows, strict=True):
+        for text, cell in zip(row, style, strict=True):
+            parts = [text] if not isinstance(cell, str) or "±" in cell else text.split()
+            assert all(any(part in line for line in lines) for part in parts), text
+    starts = [line for line in lines if line.startswith("│ reference ")]
+    assert len(starts) == {60: 3, 80: 2, 100: 2, 160: 1, 400: 1}[width]  # columns that do not fit follow below
+
+
+def test_only_a_very_long_word_is_broken():
+    stream = io.StringIO()
+    table = Table("", ("name", "a", "b"), (("x" * 100, 1, 2),))
+    Console(file=stream, width=80).print(to_rich(table))
+    assert stream.getvalue().count("x") == 100 and max(map(cell_len, stream.getvalue().splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -102,3 +156,12 @@ def test_rich_shows_every_cell_and_takes_nothing_for_markup():
 def test_malformed_tables_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Table(**{"title": "t", "header": ("a", "b"), "rows": (), **fields})
+
+
+def test_the_room_that_a_table_needs():
+    numbers = Table("", ("a", "b"), (("x", "0.953 ± 0.004"), ("y", "0.9 ± 0.1")))
+    assert widths(numbers) == (1 + 2.5 + 5 + 2.5, 1 + 2.5 + 13 + 2.5)
+    texts = Table("", ("defense",), (("a text of several words in a line",),))
+    assert widths(texts) == (12 + 2.5, 20 + 2.5)
+    assert widths(Table("", ("nothing",), ())) == (7 + 2.5, 7 + 2.5)
+    assert widths(Table("", (), ())) == (0, 0)

@@ -26,6 +26,9 @@ class Silent:
     def stage(self, name, **options):
         yield Silent()
 
+    def note(self, name, text):
+        pass
+
 
 def check(**changes):
     config = dataclasses.replace(Config(), **changes)
@@ -103,7 +106,7 @@ def test_a_kind_of_data_that_is_not_known_is_refused():
         run_config.adapted_to(Config(like="digit"))
 
 
-def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it():
+def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it(monkeypatch):
     default, changed = Config(), Config(epochs=5, data_dir=pathlib.Path("/somewhere"))
     plain = run_config.output_folder("attack", default, default, "quick")
     assert plain == pathlib.Path("runs/attack/digits-quick")
@@ -111,6 +114,7 @@ def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it():
     assert named != plain and named.name.startswith("digits-quick-")
     own = dataclasses.replace(changed, output=pathlib.Path("mine"))
     assert run_config.output_folder("attack", own, default, "quick") == pathlib.Path("mine")
-    assert run_config.command("attack", own, default, preset="quick") == (
-        "python experiments/attack.py --preset=quick --epochs=5"
-    )
+    assert run_config.command("attack", own, default, preset="quick") == "bdjax attack --preset=quick --epochs=5"
+    monkeypatch.setattr("sys.argv", ["experiments/attack.py"])
+    command = run_config.command("attack", own, default, preset="quick")
+    assert command == "python experiments/attack.py --preset=quick --epochs=5"

@@ -54,7 +54,7 @@ def interrupt_writing(monkeypatch):
         (temporary / "manifest.ocdbt").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.ocp, "save", half)
+    monkeypatch.setattr(checkpoint.orbax(), "save", half)
 
 
 # ---- Finished trees -------------------------------------------------------------------------------------------------

@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import io
 
 import chex
@@ -183,6 +185,27 @@ def test_an_interrupted_stage_is_resumed(runner, fitted):
     resumed = runner.train("stage", ONE, CONFIG, 4, until_two)
     assert epochs == [1, 2, 3]
     chex.assert_trees_all_equal(resumed.variables, fitted.variables)
+
+
+def test_curves_are_passed_on_from_the_first_epoch_whatever_was_restored(tmp_path):
+    seen = []
+
+    @contextlib.contextmanager
+    def curves(stage):
+        points = {}
+        yield lambda epoch, numbers: points.setdefault(epoch, numbers)
+        seen.append((stage.name, points))
+
+    def train(**changes):
+        return from_scratch(dataclasses.replace(runner_in(tmp_path), log=None, curves=curves, **changes))
+
+    history = train().history
+    train()  # restored
+    train(folder=None)  # in memory: there is no place for curves
+    assert [name for name, _ in seen] == ["teachers", "teachers"]
+    for _, points in seen:
+        assert list(points) == [1, 2, 3] and set(points[1]) == set(history)
+        np.testing.assert_allclose([points[epoch]["loss"] for epoch in points], history["loss"].mean(axis=0), rtol=1e-6)
 
 
 def test_a_stage_of_other_members_is_refused(teachers):

@@ -74,7 +74,7 @@ class TestRun:
         for name in ("gallery.png", "success.png", "report.html", "timings.json", "engine.json", "config.json"):
             assert (finished / name).stat().st_size > 0
         report = (finished / "report.html").read_text()
-        assert "<img" in report and "Gallery" in report and "python experiments/attack.py" in report
+        assert "<img" in report and "Gallery" in report and "bdjax attack" in report
 
     def test_leaves_poisoned_sets_that_any_framework_reads(self, finished):
         assert sorted(path.name for path in (finished / "poisoned").iterdir()) == [
@@ -133,7 +133,7 @@ def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(tmp_path, ch
 def test_the_command_gives_the_settings_again(tmp_path):
     config = tiny(tmp_path)
     words = shlex.split(base.command(attack.EXPERIMENT, config))
-    assert words[:2] == ["python", "experiments/attack.py"]
+    assert words[:2] == ["bdjax", "attack"]
     parsed = command_line.parse(attack.preset, {"preset": None, "dataset": None}, words[2:])
     assert dataclasses.replace(parsed, output=config.output) == config
 

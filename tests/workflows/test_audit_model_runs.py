@@ -14,10 +14,10 @@ from bdjax.errors import InputError
 from bdjax.evaluation.teachers import write_folder
 from bdjax.models import make_model
 from bdjax.reporting.audit_verdict import exit_status
+from bdjax.run.experiment import read_flags
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble
 from bdjax.workflows import audit_model as workflow
-from bdjax.workflows.base import read_flags
 
 SHAPE = (8, 8, 1)
 

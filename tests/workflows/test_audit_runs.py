@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import pathlib
+import re
+from urllib.parse import unquote
 
 import jax
 import numpy as np
@@ -14,12 +16,14 @@ from planted_rows import CLASSES, ENGINE, TARGET, VBD, make_rows, poisoned_rows,
 from rich.console import Console
 
 from bdjax import datasets
+from bdjax.commands import gate
 from bdjax.defenses import contract
 from bdjax.errors import InputError
 from bdjax.reporting.audit_verdict import exit_status
 from bdjax.run.log import StageLog
 from bdjax.training.stages import StageRunner
 from bdjax.types import Dataset, Detection, Unread
+from tests.fixtures import evidence, forms
 
 
 def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
@@ -59,7 +63,7 @@ def folder_audit(tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path, list[str
     pictures = write_folder(place / "pictures", images, labels)
     before = hashes(pictures)
     arguments = [*ENGINE, f"--dataset={pictures}", f"--output={place / 'run'}", f"--defenses={VBD}", "--copy-files"]
-    run(arguments)
+    run([*arguments, "--evidence"])
     return place / "run", pictures, arguments, before
 
 
@@ -87,7 +91,24 @@ def test_an_audit_of_a_folder_names_the_files_to_leave_out(folder_audit):
     assert corner.mean() > 2 * opacity.mean(), f"{corner.mean():.2f} of the planted pixels, {opacity.mean():.2f} of all"
     assert (folder / "triggers" / f"class-{TARGET}-mask.png").exists()
     report = (folder / "report.html").read_text()
-    assert results["verdict"]["headline"] in report and "python experiments/vbd.py" in report
+    assert results["verdict"]["headline"] in report and "bdjax vbd" in report
+
+
+def test_an_audit_of_a_folder_leaves_evidence(folder_audit):
+    folder, pictures, _, _ = folder_audit
+    verdict, results = evidence.check(folder / "evidence"), json.loads((folder / "results.json").read_text())
+    assert verdict["verdict"]["word"] == "found" and verdict["exit_code"] == 3
+    values = {entry["metric"]: entry for entry in verdict["metrics"]}
+    assert values["flagged"]["value"] == results["flagged_share"] and values["flagged"]["rows"] == results["rows"]
+    assert values["asr"]["value"] is None and "unknown" in values["asr"]["why"]
+    assert gate.main([str(folder / "evidence" / "verdict.json"), "--max-asr=1"]) == 4
+    (log,) = json.loads((folder / "evidence" / "findings.sarif").read_text())["runs"]
+    found = [result for result in log["results"] if result["ruleId"] == "flagged-row"]
+    places = [result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in found]
+    assert len(places) == results["flagged"] and all((pictures / unquote(place)).is_file() for place in places)
+    assert f"class {TARGET}" in "".join(
+        result["message"]["text"] for result in log["results"] if result["ruleId"] == "class-with-pattern"
+    )
 
 
 def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(folder_audit):
@@ -101,8 +122,12 @@ def test_files_that_are_kept_are_copied_and_the_user_s_own_stay_as_they_are(fold
 def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
     folder, pictures, arguments, before = folder_audit
     results = (folder / "results.json").read_bytes()
-    run(arguments)
+    before_it = {name: (folder / "evidence" / name).read_text() for name in evidence.FILES}
+    run([*arguments, "--evidence"])
     assert (folder / "results.json").read_bytes() == results
+    for name, text in before_it.items():
+        now = (folder / "evidence" / name).read_text()
+        assert re.sub(evidence.TIME, "", now) == re.sub(evidence.TIME, "", text), name
     assert hashes(pictures) == before
 
 
@@ -137,6 +162,33 @@ def sees_squares(smallest: int, calls: list[int]):
         return Detection(flags, flags.astype(np.float32))
 
     return detect
+
+
+@pytest.mark.parametrize(("form", "first"), [("parquet", "set.parquet#"), ("metadata.csv", "images/")])
+def test_an_audit_of_rows_in_another_form_names_their_records(tmp_path, monkeypatch, form, first):
+    """The arrays are those of a class folder, and so are the flags: `tests/datasets/test_forms.py` compares the arrays."""
+    monkeypatch.setattr(contract, "detect", sees_squares(1, []))
+    images, labels, is_poisoned, _ = poisoned_rows()
+    rows = forms.rows_of(images, [f"kind-{label}" for label in labels])
+    data, folder = forms.WRITERS[form](tmp_path / "set", rows), tmp_path / "run"
+    flags = [f"--dataset={data}", f"--output={folder}", f"--defenses={VBD}", "--copy-files", "--evidence"]
+    results = run([*ENGINE, *flags])
+    assert results["flagged"] == is_poisoned.sum() and results["unit"] == ("rows" if form == "parquet" else "files")
+    with open(folder / "flagged.csv", newline="") as file:
+        flagged = list(csv.DictReader(file))
+    planted = {number for number, row in enumerate(rows) if is_poisoned[int(row.name[-9:-4])]}
+    assert {int(row["row"]) for row in flagged} == planted and all(row["file"].startswith(first) for row in flagged)
+    kept = datasets.load_suspect(str(folder / ("cleaned.npz" if form == "parquet" else "cleaned")))
+    whole = datasets.load_suspect(str(data))
+    left = np.array([number for number in range(len(rows)) if number not in planted])
+    np.testing.assert_array_equal(kept.images, whole.images[left])
+    assert kept.class_names == whole.class_names and not kept.unread
+    np.testing.assert_array_equal(kept.labels, whole.labels[left])
+    evidence.check(folder / "evidence")
+    (log,) = json.loads((folder / "evidence" / "findings.sarif").read_text())["runs"]
+    found = [result for result in log["results"] if result["ruleId"] == "flagged-row"]
+    has_place = ["physicalLocation" in result["locations"][0] for result in found]
+    assert len(found) == len(planted) and all(has_place) == any(has_place) == (form == "metadata.csv")
 
 
 @pytest.mark.parametrize(

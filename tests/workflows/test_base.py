@@ -14,6 +14,7 @@ from bdjax.errors import InputError
 from bdjax.reporting.report import Verdict
 from bdjax.run import config as run_config
 from bdjax.run.config import ComparisonConfig
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
@@ -38,17 +39,17 @@ class TestEveryExperiment:
     def test_its_default_is_a_fixed_point(self, experiment):
         config = experiment.default()
         assert base.default_of(experiment, config) == config
-        assert base.read_flags(experiment, "a run", []) == config
+        assert read_flags(experiment, "a run", []) == config
 
     def test_its_command_gives_the_configuration_back(self, experiment):
-        config = base.read_flags(experiment, "a run", ["--seeds=5", "--dataset=mnist"])
+        config = read_flags(experiment, "a run", ["--seeds=5", "--dataset=mnist"])
         command = base.command(experiment, config)
-        start = f"python experiments/{experiment.name}.py "
+        start = f"bdjax {experiment.name.replace('_', '-')} "
         assert command.startswith(start) and config.seeds == 5
-        assert base.read_flags(experiment, "a run", command.removeprefix(start).split()) == config
+        assert read_flags(experiment, "a run", command.removeprefix(start).split()) == config
 
     def test_its_folder_is_named_after_what_differs(self, experiment):
-        plain, other = experiment.default(), base.read_flags(experiment, "a run", ["--seeds=5"])
+        plain, other = experiment.default(), read_flags(experiment, "a run", ["--seeds=5"])
         name = f"{'textures' if experiment.name == 'vbd' else 'digits'}-quick"
         assert base.output_folder(experiment, plain) == pathlib.Path("runs") / experiment.name / name
         assert base.output_folder(experiment, other) != base.output_folder(experiment, plain)

@@ -20,6 +20,7 @@ from bdjax.run.log import StageLog
 from bdjax.types import Dataset, Detection
 from bdjax.workflows import base, detection
 from bdjax.workflows.outcomes import FILES
+from tests.fixtures import evidence
 
 SQUARE, CLEAN = "white_square:poison_rate=0.2", "none"
 GRID = (*ENGINE, f"--attacks={SQUARE},{CLEAN}", f"--defenses={VBD}", "--seeds=2", "--suspects-at-once=2")
@@ -70,7 +71,7 @@ def own_rows(tmp_path_factory) -> pathlib.Path:
 def grid(own_rows, tmp_path_factory) -> pathlib.Path:
     """A finished grid of two batches of two suspects."""
     folder = tmp_path_factory.mktemp("runs") / "grid"
-    run([f"--dataset={own_rows}", f"--output={folder}", *GRID])
+    run([f"--dataset={own_rows}", f"--output={folder}", *GRID, "--evidence"])
     return folder
 
 
@@ -85,6 +86,14 @@ def copied(grid, own_rows, tmp_path) -> tuple[pathlib.Path, list[str]]:
 # ---- A grid ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_grid_leaves_evidence(grid):
+    verdict = evidence.check(grid / "evidence")
+    assert verdict["run"]["kind"] == "detectors" and verdict["verdict"]["word"] in ("found", "partly", "missed")
+    flagged = [entry for entry in verdict["metrics"] if entry["metric"] == "flagged" and entry["attack"] == SQUARE]
+    assert [entry["rows"] for entry in flagged] == [verdict["data"][0]["rows"]]
+    assert flagged[0]["control"] is not None, "the false alarms on the clean set"
+
+
 def test_a_grid_leaves_numbers_tables_a_report_and_the_outcome_of_each_batch(grid):
     results = json.loads((grid / "results.json").read_text())
     assert [attack["attack"] for attack in results["attacks"]] == [SQUARE, CLEAN]
@@ -94,7 +103,7 @@ def test_a_grid_leaves_numbers_tables_a_report_and_the_outcome_of_each_batch(gri
     assert len(cells(results)) == 4
     assert "| vbd" in (grid / "table.md").read_text().lower()
     report = (grid / "report.html").read_text()
-    assert "python experiments/vbd.py" in report and "Variance-based defense on own" in report
+    assert "bdjax vbd" in report and "Variance-based defense on own" in report
     names = ["suspects-0000.npz", "suspects-0002.npz"]
     assert sorted(path.name for path in (grid / FILES).iterdir()) == names
     assert not list((grid / "checkpoints").iterdir()), "the checkpoints of a finished batch are removed"

@@ -18,6 +18,7 @@ from bdjax.evaluation.variants import read_attack, read_defense
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
 from bdjax.workflows import base, poisoned_sets
+from tests.fixtures import evidence
 
 TINY: dict[str, Any] = {
     "seeds": 1,
@@ -42,8 +43,20 @@ def tiny(experiment, output: pathlib.Path, **changes: Any) -> poisoned_sets.Conf
 @pytest.fixture(scope="module")
 def abm_run(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("runs") / "abm"
-    poisoned_sets.run(tiny(abm, folder), abm.EXPERIMENT, StageLog())
+    poisoned_sets.run(tiny(abm, folder, evidence=True), abm.EXPERIMENT, StageLog())
     return folder
+
+
+def test_a_run_leaves_evidence(abm_run):
+    verdict = evidence.check(abm_run / "evidence")
+    roles = {entry["method"]: entry["role"] for entry in verdict["metrics"]}
+    assert roles == {"none": "baseline", ABM: "subject", "fine_tuning:epochs=1": "other"}
+    asr = [entry for entry in verdict["metrics"] if entry["metric"] == "asr"]
+    test = load_digits([], False).test
+    assert {entry["rows"] for entry in asr} <= set(range(1, len(test))) and all(
+        entry["control"] is not None for entry in asr
+    )
+    assert verdict["limits"] and verdict["exit_code"] == 0
 
 
 def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
@@ -53,7 +66,7 @@ def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     for name in ("table.md", "report.html", "verification.png", "timings.json"):
         assert (abm_run / name).stat().st_size > 0
     report = (abm_run / "report.html").read_text()
-    assert "python experiments/abm.py" in report and "Grad-CAM of the verification network" in report
+    assert "bdjax abm" in report and "Grad-CAM of the verification network" in report
     scores = sorted((abm_run / "scores").rglob("*.csv"))
     assert len(scores) == 2 and len(scores[0].read_text().splitlines()) > 200
     saved = sorted((abm_run / "models").glob("*/*"))

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,14 +14,16 @@ from bdjax.commands import robust_kd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation import teachers
-from bdjax.evaluation.teachers import read_folder as read
+from bdjax.evaluation.teachers import open_teacher
 from bdjax.evaluation.variants import compatible_defenses, read_attack
+from bdjax.exchange import saved_model
 from bdjax.models import make_model
 from bdjax.reporting import results as schema
 from bdjax.run.log import StageLog
 from bdjax.settings import split_variants
 from bdjax.training.member import TrainConfig
 from bdjax.workflows import suspect_models
+from tests.fixtures import evidence
 
 TINY: dict[str, Any] = {
     "seeds": 2,
@@ -67,7 +70,7 @@ def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dic
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("runs") / "robust_kd"
-    run(tiny(place))
+    run(tiny(place, evidence=True))
     return place
 
 
@@ -77,6 +80,15 @@ def results(folder) -> dict[str, Any]:
 
 
 class TestARun:
+    def test_evidence(self, folder, results):
+        verdict = evidence.check(folder / "evidence")
+        asr = {entry["attack"]: entry for entry in verdict["metrics"] if entry["metric"] == "asr"}
+        assert list(asr) == [BADNETS] and 0 < asr[BADNETS]["rows"] < results["test_rows"]
+        assert asr[BADNETS]["control"] is not None
+        bom = json.loads((folder / "evidence" / "bom.cdx.json").read_text())
+        left = [entry for entry in bom["components"] if entry["bom-ref"].startswith("network: models/")]
+        assert left and all(entry["hashes"][0]["alg"] == "SHA-256" for entry in left)
+
     def test_numbers(self, results):
         assert [method["method"] for method in results["methods"]] == ["none", STUDENT, CHAIN]
         assert [attack["attack"] for attack in results["attacks"]] == [BADNETS, "none"]
@@ -90,7 +102,7 @@ class TestARun:
         for name in ("table.md", "report.html", "asr.png", "control-asr.png", "trade-off.png", "timings.json"):
             assert (folder / name).stat().st_size > 0
         page = (folder / "report.html").read_text()
-        assert "python experiments/robust_kd.py" in page and "clean teacher" in page
+        assert "bdjax robust-kd" in page and "clean teacher" in page
 
     def test_the_first_part_of_a_chain_is_trained_once_and_what_follows_has_a_folder(self, folder):
         places = [path.relative_to(folder / "checkpoints") for path in (folder / "checkpoints").rglob("about.json")]
@@ -128,7 +140,7 @@ class TestAThirdPartyTeacher:
     @pytest.mark.slow
     def test_a_run_s_teacher_is_the_same_suspect(self, folder, results, tmp_path):
         place = folder / "teachers" / "badnets-poison_rate=0.2-target=3"
-        found = run(tiny(tmp_path / "run", teacher=place, target=3, seeds=1, defenses="none"))
+        found = run(tiny(tmp_path / "run", teacher=str(place), target=3, seeds=1, defenses="none"))
         assert [attack["attack"] for attack in found["attacks"]] == ["teacher", "none"]
         assert found["attacks"][0]["title"] == "your teacher (BadNets)"
         own, before = row(found, "teacher", "none"), row(results, BADNETS, "none")
@@ -142,20 +154,46 @@ class TestAThirdPartyTeacher:
             folder / "models" / STUDENT.replace(":", "-") / "badnets-poison_rate=0.2-target=3", tmp_path / "own"
         )
         (place / "triggers.npz").unlink()
-        found = run(tiny(tmp_path / "run", teacher=place, seeds=1, defenses=STUDENT))
+        found = run(tiny(tmp_path / "run", teacher=str(place), seeds=1, defenses=STUDENT))
         assert [attack["title"] for attack in found["attacks"]] == ["your teacher"]
         assert row(found, "teacher", "none")["cda"] == row(results, BADNETS, STUDENT)["cda"]
         assert row(found, "teacher", STUDENT)["asr"] is None
         assert not (tmp_path / "run" / "checkpoints" / "clean-teachers").exists()
         assert "Trigger unknown" in (tmp_path / "run" / "report.html").read_text()
 
+    @pytest.mark.parametrize("form", ["a saved model", "a file of weights"])
+    def test_other_forms_are_the_same_suspect(self, folder, tmp_path, form):
+        train, place = load_digits((), False).train, folder / "teachers" / "none"
+        same = open_teacher(str(place), train, 0, "native")
+        member = jax.tree.map(np.asarray, same.variables)
+        about = saved_model.About(same.model.architecture, 10, train.image_shape)
+        saved_model.write(tmp_path / "saved", about, member)
+        text = str(tmp_path / "saved") if form == "a saved model" else f"{tmp_path / 'saved'}/model.safetensors:lenet"
+        found = open_teacher(text, train, 0, "native")
+        assert found.model.description.startswith("lenet width ") and len(found.suspects) == 1
+        assert found.suspects[0].attack.plan is None and found.digest
+        jax.tree.map(np.testing.assert_array_equal, found.variables, member)
+
+    @pytest.mark.slow
+    def test_a_run_on_a_normalised_file_of_weights(self, folder, tmp_path):
+        train = load_digits((), False).train
+        same = open_teacher(str(folder / "teachers" / "none"), train, 0, "native")
+        about = saved_model.About(same.model.architecture, 10, train.image_shape)
+        saved_model.write(tmp_path / "saved", about, jax.tree.map(np.asarray, same.variables))
+        text = f"{tmp_path / 'saved'}/model.safetensors:lenet:flax:half"
+        found = run(tiny(tmp_path / "run", teacher=text, seeds=1, defenses=STUDENT))
+        assert [attack["title"] for attack in found["attacks"]] == ["your teacher"]
+        assert "normalised by mean" in found["teacher"]["model"]
+        assert row(found, "teacher", STUDENT)["cda"] is not None
+        assert (tmp_path / "run" / "models" / STUDENT.replace(":", "-") / "teacher" / "model.json").exists()
+
     def test_an_oracle_needs_a_known_trigger(self, folder, tmp_path):
-        message = "needs the attacker's trigger, which the --teacher folder does not have"
+        message = "needs the attacker's trigger, which the --teacher model does not come with"
         with pytest.raises(InputError, match=message):
             run(
                 tiny(
                     tmp_path / "run",
-                    teacher=folder / "teachers" / "none",
+                    teacher=str(folder / "teachers" / "none"),
                     defenses="robust_kd:select=oracle:thresholds=(0.1, 0.2)",
                 )
             )
@@ -167,7 +205,10 @@ class TestAThirdPartyTeacher:
             ({"dataset": "mnist", "attacks": robust_kd.PASSING}, "the data has 10 classes and images"),
             ({"target": 0}, "these triggers aim at class 3; use --target=3"),
             ({"attacks": "badnets", "target": 3}, "--teacher sets the suspect; leave out --attacks"),
-            ({"teacher": pathlib.Path("nowhere")}, "nowhere: not a finished checkpoint"),
+            ({"teacher": "nowhere"}, "'nowhere' does not exist; a model is FOLDER, FILE.safetensors:ARCHITECTURE"),
+            ({"teacher": ""}, "--teacher is empty"),
+            ({"teacher": "a.onnx:nchw"}, "a.onnx:nchw: is a black box, and these methods need its weights"),
+            ({"teacher": "http://127.0.0.1:9/x"}, "9/x: is a black box, and these methods need its weights"),
             ({"target": 3, "defenses": "fkd"}, "lenet width 2 has no features before a ReLU"),
         ],
     )
@@ -178,7 +219,7 @@ class TestAThirdPartyTeacher:
             wider = [dataclasses.replace(part, images=np.repeat(part.images, 2, axis=1)) for part in data]
             monkeypatch.setattr(suspect_models, "load", lambda config, log: type(data)(*wider))
         with pytest.raises(InputError, match=message):
-            run(tiny(tmp_path / "run", **({"teacher": place} | changes)))
+            run(tiny(tmp_path / "run", **({"teacher": str(place)} | changes)))
         assert not (tmp_path / "run").exists()
 
 
@@ -307,11 +348,11 @@ def test_the_command_line_starts_from_the_preset_of_the_set(monkeypatch):
     robust_kd.main(["--dataset=gtsrb", "--preset", "quick", "--seeds=5", "--teacher=some/where"])
     ((config, one),) = inputs
     assert one is robust_kd.EXPERIMENT
-    like = dataclasses.replace(robust_kd.preset("quick", "gtsrb"), seeds=5, teacher=pathlib.Path("some/where"))
+    like = dataclasses.replace(robust_kd.preset("quick", "gtsrb"), seeds=5, teacher="some/where")
     assert config == like
 
 
 def test_the_saved_teacher_answers_as_the_run_s(folder):
     train = load_digits((), False).train
-    found = read(folder / "teachers" / "none", train, 0, "native")
+    found = open_teacher(str(folder / "teachers" / "none"), train, 0, "native")
     assert found.model.description == "lenet width 2" and found.suspects[0].parts == ()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import inspect
 import json
 import math
 import os
@@ -28,12 +29,15 @@ from bdjax.exchange import saved_model
 from bdjax.exchange.opening import Opened
 from bdjax.models import make_model
 from bdjax.reporting import ta_kd as reporting
+from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.results import find
-from bdjax.run import command_line, config
+from bdjax.run import command_line
 from bdjax.run.config import check_ranges, flag
+from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
+from tests.fixtures import evidence
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -107,11 +111,19 @@ class Finished(NamedTuple):
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A finished run of `tiny()`, to be read only."""
     folder = tmp_path_factory.mktemp("runs") / "ta_kd"
-    run(tiny(folder))
+    run(tiny(folder, evidence=True))
     return Finished(folder, json.loads((folder / "results.json").read_text()))
 
 
 # ---- A whole run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_evidence(finished):
+    verdict = evidence.check(finished.folder / "evidence")
+    student = {entry["metric"]: entry for entry in verdict["metrics"] if entry["method"] == "student"}
+    assert {entry["method"] for entry in verdict["metrics"] if entry["role"] == "subject"} == {"student"}
+    assert 0 < student["asr"]["rows"] < student["cda"]["rows"] == finished.results["test_rows"]
+    assert student["asr"]["control"] is not None and verdict["verdict"]["word"] in verdicts.DEFENSE_WORDS
 
 
 def test_a_run_leaves_its_settings_numbers_pictures_and_models(finished):
@@ -295,7 +307,7 @@ def test_teachers_of_several_kinds_answer_in_the_order_of_the_command_line():
 
 def test_a_single_teacher_is_named_on_the_command_line_as_before(tmp_path):
     for arguments, expected in [(["--teachers=a"], ("a",)), (["--teachers", "a", "b:c"], ("a", "b:c")), ([], None)]:
-        found = base.read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
+        found = read_flags(ta_kd.EXPERIMENT, "", ["--preset=quick", *arguments])
         assert found.teachers == expected
     # The folder of a run on one folder of teachers is named as when there could be no more.
     config = dataclasses.replace(ta_kd.preset("quick", "digits"), teachers=("a",))
@@ -581,7 +593,8 @@ def test_help_explains_every_flag(capsys):
     for field in dataclasses.fields(workflow.Config):
         assert flag(field.name) in output
     # The string below a field in the source is its help.
-    source = pathlib.Path(config.__file__).read_text() + pathlib.Path(workflow.__file__).read_text()
+    files = (inspect.getsourcefile(kind) for kind in workflow.Config.__mro__[:-1])
+    source = "".join(pathlib.Path(file).read_text() for file in set(files))
     for field in dataclasses.fields(workflow.Config):
         assert re.search(rf'^    {field.name}: .+ = .+\n    """\S', source, re.MULTILINE), field.name
 

@@ -1,0 +1,297 @@
+"""Columns of images and classes: parquet files, and `datasets` of Hugging Face saved on disk (Arrow files).
+
+Both are read by pyarrow alone, a batch of rows at a time; the library `datasets` itself would bring pandas, multiprocessing, a
+cache on disk and loading scripts, and nothing that is needed here. An image is stored in its file's form (PNG, JPEG ...): as
+bytes, as Hugging Face's struct of "bytes" and "path", or as the path of a file below the data's folder.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from bdjax.datasets.files import open_file, read_file
+from bdjax.datasets.records import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    Encoded,
+    Part,
+    Source,
+    by_split,
+    check_name,
+    choose_column,
+    files_without_images,
+)
+from bdjax.datasets.validation import ReadOptions, one_line
+from bdjax.errors import InputError
+from bdjax.types import Unread
+
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""Files of a dataset on disk."""
+_MAXIMUM_JSON, _MAXIMUM_IMAGE = 1 << 26, 1 << 28
+_ROWS_AT_ONCE, _BUFFER = 256, 1 << 20
+_MAXIMUM_ROWS = 100_000_000
+
+
+class _Table(NamedTuple):
+    """An open file of columns."""
+
+    name: str
+    """relative to the data's folder"""
+    schema: Any
+    batches: Callable[[Sequence[str]], Iterator[Any]]
+    """names of columns -> record batches with them"""
+
+
+def holds_parquet(path: Path) -> bool:
+    """Whether a path is a parquet file, or a folder with some and without images."""
+    return path.suffix == ".parquet" if path.is_file() else bool(files_without_images(path, (".parquet",)))
+
+
+def holds_arrow(path: Path) -> bool:
+    """Whether a path is a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    return path.is_dir() and ((path / STATE).is_file() or (path / SPLITS).is_file())
+
+
+def find_parquet(path: Path, options: ReadOptions) -> Source:
+    """The rows of a parquet file, or of a folder of them, whose names say which are for testing.
+
+    Raises:
+        InputError: A file is damaged or lacks a column, or pyarrow is not installed.
+    """
+    if path.is_file():
+        return _find(path, path.parent, [("", [_parquet(path, path.name)])], options, [])
+    parts, unread = by_split(path, files_without_images(path, (".parquet",)))
+    tables = [(title, [_parquet(path / name, name) for name in names]) for title, names in parts]
+    return _find(path, path, tables, options, unread)
+
+
+def find_arrow(path: Path, options: ReadOptions) -> Source:
+    """The rows of a dataset of Hugging Face on disk.
+
+    Raises:
+        InputError: A file is missing, damaged or lacks a column, or pyarrow is not installed.
+    """
+    if not (path / SPLITS).is_file():
+        return _find(path, path, [("", _arrow_tables(path, ""))], options, [])
+    splits = _read_json(path / SPLITS).get("splits")
+    if not isinstance(splits, list) or not all(isinstance(name, str) and name for name in splits) or not splits:
+        raise InputError(f"{path / SPLITS}: lists no splits; a dataset saved by `save_to_disk` is needed")
+    for name in splits:
+        if "/" in check_name(path / SPLITS, name):
+            raise InputError(f"{path / SPLITS}: names the split {name!r}; names of folders beside it are needed")
+    # A split is a folder, whose name says what it is for.
+    parts, unread = by_split(path, [f"{name}/" for name in splits])
+    tables = [(title, [table for name in names for table in _arrow_tables(path, name)]) for title, names in parts]
+    return _find(path, path, tables, options, unread)
+
+
+def pyarrow() -> ModuleType:
+    """The library pyarrow.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(
+            "parquet files and datasets of Hugging Face need pyarrow, which is not installed: pip install 'bdjax[hf]'"
+        ) from error
+    return pyarrow
+
+
+# ---- Files -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _intact(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except MemoryError as error:
+        raise InputError(f"{path}: a batch of {_ROWS_AT_ONCE} rows does not fit into the free memory") from error
+    except Exception as error:  # pyarrow raises several kinds on a damaged file
+        raise InputError(f"{path}: is not an intact {what} ({one_line(error)[:150]})") from error
+
+
+def _parquet(path: Path, name: str) -> _Table:
+    module = pyarrow()
+    open_file(path, 1 << 62, "").close()  # a regular file
+    with _intact(path, "parquet file"):
+        # Buffered: otherwise the images of a whole group of rows would be in memory.
+        file = module.parquet.ParquetFile(path, buffer_size=_BUFFER)
+
+    def batches(columns: Sequence[str]) -> Iterator[Any]:
+        with _intact(path, "parquet file"):
+            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False)
+
+    return _Table(name, file.schema_arrow, batches)
+
+
+def _arrow_tables(folder: Path, below: str) -> list[_Table]:
+    """The Arrow files of a split, in the order of its state."""
+    state = _read_json(folder / below / STATE)
+    listed = state.get("_data_files")
+    names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{folder / below / STATE}: lists no data files; a dataset saved by `save_to_disk` is needed")
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise InputError(
+            f"{folder / below / STATE}: has a list of selected rows beside its data; save it with `flatten_indices()`"
+        )
+    return [_arrow(folder / below / check_name(folder / below / STATE, name), below + name) for name in names]
+
+
+def _arrow(path: Path, name: str) -> _Table:
+    module = pyarrow()
+    open_file(path, 1 << 62, "").close()
+    what = "Arrow file"
+
+    def open_reader() -> Any:
+        source = module.memory_map(str(path))
+        try:
+            return module.ipc.open_stream(source)
+        except module.ArrowInvalid:
+            reader = module.ipc.open_file(module.memory_map(str(path)))
+            return (reader.get_batch(number) for number in range(reader.num_record_batches)), reader.schema
+
+    with _intact(path, what):
+        opened = open_reader()
+        schema = opened[1] if isinstance(opened, tuple) else opened.schema
+
+    def batches(columns: Sequence[str]) -> Iterator[Any]:
+        with _intact(path, what):
+            reader = open_reader()
+            for batch in reader[0] if isinstance(reader, tuple) else reader:
+                chosen = batch.select(list(columns))
+                chosen.validate(full=True)  # otherwise a wrong offset in the file would be an address outside of it
+                yield chosen
+
+    return _Table(name, schema, batches)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(read_file(path, _MAXIMUM_JSON, "descriptions of datasets"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({one_line(error)[:100]})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: is not the description of a dataset")
+    return value
+
+
+# ---- Columns ---------------------------------------------------------------------------------------------------------
+
+
+def _find(
+    path: Path, root: Path, tables: Sequence[tuple[str, list[_Table]]], options: ReadOptions, unread: Sequence[Unread]
+) -> Source:
+    parts, named = [], []
+    for title, of_part in tables:
+        labels: list[Any] = []
+        names: list[str] = []
+        readers = []
+        for table in of_part:
+            where = path if path.is_file() else path / table.name
+            columns = list(table.schema.names)
+            image = choose_column(where, columns, options.image_column, IMAGE_COLUMNS, "--image-column", "the images")
+            label = choose_column(where, columns, options.label_column, LABEL_COLUMNS, "--label-column", "the classes")
+            _check_label_type(where, label, table.schema.field(label).type)
+            kind = _image_kind(where, image, table.schema.field(image).type)
+            before = len(labels)
+            for batch in table.batches([label]):
+                labels += [None if value == "" else value for value in batch.column(0).to_pylist()]
+                if len(labels) > _MAXIMUM_ROWS:
+                    raise InputError(f"{where}: has more than {_MAXIMUM_ROWS:,} rows")
+            names += [f"{table.name}#{row}" for row in range(len(labels) - before)]
+            named.append(_class_names(table.schema, label))
+            readers.append(partial(_images, table, image, kind, root))
+        parts.append(Part(title, labels, names, partial(_in_turn, readers)))
+    if not parts or not parts[0].labels:
+        raise InputError(f"{path}: has no rows")
+    if any(other != named[0] for other in named):
+        raise InputError(f"{path}: its files give different names to the classes; one list of names is needed")
+    return Source(tuple(parts), named[0], tuple(unread))
+
+
+def _in_turn(readers: Sequence[Callable[[], Iterator[Encoded]]]) -> Iterator[Encoded]:
+    for read in readers:
+        yield from read()
+
+
+def _check_label_type(where: object, column: str, kind: Any) -> None:
+    types = pyarrow().types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if not (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
+        raise InputError(
+            f"{where}: column {column!r} with the classes has type {one_line(kind)[:60]}; text or whole numbers are needed; "
+            "--label-column=NAME names another"
+        )
+
+
+def _image_kind(where: object, column: str, kind: Any) -> str:
+    types = pyarrow().types
+    if types.is_struct(kind) and "bytes" in [kind.field(number).name for number in range(kind.num_fields)]:
+        return "struct"
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return "bytes"
+    if types.is_string(kind) or types.is_large_string(kind):
+        return "path"
+    raise InputError(
+        f"{where}: column {column!r} with the images has type {one_line(kind)[:60]}; image files as bytes, Hugging Face's "
+        "image type, or paths are needed; --image-column=NAME names another"
+    )
+
+
+def _class_names(schema: Any, column: str) -> tuple[str, ...]:
+    """The names of a column of Hugging Face's type ClassLabel; () for others."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        feature = features[column]
+        names = feature["names"] if feature["_type"] == "ClassLabel" else []
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return ()
+    return tuple(names)
+
+
+def _images(table: _Table, column: str, kind: str, root: Path) -> Iterator[Encoded]:
+    for batch in table.batches([column]):
+        for value in batch.column(0):
+            yield _encoded(value.as_py(), kind, root)
+
+
+def _encoded(value: Any, kind: str, root: Path) -> Encoded:
+    path = None
+    if kind == "struct" and value is not None:
+        value, path = value.get("bytes"), value.get("path")
+    elif kind == "path":
+        value, path = None, value
+    if value is not None:
+        return Encoded(value)
+    if not isinstance(path, str) or not path:
+        return Encoded(problem="has no image")
+    return read_below(root, path)
+
+
+def read_below(root: Path, name: str) -> Encoded:
+    """The content of a file below a folder, or why it cannot be read; links that lead out of the folder are not followed."""
+    try:
+        check_name("it", name)
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            return Encoded(problem=f"names {name[:100]!r}, which is a link that leads out of the data")
+        return Encoded(read_file(path, _MAXIMUM_IMAGE, "images"))
+    except InputError as error:
+        text = str(error).removeprefix("it: ").removeprefix(f"{(root / name).resolve()}: ")
+        return Encoded(problem=text if text.startswith("names") else f"names {name[:100]!r}, which {text}")
+    except (OSError, RuntimeError, ValueError) as error:
+        return Encoded(problem=f"names {name[:100]!r}, which cannot be read ({one_line(error)[:100]})")

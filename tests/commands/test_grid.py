@@ -1,0 +1,393 @@
+"""The grid: which cells go into which job, what is refused before any, what a job leaves, and a whole grid on two workers."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from rich.console import Console
+
+from bdjax import commands
+from bdjax.commands import grid as command
+from bdjax.commands import lfd
+from bdjax.errors import InputError
+from bdjax.run import grid_file, jobs
+from bdjax.run.log import StageLog
+from bdjax.workflows import grid
+from bdjax.workflows.grid import divide
+
+ROOT = pathlib.Path(commands.__file__).parents[2]
+TINY = """\
+seeds = 2
+seed = 10
+attacks = ["badnets:poison_rate=0.2", "blended:poison_rate=0.2"]
+defenses = ["none", "fine_tuning:epochs=1"]
+
+[flags]
+model = "lenet"
+epochs = 3
+train_rows = 600
+test_rows = 100
+width = 4
+layout = "map"
+lowering = "native"
+save_models = false
+
+[[blocks]]
+experiments = ["lfd"]
+flags = { loss_gap = false }
+
+[[blocks]]
+experiments = ["abm"]
+"""
+
+
+def write(folder: pathlib.Path, text: str) -> pathlib.Path:
+    path = folder / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def quiet() -> StageLog:
+    return StageLog(Console(quiet=True))
+
+
+def plan(folder: pathlib.Path, text: str, limit: int | None = None) -> grid.Plan:
+    file = grid_file.read(write(folder, text))
+    return grid.make_plan(file, command._experiments(), lambda block: limit, quiet())
+
+
+# ---- Planning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("attacks", "seeds", "most", "expected"),
+    [
+        ("abc", 2, 0, ["abc"]),
+        ("abc", 2, 6, ["abc"]),
+        ("abc", 2, 5, ["ab", "c"]),
+        ("abcd", 2, 4, ["ab", "cd"]),
+        ("abcde", 1, 2, ["ab", "cd", "e"]),
+        ("abc", 5, 2, ["a", "b", "c"]),  # a job has all seeds of an attack
+    ],
+)
+def test_attacks_are_divided_among_as_few_jobs_as_possible(attacks, seeds, most, expected):
+    assert divide(list(attacks), seeds, most) == [list(part) for part in expected]
+
+
+def test_the_control_is_in_every_job():
+    assert divide(["none", "a", "b", "c"], 2, 6) == [["a", "b", "none"], ["c", "none"]]
+    assert divide(["none", "a"], 2, 2) == [["a", "none"]]
+
+
+def test_what_shares_an_experiment_and_a_dataset_is_one_job(tmp_path):
+    found = plan(tmp_path, TINY)
+    assert [job.experiment for job in found.jobs] == ["lfd", "abm"] and not found.refused
+    assert len(found.cells) == 16 and [len(job.cells) for job in found.jobs] == [8, 8]
+    assert found.jobs[0].cells[1] == ("lfd", "digits", "quick", "badnets:poison_rate=0.2", "none", 11)
+    arguments = found.jobs[0].arguments
+    assert {"--dataset=digits", "--preset=quick", "--seed=10", "--seeds=2", "--no-loss-gap", "--epochs=3"} <= set(
+        arguments
+    )
+    assert "--attacks=badnets:poison_rate=0.2,blended:poison_rate=0.2" in arguments
+    assert plan(tmp_path, "# the same\n" + TINY).jobs == found.jobs
+
+
+def test_more_members_than_allowed_are_several_jobs(tmp_path):
+    found = plan(tmp_path, TINY.replace("seeds = 2", "seeds = 2\nmembers_per_job = 2"))
+    assert [len(job.cells) for job in found.jobs] == [4, 4, 4, 4] and len(found.cells) == 16
+    assert len({job.name for job in found.jobs}) == 4
+
+
+def test_the_memory_estimate_divides_members(tmp_path):
+    file = grid_file.read(write(tmp_path, TINY))
+    _, config = grid.read_config(file, 0, lfd.EXPERIMENT, "digits")
+    train = grid.run_config.load(config, quiet()).train
+
+    def fitting(limit):
+        return grid.members_that_fit(config, "lenet", train, 4, limit)
+
+    limits = [2**20, 2**23, 2**30]
+    found = []
+    for limit in limits:
+        try:
+            found.append(fitting(limit))
+        except InputError:
+            found.append(0)
+    assert found == sorted(found) and found[0] == 0 and found[-1] == 4
+    with pytest.raises(InputError, match=r"grid.toml line 16: training one member takes"):
+        plan(tmp_path, TINY, limits[0])
+
+
+def test_experiments_without_attacks_or_defenses_have_cells_of_what_they_make(tmp_path):
+    text = '[[blocks]]\nexperiments = ["ta_kd"]\nseeds = 2\n'
+    text += '[[blocks]]\nexperiments = ["attack"]\nattacks = ["badnets", "blended"]\n'
+    ta_kd, attack = plan(tmp_path, text).jobs
+    assert {cell[3:5] for cell in ta_kd.cells} == {("outsourcing", "student")} and len(ta_kd.cells) == 2
+    assert {cell[3:5] for cell in attack.cells} == {("badnets", "none"), ("blended", "none")}
+    assert "--attack=badnets,blended" in attack.arguments
+
+
+def test_what_a_dataset_does_not_allow_is_a_cell_with_the_reason(tmp_path):
+    text = TINY.replace('"blended:poison_rate=0.2"', '"blended:poison_rate=0.001"')
+    found = plan(tmp_path, text)
+    assert len(found.cells) == 16 and len(found.refused) == 8 and [len(job.cells) for job in found.jobs] == [4, 4]
+    assert {entry.cell.attack for entry in found.refused} == {"blended:poison_rate=0.001"}
+    assert all("0.001 of" in entry.reason for entry in found.refused)
+    assert all("--attacks=badnets:poison_rate=0.2" in job.arguments for job in found.jobs)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ('["lfd"]', '["ldf"]', 17, "experiment 'ldf' is not one of ta_kd, attack, lfd, abm, vbd, robust_kd; did you mean lfd?"),
+        ('["lfd"]', '["lfd"]\ndatasets = ["digist"]', 18, "did you mean digits?"),
+        ("badnets:", "badnet:", 3, "did you mean badnets?"),
+        ("blended:poison_rate=0.2", "blended:posion_rate=0.2", 3, "did you mean poison_rate?"),
+        ("blended:poison_rate=0.2", "blended:poison_rate=2", 3, "poison_rate 2 is not"),
+        ("blended:poison_rate=0.2", "sig:poison_rate=0.5", 3, "the largest rate possible is 0.1"),
+        ("fine_tuning:", "fine_tunning:", 4, "did you mean fine_tuning?"),
+        ("fine_tuning:epochs", "fine_tuning:epoch", 4, "has no setting 'epoch'"),
+        ("epochs = 3", "ephocs = 3", 8, "flags: lfd has no flag 'ephocs'; did you mean epochs?"),
+        ("epochs = 3", "epochs = 0", 8, "--epochs 0 is not at least 1"),
+        ('"lenet"', '"lennet"', 7, "did you mean lenet?"),
+        ("epochs = 3", 'epochs = 3\ndataset = "mnist"', 9, "flags: dataset is set by datasets of the block"),
+        ("epochs = 3", 'epochs = 3\noutput = "a"', 9, "every job has a folder of its own"),
+        ("seeds = 2", 'seeds = 2\npreset = "stong"', 2, "did you mean strong?"),
+        ('["abm"]', '["ta_kd"]', 3, "experiment ta_kd has no attacks"),
+    ],
+)  # fmt: skip
+def test_a_mistake_has_its_file_and_line_before_any_job(tmp_path, old, new, line, message):
+    assert old in TINY
+    path = write(tmp_path, TINY.replace(old, new, 1))
+    with pytest.raises(InputError) as error:
+        command.main([str(path), f"--output={tmp_path / 'out'}"], quiet())
+    assert str(error.value).startswith(f"{path} line {line}: ") and message in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_are_refused_in_one_line(tmp_path):
+    for arguments, message in (
+        ([], "give the grid's TOML file first"),
+        (["collect"], "collect needs a folder"),
+        (["collect", str(tmp_path / "none")], "is not a folder"),
+        (["collect", str(tmp_path)], "has no finished run"),
+        ([str(tmp_path / "none.toml")], "No such file"),
+        (["a.toml", "--executor=slrum"], "did you mean slurm?"),
+    ):
+        with pytest.raises(InputError) as error:
+            command.main(arguments, quiet())
+        assert message in str(error.value)
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(InputError, match=r"has files \(thesis.tex\) but no grid.json"):
+        command.main([str(write(tmp_path, TINY)), f"--output={tmp_path / 'out'}"], quiet())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_slurm_is_needed_for_slurm(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="no sbatch and srun"):
+        command.main([str(write(tmp_path, TINY)), "--executor=slurm"], quiet())
+
+
+# ---- Jobs whose command is a fake ------------------------------------------------------------------------------------
+
+
+def fake_main(arguments):
+    """Write results as a run does: CDA 0.5 for each cell; `blended` cannot be run, `sig` ends the process."""
+    flags = dict(word.removeprefix("--").split("=", 1) for word in arguments if "=" in word)
+    if "blended" in flags["attacks"]:
+        raise InputError("the rows are\ntoo few")
+    if "sig" in flags["attacks"]:
+        raise RuntimeError("broken")
+    output = pathlib.Path(flags["output"])
+    output.mkdir(parents=True)
+    attacks, defenses, seeds = flags["attacks"].split(","), flags["defenses"].split(","), [10, 11]
+    cells = [
+        {
+            "attack": attack,
+            "method": defense,
+            "summary": {"cda": {}},
+            "facts": {},
+            "by_seed": [{"seed": seed, "cda": 0.5} for seed in seeds],
+        }
+        for attack in attacks
+        for defense in defenses
+    ]
+    results = {
+        "attacks": [{"attack": name} for name in attacks],
+        "methods": [{"method": name} for name in defenses],
+        "seeds": seeds,
+        "cells": cells,
+        "left_out": {},
+    }
+    (output / "results.json").write_text(json.dumps(results))
+    config = {"dataset": "digits", "preset": "quick", "defenses": flags["defenses"]}
+    (output / "config.json").write_text(json.dumps({"experiment": "lfd", "config": config}))
+    with open(output / "times", "a") as file:
+        file.write("x")
+
+
+class InProcess:
+    """An executor and its job: what is submitted has ended before `submit` returns."""
+
+    state, job_id = "FINISHED", "1"
+
+    def __init__(self, folder, *options) -> None:
+        del folder, options
+
+    def submit(self, work):
+        work()
+        return self
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    real = commands.load
+
+    def load(name):
+        module = real(name)
+        return types.SimpleNamespace(EXPERIMENT=module.EXPERIMENT, main=fake_main)
+
+    monkeypatch.setattr(command.commands, "load", load)
+    monkeypatch.setattr(command.jobs, "local_executor", InProcess)
+    monkeypatch.setattr(command.Work, "_run", command.Work._run)
+
+
+def cells_of(folder: pathlib.Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "cells.csv").read_text())))
+
+
+THREE = """\
+seeds = 2
+seed = 10
+defenses = ["none", "abl"]
+flags = { train_rows = 600, test_rows = 100 }
+[[blocks]]
+experiments = ["lfd"]
+attacks = ["badnets"]
+[[blocks]]
+experiments = ["lfd"]
+attacks = ["blended"]
+[[blocks]]
+experiments = ["lfd"]
+attacks = ["sig"]
+"""
+
+
+def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_path, fakes, capfd):
+    out = tmp_path / "out"
+    arguments = [str(write(tmp_path, THREE)), f"--output={out}"]
+    assert command.main(arguments, quiet()) == command.FAILED
+    cells = cells_of(out)
+    assert [cell["status"] for cell in cells] == ["done"] * 4 + ["failed"] * 8
+    assert {cell["reason"] for cell in cells} == {"", "the rows are too few", "RuntimeError: broken"}
+    assert [cell["cda"] for cell in cells] == ["0.5"] * 4 + [""] * 8
+    (run,) = (out / "runs").iterdir()
+    text = THREE.replace('["blended"]', '["badnets:poison_rate=0.2"]').replace('["sig"]', '["badnets:target=1"]')
+    assert command.main([str(write(tmp_path, text)), f"--output={out}"], quiet()) == 0
+    assert [cell["status"] for cell in cells_of(out)] == ["done"] * 12 and len(list((out / "runs").iterdir())) == 3
+    before = (out / "cells.csv").read_bytes()
+    assert command.main([str(write(tmp_path, text)), f"--output={out}"], quiet()) == 0
+    assert (out / "cells.csv").read_bytes() == before and (run / "times").read_text() == "x"
+
+
+def test_collect_has_the_cells_without_a_result(tmp_path, fakes, capfd):
+    out = tmp_path / "out"
+    command.main([str(write(tmp_path, THREE)), f"--output={out}"], quiet())
+    rows = command.read_rows(out)
+    assert [row.status for row in rows] == ["done"] * 4 + ["failed"] * 8
+    assert (
+        rows[-1][:9] == ("lfd", "digits", "quick", "", "sig", "abl", 11, "", None)
+        and rows[-1].reason == "RuntimeError: broken"
+    )
+    for form, name in command.FORMATS.items():
+        assert command.main(["collect", str(out), f"--format={form}"], quiet()) == 0
+        assert (out / "collected" / name).stat().st_size > 100
+    assert "RuntimeError: broken" in (out / "collected" / "tables.md").read_text()
+    (out / "jobs").rename(out / "gone")
+    assert {row.reason for row in command.read_rows(out)} == {"the grid was interrupted"}
+
+
+def test_a_job_that_another_process_has_finished_is_not_run_again(tmp_path, fakes):
+    work = command.Work("lfd", ("--attacks=sig", "--defenses=none"), str(tmp_path), "a")
+    jobs.write_outcome(tmp_path, "a", jobs.Outcome(True, ""))
+    work()
+    assert jobs.read_outcome(tmp_path, "a").is_done
+    assert work.checkpoint().function == work
+
+
+def test_collect_reads_committed_runs_of_several_folders(tmp_path):
+    folders = [str(ROOT / "docs" / "results" / name) for name in ("lfd", "bench_ensemble", "vbd/cifar10-competitors")]
+    assert (
+        command.main(["collect", *folders[:1], folders[2], f"--output={tmp_path}", "--metrics", "asr", "f1"], quiet())
+        == 0
+    )
+    text = (tmp_path / "tables.md").read_text()
+    assert "**ASR: lfd on digits, quick**" in text and "**F1: vbd on cifar10, quick**" in text and "CDA" not in text
+    assert len(list(tmp_path.glob("trade-off-lfd-*.png"))) >= 2
+    with pytest.raises(InputError, match="has no finished run with results"):
+        command.main(["collect", folders[1]], quiet())
+
+
+# ---- A whole grid ----------------------------------------------------------------------------------------------------
+
+
+def start(path: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
+    arguments = [sys.executable, str(ROOT / "experiments" / "grid.py"), str(path), f"--output={out}", "--workers=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(path.with_suffix(".log"), "w") as file:
+        return subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run_to_its_end(path: pathlib.Path, out: pathlib.Path) -> str:
+    """What a grid printed that ended well."""
+    assert start(path, out).wait(timeout=900) == 0
+    output = path.with_suffix(".log").read_text()
+    assert "16 cells: 16 done" in output and "Traceback" not in output
+    return output
+
+
+def checkpoints(out: pathlib.Path) -> int:
+    return len(list(out.glob("runs/*/checkpoints/*")))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_runs(tmp_path):
+    path, whole, killed = write(tmp_path, TINY), tmp_path / "whole", tmp_path / "killed"
+    run_to_its_end(path, whole)
+    cells = cells_of(whole)
+    assert len(cells) == 16 and {cell["status"] for cell in cells} == {"done"}
+    for number, sent in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
+        process = start(path, killed)
+        while process.poll() is None and checkpoints(killed) < number:
+            time.sleep(0.1)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(sent)
+        process.wait(timeout=300)
+    run_to_its_end(path, killed)  # the workers of the last one may still be about to end
+    assert (killed / "cells.csv").read_bytes() == (whole / "cells.csv").read_bytes()
+    names = sorted(run.name for run in (whole / "runs").iterdir())
+    for name in names:
+        for file in ("results.json", "table.md"):
+            assert (killed / "runs" / name / file).read_bytes() == (whole / "runs" / name / file).read_bytes()
+    for job in plan(tmp_path, TINY).jobs:
+        single = tmp_path / "single" / job.name
+        commands.load(job.experiment).main([*job.arguments, f"--output={single}"])
+        for file in ("results.json", "table.md"):
+            assert (single / file).read_bytes() == (whole / "runs" / job.name / file).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
+    assert "2 of 2 are done already" in run_to_its_end(path, killed)
+    assert before == {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
