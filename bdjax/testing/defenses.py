@@ -108,7 +108,7 @@ def run(suspects: Suspects, variant: DefenseVariant) -> Run:
     """
     before = jax.tree.map(np.array, suspects.inputs.attacked.variables)
     read: set[Need] = set()
-    known = DefenseInput.known
+    known, shape = DefenseInput.known, suspects.inputs.index.shape
 
     def noted(self: DefenseInput, need: Need) -> Any:
         read.add(need)
@@ -116,7 +116,7 @@ def run(suspects: Suspects, variant: DefenseVariant) -> Run:
 
     def checked(inputs: DefenseInput, settings: Any) -> DefenseResult:
         result = variant.defense.run(inputs, settings)
-        check_flags(variant.defense.name, result, suspects.inputs.index.shape)
+        check_flags(variant.defense.name, result, shape)
         return result
 
     defense = dataclasses.replace(variant.defense, run=checked)
