@@ -309,6 +309,24 @@ def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering
     )
 
 
+@jax.custom_jvp
+def larger(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The elementwise maximum of two floating arrays of one shape; equal elements share the gradient.
+
+    The derivative of `jnp.maximum` compares each argument with the maximum. Where a compiler computes an argument twice and
+    rounds it differently, none of them equals it and the gradient is lost; here only the arguments are compared.
+    """
+    return lax.max(first, second)
+
+
+@larger.defjvp
+def _larger_jvp(arguments, tangents):
+    (first, second), (of_first, of_second) = arguments, tangents
+    one, half, none = (jnp.full(first.shape, share, first.dtype) for share in (1, 0.5, 0))
+    share = jnp.where(first > second, one, jnp.where(first == second, half, none))
+    return larger(first, second), share * of_first + (one - share) * of_second
+
+
 def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """2x2 max-pooling with stride 2; an odd last row or column is left out, as in PyTorch.
 
@@ -322,7 +340,7 @@ def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     for axis in axes:
         even = x.shape[axis] // 2 * 2
         first, second = (lax.slice_in_dim(x, start, even, 2, axis) for start in (0, 1))
-        x = jnp.maximum(first, second)
+        x = larger(first, second)
     return x
 
 
@@ -338,7 +356,7 @@ def max_pool_3x3(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
         padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), pads)
         end = (x.shape[axis] - 1) // 2 * 2 + 1
         first, second, third = (lax.slice_in_dim(padded, start, start + end, 2, axis) for start in range(3))
-        x = jnp.maximum(jnp.maximum(first, second), third)
+        x = larger(larger(first, second), third)
     return x
 
 

@@ -31,6 +31,7 @@ from bdjax.models.layers import (
     Lowering,
     Taps,
     default_lowering,
+    larger,
     layout_of,
     max_pool,
     relu,
@@ -185,7 +186,7 @@ def _maps(matrix: jax.Array, offset: jax.Array, images: jax.Array, pool: bool) -
         return relu(_product(matrix, near) + offset[:, None, None, None])
     # Each pixel of the four goes through a product of its own: their maximum then needs no strided access, which takes longer
     # than the products. ReLU and offset do not change which is the largest.
-    maps = reduce(jnp.maximum, [_product(matrix, near) for near in _quarters(images)])
+    maps = reduce(larger, [_product(matrix, near) for near in _quarters(images)])
     return relu(maps + offset[:, None, None, None])
 
 

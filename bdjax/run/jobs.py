@@ -22,8 +22,8 @@ from bdjax import atomic, interruption
 from bdjax.exchange import extras
 from bdjax.run.grid_file import Partition
 
-OUTCOMES, SUBMITTED, LOGS = "jobs", "submitted", "log"
-"""Folders of a grid: what each job has done, where it was sent, what it prints."""
+RUNS, OUTCOMES, SUBMITTED, LOGS = "runs", "jobs", "submitted", "log"
+"""Folders of a grid: the run of each job, what each has done, where it was sent, what it prints."""
 LOCAL_MINUTES = 60 * 24 * 365
 """Time limit of a local job; submitit's default is two minutes."""
 SECONDS_BETWEEN_LOOKS = {"local": 0.2, "slurm": 5.0}

@@ -14,6 +14,7 @@ barrier), and each process reads for itself.
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -347,10 +348,25 @@ def _quietly() -> Iterator[None]:
             warnings.simplefilter("ignore")
             sys.unraisablehook = lambda unraisable: None
             yield
+    except BaseException:
+        hook = _without_late_callbacks(hook)
+        raise
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _without_late_callbacks(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """After a failure, threads of TensorStore may end when Orbax has closed the event loop that waited for them."""
+    is_done = isinstance(hook, functools.partial) and hook.func is _report
+    return hook if is_done else functools.partial(_report, hook)
+
+
+def _report(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        hook(unraisable)
 
 
 def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result:
@@ -364,7 +380,7 @@ def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result
         except Exception as error:
             problem = f"{path}: cannot be read ({_first_line(error)}); {remedy}"
         gc.collect()  # Orbax drops coroutines, whose warnings would be printed later
-    raise InputError(problem)
+        raise InputError(problem)
 
 
 def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> None:
@@ -379,7 +395,7 @@ def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> No
             if failure is None:
                 raise
         gc.collect()
-    raise failure
+        raise failure
 
 
 def _failure_to_write(error: BaseException, path: pathlib.Path) -> OSError | None:

@@ -20,7 +20,7 @@ from bdjax.commands import lfd
 from bdjax.errors import InputError
 from bdjax.run import grid_file, jobs
 from bdjax.run.log import StageLog
-from bdjax.workflows import grid
+from bdjax.workflows import grid, grid_run
 from bdjax.workflows.grid import divide
 
 ROOT = pathlib.Path(commands.__file__).parents[2]
@@ -61,7 +61,7 @@ def quiet() -> StageLog:
 
 def plan(folder: pathlib.Path, text: str, limit: int | None = None) -> grid.Plan:
     file = grid_file.read(write(folder, text))
-    return grid.make_plan(file, command._experiments(), lambda block: limit, quiet())
+    return grid.make_plan(file, command.experiments(), lambda block: limit, quiet())
 
 
 # ---- Planning --------------------------------------------------------------------------------------------------------
@@ -261,8 +261,7 @@ def fakes(monkeypatch):
         return types.SimpleNamespace(EXPERIMENT=module.EXPERIMENT, main=fake_main)
 
     monkeypatch.setattr(command.commands, "load", load)
-    monkeypatch.setattr(command.jobs, "local_executor", InProcess)
-    monkeypatch.setattr(command.Work, "_run", command.Work._run)
+    monkeypatch.setattr(jobs, "local_executor", InProcess)
 
 
 def cells_of(folder: pathlib.Path) -> list[dict[str, str]]:
@@ -286,10 +285,10 @@ attacks = ["sig"]
 """
 
 
-def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_path, fakes, capfd):
+def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_path, fakes):
     out = tmp_path / "out"
     arguments = [str(write(tmp_path, THREE)), f"--output={out}"]
-    assert command.main(arguments, quiet()) == command.FAILED
+    assert command.main(arguments, quiet()) == grid_run.FAILED
     cells = cells_of(out)
     assert [cell["status"] for cell in cells] == ["done"] * 4 + ["failed"] * 8
     assert {cell["reason"] for cell in cells} == {"", "the rows are too few", "RuntimeError: broken"}
@@ -303,21 +302,21 @@ def test_failed_cells_are_rows_that_say_why_and_a_restart_redoes_nothing(tmp_pat
     assert (out / "cells.csv").read_bytes() == before and (run / "times").read_text() == "x"
 
 
-def test_collect_has_the_cells_without_a_result(tmp_path, fakes, capfd):
+def test_collect_has_the_cells_without_a_result(tmp_path, fakes):
     out = tmp_path / "out"
     command.main([str(write(tmp_path, THREE)), f"--output={out}"], quiet())
-    rows = command.read_rows(out)
+    rows = grid_run.read_rows(out)
     assert [row.status for row in rows] == ["done"] * 4 + ["failed"] * 8
     assert (
         rows[-1][:9] == ("lfd", "digits", "quick", "", "sig", "abl", 11, "", None)
         and rows[-1].reason == "RuntimeError: broken"
     )
-    for form, name in command.FORMATS.items():
+    for form, name in grid_run.FORMATS.items():
         assert command.main(["collect", str(out), f"--format={form}"], quiet()) == 0
         assert (out / "collected" / name).stat().st_size > 100
     assert "RuntimeError: broken" in (out / "collected" / "tables.md").read_text()
     (out / "jobs").rename(out / "gone")
-    assert {row.reason for row in command.read_rows(out)} == {"the grid was interrupted"}
+    assert {row.reason for row in grid_run.read_rows(out)} == {"the grid was interrupted"}
 
 
 def test_a_job_that_another_process_has_finished_is_not_run_again(tmp_path, fakes):
@@ -385,7 +384,7 @@ def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_ru
             assert (killed / "runs" / name / file).read_bytes() == (whole / "runs" / name / file).read_bytes()
     for job in plan(tmp_path, TINY).jobs:
         single = tmp_path / "single" / job.name
-        commands.load(job.experiment).main([*job.arguments, f"--output={single}"])
+        commands.load(job.experiment.replace("_", "-")).main([*job.arguments, f"--output={single}"])
         for file in ("results.json", "table.md"):
             assert (single / file).read_bytes() == (whole / "runs" / job.name / file).read_bytes()
     before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}

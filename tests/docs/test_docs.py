@@ -207,6 +207,8 @@ def test_a_command_is_one_that_works(command):
             check_grid(arguments)
         case ["python", script, *flags] if script.startswith("experiments/"):
             check_experiment(pathlib.Path(script).stem, flags)
+        case ["bdjax", "grid", *arguments]:
+            check_grid(arguments)
         case ["bdjax", name, *flags]:
             check_experiment(TABLE[name].module, flags)
         case ["cd", folder]:
@@ -346,7 +348,7 @@ def test_grids_are_ones_that_work(page, tmp_path):
     for text in blocks(page, "toml"):
         (tmp_path / "grid.toml").write_text(text)
         file = grid_file.read(tmp_path / "grid.toml")
-        experiments = grid_command._experiments()
+        experiments = grid_command.experiments()
         for number, block in enumerate(file.blocks):
             for name, dataset in itertools.product(block.experiments, block.datasets):
                 fields, config = grid.read_config(file, number, experiments[name], dataset)

@@ -19,6 +19,7 @@ from bdjax.models.layers import (
     convolve_3x3,
     convolve_depthwise,
     default_lowering,
+    larger,
     layout_of,
     max_pool,
     max_pool_3x3,
@@ -426,6 +427,27 @@ def test_pooling_takes_the_largest_of_four(axes):
         ]
     ).max(axis=0)
     np.testing.assert_array_equal(jax.jit(max_pool, static_argnums=1)(x, axes), expected)
+
+
+def test_the_larger_takes_the_gradient_and_equals_share_it():
+    first, second = np.float32([3, 1, 2, 0]), np.float32([1, 3, 2, 0])
+    for_first, for_second = jax.jit(jax.grad(lambda x, y: jnp.sum(larger(x, y)), (0, 1)))(first, second)
+    np.testing.assert_array_equal(for_first, [1, 0, 0.5, 0.5])
+    np.testing.assert_array_equal(for_second, [0, 1, 0.5, 0.5])
+
+
+def test_no_gradient_of_a_pool_depends_on_how_the_maximum_is_rounded():
+    """A compiler that computes a pixel twice may round it differently: then it does not equal the maximum."""
+    for pool in (max_pool, max_pool_3x3):
+        gradient = jax.grad(lambda x, pool=pool: jnp.sum(pool(x, (1, 2))))
+        equations = jax.make_jaxpr(gradient)(jnp.zeros((1, 4, 4, 1))).eqns
+        maxima = {e.outvars[0]: e.invars for e in equations if e.primitive.name in ("max", "custom_jvp_call")}
+        compared = [e.invars for e in equations if e.primitive.name in ("eq", "ne", "gt", "ge", "lt", "le")]
+        assert len(maxima) >= 2
+        assert len(compared) >= 2
+        for first, second in compared:
+            assert first not in maxima.get(second, ())
+            assert second not in maxima.get(first, ())
 
 
 def test_channels_are_scaled_by_the_width_of_which_64_is_the_papers():

@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import errno
 import gc
@@ -6,6 +7,8 @@ import json
 import re
 import resource
 import shutil
+import sys
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -403,6 +406,41 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_last_good_progress
     assert [path.name for path in stage.glob("progress*")] == ["progress-000006"]
     assert checkpoint.is_complete(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["about.json", "tree"]
+
+
+def test_after_a_failure_late_callbacks_into_a_closed_loop_are_ignored_and_nothing_else(stage, monkeypatch):
+    """TensorStore's threads may end after the failure, at any time; here a destructor stands for them."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(str(unraisable.exc_value)))
+    loop = asyncio.new_event_loop()
+    loop.close()
+
+    class Late:
+        def __del__(self):
+            loop.call_soon_threadsafe(print)
+
+    class Other:
+        def __del__(self):
+            raise RuntimeError("of other making")
+
+    def save():
+        checkpoint.save_progress(stage, 6, state())
+
+    save()
+    Late()
+    assert seen == ["Event loop is closed"]  # without a failure it is reported
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint.ocp, "save", partial(_raise, OSError(errno.ENOSPC, "full")))
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                save()
+    Late()
+    Other()
+    assert seen == ["Event loop is closed", "of other making"]
+
+
+def _raise(error, *_):
+    raise error
 
 
 def test_an_error_of_tensorstore_is_recognised_by_its_text(tmp_path):
