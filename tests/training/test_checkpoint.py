@@ -430,7 +430,7 @@ def test_after_a_failure_late_callbacks_into_a_closed_loop_are_ignored_and_nothi
     Late()
     assert seen == ["Event loop is closed"]  # without a failure it is reported
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint.ocp, "save", partial(_raise, OSError(errno.ENOSPC, "full")))
+        broken.setattr(checkpoint.orbax(), "save", partial(_raise, OSError(errno.ENOSPC, "full")))
         for _ in range(2):
             with pytest.raises(OSError, match="No space left"):
                 save()
