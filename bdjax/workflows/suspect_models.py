@@ -160,7 +160,8 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
         asr_rows=base.asr_rows(teachers.suspects, test),
         suspects={str(config.teacher): found.digest} if found else {},
         methods=experiment.about,
-        word_of=partial(students.word_of, results, plain=students.plain_method(results)),
+        compared_with=(plain := students.plain_method(results)),
+        word_of=partial(students.word_of, results, plain=plain),
     )
     base.finish(run, folder, page, students.main_table(results), base.sources_of(data), results, subject)
     return results

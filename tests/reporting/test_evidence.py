@@ -1,5 +1,6 @@
 """The evidence of committed runs, without training anything: schemas, bytes, words, and what a gate makes of it."""
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -14,7 +15,7 @@ from bdjax.reporting import audit, defenses, students
 from bdjax.reporting import ta_kd as ta_kd_reporting
 from bdjax.reporting.evidence import gate, sarif, writing
 from bdjax.reporting.evidence import verdict as verdicts
-from bdjax.reporting.evidence.subject import Flagged, Subject
+from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
 from bdjax.reporting.report import Verdict
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset
@@ -215,6 +216,71 @@ def test_other_runs_have_evidence_too(tmp_path, name, experiment, methods, word_
         clean = next(cell for cell in results["cells"] if cell["method"] == "clean")
         student = [entry for entry in verdict["metrics"] if entry["method"] == "student" and entry["metric"] == "asr"]
         assert [entry["control"] for entry in student] == [clean["summary"]["asr"]["mean"]]
+
+
+def words_of(results: dict, words: dict[str, str | None], **fields) -> dict:
+    """The verdict of a run whose subject has these words, by attack."""
+    subject = Subject({}, methods=("lfd",), word_of=lambda attack, method: words.get(attack), **fields)
+    facts = Facts("lfd", "LfD", "bdjax lfd", {}, RECORD, Verdict("info", "So.", "So."), "", {}, {})
+    return verdicts.build(results, facts, subject)
+
+
+@pytest.mark.parametrize(
+    ("first", "rest", "worst", "outcome"),
+    [
+        (None, "removed", "not measured", "unknown"),
+        (None, "removed at a cost", "not measured", "unknown"),
+        (None, "nothing to remove", "not measured", "unknown"),
+        (None, None, "not measured", "unknown"),
+        (None, "weakened", "weakened", "fail"),
+        (None, "kept", "kept", "fail"),
+        ("nothing to remove", "removed", "removed", "pass"),
+    ],
+)
+def test_an_outcome_that_is_unknown_never_passes(lfd, first, rest, worst, outcome):
+    attacks = [attack["attack"] for attack in lfd[0]["attacks"] if not attack["is_clean"]]
+    given = dict.fromkeys(attacks, rest) | {attacks[0]: first}
+    verdict = words_of(lfd[0], given)
+    found = {entry["attack"]: entry["word"] for entry in verdict["outcomes"]}
+    assert found == {attack: word or "not measured" for attack, word in given.items()}
+    assert verdict["verdict"]["word"] == worst
+    assert evidence.errors_of_verdict(verdict | {"time": "2026-01-01T00:00:00Z"}) == []
+    (line,) = gate.decide(verdict, words=["removed", "removed at a cost", "nothing to remove"])
+    assert line.outcome == outcome
+
+
+def test_a_detector_that_could_not_test_a_set_is_not_found():
+    results = stored("vbd/cifar10-all-rows-faint")
+    subject = Subject({}, methods=("vbd",), word_of=lambda attack, method: words.get(attack))
+    attacks = [attack["attack"] for attack in results["attacks"] if not attack["is_clean"]]
+    assert len(attacks) > 1
+    for word, worst in (("found", "not measured"), ("partly", "partly"), ("missed", "missed")):
+        words = dict.fromkeys(attacks, word) | {attacks[0]: None}
+        facts = Facts("vbd", "VBD", "bdjax vbd", {}, RECORD, Verdict("info", "So.", "So."), "", {}, {})
+        assert verdicts.build(results, facts, subject)["verdict"]["word"] == worst
+
+
+def test_the_method_that_others_are_compared_with_has_no_outcome(lfd):
+    results = copy.deepcopy(lfd[0])
+    other = next(method for method in results["methods"] if method["base"] not in ("none", "clean", "lfd"))
+    results["methods"] = [method for method in results["methods"] if method["base"] != "lfd"]
+    results["cells"] = [cell for cell in results["cells"] if cell["method"] != "lfd"]
+    outcomes = words_of(results, {}, compared_with=other["method"])["outcomes"]
+    assert outcomes and other["method"] not in {entry["method"] for entry in outcomes}
+
+
+@pytest.mark.parametrize("name", ["lfd", "lfd:epochs=3"])
+def test_no_other_method_stands_in_for_one_that_was_left_out(lfd, name):
+    results = copy.deepcopy(lfd[0])
+    results["methods"] = [method for method in results["methods"] if method["base"] != "lfd"]
+    results["cells"] = [cell for cell in results["cells"] if cell["method"] != "lfd"]
+    words = dict.fromkeys((attack["attack"] for attack in results["attacks"]), "removed")
+    assert words_of(results, words)["verdict"]["word"] == "removed", "LfD was not asked for"
+    verdict = words_of(results | {"left_out": {name: "not testable"}}, words)
+    assert {entry["role"] for entry in verdict["metrics"]} == {"baseline", "other"} and verdict["outcomes"] == []
+    lines = gate.decide(verdict, max_asr=1.0, min_cda=0.0, words=["removed"])
+    assert [line.outcome for line in lines] == ["unknown"] * 3 and gate.status_of(lines) == 4
+    assert "the verdict has no asr of what the run is about" in lines[0].text
 
 
 # ---- The gate -------------------------------------------------------------------------------------------------------

@@ -33,7 +33,10 @@ class Subject(NamedTuple):
     suspects: Mapping[str, str] = {}
     """audited or third-party model -> SHA-256 of what decides its answers"""
     methods: tuple[str, ...] = ()
-    """base names of the methods that the run is about; without any of them in the run, all but the baseline are"""
+    """base names of the methods that the run is about; without any of them on the command
+    line, all but the baseline are"""
+    compared_with: str | None = None
+    """the method that words compare the others with, which has no word itself; None if that is no defense"""
     word_of: Callable[[str, str], str | None] = lambda attack, method: None
     """(attack, method) -> the word for what became of the backdoor, or for the detection; None if that is unknown"""
 

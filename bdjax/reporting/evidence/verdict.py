@@ -17,6 +17,7 @@ from bdjax.reporting.audit_verdict import exit_status
 from bdjax.reporting.evidence.subject import Facts, Subject
 from bdjax.reporting.evidence.thresholds import thresholds
 from bdjax.reporting.results import mean_of
+from bdjax.settings import read_variant
 from bdjax.types import Dataset
 
 NAME, VERSION = "bdjax-verdict", "1.0"
@@ -26,11 +27,12 @@ STATEMENT = (
 )
 SUBJECT, BASELINE, REFERENCE, OTHER = "subject", "baseline", "reference", "other"
 """Roles of a metric: of what the run is about, of no defense, of a network without a backdoor, of a method for comparison."""
-DEFENSE_WORDS = ("nothing to remove", "removed", "removed at a cost", "weakened", "kept")
-DETECTION_WORDS = ("found", "partly", "missed")
-OUTCOMES = ("found", "nothing found", "could not be tested")
 UNKNOWN = "not measured"
-WORDS = tuple(dict.fromkeys((*OUTCOMES, *DEFENSE_WORDS, *DETECTION_WORDS, UNKNOWN)))
+DEFENSE_WORDS = ("nothing to remove", "removed", "removed at a cost", UNKNOWN, "weakened", "kept")
+DETECTION_WORDS = ("found", UNKNOWN, "partly", "missed")
+"""From the best to the worst: what is unknown may be as bad as what is known to be bad."""
+OUTCOMES = ("found", "nothing found", "could not be tested")
+WORDS = tuple(dict.fromkeys((*OUTCOMES, *DEFENSE_WORDS, *DETECTION_WORDS)))
 """Every word that a verdict can have. Of several outcomes it is the worst."""
 DEFINITIONS = {
     "rows_flagged_in_class": "share of the rows of a class that the detector flags",
@@ -135,15 +137,20 @@ def role_of(method: Mapping[str, Any], results: Mapping[str, Any], subject: Subj
         return REFERENCE
     bases = {entry["base"] for entry in results["methods"]}
     about = bases & set(subject.methods)
-    return SUBJECT if method["base"] in about or not about else OTHER
+    # A method for comparison must not stand in for the one that could not be run.
+    is_left_out = any(read_variant(name)[0] in subject.methods for name in results["left_out"])
+    return SUBJECT if method["base"] in about or not (about or is_left_out) else OTHER
 
 
 def _outcomes(results: Mapping[str, Any], subject: Subject) -> list[dict[str, Any]]:
+    """The word for each cell of what the run is about. An audit has an outcome instead."""
     found = []
-    for cell, attack, method in schema.cells(results):
+    for cell, attack, method in () if "outcome" in results else schema.cells(results):
+        if role_of(method, results, subject) != SUBJECT or method["method"] == subject.compared_with:
+            continue
         word = subject.word_of(attack["attack"], method["method"])
-        if word and role_of(method, results, subject) == SUBJECT:
-            found.append({"attack": cell["attack"], "method": cell["method"], "word": word})
+        if word or not attack.get("is_clean", False):
+            found.append({"attack": cell["attack"], "method": cell["method"], "word": word or UNKNOWN})
     return found
 
 
