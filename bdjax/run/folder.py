@@ -241,8 +241,8 @@ def describe_environment() -> dict[str, Any]:
             "bdjax": bdjax.__version__,
             **{name: _version(name) for name in _PACKAGES},
             "python": platform.python_version(),
-            **plugins.used(),
         },
+        **({"plugins": used} if (used := plugins.used()) else {}),
         "git_revision": git_revision(),
         "hardware": {
             "platform": jax.default_backend(),

@@ -34,6 +34,12 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock")
 
 
+def test_plugins_are_no_versions_of_libraries(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder.plugins, "_used", {"attack stripe": "bdjax-stripe 0.1"})
+    record = open_run(tmp_path, Config(), experiment="attack").record
+    assert record["plugins"] == {"attack stripe": "bdjax-stripe 0.1"} and "attack stripe" not in record["versions"]
+
+
 def test_a_new_run_says_where_its_numbers_come_from(tmp_path):
     run = open_run(tmp_path / "runs" / "digits-quick", Config(), experiment="ta_kd")
 

@@ -4,9 +4,11 @@ Its subject is what the run is about: the audited rows, or the network that is a
 quantitative analysis is on a network: of an audit of data, on the detector.
 """
 
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from bdjax.reporting.evidence.subject import Facts
 from bdjax.reporting.evidence.verdict import of_subject
@@ -31,6 +33,7 @@ def build(verdict: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     libraries = [
         _library(name, version) for name, version in facts.record.get("versions", {}).items() if version is not None
     ]
+    libraries += map(_plugin, dict.fromkeys(facts.record.get("plugins", {}).values()))
     card = _model_card(verdict, [entry["bom-ref"] for entry in data])
     components = [*suspects, *networks, *libraries]
     if verdict["run"]["kind"] in ("audit of data", "detectors") and data:
@@ -129,6 +132,14 @@ def _library(name: str, version: str) -> dict[str, Any]:
     purl = f"pkg:generic/python@{version}" if name == "python" else f"pkg:pypi/{name}@{version}"
     kind = "platform" if name == "python" else "library"
     return {"type": kind, "bom-ref": purl, "name": name, "version": version, "purl": purl}
+
+
+def _plugin(distribution: str) -> dict[str, Any]:
+    """An installed plugin: "bdjax-stripe 0.1", the name and version of its distribution."""
+    name, _, version = distribution.partition(" ")
+    normal = re.sub(r"[-_.]+", "-", name).lower()  # as PyPI writes names
+    purl = f"pkg:pypi/{quote(normal, safe='')}@{quote(version, safe='')}"
+    return {"type": "library", "bom-ref": purl, "name": printable(name), "version": printable(version), "purl": purl}
 
 
 def _model_card(verdict: Mapping[str, Any], data: Sequence[str]) -> dict[str, Any]:
