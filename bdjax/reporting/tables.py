@@ -136,11 +136,18 @@ def _longest_word(text: str) -> int:
     return max((cell_len(word) for word in re.split(r"\s|(?<=[-/])", text)), default=0)
 
 
-def to_markdown(table: Table) -> str:
-    """Returns the table in Markdown, with aligned columns so that the source is readable, too."""
+def to_markdown(table: Table, more: str = "") -> str:
+    """Returns the table in Markdown, with aligned columns so that the source is readable, too.
+
+    Args:
+        table: the table.
+        more: letters that have no meaning in any text, beside those that end a cell or begin HTML: "*_[]" if texts come from
+            data.
+    """
 
     def escape(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+        text = "".join(f"\\{letter}" if letter in f"\\|{more}" else letter for letter in text)
+        return text.replace("<", "&lt;")
 
     def mark(text: str, style: str) -> str:
         return f"{_MARKDOWN_MARKS[style]}{escape(text)}{_MARKDOWN_MARKS[style]}" if text else ""

@@ -7,6 +7,8 @@ from bdjax.reporting.evidence.verdict import SUBJECT
 from bdjax.reporting.tables import Table, to_markdown
 from bdjax.run.text import printable
 
+_SPECIAL = "`*_[]>#!"
+"""What Markdown may take for more than a letter, beside what ends a cell or begins HTML."""
 _MOST_ROWS = 200
 """Most metrics in the table; verdict.json has all."""
 
@@ -35,7 +37,7 @@ def build(verdict: Mapping[str, Any]) -> str:
         "## Data and models",
         _list(*map(_data, verdict["data"]), *map(_suspect, verdict["suspect_models"])),
         "## Numbers",
-        to_markdown(_table(verdict)),
+        to_markdown(_table(verdict), _SPECIAL),
         "## What the numbers mean",
         _list(*(f"`{name}`: {_text(text)}" for name, text in verdict["definitions"].items())),
         "## Thresholds",
@@ -50,7 +52,7 @@ def build(verdict: Mapping[str, Any]) -> str:
 
 def _text(text: str) -> str:
     """Text from data and models as one line in which Markdown and HTML have no meaning."""
-    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in printable(text))
+    return "".join(f"\\{letter}" if letter in f"\\<|{_SPECIAL}" else letter for letter in printable(text))
 
 
 def _list(*lines: str) -> str:
