@@ -8,12 +8,13 @@ import re
 
 import numpy as np
 import pytest
+from packageurl import PackageURL
 
 from bdjax.errors import InputError
 from bdjax.metrics import DEFINITIONS
 from bdjax.reporting import audit, defenses, students
 from bdjax.reporting import ta_kd as ta_kd_reporting
-from bdjax.reporting.evidence import gate, sarif, writing
+from bdjax.reporting.evidence import bom, gate, model_card, sarif, writing
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
 from bdjax.reporting.report import Verdict
@@ -114,6 +115,14 @@ def test_flagged_files_are_locations_relative_to_the_data(lfd):
     assert logical["fullyQualifiedName"] == "photos/class 1 (dog)/row 1"
 
 
+def test_locations_are_the_same_wherever_the_data_is(lfd, tmp_path):
+    results, folder = lfd
+    moved = Flagged("LfD", dataclasses.replace(ROWS, source="/elsewhere/photos (6 images)"), FLAGS, None)
+    other = write(tmp_path, results, lfd_subject(results)._replace(flagged=(moved,)))
+    (ours,), (theirs,) = (json.loads((path / "findings.sarif").read_text())["runs"] for path in (folder, other))
+    assert ours["results"] == theirs["results"]
+
+
 def test_rows_without_files_are_logical_locations_only(tmp_path):
     results = stored("lfd/digits")
     subject = lfd_subject(results)
@@ -163,6 +172,16 @@ def test_the_schemas_refuse_what_they_should(lfd):
     bom = json.loads((folder / "bom.cdx.json").read_text())
     bom["components"][0]["type"] = "network"
     assert evidence.errors_of_bom(json.dumps(bom))
+
+
+def test_the_name_of_a_class_has_no_meaning_in_the_table_of_the_model_card(lfd):
+    verdict = json.loads((lfd[1] / "verdict.json").read_text())
+    name = "![x](http://evil/a.png) [y](z) `b` *c* __d__ # e | f <img src=g> \\"
+    verdict["metrics"] = [verdict["metrics"][0] | {"of": name, "value": None, "why": "![why](z)"}]
+    (line,) = [line for line in model_card.build(verdict).splitlines() if "evil" in line]
+    assert not re.search(r"(?<!\\)[`*_#]|(?<!\\)!?\[|(?<!\\)\]|<", line)
+    assert len(re.findall(r"(?<!\\)\|", line)) == 9, "a name ends no cell"
+    assert r"\!\[x\](http" in line and r"\| f &lt;img" in line and r"\!\[why\]" in line
 
 
 def test_text_from_files_has_no_meaning_in_the_model_card(lfd):
@@ -216,6 +235,24 @@ def test_other_runs_have_evidence_too(tmp_path, name, experiment, methods, word_
         clean = next(cell for cell in results["cells"] if cell["method"] == "clean")
         student = [entry for entry in verdict["metrics"] if entry["method"] == "student" and entry["metric"] == "asr"]
         assert [entry["control"] for entry in student] == [clean["summary"]["asr"]["mean"]]
+
+
+def test_a_plugin_is_a_library_with_a_purl_of_its_own(lfd):
+    verdict = json.loads((lfd[1] / "verdict.json").read_text())
+    plugins = {
+        "attack stripe": "bdjax-stripe 0.1",
+        "defense stripe": "bdjax-stripe 0.1",
+        "model m": "My.Nets_2 1!2.0+local.1",
+    }
+    facts = Facts("lfd", "LfD", "bdjax lfd", {}, RECORD | {"plugins": plugins}, Verdict("info", "", ""), "", {}, {})
+    document = bom.build(verdict, facts)
+    assert evidence.errors_of_bom(json.dumps(document)) == []
+    found = {entry["purl"]: entry for entry in document["components"] if "purl" in entry}
+    plain, odd = (PackageURL.from_string(purl) for purl in list(found)[-2:])
+    assert (plain.type, plain.name, plain.version) == ("pypi", "bdjax-stripe", "0.1")
+    assert (odd.type, odd.name, odd.version) == ("pypi", "my-nets-2", "1!2.0+local.1")
+    assert [entry["name"] for entry in found.values()][-2:] == ["bdjax-stripe", "My.Nets_2"]
+    assert all(" " not in purl and len(re.findall("@", purl)) == 1 for purl in found)
 
 
 def words_of(results: dict, words: dict[str, str | None], **fields) -> dict:
@@ -358,6 +395,14 @@ def test_several_rules_and_other_methods():
         (json.dumps(verdict_of(entry(0.5))).replace("0.5", "true"), "has metrics of another form"),
         (json.dumps(verdict_of(entry(0.5))).replace("0.5", '"0"'), "has metrics of another form"),
         ("[" * 100_000, "is not JSON"),
+        (json.dumps(verdict_of(entry(0.5))).replace("0.5", "9" * 400), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(0.5, name="f1"))).replace("0.5", "9" * 400), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(-5.0))), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(1.5, name="cda"))), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(0.5) | {"control": -0.1})), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(0.5) | {"rows": {"a": 1}})), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(0.5) | {"rows": -1})), "has metrics of another form"),
+        (json.dumps(verdict_of(entry(0.5) | {"rows": True})), "has metrics of another form"),
     ],
 )
 def test_a_file_that_is_no_verdict_is_one_line(tmp_path, text, message):
@@ -366,6 +411,18 @@ def test_a_file_that_is_no_verdict_is_one_line(tmp_path, text, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         gate.read(path)
     assert "\n" not in str(error.value) and "a verdict.json that --evidence has written is needed" in str(error.value)
+
+
+@pytest.mark.parametrize("mark", ["  ", " *"], ids=["text", "binary"])
+def test_sums_of_either_mode_of_sha256sum_are_compared(tmp_path, mark):
+    path = tmp_path / "verdict.json"
+    path.write_text(json.dumps(verdict_of(entry(0.5))))
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(f"{writing.sha256(path)}{mark}verdict.json\n")
+    assert gate.read(path)["schema"] == verdicts.NAME
+    sums.write_text(f"{'0' * 64}{mark}verdict.json\n")
+    with pytest.raises(InputError, match="is not the file that SHA256SUMS beside it names"):
+        gate.read(path)
 
 
 def test_a_verdict_that_was_changed_is_refused(lfd, tmp_path):

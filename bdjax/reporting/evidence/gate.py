@@ -17,7 +17,10 @@ from bdjax.settings import check_choice
 STATUSES = {"pass": 0, "fail": 3, "unknown": 4}
 """Exit status of each outcome; of several rules that of a failed one, then that of an unknown one."""
 _MAXIMUM_BYTES = 1 << 28
+_MAXIMUM_ROWS = 1 << 53
 _NUMBERS = ("value", "control")
+_SHARES = ("asr", "cda", "r_acc")
+"""Metrics between 0 and 1."""
 
 
 class Line(NamedTuple):
@@ -48,7 +51,7 @@ def read(path: Path) -> dict[str, Any]:
     sums = path.parent / SUMS
     if sums.is_file():
         lines = read_file(sums, 1 << 20, "checksums").decode("utf-8", "replace").splitlines()
-        of_file = [line.split(maxsplit=1)[0] for line in lines if line.endswith(f"  {path.name}")]
+        of_file = [line.split(maxsplit=1)[0] for line in lines if line.endswith((f"  {path.name}", f" *{path.name}"))]
         if of_file and of_file != [sha256(path)]:
             raise InputError(f"{path}: is not the file that {SUMS} beside it names; it was changed or is damaged")
     return verdict
@@ -73,12 +76,22 @@ def _is_metric(entry: Any) -> bool:
     if not isinstance(entry, dict):
         return False
     texts = all(isinstance(entry.get(name), str) for name in ("metric", "of", "method", "attack", "role", "why"))
-    return texts and all(_is_number(entry.get(name, math.nan)) for name in _NUMBERS)
+    rows = entry.get("rows")
+    counts = rows is None or (isinstance(rows, int) and not isinstance(rows, bool) and 0 <= rows < _MAXIMUM_ROWS)
+    limit = 1.0 if entry.get("metric") in _SHARES else math.inf
+    return texts and counts and all(_is_number(entry.get(name, math.nan), limit) for name in _NUMBERS)
 
 
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (is_number and math.isfinite(value))
+def _is_number(value: Any, limit: float) -> bool:
+    """Whether a value is null or a finite number: from 0 to the limit, if there is one."""
+    if value is None:
+        return True
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value) and (limit == math.inf or 0 <= value <= limit)
+    except OverflowError:  # a whole number of many digits
+        return False
 
 
 def decide(
