@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdjax.errors import InputError
-from bdjax.reporting.evidence import gate
 from bdjax.run import command_line
 from bdjax.run.config import check_path, check_ranges
 from bdjax.settings import Share
@@ -48,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and not arguments[0].startswith("-"):
         arguments[0] = f"--verdict={arguments[0]}"
-    texts = {"prog": "gate.py", "description": __doc__.splitlines()[0]}
+    texts = {"prog": f"{command_line.program('gate')} VERDICT.json", "description": __doc__.splitlines()[0]}
     config = command_line.parse(GateConfig, {}, arguments, **texts)
     if config.verdict is None:
         raise InputError("there is no verdict.json; give its path, such as runs/vbd/photos-quick/evidence/verdict.json")
     check_ranges(config)
     check_path("--verdict", config.verdict)
+    from bdjax.reporting.evidence import gate  # takes seconds, which --help need not wait for
+
     lines = gate.decide(gate.read(config.verdict.expanduser()), **rules_of(config))
     for line in lines:
         print(f"{line.outcome:<7} {line.text}")

@@ -66,6 +66,12 @@ GROUPS = {
         rows rounds seconds_per_turn time_limit compile_limit forms
         """,
     ),
+    "limits": _group(
+        "What a verdict.json is compared with.",
+        """
+        verdict max_asr min_cda require_verdict method
+        """,
+    ),
     "output": _group(
         "What is written, and where.",
         """

@@ -72,3 +72,14 @@ def test_input_that_cannot_be_used_is_one_line(arguments, message):
     with pytest.raises(InputError) as error:
         gate.main(arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("program", "usage"), [("bdjax", "bdjax gate"), ("experiments/gate.py", "gate.py")])
+def test_help_names_the_command_and_has_a_group_of_rules(program, usage, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [program])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        gate.main(["--help"])
+    text = capsys.readouterr().out
+    assert not stop.value.code and f"usage: {usage} VERDICT.json " in text
+    assert "limits options" in text and "other options" not in text
