@@ -281,13 +281,15 @@ def program(name: str) -> str:
     return f"{name}.py" if _is_script() else f"bdjax {name.replace('_', '-')}"
 
 
-def invocation(name: str) -> str:
-    """The beginning of a command that starts an experiment, as the user has started this one: by `bdjax` or by a script.
+def invocation(name: str, *, as_script: bool | None = None) -> str:
+    """The beginning of a command that starts an experiment, as the user has started this process: by `bdjax` or by a script.
 
     Args:
         name: of the experiment: "ta_kd".
+        as_script: whether as a script, however this process was started; None for how it was.
     """
-    return f"python experiments/{name}.py" if _is_script() else f"bdjax {name.replace('_', '-')}"
+    as_script = _is_script() if as_script is None else as_script
+    return f"python experiments/{name}.py" if as_script else f"bdjax {name.replace('_', '-')}"
 
 
 def changed_fields(config: Any, default: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:

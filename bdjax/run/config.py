@@ -383,17 +383,25 @@ def output_folder(experiment: str, config: ExperimentConfig, default: Experiment
     return pathlib.Path("runs") / experiment / default_name(pathlib.Path(config.dataset).stem, preset, changed)
 
 
-def command(experiment: str, config: ExperimentConfig, default: ExperimentConfig, **chosen: Any) -> str:
+def command(
+    experiment: str,
+    config: ExperimentConfig,
+    default: ExperimentConfig,
+    *,
+    as_script: bool | None = None,
+    **chosen: Any,
+) -> str:
     """The command that repeats this run, wherever the data is stored.
 
     Args:
         experiment: its name.
         config: all settings.
         default: the configuration that its preset starts from.
+        as_script: as for `command_line.invocation`.
         chosen: flags that are always printed, such as the preset.
     """
     changed = command_line.changed_fields(config, default, IGNORED)
-    return f"{command_line.invocation(experiment)} {command_line.as_flags({**chosen, **changed})}"
+    return f"{command_line.invocation(experiment, as_script=as_script)} {command_line.as_flags({**chosen, **changed})}"
 
 
 def check_recipe(config: Any, default: Any, prefix: str = "") -> None:

@@ -355,7 +355,7 @@ def write_evidence(run: Run, folder: RunFolder, page: Report, results: Mapping[s
         page.verdict,
         experiment=run.experiment.name,
         title=page.title,
-        command=command(run.experiment, run.config),
+        command=command(run.experiment, run.config, as_script=False),
         settings=settings_of(run),
     )
     run.log.say(f"evidence: {path}")
@@ -373,10 +373,10 @@ def announce(run: Run, folder: RunFolder, summary: Table | str | None, limits: S
     run.log.say(f"report: {folder.path / 'report.html'}")
 
 
-def command(experiment: Experiment, config: Any) -> str:
-    """The command that repeats a run, wherever the data is stored."""
+def command(experiment: Experiment, config: Any, *, as_script: bool | None = None) -> str:
+    """The command that repeats a run, wherever the data is stored; `as_script` as for `command_line.invocation`."""
     shown = {name: getattr(config, name) for name in experiment.always_shown}
-    return run_config.command(experiment.name, config, default_of(experiment, config), **shown)
+    return run_config.command(experiment.name, config, default_of(experiment, config), as_script=as_script, **shown)
 
 
 def output_folder(experiment: Experiment, config: Any) -> pathlib.Path:

@@ -118,3 +118,5 @@ def test_the_folder_is_named_by_what_was_changed_and_the_command_says_it(monkeyp
     monkeypatch.setattr("sys.argv", ["experiments/attack.py"])
     command = run_config.command("attack", own, default, preset="quick")
     assert command == "python experiments/attack.py --preset=quick --epochs=5"
+    command = run_config.command("attack", own, default, as_script=False, preset="quick")
+    assert command == "bdjax attack --preset=quick --epochs=5"

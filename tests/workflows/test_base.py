@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import pathlib
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -251,3 +252,15 @@ def test_what_could_not_be_tested_is_said_once_for_each_method():
         "VBD: classes 3 (cat), 5 (dog) could not be tested on 2 of 2 training sets (class 3 (cat) is dark).",
         "SCAn could not be tested on 1 of 2 training sets: needs at least 3 classes.",
     ]
+
+
+def test_evidence_has_the_same_command_for_a_script(monkeypatch, tmp_path):
+    written = []
+    monkeypatch.setattr(base.evidence, "write", lambda *_, command, **__: written.append(command))
+    monkeypatch.setattr(base, "settings_of", lambda run: {})
+    experiment = lfd.EXPERIMENT
+    run = SimpleNamespace(experiment=experiment, config=experiment.default(), log=SimpleNamespace(say=print))
+    for program in ("bdjax", "experiments/lfd.py"):
+        monkeypatch.setattr("sys.argv", [program])
+        base.write_evidence(run, None, SimpleNamespace(verdict=None, title=""), {}, None)
+    assert written[0].startswith("bdjax lfd ") and written == [written[0]] * 2

@@ -1,7 +1,7 @@
 """findings.sarif: what a run found, in SARIF 2.1.0, the Static Analysis Results Interchange Format of OASIS.
 
-A flagged image file is a physical location relative to the data folder, whose base is "DATA" and has no address, so that the
-file is the same wherever the data is. Rows without a file, classes and models are logical locations.
+A flagged image file is a physical location relative to the data folder, whose base is "DATA" and has no address, so that
+these locations are the same wherever the data is. Rows without a file, classes and models are logical locations.
 """
 
 import os
