@@ -22,6 +22,8 @@ PREFIX = "bdjax."
 """Beginning of the names of the groups of entry points."""
 NAME = re.compile(r"[a-z0-9_]+")
 """What an entry may be called: command lines give a meaning to most other characters."""
+RESERVED = ("all", "none")
+"""What no entry of a plugin may be called: every entry of a registry, and no entry."""
 _LONGEST = 200
 
 
@@ -142,12 +144,15 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if len(found) > 1:
             self._broken[name] = f"{start}: two plugins have that name; uninstall one of them"
             return
+        if name in RESERVED:
+            self._broken[name] = f"{start} has a name that command lines give another meaning"
+            return
         if not NAME.fullmatch(name):
             self._broken[name] = f"{start} has a name with other characters than a to z, 0 to 9 and _"
             return
         try:
             entry = found[0].point.load()
-        except Exception as error:  # whatever a module of someone else raises
+        except (Exception, SystemExit) as error:  # whatever a module of someone else raises
             text = " ".join(str(error).split())[:_LONGEST]
             self._broken[name] = f"{start} cannot be imported ({type(error).__name__}: {text}); mend or uninstall it"
             return

@@ -111,6 +111,22 @@ def test_a_plugins_network_and_defense_keep_the_contracts():
             "cannot be imported (AttributeError: module 'plugin_bad' has no attribute 'ATTACK')",
         ),
         ("raise RuntimeError('one\\ntwo')", "mark = MODULE:ATTACK", "cannot be imported (RuntimeError: one two)"),
+        (
+            "raise SystemExit('enough')",
+            "mark = MODULE:ATTACK",
+            "cannot be imported (SystemExit: enough); mend or uninstall",
+        ),
+        ("import sys; sys.exit()", "mark = MODULE:ATTACK", "cannot be imported (SystemExit: ); mend or uninstall it"),
+        (
+            GOOD.replace("other_square", "all"),
+            "all = MODULE:ATTACK",
+            "has a name that command lines give another meaning",
+        ),
+        (
+            GOOD.replace("other_square", "none"),
+            "none = MODULE:ATTACK",
+            "has a name that command lines give another meaning",
+        ),
         ("ATTACK = 'text'", "mark = MODULE:ATTACK", "is of the type str, not a bdjax.attacks.contract.Attack"),
         (GOOD, "mark = MODULE:ATTACK", "calls itself 'other_square'; its entry point must have the same name"),
         (GOOD, "Mark-1 = MODULE:ATTACK", "has a name with other characters than a to z, 0 to 9 and _"),
