@@ -270,7 +270,7 @@ def check_poisoned_rows(prepared: Prepared) -> None:
             with promised(f"{title}: no label is changed"):
                 np.testing.assert_array_equal(poisoned.labels, originals)
         require(poisoned.images.dtype == np.uint8, f"{title}: images are uint8")
-    # The last rule's set once more, and another one.
+    # The last rule's set once more, and another set.
     again = poison_by(jax.random.key(4), clean, configured, params)
     with promised(f"{title}: the same key poisons the same rows in the same way"):
         np.testing.assert_array_equal(again.images, poisoned.images)
