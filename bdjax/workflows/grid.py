@@ -86,6 +86,8 @@ class Plan(NamedTuple):
 
     jobs: tuple[Job, ...]
     refused: tuple[Refused, ...]
+    most: Mapping[str, int]
+    """what is undivided, by the name that it has as one job -> most members of a job by the estimate, 0 for no limit"""
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -193,7 +195,11 @@ def kind_of(config: Any) -> Kind | None:
 
 
 def make_plan(
-    file: GridFile, experiments: Mapping[str, Experiment], limit: Callable[[Block], int | None], log: StageLog
+    file: GridFile,
+    experiments: Mapping[str, Experiment],
+    limit: Callable[[Block], int | None],
+    log: StageLog,
+    known: Mapping[str, int] = {},
 ) -> Plan:
     """Divide a grid into jobs, after checking everything that is in its file.
 
@@ -202,6 +208,7 @@ def make_plan(
         experiments: name -> experiment.
         limit: a block -> usable bytes of the device that a job of it has; None if unknown.
         log: where reading the datasets is printed.
+        known: `most` of an earlier plan, which the estimate does not change: other jobs would do the same again.
 
     Raises:
         InputError: with the file and the line: there is no such experiment, dataset, attack, defense, setting or flag, or a
@@ -209,6 +216,7 @@ def make_plan(
     """
     jobs: dict[str, Job] = {}
     refused: dict[Cell, str] = {}
+    most: dict[str, int] = {}
     for number, block in enumerate(file.blocks):
         for name in block.experiments:
             if name not in experiments:
@@ -220,16 +228,24 @@ def make_plan(
                     "experiments",
                 )
             for dataset in block.datasets:
-                found, impossible = _part(file, number, experiments[name], dataset, limit(block), log)
+                found, impossible, of_part = _part(file, number, experiments[name], dataset, limit(block), log, known)
                 jobs |= {job.name: job for job in found}
                 refused |= impossible
-    return Plan(tuple(jobs.values()), tuple(Refused(*entry) for entry in refused.items()))
+                most |= of_part
+    return Plan(tuple(jobs.values()), tuple(Refused(*entry) for entry in refused.items()), most)
 
 
 def _part(
-    file: GridFile, number: int, experiment: Experiment, dataset: str, limit: int | None, log: StageLog
-) -> tuple[list[Job], dict[Cell, str]]:
-    """The jobs of one experiment on one dataset, and the cells that the dataset does not allow -> why."""
+    file: GridFile,
+    number: int,
+    experiment: Experiment,
+    dataset: str,
+    limit: int | None,
+    log: StageLog,
+    known: Mapping[str, int],
+) -> tuple[list[Job], dict[Cell, str], dict[str, int]]:
+    """The jobs of one experiment on one dataset, the cells that the dataset does not allow -> why, and its part of
+    `Plan.most`."""
     block = file.blocks[number]
     fields, config = read_config(file, number, experiment, dataset)
     kind = kind_of(config)
@@ -260,15 +276,20 @@ def _part(
         except InputError as error:
             impossible |= dict.fromkeys(cells([text]), str(error))
     if not possible:
-        return [], impossible
+        return [], impossible, {}
     name_of_attacks = next((name for name in ("attacks", "attack") if name in kinds_of(type(config))), None)
     is_whole = name_of_attacks is None or getattr(config, "study", "") or fields.get("attack") == ALL
     if is_whole:
-        return [_job(experiment, fields, cells(possible), block)], impossible
-    most = block.members_per_job
-    if not most and kind.network and limit:
-        with _located(file, number):
-            most = members_that_fit(config, kind.network(config), train, len(possible) * config.seeds, limit)
+        return [_job(experiment, fields, cells(possible), block)], impossible, {}
+    most, estimated = block.members_per_job, {}
+    if not most and kind.network:
+        name = _job(experiment, fields, (), block).name
+        if name in known:
+            most = known[name]
+        elif limit:
+            with _located(file, number):
+                most = members_that_fit(config, kind.network(config), train, len(possible) * config.seeds, limit)
+        estimated = {name: most}
     jobs, seen = [], set()
     for of_job in divide(possible, config.seeds, most):
         own = [text for text in of_job if text not in seen]
@@ -276,7 +297,7 @@ def _part(
         changed = of_job != list(dict.fromkeys(attacks)) or name_of_attacks in fields
         these = fields | ({name_of_attacks: ",".join(of_job)} if changed else {})
         jobs.append(_job(experiment, these, cells(own), block))
-    return jobs, impossible
+    return jobs, impossible, estimated
 
 
 def read_config(file: GridFile, number: int, experiment: Experiment, dataset: str) -> tuple[dict[str, Any], Any]:

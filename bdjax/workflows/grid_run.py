@@ -66,18 +66,22 @@ def run(
         raise InputError("--executor slurm: there is no sbatch and srun on this machine; use --executor=local")
     with log.stage("plan") as stage:
         quiet = StageLog(Console(quiet=True))
-        plan = grid.make_plan(file, experiments, partial(memory_limit, file, config), quiet)
+        path = config.output or pathlib.Path("runs") / "grid" / path.stem
+        digest = hashlib.sha256(file.text.encode()).hexdigest()
+        known = _known_divisions(path.expanduser() / PLAN_FILE, digest, config)
+        plan = grid.make_plan(file, experiments, partial(memory_limit, file, config), quiet, known)
         stage.detail = f"{len(plan.cells)} cells in {len(plan.jobs)} jobs"
     if config.plan:
         log.console.print(to_rich(plan_table(plan)), highlight=False)
         return 0
-    folder = _folder(config.output or pathlib.Path("runs") / "grid" / path.stem)
+    folder = _folder(path)
     held = lock(folder, folder)
     record = {
-        "file": path.name,
-        "sha256": hashlib.sha256(file.text.encode()).hexdigest(),
+        "file": file.path.name,
+        "sha256": digest,
         **describe_environment(),
         "jobs": [{**job._asdict(), "cells": [cell._asdict() for cell in job.cells]} for job in plan.jobs],
+        "most_members": plan.most,
         "refused": [{**entry.cell._asdict(), "reason": entry.reason} for entry in plan.refused],
     }
     atomic.write_bytes(folder / PLAN_FILE, json.dumps(record, indent=2).encode())
@@ -99,6 +103,19 @@ def memory_limit(file: GridFile, config: GridConfig, block: Block) -> int | None
         size = partition_of(file, block.partition)[1].device_gb
         return None if size is None else int(memory.USABLE * size * 2**30)
     return None if config.gpus else int(memory.USABLE * free_memory() / config.workers)
+
+
+def _known_divisions(path: pathlib.Path, digest: str, config: GridConfig) -> dict[str, int]:
+    """`Plan.most` of the last start, so that other free memory or other --workers do not make other jobs. Slurm's limits are
+    those of the file, so a changed file may change them."""
+    try:
+        record = json.loads(path.read_bytes())
+        if config.executor == "slurm" and record["sha256"] != digest:
+            return {}
+        most = record["most_members"].items()
+        return {name: number for name, number in most if type(number) is int and number >= 0}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def partition_of(file: GridFile, name: str) -> tuple[str | None, Partition]:

@@ -126,6 +126,27 @@ def test_the_memory_estimate_divides_members(tmp_path):
         plan(tmp_path, TINY, limits[0])
 
 
+def test_a_restart_with_other_free_memory_or_workers_has_the_same_jobs(tmp_path, monkeypatch):
+    file, out = write(tmp_path, TINY), tmp_path / "out"
+
+    def names(free, text=TINY, **flags):
+        file.write_text(text)
+        monkeypatch.setattr(grid_run, "free_memory", lambda: free)
+        monkeypatch.setattr(grid_run, "_run_jobs", lambda *_: None)
+        command.main([str(file), f"--output={out}", *(f"--{name}={value}" for name, value in flags.items())], quiet())
+        return [job["name"] for job in json.loads((out / "grid.json").read_text())["jobs"]]
+
+    monkeypatch.setattr(grid, "try_out", lambda *_: None)
+    monkeypatch.setattr(grid, "members_that_fit", lambda *arguments: 4 if arguments[-1] > 2**30 else 2)
+    first = names(2**35)
+    assert len(first) == 2
+    assert names(2**35, workers=64) == first
+    assert names(2**20, "# the same\n" + TINY) == first, "a changed file keeps the jobs of what it has still"
+    assert len(names(2**20, TINY.replace("seeds = 2", "seeds = 2\nmembers_per_job = 2"))) == 4
+    (out / "grid.json").write_text('{"most_members": {"a": "b"}}')
+    assert len(names(2**20)) == 4
+
+
 def test_experiments_without_attacks_or_defenses_have_cells_of_what_they_make(tmp_path):
     text = '[[blocks]]\nexperiments = ["ta_kd"]\nseeds = 2\n'
     text += '[[blocks]]\nexperiments = ["attack"]\nattacks = ["badnets", "blended"]\n'
