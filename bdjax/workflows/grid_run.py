@@ -239,7 +239,8 @@ def status_of(outcome: jobs.Outcome | None, rows: Mapping[str, Row]) -> tuple[st
     if not rows:
         return "failed", "the run's results do not have this cell"
     first = next(iter(rows.values()))
-    return first.status, first.reason
+    without = next((row for row in rows.values() if row.status != "done"), first)
+    return without.status, without.reason
 
 
 def _announce(folder: pathlib.Path, cells: Sequence[tuple[Any, ...]], log: StageLog) -> int:
