@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.registry import ATTACKS
+from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.suspects import try_out
@@ -110,6 +110,8 @@ class Kind(NamedTuple):
     check_defense: Callable[[Any, str], object]
     network: Callable[[Any], str] | None = None
     """the network that is trained on every suspect; None if the members of a job need not share the memory"""
+    victims: Callable[[Any, str], tuple[list[str], int]] = lambda config, text: ([text], config.seeds)
+    """of an attack as it is written: the attacks that the results name, and the number of their seeds"""
 
 
 def _listed_attacks(config: Any, experiment: Experiment) -> list[str]:
@@ -139,6 +141,13 @@ def _try_on_detectors(config: Any, text: str, train: Dataset) -> None:
 def _make_plan(config: Any, text: str, train: Dataset, *, is_tried: bool) -> None:
     key = jax.random.key(config.seed) if is_tried else None
     attack.make_plans(dataclasses.replace(config, attack=text), train, key)
+
+
+def _victims(config: Any, text: str) -> tuple[list[str], int]:
+    """A hybrid is measured under the trigger of each of its parts."""
+    parts = text.split("+")
+    names = [f"{part} in {text}" for part in dict.fromkeys(parts)] if len(parts) > 1 else parts
+    return names, attack.seeds_of(config, [find_attack(part) for part in parts])
 
 
 KINDS: Mapping[type, Kind] = {
@@ -176,6 +185,7 @@ KINDS: Mapping[type, Kind] = {
         partial(_make_plan, is_tried=True),
         lambda config, text: None,
         lambda config: config.model,
+        _victims,
     ),
     ta_kd.Config: Kind(
         lambda config, experiment: ta_kd.check(config),
@@ -259,12 +269,12 @@ def _part(
                 kind.check_attack(config, text, anything)
 
     def cells(of: Sequence[str]) -> tuple[Cell, ...]:
-        seeds = range(config.seed, config.seed + config.seeds)
         return tuple(
             Cell(experiment.name, dataset, block.preset, attack, defense, seed)
-            for attack in of
+            for names, seeds in (kind.victims(config, text) for text in of)
+            for attack in names
             for defense in defenses
-            for seed in seeds
+            for seed in range(config.seed, config.seed + seeds)
         )
 
     possible, impossible = [], {}
@@ -275,6 +285,11 @@ def _part(
             possible.append(text)
         except InputError as error:
             impossible |= dict.fromkeys(cells([text]), str(error))
+    if impossible and getattr(config, "study", ""):
+        # Its attacks cannot be chosen, so its run would refuse them all.
+        first = next(iter(impossible.items()))
+        reason = f"the study {config.study} has {first[0].attack}: {first[1]}"
+        return [], dict.fromkeys(cells(possible), reason) | impossible, {}
     if not possible:
         return [], impossible, {}
     name_of_attacks = next((name for name in ("attacks", "attack") if name in kinds_of(type(config))), None)
@@ -329,6 +344,9 @@ def read_config(file: GridFile, number: int, experiment: Experiment, dataset: st
             raise file.error(number, f"flags: {experiment.name} has no flag {shown(name)}{near}", name)
         if isinstance(value, dict):
             raise file.error(number, f"flags: {name} should be a value, not a table", name)
+        for part in value if isinstance(value, list | tuple) else ():
+            if str(part).startswith("--") or part == "-h":
+                raise file.error(number, f"flags: {name} has {shown(str(part))}, which is a flag, not a value", name)
     fields = own | {name: tuple(value) if isinstance(value, list) else value for name, value in block.flags.items()}
     try:
         config = read_flags(experiment, "", shlex.split(command_line.as_flags(fields)))
