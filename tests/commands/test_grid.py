@@ -182,6 +182,20 @@ def test_cells_of_hybrids_and_costly_attacks_are_those_of_the_results(tmp_path, 
     assert "--attack=badnets+sig,blended,input_aware" in job.arguments
 
 
+def test_cells_of_attacks_are_those_of_a_committed_run():
+    run = ROOT / "docs" / "results" / "attack" / "mnist-all"
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())["config"]
+    config = types.SimpleNamespace(seeds=config["seeds"], costly_seeds=config["costly_seeds"])
+    found = {}
+    for name in [*grid.ATTACKS, *grid.attack.HYBRIDS]:
+        names, seeds = grid.KINDS[grid.attack.Config].victims(config, name)
+        found |= dict.fromkeys(names, seeds)
+    ran = {cell["attack"]: len(cell["by_seed"]) for cell in results["cells"]}
+    assert len(set(ran.values())) == 2 and any(" in " in name for name in ran)
+    assert {name: found[name] for name in ran} == ran
+
+
 def test_an_impossible_attack_refuses_its_whole_study(tmp_path, monkeypatch):
     def refuse_sig(key, attacks, train):
         if attacks[0].name == "sig":
