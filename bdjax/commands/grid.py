@@ -1,8 +1,8 @@
 """Grids: many experiments, attacks, defenses and seeds as jobs, here or under Slurm; results as tables.
 
 Cells that share an experiment, a dataset and its networks are one job, whose attacks and seeds are members of the same calls.
-The same command continues an interrupted grid: finished jobs are left alone, interrupted ones continue from their last epoch,
-failed ones are tried again.
+The same command continues an interrupted grid: finished jobs are left alone, interrupted jobs continue from their last epoch,
+and failed jobs are tried again.
 """
 
 import contextlib
@@ -49,11 +49,15 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
     words, flags = command_line.split_words(arguments)
     program = command_line.program("grid")
     if words[:1] == ["collect"]:
-        config = command_line.parse(CollectConfig, {}, flags, prog=f"{program} collect FOLDER...", description=COLLECT)
+        config = command_line.parse(
+            CollectConfig, {}, flags, about_processes="", prog=f"{program} collect FOLDER...", description=COLLECT
+        )
         from bdjax.workflows import grid_run  # takes seconds, which --help need not wait for
 
         return grid_run.collect([pathlib.Path(word) for word in words[1:]], config, (log or StageLog()).console)
-    config = command_line.parse(GridConfig, {}, flags, prog=f"{program} FILE.toml", description=__doc__)
+    config = command_line.parse(
+        GridConfig, {}, flags, about_processes="", prog=f"{program} FILE.toml", description=__doc__
+    )
     if len(words) != 1:
         raise InputError(
             f"give the grid's TOML file first: {command_line.invocation('grid')} grid.toml; or collect and folders"

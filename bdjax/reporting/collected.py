@@ -24,7 +24,6 @@ from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.config import IGNORED
 from bdjax.run.folder import CONFIG_FILE
-from bdjax.settings import split_variants
 
 RESULTS_FILE = "results.json"
 OF_THE_CELL = ("dataset", "preset", "attack", "attacks", "defenses", "study", "seeds", "seed", "costly_seeds")
@@ -151,16 +150,17 @@ def _rows(folder: Path, results_hash: str, results: Mapping[str, Any], record: M
             reason = not_tested.get((cell["attack"], cell["method"], by_seed["seed"]))
             if reason is not None:
                 yield of_cell._replace(status="not tested", reason=reason)
-                continue
             numbers = {name: by_seed[name] for name in cell["summary"] if name in by_seed}
             numbers |= {f"facts.{name}": by_seed.get("facts", {}).get(name) for name in cell.get("facts", {})}
             for metric, value in numbers.items():
+                if value is None and reason is not None:
+                    continue
                 yield of_cell._replace(metric=metric, value=None if value is None else float(value))
     attacks = [attack["attack"] for attack in results["attacks"]]
     methods = [method["method"] for method in results["methods"]]
     for name, reason in results["left_out"].items():
-        # An attack or a defense; its name alone does not say which.
-        is_defense = name in split_variants(str(config.get("defenses", ""))) or config.get("defenses") == "all"
+        # An attack or a defense; its name alone does not say which. Only `attack` leaves out attacks.
+        is_defense = record["experiment"] != "attack"
         cells = itertools.product(attacks, [name]) if is_defense else itertools.product([name], methods)
         for attack, defense in cells:
             for seed in results["seeds"]:
@@ -208,10 +208,10 @@ class Group(NamedTuple):
     def title(self) -> str:
         return f"{self.experiment} on {self.dataset}, {self.preset}"
 
-    def seeds_of(self, metric: str, attack: str, defense: str) -> list[float]:
-        """The known values of a cell, in order of the seeds."""
+    def seeds_of(self, metric: str, attack: str, defense: str) -> list[float | None]:
+        """The values of a cell in order of the seeds; None for an unknown one."""
         of_seed = self.values.get((metric, attack, defense), {})
-        return [of_seed[seed] for seed in sorted(of_seed) if of_seed[seed] is not None]
+        return [of_seed[seed] for seed in sorted(of_seed)]
 
     def mean(self, metric: str, attack: str, defense: str) -> float | None:
         """The mean over the seeds; None if a seed is unknown or there is none."""
@@ -225,7 +225,11 @@ class Group(NamedTuple):
 
 
 def group(rows: Iterable[Row]) -> list[Group]:
-    """Gather the rows that are comparable; attacks and defenses in order of first appearance."""
+    """Gather the rows that are comparable; attacks and defenses in order of first appearance.
+
+    A seed that failed or could not be tested is unknown (None) in those metrics that other seeds of its cell have.
+    """
+    rows = list(rows)
     found: dict[tuple[str, ...], dict[tuple[str, str, str], dict[int, float | None]]] = {}
     disagreeing: dict[tuple[str, ...], int] = {}
     for row in rows:
@@ -235,6 +239,14 @@ def group(rows: Iterable[Row]) -> list[Group]:
         cell = found.setdefault(key, {}).setdefault((row.metric, row.attack, row.defense), {})
         if cell.setdefault(row.seed, row.value) != row.value:
             disagreeing[key] = disagreeing.get(key, 0) + 1
+    for row in rows:
+        if row.status not in ("failed", "not tested", "not run"):
+            continue
+        # A job without a result has no setting.
+        keys = [key for key in found if key[:3] == row[:3] and (not row.setting or key[3] == row.setting)]
+        for (_, attack, defense), cell in found[keys[0]].items() if len(keys) == 1 else ():
+            if (attack, defense) == (row.attack, row.defense):
+                cell.setdefault(row.seed, None)
     return [
         Group(
             *key,
@@ -252,7 +264,7 @@ def pivot(of: Group, metric: str) -> Table:
     rows = []
     for defense in of.defenses:
         cells = [
-            mean_and_spread(values) if (values := of.seeds_of(metric, attack, defense)) else None
+            None if of.mean(metric, attack, defense) is None else mean_and_spread(of.seeds_of(metric, attack, defense))
             for attack in of.attacks
         ]
         rows.append((defense, *cells))
@@ -291,7 +303,7 @@ def rank(groups: Sequence[Group], metric: str) -> Ranks | None:
     References: Demšar 2006, Statistical Comparisons of Classifiers over Multiple Data Sets, section 3.2.
 
     Args:
-        groups: of one experiment and preset.
+        groups: of one experiment and preset, at most one of each dataset: other settings make no further blocks.
         metric: a key of `BETTER`.
 
     Returns:
@@ -386,8 +398,8 @@ def missing_table(rows: Iterable[Row]) -> Table | None:
 
 
 def tables(rows: Sequence[Row], wanted: Sequence[str] = ()) -> list[Table]:
-    """Every table: pivots of each group; ranks over all groups of an experiment and a preset that have the same defenses; cells
-    without a result.
+    """Every table: pivots of each group; ranks over all groups of an experiment and a preset that have the same defenses, or of
+    each setting if a dataset has several; cells without a result.
 
     Args:
         rows: of any runs.
@@ -398,14 +410,26 @@ def tables(rows: Sequence[Row], wanted: Sequence[str] = ()) -> list[Table]:
     alike: dict[tuple[str, str, frozenset[str]], list[Group]] = {}
     for of in groups:
         alike.setdefault((of.experiment, of.preset, frozenset(of.defenses)), []).append(of)
-    for (experiment, preset, _), members in alike.items():
-        metrics = dict.fromkeys(name for of in members for name in of.metrics(wanted) if name in BETTER)
-        ranked = {name: ranks for name in metrics if (ranks := rank(members, name)) is not None}
-        if ranked:
-            names = ", ".join(dict.fromkeys(of.dataset for of in members))
-            found.append(rank_table(f"Ranks: {experiment} on {names}, {preset}", ranked))
+    for (experiment, preset, _), all_alike in alike.items():
+        for setting, members in _one_per_dataset(all_alike):
+            metrics = dict.fromkeys(name for of in members for name in of.metrics(wanted) if name in BETTER)
+            ranked = {name: ranks for name in metrics if (ranks := rank(members, name)) is not None}
+            if ranked:
+                names = ", ".join(dict.fromkeys(of.dataset for of in members))
+                found.append(rank_table(f"Ranks: {experiment} on {names}, {preset}{setting}", ranked))
     missing = missing_table(rows)
     return found + ([missing] if missing else [])
+
+
+def _one_per_dataset(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+    """(what the title adds, groups of different datasets): all groups, or those of each setting if a dataset has several.
+
+    A preset's settings differ between datasets, so datasets with one setting each are comparable.
+    """
+    if len({of.dataset for of in groups}) == len(groups):
+        return [("", list(groups))]
+    settings = dict.fromkeys(of.setting for of in groups)
+    return [(f", settings {setting}", [of for of in groups if of.setting == setting]) for setting in settings]
 
 
 # ---- Figures and files -----------------------------------------------------------------------------------------------

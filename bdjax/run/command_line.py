@@ -46,6 +46,7 @@ def parse(
     *,
     positional: str = "",
     fixed: Sequence[str] = (),
+    about_processes: str = processes.HELP,
     **texts: str,
 ) -> Config:
     """Read flags into a frozen dataclass whose defaults depend on some of the flags themselves.
@@ -58,7 +59,8 @@ def parse(
         arguments: the command line without the program's name; None for that of the process.
         positional: the field that a word without a flag sets; "" if every value needs its flag.
         fixed: fields that have no flag.
-        texts: `prog` and `description` for the help text, to which the flags of `run` are added.
+        about_processes: end of the help text's description, on the flags of `run`; "" for a command that is one process.
+        texts: `prog` and `description` for the help text.
 
     Raises:
         InputError: there is no such flag, it is given twice or has a value that its type cannot have, or `defaults` raises it.
@@ -71,7 +73,7 @@ def parse(
     given = list(_split(arguments, is_lenient=asks_for_help))
     default = defaults(**choosers | {name: values[0] for name, values in given if name in choosers and values})
     kinds = {name: kind for name, kind in kinds_of(type(default)).items() if name not in fixed}
-    texts["description"] = "\n\n".join(filter(None, (texts.get("description"), processes.HELP)))
+    texts["description"] = "\n\n".join(filter(None, (texts.get("description"), about_processes)))
     if asks_for_help:
         shown = _in_groups(default, kinds)
         return tyro.cli(tyro.conf.OmitArgPrefixes[type(shown)], default=shown, args=arguments, **texts)

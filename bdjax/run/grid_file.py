@@ -53,7 +53,7 @@ class Partition:
     """One [partitions.NAME] table: what a job asks Slurm for, by the names of its flags. NAME is the partition."""
 
     time: Count = 60
-    """minutes; a job that runs out of them is queued again, and continues"""
+    """minutes; a job that runs out of them is queued again, at most 100 times, and continues"""
     nodes: Count = 1
     tasks_per_node: Count = 1
     """processes; several share the members of a job by `jax.distributed`"""
@@ -65,7 +65,8 @@ class Partition:
     constraint: str | None = None
     gres: str | None = None
     device_gb: Positive | None = None
-    """memory of one device, for the estimate of the members that fit; without it, all members of a dataset are one job"""
+    """memory of one device, for the estimate of the members that fit; without it nothing is estimated, and all members of a
+    dataset are one job"""
     setup: tuple[str, ...] = ()
     """shell commands before the job, such as "module load cuda" """
 

@@ -26,6 +26,8 @@ RUNS, OUTCOMES, SUBMITTED, LOGS = "runs", "jobs", "submitted", "log"
 """Folders of a grid: the run of each job, what each has done, where it was sent, what it prints."""
 LOCAL_MINUTES = 60 * 24 * 365
 """Time limit of a local job; submitit's default is two minutes."""
+MOST_TIMEOUTS = 100
+"""How often a Slurm job whose time is over is queued again; submitit's default is three times."""
 SECONDS_BETWEEN_LOOKS = {"local": 0.2, "slurm": 5.0}
 GRACE = {"local": 0.0, "slurm": 30.0}
 """Seconds that a job may be over before its outcome can be seen here."""
@@ -138,7 +140,7 @@ def slurm_executor(folder: Path, name: str | None, partition: Partition) -> Any:
         name: of the partition; None for Slurm's default.
         partition: what a job asks for.
     """
-    executor = extras.submitit().SlurmExecutor(folder / LOGS)
+    executor = extras.submitit().SlurmExecutor(folder / LOGS, max_num_timeout=MOST_TIMEOUTS)
     executor.update_parameters(**slurm_parameters(name, partition))
     return executor
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks import outsourcing
-from bdjax.attacks.contract import CleanModel
+from bdjax.attacks.contract import Attack, CleanModel
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, Trial, evaluate_victims, make_plan, prepare, train_victims, try_out
 from bdjax.datasets.npz import classes_as_arrays
@@ -205,7 +205,12 @@ def planned(config: Config, plans: Sequence[Plan], rows: int) -> list[base.Plann
 
 def num_seeds(config: Config, plan: Plan) -> int:
     """Number of seeds that an attack is run with."""
-    is_costly = any(part.attack.trigger_is_trained or part.attack.control for part in plan.parts)
+    return seeds_of(config, [part.attack for part in plan.parts])
+
+
+def seeds_of(config: Config, attacks: Sequence[Attack]) -> int:
+    """Number of seeds that an attack of these parts is run with."""
+    is_costly = any(attack.trigger_is_trained or attack.control for attack in attacks)
     return min(config.seeds, config.costly_seeds or config.seeds) if is_costly else config.seeds
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.registry import ATTACKS
+from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.defenses.registry import DEFENSES
 from bdjax.errors import InputError
 from bdjax.evaluation.suspects import try_out
@@ -86,6 +86,8 @@ class Plan(NamedTuple):
 
     jobs: tuple[Job, ...]
     refused: tuple[Refused, ...]
+    most: Mapping[str, int]
+    """what is undivided, by the name that it has as one job -> most members of a job by the estimate, 0 for no limit"""
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -108,6 +110,8 @@ class Kind(NamedTuple):
     check_defense: Callable[[Any, str], object]
     network: Callable[[Any], str] | None = None
     """the network that is trained on every suspect; None if the members of a job need not share the memory"""
+    victims: Callable[[Any, str], tuple[list[str], int]] = lambda config, text: ([text], config.seeds)
+    """of an attack as it is written: the attacks that the results name, and the number of their seeds"""
 
 
 def _listed_attacks(config: Any, experiment: Experiment) -> list[str]:
@@ -137,6 +141,13 @@ def _try_on_detectors(config: Any, text: str, train: Dataset) -> None:
 def _make_plan(config: Any, text: str, train: Dataset, *, is_tried: bool) -> None:
     key = jax.random.key(config.seed) if is_tried else None
     attack.make_plans(dataclasses.replace(config, attack=text), train, key)
+
+
+def _victims(config: Any, text: str) -> tuple[list[str], int]:
+    """A hybrid is measured under the trigger of each of its parts."""
+    parts = text.split("+")
+    names = [f"{part} in {text}" for part in dict.fromkeys(parts)] if len(parts) > 1 else parts
+    return names, attack.seeds_of(config, [find_attack(part) for part in parts])
 
 
 KINDS: Mapping[type, Kind] = {
@@ -174,6 +185,7 @@ KINDS: Mapping[type, Kind] = {
         partial(_make_plan, is_tried=True),
         lambda config, text: None,
         lambda config: config.model,
+        _victims,
     ),
     ta_kd.Config: Kind(
         lambda config, experiment: ta_kd.check(config),
@@ -193,7 +205,11 @@ def kind_of(config: Any) -> Kind | None:
 
 
 def make_plan(
-    file: GridFile, experiments: Mapping[str, Experiment], limit: Callable[[Block], int | None], log: StageLog
+    file: GridFile,
+    experiments: Mapping[str, Experiment],
+    limit: Callable[[Block], int | None],
+    log: StageLog,
+    known: Mapping[str, int] = {},
 ) -> Plan:
     """Divide a grid into jobs, after checking everything that is in its file.
 
@@ -202,6 +218,7 @@ def make_plan(
         experiments: name -> experiment.
         limit: a block -> usable bytes of the device that a job of it has; None if unknown.
         log: where reading the datasets is printed.
+        known: `most` of an earlier plan, which the estimate does not change: other jobs would do the same again.
 
     Raises:
         InputError: with the file and the line: there is no such experiment, dataset, attack, defense, setting or flag, or a
@@ -209,6 +226,7 @@ def make_plan(
     """
     jobs: dict[str, Job] = {}
     refused: dict[Cell, str] = {}
+    most: dict[str, int] = {}
     for number, block in enumerate(file.blocks):
         for name in block.experiments:
             if name not in experiments:
@@ -220,16 +238,24 @@ def make_plan(
                     "experiments",
                 )
             for dataset in block.datasets:
-                found, impossible = _part(file, number, experiments[name], dataset, limit(block), log)
+                found, impossible, of_part = _part(file, number, experiments[name], dataset, limit(block), log, known)
                 jobs |= {job.name: job for job in found}
                 refused |= impossible
-    return Plan(tuple(jobs.values()), tuple(Refused(*entry) for entry in refused.items()))
+                most |= of_part
+    return Plan(tuple(jobs.values()), tuple(Refused(*entry) for entry in refused.items()), most)
 
 
 def _part(
-    file: GridFile, number: int, experiment: Experiment, dataset: str, limit: int | None, log: StageLog
-) -> tuple[list[Job], dict[Cell, str]]:
-    """The jobs of one experiment on one dataset, and the cells that the dataset does not allow -> why."""
+    file: GridFile,
+    number: int,
+    experiment: Experiment,
+    dataset: str,
+    limit: int | None,
+    log: StageLog,
+    known: Mapping[str, int],
+) -> tuple[list[Job], dict[Cell, str], dict[str, int]]:
+    """The jobs of one experiment on one dataset, the cells that the dataset does not allow -> why, and its part of
+    `Plan.most`."""
     block = file.blocks[number]
     fields, config = read_config(file, number, experiment, dataset)
     kind = kind_of(config)
@@ -243,12 +269,12 @@ def _part(
                 kind.check_attack(config, text, anything)
 
     def cells(of: Sequence[str]) -> tuple[Cell, ...]:
-        seeds = range(config.seed, config.seed + config.seeds)
         return tuple(
             Cell(experiment.name, dataset, block.preset, attack, defense, seed)
-            for attack in of
+            for names, seeds in (kind.victims(config, text) for text in of)
+            for attack in names
             for defense in defenses
-            for seed in seeds
+            for seed in range(config.seed, config.seed + seeds)
         )
 
     possible, impossible = [], {}
@@ -259,16 +285,26 @@ def _part(
             possible.append(text)
         except InputError as error:
             impossible |= dict.fromkeys(cells([text]), str(error))
+    if impossible and getattr(config, "study", ""):
+        # Its attacks cannot be chosen, so its run would refuse them all.
+        first = next(iter(impossible.items()))
+        reason = f"the study {config.study} has {first[0].attack}: {first[1]}"
+        return [], dict.fromkeys(cells(possible), reason) | impossible, {}
     if not possible:
-        return [], impossible
+        return [], impossible, {}
     name_of_attacks = next((name for name in ("attacks", "attack") if name in kinds_of(type(config))), None)
     is_whole = name_of_attacks is None or getattr(config, "study", "") or fields.get("attack") == ALL
     if is_whole:
-        return [_job(experiment, fields, cells(possible), block)], impossible
-    most = block.members_per_job
-    if not most and kind.network and limit:
-        with _located(file, number):
-            most = members_that_fit(config, kind.network(config), train, len(possible) * config.seeds, limit)
+        return [_job(experiment, fields, cells(possible), block)], impossible, {}
+    most, estimated = block.members_per_job, {}
+    if not most and kind.network:
+        name = _job(experiment, fields, (), block).name
+        if name in known:
+            most = known[name]
+        elif limit:
+            with _located(file, number):
+                most = members_that_fit(config, kind.network(config), train, len(possible) * config.seeds, limit)
+        estimated = {name: most}
     jobs, seen = [], set()
     for of_job in divide(possible, config.seeds, most):
         own = [text for text in of_job if text not in seen]
@@ -276,7 +312,7 @@ def _part(
         changed = of_job != list(dict.fromkeys(attacks)) or name_of_attacks in fields
         these = fields | ({name_of_attacks: ",".join(of_job)} if changed else {})
         jobs.append(_job(experiment, these, cells(own), block))
-    return jobs, impossible
+    return jobs, impossible, estimated
 
 
 def read_config(file: GridFile, number: int, experiment: Experiment, dataset: str) -> tuple[dict[str, Any], Any]:
@@ -308,6 +344,9 @@ def read_config(file: GridFile, number: int, experiment: Experiment, dataset: st
             raise file.error(number, f"flags: {experiment.name} has no flag {shown(name)}{near}", name)
         if isinstance(value, dict):
             raise file.error(number, f"flags: {name} should be a value, not a table", name)
+        for part in value if isinstance(value, list | tuple) else ():
+            if str(part).startswith("--") or part == "-h":
+                raise file.error(number, f"flags: {name} has {shown(str(part))}, which is a flag, not a value", name)
     fields = own | {name: tuple(value) if isinstance(value, list) else value for name, value in block.flags.items()}
     try:
         config = read_flags(experiment, "", shlex.split(command_line.as_flags(fields)))

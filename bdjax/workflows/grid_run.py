@@ -1,6 +1,7 @@
 """Running a grid's jobs to their end, and collecting the results of runs."""
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -66,18 +67,22 @@ def run(
         raise InputError("--executor slurm: there is no sbatch and srun on this machine; use --executor=local")
     with log.stage("plan") as stage:
         quiet = StageLog(Console(quiet=True))
-        plan = grid.make_plan(file, experiments, partial(memory_limit, file, config), quiet)
+        path = config.output or pathlib.Path("runs") / "grid" / path.stem
+        digest = hashlib.sha256(file.text.encode()).hexdigest()
+        known = _known_divisions(path.expanduser() / PLAN_FILE, digest, config)
+        plan = grid.make_plan(file, experiments, partial(memory_limit, file, config), quiet, known)
         stage.detail = f"{len(plan.cells)} cells in {len(plan.jobs)} jobs"
     if config.plan:
         log.console.print(to_rich(plan_table(plan)), highlight=False)
         return 0
-    folder = _folder(config.output or pathlib.Path("runs") / "grid" / path.stem)
+    folder = _folder(path)
     held = lock(folder, folder)
     record = {
-        "file": path.name,
-        "sha256": hashlib.sha256(file.text.encode()).hexdigest(),
+        "file": file.path.name,
+        "sha256": digest,
         **describe_environment(),
         "jobs": [{**job._asdict(), "cells": [cell._asdict() for cell in job.cells]} for job in plan.jobs],
+        "most_members": plan.most,
         "refused": [{**entry.cell._asdict(), "reason": entry.reason} for entry in plan.refused],
     }
     atomic.write_bytes(folder / PLAN_FILE, json.dumps(record, indent=2).encode())
@@ -99,6 +104,19 @@ def memory_limit(file: GridFile, config: GridConfig, block: Block) -> int | None
         size = partition_of(file, block.partition)[1].device_gb
         return None if size is None else int(memory.USABLE * size * 2**30)
     return None if config.gpus else int(memory.USABLE * free_memory() / config.workers)
+
+
+def _known_divisions(path: pathlib.Path, digest: str, config: GridConfig) -> dict[str, int]:
+    """`Plan.most` of the last start, so that other free memory or other --workers do not make other jobs. Slurm's limits are
+    those of the file, so a changed file may change them."""
+    try:
+        record = json.loads(path.read_bytes())
+        if config.executor == "slurm" and record["sha256"] != digest:
+            return {}
+        most = record["most_members"].items()
+        return {name: number for name, number in most if type(number) is int and number >= 0}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
 
 
 def partition_of(file: GridFile, name: str) -> tuple[str | None, Partition]:
@@ -202,6 +220,8 @@ def _cells(folder: pathlib.Path, plan: Plan) -> list[tuple[Any, ...]]:
                 of_cell.setdefault((row.attack, row.defense, row.seed), {})[row.metric] = row
         for cell in job.cells:
             rows = of_cell.get((cell.attack, cell.defense, cell.seed), {})
+            if not rows:  # a hybrid that is left out as a whole has no row of its parts
+                rows = of_cell.get((cell.attack.partition(" in ")[2], cell.defense, cell.seed), {})
             status, reason = status_of(outcome, rows)
             values = [rows[name].value if name in rows else None for name in SHOWN_METRICS]
             lines.append((*cell, status, reason, *values, job.name))
@@ -222,7 +242,8 @@ def status_of(outcome: jobs.Outcome | None, rows: Mapping[str, Row]) -> tuple[st
     if not rows:
         return "failed", "the run's results do not have this cell"
     first = next(iter(rows.values()))
-    return first.status, first.reason
+    without = next((row for row in rows.values() if row.status != "done"), first)
+    return without.status, without.reason
 
 
 def _announce(folder: pathlib.Path, cells: Sequence[tuple[Any, ...]], log: StageLog) -> int:
@@ -264,8 +285,8 @@ def _grid_rows(folder: pathlib.Path) -> list[Row]:
     rows: list[Row] = []
     _, record = collected.read_json(folder / PLAN_FILE)
     try:
-        of_jobs = [(str(job["name"]), [Cell(**cell) for cell in job["cells"]]) for job in record["jobs"]]
-        refused = [(Cell(**{name: cell[name] for name in Cell._fields}), cell["reason"]) for cell in record["refused"]]
+        of_jobs = [(str(job["name"]), [_read_cell(cell) for cell in job["cells"]]) for job in record["jobs"]]
+        refused = [(_read_cell(cell), str(cell["reason"])) for cell in record["refused"]]
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / PLAN_FILE}: is not the file of a grid ({error})") from None
     for name, cells in of_jobs:
@@ -280,6 +301,21 @@ def _grid_rows(folder: pathlib.Path) -> list[Row]:
     return rows + [collected.without_result(cell, "failed", reason, folder) for cell, reason in refused]
 
 
+def _read_cell(record: Mapping[str, Any]) -> Cell:
+    """A cell of grid.json.
+
+    Raises:
+        KeyError, TypeError: it is none.
+    """
+    cell = Cell(**{name: record[name] for name in Cell._fields})
+    for name, value in cell._asdict().items():
+        if type(value) is not (int if name == "seed" else str):
+            raise TypeError(
+                f"{name} {shown(value)} of a cell is not {'a whole number' if name == 'seed' else 'a text'}"
+            )
+    return cell
+
+
 def collect(folders: Sequence[pathlib.Path], config: CollectConfig, console: Console) -> int:
     """Write the rows, or the tables and figures, of all runs below some folders; returns the exit status.
 
@@ -288,7 +324,14 @@ def collect(folders: Sequence[pathlib.Path], config: CollectConfig, console: Con
     """
     if not folders:
         raise InputError(f"collect needs a folder: {command_line.invocation('grid')} collect runs/grid/NAME")
-    rows = [row for folder in folders for row in read_rows(folder)]
+    of_run: dict[pathlib.Path, tuple[int, list[Row]]] = {}
+    for number, folder in enumerate(folders):
+        for run, of_it in itertools.groupby(read_rows(folder), lambda row: row.run):
+            # A folder may be in another.
+            first, rows_of_it = of_run.setdefault(pathlib.Path(run).resolve(), (number, []))
+            if first == number:
+                rows_of_it += of_it
+    rows = [row for _, rows_of_it in of_run.values() for row in rows_of_it]
     output = config.output or folders[0] / COLLECTED
     file = output / FORMATS[config.format]
     written = [file]

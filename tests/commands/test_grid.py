@@ -126,6 +126,27 @@ def test_the_memory_estimate_divides_members(tmp_path):
         plan(tmp_path, TINY, limits[0])
 
 
+def test_a_restart_with_other_free_memory_or_workers_has_the_same_jobs(tmp_path, monkeypatch):
+    file, out = write(tmp_path, TINY), tmp_path / "out"
+
+    def names(free, text=TINY, **flags):
+        file.write_text(text)
+        monkeypatch.setattr(grid_run, "free_memory", lambda: free)
+        monkeypatch.setattr(grid_run, "_run_jobs", lambda *_: None)
+        command.main([str(file), f"--output={out}", *(f"--{name}={value}" for name, value in flags.items())], quiet())
+        return [job["name"] for job in json.loads((out / "grid.json").read_text())["jobs"]]
+
+    monkeypatch.setattr(grid, "try_out", lambda *_: None)
+    monkeypatch.setattr(grid, "members_that_fit", lambda *arguments: 4 if arguments[-1] > 2**30 else 2)
+    first = names(2**35)
+    assert len(first) == 2
+    assert names(2**35, workers=64) == first
+    assert names(2**20, "# the same\n" + TINY) == first, "a changed file keeps the jobs of what it has still"
+    assert len(names(2**20, TINY.replace("seeds = 2", "seeds = 2\nmembers_per_job = 2"))) == 4
+    (out / "grid.json").write_text('{"most_members": {"a": "b"}}')
+    assert len(names(2**20)) == 4
+
+
 def test_experiments_without_attacks_or_defenses_have_cells_of_what_they_make(tmp_path):
     text = '[[blocks]]\nexperiments = ["ta_kd"]\nseeds = 2\n'
     text += '[[blocks]]\nexperiments = ["attack"]\nattacks = ["badnets", "blended"]\n'
@@ -144,6 +165,50 @@ def test_what_a_dataset_does_not_allow_is_a_cell_with_the_reason(tmp_path):
     assert all("--attacks=badnets:poison_rate=0.2" in job.arguments for job in found.jobs)
 
 
+def test_cells_of_hybrids_and_costly_attacks_are_those_of_the_results(tmp_path, monkeypatch):
+    """As `reporting/attacks.py` names them, with as many seeds as `workflows/attack.py` runs."""
+    monkeypatch.setattr(grid.attack, "try_out", lambda *_: None)
+    text = 'seeds = 3\n[[blocks]]\nexperiments = ["attack"]\nattacks = ["badnets+sig", "blended", "input_aware"]\n'
+    (job,) = plan(tmp_path, text + "flags = { costly_seeds = 1 }\n").jobs
+    seeds = {}
+    for cell in job.cells:
+        seeds.setdefault(cell.attack, []).append(cell.seed)
+    assert seeds == {
+        "badnets in badnets+sig": [0, 1, 2],
+        "sig in badnets+sig": [0, 1, 2],
+        "blended": [0, 1, 2],
+        "input_aware": [0],
+    }
+    assert "--attack=badnets+sig,blended,input_aware" in job.arguments
+
+
+def test_cells_of_attacks_are_those_of_a_committed_run():
+    run = ROOT / "docs" / "results" / "attack" / "mnist-all"
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())["config"]
+    config = types.SimpleNamespace(seeds=config["seeds"], costly_seeds=config["costly_seeds"])
+    found = {}
+    for name in [*grid.ATTACKS, *grid.attack.HYBRIDS]:
+        names, seeds = grid.KINDS[grid.attack.Config].victims(config, name)
+        found |= dict.fromkeys(names, seeds)
+    ran = {cell["attack"]: len(cell["by_seed"]) for cell in results["cells"]}
+    assert len(set(ran.values())) == 2 and any(" in " in name for name in ran)
+    assert {name: found[name] for name in ran} == ran
+
+
+def test_an_impossible_attack_refuses_its_whole_study(tmp_path, monkeypatch):
+    def refuse_sig(key, attacks, train):
+        if attacks[0].name == "sig":
+            raise InputError("too few rows")
+
+    monkeypatch.setattr(grid, "try_out", refuse_sig)
+    found = plan(tmp_path, '[[blocks]]\nexperiments = ["lfd"]\nflags = { study = "table1" }\n')
+    assert not found.jobs and len({entry.cell.attack for entry in found.refused}) == 10
+    reasons = {entry.cell.attack: entry.reason for entry in found.refused}
+    assert reasons.pop("sig") == "too few rows"
+    assert set(reasons.values()) == {"the study table1 has sig: too few rows"}
+
+
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
@@ -160,6 +225,8 @@ def test_what_a_dataset_does_not_allow_is_a_cell_with_the_reason(tmp_path):
         ('"lenet"', '"lennet"', 7, "did you mean lenet?"),
         ("epochs = 3", 'epochs = 3\ndataset = "mnist"', 9, "flags: dataset is set by datasets of the block"),
         ("epochs = 3", 'epochs = 3\noutput = "a"', 9, "every job has a folder of its own"),
+        ("epochs = 3", 'epochs = 3\nexport = ["--seeds=9"]', 9, "flags: export has '--seeds=9', which is a flag, not a value"),
+        ("epochs = 3", 'epochs = 3\nexport = ["-h"]', 9, "flags: export has '-h', which is a flag, not a value"),
         ("seeds = 2", 'seeds = 2\npreset = "stong"', 2, "did you mean strong?"),
         ('["abm"]', '["ta_kd"]', 3, "experiment ta_kd has no attacks"),
     ],
@@ -317,6 +384,60 @@ def test_collect_has_the_cells_without_a_result(tmp_path, fakes):
     assert "RuntimeError: broken" in (out / "collected" / "tables.md").read_text()
     (out / "jobs").rename(out / "gone")
     assert {row.reason for row in grid_run.read_rows(out)} == {"the grid was interrupted"}
+
+
+def write_grid(folder: pathlib.Path, **changes) -> None:
+    """A grid.json with one job of one cell, which has not run."""
+    cell = dict(zip(grid.Cell._fields, ("lfd", "digits", "quick", "badnets", "abl", 0), strict=True)) | changes
+    (folder / "grid.json").write_text(json.dumps({"jobs": [{"name": "a", "cells": [cell]}], "refused": []}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", "0"), ("seed", True), ("seed", None), ("attack", 3), ("defense", [])]
+)
+def test_a_cell_of_wrong_types_is_refused_in_one_line(tmp_path, name, value):
+    write_grid(tmp_path)
+    assert [row.status for row in grid_run.read_rows(tmp_path)] == ["not run"]
+    write_grid(tmp_path, **{name: value})
+    with pytest.raises(InputError, match=f"grid.json: is not the file of a grid .{name} ") as error:
+        command.main(["collect", str(tmp_path)], quiet())
+    assert "\n" not in str(error.value)
+
+
+def test_collect_has_a_run_once_that_is_in_two_folders(tmp_path):
+    results = ROOT / "docs" / "results"
+    counts = []
+    for number, folders in enumerate(([results / "lfd"], [results / "lfd" / "digits", results / "lfd"])):
+        out = tmp_path / str(number)
+        command.main(["collect", *map(str, folders), f"--output={out}", "--format=csv"], quiet())
+        counts.append(sorted((out / "rows.csv").read_text().splitlines()))
+    assert counts[0] == counts[1]
+
+
+def test_a_hybrid_that_is_left_out_has_its_reason(tmp_path):
+    name = "a"
+    cells = tuple(grid.Cell("attack", "digits", "quick", f"{part} in a+b", "none", 0) for part in "ab")
+    found = grid.Plan((grid.Job(name, "attack", (), cells, ""),), (), {})
+    jobs.write_outcome(tmp_path, name, jobs.Outcome(True, ""))
+    run = tmp_path / "runs" / name
+    run.mkdir(parents=True)
+    results = {"attacks": [], "methods": [{"method": "none"}], "seeds": [0], "cells": [], "left_out": {"a+b": "why"}}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "config.json").write_text(json.dumps({"experiment": "attack", "config": {"dataset": "digits"}}))
+    assert [line[6:8] for line in grid_run._cells(tmp_path, found)] == [("left out", "why")] * 2
+
+
+def test_a_cell_is_not_tested_although_it_has_a_cda():
+    row = grid_run.collected.Row(*("",) * 7, "cda", 0.5, "done", "", *("",) * 8)
+    rows = {"cda": row, "": row._replace(metric="", value=None, status="not tested", reason="why")}
+    assert grid_run.status_of(jobs.Outcome(True, ""), rows) == ("not tested", "why")
+
+
+def test_the_help_says_nothing_of_several_processes(capsys):
+    for words in ([], ["collect"]):
+        with pytest.raises(SystemExit):
+            command.main([*words, "--help"], quiet())
+        assert "--coordinator" not in capsys.readouterr().out
 
 
 def test_a_job_that_another_process_has_finished_is_not_run_again(tmp_path, fakes):

@@ -92,10 +92,60 @@ def test_a_row_is_one_number_with_what_it_depends_on(tmp_path):
 
 def test_what_could_not_be_tested_is_a_row_with_its_reason(tmp_path):
     entry = {"attack": "badnets", "method": "abl", "title": "ABL", "seed": 11, "reason": "too few rows", "classes": {}}
-    rows = collected.read_run(write_run(tmp_path / "a", CELLS, not_tested=[entry]))
+    of_abl = [{"cda": 0.8, "asr": 0.0, "f1": 1.0}, {"cda": 0.7, "asr": 0.1, "f1": None}]
+    cells = CELLS | {
+        ("badnets", "abl"): of_abl,
+        ("badnets", "strip"): [{"cda": 0.9, "f1": 0.5}, {"cda": 0.9, "f1": 0.5}],
+    }
+    rows = collected.read_run(write_run(tmp_path / "a", cells, not_tested=[entry]))
     (found,) = [row for row in rows if row.status == "not tested"]
     assert (found.attack, found.defense, found.seed, found.reason) == ("badnets", "abl", 11, "too few rows")
-    assert not [row for row in rows if row[4:7] == found[4:7] and row.status == "done"]
+    done = {row.metric: row.value for row in rows if row[4:7] == found[4:7] and row.status == "done"}
+    assert done == {"cda": 0.7, "asr": 0.1, "facts.rows lost": 7.0}, "what is no flag was measured"
+    (of,) = collected.group(rows)
+    assert of.mean("f1", "badnets", "abl") is None and of.mean("cda", "badnets", "abl") == pytest.approx(0.75)
+    assert collected.rank([of], "f1") is None, "the only block has an unknown seed"
+    assert ("abl", None) in [row[:2] for row in collected.pivot(of, "f1").rows]
+
+
+def test_an_unknown_seed_makes_the_mean_unknown(tmp_path):
+    cells = {("badnets", "abl"): [{"f1": 0.1}, {"f1": None}], ("badnets", "strip"): [{"f1": 0.1}, {"f1": 0.2}]}
+    (of,) = collected.group(collected.read_run(write_run(tmp_path / "a", cells)))
+    assert collected.pivot(of, "f1").rows == (("abl", None), ("strip", "0.150 ± 0.071"))
+
+
+def test_a_failed_seed_makes_the_mean_unknown(tmp_path):
+    rows = collected.read_run(write_run(tmp_path / "a", CELLS))
+    done = next(row for row in rows if row[4:6] == ("badnets", "abl"))
+    lost = done._replace(seed=12, metric="", value=None, status="failed", reason="why", setting="")
+    (of,) = collected.group([*rows, lost])
+    assert of.mean("cda", "badnets", "abl") is None and of.mean("cda", "badnets", "none") == pytest.approx(0.85)
+    (of,) = collected.group([*rows, lost._replace(seed=11)])
+    assert of.mean("cda", "badnets", "abl") == pytest.approx(0.75), "another run has this seed"
+
+
+def test_settings_are_no_blocks_of_ranks(tmp_path):
+    def read(name, **config):
+        return collected.read_run(write_run(tmp_path / name, CELLS, config=config))
+
+    def ranks(rows):
+        return [table for table in collected.tables(rows, ["cda"]) if table.title.startswith("Ranks")]
+
+    several = ranks([*read("a", epochs=1), *read("b", epochs=2)])
+    assert len(several) == 2 and all("CDA: 2 blocks" in table.notes for table in several)
+    assert len({table.title for table in several}) == 2
+    # The settings of a preset differ between datasets.
+    (one,) = ranks([*read("c", epochs=1), *read("d", epochs=2, dataset="mnist")])
+    assert "CDA: 4 blocks" in one.notes and one.title == "Ranks: lfd on digits, mnist, quick"
+
+
+@pytest.mark.parametrize(("experiment", "place"), [("lfd", 5), ("attack", 4)])
+def test_only_attack_leaves_out_attacks(tmp_path, experiment, place):
+    """With a study, the setting `defenses` does not have the study's."""
+    config = {"study": "table1", "defenses": "lfd"}
+    rows = collected.read_run(write_run(tmp_path / "a", CELLS, experiment, config, left_out={"spectre": "why"}))
+    assert {row[place] for row in rows if row.status == "left out"} == {"spectre"}
+    assert all(row[9 - place] != "spectre" for row in rows)
 
 
 def test_only_what_does_not_matter_may_differ_in_comparable_rows(tmp_path):

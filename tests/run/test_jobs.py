@@ -132,6 +132,13 @@ def test_a_partition_is_what_sbatch_gets(tmp_path, slurm):
     assert set(script) == {"time", "nodes", "cpus_per_task", "job_name", "ntasks_per_node"}
 
 
+def test_a_job_may_run_out_of_its_time_many_times(tmp_path, slurm):
+    job = jobs.slurm_executor(tmp_path, None, Partition()).submit(print, "x")
+    from submitit.core.utils import DelayedSubmission
+
+    assert DelayedSubmission.load(job.paths.submitted_pickle)._timeout_countdown == jobs.MOST_TIMEOUTS == 100
+
+
 def test_a_job_in_the_queue_is_found_again_until_it_is_over(tmp_path, slurm, monkeypatch):
     submitit_slurm = pytest.importorskip("submitit.slurm.slurm")
     job = jobs.slurm_executor(tmp_path, None, Partition()).submit(print, "x")

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from bdjax.commands import lfd
 from bdjax.errors import InputError
 from bdjax.run.scalars import curves_of
 
@@ -40,6 +41,9 @@ def test_curves_are_written_once_however_often_the_run_continues(tmp_path):
 
 def test_without_the_library_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(InputError, match="--tensorboard needs tensorboardX"):
+        lfd.main(["--tensorboard", f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
     with (
         pytest.raises(InputError, match=r"--tensorboard needs tensorboardX.*pip install 'bdjax\[grid\]'"),
         curves_of(tmp_path, tmp_path / "checkpoints" / "a"),
