@@ -13,16 +13,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bdjax.datasets.files import open_file, read_file
+from bdjax.datasets.files import free_memory, open_file, read_file
 from bdjax.datasets.records import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    MOST_LETTERS,
     Encoded,
     Part,
     Source,
     by_split,
     check_name,
     choose_column,
+    class_too_long,
     files_without_images,
 )
 from bdjax.datasets.validation import ReadOptions, one_line
@@ -34,6 +36,14 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 _MAXIMUM_JSON, _MAXIMUM_IMAGE = 1 << 26, 1 << 28
 _ROWS_AT_ONCE, _BUFFER = 256, 1 << 20
 _MAXIMUM_ROWS = 100_000_000
+_BYTES_OF_A_LETTER = 4
+"""at most, in UTF-8"""
+_ROW_BYTES = 150
+"""What the name and the class of a row take in memory."""
+_BATCH_BYTES = 1 << 29
+"""What a batch of rows of a parquet file may take in memory."""
+_VALUES_AS_THEY_ARE = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Encodings of parquet that do not make one stored value the content of many rows."""
 
 
 class _Table(NamedTuple):
@@ -44,6 +54,8 @@ class _Table(NamedTuple):
     schema: Any
     batches: Callable[[Sequence[str]], Iterator[Any]]
     """names of columns -> record batches with them"""
+    num_rows: int = 0
+    """as the file says; 0 if only its batches say so"""
 
 
 def holds_parquet(path: Path) -> bool:
@@ -129,9 +141,29 @@ def _parquet(path: Path, name: str) -> _Table:
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         with _intact(path, "parquet file"):
-            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False)
+            for batch in file.iter_batches(_rows_at_once(file, columns), columns=list(columns), use_threads=False):
+                batch.validate(full=True)
+                yield batch
 
-    return _Table(name, file.schema_arrow, batches)
+    return _Table(name, file.schema_arrow, batches, file.metadata.num_rows)
+
+
+def _rows_at_once(file: Any, columns: Sequence[str]) -> int:
+    """The rows of a batch: fewer where a stored value, which may be as large as its chunk, may be the content of each row."""
+    chosen = [
+        number
+        for number in range(len(file.schema))
+        if (path := file.schema.column(number).path) in columns
+        or path.startswith(tuple(f"{name}." for name in columns))
+    ]
+    largest = 1
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        chunks = [group.column(number) for number in chosen]
+        sizes = [
+            chunk.total_uncompressed_size for chunk in chunks if not _VALUES_AS_THEY_ARE.issuperset(chunk.encodings)
+        ]
+        largest = max(largest, sum(sizes))
+    return max(min(_BATCH_BYTES // largest, _ROWS_AT_ONCE), 1)
 
 
 def _arrow_tables(folder: Path, below: str) -> list[_Table]:
@@ -171,7 +203,7 @@ def _arrow(path: Path, name: str) -> _Table:
             for batch in reader[0] if isinstance(reader, tuple) else reader:
                 chosen = batch.select(list(columns))
                 chosen.validate(full=True)  # otherwise a wrong offset in the file would be an address outside of it
-                yield chosen
+                yield from (chosen.slice(start, _ROWS_AT_ONCE) for start in range(0, len(chosen), _ROWS_AT_ONCE))
 
     return _Table(name, schema, batches)
 
@@ -193,8 +225,11 @@ def _find(
     path: Path, root: Path, tables: Sequence[tuple[str, list[_Table]]], options: ReadOptions, unread: Sequence[Unread]
 ) -> Source:
     parts, named = [], []
+    free, count = free_memory(), 0
+    _check_room(path, sum(table.num_rows for _, of_part in tables for table in of_part), free)
     for title, of_part in tables:
         labels: list[Any] = []
+        known: dict[Any, Any] = {"": None}
         names: list[str] = []
         readers = []
         for table in of_part:
@@ -206,7 +241,11 @@ def _find(
             kind = _image_kind(where, image, table.schema.field(image).type)
             before = len(labels)
             for batch in table.batches([label]):
-                labels += [None if value == "" else value for value in batch.column(0).to_pylist()]
+                count += len(batch)
+                _check_room(path, count, free)
+                _check_letters(where, batch.column(0))
+                # One object for each class, not for each row.
+                labels += [known.setdefault(value, value) for value in batch.column(0).to_pylist()]
                 if len(labels) > _MAXIMUM_ROWS:
                     raise InputError(f"{where}: has more than {_MAXIMUM_ROWS:,} rows")
             names += [f"{table.name}#{row}" for row in range(len(labels) - before)]
@@ -223,6 +262,28 @@ def _find(
 def _in_turn(readers: Sequence[Callable[[], Iterator[Encoded]]]) -> Iterator[Encoded]:
     for read in readers:
         yield from read()
+
+
+def _check_room(path: Path, count: int, free: int) -> None:
+    if count * _ROW_BYTES > free:
+        raise InputError(
+            f"{path}: has {count:,} rows or more, whose names and classes take {count * _ROW_BYTES / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB of memory are free; use fewer rows"
+        )
+
+
+def _check_letters(where: object, values: Any) -> None:
+    """Refuses classes that are too long before they are objects of Python, one for each row."""
+    import pyarrow.compute
+
+    types = pyarrow.types
+    if types.is_dictionary(values.type):
+        values = values.dictionary
+    if types.is_string(values.type) or types.is_large_string(values.type):
+        longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
+        if longest > MOST_LETTERS * _BYTES_OF_A_LETTER:
+            is_longest = pyarrow.compute.equal(pyarrow.compute.binary_length(values), longest)
+            raise class_too_long(where, values.filter(is_longest)[0].as_py())
 
 
 def _check_label_type(where: object, column: str, kind: Any) -> None:

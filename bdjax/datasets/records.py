@@ -30,7 +30,8 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label",
 """Columns that are looked for, in this order, in any case of letters."""
 _MOST_NAMED = 20
 _LEVELS = 3
-_MOST_LETTERS = 256
+MOST_LETTERS = 256
+"""Letters that the name of a class has at most."""
 
 
 class Encoded(NamedTuple):
@@ -128,6 +129,14 @@ def choose_column(where: object, names: Sequence[str], wanted: str, usual: Seque
         f"has no column {wanted!r} with {what}" if wanted else f"has no column with {what} that is called {usual[0]}"
     )
     raise InputError(f"{where}: {missing}; its columns are {there}{more}; {flag}=NAME names one")
+
+
+def class_too_long(where: object, name: str) -> InputError:
+    """The error for the name of a class that is a text of another kind."""
+    return InputError(
+        f"{where}: has a class of {len(name):,} letters ({name[:60]!r} ...); a class has at most {MOST_LETTERS}; "
+        "--label-column=NAME names another column"
+    )
 
 
 def files_without_images(folder: Path, endings: tuple[str, ...]) -> list[str]:
@@ -288,11 +297,8 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
         numbers = [[-1 if label is None else int(label) for label in part.labels] for part in source.parts]
         return source.class_names, numbers
     names = {str(label) for label in train.labels if label is not None}
-    if (longest := max(names, key=len, default="")) and len(longest) > _MOST_LETTERS:
-        raise InputError(
-            f"{path}: has a class of {len(longest):,} letters ({longest[:60]!r} ...); a class has at most {_MOST_LETTERS}; "
-            "--label-column=NAME names another column"
-        )
+    if (longest := max(names, key=len, default="")) and len(longest) > MOST_LETTERS:
+        raise class_too_long(path, longest)
     if len(names) < 2:
         raise InputError(f"{path}: has {len(names)} class(es); at least 2 are needed")
     are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdjax.datasets import FORMS, ReadOptions, load, load_suspect, stacking
+from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, stacking
 from bdjax.datasets.forms import form_of
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -405,3 +405,49 @@ def test_classes_without_rows_are_refused_unless_accepted(tmp_path):
         load_suspect(str(tmp_path / "set.parquet"))
     found = load_suspect(str(tmp_path / "set.parquet"), options=ReadOptions(allow_empty_classes=True))
     assert found.num_classes == 4 and found.labels.max() == 2
+
+
+# ---- Small files that would be large in memory ----------------------------------------------------------------------
+
+
+def largest_batch(monkeypatch, path: pathlib.Path) -> int:
+    """The most bytes of a batch while a table is read."""
+    sizes = []
+    plain = columns._parquet
+
+    def measured(path, name):
+        table = plain(path, name)
+
+        def batches(columns):
+            for batch in table.batches(columns):
+                sizes.append(batch.get_total_buffer_size())
+                yield batch
+
+        return table._replace(batches=batches)
+
+    monkeypatch.setattr(columns, "_parquet", measured)
+    load_suspect(str(path), options=ReadOptions(skip_unreadable=True))
+    return max(sizes)
+
+
+def test_a_value_that_a_parquet_file_repeats_is_not_repeated_in_memory(tmp_path, monkeypatch):
+    repeated = some_rows(1)[0].data + bytes(400_000)
+    made = pa.table({"image": [repeated] * 60, "label": ["ant", "bee"] * 30})
+    pq.write_table(made, tmp_path / "set.parquet", compression="zstd")
+    assert (tmp_path / "set.parquet").stat().st_size < 10_000
+    monkeypatch.setattr(columns, "_BATCH_BYTES", 1 << 21)
+    assert largest_batch(monkeypatch, tmp_path / "set.parquet") < 1 << 22
+
+
+def test_a_class_of_a_dictionary_is_refused_before_it_is_repeated():
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int8()), ["ant " * 1000])
+    with pytest.raises(InputError, match="it: has a class of 4,000 letters"):
+        columns._check_letters("it", words)
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_more_rows_than_memory_has_room_for_are_refused_first(written, monkeypatch, name):
+    monkeypatch.setattr(columns, "free_memory", lambda: 20 * columns._ROW_BYTES)
+    monkeypatch.setattr(columns, "_images", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(InputError, match=r"has 2\d rows or more, whose names and classes take .* use fewer rows"):
+        load_suspect(str(written[name]))
