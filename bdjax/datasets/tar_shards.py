@@ -40,6 +40,15 @@ class _Sample(NamedTuple):
     read: Callable[[], bytes]
 
 
+class _Others(NamedTuple):
+    """What is not read."""
+
+    endings: Counter[str]
+    """members of samples, by ending"""
+    irregular: dict[str, str]
+    """name of a link, a device or the like -> what it is"""
+
+
 def holds(path: Path) -> bool:
     """Whether a path is a tar archive or a folder with some."""
     return _is_tar(path.name) if path.is_file() else bool(_shards(path))
@@ -55,9 +64,9 @@ def find(path: Path, options: ReadOptions) -> Source:
         parts, unread, root = [("", [path.name])], [], path.parent
     else:
         (parts, unread), root = by_split(path, _shards(path)), path
-    found, others = [], Counter()
+    found, others = [], _Others(Counter(), {})
     for title, names in parts:
-        samples = [(name, sample) for name in names for sample in _samples(root / name, options, others)]
+        samples = [(name, sample) for name in names for sample in _samples(root / name, name, options, others)]
         found.append(
             Part(
                 title,
@@ -68,7 +77,9 @@ def find(path: Path, options: ReadOptions) -> Source:
         )
     if not found[0].labels:
         raise InputError(f"{path}: has no samples; members such as 0001.jpg and 0001.cls are needed")
-    unread += [Unread(f"*.{ending}", f"are {count:,} members that are not read") for ending, count in others.items()]
+    unread += [Unread(*entry) for entry in others.irregular.items()]
+    counts = others.endings.items()
+    unread += [Unread(f"*.{ending}", f"are {count:,} members that are not read") for ending, count in counts]
     return Source(tuple(found), (), tuple(unread))
 
 
@@ -104,26 +115,26 @@ class _Plain:
         return skipped
 
 
-def _samples(path: Path, options: ReadOptions, others: Counter) -> Iterator[_Sample]:
-    """The samples of an archive in order; `others` counts members that are not read by their endings."""
+def _samples(path: Path, shard: str, options: ReadOptions, others: _Others) -> Iterator[_Sample]:
+    """The samples of an archive in order; `others` gets what is not read."""
     key, members = None, {}
-    for name, read in _members(path):
+    for name, read in _members(path, shard, others.irregular):
         _check_member(path, name)
         folder, _, base = name.rpartition("/")
         stem, dot, ending = base.partition(".")
         here = f"{folder}/{stem}" if folder else stem
         if not dot or not stem:
-            others[base if not dot else ending] += 1
+            others.endings[base if not dot else ending] += 1
             continue
         if here != key and members:
-            yield _sample(path, key, members, options, others)
+            yield _sample(path, key, members, options, others.endings)
         if here != key:
             key, members = here, {}
         if ending in members:
             raise InputError(f"{path}: has two members {short(name)}; names must differ")
         members[ending] = (name, read)
     if members:
-        yield _sample(path, key, members, options, others)
+        yield _sample(path, key, members, options, others.endings)
 
 
 def _check_member(path: Path, name: str) -> None:
@@ -135,18 +146,20 @@ def _check_member(path: Path, name: str) -> None:
     check_name(path, name)
 
 
-def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name of each file in an archive, and what reads it."""
+def _members(path: Path, shard: str, irregular: dict[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Name of each file in an archive, and what reads it; `irregular` gets what is no file."""
     if path.name.lower().endswith(".tar"):
-        yield from _plain_members(path)
+        yield from _plain_members(path, shard, irregular)
         return
     most = int(_PACKED * free_memory())
     limits = Limits("packed shards", _MAXIMUM_IMAGE, most, _MAXIMUM_MEMBERS, f"at most {_MAXIMUM_MEMBERS:,} are read")
-    for name, content in read_tar_gz(path, limits, lambda name: True).contents.items():
+    found = read_tar_gz(path, limits, lambda name: True)
+    irregular |= {f"{shard}/{name}": problem for name, problem in found.others.items()}
+    for name, content in found.contents.items():
         yield name, partial(bytes, content)
 
 
-def _plain_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def _plain_members(path: Path, shard: str, irregular: dict[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     with open_file(path, 1 << 62, "") as file:
         stream = _Plain(file)
         try:
@@ -159,6 +172,9 @@ def _plain_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                         raise EOFError("the archive ends within a member")
                     yield member.name, partial(_read_at, path, start, member.size)
                     file.seek(start)
+                elif not member.isreg() and not member.isdir() and not is_residue(member.name):
+                    is_link = member.islnk() or member.issym()
+                    irregular[f"{shard}/{member.name}"] = "is a link" if is_link else "is not a regular file"
                 has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
                 if has_data:
                     stream.skip(member.size + -member.size % 512)

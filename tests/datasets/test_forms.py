@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -145,6 +146,25 @@ def test_members_of_other_names(tmp_path):
     found = load_suspect(path, options=ReadOptions(image_column="left.png", label_column="sort"))
     assert found.class_names == ("ant", "bee", "cat") and found.files[0] == "set.tar/0.left.png"
     assert Unread("*.seg.npy", "are 6 members that are not read") in found.unread
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_links_and_devices_in_a_tar_are_listed(tmp_path, ending):
+    rows = some_rows(3)
+    file = forms.tar(tmp_path / "set", rows, packed=ending == ".tar.gz") / f"shard-000{ending}"
+    with tarfile.open(file, f"w:{ending.removeprefix('.tar').removeprefix('.')}") as archive:
+        for kind, name in (
+            (tarfile.SYMTYPE, "9.png"),
+            (tarfile.LNKTYPE, "9.cls"),
+            (tarfile.FIFOTYPE, "pipe"),
+            (tarfile.DIRTYPE, "folder"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "ant/00000.png"
+            archive.addfile(member)
+    found = load_suspect(str(tmp_path / "set"))
+    reasons = {"9.cls": "is a link", "9.png": "is a link", "pipe": "is not a regular file"}
+    assert {(f"shard-000{ending}/{name}", reason) for name, reason in reasons.items()} == set(found.unread)
 
 
 def test_images_as_paths_beside_a_table(tmp_path):
