@@ -201,11 +201,14 @@ def _part(
 def _box(file: Path, number: int, values: Sequence[Any]) -> Box:
     """[left, top, width, height], rounded to whole pixels."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(values) != 4 or len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+    # A whole number may be too large for a float.
+    if len(values) != 4 or len(numbers) != 4 or not all(-math.inf < value < math.inf for value in numbers):
         raise InputError(f"{file}: entry {number} of annotations has a bbox that is not four numbers")
     left, top, width, height = numbers
     if max(map(abs, numbers)) > 1e6 or min(left, top) < -0.5 or min(width, height) <= 0:
-        shown = ", ".join(f"{value:g}" for value in numbers)
+        shown = ", ".join(
+            f"{value:g}" if abs(value) < 1e300 else f"{'-' * (value < 0)}1e+300 or more" for value in numbers
+        )
         raise InputError(
             f"{file}: entry {number} of annotations has the bbox [{shown}]; it must be [left, top, width, height] in pixels "
             "inside the image"

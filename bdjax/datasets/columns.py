@@ -237,6 +237,9 @@ def _find(
             columns = list(table.schema.names)
             image = choose_column(where, columns, options.image_column, IMAGE_COLUMNS, "--image-column", "the images")
             label = choose_column(where, columns, options.label_column, LABEL_COLUMNS, "--label-column", "the classes")
+            for column in (image, label):
+                if columns.count(column) > 1:
+                    raise InputError(f"{where}: has two columns {column!r}; names must differ")
             _check_label_type(where, label, table.schema.field(label).type)
             kind = _image_kind(where, image, table.schema.field(image).type)
             before = len(labels)
@@ -312,7 +315,10 @@ def _image_kind(where: object, column: str, kind: Any) -> str:
 
 
 def _class_names(schema: Any, column: str) -> tuple[str, ...]:
-    """The names of a column of Hugging Face's type ClassLabel; () for others."""
+    """The names of a column of whole numbers of Hugging Face's type ClassLabel; () for others."""
+    types, kind = pyarrow().types, schema.field(column).type
+    if not types.is_integer(kind.value_type if types.is_dictionary(kind) else kind):
+        return ()
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]

@@ -225,6 +225,25 @@ def with_labels(values: list, path: pathlib.Path) -> pathlib.Path:
     return file
 
 
+def doubled(write, file: pathlib.Path) -> pathlib.Path:
+    made = forms.table(some_rows(6), ["ant", "bee", "cat"])
+    write(made.append_column("label", made["label"]), file)
+    return file
+
+
+def write_arrow(table: pa.Table, file: pathlib.Path) -> None:
+    with pa.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table)
+
+
+def not_utf8(path: pathlib.Path, column: str) -> pathlib.Path:
+    """A table whose text is not UTF-8, as pyarrow itself does not write it."""
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"a"]).buffers())
+    made = pa.table({"image": [b"1", b"2"], "label": ["a", "b"]} | {column: broken})
+    pq.write_table(made, path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
+
+
 def edit(path: pathlib.Path, change) -> pathlib.Path:
     """Change a set of COCO."""
     forms.coco(path, some_rows(6))
@@ -280,6 +299,22 @@ BAD = {
             or path.with_suffix(".parquet")
         ),
         "set.parquet#0 names '../../etc/passwd', which leads out of the data",
+    ),
+    "parquet, two columns of a name": (
+        lambda path: doubled(pq.write_table, path.with_suffix(".parquet")),
+        "set.parquet: has two columns 'label'; names must differ",
+    ),
+    "arrow, two columns of a name": (
+        lambda path: doubled(write_arrow, forms.arrow(path, some_rows()) / "data-00000-of-00002.arrow").parent,
+        "data-00000-of-00002.arrow: has two columns 'label'; names must differ",
+    ),
+    "parquet, classes that are no text": (
+        lambda path: not_utf8(path, "label"),
+        "set.parquet: is not an intact parquet file (",
+    ),
+    "parquet, paths that are no text": (
+        lambda path: not_utf8(path, "image"),
+        "set.parquet: is not an intact parquet file (",
     ),
     "arrow, truncated": (
         lambda path: half(forms.arrow(path, some_rows()) / "data-00001-of-00002.arrow").parent,
@@ -364,6 +399,10 @@ BAD = {
         lambda path: edit(path, lambda content: content["annotations"][0].update(bbox=["a"] * 4)),
         "entry 0 of annotations has a bbox that is not four numbers",
     ),
+    "coco, a box of a huge number": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[0, 0, 10**400, 9])),
+        "entry 1 of annotations has",
+    ),
     "coco, an unknown category": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(category_id=99)),
         "entry 0 of annotations is of the category 99, which is not listed",
@@ -425,6 +464,15 @@ def test_classes_without_rows_are_refused_unless_accepted(tmp_path):
         load_suspect(str(tmp_path / "set.parquet"))
     found = load_suspect(str(tmp_path / "set.parquet"), options=ReadOptions(allow_empty_classes=True))
     assert found.num_classes == 4 and found.labels.max() == 2
+
+
+def test_text_in_a_column_of_the_type_classlabel_is_a_class(tmp_path):
+    made = forms.table(some_rows(6), ["ant", "bee", "cat"])
+    names = pa.array(["ant", "ant", "bee", "bee", "cat", "cat"])
+    pq.write_table(made.set_column(1, "label", names), tmp_path / "set.parquet")
+    assert pq.read_schema(tmp_path / "set.parquet").metadata[b"huggingface"]
+    found = load_suspect(str(tmp_path / "set.parquet"))
+    assert found.class_names == ("ant", "bee", "cat") and found.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 # ---- Small files that would be large in memory ----------------------------------------------------------------------
