@@ -225,10 +225,16 @@ def _read(path: Path, source: Source, options: ReadOptions, also: Sequence[Part]
     # The names of rows are relative to the folder of a source that is a file.
     folder = path if path.is_dir() else path.parent
     decoder = _Decoder(folder, options.image_size)
+    size = next(iter(elsewhere), None)
+    are_several = not options.image_size and len(elsewhere) > 1
     for number, part in enumerate(source.parts):
         for row, encoded in enumerate(part.images()):
             name, label = part.names[row], labels[number][row]
             problem = encoded.problem or ("" if label >= 0 else "has no class")
+            if are_several:  # refused below, once the number of images of each size is known
+                if not problem and (header := _header(encoded)) is not None:
+                    sizes[number][header.size] += 1
+                continue
             try:
                 if problem:
                     raise InputError(f"{decoder.where(name)}: {problem}")
@@ -237,8 +243,10 @@ def _read(path: Path, source: Source, options: ReadOptions, also: Sequence[Part]
                 unreadable.append(Unread(name, str(error).removeprefix(f"{decoder.where(name)}: ")))
                 continue
             sizes[number][picture.header.size] += 1
-            if not options.image_size and len({*elsewhere, *(size for of in sizes for size in of)}) > 1:
-                continue  # refused below, once the number of images of each size is known
+            size = size or picture.header.size
+            are_several = not options.image_size and size != picture.header.size
+            if are_several:
+                continue
             stack.add(picture)
             kept[number].append(row)
             counts[number].update(picture.rules)

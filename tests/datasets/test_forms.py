@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, stacking
+from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, records, stacking
 from bdjax.datasets.forms import form_of
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -195,6 +195,17 @@ def test_copies_and_contradictions_are_counted(tmp_path):
     again = [rows[0]._replace(name="ant/copy.png"), rows[1]._replace(label="bee")]
     found = load_suspect(str(forms.parquet(tmp_path / "set", [*rows, *again])))
     assert "2 with the same bytes as another row, 1 with the bytes of a row of another class" in found.source
+
+
+def test_rows_of_several_sizes_are_counted_without_decoding_them_all(tmp_path, monkeypatch):
+    images = [np.zeros((9 + number, 8, 3), np.uint8) for number in range(40)]
+    path = forms.parquet(tmp_path / "set", forms.rows_of(images, ["ant", "bee"] * 20))
+    decoded = []
+    plain = records.decode
+    monkeypatch.setattr(records, "decode", lambda *args, **options: decoded.append(1) or plain(*args, **options))
+    with pytest.raises(InputError, match="images have 40 sizes"):
+        load_suspect(str(path))
+    assert len(decoded) == 2
 
 
 def test_rows_that_cannot_be_read_are_refused_or_listed(tmp_path):
