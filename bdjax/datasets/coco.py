@@ -112,7 +112,7 @@ def _split_name(file: Path, path: Path) -> str:
 def _of_file(file: Path, folder: Path, below: str) -> _Annotations:
     """Where the images of a file of annotations are: below its folder, or below a folder of the file's name or `images`."""
     if folder.name == FOLDER:
-        folder = folder.parent
+        folder, below = folder.parent, f"{below}../"
     name = file.stem.removeprefix(PREFIX)
     for inner in (name, "images"):
         if (folder / inner).is_dir():
@@ -172,7 +172,7 @@ def _part(
             raise InputError(f"{file}: has two images with the id {key}")
         images[key] = _field(file, "images", number, entry, "file_name", str)
     order = {key: number for number, key in enumerate(categories)}
-    labels, names, boxes, unread, with_boxes = [], [], [], [], set()
+    labels, names, boxes, unread, with_boxes, keys = [], [], [], [], set(), set()
     for number, entry in enumerate(content["annotations"]):
         image, category = (
             _field(file, "annotations", number, entry, name, int) for name in ("image_id", "category_id")
@@ -180,8 +180,11 @@ def _part(
         if image not in images or category not in order:
             what, which = ("image", image) if image not in images else ("category", category)
             raise InputError(f"{file}: entry {number} of annotations is of the {what} {which}, which is not listed")
-        key = entry.get("id", number)
-        name = f"{place.below}{images[image]}#{key if isinstance(key, int) else number}"
+        key = _field(file, "annotations", number, entry, "id", int) if "id" in entry else number
+        if key in keys:
+            raise InputError(f"{file}: has two annotations with the id {key}")
+        keys.add(key)
+        name = f"{place.below}{images[image]}#{key}"
         with_boxes.add(image)
         if entry.get("iscrowd"):
             unread.append(Unread(name, "is a box of a crowd"))

@@ -6,10 +6,11 @@ bytes, as Hugging Face's struct of "bytes" and "path", or as the path of a file 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -92,6 +93,7 @@ def find_arrow(path: Path, options: ReadOptions) -> Source:
     splits = _read_json(path / SPLITS).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) and name for name in splits) or not splits:
         raise InputError(f"{path / SPLITS}: lists no splits; a dataset saved by `save_to_disk` is needed")
+    _check_differ(path / SPLITS, splits)
     for name in splits:
         if "/" in check_name(path / SPLITS, name):
             raise InputError(f"{path / SPLITS}: names the split {name!r}; names of folders beside it are needed")
@@ -173,6 +175,7 @@ def _arrow_tables(folder: Path, below: str) -> list[_Table]:
     names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder / below / STATE}: lists no data files; a dataset saved by `save_to_disk` is needed")
+    _check_differ(folder / below / STATE, names)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise InputError(
             f"{folder / below / STATE}: has a list of selected rows beside its data; save it with `flatten_indices()`"
@@ -206,6 +209,12 @@ def _arrow(path: Path, name: str) -> _Table:
                 yield from (chosen.slice(start, _ROWS_AT_ONCE) for start in range(0, len(chosen), _ROWS_AT_ONCE))
 
     return _Table(name, schema, batches)
+
+
+def _check_differ(file: Path, names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(str(PurePosixPath(name)) for name in names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{file}: lists {repeated[0][:100]!r} twice; each name once is needed")
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

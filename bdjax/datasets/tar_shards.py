@@ -117,7 +117,7 @@ class _Plain:
 
 def _samples(path: Path, shard: str, options: ReadOptions, others: _Others) -> Iterator[_Sample]:
     """The samples of an archive in order; `others` gets what is not read."""
-    key, members = None, {}
+    key, members, keys = None, {}, set()
     for name, read in _members(path, shard, others.irregular):
         _check_member(path, name)
         folder, _, base = name.rpartition("/")
@@ -129,6 +129,12 @@ def _samples(path: Path, shard: str, options: ReadOptions, others: _Others) -> I
         if here != key and members:
             yield _sample(path, key, members, options, others.endings)
         if here != key:
+            if here in keys:
+                raise InputError(
+                    f"{path}: has the sample {short(here)} in two places; a sample's members must follow each other, and the "
+                    "names of samples must differ"
+                )
+            keys.add(here)
             key, members = here, {}
         if ending in members:
             raise InputError(f"{path}: has two members {short(name)}; names must differ")

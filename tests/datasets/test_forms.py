@@ -338,6 +338,22 @@ BAD = {
         ),
         "names '../x', which leads out of the data",
     ),
+    "arrow, a file twice": (
+        lambda path: (
+            (forms.arrow(path, some_rows()) / "state.json").write_text(
+                json.dumps({"_data_files": [{"filename": "data-00000-of-00002.arrow"}] * 2})
+            )
+            and path
+        ),
+        "state.json: lists 'data-00000-of-00002.arrow' twice; each name once is needed",
+    ),
+    "arrow, a split twice": (
+        lambda path: (
+            (forms.split_arrow(path, some_rows()) / "dataset_dict.json").write_text('{"splits": ["train", "train"]}')
+            and path
+        ),
+        "dataset_dict.json: lists 'train' twice; each name once is needed",
+    ),
     "arrow, no files": (
         lambda path: (forms.arrow(path, some_rows()) / "state.json").write_text("{}") and path,
         "state.json: lists no data files",
@@ -364,6 +380,10 @@ BAD = {
     "tar, a label of a wrong type": (
         lambda path: tar_of(path, ("1.png", b"x"), ("1.json", b'{"label": [1]}')),
         "sample 1: 'label' is list; a class is a text or a whole number",
+    ),
+    "tar, a sample twice": (
+        lambda path: tar_of(path, ("1.png", b"x"), ("1.cls", b"b"), ("0.png", b"x"), ("0.cls", b"a")),
+        "has the sample 0 in two places;",
     ),
     "tar, two members of a name": (
         lambda path: tar_of(path, ("0.png", b"x")),
@@ -405,6 +425,22 @@ BAD = {
     "coco, a box of no size": (
         lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[10, 0, 0, 9])),
         "entry 1 of annotations has the bbox [10, 0, 0, 9]; it must be [left, top, width, height]",
+    ),
+    "coco, two boxes of an id": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(id=100)),
+        "has two annotations with the id 100",
+    ),
+    "coco, an id that is text": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(id="100")),
+        "entry 1 of annotations has no 'id' of the right type",
+    ),
+    "coco, an image that is not there, of a path to the annotations": (
+        lambda path: (
+            (edit(path, lambda content: None) / "images" / "00000.png").unlink(),
+            (path / "annotations").mkdir(),
+            (path / "annotations.json").rename(path / "annotations" / "instances.json"),
+        )[-1],
+        "; ../images/00000.png#101 names '00000.png'",
     ),
     "coco, a box of words": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(bbox=["a"] * 4)),
