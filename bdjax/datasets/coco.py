@@ -8,6 +8,7 @@ Boxes of a crowd, and images without boxes, are listed as not read. Classes are 
 
 import json
 import math
+import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -26,14 +27,18 @@ FOLDER, PREFIX = "annotations", "instances_"
 _MAXIMUM_JSON = 1 << 31
 _KEPT = 4
 """Images whose bytes are kept for further boxes."""
+_LOOKED_FOR = 100
+"""Images that are looked for to find their folder."""
 
 
 class _Annotations(NamedTuple):
     file: Path
+    data: Path
+    """the data's folder, which no link to an image may leave"""
     root: Path
-    """folder of the images"""
+    """folder of the images, or what it is below"""
     below: str
-    """that folder, relative to the data's"""
+    """that folder as rows name it: relative to the data's, or to the file's if that is what the user names"""
 
 
 def holds(path: Path) -> bool:
@@ -50,12 +55,13 @@ def find(path: Path, options: ReadOptions) -> Source:
         InputError: A file is damaged, lacks what COCO's form has, or names what is not there.
     """
     if path.is_file():
-        parts, unread = [("", [_of_file(path, path.parent, "")])], []
+        parts, unread = [("", [_of_file(path)])], []
     else:
         parts, unread = _of_folder(path)
     found, classes = [], None
     for title, (annotations,) in parts:
         content = _read(annotations.file)
+        annotations = _with_images(annotations, content["images"])
         categories = _categories(annotations.file, content)
         if classes is not None and categories != classes:
             raise InputError(f"{annotations.file}: has other categories than the training part")
@@ -98,7 +104,7 @@ def _of_folder(path: Path) -> tuple[list[tuple[str, list[_Annotations]]], list[U
         file = files[names[0]]
         below = file.parent if file.parent.name != FOLDER else file.parent.parent
         inner = below.relative_to(path).as_posix()
-        chosen.append((title, [_of_file(file, below, "" if inner == "." else f"{inner}/")]))
+        chosen.append((title, [_Annotations(file, path, below, "" if inner == "." else f"{inner}/")]))
     return chosen, unread
 
 
@@ -109,15 +115,21 @@ def _split_name(file: Path, path: Path) -> str:
     return f"{found[1]}/{name}" if found else name
 
 
-def _of_file(file: Path, folder: Path, below: str) -> _Annotations:
-    """Where the images of a file of annotations are: below its folder, or below a folder of the file's name or `images`."""
-    if folder.name == FOLDER:
-        folder, below = folder.parent, f"{below}../"
-    name = file.stem.removeprefix(PREFIX)
-    for inner in (name, "images"):
-        if (folder / inner).is_dir():
-            return _Annotations(file, folder / inner, f"{below}{inner}/")
-    return _Annotations(file, folder, below)
+def _of_file(file: Path) -> _Annotations:
+    is_inner = file.parent.name == FOLDER
+    folder = file.parent.parent if is_inner else file.parent
+    return _Annotations(file, folder, folder, "../" if is_inner else "")
+
+
+def _with_images(place: _Annotations, images: Sequence[Any]) -> _Annotations:
+    """Finds the folder that the names of images are relative to: of the annotations' name, `images`, or the annotations' own;
+    the one that has the first image that is there."""
+    inner = [name for name in (place.file.stem.removeprefix(PREFIX), "images") if (place.root / name).is_dir()]
+    listed = [entry.get("file_name") for entry in images[:_LOOKED_FOR] if isinstance(entry, dict)]
+    names = [name for name in listed if isinstance(name, str)]
+    there = (folder for name in names for folder in (*inner, "") if os.path.isfile(place.root / folder / name))
+    chosen = next(there, (*inner, "")[0])
+    return place._replace(root=place.root / chosen, below=f"{place.below}{chosen}/" if chosen else place.below)
 
 
 # ---- Content ---------------------------------------------------------------------------------------------------------
@@ -198,7 +210,7 @@ def _part(
     unread += [
         Unread(place.below + name, "is an image without a box") for key, name in images.items() if key not in with_boxes
     ]
-    return Part(title, labels, names, partial(_images, place.root, boxes)), unread
+    return Part(title, labels, names, partial(_images, place, boxes)), unread
 
 
 def _box(file: Path, number: int, values: Sequence[Any]) -> Box:
@@ -220,11 +232,11 @@ def _box(file: Path, number: int, values: Sequence[Any]) -> Box:
     return max(round(left), 0), max(round(top), 0), right, bottom
 
 
-def _images(root: Path, boxes: Sequence[tuple[str, Box]]) -> Iterator[Encoded]:
+def _images(place: _Annotations, boxes: Sequence[tuple[str, Box]]) -> Iterator[Encoded]:
     kept: dict[str, Encoded] = {}
     for name, box in boxes:
         if name not in kept:
             if len(kept) >= _KEPT:
                 kept.pop(next(iter(kept)))
-            kept[name] = read_below(root, name)
+            kept[name] = read_below(place.root, name, place.data)
         yield kept[name]._replace(box=box)

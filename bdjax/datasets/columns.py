@@ -358,12 +358,18 @@ def _encoded(value: Any, kind: str, root: Path) -> Encoded:
     return read_below(root, path)
 
 
-def read_below(root: Path, name: str) -> Encoded:
-    """The content of a file below a folder, or why it cannot be read; links that lead out of the folder are not followed."""
+def read_below(root: Path, name: str, data: Path | None = None) -> Encoded:
+    """The content of a file below a folder, or why it cannot be read; links that lead out of the data are not followed.
+
+    Args:
+        root: The folder that the name is relative to.
+        name: Of the file.
+        data: The folder with the data, which the file must be in; `root` by default.
+    """
     try:
         check_name("it", name)
         path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
+        if not path.is_relative_to((data or root).resolve()):
             return Encoded(problem=f"names {name[:100]!r}, which is a link that leads out of the data")
         return Encoded(read_file(path, _MAXIMUM_IMAGE, "images"))
     except InputError as error:

@@ -141,8 +141,12 @@ def class_too_long(where: object, name: str) -> InputError:
 
 def files_without_images(folder: Path, endings: tuple[str, ...]) -> list[str]:
     """The files with an ending in a folder and two levels below it, sorted; none if there is an image beside them, since they
-    then lie in a folder of images."""
-    found, folders = [], [("", folder)]
+    then lie in a folder of images.
+
+    Raises:
+        InputError: Some are below a link that leads out of the folder.
+    """
+    found, folders, outside = [], [("", folder)], ()
     for depth in range(_LEVELS):
         inner = []
         for below, place in folders:
@@ -152,8 +156,14 @@ def files_without_images(folder: Path, endings: tuple[str, ...]) -> list[str]:
                     return []
                 if file.name.lower().endswith(endings) and not file.problem:
                     found.append(below + file.name)
+            leading_out = [
+                entry for entry in into if entry.is_link and not entry.path.resolve().is_relative_to(folder.resolve())
+            ]
+            outside += tuple(f"{below}{entry.name}/" for entry in leading_out)
             inner += [(f"{below}{entry.name}/", entry.path) for entry in into if not entry.name.startswith(".")]
         folders = inner if depth + 1 < _LEVELS else []
+    if outside and (led := [name for name in found if name.startswith(outside)]):
+        raise InputError(f"{folder / led[0]}: is below a link that leads out of the data; name its folder as the data")
     return sorted(found, key=lambda name: name.split("/"))
 
 

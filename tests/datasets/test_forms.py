@@ -498,6 +498,41 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
         load_suspect(str(path))
 
 
+@pytest.mark.parametrize("name", ["coco", "metadata.csv"])
+def test_a_folder_that_is_a_link_out_of_the_data_is_not_followed(tmp_path, name):
+    path = WRITERS[name](tmp_path / "set", some_rows(6))
+    shutil.move(path / "images", tmp_path / "elsewhere")
+    (path / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link that leads out of the data"):
+        load_suspect(str(path))
+    (path / "images").unlink()
+    shutil.move(tmp_path / "elsewhere", path / "photos")
+    (path / "images").symlink_to("photos")
+    assert len(load_suspect(str(path))) == 6
+
+
+@pytest.mark.parametrize("name", ["parquet folder", "tar"])
+def test_shards_below_a_link_out_of_the_data_are_refused(tmp_path, name):
+    shards = WRITERS[name](tmp_path / "set", some_rows(6))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "more").symlink_to(shards)
+    with pytest.raises(InputError, match="/links/more/.*: is below a link that leads out of the data"):
+        load_suspect(str(tmp_path / "links"))
+
+
+def test_the_folder_of_cocos_images_is_the_one_that_has_them(tmp_path):
+    path = forms.coco(tmp_path / "set", some_rows(6))
+    (path / "annotations").mkdir()
+    (path / "annotations" / "notes.txt").write_text("none")
+    assert load_suspect(str(path)).files[0] == "images/00000.png#100"
+    shutil.move(path / "images", path / "annotations" / "images")
+    edited = json.loads((path / "annotations.json").read_text())
+    for image in edited["images"]:
+        image["file_name"] = f"annotations/images/{image['file_name']}"
+    (path / "annotations.json").write_text(json.dumps(edited))
+    assert load_suspect(str(path)).files[0] == "annotations/images/00000.png#100"
+
+
 def test_without_pyarrow_one_line_says_how_to_get_it(written, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"need pyarrow, which is not installed: pip install 'bdjax\[hf\]'"):
