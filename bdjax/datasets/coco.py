@@ -7,7 +7,6 @@ Boxes of a crowd, and images without boxes, are listed as not read. Classes are 
 """
 
 import json
-import math
 import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ FOLDER, PREFIX = "annotations", "instances_"
 _MAXIMUM_JSON = 1 << 31
 _KEPT = 4
 """Images whose bytes are kept for further boxes."""
+_MAXIMUM_PIXELS = 1_000_000
 _LOOKED_FOR = 100
 """Images that are looked for to find their folder."""
 
@@ -201,7 +201,7 @@ def _part(
         if entry.get("iscrowd"):
             unread.append(Unread(name, "is a box of a crowd"))
             continue
-        box = _box(file, number, _field(file, "annotations", number, entry, "bbox", list))
+        box = _box(_field(file, "annotations", number, entry, "bbox", list))
         labels.append(order[category])
         names.append(name)
         boxes.append((images[image], box))
@@ -213,28 +213,26 @@ def _part(
     return Part(title, labels, names, partial(_images, place, boxes)), unread
 
 
-def _box(file: Path, number: int, values: Sequence[Any]) -> Box:
-    """[left, top, width, height], rounded to whole pixels."""
+def _box(values: Sequence[Any]) -> Box | str:
+    """[left, top, width, height], rounded to whole pixels; or what is wrong with them, a predicate."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
     # A whole number may be too large for a float.
-    if len(values) != 4 or len(numbers) != 4 or not all(-math.inf < value < math.inf for value in numbers):
-        raise InputError(f"{file}: entry {number} of annotations has a bbox that is not four numbers")
+    if len(values) != 4 or len(numbers) != 4 or not all(abs(value) <= _MAXIMUM_PIXELS for value in numbers):
+        return f"has a bbox that is not four numbers of pixels, at most {_MAXIMUM_PIXELS:,}"
     left, top, width, height = numbers
-    if max(map(abs, numbers)) > 1e6 or min(left, top) < -0.5 or min(width, height) <= 0:
-        shown = ", ".join(
-            f"{value:g}" if abs(value) < 1e300 else f"{'-' * (value < 0)}1e+300 or more" for value in numbers
-        )
-        raise InputError(
-            f"{file}: entry {number} of annotations has the bbox [{shown}]; it must be [left, top, width, height] in pixels "
-            "inside the image"
-        )
-    right, bottom = round(left + width), round(top + height)
-    return max(round(left), 0), max(round(top), 0), right, bottom
+    if min(left, top) < -0.5 or min(width, height) <= 0:
+        shown = ", ".join(f"{value:g}" for value in numbers)
+        return f"has the bbox [{shown}]; it must be [left, top, width, height] in pixels inside the image"
+    left, top, right, bottom = max(round(left), 0), max(round(top), 0), round(left + width), round(top + height)
+    return (left, top, right, bottom) if left < right and top < bottom else "has a box of less than a pixel"
 
 
-def _images(place: _Annotations, boxes: Sequence[tuple[str, Box]]) -> Iterator[Encoded]:
+def _images(place: _Annotations, boxes: Sequence[tuple[str, Box | str]]) -> Iterator[Encoded]:
     kept: dict[str, Encoded] = {}
     for name, box in boxes:
+        if isinstance(box, str):
+            yield Encoded(problem=box)
+            continue
         if name not in kept:
             if len(kept) >= _KEPT:
                 kept.pop(next(iter(kept)))

@@ -424,7 +424,7 @@ BAD = {
     ),
     "coco, a box of no size": (
         lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[10, 0, 0, 9])),
-        "entry 1 of annotations has the bbox [10, 0, 0, 9]; it must be [left, top, width, height]",
+        "images/00000.png#101: has the bbox [10, 0, 0, 9]; it must be [left, top, width, height]",
     ),
     "coco, two boxes of an id": (
         lambda path: edit(path, lambda content: content["annotations"][1].update(id=100)),
@@ -444,11 +444,11 @@ BAD = {
     ),
     "coco, a box of words": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(bbox=["a"] * 4)),
-        "entry 0 of annotations has a bbox that is not four numbers",
+        "images/00000.png#100: has a bbox that is not four numbers of pixels, at most 1,000,000",
     ),
     "coco, a box of a huge number": (
         lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[0, 0, 10**400, 9])),
-        "entry 1 of annotations has",
+        "images/00000.png#101: has a bbox that is not four numbers of pixels, at most 1,000,000",
     ),
     "coco, an unknown category": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(category_id=99)),
@@ -518,6 +518,29 @@ def test_shards_below_a_link_out_of_the_data_are_refused(tmp_path, name):
     (tmp_path / "links" / "more").symlink_to(shards)
     with pytest.raises(InputError, match="/links/more/.*: is below a link that leads out of the data"):
         load_suspect(str(tmp_path / "links"))
+
+
+def test_odd_boxes_are_rows_that_can_be_left_out(tmp_path):
+    odd = [[10, 0, 0, 9], [-3, 0, 8, 9], ["a"] * 4, [3.1, 0, 0.3, 9], [0, 0, 99, 9]]
+
+    def change(content):
+        for annotation, box in zip(content["annotations"], odd, strict=False):
+            annotation["bbox"] = box
+
+    path = edit(tmp_path / "set", change)
+    annotations = json.loads((path / "annotations.json").read_text())
+    annotations["annotations"] += [annotations["annotations"][5] | {"id": 200, "category_id": 10}]
+    (path / "annotations.json").write_text(json.dumps(annotations))
+    options = ReadOptions(skip_unreadable=True, allow_empty_classes=True)
+    found = load_suspect(str(path), options=options)
+    assert found.files == ("images/00004.png#105", "images/00004.png#200")
+    assert [entry.reason[:16] for entry in found.unread] == [
+        "has the bbox [10",
+        "has the bbox [-3",
+        "has a bbox that ",
+        "has a box of les",
+        "its box from (0,",
+    ]
 
 
 def test_the_folder_of_cocos_images_is_the_one_that_has_them(tmp_path):
