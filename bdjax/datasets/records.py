@@ -19,7 +19,7 @@ from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read
 from bdjax.datasets.files import list_level
 from bdjax.datasets.scaling import Size, as_text, check_one_size, count_sizes, scale, scaling_note
 from bdjax.datasets.stacking import FACTS, Stack, fault, refusal, split_of, split_rows
-from bdjax.datasets.validation import ReadOptions, make_dataset
+from bdjax.datasets.validation import MAXIMUM_CLASSES, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
@@ -305,7 +305,13 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
     are numbers: the rule of a folder of classes.
     """
     train = source.parts[0]
+    names = {str(label) for label in train.labels if label is not None}
+    if (count := len(source.class_names or names)) > MAXIMUM_CLASSES:
+        raise InputError(f"{path}: has {count:,} classes; a classifier needs 2 to {MAXIMUM_CLASSES:,}")
     if source.class_names:
+        repeated = [name for name, count in Counter(source.class_names).items() if count > 1]
+        if repeated:
+            raise InputError(f"{path}: has two classes of the name {repeated[0][:100]!r}; names must differ")
         for part in source.parts:
             for name, label in zip(part.names, part.labels, strict=True):
                 if label is not None and not 0 <= int(label) < len(source.class_names):
@@ -314,7 +320,6 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
                     )
         numbers = [[-1 if label is None else int(label) for label in part.labels] for part in source.parts]
         return source.class_names, numbers
-    names = {str(label) for label in train.labels if label is not None}
     if (longest := max(names, key=len, default="")) and len(longest) > MOST_LETTERS:
         raise class_too_long(path, longest)
     if len(names) < 2:

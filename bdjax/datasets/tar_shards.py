@@ -33,11 +33,12 @@ _PACKED = 0.4
 
 
 class _Sample(NamedTuple):
-    key: str
-    image: str
-    """name of the member"""
+    name: str
+    """of the member with the image, or of the sample if it has none"""
     label: str | None
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None
+    problem: str = ""
+    """why there is no image, a predicate"""
 
 
 class _Others(NamedTuple):
@@ -58,7 +59,7 @@ def find(path: Path, options: ReadOptions) -> Source:
     """The samples of an archive, or of a folder of shards, whose names say which are for testing.
 
     Raises:
-        InputError: An archive is damaged, has a pickle, a name that leads out of it, or a sample without an image or a class.
+        InputError: An archive is damaged, has a pickle, a name that leads out of it, or a sample without a class.
     """
     if path.is_file():
         parts, unread, root = [("", [path.name])], [], path.parent
@@ -67,16 +68,16 @@ def find(path: Path, options: ReadOptions) -> Source:
     found, others = [], _Others(Counter(), {})
     for title, names in parts:
         samples = [(name, sample) for name in names for sample in _samples(root / name, name, options, others)]
+        if not found and all(sample.read is None for _, sample in samples):
+            raise InputError(f"{path}: has no samples with images; members such as 0001.jpg and 0001.cls are needed")
         found.append(
             Part(
                 title,
                 [sample.label for _, sample in samples],
-                [f"{name}/{sample.image}" for name, sample in samples],
+                [f"{name}/{sample.name}" for name, sample in samples],
                 partial(_images, [sample for _, sample in samples]),
             )
         )
-    if not found[0].labels:
-        raise InputError(f"{path}: has no samples; members such as 0001.jpg and 0001.cls are needed")
     unread += [Unread(*entry) for entry in others.irregular.items()]
     counts = others.endings.items()
     unread += [Unread(f"*.{ending}", f"are {count:,} members that are not read") for ending, count in counts]
@@ -93,7 +94,7 @@ def _shards(folder: Path) -> list[str]:
 
 def _images(samples: Sequence[_Sample]) -> Iterator[Encoded]:
     for sample in samples:
-        yield Encoded(sample.read()) if sample.image else Encoded(problem="has no image")
+        yield Encoded(problem=sample.problem) if sample.read is None else Encoded(sample.read())
 
 
 # ---- Members ---------------------------------------------------------------------------------------------------------
@@ -209,6 +210,8 @@ def _sample(
 ) -> _Sample:
     where = f"{path}: sample {short(key)}"
     images = [ending for ending in members if f".{ending.rpartition('.')[2].lower()}" in SUFFIXES]
+    if not images and options.image_column.lstrip(".") not in members:  # a README.txt, for instance
+        return _Sample(key, None, None, f"is a sample without an image; it has {_listed(members)}")
     if options.image_column:
         image = options.image_column.lstrip(".")
         if image not in members:
@@ -217,8 +220,6 @@ def _sample(
             )
     elif len(images) > 1:
         raise InputError(f"{where}: has {len(images)} images ({_listed(images)}); --image-column=NAME names one")
-    elif not images:
-        raise InputError(f"{where}: has no image; it has {_listed(members)}")
     else:
         (image,) = images
     label, source = _label(where, members, options)
@@ -226,7 +227,7 @@ def _sample(
         if ending not in (image, source):
             others[ending] += 1
     name, read = members[image]
-    return _Sample(key, name, label, read)
+    return _Sample(name, label, read)
 
 
 def _listed(endings: Sequence[str] | Mapping[str, object]) -> str:

@@ -167,6 +167,28 @@ def test_links_and_devices_in_a_tar_are_listed(tmp_path, ending):
     assert {(f"shard-000{ending}/{name}", reason) for name, reason in reasons.items()} == set(found.unread)
 
 
+def test_a_note_in_a_tar_can_be_left_out(tmp_path):
+    rows = some_rows(6)
+    members = [
+        (f"{number}.{ending}", data)
+        for number, row in enumerate(rows)
+        for ending, data in (("png", row.data), ("cls", row.label.encode()))
+    ]
+    path = str(forms.write_tar(tmp_path / "set.tar", [("README.txt", b"about"), *members]))
+    for column in ("", "png"):
+        options = ReadOptions(skip_unreadable=True, image_column=column)
+        found = load_suspect(path, options=options)
+        assert len(found) == 6 and found.unread[0] == Unread("set.tar/README", "is a sample without an image")
+
+
+def test_too_many_classes_are_refused_before_images_are_read(written, monkeypatch):
+    monkeypatch.setattr(records, "MAXIMUM_CLASSES", 2)
+    monkeypatch.setattr(records, "decode", lambda *_, **__: pytest.fail("an image is read"))
+    for name in ("parquet", "coco"):
+        with pytest.raises(InputError, match="has 3 classes; a classifier needs 2 to 2"):
+            load_suspect(str(written[name]))
+
+
 def test_images_as_paths_beside_a_table(tmp_path):
     rows = some_rows(6)
     forms.folder(tmp_path, rows)
@@ -294,6 +316,13 @@ BAD = {
         lambda path: with_labels([letter * 300 for letter in "abcdef"], path),
         "a class has at most 256; --label-column=NAME names another column",
     ),
+    "parquet, two classes of a name": (
+        lambda path: (
+            pq.write_table(forms.table(some_rows(6), ["ant", "bee", "cat", "ant"]), path.with_suffix(".parquet"))
+            or path.with_suffix(".parquet")
+        ),
+        "has two classes of the name 'ant'; names must differ",
+    ),
     "parquet, one class": (lambda path: with_labels([3] * 6, path), "has 1 class(es); at least 2 are needed"),
     "parquet, wrong images": (
         lambda path: (
@@ -367,7 +396,14 @@ BAD = {
         lambda path: tar_of(path, ("1.png", b"x")),
         "sample 1: has no class (.cls, .txt or .json); it has .png;",
     ),
-    "tar, no image": (lambda path: tar_of(path, ("1.cls", b"x")), "sample 1: has no image; it has .cls"),
+    "tar, no image at all": (
+        lambda path: forms.write_tar(path.with_suffix(".tar"), [("0.cls", b"a"), ("1.cls", b"b")]),
+        "set.tar: has no samples with images; members such as 0001.jpg and 0001.cls are needed",
+    ),
+    "tar, no image": (
+        lambda path: tar_of(path, ("1.cls", b"x"), ("2.png", some_rows(2)[1].data), ("2.cls", b"b")),
+        "set.tar/1: is a sample without an image; it has .cls; --skip-unreadable leaves such rows out",
+    ),
     "tar, a pickle": (
         lambda path: tar_of(path, ("1.pyd", b"x")),
         "member 1.pyd is a pickle by its name, and reading",
