@@ -547,6 +547,14 @@ def test_a_folder_that_is_a_link_out_of_the_data_is_not_followed(tmp_path, name)
     assert len(load_suspect(str(path))) == 6
 
 
+def test_a_part_with_a_list_that_is_a_link_out_of_the_data_is_not_followed(tmp_path):
+    forms.metadata_csv(tmp_path / "elsewhere", some_rows(6))
+    forms.metadata_csv(tmp_path / "set" / "test", some_rows(6))
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="train/images/00000.png is a link that leads out of the data"):
+        load(str(tmp_path / "set"))
+
+
 @pytest.mark.parametrize("name", ["parquet folder", "tar"])
 def test_shards_below_a_link_out_of_the_data_are_refused(tmp_path, name):
     shards = WRITERS[name](tmp_path / "set", some_rows(6))
