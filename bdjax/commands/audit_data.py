@@ -1,9 +1,11 @@
 """Audit of a training set: which rows are poisoned, and what does the trigger look like?
 
-The rows are yours, unchanged, and nobody knows which are poisoned: a folder of images with a sub-folder for each class, or an
-.npz with images and labels. No clean rows are needed. The exit status is 3 if something was found, 0 if nothing was found, 4 if
-the rows could not be tested, 2 for input that cannot be used. The same command continues an interrupted run, and ends at the
-same numbers. `vbd` compares detectors on rows that it poisons itself; this is its detector on rows of unknown origin.
+The rows are yours, unchanged, and nobody knows which are poisoned: a folder of images with a sub-folder for each class or with
+a list (metadata.csv, metadata.jsonl), an .npz with images and labels, parquet files, a dataset of Hugging Face on disk, tar
+shards, or boxes in COCO's form. The rows that are not flagged are left as cleaned.npz, or with --copy-files as copies of their
+files. No clean rows are needed. The exit status is 3 if something was found, 0 if nothing was found, 4 if the rows could not be
+tested, 2 for input that cannot be used. The same command continues an interrupted run, and ends at the same numbers. `vbd`
+compares detectors on rows that it poisons itself; this is its detector on rows of unknown origin.
 """
 
 import dataclasses
@@ -21,7 +23,10 @@ from bdjax.run.presets import NO_ATTACK
 FIXED = {"attacks": NO_ATTACK, "study": "", "seeds": 1, "target": 0, "test_rows": 0, "suspects_at_once": 10}
 """The settings of grids of poisoned sets, which an audit has not."""
 
-EXAMPLE = "photos/, a folder with a sub-folder for each class, or an .npz with images and labels"
+EXAMPLE = (
+    "photos/, a folder with a sub-folder for each class, or an .npz, parquet files, tar shards, a folder with metadata.csv, "
+    "or boxes in COCO's form"
+)
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:

@@ -7,7 +7,7 @@ Boxes of a crowd, and images without boxes, are listed as not read. Classes are 
 """
 
 import json
-import math
+import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -26,14 +26,19 @@ FOLDER, PREFIX = "annotations", "instances_"
 _MAXIMUM_JSON = 1 << 31
 _KEPT = 4
 """Images whose bytes are kept for further boxes."""
+_MAXIMUM_PIXELS = 1_000_000
+_LOOKED_FOR = 100
+"""Images that are looked for to find their folder."""
 
 
 class _Annotations(NamedTuple):
     file: Path
+    data: Path
+    """the data's folder, which no link to an image may leave"""
     root: Path
-    """folder of the images"""
+    """folder of the images, or what it is below"""
     below: str
-    """that folder, relative to the data's"""
+    """that folder as rows name it: relative to the data's, or to the file's if that is what the user names"""
 
 
 def holds(path: Path) -> bool:
@@ -50,12 +55,13 @@ def find(path: Path, options: ReadOptions) -> Source:
         InputError: A file is damaged, lacks what COCO's form has, or names what is not there.
     """
     if path.is_file():
-        parts, unread = [("", [_of_file(path, path.parent, "")])], []
+        parts, unread = [("", [_of_file(path)])], []
     else:
         parts, unread = _of_folder(path)
     found, classes = [], None
     for title, (annotations,) in parts:
         content = _read(annotations.file)
+        annotations = _with_images(annotations, content["images"])
         categories = _categories(annotations.file, content)
         if classes is not None and categories != classes:
             raise InputError(f"{annotations.file}: has other categories than the training part")
@@ -98,7 +104,7 @@ def _of_folder(path: Path) -> tuple[list[tuple[str, list[_Annotations]]], list[U
         file = files[names[0]]
         below = file.parent if file.parent.name != FOLDER else file.parent.parent
         inner = below.relative_to(path).as_posix()
-        chosen.append((title, [_of_file(file, below, "" if inner == "." else f"{inner}/")]))
+        chosen.append((title, [_Annotations(file, path, below, "" if inner == "." else f"{inner}/")]))
     return chosen, unread
 
 
@@ -109,15 +115,21 @@ def _split_name(file: Path, path: Path) -> str:
     return f"{found[1]}/{name}" if found else name
 
 
-def _of_file(file: Path, folder: Path, below: str) -> _Annotations:
-    """Where the images of a file of annotations are: below its folder, or below a folder of the file's name or `images`."""
-    if folder.name == FOLDER:
-        folder = folder.parent
-    name = file.stem.removeprefix(PREFIX)
-    for inner in (name, "images"):
-        if (folder / inner).is_dir():
-            return _Annotations(file, folder / inner, f"{below}{inner}/")
-    return _Annotations(file, folder, below)
+def _of_file(file: Path) -> _Annotations:
+    is_inner = file.parent.name == FOLDER
+    folder = file.parent.parent if is_inner else file.parent
+    return _Annotations(file, folder, folder, "../" if is_inner else "")
+
+
+def _with_images(place: _Annotations, images: Sequence[Any]) -> _Annotations:
+    """Finds the folder that the names of images are relative to: of the annotations' name, `images`, or the annotations' own;
+    the one that has the first image that is there."""
+    inner = [name for name in (place.file.stem.removeprefix(PREFIX), "images") if (place.root / name).is_dir()]
+    listed = [entry.get("file_name") for entry in images[:_LOOKED_FOR] if isinstance(entry, dict)]
+    names = [name for name in listed if isinstance(name, str)]
+    there = (folder for name in names for folder in (*inner, "") if os.path.isfile(place.root / folder / name))
+    chosen = next(there, (*inner, "")[0])
+    return place._replace(root=place.root / chosen, below=f"{place.below}{chosen}/" if chosen else place.below)
 
 
 # ---- Content ---------------------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def _part(
             raise InputError(f"{file}: has two images with the id {key}")
         images[key] = _field(file, "images", number, entry, "file_name", str)
     order = {key: number for number, key in enumerate(categories)}
-    labels, names, boxes, unread, with_boxes = [], [], [], [], set()
+    labels, names, boxes, unread, with_boxes, keys = [], [], [], [], set(), set()
     for number, entry in enumerate(content["annotations"]):
         image, category = (
             _field(file, "annotations", number, entry, name, int) for name in ("image_id", "category_id")
@@ -180,13 +192,16 @@ def _part(
         if image not in images or category not in order:
             what, which = ("image", image) if image not in images else ("category", category)
             raise InputError(f"{file}: entry {number} of annotations is of the {what} {which}, which is not listed")
-        key = entry.get("id", number)
-        name = f"{place.below}{images[image]}#{key if isinstance(key, int) else number}"
+        key = _field(file, "annotations", number, entry, "id", int) if "id" in entry else number
+        if key in keys:
+            raise InputError(f"{file}: has two annotations with the id {key}")
+        keys.add(key)
+        name = f"{place.below}{images[image]}#{key}"
         with_boxes.add(image)
         if entry.get("iscrowd"):
             unread.append(Unread(name, "is a box of a crowd"))
             continue
-        box = _box(file, number, _field(file, "annotations", number, entry, "bbox", list))
+        box = _box(_field(file, "annotations", number, entry, "bbox", list))
         labels.append(order[category])
         names.append(name)
         boxes.append((images[image], box))
@@ -195,30 +210,31 @@ def _part(
     unread += [
         Unread(place.below + name, "is an image without a box") for key, name in images.items() if key not in with_boxes
     ]
-    return Part(title, labels, names, partial(_images, place.root, boxes)), unread
+    return Part(title, labels, names, partial(_images, place, boxes)), unread
 
 
-def _box(file: Path, number: int, values: Sequence[Any]) -> Box:
-    """[left, top, width, height], rounded to whole pixels."""
+def _box(values: Sequence[Any]) -> Box | str:
+    """[left, top, width, height], rounded to whole pixels; or what is wrong with them, a predicate."""
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(values) != 4 or len(numbers) != 4 or not all(map(math.isfinite, numbers)):
-        raise InputError(f"{file}: entry {number} of annotations has a bbox that is not four numbers")
+    # A whole number may be too large for a float.
+    if len(values) != 4 or len(numbers) != 4 or not all(abs(value) <= _MAXIMUM_PIXELS for value in numbers):
+        return f"has a bbox that is not four numbers of pixels, at most {_MAXIMUM_PIXELS:,}"
     left, top, width, height = numbers
-    if max(map(abs, numbers)) > 1e6 or min(left, top) < -0.5 or min(width, height) <= 0:
+    if min(left, top) < -0.5 or min(width, height) <= 0:
         shown = ", ".join(f"{value:g}" for value in numbers)
-        raise InputError(
-            f"{file}: entry {number} of annotations has the bbox [{shown}]; it must be [left, top, width, height] in pixels "
-            "inside the image"
-        )
-    right, bottom = round(left + width), round(top + height)
-    return max(round(left), 0), max(round(top), 0), right, bottom
+        return f"has the bbox [{shown}]; it must be [left, top, width, height] in pixels inside the image"
+    left, top, right, bottom = max(round(left), 0), max(round(top), 0), round(left + width), round(top + height)
+    return (left, top, right, bottom) if left < right and top < bottom else "has a box of less than a pixel"
 
 
-def _images(root: Path, boxes: Sequence[tuple[str, Box]]) -> Iterator[Encoded]:
+def _images(place: _Annotations, boxes: Sequence[tuple[str, Box | str]]) -> Iterator[Encoded]:
     kept: dict[str, Encoded] = {}
     for name, box in boxes:
+        if isinstance(box, str):
+            yield Encoded(problem=box)
+            continue
         if name not in kept:
             if len(kept) >= _KEPT:
                 kept.pop(next(iter(kept)))
-            kept[name] = read_below(root, name)
+            kept[name] = read_below(place.root, name, place.data)
         yield kept[name]._replace(box=box)

@@ -6,23 +6,26 @@ bytes, as Hugging Face's struct of "bytes" and "path", or as the path of a file 
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bdjax.datasets.files import open_file, read_file
+from bdjax.datasets.files import free_memory, open_file, read_file
 from bdjax.datasets.records import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    MOST_LETTERS,
     Encoded,
     Part,
     Source,
     by_split,
     check_name,
     choose_column,
+    class_too_long,
     files_without_images,
 )
 from bdjax.datasets.validation import ReadOptions, one_line
@@ -34,6 +37,14 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 _MAXIMUM_JSON, _MAXIMUM_IMAGE = 1 << 26, 1 << 28
 _ROWS_AT_ONCE, _BUFFER = 256, 1 << 20
 _MAXIMUM_ROWS = 100_000_000
+_BYTES_OF_A_LETTER = 4
+"""at most, in UTF-8"""
+_ROW_BYTES = 150
+"""What the name and the class of a row take in memory."""
+_BATCH_BYTES = 1 << 29
+"""What a batch of rows of a parquet file may take in memory."""
+_VALUES_AS_THEY_ARE = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Encodings of parquet that do not make one stored value the content of many rows."""
 
 
 class _Table(NamedTuple):
@@ -44,6 +55,8 @@ class _Table(NamedTuple):
     schema: Any
     batches: Callable[[Sequence[str]], Iterator[Any]]
     """names of columns -> record batches with them"""
+    num_rows: int = 0
+    """as the file says; 0 if only its batches say so"""
 
 
 def holds_parquet(path: Path) -> bool:
@@ -80,6 +93,7 @@ def find_arrow(path: Path, options: ReadOptions) -> Source:
     splits = _read_json(path / SPLITS).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) and name for name in splits) or not splits:
         raise InputError(f"{path / SPLITS}: lists no splits; a dataset saved by `save_to_disk` is needed")
+    _check_differ(path / SPLITS, splits)
     for name in splits:
         if "/" in check_name(path / SPLITS, name):
             raise InputError(f"{path / SPLITS}: names the split {name!r}; names of folders beside it are needed")
@@ -129,9 +143,29 @@ def _parquet(path: Path, name: str) -> _Table:
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         with _intact(path, "parquet file"):
-            yield from file.iter_batches(_ROWS_AT_ONCE, columns=list(columns), use_threads=False)
+            for batch in file.iter_batches(_rows_at_once(file, columns), columns=list(columns), use_threads=False):
+                batch.validate(full=True)
+                yield batch
 
-    return _Table(name, file.schema_arrow, batches)
+    return _Table(name, file.schema_arrow, batches, file.metadata.num_rows)
+
+
+def _rows_at_once(file: Any, columns: Sequence[str]) -> int:
+    """The rows of a batch: fewer where a stored value, which may be as large as its chunk, may be the content of each row."""
+    chosen = [
+        number
+        for number in range(len(file.schema))
+        if (path := file.schema.column(number).path) in columns
+        or path.startswith(tuple(f"{name}." for name in columns))
+    ]
+    largest = 1
+    for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)):
+        chunks = [group.column(number) for number in chosen]
+        sizes = [
+            chunk.total_uncompressed_size for chunk in chunks if not _VALUES_AS_THEY_ARE.issuperset(chunk.encodings)
+        ]
+        largest = max(largest, sum(sizes))
+    return max(min(_BATCH_BYTES // largest, _ROWS_AT_ONCE), 1)
 
 
 def _arrow_tables(folder: Path, below: str) -> list[_Table]:
@@ -141,6 +175,7 @@ def _arrow_tables(folder: Path, below: str) -> list[_Table]:
     names = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder / below / STATE}: lists no data files; a dataset saved by `save_to_disk` is needed")
+    _check_differ(folder / below / STATE, names)
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise InputError(
             f"{folder / below / STATE}: has a list of selected rows beside its data; save it with `flatten_indices()`"
@@ -171,9 +206,15 @@ def _arrow(path: Path, name: str) -> _Table:
             for batch in reader[0] if isinstance(reader, tuple) else reader:
                 chosen = batch.select(list(columns))
                 chosen.validate(full=True)  # otherwise a wrong offset in the file would be an address outside of it
-                yield chosen
+                yield from (chosen.slice(start, _ROWS_AT_ONCE) for start in range(0, len(chosen), _ROWS_AT_ONCE))
 
     return _Table(name, schema, batches)
+
+
+def _check_differ(file: Path, names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(str(PurePosixPath(name)) for name in names).items() if count > 1]
+    if repeated:
+        raise InputError(f"{file}: lists {repeated[0][:100]!r} twice; each name once is needed")
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -193,8 +234,11 @@ def _find(
     path: Path, root: Path, tables: Sequence[tuple[str, list[_Table]]], options: ReadOptions, unread: Sequence[Unread]
 ) -> Source:
     parts, named = [], []
+    free, count = free_memory(), 0
+    _check_room(path, sum(table.num_rows for _, of_part in tables for table in of_part), free)
     for title, of_part in tables:
         labels: list[Any] = []
+        known: dict[Any, Any] = {"": None}
         names: list[str] = []
         readers = []
         for table in of_part:
@@ -202,11 +246,18 @@ def _find(
             columns = list(table.schema.names)
             image = choose_column(where, columns, options.image_column, IMAGE_COLUMNS, "--image-column", "the images")
             label = choose_column(where, columns, options.label_column, LABEL_COLUMNS, "--label-column", "the classes")
+            for column in (image, label):
+                if columns.count(column) > 1:
+                    raise InputError(f"{where}: has two columns {column!r}; names must differ")
             _check_label_type(where, label, table.schema.field(label).type)
             kind = _image_kind(where, image, table.schema.field(image).type)
             before = len(labels)
             for batch in table.batches([label]):
-                labels += [None if value == "" else value for value in batch.column(0).to_pylist()]
+                count += len(batch)
+                _check_room(path, count, free)
+                _check_letters(where, batch.column(0))
+                # One object for each class, not for each row.
+                labels += [known.setdefault(value, value) for value in batch.column(0).to_pylist()]
                 if len(labels) > _MAXIMUM_ROWS:
                     raise InputError(f"{where}: has more than {_MAXIMUM_ROWS:,} rows")
             names += [f"{table.name}#{row}" for row in range(len(labels) - before)]
@@ -223,6 +274,28 @@ def _find(
 def _in_turn(readers: Sequence[Callable[[], Iterator[Encoded]]]) -> Iterator[Encoded]:
     for read in readers:
         yield from read()
+
+
+def _check_room(path: Path, count: int, free: int) -> None:
+    if count * _ROW_BYTES > free:
+        raise InputError(
+            f"{path}: has {count:,} rows or more, whose names and classes take {count * _ROW_BYTES / 2**30:,.1f} GiB, and "
+            f"{free / 2**30:,.1f} GiB of memory are free; use fewer rows"
+        )
+
+
+def _check_letters(where: object, values: Any) -> None:
+    """Refuses classes that are too long before they are objects of Python, one for each row."""
+    import pyarrow.compute
+
+    types = pyarrow.types
+    if types.is_dictionary(values.type):
+        values = values.dictionary
+    if types.is_string(values.type) or types.is_large_string(values.type):
+        longest = pyarrow.compute.max(pyarrow.compute.binary_length(values)).as_py() or 0
+        if longest > MOST_LETTERS * _BYTES_OF_A_LETTER:
+            is_longest = pyarrow.compute.equal(pyarrow.compute.binary_length(values), longest)
+            raise class_too_long(where, values.filter(is_longest)[0].as_py())
 
 
 def _check_label_type(where: object, column: str, kind: Any) -> None:
@@ -251,7 +324,10 @@ def _image_kind(where: object, column: str, kind: Any) -> str:
 
 
 def _class_names(schema: Any, column: str) -> tuple[str, ...]:
-    """The names of a column of Hugging Face's type ClassLabel; () for others."""
+    """The names of a column of whole numbers of Hugging Face's type ClassLabel; () for others."""
+    types, kind = pyarrow().types, schema.field(column).type
+    if not types.is_integer(kind.value_type if types.is_dictionary(kind) else kind):
+        return ()
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         feature = features[column]
@@ -282,12 +358,18 @@ def _encoded(value: Any, kind: str, root: Path) -> Encoded:
     return read_below(root, path)
 
 
-def read_below(root: Path, name: str) -> Encoded:
-    """The content of a file below a folder, or why it cannot be read; links that lead out of the folder are not followed."""
+def read_below(root: Path, name: str, data: Path | None = None) -> Encoded:
+    """The content of a file below a folder, or why it cannot be read; links that lead out of the data are not followed.
+
+    Args:
+        root: The folder that the name is relative to.
+        name: Of the file.
+        data: The folder with the data, which the file must be in; `root` by default.
+    """
     try:
         check_name("it", name)
         path = (root / name).resolve()
-        if not path.is_relative_to(root.resolve()):
+        if not path.is_relative_to((data or root).resolve()):
             return Encoded(problem=f"names {name[:100]!r}, which is a link that leads out of the data")
         return Encoded(read_file(path, _MAXIMUM_IMAGE, "images"))
     except InputError as error:

@@ -111,12 +111,12 @@ def _part(path: Path, below: str, title: str, options: ReadOptions) -> tuple[Par
         for other in list_files(path / below)
         if other.name not in named and (other.problem or is_image(other.name))
     ]
-    return Part(title, labels, [below + name for name in names], partial(_images, path / below, names)), unread
+    return Part(title, labels, [below + name for name in names], partial(_images, path, path / below, names)), unread
 
 
-def _images(root: Path, names: Sequence[str]) -> Iterator[Encoded]:
+def _images(data: Path, root: Path, names: Sequence[str]) -> Iterator[Encoded]:
     for name in names:
-        encoded = read_below(root, name)
+        encoded = read_below(root, name, data)
         # The row's name says which file it is.
         yield encoded._replace(problem=encoded.problem.removeprefix(f"names {name[:100]!r}, which "))
 

@@ -19,7 +19,7 @@ from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read
 from bdjax.datasets.files import list_level
 from bdjax.datasets.scaling import Size, as_text, check_one_size, count_sizes, scale, scaling_note
 from bdjax.datasets.stacking import FACTS, Stack, fault, refusal, split_of, split_rows
-from bdjax.datasets.validation import ReadOptions, make_dataset
+from bdjax.datasets.validation import MAXIMUM_CLASSES, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
 
@@ -30,7 +30,8 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "category", "fine_label",
 """Columns that are looked for, in this order, in any case of letters."""
 _MOST_NAMED = 20
 _LEVELS = 3
-_MOST_LETTERS = 256
+MOST_LETTERS = 256
+"""Letters that the name of a class has at most."""
 
 
 class Encoded(NamedTuple):
@@ -130,10 +131,22 @@ def choose_column(where: object, names: Sequence[str], wanted: str, usual: Seque
     raise InputError(f"{where}: {missing}; its columns are {there}{more}; {flag}=NAME names one")
 
 
+def class_too_long(where: object, name: str) -> InputError:
+    """The error for the name of a class that is a text of another kind."""
+    return InputError(
+        f"{where}: has a class of {len(name):,} letters ({name[:60]!r} ...); a class has at most {MOST_LETTERS}; "
+        "--label-column=NAME names another column"
+    )
+
+
 def files_without_images(folder: Path, endings: tuple[str, ...]) -> list[str]:
     """The files with an ending in a folder and two levels below it, sorted; none if there is an image beside them, since they
-    then lie in a folder of images."""
-    found, folders = [], [("", folder)]
+    then lie in a folder of images.
+
+    Raises:
+        InputError: Some are below a link that leads out of the folder.
+    """
+    found, folders, outside = [], [("", folder)], ()
     for depth in range(_LEVELS):
         inner = []
         for below, place in folders:
@@ -143,8 +156,14 @@ def files_without_images(folder: Path, endings: tuple[str, ...]) -> list[str]:
                     return []
                 if file.name.lower().endswith(endings) and not file.problem:
                     found.append(below + file.name)
+            leading_out = [
+                entry for entry in into if entry.is_link and not entry.path.resolve().is_relative_to(folder.resolve())
+            ]
+            outside += tuple(f"{below}{entry.name}/" for entry in leading_out)
             inner += [(f"{below}{entry.name}/", entry.path) for entry in into if not entry.name.startswith(".")]
         folders = inner if depth + 1 < _LEVELS else []
+    if outside and (led := [name for name in found if name.startswith(outside)]):
+        raise InputError(f"{folder / led[0]}: is below a link that leads out of the data; name its folder as the data")
     return sorted(found, key=lambda name: name.split("/"))
 
 
@@ -216,10 +235,16 @@ def _read(path: Path, source: Source, options: ReadOptions, also: Sequence[Part]
     # The names of rows are relative to the folder of a source that is a file.
     folder = path if path.is_dir() else path.parent
     decoder = _Decoder(folder, options.image_size)
+    size = next(iter(elsewhere), None)
+    are_several = not options.image_size and len(elsewhere) > 1
     for number, part in enumerate(source.parts):
         for row, encoded in enumerate(part.images()):
             name, label = part.names[row], labels[number][row]
             problem = encoded.problem or ("" if label >= 0 else "has no class")
+            if are_several:  # refused below, once the number of images of each size is known
+                if not problem and (header := _header(encoded)) is not None:
+                    sizes[number][header.size] += 1
+                continue
             try:
                 if problem:
                     raise InputError(f"{decoder.where(name)}: {problem}")
@@ -228,8 +253,10 @@ def _read(path: Path, source: Source, options: ReadOptions, also: Sequence[Part]
                 unreadable.append(Unread(name, str(error).removeprefix(f"{decoder.where(name)}: ")))
                 continue
             sizes[number][picture.header.size] += 1
-            if not options.image_size and len({*elsewhere, *(size for of in sizes for size in of)}) > 1:
-                continue  # refused below, once the number of images of each size is known
+            size = size or picture.header.size
+            are_several = not options.image_size and size != picture.header.size
+            if are_several:
+                continue
             stack.add(picture)
             kept[number].append(row)
             counts[number].update(picture.rules)
@@ -278,7 +305,13 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
     are numbers: the rule of a folder of classes.
     """
     train = source.parts[0]
+    names = {str(label) for label in train.labels if label is not None}
+    if (count := len(source.class_names or names)) > MAXIMUM_CLASSES:
+        raise InputError(f"{path}: has {count:,} classes; a classifier needs 2 to {MAXIMUM_CLASSES:,}")
     if source.class_names:
+        repeated = [name for name, count in Counter(source.class_names).items() if count > 1]
+        if repeated:
+            raise InputError(f"{path}: has two classes of the name {repeated[0][:100]!r}; names must differ")
         for part in source.parts:
             for name, label in zip(part.names, part.labels, strict=True):
                 if label is not None and not 0 <= int(label) < len(source.class_names):
@@ -287,12 +320,8 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
                     )
         numbers = [[-1 if label is None else int(label) for label in part.labels] for part in source.parts]
         return source.class_names, numbers
-    names = {str(label) for label in train.labels if label is not None}
-    if (longest := max(names, key=len, default="")) and len(longest) > _MOST_LETTERS:
-        raise InputError(
-            f"{path}: has a class of {len(longest):,} letters ({longest[:60]!r} ...); a class has at most {_MOST_LETTERS}; "
-            "--label-column=NAME names another column"
-        )
+    if (longest := max(names, key=len, default="")) and len(longest) > MOST_LETTERS:
+        raise class_too_long(path, longest)
     if len(names) < 2:
         raise InputError(f"{path}: has {len(names)} class(es); at least 2 are needed")
     are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)

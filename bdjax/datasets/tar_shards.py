@@ -33,11 +33,21 @@ _PACKED = 0.4
 
 
 class _Sample(NamedTuple):
-    key: str
-    image: str
-    """name of the member"""
+    name: str
+    """of the member with the image, or of the sample if it has none"""
     label: str | None
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] | None
+    problem: str = ""
+    """why there is no image, a predicate"""
+
+
+class _Others(NamedTuple):
+    """What is not read."""
+
+    endings: Counter[str]
+    """members of samples, by ending"""
+    irregular: dict[str, str]
+    """name of a link, a device or the like -> what it is"""
 
 
 def holds(path: Path) -> bool:
@@ -49,26 +59,28 @@ def find(path: Path, options: ReadOptions) -> Source:
     """The samples of an archive, or of a folder of shards, whose names say which are for testing.
 
     Raises:
-        InputError: An archive is damaged, has a pickle, a name that leads out of it, or a sample without an image or a class.
+        InputError: An archive is damaged, has a pickle, a name that leads out of it, or a sample without a class.
     """
     if path.is_file():
         parts, unread, root = [("", [path.name])], [], path.parent
     else:
         (parts, unread), root = by_split(path, _shards(path)), path
-    found, others = [], Counter()
+    found, others = [], _Others(Counter(), {})
     for title, names in parts:
-        samples = [(name, sample) for name in names for sample in _samples(root / name, options, others)]
+        samples = [(name, sample) for name in names for sample in _samples(root / name, name, options, others)]
+        if not found and all(sample.read is None for _, sample in samples):
+            raise InputError(f"{path}: has no samples with images; members such as 0001.jpg and 0001.cls are needed")
         found.append(
             Part(
                 title,
                 [sample.label for _, sample in samples],
-                [f"{name}/{sample.image}" for name, sample in samples],
+                [f"{name}/{sample.name}" for name, sample in samples],
                 partial(_images, [sample for _, sample in samples]),
             )
         )
-    if not found[0].labels:
-        raise InputError(f"{path}: has no samples; members such as 0001.jpg and 0001.cls are needed")
-    unread += [Unread(f"*.{ending}", f"are {count:,} members that are not read") for ending, count in others.items()]
+    unread += [Unread(*entry) for entry in others.irregular.items()]
+    counts = others.endings.items()
+    unread += [Unread(f"*.{ending}", f"are {count:,} members that are not read") for ending, count in counts]
     return Source(tuple(found), (), tuple(unread))
 
 
@@ -82,7 +94,7 @@ def _shards(folder: Path) -> list[str]:
 
 def _images(samples: Sequence[_Sample]) -> Iterator[Encoded]:
     for sample in samples:
-        yield Encoded(sample.read()) if sample.image else Encoded(problem="has no image")
+        yield Encoded(problem=sample.problem) if sample.read is None else Encoded(sample.read())
 
 
 # ---- Members ---------------------------------------------------------------------------------------------------------
@@ -104,26 +116,32 @@ class _Plain:
         return skipped
 
 
-def _samples(path: Path, options: ReadOptions, others: Counter) -> Iterator[_Sample]:
-    """The samples of an archive in order; `others` counts members that are not read by their endings."""
-    key, members = None, {}
-    for name, read in _members(path):
+def _samples(path: Path, shard: str, options: ReadOptions, others: _Others) -> Iterator[_Sample]:
+    """The samples of an archive in order; `others` gets what is not read."""
+    key, members, keys = None, {}, set()
+    for name, read in _members(path, shard, others.irregular):
         _check_member(path, name)
         folder, _, base = name.rpartition("/")
         stem, dot, ending = base.partition(".")
         here = f"{folder}/{stem}" if folder else stem
         if not dot or not stem:
-            others[base if not dot else ending] += 1
+            others.endings[base if not dot else ending] += 1
             continue
         if here != key and members:
-            yield _sample(path, key, members, options, others)
+            yield _sample(path, key, members, options, others.endings)
         if here != key:
+            if here in keys:
+                raise InputError(
+                    f"{path}: has the sample {short(here)} in two places; a sample's members must follow each other, and the "
+                    "names of samples must differ"
+                )
+            keys.add(here)
             key, members = here, {}
         if ending in members:
             raise InputError(f"{path}: has two members {short(name)}; names must differ")
         members[ending] = (name, read)
     if members:
-        yield _sample(path, key, members, options, others)
+        yield _sample(path, key, members, options, others.endings)
 
 
 def _check_member(path: Path, name: str) -> None:
@@ -135,18 +153,20 @@ def _check_member(path: Path, name: str) -> None:
     check_name(path, name)
 
 
-def _members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Name of each file in an archive, and what reads it."""
+def _members(path: Path, shard: str, irregular: dict[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Name of each file in an archive, and what reads it; `irregular` gets what is no file."""
     if path.name.lower().endswith(".tar"):
-        yield from _plain_members(path)
+        yield from _plain_members(path, shard, irregular)
         return
     most = int(_PACKED * free_memory())
     limits = Limits("packed shards", _MAXIMUM_IMAGE, most, _MAXIMUM_MEMBERS, f"at most {_MAXIMUM_MEMBERS:,} are read")
-    for name, content in read_tar_gz(path, limits, lambda name: True).contents.items():
+    found = read_tar_gz(path, limits, lambda name: True)
+    irregular |= {f"{shard}/{name}": problem for name, problem in found.others.items()}
+    for name, content in found.contents.items():
         yield name, partial(bytes, content)
 
 
-def _plain_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+def _plain_members(path: Path, shard: str, irregular: dict[str, str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     with open_file(path, 1 << 62, "") as file:
         stream = _Plain(file)
         try:
@@ -159,6 +179,9 @@ def _plain_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                         raise EOFError("the archive ends within a member")
                     yield member.name, partial(_read_at, path, start, member.size)
                     file.seek(start)
+                elif not member.isreg() and not member.isdir() and not is_residue(member.name):
+                    is_link = member.islnk() or member.issym()
+                    irregular[f"{shard}/{member.name}"] = "is a link" if is_link else "is not a regular file"
                 has_data = member.isreg() or member.type not in tarfile.SUPPORTED_TYPES
                 if has_data:
                     stream.skip(member.size + -member.size % 512)
@@ -187,6 +210,8 @@ def _sample(
 ) -> _Sample:
     where = f"{path}: sample {short(key)}"
     images = [ending for ending in members if f".{ending.rpartition('.')[2].lower()}" in SUFFIXES]
+    if not images and options.image_column.lstrip(".") not in members:  # a README.txt, for instance
+        return _Sample(key, None, None, f"is a sample without an image; it has {_listed(members)}")
     if options.image_column:
         image = options.image_column.lstrip(".")
         if image not in members:
@@ -195,8 +220,6 @@ def _sample(
             )
     elif len(images) > 1:
         raise InputError(f"{where}: has {len(images)} images ({_listed(images)}); --image-column=NAME names one")
-    elif not images:
-        raise InputError(f"{where}: has no image; it has {_listed(members)}")
     else:
         (image,) = images
     label, source = _label(where, members, options)
@@ -204,7 +227,7 @@ def _sample(
         if ending not in (image, source):
             others[ending] += 1
     name, read = members[image]
-    return _Sample(key, name, label, read)
+    return _Sample(name, label, read)
 
 
 def _listed(endings: Sequence[str] | Mapping[str, object]) -> str:

@@ -9,7 +9,7 @@ from bdjax.errors import InputError
 from bdjax.settings import ImageSide, mistake
 from bdjax.types import Dataset
 
-_MAXIMUM_CLASSES = 1_000_000
+MAXIMUM_CLASSES = 1_000_000
 
 
 class ReadOptions(NamedTuple):
@@ -168,8 +168,8 @@ def make_dataset(
     Raises:
         InputError: If the rows are not as described above.
     """
-    if not 2 <= num_classes <= _MAXIMUM_CLASSES:
-        raise InputError(f"{where}: has {num_classes} class(es); a classifier needs 2 to {_MAXIMUM_CLASSES}")
+    if not 2 <= num_classes <= MAXIMUM_CLASSES:
+        raise InputError(f"{where}: has {num_classes} class(es); a classifier needs 2 to {MAXIMUM_CLASSES}")
     if class_names and len(class_names) != num_classes:
         raise InputError(f"{where}: has {len(class_names)} class names for {num_classes} classes")
     images = as_uint8_images(images, where)

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bdjax import atomic
+from bdjax.datasets.forms import FORMS, form_of
 from bdjax.datasets.metadata import LISTS
 from bdjax.datasets.npz import classes_as_arrays
+from bdjax.datasets.stacking import split_of
 from bdjax.errors import InputError
 from bdjax.reporting.audit import names_of
 from bdjax.reporting.sections import most_suspicious
@@ -35,7 +37,7 @@ class Copied(NamedTuple):
     """The result of `copy_files`."""
 
     count: int
-    """number of copied files in cleaned/"""
+    """number of copied files in cleaned/, without the list"""
     left_out: list[dict[str, str]]
     """a "file" and "why" it was not copied, for each file left out"""
     strangers: list[str]
@@ -132,8 +134,10 @@ def write_npz(folder: RunFolder, dataset: Dataset, rows: np.ndarray) -> None:
 
 
 def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_folder: Path) -> Copied:
-    """Copy the files of some rows into cleaned/, with a folder for each class if they are in such folders, otherwise with a
-    list of files and classes, metadata.jsonl.
+    """Copy the files of some rows into cleaned/, with a folder for each class if they are in such folders.
+
+    Otherwise they keep their names, and metadata.jsonl lists files and classes: so it is for rows from such a list, and for
+    classes that are called like a part of the data ("train").
 
     Nothing is overwritten: a file that exists already counts as copied if it has the same content.
 
@@ -147,24 +151,28 @@ def copy_files(folder: RunFolder, dataset: Dataset, rows: np.ndarray, source_fol
         InputError: a file cannot be written.
     """
     root = source_folder.resolve()
+    is_listed = form_of(source_folder) is FORMS["metadata"] or any(map(split_of, dataset.class_names))
     copied, left_out, listed = set(), [], []
     for row in map(int, rows):
         name = dataset.files[row]
         source, why = _source_of(root, name)
         if not why:
             label = dataset.class_names[dataset.labels[row]] if dataset.class_names else ""
-            place = _below_class(PurePosixPath(name), label)
+            place = PurePosixPath(name) if is_listed else _below_class(PurePosixPath(name), label)
             target, why = _copy(folder, source, place)
         if why:
             left_out.append({"file": name, "why": why})
         else:
             copied.add(target)
             listed.append({"file_name": str(place), "label": label})
-    if any(entry["label"] not in PurePosixPath(entry["file_name"]).parts[:-1] for entry in listed):
+    count = len(copied)
+    if (is_listed and listed) or any(
+        entry["label"] not in PurePosixPath(entry["file_name"]).parts[:-1] for entry in listed
+    ):
         copied.add(folder.write_text(f"cleaned/{LIST}", "".join(f"{json.dumps(entry)}\n" for entry in listed)))
     existing = [Path(parent, name) for parent, _, files in os.walk(folder.path / "cleaned") for name in files]
     strangers = sorted(str(path.relative_to(folder.path)) for path in existing if path.resolve() not in copied)
-    return Copied(len(copied), left_out, strangers)
+    return Copied(count, left_out, strangers)
 
 
 def _source_of(root: Path, name: str) -> tuple[Path | None, str]:

@@ -4,13 +4,14 @@ import json
 import pathlib
 import re
 import shutil
+import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdjax.datasets import FORMS, ReadOptions, load, load_suspect, stacking
+from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, records, stacking
 from bdjax.datasets.forms import form_of
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -147,6 +148,47 @@ def test_members_of_other_names(tmp_path):
     assert Unread("*.seg.npy", "are 6 members that are not read") in found.unread
 
 
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_links_and_devices_in_a_tar_are_listed(tmp_path, ending):
+    rows = some_rows(3)
+    file = forms.tar(tmp_path / "set", rows, packed=ending == ".tar.gz") / f"shard-000{ending}"
+    with tarfile.open(file, f"w:{ending.removeprefix('.tar').removeprefix('.')}") as archive:
+        for kind, name in (
+            (tarfile.SYMTYPE, "9.png"),
+            (tarfile.LNKTYPE, "9.cls"),
+            (tarfile.FIFOTYPE, "pipe"),
+            (tarfile.DIRTYPE, "folder"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "ant/00000.png"
+            archive.addfile(member)
+    found = load_suspect(str(tmp_path / "set"))
+    reasons = {"9.cls": "is a link", "9.png": "is a link", "pipe": "is not a regular file"}
+    assert {(f"shard-000{ending}/{name}", reason) for name, reason in reasons.items()} == set(found.unread)
+
+
+def test_a_note_in_a_tar_can_be_left_out(tmp_path):
+    rows = some_rows(6)
+    members = [
+        (f"{number}.{ending}", data)
+        for number, row in enumerate(rows)
+        for ending, data in (("png", row.data), ("cls", row.label.encode()))
+    ]
+    path = str(forms.write_tar(tmp_path / "set.tar", [("README.txt", b"about"), *members]))
+    for column in ("", "png"):
+        options = ReadOptions(skip_unreadable=True, image_column=column)
+        found = load_suspect(path, options=options)
+        assert len(found) == 6 and found.unread[0] == Unread("set.tar/README", "is a sample without an image")
+
+
+def test_too_many_classes_are_refused_before_images_are_read(written, monkeypatch):
+    monkeypatch.setattr(records, "MAXIMUM_CLASSES", 2)
+    monkeypatch.setattr(records, "decode", lambda *_, **__: pytest.fail("an image is read"))
+    for name in ("parquet", "coco"):
+        with pytest.raises(InputError, match="has 3 classes; a classifier needs 2 to 2"):
+            load_suspect(str(written[name]))
+
+
 def test_images_as_paths_beside_a_table(tmp_path):
     rows = some_rows(6)
     forms.folder(tmp_path, rows)
@@ -177,6 +219,17 @@ def test_copies_and_contradictions_are_counted(tmp_path):
     assert "2 with the same bytes as another row, 1 with the bytes of a row of another class" in found.source
 
 
+def test_rows_of_several_sizes_are_counted_without_decoding_them_all(tmp_path, monkeypatch):
+    images = [np.zeros((9 + number, 8, 3), np.uint8) for number in range(40)]
+    path = forms.parquet(tmp_path / "set", forms.rows_of(images, ["ant", "bee"] * 20))
+    decoded = []
+    plain = records.decode
+    monkeypatch.setattr(records, "decode", lambda *args, **options: decoded.append(1) or plain(*args, **options))
+    with pytest.raises(InputError, match="images have 40 sizes"):
+        load_suspect(str(path))
+    assert len(decoded) == 2
+
+
 def test_rows_that_cannot_be_read_are_refused_or_listed(tmp_path):
     rows = some_rows(9)
     rows[4] = rows[4]._replace(data=b"no image")
@@ -203,6 +256,25 @@ def with_labels(values: list, path: pathlib.Path) -> pathlib.Path:
     file = path.with_suffix(".parquet")
     pq.write_table(forms.table(rows).set_column(1, "label", pa.array(values)), file)
     return file
+
+
+def doubled(write, file: pathlib.Path) -> pathlib.Path:
+    made = forms.table(some_rows(6), ["ant", "bee", "cat"])
+    write(made.append_column("label", made["label"]), file)
+    return file
+
+
+def write_arrow(table: pa.Table, file: pathlib.Path) -> None:
+    with pa.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table)
+
+
+def not_utf8(path: pathlib.Path, column: str) -> pathlib.Path:
+    """A table whose text is not UTF-8, as pyarrow itself does not write it."""
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff", b"a"]).buffers())
+    made = pa.table({"image": [b"1", b"2"], "label": ["a", "b"]} | {column: broken})
+    pq.write_table(made, path.with_suffix(".parquet"))
+    return path.with_suffix(".parquet")
 
 
 def edit(path: pathlib.Path, change) -> pathlib.Path:
@@ -244,6 +316,13 @@ BAD = {
         lambda path: with_labels([letter * 300 for letter in "abcdef"], path),
         "a class has at most 256; --label-column=NAME names another column",
     ),
+    "parquet, two classes of a name": (
+        lambda path: (
+            pq.write_table(forms.table(some_rows(6), ["ant", "bee", "cat", "ant"]), path.with_suffix(".parquet"))
+            or path.with_suffix(".parquet")
+        ),
+        "has two classes of the name 'ant'; names must differ",
+    ),
     "parquet, one class": (lambda path: with_labels([3] * 6, path), "has 1 class(es); at least 2 are needed"),
     "parquet, wrong images": (
         lambda path: (
@@ -261,6 +340,22 @@ BAD = {
         ),
         "set.parquet#0 names '../../etc/passwd', which leads out of the data",
     ),
+    "parquet, two columns of a name": (
+        lambda path: doubled(pq.write_table, path.with_suffix(".parquet")),
+        "set.parquet: has two columns 'label'; names must differ",
+    ),
+    "arrow, two columns of a name": (
+        lambda path: doubled(write_arrow, forms.arrow(path, some_rows()) / "data-00000-of-00002.arrow").parent,
+        "data-00000-of-00002.arrow: has two columns 'label'; names must differ",
+    ),
+    "parquet, classes that are no text": (
+        lambda path: not_utf8(path, "label"),
+        "set.parquet: is not an intact parquet file (",
+    ),
+    "parquet, paths that are no text": (
+        lambda path: not_utf8(path, "image"),
+        "set.parquet: is not an intact parquet file (",
+    ),
     "arrow, truncated": (
         lambda path: half(forms.arrow(path, some_rows()) / "data-00001-of-00002.arrow").parent,
         "data-00001-of-00002.arrow: is not an intact Arrow file",
@@ -271,6 +366,22 @@ BAD = {
             and path
         ),
         "names '../x', which leads out of the data",
+    ),
+    "arrow, a file twice": (
+        lambda path: (
+            (forms.arrow(path, some_rows()) / "state.json").write_text(
+                json.dumps({"_data_files": [{"filename": "data-00000-of-00002.arrow"}] * 2})
+            )
+            and path
+        ),
+        "state.json: lists 'data-00000-of-00002.arrow' twice; each name once is needed",
+    ),
+    "arrow, a split twice": (
+        lambda path: (
+            (forms.split_arrow(path, some_rows()) / "dataset_dict.json").write_text('{"splits": ["train", "train"]}')
+            and path
+        ),
+        "dataset_dict.json: lists 'train' twice; each name once is needed",
     ),
     "arrow, no files": (
         lambda path: (forms.arrow(path, some_rows()) / "state.json").write_text("{}") and path,
@@ -285,7 +396,14 @@ BAD = {
         lambda path: tar_of(path, ("1.png", b"x")),
         "sample 1: has no class (.cls, .txt or .json); it has .png;",
     ),
-    "tar, no image": (lambda path: tar_of(path, ("1.cls", b"x")), "sample 1: has no image; it has .cls"),
+    "tar, no image at all": (
+        lambda path: forms.write_tar(path.with_suffix(".tar"), [("0.cls", b"a"), ("1.cls", b"b")]),
+        "set.tar: has no samples with images; members such as 0001.jpg and 0001.cls are needed",
+    ),
+    "tar, no image": (
+        lambda path: tar_of(path, ("1.cls", b"x"), ("2.png", some_rows(2)[1].data), ("2.cls", b"b")),
+        "set.tar/1: is a sample without an image; it has .cls; --skip-unreadable leaves such rows out",
+    ),
     "tar, a pickle": (
         lambda path: tar_of(path, ("1.pyd", b"x")),
         "member 1.pyd is a pickle by its name, and reading",
@@ -298,6 +416,10 @@ BAD = {
     "tar, a label of a wrong type": (
         lambda path: tar_of(path, ("1.png", b"x"), ("1.json", b'{"label": [1]}')),
         "sample 1: 'label' is list; a class is a text or a whole number",
+    ),
+    "tar, a sample twice": (
+        lambda path: tar_of(path, ("1.png", b"x"), ("1.cls", b"b"), ("0.png", b"x"), ("0.cls", b"a")),
+        "has the sample 0 in two places;",
     ),
     "tar, two members of a name": (
         lambda path: tar_of(path, ("0.png", b"x")),
@@ -338,11 +460,31 @@ BAD = {
     ),
     "coco, a box of no size": (
         lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[10, 0, 0, 9])),
-        "entry 1 of annotations has the bbox [10, 0, 0, 9]; it must be [left, top, width, height]",
+        "images/00000.png#101: has the bbox [10, 0, 0, 9]; it must be [left, top, width, height]",
+    ),
+    "coco, two boxes of an id": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(id=100)),
+        "has two annotations with the id 100",
+    ),
+    "coco, an id that is text": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(id="100")),
+        "entry 1 of annotations has no 'id' of the right type",
+    ),
+    "coco, an image that is not there, of a path to the annotations": (
+        lambda path: (
+            (edit(path, lambda content: None) / "images" / "00000.png").unlink(),
+            (path / "annotations").mkdir(),
+            (path / "annotations.json").rename(path / "annotations" / "instances.json"),
+        )[-1],
+        "; ../images/00000.png#101 names '00000.png'",
     ),
     "coco, a box of words": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(bbox=["a"] * 4)),
-        "entry 0 of annotations has a bbox that is not four numbers",
+        "images/00000.png#100: has a bbox that is not four numbers of pixels, at most 1,000,000",
+    ),
+    "coco, a box of a huge number": (
+        lambda path: edit(path, lambda content: content["annotations"][1].update(bbox=[0, 0, 10**400, 9])),
+        "images/00000.png#101: has a bbox that is not four numbers of pixels, at most 1,000,000",
     ),
     "coco, an unknown category": (
         lambda path: edit(path, lambda content: content["annotations"][0].update(category_id=99)),
@@ -392,6 +534,72 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
         load_suspect(str(path))
 
 
+@pytest.mark.parametrize("name", ["coco", "metadata.csv"])
+def test_a_folder_that_is_a_link_out_of_the_data_is_not_followed(tmp_path, name):
+    path = WRITERS[name](tmp_path / "set", some_rows(6))
+    shutil.move(path / "images", tmp_path / "elsewhere")
+    (path / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="is a link that leads out of the data"):
+        load_suspect(str(path))
+    (path / "images").unlink()
+    shutil.move(tmp_path / "elsewhere", path / "photos")
+    (path / "images").symlink_to("photos")
+    assert len(load_suspect(str(path))) == 6
+
+
+def test_a_part_with_a_list_that_is_a_link_out_of_the_data_is_not_followed(tmp_path):
+    forms.metadata_csv(tmp_path / "elsewhere", some_rows(6))
+    forms.metadata_csv(tmp_path / "set" / "test", some_rows(6))
+    (tmp_path / "set" / "train").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="train/images/00000.png is a link that leads out of the data"):
+        load(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("name", ["parquet folder", "tar"])
+def test_shards_below_a_link_out_of_the_data_are_refused(tmp_path, name):
+    shards = WRITERS[name](tmp_path / "set", some_rows(6))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "more").symlink_to(shards)
+    with pytest.raises(InputError, match="/links/more/.*: is below a link that leads out of the data"):
+        load_suspect(str(tmp_path / "links"))
+
+
+def test_odd_boxes_are_rows_that_can_be_left_out(tmp_path):
+    odd = [[10, 0, 0, 9], [-3, 0, 8, 9], ["a"] * 4, [3.1, 0, 0.3, 9], [0, 0, 99, 9]]
+
+    def change(content):
+        for annotation, box in zip(content["annotations"], odd, strict=False):
+            annotation["bbox"] = box
+
+    path = edit(tmp_path / "set", change)
+    annotations = json.loads((path / "annotations.json").read_text())
+    annotations["annotations"] += [annotations["annotations"][5] | {"id": 200, "category_id": 10}]
+    (path / "annotations.json").write_text(json.dumps(annotations))
+    options = ReadOptions(skip_unreadable=True, allow_empty_classes=True)
+    found = load_suspect(str(path), options=options)
+    assert found.files == ("images/00004.png#105", "images/00004.png#200")
+    assert [entry.reason[:16] for entry in found.unread] == [
+        "has the bbox [10",
+        "has the bbox [-3",
+        "has a bbox that ",
+        "has a box of les",
+        "its box from (0,",
+    ]
+
+
+def test_the_folder_of_cocos_images_is_the_one_that_has_them(tmp_path):
+    path = forms.coco(tmp_path / "set", some_rows(6))
+    (path / "annotations").mkdir()
+    (path / "annotations" / "notes.txt").write_text("none")
+    assert load_suspect(str(path)).files[0] == "images/00000.png#100"
+    shutil.move(path / "images", path / "annotations" / "images")
+    edited = json.loads((path / "annotations.json").read_text())
+    for image in edited["images"]:
+        image["file_name"] = f"annotations/images/{image['file_name']}"
+    (path / "annotations.json").write_text(json.dumps(edited))
+    assert load_suspect(str(path)).files[0] == "annotations/images/00000.png#100"
+
+
 def test_without_pyarrow_one_line_says_how_to_get_it(written, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(InputError, match=r"need pyarrow, which is not installed: pip install 'bdjax\[hf\]'"):
@@ -405,3 +613,58 @@ def test_classes_without_rows_are_refused_unless_accepted(tmp_path):
         load_suspect(str(tmp_path / "set.parquet"))
     found = load_suspect(str(tmp_path / "set.parquet"), options=ReadOptions(allow_empty_classes=True))
     assert found.num_classes == 4 and found.labels.max() == 2
+
+
+def test_text_in_a_column_of_the_type_classlabel_is_a_class(tmp_path):
+    made = forms.table(some_rows(6), ["ant", "bee", "cat"])
+    names = pa.array(["ant", "ant", "bee", "bee", "cat", "cat"])
+    pq.write_table(made.set_column(1, "label", names), tmp_path / "set.parquet")
+    assert pq.read_schema(tmp_path / "set.parquet").metadata[b"huggingface"]
+    found = load_suspect(str(tmp_path / "set.parquet"))
+    assert found.class_names == ("ant", "bee", "cat") and found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+# ---- Small files that would be large in memory ----------------------------------------------------------------------
+
+
+def largest_batch(monkeypatch, path: pathlib.Path) -> int:
+    """The most bytes of a batch while a table is read."""
+    sizes = []
+    plain = columns._parquet
+
+    def measured(path, name):
+        table = plain(path, name)
+
+        def batches(columns):
+            for batch in table.batches(columns):
+                sizes.append(batch.get_total_buffer_size())
+                yield batch
+
+        return table._replace(batches=batches)
+
+    monkeypatch.setattr(columns, "_parquet", measured)
+    load_suspect(str(path), options=ReadOptions(skip_unreadable=True))
+    return max(sizes)
+
+
+def test_a_value_that_a_parquet_file_repeats_is_not_repeated_in_memory(tmp_path, monkeypatch):
+    repeated = some_rows(1)[0].data + bytes(400_000)
+    made = pa.table({"image": [repeated] * 60, "label": ["ant", "bee"] * 30})
+    pq.write_table(made, tmp_path / "set.parquet", compression="zstd")
+    assert (tmp_path / "set.parquet").stat().st_size < 10_000
+    monkeypatch.setattr(columns, "_BATCH_BYTES", 1 << 21)
+    assert largest_batch(monkeypatch, tmp_path / "set.parquet") < 1 << 22
+
+
+def test_a_class_of_a_dictionary_is_refused_before_it_is_repeated():
+    words = pa.DictionaryArray.from_arrays(pa.array([0] * 300, pa.int8()), ["ant " * 1000])
+    with pytest.raises(InputError, match="it: has a class of 4,000 letters"):
+        columns._check_letters("it", words)
+
+
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_more_rows_than_memory_has_room_for_are_refused_first(written, monkeypatch, name):
+    monkeypatch.setattr(columns, "free_memory", lambda: 20 * columns._ROW_BYTES)
+    monkeypatch.setattr(columns, "_images", lambda *_: pytest.fail("images are read"))
+    with pytest.raises(InputError, match=r"has 2\d rows or more, whose names and classes take .* use fewer rows"):
+        load_suspect(str(written[name]))

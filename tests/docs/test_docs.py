@@ -23,7 +23,7 @@ import bdjax
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.registry import ATTACKS
 from bdjax.commands import COMMANDS as TABLE
-from bdjax.commands import gate
+from bdjax.commands import audit_data, gate
 from bdjax.commands import grid as grid_command
 from bdjax.datasets import DATASETS, load_suspect
 from bdjax.defenses.registry import DEFENSES
@@ -177,8 +177,12 @@ def words(command: str) -> list[str]:
     return shlex.split(command)
 
 
-COMMANDS = sorted({(command, name_of(page)) for page in PAGES for command in commands(page) if "stripe" not in command})
-"""All but those with the template of plugins, which tests/plugins installs."""
+EXAMPLES = re.compile(r"stripe|--attack=dot$|--defenses=fine_tuning,nad,clip$")
+"""Parts that a page adds: the template of plugins, which tests/plugins installs, and the manual's attack and defense."""
+COMMANDS = sorted(
+    {(command, name_of(page)) for page in PAGES for command in commands(page) if not EXAMPLES.search(command)}
+)
+"""All but those with parts that a page adds."""
 
 
 def test_commands_are_found():
@@ -187,6 +191,22 @@ def test_commands_are_found():
         "docs/runs.md",
         "docs/results/vbd.md",
     }
+
+
+@pytest.mark.parametrize(("page", "part"), [("add_an_attack", "dot"), ("add_a_defense", "clip")])
+def test_a_page_that_adds_a_part_tries_it(page, part):
+    (command,) = blocks(DOCS / "manual" / f"{page}.md", "sh")
+    assert EXAMPLES.search(command.strip()) and command.strip().endswith(part)
+    assert f'name="{part}"' in (DOCS / "manual" / f"{page}.md").read_text()
+
+
+def test_the_forms_of_data_are_named_where_an_audit_is_described():
+    texts = [(DOCS / "manual" / "audit_your_data.md").read_text(), (ROOT / "README.md").read_text()]
+    for text in (*texts, audit_data.__doc__, audit_data.EXAMPLE):
+        assert all(
+            form in text for form in (".npz", "parquet", "tar", "COCO", "list" if text == texts[1] else "metadata")
+        )
+    assert all("--copy-files" in text and "cleaned.npz" in text for text in (texts[0], audit_data.__doc__))
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(command for command, _ in COMMANDS), ids=str)
@@ -236,6 +256,11 @@ def check_install(what: list[str]) -> None:
     assert what[0] == "-e" and len(what) == 2
     extras = re.fullmatch(r"\.\[([\w,]+)\]", what[1])[1].split(",")
     assert set(extras) <= set(setup_cfg()["options.extras_require"])
+
+
+def test_pyarrow_is_one_that_reads_numpy_2():
+    lines = "\n".join(setup_cfg()["options.extras_require"].values()).splitlines()
+    assert {line for line in lines if line.startswith("pyarrow")} == {"pyarrow >= 17"}
 
 
 def check_pytest(options: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Reports in a real browser: nothing overflows at the width of a phone, a tablet, a screen or a sheet of paper."""
 
+import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -18,12 +20,31 @@ PAPER = 717  # CSS pixels between the margins of A4
 RUNS = ("ta_kd/cifar10-all-rows", "vbd/cifar10-calibration", "audit_model/digits-unseen-seed")
 
 
-@pytest.fixture(scope="module")
-def page() -> Iterator[browser.Browser]:
+@contextlib.contextmanager
+def looking() -> Iterator[browser.Browser]:
+    """An open browser; the test is skipped without one that starts."""
     if browser.program() is None:
         pytest.skip(f"none of {', '.join(browser.PROGRAMS)} is installed: reports are not looked at")
-    with browser.opened() as opened:
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(browser.opened())
+        except (RuntimeError, OSError) as error:  # Ubuntu's chromium only names a package of snap
+            pytest.skip(f"{browser.program()} does not start ({error}): reports are not looked at")
         yield opened
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[browser.Browser]:
+    with looking() as opened:
+        yield opened
+
+
+def test_a_browser_that_does_not_start_is_as_none(tmp_path, monkeypatch):
+    (tmp_path / "chromium").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "chromium").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(pytest.skip.Exception, match="chromium does not start"), looking():
+        pass
 
 
 def shown(page: browser.Browser, report: Report, place: pathlib.Path) -> browser.Browser:

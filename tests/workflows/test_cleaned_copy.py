@@ -148,6 +148,39 @@ def test_a_cleaned_folder_is_read_by_our_own_loader_and_a_second_run_is_the_same
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
 
 
+def listed(folder, names, labels):
+    """A folder of images with a list."""
+    for row, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels()[row]).save(folder / name)
+    text = "".join(f"{name},{label}\n" for name, label in zip(names, labels, strict=True))
+    (folder / "metadata.csv").write_text("file_name,label\n" + text)
+    return folder
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee"), ("train", "val")])
+def test_listed_files_keep_their_names(tmp_path, classes):
+    labels = [classes[label] for label in LABELS]
+    names = [f"s{row % 3}/{label}/{row // 3}.png" for row, label in enumerate(labels)]
+    folder = listed(tmp_path / "mine", names, labels)
+    rows = datasets.load_suspect(str(folder))
+    cleaned = write(tmp_path / "run", rows, source_folder=folder)
+    assert cleaned == {"kind": "folder", "rows": 9, "copied": 9, "left_out": [], "strangers": []}
+    read = datasets.load_suspect(str(tmp_path / "run/cleaned"))
+    kept = np.setdiff1d(np.arange(ROWS), FLAGGED)
+    assert list(read.files) == [names[row] for row in kept] and read.class_names == classes
+    np.testing.assert_array_equal(read.images, pixels()[kept])
+
+
+def test_classes_called_like_parts_can_be_read_again(tmp_path, pictures):
+    for old, new in (("ant", "train"), ("bee", "val")):
+        (pictures / "train" / old).rename(pictures / "train" / new)
+    rows = datasets.load_suspect(str(pictures))
+    write(tmp_path / "run", rows, source_folder=pictures)
+    read = datasets.load_suspect(str(tmp_path / "run/cleaned"))
+    assert read.class_names == ("train", "val") and len(read) == 9
+
+
 def test_nothing_is_overwritten_and_strangers_are_named(tmp_path, pictures):
     (tmp_path / "run/cleaned/ant").mkdir(parents=True)
     (tmp_path / "run/cleaned/ant/00.png").write_bytes(b"mine")
