@@ -11,6 +11,7 @@ import sys
 import time
 import types
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -483,6 +484,15 @@ def checkpoints(out: pathlib.Path) -> int:
     return len(list(out.glob("runs/*/checkpoints/*")))
 
 
+def assert_same_to_rounding(found: pathlib.Path, wanted: pathlib.Path) -> None:
+    """Two JSON documents have the same places and texts, and numbers within 1e-5 of each other's."""
+    leaves = [jax.tree_util.tree_flatten_with_path(json.loads(path.read_text())) for path in (found, wanted)]
+    assert leaves[0][1] == leaves[1][1]
+    for (place, value), (_, other) in zip(leaves[0][0], leaves[1][0], strict=True):
+        same = value == other if isinstance(value, str) else value == pytest.approx(other, rel=1e-5)
+        assert same, (jax.tree_util.keystr(place), value, other)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_runs(tmp_path):
@@ -508,7 +518,8 @@ def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_ru
     for job in plan(tmp_path, TINY).jobs:
         single = tmp_path / "single" / job.name
         commands.load(job.experiment.replace("_", "-")).main([*job.arguments, f"--output={single}"])
-        assert (single / "results.json").read_bytes() == (whole / "runs" / job.name / "results.json").read_bytes()
+        # This process has another number of devices than a worker, so sums may be rounded differently.
+        assert_same_to_rounding(single / "results.json", whole / "runs" / job.name / "results.json")
     before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
     assert "2 of 2 are done already" in run_to_its_end(path, killed)
     assert before == {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
