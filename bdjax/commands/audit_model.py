@@ -6,11 +6,9 @@ was found, 0 if nothing was found, 4 if no model could be tested, 2 for input th
 interrupted run, and ends at the same numbers.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from bdjax import datasets
 from bdjax.run import presets
 from bdjax.run.configs.audit_model import Config
 from bdjax.run.experiment import Experiment, read_flags
@@ -18,22 +16,8 @@ from bdjax.run.log import StageLog
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
-    """The configuration that a preset starts from.
-
-    Args:
-        preset: quick or paper.
-        dataset: its name or path.
-
-    Raises:
-        InputError: there is no such preset.
-    """
-    preset, dataset, compute_dtype = presets.choose(preset, dataset, ("quick", "paper"))
-    if preset == "quick":
-        changes = presets.quick("audit_model", dataset)
-    else:
-        changes = {"augmentation": "crop_flip" if datasets.traits(dataset).flips else "crop"}
-    base = Config(dataset=dataset, preset=preset, compute_dtype=compute_dtype)
-    return dataclasses.replace(base, **changes)
+    """The configuration that a preset starts from: see `presets.start_plainly_from`."""
+    return presets.start_plainly_from("audit_model", preset, dataset, Config)
 
 
 EXPERIMENT = Experiment(

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments[0] = f"--verdict={arguments[0]}"
     texts = {"prog": f"{command_line.program('gate')} VERDICT.json", "description": __doc__.splitlines()[0]}
-    config = command_line.parse(GateConfig, {}, arguments, **texts)
+    config = command_line.parse(GateConfig, {}, arguments, about_processes="", **texts)
     if config.verdict is None:
         raise InputError("there is no verdict.json; give its path, such as runs/vbd/photos-quick/evidence/verdict.json")
     check_ranges(config)

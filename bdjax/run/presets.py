@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 
 from bdjax import datasets
-from bdjax.run.config import SuspectConfig
+from bdjax.run.config import ExperimentConfig
 from bdjax.settings import check_choice
 
 Preset = Literal["quick", "paper", "strong"]
 NO_ATTACK = "none"
-Settings = TypeVar("Settings", bound=SuspectConfig)
+Settings = TypeVar("Settings", bound=ExperimentConfig)
 
 
 class Study(NamedTuple):
@@ -329,3 +329,23 @@ def start_from(
     if not is_registered(dataset):
         sized = {**sized, "attacks": NO_ATTACK, "seeds": 1, "defenses": path_defenses}
     return kind(dataset=dataset, preset=preset, **{**always, **sized})
+
+
+def start_plainly_from(workflow: str, preset: str | None, dataset: str | None, kind: type[Settings]) -> Settings:
+    """The configuration that a preset of a run without a strong preset starts from.
+
+    Args:
+        workflow: a key of `QUICK`.
+        preset: quick or paper; the latter is the class's own defaults, with the usual augmentation of the dataset.
+        dataset: as for `choose`.
+        kind: the configuration's class.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    preset, dataset, compute_dtype = choose(preset, dataset, ("quick", "paper"))
+    if preset == "quick":
+        changes = quick(workflow, dataset)
+    else:
+        changes = {"augmentation": "crop_flip" if datasets.traits(dataset).flips else "crop"}
+    return kind(**{"dataset": dataset, "preset": preset, "compute_dtype": compute_dtype, **changes})
