@@ -344,6 +344,24 @@ def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return x
 
 
+def global_max(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The maximum over all pixels; both axes are left with a length of 1. Equal pixels share the gradient: see `larger`.
+
+    Args:
+        x: float, any layout.
+        axes: the axes of rows and columns.
+    """
+    for axis in axes:
+        while (length := x.shape[axis]) > 1:
+            half = length // 2
+            first, second = (lax.slice_in_dim(x, start, start + half, axis=axis) for start in (0, half))
+            parts = [larger(first, second)]
+            if length % 2:
+                parts.append(lax.slice_in_dim(x, length - 1, length, axis=axis))
+            x = lax.concatenate(parts, axis)
+    return x
+
+
 def max_pool_3x3(x: jax.Array, axes: tuple[int, int]) -> jax.Array:
     """3x3 max-pooling with stride 2 and padding 1, as in ImageNet stems. See `max_pool` for the gradient.
 

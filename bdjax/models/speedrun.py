@@ -31,6 +31,7 @@ from bdjax.models.layers import (
     along,
     convolve,
     gelu,
+    global_max,
     layout_of,
     max_pool,
     scale_channels,
@@ -182,7 +183,7 @@ class SpeedrunNet(nn.Module):
             x = last(x, train=train)
             taps.before_relu(f"group{number}", x, last)
             x = taps(block, gelu(x))
-        pooled = jnp.max(x.astype(jnp.float32), layout.spatial_axes, keepdims=True) / 9
+        pooled = global_max(x.astype(jnp.float32), layout.spatial_axes) / 9
         x = taps("stage4", pooled.astype(x.dtype))
         logits = Classifier(self.num_classes, self.lowering, has_bias=False, name="classifier")(x)
         return logits, taps.finish()

@@ -19,6 +19,7 @@ from bdjax.models.layers import (
     convolve_3x3,
     convolve_depthwise,
     default_lowering,
+    global_max,
     larger,
     layout_of,
     max_pool,
@@ -436,9 +437,19 @@ def test_the_larger_takes_the_gradient_and_equals_share_it():
     np.testing.assert_array_equal(for_second, [0, 1, 0.5, 0.5])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 7)], ids=str)
+def test_the_global_maximum_is_that_of_all_pixels_and_so_is_its_gradient(size):
+    x = np.random.default_rng(0).permutation(2 * np.prod(size) * 3).reshape(2, *size, 3).astype(np.float32)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: jnp.sum(global_max(x, (1, 2)))))(x)
+    largest = x.max((1, 2), keepdims=True)
+    np.testing.assert_array_equal(jax.jit(lambda x: global_max(x, (1, 2)))(x), largest)
+    assert value == largest.sum()
+    np.testing.assert_array_equal(gradient, x == largest)
+
+
 def test_no_gradient_of_a_pool_depends_on_how_the_maximum_is_rounded():
     """A compiler that computes a pixel twice may round it differently: then it does not equal the maximum."""
-    for pool in (max_pool, max_pool_3x3):
+    for pool in (max_pool, max_pool_3x3, global_max):
         gradient = jax.grad(lambda x, pool=pool: jnp.sum(pool(x, (1, 2))))
         equations = jax.make_jaxpr(gradient)(jnp.zeros((1, 4, 4, 1))).eqns
         maxima = {e.outvars[0]: e.invars for e in equations if e.primitive.name in ("max", "custom_jvp_call")}
