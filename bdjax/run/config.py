@@ -124,7 +124,35 @@ class EvidenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonConfig(ExperimentConfig):
+class TrainingConfig:
+    """How a run trains the networks that no attack and no defense trains in its own way; see `train_config`."""
+
+    width: Width = 64
+    """channels of the first stage: 64 is the papers' size, other values scale all channels"""
+    epochs: Count = 80
+    """epochs of undefended or clean training, and of training from scratch in defenses without a setting of their own"""
+    batch_size: Count = 128
+    """batch size of every training"""
+    recipe: Recipe = ""
+    """named recipe of this training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
+    optimiser: Optimiser = "adam"
+    """optimiser of this training"""
+    learning_rate: LearningRate = 1e-3
+    """initial learning rate of this training"""
+    schedule: Schedule = "cosine"
+    """learning-rate schedule of this training"""
+    steps: Steps = ()
+    """for schedule steps: pairs of an epoch and the learning rate from it on"""
+    weight_decay: NotNegative = 0.0
+    """L2 penalty, added to the gradient as in PyTorch"""
+    augmentation: Augmentation = "none"
+    """augmentation of training rows, after poisoning"""
+    evaluation_batch_size: Count = 250
+    """batch size of evaluation"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig(TrainingConfig, ExperimentConfig):
     """The settings of every run that compares defenses, on training sets or on models."""
 
     preset: Literal["quick", "paper", "strong"] = "paper"
@@ -138,29 +166,6 @@ class ComparisonConfig(ExperimentConfig):
     second runs on the first one's models: fine_tuning+nad"""
     study: str = ""
     """a table or figure of the paper to run, in place of --attacks and --defenses"""
-
-    width: Width = 64
-    """channels of the first stage: 64 is the papers' size, other values scale all channels"""
-    epochs: Count = 80
-    """epochs of undefended training, and of training from scratch in defenses without a setting of their own"""
-    batch_size: Count = 128
-    """batch size of every training"""
-    recipe: Recipe = ""
-    """named recipe of undefended training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
-    optimiser: Optimiser = "adam"
-    """optimiser of undefended training"""
-    learning_rate: LearningRate = 1e-3
-    """initial learning rate of undefended training"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule of undefended training"""
-    steps: Steps = ()
-    """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: NotNegative = 0.0
-    """L2 penalty, added to the gradient as in PyTorch"""
-    augmentation: Augmentation = "none"
-    """augmentation of training rows, after poisoning"""
-    evaluation_batch_size: Count = 250
-    """batch size of evaluation"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +427,7 @@ def check_recipe(config: Any, default: Any, prefix: str = "") -> None:
             raise InputError(f"{own} {recipe} sets {flag(prefix + name)} itself; leave it out, or set {own}=")
 
 
-def train_config(config: ComparisonConfig) -> TrainConfig:
+def train_config(config: TrainingConfig) -> TrainConfig:
     """Training settings of this run's undefended networks. Incomplete last batches are dropped: their different shape would
     double the compilation time."""
     plain = TrainConfig(

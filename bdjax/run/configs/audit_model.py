@@ -5,16 +5,14 @@ from typing import Annotated, Literal
 
 from bdjax.defenses.teachers import BATCH_SIZE
 from bdjax.metrics import LEAST_CONTROLS
-from bdjax.run.config import EvidenceConfig, ExperimentConfig
-from bdjax.settings import Count, LearningRate, Members, NotNegative, NumRows, Range, Steps, Width
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Recipe, Schedule
+from bdjax.run.config import EvidenceConfig, ExperimentConfig, TrainingConfig
+from bdjax.settings import Count, Members, NumRows, Range, Width
 
 Controlled = Annotated[int, Range(at_least=LEAST_CONTROLS, limit=1000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ExperimentConfig, EvidenceConfig):
+class Config(TrainingConfig, ExperimentConfig, EvidenceConfig):
     """Every setting of an audit of models; `--preset` and `--dataset` decide the defaults of the others."""
 
     model: tuple[str, ...] = ()
@@ -55,21 +53,3 @@ class Config(ExperimentConfig, EvidenceConfig):
     """channels of surrogates; suspects with known weights set that of their control networks"""
     epochs: Count = 80
     """epochs of the control networks"""
-    batch_size: Count = 128
-    """batch size of their training"""
-    recipe: Recipe = ""
-    """named recipe of their training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
-    optimiser: Optimiser = "adam"
-    """optimiser of their training"""
-    learning_rate: LearningRate = 1e-3
-    """initial learning rate of their training"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule of their training"""
-    steps: Steps = ()
-    """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: NotNegative = 0.0
-    """L2 penalty of their training, added to the gradient as in PyTorch"""
-    augmentation: Augmentation = "none"
-    """augmentation of their training rows"""
-    evaluation_batch_size: Count = 250
-    """batch size of evaluation"""
