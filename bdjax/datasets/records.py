@@ -18,7 +18,7 @@ import numpy as np
 from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read_header, rules_note
 from bdjax.datasets.files import list_level
 from bdjax.datasets.scaling import Size, as_text, check_one_size, count_sizes, scale, scaling_note
-from bdjax.datasets.stacking import FACTS, Stack, fault, refusal, split_of, split_rows
+from bdjax.datasets.stacking import FACTS, Stack, fault, in_order, refusal, split_of, split_rows
 from bdjax.datasets.validation import MAXIMUM_CLASSES, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
@@ -324,8 +324,7 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
         raise class_too_long(path, longest)
     if len(names) < 2:
         raise InputError(f"{path}: has {len(names)} class(es); at least 2 are needed")
-    are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    order = sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
+    order = in_order(names)
     number_of = {name: number for number, name in enumerate(order)}
     for part in source.parts[1:]:
         for name, label in zip(part.names, part.labels, strict=True):

@@ -61,6 +61,12 @@ def test_grey_images_and_classes_that_are_numbers(tmp_path, name):
     assert found.class_names == (("10", "2", "33") if numbered else ("2", "10", "33"))
 
 
+def test_classes_that_are_long_numbers_have_one_order_in_every_form(tmp_path):
+    rows = some_rows(6, (f"1{'0' * 20}", "9"))
+    for name in ("folder", "parquet", "tar", "metadata.csv"):
+        assert load_suspect(str(WRITERS[name](tmp_path / name / "set", rows))).class_names == ("9", f"1{'0' * 20}")
+
+
 def test_what_a_path_holds_decides(written):
     kinds = {"parquet folder": "parquet", "arrow of splits": "arrow", "tar, packed, json": "tar"}
     kinds |= {"metadata.csv": "metadata", "metadata.jsonl": "metadata"}
