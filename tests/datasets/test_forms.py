@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, records, stacking
+from bdjax.datasets import FORMS, ReadOptions, coco, columns, load, load_suspect, records, stacking
 from bdjax.datasets.forms import form_of
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -283,9 +283,9 @@ def not_utf8(path: pathlib.Path, column: str) -> pathlib.Path:
     return path.with_suffix(".parquet")
 
 
-def edit(path: pathlib.Path, change) -> pathlib.Path:
+def edit(path: pathlib.Path, change, count: int = 6) -> pathlib.Path:
     """Change a set of COCO."""
-    forms.coco(path, some_rows(6))
+    forms.coco(path, some_rows(count))
     content = json.loads((path / "annotations.json").read_text())
     change(content)
     (path / "annotations.json").write_text(json.dumps(content))
@@ -604,6 +604,21 @@ def test_the_folder_of_cocos_images_is_the_one_that_has_them(tmp_path):
         image["file_name"] = f"annotations/images/{image['file_name']}"
     (path / "annotations.json").write_text(json.dumps(edited))
     assert load_suspect(str(path)).files[0] == "annotations/images/00000.png#100"
+
+
+def test_an_image_is_decoded_once_in_whatever_order_cocos_annotations_are(tmp_path, monkeypatch):
+    wanted = load_suspect(str(forms.coco(tmp_path / "sorted", some_rows(16))))
+    interleaved = edit(
+        tmp_path / "set", lambda content: content["annotations"].sort(key=lambda entry: entry["id"] % 2), 16
+    )
+    decoded, read = [], []
+    decode, read_below = records.decode, coco.read_below
+    monkeypatch.setattr(records, "decode", lambda *args, **options: decoded.append(1) or decode(*args, **options))
+    monkeypatch.setattr(coco, "read_below", lambda *args: read.append(1) or read_below(*args))
+    found = load_suspect(str(interleaved))
+    assert len(decoded) == len(read) == 8 and found.files == wanted.files
+    np.testing.assert_array_equal(found.images, wanted.images)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
 
 
 def test_without_pyarrow_one_line_says_how_to_get_it(written, monkeypatch):
