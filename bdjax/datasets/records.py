@@ -131,6 +131,21 @@ def choose_column(where: object, names: Sequence[str], wanted: str, usual: Seque
     raise InputError(f"{where}: {missing}; its columns are {there}{more}; {flag}=NAME names one")
 
 
+def class_of(where: str, value: object) -> str | None:
+    """The class that a value of JSON or a text names; None for an empty one.
+
+    Raises:
+        InputError: It is neither a text nor a whole number.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise InputError(
+            f"{where} is {type(value).__name__}; a class is a text or a whole number; --label-column=NAME names another"
+        )
+    return str(value)
+
+
 def class_too_long(where: object, name: str) -> InputError:
     """The error for the name of a class that is a text of another kind."""
     return InputError(

@@ -236,6 +236,15 @@ def test_rows_of_several_sizes_are_counted_without_decoding_them_all(tmp_path, m
     assert len(decoded) == 2
 
 
+@pytest.mark.parametrize("name", ["parquet", "tar", "tar, packed, json", "metadata.csv", "metadata.jsonl"])
+def test_an_empty_text_is_no_class_in_any_form(tmp_path, name):
+    rows = some_rows(9)
+    rows[4] = rows[4]._replace(label="")
+    found = load_suspect(str(WRITERS[name](tmp_path / "set", rows)), options=ReadOptions(skip_unreadable=True))
+    assert found.class_names == ("ant", "bee", "cat") and len(found) == 8
+    assert [entry.reason for entry in found.unread if entry.reason.startswith("has ")] == ["has no class"]
+
+
 def test_rows_that_cannot_be_read_are_refused_or_listed(tmp_path):
     rows = some_rows(9)
     rows[4] = rows[4]._replace(data=b"no image")
@@ -453,7 +462,7 @@ BAD = {
     ),
     "metadata, a label of a wrong type": (
         lambda path: listed(path, '{"file_name": "images/00000.png", "label": 0.5}\n', "metadata.jsonl"),
-        "row 1 has float in column 'label'; a class is a text or a whole number",
+        "'label' of row 1 is float; a class is a text or a whole number",
     ),
     "metadata, no JSON": (lambda path: listed(path, '{"file_name": 1\n', "metadata.jsonl"), "line 1 is not JSON"),
     "metadata, no text": (
