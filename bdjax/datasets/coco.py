@@ -7,7 +7,6 @@ Rows are in the order of the images, classes in that of the categories' ids. Box
 listed as not read.
 """
 
-import json
 import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdjax.datasets.columns import read_below
-from bdjax.datasets.files import list_level, open_file, read_file
+from bdjax.datasets.files import list_level, open_file, read_json
 from bdjax.datasets.records import Box, Encoded, Part, Source, by_split
-from bdjax.datasets.validation import ReadOptions, one_line
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
 from bdjax.types import Unread
 
@@ -135,10 +134,7 @@ def _with_images(place: _Annotations, images: Sequence[Any]) -> _Annotations:
 
 
 def _read(file: Path) -> Mapping[str, list[Any]]:
-    try:
-        content = json.loads(read_file(file, _MAXIMUM_JSON, "files of annotations"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not JSON ({one_line(error)[:100]})") from error
+    _, content = read_json(file, _MAXIMUM_JSON, "files of annotations")
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         there = ", ".join(map(repr, list(content)[:20])) if isinstance(content, dict) else type(content).__name__

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bdjax.datasets.files import free_memory, open_file, read_file
+from bdjax.datasets.files import free_memory, open_file, read_file, read_json
 from bdjax.datasets.records import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -218,10 +218,7 @@ def _check_differ(file: Path, names: Sequence[str]) -> None:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(read_file(path, _MAXIMUM_JSON, "descriptions of datasets"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({one_line(error)[:100]})") from error
+    _, value = read_json(path, _MAXIMUM_JSON, "descriptions of datasets")
     if not isinstance(value, dict):
         raise InputError(f"{path}: is not the description of a dataset")
     return value
