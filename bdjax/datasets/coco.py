@@ -52,10 +52,7 @@ def find(path: Path, options: ReadOptions) -> Source:
     Raises:
         InputError: A file is damaged, lacks what COCO's form has, or names what is not there.
     """
-    if path.is_file():
-        parts, unread = [("", _of_file(path))], []
-    else:
-        parts, unread = _of_folder(path)
+    parts, unread = ([("", _of_file(path))], []) if path.is_file() else _of_folder(path)
     found, classes = [], None
     for title, annotations in parts:
         content = _read(annotations.file)
