@@ -123,7 +123,7 @@ def load(
             folder of the same name: write "./mnist" for the folder.
         data_dir: The folder to search first for named sets; then $BDJAX_DATA_DIR and the user's cache are searched.
         download: Whether to download a named set that is not found, into the cache. Its checksum is verified.
-        options: What to tolerate in a folder or an .npz file; its `image_size` applies to every dataset.
+        options: What to tolerate, and the columns of tables; its `image_size` applies to every dataset.
 
     Returns:
         The training and the test rows: images uint8 [N, H, W, C], labels int32 [N].
@@ -158,11 +158,11 @@ def load_suspect(
         options: As for `load`.
 
     Returns:
-        The training part of a set by name, of a folder that has `train`, and of an .npz with `train_images`; of any other
-        folder or .npz all rows, in its order. A `PoisonedDataset` if an .npz says which rows are poisoned.
+        The training part of a set by name, and of data that has one; of other data all rows, in its order. A
+        `PoisonedDataset` if an .npz says which rows are poisoned.
 
     Raises:
-        InputError: As `load`; but a folder may have `train` without a test part, and any number of images per class.
+        InputError: As `load`; but data may have a training part without a test part, and any number of images per class.
     """
     check_options(options)
     published = _load_published(name_or_path, data_dir, download, options)
@@ -194,11 +194,11 @@ def _load_published(
 def _existing_path(name_or_path: str) -> tuple[Path, Form]:
     """The path of a user's own data, and the form that it has."""
     path = Path(name_or_path).expanduser()
+    forms = "; ".join(form.about.replace("`", "") for form in FORMS.values())
     if name_or_path and path.exists():  # "" would be the current folder
         form = form_of(path) if path.is_dir() or path.is_file() else None
         if form is None:
-            kinds = "; ".join(form.about.replace("`", "") for form in FORMS.values())
-            raise InputError(f"{path}: is in no form that is read, which are: {kinds}")
+            raise InputError(f"{path}: is in no form that is read, which are: {forms}")
         return path, form
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"{path}: no such file or folder")
@@ -206,5 +206,5 @@ def _existing_path(name_or_path: str) -> tuple[Path, Form]:
     suggestion = f" (did you mean {close[0]}?)" if close else ""
     raise InputError(
         f"{name_or_path!r}: no such dataset, folder or file{suggestion}; datasets are {', '.join(DATASETS)}, "
-        f"{TFDS_PREFIX}NAME, or the path of a folder of images or of an .npz file"
+        f"{TFDS_PREFIX}NAME, or the path of data in one of these forms: {forms}"
     )

@@ -3,10 +3,10 @@
     photos/annotations.json     or _annotations.coco.json, or annotations/instances_*.json
     photos/images/0001.jpg      below the folder of the annotations, or below images/ or the like beside it
 
-Boxes of a crowd, and images without boxes, are listed as not read. Classes are in the order of the categories' ids.
+Rows are in the order of the images, classes in that of the categories' ids. Boxes of a crowd, and images without boxes, are
+listed as not read.
 """
 
-import json
 import os.path
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bdjax.datasets.columns import read_below
-from bdjax.datasets.files import list_level, open_file, read_file
+from bdjax.datasets.files import list_level, open_file, read_json
 from bdjax.datasets.records import Box, Encoded, Part, Source, by_split
-from bdjax.datasets.validation import ReadOptions, one_line
+from bdjax.datasets.validation import ReadOptions
 from bdjax.errors import InputError
 from bdjax.types import Unread
 
 NAMES = ("_annotations.coco.json", "annotations.json", "instances.json")
 FOLDER, PREFIX = "annotations", "instances_"
 _MAXIMUM_JSON = 1 << 31
-_KEPT = 4
-"""Images whose bytes are kept for further boxes."""
 _MAXIMUM_PIXELS = 1_000_000
 _LOOKED_FOR = 100
 """Images that are looked for to find their folder."""
@@ -54,12 +52,9 @@ def find(path: Path, options: ReadOptions) -> Source:
     Raises:
         InputError: A file is damaged, lacks what COCO's form has, or names what is not there.
     """
-    if path.is_file():
-        parts, unread = [("", [_of_file(path)])], []
-    else:
-        parts, unread = _of_folder(path)
+    parts, unread = ([("", _of_file(path))], []) if path.is_file() else _of_folder(path)
     found, classes = [], None
-    for title, (annotations,) in parts:
+    for title, annotations in parts:
         content = _read(annotations.file)
         annotations = _with_images(annotations, content["images"])
         categories = _categories(annotations.file, content)
@@ -93,7 +88,7 @@ def _looks_right(file: Path) -> bool:
         return False
 
 
-def _of_folder(path: Path) -> tuple[list[tuple[str, list[_Annotations]]], list[Unread]]:
+def _of_folder(path: Path) -> tuple[list[tuple[str, _Annotations]], list[Unread]]:
     files = {_split_name(file, path): file for folder in (path, *_folders(path)) for file in _files(folder)}
     parts, unread = by_split(path, files)
     chosen = []
@@ -104,7 +99,7 @@ def _of_folder(path: Path) -> tuple[list[tuple[str, list[_Annotations]]], list[U
         file = files[names[0]]
         below = file.parent if file.parent.name != FOLDER else file.parent.parent
         inner = below.relative_to(path).as_posix()
-        chosen.append((title, [_Annotations(file, path, below, "" if inner == "." else f"{inner}/")]))
+        chosen.append((title, _Annotations(file, path, below, "" if inner == "." else f"{inner}/")))
     return chosen, unread
 
 
@@ -136,10 +131,7 @@ def _with_images(place: _Annotations, images: Sequence[Any]) -> _Annotations:
 
 
 def _read(file: Path) -> Mapping[str, list[Any]]:
-    try:
-        content = json.loads(read_file(file, _MAXIMUM_JSON, "files of annotations"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not JSON ({one_line(error)[:100]})") from error
+    _, content = read_json(file, _MAXIMUM_JSON, "files of annotations")
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in keys):
         there = ", ".join(map(repr, list(content)[:20])) if isinstance(content, dict) else type(content).__name__
@@ -184,7 +176,8 @@ def _part(
             raise InputError(f"{file}: has two images with the id {key}")
         images[key] = _field(file, "images", number, entry, "file_name", str)
     order = {key: number for number, key in enumerate(categories)}
-    labels, names, boxes, unread, with_boxes, keys = [], [], [], [], set(), set()
+    place_of = {key: number for number, key in enumerate(images)}
+    rows, unread, with_boxes, keys = [], [], set(), set()
     for number, entry in enumerate(content["annotations"]):
         image, category = (
             _field(file, "annotations", number, entry, name, int) for name in ("image_id", "category_id")
@@ -202,11 +195,11 @@ def _part(
             unread.append(Unread(name, "is a box of a crowd"))
             continue
         box = _box(_field(file, "annotations", number, entry, "bbox", list))
-        labels.append(order[category])
-        names.append(name)
-        boxes.append((images[image], box))
-    if not labels:
+        rows.append((place_of[image], order[category], name, (images[image], box)))
+    if not rows:
         raise InputError(f"{file}: has no boxes")
+    # The boxes of an image follow each other, so that it is read and decoded once.
+    _, labels, names, boxes = zip(*sorted(rows, key=lambda row: row[0]), strict=True)
     unread += [
         Unread(place.below + name, "is an image without a box") for key, name in images.items() if key not in with_boxes
     ]
@@ -228,13 +221,11 @@ def _box(values: Sequence[Any]) -> Box | str:
 
 
 def _images(place: _Annotations, boxes: Sequence[tuple[str, Box | str]]) -> Iterator[Encoded]:
-    kept: dict[str, Encoded] = {}
+    last, encoded = None, Encoded()
     for name, box in boxes:
         if isinstance(box, str):
             yield Encoded(problem=box)
             continue
-        if name not in kept:
-            if len(kept) >= _KEPT:
-                kept.pop(next(iter(kept)))
-            kept[name] = read_below(place.root, name, place.data)
-        yield kept[name]._replace(box=box)
+        if name != last:
+            last, encoded = name, read_below(place.root, name, place.data)
+        yield encoded._replace(box=box)

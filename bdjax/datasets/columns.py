@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bdjax.datasets.files import free_memory, open_file, read_file
+from bdjax.datasets.files import free_memory, open_file, read_file, read_json
 from bdjax.datasets.records import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -36,7 +36,6 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 """Files of a dataset on disk."""
 _MAXIMUM_JSON, _MAXIMUM_IMAGE = 1 << 26, 1 << 28
 _ROWS_AT_ONCE, _BUFFER = 256, 1 << 20
-_MAXIMUM_ROWS = 100_000_000
 _BYTES_OF_A_LETTER = 4
 """at most, in UTF-8"""
 _ROW_BYTES = 150
@@ -188,22 +187,21 @@ def _arrow(path: Path, name: str) -> _Table:
     open_file(path, 1 << 62, "").close()
     what = "Arrow file"
 
-    def open_reader() -> Any:
-        source = module.memory_map(str(path))
+    def opened() -> tuple[Any, Iterator[Any]]:
+        """The schema, and the record batches."""
         try:
-            return module.ipc.open_stream(source)
+            reader = module.ipc.open_stream(module.memory_map(str(path)))
+            return reader.schema, reader
         except module.ArrowInvalid:
             reader = module.ipc.open_file(module.memory_map(str(path)))
-            return (reader.get_batch(number) for number in range(reader.num_record_batches)), reader.schema
+            return reader.schema, map(reader.get_batch, range(reader.num_record_batches))
 
     with _intact(path, what):
-        opened = open_reader()
-        schema = opened[1] if isinstance(opened, tuple) else opened.schema
+        schema, _ = opened()
 
     def batches(columns: Sequence[str]) -> Iterator[Any]:
         with _intact(path, what):
-            reader = open_reader()
-            for batch in reader[0] if isinstance(reader, tuple) else reader:
+            for batch in opened()[1]:
                 chosen = batch.select(list(columns))
                 chosen.validate(full=True)  # otherwise a wrong offset in the file would be an address outside of it
                 yield from (chosen.slice(start, _ROWS_AT_ONCE) for start in range(0, len(chosen), _ROWS_AT_ONCE))
@@ -218,10 +216,7 @@ def _check_differ(file: Path, names: Sequence[str]) -> None:
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(read_file(path, _MAXIMUM_JSON, "descriptions of datasets"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({one_line(error)[:100]})") from error
+    _, value = read_json(path, _MAXIMUM_JSON, "descriptions of datasets")
     if not isinstance(value, dict):
         raise InputError(f"{path}: is not the description of a dataset")
     return value
@@ -258,8 +253,6 @@ def _find(
                 _check_letters(where, batch.column(0))
                 # One object for each class, not for each row.
                 labels += [known.setdefault(value, value) for value in batch.column(0).to_pylist()]
-                if len(labels) > _MAXIMUM_ROWS:
-                    raise InputError(f"{where}: has more than {_MAXIMUM_ROWS:,} rows")
             names += [f"{table.name}#{row}" for row in range(len(labels) - before)]
             named.append(_class_names(table.schema, label))
             readers.append(partial(_images, table, image, kind, root))

@@ -4,6 +4,7 @@ Names are decided here once for all readers: what an operating system leaves beh
 everything else that a reader does not read belongs in `Dataset.unread`.
 """
 
+import json
 import os
 import re
 import resource
@@ -11,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
@@ -114,6 +115,23 @@ def read_file(path: str | Path, maximum_bytes: int, what: str) -> bytes:
     if not left:
         raise InputError(f"{path}: grew beyond {maximum_bytes} bytes while it was read")
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_json(path: str | Path, maximum_bytes: int, what: str, *, strict: bool = False) -> tuple[bytes, Any]:
+    """Reads a file of JSON, for its bytes and their value; other arguments and errors are those of `read_file`.
+
+    Args:
+        strict: Whether NaN and infinities, which Python writes and JSON has not, are refused.
+    """
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no number")
+
+    data = read_file(path, maximum_bytes, what)
+    try:
+        return data, json.loads(data, parse_constant=refuse if strict else None)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({one_line(error)[:100]})") from error
 
 
 def open_file(path: str | Path, maximum_bytes: int, what: str) -> BinaryIO:

@@ -19,7 +19,7 @@ import numpy as np
 from bdjax.datasets.decoding import SUFFIXES, ImageHeader, decode, read_header, rules_note
 from bdjax.datasets.files import Listed, list_files, list_level, read_file
 from bdjax.datasets.scaling import Size, check_one_size, count_sizes, scaling_note
-from bdjax.datasets.stacking import FACTS, SPLITS, Stack, fault, refusal, split_of, split_rows
+from bdjax.datasets.stacking import FACTS, SPLITS, Stack, fault, in_order, refusal, split_of, split_rows
 from bdjax.datasets.validation import STRICT, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
@@ -210,8 +210,7 @@ def _classes(
                 f"{folder.path}: contains no images; each sub-folder is a class and needs .png, .jpg, .gif, .tif or other "
                 f"image files{left_out}; --allow-empty-classes accepts it as an empty class"
             )
-    are_numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in classes)
-    return dict(sorted(classes.items(), key=lambda item: (int(item[0]) if are_numbers else 0, item[0])))
+    return {name: classes[name] for name in in_order(classes)}
 
 
 def _check_number(path: Path, classes: dict[str, list[Listed]]) -> None:

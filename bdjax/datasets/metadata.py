@@ -15,7 +15,7 @@ from typing import Any
 from bdjax.datasets.columns import read_below
 from bdjax.datasets.files import list_files, list_level, open_file, read_file
 from bdjax.datasets.image_folder import is_image
-from bdjax.datasets.records import LABEL_COLUMNS, Encoded, Part, Source, by_split, choose_column
+from bdjax.datasets.records import LABEL_COLUMNS, Encoded, Part, Source, by_split, choose_column, class_of
 from bdjax.datasets.stacking import split_of
 from bdjax.datasets.validation import ReadOptions, one_line
 from bdjax.errors import InputError
@@ -104,7 +104,7 @@ def _part(path: Path, below: str, title: str, options: ReadOptions) -> tuple[Par
         if not isinstance(name, str) or not name:
             raise InputError(f"{file}: row {number} has no name of a file in column {image!r}")
         names.append(name)
-        labels.append(_label(file, number, label, row.get(label)))
+        labels.append(class_of(f"{file}: {label!r} of row {number}", row.get(label)))
     named = set(names)
     unread = [
         Unread(below + other.name, other.problem or f"is an image that {file.name} does not name")
@@ -119,17 +119,6 @@ def _images(data: Path, root: Path, names: Sequence[str]) -> Iterator[Encoded]:
         encoded = read_below(root, name, data)
         # The row's name says which file it is.
         yield encoded._replace(problem=encoded.problem.removeprefix(f"names {name[:100]!r}, which "))
-
-
-def _label(file: Path, number: int, column: str, value: Any) -> str | None:
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InputError(
-            f"{file}: row {number} has {type(value).__name__} in column {column!r}; a class is a text or a whole number; "
-            "--label-column=NAME names another"
-        )
-    return str(value)
 
 
 def _decoded(file: Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from bdjax.datasets.decoding import SUFFIXES, ImageHeader, Picture, decode, read_header, rules_note
 from bdjax.datasets.files import list_level
 from bdjax.datasets.scaling import Size, as_text, check_one_size, count_sizes, scale, scaling_note
-from bdjax.datasets.stacking import FACTS, Stack, fault, refusal, split_of, split_rows
+from bdjax.datasets.stacking import FACTS, Stack, fault, in_order, refusal, split_of, split_rows
 from bdjax.datasets.validation import MAXIMUM_CLASSES, ReadOptions, make_dataset
 from bdjax.errors import InputError
 from bdjax.types import Dataset, TrainTest, Unread
@@ -129,6 +129,21 @@ def choose_column(where: object, names: Sequence[str], wanted: str, usual: Seque
         f"has no column {wanted!r} with {what}" if wanted else f"has no column with {what} that is called {usual[0]}"
     )
     raise InputError(f"{where}: {missing}; its columns are {there}{more}; {flag}=NAME names one")
+
+
+def class_of(where: str, value: object) -> str | None:
+    """The class that a value of JSON or a text names; None for an empty one.
+
+    Raises:
+        InputError: It is neither a text nor a whole number.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise InputError(
+            f"{where} is {type(value).__name__}; a class is a text or a whole number; --label-column=NAME names another"
+        )
+    return str(value)
 
 
 def class_too_long(where: object, name: str) -> InputError:
@@ -324,8 +339,7 @@ def _number_classes(path: Path, source: Source, options: ReadOptions) -> tuple[t
         raise class_too_long(path, longest)
     if len(names) < 2:
         raise InputError(f"{path}: has {len(names)} class(es); at least 2 are needed")
-    are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
-    order = sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
+    order = in_order(names)
     number_of = {name: number for number, name in enumerate(order)}
     for part in source.parts[1:]:
         for name, label in zip(part.names, part.labels, strict=True):

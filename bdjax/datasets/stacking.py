@@ -1,7 +1,8 @@
 """Images of one size that are read one by one into one array; and what the readers of a user's own files share beside that."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,12 @@ _SPLIT_OF_NAME = {name: split for split, names in SPLITS.items() for name in nam
 def split_of(name: str) -> str | None:
     """The part that a folder's name stands for: "train", "test", "val", or None."""
     return _SPLIT_OF_NAME.get(name.lower())
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """The names of classes in the order of their labels: as numbers if all are numbers."""
+    are_numbers = all(re.fullmatch(r"-?[0-9]+", name) for name in names)
+    return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
 
 
 def refusal(path: Path, unreadable: Sequence[Unread], noun: str = "files") -> InputError:

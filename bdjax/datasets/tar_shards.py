@@ -17,7 +17,16 @@ from typing import BinaryIO, NamedTuple
 from bdjax.datasets.archives import Limits, read_tar_gz, short, tar_members
 from bdjax.datasets.decoding import SUFFIXES
 from bdjax.datasets.files import free_memory, is_residue, open_file
-from bdjax.datasets.records import LABEL_COLUMNS, Encoded, Part, Source, by_split, check_name, files_without_images
+from bdjax.datasets.records import (
+    LABEL_COLUMNS,
+    Encoded,
+    Part,
+    Source,
+    by_split,
+    check_name,
+    class_of,
+    files_without_images,
+)
 from bdjax.datasets.validation import ReadOptions, one_line
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -241,14 +250,13 @@ def _label(
     wanted = options.label_column.lstrip(".")
     for ending in (wanted,) if wanted else LABELS:
         if ending in members and ending != "json":
-            text = _text(where, *members[ending]).strip()
-            return text or None, ending
+            return class_of(where, _text(where, *members[ending]).strip()), ending
     if "json" in members:
         fields = _fields(where, *members["json"])
         names = (wanted,) if wanted and wanted != "json" else LABEL_COLUMNS
         for name in names:
             if name in fields:
-                return _class_of(where, name, fields[name]), "json"
+                return class_of(f"{where}: {name!r}", fields[name]), "json"
         there = ", ".join(map(repr, list(fields)[:20])) or "none"
         raise InputError(
             f"{where}: has no class under {' or '.join(map(repr, names[:3]))}; its members are {_listed(members)}, and the "
@@ -276,12 +284,3 @@ def _fields(where: str, name: str, read: Callable[[], bytes]) -> Mapping[str, ob
     if not isinstance(value, dict):
         raise InputError(f"{where}: {short(name)} is no JSON object")
     return value
-
-
-def _class_of(where: str, name: str, value: object) -> str | None:
-    """A class as text: a text or a whole number of JSON."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise InputError(f"{where}: {name!r} is {type(value).__name__}; a class is a text or a whole number")
-    return str(value)

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
+from bdjax.datasets import files
 from bdjax.errors import InputError
 from bdjax.exchange import extras
 from bdjax.reporting import plots
@@ -35,6 +36,7 @@ USUAL = ("cda", "asr", "f1")
 """The metrics of tables, where they are known."""
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+_MAXIMUM_BYTES = 1 << 30
 
 
 class Row(NamedTuple):
@@ -105,17 +107,12 @@ def read_json(path: Path) -> tuple[bytes, dict[str, Any]]:
     Raises:
         InputError: it cannot be read, is not JSON, or is not an object.
     """
-
-    def refuse(name: str) -> None:
-        raise ValueError(f"has {name}, which is not JSON")
-
     try:
-        text = path.read_bytes()
-        content = json.loads(text, parse_constant=refuse)
+        text, content = files.read_json(path, _MAXIMUM_BYTES, "results", strict=True)
         if not isinstance(content, dict):
-            raise ValueError("is not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); leave this run out, or run it again") from None
+            raise InputError(f"{path}: is not a JSON object")
+    except InputError as error:
+        raise InputError(f"{error}; leave this run out, or run it again") from None
     return text, content
 
 

@@ -12,6 +12,8 @@ from bdjax.errors import InputError
 from bdjax.testing import ContractError, check_dataset
 from bdjax.types import Dataset, TrainTest
 
+ALL_FORMS = "; ".join(form.about.replace("`", "") for form in FORMS.values())
+
 
 def refused(message: str, *arguments, **keywords) -> None:
     for function in (load, load_suspect):
@@ -146,7 +148,7 @@ def test_prepared_sets_of_tfds_are_reached(folder):
 def test_an_unknown_name_is_answered_with_what_there_is(name, suggestion):
     refused(
         f"{name!r}: no such dataset, folder or file{suggestion}; datasets are {', '.join(DATASETS)}, tfds:NAME, "
-        "or the path of a folder of images or of an .npz file",
+        f"or the path of data in one of these forms: {ALL_FORMS}",
         name,
     )
 
@@ -159,8 +161,7 @@ def test_a_path_that_does_not_exist(folder):
 def test_a_file_of_another_kind(folder):
     path = folder / "set.zip"
     path.write_bytes(b"")
-    forms = "; ".join(form.about.replace("`", "") for form in FORMS.values())
-    refused(f"{path}: is in no form that is read, which are: {forms}", str(path))
+    refused(f"{path}: is in no form that is read, which are: {ALL_FORMS}", str(path))
 
 
 def test_a_data_dir_that_does_not_exist_is_never_passed_over():

@@ -1,9 +1,10 @@
+import math
 import os
 import re
 
 import pytest
 
-from bdjax.datasets.files import Listed, free_memory, is_residue, list_files, list_level, read_file
+from bdjax.datasets.files import Listed, free_memory, is_residue, list_files, list_level, read_file, read_json
 from bdjax.errors import InputError
 
 
@@ -121,6 +122,19 @@ def test_read_file(folder):
             read_file(folder / name, 1, "images")
     with pytest.raises(InputError, match=r"x: has 1 bytes; images have at most 0$"):
         read_file(folder / "x", 0, "images")
+
+
+def test_read_json(folder):
+    file = folder / "x.json"
+    file.write_text('{"a": NaN}')
+    data, value = read_json(file, 99, "files")
+    assert data == b'{"a": NaN}' and math.isnan(value["a"])
+    with pytest.raises(InputError, match=r"x.json: is not JSON \(NaN is no number\)$"):
+        read_json(file, 99, "files", strict=True)
+    for text in (b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000):
+        file.write_bytes(text)
+        with pytest.raises(InputError, match=r"^[^\n]*x.json: is not JSON \([^\n]+\)$"):
+            read_json(file, 1 << 20, "files")
 
 
 def test_the_free_memory_is_known():

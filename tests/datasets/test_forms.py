@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bdjax.datasets import FORMS, ReadOptions, columns, load, load_suspect, records, stacking
+from bdjax.datasets import FORMS, ReadOptions, coco, columns, load, load_suspect, records, stacking
 from bdjax.datasets.forms import form_of
 from bdjax.errors import InputError
 from bdjax.types import Unread
@@ -59,6 +59,12 @@ def test_grey_images_and_classes_that_are_numbers(tmp_path, name):
     # A source that numbers its classes keeps its order.
     numbered = name in ("parquet folder", "arrow", "arrow of splits", "coco")
     assert found.class_names == (("10", "2", "33") if numbered else ("2", "10", "33"))
+
+
+def test_classes_that_are_long_numbers_have_one_order_in_every_form(tmp_path):
+    rows = some_rows(6, (f"1{'0' * 20}", "9"))
+    for name in ("folder", "parquet", "tar", "metadata.csv"):
+        assert load_suspect(str(WRITERS[name](tmp_path / name / "set", rows))).class_names == ("9", f"1{'0' * 20}")
 
 
 def test_what_a_path_holds_decides(written):
@@ -230,6 +236,15 @@ def test_rows_of_several_sizes_are_counted_without_decoding_them_all(tmp_path, m
     assert len(decoded) == 2
 
 
+@pytest.mark.parametrize("name", ["parquet", "tar", "tar, packed, json", "metadata.csv", "metadata.jsonl"])
+def test_an_empty_text_is_no_class_in_any_form(tmp_path, name):
+    rows = some_rows(9)
+    rows[4] = rows[4]._replace(label="")
+    found = load_suspect(str(WRITERS[name](tmp_path / "set", rows)), options=ReadOptions(skip_unreadable=True))
+    assert found.class_names == ("ant", "bee", "cat") and len(found) == 8
+    assert [entry.reason for entry in found.unread if entry.reason.startswith("has ")] == ["has no class"]
+
+
 def test_rows_that_cannot_be_read_are_refused_or_listed(tmp_path):
     rows = some_rows(9)
     rows[4] = rows[4]._replace(data=b"no image")
@@ -277,9 +292,9 @@ def not_utf8(path: pathlib.Path, column: str) -> pathlib.Path:
     return path.with_suffix(".parquet")
 
 
-def edit(path: pathlib.Path, change) -> pathlib.Path:
+def edit(path: pathlib.Path, change, count: int = 6) -> pathlib.Path:
     """Change a set of COCO."""
-    forms.coco(path, some_rows(6))
+    forms.coco(path, some_rows(count))
     content = json.loads((path / "annotations.json").read_text())
     change(content)
     (path / "annotations.json").write_text(json.dumps(content))
@@ -447,7 +462,7 @@ BAD = {
     ),
     "metadata, a label of a wrong type": (
         lambda path: listed(path, '{"file_name": "images/00000.png", "label": 0.5}\n', "metadata.jsonl"),
-        "row 1 has float in column 'label'; a class is a text or a whole number",
+        "'label' of row 1 is float; a class is a text or a whole number",
     ),
     "metadata, no JSON": (lambda path: listed(path, '{"file_name": 1\n', "metadata.jsonl"), "line 1 is not JSON"),
     "metadata, no text": (
@@ -598,6 +613,21 @@ def test_the_folder_of_cocos_images_is_the_one_that_has_them(tmp_path):
         image["file_name"] = f"annotations/images/{image['file_name']}"
     (path / "annotations.json").write_text(json.dumps(edited))
     assert load_suspect(str(path)).files[0] == "annotations/images/00000.png#100"
+
+
+def test_an_image_is_decoded_once_in_whatever_order_cocos_annotations_are(tmp_path, monkeypatch):
+    wanted = load_suspect(str(forms.coco(tmp_path / "sorted", some_rows(16))))
+    interleaved = edit(
+        tmp_path / "set", lambda content: content["annotations"].sort(key=lambda entry: entry["id"] % 2), 16
+    )
+    decoded, read = [], []
+    decode, read_below = records.decode, coco.read_below
+    monkeypatch.setattr(records, "decode", lambda *args, **options: decoded.append(1) or decode(*args, **options))
+    monkeypatch.setattr(coco, "read_below", lambda *args: read.append(1) or read_below(*args))
+    found = load_suspect(str(interleaved))
+    assert len(decoded) == len(read) == 8 and found.files == wanted.files
+    np.testing.assert_array_equal(found.images, wanted.images)
+    np.testing.assert_array_equal(found.labels, wanted.labels)
 
 
 def test_without_pyarrow_one_line_says_how_to_get_it(written, monkeypatch):

@@ -1,16 +1,15 @@
 """Compares a verdict.json with limits. A number that is unknown never passes."""
 
-import json
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bdjax.datasets.files import read_file
-from bdjax.datasets.validation import one_line
+from bdjax.datasets.files import read_file, read_json
 from bdjax.errors import InputError
 from bdjax.reporting.evidence.verdict import NAME, VERSION, WORDS, of_subject
-from bdjax.reporting.evidence.writing import SUMS, sha256
+from bdjax.reporting.evidence.writing import SUMS
 from bdjax.run.text import printable
 from bdjax.settings import check_choice
 
@@ -36,23 +35,17 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is no verdict.json of this version, or is not the file that was written.
     """
-    data = read_file(path, _MAXIMUM_BYTES, "files of evidence")
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"{text} is no number")
-
     try:
-        verdict = json.loads(data, parse_constant=refuse)
-        wrong = _mistake(verdict)
-    except (ValueError, RecursionError) as error:
-        wrong = f"is not JSON ({one_line(error)[:100]})"
-    if wrong:
-        raise InputError(f"{path}: {wrong}; a verdict.json that --evidence has written is needed")
+        data, verdict = read_json(path, _MAXIMUM_BYTES, "files of evidence", strict=True)
+        if wrong := _mistake(verdict):
+            raise InputError(f"{path}: {wrong}")
+    except InputError as error:
+        raise InputError(f"{error}; a verdict.json that --evidence has written is needed") from error
     sums = path.parent / SUMS
     if sums.is_file():
         lines = read_file(sums, 1 << 20, "checksums").decode("utf-8", "replace").splitlines()
         of_file = [line.split(maxsplit=1)[0] for line in lines if line.endswith((f"  {path.name}", f" *{path.name}"))]
-        if of_file and of_file != [sha256(path)]:
+        if of_file and of_file != [hashlib.sha256(data).hexdigest()]:
             raise InputError(f"{path}: is not the file that {SUMS} beside it names; it was changed or is damaged")
     return verdict
 
