@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from packageurl import PackageURL
 
+from bdjax.commands import lfd as lfd_command
 from bdjax.errors import InputError
 from bdjax.metrics import DEFINITIONS
 from bdjax.reporting import audit, defenses, students
@@ -18,6 +19,7 @@ from bdjax.reporting.evidence import bom, gate, model_card, sarif, writing
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
 from bdjax.reporting.report import Verdict
+from bdjax.run import clock
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset
 from tests.fixtures import evidence
@@ -138,7 +140,7 @@ def test_rows_without_files_are_logical_locations_only(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes_but_for_the_time(lfd, tmp_path, monkeypatch):
     results, folder = lfd
-    monkeypatch.setenv(writing.EPOCH, "1000000000")
+    monkeypatch.setenv(clock.EPOCH, "1000000000")
     first, second = (write(tmp_path / name, results, lfd_subject(results)) for name in "ab")
     for name in (*evidence.FILES, "SHA256SUMS"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
@@ -146,9 +148,13 @@ def test_the_same_run_gives_the_same_bytes_but_for_the_time(lfd, tmp_path, monke
         ours, other = ((place / name).read_text() for place in (first, folder))
         assert "2001-09-09T01:46:40Z" in ours and ours != other
         assert re.sub(evidence.TIME, "", ours) == re.sub(evidence.TIME, "", other), name
-    monkeypatch.setenv(writing.EPOCH, "yesterday")
-    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH=yesterday is not a number of seconds since 1970"):
-        writing.now()
+
+
+def test_a_time_that_is_none_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(clock.EPOCH, "1700000000000")  # milliseconds
+    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH=1700000000000 is not a number of seconds since 1970"):
+        lfd_command.main(["--evidence", f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [*evidence.FILES])
