@@ -11,11 +11,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from bdjax import datasets
+from bdjax import datasets, extras
 from bdjax.datasets import splits
 from bdjax.errors import InputError
-from bdjax.exchange import extras
-from bdjax.exchange.extras import Export
+from bdjax.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
 from bdjax.run import clock, command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
