@@ -10,8 +10,8 @@ import bdjax
 
 ROOT = pathlib.Path(bdjax.__file__).parent
 ORDER = (
-    *("types", "errors", "atomic", "interruption", "losses", "settings", "metrics", "plugins", "datasets", "triggers"),
-    *("models", "training", "attacks"),
+    *("types", "errors", "extras", "atomic", "interruption", "losses", "settings", "metrics", "plugins", "datasets"),
+    *("triggers", "models", "training", "attacks"),
     *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
     *("testing", "commands", "__main__"),
 )

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from bdjax.datasets.files import free_memory, open_file, read_file, read_json
@@ -30,6 +29,7 @@ from bdjax.datasets.records import (
 )
 from bdjax.datasets.validation import ReadOptions, one_line
 from bdjax.errors import InputError
+from bdjax.extras import pyarrow
 from bdjax.types import Unread
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -100,22 +100,6 @@ def find_arrow(path: Path, options: ReadOptions) -> Source:
     parts, unread = by_split(path, [f"{name}/" for name in splits])
     tables = [(title, [table for name in names for table in _arrow_tables(path, name)]) for title, names in parts]
     return _find(path, path, tables, options, unread)
-
-
-def pyarrow() -> ModuleType:
-    """The library pyarrow.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(
-            "parquet files and datasets of Hugging Face need pyarrow, which is not installed: pip install 'bdjax[hf]'"
-        ) from error
-    return pyarrow
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

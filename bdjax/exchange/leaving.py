@@ -19,7 +19,7 @@ import numpy as np
 from bdjax import atomic
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model, stablehlo
-from bdjax.exchange.extras import Export
+from bdjax.extras import Export
 from bdjax.training import ensemble, processes
 from bdjax.types import Model, PyTree
 

@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from bdjax import extras
 from bdjax.datasets.files import free_memory, read_file
 from bdjax.datasets.scaling import size_hint
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
-from bdjax.exchange import extras
 from bdjax.exchange.outputs import Outputs, check_outputs, convert
 from bdjax.models.normalisation import per_channel
 from bdjax.types import Classifier

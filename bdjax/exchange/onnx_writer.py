@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from bdjax import extras
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
-from bdjax.exchange import extras
 from bdjax.exchange.saved_model import native
 from bdjax.types import Model, PyTree
 

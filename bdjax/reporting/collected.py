@@ -5,7 +5,6 @@ on. A cell without a result is a row, too, which says why.
 """
 
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -18,9 +17,9 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
+from bdjax import extras
 from bdjax.datasets import files
 from bdjax.errors import InputError
-from bdjax.exchange import extras
 from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, mean_and_spread
 from bdjax.run.config import IGNORED
@@ -461,11 +460,10 @@ def to_parquet(rows: Sequence[Row]) -> bytes:
     Raises:
         InputError: pyarrow is not installed.
     """
-    parquet = extras.parquet()
-    arrow = importlib.import_module("pyarrow")
+    arrow = extras.pyarrow()
     kinds = {"seed": arrow.int64(), "value": arrow.float64()}
     schema = arrow.schema([(name, kinds.get(name, arrow.string())) for name in Row._fields])
     columns = [[getattr(row, name) for row in rows] for name in Row._fields]
     buffer = io.BytesIO()
-    parquet.write_table(arrow.table(columns, schema=schema), buffer)
+    arrow.parquet.write_table(arrow.table(columns, schema=schema), buffer)
     return buffer.getvalue()

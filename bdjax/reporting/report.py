@@ -107,6 +107,8 @@ class _Group(NamedTuple):
 
 def render(report: Report) -> str:
     """Returns the report as one self-contained HTML page; the same report gives the same page."""
+    drawn = [report.facts, *(table for section in report.sections for table in section.tables), report.timings]
+    layouts = {id(table): _layout(table) for table in drawn if table}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -117,10 +119,10 @@ def render(report: Report) -> str:
         number_columns=tables.number_columns,
         paragraphs=_paragraphs,
         styles=tables.styles,
-        layout=_layout,
+        layout=lambda table: layouts[id(table)],
     )
     source = importlib.resources.files("bdjax.reporting").joinpath("report.html.j2").read_text("utf-8")
-    sizes = {"widths": TABLE_WIDTHS, "letter": LETTER, "shrunk": _SHRUNK}
+    sizes = {"widths": TABLE_WIDTHS, "letter": LETTER, "shrunk": _SHRUNK, "layouts": " ".join(layouts.values()).split()}
     return environment.from_string(source).render(report=report, words=_first_words(report), **sizes)
 
 

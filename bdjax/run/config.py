@@ -11,13 +11,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from bdjax import datasets
+from bdjax import datasets, extras
 from bdjax.datasets import splits
 from bdjax.errors import InputError
-from bdjax.exchange import extras
-from bdjax.exchange.extras import Export
+from bdjax.extras import Export
 from bdjax.models import MODELS, ComputeDtype, Lowering
-from bdjax.run import command_line
+from bdjax.run import clock, command_line
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
 from bdjax.run.text import printable
@@ -183,13 +182,13 @@ def flag(name: str) -> str:
 
 def check_ranges(config: Any) -> None:
     """Refuse flags whose values cannot be right, whatever the data: out of the range in the field's type, networks that do not
-    exist, and paths that no file can have.
+    exist, paths that no file can have, and evidence whose SOURCE_DATE_EPOCH is no time.
 
     Args:
         config: the settings of any experiment, a dataclass.
 
     Raises:
-        InputError: naming the flag.
+        InputError: naming the flag or the variable.
     """
     for name, wrong in mistakes(config).items():
         raise InputError(f"{flag(name)} {shown(getattr(config, name))} {wrong}")
@@ -205,6 +204,8 @@ def check_ranges(config: Any) -> None:
             raise InputError("--export needs the networks that --no-save-models leaves out; leave out one of the two")
         if "onnx" in config.export:
             extras.onnx()
+    if isinstance(config, EvidenceConfig) and config.evidence:
+        clock.now()
     if isinstance(config, ExperimentConfig):
         if config.tensorboard:
             extras.tensorboard()

@@ -18,8 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bdjax import atomic, interruption
-from bdjax.exchange import extras
+from bdjax import atomic, extras, interruption
 from bdjax.run.grid_file import Partition
 
 RUNS, OUTCOMES, SUBMITTED, LOGS = "runs", "jobs", "submitted", "log"

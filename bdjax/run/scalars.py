@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from bdjax.exchange import extras
+from bdjax import extras
 from bdjax.training import processes
 
 FOLDER = "tensorboard"

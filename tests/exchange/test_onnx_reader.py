@@ -7,9 +7,10 @@ import zipfile
 import numpy as np
 import pytest
 
+from bdjax import extras
 from bdjax.defenses.teachers import ask, from_classifiers
 from bdjax.errors import InputError
-from bdjax.exchange import extras, onnx_reader
+from bdjax.exchange import onnx_reader
 from bdjax.exchange.onnx_reader import read
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -272,6 +273,12 @@ def test_parquet_has_the_same_rows(tmp_path):
     table = parquet.read_table(tmp_path / "rows.parquet")
     assert table.column_names == list(Row._fields)
     assert [Row(**row) for row in table.to_pylist()] == rows
+
+
+def test_parquet_without_the_library_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"^parquet files .* need pyarrow, .*: pip install 'bdjax\[hf\]'$"):
+        collected.to_parquet([])
 
 
 HARD = r"50 % & more_of #1 {~} \ ^ < > ± – × ≤ é 漢 $"

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from packageurl import PackageURL
 
+from bdjax.commands import lfd as lfd_command
 from bdjax.errors import InputError
 from bdjax.metrics import DEFINITIONS
-from bdjax.reporting import audit, defenses, students
+from bdjax.reporting import defenses, students
 from bdjax.reporting import ta_kd as ta_kd_reporting
 from bdjax.reporting.evidence import bom, gate, model_card, sarif, writing
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
 from bdjax.reporting.report import Verdict
+from bdjax.run import clock
 from bdjax.run.folder import RunFolder
 from bdjax.types import Dataset
 from tests.fixtures import evidence
@@ -138,7 +140,7 @@ def test_rows_without_files_are_logical_locations_only(tmp_path):
 
 def test_the_same_run_gives_the_same_bytes_but_for_the_time(lfd, tmp_path, monkeypatch):
     results, folder = lfd
-    monkeypatch.setenv(writing.EPOCH, "1000000000")
+    monkeypatch.setenv(clock.EPOCH, "1000000000")
     first, second = (write(tmp_path / name, results, lfd_subject(results)) for name in "ab")
     for name in (*evidence.FILES, "SHA256SUMS"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
@@ -146,9 +148,13 @@ def test_the_same_run_gives_the_same_bytes_but_for_the_time(lfd, tmp_path, monke
         ours, other = ((place / name).read_text() for place in (first, folder))
         assert "2001-09-09T01:46:40Z" in ours and ours != other
         assert re.sub(evidence.TIME, "", ours) == re.sub(evidence.TIME, "", other), name
-    monkeypatch.setenv(writing.EPOCH, "yesterday")
-    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH=yesterday is not a number of seconds since 1970"):
-        writing.now()
+
+
+def test_a_time_that_is_none_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(clock.EPOCH, "1700000000000")  # milliseconds
+    with pytest.raises(InputError, match="SOURCE_DATE_EPOCH=1700000000000 is not a number of seconds since 1970"):
+        lfd_command.main(["--evidence", f"--output={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", [*evidence.FILES])
@@ -176,19 +182,14 @@ def test_the_schemas_refuse_what_they_should(lfd):
 
 def test_the_name_of_a_class_has_no_meaning_in_the_table_of_the_model_card(lfd):
     verdict = json.loads((lfd[1] / "verdict.json").read_text())
+    card = (lfd[1] / "model_card.md").read_text()
+    assert "**Evidence for: What came out.**" in card and verdicts.STATEMENT in card
     name = "![x](http://evil/a.png) [y](z) `b` *c* __d__ # e | f <img src=g> \\"
     verdict["metrics"] = [verdict["metrics"][0] | {"of": name, "value": None, "why": "![why](z)"}]
     (line,) = [line for line in model_card.build(verdict).splitlines() if "evil" in line]
     assert not re.search(r"(?<!\\)[`*_#]|(?<!\\)!?\[|(?<!\\)\]|<", line)
     assert len(re.findall(r"(?<!\\)\|", line)) == 9, "a name ends no cell"
     assert r"\!\[x\](http" in line and r"\| f &lt;img" in line and r"\!\[why\]" in line
-
-
-def test_text_from_files_has_no_meaning_in_the_model_card(lfd):
-    card = (lfd[1] / "model_card.md").read_text()
-    assert "Evidence for: What came out." in card and "## Limits" in card
-    line = verdicts.STATEMENT
-    assert line in card
 
 
 def test_an_unknown_number_is_the_word_unknown_in_the_bom(tmp_path):
@@ -320,6 +321,75 @@ def test_no_other_method_stands_in_for_one_that_was_left_out(lfd, name):
     assert "the verdict has no asr of what the run is about" in lines[0].text
 
 
+SMALL = {
+    "dataset": "photos",
+    "attacks": [{"attack": name, "title": name.title()} for name in ("badnets", "blended", "sig", "wanet")],
+    "methods": [{"method": "lfd:epochs=3", "title": "LfD"}],
+    "classes": [
+        {"class": 0, "title": "cat", "finding": "trigger", "pattern_success": 0.97, "mask_pixels": 9, "against": []},
+        {"class": 1, "title": "dog", "finding": "weak", "pattern_success": 0.9, "mask_pixels": 40, "against": ["many"]},
+        {"class": 2, "title": "ten", "finding": "none", "pattern_success": None},
+    ],
+    "models": [
+        {
+            "title": "model 1",
+            "outcome": "found",
+            "found": [1],
+            "classes": [
+                {"class": name, "title": title, "norm": 9.0, "success": 0.99, "transfer": 0.1, "p_value": 0.01}
+                for name, title in enumerate(("cat", "dog"))
+            ],
+        },
+        {"title": "model 2", "outcome": "could not be tested", "reason": "no answers", "found": [], "classes": []},
+        {"title": "model 3", "outcome": "nothing found", "reason": "", "found": [], "classes": []},
+    ],
+    "not_tested": [
+        {"title": "VBD", "reason": "too few rows", "classes": {}},
+        {"title": "AC", "reason": "", "classes": {"1 (dog)": "has 3 rows", "2": "has none"}},
+    ],
+}
+
+
+def test_every_finding_has_its_rule_its_level_and_its_place():
+    facts = Facts("lfd", "LfD", "bdjax lfd", {}, RECORD, Verdict("info", "", ""), "2026-01-01T00:00:00Z", {}, {})
+    words = zip(SMALL["attacks"], ("kept", "weakened", "removed", "not measured"), strict=True)
+    verdict = {
+        "tool": {"version": "0.1"},
+        "exit_code": 3,
+        "statement": verdicts.STATEMENT,
+        "verdict": {"word": "kept"},
+        "run": {"settings_sha256": "ab" * 32},
+        "outcomes": [{"attack": of["attack"], "method": "lfd:epochs=3", "word": word} for of, word in words],
+    }
+    log = sarif.build(SMALL, verdict, facts, Subject({}, (Flagged("LfD", ROWS, np.arange(6) == 1, None),)))
+    assert evidence.errors_of_sarif(log) == []
+    (run,) = log["runs"]
+    found = []
+    for result in run["results"]:
+        assert run["tool"]["driver"]["rules"][result["ruleIndex"]]["id"] == result["ruleId"]
+        (place,) = result["locations"][0]["logicalLocations"]
+        found.append((result["ruleId"], result["level"], place["kind"], place["fullyQualifiedName"]))
+    assert found == [
+        ("flagged-row", "warning", "row", "photos/class 1 (dog)/row 1"),
+        ("class-with-pattern", "error", "class", "photos/cat"),
+        ("class-with-pattern", "warning", "class", "photos/dog"),
+        ("model-with-trigger", "error", "class", "model 1/dog"),
+        ("backdoor-remains", "error", "method", "Badnets/LfD"),
+        ("backdoor-remains", "warning", "method", "Blended/LfD"),
+        *[("not-tested", "none", "method", name) for name in ("VBD", "AC", "AC")],
+        ("not-tested", "none", "model", "model 2"),
+    ]
+    assert {rule for rule, *_ in found} == set(sarif.RULES)
+    texts = [result["message"]["text"] for result in run["results"]]
+    assert texts[2].endswith("dog; the evidence is weak: many.") and "Badnets: the backdoor is kept." in texts[4]
+    assert texts[-4:] == [
+        "VBD: too few rows.",
+        "AC: class 1 (dog) has 3 rows.",
+        "AC: class 2 has none.",
+        "model 2: no answers.",
+    ]
+
+
 # ---- The gate -------------------------------------------------------------------------------------------------------
 
 
@@ -432,14 +502,3 @@ def test_a_verdict_that_was_changed_is_refused(lfd, tmp_path):
     (folder / "verdict.json").write_text(text.replace('"seeds": 3', '"seeds": 4', 1) + " ")
     with pytest.raises(InputError, match="is not the file that SHA256SUMS beside it names"):
         gate.read(folder / "verdict.json")
-
-
-def test_every_rule_of_sarif_is_one_that_results_can_have():
-    assert set(sarif.RULES) == {
-        "flagged-row",
-        "class-with-pattern",
-        "model-with-trigger",
-        "backdoor-remains",
-        "not-tested",
-    }
-    assert audit.TRIGGER == "trigger"

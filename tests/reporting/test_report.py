@@ -141,6 +141,16 @@ def test_figures_are_embedded_with_their_size_and_what_is_read_out(tmp_path):
         render(Report("t", Verdict("info", "h"), sections=(Section("s", figures=(Figure(b"GIF89a", "c", ""),)),)))
 
 
+@pytest.mark.parametrize("columns", [2, 40])
+def test_the_style_is_that_of_the_tables_on_the_page(columns):
+    table = Table("Numbers", ("0.953 ± 0.004",) * columns, ())
+    page = Page(render(dataclasses.replace(make_report(), timings=table)))
+    used = {name for table in page.all("table") for name in table["class"].split()}
+    (style,) = page.text["style"]
+    styled = set(re.findall(r"table\.((?:grid|loose)-\w+)", style))
+    assert styled | {"loose-more"} == (used - {"short"}) | {"loose-more"} and ("grid-more" in styled) == (columns == 40)
+
+
 def test_text_from_outside_stays_text():
     harmless, attacked = Page(render(make_report())), Page(render(make_report(EVIL)))
     assert [tag for tag, _ in attacked.elements] == [tag for tag, _ in harmless.elements]

@@ -1,23 +1,20 @@
 """Writes the evidence of a run."""
 
-import datetime
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bdjax.errors import InputError
 from bdjax.exchange.saved_model import ABOUT
 from bdjax.reporting.evidence import bom, model_card, sarif
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.evidence.subject import Facts, Subject
 from bdjax.reporting.report import Verdict
+from bdjax.run.clock import now
 from bdjax.run.folder import RunFolder, to_plain
 
 FOLDER, SUMS = "evidence", "SHA256SUMS"
-EPOCH = "SOURCE_DATE_EPOCH"
 FILES_OF_THE_RUN = ("results.json", "flagged.csv", "kept.csv", "rows.csv", "not_read.csv")
 """What the same run writes to the byte, wherever and whenever; other files have times and places."""
 
@@ -73,21 +70,6 @@ def write(
         folder.write_bytes(f"{FOLDER}/{name}", data)
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items())
     return folder.write_text(f"{FOLDER}/{SUMS}", sums).parent
-
-
-def now() -> str:
-    """The time, or that of SOURCE_DATE_EPOCH, in seconds of UTC.
-
-    Raises:
-        InputError: it is not a number of seconds.
-    """
-    text = os.environ.get(EPOCH, "")
-    try:
-        seconds = int(text) if text else datetime.datetime.now(datetime.UTC).timestamp()
-        time = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
-    except (ValueError, OverflowError, OSError):
-        raise InputError(f"{EPOCH}={text} is not a number of seconds since 1970") from None
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def sha256(path: Path) -> str:

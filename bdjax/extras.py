@@ -1,4 +1,4 @@
-"""Libraries of the extras `onnx` and `grid`, imported when they are needed."""
+"""Libraries of the extras `onnx`, `grid` and `hf`, imported when they are needed."""
 
 import importlib
 from types import ModuleType
@@ -46,13 +46,14 @@ def tensorboard() -> ModuleType:
     return _imported("tensorboardX", "--tensorboard needs", "grid")
 
 
-def parquet() -> ModuleType:
-    """The library `pyarrow.parquet`.
+def pyarrow() -> ModuleType:
+    """The library `pyarrow`, with `pyarrow.parquet`.
 
     Raises:
         InputError: it is not installed.
     """
-    return _imported("pyarrow.parquet", "--format=parquet needs", "grid")
+    _imported("pyarrow.parquet", "parquet files and datasets of Hugging Face need", "hf")
+    return importlib.import_module("pyarrow")
 
 
 def _imported(name: str, needs: str = "ONNX models need", extra: str = "onnx") -> ModuleType:
