@@ -249,6 +249,10 @@ def test_flags_are_refused_in_one_line(tmp_path):
         (["collect", str(tmp_path)], "has no finished run"),
         ([str(tmp_path / "none.toml")], "No such file"),
         (["a.toml", "--executor=slrum"], "did you mean slurm?"),
+        (["a.toml", "--workers=0"], "--workers 0 is not at least 1"),
+        (["a.toml", "--gpus", "-1"], "--gpus (-1,) has the entry -1, which is not at least 0"),
+        (["a.toml", "--output=a\0b"], "--output 'a\\x00b' has a zero byte"),
+        (["collect", str(tmp_path), "--output=a\0b"], "--output 'a\\x00b' has a zero byte"),
     ):
         with pytest.raises(InputError) as error:
             command.main(arguments, quiet())
