@@ -466,6 +466,25 @@ def test_collect_reads_committed_runs_of_several_folders(tmp_path):
         command.main(["collect", folders[1]], quiet())
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metrics", "asr", "cad"], "--metrics 'cad' is not one of cda, asr.*did you mean cda"),
+        (["--metrics=cda", "--format=csv"], "--format=csv has every number"),
+        (["--metrics=cda", "--format=parquet"], "--format=parquet has every number"),
+    ],
+)
+def test_collect_refuses_metrics_that_it_cannot_show(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        command.main(["collect", str(ROOT / "docs" / "results" / "lfd"), f"--output={tmp_path}", *flags], quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_are_no_mistake_in_a_grid_without_results(tmp_path):
+    write_grid(tmp_path)
+    assert command.main(["collect", str(tmp_path), "--metrics=cda"], quiet()) == 0
+
+
 # ---- A whole grid ----------------------------------------------------------------------------------------------------
 
 
