@@ -28,7 +28,7 @@ class Block:
     is set at the top of the file, for all blocks."""
 
     experiments: Names
-    """names of scripts in experiments/: lfd, abm, vbd, robust_kd, attack, ta_kd"""
+    """names of experiments: lfd, abm, vbd, robust_kd, attack, ta_kd"""
     datasets: Names = ("digits",)
     """as --dataset"""
     preset: Preset = "quick"

@@ -340,7 +340,7 @@ def read_config(file: GridFile, number: int, experiment: Experiment, dataset: st
         if name in SET_BY_BLOCK:
             raise file.error(number, f"flags: {name} is set by {SET_BY_BLOCK[name]} of the block", name)
         if name not in kinds:
-            near = nearest(name, kinds) or f"; python experiments/{experiment.name}.py --help lists them"
+            near = nearest(name, kinds) or f"; {command_line.invocation(experiment.name)} --help lists them"
             raise file.error(number, f"flags: {experiment.name} has no flag {shown(name)}{near}", name)
         if isinstance(value, dict):
             raise file.error(number, f"flags: {name} should be a value, not a table", name)

@@ -222,6 +222,7 @@ def test_an_impossible_attack_refuses_its_whole_study(tmp_path, monkeypatch):
         ("fine_tuning:", "fine_tunning:", 4, "did you mean fine_tuning?"),
         ("fine_tuning:epochs", "fine_tuning:epoch", 4, "has no setting 'epoch'"),
         ("epochs = 3", "ephocs = 3", 8, "flags: lfd has no flag 'ephocs'; did you mean epochs?"),
+        ("epochs = 3", "coherence = 3", 8, "flags: lfd has no flag 'coherence'; bdjax lfd --help lists them"),
         ("epochs = 3", "epochs = 0", 8, "--epochs 0 is not at least 1"),
         ('"lenet"', '"lennet"', 7, "did you mean lenet?"),
         ("epochs = 3", 'epochs = 3\ndataset = "mnist"', 9, "flags: dataset is set by datasets of the block"),

@@ -216,7 +216,10 @@ class TestAThirdPartyTeacher:
             ({"attacks": "badnets", "target": 3}, "--teacher sets the suspect; leave out --attacks"),
             ({"teacher": "nowhere"}, "'nowhere' does not exist; a model is FOLDER, FILE.safetensors:ARCHITECTURE"),
             ({"teacher": ""}, "--teacher is empty"),
-            ({"teacher": "a.onnx:nchw"}, "a.onnx:nchw: is a black box, and these methods need its weights"),
+            (
+                {"teacher": "a.onnx:nchw"},
+                "a.onnx:nchw: is a black box, .* Students of black boxes: bdjax ta-kd --teachers",
+            ),
             ({"teacher": "http://127.0.0.1:9/x"}, "9/x: is a black box, and these methods need its weights"),
             ({"target": 3, "defenses": "fkd"}, "lenet width 2 has no features before a ReLU"),
         ],
