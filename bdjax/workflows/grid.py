@@ -119,10 +119,8 @@ def _listed_attacks(config: Any, experiment: Experiment) -> list[str]:
 
 
 def _listed_defenses(config: Any, experiment: Experiment) -> list[str]:
-    listed = split_variants(config.defenses) if not config.study else experiment.studies[config.study].defenses
-    if config.defenses == ALL:
-        return list(DEFENSES)
-    return listed if isinstance(listed, list) else split_variants(listed)
+    text = experiment.studies[config.study].defenses if config.study else config.defenses
+    return list(DEFENSES) if text == ALL else split_variants(text)
 
 
 def _read_attack(config: Any, text: str, train: Dataset, gets: str = "training set") -> Any:
@@ -163,7 +161,7 @@ KINDS: Mapping[type, Kind] = {
     detection.Config: Kind(
         detection.settle,
         _listed_attacks,
-        lambda config, experiment: [name for name in _listed_defenses(config, experiment) if name != NO_ATTACK],
+        lambda config, experiment: detection.settle(config, experiment)[1],
         _read_attack,
         _try_on_detectors,
         lambda config, text: detection.read_detectors(config, [text]),
