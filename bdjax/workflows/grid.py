@@ -47,6 +47,11 @@ SET_BY_BLOCK = {
     "seed": "seed",
 }
 """Flags that are not in `flags` -> the key of the block that sets them."""
+OF_THE_DATA = (
+    *("dataset", "data_dir", "like", "train_rows", "test_rows", "target"),
+    *("image_size", "image_column", "label_column", "skip_unreadable", "allow_empty_classes"),
+)
+"""The settings that `run_config.load` depends on."""
 MANY = 1000
 """Rows of each class that are enough for any attack."""
 
@@ -225,6 +230,7 @@ def make_plan(
     jobs: dict[str, Job] = {}
     refused: dict[Cell, str] = {}
     most: dict[str, int] = {}
+    sets: dict[tuple[Any, ...], Dataset] = {}
     for number, block in enumerate(file.blocks):
         for name in block.experiments:
             if name not in experiments:
@@ -236,7 +242,9 @@ def make_plan(
                     "experiments",
                 )
             for dataset in block.datasets:
-                found, impossible, of_part = _part(file, number, experiments[name], dataset, limit(block), log, known)
+                found, impossible, of_part = _part(
+                    file, number, experiments[name], dataset, limit(block), log, known, sets
+                )
                 jobs |= {job.name: job for job in found}
                 refused |= impossible
                 most |= of_part
@@ -251,15 +259,19 @@ def _part(
     limit: int | None,
     log: StageLog,
     known: Mapping[str, int],
+    sets: dict[tuple[Any, ...], Dataset],
 ) -> tuple[list[Job], dict[Cell, str], dict[str, int]]:
     """The jobs of one experiment on one dataset, the cells that the dataset does not allow -> why, and its part of
-    `Plan.most`."""
+    `Plan.most`; `sets` gets the training rows, by the values of `OF_THE_DATA`."""
     block = file.blocks[number]
     fields, config = read_config(file, number, experiment, dataset)
     kind = kind_of(config)
     attacks, defenses = names_in(file, number, experiment, config)
-    with _located(file, number, dataset, "datasets"):
-        train = run_config.load(config, log).train
+    settings = tuple(getattr(config, name) for name in OF_THE_DATA)
+    if settings not in sets:
+        with _located(file, number, dataset, "datasets"):
+            sets[settings] = run_config.load(config, log).train
+    train = sets[settings]
     anything = _plenty_of(train)
     for text in attacks:
         if fields.get("attack") != ALL:

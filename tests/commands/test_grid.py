@@ -1,6 +1,7 @@
 """The grid: which cells go into which job, what is refused before any, what a job leaves, and a whole grid on two workers."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from bdjax.commands import lfd
 from bdjax.errors import InputError
 from bdjax.run import grid_file, jobs
 from bdjax.run.log import StageLog
+from bdjax.run.presets import Study
 from bdjax.workflows import grid, grid_run
 from bdjax.workflows.grid import divide
 
@@ -99,6 +101,35 @@ def test_what_shares_an_experiment_and_a_dataset_is_one_job(tmp_path):
     )
     assert "--attacks=badnets:poison_rate=0.2,blended:poison_rate=0.2" in arguments
     assert plan(tmp_path, "# the same\n" + TINY).jobs == found.jobs
+
+
+def test_a_dataset_is_read_once_for_all_blocks_and_experiments(tmp_path, monkeypatch):
+    real, read = grid.run_config.load, []
+    monkeypatch.setattr(grid.run_config, "load", lambda config, log: read.append(config) or real(config, log))
+    other = '[[blocks]]\nexperiments = ["lfd"]\nflags = { target = 1 }\n'
+    assert len(plan(tmp_path, TINY + other).jobs) == 3
+    assert [config.target for config in read] == [0, 1]  # the target is checked with the rows
+
+
+def test_what_a_dataset_is_kept_by_is_all_that_its_reading_depends_on():
+    class Recorded:
+        def __getattr__(self, name):
+            seen.add(name)
+            return getattr(lfd.EXPERIMENT.default(), name)
+
+    seen = set()
+    grid.run_config.load(Recorded(), quiet())
+    assert seen == set(grid.OF_THE_DATA)
+
+
+def test_the_defenses_of_a_study_are_those_of_its_run():
+    study = Study("a table", "none", "all")
+    experiment = lfd.EXPERIMENT._replace(studies={"few": study, "two": study._replace(defenses="abl,none")})
+    for name in experiment.studies:
+        config = dataclasses.replace(lfd.EXPERIMENT.default(), study=name)
+        assert {"none", *grid._listed_defenses(config, experiment)} == set(
+            grid.base.attacks_and_defenses(config, experiment)[1]
+        )
 
 
 def test_more_members_than_allowed_are_several_jobs(tmp_path):
