@@ -70,7 +70,8 @@ def handled() -> Iterator[None]:
             signal.signal(number, handler)
         signal.set_wakeup_fd(previous)
         os.close(writing)  # ends the thread
-        sys.unraisablehook = hook
+        if sys.unraisablehook is silent_hook:  # a later one calls it
+            sys.unraisablehook = hook
         _received = 0
 
 

@@ -1,12 +1,9 @@
 """ABM: keep the attacked network, and subtract the output of a second network that has learnt only the backdoor.
 
-    python experiments/abm.py                                       # digits: BadNets, Blended, SIG, and no attack
-    python experiments/abm.py --dataset=cifar10 --attacks=badnets:poison_rate=0.5 --defenses=nad,abl,abm,abm:gamma=0.6
-    python experiments/abm.py --study=isolation                     # a table or figure of the paper; see --help
-    python experiments/abm.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
-
-Each attack and seed gives one poisoned training set; every defense runs on all of them, and the table lists what each defense
-was given. The same command continues an interrupted run, and ends at the same numbers.
+python experiments/abm.py                                       # digits: BadNets, Blended, SIG, and no attack
+python experiments/abm.py --dataset=cifar10 --attacks=badnets:poison_rate=0.5 --defenses=nad,abl,abm,abm:gamma=0.6
+python experiments/abm.py --study=isolation                     # a table or figure of the paper; see --help
+python experiments/abm.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
 """
 
 from bdjax import commands

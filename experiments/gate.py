@@ -1,9 +1,7 @@
 """Gate: compare the verdict.json of a run with limits, as a step of continuous integration does.
 
-    python experiments/gate.py runs/lfd/digits-quick/evidence/verdict.json --max-asr=0.1 --min-cda=0.9
-    python experiments/gate.py runs/vbd/photos-quick/evidence/verdict.json --require-verdict="nothing found"
-
-The exit status is 0 if every rule passes, 3 if one fails, 4 if one cannot be decided, for an unknown number never passes.
+python experiments/gate.py runs/lfd/digits-quick/evidence/verdict.json --max-asr=0.1 --min-cda=0.9
+python experiments/gate.py runs/vbd/photos-quick/evidence/verdict.json --require-verdict="nothing found"
 """
 
 from bdjax import commands

@@ -1,12 +1,9 @@
 """LfD: train a clean model on a poisoned training set, guided by the losses of a low-capacity network.
 
-    python experiments/lfd.py                                       # digits: BadNets, Blended, SIG, and no attack
-    python experiments/lfd.py --dataset=cifar10 --attacks=badnets_grid --defenses=abl,lfd,lfd:weighting=drop
-    python experiments/lfd.py --study=teachers                      # a figure of the paper; see --help
-    python experiments/lfd.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
-
-Each attack and seed gives one poisoned training set; every defense runs on all of them, and the table lists what each defense
-was given. The same command continues an interrupted run, and ends at the same numbers.
+python experiments/lfd.py                                       # digits: BadNets, Blended, SIG, and no attack
+python experiments/lfd.py --dataset=cifar10 --attacks=badnets_grid --defenses=abl,lfd,lfd:weighting=drop
+python experiments/lfd.py --study=teachers                      # a figure of the paper; see --help
+python experiments/lfd.py --dataset=suspect.npz                 # your own data: which rows are suspicious?
 """
 
 from bdjax import commands

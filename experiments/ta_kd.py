@@ -1,14 +1,10 @@
 """TA-KD: seven backdoored teachers, two votes, the aggregated model and the student (Heydari et al. 2025).
 
-    python experiments/ta_kd.py                                     # digits
-    python experiments/ta_kd.py --dataset=mnist                     # narrower networks and fewer rows than in the paper
-    python experiments/ta_kd.py --dataset=cifar10 --preset=paper    # the paper to the letter: for a GPU
-    python experiments/ta_kd.py --preset=strong                     # the same attack, a better defender
-    python experiments/ta_kd.py --teachers a/ b.safetensors:resnet18_cifar c.onnx   # third-party teachers, no attack
-
-The first takes two to four minutes on two CPU cores. The same command continues an
-interrupted run, and ends at the same numbers. Everything is written to one folder (`--output`, by default in `runs/ta_kd/`);
-open its report.html.
+python experiments/ta_kd.py                                     # digits
+python experiments/ta_kd.py --dataset=mnist                     # narrower networks and fewer rows than in the paper
+python experiments/ta_kd.py --dataset=cifar10 --preset=paper    # the paper to the letter: for a GPU
+python experiments/ta_kd.py --preset=strong                     # the same attack, a better defender
+python experiments/ta_kd.py --teachers a/ b.safetensors:resnet18_cifar c.onnx   # third-party teachers, no attack
 """
 
 from bdjax import commands

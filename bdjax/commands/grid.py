@@ -19,6 +19,7 @@ from typing import Any
 from bdjax import commands, interruption
 from bdjax.errors import InputError
 from bdjax.run import command_line, jobs
+from bdjax.run.config import check_ranges
 from bdjax.run.configs.grid import CollectConfig, GridConfig
 from bdjax.run.experiment import Experiment
 from bdjax.run.lock import lock
@@ -52,12 +53,14 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
         config = command_line.parse(
             CollectConfig, {}, flags, about_processes="", prog=f"{program} collect FOLDER...", description=COLLECT
         )
+        check_ranges(config)
         from bdjax.workflows import grid_run  # takes seconds, which --help need not wait for
 
         return grid_run.collect([pathlib.Path(word) for word in words[1:]], config, (log or StageLog()).console)
     config = command_line.parse(
         GridConfig, {}, flags, about_processes="", prog=f"{program} FILE.toml", description=__doc__
     )
+    check_ranges(config)
     if len(words) != 1:
         raise InputError(
             f"give the grid's TOML file first: {command_line.invocation('grid')} grid.toml; or collect and folders"

@@ -8,7 +8,6 @@ evaluation sees these numbers; no method does.
 import json
 import math
 import pathlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -92,7 +91,8 @@ class StudentCurves:
             point = CurvePoint(epoch, tuple(cda), tuple(asr), tuple(controls))
             self.by_stage.setdefault(stage, {})[epoch] = point
             _write(self.file, self.by_stage)
-            _send(inputs.runner, stage, self.by_stage[stage])
+            if epoch == epochs:
+                _send(inputs.runner, stage, self.by_stage[stage])
 
         return replace(inputs, runner=replace(inputs.runner, watch=watch))
 
@@ -107,10 +107,8 @@ class StudentCurves:
 
 def _send(runner: StageRunner, stage: str, points: dict[int, CurvePoint]) -> None:
     """Pass all points of a stage on to the runner's curves: the mean over the students whose number is known."""
-    if runner.curves is None or runner.folder is None:
-        return
-    with runner.curves(runner.folder / re.sub(r"\W+", "-", f"{stage} measured")) as take:
-        for epoch, point in sorted(points.items()):
+    with runner.curves_of(f"{stage} measured") as take:
+        for epoch, point in sorted(points.items()) if take else ():
             known = {
                 name: [value for value in getattr(point, name) if value is not None]
                 for name in ("cda", "asr", "control_asr")

@@ -270,7 +270,7 @@ def open_teacher(
     if is_black_box(text):
         raise InputError(
             f"{text}: is a black box, and these methods need its weights: FOLDER or FILE.safetensors:ARCHITECTURE. "
-            "Students of black boxes: experiments/ta_kd.py --teachers"
+            "Students of black boxes: bdjax ta-kd --teachers"
         )
     found = open_model(
         text,

@@ -63,7 +63,7 @@ GROUPS = {
         "How it is computed; results differ by rounding only.",
         """
         layout lowering compute_dtype member_group suspects_at_once teacher_batch query_batch probe_seconds members
-        rows rounds seconds_per_turn time_limit compile_limit forms
+        rows rounds seconds_per_turn time_limit compile_limit forms executor workers gpus
         """,
     ),
     "limits": _group(
@@ -75,7 +75,7 @@ GROUPS = {
     "output": _group(
         "What is written, and where.",
         """
-        output save_models save_poisoned export copy_files evidence tensorboard
+        output format metrics plan save_models save_poisoned export copy_files evidence tensorboard
         """,
     ),
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from bdjax.datasets.files import read_file
 from bdjax.errors import InputError
 from bdjax.settings import Amount, Count, Members, NotEmpty, Positive, Range, Seed, kinds_of, mistake, nearest, shown
 
@@ -27,7 +28,7 @@ class Block:
     is set at the top of the file, for all blocks."""
 
     experiments: Names
-    """names of scripts in experiments/: lfd, abm, vbd, robust_kd, attack, ta_kd"""
+    """names of experiments: lfd, abm, vbd, robust_kd, attack, ta_kd"""
     datasets: Names = ("digits",)
     """as --dataset"""
     preset: Preset = "quick"
@@ -130,18 +131,12 @@ def read(path: Path) -> GridFile:
 
 
 def _read_text(path: Path) -> str:
+    data = read_file(path, LONGEST_FILE, "files of grids")
     try:
-        with open(path, "rb") as file:
-            data = file.read(LONGEST_FILE + 1)
-        text = data.decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); give the grid's TOML file") from None
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path} line {line}: is not UTF-8, as TOML files are") from None
-    if len(data) > LONGEST_FILE:
-        raise InputError(f"{path}: has more than {LONGEST_FILE:,} bytes, so it is not the file of a grid")
-    return text
 
 
 def _block(path: Path, text: str, number: int, shared: Mapping[str, Any], table: Mapping[str, Any]) -> Block:

@@ -53,11 +53,20 @@ _CHUNK = 1 << 20
 _LARGEST_JSON = 1 << 26
 
 
+@functools.cache
 def orbax() -> ModuleType:
     """Orbax, imported when it is first used: that takes as long as importing JAX."""
     from orbax.checkpoint import v1
 
+    sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
     return v1
+
+
+def _report(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    # After a failure, threads of TensorStore may end when Orbax has closed the event loop that waited for them.
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        hook(unraisable)
 
 
 def _by_itself() -> contextlib.AbstractContextManager:
@@ -338,6 +347,7 @@ def _check_files(folder: pathlib.Path, hashes: Any, source: pathlib.Path, remedy
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Silence what Orbax and asyncio print beside the exceptions that they raise."""
+    orbax()  # changes the hook
     hook = sys.unraisablehook
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels = [logger.level for logger in loggers]
@@ -348,25 +358,10 @@ def _quietly() -> Iterator[None]:
             warnings.simplefilter("ignore")
             sys.unraisablehook = lambda unraisable: None
             yield
-    except BaseException:
-        hook = _without_late_callbacks(hook)
-        raise
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _without_late_callbacks(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """After a failure, threads of TensorStore may end when Orbax has closed the event loop that waited for them."""
-    is_done = isinstance(hook, functools.partial) and hook.func is _report
-    return hook if is_done else functools.partial(_report, hook)
-
-
-def _report(hook: Callable[[Any], Any], unraisable: Any) -> None:
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-        hook(unraisable)
 
 
 def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result:
@@ -380,7 +375,7 @@ def _read(path: pathlib.Path, read: Callable[[], Result], remedy: str) -> Result
         except Exception as error:
             problem = f"{path}: cannot be read ({_first_line(error)}); {remedy}"
         gc.collect()  # Orbax drops coroutines, whose warnings would be printed later
-        raise InputError(problem)
+    raise InputError(problem)
 
 
 def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> None:
@@ -395,7 +390,7 @@ def _write(path: pathlib.Path, tree: PyTree, complete: Callable[[], None]) -> No
             if failure is None:
                 raise
         gc.collect()
-        raise failure
+    raise failure
 
 
 def _failure_to_write(error: BaseException, path: pathlib.Path) -> OSError | None:

@@ -125,7 +125,7 @@ class StageRunner:
             "epochs": config.epochs,
             **(about or {}),
         }
-        with self._log_stage(name, config.epochs) as stage, self._curves_of(name) as take:
+        with self._log_stage(name, config.epochs) as stage, self.curves_of(name) as take:
             send = _in_order(take)
             stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
 
@@ -162,7 +162,8 @@ class StageRunner:
     def _folder_of(self, name: str) -> pathlib.Path:
         return self.folder / re.sub(r"\W+", "-", name)
 
-    def _curves_of(self, name: str) -> AbstractContextManager:
+    def curves_of(self, name: str) -> AbstractContextManager:
+        """A context with what takes the curves of a stage: see `Curves`; None if they are not wanted."""
         is_wanted = self.curves is not None and self.folder is not None
         return self.curves(self._folder_of(name)) if is_wanted else nullcontext()
 

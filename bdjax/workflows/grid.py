@@ -47,6 +47,11 @@ SET_BY_BLOCK = {
     "seed": "seed",
 }
 """Flags that are not in `flags` -> the key of the block that sets them."""
+OF_THE_DATA = (
+    *("dataset", "data_dir", "like", "train_rows", "test_rows", "target"),
+    *("image_size", "image_column", "label_column", "skip_unreadable", "allow_empty_classes"),
+)
+"""The settings that `run_config.load` depends on."""
 MANY = 1000
 """Rows of each class that are enough for any attack."""
 
@@ -119,10 +124,8 @@ def _listed_attacks(config: Any, experiment: Experiment) -> list[str]:
 
 
 def _listed_defenses(config: Any, experiment: Experiment) -> list[str]:
-    listed = split_variants(config.defenses) if not config.study else experiment.studies[config.study].defenses
-    if config.defenses == ALL:
-        return list(DEFENSES)
-    return listed if isinstance(listed, list) else split_variants(listed)
+    text = experiment.studies[config.study].defenses if config.study else config.defenses
+    return list(DEFENSES) if text == ALL else split_variants(text)
 
 
 def _read_attack(config: Any, text: str, train: Dataset, gets: str = "training set") -> Any:
@@ -163,7 +166,7 @@ KINDS: Mapping[type, Kind] = {
     detection.Config: Kind(
         detection.settle,
         _listed_attacks,
-        lambda config, experiment: [name for name in _listed_defenses(config, experiment) if name != NO_ATTACK],
+        lambda config, experiment: detection.settle(config, experiment)[1],
         _read_attack,
         _try_on_detectors,
         lambda config, text: detection.read_detectors(config, [text]),
@@ -227,6 +230,7 @@ def make_plan(
     jobs: dict[str, Job] = {}
     refused: dict[Cell, str] = {}
     most: dict[str, int] = {}
+    sets: dict[tuple[Any, ...], Dataset] = {}
     for number, block in enumerate(file.blocks):
         for name in block.experiments:
             if name not in experiments:
@@ -238,7 +242,9 @@ def make_plan(
                     "experiments",
                 )
             for dataset in block.datasets:
-                found, impossible, of_part = _part(file, number, experiments[name], dataset, limit(block), log, known)
+                found, impossible, of_part = _part(
+                    file, number, experiments[name], dataset, limit(block), log, known, sets
+                )
                 jobs |= {job.name: job for job in found}
                 refused |= impossible
                 most |= of_part
@@ -253,15 +259,19 @@ def _part(
     limit: int | None,
     log: StageLog,
     known: Mapping[str, int],
+    sets: dict[tuple[Any, ...], Dataset],
 ) -> tuple[list[Job], dict[Cell, str], dict[str, int]]:
     """The jobs of one experiment on one dataset, the cells that the dataset does not allow -> why, and its part of
-    `Plan.most`."""
+    `Plan.most`; `sets` gets the training rows, by the values of `OF_THE_DATA`."""
     block = file.blocks[number]
     fields, config = read_config(file, number, experiment, dataset)
     kind = kind_of(config)
     attacks, defenses = names_in(file, number, experiment, config)
-    with _located(file, number, dataset, "datasets"):
-        train = run_config.load(config, log).train
+    settings = tuple(getattr(config, name) for name in OF_THE_DATA)
+    if settings not in sets:
+        with _located(file, number, dataset, "datasets"):
+            sets[settings] = run_config.load(config, log).train
+    train = sets[settings]
     anything = _plenty_of(train)
     for text in attacks:
         if fields.get("attack") != ALL:
@@ -340,7 +350,7 @@ def read_config(file: GridFile, number: int, experiment: Experiment, dataset: st
         if name in SET_BY_BLOCK:
             raise file.error(number, f"flags: {name} is set by {SET_BY_BLOCK[name]} of the block", name)
         if name not in kinds:
-            near = nearest(name, kinds) or f"; python experiments/{experiment.name}.py --help lists them"
+            near = nearest(name, kinds) or f"; {command_line.invocation(experiment.name)} --help lists them"
             raise file.error(number, f"flags: {experiment.name} has no flag {shown(name)}{near}", name)
         if isinstance(value, dict):
             raise file.error(number, f"flags: {name} should be a value, not a table", name)

@@ -27,7 +27,7 @@ from bdjax.run.grid_file import Block, GridFile, Partition
 from bdjax.run.lock import lock
 from bdjax.run.log import StageLog, format_seconds
 from bdjax.run.text import csv_text, printable
-from bdjax.settings import shown
+from bdjax.settings import check_choice, shown
 from bdjax.training import memory
 from bdjax.workflows import grid
 from bdjax.workflows.grid import Cell, Job, Plan
@@ -320,10 +320,14 @@ def collect(folders: Sequence[pathlib.Path], config: CollectConfig, console: Con
     """Write the rows, or the tables and figures, of all runs below some folders; returns the exit status.
 
     Raises:
-        InputError: there is no run, a file of one is damaged, or a library is missing.
+        InputError: there is no run, a file of one is damaged, no run has a wanted metric, or a library is missing.
     """
     if not folders:
         raise InputError(f"collect needs a folder: {command_line.invocation('grid')} collect runs/grid/NAME")
+    if config.metrics and config.format in ("csv", "parquet"):
+        raise InputError(
+            f"--format={config.format} has every number, so --metrics chooses nothing; leave out one of the two"
+        )
     of_run: dict[pathlib.Path, tuple[int, list[Row]]] = {}
     for number, folder in enumerate(folders):
         for run, of_it in itertools.groupby(read_rows(folder), lambda row: row.run):
@@ -332,6 +336,9 @@ def collect(folders: Sequence[pathlib.Path], config: CollectConfig, console: Con
             if first == number:
                 rows_of_it += of_it
     rows = [row for _, rows_of_it in of_run.values() for row in rows_of_it]
+    known = dict.fromkeys(row.metric for row in rows if row.value is not None)
+    for name in config.metrics if known else ():
+        check_choice("--metrics", name, known)
     output = config.output or folders[0] / COLLECTED
     file = output / FORMATS[config.format]
     written = [file]

@@ -1,6 +1,7 @@
 """The grid: which cells go into which job, what is refused before any, what a job leaves, and a whole grid on two workers."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from bdjax.commands import lfd
 from bdjax.errors import InputError
 from bdjax.run import grid_file, jobs
 from bdjax.run.log import StageLog
+from bdjax.run.presets import Study
 from bdjax.workflows import grid, grid_run
 from bdjax.workflows.grid import divide
 
@@ -99,6 +101,35 @@ def test_what_shares_an_experiment_and_a_dataset_is_one_job(tmp_path):
     )
     assert "--attacks=badnets:poison_rate=0.2,blended:poison_rate=0.2" in arguments
     assert plan(tmp_path, "# the same\n" + TINY).jobs == found.jobs
+
+
+def test_a_dataset_is_read_once_for_all_blocks_and_experiments(tmp_path, monkeypatch):
+    real, read = grid.run_config.load, []
+    monkeypatch.setattr(grid.run_config, "load", lambda config, log: read.append(config) or real(config, log))
+    other = '[[blocks]]\nexperiments = ["lfd"]\nflags = { target = 1 }\n'
+    assert len(plan(tmp_path, TINY + other).jobs) == 3
+    assert [config.target for config in read] == [0, 1]  # the target is checked with the rows
+
+
+def test_what_a_dataset_is_kept_by_is_all_that_its_reading_depends_on():
+    class Recorded:
+        def __getattr__(self, name):
+            seen.add(name)
+            return getattr(lfd.EXPERIMENT.default(), name)
+
+    seen = set()
+    grid.run_config.load(Recorded(), quiet())
+    assert seen == set(grid.OF_THE_DATA)
+
+
+def test_the_defenses_of_a_study_are_those_of_its_run():
+    study = Study("a table", "none", "all")
+    experiment = lfd.EXPERIMENT._replace(studies={"few": study, "two": study._replace(defenses="abl,none")})
+    for name in experiment.studies:
+        config = dataclasses.replace(lfd.EXPERIMENT.default(), study=name)
+        assert {"none", *grid._listed_defenses(config, experiment)} == set(
+            grid.base.attacks_and_defenses(config, experiment)[1]
+        )
 
 
 def test_more_members_than_allowed_are_several_jobs(tmp_path):
@@ -222,6 +253,7 @@ def test_an_impossible_attack_refuses_its_whole_study(tmp_path, monkeypatch):
         ("fine_tuning:", "fine_tunning:", 4, "did you mean fine_tuning?"),
         ("fine_tuning:epochs", "fine_tuning:epoch", 4, "has no setting 'epoch'"),
         ("epochs = 3", "ephocs = 3", 8, "flags: lfd has no flag 'ephocs'; did you mean epochs?"),
+        ("epochs = 3", "coherence = 3", 8, "flags: lfd has no flag 'coherence'; bdjax lfd --help lists them"),
         ("epochs = 3", "epochs = 0", 8, "--epochs 0 is not at least 1"),
         ('"lenet"', '"lennet"', 7, "did you mean lenet?"),
         ("epochs = 3", 'epochs = 3\ndataset = "mnist"', 9, "flags: dataset is set by datasets of the block"),
@@ -249,6 +281,10 @@ def test_flags_are_refused_in_one_line(tmp_path):
         (["collect", str(tmp_path)], "has no finished run"),
         ([str(tmp_path / "none.toml")], "No such file"),
         (["a.toml", "--executor=slrum"], "did you mean slurm?"),
+        (["a.toml", "--workers=0"], "--workers 0 is not at least 1"),
+        (["a.toml", "--gpus", "-1"], "--gpus (-1,) has the entry -1, which is not at least 0"),
+        (["a.toml", "--output=a\0b"], "--output 'a\\x00b' has a zero byte"),
+        (["collect", str(tmp_path), "--output=a\0b"], "--output 'a\\x00b' has a zero byte"),
     ):
         with pytest.raises(InputError) as error:
             command.main(arguments, quiet())
@@ -460,6 +496,25 @@ def test_collect_reads_committed_runs_of_several_folders(tmp_path):
     assert len(list(tmp_path.glob("trade-off-lfd-*.png"))) >= 2
     with pytest.raises(InputError, match="has no finished run with results"):
         command.main(["collect", folders[1]], quiet())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--metrics", "asr", "cad"], "--metrics 'cad' is not one of cda, asr.*did you mean cda"),
+        (["--metrics=cda", "--format=csv"], "--format=csv has every number"),
+        (["--metrics=cda", "--format=parquet"], "--format=parquet has every number"),
+    ],
+)
+def test_collect_refuses_metrics_that_it_cannot_show(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        command.main(["collect", str(ROOT / "docs" / "results" / "lfd"), f"--output={tmp_path}", *flags], quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_metrics_are_no_mistake_in_a_grid_without_results(tmp_path):
+    write_grid(tmp_path)
+    assert command.main(["collect", str(tmp_path), "--metrics=cda"], quiet()) == 0
 
 
 # ---- A whole grid ----------------------------------------------------------------------------------------------------

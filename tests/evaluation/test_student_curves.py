@@ -1,5 +1,7 @@
 import contextlib
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +42,30 @@ def test_a_file_keeps_the_points_and_a_damaged_one_is_refused(tmp_path):
         file.write_text(damaged)
         with pytest.raises(InputError, match="is damaged"):
             student_curves._read(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    runner: StageRunner
+
+
+def test_curves_are_written_once_at_the_end_with_what_an_earlier_process_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(student_curves, "measure", lambda *_: [SimpleNamespace(cda=0.5, asr=None)])
+    monkeypatch.setattr(student_curves, "control", lambda *_: [None])
+    opened, taken = [], []
+
+    @contextlib.contextmanager
+    def curves(stage):
+        opened.append(stage.name)
+        yield lambda epoch, numbers: taken.append(epoch)
+
+    inputs = Inputs(StageRunner(tmp_path, (8, 8, 1), "map", curves=curves))
+    for epochs in ((1, 2), (3, 4)):  # the second process continues
+        of_process = StudentCurves(tmp_path / "fkd.json", None, SimpleNamespace(suspects=()), None)
+        watch = of_process.watching(inputs).runner.watch
+        for epoch in epochs:
+            watch("fkd students", epoch, 4, None, None)
+    assert opened == ["fkd-students-measured"] and taken == [1, 2, 3, 4]
 
 
 def test_points_are_curves_of_their_own_with_the_mean_of_what_is_known(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from bdjax import commands
 from bdjax.commands import COMMANDS, gate
 from bdjax.run import command_line, flag_groups
+from bdjax.run.configs.grid import CollectConfig, GridConfig
 from bdjax.run.experiment import read_flags
 from bdjax.run.flag_groups import GROUPS, OTHER, documentation, grouped
 from bdjax.settings import kinds_of
@@ -15,7 +16,7 @@ from experiments import bench_ensemble
 
 WITH_FLAGS = [name for name in COMMANDS if hasattr(commands.load(name), "EXPERIMENT")]
 CONFIGS = {type(commands.load(name).EXPERIMENT.default()) for name in WITH_FLAGS}
-CONFIGS |= {bench_ensemble.Config, gate.GateConfig}
+CONFIGS |= {bench_ensemble.Config, gate.GateConfig, CollectConfig, GridConfig}
 by_module = pytest.mark.parametrize("config", sorted(CONFIGS, key=str), ids=lambda config: config.__module__)
 
 

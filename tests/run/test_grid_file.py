@@ -6,6 +6,7 @@ import pytest
 
 from bdjax.errors import InputError
 from bdjax.run import grid_file
+from tests.fixtures import archives
 
 GOOD = """\
 seeds = 2   # for all
@@ -90,7 +91,7 @@ def test_a_mistake_has_its_file_and_line(tmp_path, old, new, line, message):
         (b"", "has no [[blocks]]"),
         (b"[blocks]\nexperiments = 1", "has no [[blocks]]"),
         (b"a = " + b"[" * 100_000, "nested too deeply"),
-        (b"#" * (grid_file.LONGEST_FILE + 1), "is not the file of a grid"),
+        (b"#" * (grid_file.LONGEST_FILE + 1), "files of grids have at most 1048576"),
     ],
     ids=["bytes", "empty", "a table", "nested", "long"],
 )
@@ -105,6 +106,11 @@ def test_other_files_are_refused(tmp_path, data, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         grid_file.read(tmp_path / "none.toml")
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path):
+    with pytest.raises(InputError, match="is not a regular file"):
+        grid_file.read(archives.pipe(tmp_path / "a.toml"))
 
 
 def test_lines_of_words():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def row(results: dict[str, Any], attack: str, method: str, seed: int = 0) -> dic
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     place = tmp_path_factory.mktemp("runs") / "robust_kd"
-    run(tiny(place, evidence=True))
+    run(tiny(place, evidence=True, tensorboard=find_spec("tensorboardX") is not None))
     return place
 
 
@@ -127,6 +128,14 @@ class TestARun:
             name: pytest.approx(measured[name]) for name in ("cda", "asr", "control_asr")
         }
         assert (folder / "students-by-epoch.png").exists() and len(list((folder / "curves").glob("*.json"))) == 2
+
+    def test_curves_for_tensorboard(self, folder):
+        pytest.importorskip("tensorboardX")
+        stages, curves = (
+            {path.parent.relative_to(folder / top).as_posix() for path in (folder / top).rglob(name)}
+            for top, name in (("checkpoints", "about.json"), ("tensorboard", "events*"))
+        )
+        assert stages < curves and all(name.endswith("-measured") for name in curves - stages)
 
     def test_a_repeated_run_ends_at_the_same_numbers(self, folder, tmp_path):
         again = tmp_path / "again"
@@ -207,7 +216,10 @@ class TestAThirdPartyTeacher:
             ({"attacks": "badnets", "target": 3}, "--teacher sets the suspect; leave out --attacks"),
             ({"teacher": "nowhere"}, "'nowhere' does not exist; a model is FOLDER, FILE.safetensors:ARCHITECTURE"),
             ({"teacher": ""}, "--teacher is empty"),
-            ({"teacher": "a.onnx:nchw"}, "a.onnx:nchw: is a black box, and these methods need its weights"),
+            (
+                {"teacher": "a.onnx:nchw"},
+                "a.onnx:nchw: is a black box, .* Students of black boxes: bdjax ta-kd --teachers",
+            ),
             ({"teacher": "http://127.0.0.1:9/x"}, "9/x: is a black box, and these methods need its weights"),
             ({"target": 3, "defenses": "fkd"}, "lenet width 2 has no features before a ReLU"),
         ],
