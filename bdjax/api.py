@@ -23,35 +23,33 @@ from bdjax.attacks.label_rules import LabelRule
 from bdjax.attacks.poisoning import trigger_all
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.attacks.victims import make_plan, prepare
+from bdjax.choices import QUERY_BATCH, Aggregation, Augmentation, Direction, Optimiser, Schedule
 from bdjax.datasets import ReadOptions, check_like, load, load_suspect, splits
 from bdjax.datasets.overlap import shared_rows
 from bdjax.datasets.scaling import scaled, size_hint
 from bdjax.datasets.validation import check_options, make_dataset
 from bdjax.defenses import contract
-from bdjax.defenses.aggregation import Aggregation, aggregate_logits
+from bdjax.defenses.aggregation import aggregate_logits
 from bdjax.defenses.chain import LINK
 from bdjax.defenses.contract import Defense, DefenseInput, labelled
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
 from bdjax.defenses.registry import DEFENSES
 from bdjax.defenses.ta_kd import TaKdConfig, make_clean_set, make_learners, train_parts
-from bdjax.defenses.teachers import BATCH_SIZE, ask, from_classifiers, name_of
+from bdjax.defenses.teachers import ask, from_classifiers, name_of
 from bdjax.errors import InputError
 from bdjax.evaluation import control_networks
 from bdjax.evaluation import suspects as suspect_sets
 from bdjax.evaluation import teachers as suspect_models
-from bdjax.evaluation.model_audit import judge
 from bdjax.evaluation.suspects import Suspect
 from bdjax.evaluation.teachers import Recipes, SuspectTeachers
 from bdjax.evaluation.variants import NO_ATTACK, NOT_TESTED, AttackVariant, facts_of, read_defense
-from bdjax.exchange import saved_model, weights
+from bdjax.exchange import corrected_model, saved_model, weights
 from bdjax.exchange.leaving import Export, leave
-from bdjax.losses import Direction
 from bdjax.metrics import LEAST_CONTROLS, clean_accuracy, measure_attack
 from bdjax.models import MODELS, make_model
 from bdjax.settings import changed, check_values
 from bdjax.training import ensemble
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Rows, Schedule, TrainConfig
+from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import (
     Array,
@@ -217,8 +215,9 @@ def load_model(
     if path.is_dir():
         if any(setting is not None for setting in (model, image_shape, num_classes, naming, mean, std)):
             raise InputError(f"{path}: is the folder of a saved model, which needs no other argument; leave them out")
-        found = saved_model.read(path)
-        shape, count = found.about.image_shape, found.about.members
+        reader = corrected_model if corrected_model.is_corrected_model(path) else saved_model
+        found = reader.read(path)
+        shape, count, width = found.about.image_shape, found.about.members, found.about.architecture.width
     else:
         if model is None or image_shape is None:
             raise InputError(f"{path}: load_model needs the architecture and the image shape of a file of weights")
@@ -226,9 +225,9 @@ def load_model(
             raise InputError(f"{path}: give both mean and std, or neither")
         normalisation = None if mean is None else (mean, std)
         found = weights.read(path, model, num_classes, tuple(image_shape), naming, normalisation)
-        shape, count = tuple(image_shape), 1
+        shape, count, width = tuple(image_shape), 1, found.model.architecture.width
     seeds = count if count > 1 else None
-    return Network(found.model, _squeezed(found.variables, seeds), shape, found.model.architecture.width, seeds)
+    return Network(found.model, _squeezed(found.variables, seeds), shape, width, seeds)
 
 
 def save_model(
@@ -239,6 +238,8 @@ def save_model(
 ) -> None:
     """Save a network as model.safetensors and model.json, which `load_model` reads; bit by bit the same.
 
+    Two networks of which one corrects the other, such as ABM's, get a folder each, and the rule is in correction.json.
+
     Args:
         network: from `train`, `defend`, `ta_kd` or `load_model`; several seeds are saved together.
         folder: created if needed.
@@ -246,7 +247,7 @@ def save_model(
         exports: further files for other programs, of a single network: "stablehlo", "onnx" (with the extra `onnx`).
 
     Raises:
-        InputError: the network is not one of `MODELS`, such as a pruned one or two that correct each other.
+        InputError: the network is not one of `MODELS`, such as a pruned one.
     """
     if not isinstance(network, Network):
         raise InputError(f"save_model: the network is a {type(network).__name__}; it must be a trained network")
@@ -755,6 +756,9 @@ def _make_inputs(
     where, is_set = f"defense {defense.name}", isinstance(suspect, Dataset)
     _check_needs(where, needs, suspect, clean)
     network, rows = victim if is_set else suspect, suspect if is_set else clean
+    if rows is None:  # only a defense of a network can do without any
+        empty = np.zeros((0, *network.image_shape), np.uint8)
+        rows = Dataset(empty, np.zeros(0, np.int32), network.model.num_classes, "no rows", "")
     if network is not None:
         _check_fits(network, rows, f"{where}: {'data' if is_set else 'clean'}")
         seeds, width, model = _seeds_with(network, seeds), network.width, network.model
@@ -803,7 +807,7 @@ def _check_needs(where: str, needs: Sequence[str], suspect: Dataset | Network, c
         raise InputError(f"{where} needs the training set, not only a network; defenses of networks are {able}")
     if clean is not None:
         _check_data(clean, f"{where}: clean")
-    elif "clean rows" in needs or isinstance(suspect, Network):
+    elif "clean rows" in needs:
         raise InputError(f"{where} needs clean rows: pass clean=, a Dataset of known clean rows")
     if "number of poisons" in needs and not isinstance(suspect, PoisonedDataset):
         raise InputError(f"{where} needs the number of poisons, which only a PoisonedDataset has")
@@ -825,8 +829,8 @@ class Audited:
     found: tuple[int, ...] | list[tuple[int, ...]]
     """the classes that a trigger was found for"""
     masks: np.ndarray | None = field(repr=False)
-    """float32 [K, H, W, 1] in [0, 1]: the mask of the reversed trigger into each class; None unless all networks were
-    searched"""
+    """float32 [K, H, W, 1] in [0, 1]: the mask of the reversed trigger into each class; NaN for a network that could not be
+    tested, None if none could"""
     patterns: np.ndarray | None = field(repr=False)
     """float32 [K, H, W, C] in [0, 1]: its pattern"""
     numbers: Mapping[str, Any] = field(repr=False)
@@ -878,8 +882,7 @@ def audit_model(
     if isinstance(suspect, Network):
         _check_fits(suspect, clean, "audit_model: clean")
         model, variables = suspect.model, _stacked(suspect, suspect.seeds or 1)
-        logits = runner.predict(model, variables, held_out.images, recipe.evaluation_batch_size)
-        members = [ensemble.members(variables, np.arange(number, number + 1)) for number in range(len(logits))]
+        members = [ensemble.members(variables, np.arange(number, number + 1)) for number in range(suspect.seeds or 1)]
         asks = [
             lambda images, member=member: runner.predict(model, member, images, recipe.evaluation_batch_size)[0]
             for member in members
@@ -887,30 +890,27 @@ def audit_model(
     else:
         model, variables = _network(surrogate, clean.num_classes, width), None
         asks = [lambda images: ask(suspect, images, clean.num_classes, name_of(suspect))]
-        logits = asks[0](held_out.images)[None]
     count = len(asks)
     titles = ["the model"] if count == 1 else [f"model {number}" for number in range(1, count + 1)]
-    models = control_networks.describe_suspects(titles, ["Python"] * count, logits, held_out, clean)
-    tested = [number for number, entry in enumerate(models) if not entry["reason"]]
-    found: dict[str, Any] = {}
-    if tested:
-        examined = control_networks.examine(
-            *(key, controls, model),
-            None if variables is None else ensemble.members(variables, np.array(tested)),
-            [asks[number] for number in tested],
-            *(recipe, control_networks.Imitation(recipe, queries), settings, runner, clean, clean, held_out),
-        )
-        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
-    names = [f"class {clean.class_title(number)}" for number in range(clean.num_classes)]
-    numbers = judge(models, names, black_box=variables is None, **found)
+    imitation = control_networks.Imitation(recipe, queries)
+    setup = control_networks.Setup(controls, model, recipe, imitation, settings, runner, clean, clean, held_out)
+    audited = control_networks.audit(key, setup, control_networks.Suspects(titles, ["Python"] * count, asks, variables))
     masks = patterns = None
-    if tested == list(range(count)):
-        masks, patterns = (leaf[:count] if count > 1 else leaf[0] for leaf in found["measured"].triggers)
-    classes = [tuple(entry["found"]) for entry in numbers["models"]]
-    reasons = [entry["reason"] for entry in numbers["models"]]
+    if audited.tested:
+        masks, patterns = (_at(audited.tested, count, leaf) for leaf in audited.measured.triggers)
+    classes = [tuple(entry["found"]) for entry in audited.numbers["models"]]
+    reasons = [entry["reason"] for entry in audited.numbers["models"]]
     if count == 1:
         classes, reasons = classes[0], reasons[0]
-    return Audited(numbers["outcome"], reasons, classes, masks, patterns, numbers)
+    return Audited(audited.numbers["outcome"], reasons, classes, masks, patterns, audited.numbers)
+
+
+def _at(tested: Sequence[int], count: int, triggers: np.ndarray) -> np.ndarray:
+    """The triggers of the networks that were tested, float32 [T, ...], at their places in [N, ...], NaN elsewhere; of a single
+    network without that axis."""
+    placed = np.full((count, *triggers.shape[1:]), np.nan, np.float32)
+    placed[tested] = triggers[: len(tested)]
+    return placed if count > 1 else placed[0]
 
 
 # ---- TA-KD -------------------------------------------------------------------------------------------------------
@@ -939,7 +939,7 @@ def ta_kd(
     validation_share: float = 0.2,
     training: Mapping[str, Any] = {},
     seeds: int | None = None,
-    teacher_batch: int = BATCH_SIZE,
+    teacher_batch: int = QUERY_BATCH,
     **settings: Any,
 ) -> TaKd:
     """Distil a clean student from untrusted classifiers, using only their logits on clean images.

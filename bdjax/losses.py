@@ -3,14 +3,11 @@
 Logits are float [N, K], labels int32 [N], results float [N], in nats.
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 
+from bdjax.choices import Direction
 from bdjax.types import Array
-
-Direction = Literal["teacher_student", "student_teacher"]
 
 
 def cross_entropy(logits: Array, labels: Array, smoothing: float = 0.0) -> Array:

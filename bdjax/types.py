@@ -6,13 +6,15 @@ Images are stored as NHWC uint8 and become float32 in [0, 1] inside the compiled
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
-Array = jax.Array
-Key = jax.Array
+if TYPE_CHECKING:
+    from jax import Array
+else:
+    Array = Any  # importing JAX takes longer than --help
+Key = Array
 """A typed key, as from `jax.random.key`."""
 PyTree = Any
 

@@ -9,6 +9,7 @@ Everything is written to one folder (`--output`, by default below `runs/bench_en
 """
 
 from bdjax import interruption
+from bdjax.choices import ComputeDtype
 
 if __name__ == "__main__":
     interruption.exit_at_once()  # the other imports take seconds
@@ -27,11 +28,11 @@ import jax
 
 from bdjax.benchmarking import interleave, report, settings
 from bdjax.errors import InputError
-from bdjax.models import ComputeDtype, operations
+from bdjax.models import operations
 from bdjax.reporting import plots
 from bdjax.reporting.tables import Table, to_markdown, to_rich
 from bdjax.run import command_line
-from bdjax.run.config import check_ranges
+from bdjax.run.checks import check_ranges
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
 from bdjax.settings import MOST, Count, Positive, Range, Width, check_choice

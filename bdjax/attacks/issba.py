@@ -18,6 +18,7 @@ from bdjax.attacks.contract import Attack, Knowledge
 from bdjax.errors import InputError
 from bdjax.models import default_lowering, steganography
 from bdjax.models.steganography import BitNetworks
+from bdjax.selection import clip
 from bdjax.settings import Count, LearningRate, NotNegative, Positive, PositiveShare, Range, Share, Width, check_values
 from bdjax.training import memory
 from bdjax.training.member import as_float
@@ -126,7 +127,7 @@ def train_networks(key: Key, images: Array, networks: BitNetworks, settings: Iss
 
     def loss(params: PyTree, batch: Array, bits: Array, image_weight: Array) -> tuple[Array, Array]:
         residual = steganography.encode(networks, params["encoder"], batch, bits)
-        encoded = jnp.clip(batch + residual, 0.0, 1.0)
+        encoded = clip(batch + residual, 0.0, 1.0)
         logits = steganography.decode(networks, params["decoder"], encoded)
         image_terms = settings.square_weight * jnp.mean(jnp.square(residual))
         image_terms = image_terms + settings.perceptual_weight * jnp.mean(perceptual_difference(batch, encoded))

@@ -20,6 +20,7 @@ from jax import lax
 from bdjax.attacks import neurons, surrogate
 from bdjax.attacks.contract import CLEAN_MODEL, Attack, Knowledge, Published
 from bdjax.errors import InputError
+from bdjax.selection import clip
 from bdjax.settings import Count, NotNegative, Positive, PositiveShare, Share, check_values
 from bdjax.training import memory
 from bdjax.training.member import as_float
@@ -168,7 +169,7 @@ def _optimise(
         return jnp.sqrt(jnp.sum(jnp.square(noise)) + 1e-12)
 
     def distance(noise: Array, images: Array) -> Array:
-        triggered = jnp.clip(images + noise[None], 0.0, 1.0)
+        triggered = clip(images + noise[None], 0.0, 1.0)
         excited = neurons.activations(model, variables, triggered)[:, chosen]
         return jnp.mean(jnp.square(excited - goal[None]))
 

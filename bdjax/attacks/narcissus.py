@@ -30,6 +30,7 @@ from bdjax.attacks import neurons, surrogate
 from bdjax.attacks.contract import Attack, CleanModel, Knowledge, Published
 from bdjax.errors import InputError
 from bdjax.models import MODELS, make_model
+from bdjax.selection import clip
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Share, Width, check_choice, check_values
 from bdjax.training import memory
 from bdjax.training.member import TrainConfig, as_float
@@ -249,7 +250,7 @@ def _optimise(
     radam = optax.radam(1.0)
 
     def loss(free: Array, batch: Array) -> Array:
-        triggered = jnp.clip(batch + jnp.clip(free, -bound, bound)[None], 0.0, 1.0)
+        triggered = clip(batch + clip(free, -bound, bound)[None], 0.0, 1.0)
         return _target_loss(model.apply(variables, triggered, train=False).logits)
 
     def step(carry, rows):

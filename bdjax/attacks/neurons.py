@@ -118,7 +118,8 @@ def capped(delta: Array, largest_norm: Array | float) -> Array:
         float32 of the same shape. The gradient is finite at 0 too.
     """
     norm = jnp.sqrt(jnp.sum(jnp.square(delta)) + 1e-12)
-    return delta * jnp.minimum(1.0, largest_norm / norm)
+    # Selected, since the derivative of a minimum depends on how it is rounded: see `bdjax/selection.py`.
+    return delta * jnp.where(norm > largest_norm, largest_norm / norm, 1.0)
 
 
 def scaled_norm(norm_at_cifar: float, image_shape: tuple[int, int, int]) -> float:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bdjax.attacks.poisoning import RateOf, poisoned_rows
+from bdjax.attacks.poisoning import poisoned_rows
 from bdjax.attacks.providers import ProviderTriggers, make_provider_triggers, poison_providers
+from bdjax.choices import RateOf
 from bdjax.datasets.splits import provider_rows, train_validation_rows
 from bdjax.settings import Amount, Increasing, Members, PositiveShare, Share, ShareBelowOne
 from bdjax.training.member import Rows

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,11 @@ import numpy as np
 
 from bdjax.attacks.contract import Attack
 from bdjax.attacks.label_rules import LabelRule
+from bdjax.choices import RateOf
 from bdjax.datasets.splits import permutation
 from bdjax.errors import InputError
 from bdjax.triggers import masked_blend
 from bdjax.types import Array, Dataset, Key, PoisonedDataset, PyTree
-
-RateOf = Literal["all", "candidates"]
 
 IMAGES_AT_ONCE = 512
 """Number of images converted to float32 at a time: a whole set may fit in memory in 8 bits but not in 32."""

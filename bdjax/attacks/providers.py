@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from bdjax.attacks.label_rules import all_to_one
-from bdjax.attacks.poisoning import RateOf, poisoned_rows, select_rows
+from bdjax.attacks.poisoning import poisoned_rows, select_rows
+from bdjax.choices import RateOf
 from bdjax.errors import InputError
 from bdjax.triggers import TRIGGERS, MaskedBlend, masked_blend, patches, pictures
 from bdjax.types import Dataset, Key

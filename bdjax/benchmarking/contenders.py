@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.models import make_model
+from bdjax.run import backend
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
 from bdjax.training.stages import cross_entropy_of
@@ -20,7 +21,7 @@ class Training:
 
     def __init__(self, spec: Mapping[str, Any], images: np.ndarray, labels: np.ndarray) -> None:
         """Take a worker's specification, images uint8 [n, H, W, C] and labels int32 [n]."""
-        ensemble.use_every_core()
+        backend.use_every_core()
         model = make_model(spec["model"], spec["num_classes"], spec["width"], spec["lowering"], spec["compute_dtype"])
         # A factor of 1 keeps the learning rate constant, as in PyTorch: labels are random, so the loss never improves.
         config = TrainConfig(

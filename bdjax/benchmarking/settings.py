@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, get_args
 
+from bdjax.choices import Layout
 from bdjax.models import default_lowering, speedrun
 from bdjax.models.layers import scale_channels
 from bdjax.models.resnet import BLOCKS
@@ -68,7 +69,7 @@ class Setting:
 
 def engine_forms() -> dict[str, tuple[str, str]]:
     """Name -> layout and lowering, of all combinations that are worth measuring here."""
-    pairs = product(get_args(ensemble.Layout), usable_lowerings())
+    pairs = product(get_args(Layout), usable_lowerings())
     return {f"{layout}-{lowering}": (layout, lowering) for layout, lowering in pairs}
 
 

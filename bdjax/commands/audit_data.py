@@ -10,15 +10,17 @@ compares detectors on rows that it poisons itself; this is its detector on rows 
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdjax.commands import vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
 from bdjax.run.configs.detection import Config
 from bdjax.run.experiment import Experiment, read_flags
-from bdjax.run.log import StageLog
 from bdjax.run.presets import NO_ATTACK
+
+if TYPE_CHECKING:
+    from bdjax.run.log import StageLog
 
 FIXED = {"attacks": NO_ATTACK, "study": "", "seeds": 1, "target": 0, "test_rows": 0, "suspects_at_once": 10}
 """The settings of grids of poisoned sets, which an audit has not."""
@@ -43,7 +45,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     about = f"{__doc__.splitlines()[0]} The first word is --dataset: bdjax audit-data photos/"
     config = read_flags(EXPERIMENT, about, arguments)

@@ -7,12 +7,14 @@ interrupted run, and ends at the same numbers.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdjax.run import presets
 from bdjax.run.configs.audit_model import Config
 from bdjax.run.experiment import Experiment, read_flags
-from bdjax.run.log import StageLog
+
+if TYPE_CHECKING:
+    from bdjax.run.log import StageLog
 
 
 def preset(preset: str | None = None, dataset: str | None = None) -> Config:
@@ -30,7 +32,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
     from bdjax.workflows import audit_model

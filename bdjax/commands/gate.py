@@ -12,7 +12,7 @@ from typing import Any
 
 from bdjax.errors import InputError
 from bdjax.run import command_line
-from bdjax.run.config import check_path, check_ranges
+from bdjax.run.checks import check_path, check_ranges
 from bdjax.settings import Share
 
 

@@ -14,18 +14,20 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdjax import commands, interruption
-from bdjax.errors import InputError
-from bdjax.run import command_line, jobs
-from bdjax.run.config import check_ranges
+from bdjax.errors import InputError, ProcessError
+from bdjax.run import backend, command_line, jobs
+from bdjax.run.checks import check_ranges
 from bdjax.run.configs.grid import CollectConfig, GridConfig
 from bdjax.run.experiment import Experiment
 from bdjax.run.lock import lock
-from bdjax.run.log import StageLog
 from bdjax.run.text import printable
-from bdjax.training import ensemble, processes
+from bdjax.training import process_flags
+
+if TYPE_CHECKING:
+    from bdjax.run.log import StageLog
 
 EXPERIMENTS = ("ta-kd", "attack", "lfd", "abm", "vbd", "robust-kd")
 """Commands that a grid may run."""
@@ -37,7 +39,7 @@ def experiments() -> dict[str, Experiment]:
     return {experiment.name: experiment for experiment in (commands.load(name).EXPERIMENT for name in EXPERIMENTS)}
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> int:
     """Run a grid, or collect results; returns the exit status.
 
     Args:
@@ -54,7 +56,8 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
             CollectConfig, {}, flags, about_processes="", prog=f"{program} collect FOLDER...", description=COLLECT
         )
         check_ranges(config)
-        from bdjax.workflows import grid_run  # takes seconds, which --help need not wait for
+        from bdjax.run.log import StageLog  # takes seconds, which --help need not wait for
+        from bdjax.workflows import grid_run
 
         return grid_run.collect([pathlib.Path(word) for word in words[1:]], config, (log or StageLog()).console)
     config = command_line.parse(
@@ -65,6 +68,7 @@ def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) ->
         raise InputError(
             f"give the grid's TOML file first: {command_line.invocation('grid')} grid.toml; or collect and folders"
         )
+    from bdjax.run.log import StageLog
     from bdjax.workflows import grid_run
 
     return grid_run.run(pathlib.Path(words[0]), config, experiments(), Work, log or StageLog())
@@ -85,6 +89,8 @@ class Work:
 
     def __call__(self) -> None:
         """Run the command in the job's folder, and write what came of it."""
+        from bdjax.training import processes
+
         folder = pathlib.Path(self.folder)
         is_first = int(os.environ.get("SLURM_PROCID", "0")) == 0
         with interruption.handled(), _ending_with(self.owner):
@@ -107,18 +113,19 @@ class Work:
 
     def _run(self, folder: pathlib.Path) -> str:
         """Run the command; why it failed, or nothing."""
+        from bdjax.training import processes
+
         try:
-            command_line.use_compilation_cache()
-            ensemble.use_every_core()
+            backend.set_up()
             if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-                processes.start(processes.Flags())
+                processes.start(process_flags.Flags())
             output = folder / jobs.RUNS / self.name
             commands.load(self.experiment.replace("_", "-")).main([*self.arguments, f"--output={output}"])
             return ""
         except Exception as error:
             interruption.check()
             processes.report_failure(error)
-            if isinstance(error, (InputError, processes.ProcessError)):
+            if isinstance(error, (InputError, ProcessError)):
                 return printable(str(error))
             traceback.print_exc()
             return printable(f"{type(error).__name__}: {error}")

@@ -12,11 +12,11 @@ from bdjax import datasets
 from bdjax.run import presets
 from bdjax.run.configs.poisoned_sets import Config
 from bdjax.run.experiment import Experiment, read_flags
-from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
 
 if TYPE_CHECKING:
     from bdjax.reporting.report import Section
+    from bdjax.run.log import StageLog
     from bdjax.workflows.base import Context
 
 
@@ -114,7 +114,7 @@ def sections(context: "Context") -> "Sequence[Section]":
 EXPERIMENT = Experiment("lfd", "Learning from Distinction", ("lfd",), preset, STUDIES, sections)
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
     from bdjax.workflows import poisoned_sets

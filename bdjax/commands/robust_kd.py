@@ -12,11 +12,11 @@ from bdjax import datasets
 from bdjax.run import presets
 from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
 from bdjax.run.experiment import Experiment, read_flags
-from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
 
 if TYPE_CHECKING:
     from bdjax.reporting.report import Section
+    from bdjax.run.log import StageLog
     from bdjax.workflows.base import Context
 
 
@@ -157,7 +157,7 @@ def sections(context: "Context") -> "Sequence[Section]":
 EXPERIMENT = Experiment("robust_kd", "RobustKD", ("robust_kd",), preset, STUDIES, sections)
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
     from bdjax.workflows import suspect_models

@@ -5,17 +5,20 @@ was given. Each seed has another target class. The same command continues an int
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdjax import datasets
-from bdjax.attacks.vbd_triggers import TILES
 from bdjax.run import presets
 from bdjax.run.configs.detection import Config
 from bdjax.run.experiment import Experiment, read_flags
-from bdjax.run.log import StageLog
 from bdjax.run.presets import Study
 
+if TYPE_CHECKING:
+    from bdjax.run.log import StageLog
+
 TRIGGERS = ("big_kitty", "small_kitty", "color_grid", "green_square", "white_grid", "white_square")
+TILES = ("white_square", "green_square", "white_grid", "color_grid")
+"""The triggers with an all-to-all form."""
 FAINT = (0.1, 0.2, 0.5)
 """Opacities of the paper's Blended attacks; 1 is BadNets."""
 DETECTORS = "vbd,abl:isolate=oracle,agpd,scan"
@@ -76,7 +79,7 @@ def preset(preset: str | None = None, dataset: str | None = None) -> Config:
 EXPERIMENT = Experiment("vbd", "Variance-based defense", ("vbd",), preset, STUDIES)
 
 
-def main(arguments: Sequence[str] | None = None, log: StageLog | None = None) -> dict[str, Any]:
+def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     about = (
         f"{__doc__.splitlines()[0]} Data at a path is audited unchanged, unless --attacks is set; named datasets are poisoned "

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pooch
-
 from bdjax.errors import InputError
 
 DATA_DIR_VARIABLE = "BDJAX_DATA_DIR"
@@ -26,6 +24,8 @@ class RemoteFile(NamedTuple):
 
 def cache_folder() -> Path:
     """Returns the folder for downloads."""
+    import pooch  # here and below, since importing it takes longer than --help
+
     return Path(pooch.os_cache("bdjax"))
 
 
@@ -101,6 +101,8 @@ def download_hint(files: Sequence[RemoteFile], destination: Path, download: bool
 
 
 def _fetch_one(file: RemoteFile, destination: Path) -> Path:
+    import pooch
+
     failures = []
     for base_url in file.base_urls:
         try:
@@ -126,6 +128,8 @@ def _fetch_one(file: RemoteFile, destination: Path) -> Path:
 
 @contextmanager
 def _quiet_pooch() -> Iterator[None]:
+    import pooch
+
     # pooch logs "Downloading data from ..." to stderr; errors are reported by the caller.
     logger = pooch.get_logger()
     level = logger.level

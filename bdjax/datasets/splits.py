@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import jax
 import numpy as np
 
 from bdjax.errors import InputError
@@ -31,6 +30,8 @@ def fixed_test_split(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (training rows, test rows).
     """
+    import jax  # here and below, since importing it takes longer than --help
+
     return stratified_split(jax.random.key(0), labels, FIXED_TEST_FRACTION)
 
 
@@ -125,6 +126,8 @@ def provider_rows(key: Key, num_rows: int, num_providers: int, fraction: float) 
     Raises:
         InputError: If `fraction` is not in [0, 1] or leaves providers without rows, or there is no provider.
     """
+    import jax
+
     if num_providers < 1:
         raise InputError(f"num_providers is {num_providers}; it must be at least 1")
     rows = [sample_rows(jax.random.fold_in(key, provider), num_rows, fraction) for provider in range(num_providers)]
@@ -146,6 +149,8 @@ def permutation(key: Key, num_rows: int) -> np.ndarray:
     Returns:
         int32 [num_rows].
     """
+    import jax
+
     words = jax.random.bits(key, (1 << max(num_rows - 1, 0).bit_length(),))
     return np.argsort(np.asarray(words)[:num_rows], kind="stable").astype(np.int32)
 

@@ -31,12 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
+from bdjax.choices import Optimiser
 from bdjax.defenses.contract import Defense, DefenseInput, Facts, labelled, unless_finite
 from bdjax.defenses.filtering import kept_rows
 from bdjax.errors import InputError
 from bdjax.metrics import top_rows
 from bdjax.settings import Amount, Count, InnerShare, LearningRate, NotNegative, Steps, check_values
-from bdjax.training.member import Objective, Optimiser, Outcome, Rows, TrainConfig
+from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Detection, Key, Model, NotTested, PyTree
 

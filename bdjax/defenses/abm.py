@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
+from bdjax.choices import Optimiser
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, agreement, check_planting, isolate, suspicion, usable, verify
 from bdjax.models import MODELS
 from bdjax.settings import Count, InnerShare, LearningRate, Number, check_values
-from bdjax.training.member import Objective, Optimiser, Outcome
+from bdjax.training.member import Objective, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 

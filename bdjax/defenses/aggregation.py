@@ -3,17 +3,14 @@
 Shapes: `logits` is float [N, B, K], of N classifiers for B rows and K classes.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.choices import Aggregation, Tie, VoteSpace
 from bdjax.types import Array
-
-Aggregation = Literal["mean", "median", "trimmed_mean"]
-VoteSpace = Literal["logits", "probabilities"]
-Tie = Literal["lowest", "soft"]
 
 
 def aggregate_logits(logits: Array, aggregation: Aggregation = "mean", trim: int = 1) -> Array:

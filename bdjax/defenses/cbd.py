@@ -27,11 +27,12 @@ import numpy as np
 import optax
 
 from bdjax import losses
+from bdjax.choices import Optimiser
 from bdjax.defenses.contract import Defense, DefenseInput
 from bdjax.models import embedding
 from bdjax.settings import Count, LearningRate, NotNegative, Steps, check_values
 from bdjax.training import ensemble
-from bdjax.training.member import Objective, Optimiser, Outcome, TrainConfig
+from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, PyTree
 
 POWER_ITERATIONS = 5

@@ -316,7 +316,8 @@ def weighted_cross_entropy(model: Model, loss_cap: float = 0.0, smoothing: float
         output = model.apply({**variables, "params": params}, images, train=True)
         loss, weight = losses.cross_entropy(output.logits, targets["labels"], smoothing), targets["weight"]
         if loss_cap:
-            loss = jnp.where(weight < 0, jnp.minimum(loss, loss_cap), loss)
+            # Selected, since the derivative of a minimum depends on how it is rounded: see `bdjax/selection.py`.
+            loss = jnp.where((weight < 0) & (loss > loss_cap), loss_cap, loss)
         weighted = weight * loss
         return Outcome(weighted, output.logits, targets["labels"], output.variables)
 
@@ -364,6 +365,8 @@ class Defense:
     """(inputs, settings) -> which rows are poisoned, without the training that follows; None if it flags no rows"""
     more_needs: Callable[[Any], tuple[Need, ...]] | None = None
     """(settings) -> what these settings need in addition to `needs`: oracles, or the rows of a control"""
+    unused_needs: Callable[[Any], tuple[Need, ...]] | None = None
+    """(settings) -> what these settings do without, of `needs`"""
     check: Callable[[Any], None] | None = None
     """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
     `variants.read_defense` calls it before anything is trained"""
@@ -389,7 +392,9 @@ class Defense:
 
     def needs_with(self, settings: Any) -> tuple[Need, ...]:
         """Everything that the defense needs with these settings."""
-        return self.needs + (self.more_needs(settings) if self.more_needs else ())
+        unused = self.unused_needs(settings) if self.unused_needs else ()
+        needed = tuple(need for need in self.needs if need not in unused)
+        return needed + (self.more_needs(settings) if self.more_needs else ())
 
 
 def settings_for(defense: Defense, preset: str, like: str | None, changes: Mapping[str, Any] | None = None) -> Any:

@@ -45,9 +45,9 @@ QUICK_DIGITS = {"epochs": 25, "batch_size": 64}
 
 
 class TeacherNetworks(NamedTuple):
-    """A frozen network for each suspect."""
+    """A frozen network for each suspect; None and {} without any."""
 
-    model: Model
+    model: Model | None
     variables: PyTree
     """stacked [M, ...]"""
 
@@ -55,19 +55,21 @@ class TeacherNetworks(NamedTuple):
 class Method(NamedTuple):
     """What a student minimises. Create it in a cached function: a new function object would be compiled again."""
 
-    loss: Callable[[PyTree, ModelOutput, ModelOutput, Array], Array]
-    """(parameters of the extra layers, the student's output, the teacher's output, labels int32 [N]) -> float32 [N]"""
+    loss: Callable[[PyTree, ModelOutput, ModelOutput | None, Array], Array]
+    """(parameters of the extra layers, the student's output, the teacher's output or None, labels int32 [N]) -> float32 [N]"""
     init: Callable[[Key], PyTree] | None = None
     """initial parameters of a member's extra layers; None without extra layers"""
+    uses_teacher: bool = True
+    """without it, the student learns from the labels, and nothing of a teacher is read"""
 
 
 @cache
-def student_objective(student: Model, teacher: Model, method: Method, statistics: Statistics) -> Objective:
+def student_objective(student: Model, teacher: Model | None, method: Method, statistics: Statistics) -> Objective:
     """The method's loss as an objective; both networks receive the same augmented batch.
 
     Args:
         student: the student's architecture.
-        teacher: the teacher's architecture.
+        teacher: the teacher's architecture; None without a teacher.
         method: what is minimised.
         statistics: the teacher's batch normalisation.
 
@@ -77,7 +79,7 @@ def student_objective(student: Model, teacher: Model, method: Method, statistics
 
     def objective(params: PyTree, variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> Outcome:
         del key
-        teacher_output = teacher.apply(variables["teacher"], images, train=statistics == "batch")
+        teacher_output = teacher.apply(variables["teacher"], images, train=statistics == "batch") if teacher else None
         student_variables = {"params": params["student"], "batch_stats": variables["batch_stats"]}
         student_output = student.apply(student_variables, images, train=True)
         loss = method.loss(params["extra"], student_output, teacher_output, targets["labels"])
@@ -112,7 +114,10 @@ def distil(
     Returns:
         The students.
     """
-    teachers = teachers or TeacherNetworks(inputs.attacked.model, inputs.attacked.variables)
+    if not method.uses_teacher:
+        teachers = TeacherNetworks(None, {})
+    elif teachers is None:
+        teachers = TeacherNetworks(inputs.attacked.model, inputs.attacked.variables)
     student = student or inputs.make_model(settings.student)
     start = inputs.begin(role, student)
     extra = ensemble.init_members(method.init, inputs.keys_for(f"{role}: beside")) if method.init else {}

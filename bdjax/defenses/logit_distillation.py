@@ -37,6 +37,11 @@ class LogitDistillationSettings(StudentSettings):
 def distillation_method(temperature: float, alpha: float) -> Method:
     """The method, for `bdjax.defenses.distillation`."""
 
+    if not alpha:
+        return Method(
+            lambda beside, student, teacher, labels: losses.cross_entropy(student.logits, labels), uses_teacher=False
+        )
+
     def loss(beside: PyTree, student: ModelOutput, teacher: ModelOutput, labels: Array) -> Array:
         del beside
         return losses.distillation(student.logits, teacher.logits, labels, temperature=temperature, alpha=alpha)
@@ -60,6 +65,7 @@ LOGIT_DISTILLATION = Defense(
     paper="Hinton et al. 2015, Distilling the Knowledge in a Neural Network",
     stage="after training",
     needs=("attacked model", "clean rows"),
+    unused_needs=lambda settings: () if settings.alpha else ("attacked model",),
     settings=LogitDistillationSettings(),
     run=run,
     check=check,

@@ -30,11 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.suppression import most_pairs, suppressed_cross_entropy
+from bdjax.choices import Optimiser
 from bdjax.defenses.contract import DefenseInput, apart, fingerprint
 from bdjax.metrics import top_rows
 from bdjax.models import MODELS
 from bdjax.settings import Count, LearningRate, NotEmpty, NotNegative, PositiveShare, Range, Share, check_values
-from bdjax.training.member import Optimiser, Rows, TrainConfig
+from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import Nets
 
 Stamp = Callable[[np.ndarray, np.ndarray], np.ndarray]

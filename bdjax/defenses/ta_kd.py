@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.aggregation import Aggregation
+from bdjax.choices import Aggregation, Augmentation, Direction
 from bdjax.settings import Amount, Positive, Range, Share
 from bdjax.training import ensemble
-from bdjax.training.augmentation import Augmentation, augment
+from bdjax.training.augmentation import augment
 from bdjax.training.member import Rows, TrainConfig, TrainState, resume_from
 from bdjax.training.stages import Nets, StageRunner, prepare
 from bdjax.types import Array, Key, Model, PyTree
@@ -39,7 +39,7 @@ class TaKdConfig:
     """T, temperature of both softmaxes"""
     alpha: Share = 0.5
     """weight of the teachers' logits, in [0, 1]; the clean labels get the rest"""
-    direction: losses.Direction = "teacher_student"
+    direction: Direction = "teacher_student"
     """direction of the KL divergence"""
     aggregation: Aggregation = "mean"
     """how the teachers' logits are averaged"""

@@ -8,14 +8,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.choices import QUERY_BATCH
 from bdjax.errors import InputError
 from bdjax.types import Array, Classifier, PyTree
 
 TeacherLogits = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, H, W, C] -> float32 [N, B, K], the logits of N teachers."""
 
-BATCH_SIZE = 256
-"""Most images that a callable gets in one call."""
 _AS_NUMPY = "return a NumPy array: tensor.detach().cpu().numpy()"
 ASKED_TWICE = 8
 """Images that a callable gets a second time, to see whether it answers alike."""
@@ -37,7 +36,7 @@ def from_members(predict: Callable[[PyTree, Array], Array], variables: PyTree) -
 
 
 def from_classifiers(
-    classifiers: Sequence[Classifier], num_classes: int, batch_size: int = BATCH_SIZE
+    classifiers: Sequence[Classifier], num_classes: int, batch_size: int = QUERY_BATCH
 ) -> TeacherLogits:
     """Use Python callables as teachers: for example a PyTorch model, or a function that queries a remote service.
 
@@ -93,7 +92,7 @@ def ask(
     images: np.ndarray,
     num_classes: int,
     name: str,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = QUERY_BATCH,
     more_classes: bool = False,
 ) -> np.ndarray:
     """The logits of a Python callable, asked in batches.

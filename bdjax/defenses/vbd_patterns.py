@@ -193,7 +193,7 @@ def margin(logits: Array, classes: Array) -> Array:
         float32 [N].
     """
     is_class = jax.nn.one_hot(classes, logits.shape[1], dtype=bool)
-    # By its index, since the derivative of a maximum depends on how it is rounded: see `bdjax.models.layers.larger`.
+    # By its index, since the derivative of a maximum depends on how it is rounded: see `bdjax/selection.py`.
     rival = jnp.argmax(jnp.where(is_class, -jnp.inf, logits), axis=1)
     is_rival = jax.nn.one_hot(rival, logits.shape[1], dtype=bool)
     return jnp.sum(jnp.where(is_class, logits, 0) - jnp.where(is_rival, logits, 0), axis=1)

@@ -1,7 +1,7 @@
 """Networks of known training beside suspects: clean controls, a network with a planted trigger, and surrogates of black boxes.
 
 All of them train on the defender's clean rows, as members of few calls, and triggers into all classes of all of them are
-searched in one call: see `examine`. `bdjax/evaluation/model_audit.py` has the statistics.
+searched in one call: see `audit`. `bdjax/evaluation/model_audit.py` has the statistics.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from bdjax.defenses.contract import DefenseInput, PoolRows, labelled
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings, Triggers
 from bdjax.errors import InputError
 from bdjax.evaluation import sensitivity
-from bdjax.evaluation.model_audit import LEAST_ROWS, Measured, least_accuracy
+from bdjax.evaluation.model_audit import LEAST_ROWS, Measured, describe_weights, judge, least_accuracy
 from bdjax.evaluation.sensitivity import Planting
 from bdjax.inspection import weight_outliers
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
@@ -102,6 +102,79 @@ class Imitation(NamedTuple):
     """pictures of each clean row that a black box is queried with"""
 
 
+class Setup(NamedTuple):
+    """What an audit is made with."""
+
+    controls: int
+    """J, the number of control networks"""
+    model: Model
+    """the suspects' architecture; that of the surrogates for black boxes"""
+    recipe: TrainConfig
+    """training of the networks of known training"""
+    imitation: Imitation
+    """how surrogates are made; only for black boxes"""
+    search: NeuralCleanseSettings
+    runner: StageRunner
+    """trains and predicts"""
+    clean: Dataset
+    """the rows that networks are trained on"""
+    searched: Dataset
+    """the rows that triggers are searched on"""
+    held_out: Dataset
+    """the rows that their success is measured on"""
+    shown_as: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
+    """from logits [N, K] to what is left of them in the outputs of a black box like the suspects"""
+
+
+class Suspects(NamedTuple):
+    """N models that are audited: all of one architecture, or all black boxes."""
+
+    titles: Sequence[str]
+    sources: Sequence[str]
+    """where they come from"""
+    asks: Sequence[Ask]
+    variables: PyTree | None
+    """stacked [N, ...]; None for black boxes"""
+
+
+class Audit(NamedTuple):
+    """The outcome of an audit."""
+
+    numbers: dict[str, Any]
+    """see `model_audit.judge`"""
+    tested: list[int]
+    """T of the N suspects: those that could be tested"""
+    measured: Measured | None
+    """of the T suspects and then the networks of known training, see `Examined`; None if T is 0"""
+
+
+def audit(key: Key, setup: Setup, suspects: Suspects) -> Audit:
+    """Audit models: what cannot be tested, the measurements of the others, and what follows from them.
+
+    Args:
+        key: random key.
+        setup: what it is made with.
+        suspects: the models.
+    """
+    clean, held_out = setup.clean, setup.held_out
+    detail = f"{len(suspects.asks)} × {len(held_out):,} held-out rows"
+    with stage_of(setup.runner, "accuracy", None, "", detail):
+        logits = [ask(held_out.images) for ask in suspects.asks]
+    models = describe_suspects(suspects.titles, suspects.sources, logits, held_out, clean)
+    tested = [number for number, entry in enumerate(models) if not entry["reason"]]
+    names = [f"class {clean.class_title(number)}" for number in range(clean.num_classes)]
+    is_black_box, found = suspects.variables is None, {}
+    if tested:
+        variables = None if is_black_box else ensemble.members(suspects.variables, np.array(tested))
+        examined = examine(key, setup, variables, [suspects.asks[number] for number in tested])
+        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
+        if variables is not None:
+            parts = (variables, examined.controls.clean)
+            weighed = [weigh(setup.model, part, clean.image_shape) for part in parts]
+            found["weights"] = describe_weights(*weighed, names)
+    return Audit(judge(models, names, black_box=is_black_box, **found), tested, found.get("measured"))
+
+
 class Examined(NamedTuple):
     """What was measured of T suspects."""
 
@@ -116,57 +189,34 @@ class Examined(NamedTuple):
     controls: Controls
 
 
-def examine(
-    key: Key,
-    count: int,
-    model: Model,
-    suspects: PyTree | None,
-    asks: Sequence[Ask],
-    recipe: TrainConfig,
-    imitation: Imitation,
-    settings: NeuralCleanseSettings,
-    runner: StageRunner,
-    clean: Dataset,
-    searched: Dataset,
-    held_out: Dataset,
-    shown_as: Callable[[np.ndarray], np.ndarray] = lambda logits: logits,
-) -> Examined:
+def examine(key: Key, setup: Setup, suspects: PyTree | None, asks: Sequence[Ask]) -> Examined:
     """Train the networks of known training, search triggers into all classes of all networks, and measure them.
 
     Args:
         key: random key.
-        count: J, the number of control networks.
-        model: the suspects' architecture; that of the surrogates for black boxes.
+        setup: what the audit is made with.
         suspects: their variables, stacked [T, ...]; None for black boxes.
         asks: the T suspects.
-        recipe: training of the networks of known training.
-        imitation: how surrogates are made; not used with `suspects`.
-        settings: of the search.
-        runner: trains and predicts.
-        clean: the rows that networks are trained on.
-        searched: the rows that triggers are searched on.
-        held_out: the rows that their success is measured on.
-        shown_as: from logits [N, K] to what is left of them in the outputs of a black box like the suspects.
     """
+    count, model, recipe, runner, held_out = setup.controls, setup.model, setup.recipe, setup.runner, setup.held_out
     train_key, search_key, query_key, imitation_key = jax.random.split(key, 4)
-    batch_size = recipe.evaluation_batch_size
 
     def predict(variables: PyTree, images: np.ndarray) -> np.ndarray:
-        return runner.predict(model, variables, images, batch_size)
+        return runner.predict(model, variables, images, recipe.evaluation_batch_size)
 
-    controls = train_controls(train_key, count, model, recipe, runner, clean)
+    controls = train_controls(train_key, count, model, recipe, runner, setup.clean)
     boxes, planted = list(asks), {"why": controls.why}
     if controls.planting:
-        boxes.append(lambda images: shown_as(predict(controls.planted, images)[0]))
+        boxes.append(lambda images: setup.shown_as(predict(controls.planted, images)[0]))
         rate = planted_success(controls, predict, held_out)
         planted = {"title": controls.planting.title, "class": controls.planting.target, "success": rate}
     if suspects is not None:
         parts = [suspects, controls.clean] + ([controls.planted] if controls.planting else [])
     else:
-        made = imitate(query_key, imitation_key, model, *imitation, runner, boxes, clean)
+        made = imitate(query_key, imitation_key, model, *setup.imitation, runner, boxes, setup.clean)
         last = [ensemble.members(made, np.arange(len(asks), len(boxes)))] if controls.planting else []
         parts = [ensemble.members(made, np.arange(len(asks))), controls.clean, *last]
-    triggers = search(search_key, model, ensemble.join(parts), searched, recipe, runner, settings)
+    triggers = search(search_key, model, ensemble.join(parts), setup.searched, recipe, runner, setup.search)
     places = list(range(len(asks), len(asks) + count))
     networks = [*asks, *[None] * count, *boxes[len(asks) :]]
     with stage_of(runner, "held-out rows", len(networks), "networks") as stage:
@@ -178,9 +228,9 @@ def examine(
     return Examined(measured, places, accuracies, planted, controls)
 
 
-def stage_of(runner: StageRunner, name: str, total: int, unit: str) -> AbstractContextManager:
+def stage_of(runner: StageRunner, name: str, total: int | None, unit: str, detail: str = "") -> AbstractContextManager:
     """A stage of the runner's log, or of none."""
-    return runner.log.stage(name, total=total, unit=unit) if runner.log else nullcontext(SilentStage())
+    return runner.log.stage(name, total=total, unit=unit, detail=detail) if runner.log else nullcontext(SilentStage())
 
 
 def describe_suspects(

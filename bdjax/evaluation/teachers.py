@@ -21,6 +21,7 @@ from bdjax.attacks.label_rules import LABEL_RULES, LabelRule, make_rule
 from bdjax.attacks.poisoning import ConfiguredAttack, trigger_all
 from bdjax.attacks.providers import ProviderTriggers
 from bdjax.attacks.victims import Plan, prepare, train_victims
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.errors import InputError
 from bdjax.evaluation.measure import Comparison, TriggeredViews, clean_members, success_on
@@ -28,7 +29,7 @@ from bdjax.evaluation.suspects import Suspect, first_triggers
 from bdjax.evaluation.variants import NO_ATTACK, AttackVariant, read_attack
 from bdjax.exchange import model_folder
 from bdjax.exchange.opening import is_black_box, open_model
-from bdjax.models import MODELS, ComputeDtype, Lowering
+from bdjax.models import MODELS
 from bdjax.training import ensemble
 from bdjax.training.member import TrainConfig
 from bdjax.training.recipes import without
@@ -192,36 +193,38 @@ def _clean_suspect(attack: AttackVariant, seed: int, train: Dataset) -> Suspect:
 
 
 def make_defense_input(
-    teachers: SuspectTeachers, keys: Key, clean: Dataset, make_network: Callable[..., Model], runner: StageRunner
+    teachers: SuspectTeachers, keys: Key, clean: Dataset | None, make_network: Callable[..., Model], runner: StageRunner
 ) -> DefenseInput:
     """What methods get: the teachers and clean rows, and no training set.
 
     Args:
         teachers: M of them.
         keys: typed [M].
-        clean: the defender's clean rows.
+        clean: the defender's clean rows; None without any.
         make_network: (name, num_classes=None) -> a network at the run's width.
         runner: trains and evaluates.
     """
-    count = len(teachers.suspects)
+    count, num_classes = len(teachers.suspects), teachers.model.num_classes
 
     def make_model(name: str | None = None, num_classes: int | None = None) -> Model:
-        if name is None and num_classes in (None, clean.num_classes):
+        if name is None and num_classes in (None, teachers.model.num_classes):
             return teachers.model
         return make_network(name or teachers.model.description.partition(" ")[0], num_classes)
 
+    rows = {}
+    if clean is not None:
+        index = np.tile(np.arange(len(clean), dtype=np.int32), (count, 1))
+        rows = {"clean rows": PoolRows(index, np.tile(clean.labels, (count, 1)))}
     return DefenseInput(
-        pool=jnp.asarray(clean.images),
-        num_classes=clean.num_classes,
+        pool=jnp.zeros((0, *runner.image_shape), jnp.uint8) if clean is None else jnp.asarray(clean.images),
+        num_classes=num_classes,
         keys=keys,
         make_model=make_model,
         recipe=teachers.recipes.from_scratch,
         runner=runner,
         knowledge={
             "attacked model": Nets(teachers.model, teachers.variables, 1, {}),
-            "clean rows": PoolRows(
-                np.tile(np.arange(len(clean), dtype=np.int32), (count, 1)), np.tile(clean.labels, (count, 1))
-            ),
+            **rows,
             "attacker's trigger": first_triggers(teachers.suspects),
         },
     )

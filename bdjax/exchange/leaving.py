@@ -4,26 +4,22 @@
     FOLDER/model.stablehlo                  with `--export stablehlo`
     FOLDER/model.onnx                       with `--export onnx`, which needs the extra `onnx`
 
-ABM's network that another one corrects is left as two saved models, FOLDER/teacher and FOLDER/student, with the rule that
-combines their logits in FOLDER/correction.json; its further forms hold both networks and the rule.
+ABM's network that another one corrects is left as `bdjax/exchange/corrected_model.py` has it; its further forms hold both
+networks and the rule.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
-import numpy as np
 
 from bdjax import atomic
 from bdjax.errors import InputError
-from bdjax.exchange import saved_model, stablehlo
+from bdjax.exchange import corrected_model, saved_model, stablehlo
 from bdjax.extras import Export
 from bdjax.training import ensemble, processes
 from bdjax.types import Model, PyTree
-
-CORRECTION = "correction.json"
 
 
 def leave(
@@ -58,9 +54,7 @@ def leave(
     if exports and count > 1:
         raise InputError(f"{folder}: {count} networks; only a single network is exported")
     if saved_model.is_corrected(model):
-        for part, network in zip(("teacher", "student"), model.parts, strict=True):
-            leave(folder / part, network, variables[part], image_shape, class_names=class_names, made_by=made_by)
-        _write_correction(folder / CORRECTION, variables)
+        corrected_model.write(folder, model, variables, image_shape, class_names, made_by)
     elif model.architecture is None:
         return False
     else:
@@ -102,14 +96,3 @@ def export(
         from bdjax.exchange import onnx_writer
 
         atomic.write_bytes(path, onnx_writer.to_onnx(native, variables, image_shape))
-
-
-@processes.by_primary
-def _write_correction(path: pathlib.Path, variables: PyTree) -> None:
-    facts = {
-        "format": "bdjax correction",
-        "version": 1,
-        "logits": "teacher - delta * max(student - gamma * average, 0)",
-        **{name: np.asarray(variables[name]).tolist() for name in ("gamma", "delta", "average")},
-    }
-    atomic.write_bytes(path, f"{json.dumps(facts, indent=2)}\n".encode())

@@ -23,10 +23,11 @@ import numpy as np
 from bdjax import atomic
 from bdjax.attacks.label_rules import LABEL_RULES
 from bdjax.attacks.providers import ProviderTriggers
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.datasets.archives import open_npz
 from bdjax.datasets.scaling import size_hint
 from bdjax.errors import InputError
-from bdjax.models import ComputeDtype, Lowering, make_model
+from bdjax.models import make_model
 from bdjax.training import checkpoint, ensemble, processes
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.types import Model, PyTree, class_title

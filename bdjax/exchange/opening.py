@@ -1,12 +1,14 @@
 """Opens a network from anywhere by the text that a command line names it with.
 
-    FOLDER                                  a saved model (model.json), or a model folder (about.json)
+    FOLDER                                  a saved model (model.json), a model folder (about.json), or two networks of
+                                            which one corrects the other (correction.json)
     FILE.safetensors:ARCH[:NAMING[:NORM]]   tensors with torch's names or ours, see `bdjax.exchange.naming`
     FILE.onnx[:SETTING[:SETTING...]]        run by ONNX Runtime; a setting is nchw or nhwc, the order of its input's axes,
                                             output=NAME, the output that is used, or a normalisation as above
     http://HOST:PORT/PATH                   queried over HTTP, in JSON if ?format=json is added
 
-The first two are white boxes, with weights and gradients; the others are black boxes.
+The first two are white boxes, with weights and gradients; the others are black boxes, and so are two networks that correct each
+other, which cannot be trained.
 """
 
 import hashlib
@@ -17,13 +19,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bdjax.attacks.providers import ProviderTriggers
+from bdjax.choices import QUERY_BATCH, ComputeDtype, Lowering
 from bdjax.datasets.scaling import size_hint
 from bdjax.errors import InputError
-from bdjax.exchange import model_folder, safetensors_files, saved_model, weights
+from bdjax.exchange import corrected_model, model_folder, safetensors_files, saved_model, weights
 from bdjax.exchange.safetensors_files import shown
-from bdjax.models import MODELS, ComputeDtype, Lowering
-from bdjax.training import checkpoint
+from bdjax.models import MODELS
+from bdjax.training import checkpoint, ensemble
+from bdjax.training.stages import StageRunner
 from bdjax.types import Classifier, Model, PyTree
 
 FORMS = "FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://HOST:PORT/PATH"
@@ -113,8 +119,11 @@ def open_model(
 
 
 def is_black_box(text: str) -> bool:
-    """Whether a text names a model that only answers: its form is that of an address or of an ONNX file."""
-    return bool(_ADDRESS.match(text)) or (not _is_folder(pathlib.Path(text)) and bool(_ONNX.fullmatch(text)))
+    """Whether a text names a model that only answers: an address, an ONNX file, or two networks that correct each other."""
+    path = pathlib.Path(text)
+    if _is_folder(path):
+        return corrected_model.is_corrected_model(path)
+    return bool(_ADDRESS.match(text) or _ONNX.fullmatch(text))
 
 
 def _is_folder(path: pathlib.Path) -> bool:
@@ -140,6 +149,8 @@ def _open_folder(
     compute_dtype: ComputeDtype,
     target: int | None,
 ) -> Opened:
+    if corrected_model.is_corrected_model(folder):
+        return _open_corrected(folder, num_classes, image_shape, class_names, lowering, compute_dtype)
     has_triggers = checkpoint.is_complete(folder) and os.path.lexists(folder / model_folder.TRIGGERS)
     if saved_model.is_saved_model(folder) and not has_triggers:
         about, _ = saved_model.read_about(folder)
@@ -159,6 +170,27 @@ def _open_folder(
     old = model_folder.read(folder, num_classes, image_shape, target, lowering, compute_dtype)
     aim = old.target if old.triggers else None
     return Opened(str(folder), old.digest, old.model, old.variables, None, old.triggers, old.label_rules, aim)
+
+
+def _open_corrected(
+    folder: pathlib.Path,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    class_names: Sequence[str],
+    lowering: Lowering | None,
+    compute_dtype: ComputeDtype,
+) -> Opened:
+    found = corrected_model.read(folder, lowering, compute_dtype)
+    _check_data(folder, found.about, num_classes, image_shape, class_names)
+    if found.about.members > 1:
+        raise InputError(f"{folder}: holds {found.about.members} pairs of networks; a black box is a single one")
+    runner = StageRunner(None, tuple(image_shape), ensemble.default_layout())
+
+    def classifier(images: np.ndarray) -> np.ndarray:
+        return runner.predict(found.model, found.variables, images, QUERY_BATCH)[0]
+
+    facts = {"classes": num_classes, "image_shape": list(image_shape), "description": found.model.description}
+    return Opened(str(folder), _digest(facts, found.digest), classifier=classifier)
 
 
 def _check_data(

@@ -22,13 +22,14 @@ import numpy as np
 
 import bdjax
 from bdjax import atomic
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.datasets.files import read_file
 from bdjax.datasets.validation import one_line
 from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import safetensors_files
 from bdjax.exchange.safetensors_files import shown
-from bdjax.models import MODELS, ComputeDtype, Lowering, make_model, normalised
+from bdjax.models import MODELS, make_model, normalised
 from bdjax.settings import ImageSide, Width, mistake
 from bdjax.training import ensemble, processes
 from bdjax.types import Architecture, Model, PyTree

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.errors import InputError
 from bdjax.exchange import naming as names
 from bdjax.exchange import safetensors_files
 from bdjax.exchange.saved_model import check_fits, filled, flat
-from bdjax.models import MODELS, ComputeDtype, Lowering, make_model, normalised
+from bdjax.models import MODELS, make_model, normalised
 from bdjax.models.normalisation import per_channel
 from bdjax.settings import Width, mistake
 from bdjax.types import Model, PyTree

@@ -5,6 +5,7 @@ from typing import Any
 
 from flax import linen as nn
 
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.errors import InputError
 from bdjax.models import (
     lenet,
@@ -27,15 +28,13 @@ from bdjax.models.facade import (
     normalised_convolutions,
     tap_shapes,
 )
-from bdjax.models.layers import ComputeDtype, Lowering, default_lowering
+from bdjax.models.layers import default_lowering
 from bdjax.models.normalisation import normalised
 from bdjax.plugins import Registry
 from bdjax.types import Architecture, Model
 
 __all__ = [
     "MODELS",
-    "ComputeDtype",
-    "Lowering",
     "as_model",
     "convolution_shapes",
     "count_parameters",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bdjax.models.layers import BatchNorm, Conv, Lowering, layout_of, max_pool, relu
+from bdjax.choices import Lowering
+from bdjax.models.layers import BatchNorm, Conv, layout_of, max_pool, relu
 from bdjax.types import Array, Key, PyTree
 
 MOMENTUM = 0.05

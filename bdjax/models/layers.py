@@ -21,20 +21,20 @@ normalisation and float32 logits.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from bdjax.choices import Lowering
+from bdjax.selection import larger
 from bdjax.types import GroupEnd
 
-Lowering = Literal["native", "patches", "shifted", "shifted_bfloat16"]
 EXACT_LOWERINGS: tuple[Lowering, ...] = ("native", "patches", "shifted")
 """Those that agree within float tolerance."""
 BATCH_MINOR: tuple[Lowering, ...] = ("shifted", "shifted_bfloat16")
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 def default_lowering() -> Lowering:
@@ -307,24 +307,6 @@ def convolve_depthwise(x: jax.Array, kernel: jax.Array, *, stride: int, lowering
         for i in range(size)
         for j in range(size)
     )
-
-
-@jax.custom_jvp
-def larger(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The elementwise maximum of two floating arrays of one shape; equal elements share the gradient.
-
-    The derivative of `jnp.maximum` compares each argument with the maximum. Where a compiler computes an argument twice and
-    rounds it differently, none of them equals it and the gradient is lost; here only the arguments are compared.
-    """
-    return lax.max(first, second)
-
-
-@larger.defjvp
-def _larger_jvp(arguments, tangents):
-    (first, second), (of_first, of_second) = arguments, tangents
-    one, half, none = (jnp.full(first.shape, share, first.dtype) for share in (1, 0.5, 0))
-    share = jnp.where(first > second, one, jnp.where(first == second, half, none))
-    return larger(first, second), share * of_first + (one - share) * of_second
 
 
 def max_pool(x: jax.Array, axes: tuple[int, int]) -> jax.Array:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import Classifier, ComputeDtype, Conv, Dense, Lowering, Taps, layout_of, max_pool, relu
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import Classifier, Conv, Dense, Taps, layout_of, max_pool, relu
 
 DESIGN_SIDES = (32, 14)
 """Input sides that the first and the second convolution are designed for; smaller inputs are padded."""

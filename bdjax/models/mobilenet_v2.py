@@ -17,19 +17,8 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import (
-    BatchNorm,
-    Classifier,
-    ComputeDtype,
-    Conv,
-    DepthwiseConv,
-    Lowering,
-    Taps,
-    layout_of,
-    relu,
-    relu6,
-    scale_channels,
-)
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, DepthwiseConv, Taps, layout_of, relu, relu6, scale_channels
 
 Block = tuple[int, int, int]
 """Channels after the expansion, channels after the projection, stride."""

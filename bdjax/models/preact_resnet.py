@@ -12,7 +12,8 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import BatchNorm, Classifier, ComputeDtype, Conv, Lowering, Taps, layout_of, relu
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Taps, layout_of, relu
 from bdjax.models.wide_resnet import PreActivationBlock
 
 

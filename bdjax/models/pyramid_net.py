@@ -18,17 +18,8 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from bdjax.models.layers import (
-    BatchNorm,
-    Classifier,
-    ComputeDtype,
-    Conv,
-    Lowering,
-    Taps,
-    layout_of,
-    relu,
-    scale_channels,
-)
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Taps, layout_of, relu, scale_channels
 
 SIZES = {
     "pyramidnet_20_12": ("basic", 20, 12),  # the first two are in no paper: for CPUs and tests

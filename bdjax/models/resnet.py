@@ -20,18 +20,8 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import (
-    BatchNorm,
-    Classifier,
-    ComputeDtype,
-    Conv,
-    Lowering,
-    Taps,
-    layout_of,
-    max_pool_3x3,
-    relu,
-    scale_channels,
-)
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Taps, layout_of, max_pool_3x3, relu, scale_channels
 
 BLOCKS = {
     "resnet10": ("basic", (1, 1, 1)),  # not in the paper: one block a stage, for the quick presets

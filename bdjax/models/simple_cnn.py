@@ -21,14 +21,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.models.facade import as_model
 from bdjax.models.layers import (
     BATCH_MINOR,
     BatchNorm,
     Classifier,
-    ComputeDtype,
     Conv,
-    Lowering,
     Taps,
     default_lowering,
     larger,
@@ -139,7 +138,7 @@ def first_layer(images: jax.Array, features: int, pool: bool, *, normalise: bool
         sums, products = lax.map(_moments, groups)
         mean = matrix @ (sums.sum(axis=0) / number)
         square = jnp.sum((matrix @ (products.sum(axis=0) / number)) * matrix, axis=1)
-        return mean, jnp.maximum(square - jnp.square(mean), 0), number
+        return mean, larger(square - jnp.square(mean), jnp.zeros_like(square)), number
 
     folded, offset = matrix, jnp.zeros(features, jnp.float32)
     if normalise:

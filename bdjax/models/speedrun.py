@@ -21,12 +21,11 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from bdjax.choices import ComputeDtype, Lowering
 from bdjax.models.layers import (
     BatchNorm,
     Classifier,
-    ComputeDtype,
     Convolution,
-    Lowering,
     Taps,
     along,
     convolve,

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from bdjax.models.layers import Conv, Lowering, layout_of, relu
+from bdjax.choices import Lowering
+from bdjax.models.layers import Conv, layout_of, relu
 from bdjax.types import Array, Key, PyTree
 
 

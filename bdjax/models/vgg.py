@@ -13,18 +13,8 @@ from collections.abc import Callable
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import (
-    BatchNorm,
-    Classifier,
-    ComputeDtype,
-    Conv,
-    Lowering,
-    Taps,
-    layout_of,
-    max_pool,
-    relu,
-    scale_channels,
-)
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Taps, layout_of, max_pool, relu, scale_channels
 
 CHANNELS = {
     "vgg11": ((64,), (128,), (256, 256), (512, 512), (512, 512)),

@@ -11,17 +11,8 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from bdjax.models.layers import (
-    BatchNorm,
-    Classifier,
-    ComputeDtype,
-    Conv,
-    Lowering,
-    Taps,
-    layout_of,
-    relu,
-    scale_channels,
-)
+from bdjax.choices import ComputeDtype, Lowering
+from bdjax.models.layers import BatchNorm, Classifier, Conv, Taps, layout_of, relu, scale_channels
 
 SIZES = ((10, 2), (16, 1), (16, 2), (16, 4), (28, 2), (28, 4), (40, 1), (40, 2))
 """(depth, widening factor) of the named networks."""

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure as Plot
 
 from bdjax import metrics
 from bdjax.attacks.providers import ProviderTriggers
-from bdjax.defenses.aggregation import Tie, VoteSpace, hard_vote, soft_vote
+from bdjax.choices import Tie, VoteSpace
+from bdjax.defenses.aggregation import hard_vote, soft_vote
 from bdjax.inspection import feature_maps, grad_cam, trigger_pictures
 from bdjax.inspection.cross_trigger import cross_trigger_matrices
 from bdjax.metrics import BackdoorMetrics, DefenseWord, defense_word

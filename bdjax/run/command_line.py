@@ -16,17 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-import jax
 import tyro
 from rich.console import Console
 
 from bdjax import interruption
-from bdjax.errors import InputError
+from bdjax.errors import InputError, ProcessError
 from bdjax.plugins import PluginWarning
+from bdjax.run import backend
 from bdjax.run.flag_groups import GROUPS, documentation, grouped
 from bdjax.run.text import printable, shortened
 from bdjax.settings import kinds_of, nearest, shown
-from bdjax.training import ensemble, processes
+from bdjax.training import process_flags
 
 Config = TypeVar("Config")
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ def parse(
     *,
     positional: str = "",
     fixed: Sequence[str] = (),
-    about_processes: str = processes.HELP,
+    about_processes: str = process_flags.HELP,
     **texts: str,
 ) -> Config:
     """Read flags into a frozen dataclass whose defaults depend on some of the flags themselves.
@@ -317,18 +317,6 @@ def as_flags(fields: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or below the user's cache folder.
-
-    If the folder cannot be written, JAX compiles every time; nothing else changes.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "bdjax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-
 def run(
     main: Callable[[Sequence[str] | None], Result],
     arguments: Sequence[str] | None = None,
@@ -337,7 +325,7 @@ def run(
     """Run an experiment's main function. What a user can mend gives one line on standard error and an exit status above 0.
 
     That is input that cannot be used, an interruption, a failure of the disk, and a failure of another process. The flags for
-    several processes (`processes.HELP`), which every experiment has, are removed from the command line first.
+    several processes (`process_flags.HELP`), which every experiment has, are removed from the command line first.
 
     Args:
         main: called with the other flags.
@@ -346,11 +334,10 @@ def run(
     """
     with interruption.handled(), _warnings_on_plugins():
         try:
-            use_compilation_cache()
-            ensemble.use_every_core()
-            others, arguments = processes.take_flags(sys.argv[1:] if arguments is None else arguments)
+            backend.set_up()
+            others, arguments = process_flags.take_flags(sys.argv[1:] if arguments is None else arguments)
             if others is not None:
-                processes.start(others)
+                _processes().start(others)
             status = status_of(main(arguments))
             interruption.check()
             if status:
@@ -362,6 +349,12 @@ def run(
             if status is None:
                 raise
             raise SystemExit(status) from None
+
+
+def _processes() -> types.ModuleType:
+    from bdjax.training import processes  # imports JAX, which --help and a refused flag need not wait for
+
+    return processes
 
 
 @contextlib.contextmanager
@@ -387,13 +380,14 @@ def _report(error: BaseException) -> int | None:
     # A library may turn the interruption into an error of its own.
     is_interrupted = isinstance(error, KeyboardInterrupt) or interruption.received()
     status = interruption.end() if is_interrupted else None
-    processes.report_failure(error)
+    if "jax" in sys.modules:
+        _processes().report_failure(error)
     if is_interrupted:
         Console(stderr=True).print(interruption.MESSAGE, style="yellow", soft_wrap=True)
     elif isinstance(error, InputError):
         status = FAILED
         _print_error(error)
-    elif isinstance(error, processes.ProcessError):
+    elif isinstance(error, ProcessError):
         status = LOST
         _print_error(f"{error}; run the same command again to continue, with any number of processes")
     elif isinstance(error, OSError) and error.errno:

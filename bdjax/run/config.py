@@ -1,51 +1,27 @@
-"""Settings that every experiment has, and what follows from them: data, layout and lowering, the run's folder."""
+"""What follows from the settings that every experiment has: data, layout and lowering, the run's folder."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from bdjax import datasets, extras
+from bdjax import datasets
 from bdjax.datasets import splits
 from bdjax.errors import InputError
-from bdjax.extras import Export
-from bdjax.models import MODELS, ComputeDtype, Lowering
-from bdjax.run import clock, command_line
+from bdjax.run import command_line
+from bdjax.run.checks import flag
+from bdjax.run.configs.shared import ExperimentConfig, TrainingConfig
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
 from bdjax.run.text import printable
-from bdjax.settings import (
-    Amount,
-    Count,
-    ImageSide,
-    LearningRate,
-    Members,
-    NotNegative,
-    NumRows,
-    Seed,
-    Steps,
-    Width,
-    check_choice,
-    mistakes,
-    shown,
-)
-from bdjax.training import ensemble, probe, recipes
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Recipe, Schedule, TrainConfig
+from bdjax.training import probe, recipes
+from bdjax.training.member import TrainConfig
 from bdjax.types import TrainTest, Unread
 
-PATHS = ("dataset", "clean_data", "teacher")
-"""Fields of text that may be paths."""
-SEVERAL_PATHS = ("teachers",)
-"""Fields of texts that may be paths."""
-LONGEST_PATH, LONGEST_NAME = 3000, 255
-"""Bytes; the system's own limit of a path, usually 4096, is for the files in a run's folder too."""
 IGNORED = ("data_dir", "output", "teacher_batch", "query_batch", "probe_seconds", "export", "tensorboard", "evidence")
 """Fields that do not influence any number."""
 IN_CONTENTS = ("outputs",)
@@ -54,213 +30,6 @@ ALL = "all"
 """The value of `--defenses` that stands for the whole registry."""
 ENGINE_FILE = "engine.json"
 """The file with the run's layout and lowering, which a resumed run keeps."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentConfig:
-    """The settings that every experiment has; each adds its own."""
-
-    dataset: str = "digits"
-    """a named dataset (digits, mnist, cifar10, ...; an unknown name prints the whole list), tfds:NAME, or the path of an image
-    folder, .npz, parquet, tar shards or COCO's annotations"""
-    seeds: Members = 3
-    """number of seeds, trained as members of the same calls; tables show mean and standard deviation"""
-    seed: Seed = 0
-    """the first seed"""
-    data_dir: pathlib.Path | None = None
-    """folder with the datasets; by default BDJAX_DATA_DIR, else a cache that they are downloaded into"""
-    output: pathlib.Path | None = None
-    """the run's folder; by default runs/<experiment>/<dataset>-<preset>"""
-    train_rows: NumRows = 0
-    """number of training rows to use, drawn once; 0 for all"""
-    test_rows: NumRows = 0
-    """number of test rows to use, drawn once; 0 for all"""
-    like: str = ""
-    """a named dataset whose settings attacks and defenses use; by default that of --dataset if it is a name, and none if it is
-    a path"""
-    skip_unreadable: bool = False
-    """leave out files of a folder that cannot be read, and list them in the report; by default the run ends with an error"""
-    allow_empty_classes: bool = False
-    """accept a folder or an .npz with classes that have no rows"""
-    image_size: ImageSide | None = None
-    """height and width that all images are scaled to, without cropping; by default they keep their size, and the run ends with
-    an error if a folder has several sizes"""
-    image_column: str = ""
-    """the column (or member of a tar) with the images, in data that has columns; by default image, img or the like"""
-    label_column: str = ""
-    """the column (or member of a tar) with the classes; by default label, class or the like"""
-    target: Amount = 0
-    """the attacker's class"""
-
-    layout: ensemble.Layout | Literal["auto"] = "auto"
-    """how members are laid out in a compiled call; auto measures once which is fastest on this machine"""
-    lowering: Lowering | Literal["auto"] = "auto"
-    """how convolutions are computed; auto measures once which is fastest on this machine"""
-    compute_dtype: ComputeDtype = "float32"
-    """dtype of activations and products; parameters, statistics and losses are always float32"""
-    probe_seconds: NotNegative = probe.DEFAULT_SECONDS
-    """time limit of that measurement, whose result is kept for later runs on this machine"""
-    member_group: Amount = 0
-    """most members that train in one call; 0 for as many as fit into memory"""
-    tensorboard: bool = False
-    """write each stage's curves to tensorboard/ in the run's folder, as scalars for TensorBoard (with the extra grid)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """The setting of every run that leaves networks in models/."""
-
-    export: tuple[Export, ...] = ()
-    """further forms of the networks in models/, beside model.safetensors: stablehlo, onnx (with the extra onnx)"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvidenceConfig:
-    """The setting of every audit and of every run of defenses."""
-
-    evidence: bool = False
-    """write evidence/: verdict.json, findings.sarif, bom.cdx.json, model_card.md and SHA256SUMS; see docs/evidence.md"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a run trains the networks that no attack and no defense trains in its own way; see `train_config`."""
-
-    width: Width = 64
-    """channels of the first stage: 64 is the papers' size, other values scale all channels"""
-    epochs: Count = 80
-    """epochs of undefended or clean training, and of training from scratch in defenses without a setting of their own"""
-    batch_size: Count = 128
-    """batch size of every training"""
-    recipe: Recipe = ""
-    """named recipe of this training, in place of optimiser, learning rate, schedule and weight decay: speedrun"""
-    optimiser: Optimiser = "adam"
-    """optimiser of this training"""
-    learning_rate: LearningRate = 1e-3
-    """initial learning rate of this training"""
-    schedule: Schedule = "cosine"
-    """learning-rate schedule of this training"""
-    steps: Steps = ()
-    """for schedule steps: pairs of an epoch and the learning rate from it on"""
-    weight_decay: NotNegative = 0.0
-    """L2 penalty, added to the gradient as in PyTorch"""
-    augmentation: Augmentation = "none"
-    """augmentation of training rows, after poisoning"""
-    evaluation_batch_size: Count = 250
-    """batch size of evaluation"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonConfig(TrainingConfig, ExperimentConfig):
-    """The settings of every run that compares defenses, on training sets or on models."""
-
-    preset: Literal["quick", "paper", "strong"] = "paper"
-    """quick: minutes on two cores; paper: the paper's networks and schedule, for a GPU; strong: our own settings, same threat
-    model"""
-    attacks: str = "badnets,blended,sig,none"
-    """attacks separated by commas, each with its settings after colons: badnets:poison_rate=0.05:target=4. none is the
-    unchanged training set. Third-party data, at a path, is not attacked by default"""
-    defenses: str = "none"
-    """defenses separated by commas, each with its settings: abl,lfd:alpha=0.5; or all, the whole registry; joined by +, the
-    second runs on the first one's models: fine_tuning+nad"""
-    study: str = ""
-    """a table or figure of the paper to run, in place of --attacks and --defenses"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuspectConfig(ComparisonConfig):
-    """The settings of every run on suspect training sets; `--preset` and `--dataset` decide the defaults of the others."""
-
-    model: str = "resnet18_cifar"
-    """architecture of the network that is trained on the suspect rows"""
-
-
-def flag(name: str) -> str:
-    """A field's name on the command line."""
-    return "--" + name.replace("_", "-")
-
-
-def check_ranges(config: Any) -> None:
-    """Refuse flags whose values cannot be right, whatever the data: out of the range in the field's type, networks that do not
-    exist, paths that no file can have, and evidence whose SOURCE_DATE_EPOCH is no time.
-
-    Args:
-        config: the settings of any experiment, a dataclass.
-
-    Raises:
-        InputError: naming the flag or the variable.
-    """
-    for name, wrong in mistakes(config).items():
-        raise InputError(f"{flag(name)} {shown(getattr(config, name))} {wrong}")
-    for name, value in vars(config).items():
-        paths = value if name in SEVERAL_PATHS and value else (value,)
-        if isinstance(value, pathlib.Path) or (name in PATHS + SEVERAL_PATHS and value):
-            for path in paths:
-                check_path(flag(name), path)
-        if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
-            check_choice(flag(name), value, MODELS)
-    if isinstance(config, ExportConfig) and config.export:
-        if not getattr(config, "save_models", True):
-            raise InputError("--export needs the networks that --no-save-models leaves out; leave out one of the two")
-        if "onnx" in config.export:
-            extras.onnx()
-    if isinstance(config, EvidenceConfig) and config.evidence:
-        clock.now()
-    if isinstance(config, ExperimentConfig):
-        if config.tensorboard:
-            extras.tensorboard()
-        if not config.dataset:
-            raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
-        if config.seed + config.seeds > 2**31:
-            raise InputError(f"{flag('seed')} {shown(config.seed)} with {config.seeds} seeds is not below 2**31")
-
-
-def check_path(where: str, path: str | pathlib.Path) -> None:
-    """Refuse a path that no file can have; whether there is a file is not looked up.
-
-    Args:
-        where: for the error message: "--output".
-        path: a path, which may start with ~.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    text = str(path)
-    try:
-        encoded = os.fsencode(pathlib.Path(text).expanduser())
-    except RuntimeError:
-        raise InputError(
-            f"{where} {shown(text)}: there is no home folder of this name; write the path in full"
-        ) from None
-    except UnicodeEncodeError:
-        raise InputError(f"{where} {shown(text)} has characters that no file name can have") from None
-    if b"\0" in encoded:
-        raise InputError(f"{where} {shown(text)} has a zero byte, which no file name can have")
-    longest = max(map(len, encoded.split(b"/")))
-    if len(encoded) > LONGEST_PATH or longest > LONGEST_NAME:
-        raise InputError(
-            f"{where} {shown(text)} is too long: {len(encoded):,} bytes, the longest name in it {longest:,}; at most "
-            f"{LONGEST_PATH:,} and {LONGEST_NAME} are possible"
-        )
-
-
-def check_output(folder: pathlib.Path) -> None:
-    """Refuse a run's folder that cannot be made, without making it.
-
-    Raises:
-        InputError: a file is in its place or above it, or nothing can be written there.
-    """
-    path = folder.expanduser().absolute()
-    try:
-        there = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
-        is_folder, is_writable = there.is_dir(), os.access(there, os.W_OK | os.X_OK)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be used ({error.strerror or error}); choose another --output") from None
-    if not is_folder:
-        what = f"{folder}" if there == path else f"{folder}: {there}"
-        raise InputError(f"{what} is a file, not a folder; choose another --output")
-    if not is_writable:
-        raise InputError(f"{folder} cannot be written to; choose another --output")
 
 
 def adapted_to(config: ExperimentConfig) -> str | None:

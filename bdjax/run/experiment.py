@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bdjax.run import command_line
+from bdjax.run.checks import check_ranges
 from bdjax.run.presets import Study
 
 
@@ -51,11 +52,11 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
         arguments: the command line; None for that of the process.
 
     Raises:
-        InputError: as `command_line.parse`.
+        InputError: as `command_line.parse` and `check_ranges`.
     """
     studies = "; ".join(f"{name}: {study.about}" for name, study in experiment.studies.items())
     description = about + (f" Studies: {studies}." if studies and "study" not in experiment.fixed else "")
-    return command_line.parse(
+    config = command_line.parse(
         experiment.default,
         dict.fromkeys(experiment.choosers),
         arguments,
@@ -64,3 +65,5 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
         prog=command_line.program(experiment.name),
         description=description,
     )
+    check_ranges(config)
+    return config

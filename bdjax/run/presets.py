@@ -7,10 +7,9 @@ minutes on two cores: the tables below.
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import jax
-
 from bdjax import datasets
-from bdjax.run.config import ExperimentConfig
+from bdjax.run import backend
+from bdjax.run.configs.shared import ExperimentConfig
 from bdjax.settings import check_choice
 
 Preset = Literal["quick", "paper", "strong"]
@@ -289,7 +288,7 @@ def choose(
     Raises:
         InputError: there is no such preset.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = backend.is_cpu()
     preset = preset or ("quick" if on_cpu else "paper")
     check_choice("--preset", preset, presets)
     return preset, dataset or usual, "float32" if on_cpu else "bfloat16"

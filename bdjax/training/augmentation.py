@@ -1,14 +1,11 @@
 """Random augmentation of training images on the device, with a key for each image."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bdjax.choices import Augmentation
 from bdjax.types import Array, Key
-
-Augmentation = Literal["none", "crop", "crop_flip", "reflect", "reflect_flip"]
 
 
 def pad_crop(key: Key, image: Array, padding: int, *, mirror: bool = False) -> Array:

@@ -6,17 +6,16 @@ after another with a copy of the program for each member, which the compiler may
 share the member axis.
 
 With several devices, members are sharded over them, since they do not communicate. The cores of a CPU count as devices
-(`use_every_core`): two members on a core each are more than twice as fast as one after the other on both cores. Members that
-do not fit into memory together are trained in groups (`memory.py`).
+(`bdjax/run/backend.py`): two members on a core each are more than twice as fast as one after the other on both cores. Members
+that do not fit into memory together are trained in groups (`memory.py`).
 """
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from bdjax import interruption
+from bdjax.choices import Layout
 from bdjax.errors import InputError
 from bdjax.training import checkpoint, memory, processes
 from bdjax.training.member import (
@@ -40,8 +40,6 @@ from bdjax.training.member import (
     supervised,
 )
 from bdjax.types import Array, Model, PyTree
-
-Layout = Literal["vmap", "map", "unrolled"]
 
 # For functions that run once or take no time: compiling the initialisation of a tree takes five times as long with
 # optimisations as without, and one call for the whole tree replaces a hundred small ones.
@@ -91,12 +89,6 @@ def map_members(function: Callable[..., PyTree], layout: Layout, num_shared: int
 
         return unrolled
     raise ValueError(f"layout {layout!r} is not one of 'vmap', 'map', 'unrolled'")
-
-
-def use_every_core() -> None:
-    """Make each CPU core a device. Call this before any computation; it has no effect on a GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
 def num_members(tree: PyTree) -> int:

@@ -10,13 +10,14 @@ rows of the pool, so an attack costs memory for its poisoned rows only.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
+from bdjax.choices import Augmentation, Optimiser, Recipe, Schedule
 from bdjax.settings import (
     Amount,
     Count,
@@ -28,14 +29,9 @@ from bdjax.settings import (
     ShareBelowOne,
     Steps,
 )
-from bdjax.training.augmentation import Augmentation, augment
+from bdjax.training.augmentation import augment
 from bdjax.training.plateau import PlateauState, init_plateau, plateau_step
 from bdjax.types import Array, Key, Model, PyTree
-
-Schedule = Literal["plateau", "cosine", "constant", "steps", "triangle"]
-Optimiser = Literal["adam", "sgd"]
-Recipe = Literal["", "speedrun"]
-"""Named recipes, see `bdjax/training/recipes.py`; "" for none."""
 
 Loss = Callable[[Array, PyTree], Array]
 """(logits [N, K], targets of the N rows) -> loss per example [N]."""

@@ -27,11 +27,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from bdjax import atomic
+from bdjax.choices import PROBE_SECONDS, ComputeDtype, Layout, Lowering
 from bdjax.models import make_model
 from bdjax.models.layers import (
     EXACT_LOWERINGS,
-    ComputeDtype,
-    Lowering,
     convolve,
     default_lowering,
     layout_of,
@@ -51,9 +50,6 @@ UNROLLED_MEMBERS = 3
 
 CLEARLY = 1.1
 """Factor by which a combination must beat the default: a near tie is noise, and the default was measured on whole trainings."""
-
-DEFAULT_SECONDS = 20.0
-"""Time limit of the measurements."""
 
 PROBED = ("speedrun",)
 """Networks that are timed themselves. The others compile slowly and are made of the blocks of `USUAL_NETWORK`."""
@@ -84,7 +80,7 @@ class Shape:
 class Choice(NamedTuple):
     """A layout and a lowering."""
 
-    layout: ensemble.Layout
+    layout: Layout
     lowering: Lowering
 
 
@@ -111,11 +107,11 @@ def probed_network(names: Sequence[str]) -> str:
 
 def choose(
     shape: Shape,
-    layout: ensemble.Layout | Literal["auto"] = _AUTO,
+    layout: Layout | Literal["auto"] = _AUTO,
     lowering: Lowering | Literal["auto"] = _AUTO,
     *,
     choice_file: pathlib.Path | None = None,
-    seconds: float = DEFAULT_SECONDS,
+    seconds: float = PROBE_SECONDS,
     report: Callable[[str], None] = lambda line: None,
     measure: Measure | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -136,9 +132,7 @@ def choose(
     Returns:
         The fastest combination (the default one if none is clearly faster), the same in every process.
     """
-    layouts = [
-        name for name in get_args(ensemble.Layout) if name != "unrolled" or _per_device(shape) <= UNROLLED_MEMBERS
-    ]
+    layouts = [name for name in get_args(Layout) if name != "unrolled" or _per_device(shape) <= UNROLLED_MEMBERS]
     lowerings = usable_lowerings()
     candidates = [
         Choice(*pair)

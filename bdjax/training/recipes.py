@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from bdjax.training.member import Recipe, TrainConfig
+from bdjax.choices import Recipe
+from bdjax.training.member import TrainConfig
 
 PLAIN_RATE = 1e-3
 """The learning rate of `without`: Adam's default."""

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import interruption, losses
+from bdjax.choices import Layout
 from bdjax.training import ensemble
 from bdjax.training.member import (
     Loss,
@@ -84,7 +85,7 @@ class StageRunner:
     folder: pathlib.Path | None
     """folder for checkpoints; None to keep results in memory only"""
     image_shape: tuple[int, int, int]
-    layout: ensemble.Layout
+    layout: Layout
     log: Log | None = None
     """None to print nothing"""
     group_size: int | None = None
@@ -321,7 +322,7 @@ def _in_order(take: Callable[[int, Mapping[str, float]], None] | None) -> Callab
 @cache
 def _per_row(
     function: Callable[..., PyTree],
-    layout: ensemble.Layout,
+    layout: Layout,
     batch_size: int,
     spread: ensemble.Spread,
     is_mean: bool = False,
@@ -374,7 +375,7 @@ def prepare(model: Model, variables: PyTree, pool: Array, index: Array) -> PyTre
 
 @cache
 def _predict(
-    model: Model, layout: ensemble.Layout, batch_size: int, own_images: bool = False
+    model: Model, layout: Layout, batch_size: int, own_images: bool = False
 ) -> Callable[[PyTree, Array], Array]:
     """One compiled function per model, layout and batch size."""
     return ensemble.make_predict(model, layout, batch_size, own_images=own_images)

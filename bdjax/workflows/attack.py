@@ -14,18 +14,20 @@ from bdjax.attacks import outsourcing
 from bdjax.attacks.contract import Attack, CleanModel
 from bdjax.attacks.registry import ATTACKS
 from bdjax.attacks.victims import Plan, Prepared, Trial, evaluate_victims, make_plan, prepare, train_victims, try_out
+from bdjax.choices import Recipe
 from bdjax.datasets.npz import classes_as_arrays
 from bdjax.errors import InputError
 from bdjax.reporting import attacks
 from bdjax.reporting.sections import file_name
-from bdjax.run.config import ALL, adapted_to, check_ranges, check_recipe, load
+from bdjax.run.checks import check_ranges
+from bdjax.run.config import ALL, adapted_to, check_recipe, load
 from bdjax.run.configs.attack import Config
 from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog
 from bdjax.settings import read_value, shown
 from bdjax.training import ensemble, processes, recipes
-from bdjax.training.member import Recipe, TrainConfig
+from bdjax.training.member import TrainConfig
 from bdjax.training.stages import Nets
 from bdjax.types import Dataset, Key, Model
 from bdjax.workflows import base

@@ -15,21 +15,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bdjax.choices import Lowering
 from bdjax.datasets import splits
 from bdjax.defenses import teachers
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings
 from bdjax.errors import InputError
 from bdjax.evaluation import control_networks
-from bdjax.evaluation import model_audit as evidence
 from bdjax.evaluation.control_networks import Ask, Imitation
 from bdjax.exchange.opening import Opened, open_model
 from bdjax.exchange.outputs import Outputs, as_logits
-from bdjax.models import MODELS, Lowering, default_lowering, make_model
+from bdjax.models import MODELS, default_lowering, make_model
 from bdjax.reporting import model_page as reporting
 from bdjax.reporting.evidence.subject import Subject
 from bdjax.reporting.model_verdict import commands
 from bdjax.reporting.tables import to_rich
-from bdjax.run.config import check_path, check_ranges, check_recipe, load, train_config
+from bdjax.run.checks import check_path, check_ranges
+from bdjax.run.config import check_recipe, load, train_config
 from bdjax.run.configs.audit_model import Config
 from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.log import StageLog
@@ -97,51 +98,36 @@ def run(config: Config, experiment: Experiment, log: StageLog | None = None) -> 
 
     predict = partial(runner.predict, batch_size=config.evaluation_batch_size)
     asks = [asker(config, suspects, number, predict, train.num_classes) for number in range(len(suspects.titles))]
-    with log.stage("accuracy", detail=f"{len(asks)} × {len(held_out):,} held-out rows"):
-        logits = [ask(held_out.images) for ask in asks]
+    recipe, is_white = train_config(config), suspects.model is not None
+    setup = control_networks.Setup(
+        config.controls,
+        suspects.model or run.make_model(config.surrogate),
+        recipe,
+        Imitation(replace(recipe, epochs=config.surrogate_epochs), config.queries),
+        search_settings(config, len(searched)),
+        runner,
+        *(clean, searched, held_out),
+        partial(as_shown, config.outputs, train.num_classes),
+    )
     sources = [suspects.opened[source].name for source, _ in suspects.places]
-    models = control_networks.describe_suspects(suspects.titles, sources, logits, held_out, clean)
-    tested = [number for number, model in enumerate(models) if not model["reason"]]
-    names = [f"class {train.class_title(number)}" for number in range(train.num_classes)]
-    found: dict[str, Any] = {}
-    if tested:
-        model, recipe = suspects.model or run.make_model(config.surrogate), train_config(config)
-        variables = None
-        if suspects.model is not None:
-            variables = ensemble.members(suspects.variables, np.array(tested))
-        examined = control_networks.examine(
-            jax.random.key(config.seed),
-            config.controls,
-            model,
-            variables,
-            [asks[number] for number in tested],
-            recipe,
-            Imitation(replace(recipe, epochs=config.surrogate_epochs), config.queries),
-            search_settings(config, len(searched)),
-            runner,
-            *(clean, searched, held_out),
-            partial(as_shown, config.outputs, train.num_classes),
-        )
-        found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
-        if variables is not None:
-            weighed = [
-                control_networks.weigh(model, part, train.image_shape) for part in (variables, examined.controls.clean)
-            ]
-            found["weights"] = evidence.describe_weights(*weighed, names)
-    is_white = suspects.model is not None
+    audited = control_networks.audit(
+        jax.random.key(config.seed),
+        setup,
+        control_networks.Suspects(suspects.titles, sources, asks, suspects.variables),
+    )
     results = reporting.summarise(
-        evidence.judge(models, names, black_box=suspects.model is None, **found),
+        audited.numbers,
         train,
         {"clean_rows": len(clean), "search_rows": len(searched), "held_out_rows": len(held_out)},
         config.seed,
         # With --members the commands would take the other models of the folder, too.
-        [] if config.members else commands(data_flags(config), config.model, len(models), is_white, config.outputs),
+        [] if config.members else commands(data_flags(config), config.model, len(asks), is_white, config.outputs),
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
         return results
-    page = reporting.page(folder, results, train, held_out, found.get("measured"))
-    summary = reporting.main_table(results) if len(models) > 1 else None
+    page = reporting.page(folder, results, train, held_out, audited.measured)
+    summary = reporting.main_table(results) if len(asks) > 1 else None
     if summary is not None:
         log.console.print(to_rich(summary), highlight=False)
     subject = Subject(

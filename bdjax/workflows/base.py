@@ -31,7 +31,9 @@ from bdjax.reporting.report import Report, Section, Verdict, publish
 from bdjax.reporting.tables import Table, to_rich
 from bdjax.run import config as run_config
 from bdjax.run import scalars
-from bdjax.run.config import ALL, IGNORED, IN_CONTENTS, ComparisonConfig, ExperimentConfig, check_ranges
+from bdjax.run.checks import check_output, check_ranges
+from bdjax.run.config import ALL, IGNORED, IN_CONTENTS
+from bdjax.run.configs.shared import ComparisonConfig, ExperimentConfig
 from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder, check_run, to_plain
 from bdjax.run.log import StageLog, format_seconds
@@ -171,7 +173,7 @@ def begin(
     """
     image_shape, num_classes = rows.image_shape, rows.num_classes
     output = output_folder(experiment, config)
-    run_config.check_output(output)
+    check_output(output)
     check_run(output, config, experiment=experiment.name, ignore=IGNORED + IN_CONTENTS)
     memory.check_fits(f"the training and test sets of {members} networks", kept, FEWER_ROWS)
     check_networks(config, image_shape, num_classes, members, networks)

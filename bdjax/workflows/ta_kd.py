@@ -14,6 +14,7 @@ import numpy as np
 from bdjax.attacks import outsourcing
 from bdjax.attacks.label_rules import check_target
 from bdjax.attacks.providers import ProviderTriggers
+from bdjax.choices import Lowering
 from bdjax.datasets import splits
 from bdjax.defenses import ta_kd, teachers
 from bdjax.defenses.aggregation import aggregate_logits
@@ -21,10 +22,11 @@ from bdjax.defenses.teachers import TeacherLogits
 from bdjax.errors import InputError
 from bdjax.exchange import model_folder
 from bdjax.exchange.opening import Opened, open_model
-from bdjax.models import Lowering, count_parameters, default_lowering
+from bdjax.models import count_parameters, default_lowering
 from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.evidence.subject import Subject
-from bdjax.run.config import check_ranges, check_recipe, load
+from bdjax.run.checks import check_ranges
+from bdjax.run.config import check_recipe, load
 from bdjax.run.configs.ta_kd import Config
 from bdjax.run.experiment import Experiment, default_of
 from bdjax.run.folder import RunFolder

@@ -5,7 +5,6 @@ import pathlib
 import pooch
 import pytest
 
-from bdjax.datasets import locate
 from bdjax.datasets.locate import DATA_DIR_VARIABLE
 
 
@@ -26,7 +25,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments, **keywords):
         raise ConnectionError("no network in this test")
 
-    monkeypatch.setattr(locate.pooch, "retrieve", refuse)
+    monkeypatch.setattr(pooch, "retrieve", refuse)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from bdjax.reporting.registry_tables import TABLES, block_names, fill_blocks, ma
 from bdjax.run import command_line, grid_file, presets
 from bdjax.run.config import adapted_to
 from bdjax.run.experiment import read_flags
-from bdjax.training import processes
+from bdjax.training import process_flags
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
 from bdjax.workflows import audit_model as audit_model_workflow
@@ -291,7 +291,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
     """Read the flags and check them as a run does, before any data is read."""
     assert (ROOT / "experiments" / f"{name}.py").is_file()
     script = defined_in(name)
-    _, flags = processes.take_flags(flags)
+    _, flags = process_flags.take_flags(flags)
     if name == "bench_ensemble":
         script.check(command_line.parse(script.preset, {"preset": None}, flags))
         return

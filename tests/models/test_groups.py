@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from bdjax.models import MODELS, Lowering, make_model
+from bdjax.choices import Lowering
+from bdjax.models import MODELS, make_model
 from bdjax.models.facade import as_model
 from bdjax.models.layers import EXACT_LOWERINGS, BatchNorm, Taps, layout_of
 from bdjax.models.resnet import ResNet

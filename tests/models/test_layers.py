@@ -20,7 +20,6 @@ from bdjax.models.layers import (
     convolve_depthwise,
     default_lowering,
     global_max,
-    larger,
     layout_of,
     max_pool,
     max_pool_3x3,
@@ -428,13 +427,6 @@ def test_pooling_takes_the_largest_of_four(axes):
         ]
     ).max(axis=0)
     np.testing.assert_array_equal(jax.jit(max_pool, static_argnums=1)(x, axes), expected)
-
-
-def test_the_larger_takes_the_gradient_and_equals_share_it():
-    first, second = np.float32([3, 1, 2, 0]), np.float32([1, 3, 2, 0])
-    for_first, for_second = jax.jit(jax.grad(lambda x, y: jnp.sum(larger(x, y)), (0, 1)))(first, second)
-    np.testing.assert_array_equal(for_first, [1, 0, 0.5, 0.5])
-    np.testing.assert_array_equal(for_second, [0, 1, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 3), (4, 7)], ids=str)

@@ -198,8 +198,7 @@ def test_changed_fields():
 
 @pytest.fixture
 def settings_untouched(monkeypatch):
-    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+    monkeypatch.setattr(command_line.backend, "set_up", lambda: None)
 
 
 @pytest.mark.usefixtures("settings_untouched")
@@ -323,14 +322,3 @@ def test_main_gets_the_arguments():
     got = []
     command_line.run(got.append, ["--epochs=3"])
     assert got == [["--epochs=3"]]
-
-
-def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-    changes = {}
-    monkeypatch.setattr(command_line.jax.config, "update", changes.__setitem__)
-    command_line.use_compilation_cache()  # these tests have named a folder already
-    assert "jax_compilation_cache_dir" not in changes
-    monkeypatch.setattr(type(command_line.jax.config), "jax_compilation_cache_dir", None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command_line.use_compilation_cache()
-    assert changes["jax_compilation_cache_dir"] == str(tmp_path / "bdjax" / "compiled")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bdjax.errors import InputError
+from bdjax.run import checks
 from bdjax.run import config as run_config
-from bdjax.run.config import ExperimentConfig
+from bdjax.run.configs.shared import ExperimentConfig
 from bdjax.settings import Count, PositiveShare
 
 
@@ -32,7 +33,7 @@ class Silent:
 
 def check(**changes):
     config = dataclasses.replace(Config(), **changes)
-    run_config.check_ranges(config)
+    checks.check_ranges(config)
 
 
 @pytest.mark.parametrize(
@@ -69,9 +70,9 @@ def test_a_folder_that_cannot_be_made(name, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(InputError, match="is a file, not a folder; choose another --output$"):
-        run_config.check_output(tmp_path / name)
+        checks.check_output(tmp_path / name)
     for good in (tmp_path, tmp_path / "a" / "b", pathlib.Path("runs/digits"), pathlib.Path("~/runs")):
-        run_config.check_output(good)
+        checks.check_output(good)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.errors import InputError
-from bdjax.run import command_line
+from bdjax.run import backend, command_line
 from bdjax.run.folder import open_run
 from bdjax.run.log import StageLog, StageProgress
-from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig
 from bdjax.training.stages import StageRunner
 from bdjax.types import Model, ModelOutput
@@ -81,5 +80,5 @@ def _kill_after(progress: StageProgress, epochs: int, steps: int) -> None:
 
 if __name__ == "__main__":
     devices = int(sys.argv.pop(1))
-    ensemble.use_every_core = lambda: jax.config.update("jax_num_cpu_devices", devices)
+    backend.use_every_core = lambda: jax.config.update("jax_num_cpu_devices", devices)
     command_line.run(main)

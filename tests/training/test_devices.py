@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.choices import Layout
 from bdjax.losses import cross_entropy
 from bdjax.models.facade import as_model
 from bdjax.models.resnet import ResNet
@@ -31,7 +32,7 @@ from tests.training.linear_network import linear_network
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPE = (6, 6, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, *SHAPE)).astype(np.uint8)
-LAYOUTS = typing.get_args(ensemble.Layout)
+LAYOUTS = typing.get_args(Layout)
 COUNTS = (5, 8, 11)  # of eight devices: three are left over; each has one; six have two, one of them a copy
 CONFIG = TrainConfig(epochs=2, batch_size=5, evaluation_batch_size=5)
 MOVED = TrainConfig(epochs=6, batch_size=5, evaluation_batch_size=5, plateau_patience=0, plateau_threshold=0.5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.choices import Layout
 from bdjax.errors import InputError
 from bdjax.losses import cross_entropy
 from bdjax.models.facade import as_model
@@ -19,7 +20,7 @@ SHAPE = (6, 6, 1)
 POOL = jnp.asarray(np.random.default_rng(0).integers(0, 256, (30, *SHAPE)), jnp.uint8)
 CLASSES = np.random.default_rng(1).integers(0, 3, 30).astype(np.int32)
 CONFIG = TrainConfig(epochs=2, batch_size=4, evaluation_batch_size=3)
-LAYOUTS = get_args(ensemble.Layout)
+LAYOUTS = get_args(Layout)
 
 
 def loss(logits, targets):

@@ -18,7 +18,7 @@ import small_run
 from bdjax.errors import InputError
 from bdjax.run import command_line
 from bdjax.run.log import StageProgress
-from bdjax.training import processes
+from bdjax.training import process_flags, processes
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TIMEOUT = 120
@@ -37,8 +37,8 @@ TIMEOUT = 120
 )
 def test_flags_about_processes_are_taken_out(arguments, flags):
     words = arguments.split()
-    assert processes.take_flags(["--epochs=3", *words, "--out", "x"]) == (flags, ["--epochs=3", "--out", "x"])
-    assert processes.take_flags(["--epochs=3"]) == (None, ["--epochs=3"])
+    assert process_flags.take_flags(["--epochs=3", *words, "--out", "x"]) == (flags, ["--epochs=3", "--out", "x"])
+    assert process_flags.take_flags(["--epochs=3"]) == (None, ["--epochs=3"])
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,8 @@ def test_flags_about_processes_are_taken_out(arguments, flags):
 )
 def test_flags_that_make_no_sense_are_one_line_and_status_2(arguments, message, capsys, monkeypatch):
     with pytest.raises(InputError, match=re.escape(message)):
-        processes.take_flags(arguments.split())
-    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+        process_flags.take_flags(arguments.split())
+    monkeypatch.setattr(command_line.backend, "set_up", lambda: None)
     with pytest.raises(SystemExit) as stop:
         command_line.run(print, arguments.split())
     assert stop.value.code == command_line.FAILED

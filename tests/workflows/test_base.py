@@ -14,7 +14,7 @@ from bdjax.commands import abm, attack, lfd, robust_kd, ta_kd, vbd
 from bdjax.errors import InputError
 from bdjax.reporting.report import Verdict
 from bdjax.run import config as run_config
-from bdjax.run.config import ComparisonConfig
+from bdjax.run.configs.shared import ComparisonConfig
 from bdjax.run.experiment import read_flags
 from bdjax.run.folder import RunFolder
 from bdjax.run.log import StageLog

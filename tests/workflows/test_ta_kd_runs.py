@@ -32,7 +32,7 @@ from bdjax.reporting import ta_kd as reporting
 from bdjax.reporting.evidence import verdict as verdicts
 from bdjax.reporting.results import find
 from bdjax.run import command_line
-from bdjax.run.config import check_ranges, flag
+from bdjax.run.checks import check_ranges, flag
 from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
@@ -77,7 +77,7 @@ def flags(output: pathlib.Path, **changes: Any) -> list[str]:
 PROGRAM = """
 import runpy, sys
 from bdjax.run import command_line
-command_line.use_compilation_cache = command_line.ensemble.use_every_core = lambda: None  # those of the tests
+command_line.backend.set_up = lambda: None  # those of the tests
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -450,8 +450,7 @@ def test_settings_that_do_not_fit_the_data_leave_nothing(tmp_path, changes, mess
     ],
 )
 def test_the_command_line_fails_with_one_line_and_status_2(tmp_path, monkeypatch, capsys, changes, message):
-    monkeypatch.setattr(command_line, "use_compilation_cache", lambda: None)
-    monkeypatch.setattr(command_line.ensemble, "use_every_core", lambda: None)
+    monkeypatch.setattr(command_line.backend, "set_up", lambda: None)
     with pytest.raises(SystemExit) as stop:
         command_line.run(ta_kd.main, flags(tmp_path / "run", **changes))
     error = capsys.readouterr().err

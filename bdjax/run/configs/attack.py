@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bdjax.run.config import ExperimentConfig, ExportConfig
+from bdjax.choices import Augmentation, Recipe, Schedule
+from bdjax.run.configs.shared import ExperimentConfig, ExportConfig
 from bdjax.settings import Amount, Count, LearningRate, NotNegative, PositiveShare, Width
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Recipe, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)

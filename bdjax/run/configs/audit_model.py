@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from bdjax.defenses.teachers import BATCH_SIZE
+from bdjax.choices import QUERY_BATCH
 from bdjax.metrics import LEAST_CONTROLS
-from bdjax.run.config import EvidenceConfig, ExperimentConfig, TrainingConfig
+from bdjax.run.configs.shared import EvidenceConfig, ExperimentConfig, TrainingConfig
 from bdjax.settings import Count, Members, NumRows, Range, Width
 
 Controlled = Annotated[int, Range(at_least=LEAST_CONTROLS, limit=1000)]
@@ -46,7 +46,7 @@ class Config(TrainingConfig, ExperimentConfig, EvidenceConfig):
     queries: Count = 4
     """pictures made of each clean row that a black box gets: itself and this many less one with other rows or
     noise in places"""
-    query_batch: Count = BATCH_SIZE
+    query_batch: Count = QUERY_BATCH
     """most images that such a model gets in one call"""
 
     width: Width = 64

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bdjax.run.config import EvidenceConfig, ExportConfig, SuspectConfig
+from bdjax.run.configs.shared import EvidenceConfig, ExportConfig, SuspectConfig
 from bdjax.settings import Share
 
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bdjax.run.config import ComparisonConfig, EvidenceConfig, ExportConfig
+from bdjax.choices import Augmentation, Optimiser, Schedule
+from bdjax.run.configs.shared import ComparisonConfig, EvidenceConfig, ExportConfig
 from bdjax.settings import Count, LearningRate, NotNegative, PositiveShare, Steps, Width
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Optimiser, Schedule
 
 LABELS_ONLY = "logit_distillation:alpha=0.0"
 """A student that learns nothing from the teacher: what distillation is worth beside the clean rows alone."""

@@ -3,11 +3,18 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from bdjax import losses
-from bdjax.attacks.poisoning import RateOf
-from bdjax.defenses.aggregation import Aggregation, Tie, VoteSpace
-from bdjax.defenses.teachers import BATCH_SIZE
-from bdjax.run.config import EvidenceConfig, ExperimentConfig, ExportConfig
+from bdjax.choices import (
+    QUERY_BATCH,
+    Aggregation,
+    Augmentation,
+    Direction,
+    RateOf,
+    Recipe,
+    Schedule,
+    Tie,
+    VoteSpace,
+)
+from bdjax.run.configs.shared import EvidenceConfig, ExperimentConfig, ExportConfig
 from bdjax.settings import (
     Amount,
     Count,
@@ -22,8 +29,6 @@ from bdjax.settings import (
     ShareBelowOne,
     Width,
 )
-from bdjax.training.augmentation import Augmentation
-from bdjax.training.member import Recipe, Schedule
 
 Preset = Literal["quick", "paper", "strong"]
 Scale = Literal["quick", "paper"]
@@ -42,7 +47,7 @@ class Config(ExperimentConfig, ExportConfig, EvidenceConfig):
     FILE.safetensors:ARCHITECTURE; FILE.onnx; http://HOST:PORT/PATH. No attack is trained then"""
     outputs: Literal["logits", "probabilities", "labels"] = "logits"
     """what teachers return that are ONNX files or addresses"""
-    teacher_batch: Count = BATCH_SIZE
+    teacher_batch: Count = QUERY_BATCH
     """most images that a teacher which is a Python function gets in one call"""
 
     auxiliary_fraction: PositiveShare = 0.1
@@ -115,7 +120,7 @@ class Config(ExperimentConfig, ExportConfig, EvidenceConfig):
     """T of the distillation (not in the paper; from its code)"""
     alpha: Share = 0.5
     """weight of the teachers' logits; the clean labels have 1 - alpha (not in the paper; from its code)"""
-    direction: losses.Direction = "teacher_student"
+    direction: Direction = "teacher_student"
     """direction of the KL divergence: as in the code, or as printed in equation 3"""
     aggregation: Aggregation = "mean"
     """how the teachers' logits are combined: mean (the paper), median, trimmed_mean"""

@@ -1,0 +1,67 @@
+"""What is settled about JAX before and after it is imported."""
+
+import os
+import sys
+
+import jax
+import pytest
+
+from bdjax.run import backend
+
+
+@pytest.fixture
+def not_imported(monkeypatch):
+    """As before JAX is imported."""
+    monkeypatch.delitem(sys.modules, "jax")
+
+
+def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    changes = {}
+    monkeypatch.setattr(jax.config, "update", changes.__setitem__)
+    backend.use_compilation_cache()  # these tests have named a folder already
+    assert "jax_compilation_cache_dir" not in changes
+    monkeypatch.setattr(type(jax.config), "jax_compilation_cache_dir", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    backend.use_compilation_cache()
+    assert changes["jax_compilation_cache_dir"] == str(tmp_path / "bdjax" / "compiled")
+
+
+def test_settings_reach_a_jax_that_is_imported_later(not_imported, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), "JAX_NUM_CPU_DEVICES": "7"})
+    backend.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "bdjax" / "compiled")
+    assert os.environ["JAX_NUM_CPU_DEVICES"] == str(len(os.sched_getaffinity(0)))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
+    backend.set_up()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+
+
+@pytest.mark.parametrize("name", ["jax_num_cpu_devices", "jax_compilation_cache_dir"])
+def test_jax_has_these_settings(name):
+    assert hasattr(jax.config, name)
+
+
+def test_without_another_backend_jax_is_not_asked(not_imported, monkeypatch):
+    monkeypatch.setattr(backend, "_has_plugins", lambda: False)
+    for platforms in ("", "cpu"):
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        assert backend.is_cpu() and "jax" not in sys.modules
+
+
+@pytest.mark.parametrize(("name", "is_cpu"), [("cpu", True), ("gpu", False)])
+def test_an_imported_jax_is_asked(name, is_cpu, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: name)
+    assert backend.is_cpu() == is_cpu
+
+
+def test_a_plugin_may_bring_another_backend(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.importlib.metadata, "entry_points", lambda group: ())
+    for name in ("PJRT_NAMES_AND_LIBRARY_PATHS", "TPU_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert not backend._has_plugins()
+    monkeypatch.setattr(backend.importlib.metadata, "entry_points", lambda group: (group,))
+    assert backend._has_plugins()
+    monkeypatch.setattr(backend.importlib.metadata, "entry_points", lambda group: ())
+    monkeypatch.setenv("PJRT_NAMES_AND_LIBRARY_PATHS", "x:y")
+    assert backend._has_plugins()
