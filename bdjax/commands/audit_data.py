@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bdjax.commands import vbd
 from bdjax.errors import InputError
 from bdjax.run import command_line
+from bdjax.run.checks import check_ranges
 from bdjax.run.configs.detection import Config
 from bdjax.run.experiment import Experiment, read_flags
 from bdjax.run.presets import NO_ATTACK
@@ -45,12 +46,16 @@ EXPERIMENT = Experiment(
 )
 
 
+def _check(config: Config) -> None:
+    if not config.dataset:
+        raise InputError(f"name the data: {command_line.invocation('audit_data')} {EXAMPLE}")
+    check_ranges(config)
+
+
 def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     about = f"{__doc__.splitlines()[0]} The first word is --dataset: bdjax audit-data photos/"
-    config = read_flags(EXPERIMENT, about, arguments)
-    if not config.dataset:
-        raise InputError(f"name the data: {command_line.invocation('audit_data')} {EXAMPLE}")
+    config = read_flags(EXPERIMENT, about, arguments, _check)
     from bdjax.workflows import audit
 
     return audit.run(config, EXPERIMENT, log)

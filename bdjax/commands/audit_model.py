@@ -9,6 +9,7 @@ interrupted run, and ends at the same numbers.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bdjax.exchange import safetensors_files
 from bdjax.run import presets
 from bdjax.run.configs.audit_model import Config
 from bdjax.run.experiment import Experiment, read_flags
@@ -35,6 +36,13 @@ EXPERIMENT = Experiment(
 def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    safetensors_files.refuse_early(config.model)
+    from bdjax.run.log import StageLog
+    from bdjax.workflows import audited_models
+
+    log = log or StageLog()
+    given = audited_models.read(config, EXPERIMENT, log)
+    # After the files, which may be refused: this takes seconds.
     from bdjax.workflows import audit_model
 
-    return audit_model.run(config, EXPERIMENT, log)
+    return audit_model.run(config, EXPERIMENT, log, given)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bdjax import datasets
+from bdjax.exchange import safetensors_files
 from bdjax.run import presets
 from bdjax.run.configs.suspect_models import LABELS_ONLY, Config
 from bdjax.run.experiment import Experiment, read_flags
@@ -160,6 +161,7 @@ EXPERIMENT = Experiment("robust_kd", "RobustKD", ("robust_kd",), preset, STUDIES
 def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    safetensors_files.refuse_early([config.teacher] if config.teacher else [])
     from bdjax.workflows import suspect_models
 
     return suspect_models.run(config, EXPERIMENT, log)

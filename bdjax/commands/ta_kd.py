@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bdjax import datasets
+from bdjax.exchange import safetensors_files
 from bdjax.run import presets
 from bdjax.run.configs.ta_kd import Config
 from bdjax.run.experiment import Experiment, read_flags
@@ -60,6 +61,7 @@ EXPERIMENT = Experiment(
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Read the flags and run."""
     config = read_flags(EXPERIMENT, __doc__.splitlines()[0], arguments)
+    safetensors_files.refuse_early(config.teachers or ())
     from bdjax.workflows import ta_kd
 
     return ta_kd.run(config, EXPERIMENT)

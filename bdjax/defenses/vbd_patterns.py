@@ -22,7 +22,6 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from skimage.filters import threshold_otsu
 
 from bdjax.settings import (
     MOST,
@@ -283,6 +282,8 @@ def otsu(values: np.ndarray) -> np.ndarray:
         Otsu 1979.
     """
     grey = np.round(255 * min_max(values)).astype(np.uint8)
+    from skimage.filters import threshold_otsu  # imports SciPy, which takes half a second
+
     return grey > threshold_otsu(grey) if grey.any() else np.zeros(values.shape, bool)
 
 

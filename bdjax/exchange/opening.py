@@ -34,7 +34,6 @@ from bdjax.types import Classifier, Model, PyTree
 
 FORMS = "FOLDER, FILE.safetensors:ARCHITECTURE, FILE.onnx or http://HOST:PORT/PATH"
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
-_SAFETENSORS = re.compile(r"(?P<path>.+?\.safetensors)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
 _ONNX = re.compile(r"(?P<path>.+?\.onnx)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
 
 
@@ -95,7 +94,7 @@ def open_model(
     path = pathlib.Path(text)
     if text and _is_folder(path):
         return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, target)
-    if match := _SAFETENSORS.fullmatch(text):
+    if match := safetensors_files.NAMED.fullmatch(text):
         path, (name, naming, normalisation) = pathlib.Path(match["path"]), _parts(text, match["rest"])
         found = weights.read(
             path, name, num_classes, image_shape, naming, normalisation, lowering=lowering, compute_dtype=compute_dtype

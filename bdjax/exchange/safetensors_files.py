@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
@@ -31,6 +31,8 @@ _MAXIMUM_AXES = 8
 _WEIGHTS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _COUNTER = "num_batches_tracked"
 _CHUNK = 1 << 20
+NAMED = re.compile(r"(?P<path>.+?\.safetensors)(?::(?P<rest>.*))?", re.IGNORECASE | re.DOTALL)
+"""How a command line names a file of weights: FILE.safetensors:ARCHITECTURE[:NAMING[:NORMALISATION]]."""
 
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 """The first bytes of a pickle of protocols 2 to 5 and of the ZIP archive around one that `torch.save` writes."""
@@ -106,6 +108,30 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> str:
     data = safetensors.numpy.save(arrays)
     atomic.write_bytes(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def refuse_early(texts: Iterable[str]) -> None:
+    """Refuse files that cannot be weights by their first bytes, before libraries are imported that take longer than that.
+
+    Args:
+        texts: as a command line names models, see `bdjax.exchange.opening`, which looks at everything again. What is not a
+            regular file is not looked at here.
+
+    Raises:
+        InputError: a pickle, or a damaged safetensors file.
+    """
+    for text in texts:
+        named = NAMED.fullmatch(text)
+        path = pathlib.Path(named["path"] if named else text)
+        try:
+            is_file = path.is_file()
+        except (OSError, ValueError):  # a null byte, or a name that is too long
+            continue
+        if is_file and named:
+            with opened(path):
+                pass
+        elif is_file:
+            refuse_pickle(path)
 
 
 def refuse_pickle(path: pathlib.Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 def is_cpu() -> bool:
     """Whether JAX computes on the CPU: it must, without a plugin for anything else, and otherwise it is asked."""
-    if "jax" not in sys.modules and os.environ.get("JAX_PLATFORMS", "") in ("", "cpu") and not _has_plugins():
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if "jax" not in sys.modules and (platforms == "cpu" or not (platforms or _has_plugins())):
         return True
     import jax
 

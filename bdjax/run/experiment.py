@@ -43,16 +43,22 @@ def default_of(experiment: Experiment, config: Any) -> Any:
     return experiment.default(**{name: getattr(config, name) for name in experiment.choosers})
 
 
-def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | None = None) -> Any:
+def read_flags(
+    experiment: Experiment,
+    about: str,
+    arguments: Sequence[str] | None = None,
+    check: Callable[[Any], None] = check_ranges,
+) -> Any:
     """The configuration that an experiment's flags set.
 
     Args:
         experiment: the experiment.
         about: a line for --help, which lists the studies as well.
         arguments: the command line; None for that of the process.
+        check: raises an InputError if the configuration cannot be right, whatever the data.
 
     Raises:
-        InputError: as `command_line.parse` and `check_ranges`.
+        InputError: as `command_line.parse` and `check`.
     """
     studies = "; ".join(f"{name}: {study.about}" for name, study in experiment.studies.items())
     description = about + (f" Studies: {studies}." if studies and "study" not in experiment.fixed else "")
@@ -65,5 +71,5 @@ def read_flags(experiment: Experiment, about: str, arguments: Sequence[str] | No
         prog=command_line.program(experiment.name),
         description=description,
     )
-    check_ranges(config)
+    check(config)
     return config

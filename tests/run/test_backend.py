@@ -42,8 +42,8 @@ def test_jax_has_these_settings(name):
 
 
 def test_without_another_backend_jax_is_not_asked(not_imported, monkeypatch):
-    monkeypatch.setattr(backend, "_has_plugins", lambda: False)
-    for platforms in ("", "cpu"):
+    for platforms, has_plugins in (("", False), ("cpu", True)):
+        monkeypatch.setattr(backend, "_has_plugins", lambda has_plugins=has_plugins: has_plugins)
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
         assert backend.is_cpu() and "jax" not in sys.modules
 

@@ -18,6 +18,7 @@ from bdjax.run.experiment import read_flags
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble
 from bdjax.workflows import audit_model as workflow
+from bdjax.workflows import audited_models
 
 SHAPE = (8, 8, 1)
 
@@ -58,17 +59,17 @@ def test_flags_that_cannot_be_used_end_in_one_line(arguments, message, tmp_path)
 def test_members_of_a_folder_are_counted_from_1(tmp_path):
     folder = random_folder(tmp_path / "models", 3)
     data = bdjax.dataset(np.zeros((10, *SHAPE), np.uint8), np.arange(10))
-    suspects = workflow.open_suspects(config(f"--model={folder}", "--members", "3", "1"), data, "shifted")
+    suspects = audited_models.open_suspects(config(f"--model={folder}", "--members", "3", "1"), data, "shifted")
     assert suspects.titles == ["model 3", "model 1"] and ensemble.num_members(suspects.variables) == 2
     np.testing.assert_array_equal(
         jax.tree.leaves(suspects.variables)[0][0], jax.tree.leaves(suspects.opened[0].variables)[0][2]
     )
     with pytest.raises(InputError, match="--members 4: .* has 3 models, counted from 1"):
-        workflow.open_suspects(config(f"--model={folder}", "--members", "4"), data, "shifted")
+        audited_models.open_suspects(config(f"--model={folder}", "--members", "4"), data, "shifted")
     other = random_folder(tmp_path / "others", 1, "vbd_8_8p")
     with pytest.raises(InputError, match="cannot share control networks"):
-        workflow.open_suspects(config("--model", str(folder), str(other)), data, "shifted")
-    both = workflow.open_suspects(config("--model", str(folder), str(folder)), data, "shifted")
+        audited_models.open_suspects(config("--model", str(folder), str(other)), data, "shifted")
+    both = audited_models.open_suspects(config("--model", str(folder), str(folder)), data, "shifted")
     assert both.titles == [f"model {number}" for number in range(1, 7)]
 
 
