@@ -13,7 +13,10 @@ import pytest
 import bdjax
 from bdjax import api
 from bdjax.datasets.digits import load_digits
+from bdjax.defenses.neural_cleanse import Triggers
 from bdjax.defenses.undefended import run as undefended_run
+from bdjax.evaluation.control_networks import Audit
+from bdjax.evaluation.model_audit import Measured
 from bdjax.testing.tiny_network import make_tiny
 from bdjax.training.member import TrainConfig
 from bdjax.types import Detection
@@ -330,6 +333,12 @@ class TestDetectAndDefend:
         assert safe.given == ("attacked model", "clean rows") and safe.settings.epochs == 1
         assert 0 <= bdjax.evaluate(safe, TEST, bad.trigger).asr <= 1
 
+    def test_of_a_network_alone(self, victim, three):
+        for network in (victim, three):
+            same = bdjax.defend("none", network, KEY)
+            assert same.given == ("attacked model",) and same.seeds == network.seeds
+            np.testing.assert_array_equal(same.predict(TEST.images), network.predict(TEST.images))
+
     def test_several_seeds_are_the_same_call(self, three, bad):
         safe = bdjax.defend("fine_tuning", three, KEY, clean=CLEAN, epochs=1, batch_size=32)
         assert safe.seeds == 3 and safe.predict(TEST.images).shape == (3, 64, CLASSES)
@@ -387,6 +396,32 @@ class TestAuditModel:
             "controls 1 is not a whole number of at least 2", bdjax.audit_model, victim, CLEAN, TEST, KEY, controls=1
         )
         refused("epochs", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_epochs=0)
+
+    def test_the_triggers_of_networks_that_could_not_be_tested_are_nan(self, three, monkeypatch):
+        masks, patterns = np.ones((4, CLASSES, 8, 8, 1)), np.zeros((4, CLASSES, 8, 8, 1))
+        models = [{"found": [], "reason": text} for text in ("", "untrained", "")]
+        numbers = {"outcome": "nothing found", "models": models}
+        measured = Measured(Triggers(masks, patterns), None, None, None)
+        monkeypatch.setattr(api.control_networks, "audit", lambda *_: Audit(numbers, [0, 2], measured))
+        found = bdjax.audit_model(three, CLEAN, TEST, KEY)
+        assert found.masks.shape == found.patterns.shape == (3, CLASSES, 8, 8, 1)
+        assert np.isnan(found.masks).any((1, 2, 3, 4)).tolist() == [False, True, False]
+        assert found.reason == ["", "untrained", ""] and (found.patterns[[0, 2]] == 0).all()
+
+    @pytest.mark.slow
+    def test_two_classes_are_decided_by_the_control_networks(self):
+        train, test = bdjax.load("digits")
+        train, test = (
+            bdjax.dataset(rows.images[rows.labels < 2], rows.labels[rows.labels < 2], 2) for rows in (train, test)
+        )
+        training = {"epochs": 4, "batch_size": 32, "learning_rate": 1e-2}
+        network = bdjax.train(make_tiny(2), train, KEY, **training)
+        found = bdjax.audit_model(network, train, test, KEY, controls=2, search_epochs=2, training=training)
+        (model,) = found.numbers["models"]
+        assert [entry["index"] for entry in model["classes"]] == [None, None]
+        assert all(0 < entry["p_value"] <= 1 for entry in model["classes"]) and found.masks.shape == (2, 8, 8, 1)
+        assert found.outcome in ("found", "nothing found", "could not be tested")
+        assert found.numbers["planted"]["title"]
 
     def test_a_function_that_knows_nothing_could_not_be_tested(self):
         found = bdjax.audit_model(lambda images: np.zeros((len(images), CLASSES)), CLEAN, TEST, KEY)

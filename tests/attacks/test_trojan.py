@@ -69,6 +69,12 @@ def test_norms_are_those_of_the_triggers_in_circulation(norm, psnr):
     full = jnp.ones((8, 8, 1))
     assert jnp.linalg.norm(neurons.capped(full, 3.0).ravel()) == pytest.approx(3.0, rel=1e-6)
     np.testing.assert_array_equal(neurons.capped(full, 9.0), full)
+    # Below the norm the gradient is that of the perturbation; above it, none is left along the perturbation.
+    ascent = jax.grad(lambda delta, largest: jnp.sum(neurons.capped(delta, largest)))
+    np.testing.assert_array_equal(ascent(full, 9.0), full)
+    np.testing.assert_allclose(ascent(full, 3.0), 0, atol=1e-6)
+    tilted = ascent(full.at[0, 0].set(2.0), 3.0)
+    assert float(jnp.vdot(tilted, full.at[0, 0].set(2.0))) == pytest.approx(0, abs=1e-5) and np.abs(tilted).max() > 0.01
     assert TROJAN_SQUARE.settings.largest_norm == 8.66 and TROJAN_WATERMARK.settings.largest_norm == 8.74
 
 

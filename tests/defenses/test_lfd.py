@@ -141,6 +141,16 @@ def test_rows_of_weight_zero_have_no_gradient_and_negative_ones_ascend():
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+def test_a_cap_ends_the_ascent_of_the_rows_above_it():
+    variables = tiny_variables(0)
+    output = TINY.apply(variables, jnp.asarray(IMAGES), train=True)
+    rows = np.asarray(losses.cross_entropy(output.logits, jnp.asarray(LABELS)))
+    cap = float(np.sort(rows)[1:3].mean())
+    weight = np.float32([-1.0, -0.5, -2.0, -1.0])
+    assert (rows > cap).sum() == 2
+    assert_weighted(gradient_of(jnp.asarray(weight), loss_cap=cap), np.where(rows > cap, 0, weight))
+
+
 def test_a_cap_ends_the_ascent_but_not_the_descent():
     gradient = gradient_of(-jnp.ones(4), loss_cap=1e-6)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))

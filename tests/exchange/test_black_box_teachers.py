@@ -1,7 +1,6 @@
 """The same four networks as members of one call, and as three ONNX files and a server."""
 
-import pathlib
-import threading
+import contextlib
 
 import jax
 import numpy as np
@@ -14,36 +13,19 @@ from bdjax.exchange.opening import open_model
 from bdjax.models import make_model
 from bdjax.training import ensemble
 from tests.exchange.test_onnx_writer import random_variables
+from tests.fixtures.served import served
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 SHAPE, CLASSES = (8, 8, 1), 5
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "models_black_box.md"
 
 
 @pytest.fixture
 def serve():
-    """Runs the server of the documentation for a function, at a free port; returns its address."""
-    servers = []
-
-    def serve(network):
-        (code,) = [block for block in PAGE.read_text().split("```") if block.startswith("python\nimport http.server")]
-        names = {"network": network}
-        definitions, start, _ = code.removeprefix("python\n").partition("http.server.ThreadingHTTPServer(")
-        exec(definitions, names)
-        assert start and len(code.strip().splitlines()) <= 17
-        names["Handler"].log_message = lambda *arguments: None
-        server = names["http"].server.ThreadingHTTPServer(("127.0.0.1", 0), names["Handler"])
-        server.daemon_threads = True
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/predict"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    """Runs the server of the documentation for a function; returns its address."""
+    with contextlib.ExitStack() as servers:
+        yield lambda network: servers.enter_context(served(network))
 
 
 def test_black_boxes_give_the_numbers_of_the_same_networks_as_members(serve, tmp_path):
