@@ -855,7 +855,7 @@ def audit_model(
 
     Args:
         suspect: a network; or any function from images, float32 [B, H, W, C] in [0, 1], to logits, a black box:
-            triggers are then searched on a surrogate, which finds less.
+            triggers are then searched on a surrogate, which finds less. Two networks that correct each other are one, too.
         clean: known clean rows, for the search and for the control networks.
         held_out: other clean rows, on which the success of the reversed triggers is measured.
         key: random key.
@@ -881,6 +881,7 @@ def audit_model(
     recipe, runner = _recipe("audit_model: training", training, start), _runner(clean.image_shape)
     if isinstance(suspect, Network):
         _check_fits(suspect, clean, "audit_model: clean")
+    if isinstance(suspect, Network) and not suspect.model.parts:
         model, variables = suspect.model, _stacked(suspect, suspect.seeds or 1)
         members = [ensemble.members(variables, np.arange(number, number + 1)) for number in range(suspect.seeds or 1)]
         asks = [

@@ -408,6 +408,16 @@ class TestAuditModel:
         assert np.isnan(found.masks).any((1, 2, 3, 4)).tolist() == [False, True, False]
         assert found.reason == ["", "untrained", ""] and (found.patterns[[0, 2]] == 0).all()
 
+    def test_two_networks_that_correct_each_other_are_a_black_box(self, victim, monkeypatch):
+        pair, given = dataclasses.replace(victim, model=victim.model._replace(parts=(MODEL, MODEL))), []
+        numbers = {"outcome": "could not be tested", "models": [{"found": [], "reason": "stub"}]}
+        monkeypatch.setattr(api.control_networks, "audit", lambda *of: given.append(of) or Audit(numbers, [], None))
+        for suspect in (victim, pair):
+            bdjax.audit_model(suspect, CLEAN, TEST, KEY)
+        white, black = (suspects for _, _, suspects in given)
+        assert white.variables is not None and black.variables is None
+        assert black.asks[0](TEST.images).shape == (64, CLASSES)
+
     @pytest.mark.slow
     def test_two_classes_are_decided_by_the_control_networks(self):
         train, test = bdjax.load("digits")

@@ -380,7 +380,7 @@ def _report(error: BaseException) -> int | None:
     # A library may turn the interruption into an error of its own.
     is_interrupted = isinstance(error, KeyboardInterrupt) or interruption.received()
     status = interruption.end() if is_interrupted else None
-    if "jax" in sys.modules:
+    if "bdjax.training.processes" in sys.modules:
         _processes().report_failure(error)
     if is_interrupted:
         Console(stderr=True).print(interruption.MESSAGE, style="yellow", soft_wrap=True)
