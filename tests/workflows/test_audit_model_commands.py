@@ -3,6 +3,7 @@
 One network for all, with so few steps that only the form of the outcome is known.
 """
 
+import html
 import json
 import pathlib
 
@@ -12,6 +13,7 @@ import pytest
 
 import bdjax
 from bdjax import commands
+from bdjax.api import Network
 from bdjax.commands import gate
 from bdjax.run import backend
 from tests.fixtures import evidence
@@ -27,7 +29,7 @@ SURROGATE = ("--surrogate=vbd_4_4p", "--width=16", "--queries=2", "--surrogate-e
 
 
 @pytest.fixture(scope="module")
-def network() -> bdjax.api.Network:
+def network() -> Network:
     train, _ = bdjax.load("digits")
     training = {"width": 16, "epochs": 8, "batch_size": 32, "learning_rate": 1e-2}
     return bdjax.train("vbd_4_4p", train, jax.random.key(3), **training)
@@ -60,7 +62,8 @@ def check_run(folder: pathlib.Path, status: int, *, black_box: bool) -> dict:
     assert planted["title"] and 0 <= planted["success"] <= 1 and planted["numbers"]["class"] == planted["class"]
     page = (folder / "report.html").read_text()
     assert all(title in page for title in ("Verdict", "Control networks", "The reversed triggers"))
-    assert ("surrogate" in page) == black_box and results["verdict"]["headline"] in (folder / "table.md").read_text()
+    assert html.escape(results["verdict"]["headline"]) in page and (folder / "table.md").exists()
+    assert (folder / "checkpoints" / "surrogates").exists() == black_box
     return results
 
 
@@ -108,6 +111,5 @@ def test_an_address_which_no_image_is_sent_twice(network, start, tmp_path):
         status = start(*arguments)
         results, first = check_run(folder, status, black_box=True), sum(asked)
         assert first >= 2 * 500 + 100 and list((folder / "answers").rglob("*.npy"))
-        assert f"--teachers {address}" in (folder / "report.html").read_text()
         assert start(*arguments) == status and sum(asked) - first <= 8  # those that see whether it answers alike
     assert json.loads((folder / "results.json").read_text())["models"] == results["models"]
