@@ -10,14 +10,17 @@ import jax
 import numpy as np
 import pytest
 
+import bdjax
 from bdjax.attacks.registry import ATTACKS
-from bdjax.commands import abm, lfd
+from bdjax.commands import abm, audit_model, lfd, ta_kd
 from bdjax.datasets.digits import load_digits
 from bdjax.errors import InputError
 from bdjax.evaluation.variants import read_attack, read_defense
+from bdjax.run.experiment import read_flags
 from bdjax.run.log import StageLog
 from bdjax.training import checkpoint
-from bdjax.workflows import base, poisoned_sets
+from bdjax.workflows import audited_models, base, poisoned_sets
+from bdjax.workflows import ta_kd as ta_kd_workflow
 from tests.fixtures import evidence
 
 TINY: dict[str, Any] = {
@@ -72,6 +75,22 @@ def test_a_run_leaves_numbers_tables_scores_pictures_and_models(abm_run):
     saved = sorted((abm_run / "models").glob("*/*"))
     assert len(saved) == 2 and checkpoint.about(saved[0])["num_classes"] == 10
     assert results["limits"] == [poisoned_sets.SMOKE_TEST] and "smoke test for defenses in training" in report
+
+
+def test_the_two_networks_of_abm_can_be_asked_audited_and_distilled(abm_run):
+    folders = [path.parent for path in (abm_run / "models").rglob("correction.json")]
+    train = load_digits((), False).train
+    for folder in folders:
+        expected = bdjax.load_model(folder).predict(train.images[:20])
+        assert expected.shape == (20, 10) and np.isfinite(expected).all()
+        audited = read_flags(audit_model.EXPERIMENT, "", [f"--model={folder}", "--dataset=digits"])
+        suspects = audited_models.open_suspects(audited, train, "native")
+        assert suspects.model is None and suspects.titles == ["the model"]
+        config = dataclasses.replace(ta_kd.preset("quick", "digits"), teachers=(str(folder),))
+        teachers = ta_kd_workflow.open_teachers(config, train, "native")
+        asked = ta_kd_workflow.ask_teachers(config, None, 10, teachers)(train.images[:20])
+        np.testing.assert_allclose(asked, expected[None], atol=1e-4)
+    assert folders
 
 
 @pytest.mark.parametrize(
