@@ -152,7 +152,8 @@ class StageLog:
             left = ""
             if total is not None and steps and done < total:
                 left = f", {most}{format_seconds((last - since) / steps * (total - done))} left"
-            self.note(name, printable(f"… {count} {unit}  {message}{left}"))
+            said = f"  {message}" if message else ""
+            self.note(name, printable(f"… {count} {unit}{said}{left}"))
 
         yield report
 
