@@ -323,9 +323,15 @@ def caveats(results: Entry) -> list[str]:
 def next_steps(results: Entry) -> list[str]:
     """What the owner of the rows can do now, as paragraphs."""
     if reason_of(results):
+        known = "Nothing is known about these rows."
+        if not results["networks"]:
+            return [
+                f"Run the audit again with more rows, with other settings, or with a detector that needs fewer. {known}"
+            ]
         return [
-            "Run the audit again with more rows, with other settings, or with a detector that needs fewer. Nothing is known "
-            "about these rows."
+            "Run the audit again with a detector that does not rely on simple networks, such as "
+            "--defenses=activation_clustering or --defenses=spectral_signatures: they name "
+            f"rows, extract no trigger, and need no clean rows. Or, if rows were too few, with more of them. {known}"
         ]
     level, cleaned = results["verdict"]["level"], results["cleaned"]
     costs = "Removing clean rows costs a little accuracy; training on poisoned rows may give an attacker control of the model."

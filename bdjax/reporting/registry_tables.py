@@ -1,5 +1,7 @@
 """The tables of docs/: attacks, defenses, datasets and quick presets from the registries, results from committed runs.
 
+Installed plugins are in none of them.
+
     python -m bdjax.reporting.registry_tables docs
 
 rewrites every block between `<!-- table: NAME -->` and `<!-- end of table -->`, each at the start of a line. NAME is a key of
@@ -28,13 +30,13 @@ _BLOCK = re.compile(
 _COMMITTED = re.compile(r"(?P<run>[\w-]+/[\w-]+) #(?P<number>[1-9]\d*)")
 
 
-def attacks_table(attacks: Mapping[str, Attack] = ATTACKS) -> Table:
+def attacks_table(attacks: Mapping[str, Attack] = ATTACKS.own) -> Table:
     """One row for each attack: its name, what its attacker controls and needs, its rates and label rules, its paper."""
     header = ("name", "title", "controls", "also needs", "poison rate", "label rules", "paper")
     return Table("", header, tuple(_attack_row(attack) for attack in attacks.values()))
 
 
-def attack_settings_table(attacks: Mapping[str, Attack] = ATTACKS) -> Table:
+def attack_settings_table(attacks: Mapping[str, Attack] = ATTACKS.own) -> Table:
     """One row for each attack: the paper's settings, and what changes for kinds of images and for data like a named set."""
     rows = (
         (_code(attack.name), _settings(attack.settings), _changes(attack.per_dataset)) for attack in attacks.values()
@@ -42,13 +44,13 @@ def attack_settings_table(attacks: Mapping[str, Attack] = ATTACKS) -> Table:
     return Table("", ("name", "settings, the paper's where it gives them", "changed to"), tuple(rows))
 
 
-def defenses_table(defenses: Mapping[str, Defense] = DEFENSES) -> Table:
+def defenses_table(defenses: Mapping[str, Defense] = DEFENSES.own) -> Table:
     """One row for each defense: its name, its stage, what it needs, whether it detects poisoned rows, its paper."""
     header = ("name", "title", "stage", "needs", "detects rows", "paper")
     return Table("", header, tuple(_defense_row(defense) for defense in defenses.values()))
 
 
-def defense_settings_table(defenses: Mapping[str, Defense] = DEFENSES) -> Table:
+def defense_settings_table(defenses: Mapping[str, Defense] = DEFENSES.own) -> Table:
     """One row for each defense: the paper's settings, and what presets and data like a named set change."""
     rows = (
         (_code(defense.name), _settings(defense.settings), _changes(defense.changes)) for defense in defenses.values()
@@ -60,7 +62,7 @@ def datasets_table() -> Table:
     """One row for each named dataset, with the facts that defaults depend on."""
     rows = (
         (_code(name), "yes" if source.traits.flips else "no", _code(source.traits.like) if source.traits.like else None)
-        for name, source in DATASETS.items()
+        for name, source in DATASETS.own.items()
     )
     return Table("", ("name", "a mirrored image keeps its class", "quick runs are sized as for"), tuple(rows))
 

@@ -147,11 +147,13 @@ class StageLog:
                 return
             last = self._clock()
             count = f"{done} of {total}" if total is not None else f"{done}"
-            steps, since = (done - first[0], first[1]) if done > first[0] else (done, start)
+            # Until a second report the compilation is counted too: a limit from above.
+            steps, since, most = (done - first[0], first[1], "") if done > first[0] else (done, start, "at most ")
             left = ""
-            if total is not None and steps:
-                left = f", {format_seconds((last - since) / steps * (total - done))} left"
-            self.note(name, printable(f"… {count} {unit}  {message}{left}"))
+            if total is not None and steps and done < total:
+                left = f", {most}{format_seconds((last - since) / steps * (total - done))} left"
+            said = f"  {message}" if message else ""
+            self.note(name, printable(f"… {count} {unit}{said}{left}"))
 
         yield report
 

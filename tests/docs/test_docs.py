@@ -131,9 +131,9 @@ def test_every_page_and_picture_is_reached_from_the_readme():
 
 def test_the_readme_says_what_there_is():
     text = (ROOT / "README.md").read_text()
-    assert f"{len(ATTACKS)} attacks" in text
+    assert f"{len(ATTACKS.own)} attacks" in text
     in_the_table = ("none", "lfd", "abm", "vbd", "robust_kd", "ta_kd_student")
-    assert f"{len(DEFENSES) - len(in_the_table)} further defenses" in text and set(in_the_table) <= set(DEFENSES)
+    assert f"{len(DEFENSES.own) - len(in_the_table)} further defenses" in text and set(in_the_table) <= set(DEFENSES)
 
 
 def test_the_readme_has_two_command_lines():
@@ -450,7 +450,7 @@ def test_pages_are_rewritten_by_the_command(tmp_path, capsys):
     main([str(tmp_path)])
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
-    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == list(DATASETS)
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == list(DATASETS.own)
     filled = (tmp_path / "results" / "attack.md").read_text()
     assert filled == "<!-- table: attack/a-run #2 -->\n\n| b |\n| - |\n| 2 |\n\n<!-- end of table -->\n"
     assert capsys.readouterr().out.splitlines() == [f"rewrote {page}", f"rewrote {tmp_path}/results/attack.md"]
@@ -467,13 +467,13 @@ def names_in_table(page: str, heading: str) -> set[str]:
 
 
 def test_written_tables_name_all_there_is():
-    assert names_in_table("data_and_models.md", "## Networks") == set(MODELS)
-    assert names_in_table("data_and_models.md", "## Datasets") == set(DATASETS)
+    assert names_in_table("data_and_models.md", "## Networks") == set(MODELS.own)
+    assert names_in_table("data_and_models.md", "## Datasets") == set(DATASETS.own)
     assert names_in_table("attacks.md", "## Label rules") == set(LABEL_RULES)
-    assert names_in_table("defenses.md", "## What each does") >= set(DEFENSES)
+    assert names_in_table("defenses.md", "## What each does") >= set(DEFENSES.own)
     families = (DOCS / "attacks.md").read_text().split("## Families\n")[1].split("\n## ")[0]
     places = {f"{tile}_all_to_all" for tile in ("white_square", "green_square", "white_grid", "color_grid")}
-    assert set(INLINE_CODE.findall(families)) >= set(ATTACKS) - places
+    assert set(INLINE_CODE.findall(families)) >= set(ATTACKS.own) - places
 
 
 def equation_rows() -> list[tuple[list[str], list[str], str]]:

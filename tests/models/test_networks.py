@@ -5,6 +5,8 @@ nothing is neutral.
 """
 
 import itertools
+import pathlib
+import re
 from functools import cache, partial
 
 import chex
@@ -27,6 +29,7 @@ DEEP += ("resnet50_cifar", "resnet34_imagenet", "resnet50_imagenet", "mobilenet_
 RUN = (*SMALLEST, "resnet50")
 AT_EVERY_SIZE = (*SMALLEST, "vbd_64p", "resnet18_cifar")
 DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
+SLOW_TO_TRACE = ("resnet101", "resnet50", "resnet50_imagenet", "pyramidnet_110_84", "pyramidnet_200_240")
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
     **dict.fromkeys(("preact_resnet18", "preact_resnet18_final_norm"), 4),
@@ -151,6 +154,24 @@ def test_parameters_of_teachers_and_students_of_a_hundred_classes(name, paramete
     # Printed in papers on distillation: 0.70M, 2.77M, 1.47M, 5.87M, 0.86M, 3.91M. The deepest network with bottlenecks,
     # pyramidnet_200_240, takes 11 s to trace; pyramidnet_11_24 above is made by the same code.
     assert count_with(name, (32, 32, 3), 100) == parameters
+
+
+def counts_on_the_page():
+    """Name -> parameters, as the table of networks in docs/data_and_models.md has them."""
+    page = pathlib.Path(__file__).parents[2] / "docs" / "data_and_models.md"
+    section = page.read_text("utf-8").split("\n## Networks\n")[1].split("\n## ")[0]
+    counts = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            names, numbers = (line.split("|")[column] for column in (1, 2))
+            names, numbers = re.findall(r"`(\w+)`", names), [int(text.replace(",", "")) for text in numbers.split(";")]
+            counts |= zip(names, numbers if len(numbers) > 1 else numbers * len(names), strict=True)
+    return counts
+
+
+@pytest.mark.parametrize("name", slow_unless(MODELS, [name for name in MODELS if name not in SLOW_TO_TRACE]))
+def test_parameters_on_the_page(name):
+    assert counts_on_the_page()[name] == count_with(name, (32, 32, 3), 10)
 
 
 def test_other_images_and_other_numbers_of_classes():

@@ -13,6 +13,7 @@ from bdjax.defenses.registry import DEFENSES, find_defense
 from bdjax.errors import InputError
 from bdjax.models import MODELS, make_model
 from bdjax.plugins import PluginWarning, Registry
+from bdjax.reporting import registry_tables
 from bdjax.testing import ContractError, check_dataset, check_defense, check_model
 
 GOOD = """
@@ -64,6 +65,13 @@ def test_names_are_known_without_importing_anything():
     assert "other_square" in ATTACKS and "nothing" in DEFENSES and "bright" in DATASETS and "small_one" in MODELS
     assert "plugin_good" not in sys.modules and plugins.used() == {}
     assert find_attack("badnets") is ATTACKS.own["badnets"] and "plugin_good" not in sys.modules
+
+
+@pytest.mark.usefixtures("good")
+def test_the_tables_of_the_docs_are_those_of_bdjax_alone():
+    assert "other_square" in list(ATTACKS)
+    for make in registry_tables.TABLES.values():
+        assert not {"`other_square`", "`nothing`", "`bright`"} & {row[0] for row in make().rows}
 
 
 @pytest.mark.usefixtures("good")

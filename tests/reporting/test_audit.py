@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -647,7 +648,12 @@ def test_networks_that_learned_the_classes_leave_nothing_to_be_known():
     results = nothing(warnings=(warning,))
     assert (results["outcome"], audit_verdict.exit_status(results)) == ("could not be tested", 4)
     assert results["verdict"]["headline"] == f"VBD could not be tested: {warning}." and "warnings" not in results
-    assert "lists" not in " ".join(audit_verdict.next_steps(results | {"cleaned": {"kind": None, "rows": 0}}))
+    (step,) = audit_verdict.next_steps(results | {"cleaned": {"kind": None, "rows": 0}})
+    assert "lists" not in step and "Nothing is known" in step
+    for name in re.findall(r"--defenses=(\w+)", step):
+        assert DEFENSES[name].detect and "clean rows" not in DEFENSES[name].needs, name
+    (step,) = audit_verdict.next_steps(results | {"networks": []})
+    assert "--defenses" not in step
 
 
 def test_a_finding_stays_a_finding_if_the_premise_is_in_doubt():

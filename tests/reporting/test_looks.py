@@ -1,8 +1,10 @@
 """Reports in a real browser: nothing overflows at the width of a phone, a tablet, a screen or a sheet of paper."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -97,6 +99,25 @@ def test_a_table_that_is_too_wide_becomes_cards(page, tmp_path):
         kinds = page.run("[...document.querySelectorAll('tbody')].map((body) => getComputedStyle(body).display)")
         assert kinds == ["block", "table-row-group"]
     assert page.run("getComputedStyle(document.querySelector('td:nth-child(3)'), '::before').content") == '"column 1"'
+
+
+@pytest.mark.slow  # a browser is several processes
+def test_key_numbers_stay_in_their_boxes(page, tmp_path):
+    numbers = dict.fromkeys(("teachers' ASR", "TA ASR", "student ASR", "student CDA"), "0.951 ± 0.018")
+    shown(page, dataclasses.replace(report_of(), key_numbers=numbers), tmp_path)
+    for width in WIDTHS:
+        page.show(width)
+        assert page.run(
+            "[...document.querySelectorAll('.numbers dd')].every((e) => e.scrollWidth <= e.clientWidth && e.clientHeight < 30)"
+        ), width
+
+
+@pytest.mark.slow  # a browser is several processes
+def test_settings_that_are_longer_than_a_page_leave_none_empty(page, tmp_path):
+    settings = {f"setting_{number}": number for number in range(66)}
+    shown(page, dataclasses.replace(report_of(), settings=settings), tmp_path)
+    page.show(PAPER, media="print")
+    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf())) == 2
 
 
 @pytest.mark.slow  # a browser is several processes

@@ -103,12 +103,13 @@ def test_a_long_stage_gives_a_sign_of_life_now_and_then():
 def test_the_time_left_is_counted_without_the_first_epoch_which_compiles():
     log, stream, clock = make_log()
     with log.stage("teachers", total=4, unit="epochs") as progress:
-        for seconds in (100, 10, 30):
+        for seconds in (100, 10, 30, 40):
             clock.now += seconds
             progress.advance(1)
-    assert [words(line).rsplit(", ")[-1] for line in stream.getvalue().splitlines()[:-1]] == [
-        "5 min 00 s left",  # nothing better is known after the first epoch
-        "20.0 s left",  # two epochs in 40 s
+    assert [words(line) for line in stream.getvalue().splitlines()[:-1]] == [
+        "teachers … 1 of 4 epochs, at most 5 min 00 s left",  # nothing better is known after the first epoch
+        "teachers … 3 of 4 epochs, 20.0 s left",  # two epochs in 40 s
+        "teachers … 4 of 4 epochs",
     ]
 
 
