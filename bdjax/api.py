@@ -901,7 +901,7 @@ def audit_model(
     titles = ["the model"] if count == 1 else [f"model {number}" for number in range(1, count + 1)]
     imitation = control_networks.Imitation(recipe, queries)
     setup = control_networks.Setup(controls, model, recipe, imitation, settings, runner, clean, clean, held_out)
-    audited = control_networks.audit(key, setup, control_networks.Suspects(titles, ["Python"] * count, asks, variables))
+    audited = control_networks.audit(key, setup, control_networks.Asked(titles, ["Python"] * count, asks, variables))
     masks = patterns = None
     if audited.tested:
         masks, patterns = (_at(audited.tested, count, leaf) for leaf in audited.measured.triggers)

@@ -91,7 +91,7 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
     audited = control_networks.audit(
         jax.random.key(config.seed),
         setup,
-        control_networks.Suspects(suspects.titles, sources, asks, suspects.variables),
+        control_networks.Asked(suspects.titles, sources, asks, suspects.variables),
     )
     results = reporting.summarise(
         audited.numbers,

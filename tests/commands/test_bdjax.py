@@ -14,17 +14,8 @@ from bdjax.run.experiment import read_flags
 
 HEAVY = (
     *("jax", "flax", "optax", "orbax", "pooch", "onnx", "onnxruntime"),
-    *(
-        "matplotlib",
-        "sklearn",
-        "skimage",
-        "scipy",
-        "tensorflow",
-        "tensorflow_datasets",
-        "jinja2",
-        "pyarrow",
-        "submitit",
-    ),
+    *("matplotlib", "sklearn", "skimage", "scipy", "tensorflow", "tensorflow_datasets"),
+    *("jinja2", "pyarrow", "submitit"),
 )
 """Libraries that are loaded in a run only: each takes a good part of the time of --help, JAX twice that time."""
 
