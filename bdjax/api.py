@@ -10,7 +10,7 @@ Settings default to the papers', whatever the dataset; `like="digits"` takes the
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
@@ -756,6 +756,9 @@ def _make_inputs(
     where, is_set = f"defense {defense.name}", isinstance(suspect, Dataset)
     _check_needs(where, needs, suspect, clean)
     network, rows = victim if is_set else suspect, suspect if is_set else clean
+    first = DEFENSES.get(defense.name.split(LINK)[0], defense)
+    if network is not None and network.model.parts and first.stage == "after training" and not first.network_after:
+        raise InputError(f"{where} changes a network's weights; two networks that correct each other cannot be trained")
     if rows is None:  # only a defense of a network can do without any
         empty = np.zeros((0, *network.image_shape), np.uint8)
         rows = Dataset(empty, np.zeros(0, np.int32), network.model.num_classes, "no rows", "")
@@ -890,12 +893,15 @@ def audit_model(
         ]
     else:
         model, variables = _network(surrogate, clean.num_classes, width), None
-        asks = [lambda images: ask(suspect, images, clean.num_classes, name_of(suspect))]
+        asks = [
+            lambda images, alone=alone: ask(alone, images, clean.num_classes, name_of(alone))
+            for alone in (_each(suspect) if isinstance(suspect, Network) else [suspect])
+        ]
     count = len(asks)
     titles = ["the model"] if count == 1 else [f"model {number}" for number in range(1, count + 1)]
     imitation = control_networks.Imitation(recipe, queries)
     setup = control_networks.Setup(controls, model, recipe, imitation, settings, runner, clean, clean, held_out)
-    audited = control_networks.audit(key, setup, control_networks.Suspects(titles, ["Python"] * count, asks, variables))
+    audited = control_networks.audit(key, setup, control_networks.Asked(titles, ["Python"] * count, asks, variables))
     masks = patterns = None
     if audited.tested:
         masks, patterns = (_at(audited.tested, count, leaf) for leaf in audited.measured.triggers)
@@ -904,6 +910,14 @@ def audit_model(
     if count == 1:
         classes, reasons = classes[0], reasons[0]
     return Audited(audited.numbers["outcome"], reasons, classes, masks, patterns, audited.numbers)
+
+
+def _each(network: Network) -> list[Network]:
+    """A network of each seed."""
+    if not network.seeds:
+        return [network]
+    variables = [jax.tree.map(lambda leaf, seed=seed: leaf[seed], network.variables) for seed in range(network.seeds)]
+    return [replace(network, variables=of_seed, seeds=None) for of_seed in variables]
 
 
 def _at(tested: Sequence[int], count: int, triggers: np.ndarray) -> np.ndarray:

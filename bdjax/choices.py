@@ -1,4 +1,5 @@
-"""The named choices that settings offer and whose code needs JAX: --help and a refused flag read them without it."""
+"""The named choices and the defaults that settings offer and whose code needs JAX: --help and a refused flag read them without
+it. Plugins may import the choices of networks from `bdjax.models` as well."""
 
 from typing import Literal
 

@@ -2,6 +2,7 @@
 
 Letters in shapes: N rows, H height, W width, C channels, K classes, M ensemble members.
 Images are stored as NHWC uint8 and become float32 in [0, 1] inside the compiled step; triggers act on the latter.
+`Array` and `Key` are for annotations only: at run time they are `Any`, since importing JAX takes longer than --help.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jax import Array
 else:
-    Array = Any  # importing JAX takes longer than --help
+    Array = Any
 Key = Array
 """A typed key, as from `jax.random.key`."""
 PyTree = Any

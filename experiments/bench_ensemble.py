@@ -9,7 +9,6 @@ Everything is written to one folder (`--output`, by default below `runs/bench_en
 """
 
 from bdjax import interruption
-from bdjax.choices import ComputeDtype
 
 if __name__ == "__main__":
     interruption.exit_at_once()  # the other imports take seconds
@@ -27,6 +26,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 
 from bdjax.benchmarking import interleave, report, settings
+from bdjax.choices import ComputeDtype
 from bdjax.errors import InputError
 from bdjax.models import operations
 from bdjax.reporting import plots

@@ -376,6 +376,13 @@ class TestDetectAndDefend:
     def test_invalid_input_is_refused(self, name, options, message):
         refused(message or "needs the number of poisons", bdjax.defend, name, TRAIN, KEY, model=MODEL, **options)
 
+    @pytest.mark.parametrize("name", ["fine_tuning", "fine_tuning+logit_distillation", "neural_cleanse"])
+    def test_two_networks_that_correct_each_other_are_not_changed(self, name, victim):
+        pair = dataclasses.replace(victim, model=MODEL._replace(parts=(MODEL, MODEL)))
+        refused("two networks that correct each other cannot be trained", bdjax.defend, name, pair, KEY, clean=CLEAN)
+        if name == "fine_tuning":  # without a defense, the pair comes back
+            assert bdjax.defend("none", pair, KEY, clean=CLEAN).predict(TEST.images).shape == (64, CLASSES)
+
     def test_networks_and_rows_that_do_not_go_together_are_refused(self, victim, three):
         refused("abl needs the training set, not only a network", bdjax.defend, "abl", victim, KEY)
         refused("needs clean rows", bdjax.defend, "nad", victim, KEY)
@@ -408,15 +415,21 @@ class TestAuditModel:
         assert np.isnan(found.masks).any((1, 2, 3, 4)).tolist() == [False, True, False]
         assert found.reason == ["", "untrained", ""] and (found.patterns[[0, 2]] == 0).all()
 
-    def test_two_networks_that_correct_each_other_are_a_black_box(self, victim, monkeypatch):
-        pair, given = dataclasses.replace(victim, model=victim.model._replace(parts=(MODEL, MODEL))), []
+    def test_two_networks_that_correct_each_other_are_a_black_box(self, victim, three, monkeypatch):
+        pair, pairs = (
+            dataclasses.replace(network, model=MODEL._replace(parts=(MODEL, MODEL))) for network in (victim, three)
+        )
         numbers = {"outcome": "could not be tested", "models": [{"found": [], "reason": "stub"}]}
+        given = []
         monkeypatch.setattr(api.control_networks, "audit", lambda *of: given.append(of) or Audit(numbers, [], None))
-        for suspect in (victim, pair):
+        for suspect in (victim, pair, pairs):
             bdjax.audit_model(suspect, CLEAN, TEST, KEY)
-        white, black = (suspects for _, _, suspects in given)
-        assert white.variables is not None and black.variables is None
-        assert black.asks[0](TEST.images).shape == (64, CLASSES)
+        white, black, several = (suspects for _, _, suspects in given)
+        assert white.variables is not None and black.variables is None and several.variables is None
+        assert black.asks[0](TEST.images).shape == (64, CLASSES) and len(several.titles) == len(several.asks) == 3
+        np.testing.assert_allclose(
+            [ask(TEST.images) for ask in several.asks], three.predict(TEST.images), rtol=1e-5, atol=1e-5
+        )
 
     @pytest.mark.slow
     def test_two_classes_are_decided_by_the_control_networks(self):

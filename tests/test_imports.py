@@ -10,20 +10,8 @@ import bdjax
 
 ROOT = pathlib.Path(bdjax.__file__).parent
 ORDER = (
-    *(
-        "types",
-        "errors",
-        "choices",
-        "extras",
-        "atomic",
-        "interruption",
-        "losses",
-        "selection",
-        "settings",
-        "metrics",
-        "plugins",
-        "datasets",
-    ),
+    *("types", "errors", "choices", "extras", "atomic", "interruption"),
+    *("losses", "selection", "settings", "metrics", "plugins", "datasets"),
     *("triggers", "models", "training", "attacks"),
     *("defenses", "inspection", "exchange", "evaluation", "run", "reporting", "workflows", "benchmarking", "api"),
     *("testing", "commands", "__main__"),

@@ -44,7 +44,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def load(name: str) -> ModuleType:
-    """The module of a command. Takes seconds: it imports JAX.
+    """The module of a command.
 
     Args:
         name: a key of `COMMANDS`.
@@ -59,7 +59,7 @@ def start(name: str, arguments: Sequence[str] | None = None) -> None:
         name: a key of `COMMANDS`.
         arguments: the command line without the program's name; None for that of the process.
     """
-    interruption.exit_at_once()  # the imports below take seconds
+    interruption.exit_at_once()  # a command imports what it runs, which takes seconds
     module = load(name)
     command_line = import_module("bdjax.run.command_line")
     command_line.run(module.main, arguments, status_of=_status)

@@ -45,7 +45,8 @@ def load_digits(folders: Sequence[Path] = (), download: bool = True) -> TrainTes
 def _table() -> np.ndarray:
     """Pixels and label of each row, float64 [1797, 65], as scikit-learn has them."""
     # From its file, since importing scikit-learn takes longer than reading a data set of a thousand rows.
-    for folder in importlib.util.find_spec("sklearn").submodule_search_locations:
+    found = importlib.util.find_spec("sklearn")
+    for folder in found.submodule_search_locations if found else ():
         path = Path(folder) / "datasets" / "data" / "digits.csv.gz"
         if path.exists():
             with gzip.open(path, "rt", encoding="utf-8") as lines:

@@ -126,8 +126,10 @@ def distil(
         "batch_stats": start["batch_stats"],
         "teacher": teachers.variables,
     }
+    # The checkpoints of students without a teacher hold no teacher's variables, so they have another name.
+    teaching = name if method.uses_teacher else f"{name} without a teacher"
     nets = inputs.runner.from_variables(
-        f"{name} {student.description.split()[0]} {fingerprint(**vars(settings))}",
+        f"{teaching} {student.description.split()[0]} {fingerprint(**vars(settings))}",
         student,
         student_config(inputs, settings),
         variables,

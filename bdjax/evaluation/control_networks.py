@@ -1,4 +1,5 @@
-"""Networks of known training beside suspects: clean controls, a network with a planted trigger, and surrogates of black boxes.
+"""Networks of known training beside suspects: clean controls, a network with a planted trigger, and surrogates of black boxes;
+and the audit made with them.
 
 All of them train on the defender's clean rows, as members of few calls, and triggers into all classes of all of them are
 searched in one call: see `audit`. `bdjax/evaluation/model_audit.py` has the statistics.
@@ -126,7 +127,7 @@ class Setup(NamedTuple):
     """from logits [N, K] to what is left of them in the outputs of a black box like the suspects"""
 
 
-class Suspects(NamedTuple):
+class Asked(NamedTuple):
     """N models that are audited: all of one architecture, or all black boxes."""
 
     titles: Sequence[str]
@@ -148,7 +149,7 @@ class Audit(NamedTuple):
     """of the T suspects and then the networks of known training, see `Examined`; None if T is 0"""
 
 
-def audit(key: Key, setup: Setup, suspects: Suspects) -> Audit:
+def audit(key: Key, setup: Setup, suspects: Asked) -> Audit:
     """Audit models: what cannot be tested, the measurements of the others, and what follows from them.
 
     Args:

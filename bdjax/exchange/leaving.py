@@ -35,7 +35,7 @@ def leave(
     """Write networks of one architecture as a saved model, and a single network in further forms.
 
     Args:
-        folder: where to write; created if needed.
+        folder: where to write; created if needed. What it was left before is replaced.
         model: their architecture.
         variables: stacked [N, ...]; other variables than "params" and "batch_stats" are not written.
         image_shape: (H, W, C).
@@ -53,10 +53,13 @@ def leave(
     count = ensemble.num_members(variables)
     if exports and count > 1:
         raise InputError(f"{folder}: {count} networks; only a single network is exported")
-    if saved_model.is_corrected(model):
-        corrected_model.write(folder, model, variables, image_shape, class_names, made_by)
-    elif model.architecture is None:
+    corrects = saved_model.is_pair(model)
+    if not corrects and model.architecture is None:
         return False
+    if processes.is_primary():  # the file that makes the folder one of the other form
+        (folder / (saved_model.ABOUT if corrects else corrected_model.CORRECTION)).unlink(missing_ok=True)
+    if corrects:
+        corrected_model.write(folder, model, variables, image_shape, class_names, made_by)
     else:
         variables = {part: variables[part] for part in ("params", "batch_stats")}
         about = saved_model.About(

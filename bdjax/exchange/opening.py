@@ -78,7 +78,7 @@ def open_model(
         class_names: of the data, to compare with those of a saved model; () if it has none.
         lowering: how to compute convolutions; None chooses by backend.
         compute_dtype: dtype of the activations.
-        outputs: what a black box returns: logits, probabilities or labels.
+        outputs: what a black box returns: logits, probabilities or labels; two networks that correct each other return logits.
         target: the class that ASR will be measured for, to compare with the triggers of a model folder; None for any.
         store: a folder for the answers of an address, so that no image is sent twice; None to keep them in memory.
 
@@ -93,7 +93,7 @@ def open_model(
         return Opened(text, hashlib.sha256(f"{text} {outputs}".encode()).hexdigest(), classifier=classifier)
     path = pathlib.Path(text)
     if text and _is_folder(path):
-        return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, target)
+        return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, outputs, target)
     if match := safetensors_files.NAMED.fullmatch(text):
         path, (name, naming, normalisation) = pathlib.Path(match["path"]), _parts(text, match["rest"])
         found = weights.read(
@@ -146,10 +146,11 @@ def _open_folder(
     class_names: Sequence[str],
     lowering: Lowering | None,
     compute_dtype: ComputeDtype,
+    outputs: str,
     target: int | None,
 ) -> Opened:
     if corrected_model.is_corrected_model(folder):
-        return _open_corrected(folder, num_classes, image_shape, class_names, lowering, compute_dtype)
+        return _open_corrected(folder, num_classes, image_shape, class_names, lowering, compute_dtype, outputs)
     has_triggers = checkpoint.is_complete(folder) and os.path.lexists(folder / model_folder.TRIGGERS)
     if saved_model.is_saved_model(folder) and not has_triggers:
         about, _ = saved_model.read_about(folder)
@@ -178,7 +179,10 @@ def _open_corrected(
     class_names: Sequence[str],
     lowering: Lowering | None,
     compute_dtype: ComputeDtype,
+    outputs: str,
 ) -> Opened:
+    if outputs != "logits":
+        raise InputError(f"{folder}: two networks that correct each other return logits, not {outputs}")
     found = corrected_model.read(folder, lowering, compute_dtype)
     _check_data(folder, found.about, num_classes, image_shape, class_names)
     if found.about.members > 1:

@@ -111,7 +111,8 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def refuse_early(texts: Iterable[str]) -> None:
-    """Refuse files that cannot be weights by their first bytes, before libraries are imported that take longer than that.
+    """Refuse files that cannot be weights by their name, first bytes or header, before libraries are imported that
+    take longer than that.
 
     Args:
         texts: as a command line names models, see `bdjax.exchange.opening`, which looks at everything again. What is not a

@@ -60,7 +60,7 @@ class SavedModel(NamedTuple):
     variables: PyTree
     """stacked [N, ...]"""
     digest: str
-    """SHA-256 of model.safetensors"""
+    """SHA-256 of model.safetensors; for two networks that correct each other, of correction.json"""
 
 
 def is_saved_model(folder: pathlib.Path) -> bool:
@@ -143,7 +143,7 @@ def build(
     return normalised(model, architecture.mean, architecture.std) if architecture.mean else model
 
 
-def is_corrected(model: Model) -> bool:
+def is_pair(model: Model) -> bool:
     """Whether a model is ABM's of two networks that files can describe."""
     return len(model.parts) == 2 and all(part.architecture for part in model.parts)
 
@@ -152,7 +152,7 @@ def native(model: Model) -> Model | None:
     """The same network, or pair of networks, in the native lowering and in float32; None for a model of other making."""
     if model.architecture is not None:
         return build(model.architecture, model.num_classes, "native", "float32")
-    return defended_model(*map(native, model.parts)) if is_corrected(model) else None
+    return defended_model(*map(native, model.parts)) if is_pair(model) else None
 
 
 def flat(tree: PyTree) -> dict[str, Any]:

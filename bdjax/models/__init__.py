@@ -35,6 +35,8 @@ from bdjax.types import Architecture, Model
 
 __all__ = [
     "MODELS",
+    "ComputeDtype",
+    "Lowering",
     "as_model",
     "convolution_shapes",
     "count_parameters",

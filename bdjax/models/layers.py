@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from bdjax.choices import ComputeDtype as ComputeDtype  # plugins' networks import both from here
 from bdjax.choices import Lowering
 from bdjax.selection import larger
 from bdjax.types import GroupEnd

@@ -40,10 +40,6 @@ def check_ranges(config: Any) -> None:
         if isinstance(value, pathlib.Path) or (name in PATHS + SEVERAL_PATHS and value):
             for path in paths:
                 check_path(flag(name), path)
-        if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
-            from bdjax.models import MODELS  # imports JAX, which other refusals need not wait for
-
-            check_choice(flag(name), value, MODELS)
     if isinstance(config, ExportConfig) and config.export:
         if not getattr(config, "save_models", True):
             raise InputError("--export needs the networks that --no-save-models leaves out; leave out one of the two")
@@ -58,6 +54,11 @@ def check_ranges(config: Any) -> None:
             raise InputError(f"{flag('dataset')} is empty; give the name or the path of a dataset")
         if config.seed + config.seeds > 2**31:
             raise InputError(f"{flag('seed')} {shown(config.seed)} with {config.seeds} seeds is not below 2**31")
+    for name, value in vars(config).items():
+        if (name == "model" or name.endswith("_model") or name == "student") and isinstance(value, str):
+            from bdjax.models import MODELS  # imports JAX, which the other refusals need not wait for
+
+            check_choice(flag(name), value, MODELS)
 
 
 def check_path(where: str, path: str | pathlib.Path) -> None:

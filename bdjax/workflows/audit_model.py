@@ -31,31 +31,31 @@ from bdjax.run.log import StageLog
 from bdjax.training import ensemble, memory, processes
 from bdjax.types import TrainTest
 from bdjax.workflows import base
-from bdjax.workflows.audited_models import Input, Suspects, open_suspects, read
+from bdjax.workflows.audited_models import Input, Suspects, open_suspects
 
 ANSWERS = "answers"
 """The folder in the run's with the answers of models behind addresses."""
 
 
-def run(
-    config: Config, experiment: Experiment, log: StageLog | None = None, given: Input | None = None
-) -> dict[str, Any]:
+def run(config: Config, experiment: Experiment, given: Input, log: StageLog | None = None) -> dict[str, Any]:
     """Audit models from the data to the report.
 
     Args:
         config: all settings.
         experiment: its presets.
+        given: what `audited_models.read` has read by the same settings. Its networks may be opened again in another lowering;
+            the memory of the first ones is free then if the caller keeps no reference to them.
         log: where progress is printed; by default the terminal.
-        given: what has been read already, by the same settings.
 
     Returns:
         The contents of results.json.
 
     Raises:
-        InputError: the data, a model or the output folder cannot be used.
+        InputError: the settings do not fit the machine, or the output folder cannot be used.
     """
     log = log or StageLog()
-    train, test, suspects, clean, searched, held_out = given or read(config, experiment, log)
+    train, test, suspects, clean, searched, held_out = given
+    del given
     open_all = partial(open_suspects, config, train)
     if suspects.model is not None and suspects.model.architecture is not None:
         config = replace(config, width=suspects.model.architecture.width)
@@ -91,7 +91,7 @@ def run(
     audited = control_networks.audit(
         jax.random.key(config.seed),
         setup,
-        control_networks.Suspects(suspects.titles, sources, asks, suspects.variables),
+        control_networks.Asked(suspects.titles, sources, asks, suspects.variables),
     )
     results = reporting.summarise(
         audited.numbers,

@@ -14,7 +14,6 @@ from bdjax.datasets import splits
 from bdjax.errors import InputError
 from bdjax.exchange.opening import Opened, open_model
 from bdjax.models import MODELS, default_lowering
-from bdjax.run.checks import check_path, check_ranges
 from bdjax.run.config import check_recipe, load
 from bdjax.run.configs.audit_model import Config
 from bdjax.run.experiment import Experiment, default_of
@@ -53,41 +52,21 @@ class Input(NamedTuple):
 
 
 def read(config: Config, experiment: Experiment, log: StageLog) -> Input:
-    """Read the data and the models. Every error in the settings and in the files is raised here, and nothing is written.
+    """Read the data and the models. Every error in them and in the settings is raised here, and nothing is written.
 
     Args:
-        config: all settings.
+        config: all settings, whose ranges `bdjax.commands.audit_model.check` has checked.
         experiment: its presets.
         log: where progress is printed.
 
     Raises:
         InputError: a setting, the data or a model cannot be used.
     """
-    check(config)
+    check_choice("--surrogate", config.surrogate, MODELS)
     check_recipe(config, default_of(experiment, config))
     train, test = load(config, log)
     suspects = open_suspects(config, train, default_lowering())
     return Input(train, test, suspects, *take_rows(config, train, test))
-
-
-def check(config: Config) -> None:
-    """Refuse settings out of range, whatever the data and the models.
-
-    Raises:
-        InputError: naming the flag.
-    """
-    check_ranges(config)
-    check_choice("--surrogate", config.surrogate, MODELS)
-    for text in config.model:
-        if not text:
-            raise InputError("--model is empty; give it a folder, a file or an address")
-        check_path("--model", text)
-    if config.seeds != 1:
-        raise InputError(f"--seeds {config.seeds} does not apply to an audit of models; set --controls instead")
-    if config.target:
-        raise InputError(f"--target {config.target} does not apply to an audit of models: it looks at every class")
-    if config.like:
-        raise InputError("--like does not apply to an audit of models, whose settings follow --dataset")
 
 
 def open_suspects(config: Config, data: Dataset, lowering: Lowering, store: pathlib.Path | None = None) -> Suspects:

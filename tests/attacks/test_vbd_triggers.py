@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.attacks import vbd_triggers
 from bdjax.attacks.contract import Knowledge
 from bdjax.attacks.vbd_triggers import VBD_ATTACKS, VbdSettings, apply_class_patch, class_patch, elliptical
+from bdjax.commands import vbd
 from bdjax.errors import InputError
 from bdjax.types import Dataset
 
@@ -27,6 +29,10 @@ def trigger(name, shape, num_classes=10, opacity=1.0):
 
 def test_ten_attacks():
     assert list(ATTACKS) == [*TILES, "small_kitty", "big_kitty", *ALL_TO_ALL]
+
+
+def test_the_command_names_the_same_tiles():
+    assert set(vbd.TILES) == set(vbd_triggers.TILES) == set(TILES)
 
 
 def test_tiles_lie_flush_in_the_corner_and_cover_nine_cells():

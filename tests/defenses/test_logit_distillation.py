@@ -9,8 +9,10 @@ import pytest
 
 from bdjax import losses
 from bdjax.defenses import contract
+from bdjax.defenses.distillation import distil
 from bdjax.defenses.logit_distillation import LOGIT_DISTILLATION, distillation_method
 from bdjax.evaluation.variants import read_defense
+from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import ModelOutput
 from tests.defenses.tiny import tiny_inputs
 
@@ -31,6 +33,21 @@ def test_the_loss_of_labels_alone_is_that_of_an_alpha_of_0():
     assert mixed.uses_teacher and not alone.uses_teacher
     expected = losses.distillation(student.logits, teacher.logits, labels, temperature=4.0, alpha=0.0)
     np.testing.assert_allclose(alone.loss({}, student, None, labels), expected, rtol=1e-6)
+
+
+def test_a_student_on_labels_alone_does_not_continue_one_with_a_teacher(tmp_path, monkeypatch):
+    settings = read_defense("logit_distillation:alpha=0.0:student=lenet", "paper", None).settings
+    alone, started = distillation_method(settings.temperature, 0.0), []
+
+    def from_variables(self, name, model, config, variables, *rest, **more):
+        started.append((name, bool(variables["teacher"])))
+        return Nets(model, variables, 1, {})
+
+    monkeypatch.setattr(StageRunner, "from_variables", from_variables)
+    for method in (alone, alone._replace(uses_teacher=True)):
+        distil(tiny_inputs(tmp_path), "KD", settings, method)
+    (first, first_has_teacher), (second, second_has_teacher) = started
+    assert (first_has_teacher, second_has_teacher) == (False, True) and first != second
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

@@ -40,7 +40,7 @@ from bdjax.run.experiment import read_flags
 from bdjax.training import process_flags
 from bdjax.types import Dataset
 from bdjax.workflows import attack as attack_workflow
-from bdjax.workflows import audited_models, base, detection, grid, suspect_models
+from bdjax.workflows import base, detection, grid, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -305,7 +305,7 @@ def check_experiment(name: str, flags: list[str]) -> None:
         return
     if name == "audit_model":
         assert config.model
-        audited_models.check(config)
+        script.check(config)
         return
     if name == "attack":
         attack_workflow.check(config)

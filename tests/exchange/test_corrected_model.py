@@ -86,6 +86,27 @@ def test_a_pair_is_a_network_in_python(folder, tmp_path):
     np.testing.assert_array_equal(again.predict(IMAGES), network.predict(IMAGES))
 
 
+@pytest.mark.parametrize("first", ["pair", "network"])
+def test_a_folder_is_what_was_saved_in_it_last(first, tmp_path):
+    left = {"pair": pair(), "network": (STUDENT, drawn(STUDENT, 1))}
+    (last,) = left.keys() - {first}
+    for name in (first, last):
+        assert leaving.leave(tmp_path, *left[name], SHAPE)
+    assert bdjax.load_model(tmp_path).model.description == left[last][0].description
+    assert is_black_box(str(tmp_path)) == (last == "pair") != saved_model.is_saved_model(tmp_path)
+
+
+def test_a_network_that_cannot_be_left_leaves_the_folder_as_it_is(folder):
+    assert not leaving.leave(folder, STUDENT._replace(architecture=None), {"params": {"a": np.zeros(1)}}, SHAPE)
+    assert corrected_model.is_corrected_model(folder)
+
+
+@pytest.mark.parametrize("outputs", ["probabilities", "labels"])
+def test_a_pair_returns_logits(outputs, folder):
+    with pytest.raises(InputError, match=f"two networks that correct each other return logits, not {outputs}"):
+        open_model(str(folder), 3, SHAPE, outputs=outputs)
+
+
 def test_a_pair_is_a_black_box_for_a_command(folder):
     assert is_black_box(str(folder)) and not is_black_box(str(folder / "teacher"))
     opened = open_model(str(folder), 3, SHAPE, class_names=("a", "b", "c"))

@@ -14,7 +14,7 @@ from bdjax.run import command_line
 from bdjax.run.experiment import read_flags
 from bdjax.settings import Range, kinds_of, mistakes
 from bdjax.workflows import attack as attack_workflow
-from bdjax.workflows import audited_models, base, detection, suspect_models
+from bdjax.workflows import base, detection, suspect_models
 from bdjax.workflows import ta_kd as ta_kd_workflow
 from experiments import bench_ensemble
 
@@ -35,7 +35,7 @@ EXPERIMENTS = {
         partial(detection.settle, experiment=audit_data.EXPERIMENT),
         ("quick", "paper", "strong"),
     ),
-    "audit_model": Checked(audit_model.preset, audited_models.check, ("quick", "paper")),
+    "audit_model": Checked(audit_model.preset, audit_model.check, ("quick", "paper")),
     "bench_ensemble": Checked(bench_ensemble.preset, bench_ensemble.check, ("quick", "full", "gpu")),
     "lfd": Checked(lfd.preset, partial(base.check, experiment=lfd.EXPERIMENT), ("quick", "paper", "strong")),
     "robust_kd": Checked(

@@ -1,6 +1,7 @@
 """What is settled about JAX before and after it is imported."""
 
 import os
+import subprocess
 import sys
 
 import jax
@@ -36,9 +37,25 @@ def test_settings_reach_a_jax_that_is_imported_later(not_imported, monkeypatch, 
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
 
 
-@pytest.mark.parametrize("name", ["jax_num_cpu_devices", "jax_compilation_cache_dir"])
-def test_jax_has_these_settings(name):
-    assert hasattr(jax.config, name)
+def test_jax_reads_these_settings(tmp_path):
+    code = """
+from bdjax.run import backend
+backend.set_up()
+import jax
+settings = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+print(jax.device_count(), *settings)
+"""
+    names = (
+        "JAX_NUM_CPU_DEVICES",
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "XLA_FLAGS",
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    expected = [str(len(os.sched_getaffinity(0))), str(tmp_path / "bdjax" / "compiled"), "0.2"]
+    assert run.stdout.split() == expected
 
 
 def test_without_another_backend_jax_is_not_asked(not_imported, monkeypatch):

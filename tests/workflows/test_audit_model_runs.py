@@ -27,6 +27,10 @@ def config(*arguments: str) -> workflow.Config:
     return read_flags(audit_model.EXPERIMENT, "an audit", ["--preset=quick", *arguments])
 
 
+def run(*arguments: str) -> dict:
+    return audit_model.main(["--preset=quick", *arguments], StageLog())
+
+
 def random_folder(path: pathlib.Path, count: int = 2, name: str = "vbd_4_4p") -> pathlib.Path:
     """A model folder of networks that have learned nothing."""
     model = make_model(name, 10, 8)
@@ -51,7 +55,7 @@ def random_folder(path: pathlib.Path, count: int = 2, name: str = "vbd_4_4p") ->
 )
 def test_flags_that_cannot_be_used_end_in_one_line(arguments, message, tmp_path):
     with pytest.raises(InputError) as error:
-        workflow.run(config(*arguments, f"--output={tmp_path / 'run'}"), audit_model.EXPERIMENT, StageLog())
+        run(*arguments, f"--output={tmp_path / 'run'}")
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -76,7 +80,7 @@ def test_members_of_a_folder_are_counted_from_1(tmp_path):
 def test_a_network_that_has_learned_nothing_could_not_be_tested_and_nothing_is_trained(tmp_path):
     folder = random_folder(tmp_path / "models", 1)
     arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", f"--output={tmp_path / 'run'}"]
-    results = workflow.run(config(*arguments), audit_model.EXPERIMENT, StageLog())
+    results = run(*arguments)
     assert exit_status(results) == 4 and "of the held-out rows correctly" in results["models"][0]["reason"]
     assert results["verdict"]["level"] == "not_tested"
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
@@ -93,7 +97,7 @@ def test_an_audit_from_the_models_to_the_report(tmp_path):
     write_folder(folder, trained.model, jax.tree.map(jnp.asarray, trained.variables), SHAPE, None, 0)
     few = ["--controls=2", "--epochs=4", "--search-epochs=1", "--search-rows=100", "--held-out-rows=100"]
     arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", *few, f"--output={tmp_path / 'run'}"]
-    results = workflow.run(config(*arguments), audit_model.EXPERIMENT, StageLog())
+    results = run(*arguments)
     assert [len(model["classes"]) for model in results["models"]] == [10, 10]
     assert results["controls"]["count"] == 2 and results["planted"]["success"] is not None
     outcomes = {"found": 3, "nothing found": 0, "could not be tested": 4}
