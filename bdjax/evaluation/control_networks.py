@@ -169,7 +169,7 @@ def audit(key: Key, setup: Setup, suspects: Asked) -> Audit:
         variables = None if is_black_box else ensemble.members(suspects.variables, np.array(tested))
         examined = examine(key, setup, variables, [suspects.asks[number] for number in tested])
         found = {name: getattr(examined, name) for name in ("measured", "places", "accuracies", "planted")}
-        if variables is not None:
+        if variables is not None and setup.model.architecture is not None:  # whose layers have known names
             parts = (variables, examined.controls.clean)
             weighed = [weigh(setup.model, part, clean.image_shape) for part in parts]
             found["weights"] = describe_weights(*weighed, names)
