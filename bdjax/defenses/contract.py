@@ -366,7 +366,8 @@ class Defense:
     more_needs: Callable[[Any], tuple[Need, ...]] | None = None
     """(settings) -> what these settings need in addition to `needs`: oracles, or the rows of a control"""
     unused_needs: Callable[[Any], tuple[Need, ...]] | None = None
-    """(settings) -> what these settings do without, of `needs`"""
+    """(settings) -> what these settings do without, of `needs`. The tables of all defenses print `needs`, so that has what the
+    paper's settings need"""
     check: Callable[[Any], None] | None = None
     """(settings) -> None; raises a one-line InputError that names the invalid setting and the valid values.
     `variants.read_defense` calls it before anything is trained"""

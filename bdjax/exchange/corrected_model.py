@@ -17,8 +17,6 @@ import numpy as np
 
 from bdjax import atomic
 from bdjax.choices import ComputeDtype, Lowering
-from bdjax.datasets.files import read_file
-from bdjax.datasets.validation import one_line
 from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import saved_model
@@ -31,7 +29,6 @@ CORRECTION = "correction.json"
 PARTS = ("teacher", "student")
 FORMAT, VERSION = "bdjax correction", 2
 RULE = "teacher - delta * max(student - gamma * average, 0)"
-_MAXIMUM_JSON = 1 << 24
 
 
 def is_corrected_model(folder: pathlib.Path) -> bool:
@@ -65,8 +62,8 @@ def write(
     count, shape, digests = len(variables["gamma"]), tuple(image_shape), {}
     for part, network in zip(PARTS, model.parts, strict=True):
         about = About(network.architecture, network.num_classes, shape, tuple(class_names), count, dict(made_by))
-        saved_model.write(folder / part, about, {name: variables[part][name] for name in ("params", "batch_stats")})
-        digests[part] = saved_model.read_about(folder / part)[1]
+        arrays = {name: variables[part][name] for name in ("params", "batch_stats")}
+        digests[part] = saved_model.write(folder / part, about, arrays)
     facts = {
         "format": FORMAT,
         "version": VERSION,
@@ -119,17 +116,7 @@ def read(folder: pathlib.Path, lowering: Lowering | None = None, compute_dtype: 
 def _read_rule(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str], str]:
     """The numbers of the rule, float32; the SHA-256 of each part; and that of the file."""
     path = folder / CORRECTION
-    content = read_file(path, _MAXIMUM_JSON, "corrections")
-    try:
-        facts = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({one_line(error)[:100]})") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f'{path}: not the correction of a model; "format" should be {FORMAT!r}')
-    if facts.get("version") != VERSION:
-        raise InputError(
-            f"{path}: version {shown(facts.get('version'))} of the format; this bdjax reads version {VERSION}"
-        )
+    facts, content = saved_model.read_facts(path, "the correction of a model", FORMAT, VERSION)
     known = ("format", "version", "logits", "gamma", "delta", "average", "tensors_sha256")
     if wrong := sorted(facts.keys() ^ set(known)):
         what = "is no fact" if wrong[0] in facts else "is missing, which is a fact"

@@ -69,13 +69,16 @@ def is_saved_model(folder: pathlib.Path) -> bool:
 
 
 @processes.by_primary
-def write(folder: pathlib.Path, about: About, variables: PyTree) -> None:
+def write(folder: pathlib.Path, about: About, variables: PyTree) -> str:
     """Write networks of one architecture as a saved model.
 
     Args:
         folder: where to write; created if needed. A saved model in it is replaced.
         about: what they are; `made_by` is completed by the version of bdjax.
         variables: stacked [N, ...], N = about.members.
+
+    Returns:
+        The SHA-256 of model.safetensors.
 
     Raises:
         OSError: the files cannot be written.
@@ -101,6 +104,7 @@ def write(folder: pathlib.Path, about: About, variables: PyTree) -> None:
     }
     text = json.dumps(facts, indent=2, ensure_ascii=True)
     atomic.write_bytes(folder / ABOUT, f"{text}\n".encode())
+    return digest
 
 
 def read(folder: pathlib.Path, lowering: Lowering | None = None, compute_dtype: ComputeDtype = "float32") -> SavedModel:
@@ -205,18 +209,7 @@ def read_about(folder: pathlib.Path) -> tuple[About, str]:
         InputError: it is missing, not JSON, of an unknown format or version, or has a fact that cannot be true.
     """
     path = folder / ABOUT
-    try:
-        facts = json.loads(read_file(path, _MAXIMUM_JSON, "descriptions of models").decode())
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not JSON ({one_line(error)[:100]})") from None
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise InputError(f'{path}: not the description of a saved model; "format" should be {FORMAT!r}')
-    if facts.get("version") != VERSION:
-        raise InputError(
-            f"{path}: version {shown(facts.get('version'))} of the format; this bdjax reads version {VERSION}"
-        )
+    facts, _ = read_facts(path, "the description of a saved model", FORMAT, VERSION)
     expected = {
         "architecture": (lambda value: isinstance(value, str) and value in MODELS, "a network of bdjax"),
         "width": (lambda value: type(value) is int and not mistake(Width, value), "a width from 1 to 1024"),
@@ -244,6 +237,32 @@ def read_about(folder: pathlib.Path) -> tuple[About, str]:
     shape = tuple(facts["image_shape"])
     about = About(architecture, facts["num_classes"], shape, tuple(names), facts["members"], facts["made_by"])
     return about, facts["tensors_sha256"]
+
+
+def read_facts(path: pathlib.Path, what: str, form: str, version: int) -> tuple[dict[str, Any], bytes]:
+    """A file of facts in JSON, and its content.
+
+    Args:
+        path: the file.
+        what: it should be, for messages.
+        form: its "format".
+        version: its "version".
+
+    Raises:
+        InputError: it is missing, not JSON, or of another format or version; its other facts are not looked at.
+    """
+    content = read_file(path, _MAXIMUM_JSON, "descriptions of models")
+    try:
+        facts = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({one_line(error)[:100]})") from None
+    if not isinstance(facts, dict) or facts.get("format") != form:
+        raise InputError(f'{path}: not {what}; "format" should be {form!r}')
+    if facts.get("version") != version:
+        raise InputError(
+            f"{path}: version {shown(facts.get('version'))} of the format; this bdjax reads version {version}"
+        )
+    return facts, content
 
 
 def _normalisation(path: pathlib.Path, value: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
