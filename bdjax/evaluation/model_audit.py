@@ -349,7 +349,12 @@ def reason_of_run(planted: Mapping[str, Any], black_box: bool, best_success: flo
         )
     if not planted["works"]:
         through = " through a surrogate" if black_box else ""
-        return f"no trigger could be planted to see whether a search{through} finds it"
+        if planted["success"] is None:
+            return f"no trigger could be planted to see whether a search{through} finds it"
+        return (
+            f"the network with a planted {planted['title']}, by which it is seen whether a search{through} finds a trigger, "
+            f"did not learn it: it turns {_percent(planted['success'])} of held-out rows; use more --clean-rows or --epochs"
+        )
     return ""
 
 

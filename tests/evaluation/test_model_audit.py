@@ -127,7 +127,8 @@ def test_what_could_not_have_been_found_could_not_be_tested(changes, reason):
 def test_without_a_planted_trigger_that_works_it_is_unknown_what_would_be_found():
     results = judged(measured([10.0] * 5, planted=[10.0] * 5), planted={**PLANTED, "success": 0.5})
     assert results["outcome"] == "could not be tested" and not results["planted"]["works"]
-    assert results["models"][0]["reason"] == "no trigger could be planted to see whether a search finds it"
+    reason = results["models"][0]["reason"]
+    assert "did not learn it: it turns 50 % of held-out rows" in reason and "3×3 white square" in reason
 
 
 def test_control_networks_that_learned_nothing_make_no_finding():
