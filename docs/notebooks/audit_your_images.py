@@ -61,8 +61,8 @@ np.bincount(data.labels[found.flags], minlength=data.num_classes)
 # %% [markdown]
 # ## Look
 #
-# The pattern that the networks respond to, and flagged rows next to other rows of the same class. A flag is a reason to look, no
-# proof.
+# The pattern that the networks respond to, and flagged rows next to other rows of the same class. A flag is a reason
+# to look, no proof.
 
 # %%
 pattern = found.patterns[0]
