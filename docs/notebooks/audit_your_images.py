@@ -54,8 +54,8 @@ data.images.shape, np.bincount(data.labels), data.files[0]
 # %%
 found = bdjax.detect("vbd", data, key, preset="quick", like="textures")
 print(f"{found.flags.sum()} of {len(data)} rows flagged; given: {found.given}")
-for reason in (found.not_tested.reason, *found.not_tested.classes.values(), *found.warnings):
-    print("could not be tested, or not relied on:", reason)
+print("could not be tested:", found.not_tested.reason or dict(found.not_tested.classes) or "nothing")
+print("warnings:", *found.warnings or ("none",))
 np.bincount(data.labels[found.flags], minlength=data.num_classes)
 
 # %% [markdown]
