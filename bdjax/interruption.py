@@ -41,7 +41,7 @@ def exit_at_once() -> None:
 def handled() -> Iterator[None]:
     """Within the block, a signal raises KeyboardInterrupt and is remembered; a minute later the process ends in any case.
 
-    Has no effect outside of the main thread.
+    During an import the process ends at once. Has no effect outside of the main thread.
     """
     global _received, _is_ending
     if threading.current_thread() is not threading.main_thread():
@@ -139,7 +139,18 @@ def _remember(number: int, frame: FrameType | None) -> None:
         os._exit(128 + number)
     is_first, _received = not _received, number
     if not (_postponed and is_first):
+        if _is_importing(frame):
+            _exit(number, frame)
         raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Whether the program is importing a module. An exception would leave it half initialised, and jaxlib crashes then."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

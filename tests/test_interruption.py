@@ -158,3 +158,25 @@ def test_before_the_run_a_signal_ends_the_process_with_one_line(number, is_endin
     line = "interrupted; run the same command again to continue\n"
     assert written == ([] if is_ending else [(2, line.encode())])
     assert ended == [128 + number]
+
+
+IMPORTING = """
+from bdjax import interruption
+with interruption.handled():
+    try:
+        import interrupted
+    finally:
+        print("an import was left half done")
+"""
+
+
+@BOTH
+def test_during_an_import_a_signal_ends_the_process_with_one_line(number, tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        f"import os\nos.kill(os.getpid(), {int(number)})\nfor _ in range(1000): pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((os.getcwd(), str(tmp_path)))}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", interruption.MESSAGE + "\n")
