@@ -62,8 +62,8 @@ def main(arguments: Sequence[str] | None = None, log: "StageLog | None" = None) 
     from bdjax.workflows import audited_models
 
     log = log or StageLog()
-    given = [audited_models.read(config, EXPERIMENT, log)]
+    given = audited_models.read(config, EXPERIMENT, log)
     # After the files, which may be refused: this takes seconds.
     from bdjax.workflows import audit_model
 
-    return audit_model.run(config, EXPERIMENT, given.pop(), log)  # which alone holds the networks, and can let them go
+    return audit_model.run(config, EXPERIMENT, given, log)

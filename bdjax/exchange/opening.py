@@ -93,7 +93,13 @@ def open_model(
         return Opened(text, hashlib.sha256(f"{text} {outputs}".encode()).hexdigest(), classifier=classifier)
     path = pathlib.Path(text)
     if text and _is_folder(path):
-        return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, outputs, target)
+        if not corrected_model.is_corrected_model(path):
+            return _open_folder(path, num_classes, image_shape, class_names, lowering, compute_dtype, target)
+        if outputs != "logits":
+            raise InputError(f"{path}: two networks that correct each other return logits, not {outputs}")
+        pair = corrected_model.read(path, lowering, compute_dtype)
+        _check_data(path, pair.about, num_classes, image_shape, class_names)
+        return _as_black_box(path, pair)
     if match := safetensors_files.NAMED.fullmatch(text):
         path, (name, naming, normalisation) = pathlib.Path(match["path"]), _parts(text, match["rest"])
         found = weights.read(
@@ -146,11 +152,8 @@ def _open_folder(
     class_names: Sequence[str],
     lowering: Lowering | None,
     compute_dtype: ComputeDtype,
-    outputs: str,
     target: int | None,
 ) -> Opened:
-    if corrected_model.is_corrected_model(folder):
-        return _open_corrected(folder, num_classes, image_shape, class_names, lowering, compute_dtype, outputs)
     has_triggers = checkpoint.is_complete(folder) and os.path.lexists(folder / model_folder.TRIGGERS)
     if saved_model.is_saved_model(folder) and not has_triggers:
         about, _ = saved_model.read_about(folder)
@@ -172,28 +175,17 @@ def _open_folder(
     return Opened(str(folder), old.digest, old.model, old.variables, None, old.triggers, old.label_rules, aim)
 
 
-def _open_corrected(
-    folder: pathlib.Path,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    class_names: Sequence[str],
-    lowering: Lowering | None,
-    compute_dtype: ComputeDtype,
-    outputs: str,
-) -> Opened:
-    if outputs != "logits":
-        raise InputError(f"{folder}: two networks that correct each other return logits, not {outputs}")
-    found = corrected_model.read(folder, lowering, compute_dtype)
-    _check_data(folder, found.about, num_classes, image_shape, class_names)
-    if found.about.members > 1:
-        raise InputError(f"{folder}: holds {found.about.members} pairs of networks; a black box is a single one")
-    runner = StageRunner(None, tuple(image_shape), ensemble.default_layout())
+def _as_black_box(folder: pathlib.Path, pair: saved_model.SavedModel) -> Opened:
+    shape = pair.about.image_shape
+    if pair.about.members > 1:
+        raise InputError(f"{folder}: holds {pair.about.members} pairs of networks; a black box is a single one")
+    runner = StageRunner(None, shape, ensemble.default_layout())
 
     def classifier(images: np.ndarray) -> np.ndarray:
-        return runner.predict(found.model, found.variables, images, QUERY_BATCH)[0]
+        return runner.predict(pair.model, pair.variables, images, QUERY_BATCH)[0]
 
-    facts = {"classes": num_classes, "image_shape": list(image_shape), "description": found.model.description}
-    return Opened(str(folder), _digest(facts, found.digest), classifier=classifier)
+    facts = {"classes": pair.about.num_classes, "image_shape": list(shape), "description": pair.model.description}
+    return Opened(str(folder), _digest(facts, pair.digest), classifier=classifier)
 
 
 def _check_data(

@@ -23,8 +23,7 @@ import numpy as np
 import bdjax
 from bdjax import atomic
 from bdjax.choices import ComputeDtype, Lowering
-from bdjax.datasets.files import read_file
-from bdjax.datasets.validation import one_line
+from bdjax.datasets.files import read_json
 from bdjax.defenses.abm import defended_model
 from bdjax.errors import InputError
 from bdjax.exchange import safetensors_files
@@ -251,11 +250,7 @@ def read_facts(path: pathlib.Path, what: str, form: str, version: int) -> tuple[
     Raises:
         InputError: it is missing, not JSON, or of another format or version; its other facts are not looked at.
     """
-    content = read_file(path, _MAXIMUM_JSON, "descriptions of models")
-    try:
-        facts = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({one_line(error)[:100]})") from None
+    content, facts = read_json(path, _MAXIMUM_JSON, "descriptions of models")
     if not isinstance(facts, dict) or facts.get("format") != form:
         raise InputError(f'{path}: not {what}; "format" should be {form!r}')
     if facts.get("version") != version:

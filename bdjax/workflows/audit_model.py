@@ -43,8 +43,7 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
     Args:
         config: all settings.
         experiment: its presets.
-        given: what `audited_models.read` has read by the same settings. Its networks may be opened again in another lowering;
-            the memory of the first ones is free then if the caller keeps no reference to them.
+        given: what `audited_models.read` has read by the same settings; its networks may be opened again in another lowering.
         log: where progress is printed; by default the terminal.
 
     Returns:
@@ -55,7 +54,6 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
     """
     log = log or StageLog()
     train, test, suspects, clean, searched, held_out = given
-    del given
     open_all = partial(open_suspects, config, train)
     if suspects.model is not None and suspects.model.architecture is not None:
         config = replace(config, width=suspects.model.architecture.width)

@@ -144,8 +144,8 @@ def another_student(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "correction.json").write_text("{"), "correction.json: not JSON"),
-        (lambda folder: (folder / "correction.json").write_text("[" * 100_000), "correction.json: not JSON"),
+        (lambda folder: (folder / "correction.json").write_text("{"), "correction.json: is not JSON"),
+        (lambda folder: (folder / "correction.json").write_text("[" * 100_000), "correction.json: is not JSON"),
         (edited(format="other"), "not the correction of a model"),
         (edited(version=1), "version 1 of the format; this bdjax reads version 2"),
         (edited(code="x"), "'code' is no fact of version 2"),
