@@ -199,6 +199,8 @@ def test_an_unknown_number_is_the_word_unknown_in_the_bom(tmp_path):
     folder = write(tmp_path, results, Subject({"held-out rows": held_out}, suspects=suspects), "audit_model")
     verdict = evidence.check(folder)
     assert verdict["run"]["kind"] == "audit of models" and verdict["exit_code"] == 3
+    words = {entry["model"]: entry["word"] for entry in verdict["outcomes"]}
+    assert words == {model["title"]: model["outcome"] for model in results["models"]} and len(set(words.values())) == 2
     assert verdict["verdict"]["word"] == "found" and verdict["suspect_models"][0]["sha256"] == "ab" * 32
     bom = json.loads((folder / "bom.cdx.json").read_text())
     values = bom["metadata"]["component"]["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]

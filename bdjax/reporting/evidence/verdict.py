@@ -143,9 +143,11 @@ def role_of(method: Mapping[str, Any], results: Mapping[str, Any], subject: Subj
 
 
 def _outcomes(results: Mapping[str, Any], subject: Subject) -> list[dict[str, Any]]:
-    """The word for each cell of what the run is about. An audit has an outcome instead."""
+    """The word for each cell of what the run is about, or for each model. An audit of data has only that of the verdict."""
+    if "outcome" in results:
+        return [{"model": model["title"], "word": model["outcome"]} for model in results.get("models", ())]
     found = []
-    for cell, attack, method in () if "outcome" in results else schema.cells(results):
+    for cell, attack, method in schema.cells(results):
         if role_of(method, results, subject) != SUBJECT or method["method"] == subject.compared_with:
             continue
         word = subject.word_of(attack["attack"], method["method"])
