@@ -62,8 +62,8 @@ class PlantingSettings:
     learning_rate: LearningRate = 0.01
     """constant learning rate of a verification network"""
     optimiser: str = "sgd"
-    """optimiser of a verification network: "sgd"; "adam"; or "recipe", trained as an undefended network, so that learning rate
-    and weight decay have no effect"""
+    """optimiser of a verification network: "sgd"; "adam"; or "recipe", trained as an undefended network but
+    without smoothed labels, so that learning rate and weight decay have no effect"""
     weight_decay: NotNegative = 1e-4
     """weight decay of a verification network"""
     implant_rate: PositiveShare = 0.1
@@ -262,7 +262,8 @@ def verify(inputs: DefenseInput, settings: PlantingSettings, rungs: Sequence[flo
 def _training(inputs: DefenseInput, settings: PlantingSettings) -> TrainConfig:
     """How a verification network is trained."""
     if settings.optimiser == RECIPE:
-        return inputs.config(epochs=settings.epochs, augmentation="none")
+        # Smoothed labels keep the logits of what is learned best, the poisons, from growing beyond those of clean rows.
+        return inputs.config(epochs=settings.epochs, augmentation="none", label_smoothing=0.0)
     return inputs.config(
         epochs=settings.epochs,
         optimiser=settings.optimiser,

@@ -9,6 +9,7 @@ import pytest
 from bdjax.defenses import nbab
 from bdjax.defenses.nbab import NbabSettings, Verified, choose_implants, isolate, make_patch, suspicion, verify
 from bdjax.errors import InputError
+from bdjax.training import recipes
 from tests.defenses.tiny import tiny_inputs
 
 SMALL = NbabSettings(alpha=0.0, epochs=10, optimiser="adam", learning_rate=1e-2, implant_rate=0.2, patch_size=2)
@@ -68,6 +69,16 @@ def test_the_planted_trigger_is_learnt_beside_the_task(inputs, verified):
     assert (verified.implant_success > 0.5).all() and (verified.clean_accuracy > 0.3).all()
     share = np.mean(verified.margins > 0, axis=-1)
     np.testing.assert_allclose(0.2 * verified.implant_success + 0.8 * verified.held_out_success, share, rtol=1e-6)
+
+
+def test_a_recipe_is_followed_but_for_smoothed_labels(inputs):
+    """With smoothed labels the poisons' logits are capped, and a rank by activation finds none of them."""
+    recipe = dataclasses.replace(inputs.recipe, **recipes.fields("speedrun", 32))
+    with_recipe = dataclasses.replace(inputs, recipe=recipe)
+    assert recipe.label_smoothing > 0
+    config = nbab._training(with_recipe, dataclasses.replace(SMALL, optimiser="recipe"))
+    changes = {"epochs": SMALL.epochs, "augmentation": "none", "label_smoothing": 0.0}
+    assert config == dataclasses.replace(recipe, **changes)
 
 
 def test_networks_of_several_rungs_are_members_of_one_call(inputs, trained_on):
