@@ -17,7 +17,9 @@ aligned (here the input of the last one), how a distance is scaled (here the mea
 and how the suspicious rows are reduced to 1 % of the set. On a white corner a white square is invisible, and a clean row would
 be suspicious for that reason alone, so the square here is a checkerboard. Suspicious rows are ranked by the highest logit
 other than K's, since a backdoor activates its class far more than clean rows do theirs (the paper's figure 3); a ranking by the
-margin over K puts images first on which the square is hard to see.
+margin over K puts images first on which the square is hard to see. The lead of the highest of these logits over the second is
+ours: classes share features, so that a clean row that activates its class also activates similar classes, and a trigger does
+not.
 """
 
 import dataclasses
@@ -44,7 +46,7 @@ CHUNK = 4096
 """Rows of each member that are stamped at a time."""
 PATTERNS = ("checkerboard", "white")
 RECIPE = "recipe"
-RANKS = ("suspicious", "activation", "margin")
+RANKS = ("suspicious", "activation", "lead", "margin")
 """How rows are ranked for isolation: see `suspicion`."""
 
 
@@ -127,6 +129,8 @@ class Verified(NamedTuple):
     """float32 [M, V, n]: of the stamped row, the logit of class K minus the highest other logit; below 0 it is suspicious"""
     activations: np.ndarray
     """float32 [M, V, n]: of the stamped row, the highest logit other than that of class K"""
+    leads: np.ndarray
+    """float32 [M, V, n]: of the stamped row, the difference of the two highest logits other than that of class K"""
     implant_success: np.ndarray
     """float64 [M, V]: share of the rows stamped in training that are predicted as K"""
     held_out_success: np.ndarray
@@ -249,9 +253,11 @@ def verify(inputs: DefenseInput, settings: PlantingSettings, rungs: Sequence[flo
     np.put_along_axis(in_training, implants, True, axis=1)
     num_held = num_rows - num_implants
     held_out = (is_own & ~in_training).sum(1) / num_held if num_held else np.full(num_members, np.nan)
+    second, highest = np.moveaxis(np.partition(logits[..., :-1], -2, axis=-1)[..., -2:], -1, 0)
     of_networks = {
-        "margins": logits[..., -1] - logits[..., :-1].max(-1),
-        "activations": logits[..., :-1].max(-1),
+        "margins": logits[..., -1] - highest,
+        "activations": highest,
+        "leads": highest - second,
         "implant_success": (is_own & in_training).sum(1) / num_implants,
         "held_out_success": held_out,
         "clean_accuracy": np.mean(plain == inputs.labels, axis=1),
@@ -307,7 +313,8 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
     Args:
         verified: predictions of the verification networks.
         rank: "activation": the highest logit other than K's; "suspicious": the same, but rows that are not predicted as K come
-            before all others, as in the paper; "margin": how far that logit is above K's.
+            before all others, as in the paper; "margin": how far that logit is above K's; "lead": how far it is above the
+            second highest of the same classes.
 
     Raises:
         ValueError: an unknown rank.
@@ -316,6 +323,8 @@ def suspicion(verified: Verified, rank: str) -> np.ndarray:
         return -verified.margins
     if rank == "activation":
         return verified.activations
+    if rank == "lead":
+        return verified.leads
     if rank == "suspicious":
         gap = np.ptp(verified.activations, axis=-1, keepdims=True) + 1
         return np.where(verified.margins < 0, verified.activations + gap, verified.activations)

@@ -54,17 +54,28 @@ def test_isolation_takes_the_highest_scores_first():
 
 
 @pytest.mark.parametrize(
-    ("rank", "order"), [("suspicious", [2, 0, 1, 3]), ("activation", [1, 2, 3, 0]), ("margin", [0, 2, 1, 3])]
+    ("rank", "order"),
+    [
+        ("suspicious", [2, 0, 1, 3]),
+        ("activation", [1, 2, 3, 0]),
+        ("lead", [3, 2, 0, 1]),
+        ("margin", [0, 2, 1, 3]),
+    ],
 )
 def test_suspicious_rows_come_first_unless_the_rank_is_another(rank, order):
     margins, activations = np.array([[-9.0, 1.0, -1.0, 2.0]]), np.array([[0.5, 9.0, 5.0, 1.0]])
-    results = Verified(margins, activations, None, None, None, None)
+    leads = np.array([[0.3, 0.1, 0.4, 0.9]])
+    results = Verified(margins, activations, leads, None, None, None, None)
     assert np.argsort(-suspicion(results, rank)[0]).tolist() == order
 
 
 def test_the_planted_trigger_is_learnt_beside_the_task(inputs, verified):
     members, num_rows = inputs.index.shape
     assert verified.margins.shape == verified.activations.shape == (members, 1, num_rows)
+    assert (verified.leads >= 0).all()
+    logits = nbab.stamped_logits(inputs, verified.nets, [make_patch(2, SMALL.pattern)] * members)[..., :-1]
+    highest, second = np.moveaxis(np.sort(logits)[..., :-3:-1], -1, 0)
+    np.testing.assert_allclose(verified.leads[:, 0], highest - second, rtol=1e-4, atol=1e-4)
     assert verified.nets.model.num_classes == inputs.num_classes + 1
     assert (verified.implant_success > 0.5).all() and (verified.clean_accuracy > 0.3).all()
     share = np.mean(verified.margins > 0, axis=-1)
@@ -182,4 +193,4 @@ def test_unknown_choices_are_refused():
     with pytest.raises(ValueError, match="not one of checkerboard"):
         make_patch(2, "red")
     with pytest.raises(ValueError, match="not one of suspicious"):
-        suspicion(Verified(None, None, None, None, None, None), "random")
+        suspicion(Verified(*[None] * 7), "random")
