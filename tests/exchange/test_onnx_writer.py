@@ -11,6 +11,7 @@ from bdjax.exchange.onnx_writer import to_onnx
 from bdjax.models import MODELS, as_model, make_model, normalised
 from bdjax.models.layers import max_pool_3x3
 from bdjax.types import Model, ModelOutput
+from tests.shallow import distinct, shallow
 from tests.tiers import slow_unless
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
@@ -48,40 +49,13 @@ def check_written(model, variables, image_shape, data):
 
 
 FAST = ("lenet", "resnet_s1")
-STAGES = ("blocks", "widths", "stages")
-"""Fields of networks that hold their blocks, or the number of blocks, stage by stage."""
 
 
-def shallow(name):
-    """A network by name with at most two blocks in each stage."""
-    module = MODELS[name](CLASSES, 4, "native", "float32")
-
-    def cut(value):
-        return min(value, 2) if isinstance(value, int) else value[:2]
-
-    fields = {}
-    for field in STAGES:
-        value = getattr(module, field, None)
-        if isinstance(value, int):
-            fields[field] = cut(value)
-        elif value is not None and (field != "widths" or isinstance(value[0], tuple)):
-            fields[field] = tuple(map(cut, value))
-    return module.clone(**fields)
-
-
-def distinct():
-    """Each network that `shallow` makes, by the first name that has it."""
-    names = {}
-    for name in (*FAST, *MODELS):
-        names.setdefault(repr(shallow(name)), name)
-    return list(names.values())
-
-
-@pytest.mark.parametrize("name", slow_unless(distinct(), FAST))
+@pytest.mark.parametrize("name", slow_unless(distinct((*FAST, *MODELS), CLASSES, 4), FAST))
 def test_every_network_gives_the_same_logits(name):
     """Of every name in `MODELS`, but deep networks are cut short; those that are then the same are written once."""
     shape = (9, 8, 3) if name in FAST else (16, 16, 3)
-    model = as_model(shallow(name), CLASSES, f"{name}, cut short")
+    model = as_model(shallow(name, CLASSES, 4), CLASSES, f"{name}, cut short")
     variables = random_variables(model, shape)
     check_written(model, variables, shape, to_onnx(model, variables, shape))
 
