@@ -5,6 +5,7 @@ import pytest
 
 from bdjax.testing.defenses import Suspects
 from bdjax.testing.small_network import small_model
+from tests.progress import without_progress
 
 _init_small = jax.jit(lambda key: small_model().init(key, (8, 8, 1)))
 
@@ -14,9 +15,16 @@ def init_small(seed: int):
     return _init_small(jax.random.key(seed))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_progress():
+    with without_progress():
+        yield
+
+
 @pytest.fixture(scope="session")
 def suspects(tmp_path_factory) -> Suspects:
-    return Suspects(tmp_path_factory.mktemp("suspects"))
+    with without_progress():
+        return Suspects(tmp_path_factory.mktemp("suspects"))
 
 
 @pytest.fixture(scope="session")
