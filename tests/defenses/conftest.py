@@ -3,8 +3,10 @@
 import jax
 import pytest
 
+from bdjax.defenses.contract import DefenseInput
 from bdjax.testing.defenses import Suspects
 from bdjax.testing.small_network import small_model
+from tests.defenses.tiny import tiny_inputs
 from tests.progress import without_progress
 
 _init_small = jax.jit(lambda key: small_model().init(key, (8, 8, 1)))
@@ -28,5 +30,6 @@ def suspects(tmp_path_factory) -> Suspects:
 
 
 @pytest.fixture(scope="session")
-def inputs(suspects):
-    return suspects.inputs
+def inputs(tmp_path_factory) -> DefenseInput:
+    """As many rows and poisons, and a network that compiles faster; it is not trained."""
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))

@@ -169,7 +169,7 @@ def test_a_cluster_predicted_as_its_label_alone_is_legitimate():
 # ---- As a defense ---------------------------------------------------------------------------------------------------
 
 
-def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(inputs, suspects):
+def test_flags_are_those_of_the_attacked_networks_embeddings_whatever_the_batch(inputs):
     rows = inputs.all_rows()
     embeddings = inputs.embeddings(inputs.attacked.model, inputs.attacked.variables, rows)
     assert embeddings.shape[:2] == inputs.index.shape
