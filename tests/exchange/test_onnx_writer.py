@@ -118,6 +118,7 @@ OTHERS = {
         jax.nn.gelu(x - 0.5) + jax.nn.silu(x) + jnp.tanh(x) + jax.nn.leaky_relu(x - 0.5) + x**3
     ),
     "chosen": lambda x: head(jnp.where(x > 0.5, jnp.clip(x, 0.6, 0.7), jnp.abs(-x))),
+    "clamped": lambda x: head(lax.clamp(np.float32(0.2), x, np.float32(0.7))),
     "averages": lambda x: jax.nn.log_softmax(head(x), axis=1),
     "the sum of constants": lambda x: head(x) + jnp.sum(jnp.broadcast_to(jnp.arange(5.0)[None], (3, 5)), 0)[None],
 }
