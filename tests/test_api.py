@@ -437,8 +437,8 @@ class TestAuditModel:
         train, test = (
             bdjax.dataset(rows.images[rows.labels < 2], rows.labels[rows.labels < 2], 2) for rows in (train, test)
         )
-        training = {"epochs": 8, "batch_size": 32, "learning_rate": 1e-2}
-        network = bdjax.train("vbd_4_4p", train, KEY, width=16, **training)
+        training = {"epochs": 4, "batch_size": 32, "learning_rate": 1e-2}
+        network = bdjax.train("vbd_4_4p", train, KEY, width=8, **training)
         found = bdjax.audit_model(network, train, test, KEY, controls=2, search_epochs=2, training=training)
         (model,) = found.numbers["models"]
         assert [entry["index"] for entry in model["classes"]] == [None, None]

@@ -33,6 +33,7 @@ from bdjax.models.layers import (
     larger,
     layout_of,
     max_pool,
+    parameter,
     relu,
     uniform_fan_in,
 )
@@ -77,7 +78,7 @@ class ConvKernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("kernel", uniform_fan_in, (3, 3, self.channels, self.features), jnp.float32)
+        return parameter(self, "kernel", uniform_fan_in, (3, 3, self.channels, self.features))
 
 
 class FoldedNorm(nn.Module):
@@ -90,8 +91,8 @@ class FoldedNorm(nn.Module):
     @nn.compact
     def __call__(self, moments: Callable[[], tuple[jax.Array, jax.Array, int]], *, train: bool):
         """`moments` returns the mean and biased variance of each map and their number of values; only called in training."""
-        scale = self.param("scale", nn.initializers.ones, (self.features,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (self.features,))
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (self.features,), jnp.float32)
         running_variance = self.variable("batch_stats", "variance", jnp.ones, (self.features,), jnp.float32)
         mean, variance = running_mean.value, running_variance.value

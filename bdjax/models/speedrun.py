@@ -33,6 +33,7 @@ from bdjax.models.layers import (
     global_max,
     layout_of,
     max_pool,
+    parameter,
     scale_channels,
 )
 from bdjax.types import Array, PyTree
@@ -132,7 +133,7 @@ class Whitening(Convolution):
         channels = x.shape[axis]
         kernel = self.variable("batch_stats", "kernel", lambda: assumed(channels)["kernel"])
         offset = self.variable("batch_stats", "offset", lambda: assumed(channels)["offset"])
-        bias = self.param("bias", nn.initializers.zeros, (8 * channels,), jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (8 * channels,))
         y = convolve(x, kernel.value.astype(x.dtype), stride=1, padding=0, lowering=self.lowering)
         return y + along((offset.value + bias).astype(x.dtype), axis)
 
@@ -146,7 +147,7 @@ class IdentityConv(Convolution):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         shape = (3, 3, x.shape[layout_of(self.lowering).channel_axis], self.features)
-        kernel = self.param("kernel", _identity, shape, jnp.float32)
+        kernel = parameter(self, "kernel", _identity, shape)
         return convolve(x, kernel.astype(x.dtype), stride=1, padding=1, lowering=self.lowering)
 
 

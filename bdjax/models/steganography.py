@@ -21,7 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from bdjax.choices import Lowering
-from bdjax.models.layers import Conv, layout_of, relu
+from bdjax.models.layers import Conv, layout_of, parameter, relu
 from bdjax.types import Array, Key, PyTree
 
 
@@ -154,7 +154,7 @@ class _BiasedConv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = Conv(self.features, self.size, self.stride, self.lowering)(x)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
         shape = tuple(self.features if axis == layout_of(self.lowering).channel_axis else 1 for axis in range(4))
         return x + bias.reshape(shape)
 

@@ -8,6 +8,7 @@ import pytest
 from bdjax.attacks.contract import CleanModel, Knowledge
 from bdjax.datasets.digits import load_digits
 from bdjax.types import GroupEnd, Model, ModelOutput, TrainTest
+from tests.progress import without_progress
 
 CHANNELS = 16
 
@@ -23,6 +24,12 @@ def apply_filters(variables, images, *, train, edits=None):
     logits = jnp.mean(tap, axis=(1, 2)) @ params["classifier"]["kernel"] + params["classifier"]["bias"][None, :]
     group = GroupEnd(maps, maps, jnp.zeros(CHANNELS), jnp.ones(CHANNELS))
     return ModelOutput(logits, {"stage1": tap}, variables, {"group1": group})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_progress():
+    with without_progress():
+        yield
 
 
 @pytest.fixture(scope="session")

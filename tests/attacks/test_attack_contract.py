@@ -6,15 +6,18 @@ that are trained have one shape, and what depends on the function alone is check
 
 import dataclasses
 from functools import cache
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.attacks import input_aware
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.models import generators
 from bdjax.testing import ContractError, attacks
+from bdjax.testing.tiny_network import make_tiny
 
 ONE_SHAPE = (16, 12, 3)
 """For what takes seconds to make or to compile; oblong, so that height and width cannot be confused."""
@@ -71,9 +74,16 @@ def first_shape(name):
     return next(shape for case, shape in CASES if case == name)
 
 
+def tiny_resnet(name, num_classes, width):
+    """In place of the classifier that the offline attack trains and discards."""
+    assert name == "resnet10" and width == SMALL["input_aware_offline"]["classifier_width"]
+    return make_tiny(num_classes)
+
+
 @cache
 def prepared(name, shape):
-    return attacks.prepare(find_attack(name), shape, SMALL.get(name, {}))
+    with mock.patch.object(input_aware, "make_model", tiny_resnet):
+        return attacks.prepare(find_attack(name), shape, SMALL.get(name, {}))
 
 
 @cache

@@ -78,10 +78,10 @@ def test_unlearning_raises_the_loss_of_the_isolated_rows(inputs):
     assert (raised[unlearnt.flags].reshape(2, -1).mean(axis=1) > 0.5).all()
 
 
-def test_number_of_poisons_is_an_oracle_and_without_poisons_nothing_is_unlearned(inputs, suspects):
+def test_number_of_poisons_is_an_oracle_and_without_poisons_nothing_is_unlearned(inputs):
     settings = dataclasses.replace(SMALL, isolate="oracle", rest_epochs=0)
     result = run(inputs, settings)
-    np.testing.assert_array_equal(result.flags.sum(axis=1), suspects.is_poisoned.sum(axis=1))
+    np.testing.assert_array_equal(result.flags.sum(axis=1), [64, 0])
     assert not result.flags[1].any() and result.facts["rows isolated"][1] == 0
     before = run(inputs, dataclasses.replace(settings, unlearning_epochs=0))
     changed = jax.tree.map(

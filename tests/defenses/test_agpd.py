@@ -33,6 +33,7 @@ from bdjax.defenses.agpd import (
 )
 from bdjax.errors import InputError
 from bdjax.models import make_model
+from bdjax.training import ensemble
 from bdjax.training.stages import Nets
 from bdjax.types import Model, ModelOutput
 
@@ -100,7 +101,7 @@ def of_networks(inputs):
 
 def test_gradients_are_those_of_the_labelled_logit_by_finite_differences(inputs, of_networks):
     predictions, gradients = of_networks
-    assert [tap.shape for tap in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (4, 8, 16)]
+    assert [tap.shape for tap in gradients] == [(2, ROWS + CLEAN_ROWS, channels) for channels in (8, 8, 16)]
     assert all(tap.dtype == np.float32 for tap in gradients)
     member, model, count = 1, inputs.attacked.model, 6
     variables = jax.tree.map(lambda leaf: leaf[member], inputs.attacked.variables)
@@ -206,7 +207,7 @@ def test_layers_are_all_convolutions_with_the_gradients_of_their_outputs():
         8,
         8,
     ]  # stem, then two and a shortcut where the shape changes
-    variables, random = model.init(jax.random.key(3), (8, 8, 1)), np.random.default_rng(0)
+    variables, random = jax.jit(model.init, static_argnums=1)(jax.random.key(3), (8, 8, 1)), np.random.default_rng(0)
     images, labels = random.random((3, 8, 8, 1), np.float32), np.array([0, 3, 1], np.int32)
     names = ("stem_conv", "stage2_block1/shortcut_conv", "stage3_block1/Conv_1")
     predictions, gradients = jax.jit(row_gradients(model, names))(variables, images, {"labels": labels})
@@ -232,7 +233,7 @@ def test_the_convolutions_of_a_network_are_examined(tiny_attacked):
 def tiny_attacked(inputs):
     """The suspects with an untrained ResNet instead of their own network."""
     model = make_model("resnet10", 10, width=2)
-    variables = jax.vmap(lambda key: model.init(key, (8, 8, 1)))(jax.random.split(jax.random.key(0), 2))
+    variables = ensemble.init_members(lambda key: model.init(key, (8, 8, 1)), jax.random.split(jax.random.key(0), 2))
     return inputs.with_knowledge({"attacked model": Nets(model, variables, 1, {})})
 
 

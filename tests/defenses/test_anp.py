@@ -183,7 +183,9 @@ def test_highest_threshold_that_keeps_the_accuracy():
     np.testing.assert_allclose(got, [0.3, 0.9, -1.0])
 
 
-def test_masks_of_all_suspects_are_learned_and_pruned(inputs):
+def test_masks_of_all_suspects_are_learned_and_pruned(suspects):
+    """On trained networks, whose normalisations are layers of their own."""
+    inputs = suspects.inputs
     settings = AnpSettings(iterations=8, batch_size=32, threshold=0.97)
     masks = learn_masks(inputs, settings)
     kappa = np.concatenate(list(masks.values()), axis=1)

@@ -159,6 +159,7 @@ def tiny_inputs(folder: pathlib.Path, attacked: Model = TINY) -> DefenseInput:
             "training set": PoolRows(index, suspect_labels.astype(np.int32)),
             "clean rows": PoolRows(clean, labels[clean].astype(np.int32)),
             "attacked model": Nets(attacked, variables, 1, {}),
+            "number of poisons": np.array([len(poisoned), 0]),
             "attacker's trigger": AttackerTriggers((stamp_corner, None), (all_to_one(0), None)),
         },
     )

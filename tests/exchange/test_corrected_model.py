@@ -54,13 +54,20 @@ def copy(folder, tmp_path):
     return tmp_path / "copy"
 
 
+@jax.jit
+def both_logits(teacher, student, images):
+    return tuple(
+        model.apply(variables, images, train=False).logits
+        for model, variables in ((TEACHER, teacher), (STUDENT, student))
+    )
+
+
 def expected(variables, images):
-    first, second = (
-        np.asarray(model.apply(jax.tree.map(lambda leaf: leaf[0], variables[part]), images, train=False).logits)
-        for part, model in (("teacher", TEACHER), ("student", STUDENT))
+    first, second = both_logits(
+        *(jax.tree.map(lambda leaf: leaf[0], variables[part]) for part in ("teacher", "student")), images
     )
     numbers = {name: variables[name][0] for name in ("average", "gamma", "delta")}
-    return np.asarray(corrected(jnp.asarray(first), jnp.asarray(second), **numbers))
+    return np.asarray(corrected(first, second, **numbers))
 
 
 @pytest.mark.parametrize("count", [1, 2])

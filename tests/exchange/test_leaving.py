@@ -18,6 +18,11 @@ SHAPE = (8, 8, 1)
 MODEL = normalised(make_model("lenet", 3), (0.5,), (0.25,))
 
 
+@jax.jit
+def logits_of(variables, images):
+    return MODEL.apply(variables, images, train=False).logits
+
+
 def variables_of(count):
     rng, shapes = np.random.default_rng(0), ensemble.trained_like(MODEL, SHAPE, count, 0).variables
     return jax.tree.map(lambda leaf: (0.1 * rng.normal(size=leaf.shape)).astype(leaf.dtype), shapes)
@@ -32,7 +37,7 @@ def test_stablehlo_takes_pixels_of_any_number_of_images(tmp_path):
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), variables)
     for rows in (1, 3):
         images = np.random.default_rng(rows).random((rows, *SHAPE)).astype(np.float32)
-        expected = MODEL.apply(single, jnp.asarray(images), train=False).logits
+        expected = logits_of(single, images)
         np.testing.assert_allclose(program.call(images), expected, atol=1e-5)
     assert saved_model.read(tmp_path).about.made_by["role"] == "student"
 
@@ -66,7 +71,7 @@ def test_the_program_of_two_networks_has_the_rule_inside(tmp_path, form):
     else:
         program = export.deserialize(bytearray(path.read_bytes())).call
     images = np.random.default_rng(0).random((3, *SHAPE)).astype(np.float32)
-    first, second = (MODEL.apply(of, jnp.asarray(images), train=False).logits for of in both)
+    first, second = (logits_of(of, images) for of in both)
     expected = first - 2.5 * np.maximum(second - 0.05, 0)
     np.testing.assert_allclose(program(images), expected, atol=1e-5)
 

@@ -16,6 +16,7 @@ from bdjax.models.facade import (
     tap_shapes,
 )
 from bdjax.models.layers import Recorded
+from bdjax.testing.models import images_of, variables_of
 from bdjax.types import Model, ModelOutput
 
 
@@ -115,9 +116,14 @@ def test_each_kernel_is_that_of_a_convolution(name):
 @pytest.mark.parametrize("lowering", ["native", "shifted"])
 def test_recording_changes_no_logit_and_offsets_are_added(lowering):
     model = make_model("resnet10", 4, width=2, lowering=lowering)
-    variables, images = model.init(KEY, (8, 8, 1)), jax.random.uniform(KEY, (3, 8, 8, 1))
-    logits, outputs = model.convolutions(variables, images)
-    np.testing.assert_array_equal(logits, model.apply(variables, images, train=False).logits)
+    variables, images = variables_of(model, (8, 8, 1)), images_of((8, 8, 1))
+    convolutions = jax.jit(model.convolutions)
+    zero = {"stage3_block1/Conv_1": jnp.zeros((3, 2, 2, 8))}
+    logits, outputs = convolutions(variables, images, zero)
+    recorded = jax.jit(lambda variables: model.convolutions(variables, images)[0])
+    plain = jax.jit(lambda variables: model.apply(variables, images, train=False).logits)
+    assert recorded.lower(variables).as_text() == plain.lower(variables).as_text()
+    np.testing.assert_allclose(logits, plain(variables), rtol=1e-6, atol=1e-6)
     kernel = variables["params"]["stem_conv"]["kernel"]
     expected = jax.lax.conv_general_dilated(
         images, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -125,7 +131,7 @@ def test_recording_changes_no_logit_and_offsets_are_added(lowering):
     np.testing.assert_allclose(outputs["stem_conv"], expected, rtol=1e-4, atol=1e-5)
     # An offset of the last convolution passes normalisation, ReLU, the pool and the last layer.
     name = "stage3_block1/Conv_1"
-    shifted, moved = model.convolutions(variables, images, {name: jnp.ones((3, 2, 2, 8))})
+    shifted, moved = convolutions(variables, images, {name: jnp.ones((3, 2, 2, 8))})
     np.testing.assert_allclose(moved[name], outputs[name] + 1, rtol=1e-5)
     np.testing.assert_array_equal(moved["stage3_block1/Conv_0"], outputs["stage3_block1/Conv_0"])
     assert np.abs(shifted - logits).max() > 1e-3

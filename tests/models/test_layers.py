@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from jax import lax
 
 from bdjax.models import layers
@@ -323,6 +324,12 @@ def test_a_depthwise_convolution_starts_as_in_torchvision():
     params = jax.jit(DepthwiseConv().init)(jax.random.key(0), jnp.zeros((1, 4, 4, 300)))["params"]
     assert params["kernel"].shape == (3, 3, 1, 300)
     assert np.std(params["kernel"]) == pytest.approx((2 / (300 * 9)) ** 0.5, rel=0.06)
+
+
+def test_a_parameter_of_another_shape_is_an_error():
+    variables = {"params": {"kernel": jnp.zeros((3, 3, 2, 4))}}
+    with pytest.raises(ScopeParamShapeError, match="kernel"):
+        Conv(5, 3).apply(variables, jnp.zeros((1, 4, 4, 2)))
 
 
 # ---- Batch normalisation --------------------------------------------------------------------------------------------

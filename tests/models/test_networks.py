@@ -15,20 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.models import MODELS, count_parameters, make_model
+from bdjax.models import MODELS, as_model, count_parameters, make_model
 from bdjax.models.layers import EXACT_LOWERINGS
 from bdjax.testing import models as contract
+from tests.shallow import distinct, shallow
 from tests.tiers import slow_unless
 
 LOWERINGS = EXACT_LOWERINGS
 SMALLEST = ("resnet10", "resnet_s", "vgg_s", "mobilenet_v2_s", "lenet", "wrn_10_2", "vbd_4_4p", "pyramidnet_11_24")
 SMALLEST += ("speedrun",)
 NEW_FAMILIES = SMALLEST[2:]  # test_resnet.py compares ResNets with PyTorch's, in every lowering
-DEEP = ("resnet34", "resnet50", "resnet101", "resnet34_cifar", "mobilenet_v2", "wrn_28_4", "wrn_40_1", "wrn_40_2")
-DEEP += ("resnet50_cifar", "resnet34_imagenet", "resnet50_imagenet", "mobilenet_v2_relu")
 RUN = (*SMALLEST, "resnet50")
 AT_EVERY_SIZE = (*SMALLEST, "vbd_64p", "resnet18_cifar")
-DEEPEST = ("resnet56", "pyramidnet_110_84", "pyramidnet_200_240")  # never compiled
 SLOW_TO_TRACE = ("resnet101", "resnet50", "resnet50_imagenet", "pyramidnet_110_84", "pyramidnet_200_240")
 TAPS = dict.fromkeys(MODELS, 3) | {
     **dict.fromkeys(("resnet18_cifar", "resnet34_cifar", "resnet_s1", "resnet_s", "resnet_s2"), 4),
@@ -45,12 +43,15 @@ IMAGES = contract.images_of(SHAPE)
 
 @cache
 def network(name):
-    return make_model(name, K, 2, "native")
+    """Cut short, unless it is one of the smallest."""
+    made = make_model(name, K, 2, "native")
+    return made if name in SMALLEST else as_model(shallow(name, K, 2), K, made.description)
 
 
 @cache
 def variables_of(name, seed=0, width=2):
-    return contract.variables_of(make_model(name, K, width, "native"), SHAPE, seed)
+    model = network(name) if width == 2 else make_model(name, K, width, "native")
+    return contract.variables_of(model, SHAPE, seed)
 
 
 def run_members(name):
@@ -67,13 +68,12 @@ def variable_shapes(name, image, width=64, classes=10):
     return jax.eval_shape(lambda key: make_model(name, classes, width, "native").init(key, image), jax.random.key(0))
 
 
-def output_shapes(name, image, *, width=64, train=False, rows=5):
-    """The shapes of an output; nothing is computed."""
-    model, images = make_model(name, 10, width, "native"), jax.ShapeDtypeStruct((rows, *image), jnp.float32)
-    return jax.eval_shape(
-        lambda variables, images: model.apply(variables, images, train=train),
-        variable_shapes(name, image, width),
-        images,
+def shapes(model, image, *, train=False, rows=5):
+    """The shapes of a network's variables and of an output; nothing is computed."""
+    variables = jax.eval_shape(lambda key: model.init(key, image), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((rows, *image), jnp.float32)
+    return variables, jax.eval_shape(
+        lambda variables, images: model.apply(variables, images, train=train), variables, images
     )
 
 
@@ -198,8 +198,8 @@ def test_capacities_are_in_the_order_of_the_papers():
 
 def test_what_makes_a_network_small_does_not_grow_with_the_width():
     def channels(name, width):
-        module, images = MODELS[name](10, width, "native", "float32"), jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
-        init = partial(module.init_with_output, train=False)
+        images = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
+        init = partial(shallow(name, 10, width).init_with_output, train=False)
         (_, recorded), _ = jax.eval_shape(init, jax.random.key(0), images)
         return [recorded.features[tap].shape[3] for tap in names_of(name)]
 
@@ -221,10 +221,10 @@ def test_what_makes_a_network_small_does_not_grow_with_the_width():
     assert channels("pyramidnet_11_24", 1) == [4, 4, 4]
 
 
-@pytest.mark.parametrize(
-    "name",
-    slow_unless([name for name in MODELS if name not in DEEP + DEEPEST], AT_EVERY_SIZE),
-)
+LARGE = [name for name in MODELS if name not in (*AT_EVERY_SIZE, "mobilenet_v2", "mobilenet_v2_relu")]
+
+
+@pytest.mark.parametrize("name", slow_unless([*AT_EVERY_SIZE, *distinct(LARGE, 10, 2)], AT_EVERY_SIZE))
 def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
     sides = {
         "resnet_imagenet": {28: (7, 4, 2, 1)},
@@ -240,9 +240,9 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
         if TAPS[name] == 2
         else {8: (6, 2, 1), 28: (26, 12, 1), 32: (30, 14, 1)},
     }["resnet_imagenet" if name.endswith("_imagenet") else name.split("_")[0].rstrip("0123456789")]
+    model = as_model(shallow(name, 10, 2), 10, name)
     for image in ((8, 8, 1), (28, 28, 1), (32, 32, 3)) if name in AT_EVERY_SIZE else ((28, 28, 1),):
-        variables = variable_shapes(name, image, 2)
-        output = output_shapes(name, image, width=2, train=image[0] != 28)
+        variables, output = shapes(model, image, train=image[0] != 28)
         assert set(variables) == {"params", "batch_stats"}
         assert output.logits.shape == (5, 10)
         assert list(output.features) == names_of(name)
@@ -252,21 +252,27 @@ def test_shapes_at_the_sizes_of_digits_mnist_and_cifar(name):
 
 
 def test_images_of_tiny_imagenet():
-    output = output_shapes("preact_resnet18", (64, 64, 3), width=2, train=True)
+    _, output = shapes(make_model("preact_resnet18", 10, 2, "native"), (64, 64, 3), train=True)
     assert [tap.shape[1:3] for tap in output.features.values()] == [(side, side) for side in (64, 32, 16, 8)]
 
 
 # ---- What the rest relies on ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_has_the_classes_and_the_name_that_were_asked_for(name):
+    model = make_model(name, K, 2, "native")
+    assert (model.num_classes, model.description) == (K, f"{name} width 2")
+
+
 @pytest.mark.parametrize("name", slow_unless(RUN, SMALLEST))
 def test_the_smallest_network_of_each_family(name):
     """And one with the bottleneck blocks of the deepest ResNets."""
     model = network(name)
-    assert (model.num_classes, model.description) == (K, f"{name} width 2")
     members = [variables_of(name, seed) for seed in range(2)]
     contract.check_members(f"model {name}", model, members, IMAGES)
-    assert list(output_shapes(name, SHAPE, width=2).features) == names_of(name)
+    seen = jax.eval_shape(lambda variables: model.apply(variables, IMAGES, train=False).features, members[0])
+    assert list(seen) == names_of(name)
 
     if name == "vbd_4_4p":  # members one after another, not compiled, nothing edited
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
@@ -280,11 +286,11 @@ def test_the_smallest_network_of_each_family(name):
             )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", slow_unless([name for name in MODELS if name not in (*RUN, *DEEPEST)], ()))
+@pytest.mark.parametrize("name", slow_unless(distinct([name for name in MODELS if name not in RUN], K, 2), ()))
 def test_edits_of_a_deeper_network_are_those_of_its_taps(name):
     """Traced, not run: its blocks are those of a network above."""
-    model, variables = make_model(name, K, 2, "native"), variable_shapes(name, SHAPE, 2, K)
-    assert (model.num_classes, model.description) == (K, f"{name} width 2")
+    model = network(name)
+    variables = jax.eval_shape(lambda key: model.init(key, SHAPE), jax.random.key(0))
     edited = []
 
     def note(tap, features):
@@ -332,11 +338,12 @@ def test_an_edit_of_an_unknown_tap_is_an_error(name):
 
 @pytest.mark.parametrize("name", slow_unless(NEW_FAMILIES, ("lenet",)))
 def test_all_lowerings_are_the_same_network(name):
-    """With gradients where there are convolutions that no ResNet has: of any size, without padding, and depthwise."""
-    has_gradient = name in ("lenet", "vbd_4_4p", "mobilenet_v2_s")
+    """With gradients where there are convolutions that no ResNet has: of any size, without padding, and depthwise (whose
+    lowerings differ in the order of the axes alone)."""
 
     def run(lowering):
         model = make_model(name, K, 4, lowering)
+        has_gradient = name in ("lenet", "vbd_4_4p") or (name == "mobilenet_v2_s" and lowering != "patches")
 
         @jax.jit
         def trained(variables):
@@ -363,7 +370,8 @@ def test_all_lowerings_are_the_same_network(name):
         chex.assert_trees_all_close(other, output, rtol=1e-3, atol=1e-3)
         # Statistics of a batch of few pixels magnify rounding.
         scale = max((float(np.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)), default=0.0)
-        chex.assert_trees_all_close(other_gradient, gradient, rtol=1e-2, atol=2e-4 * scale)
+        if other_gradient:
+            chex.assert_trees_all_close(other_gradient, gradient, rtol=1e-2, atol=2e-4 * scale)
 
 
 @pytest.mark.parametrize(("name", "lowering"), list(zip(SMALLEST, itertools.cycle(LOWERINGS), strict=False)))
