@@ -40,7 +40,7 @@ train_rows = 600
 test_rows = 100
 width = 4
 layout = "map"
-lowering = "native"
+lowering = "shifted"
 save_models = false
 
 [[blocks]]

@@ -8,7 +8,6 @@ import pathlib
 import re
 from urllib.parse import unquote
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -37,14 +36,6 @@ def write_folder(folder: pathlib.Path, images: np.ndarray, labels: np.ndarray) -
 def hashes(folder: pathlib.Path) -> dict[str, str]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
