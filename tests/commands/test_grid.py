@@ -558,7 +558,7 @@ def assert_same_to_rounding(found: pathlib.Path, wanted: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_runs(tmp_path, capsys):
+def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_runs(tmp_path):
     path, whole, killed = write(tmp_path, SHORT), tmp_path / "whole", tmp_path / "killed"
     run_to_its_end(path, whole)
     cells = cells_of(whole)
@@ -584,6 +584,7 @@ def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_ru
         # This process has another number of devices than a worker, so sums may be rounded differently.
         assert_same_to_rounding(single / "results.json", whole / "runs" / job.name / "results.json")
     before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
-    assert command.main([str(path), f"--output={killed}"], StageLog(Console())) == 0
-    assert "2 of 2 are done already" in capsys.readouterr().out
+    printed = io.StringIO()
+    assert command.main([str(path), f"--output={killed}"], StageLog(Console(file=printed))) == 0
+    assert "2 of 2 are done already" in printed.getvalue()
     assert before == {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}

@@ -34,7 +34,7 @@ SHAPE = (6, 6, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, *SHAPE)).astype(np.uint8)
 LAYOUTS = typing.get_args(Layout)
 SEVERAL = 4
-COUNTS = (3, 4, 5)  # of four devices: one is left over; each has one; three have two, one of them a copy
+COUNTS = (3, 5)  # of four devices: one is left over and the others have one; three have two, one of them a copy
 CONFIG = TrainConfig(epochs=2, batch_size=5, evaluation_batch_size=5)
 MOVED = TrainConfig(epochs=6, batch_size=5, evaluation_batch_size=5, plateau_patience=0, plateau_threshold=0.5)
 STOPS = {1: 2, SEVERAL: 4, 3: 6}  # number of devices -> the epoch after which the moving run leaves them
