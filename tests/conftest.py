@@ -69,8 +69,15 @@ MOST_MAPS = 25_000
 
 @pytest.fixture(scope="module", autouse=True)
 def few_compiled_programs():
-    """A worker of the whole suite compiles thousands of programs, and would crash at the limit of maps."""
+    """A worker of the whole suite compiles thousands of programs, and would crash at the limit of maps.
+
+    What is left of a module is not looked at again: otherwise each `gc.collect()`, as after a failure to write a checkpoint,
+    takes more than a second at the end of the suite.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        gc.unfreeze()
         jax.clear_caches()
+    gc.collect()
+    gc.freeze()
