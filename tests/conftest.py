@@ -24,6 +24,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Flags of the caller, such as --xla_cpu_max_isa=AVX2, come last, so they win.
 os.environ["XLA_FLAGS"] = " ".join([*FAST_COMPILATION, os.environ.get("XLA_FLAGS", "")]).strip()
+# In the environment, so that the programs which tests start share what is compiled, too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
+# Reading even the smallest program takes a third of the time of compiling it.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -33,11 +37,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 # On a machine of one or four cores, `use_every_core` in a test's own process would ask for another number, which is an error.
 os.sched_getaffinity = lambda process: {0, 1}
-jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
-)
-# Reading even the smallest program takes a third of the time of compiling it.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def pytest_collection_finish() -> None:
@@ -70,8 +69,15 @@ MOST_MAPS = 25_000
 
 @pytest.fixture(scope="module", autouse=True)
 def few_compiled_programs():
-    """A worker of the whole suite compiles thousands of programs, and would crash at the limit of maps."""
+    """A worker of the whole suite compiles thousands of programs, and would crash at the limit of maps.
+
+    What is left of a module is not looked at again: otherwise each `gc.collect()`, as after a failure to write a checkpoint,
+    takes more than a second at the end of the suite.
+    """
     yield
     maps = pathlib.Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        gc.unfreeze()
         jax.clear_caches()
+    gc.collect()
+    gc.freeze()

@@ -41,6 +41,7 @@ def use_every_core() -> None:
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or below the user's cache folder.
 
+    Programs that take less than 0.2 s are compiled each time, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
     If the folder cannot be written, JAX compiles every time; nothing else changes.
     """
     name = "jax_compilation_cache_dir"
@@ -48,7 +49,9 @@ def use_compilation_cache() -> None:
     if (getattr(jax.config, name) if jax else os.environ.get(name.upper())) is None:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         _set(name, str(pathlib.Path(base) / "bdjax" / "compiled"))
-    _set("jax_persistent_cache_min_compile_time_secs", 0.2)
+    seconds = "jax_persistent_cache_min_compile_time_secs"
+    if seconds.upper() not in os.environ:
+        _set(seconds, 0.2)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 

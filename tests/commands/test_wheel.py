@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = ("bdjax", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-TINY = ("--model=lenet", "--width=2", "--epochs=1", "--batch-size=16", "--layout=map", "--lowering=native")
+TINY = ("--model=lenet", "--width=2", "--epochs=1", "--batch-size=16", "--layout=map", "--lowering=shifted")
 
 
 def done(*command: str, **options) -> subprocess.CompletedProcess:
@@ -45,7 +45,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 @pytest.fixture
 def run(site: pathlib.Path, tmp_path: pathlib.Path):
     """Runs the installed `bdjax` in an empty folder."""
-    environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "80", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "80"}
     return lambda *words: done(sys.executable, str(site / "bin" / "bdjax"), *words, cwd=tmp_path, env=environment)
 
 

@@ -32,9 +32,11 @@ def test_settings_reach_a_jax_that_is_imported_later(not_imported, monkeypatch, 
     backend.set_up()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "bdjax" / "compiled")
     assert os.environ["JAX_NUM_CPU_DEVICES"] == str(len(os.sched_getaffinity(0)))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
+    assert os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] == "0.2"
+    own = {"JAX_COMPILATION_CACHE_DIR": "mine", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "7"}
+    os.environ.update(own)
     backend.set_up()
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"
+    assert {name: os.environ[name] for name in own} == own
 
 
 def test_jax_reads_these_settings(tmp_path):

@@ -139,7 +139,7 @@ def test_members_are_dealt_out_evenly(count):
 @pytest.mark.slow
 @several_devices
 def test_padding_never_shows(linear, tmp_path):
-    """`test_devices.py` compares every layout on eight devices, with padding, with one device."""
+    """`test_devices.py` compares every layout on four devices, with padding, with one device."""
     layout = "map"
     devices = len(jax.devices())
     count = devices + 1

@@ -6,7 +6,6 @@ import shutil
 from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from planted_rows import ENGINE, VBD, make_rows, poisoned_rows, quiet, run
@@ -49,14 +48,6 @@ def cells(results: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]
         for cell in results["cells"]
         for row in cell["by_seed"]
     }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_quickly():
-    """Compiling takes longer than running here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
