@@ -308,8 +308,8 @@ ABM = Defense(
             "student_optimiser": "adam",
             "student_learning_rate": 3e-3,
         },
-        # By the lead, a network whose planted backdoor was not learned finds the poisons as well; two networks err on different
-        # clean rows. A teacher of smoothed labels has a poison's logit hardly above A, so more is subtracted, and from lower on.
+        # By the lead, a network whose planted backdoor was not learned finds the poisons as well; two networks err on
+        # different clean rows. A teacher of smoothed labels has a poison's logit hardly above A, so more is subtracted.
         "speedrun": {
             "optimiser": "recipe",
             "epochs": 3,

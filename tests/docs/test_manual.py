@@ -114,7 +114,8 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("MPLBACKEND", "XLA_FLAGS"):  # those of the tests draw nothing, and compile fast rather than well
+    # Those of the tests draw nothing, compile fast rather than well, and save every program.
+    for name in ("MPLBACKEND", "XLA_FLAGS", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         monkeypatch.delenv(name, raising=False)
     notebook, before = jupytext.read(path), children_seconds()
     with warnings.catch_warnings():
