@@ -42,9 +42,9 @@ def run(data, images):
 
 def check_written(model, variables, image_shape, data):
     """For one image, and for several; networks treat each row on its own."""
-    images = np.random.default_rng(7).random((7, *image_shape), np.float32)
+    images = np.random.default_rng(37).random((37, *image_shape), np.float32)
     expected = np.asarray(jax.jit(lambda images: model.apply(variables, images, train=False).logits)(images))
-    for batch in (1, 7):
+    for batch in (1, 37):
         np.testing.assert_allclose(run(data, images[:batch]), expected[:batch], rtol=0, atol=1e-4 * np.ptp(expected))
 
 
