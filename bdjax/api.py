@@ -655,7 +655,9 @@ def detect(
         raise InputError(f"defense {detector} does not flag rows; detectors are {detectors}")
     _check_data(data, f"detect {detector}: data")
     needs = defense.needs_with(config)
-    inputs, seeds, _ = _make_inputs(defense, config, needs, data, key, model, width, training, victim, clean, seeds)
+    inputs, seeds, _ = _make_inputs(
+        defense, config, needs, data, key, model, width, training, victim, clean, seeds, is_detection=True
+    )
     found = contract.detect(defense, inputs, config)
     patterns = found.patterns if seeds or not found.patterns else found.patterns[0]
     flags, scores, facts = _squeezed((found.flags, found.scores, dict(found.facts)), seeds)
@@ -697,7 +699,7 @@ def defend(
         _check_data(suspect, f"defend {defense}: suspect")
     needs = method.needs_with(config)
     inputs, seeds, width = _make_inputs(
-        method, config, needs, suspect, key, model, width, training, victim, clean, seeds
+        method, config, needs, suspect, key, model, width, training, victim, clean, seeds, is_detection=False
     )
     limits = contract.not_tested(method, config, contract.facts_of(inputs))
     if limits and all(of_seed.reason for of_seed in limits):
@@ -751,14 +753,28 @@ def _make_inputs(
     victim: Network | None,
     clean: Dataset | None,
     seeds: int | None,
+    *,
+    is_detection: bool,
 ) -> tuple[DefenseInput, int | None, int]:
-    """The inputs of a defense, with the number of seeds and the width that follow from the suspect."""
+    """The inputs of a defense, with the number of seeds and the width that follow from the suspect.
+
+    A detection only asks the victim; a defense may train another network like it.
+    """
     where, is_set = f"defense {defense.name}", isinstance(suspect, Dataset)
     _check_needs(where, needs, suspect, clean)
     network, rows = victim if is_set else suspect, suspect if is_set else clean
     first = DEFENSES.get(defense.name.split(LINK)[0], defense)
-    if network is not None and network.model.parts and first.stage == "after training" and not first.network_after:
-        raise InputError(f"{where} changes a network's weights; two networks that correct each other cannot be trained")
+    if network is not None and network.model.parts:
+        is_after = first.stage == "after training"
+        is_training = first.stage == "in training" or not is_detection
+        if is_after and not first.network_after:
+            what = "changes a network's weights"
+        elif is_set and is_training and not is_after and first.name != "none":
+            what = "trains a network like the victim"
+        else:
+            what = ""
+        if what:
+            raise InputError(f"{where} {what}; two networks that correct each other cannot be trained")
     if rows is None:  # only a defense of a network can do without any
         empty = np.zeros((0, *network.image_shape), np.uint8)
         rows = Dataset(empty, np.zeros(0, np.int32), network.model.num_classes, "no rows", "")

@@ -383,6 +383,14 @@ class TestDetectAndDefend:
         if name == "fine_tuning":  # without a defense, the pair comes back
             assert bdjax.defend("none", pair, KEY, clean=CLEAN).predict(TEST.images).shape == (64, CLASSES)
 
+    @pytest.mark.parametrize("name", ["abm", "scan", "strip"])
+    def test_no_network_like_two_that_correct_each_other_is_trained(self, name, victim):
+        pair = dataclasses.replace(victim, model=MODEL._replace(parts=(MODEL, MODEL)))
+        message = f"defense {name}.* trains a network like the victim; two networks that correct each other cannot be"
+        refused(message, bdjax.defend, name, TRAIN, KEY, victim=pair, clean=CLEAN)
+        if name == "scan":  # which only asks the victim
+            assert bdjax.detect(name, TRAIN, KEY, victim=pair, clean=CLEAN).flags.shape == (len(TRAIN.labels),)
+
     def test_networks_and_rows_that_do_not_go_together_are_refused(self, victim, three):
         refused("abl needs the training set, not only a network", bdjax.defend, "abl", victim, KEY)
         refused("needs clean rows", bdjax.defend, "nad", victim, KEY)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax import losses
-from bdjax.defenses.contract import Defense, DefenseInput, Facts, unless_finite
+from bdjax.defenses.contract import Defense, DefenseInput, Facts, fingerprint, unless_finite
 from bdjax.settings import LARGEST, Count, LearningRate, NotNegative, PositiveShare, Range, Share, check_values
 from bdjax.training.member import Objective, Outcome, TrainConfig
 from bdjax.types import Array, DefenseResult, Key, Model, NotTested, PyTree
@@ -306,18 +306,8 @@ def find_triggers(inputs: DefenseInput, settings: NeuralCleanseSettings) -> Trig
 
 
 def _search_stage(settings: NeuralCleanseSettings) -> str:
-    numbers = (
-        settings.epochs,
-        settings.batch_size,
-        settings.learning_rate,
-        settings.weight,
-        settings.weight_factor,
-        settings.patience,
-        settings.success,
-        settings.stop_patience,
-        settings.stop_gain,
-    )
-    return f"neural cleanse: triggers {'/'.join(f'{number:g}' for number in numbers)}"
+    of_search = {name: value for name, value in vars(settings).items() if name != "threshold" and "repair" not in name}
+    return f"neural cleanse {fingerprint(**of_search)}"
 
 
 @cache
@@ -368,15 +358,7 @@ def repair(inputs: DefenseInput, triggers: Triggers, flagged: np.ndarray, settin
         weight_decay=settings.repair_weight_decay,
         schedule="cosine",
     )
-    numbers = (
-        settings.threshold,
-        settings.repair_epochs,
-        settings.repair_batch_size,
-        settings.repair_learning_rate,
-        settings.repair_weight_decay,
-        settings.repair_share,
-    )
-    stage = f"{_search_stage(settings)}, unlearning {'/'.join(f'{number:g}' for number in numbers)}"
+    stage = f"neural cleanse unlearning {fingerprint(**vars(settings))}"
     found = jax.tree.map(jnp.asarray, triggers), jnp.asarray(flagged, jnp.float32)
     objective = unlearning_objective(inputs.attacked.model, settings.repair_share)
     nets = inputs.train(
