@@ -13,6 +13,10 @@
 
 The paper does not define the distillation's distance (here the mean square difference of logits, since logits are subtracted),
 nor whether A is a single number or one for each class (here one for each class: the mean over all rows and classes is near 0).
+
+Ours: contrast rows. The isolated rows of an attack with one target all have the same label, so a student that always gives that
+class the teacher's logit fits them, whatever the image is, and its subtraction takes the class from clean rows, too. Contrast
+rows are drawn from the half of the rows that NBAB suspects least, and the student's logits for them should be 0.
 """
 
 from dataclasses import dataclass
@@ -28,13 +32,15 @@ from bdjax.choices import Optimiser
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, agreement, check_planting, isolate, suspicion, usable, verify
 from bdjax.models import MODELS
-from bdjax.settings import Count, InnerShare, LearningRate, Number, check_values
+from bdjax.settings import Count, InnerShare, LearningRate, NotNegative, Number, check_values
 from bdjax.training.member import Objective, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
 Distance = Literal["logits", "kl", "hard"]
 Average = Literal["label", "prediction", "scalar"]
+MOST_CHANGED = 0.02
+"""Share of the least suspected half of the rows whose prediction may change without a warning; ours."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,9 @@ class AbmSettings(NbabSettings):
     student_rows: str = "isolated"
     """rows that the student is trained on: "isolated"; or "clean", as many known clean rows (all if there are fewer), a control
     that shows what the subtraction does by itself"""
+    contrast: NotNegative = 0.0
+    """contrast rows for each isolated row: drawn from the half of the rows that is suspected least, with logits of 0 as the
+    student's target; 0 for none (the paper)"""
     student: str = ""
     """the student's architecture; "" for the teacher's"""
     student_epochs: Count = 20
@@ -163,6 +172,8 @@ def average_activation(logits: np.ndarray, labels: np.ndarray, num_classes: int,
 def imitation(teacher: Model, student: Model, distance: str) -> Objective:
     """Equation 3: the student's distance from the frozen teacher in variables["teacher"], on the same images.
 
+    Where targets["is_contrast"], bool [N], the distance is from logits of 0 instead.
+
     Raises:
         ValueError: `distance` is not a value of `Distance`.
     """
@@ -174,35 +185,51 @@ def imitation(teacher: Model, student: Model, distance: str) -> Objective:
         frozen = variables["teacher"]
         student_variables = {name: value for name, value in variables.items() if name != "teacher"}
         output = student.apply({**student_variables, "params": params}, images, train=True)
-        teacher_logits = teacher.apply(frozen, images, train=False).logits
+        is_contrast = jnp.expand_dims(targets["is_contrast"], 1)
+        teacher_logits = jnp.where(is_contrast, 0.0, teacher.apply(frozen, images, train=False).logits)
         if distance == "logits":
             loss = jnp.mean(jnp.square(output.logits - teacher_logits), axis=1)
         elif distance == "kl":
             loss = losses.kl_divergence(jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(output.logits))
         else:
-            loss = losses.cross_entropy(output.logits, targets["labels"])
+            uniform = -jnp.mean(jax.nn.log_softmax(output.logits), axis=1)
+            by_label = losses.cross_entropy(output.logits, targets["labels"])
+            loss = jnp.where(targets["is_contrast"], uniform, by_label)
         return Outcome(loss, output.logits, targets["labels"], {**output.variables, "teacher": frozen})
 
     return objective
 
 
-def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings) -> Nets:
-    """Train the student on the isolated rows alone, or on as many clean rows.
+def least_suspected(scores: np.ndarray) -> np.ndarray:
+    """The half of the rows with the lowest scores, int [n // 2], from float [n], higher for the more suspicious."""
+    return np.argsort(scores, kind="stable")[: len(scores) // 2]
+
+
+def train_student(inputs: DefenseInput, flags: np.ndarray, scores: np.ndarray, settings: AbmSettings) -> Nets:
+    """Train the student on the isolated rows, or on as many clean rows, and on the contrast rows.
 
     Args:
         inputs: the suspects.
         flags: bool [M, n], the isolated rows, the same number for each suspect.
+        scores: float [M, n], the suspicion of every row.
         settings: of the student; NBAB's, on which the rows depend, are part of the stage's name.
     """
-    rows = np.stack([np.flatnonzero(member_flags) for member_flags in flags])
+    rows, index, labels = np.stack([np.flatnonzero(of_member) for of_member in flags]), inputs.index, inputs.labels
+    chosen = rows.shape[1]
+    pairs = zip(scores, inputs.generators("abm: contrast rows"), strict=True)
+    count = round(settings.contrast * chosen)
+    contrast = np.stack([generator.permutation(least_suspected(of_member))[:count] for of_member, generator in pairs])
     if settings.student_rows == "clean":
-        index, labels, count = inputs.clean_index, inputs.clean_labels, rows.shape[1]
+        index, labels = inputs.clean_index, inputs.clean_labels
         # Drawn, since data may be sorted by class.
         generators = inputs.generators("abm: clean rows")
-        rows = np.stack([generator.permutation(index.shape[1])[:count] for generator in generators])
-    else:
-        index, labels = inputs.index, inputs.labels
-    index, labels = (np.take_along_axis(array, rows, axis=1) for array in (index, labels))
+        rows = np.stack([generator.permutation(index.shape[1])[:chosen] for generator in generators])
+    take = np.take_along_axis
+    index = np.concatenate([take(index, rows, 1), take(inputs.index, contrast, 1)], axis=1)
+    labels = np.concatenate([take(labels, rows, 1), take(inputs.labels, contrast, 1)], axis=1)
+    student_rows = labelled(index, labels)
+    is_contrast = np.arange(index.shape[1]) >= rows.shape[1]
+    student_rows.targets["is_contrast"] = jnp.asarray(np.broadcast_to(is_contrast, index.shape))
     teacher, student = inputs.attacked.model, inputs.make_model(settings.student or None)
     config = inputs.config(
         epochs=settings.student_epochs,
@@ -216,25 +243,32 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, settings: AbmSettings
     stage = f"abm student {fingerprint(**{k: v for k, v in vars(settings).items() if k not in unused_in_training})}"
     start = {**inputs.begin(stage, student), "teacher": inputs.attacked.variables}
     objective = imitation(teacher, student, settings.distance)
-    nets = inputs.train(stage, student, config, labelled(index, labels), variables=start, objective=objective)
+    nets = inputs.train(stage, student, config, student_rows, variables=start, objective=objective)
     return nets._replace(variables={name: value for name, value in nets.variables.items() if name != "teacher"})
 
 
-def premise_warning(held_out_success: np.ndarray, is_usable: np.ndarray) -> str:
-    """What is wrong if NBAB's premise holds for none of a suspect's networks; "" if it may hold.
+def doubts(held_out_success: np.ndarray, is_usable: np.ndarray, changed: float) -> str:
+    """What a defender can see of a result that is not to be trusted; "" if nothing.
 
     Args:
-        held_out_success: float [V].
-        is_usable: bool [V].
+        held_out_success: float [V], the success of the defender's own trigger in each verification network.
+        is_usable: bool [V], where NBAB's premise may hold.
+        changed: share of the least suspected half of the rows whose prediction the subtraction changes.
     """
-    if is_usable.any():
-        return ""
-    shares = ", ".join(f"{share:.2f}" for share in held_out_success)
-    return (
-        "the isolated rows may be no poisoned ones: the defender's own trigger succeeds on "
-        f"{shares} of the rows that were not stamped in training, so it was not learned, or it dominates the attacker's. "
-        "Change alpha"
-    )
+    found = []
+    if not is_usable.any():
+        shares = ", ".join(f"{share:.2f}" for share in held_out_success)
+        found.append(
+            "the isolated rows may be no poisoned ones: the defender's own trigger succeeds on "
+            f"{shares} of the rows that were not stamped in training, so it was not learned, or it dominates the attacker's. "
+            "Change alpha"
+        )
+    if changed > MOST_CHANGED:
+        found.append(
+            f"the subtraction changes the prediction of {100 * changed:.1f} % of the half of the rows that is suspected least, "
+            "so it costs accuracy: these rows may be clean, and the isolated ones, too. Use more contrast or a smaller delta"
+        )
+    return "; ".join(found)
 
 
 def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
@@ -244,14 +278,21 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
     is_usable = usable(verified.held_out_success, settings.least_success, settings.most_success)
     scores = agreement(single_scores, is_usable)
     flags = isolate(scores, settings.isolation_rate)
-    student = train_student(inputs, flags, settings)
-    logits = inputs.logits(inputs.attacked.model, inputs.attacked.variables, inputs.all_rows())
+    student = train_student(inputs, flags, scores, settings)
+    logits, student_logits = (
+        inputs.logits(nets.model, nets.variables, inputs.all_rows()) for nets in (inputs.attacked, student)
+    )
     average = np.stack(
         [
             average_activation(member_logits, labels, inputs.num_classes, settings.average)
             for member_logits, labels in zip(logits, inputs.labels, strict=True)
         ]
     )
+    changed = []
+    for numbers in zip(logits, student_logits, average, scores, strict=True):
+        teacher_rows, student_rows = (of_network[least_suspected(numbers[3])] for of_network in numbers[:2])
+        after = corrected(teacher_rows, student_rows, numbers[2], gamma=settings.gamma, delta=settings.delta)
+        changed.append(float(np.mean(np.argmax(after, 1) != np.argmax(teacher_rows, 1))))
     members = len(flags)
     failed = np.mean(verified.margins < 0, axis=1) > 0.5  # by most of the networks
     return DefenseResult(
@@ -272,10 +313,11 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
             "rows that fail the test": failed.mean(axis=1),
             "isolated rows": flags.sum(axis=1),
             "isolated rows that failed": (flags & failed).sum(axis=1) / flags.sum(axis=1),
+            "predictions changed, least suspected half": np.array(changed),
             "accuracy of the verification networks": verified.clean_accuracy.mean(axis=1),
         },
         single_scores=single_scores,
-        warnings=tuple(map(premise_warning, verified.held_out_success, is_usable)),
+        warnings=tuple(map(doubts, verified.held_out_success, is_usable, changed)),
     )
 
 

@@ -14,8 +14,8 @@ from bdjax.defenses.abm import (
     average_activation,
     corrected,
     defended_model,
+    doubts,
     imitation,
-    premise_warning,
     run,
     train_student,
 )
@@ -82,7 +82,7 @@ def test_a_student_of_clean_rows_is_a_control_that_declares_them(inputs, monkeyp
     flags[:, :7] = True
     for rows_of in (settings, SMALL):
         with pytest.raises(AttributeError):  # nothing was trained
-            train_student(inputs, flags, rows_of)
+            train_student(inputs, flags, np.zeros(flags.shape), rows_of)
     clean, isolated = (np.asarray(rows.index) for rows in seen)
     assert clean.shape == (len(flags), 7)
     for drawn, known in zip(clean, inputs.clean_index, strict=True):
@@ -91,10 +91,29 @@ def test_a_student_of_clean_rows_is_a_control_that_declares_them(inputs, monkeyp
     np.testing.assert_array_equal(isolated, inputs.index[:, :7])
 
 
-def test_a_premise_that_holds_for_no_network_is_reported():
-    assert premise_warning(np.array([0.5, 0.99]), np.array([True, False])) == ""
-    text = premise_warning(np.array([0.991, 0.0]), np.array([False, False]))
+def test_a_premise_that_holds_for_no_network_and_a_loss_of_accuracy_are_reported():
+    assert doubts(np.array([0.5, 0.99]), np.array([True, False]), 0.02) == ""
+    text = doubts(np.array([0.991, 0.0]), np.array([False, False]), 0.0)
     assert "succeeds on 0.99, 0.00 of the rows that were not stamped" in text and not text.endswith(".")
+    text = doubts(np.array([0.5]), np.array([True]), 0.123)
+    assert "changes the prediction of 12.3 % of the half of the rows that is suspected least" in text
+
+
+def test_contrast_rows_are_of_the_least_suspected_half_and_their_target_is_no_logit(inputs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(type(inputs), "train", lambda self, stage, model, config, rows, **options: seen.append(rows))
+    flags = np.zeros(inputs.index.shape, bool)
+    flags[:, :7] = True
+    scores = -np.tile(np.arange(flags.shape[1]), (len(flags), 1))  # the first rows are the most suspicious
+    with pytest.raises(AttributeError):  # nothing was trained
+        train_student(inputs, flags, scores, AbmSettings(**{**vars(SMALL), "contrast": 3.0}))
+    rows = jax.tree.map(np.asarray, seen[0])
+    np.testing.assert_array_equal(rows.targets["is_contrast"], np.tile(np.arange(28) >= 7, (len(flags), 1)))
+    np.testing.assert_array_equal(rows.index[:, :7], inputs.index[:, :7])
+    for member, drawn in enumerate(rows.index[:, 7:]):
+        places = np.array([np.flatnonzero(inputs.index[member] == row)[0] for row in drawn])
+        assert len(set(drawn.tolist())) == 21 and (places >= flags.shape[1] // 2).all()
+        np.testing.assert_array_equal(rows.targets["labels"][member, 7:], inputs.labels[member, places])
 
 
 def test_defended_model_cannot_be_trained():
@@ -108,23 +127,27 @@ def test_defended_model_cannot_be_trained():
 def test_distance_of_the_student_from_the_teacher(distance):
     teacher, variables = small_model(), init_small(0)
     images = np.random.default_rng(1).random((6, 8, 8, 1), np.float32)
-    objective = imitation(teacher, teacher, distance)
+    objective, is_contrast = imitation(teacher, teacher, distance), np.arange(6) >= 4
 
     @jax.jit
     def losses(params):
-        targets = {"labels": jnp.zeros(6, jnp.int32)}
+        targets = {"labels": jnp.zeros(6, jnp.int32), "is_contrast": jnp.asarray(is_contrast)}
         outcome = objective(params, {**variables, "teacher": variables}, images, targets, jax.random.key(0))
         teacher_logits = teacher.apply(variables, images, train=False).logits
         return outcome.losses, outcome.logits, outcome.variables["teacher"], teacher_logits
 
     per_row, logits, frozen, teacher_logits = losses(variables["params"])
     chex.assert_trees_all_equal(frozen, variables)
+    wanted = np.where(is_contrast[:, None], 0.0, teacher_logits)
     if distance == "logits":
-        np.testing.assert_allclose(per_row, np.mean(np.square(logits - teacher_logits), axis=1), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(per_row, np.mean(np.square(logits - wanted), axis=1), rtol=1e-4, atol=1e-6)
     elif distance == "kl":
-        assert (np.asarray(per_row) >= -1e-6).all()
+        ours, theirs = (scipy.special.log_softmax(values, axis=1) for values in (logits, wanted))
+        np.testing.assert_allclose(per_row, np.sum(np.exp(theirs) * (theirs - ours), axis=1), rtol=1e-3, atol=1e-5)
     else:
-        np.testing.assert_allclose(per_row, scipy.special.logsumexp(logits, axis=1) - logits[:, 0], rtol=1e-4)
+        normaliser = scipy.special.logsumexp(logits, axis=1)
+        target = np.where(is_contrast, logits.mean(axis=1), logits[:, 0])
+        np.testing.assert_allclose(per_row, normaliser - target, rtol=1e-4)
 
 
 def test_unknown_distance_is_refused():
