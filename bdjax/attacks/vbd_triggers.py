@@ -17,7 +17,7 @@ import numpy as np
 
 from bdjax.attacks.contract import Attack, Knowledge
 from bdjax.errors import InputError
-from bdjax.settings import PositiveShare, Share
+from bdjax.settings import Count, PositiveShare, Share
 from bdjax.triggers import masked_blend, patches, pictures
 from bdjax.triggers.masked_blend import MaskedBlend
 from bdjax.triggers.patches import Patch
@@ -25,7 +25,7 @@ from bdjax.types import Array, Key
 
 PAPER = "Aseervatham et al. 2025, Variance-Based Defense Against Blended Backdoor Attacks"
 SIDE = 3
-"""Side of a square or grid in pixels, for images of any size."""
+"""Side of a square or grid in cells; a cell is a pixel, for images of any size, unless `TileSettings.scale` is larger."""
 WHITE, GREEN, RED, BLUE = (1, 1, 1), (0, 1, 0), (1, 0, 0), (0, 0, 1)
 YELLOW, MAGENTA = (1, 1, 0), (1, 0, 1)
 BLACK = (1 / 255, 1 / 255, 1 / 255)
@@ -71,6 +71,12 @@ class VbdSettings:
     """opacity of the trigger, in (0, 1]; 0.1, 0.2, 0.5 and 1 in the paper"""
 
 
+@dataclass(frozen=True)
+class TileSettings(VbdSettings):
+    scale: Count = 1
+    """side in pixels of each of the 3 x 3 cells; the paper's have 1, on images of any size"""
+
+
 class ClassPatches(NamedTuple):
     """One trigger per true class, K in all."""
 
@@ -82,13 +88,13 @@ class ClassPatches(NamedTuple):
     """float32 [] in [0, 1]"""
 
 
-def make_tile(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: str) -> MaskedBlend:
+def make_tile(key: Key, knowledge: Knowledge, settings: TileSettings, *, tile: str) -> MaskedBlend:
     """Make a square or grid in the bottom right corner, without a margin; a grid's empty cells are painted nearly black.
 
     Args:
         key: not used; the trigger is fixed.
         knowledge: gives the image shape.
-        settings: the opacity.
+        settings: opacity and scale.
         tile: a key of `TILES`.
 
     Returns:
@@ -100,8 +106,9 @@ def make_tile(key: Key, knowledge: Knowledge, settings: VbdSettings, *, tile: st
     del key
     _check_opacity(settings)
     shape = knowledge.train.image_shape
-    cells = pictures.to_channels(TILES[tile].colours, shape[2])
-    return patches.paint(shape, patches.in_corner(shape, SIDE), cells, opacity=settings.opacity)
+    colours = TILES[tile].colours.repeat(settings.scale, axis=0).repeat(settings.scale, axis=1)
+    cells = pictures.to_channels(colours, shape[2])
+    return patches.paint(shape, patches.in_corner(shape, SIDE * settings.scale), cells, opacity=settings.opacity)
 
 
 def class_patch(number: int, image_shape: tuple[int, int, int]) -> Patch:
@@ -251,13 +258,15 @@ def _check_opacity(settings: VbdSettings) -> None:
         raise InputError(f"opacity {settings.opacity:g} must be above 0 and at most 1")
 
 
-def _all_to_one(name: str, title: str, make_params: Callable[..., MaskedBlend]) -> Attack:
+def _all_to_one(
+    name: str, title: str, make_params: Callable[..., MaskedBlend], settings: VbdSettings = VbdSettings()
+) -> Attack:
     return Attack(
         name=name,
         title=title,
         paper=PAPER,
         threat="data",
-        settings=VbdSettings(),
+        settings=settings,
         make_params=make_params,
         apply=masked_blend.apply,
         label_rules=("all_to_one_with_target", "all_to_one"),
@@ -284,7 +293,7 @@ def _title(tile: str) -> str:
 
 
 VBD_ATTACKS = (
-    *(_all_to_one(tile, _title(tile), partial(make_tile, tile=tile)) for tile in TILES),
+    *(_all_to_one(tile, _title(tile), partial(make_tile, tile=tile), TileSettings()) for tile in TILES),
     _all_to_one("small_kitty", "Small kitty", make_small_kitty),
     _all_to_one("big_kitty", "Big kitty", make_big_kitty),
     *(_all_to_all(tile) for tile in TILES),

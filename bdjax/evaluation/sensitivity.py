@@ -21,7 +21,7 @@ from bdjax.evaluation.variants import read_attack
 from bdjax.types import Dataset, Detection, Key
 
 SQUARES = ("green_square", "white_square")
-"""Attacks to choose from: opaque squares of 3 x 3 pixels in the bottom right corner."""
+"""Attacks to choose from: opaque squares of 3 x 3 cells in the bottom right corner; a cell is a pixel unless scaled."""
 MULTIPLES = (0.5, 1.0, 2.0)
 """Numbers of planted rows, as multiples of the number that a detector's settings ask for (`Defense.smallest`)."""
 USUAL_SHARE = 0.02
@@ -45,7 +45,7 @@ class Planting(NamedTuple):
     """by increasing number of planted rows, which `Suspect.is_poisoned` marks"""
 
 
-def plant(key: Key, rows: Dataset, smallest: int | None) -> Planting:
+def plant(key: Key, rows: Dataset, smallest: int | None, scale: int = 1) -> Planting:
     """Plant a square of good contrast in copies of the rows.
 
     The target is the class with the most rows, where planted rows are the smallest share. Planted rows are of all other
@@ -55,6 +55,7 @@ def plant(key: Key, rows: Dataset, smallest: int | None) -> Planting:
         key: decides which rows are planted.
         rows: uint8 images [n, H, W, C]; poisoned rows among them stay as they are.
         smallest: the number of planted rows that `MULTIPLES` refers to; None for `USUAL_SHARE` of the rows.
+        scale: side of the square in units of 3 pixels.
 
     Raises:
         InputError: there are too few rows, or the images are too small: a predicate of "the trigger".
@@ -72,11 +73,12 @@ def plant(key: Key, rows: Dataset, smallest: int | None) -> Planting:
             f"cannot be planted: {wanted[0]:,} rows are more than half of the {others:,} rows outside the largest class"
         )
     try:
-        name, (height, width) = _most_visible(plain, target)
+        name, (height, width) = _most_visible(plain, target, scale)
+        square = f"{name}:scale={scale}:label_rule=all_to_one"
         suspects = tuple(
             make_suspect(
                 key,
-                read_attack(f"{name}:poison_rate={count / len(plain)!r}:label_rule=all_to_one", plain, target),
+                read_attack(f"{square}:poison_rate={count / len(plain)!r}", plain, target),
                 *(plain, 0, None, True),
             )
             for count in fitting
@@ -86,13 +88,14 @@ def plant(key: Key, rows: Dataset, smallest: int | None) -> Planting:
     return Planting(f"{height}×{width} {find_attack(name).title.lower()}", target, suspects)
 
 
-def _most_visible(rows: Dataset, target: int) -> tuple[str, tuple[int, int]]:
+def _most_visible(rows: Dataset, target: int, scale: int) -> tuple[str, tuple[int, int]]:
     """The attack of `SQUARES` whose square differs most from the pixels that it covers, and its (height, width)."""
     images = rows.images[:: -(-len(rows) // MOST_COMPARED)].astype(np.float32) / 255
     best: tuple[float, str, tuple[int, int]] | None = None
     for name in SQUARES:
         attack = find_attack(name)
-        params = attack.make_params(jax.random.key(0), Knowledge(rows, target), attack.settings)
+        settings = dataclasses.replace(attack.settings, scale=scale)
+        params = attack.make_params(jax.random.key(0), Knowledge(rows, target), settings)
         mask = np.asarray(params.mask)[..., 0] > 0
         contrast = float(np.abs(images[:, mask] - np.asarray(params.pattern)[mask]).mean())
         if best is None or contrast > best[0]:

@@ -1,3 +1,4 @@
+import dataclasses
 from itertools import pairwise
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 
 from bdjax.attacks import vbd_triggers
 from bdjax.attacks.contract import Knowledge
-from bdjax.attacks.vbd_triggers import VBD_ATTACKS, VbdSettings, apply_class_patch, class_patch, elliptical
+from bdjax.attacks.vbd_triggers import VBD_ATTACKS, apply_class_patch, class_patch, elliptical
 from bdjax.commands import vbd
 from bdjax.errors import InputError
 from bdjax.types import Dataset
@@ -22,9 +23,10 @@ GREEN, RED, YELLOW, MAGENTA, BLUE = (0, 1, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), 
 apply_to_classes = jax.jit(jax.vmap(apply_class_patch, in_axes=(None, 0, 0)))
 
 
-def trigger(name, shape, num_classes=10, opacity=1.0):
+def trigger(name, shape, num_classes=10, **settings):
     data = Dataset(np.zeros((2, *shape), np.uint8), np.zeros(2, np.int32), num_classes, "none", "none")
-    return ATTACKS[name].make_params(jax.random.key(0), Knowledge(data, 0), VbdSettings(opacity=opacity))
+    attack = ATTACKS[name]
+    return attack.make_params(jax.random.key(0), Knowledge(data, 0), dataclasses.replace(attack.settings, **settings))
 
 
 def test_ten_attacks():
@@ -39,6 +41,14 @@ def test_tiles_lie_flush_in_the_corner_and_cover_nine_cells():
     for tile in TILES:
         mask = np.asarray(trigger(tile, (64, 64, 3)).mask)[..., 0]
         assert mask.sum() == 9 and mask[61:, 61:].all()
+
+
+def test_a_larger_tile_has_larger_cells():
+    small, large = (trigger("color_grid", (32, 32, 3), scale=scale) for scale in (1, 2))
+    assert np.asarray(large.mask)[26:, 26:].all() and np.asarray(large.mask).sum() == 36
+    cells = np.asarray(large.pattern)[26:, 26:]
+    for part in (cells[::2, ::2], cells[1::2, ::2], cells[1::2, 1::2]):
+        np.testing.assert_array_equal(part, np.asarray(small.pattern)[29:, 29:])
 
 
 def test_the_white_grids_empty_cells_are_painted_all_but_black():

@@ -48,6 +48,13 @@ def test_the_square_stands_out_from_the_rows(colour, title):
     assert plant(KEY, make_rows(colour), 20).title == title
 
 
+def test_a_larger_square_covers_more_pixels():
+    rows = make_rows()
+    planting = plant(KEY, rows, 30, scale=2)
+    changed = (planting.suspects[-1].dataset.images != rows.images).any(axis=(0, 3))
+    assert planting.title == "6×6 white square" and changed[-6:, -6:].all() and changed.sum() == 36
+
+
 def test_without_a_number_of_the_settings_a_share_of_the_rows_is_planted():
     counts = [int(copy.is_poisoned.sum()) for copy in plant(KEY, make_rows(), None).suspects]
     assert counts == [4, 8, 16] and counts[1] == sensitivity.USUAL_SHARE * ROWS
