@@ -52,6 +52,11 @@ class Controls(NamedTuple):
     """why nothing was planted"""
 
 
+def planted_scale(image_shape: tuple[int, int, int]) -> int:
+    """The side of the planted square in units of 3 pixels, for images of shape (H, W, C): `PLANTED_SIDE`, rounded."""
+    return max(1, round(PLANTED_SIDE / 3 * min(image_shape[:2])))
+
+
 def train_controls(
     key: Key, count: int, model: Model, recipe: TrainConfig, runner: StageRunner, clean: Dataset
 ) -> Controls:
@@ -71,7 +76,7 @@ def train_controls(
             jax.random.fold_in(key, 1),
             clean,
             max(1, round(PLANTED_SHARE / sensitivity.MULTIPLES[-1] * len(clean))),
-            scale=max(1, round(PLANTED_SIDE / 3 * min(clean.image_shape[:2]))),
+            scale=planted_scale(clean.image_shape),
         )
     except InputError as error:
         why = f"the trigger {error}"

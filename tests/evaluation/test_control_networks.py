@@ -34,6 +34,11 @@ def corner_triggers(count: int) -> Triggers:
     return Triggers(masks, patterns)
 
 
+def test_the_planted_square_grows_with_the_images():
+    sides = {8: 1, 28: 1, 32: 2, 64: 3, 96: 5}
+    assert {side: control_networks.planted_scale((side, 2 * side, 3)) for side in sides} == sides
+
+
 def test_success_is_measured_on_rows_of_other_classes_of_the_network_and_of_the_controls():
     controls = [bright_is(1), bright_is(2)]
     numbers = control_networks.measure(
