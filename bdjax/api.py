@@ -864,6 +864,7 @@ def audit_model(
     *,
     controls: int = 9,
     search_epochs: int = 80,
+    search_patience: int = 5,
     search_batch_size: int = 64,
     surrogate: str = "resnet10",
     width: int = 64,
@@ -879,7 +880,7 @@ def audit_model(
         held_out: other clean rows, on which the success of the reversed triggers is measured.
         key: random key.
         controls: the number of control networks, at least 2; the p-value is at least 1 / (controls + 1).
-        search_epochs, search_batch_size: of the search by Neural Cleanse.
+        search_epochs, search_patience, search_batch_size: of the search by Neural Cleanse.
         surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the
             suspect is queried with; only for a function.
         training: fields of `TrainConfig` for the control networks and surrogates: {"epochs": 8}.
@@ -893,7 +894,11 @@ def audit_model(
         raise InputError(f"audit_model: clean has {_kind(clean)}; held_out has {_kind(held_out)}")
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < LEAST_CONTROLS:
         raise InputError(f"audit_model: controls {controls!r} is not a whole number of at least {LEAST_CONTROLS}")
-    changes = {"epochs": search_epochs, "batch_size": min(search_batch_size, len(clean))}
+    changes = {
+        "epochs": search_epochs,
+        "patience": search_patience,
+        "batch_size": min(search_batch_size, len(clean)),
+    }
     settings = changed("audit_model: search", NeuralCleanseSettings(), changes)
     check_values("audit_model: search", settings)
     start = suspect.recipe if isinstance(suspect, Trained) else PLAIN

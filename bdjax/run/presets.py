@@ -80,7 +80,8 @@ _AUDIT_MODEL = {
     "learning_rate": 3e-3,
     "search_rows": 512,
     "search_batch_size": 32,
-    "search_epochs": 40,
+    "search_epochs": 20,
+    "search_patience": 2,
     "held_out_rows": 500,
     "controls": 5,
 }
@@ -207,6 +208,7 @@ QUICK: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "search_rows": 128,
             "search_batch_size": 16,
             "search_epochs": 80,
+            "search_patience": 5,
         },
         OTHER: _AUDIT_MODEL | {"clean_rows": 6000, "epochs": 12, "surrogate_epochs": 12},
         # The recipe suits the network of the quick runs on these sets.

@@ -117,7 +117,8 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
 
 def search_settings(config: Config, rows: int) -> NeuralCleanseSettings:
     """The settings of the search."""
-    return NeuralCleanseSettings(epochs=config.search_epochs, batch_size=min(config.search_batch_size, rows))
+    batch_size = min(config.search_batch_size, rows)
+    return NeuralCleanseSettings(epochs=config.search_epochs, batch_size=batch_size, patience=config.search_patience)
 
 
 def data_flags(config: Config) -> list[str]:

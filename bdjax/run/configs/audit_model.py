@@ -37,6 +37,9 @@ class Config(TrainingConfig, ExperimentConfig, EvidenceConfig):
     """test rows that success is measured on"""
     search_epochs: Count = 80
     """passes over the rows of the search"""
+    search_patience: Count = 5
+    """epochs of the search, all successful or all not, after which the weight of the masks' size changes; of
+    few epochs it must be small, or masks stay large"""
     search_batch_size: Count = 64
     """rows per step of the search; each is stamped with the triggers of all classes"""
     surrogate: str = "resnet10"
