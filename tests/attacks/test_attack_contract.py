@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdjax.attacks import input_aware, issba
+from bdjax.attacks import input_aware
 from bdjax.attacks.registry import ATTACKS, find_attack
 from bdjax.models import generators
 from bdjax.testing import ContractError, attacks
@@ -82,11 +82,7 @@ def tiny_resnet(name, num_classes, width):
 
 @cache
 def prepared(name, shape):
-    native = {"default_lowering": lambda: "native"}  # half as many operations to trace as the default's on a CPU
-    with (
-        mock.patch.multiple(input_aware, make_model=tiny_resnet, **native),
-        mock.patch.multiple(issba, **native),
-    ):
+    with mock.patch.object(input_aware, "make_model", tiny_resnet):
         return attacks.prepare(find_attack(name), shape, SMALL.get(name, {}))
 
 

@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {
     "controlled_epochs": 1,
     "fine_tuning_epochs": 1,
     "layout": "map",
-    "lowering": "native",
+    "lowering": "shifted",
     "change": ("ckd.steps=5", "sig.poison_rate=0.05"),
 }
 

@@ -79,7 +79,7 @@ def test_members_of_a_folder_are_counted_from_1(tmp_path):
 
 def test_a_network_that_has_learned_nothing_could_not_be_tested_and_nothing_is_trained(tmp_path):
     folder = random_folder(tmp_path / "models", 1)
-    arguments = [f"--model={folder}", "--layout=map", "--lowering=native", f"--output={tmp_path / 'run'}"]
+    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", f"--output={tmp_path / 'run'}"]
     results = run(*arguments)
     assert exit_status(results) == 4 and "of the held-out rows correctly" in results["models"][0]["reason"]
     assert results["verdict"]["level"] == "not_tested"
@@ -96,7 +96,7 @@ def test_an_audit_from_the_models_to_the_report(tmp_path):
     folder = tmp_path / "models"
     write_folder(folder, trained.model, jax.tree.map(jnp.asarray, trained.variables), SHAPE, None, 0)
     few = ["--controls=2", "--epochs=4", "--search-epochs=1", "--search-rows=100", "--held-out-rows=100"]
-    arguments = [f"--model={folder}", "--layout=map", "--lowering=native", *few, f"--output={tmp_path / 'run'}"]
+    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", *few, f"--output={tmp_path / 'run'}"]
     results = run(*arguments)
     assert [len(model["classes"]) for model in results["models"]] == [10, 10]
     assert results["controls"]["count"] == 2 and results["planted"]["success"] is not None

@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
     "test_rows": 40,
     "epochs": 2,
     "layout": "map",
-    "lowering": "native",
+    "lowering": "shifted",
     "attacks": "badnets:poison_rate=0.2,none",
 }
 LFD, ABM = "lfd:teacher=lenet:teacher_epochs=1", "abm:epochs=1:student_epochs=1:isolation_rate=0.1"

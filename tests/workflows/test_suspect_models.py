@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
     "epochs": 2,
     "fine_tuning_epochs": 1,
     "layout": "map",
-    "lowering": "native",
+    "lowering": "shifted",
 }
 BADNETS, STUDENT = "badnets:poison_rate=0.2:target=3", "logit_distillation:epochs=1"
 CHAIN = f"fine_tuning:epochs=1+{STUDENT}"

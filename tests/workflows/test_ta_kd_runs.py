@@ -43,7 +43,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 TINY = {
     "layout": "map",
-    "lowering": "native",
+    "lowering": "shifted",
     "seeds": 2,
     "width": 2,
     "epochs": 4,
