@@ -143,12 +143,7 @@ def assert_same(layers, variables, images, train, normalise=True, rtol=1e-3):
 
 @pytest.mark.parametrize(
     ("layers", "channels", "count", "train"),
-    [
-        pytest.param("4P", 1, 1, True, marks=pytest.mark.slow),
-        ("4P", 1, 11, True),
-        ("3-2P", 3, 16, True),
-        pytest.param("3-2P", 3, 11, False, marks=pytest.mark.slow),
-    ],
+    [*(("4P", 1, count, True) for count in (1, 11)), ("3-2P", 3, 16, True), ("3-2P", 3, 11, False)],
 )
 def test_a_few_images_at_a_time_is_layer_after_layer(layers, channels, count, train):
     assert images_at_once(count, 8, 8) == min(8, count)  # so these are part of a group, more than one, and two
