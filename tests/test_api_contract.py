@@ -45,7 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
 network, and retraining without the flagged rows; a network and clean rows; one more class; simple networks, extracted patterns
 and evidence; pictures; a variant of the suspect's network with another number of classes."""
 STUDENTS: dict[str, dict[str, Any]] = dict.fromkeys(("fkd", "robust_kd"), {"student": "resnet10"})
-FAST = ("none", "cbd", "spectral_signatures", "fine_tuning", "strip")
+FAST = ("none", "spectral_signatures", "fine_tuning", "strip")
 NETWORKS = {"attention_transfer": "vbd_4_4p", "bab": "vbd_4_4p", "fkd": "resnet10", "robust_kd": "resnet10"}
 """Suspect networks for defenses that need groups of blocks, as many taps as the student, or a network with a name; a tiny
 network for all others."""

@@ -284,6 +284,7 @@ def test_an_archive_that_is_not_intact_is_named(folder):
             load_tiny_imagenet([folder], False)
 
 
+@pytest.mark.slow
 def test_the_real_tiny_imagenet(data_dir):
     if not any((data_dir / name).exists() for name in ("tiny-imagenet-200", "tiny-imagenet-200.zip")):
         pytest.skip("Tiny ImageNet is not in BDJAX_DATA_DIR")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bdjax import losses
-from bdjax.defenses import i_bau
+from bdjax.defenses import contract, i_bau
 from bdjax.defenses.contract import labelled
-from bdjax.defenses.i_bau import IBauSettings, check, clip_norm, hyper_gradient, make_round, run
+from bdjax.defenses.i_bau import I_BAU, IBauSettings, check, clip_norm, hyper_gradient, make_round, run
 from bdjax.errors import InputError
 from bdjax.models.layers import convolve_3x3
 from bdjax.training.member import TrainConfig, as_float, resume_from
@@ -144,7 +144,7 @@ def test_bound_is_kept():
 def test_all_suspects_are_trained_in_one_call(tmp_path):
     inputs = tiny_inputs(tmp_path, LINEAR)
     settings = IBauSettings(rounds=2, batch_size=32, terms=2, learning_rate=1e-3)
-    result = run(inputs, settings)
+    result = contract.run(I_BAU, inputs, settings)  # which receives no more than it declares
     again = run(inputs, settings)  # restored from the checkpoint
     chex.assert_trees_all_equal(result.variables, again.variables)
     chex.assert_trees_all_equal(result.variables["batch_stats"], inputs.attacked.variables["batch_stats"])

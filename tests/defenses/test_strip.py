@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bdjax.defenses import contract
 from bdjax.defenses.contract import PoolRows
 from bdjax.defenses.strip import (
     STRIP,
@@ -184,7 +185,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(inputs):
-    return run(inputs, SETTINGS)
+    return contract.run(STRIP, inputs, SETTINGS)  # which receives no more than it declares
 
 
 def test_overlays_are_different_rows_with_the_number_of_each():

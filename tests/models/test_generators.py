@@ -18,7 +18,7 @@ def run(shape, *, lowering="native", channels=3, train=False, stages=2):
     return generate(network, variables, images, train=train)
 
 
-@pytest.mark.parametrize(("shape", "channels"), [((8, 8, 3), 3), ((15, 18, 3), 1)])
+@pytest.mark.parametrize(("shape", "channels"), [pytest.param((8, 8, 3), 3, marks=pytest.mark.slow), ((15, 18, 3), 1)])
 def test_output_has_the_images_size_and_is_within_0_and_1(shape, channels):
     output, _ = run(shape, channels=channels)
     chex.assert_shape(output, (2, *shape[:2], channels))

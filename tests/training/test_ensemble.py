@@ -202,7 +202,9 @@ def trained(model, layout):
     return fit(model, [0, 1, 2], *ROWS, layout)
 
 
+@pytest.mark.slow
 def test_members_in_another_order_are_the_same_members(linear):
+    """The tests above and below compare a member with its training alone, and with its training beside others."""
     states, (train, validation) = trained(linear, "map"), ROWS
     order = np.array([2, 0, 1])
     permuted = fit(linear, [2, 0, 1], ensemble.members(train, order), ensemble.members(validation, order), "map")
@@ -255,8 +257,9 @@ def test_members_and_epochs_share_one_trace(linear):
 FOUR = TrainConfig(epochs=4, batch_size=5, plateau_patience=0, plateau_threshold=0.5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_where_it_would_have_ended(linear, tmp_path):
-    """`test_devices.py` and `test_interruptions.py` resume with the layout "vmap"."""
+    """`test_stages.py` resumes a stage; `test_devices.py` and `test_interruptions.py` resume with the layout "vmap"."""
     layout, config = "map", replace(FOUR, augmentation="crop")
     straight = fit(linear, [0, 1, 2], *ROWS, layout, config)
     assert np.any(straight.plateau.learning_rate < 0.01)
@@ -350,13 +353,8 @@ def test_groups_are_of_one_length(size, groups):
     assert [group.tolist() for group in ensemble._groups(5, size)] == groups
 
 
-@pytest.mark.parametrize(
-    ("group_size", "layout"),
-    [
-        (3, "vmap"),
-        pytest.param(1, "map", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("group_size", "layout"), [(3, "vmap"), (1, "map")])
 def test_members_in_groups_end_where_they_end_together(linear, layout, group_size, tmp_path):
     rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
     together = fit(linear, range(5), *rows, layout, group_size=5)
@@ -378,7 +376,7 @@ def test_members_in_groups_end_where_they_end_together(linear, layout, group_siz
     chex.assert_trees_all_equal(words(again), words(grouped))
 
 
-def test_members_that_do_not_fit_are_split_with_a_log_line(linear, monkeypatch):
+def test_members_that_do_not_fit_are_split_with_a_log_line(linear, tmp_path, monkeypatch):
     rows = draw_rows(2, 5, 10), draw_rows(3, 5, 5)
     states = fresh(linear, range(5))
     need = ensemble.memory.estimate(supervised(linear, loss), CONFIG, states, POOL, *rows)
@@ -391,12 +389,16 @@ def test_members_that_do_not_fit_are_split_with_a_log_line(linear, monkeypatch):
 
     monkeypatch.setattr(ensemble, "compile_members", watched)
     monkeypatch.setattr(ensemble.memory, "available", lambda: need.total(1, 1))  # one on each of two devices
-    split = fit(linear, range(5), *rows, "map", report=lines.append)
-    assert calls == [2]
+    seen = []
+    watch = {"progress_folder": tmp_path, "on_epoch": lambda states: seen.append(states.epoch.shape)}
+    split = fit(linear, range(5), *rows, "map", report=lines.append, **watch)
+    assert calls == [2] and seen == [(5,), (5,)]
     (line,) = lines
     assert line.startswith("5 members in groups of 2: one member takes about ")
     monkeypatch.undo()
     chex.assert_trees_all_close(words(split), words(fit(linear, range(5), *rows, "map")), rtol=1e-5, atol=1e-6)
+    # What was kept of the run in groups is a run's progress like any other.
+    chex.assert_trees_all_equal(words(checkpoint.load_progress(tmp_path, states)), words(split))
 
 
 def test_a_device_that_runs_out_of_memory_is_an_error_with_advice(linear, monkeypatch):

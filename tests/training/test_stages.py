@@ -315,7 +315,9 @@ def test_a_function_of_a_row_gets_all_its_views(runner):
     np.testing.assert_allclose(made, POOL[np.asarray(index)].mean(axis=(3, 4, 5)) / 255, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_with_rounded_products_agree_to_one_percent():
+    """`tests/models/test_layers.py` compares each layer."""
     train = load_digits().train
     rows = Rows(jnp.arange(256)[None], {"labels": jnp.asarray(train.labels[:256])[None]})
     none = jax.tree.map(lambda leaf: leaf[:, :0], rows)

@@ -122,18 +122,14 @@ def test_a_repeated_audit_ends_at_the_same_bytes(folder_audit):
     assert hashes(pictures) == before
 
 
-def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path):
+def test_an_audit_of_a_clean_folder_flags_nothing_for_sure(tmp_path, monkeypatch):
+    """`tests/defenses/test_vbd.py` shows that VBD finds nothing in clean rows."""
+    calls, run_folder = [], tmp_path / "run"
+    monkeypatch.setattr(contract, "detect", sees_squares(1, calls))
     pictures = write_folder(tmp_path / "pictures", *make_rows())
-    strict = VBD.replace("p_value=0.4", "p_value=2e-05")  # the smallest of ten rows against ten is 1.1e-5
-    run_folder = tmp_path / "run"
-    arguments = [
-        *ENGINE,
-        f"--dataset={pictures}",
-        f"--output={run_folder}",
-        f"--defenses={strict}",
-        "--no-sensitivity",
-    ]
-    results = run(arguments)
+    flags = [f"--dataset={pictures}", f"--output={run_folder}", f"--defenses={VBD}", "--no-sensitivity"]
+    results = run([*ENGINE, *flags])
+    assert calls == [1], "no trigger is planted in copies"
     assert results["verdict"]["level"] == "nothing_found" and results["flagged"] == 0 and exit_status(results) == 0
     assert len((run_folder / "flagged.csv").read_text().splitlines()) == 1
     assert results["cleaned"]["kind"] is None and not (run_folder / "cleaned").exists()
