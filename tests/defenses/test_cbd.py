@@ -97,9 +97,9 @@ def test_critic_distinguishes_pairs_from_the_same_image():
 
 
 @pytest.mark.slow
-def test_result_is_the_clean_network_alone(inputs):
-    """`test_defense_contract.py` runs the default, which does not disentangle."""
-    result = run(inputs, CBDSettings(**SMALL, disentangle=True))
+@pytest.mark.parametrize("disentangle", [False, True])
+def test_result_is_the_clean_network_alone(inputs, disentangle):
+    result = run(inputs, CBDSettings(**SMALL, disentangle=disentangle))
     assert result.variables.keys() == inputs.attacked.variables.keys()
     chex.assert_trees_all_equal_shapes(result.variables, inputs.attacked.variables)
     chex.assert_tree_all_finite(result.variables)
