@@ -281,9 +281,6 @@ def measure_detection(
         scores: float [n], higher for more suspicious rows; None for a method without scores.
         is_poisoned: bool [n], the ground truth; None if unknown.
     """
-    # Slow to import, so only where needed.
-    from sklearn.metrics import roc_auc_score
-
     flagged = None if flags is None else float(np.mean(flags))
     if is_poisoned is None or not is_poisoned.any():
         return DetectionMetrics(flagged, None, None, None, None)
@@ -294,6 +291,8 @@ def measure_detection(
         recall = hits / int(is_poisoned.sum())
         f1 = 2 * hits / int(flags.sum() + is_poisoned.sum())
     if scores is not None and not is_poisoned.all():
+        from sklearn.metrics import roc_auc_score  # takes as long as the import of JAX
+
         auc = float(roc_auc_score(is_poisoned, scores))
     return DetectionMetrics(flagged, precision, recall, f1, auc)
 

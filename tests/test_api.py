@@ -1,8 +1,6 @@
 import dataclasses
-import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
@@ -75,33 +73,6 @@ class TestPackage:
             f"assert not {{{heavy}}} & set(sys.modules), set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-
-    @pytest.mark.slow
-    def test_what_is_installed_works_outside_the_checkout(self, tmp_path):
-        pytest.importorskip("setuptools")
-        source, installed, empty = (tmp_path / name for name in ("source", "installed", "empty"))
-        source.mkdir(), empty.mkdir()
-        shutil.copytree(ROOT / "bdjax", source / "bdjax", ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-            shutil.copy(ROOT / name, source)
-        build = [sys.executable, "-c", "import setuptools; setuptools.setup()", "build_py", f"--build-lib={installed}"]
-        subprocess.run(build, check=True, cwd=source, capture_output=True)
-        # The files of a wheel, without anything that lies beside them in a checkout.
-        program = (
-            "import pathlib, sys, numpy as np, jax, bdjax\n"
-            "from bdjax.reporting import report\n"
-            f"assert pathlib.Path(bdjax.__file__).is_relative_to({str(installed)!r}), bdjax.__file__\n"
-            "assert list(pathlib.Path(report.__file__).parent.glob('*.j2'))\n"
-            "rows = bdjax.dataset(np.zeros((20, 8, 8, 1), np.uint8), np.arange(20) % 2)\n"
-            "bad = bdjax.poison('badnets', rows, jax.random.key(0), poison_rate=0.1)\n"
-            "print(bad.data.is_poisoned.sum(), bad.trigger(rows.images[:1]).max())\n"
-        )
-        environment = os.environ | {"PYTHONPATH": str(installed), "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=empty, env=environment, text=True, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == ["2", "255"] and not list(empty.iterdir())
 
 
 class TestDataset:

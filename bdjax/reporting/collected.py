@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.stats
 from matplotlib.figure import Figure
 
 from bdjax import extras
@@ -316,6 +315,8 @@ def rank(groups: Sequence[Group], metric: str) -> Ranks | None:
                 incomplete += 1
     if len(defenses) < 2 or not blocks:
         return None
+    import scipy.stats  # takes a second
+
     sign = 1.0 if BETTER[metric] is min else -1.0
     ranks = scipy.stats.rankdata(sign * np.asarray(blocks, np.float64), axis=1)
     count, many = ranks.shape

@@ -710,9 +710,6 @@ def rate_figures(folder: RunFolder, results: Entry) -> list[Figure]:
 
 def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Figure]:
     """ROC curves, a figure for each defense that scores rows."""
-    # Slow to import, so only where needed.
-    from sklearn.metrics import auc, roc_curve
-
     curves: dict[str, list[Curve]] = {}
     titles = {comparison.variant.name: comparison.variant.title for comparison in comparisons}
     for comparison in comparisons:
@@ -721,6 +718,8 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
         for measurement, scores in zip(comparison.measured, comparison.result.scores, strict=False):
             truth = measurement.suspect.is_poisoned
             if truth is not None and truth.any() and not truth.all():
+                from sklearn.metrics import auc, roc_curve  # takes as long as the import of JAX
+
                 fpr, tpr, _ = roc_curve(truth, scores)
                 curve = Curve(schema.set_title(measurement.suspect), fpr, tpr, float(auc(fpr, tpr)))
                 curves.setdefault(comparison.variant.name, []).append(curve)

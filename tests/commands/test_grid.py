@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -528,23 +529,36 @@ SHORT = (
 """Two jobs of four cells: another attack would be more members of the same calls."""
 
 
-def start(path: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
-    arguments = [sys.executable, str(ROOT / "experiments" / "grid.py"), str(path), f"--output={out}", "--workers=2"]
+SINGLE = """
+import json, sys
+from bdjax import commands
+from bdjax.run import backend, jobs
+
+with jobs.on_cores(jobs.shares(jobs.own_cores(), 2)[0]):  # as many devices as a worker has
+    backend.set_up()
+    for experiment, arguments in json.loads(sys.argv[1]):
+        commands.load(experiment).main(arguments)
+"""
+
+
+def run_program(arguments: list[str], printed: pathlib.Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with open(path.with_suffix(".log"), "w") as file:
-        return subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    with open(printed, "w") as file:
+        return subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=subprocess.STDOUT)
 
 
-def run_to_its_end(path: pathlib.Path, out: pathlib.Path) -> str:
-    """What a grid printed that ended well."""
-    assert start(path, out).wait(timeout=900) == 0
-    output = path.with_suffix(".log").read_text()
-    assert "8 cells: 8 done" in output and "Traceback" not in output
-    return output
+def start(path: pathlib.Path, out: pathlib.Path) -> subprocess.Popen:
+    arguments = [str(ROOT / "experiments" / "grid.py"), str(path), f"--output={out}", "--workers=2"]
+    return run_program(arguments, path.with_suffix(".log"))
 
 
-def checkpoints(out: pathlib.Path) -> int:
-    return len(list(out.glob("runs/*/checkpoints/*")))
+def rerun(path: pathlib.Path, out: pathlib.Path) -> None:
+    """The same command again, when all is done."""
+    before = {run: run.stat().st_mtime_ns for run in out.glob("runs/*/*")}
+    printed = io.StringIO()
+    assert command.main([str(path), f"--output={out}"], StageLog(Console(file=printed))) == 0
+    assert "2 of 2 are done already" in printed.getvalue()
+    assert before and before == {run: run.stat().st_mtime_ns for run in out.glob("runs/*/*")}
 
 
 def assert_same_to_rounding(found: pathlib.Path, wanted: pathlib.Path) -> None:
@@ -558,33 +572,34 @@ def assert_same_to_rounding(found: pathlib.Path, wanted: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_grid_that_is_killed_twice_equals_an_undisturbed_one_and_the_single_runs(tmp_path):
-    path, whole, killed = write(tmp_path, SHORT), tmp_path / "whole", tmp_path / "killed"
-    run_to_its_end(path, whole)
-    cells = cells_of(whole)
-    assert len(cells) == 8 and {cell["status"] for cell in cells} == {"done"}
-    for number, sent in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
+def test_a_grid_that_is_killed_twice_equals_the_single_runs(tmp_path):
+    path, killed, single = write(tmp_path, SHORT), tmp_path / "killed", tmp_path / "single"
+    found = plan(tmp_path, SHORT).jobs
+    runs = [(job.experiment, [*job.arguments, f"--output={single / 'runs' / job.name}"]) for job in found]
+    assert run_program(["-c", SINGLE, json.dumps(runs)], tmp_path / "single.log").wait(timeout=900) == 0
+    # While the first epochs run, and when a job has trained its first networks.
+    for sent, moment in ((signal.SIGTERM, "checkpoints/*"), (signal.SIGKILL, "checkpoints/*/about.json")):
         process = start(path, killed)
-        while process.poll() is None and checkpoints(killed) < number:
-            time.sleep(0.1)
+        while process.poll() is None and not any(killed.glob(f"runs/*/{moment}")):
+            time.sleep(0.02)
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(sent)
         process.wait(timeout=300)
-    run_to_its_end(path, killed)  # the workers of the last one may still be about to end
-    assert (killed / "cells.csv").read_bytes() == (whole / "cells.csv").read_bytes()
-    names = sorted(run.name for run in (whole / "runs").iterdir())
-    for name in names:
-        # table.md has wall times, too.
-        assert (killed / "runs" / name / "results.json").read_bytes() == (
-            whole / "runs" / name / "results.json"
-        ).read_bytes()
-    for job in plan(tmp_path, SHORT).jobs:
-        single = tmp_path / "single" / job.name
-        commands.load(job.experiment).main([*job.arguments, f"--output={single}"])
-        # This process has another number of devices than a worker, so sums may be rounded differently.
-        assert_same_to_rounding(single / "results.json", whole / "runs" / job.name / "results.json")
-    before = {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
-    printed = io.StringIO()
-    assert command.main([str(path), f"--output={killed}"], StageLog(Console(file=printed))) == 0
-    assert "2 of 2 are done already" in printed.getvalue()
-    assert before == {path: path.stat().st_mtime_ns for path in killed.glob("runs/*/*")}
+    assert not (killed / "cells.csv").exists()
+    assert start(path, killed).wait(timeout=900) == 0  # the workers of the last one may still be about to end
+    output = path.with_suffix(".log").read_text()
+    assert "8 cells: 8 done" in output and "Traceback" not in output
+    cells = cells_of(killed)
+    assert len(cells) == 8 and {cell["status"] for cell in cells} == {"done"}
+    assert sorted(run.name for run in (killed / "runs").iterdir()) == sorted(job.name for job in found)
+    for job in found:
+        of_job, of_single = (folder / "runs" / job.name for folder in (killed, single))
+        assert_same_to_rounding(of_job / "results.json", of_single / "results.json")
+        hardware = [json.loads((run / "config.json").read_text())["hardware"] for run in (of_job, of_single)]
+        if hardware[0] == hardware[1]:  # as many devices, unless the number of cores is odd
+            assert (of_job / "results.json").read_bytes() == (of_single / "results.json").read_bytes()
+        jobs.write_outcome(single, job.name, jobs.Outcome(True, ""))
+    shutil.copy(killed / "grid.json", single)  # so that it is the folder of a grid
+    for folder in (single, killed):
+        rerun(path, folder)
+    assert (killed / "cells.csv").read_bytes() == (single / "cells.csv").read_bytes()

@@ -75,7 +75,7 @@ def test_the_example_of_an_attack(monkeypatch):
 def test_the_example_of_a_defense(monkeypatch):
     monkeypatch.setitem(DEFENSES._own, "clip", examples("add_a_defense.md")["CLIP"])
     train, _ = bdjax.load("digits")
-    victim = bdjax.train("lenet", train[:64], jax.random.key(0), epochs=1, batch_size=32, learning_rate=1e-3)
+    victim = bdjax.train("vbd_4_4p", train[:64], jax.random.key(0), epochs=1, batch_size=32, learning_rate=1e-3)
     safe = bdjax.defend("clip", victim, jax.random.key(1), clean=train[64:128], share=0.5)
     before, after = (
         max(np.abs(leaf).max() for leaf in jax.tree.leaves(of.variables["params"])) for of in (victim, safe)

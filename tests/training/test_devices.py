@@ -1,17 +1,14 @@
 """One device or several: members get the same numbers, and a run can move from one device to others.
 
-The number of devices is fixed when JAX starts. Run as a program with a number, this file trains on that many CPU devices and
-writes the results, which the slow tests compare. The fast ones use the two devices of every test session.
+The number of devices is fixed when JAX starts. A process for each number trains on that many CPU devices and writes the
+results, which the slow tests compare. The fast ones use the two devices of every test session.
 
 "The same" is up to float32 rounding: members are exactly equal only if they go through the same program, which depends on
 their number per device. XLA unrolls a loop over a single member, and uses other loops for eight members than for one.
 """
 
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 import typing
 from functools import partial
 
@@ -27,9 +24,9 @@ from bdjax.models.resnet import ResNet
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, TrainState, init_state, make_epoch
 from bdjax.types import Model
+from tests.fixtures.forks import Fork
 from tests.training.linear_network import linear_network
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHAPE = (6, 6, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, *SHAPE)).astype(np.uint8)
 LAYOUTS = typing.get_args(Layout)
@@ -40,7 +37,7 @@ MOVED = TrainConfig(epochs=6, batch_size=5, evaluation_batch_size=5, plateau_pat
 STOPS = {1: 2, SEVERAL: 4, 3: 6}  # number of devices -> the epoch after which the moving run leaves them
 
 
-# ---- The program ----------------------------------------------------------------------------------------------------
+# ---- What a process does ---------------------------------------------------------------------------------------------
 
 
 def loss(logits, targets):
@@ -131,6 +128,8 @@ class Program:
 
 def run_on(devices: int, folder: pathlib.Path) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     assert len(jax.devices()) == devices
     Program(devices, folder, stem()).move()
     if devices != 3:
@@ -146,18 +145,9 @@ def run_on(devices: int, folder: pathlib.Path) -> None:
 def outcomes(tmp_path_factory) -> pathlib.Path:
     """The files of all numbers of devices."""
     folder = tmp_path_factory.mktemp("devices")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-        "JAX_NUMPY_RANK_PROMOTION": "raise",
-    }
     for devices in STOPS:
-        command = [sys.executable, __file__, str(devices), str(folder)]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr[-3000:]
+        errors = folder / "errors.txt"
+        assert Fork(run_on, devices, folder, errors=errors).wait() == 0, errors.read_text()[-3000:]
     return folder
 
 
@@ -258,7 +248,3 @@ def test_an_epoch_deletes_the_placed_states_if_donated_and_nothing_else(linear, 
     after = named((states, train, validation, pool))  # fails if one was deleted
     for name, values in before.items():
         np.testing.assert_array_equal(after[name], values, err_msg=name)
-
-
-if __name__ == "__main__":
-    run_on(int(sys.argv[1]), pathlib.Path(sys.argv[2]))

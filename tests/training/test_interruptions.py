@@ -1,14 +1,11 @@
 """A run that is killed at random moments, again and again, ends with exactly the results of an undisturbed one.
 
-Run as a program, this file is the run that is killed: three members of a small model, which train for a few seconds and spend
-most of that time writing their progress.
+It trains three members of a small model for a few seconds, and spends most of that time writing their progress.
 """
 
 import os
 import pathlib
 import random
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,11 +15,11 @@ import pytest
 
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, init_state
+from tests.fixtures.forks import Fork
 from tests.training.linear_network import linear_network
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 SEED = int(os.environ.get("BDJAX_INTERRUPTION_SEED", "0"))  # failures print it; try others
 SHAPE = (6, 6, 1)
 MEMBERS = 3
@@ -52,9 +49,13 @@ def write_leaves(path: pathlib.Path, tree) -> None:
     os.replace(temporary, path)
 
 
-def train_to_the_end(output: pathlib.Path) -> None:
+def train_to_the_end(output: pathlib.Path, compiled: pathlib.Path) -> None:
     """One stage, as an experiment runs it; prints its progress."""
     jax.config.update("jax_num_cpu_devices", 2)
+    # Not the shared folder: a kill while JAX writes to it would leave half a program to other tests.
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
     model, random_numbers = linear_network(), np.random.default_rng(5)
     pool = jnp.asarray(random_numbers.integers(0, 256, (40, *SHAPE)), jnp.uint8)
     train, validation = draw_rows(random_numbers, 20), draw_rows(random_numbers, 10)
@@ -95,7 +96,7 @@ class Runs:
         self.compiled = compiled
         self.story: list[str] = []
         self.epochs_done = 0
-        self.process: subprocess.Popen | None = None
+        self.process: Fork | None = None
         self.output.mkdir()
 
     def __enter__(self) -> "Runs":
@@ -104,22 +105,10 @@ class Runs:
     def __exit__(self, *_: object) -> None:
         if self.process is not None:
             self.process.kill()  # it lives only after a failure
-            self.process.stdout.close()
             self.process.wait()
 
     def start(self) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            # Not the shared folder: a kill while JAX writes to it would leave half a program to other tests.
-            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_NUMPY_DTYPE_PROMOTION": "strict",
-            "JAX_NUMPY_RANK_PROMOTION": "raise",
-        }
-        command = [sys.executable, __file__, str(self.output)]
-        with open(self.output / "errors.txt", "a") as errors:
-            self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        self.process = Fork(train_to_the_end, self.output, self.compiled, errors=self.output / "errors.txt")
         self.is_silent = True
 
     def follow(self, line: str) -> None:
@@ -140,15 +129,15 @@ class Runs:
 
     def wait_for(self, pattern: str) -> None:
         while not any((self.output / "stage").glob(pattern)):
-            assert self.process.poll() is None, f"it ended before {pattern} was there\n{self.describe()}"
+            assert not self.process.has_ended, f"it ended before {pattern} was there\n{self.describe()}"
             time.sleep(0.0002)
 
     def end(self) -> int:
         """Let the process end; returns its exit status."""
-        for line in self.process.communicate()[0].splitlines(keepends=True):
+        for line in self.process.stdout:
             if line.endswith("\n"):  # a kill may cut the last line short
                 self.follow(line)
-        return self.process.returncode
+        return self.process.wait()
 
     def kill(self, moment: str) -> list[str]:
         """Kill the process; returns the names of the files left in the stage's folder."""
@@ -230,7 +219,3 @@ def test_a_run_that_is_killed_at_random_moments_ends_where_an_undisturbed_one_en
         assert runs.epochs_done == CONFIG.epochs
         left = sorted(path.name for path in (runs.output / "stage").iterdir())
         assert left == ["about.json", "tree"], runs.describe()
-
-
-if __name__ == "__main__":
-    train_to_the_end(pathlib.Path(sys.argv[1]))

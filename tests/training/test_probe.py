@@ -188,7 +188,7 @@ def test_convolutions_are_really_timed(shape):
 @pytest.mark.slow
 def test_training_is_really_timed():
     """With one combination: the layouts and lowerings themselves are those of `test_ensemble.py`."""
-    assert 0 < probe.time_training(Choice("map", "shifted"), Shape((4, 4, 1), 2, 2, 3)) < 60
+    assert 0 < probe.time_training(Choice("map", "shifted"), Shape((8, 8, 1), 2, 2, 3, network="vbd_4_4p")) < 60
 
 
 @pytest.mark.parametrize(("flags", "expected"), [("fma avx2", False), ("fma avx512_bf16 vnni", True), (None, False)])

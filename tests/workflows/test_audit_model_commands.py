@@ -1,13 +1,15 @@
 """Audits of models by the command, from its arguments to its exit status and its files: weights, an ONNX file, an address.
 
-One network for all, with so few steps that only the form of the outcome is known.
+The same networks for all, with so few steps that only the form of the outcome is known.
 """
 
+import dataclasses
 import html
 import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ import bdjax
 from bdjax import commands
 from bdjax.api import Network
 from bdjax.commands import gate
+from bdjax.evaluation.teachers import write_folder
 from bdjax.run import backend
 from tests.fixtures import evidence
 from tests.fixtures.served import served
@@ -29,10 +32,16 @@ SURROGATE = ("--surrogate=vbd_4_4p", "--width=16", "--queries=2", "--surrogate-e
 
 
 @pytest.fixture(scope="module")
-def network() -> Network:
+def networks() -> Network:
+    """Two of them."""
     train, _ = bdjax.load("digits")
-    training = {"width": 16, "epochs": 8, "batch_size": 32, "learning_rate": 1e-2}
+    training = {"width": 16, "epochs": 8, "batch_size": 32, "learning_rate": 1e-2, "seeds": 2}
     return bdjax.train("vbd_4_4p", train, jax.random.key(3), **training)
+
+
+@pytest.fixture(scope="module")
+def network(networks) -> Network:
+    return dataclasses.replace(networks, variables=jax.tree.map(lambda leaf: leaf[0], networks.variables), seeds=None)
 
 
 @pytest.fixture
@@ -54,25 +63,32 @@ def start(monkeypatch):
 def check_run(folder: pathlib.Path, status: int, *, black_box: bool) -> dict:
     """What every audit leaves; returns the results."""
     results = json.loads((folder / "results.json").read_text())
-    (model,) = results["models"]
-    assert status == STATUS[results["outcome"]] == STATUS[model["outcome"]]
-    assert results["black_box"] == black_box and (model["weights"] is None) == black_box
-    assert len(model["classes"]) == 10 and results["controls"]["count"] == 2
+    assert status == STATUS[results["outcome"]]
+    assert results["outcome"] in [model["outcome"] for model in results["models"]]
+    assert results["black_box"] == black_box and results["controls"]["count"] == 2
+    for model in results["models"]:
+        assert len(model["classes"]) == 10 and (model["weights"] is None) == black_box
     planted = results["planted"]
     assert planted["title"] and 0 <= planted["success"] <= 1 and planted["numbers"]["class"] == planted["class"]
     page = (folder / "report.html").read_text()
-    assert all(title in page for title in ("Verdict", "Control networks", "The reversed triggers"))
+    verdicts = "Verdict" if len(results["models"]) == 1 else "Verdicts"
+    assert all(title in page for title in (verdicts, "Control networks", "The reversed triggers"))
     assert html.escape(results["verdict"]["headline"]) in page and (folder / "table.md").exists()
     assert (folder / "checkpoints" / "surrogates").exists() == black_box
     return results
 
 
-def test_weights_and_the_evidence_on_them(network, start, tmp_path, monkeypatch):
-    bdjax.save_model(network, tmp_path / "suspect")
+def test_weights_of_two_networks_and_the_evidence_on_them(networks, start, tmp_path):
+    variables = jax.tree.map(jnp.asarray, networks.variables)
+    assert write_folder(tmp_path / "suspect", networks.model, variables, networks.image_shape, None, 0)
     folder = tmp_path / "run"
     arguments = [str(tmp_path / "suspect"), *FEW, f"--output={folder}"]
     status = start(*arguments, "--evidence")
     results = check_run(folder, status, black_box=False)
+    first, second = results["models"]
+    assert first["title"] != second["title"] and first["classes"] != second["classes"]
+    assert "Other signs" in (folder / "report.html").read_text() and (folder / "triggers.png").exists()
+    assert json.loads((folder / "config.json").read_text())["config"]["width"] == networks.width
     verdict = evidence.check(folder / "evidence")
     assert verdict["exit_code"] == status and verdict["verdict"]["word"] == results["outcome"]
     card = (folder / "evidence" / "model_card.md").read_text()

@@ -1,10 +1,11 @@
-"""experiments/audit_model.py: what is refused before anything is measured; and audits, with and without a trigger to find."""
+"""experiments/audit_model.py: what is refused, or could not be tested, before anything is measured.
 
-import json
+`test_audit_model_commands.py` has whole audits.
+"""
+
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -85,25 +86,3 @@ def test_a_network_that_has_learned_nothing_could_not_be_tested_and_nothing_is_t
     assert results["verdict"]["level"] == "not_tested"
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
     assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "table.md").exists()
-
-
-@pytest.mark.slow
-def test_an_audit_from_the_models_to_the_report(tmp_path):
-    """The whole path, with so few steps that only the form of the outcome is known."""
-    train, _ = bdjax.load("digits")
-    training = {"width": 16, "epochs": 8, "batch_size": 32, "learning_rate": 1e-2, "seeds": 2}
-    trained = bdjax.train("vbd_4_4p", train, jax.random.key(3), **training)
-    folder = tmp_path / "models"
-    write_folder(folder, trained.model, jax.tree.map(jnp.asarray, trained.variables), SHAPE, None, 0)
-    few = ["--controls=2", "--epochs=4", "--search-epochs=1", "--search-rows=100", "--held-out-rows=100"]
-    arguments = [f"--model={folder}", "--layout=map", "--lowering=shifted", *few, f"--output={tmp_path / 'run'}"]
-    results = run(*arguments)
-    assert [len(model["classes"]) for model in results["models"]] == [10, 10]
-    assert results["controls"]["count"] == 2 and results["planted"]["success"] is not None
-    outcomes = {"found": 3, "nothing found": 0, "could not be tested": 4}
-    assert exit_status(results) == outcomes[results["outcome"]]
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
-    page = (tmp_path / "run" / "report.html").read_text()
-    assert all(title in page for title in ("Verdicts", "Control networks", "The reversed triggers", "Other signs"))
-    assert (tmp_path / "run" / "triggers.png").exists()
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["width"] == 16

@@ -1,6 +1,7 @@
 """Small runs of the TA-KD experiment: that every number, picture and file is there, whatever the numbers are."""
 
 import dataclasses
+import glob
 import gzip
 import inspect
 import json
@@ -11,9 +12,9 @@ import pickle
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from bdjax.run.experiment import read_flags
 from bdjax.run.folder import default_name
 from bdjax.workflows import base
 from bdjax.workflows import ta_kd as workflow
-from tests.fixtures import evidence
+from tests.fixtures import evidence, programs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -94,8 +95,7 @@ def start(*arguments: str) -> subprocess.Popen:
         "JAX_NUMPY_RANK_PROMOTION": "raise",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-c", PROGRAM, str(ROOT / "experiments" / "ta_kd.py"), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return programs.start("-c", PROGRAM, str(ROOT / "experiments" / "ta_kd.py"), *arguments, **environment)
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -198,37 +198,59 @@ def test_other_settings_are_not_mixed_in(finished):
     assert contents(finished.folder) == before
 
 
-# ---- Killed ---------------------------------------------------------------------------------------------------------
-
-
-def kill_once_there(process: subprocess.Popen, folder: pathlib.Path, pattern: str) -> None:
-    while not list(folder.glob(pattern)):
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended before {pattern} existed: {process.communicate()[1]}")
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -9
+# ---- Interrupted and killed -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_twice_ends_at_the_same_numbers(finished, tmp_path, capsys):
-    """In the middle of a stage, and after the last one; `test_interruptions.py` kills a stage at random moments."""
+def test_a_run_that_is_interrupted_and_killed_ends_at_the_same_numbers(finished, tmp_path, capsys):
+    """A moment of each kind: at the start, in a stage, between two, while a checkpoint is written, after the last stage, and at
+    the end; `test_interruptions.py` kills a stage at random moments."""
     folder = tmp_path / "killed"
-    kill_once_there(start(*flags(folder)), folder, "checkpoints/teachers/progress-00000[234]")
-    assert not (folder / "checkpoints" / "teachers" / "about.json").exists()
-    clean = contents(folder / "checkpoints" / "clean")
-    kill_once_there(start(*flags(folder)), folder, "checkpoints/student-alone/about.json")
-    assert not (folder / "results.json").exists()
+    stages, clean = folder / "checkpoints", {}
+    moments = {
+        "config.json": signal.SIGINT,
+        "checkpoints/clean/progress-*": signal.SIGTERM,
+        "checkpoints/clean/about.json": signal.SIGINT,
+        "checkpoints/teachers/progress-00000[234]": signal.SIGKILL,
+        "checkpoints/aggregated-fine-tuned/progress-*tmp*": signal.SIGTERM,
+        "checkpoints/student-alone/about.json": signal.SIGKILL,
+        "results.json": signal.SIGINT,
+    }
+    for pattern, number in moments.items():
+        program = start(*flags(folder))
+        # Path.glob would look at every folder on the way, hundreds of times a second.
+        programs.wait_for(program, lambda pattern=str(folder / pattern): glob.glob(pattern))
+        if pattern == "config.json":
+            assert_a_second_process_is_refused(program, folder)
+        programs.interrupt(program, number)
+        if pattern == "checkpoints/teachers/progress-00000[234]":
+            assert not (stages / "teachers" / "about.json").exists()
+            clean = contents(stages / "clean")
+        assert pattern == "results.json" or not (folder / "results.json").exists()
     results = run(tiny(folder))
     assert capsys.readouterr().out.count("restored from checkpoint") == 4
 
     assert json.loads(json.dumps(results)) == finished.results
     for name in ("results.json", "table.md"):
         assert (folder / name).read_bytes() == (finished.folder / name).read_bytes()
-    assert contents(folder / "checkpoints" / "clean") == clean  # trained once
+    assert contents(stages / "clean") == clean  # trained once
     assert contents(folder).keys() >= {f"{name}.png" for name in PICTURES} | {"report.html"}
-    assert not list(folder.glob("checkpoints/*/progress-*"))
+    assert not list(stages.glob("*/progress-*"))
+    assert not (folder / ".lock").exists() and not list(folder.rglob("*tmp*"))
+
+
+def assert_a_second_process_is_refused(first: subprocess.Popen, folder: pathlib.Path) -> None:
+    """In one line, while the first has the folder; it is stopped for that time."""
+    first.send_signal(signal.SIGSTOP)
+    try:
+        second = start(*flags(folder))
+        _, error = second.communicate(timeout=120)
+        assert second.returncode == 2
+        assert error.count("\n") == 1 and f"{folder} is in use by process {first.pid} on " in error
+    except BaseException:
+        first.kill()
+        raise
+    first.send_signal(signal.SIGCONT)
 
 
 # ---- Other teachers -------------------------------------------------------------------------------------------------
@@ -572,15 +594,6 @@ def test_teachers_that_cannot_be_used(finished, tmp_path, spoil):
     shutil.copytree(finished.folder / "teachers" / "seed-0", folder)
     message = spoil(folder)
     refused(message, tiny(tmp_path / "run", teachers=(str(folder),)))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_the_program_fails_with_one_line_too(tmp_path):
-    process = start(*flags(tmp_path / "run", dataset="minst"))
-    _, error = process.communicate()
-    assert process.returncode == 2
-    assert error.startswith("error: 'minst': ") and "no such dataset" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
