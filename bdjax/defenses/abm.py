@@ -32,13 +32,15 @@ from bdjax.choices import Optimiser
 from bdjax.defenses.contract import Defense, DefenseInput, Need, fingerprint, labelled
 from bdjax.defenses.nbab import RANKS, NbabSettings, agreement, check_planting, isolate, suspicion, usable, verify
 from bdjax.models import MODELS
-from bdjax.settings import Count, InnerShare, LearningRate, NotNegative, Number, check_values
+from bdjax.settings import Count, InnerShare, LearningRate, NotNegative, Number, Share, check_values
 from bdjax.training.member import Objective, Outcome
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Key, Model, ModelOutput, PyTree
 
 Distance = Literal["logits", "kl", "hard"]
 Average = Literal["label", "prediction", "scalar"]
+MOST_HALVINGS = 6
+"""How often delta is halved before nothing is subtracted; ours."""
 MOST_CHANGED = 0.02
 """Share of the least suspected half of the rows whose prediction may change without a warning; ours."""
 
@@ -75,6 +77,9 @@ class AbmSettings(NbabSettings):
     """share of A that the student's logit must exceed; 1 on the ImageNet subset"""
     delta: Number = 2.5
     """factor of the subtracted logits; larger removes more of the backdoor and of the accuracy"""
+    most_changed: Share = 0.0
+    """share of the known clean rows whose prediction the subtraction may change: delta is halved until no more do; 0 to
+    keep delta (the paper), which needs no clean rows"""
 
 
 def check(settings: AbmSettings) -> None:
@@ -239,12 +244,32 @@ def train_student(inputs: DefenseInput, flags: np.ndarray, scores: np.ndarray, s
         schedule="constant",
         augmentation="none",
     )
-    unused_in_training = ("average", "gamma", "delta")
+    unused_in_training = ("average", "gamma", "delta", "most_changed")
     stage = f"abm student {fingerprint(**{k: v for k, v in vars(settings).items() if k not in unused_in_training})}"
     start = {**inputs.begin(stage, student), "teacher": inputs.attacked.variables}
     objective = imitation(teacher, student, settings.distance)
     nets = inputs.train(stage, student, config, student_rows, variables=start, objective=objective)
     return nets._replace(variables={name: value for name, value in nets.variables.items() if name != "teacher"})
+
+
+def affordable_delta(
+    teacher: np.ndarray, student: np.ndarray, average: np.ndarray, *, gamma: float, delta: float, most_changed: float
+) -> float:
+    """The largest of delta, delta / 2, delta / 4 ... that changes few enough predictions; 0 if none of `MOST_HALVINGS` does.
+
+    Args:
+        teacher: float [n, K], the attacked network's logits of clean rows.
+        student: float [n, K], the student's.
+        average: float [K], A.
+        gamma, delta: see `AbmSettings`.
+        most_changed: share of the rows whose prediction may change.
+    """
+    before = np.argmax(teacher, 1)
+    for halvings in range(MOST_HALVINGS + 1):
+        after = corrected(teacher, student, average, gamma=gamma, delta=delta / 2**halvings)
+        if np.mean(np.argmax(after, 1) != before) <= most_changed:
+            return delta / 2**halvings
+    return 0.0
 
 
 def doubts(held_out_success: np.ndarray, is_usable: np.ndarray, changed: float) -> str:
@@ -288,12 +313,19 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
             for member_logits, labels in zip(logits, inputs.labels, strict=True)
         ]
     )
+    members, gamma = len(flags), settings.gamma
+    delta = np.full(members, settings.delta, np.float32)
+    if settings.most_changed:
+        clean = (inputs.logits(nets.model, nets.variables, inputs.clean_rows()) for nets in (inputs.attacked, student))
+        limits = {"gamma": gamma, "delta": settings.delta, "most_changed": settings.most_changed}
+        delta = np.array(
+            [affordable_delta(*of_member, **limits) for of_member in zip(*clean, average, strict=True)], np.float32
+        )
     changed = []
-    for numbers in zip(logits, student_logits, average, scores, strict=True):
-        teacher_rows, student_rows = (of_network[least_suspected(numbers[3])] for of_network in numbers[:2])
-        after = corrected(teacher_rows, student_rows, numbers[2], gamma=settings.gamma, delta=settings.delta)
+    for *networks, mean, of_member, factor in zip(logits, student_logits, average, scores, delta, strict=True):
+        teacher_rows, student_rows = (of_network[least_suspected(of_member)] for of_network in networks)
+        after = corrected(teacher_rows, student_rows, mean, gamma=gamma, delta=factor)
         changed.append(float(np.mean(np.argmax(after, 1) != np.argmax(teacher_rows, 1))))
-    members = len(flags)
     failed = np.mean(verified.margins < 0, axis=1) > 0.5  # by most of the networks
     return DefenseResult(
         defended_model(inputs.attacked.model, student.model),
@@ -302,7 +334,7 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
             "student": student.variables,
             "average": jnp.asarray(average),
             "gamma": jnp.full(members, settings.gamma, jnp.float32),
-            "delta": jnp.full(members, settings.delta, jnp.float32),
+            "delta": jnp.asarray(delta),
         },
         flags=flags,
         scores=scores,
@@ -313,6 +345,7 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
             "rows that fail the test": failed.mean(axis=1),
             "isolated rows": flags.sum(axis=1),
             "isolated rows that failed": (flags & failed).sum(axis=1) / flags.sum(axis=1),
+            "delta": delta,
             "predictions changed, least suspected half": np.array(changed),
             "accuracy of the verification networks": verified.clean_accuracy.mean(axis=1),
         },
@@ -324,7 +357,7 @@ def run(inputs: DefenseInput, settings: AbmSettings) -> DefenseResult:
 def more_needs(settings: AbmSettings) -> tuple[Need, ...]:
     """What these settings need in addition: see `Defense.more_needs`."""
     oracle = ("attacker's trigger",) if settings.trigger == "attacker" else ()
-    return (*oracle, "clean rows") if settings.student_rows == "clean" else oracle
+    return (*oracle, "clean rows") if settings.student_rows == "clean" or settings.most_changed else oracle
 
 
 ABM = Defense(

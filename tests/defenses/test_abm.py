@@ -11,6 +11,7 @@ from bdjax.datasets.digits import load_digits
 from bdjax.defenses.abm import (
     ABM,
     AbmSettings,
+    affordable_delta,
     average_activation,
     corrected,
     defended_model,
@@ -64,7 +65,7 @@ def test_average_activation_is_over_the_rows_of_each_class():
 
 def test_teacher_does_not_change_and_delta_zero_returns_its_logits(inputs):
     before = jax.tree.map(np.array, inputs.attacked.variables)
-    result = run(inputs, AbmSettings(**{**vars(SMALL), "delta": 0.0}))
+    result = run(inputs, AbmSettings(**{**vars(SMALL), "delta": 0.0, "most_changed": 0.02}))
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, result.variables["teacher"]))
     images = load_digits((), False).test.images[:64]
     defended = inputs.runner.predict(result.model, result.variables, images, 64)
@@ -114,6 +115,23 @@ def test_contrast_rows_are_of_the_least_suspected_half_and_their_target_is_no_lo
         places = np.array([np.flatnonzero(inputs.index[member] == row)[0] for row in drawn])
         assert len(set(drawn.tolist())) == 21 and (places >= flags.shape[1] // 2).all()
         np.testing.assert_array_equal(rows.targets["labels"][member, 7:], inputs.labels[member, places])
+
+
+def test_delta_is_halved_until_few_clean_rows_change():
+    # The teacher leads by 1, 2, 3 and 4; the student's logit exceeds gamma A by 1 in each row.
+    teacher = np.stack([np.arange(1.0, 5.0), np.zeros(4)], axis=1).astype(np.float32)
+    student, average = np.tile(np.float32([1.5, 0.0]), (4, 1)), np.ones(2, np.float32)
+    deltas = [
+        affordable_delta(teacher, student, average, gamma=0.5, delta=4.5, most_changed=share)
+        for share in (1.0, 0.5, 0.25, 0.1)
+    ]
+    assert deltas == [4.5, 2.25, 1.125, 0.5625]
+    assert affordable_delta(teacher, 1e9 * student, average, gamma=0.5, delta=4.5, most_changed=0.1) == 0.0
+
+
+def test_a_limit_on_changed_predictions_needs_clean_rows():
+    limited = AbmSettings(**{**vars(SMALL), "most_changed": 0.02})
+    assert "clean rows" in ABM.needs_with(limited) and "clean rows" not in ABM.needs_with(SMALL)
 
 
 def test_defended_model_cannot_be_trained():
