@@ -17,8 +17,8 @@ CANNOT_SEE = (
     "This method looks for one small patch or faint picture that turns any image into one class. It cannot see triggers that "
     "differ from image to image (input-aware, warped), that only act on some classes, or that move each class to another "
     "(all-to-all); it sees large patterns and semantic triggers, such as an object in the scene, badly or not at all. The "
-    "planted square is about the easiest trigger there is: that it was found does not mean that another would have been, above all "
-    "where the control networks are fooled by small patches, too, as weak networks on photographs are."
+    "planted square is about the easiest trigger there is: that it was found does not mean that another would have been, above "
+    "all where the control networks are fooled by small patches, too, as weak networks on photographs are."
 )
 NO_PROOF = (
     "No test of this kind can show that a model has no backdoor: what was not found may be there, and an attacker who knows "
