@@ -291,7 +291,7 @@ def measure_detection(
         recall = hits / int(is_poisoned.sum())
         f1 = 2 * hits / int(flags.sum() + is_poisoned.sum())
     if scores is not None and not is_poisoned.all():
-        from sklearn.metrics import roc_auc_score  # takes as long as the import of JAX
+        from sklearn.metrics import roc_auc_score  # slow to import
 
         auc = float(roc_auc_score(is_poisoned, scores))
     return DetectionMetrics(flagged, precision, recall, f1, auc)

@@ -26,7 +26,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["XLA_FLAGS"] = " ".join([*FAST_COMPILATION, os.environ.get("XLA_FLAGS", "")]).strip()
 # In the environment, so that the programs which tests start share what is compiled, too.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()) / "bdjax-test-compilation-cache")
-# Those programs import the package dozens of times: compiling its sources would be a quarter of the time of that.
+# Those programs import the package dozens of times, and would compile its sources anew each time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Reading even the smallest program takes a third of the time of compiling it.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -382,6 +382,7 @@ class TestAuditModel:
             "controls 1 is not a whole number of at least 2", bdjax.audit_model, victim, CLEAN, TEST, KEY, controls=1
         )
         refused("epochs", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_epochs=0)
+        refused("patience", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_patience=0)
 
     def test_the_triggers_of_networks_that_could_not_be_tested_are_nan(self, three, monkeypatch):
         masks, patterns = np.ones((4, CLASSES, 8, 8, 1)), np.zeros((4, CLASSES, 8, 8, 1))

@@ -41,7 +41,7 @@ Distance = Literal["logits", "kl", "hard"]
 Average = Literal["label", "prediction", "scalar"]
 MOST_HALVINGS = 6
 """How often delta is halved before nothing is subtracted; ours."""
-MOST_CHANGED = 0.02
+CHANGED_WITHOUT_WARNING = 0.02
 """Share of the least suspected half of the rows whose prediction may change without a warning; ours."""
 
 
@@ -288,7 +288,7 @@ def doubts(held_out_success: np.ndarray, is_usable: np.ndarray, changed: float) 
             f"{shares} of the rows that were not stamped in training, so it was not learned, or it dominates the attacker's. "
             "Change alpha"
         )
-    if changed > MOST_CHANGED:
+    if changed > CHANGED_WITHOUT_WARNING:
         found.append(
             f"the subtraction changes the prediction of {100 * changed:.1f} % of the half of the rows that is suspected least, "
             "so it costs accuracy: these rows may be clean, and the isolated ones, too. Use more contrast or a smaller delta"

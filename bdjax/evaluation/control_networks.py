@@ -32,8 +32,8 @@ from bdjax.types import Array, Dataset, Key, Model, PyTree
 PLANTED_SHARE = 0.1
 """Share of the clean rows on which a trigger is planted, for the network that must be found."""
 PLANTED_SIDE = 0.15
-"""Side of that trigger, a square, as a share of the images' shorter side; at least 3 pixels. On photographs of 32 x 32 pixels a
-square of 3 pixels on this share of 10,000 rows is not learned in 8 epochs."""
+"""Side of that trigger, a square, as a share of the images' shorter side, rounded to a multiple of 3 pixels. On photographs
+of 32 x 32 pixels a square of 3 pixels on this share of 10,000 rows is not learned in 8 epochs."""
 
 Ask = Callable[[np.ndarray], np.ndarray]
 """uint8 [B, H, W, C] -> logits [B, K] of one network."""

@@ -315,7 +315,7 @@ def rank(groups: Sequence[Group], metric: str) -> Ranks | None:
                 incomplete += 1
     if len(defenses) < 2 or not blocks:
         return None
-    import scipy.stats  # takes a second
+    import scipy.stats  # slow to import
 
     sign = 1.0 if BETTER[metric] is min else -1.0
     ranks = scipy.stats.rankdata(sign * np.asarray(blocks, np.float64), axis=1)

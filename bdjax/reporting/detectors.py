@@ -718,7 +718,7 @@ def roc_figures(folder: RunFolder, comparisons: Sequence[Comparison]) -> list[Fi
         for measurement, scores in zip(comparison.measured, comparison.result.scores, strict=False):
             truth = measurement.suspect.is_poisoned
             if truth is not None and truth.any() and not truth.all():
-                from sklearn.metrics import auc, roc_curve  # takes as long as the import of JAX
+                from sklearn.metrics import auc, roc_curve  # slow to import
 
                 fpr, tpr, _ = roc_curve(truth, scores)
                 curve = Curve(schema.set_title(measurement.suspect), fpr, tpr, float(auc(fpr, tpr)))

@@ -32,6 +32,12 @@ def run(*arguments: str) -> dict:
     return audit_model.main(["--preset=quick", *arguments], StageLog())
 
 
+def test_the_search_has_the_settings_of_the_flags():
+    flags = ["--model=x", "--dataset=digits", "--search-epochs=7", "--search-patience=3", "--search-batch-size=16"]
+    found = workflow.search_settings(config(*flags), 12)
+    assert (found.epochs, found.patience, found.batch_size) == (7, 3, 12)
+
+
 def random_folder(path: pathlib.Path, count: int = 2, name: str = "vbd_4_4p") -> pathlib.Path:
     """A model folder of networks that have learned nothing."""
     model = make_model(name, 10, 8)
