@@ -17,6 +17,7 @@ from bdjax.reporting.model_verdict import (
     CANNOT_SEE,
     NO_PROOF,
     next_steps,
+    top_class,
     verdict,
 )
 from bdjax.reporting.report import Figure, Report, Section, Verdict
@@ -66,7 +67,7 @@ def main_table(results: Entry) -> Table:
     """A row for each model: its verdict, and the numbers of its found class or of the class that came closest."""
     rows: list[tuple[Cell, ...]] = []
     for model in results["models"]:
-        top = _top(model)
+        top = top_class(model)
         numbers = _numbers(top) if top else (None,) * 7
         rows.append((model["title"], model["outcome"], model["accuracy"], *numbers))
     header = ("model", "verdict", "CDA", "class", "mask", "index", "score", "held-out", "controls", "p-value")
@@ -80,11 +81,6 @@ def main_table(results: Entry) -> Table:
         f"and a normal p-value of at most {evidence.MOST_NORMAL_P_VALUE:g}."
     )
     return Table("Verdicts", header, tuple(rows), notes)
-
-
-def _top(model: Entry) -> Entry | None:
-    """The found class with the largest score; without a finding the class that came closest."""
-    return min(model["classes"], key=lambda entry: (len(entry["against"]), -entry["score"]), default=None)
 
 
 def _numbers(entry: Entry) -> tuple[Cell, ...]:
@@ -214,7 +210,7 @@ def key_numbers(results: Entry) -> dict[str, str]:
     shown = {"models": f"{len(models)}", "with a trigger": f"{sum(bool(model['found']) for model in models)}"}
     if len(models) == 1:
         shown = {"CDA": f"{models[0]['accuracy']:.3f}"}
-        if top := _top(models[0]):
+        if top := top_class(models[0]):
             shown |= {
                 "trigger found into" if models[0]["found"] else "class that came closest": top["title"],
                 "success on held-out rows": percent(top["success"]),
@@ -232,7 +228,7 @@ def trigger_figures(folder: RunFolder, results: Entry, held_out: Dataset, measur
     tested = [model for model in results["models"] if model["classes"]]
     for number, model in enumerate(tested):
         found = [entry for entry in model["classes"] if entry["found"]]
-        shown += [(model, entry, number) for entry in found or [_top(model)]]
+        shown += [(model, entry, number) for entry in found or [top_class(model)]]
     shown = sorted(shown, key=lambda entry: not entry[1]["found"])  # stable: found classes first
     if not shown:
         return []

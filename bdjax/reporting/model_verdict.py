@@ -16,9 +16,11 @@ from bdjax.run import command_line
 CANNOT_SEE = (
     "This method looks for one small patch or faint picture that turns any image into one class. It cannot see triggers that "
     "differ from image to image (input-aware, warped), that only act on some classes, or that move each class to another "
-    "(all-to-all); it sees large patterns and semantic triggers, such as an object in the scene, badly or not at all. The "
-    "planted square is about the easiest trigger there is: that it was found does not mean that another would have been, above "
-    "all where the control networks are fooled by small patches, too, as weak networks on photographs are."
+    "(all-to-all); it sees large patterns and semantic triggers, such as an object in the scene, badly or not at all."
+)
+EASY_TO_FIND = (
+    "The planted square is about the easiest trigger there is: that it was found does not mean that another would have been, "
+    "above all where the control networks are fooled by small patches, too, as weak networks on photographs are."
 )
 NO_PROOF = (
     "No test of this kind can show that a model has no backdoor: what was not found may be there, and an attacker who knows "
@@ -52,7 +54,7 @@ def verdict(results: Entry) -> Verdict:
     elif nothing:
         where = "the model" if len(models) == 1 else titles(nothing)
         headline = f"Nothing found in {where}; {sensitivity_clause(results)}."
-        texts += [closest_text(results, model) for model in nothing[:MOST_MODELS]]
+        texts += [*(closest_text(results, model) for model in nothing[:MOST_MODELS]), EASY_TO_FIND]
     else:
         headline = f"{capital(untested[0]['title'])} {NOT_TESTED}: {untested[0]['reason']}."
         if len(untested) > 1:
@@ -124,11 +126,20 @@ def support_text(model: Entry) -> str:
     return f"{first}; {second}."
 
 
+def top_class(model: Entry) -> Entry | None:
+    """The found class with the largest score; without a finding the class with the largest score, which came closest.
+
+    The number of things that speak against a class would not do: it is smaller for a class that is far from one limit than for
+    one that misses all of them by little.
+    """
+    return max(model["classes"], key=lambda entry: (entry["found"], entry["score"]), default=None)
+
+
 def closest_text(results: Entry, model: Entry) -> str:
     """What came closest to a finding in a model where nothing was found."""
-    if not model["classes"]:
+    entry = top_class(model)
+    if entry is None:
         return ""
-    entry = min(model["classes"], key=lambda entry: (len(entry["against"]), -entry["score"]))
     who = "" if len(results["models"]) == 1 else f"{capital(model['title'])}: "
     return f"{who}{capital(entry['title'])} came closest, but {' and '.join(entry['against'])}."
 

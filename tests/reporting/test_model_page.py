@@ -124,6 +124,16 @@ def test_nothing_found_says_what_came_closest_and_that_it_is_no_proof():
     results, _ = results_of(USUAL)
     text = results["verdict"]["text"]
     assert "Class 2 (cat) came closest, but" in text and model_verdict.NO_PROOF in text
+    assert model_verdict.EASY_TO_FIND in text
+    assert model_verdict.EASY_TO_FIND not in results_of(BACKDOOR)[0]["verdict"]["text"]
+
+
+def test_the_class_with_the_largest_score_came_closest_however_much_speaks_against_it():
+    far = {"found": False, "score": -0.1, "against": ["one"], "title": "class 0"}
+    near = {"found": False, "score": 0.9, "against": ["one", "two"], "title": "class 1"}
+    assert model_verdict.top_class({"classes": [far, near]}) is near
+    assert model_verdict.top_class({"classes": [{**far, "found": True}, near]})["title"] == "class 0"
+    assert model_verdict.top_class({"classes": []}) is None
 
 
 def test_a_black_box_has_no_weights():
