@@ -31,6 +31,7 @@ from bdjax.reporting import results as schema
 from bdjax.reporting.audit_verdict import (
     NONE,
     TRIGGER,
+    UNCONFIRMED,
     WEAK,
     bound_text,
     capital,
@@ -62,7 +63,8 @@ second times the median class; ours. Mislabelled poisoned rows come in addition 
 size is flagged almost entirely, the pattern is more likely a common feature of its images, which happens on clean digits."""
 LEAST_AGREEING = 2
 """It is also weak evidence if fewer of several networks have a working pattern of the class; ours, stricter than the paper,
-where one is enough. One of three networks once had a pattern of a clean class, whose detector then flagged 445 clean rows."""
+where one is enough. One of three networks once had a pattern of a clean class, whose detector then flagged 445 clean rows. If
+no row is flagged either, it is no finding; docs/results/vbd has how often such patterns occur without poison."""
 MOST_LISTED = 40
 """Most classes that a table lists."""
 MEASURED = ("flagged", "precision", "recall", "f1", "auc")
@@ -242,8 +244,11 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
             "sure": sure_share(scores) if found and networks and (scores >= 0.5).any() else None,
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
-    against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual) if found else []
-    return numbers | {"finding": (WEAK if against else TRIGGER) if found else NONE, "against": against}
+    if not found:
+        return numbers | {"finding": NONE, "against": []}
+    against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual)
+    is_confirmed = bool(numbers["flagged"]) or not _too_few_agree(numbers)
+    return numbers | {"finding": UNCONFIRMED if not is_confirmed else WEAK if against else TRIGGER, "against": against}
 
 
 def pattern_of(detection: Detection, number: int) -> ExtractedPattern | None:
@@ -276,10 +281,14 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
         texts.append(f"its pattern turns {percent(entry['pattern_success'])} of other rows")
     if entry["flagged"] and is_unsure:
         texts.append(f"{percent(entry['sure'])} of its flagged rows have a score of {SURE:g} or more")
-    networks = len(entry.get("success", ()))
-    if networks >= LEAST_AGREEING > entry.get("agreeing", networks):
-        texts.append(f"only {entry['agreeing']} of {networks} networks has a working pattern")
+    if _too_few_agree(entry):
+        texts.append(f"only {entry['agreeing']} of {len(entry['success'])} networks has a working pattern")
     return texts
+
+
+def _too_few_agree(entry: Entry) -> bool:
+    networks = len(entry.get("success", ()))
+    return networks >= LEAST_AGREEING > entry.get("agreeing", networks)
 
 
 def method_of(results: Entry) -> Entry:
@@ -293,17 +302,17 @@ def method_of(results: Entry) -> Entry:
 def main_table(results: Entry) -> Table:
     """The evidence for each class: classes with a pattern first, then by smallest p-value or number of flagged rows."""
     found = found_classes(results)
-    without_pattern = [entry for entry in results["classes"] if entry["finding"] == NONE]
+    others = [entry for entry in results["classes"] if entry not in found]
     by_flags = not results["networks"]
     ordered = [
         *found,
-        *sorted(without_pattern, key=lambda entry: -(entry["flagged"] or 0) if by_flags else smallest_p_value(entry)),
+        *sorted(others, key=lambda entry: -(entry["flagged"] or 0) if by_flags else smallest_p_value(entry)),
     ]
     shown = ordered[: max(MOST_LISTED, len(found))]
     columns: dict[str, list[Cell]] = {"class": [capital(entry["title"]) for entry in shown]}
     notes = []
     if results["extracts_patterns"]:
-        words = {TRIGGER: "trigger", WEAK: "weak", NONE: "none found"}
+        words = {TRIGGER: "trigger", WEAK: "weak", UNCONFIRMED: "not confirmed", NONE: "none found"}
         columns["trigger"] = ["not tested" if entry["not_tested"] else words[entry["finding"]] for entry in shown]
     flagged = ["not tested" if entry["not_tested"] else entry["flagged"] for entry in shown]
     columns |= {"rows": [entry["rows"] for entry in shown], "flagged": flagged}

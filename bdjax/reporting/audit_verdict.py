@@ -1,7 +1,8 @@
 """The words of an audit: its three outcomes, the evidence in sentences, caveats, and what to do next.
 
 *Found*, *nothing found* and *could not be tested* each have their own headline, colour and exit status. A class "carries a
-trigger" if the detector extracted a pattern for it and nothing speaks against that pattern; otherwise it is "suspicious". A
+trigger" if the detector extracted a pattern for it and nothing speaks against that pattern; otherwise it is "suspicious", or,
+without a flagged row and with a pattern on too few networks, no finding but a pattern that was not confirmed. A
 detector without patterns only flags rows, and the verdict claims no more than that. "Nothing found" comes with what would have
 been found: the number that the settings ask for, and what became of a trigger that was planted in copies of the rows.
 
@@ -18,8 +19,8 @@ from bdjax.reporting.report import Verdict
 from bdjax.reporting.sections import Entry
 from bdjax.run.text import printable
 
-TRIGGER, WEAK, NONE = "trigger", "weak", "none"
-"""The possible findings for a class."""
+TRIGGER, WEAK, UNCONFIRMED, NONE = "trigger", "weak", "unconfirmed", "none"
+"""The possible findings for a class. Only the first two count as found."""
 MOST_OF_A_CLASS = 0.5
 """A class with more than this share of its rows flagged is mentioned in the caveats."""
 MOST_NAMED = 4
@@ -49,7 +50,7 @@ def found_classes(results: Entry, finding: str = "") -> list[Entry]:
 
     Args:
         results: the numbers.
-        finding: `TRIGGER` or `WEAK`; by default both, triggers before weak evidence.
+        finding: one of the findings; by default `TRIGGER` and `WEAK`, triggers before weak evidence.
     """
     wanted = [finding] if finding else [TRIGGER, WEAK]
     shown = [entry for entry in results["classes"] if entry["finding"] in wanted]
@@ -117,7 +118,13 @@ def _nothing_found(results: Entry) -> Verdict:
         end = f"{few} cannot be counted on to be found"
     else:
         end = "how small an attack this run would have found was not measured"
-    text = _paragraphs(sensitivity_text(results), bound_text(results), *setup_texts(results), *_rest(results))
+    text = _paragraphs(
+        _unconfirmed_text(results),
+        sensitivity_text(results),
+        bound_text(results),
+        *setup_texts(results),
+        *_rest(results),
+    )
     return Verdict("nothing_found", f"Nothing found {where}; {end}.", text)
 
 
@@ -161,10 +168,19 @@ def _evidence(results: Entry, classes: Sequence[Entry]) -> list[str]:
             f"{entry['flagged']:,} of its {entry['rows']:,} rows are flagged{share}."
         )
     if weak := found_classes(results, WEAK):
-        doubts = "; ".join(f"{entry['title']} ({', '.join(entry['against'])})" for entry in weak[:MOST_NAMED])
-        more = f"; and {len(weak) - MOST_NAMED} more" if len(weak) > MOST_NAMED else ""
-        lines.append(f"Weak evidence: {doubts}{more}.")
-    return lines
+        lines.append(f"Weak evidence: {_doubts_text(weak)}.")
+    return [*lines, *filter(None, [_unconfirmed_text(results)])]
+
+
+def _unconfirmed_text(results: Entry) -> str:
+    """Patterns that are no finding, and why; "" if there are none."""
+    dropped = found_classes(results, UNCONFIRMED)
+    return f"A pattern that was not confirmed, so no finding: {_doubts_text(dropped)}." if dropped else ""
+
+
+def _doubts_text(classes: Sequence[Entry]) -> str:
+    doubts = "; ".join(f"{entry['title']} ({', '.join(entry['against'])})" for entry in classes[:MOST_NAMED])
+    return doubts + (f"; and {len(classes) - MOST_NAMED} more" if len(classes) > MOST_NAMED else "")
 
 
 def agreement_text(entry: Entry) -> str:

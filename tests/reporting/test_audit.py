@@ -162,6 +162,23 @@ def test_a_class_whose_flags_are_dropped_for_an_unsure_detector_says_so():
     )
 
 
+@pytest.mark.parametrize("flagged", [0, 4])
+def test_a_pattern_of_one_network_without_a_flagged_row_is_no_finding(flagged):
+    found = analysis(flagged=flagged)
+    found.success[0, 0, 3] = 0.01  # below the least success
+    results = summarise(dataset(), found, SETTINGS)
+    doubt = "only 1 of 2 networks has a working pattern"
+    if flagged:
+        assert (results["outcome"], results["classes"][3]["finding"]) == ("found", "weak")
+        assert f"Weak evidence: class 3 (dog) ({doubt})." in results["verdict"]["text"]
+    else:
+        assert (results["outcome"], results["classes"][3]["finding"]) == ("nothing found", "unconfirmed")
+        assert results["verdict"]["text"].startswith(
+            f"A pattern that was not confirmed, so no finding: class 3 (dog) (none of its 10 rows are flagged, {doubt})."
+        )
+        assert ("Class 3 (dog)", "not confirmed") in [row[:2] for row in main_table(results).rows]
+
+
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
     assert (

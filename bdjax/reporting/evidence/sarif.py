@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from bdjax.reporting.audit_verdict import TRIGGER
+from bdjax.reporting.audit_verdict import TRIGGER, WEAK
 from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
 from bdjax.reporting.sections import most_suspicious
 from bdjax.run.text import printable
@@ -156,7 +156,7 @@ def _rows_of(found: Flagged) -> Iterator[dict[str, Any]]:
 
 def _classes(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for entry in results.get("classes", ()):
-        if entry.get("pattern_success") is None:
+        if entry["finding"] not in (TRIGGER, WEAK):
             continue
         is_certain = entry["finding"] == TRIGGER
         text = f"A pattern of {entry['mask_pixels']} pixels turns {entry['pattern_success']:.1%} of other rows into "

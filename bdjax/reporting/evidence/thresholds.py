@@ -24,7 +24,7 @@ _AUDITS_OF_DATA = {
     "weak_success": (audit.WEAK_SUCCESS, "weak evidence: a pattern that turns a smaller share of other rows into its class"),
     "weak_share": (audit.WEAK_SHARE, "weak evidence: a smaller share of the class's rows is flagged"),
     "almost_all": (audit.ALMOST_ALL, "weak evidence: a larger share of a class of usual size is flagged"),
-    "least_agreeing": (audit.LEAST_AGREEING, "weak evidence: fewer networks have a working pattern of the class"),
+    "least_agreeing": (audit.LEAST_AGREEING, "weak, or without a flagged row no finding: fewer networks have a pattern"),
     "least_sure": (audit.LEAST_SURE, "weak evidence: a smaller share of the class's flagged rows has a high score"),
     "planted_found_share": (sensitivity.FOUND_SHARE, "found: least share of planted rows that are flagged, and vice versa"),
 }  # fmt: skip
