@@ -81,6 +81,9 @@ class VBDSettings:
     """smallest success rate of a pattern in that check, in [0, 1]"""
     votes: Count = 1
     """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
+    lone_level: Share = 0.0
+    """a pattern that a single network has, or that networks have which learned the classes, is kept only if its p-value times
+    the number of tests (classes and networks) is below this, in [0, 1]; 0 keeps every such pattern, as the paper does"""
     accuracy_weight: Share = 0.6
     """alpha of the score that selects one of several patterns of a class, in [0, 1]; larger favours less accurate networks"""
     detector_rows: Literal["all", "held_back"] = "all"

@@ -25,6 +25,11 @@ def smallest(settings: VBDSettings) -> int:
     return math.ceil(settings.rows_per_class / settings.held_back_share - 1e-9)
 
 
+def has_learned(held_back_accuracies: np.ndarray) -> np.ndarray:
+    """Suspects of which all simple networks learned the classes: bool [M] from float [M, J]."""
+    return (held_back_accuracies >= LEARNED).all(axis=1)
+
+
 def doubt(held_back_accuracies: np.ndarray) -> tuple[str, ...]:
     """For each suspect why its result should not be relied on, "" for no reason; () if there is none for any of them.
 
@@ -33,7 +38,7 @@ def doubt(held_back_accuracies: np.ndarray) -> tuple[str, ...]:
     Args:
         held_back_accuracies: float [M, J], of the simple networks; NaN, of one that diverged, is below every bound.
     """
-    learned = (held_back_accuracies >= LEARNED).all(axis=1)
+    learned = has_learned(held_back_accuracies)
     # Without the accuracies themselves, which reports show elsewhere: the same text for many suspects is printed once.
     text = (
         f"simple networks learned the classes: they predict {100 * LEARNED:.0f} % or more of the held-back rows as their "

@@ -245,7 +245,8 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
     if not found:
-        return numbers | {"finding": NONE, "against": []}
+        against = _reasons_for_chance(numbers, settings) if networks and not untested else []
+        return numbers | {"finding": UNCONFIRMED if against else NONE, "against": against}
     against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual)
     is_confirmed = bool(numbers["flagged"]) or not _too_few_agree(numbers)
     return numbers | {"finding": UNCONFIRMED if not is_confirmed else WEAK if against else TRIGGER, "against": against}
@@ -284,6 +285,20 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
     if _too_few_agree(entry):
         texts.append(f"only {entry['agreeing']} of {len(entry['success'])} networks has a working pattern")
     return texts
+
+
+def _reasons_for_chance(entry: Entry, settings: Any) -> list[str]:
+    """Why no working pattern of a class is kept: see `bdjax.defenses.vbd.by_chance`; empty if it has none."""
+    if entry["agreeing"] < settings.votes:
+        return []
+    p_value = min(
+        p for p, rate in zip(entry["p_values"].values(), entry["success"].values(), strict=True) if rate is not None
+    )
+    text = f"its p-value of {p_value:.2g} may be chance among so many classes and networks"
+    if entry["agreeing"] >= LEAST_AGREEING:
+        return [text, "the simple networks learned the classes"]
+    count = len(entry["success"])
+    return [text, f"only 1 of {count} networks has a working pattern" if count > 1 else "a single network was trained"]
 
 
 def _too_few_agree(entry: Entry) -> bool:
@@ -325,7 +340,8 @@ def main_table(results: Entry) -> Table:
             f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the class's most and "
             "least confidently predicted rows use their most important pixel differently. Success: share of rows of other "
             "classes that the extracted pattern turns into this class; a pattern is kept if it is at least "
-            f"{settings['least_success']:g}. Agree: networks with such a pattern. Detector: accuracy on rows with and "
+            f"{settings['least_success']:g}, unless it may be chance (setting lone_level). Agree: networks with "
+            "such a pattern. Detector: accuracy on rows with and "
             f"without the pattern; below {settings['least_accuracy']:g} it flags nothing."
         )
     if results["extracts_patterns"]:

@@ -14,6 +14,7 @@ from bdjax.defenses import vbd
 from bdjax.defenses.contract import DefenseInput, PoolRows
 from bdjax.defenses.vbd import (
     analyse,
+    by_chance,
     check,
     choose_networks,
     detect,
@@ -62,6 +63,32 @@ class TestChoice:
         success = np.array([[[0.9], [0.8]], [[0.0], [0.8]], [[0.0], [0.0]]])
         accuracies = np.array([[0.9, 0.1], [0.1, 0.9], [0.1, 0.1]])
         np.testing.assert_array_equal(choose_networks(accuracies, success, PAPER), [[1], [1], [-1]])
+
+
+class TestChance:
+    p_values = np.array([[[4e-4, 6e-4, 1e-3, 1e-9], [0.5, 0.5, 2e-3, 0.5]]])  # [M, J, K]
+    success = np.array([[[0.9, 0.9, 0.9, 0.2], [0.0, 0.0, 0.9, 0.0]]])
+
+    def of(self, has_learned=False, p_values=p_values, **changes):
+        settings = dataclasses.replace(PAPER, **({"lone_level": 0.01} | changes))
+        return by_chance(p_values, np.array([20]), self.success, np.array([has_learned]), settings)[0].tolist()
+
+    def test_a_single_network_needs_a_p_value_that_many_tests_do_not_explain(self):
+        # 20 tests: the bound is 5e-4. The third class has two networks, the last no pattern that works.
+        assert self.of() == [False, True, False, False]
+        assert self.of(lone_level=0.05) == [False, False, False, False]
+
+    def test_networks_that_learned_the_classes_do_not_confirm_each_other(self):
+        assert self.of(has_learned=True) == [False, True, True, False]
+
+    def test_the_p_value_is_that_of_a_pattern_that_works(self):
+        assert self.of(least_success=0.1)[3] is False  # 1e-9 is of a network whose pattern works now
+        smaller = self.p_values.copy()
+        smaller[0, 1, 1] = 1e-9  # of a network whose pattern does not
+        assert self.of(p_values=smaller)[1] is True
+
+    def test_the_paper_keeps_them_all(self):
+        assert self.of(lone_level=0.0, has_learned=True) == [False] * 4
 
 
 @pytest.mark.parametrize(

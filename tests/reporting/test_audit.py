@@ -179,6 +179,23 @@ def test_a_pattern_of_one_network_without_a_flagged_row_is_no_finding(flagged):
         assert ("Class 3 (dog)", "not confirmed") in [row[:2] for row in main_table(results).rows]
 
 
+@pytest.mark.parametrize(
+    ("first", "doubt"),
+    [
+        (0.01, "only 1 of 2 networks has a working pattern"),
+        (0.9, "the simple networks learned the classes"),
+    ],
+)
+def test_a_pattern_that_may_be_chance_is_named_but_no_finding(first, doubt):
+    found = analysis(flagged=0)
+    found.success[0, 0, 3] = first
+    found.network[:] = -1  # what `lone_level` does
+    results = summarise(dataset(), found, SETTINGS)
+    assert (results["outcome"], results["classes"][3]["finding"]) == ("nothing found", "unconfirmed")
+    chance = "its p-value of 1e-06 may be chance among so many classes and networks"
+    assert f"so no finding: class 3 (dog) ({chance}, {doubt})." in results["verdict"]["text"]
+
+
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
     assert (
