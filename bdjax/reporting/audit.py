@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from bdjax import types
+from bdjax.datasets import overlap
 from bdjax.defenses.vbd_patterns import SURE, sure_share
 from bdjax.defenses.vbd_premise import LEARNED
 from bdjax.evaluation.measure import measure_by_class, not_tested_of, score_detection, warning_of
@@ -122,8 +123,9 @@ def summarise(
     if len(detection.flags) != 1:
         raise ValueError(f"the detection has {len(detection.flags)} training sets; it must have exactly 1")
     sensitivity = {**NO_SENSITIVITY, **(sensitivity or {})}
-    detection = judged(detection, sensitivity)
-    dataset, flags, settings = suspect.dataset, detection.flags[0], variant.settings
+    dataset, settings, copies = suspect.dataset, variant.settings, overlap.copies(suspect.dataset)
+    detection = judged(detection, sensitivity, has_findings=bool(_findings(dataset, detection, settings)))
+    flags = detection.flags[0]
     limits = not_tested_of(detection, 0)
     is_tested = not limits.reason
     smallest = variant.defense.smallest
@@ -134,6 +136,8 @@ def summarise(
         preset=preset,
         dataset=dataset.name,
         rows=len(dataset),
+        copies=int(copies.is_copy.sum()),
+        contradicted=int(copies.is_contradicted.sum()),
         unit="files" if dataset.files and not dataset.records else "rows",
         flagged=int(flags.sum()) if is_tested else None,
         flagged_share=float(flags.mean()) if is_tested else None,
@@ -151,14 +155,24 @@ def summarise(
     return {"verdict": asdict(verdict(tree)), **tree, "caveats": caveats(tree)}
 
 
-def judged(detection: Detection, sensitivity: Mapping[str, Any] = NO_SENSITIVITY) -> Detection:
+def _findings(dataset: Dataset, detection: Detection, settings: Any) -> list[int]:
+    """Classes whose pattern is a finding, certain or weak."""
+    classes = range(dataset.num_classes)
+    return [
+        number
+        for number in classes
+        if _class_numbers(dataset, detection, settings, number)["finding"] in (TRIGGER, WEAK)
+    ]
+
+
+def judged(detection: Detection, sensitivity: Mapping[str, Any], has_findings: bool) -> Detection:
     """The detection of one suspect, as a test that failed if nothing was found and nothing could be expected to be.
 
     That is so if the detector warns that its premise fails, or if it finds none of the planted triggers. Findings stay
     findings: a warning is then a caveat.
     """
     limits = not_tested_of(detection, 0)
-    if limits.reason or detection.flags.any() or any(detection.patterns):
+    if limits.reason or detection.flags.any() or has_findings:
         return detection
     reason, sets = warning_of(detection, 0), sensitivity["sets"]
     if not reason and sets and not any(entry["found"] for entry in sets):
@@ -244,7 +258,7 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
             "sure": sure_share(scores) if found and networks and (scores >= 0.5).any() else None,
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
-    if not found:
+    if not found or untested:
         against = _reasons_for_chance(numbers, settings) if networks and not untested else []
         return numbers | {"finding": UNCONFIRMED if against else NONE, "against": against}
     against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual)

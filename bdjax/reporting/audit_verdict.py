@@ -328,6 +328,15 @@ def caveats(results: Entry) -> list[str]:
             "A feature that all rows of a class share, such as a watermark or a border, looks like a trigger to this method: "
             "compare the pattern with the images."
         )
+    if count := results["copies"]:
+        text = f"{count:,} of the {results['rows']:,} {results['unit']} {is_or_are(count)} exact copies of others."
+        if results["networks"]:
+            text += " A held-back row whose copy the simple networks were trained on is not new to them: remove copies first."
+        texts.append(text)
+    if count := results["contradicted"]:
+        texts.append(
+            f"{count:,} {results['unit']} have the same pixels as another of another class: not all of these labels are right."
+        )
     if results["sensitivity"]["sets"]:
         texts.append(
             "The planted trigger shows what this run finds of one opaque square, with one choice of rows for each number. It "

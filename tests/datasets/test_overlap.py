@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from bdjax.datasets.overlap import shared_rows
+from bdjax.datasets.overlap import copies, shared_rows
 from bdjax.types import Dataset
 
 
@@ -24,3 +24,11 @@ def test_images_of_other_shapes_share_nothing():
     images = np.zeros((3, 2, 2, 1), np.uint8)
     assert not shared_rows(rows(images), rows(images.reshape(3, 4, 1, 1))).any()
     assert shared_rows(rows(images[::2]), rows(images)).all()
+
+
+def test_copies_are_later_rows_with_the_same_pixels_and_contradictions_have_other_labels():
+    images = np.random.default_rng(1).integers(0, 256, (6, 4, 4, 3), np.uint8)
+    images[[2, 5]], images[4] = images[0], images[3]
+    found = copies(Dataset(images, np.array([0, 1, 0, 1, 1, 2], np.int32), 3, "rows", ""))
+    assert found.is_copy.tolist() == [False, False, True, False, True, True]
+    assert found.is_contradicted.tolist() == [True, False, True, False, False, True]

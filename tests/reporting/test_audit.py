@@ -196,6 +196,28 @@ def test_a_pattern_that_may_be_chance_is_named_but_no_finding(first, doubt):
     assert f"so no finding: class 3 (dog) ({chance}, {doubt})." in results["verdict"]["text"]
 
 
+def test_copies_and_contradictions_are_caveats():
+    rows = dataset()
+    assert not any("exact copies" in text for text in summarise(rows, analysis(), SETTINGS)["caveats"])
+    images = rows.images.copy()
+    images[[4, 8, 5]] = images[0]  # rows 0, 4 and 8 are of one class, row 5 of another
+    results = summarise(dataset(images=images), analysis(), SETTINGS)
+    assert (results["copies"], results["contradicted"]) == (3, 4)
+    text = "\n".join(results["caveats"])
+    assert "3 of the 40 rows are exact copies of others. A held-back row" in text
+    assert "4 rows have the same pixels as another of another class" in text
+
+
+def test_an_unconfirmed_pattern_does_not_make_up_for_planted_triggers_that_were_missed():
+    found = analysis(flagged=0)
+    found.success[0, 0, 3] = 0.01
+    variant = DefenseVariant("vbd", DEFENSES["vbd"], SETTINGS)
+    sets = [{"planted": 20, "found": False, "hits": 0, "flagged": 0, "precision": None}]
+    sensitivity = {"trigger": "white square", "target": "class 0", "sets": sets}
+    results = audit.summarise(suspect_of(dataset()), to_detection(found, SETTINGS), variant, sensitivity=sensitivity)
+    assert results["outcome"] == "could not be tested"
+
+
 def test_a_pattern_of_all_of_a_class_is_what_the_class_looks_like():
     verdict = verdict_of(flagged=10)
     assert (
