@@ -39,6 +39,8 @@ from bdjax.training import ensemble
 from bdjax.training.stages import Nets
 from bdjax.types import Array, DefenseResult, Detection, ExtractedPattern, Model, NotTested
 
+CHANCE_LEVEL = 0.01
+"""A p-value is no chance if it is below this after Bonferroni's correction; ours."""
 LEAST_CHECKED = 100
 """Smallest number of rows that a pattern is checked on; not in the paper, for small sets."""
 CLASSES_AT_ONCE, PATTERNS_AT_ONCE = 10, 16
@@ -60,6 +62,8 @@ class Analysis(NamedTuple):
     """float64 [M, J, K]"""
     success: np.ndarray
     """float64 [M, J, K]: success rate of the candidate pattern in the check; 0 without a candidate"""
+    may_be_chance: np.ndarray
+    """bool [M, K], see the function of this name"""
     network: np.ndarray
     """int [M, K]: the network whose pattern is kept, or -1"""
     masks: np.ndarray
@@ -270,31 +274,29 @@ def choose_networks(accuracies: np.ndarray, success: np.ndarray, settings: VBDSe
     return np.where(works.sum(axis=1) >= settings.votes, best, -1)
 
 
-def by_chance(
+def may_be_chance(
     p_values: np.ndarray, tests: np.ndarray, success: np.ndarray, has_learned: np.ndarray, settings: VBDSettings
 ) -> np.ndarray:
-    """Classes whose pattern may be chance: Bonferroni's correction of the p-value, unless networks agree.
+    """Classes whose pattern may be chance: the p-value does not survive Bonferroni's correction, and no second network agrees.
 
     With `p_value` 0.01, ten classes and two networks, a clean set has a class below it in one of five runs. A second network
     with a pattern of the same class makes that unlikely, but not if the networks learned the classes: both rely on features of
-    clean rows then.
+    clean rows then. Not in the paper.
 
     Args:
         p_values: float [M, J, K].
         tests: int [M], the number of p-values that could have been small.
         success: float [M, J, K].
         has_learned: bool [M], see `vbd_premise.has_learned`.
-        settings: reads `least_success` and `lone_level`.
+        settings: reads `least_success`.
 
     Returns:
         bool [M, K].
     """
-    if not settings.lone_level:
-        return np.zeros((len(p_values), p_values.shape[2]), bool)
     works = success >= settings.least_success
     smallest = np.where(works, p_values, 1.0).min(axis=1)
     is_agreed = (works.sum(axis=1) >= 2) & ~has_learned[:, None]
-    return works.any(axis=1) & ~is_agreed & (smallest * tests[:, None] >= settings.lone_level)
+    return works.any(axis=1) & ~is_agreed & (smallest * tests[:, None] >= CHANCE_LEVEL)
 
 
 def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
@@ -349,8 +351,8 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
     classes = range(inputs.num_classes)
     tests = np.array([sum(_can_be_small(found, member, label, settings) for label in classes) for member in range(num)])
     has_learned = vbd_premise.has_learned(held_back_accuracies)
-    is_chance = by_chance(p_values, tests, success, has_learned, settings)
-    chosen = np.where(is_chance, -1, choose_networks(accuracies, success, settings))
+    is_chance = may_be_chance(p_values, tests, success, has_learned, settings)
+    chosen = choose_networks(accuracies, success, settings)
 
     height, width, channels = inputs.runner.image_shape
     masks = np.zeros((num, inputs.num_classes, height, width), bool)
@@ -374,7 +376,10 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
                 patterns[member, label] = found[number][member][label].pattern
                 detector_accuracies[member, label] = accuracy
                 scores[member, where] = probabilities
-                is_sure = vbd_patterns.sure_share(probabilities) >= settings.least_sure
+                least_sure = settings.least_sure
+                if is_chance[member, label] and settings.chance_sure:
+                    least_sure = np.inf if has_learned[member] else max(least_sure, settings.chance_sure)
+                is_sure = vbd_patterns.sure_share(probabilities) >= least_sure
                 if accuracy >= settings.least_accuracy and is_sure:
                     flags[member, where] = probabilities >= 0.5
         if kept:
@@ -387,6 +392,7 @@ def analyse(inputs: DefenseInput, settings: VBDSettings) -> Analysis:
         held_back_accuracies=held_back_accuracies,
         p_values=p_values,
         success=success,
+        may_be_chance=is_chance,
         network=chosen,
         masks=masks,
         patterns=patterns,
@@ -443,7 +449,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
     """Convert an analysis to a `Detection`.
 
     Its evidence has the "accuracies" [M, J], the "held_back_accuracies" [M, J], the "p_values" [M, J, K], the "success"
-    [M, J, K] and the "new_labels" [M, n] of `Analysis`.
+    [M, J, K], "may_be_chance" [M, K] and the "new_labels" [M, n] of `Analysis`.
     """
     found = analysis.is_poisoned_class
     facts = {
@@ -460,7 +466,7 @@ def to_detection(analysis: Analysis, settings: VBDSettings) -> Detection:
         names = ", ".join(map(str, shown))
         pictures[f"patterns of classes {names}"] = analysis.patterns[:, shown]
         pictures[f"masks of classes {names}"] = analysis.masks[:, shown, :, :, None].astype(np.float32)
-    names = ("accuracies", "held_back_accuracies", "p_values", "success", "new_labels")
+    names = ("accuracies", "held_back_accuracies", "p_values", "success", "may_be_chance", "new_labels")
     evidence = {name: getattr(analysis, name) for name in names}
     patterns = tuple(_patterns(analysis, settings, member) for member in range(len(found)))
     return Detection(
@@ -592,8 +598,8 @@ VBD = Defense(
             "least_detector_steps": 200,
             "detector_batch_size": 64,
             "own_rows": 0.25,
-            "lone_level": 0.01,
             "least_sure": 0.5,
+            "chance_sure": 0.9,
             "first_labelling": 3,
             "last_labelling": 6,
         },

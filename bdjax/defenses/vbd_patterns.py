@@ -81,9 +81,6 @@ class VBDSettings:
     """smallest success rate of a pattern in that check, in [0, 1]"""
     votes: Count = 1
     """networks that must have found a pattern of a class; the paper prefers 1 to a majority"""
-    lone_level: Share = 0.0
-    """a pattern that a single network has, or that networks have which learned the classes, is kept only if its p-value times
-    the number of tests (classes and networks) is below this, in [0, 1]; 0 keeps every such pattern, as the paper does"""
     accuracy_weight: Share = 0.6
     """alpha of the score that selects one of several patterns of a class, in [0, 1]; larger favours less accurate networks"""
     detector_rows: Literal["all", "held_back"] = "all"
@@ -116,6 +113,9 @@ class VBDSettings:
     least_sure: Share = 0.0
     """share of the rows flagged in a class whose score must be at least 0.75, in [0, 1]; else none of them is flagged, since
     patterns of clean classes have unsure detectors. Not in the paper; 0 for no such rule"""
+    chance_sure: Share = 0.0
+    """the same for a pattern that may be chance (see `bdjax.defenses.vbd.may_be_chance`); if the simple networks learned the
+    classes, no row of such a class is flagged. Not in the paper; 0 for no such rule"""
     clean_model: Literal["suppress", "relabel"] = "suppress"
     """flagged rows are left out ("suppress"), or labelled with a simple network's second most likely class ("relabel")"""
 

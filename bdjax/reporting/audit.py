@@ -65,7 +65,7 @@ size is flagged almost entirely, the pattern is more likely a common feature of 
 LEAST_AGREEING = 2
 """It is also weak evidence if fewer of several networks have a working pattern of the class; ours, stricter than the paper,
 where one is enough. One of three networks once had a pattern of a clean class, whose detector then flagged 445 clean rows. If
-no row is flagged either, it is no finding; docs/results/vbd has how often such patterns occur without poison."""
+no row is flagged either, it is no finding; docs/results/vbd.md has how often such patterns occur without poison."""
 MOST_LISTED = 40
 """Most classes that a table lists."""
 MEASURED = ("flagged", "precision", "recall", "f1", "auc")
@@ -247,6 +247,7 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         # Without a candidate pattern nothing is tested: the success is unknown, not 0.
         rates = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
         numbers["success"] = dict(zip(networks, rates, strict=True))
+        numbers["may_be_chance"] = bool(detection.evidence["may_be_chance"][0, number])
         numbers["agreeing"] = sum(rate is not None and rate >= settings.least_success for rate in rates)
     if detection.patterns:
         scores = detection.scores[0, in_class]
@@ -259,10 +260,9 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         }
     usual = float(np.median(np.bincount(dataset.labels, minlength=dataset.num_classes)))
     if not found or untested:
-        against = _reasons_for_chance(numbers, settings) if networks and not untested else []
-        return numbers | {"finding": UNCONFIRMED if against else NONE, "against": against}
+        return numbers | {"finding": NONE, "against": []}
     against = _reasons_against(numbers, getattr(settings, "least_accuracy", 0.0), usual)
-    is_confirmed = bool(numbers["flagged"]) or not _too_few_agree(numbers)
+    is_confirmed = numbers["flagged"] or not (numbers.get("may_be_chance") or _too_few_agree(numbers))
     return numbers | {"finding": UNCONFIRMED if not is_confirmed else WEAK if against else TRIGGER, "against": against}
 
 
@@ -296,23 +296,12 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
         texts.append(f"its pattern turns {percent(entry['pattern_success'])} of other rows")
     if entry["flagged"] and is_unsure:
         texts.append(f"{percent(entry['sure'])} of its flagged rows have a score of {SURE:g} or more")
+    if entry.get("may_be_chance"):
+        p_value = smallest_p_value(entry)
+        texts.append(f"its p-value of {p_value:.2g} may be chance among so many classes and networks")
     if _too_few_agree(entry):
         texts.append(f"only {entry['agreeing']} of {len(entry['success'])} networks has a working pattern")
     return texts
-
-
-def _reasons_for_chance(entry: Entry, settings: Any) -> list[str]:
-    """Why no working pattern of a class is kept: see `bdjax.defenses.vbd.by_chance`; empty if it has none."""
-    if entry["agreeing"] < settings.votes:
-        return []
-    p_value = min(
-        p for p, rate in zip(entry["p_values"].values(), entry["success"].values(), strict=True) if rate is not None
-    )
-    text = f"its p-value of {p_value:.2g} may be chance among so many classes and networks"
-    if entry["agreeing"] >= LEAST_AGREEING:
-        return [text, "the simple networks learned the classes"]
-    count = len(entry["success"])
-    return [text, f"only 1 of {count} networks has a working pattern" if count > 1 else "a single network was trained"]
 
 
 def _too_few_agree(entry: Entry) -> bool:
@@ -354,8 +343,7 @@ def main_table(results: Entry) -> Table:
             f"Networks in this order: {' / '.join(networks)}. p-value: below {settings['p_value']:g}, the class's most and "
             "least confidently predicted rows use their most important pixel differently. Success: share of rows of other "
             "classes that the extracted pattern turns into this class; a pattern is kept if it is at least "
-            f"{settings['least_success']:g}, unless it may be chance (setting lone_level). Agree: networks with "
-            "such a pattern. Detector: accuracy on rows with and "
+            f"{settings['least_success']:g}. Agree: networks with such a pattern. Detector: accuracy on rows with and "
             f"without the pattern; below {settings['least_accuracy']:g} it flags nothing."
         )
     if results["extracts_patterns"]:

@@ -31,7 +31,7 @@ def test_an_analysis_passes_it_on():
     shape = (1, 3, 8, 8)
     analysis = Analysis(
         *(np.zeros((1, 5), bool), np.zeros((1, 5), np.float32), np.full((1, 2), 0.99), np.full((1, 2), 0.95)),
-        *(np.ones((1, 2, 3)), np.zeros((1, 2, 3)), np.full((1, 3), -1)),
+        *(np.ones((1, 2, 3)), np.zeros((1, 2, 3)), np.zeros((1, 3), bool), np.full((1, 3), -1)),
         *(np.zeros(shape, bool), np.zeros((*shape, 3), np.float32), np.zeros((1, 3)), np.zeros((1, 5), np.int32)),
     )
     (warning,) = to_detection(analysis, SETTINGS).warnings
