@@ -599,7 +599,7 @@ VBD = Defense(
             "detector_batch_size": 64,
             "own_rows": 0.25,
             "least_sure": 0.5,
-            "chance_sure": 0.9,
+            "chance_sure": 0.8,
             "first_labelling": 3,
             "last_labelling": 6,
         },
