@@ -261,7 +261,7 @@ def _train_controlled(
     if part.attack.starts_from_clean_model:
         classifiers = ensemble.members(clean.variables, np.array([member.seed for member in members]))
     else:
-        classifiers = ensemble.init_members(lambda key: model.init(key, runner.image_shape), split[:, 0])
+        classifiers = ensemble.init_networks(model, runner.image_shape, split[:, 0])
         classifiers = stages.prepare(model, classifiers, pool, rows.index)
     params = ensemble.stack([member.params[0] for member in members])
     variables = ensemble.init_members(control.begin, split[:, 1], classifiers, params)

@@ -377,7 +377,7 @@ def imitate(
     rows = labelled(np.tile(np.arange(len(pictures), dtype=np.int32), (len(boxes), 1)), labels)
     rows = Rows(rows.index, {**rows.targets, "probabilities": jnp.asarray(np.stack(answers))})
     keys = jnp.stack([jax.random.fold_in(key, number) for number in range(len(boxes))])
-    start = ensemble.init_members(lambda key: model.init(key, clean.image_shape), keys)
+    start = ensemble.init_networks(model, clean.image_shape, keys)
     start = prepare(model, start, jnp.asarray(pictures), rows.index)
     objective = surrogate_objective(model)
     return runner.from_variables(
