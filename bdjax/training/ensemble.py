@@ -300,11 +300,16 @@ def fit(
         states = checkpoint.load_progress(progress_folder, states) or states
     count, first = num_members(states), int(np.asarray(states.epoch)[0])
     if group_size is None:
-        minimised = objective or supervised(model, loss)
+        minimised = objective or _supervised(model, loss)
         group_size = _group_that_fits(minimised, config, states, pool, train, validation, layout, report)
     groups = _groups(count, group_size)
     spread = spread_members(len(groups[0]))
-    run_epoch = compile_members(make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True)
+    if objective is None:
+        run_epoch = compile_epoch(model, loss, config, layout, spread)
+    else:  # not kept: it may hold arrays
+        run_epoch = compile_members(
+            make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True
+        )
     pool = spread.replicate(pool)
     if len(groups) == 1:
         states, train, validation = (spread.place(tree) for tree in (states, train, validation))
@@ -325,6 +330,18 @@ def fit(
             if on_epoch is not None:
                 on_epoch(gathered)
         return spread.gather(states) if len(groups) == 1 else jax.tree.map(jnp.asarray, states)
+
+
+_supervised = lru_cache(maxsize=32)(supervised)
+
+
+@lru_cache(maxsize=8)
+def compile_epoch(
+    model: Model, loss: Loss, config: TrainConfig, layout: Layout, spread: Spread
+) -> Callable[..., TrainState]:
+    """The compiled epoch of stacked members that learn from labels; calls with the same arguments give the same function."""
+    epoch = make_epoch(model, loss, config, _supervised(model, loss))
+    return compile_members(epoch, layout, spread, num_shared=1, donate=True)
 
 
 def _group_that_fits(objective, config, states, pool, train, validation, layout, report) -> int:
