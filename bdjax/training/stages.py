@@ -27,6 +27,7 @@ from bdjax.training.member import (
     TrainState,
     as_float,
     mean_over_batches,
+    no_rows,
     over_batches,
     resume_from,
 )
@@ -229,7 +230,7 @@ class StageRunner:
             objective: what a step minimises; None for cross-entropy.
             network_of: from such variables to those of the model, for `watch`; None if the training is not to be watched.
         """
-        none = jax.tree.map(lambda leaf: leaf[:, :0], train)
+        none = no_rows(train)
         leaves, structure = jax.tree.flatten(variables)
 
         def as_leaves(tree: PyTree) -> dict[str, Array]:
