@@ -36,7 +36,7 @@ def draw_rows(seed, num_members, num_rows):
 
 def fresh(model, seeds, config=CONFIG):
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    return ensemble.init_members(lambda key: init_state(key, model, SHAPE, config), keys)
+    return ensemble.init_states(model, SHAPE, config, keys)
 
 
 def fit(model, seeds, train, validation, layout, config=CONFIG, **where):
