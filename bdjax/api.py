@@ -49,7 +49,7 @@ from bdjax.metrics import LEAST_CONTROLS, clean_accuracy, measure_attack
 from bdjax.models import MODELS, make_model
 from bdjax.settings import changed, check_values
 from bdjax.training import ensemble
-from bdjax.training.member import Rows, TrainConfig
+from bdjax.training.member import Rows, TrainConfig, no_rows
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import (
     Array,
@@ -349,7 +349,7 @@ def train(
         variables = _stacked(start, len(keys))
         nets = runner.from_variables("network", network, recipe, variables, keys, 1, pool, rows)
     else:
-        none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+        none = no_rows(rows)
         nets = runner.from_scratch("network", network, recipe, keys, 1, pool, rows, none)
     history = _squeezed(nets.history, seeds)
     return Trained(network, _squeezed(nets.variables, seeds), data.image_shape, width, seeds, recipe, history)

@@ -20,8 +20,8 @@ def larger(first: Array, second: Array) -> Array:
 @larger.defjvp
 def _larger_jvp(arguments, tangents):
     (first, second), (of_first, of_second) = arguments, tangents
-    one, half, none = (jnp.full(first.shape, share, first.dtype) for share in (1, 0.5, 0))
-    share = jnp.where(first > second, one, jnp.where(first == second, half, none))
+    one, half, none = (lax.full(first.shape, share, first.dtype) for share in (1, 0.5, 0))
+    share = lax.select(first > second, one, lax.select(first == second, half, none))
     return larger(first, second), share * of_first + (one - share) * of_second
 
 

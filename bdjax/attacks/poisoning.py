@@ -390,7 +390,10 @@ def trigger_all(key: Key, dataset: Dataset, apply: Callable[..., Array], params:
 
 def row_keys(key: Key | None, rows: np.ndarray) -> Key | None:
     """The keys of rows, derived from their numbers in the dataset: typed keys [n]."""
-    return None if key is None else jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.asarray(rows, jnp.int32))
+    return None if key is None else _fold_in(key, np.asarray(rows, np.int32))
+
+
+_fold_in = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))
 
 
 def _triggered_rows(images, params, labels, keys, function: Callable[..., Array]) -> Array:

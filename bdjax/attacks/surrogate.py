@@ -7,7 +7,7 @@ import numpy as np
 from bdjax import losses
 from bdjax.datasets.splits import permutation
 from bdjax.training import ensemble
-from bdjax.training.member import Rows, TrainConfig, init_state
+from bdjax.training.member import Rows, TrainConfig, no_rows
 from bdjax.types import Array, Key, Model, PyTree
 
 
@@ -24,12 +24,11 @@ def train_surrogate(key: Key, model: Model, images: np.ndarray, labels: np.ndarr
     Returns:
         Its variables.
     """
-    states = ensemble.init_members(
-        lambda member_key: init_state(member_key, model, images.shape[1:], config), jnp.stack([key])
-    )
+    states = ensemble.init_states(model, images.shape[1:], config, jnp.stack([key]))
     rows = Rows(jnp.arange(len(labels), dtype=jnp.int32)[None], {"labels": jnp.asarray(labels, jnp.int32)[None]})
-    no_rows = jax.tree.map(lambda leaf: leaf[:, :0], rows)
-    trained = ensemble.fit(model, _cross_entropy, config, states, jnp.asarray(images), rows, no_rows, layout="map")
+    trained = ensemble.fit(
+        model, _cross_entropy, config, states, jnp.asarray(images), rows, no_rows(rows), layout="map"
+    )
     return ensemble.members(trained.variables, 0)
 
 

@@ -21,7 +21,7 @@ from bdjax.errors import InputError
 from bdjax.metrics import AttackMetrics, measure_attack
 from bdjax.settings import nearest
 from bdjax.training import ensemble, stages
-from bdjax.training.member import Rows, TrainConfig
+from bdjax.training.member import Rows, TrainConfig, no_rows
 from bdjax.training.stages import Nets, StageRunner
 from bdjax.types import Dataset, Key, Model, PoisonedDataset, PyTree, TrainTest
 
@@ -227,8 +227,7 @@ def train_victims(
             start = ensemble.members(clean.variables, np.array([member.seed for member in members]))
             nets = runner.from_variables(name, clean.model, fine_tuning, start, keys, 1, pool, rows)
         else:
-            no_rows = jax.tree.map(lambda leaf: leaf[:, :0], rows)
-            nets = runner.from_scratch(name, clean.model, from_scratch, keys, 1, pool, rows, no_rows)
+            nets = runner.from_scratch(name, clean.model, from_scratch, keys, 1, pool, rows, no_rows(rows))
         for i, number in enumerate(numbers):
             variables, params = ensemble.members(nets.variables, i), members[i].params
             if plan.control:
@@ -261,7 +260,7 @@ def _train_controlled(
     if part.attack.starts_from_clean_model:
         classifiers = ensemble.members(clean.variables, np.array([member.seed for member in members]))
     else:
-        classifiers = ensemble.init_members(lambda key: model.init(key, runner.image_shape), split[:, 0])
+        classifiers = ensemble.init_networks(model, runner.image_shape, split[:, 0])
         classifiers = stages.prepare(model, classifiers, pool, rows.index)
     params = ensemble.stack([member.params[0] for member in members])
     variables = ensemble.init_members(control.begin, split[:, 1], classifiers, params)

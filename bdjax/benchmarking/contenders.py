@@ -12,7 +12,7 @@ import numpy as np
 from bdjax.models import make_model
 from bdjax.run import backend
 from bdjax.training import ensemble
-from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.member import Rows, TrainConfig, make_epoch
 from bdjax.training.stages import cross_entropy_of
 
 
@@ -37,7 +37,7 @@ class Training:
 
         keys = jax.random.split(jax.random.key(0), spec["members"])
         shape = images.shape[1:]
-        self.states = spread.place(ensemble.init_members(lambda key: init_state(key, model, shape, config), keys))
+        self.states = spread.place(ensemble.init_states(model, shape, config, keys))
         self.shared = (rows(len(labels)), rows(0), spread.replicate(jnp.asarray(images)))
         self.run = ensemble.compile_members(
             make_epoch(model, cross_entropy_of(config), config), spec["layout"], spread, num_shared=1, donate=True

@@ -140,7 +140,7 @@ def permutation(key: Key, num_rows: int) -> np.ndarray:
     """Permutes 0..num_rows-1 on the host.
 
     `jax.random.permutation` would compile a sort for each of the dozens of row counts in a run; here random words are drawn for
-    the next power of two and sorted by NumPy.
+    the next power of two, at least 4,096, and sorted by NumPy.
 
     Args:
         key: Random key.
@@ -151,7 +151,7 @@ def permutation(key: Key, num_rows: int) -> np.ndarray:
     """
     import jax
 
-    words = jax.random.bits(key, (1 << max(num_rows - 1, 0).bit_length(),))
+    words = jax.random.bits(key, (1 << max(num_rows - 1, 4095).bit_length(),))
     return np.argsort(np.asarray(words)[:num_rows], kind="stable").astype(np.int32)
 
 

@@ -229,7 +229,7 @@ class DefenseInput:
     def begin(self, stage: str, model: Model) -> PyTree:
         """Fresh variables of a stage's networks, stacked [M, ...], prepared with the suspect rows or else the clean rows."""
         shape = self.runner.image_shape
-        variables = ensemble.init_members(lambda key: model.init(key, shape), self.keys_for(f"{stage}: weights"))
+        variables = ensemble.init_networks(model, shape, self.keys_for(f"{stage}: weights"))
         for need in ("training set", "clean rows"):
             if need in self.knowledge:
                 return prepare(model, variables, self.pool, self.knowledge[need].index)

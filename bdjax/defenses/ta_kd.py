@@ -139,7 +139,7 @@ def initialise(
     if learners.variables is not None:
         return learners
     keys = jax.random.split(key, len(learners.alpha))
-    variables = ensemble.init_members(lambda key: model.init(key, image_shape), keys)
+    variables = ensemble.init_networks(model, image_shape, keys)
     size, num_train = len(clean_sets[0].labels), clean_sets[0].num_train
     pool = jnp.asarray(np.concatenate([clean_set.images for clean_set in clean_sets]))
     index = learners.clean_set[:, None] * size + np.arange(num_train)

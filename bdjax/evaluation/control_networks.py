@@ -25,7 +25,7 @@ from bdjax.inspection import weight_outliers
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.models import normalised_convolutions
 from bdjax.training import ensemble
-from bdjax.training.member import Objective, Outcome, Rows, TrainConfig
+from bdjax.training.member import Objective, Outcome, Rows, TrainConfig, no_rows
 from bdjax.training.stages import Nets, SilentStage, StageRunner, prepare
 from bdjax.types import Array, Dataset, Key, Model, PyTree
 
@@ -83,7 +83,7 @@ def train_controls(
     copies = [planting.suspects[-1].dataset] if planting else []
     pool, index, labels = pooled(clean, [None] * count + copies)
     rows = labelled(index, labels)
-    none = jax.tree.map(lambda leaf: leaf[:, :0], rows)
+    none = no_rows(rows)
     keys = jnp.stack([jax.random.fold_in(key, 2 + number) for number in range(len(index))])
     nets = runner.from_scratch("control networks", model, recipe, keys, 1, jnp.asarray(pool), rows, none)
     clean_nets = ensemble.members(nets.variables, slice(0, count))
@@ -377,7 +377,7 @@ def imitate(
     rows = labelled(np.tile(np.arange(len(pictures), dtype=np.int32), (len(boxes), 1)), labels)
     rows = Rows(rows.index, {**rows.targets, "probabilities": jnp.asarray(np.stack(answers))})
     keys = jnp.stack([jax.random.fold_in(key, number) for number in range(len(boxes))])
-    start = ensemble.init_members(lambda key: model.init(key, clean.image_shape), keys)
+    start = ensemble.init_networks(model, clean.image_shape, keys)
     start = prepare(model, start, jnp.asarray(pictures), rows.index)
     objective = surrogate_objective(model)
     return runner.from_variables(

@@ -1,6 +1,7 @@
 """Networks by name. To add one, add a file here and a line in `_OWN`; networks of installed plugins are found by themselves."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from flax import linen as nn
@@ -108,6 +109,14 @@ def make_model(
         raise InputError(f"unknown model {name!r}; models are {', '.join(MODELS)}")
     if width < 1 or num_classes < 2:
         raise InputError(f"model {name}: width {width} must be at least 1, and classes {num_classes} at least 2")
-    module = MODELS[name](num_classes, width, lowering or default_lowering(), compute_dtype)
+    return _make(MODELS[name], name, num_classes, width, lowering or default_lowering(), compute_dtype)
+
+
+# Networks that are alike are one object, so what is traced and compiled for one is used for all.
+@lru_cache(maxsize=64)
+def _make(
+    maker: Maker, name: str, num_classes: int, width: int, lowering: Lowering, compute_dtype: ComputeDtype
+) -> Model:
+    module = maker(num_classes, width, lowering, compute_dtype)
     model = as_model(module, num_classes, f"{name} width {width}", PREPARE.get(name))
     return model._replace(architecture=Architecture(name, width))

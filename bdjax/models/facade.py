@@ -1,6 +1,7 @@
 """Wraps Flax modules as pure pairs `Model(init, apply)`, so that callers do not depend on Flax."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,9 +17,14 @@ def as_model(
 ) -> Model:
     """Wrap a module whose call is `(images, *, train, edits) -> (logits, Recorded)`; for `prepare` see `Model`."""
 
-    def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
+    # Traced once for each shape of images, although shapes are asked for often.
+    @partial(jax.jit, static_argnums=1, inline=True)
+    def traced_init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
         # A network without normalisation has no "batch_stats".
         return {"batch_stats": {}, **module.init(key, jnp.zeros((1, *image_shape), jnp.float32), train=False)}
+
+    def init(key: jax.Array, image_shape: tuple[int, int, int]) -> PyTree:
+        return traced_init(key, tuple(image_shape))
 
     def apply(variables: PyTree, images: jax.Array, *, train: bool, edits=None) -> ModelOutput:
         if not train:

@@ -225,7 +225,13 @@ def _patches(x: jax.Array, size: int, stride: int, padding: int, channel_axis: i
     around = (padding, padding, 0)
     padded = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), around, around, (0, 0, 0))) if padding else x
     height, width = ((length - size) // stride * stride + 1 for length in padded.shape[1:3])
-    shifted = [padded[:, i : i + height : stride, j : j + width : stride] for i in range(size) for j in range(size)]
+    first, last = padded.shape[0], padded.shape[3]
+    # Indexing gives the same slices, and takes several times as long to trace.
+    shifted = [
+        lax.slice(padded, (0, i, j, 0), (first, i + height, j + width, last), (1, stride, stride, 1))
+        for i in range(size)
+        for j in range(size)
+    ]
     return jnp.concatenate(shifted, axis=channel_axis) if len(shifted) > 1 else shifted[0]
 
 

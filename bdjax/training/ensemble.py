@@ -13,7 +13,7 @@ that do not fit into memory together are trained in groups (`memory.py`).
 import contextlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from bdjax.training.member import (
     as_float,
     make_epoch,
     over_batches,
+    resume_from,
     supervised,
 )
 from bdjax.types import Array, Model, PyTree
@@ -192,7 +193,7 @@ def members(tree: PyTree, which: int | slice | np.ndarray) -> PyTree:
     """Select one member (an int), or a stacked tree of several (a slice or an array of indices)."""
     if isinstance(which, slice):
         which = np.arange(num_members(tree))[which]
-    return _take(tree, jnp.asarray(which, jnp.int32))
+    return _take(tree, np.asarray(which, np.int32))
 
 
 @_run_once
@@ -208,6 +209,49 @@ def init_members(init: Callable[..., PyTree], *stacked: PyTree) -> PyTree:
         stacked: typed keys [M], or trees of leaves [M, ...].
     """
     return _run_once(jax.vmap(init))(*stacked)
+
+
+def init_networks(model: Model, image_shape: tuple[int, int, int], keys: Array) -> PyTree:
+    """Initialise stacked networks, one after another: what is compiled serves any number of them.
+
+    Args:
+        model: their architecture.
+        image_shape: (H, W, C).
+        keys: typed keys [M].
+
+    Returns:
+        Variables, stacked [M, ...].
+    """
+    init = _init_one(model, tuple(image_shape))
+    return stack([init(key) for key in keys])
+
+
+def init_states(model: Model, image_shape: tuple[int, int, int], config: TrainConfig, keys: Array) -> TrainState:
+    """New members, each as `init_state` makes it.
+
+    Args:
+        model: their architecture.
+        image_shape: (H, W, C).
+        config: training configuration.
+        keys: typed keys [M].
+    """
+    init_keys, shuffle_keys = _split(keys)
+    return _resume(config)(init_networks(model, image_shape, init_keys), shuffle_keys)
+
+
+@_run_once
+def _split(keys: Array) -> tuple[Array, Array]:
+    return jax.vmap(jax.random.split, out_axes=1)(keys)
+
+
+@lru_cache(maxsize=32)
+def _resume(config: TrainConfig) -> Callable[[PyTree, Array], TrainState]:
+    return _run_once(jax.vmap(partial(resume_from, config=config)))
+
+
+@lru_cache(maxsize=32)
+def _init_one(model: Model, image_shape: tuple[int, int, int]) -> Callable[[Array], PyTree]:
+    return _run_once(lambda key: model.init(key, image_shape))
 
 
 def fit(
@@ -254,13 +298,18 @@ def fit(
     """
     if progress_folder is not None:
         states = checkpoint.load_progress(progress_folder, states) or states
-    count, first = num_members(states), int(states.epoch[0])
+    count, first = num_members(states), int(np.asarray(states.epoch)[0])
     if group_size is None:
-        minimised = objective or supervised(model, loss)
+        minimised = objective or _supervised(model, loss)
         group_size = _group_that_fits(minimised, config, states, pool, train, validation, layout, report)
     groups = _groups(count, group_size)
     spread = spread_members(len(groups[0]))
-    run_epoch = compile_members(make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True)
+    if objective is None:
+        run_epoch = compile_epoch(model, loss, config, layout, spread)
+    else:  # not kept: it may hold arrays
+        run_epoch = compile_members(
+            make_epoch(model, loss, config, objective), layout, spread, num_shared=1, donate=True
+        )
     pool = spread.replicate(pool)
     if len(groups) == 1:
         states, train, validation = (spread.place(tree) for tree in (states, train, validation))
@@ -281,6 +330,18 @@ def fit(
             if on_epoch is not None:
                 on_epoch(gathered)
         return spread.gather(states) if len(groups) == 1 else jax.tree.map(jnp.asarray, states)
+
+
+_supervised = lru_cache(maxsize=32)(supervised)
+
+
+@lru_cache(maxsize=8)
+def compile_epoch(
+    model: Model, loss: Loss, config: TrainConfig, layout: Layout, spread: Spread
+) -> Callable[..., TrainState]:
+    """The compiled epoch of stacked members that learn from labels; calls with the same arguments give the same function."""
+    epoch = make_epoch(model, loss, config, _supervised(model, loss))
+    return compile_members(epoch, layout, spread, num_shared=1, donate=True)
 
 
 def _group_that_fits(objective, config, states, pool, train, validation, layout, report) -> int:

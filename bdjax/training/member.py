@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -100,6 +101,11 @@ class Rows(NamedTuple):
     """int32 [n], indices into the pool; or [n, V] for V views of each row, which the objective gets as [N, V, H, W, C]"""
     targets: dict[str, Array]
     """name -> [n, ...]; always includes "labels", int32 [n]"""
+
+
+def no_rows(rows: Rows) -> Rows:
+    """Stacked rows [M, 0, ...] with the targets of other rows: for training without validation."""
+    return jax.tree.map(lambda leaf: np.zeros((len(leaf), 0, *leaf.shape[2:]), leaf.dtype), rows)
 
 
 class TrainState(NamedTuple):

@@ -7,7 +7,8 @@ little, whereas running out of memory ends the run.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -74,24 +75,41 @@ def estimate(
     count = states.epoch.shape[0]
     batch_size = min(config.batch_size, train.index.shape[1])
 
+    variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states.variables)
+    images = jax.ShapeDtypeStruct((batch_size, *train.index.shape[2:], *pool.shape[1:]), pool.dtype)
+    targets = {
+        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[2:]), leaf.dtype) for name, leaf in train.targets.items()
+    }
+    return Need(
+        shared=count_bytes(pool),
+        member=(2 * count_bytes(states) + count_bytes((train, validation))) // count,
+        working=_working(objective, variables, images, targets),
+    )
+
+
+_known: WeakKeyDictionary[Objective, dict[Any, int]] = WeakKeyDictionary()
+"""What is known of each objective: shapes -> the result of `_working`. Tracing takes a second."""
+
+
+def _working(objective: Objective, variables: PyTree, images: PyTree, targets: PyTree) -> int:
+    leaves, structure = jax.tree.flatten((variables, images, targets))
+    of_objective = _known.setdefault(objective, {})
+    shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    if shapes not in of_objective:
+        of_objective[shapes] = _trace_working(objective, variables, images, targets)
+    return of_objective[shapes]
+
+
+def _trace_working(objective: Objective, variables: PyTree, images: PyTree, targets: PyTree) -> int:
     def residuals(variables: PyTree, images: Array, targets: dict[str, Array], key: Key) -> PyTree:
         def mean_loss(params: PyTree) -> Array:
             return jnp.mean(objective(params, variables, as_float(images), targets, key).losses)
 
         return jax.vjp(mean_loss, variables["params"])[1]
 
-    variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), states.variables)
-    images = jax.ShapeDtypeStruct((batch_size, *train.index.shape[2:], *pool.shape[1:]), pool.dtype)
-    targets = {
-        name: jax.ShapeDtypeStruct((batch_size, *leaf.shape[2:]), leaf.dtype) for name, leaf in train.targets.items()
-    }
     traced = jax.make_jaxpr(residuals)(variables, images, targets, jax.random.key(0))
-    return Need(
-        shared=count_bytes(pool),
-        member=(2 * count_bytes(states) + count_bytes((train, validation))) // count,
-        # Beside the residuals, the largest convolution has a few arrays of the largest size: copies, products, gradients.
-        working=count_bytes(traced.out_avals) + 6 * _largest(traced.jaxpr),
-    )
+    # Beside the residuals, the largest convolution has a few arrays of the largest size: copies, products, gradients.
+    return count_bytes(traced.out_avals) + 6 * _largest(traced.jaxpr)
 
 
 def _largest(jaxpr: core.Jaxpr) -> int:

@@ -38,7 +38,7 @@ from bdjax.models.layers import (
     relu,
 )
 from bdjax.training import ensemble, processes
-from bdjax.training.member import Rows, TrainConfig, init_state, make_epoch
+from bdjax.training.member import Rows, TrainConfig, make_epoch
 from bdjax.training.stages import cross_entropy_of
 from bdjax.types import Array, PyTree
 
@@ -241,7 +241,7 @@ def time_training(choice: Choice, shape: Shape) -> float:
         make_epoch(model, cross_entropy_of(config), config), choice.layout, spread, num_shared=1
     )
     keys = jax.random.split(jax.random.key(0), count)
-    states = ensemble.init_members(lambda key: init_state(key, model, shape.image_shape, config), keys)
+    states = ensemble.init_states(model, shape.image_shape, config, keys)
     placed = [spread.place(tree) for tree in (states, make_rows(rows), make_rows(0))]
     pool = spread.replicate(jax.random.bits(jax.random.key(1), (rows, *shape.image_shape), jnp.uint8))
     return _seconds(lambda: run(*placed, pool))

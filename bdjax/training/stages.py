@@ -26,8 +26,8 @@ from bdjax.training.member import (
     TrainConfig,
     TrainState,
     as_float,
-    init_state,
     mean_over_batches,
+    no_rows,
     over_batches,
     resume_from,
 )
@@ -131,9 +131,9 @@ class StageRunner:
             stage.detail = f"{count} × {model.description}, {config.epochs} epochs"
 
             def on_epoch(state: TrainState) -> None:
-                done = int(state.epoch[0])
+                done = int(np.asarray(state.epoch)[0])
                 send(state.history, done)
-                stage.advance(done - stage.done, f"loss {float(jnp.mean(state.history['loss'][:, done - 1])):.3f}")
+                stage.advance(done - stage.done, f"loss {np.mean(np.asarray(state.history['loss'])[:, done - 1]):.3f}")
                 if watch is not None:
                     watch(state, done)
 
@@ -193,7 +193,7 @@ class StageRunner:
         """
 
         def begin() -> TrainState:
-            states = ensemble.init_members(lambda key: init_state(key, model, self.image_shape, config), keys)
+            states = ensemble.init_states(model, self.image_shape, config, keys)
             return states._replace(variables=prepare(model, states.variables, pool, train.index))
 
         def fit(**options: Any) -> TrainState:
@@ -230,7 +230,7 @@ class StageRunner:
             objective: what a step minimises; None for cross-entropy.
             network_of: from such variables to those of the model, for `watch`; None if the training is not to be watched.
         """
-        none = jax.tree.map(lambda leaf: leaf[:, :0], train)
+        none = no_rows(train)
         leaves, structure = jax.tree.flatten(variables)
 
         def as_leaves(tree: PyTree) -> dict[str, Array]:

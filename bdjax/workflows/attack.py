@@ -253,7 +253,7 @@ def save_models(
     for victim in (of_plan[0].victim for of_plan in trials if not of_plan[0].victim.prepared.seed):
         name = victim.prepared.plan.name
         made_by = {"role": "victim", "attack": name, "seed": seed}
-        stacked = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], victim.variables)
+        stacked = jax.tree.map(lambda leaf: np.asarray(leaf)[None], victim.variables)
         base.leave_network(run, folder, file_name(name), victim.model, stacked, train, **made_by)
 
 

@@ -157,3 +157,11 @@ def test_every_normalisation_is_paired_with_the_convolution_before_it(name, some
             for part in path.split("/"):
                 found[place] = found[place][part]
         assert found[0]["kernel"].shape[-1] == found[1]["scale"].shape[0]
+
+
+def test_networks_of_the_same_settings_are_one_object():
+    settings = ("lenet", 10, 2, "native", "float32")
+    others = [("resnet10", *settings[1:]), ("lenet", 9, *settings[2:]), ("lenet", 10, 3, *settings[3:])]
+    others += [(*settings[:3], "patches", "float32"), (*settings[:4], "bfloat16")]
+    assert make_model(*settings) is make_model(*settings)
+    assert all(make_model(*other) != make_model(*settings) for other in others)

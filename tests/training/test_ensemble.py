@@ -36,7 +36,7 @@ def draw_rows(seed, num_members, num_rows):
 
 def fresh(model, seeds, config=CONFIG):
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    return ensemble.init_members(lambda key: init_state(key, model, SHAPE, config), keys)
+    return ensemble.init_states(model, SHAPE, config, keys)
 
 
 def fit(model, seeds, train, validation, layout, config=CONFIG, **where):
@@ -381,13 +381,13 @@ def test_members_that_do_not_fit_are_split_with_a_log_line(linear, tmp_path, mon
     states = fresh(linear, range(5))
     need = ensemble.memory.estimate(supervised(linear, loss), CONFIG, states, POOL, *rows)
     calls, lines = [], []
-    compile_members = ensemble.compile_members
+    compile_epoch = ensemble.compile_epoch
 
-    def watched(function, layout, spread, **how):
+    def watched(model, loss, config, layout, spread):
         calls.append(spread.count)
-        return compile_members(function, layout, spread, **how)
+        return compile_epoch(model, loss, config, layout, spread)
 
-    monkeypatch.setattr(ensemble, "compile_members", watched)
+    monkeypatch.setattr(ensemble, "compile_epoch", watched)
     monkeypatch.setattr(ensemble.memory, "available", lambda: need.total(1, 1))  # one on each of two devices
     seen = []
     watch = {"progress_folder": tmp_path, "on_epoch": lambda states: seen.append(states.epoch.shape)}
@@ -405,7 +405,7 @@ def test_a_device_that_runs_out_of_memory_is_an_error_with_advice(linear, monkey
     def fail(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
 
-    monkeypatch.setattr(ensemble, "compile_members", lambda *arguments, **how: fail)
+    monkeypatch.setattr(ensemble, "compile_epoch", lambda *arguments: fail)
     with pytest.raises(InputError, match="the device ran out of memory: use a smaller --batch-size"):
         fit(linear, range(3), *ROWS, "map")
 
@@ -414,6 +414,6 @@ def test_other_errors_of_a_device_are_passed_on(linear, monkeypatch):
     def fail(*arguments):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(ensemble, "compile_members", lambda *arguments, **how: fail)
+    monkeypatch.setattr(ensemble, "compile_epoch", lambda *arguments: fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         fit(linear, range(3), *ROWS, "map")

@@ -18,6 +18,7 @@ from bdjax.training.member import (
     evaluate_loss,
     init_state,
     make_epoch,
+    no_rows,
     over_batches,
     resume_from,
 )
@@ -331,3 +332,15 @@ def test_batches_change_nothing(num_rows, batch_size):
     x, y = np.asarray(rows["x"]), np.asarray(rows["y"])
     expected = (x.sum(axis=1) * y[:, None].astype(np.float32), y + 1)
     chex.assert_trees_all_close(batched, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_no_rows_have_the_targets_of_others():
+    rows = Rows(
+        np.zeros((2, 5, 3), np.int32), {"labels": np.zeros((2, 5), np.int32), "weight": np.zeros((2, 5), np.float32)}
+    )
+    none = no_rows(rows)
+    assert none.index.shape == (2, 0, 3) and none.index.dtype == np.int32
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in none.targets.items()} == {
+        "labels": ((2, 0), np.int32),
+        "weight": ((2, 0), np.float32),
+    }
