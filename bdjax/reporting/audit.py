@@ -12,6 +12,7 @@ Below the run folder, `page` writes the pictures, some of which are in the repor
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import compress
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -124,7 +125,10 @@ def summarise(
         raise ValueError(f"the detection has {len(detection.flags)} training sets; it must have exactly 1")
     sensitivity = {**NO_SENSITIVITY, **(sensitivity or {})}
     dataset, settings, copies = suspect.dataset, variant.settings, overlap.copies(suspect.dataset)
-    detection = judged(detection, sensitivity, has_findings=bool(_findings(dataset, detection, settings)))
+    classes = _classes(dataset, detection, settings)
+    findings = [entry for entry in classes if entry["finding"] in (TRIGGER, WEAK)]
+    if (tested := judged(detection, sensitivity, has_findings=bool(findings))) is not detection:
+        detection, classes = tested, _classes(dataset, tested, settings)
     flags = detection.flags[0]
     limits = not_tested_of(detection, 0)
     is_tested = not limits.reason
@@ -144,7 +148,7 @@ def summarise(
         image_shape=list(dataset.image_shape),
         networks=_network_numbers(detection, settings),
         extracts_patterns=bool(detection.patterns),
-        classes=[_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)],
+        classes=classes,
         detection=measure_by_class(suspect, detection) if is_tested else None,
         score_bands=_score_bands(suspect, detection) if _networks(detection, settings) and is_tested else [],
         changed_settings=_changed_settings(variant),
@@ -155,14 +159,8 @@ def summarise(
     return {"verdict": asdict(verdict(tree)), **tree, "caveats": caveats(tree)}
 
 
-def _findings(dataset: Dataset, detection: Detection, settings: Any) -> list[int]:
-    """Classes whose pattern is a finding, certain or weak."""
-    classes = range(dataset.num_classes)
-    return [
-        number
-        for number in classes
-        if _class_numbers(dataset, detection, settings, number)["finding"] in (TRIGGER, WEAK)
-    ]
+def _classes(dataset: Dataset, detection: Detection, settings: Any) -> list[dict[str, Any]]:
+    return [_class_numbers(dataset, detection, settings, number) for number in range(dataset.num_classes)]
 
 
 def judged(detection: Detection, sensitivity: Mapping[str, Any], has_findings: bool) -> Detection:
@@ -247,8 +245,10 @@ def _class_numbers(dataset: Dataset, detection: Detection, settings: Any, number
         # Without a candidate pattern nothing is tested: the success is unknown, not 0.
         rates = [rate if p < settings.p_value else None for p, rate in zip(p_values, success, strict=True)]
         numbers["success"] = dict(zip(networks, rates, strict=True))
+        works = [rate is not None and rate >= settings.least_success for rate in rates]
+        numbers["pattern_p_value"] = min(compress(p_values, works), default=None)
         numbers["may_be_chance"] = bool(detection.evidence["may_be_chance"][0, number])
-        numbers["agreeing"] = sum(rate is not None and rate >= settings.least_success for rate in rates)
+        numbers["agreeing"] = sum(works)
     if detection.patterns:
         scores = detection.scores[0, in_class]
         numbers |= {
@@ -297,7 +297,7 @@ def _reasons_against(entry: Entry, least_accuracy: float, usual: float) -> list[
     if entry["flagged"] and is_unsure:
         texts.append(f"{percent(entry['sure'])} of its flagged rows have a score of {SURE:g} or more")
     if entry.get("may_be_chance"):
-        p_value = smallest_p_value(entry)
+        p_value = entry["pattern_p_value"]  # of networks whose pattern works; others may have a smaller one
         texts.append(f"its p-value of {p_value:.2g} may be chance among so many classes and networks")
     if _too_few_agree(entry):
         texts.append(f"only {entry['agreeing']} of {len(entry['success'])} networks has a working pattern")

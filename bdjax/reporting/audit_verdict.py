@@ -2,7 +2,7 @@
 
 *Found*, *nothing found* and *could not be tested* each have their own headline, colour and exit status. A class "carries a
 trigger" if the detector extracted a pattern for it and nothing speaks against that pattern; otherwise it is "suspicious", or,
-without a flagged row and with a pattern on too few networks, no finding but a pattern that was not confirmed. A
+without a flagged row and with a pattern that may be chance or that too few networks have, "not confirmed" and no finding. A
 detector without patterns only flags rows, and the verdict claims no more than that. "Nothing found" comes with what would have
 been found: the number that the settings ask for, and what became of a trigger that was planted in copies of the rows.
 

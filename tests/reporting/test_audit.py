@@ -184,9 +184,11 @@ def test_a_pattern_of_one_network_without_a_flagged_row_is_no_finding(flagged):
 def test_a_pattern_that_may_be_chance_needs_a_flagged_row(flagged):
     found = analysis(flagged=flagged)
     found.may_be_chance[0, 3] = True
+    found.p_values[0, 0, 3], found.success[0, 0, 3] = 1e-9, 0.2  # of a network whose pattern does not work
     results = summarise(dataset(), found, SETTINGS)
     outcome = ("found", "weak") if flagged else ("nothing found", "unconfirmed")
     assert (results["outcome"], results["classes"][3]["finding"]) == outcome
+    assert results["classes"][3]["pattern_p_value"] == 1e-6
     assert "its p-value of 1e-06 may be chance among so many classes and networks" in results["verdict"]["text"]
 
 
