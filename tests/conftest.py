@@ -3,6 +3,7 @@
 Tests compile much and compute little, so most of the compiler's optimisations are off.
 """
 
+import collections
 import gc
 import importlib.metadata
 import os
@@ -30,6 +31,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(tempfile.gettempdir()
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Reading even the smallest program takes a third of the time of compiling it.
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Where in the source each operation comes from is part of every program, and read by no test.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -39,6 +42,36 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 # On a machine of one or four cores, `use_every_core` in a test's own process would ask for another number, which is an error.
 os.sched_getaffinity = lambda process: {0, 1}
+
+
+LONGEST = (
+    "docs/test_manual",
+    "workflows/test_ta_kd_runs",
+    "defenses/test_defense_contract",
+    "models/test_networks",
+    "commands/test_grid",
+    "workflows/test_detection",
+    "training/test_ensemble",
+    "workflows/test_audit_runs",
+    "training/test_processes",
+    "training/test_devices",
+    "workflows/test_audit_model_commands",
+    "commands/test_wheel",
+    "training/test_interruptions",
+)
+"""Files that take longer than their number of tests suggests, and come first so that no worker waits for them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which workers take them: the longest, then those of the most tests."""
+    sizes = collections.Counter(item.path for item in items)
+    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+
+    def place_of(item: pytest.Item) -> tuple[int, int]:
+        name = "/".join(item.path.parts[-2:])
+        return places.get(name, len(places)), -sizes[item.path]
+
+    items.sort(key=place_of)  # stable, so tests of a file stay in their order
 
 
 def pytest_collection_finish() -> None:

@@ -209,7 +209,6 @@ def test_a_run_that_is_interrupted_and_killed_ends_at_the_same_numbers(finished,
     stages, clean = folder / "checkpoints", {}
     moments = {
         "config.json": signal.SIGINT,
-        "checkpoints/clean/progress-*": signal.SIGTERM,
         "checkpoints/clean/about.json": signal.SIGINT,
         "checkpoints/teachers/progress-00000[234]": signal.SIGKILL,
         "checkpoints/aggregated-fine-tuned/progress-*tmp*": signal.SIGTERM,
