@@ -209,7 +209,9 @@ def verdict(results: Entry, about: Sequence[str] = ()) -> Verdict:
     attacked = [(attack, mean_of(cell, "asr"), mean_of(cell, "control_asr")) for attack, cell in before]
     attacked = [entry for entry in attacked if entry[1] is not None]
     if not attacked or not defenses:
-        return _without_trigger(results, defenses)
+        return _without_comparison(
+            results, defenses, ", ".join(f"{attack['title']} {asr:.3f}" for attack, asr, _ in attacked)
+        )
     working = [attack for attack, asr, control in attacked if has_backdoor(asr, control)]
     idle = ", ".join(f"{attack['title']} ({asr:.2f})" for attack, asr, _ in attacked if attack not in working)
     if not working:
@@ -257,7 +259,8 @@ def _on_defense(results: Entry, defense: Entry, attacks: Sequence[Entry], words:
     return text + (f" Not removed: {', '.join(not_removed)}." if not_removed else "")
 
 
-def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
+def _without_comparison(results: Entry, defenses: Sequence[Entry], successes: str) -> Verdict:
+    """Words on a run without a known trigger or without a defense; `successes` has the ASR of each network without defense."""
     shown = [method for method in results["methods"] if method in defenses or method["base"] == schema.NO_DEFENSE]
     lines = [shared.accuracy_text(results, attack, shown) for attack in results["attacks"]]
     if any(attack["num_poisoned"] is None for attack in results["attacks"]):
@@ -268,6 +271,9 @@ def _without_trigger(results: Entry, defenses: Sequence[Entry]) -> Verdict:
         )
     elif all(map(schema.is_clean, results["attacks"])):
         headline = "The training set is clean: every flagged row is a false alarm."
+    elif successes:
+        headline = "No defense was run, so nothing is compared."
+        lines.insert(0, f"Mean ASR without defense: {successes}.")
     else:
         headline = "No trigger is known, so no attack success can be measured."
     if not defenses and any(reason.startswith(NOT_TESTED) for reason in results["left_out"].values()):

@@ -438,3 +438,9 @@ def test_pictures_are_of_the_rows_that_the_defense_suspects(monkeypatch, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         shared.suspicious_figures(folder, comparisons(("none",), truth=False), TRAIN)
     assert seen["captions"][0][0] == "dog"
+
+
+def test_attacks_alone_have_their_success_and_no_comparison():
+    outcome = numbers.verdict(numbers.summarise([measure("badnets", NONE, 0.9, 0.95)], 10, 0))
+    assert (outcome.level, outcome.headline) == ("info", "No defense was run, so nothing is compared.")
+    assert outcome.text.startswith("Mean ASR without defense: BadNets 0.950.") and "trigger" not in outcome.text
