@@ -66,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order in which workers take them: the longest, then those of the most tests."""
     sizes = collections.Counter(item.path for item in items)
     places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+    missing = [name for name in places if not (pathlib.Path(__file__).parent / name).exists()]
+    assert not missing, f"tests/conftest.py: LONGEST names files that are not there: {missing}"
 
     def place_of(item: pytest.Item) -> tuple[int, int]:
         name = "/".join(item.path.parts[-2:])
