@@ -3,7 +3,6 @@
 Tests compile much and compute little, so most of the compiler's optimisations are off.
 """
 
-import collections
 import gc
 import importlib.metadata
 import os
@@ -42,38 +41,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 # On a machine of one or four cores, `use_every_core` in a test's own process would ask for another number, which is an error.
 os.sched_getaffinity = lambda process: {0, 1}
-
-
-LONGEST = (
-    "docs/test_manual",
-    "workflows/test_ta_kd_runs",
-    "defenses/test_defense_contract",
-    "models/test_networks",
-    "commands/test_grid",
-    "workflows/test_detection",
-    "training/test_ensemble",
-    "workflows/test_audit_runs",
-    "training/test_processes",
-    "training/test_devices",
-    "workflows/test_audit_model_commands",
-    "commands/test_wheel",
-    "training/test_interruptions",
-)
-"""Files that take longer than their number of tests suggests, and come first so that no worker waits for them at the end."""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files in the order in which workers take them: the longest, then those of the most tests."""
-    sizes = collections.Counter(item.path for item in items)
-    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
-    missing = [name for name in places if not (pathlib.Path(__file__).parent / name).exists()]
-    assert not missing, f"tests/conftest.py: LONGEST names files that are not there: {missing}"
-
-    def place_of(item: pytest.Item) -> tuple[int, int]:
-        name = "/".join(item.path.parts[-2:])
-        return places.get(name, len(places)), -sizes[item.path]
-
-    items.sort(key=place_of)  # stable, so tests of a file stay in their order
 
 
 def pytest_collection_finish() -> None:
