@@ -866,12 +866,13 @@ def audit_model(
     search_epochs: int = 80,
     search_patience: int = 5,
     search_batch_size: int = 64,
+    random_triggers: int = 150,
     surrogate: str = "resnet10",
     width: int = 64,
     queries: int = 4,
     training: Mapping[str, Any] = {},
 ) -> Audited:
-    """Is there a backdoor in a network? Reversed triggers on held-out rows, beside clean control networks trained here.
+    """Is there a backdoor in a network? Reversed and random triggers on held-out rows, beside control networks trained here.
 
     Args:
         suspect: a network; or any function from images, float32 [B, H, W, C] in [0, 1], to logits, a black box:
@@ -881,6 +882,7 @@ def audit_model(
         key: random key.
         controls: the number of control networks, at least 2; the p-value is at least 1 / (controls + 1).
         search_epochs, search_patience, search_batch_size: of the search by Neural Cleanse.
+        random_triggers: triggers of each kind that are drawn at random and put on 40 held-out rows; 0 for none.
         surrogate, width, queries: architecture and channel width of surrogates, and pictures of each clean row that the
             suspect is queried with; only for a function.
         training: fields of `TrainConfig` for the control networks and surrogates: {"epochs": 8}.
@@ -894,6 +896,8 @@ def audit_model(
         raise InputError(f"audit_model: clean has {_kind(clean)}; held_out has {_kind(held_out)}")
     if isinstance(controls, bool) or not isinstance(controls, int) or controls < LEAST_CONTROLS:
         raise InputError(f"audit_model: controls {controls!r} is not a whole number of at least {LEAST_CONTROLS}")
+    if isinstance(random_triggers, bool) or not isinstance(random_triggers, int) or random_triggers < 0:
+        raise InputError(f"audit_model: random_triggers {random_triggers!r} is not a whole number of at least 0")
     changes = {
         "epochs": search_epochs,
         "patience": search_patience,
@@ -921,7 +925,8 @@ def audit_model(
     count = len(asks)
     titles = ["the model"] if count == 1 else [f"model {number}" for number in range(1, count + 1)]
     imitation = control_networks.Imitation(recipe, queries)
-    setup = control_networks.Setup(controls, model, recipe, imitation, settings, runner, clean, clean, held_out)
+    rows = clean, clean, held_out
+    setup = control_networks.Setup(controls, model, recipe, imitation, settings, runner, *rows, random_triggers)
     audited = control_networks.audit(key, setup, control_networks.Asked(titles, ["Python"] * count, asks, variables))
     masks = patterns = None
     if audited.tested:

@@ -71,6 +71,26 @@ def stratified_split(key: Key, labels: np.ndarray, fraction: float) -> tuple[np.
     return _rows_where(~is_set_aside), _rows_where(is_set_aside)
 
 
+def balanced_rows(key: Key, labels: np.ndarray, count: int) -> np.ndarray:
+    """Samples rows so that no class has more of them than another, as far as its rows last.
+
+    Args:
+        key: Random key.
+        labels: int [N].
+        count: How many rows; all N if there are fewer.
+
+    Returns:
+        int32, sorted.
+    """
+    order = permutation(key, len(labels))
+    rank = np.zeros(len(labels), int)  # of a row among those of its class
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        rank[rows] = np.arange(len(rows))
+    first = order[np.argsort(rank[order], kind="stable")][:count]
+    return np.sort(first).astype(np.int32)
+
+
 def train_validation_rows(key: Key, rows: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Splits rows into training and validation rows at random.
 

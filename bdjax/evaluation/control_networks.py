@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bdjax.attacks.poisoning import pooled, trigger_all
+from bdjax.datasets import splits
 from bdjax.defenses import neural_cleanse
 from bdjax.defenses.contract import DefenseInput, PoolRows, labelled
 from bdjax.defenses.neural_cleanse import NeuralCleanseSettings, Triggers
@@ -21,12 +22,14 @@ from bdjax.errors import InputError
 from bdjax.evaluation import sensitivity
 from bdjax.evaluation.model_audit import LEAST_ROWS, Measured, describe_weights, judge, least_accuracy
 from bdjax.evaluation.sensitivity import Planting
-from bdjax.inspection import weight_outliers
+from bdjax.inspection import random_triggers, weight_outliers
+from bdjax.inspection.random_triggers import Responses
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.models import normalised_convolutions
 from bdjax.training import ensemble
 from bdjax.training.member import Objective, Outcome, Rows, TrainConfig, no_rows
 from bdjax.training.stages import Nets, SilentStage, StageRunner, prepare
+from bdjax.triggers import MaskedBlend
 from bdjax.types import Array, Dataset, Key, Model, PyTree
 
 PLANTED_SHARE = 0.1
@@ -134,6 +137,8 @@ class Setup(NamedTuple):
     """the rows that triggers are searched on"""
     held_out: Dataset
     """the rows that their success is measured on"""
+    random_triggers: int = 0
+    """of each kind; 0 for none"""
     shown_as: Callable[[np.ndarray], np.ndarray] = lambda logits: logits
     """from logits [N, K] to what is left of them in the outputs of a black box like the suspects"""
 
@@ -237,7 +242,46 @@ def examine(key: Key, setup: Setup, suspects: PyTree | None, asks: Sequence[Ask]
         )
         classes = predict(controls.clean, held_out.images).argmax(axis=-1)
         accuracies = (classes == held_out.labels).mean(axis=1).tolist()
+    if setup.random_triggers:
+        controls_alone = [ensemble.members(controls.clean, np.arange(number, number + 1)) for number in range(count)]
+        asked = [lambda images, alone=alone: predict(alone, images)[0] for alone in controls_alone]
+        every = [*asks, *asked, *boxes[len(asks) :]]
+        responses = respond(key, every, held_out, setup.random_triggers, runner)
+        measured = measured._replace(responses=responses, kinds=tuple(random_triggers.KINDS))
     return Examined(measured, places, accuracies, planted, controls)
+
+
+def respond(key: Key, networks: Sequence[Ask], test: Dataset, count: int, runner: StageRunner) -> Responses:
+    """What random triggers do to M networks: leaves [M, S, K].
+
+    Args:
+        key: the audit's; see `draw_random`.
+        networks: the M networks.
+        test: the held-out rows.
+        count: triggers of each kind.
+        runner: whose log has the stage.
+    """
+    triggers, rows = draw_random(key, test, count)
+    found, detail = [], f"{len(triggers)} kinds × {count} × {len(rows)} rows"
+    with stage_of(runner, "random triggers", len(networks), "networks", detail) as stage:
+        for ask in networks:
+            found.append(random_triggers.strongest_successes(ask, triggers, rows.images, rows.labels, test.num_classes))
+            stage.advance()
+    return Responses(*(np.stack(leaves) for leaves in zip(*found, strict=True)))
+
+
+def draw_random(key: Key, test: Dataset, count: int) -> tuple[dict[str, MaskedBlend], Dataset]:
+    """The random triggers of each kind, and the rows that they are put on, of all classes in equal shares.
+
+    Args:
+        key: the audit's; decides the triggers, and which `random_triggers.ROWS` of the rows they are put on.
+        test: the held-out rows.
+        count: triggers of each kind.
+    """
+    trigger_key, row_key = jax.random.split(jax.random.fold_in(key, 1))  # the key itself is split elsewhere
+    rows = splits.take(test, splits.balanced_rows(row_key, test.labels, random_triggers.ROWS))
+    kinds = random_triggers.KINDS
+    return {kind: random_triggers.draw_triggers(trigger_key, kind, count, test.image_shape) for kind in kinds}, rows
 
 
 def stage_of(runner: StageRunner, name: str, total: int | None, unit: str, detail: str = "") -> AbstractContextManager:

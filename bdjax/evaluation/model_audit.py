@@ -11,6 +11,10 @@ backdoor is a far smaller trigger into its target than into the other classes. W
 - its p-value: the K control networks have the same architecture and are trained on the clean rows, so they are what the network
   would be without a backdoor. See `p_value` for what that assumes.
 
+A second test needs no gradient: triggers of several kinds are drawn at random and put on a few held-out rows
+(`bdjax/inspection/random_triggers.py`). A network with a backdoor sends them to its target more often than control networks do;
+see `response_deviations`.
+
 One more network is trained on the clean rows with a planted trigger and treated like a suspect: a run that does not find that
 one could not have found anything, and says so.
 """
@@ -23,6 +27,7 @@ import numpy as np
 
 from bdjax.defenses import neural_cleanse
 from bdjax.defenses.neural_cleanse import Triggers
+from bdjax.inspection.random_triggers import Responses
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 
 LEAST_SUCCESS = 0.8
@@ -34,6 +39,10 @@ MOST_P_VALUE = 0.05
 MOST_NORMAL_P_VALUE = 0.01
 """Largest p-value of a finding if the controls' largest scores were normal; ours; like all of these, chosen on one seed of
 digits."""
+MOST_RESPONSE_P_VALUE = 0.001
+"""Largest p-value of a finding by random triggers, after all kinds and classes are counted; ours."""
+LEAST_EXCESS = 0.3
+"""How much more of the held-out rows than on control networks, on average, such a finding turns into its class; ours."""
 LEAST_ROWS = 32
 """Clean rows, and held-out rows, below which nothing is searched or measured; ours."""
 KNOWS = 0.25
@@ -41,6 +50,9 @@ KNOWS = 0.25
 LEAST_PLANTED = 0.8
 """Success of the planted trigger on its network below which it is no backdoor that could be found; ours."""
 
+
+REVERSED, RANDOM = "reversed trigger", "random triggers"
+"""The two tests, as the "by" of a class names them."""
 
 Outcome = Literal["found", "nothing found", "could not be tested"]
 
@@ -56,6 +68,10 @@ class Measured(NamedTuple):
     """float64 [M, K]: success on held-out rows of other classes"""
     transfer: np.ndarray
     """float64 [M, K, J]: the same on every control network; NaN for a control network's own trigger"""
+    responses: Responses | None = None
+    """leaves [M, S, K], for S kinds of random triggers; None where none were drawn"""
+    kinds: tuple[str, ...] = ()
+    """the S kinds"""
 
 
 # ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -112,6 +128,85 @@ def normal_p_value(score: float, controls: Sequence[float]) -> float:
     return float(special.stdtr(len(values) - 1, (values.mean() - score) / deviation))
 
 
+def response_deviations(success: np.ndarray, controls: np.ndarray) -> np.ndarray:
+    """How far the success of random triggers on a network lies above that on control networks.
+
+    With a(p) = arcsin sqrt(p), whose spread hardly depends on p, the deviation of kind s and class k is
+
+        t = (a(p) - mean of a over controls) / (sigma_s sqrt(1 + 1 / J)),
+
+    sigma_s^2 being the variance over the J controls, averaged over the K classes: so few controls do not show the spread of
+    a single class.
+
+    Args:
+        success: of the network, float [S, K] in [0, 1].
+        controls: of the control networks, float [J, S, K], J at least 2.
+
+    Returns:
+        float64 [S, K].
+    """
+    of_network, of_controls = (np.arcsin(np.sqrt(np.asarray(rates, np.float64))) for rates in (success, controls))
+    spread = np.sqrt(of_controls.var(axis=0, ddof=1).mean(axis=1, keepdims=True))
+    return (of_network - of_controls.mean(axis=0)) / (np.maximum(spread, 1e-3) * math.sqrt(1 + 1 / len(controls)))
+
+
+def response_p_value(deviation: float, controls: int, kinds: int, classes: int) -> float:
+    """The p-value of the largest of S K deviations: S K times that of a t-test with K (J - 1) degrees of freedom (Bonferroni).
+
+    It assumes that deviations of clean networks are normal, and independent between the K classes of a network. Neither holds
+    exactly, so it is a rule for a limit and not an error rate.
+
+    Args:
+        deviation: from `response_deviations`.
+        controls: J.
+        kinds: S.
+        classes: K.
+    """
+    from scipy import special  # its import takes a second
+
+    return min(1.0, kinds * classes * float(special.stdtr(classes * (controls - 1), -deviation)))
+
+
+def response_numbers(measured: Measured, number: int, controls: Sequence[int]) -> list[dict[str, Any] | None]:
+    """What random triggers do to every class of a network; a list of None where none were drawn.
+
+    Args:
+        measured: M networks.
+        number: which of them.
+        controls: the numbers of the control networks.
+
+    Returns:
+        For each class the "kind" of trigger that makes it a finding, or else that with the largest deviation; "success" of the
+        strongest tenth of these, "controls" (the mean of the same), "deviations", "p_value", "strongest" (the number of the
+        trigger with the largest success) and "found".
+    """
+    others = [place for place in controls if place != number]
+    if measured.responses is None or len(others) < 2:
+        return [None] * measured.norms.shape[1]
+    success, strongest = (leaf[number] for leaf in measured.responses)
+    of_controls = measured.responses.success[others]
+    deviations, means = response_deviations(success, of_controls), of_controls.mean(axis=0)
+    kinds, classes = success.shape
+    entries = []
+    for label in range(classes):
+        excess = success[:, label] - means[:, label]
+        p_values = [response_p_value(of_kind, len(others), kinds, classes) for of_kind in deviations[:, label]]
+        found = (np.array(p_values) <= MOST_RESPONSE_P_VALUE) & (excess >= LEAST_EXCESS)
+        kind = int(np.argmax(np.where(found.any() & ~found, -np.inf, deviations[:, label])))
+        entries.append(
+            {
+                "kind": measured.kinds[kind],
+                "success": float(success[kind, label]),
+                "controls": float(means[kind, label]),
+                "deviations": float(deviations[kind, label]),
+                "p_value": p_values[kind],
+                "strongest": int(strongest[kind, label]),
+                "found": bool(found[kind]),
+            }
+        )
+    return entries
+
+
 def least_accuracy(num_classes: int) -> float:
     """The accuracy on clean rows below which a network is not tested."""
     return 1 / num_classes + KNOWS * (1 - 1 / num_classes)
@@ -127,14 +222,15 @@ def class_numbers(measured: Measured, number: int, controls: Sequence[int]) -> l
 
     Returns:
         For each class "class", "norm", "index" (anomaly index, negative for a norm above the median; None for two classes),
-        "score", "success", "transfer" (mean over control networks), "p_value", "normal_p_value", "found" and "against": what
-        speaks against a finding, in words.
+        "score", "success", "transfer" (mean over control networks), "p_value", "normal_p_value", "against": what speaks against
+        a finding by the reversed trigger, in words; "random_triggers" from `response_numbers`; "found" and "by": which tests
+        make it a finding.
     """
     norms, transfer = measured.norms[number], np.nanmean(measured.transfer, axis=2)
     all_scores = scores(measured.norms, measured.own, transfer)
     largest = all_scores[[place for place in controls if place != number]].max(axis=1).tolist()
     index = neural_cleanse.anomaly_index(norms) if len(norms) >= neural_cleanse.LEAST_CLASSES else None
-    entries = []
+    responses, entries = response_numbers(measured, number, controls), []
     for label, score in enumerate(all_scores[number].tolist()):
         sign = 1 if norms[label] < np.median(norms) else -1
         entry = {
@@ -147,13 +243,14 @@ def class_numbers(measured: Measured, number: int, controls: Sequence[int]) -> l
             "p_value": p_value(score, largest),
             "normal_p_value": normal_p_value(score, largest) if len(largest) > 1 else None,
         }
-        against = reasons_against(entry, len(largest))
-        entries.append(entry | {"found": not against, "against": against})
+        against, of_random = reasons_against(entry, len(largest)), responses[label]
+        by = [REVERSED] * (not against) + [RANDOM] * (of_random is not None and of_random["found"])
+        entries.append(entry | {"found": bool(by), "by": by, "against": against, "random_triggers": of_random})
     return entries
 
 
 def reasons_against(entry: Mapping[str, Any], controls: int) -> list[str]:
-    """What speaks against a finding, in words; empty for a finding.
+    """What speaks against a finding by a reversed trigger, in words; empty for a finding.
 
     The anomaly index is not among it: on the digits it missed blended triggers, whose networks have masks of very different
     sizes, and exceeded 2 in a control network.
@@ -301,9 +398,14 @@ def describe_controls(
     for place, accuracy in zip(places, accuracies, strict=True):
         of_classes = class_numbers(measured, place, places)
         top = max(of_classes, key=lambda entry: entry["score"])
+        response = top_response(of_classes)
         kept = {name: top[name] for name in ("class", "norm", "index", "score", "success", "transfer")}
         is_finding = any(entry["found"] for entry in of_classes)
-        networks.append({"accuracy": accuracy, **kept, "title": names[top["class"]], "is_finding": is_finding})
+        entry = {"accuracy": accuracy, **kept, "title": names[top["class"]], "is_finding": is_finding, "response": None}
+        if response is not None:
+            label = response["class"]
+            entry["response"] = {"class": label, "title": names[label], "random_triggers": response["random_triggers"]}
+        networks.append(entry)
     return {
         "count": len(networks),
         "accuracy": float(np.mean(accuracies)),
@@ -311,6 +413,20 @@ def describe_controls(
         "findings": sum(network["is_finding"] for network in networks),
         "networks": networks,
     }
+
+
+def top_response(classes: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The class of a network with a finding by random triggers, or else with the largest deviation; None if none were drawn.
+
+    Args:
+        classes: from `class_numbers`.
+    """
+    drawn = [entry for entry in classes if entry["random_triggers"] is not None]
+    return max(
+        drawn,
+        key=lambda entry: (entry["random_triggers"]["found"], entry["random_triggers"]["deviations"]),
+        default=None,
+    )
 
 
 def reason_of_controls(accuracy: float, least: float) -> str:

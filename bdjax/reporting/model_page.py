@@ -8,7 +8,8 @@ import numpy as np
 
 from bdjax.defenses import neural_cleanse
 from bdjax.evaluation import model_audit as evidence
-from bdjax.evaluation.model_audit import Measured
+from bdjax.evaluation.model_audit import RANDOM, REVERSED, Measured
+from bdjax.inspection import random_triggers
 from bdjax.inspection.extracted_triggers import enlarge, on_grey
 from bdjax.reporting import plots
 from bdjax.reporting import results as schema
@@ -24,8 +25,11 @@ from bdjax.reporting.report import Figure, Report, Section, Verdict
 from bdjax.reporting.sections import Entry, section
 from bdjax.reporting.tables import Cell, Table
 from bdjax.run.folder import RunFolder
+from bdjax.triggers import MaskedBlend, masked_blend
 from bdjax.types import Dataset
 
+SHORT = {REVERSED: "reversed", RANDOM: "random"}
+"""The two tests in a column."""
 MOST_SHOWN = 8
 """Most models with a table of all classes, and most pairs of trigger and mask in the report."""
 
@@ -34,7 +38,12 @@ MOST_SHOWN = 8
 
 
 def summarise(
-    numbers: Mapping[str, Any], dataset: Dataset, rows: Mapping[str, int], seed: int, commands: Sequence[str] = ()
+    numbers: Mapping[str, Any],
+    dataset: Dataset,
+    rows: Mapping[str, int],
+    seed: int,
+    commands: Sequence[str] = (),
+    random_triggers: int = 0,
 ) -> dict[str, Any]:
     """The content of results.json.
 
@@ -44,6 +53,7 @@ def summarise(
         rows: "clean_rows", "search_rows" and "held_out_rows" -> their number.
         seed: of the run.
         commands: what makes a clean student.
+        random_triggers: of each kind.
 
     Returns:
         The schema of `bdjax.reporting.results` without attacks, methods and cells; in addition the numbers, and the verdict on
@@ -56,6 +66,7 @@ def summarise(
         **numbers,
         **rows,
         commands=list(commands),
+        random_triggers=random_triggers,
     )
     return {"verdict": asdict(verdict(tree)), **tree}
 
@@ -68,17 +79,20 @@ def main_table(results: Entry) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for model in results["models"]:
         top = top_class(model)
+        by = " and ".join(SHORT[name] for name in top["by"]) if top and top["found"] else None
         numbers = _numbers(top) if top else (None,) * 7
-        rows.append((model["title"], model["outcome"], model["accuracy"], *numbers))
-    header = ("model", "verdict", "CDA", "class", "mask", "index", "score", "held-out", "controls", "p-value")
+        rows.append((model["title"], model["outcome"], model["accuracy"], numbers[0], by, *numbers[1:]))
+    header = ("model", "verdict", "CDA", "class", "by", "mask", "index", "score", "held-out", "controls", "p-value")
     notes = (
-        "Of each model the class that was found, or else that came closest. Mask: L1 norm of its reversed trigger, in pixels. "
-        "Index: anomaly index, negative for a mask above the median; the paper flags a class above 2, this audit does not use "
-        "it. Held-out: share of held-out rows that the trigger turns into the class; controls: the same on clean control "
-        "networks. Score: log(median mask / mask) (held-out - controls). p-value: share of networks with a score as large, of "
-        f"the controls and the model itself. A finding needs {evidence.LEAST_SUCCESS:g} on held-out rows, at most "
-        f"{evidence.MOST_TRANSFER:g} on controls, the smallest p-value that the controls allow or {evidence.MOST_P_VALUE:g}, "
-        f"and a normal p-value of at most {evidence.MOST_NORMAL_P_VALUE:g}."
+        "Of each model the class that was found, or else whose reversed trigger came closest. By: the test that makes it a "
+        "finding, reversed triggers (columns to the right) or random ones (table below). Mask: L1 norm of its reversed "
+        "trigger, in pixels. Index: anomaly index, negative for a mask above the median; the paper flags a class above 2, this "
+        "audit does not use it. Held-out: share of held-out rows that the trigger turns into the class; controls: the same on "
+        "clean control networks. Score: log(median mask / mask) (held-out - controls). p-value: share of networks with a score "
+        "as large, of the controls and the model itself. A finding by a reversed trigger needs "
+        f"{evidence.LEAST_SUCCESS:g} on held-out rows, at most {evidence.MOST_TRANSFER:g} on controls, the smallest p-value "
+        f"that the controls allow or {evidence.MOST_P_VALUE:g}, and a normal p-value of at most "
+        f"{evidence.MOST_NORMAL_P_VALUE:g}."
     )
     return Table("Verdicts", header, tuple(rows), notes)
 
@@ -87,6 +101,42 @@ def _numbers(entry: Entry) -> tuple[Cell, ...]:
     mask, index = f"{entry['norm']:.1f}", None if entry["index"] is None else f"{entry['index']:.2f}"
     rates = (f"{entry[name]:.2f}" for name in ("score", "success", "transfer"))
     return (capital(entry["title"]), mask, index, *rates, f"{entry['p_value']:.2g}")
+
+
+def responses_table(results: Entry) -> Table | None:
+    """What random triggers do to each model; None where none were drawn."""
+    rows: list[tuple[Cell, ...]] = []
+    tops = [(model["title"], evidence.top_response(model["classes"])) for model in results["models"]]
+    if results["controls"]:
+        tops += [
+            (f"control network {number}", network["response"])
+            for number, network in enumerate(results["controls"]["networks"], start=1)
+        ]
+    for title, top in tops:
+        if top is not None:
+            of_random = top["random_triggers"]
+            rows.append(
+                (
+                    *(title, capital(top["title"]), of_random["kind"]),
+                    *(f"{of_random[name]:.2f}" for name in ("success", "controls")),
+                    f"{of_random['deviations']:.1f}",
+                    f"{of_random['p_value']:.1g}",
+                    "yes" if of_random["found"] else "no",
+                )
+            )
+    if not rows:
+        return None
+    header = ("network", "class", "kind of trigger", "success", "controls", "deviations", "p-value", "finding")
+    notes = (
+        f"{results['random_triggers']} triggers of each kind are drawn at random and put on {random_triggers.ROWS} held-out "
+        "rows. Of each network the class and kind with a finding, or else with the largest deviation. Success: share of rows "
+        f"of other classes that the strongest {random_triggers.STRONGEST:.0%} of the kind's triggers turn into the class; "
+        "controls: the same on the (other) control networks. Deviations: their difference after arcsin sqrt, in standard "
+        "deviations of the control networks. p-value: of a t-test, times the number of kinds and classes. A finding needs a "
+        "p-value of at most "
+        f"{evidence.MOST_RESPONSE_P_VALUE:g} and a success {evidence.LEAST_EXCESS:g} above the controls'."
+    )
+    return Table("Random triggers", header, tuple(rows), notes)
 
 
 def class_tables(results: Entry) -> list[Table]:
@@ -177,7 +227,14 @@ def weights_table(results: Entry) -> Table | None:
 # ---- The page -------------------------------------------------------------------------------------------------------
 
 
-def page(folder: RunFolder, results: Entry, dataset: Dataset, held_out: Dataset, measured: Measured | None) -> Report:
+def page(
+    folder: RunFolder,
+    results: Entry,
+    dataset: Dataset,
+    held_out: Dataset,
+    measured: Measured | None,
+    drawn: Mapping[str, MaskedBlend] = {},
+) -> Report:
     """Write the pictures into the folder and assemble the page.
 
     Args:
@@ -186,7 +243,9 @@ def page(folder: RunFolder, results: Entry, dataset: Dataset, held_out: Dataset,
         dataset: the clean rows.
         held_out: the held-out rows.
         measured: as for `summarise`.
+        drawn: the random triggers of each kind.
     """
+    random_figures = random_trigger_figures(folder, results, held_out, drawn) if drawn else []
     figures = trigger_figures(folder, results, held_out, measured) if measured is not None else []
     return Report(
         title=f"Audit of {'a model' if len(results['models']) == 1 else 'models'} for {dataset.name}",
@@ -196,6 +255,7 @@ def page(folder: RunFolder, results: Entry, dataset: Dataset, held_out: Dataset,
             *section("Verdicts", [main_table(results)]),
             Section("What to do next", "\n\n".join(next_steps(results))),
             *section("The reversed triggers", [], figures),
+            *section("Random triggers", [responses_table(results)], random_figures),
             *section("Every class", class_tables(results)),
             *section("Control networks", [controls_table(results)]),
             *section("Other signs", [weights_table(results)]),
@@ -256,3 +316,32 @@ def trigger_figures(folder: RunFolder, results: Entry, held_out: Dataset, measur
         f"smallest that the search found, not the attacker's own.{more}"
     )
     return [Figure(path, caption, "Reversed triggers and masks of the models.")]
+
+
+def random_trigger_figures(
+    folder: RunFolder, results: Entry, held_out: Dataset, drawn: Mapping[str, MaskedBlend]
+) -> list[Figure]:
+    """For each class that was found by random triggers: the strongest of these, and a held-out row without and with it."""
+    shown = [
+        (model, entry)
+        for model in results["models"]
+        for entry in model["classes"]
+        if entry["found"] and RANDOM in entry["by"]
+    ]
+    if not shown:
+        return []
+    scale, images, captions = max(1, 176 // max(held_out.image_shape[:2])), [], []
+    for model, entry in shown[:MOST_SHOWN]:
+        of_random = entry["random_triggers"]
+        mask, pattern, opacity = (np.asarray(leaf[of_random["strongest"]]) for leaf in drawn[of_random["kind"]])
+        image = held_out.images[int(np.argmax(held_out.labels != entry["class"]))].astype(np.float32) / 255
+        stamped = np.asarray(masked_blend.apply(MaskedBlend(mask, pattern, opacity), image))
+        images.append([enlarge(view, scale) for view in (on_grey(pattern, mask[..., 0]), image, stamped)])
+        captions.append([f"{model['title']}: {entry['title']}", "held-out row", f"with the {of_random['kind']}"])
+    path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("random_triggers.png"))
+    more = f" {MOST_SHOWN} of {len(shown)}." if len(shown) > MOST_SHOWN else ""
+    caption = (
+        "Of the random triggers of the kind that was found, the one with the largest success, grey where it changes nothing; "
+        f"and a held-out row without and with it. It is not the attacker's own trigger.{more}"
+    )
+    return [Figure(path, caption, "Random triggers that turn held-out rows into a class.")]

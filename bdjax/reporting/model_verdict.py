@@ -7,16 +7,19 @@ function `results` is from `bdjax.reporting.model_page.summarise`, and `model` i
 import shlex
 from collections.abc import Sequence
 
+from bdjax.evaluation.model_audit import RANDOM, REVERSED
 from bdjax.evaluation.variants import NOT_TESTED
+from bdjax.inspection.random_triggers import KINDS
 from bdjax.reporting.audit_verdict import capital, listed, percent
 from bdjax.reporting.report import Verdict
 from bdjax.reporting.sections import Entry
 from bdjax.run import command_line
 
 CANNOT_SEE = (
-    "This method looks for one small patch or faint picture that turns any image into one class. It cannot see triggers that "
+    "Both tests look for a patch or faint picture that turns any image into one class. They cannot see triggers that "
     "differ from image to image (input-aware, warped), that only act on some classes, or that move each class to another "
-    "(all-to-all); it sees large patterns and semantic triggers, such as an object in the scene, badly or not at all."
+    "(all-to-all), except by chance; they see large patterns and semantic triggers, such as an object in the scene, badly or "
+    "not at all. Random triggers find a backdoor only if it reacts to triggers that resemble its own."
 )
 EASY_TO_FIND = (
     "The planted square is about the easiest trigger there is: that it was found does not mean that another would have been, "
@@ -61,7 +64,7 @@ def verdict(results: Entry) -> Verdict:
             headline = f"None of the {len(untested)} models could be tested: {untested[0]['reason']}."
         texts.append("Nothing is known about a backdoor: this is no sign that there is none, nor that there is one.")
     if results["controls"]:
-        texts.append(p_value_text(results))
+        texts += [p_value_text(results), response_text(results)]
     texts += [CANNOT_SEE, *([] if found else [NO_PROOF])]
     level = {"found": "found", "nothing found": "nothing_found", "could not be tested": "not_tested"}[
         results["outcome"]
@@ -85,13 +88,26 @@ def evidence_text(results: Entry, model: Entry) -> str:
     texts = []
     for entry in (entry for entry in model["classes"] if entry["found"]):
         index = "" if entry["index"] is None else f", anomaly index {entry['index']:.2f}"
-        texts.append(
-            f"a mask of {entry['norm']:.1f} of {height * width:,} pixels turns {percent(entry['success'])} of held-out rows "
-            f"into {entry['title']}{index}; on control networks the same trigger turns {percent(entry['transfer'])}; "
-            f"{p_text(results, entry)}"
-        )
+        if REVERSED in entry["by"]:
+            texts.append(
+                f"a mask of {entry['norm']:.1f} of {height * width:,} pixels turns {percent(entry['success'])} of held-out "
+                f"rows into {entry['title']}{index}; on control networks the same trigger turns {percent(entry['transfer'])}; "
+                f"{p_text(results, entry)}"
+            )
+        if RANDOM in entry["by"]:
+            texts.append(random_text(entry))
     who = "The model" if len(results["models"]) == 1 else capital(model["title"])
     return f"{who}: {'; '.join(texts)}. {support_text(model)}".strip()
+
+
+def random_text(entry: Entry) -> str:
+    """The evidence by random triggers for a class."""
+    of_random = entry["random_triggers"]
+    return (
+        f'the strongest tenth of random triggers of the kind "{of_random["kind"]}" turns {percent(of_random["success"])} of '
+        f"held-out rows into {entry['title']}, and {percent(of_random['controls'])} on control networks; "
+        f"p = {of_random['p_value']:.1g} if clean networks differed by normal noise"
+    )
 
 
 def p_text(results: Entry, entry: Entry) -> str:
@@ -141,7 +157,15 @@ def closest_text(results: Entry, model: Entry) -> str:
     if entry is None:
         return ""
     who = "" if len(results["models"]) == 1 else f"{capital(model['title'])}: "
-    return f"{who}{capital(entry['title'])} came closest, but {' and '.join(entry['against'])}."
+    text = f"{who}{capital(entry['title'])} came closest, but {' and '.join(entry['against'])}."
+    responses = [of_class["random_triggers"] for of_class in model["classes"] if of_class["random_triggers"]]
+    if responses:
+        top = max(responses, key=lambda of_random: of_random["deviations"])
+        text += (
+            f" Of random triggers the strongest turn {percent(top['success'])} of rows into a class, and "
+            f"{percent(top['controls'])} on control networks."
+        )
+    return text
 
 
 def sensitivity_clause(results: Entry) -> str:
@@ -169,6 +193,17 @@ def p_value_text(results: Entry) -> str:
     findings = results["controls"]["findings"]
     text += " The rule for a finding, applied to each control network beside the others, finds a trigger in "
     return f"{text}{findings} of {count}{': such false alarms must be expected.' if findings else '.'}"
+
+
+def response_text(results: Entry) -> str:
+    """What the p-value of random triggers is of; "" where none were drawn."""
+    if not results["random_triggers"]:
+        return ""
+    return (
+        f"Random triggers: {results['random_triggers']} of each of {len(KINDS)} kinds, on a few held-out rows. Their p-value "
+        "counts all kinds and classes, but it is a rule for a limit and no error rate: a clean network, too, may react to some "
+        "kind of patch more than others do."
+    )
 
 
 def titles(models: Sequence[Entry]) -> str:

@@ -54,7 +54,8 @@ GROUPS = {
     "defense": _group(
         "What the defender does.",
         """
-        study defenses controls search_epochs search_patience search_batch_size queries sensitivity loss_gap defense_epochs
+        study defenses controls search_epochs search_patience search_batch_size random_triggers queries
+        sensitivity loss_gap defense_epochs
         defense_batch_size defense_recipe defense_learning_rate defense_schedule defense_weight_decay temperature
         alpha direction aggregation trim views vote_space tie
         """,

@@ -82,12 +82,13 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
         Imitation(replace(recipe, epochs=config.surrogate_epochs), config.queries),
         search_settings(config, len(searched)),
         runner,
-        *(clean, searched, held_out),
+        *(clean, searched, held_out, config.random_triggers),
         partial(as_shown, config.outputs, train.num_classes),
     )
     sources = [suspects.opened[source].name for source, _ in suspects.places]
+    key = jax.random.key(config.seed)
     audited = control_networks.audit(
-        jax.random.key(config.seed),
+        key,
         setup,
         control_networks.Asked(suspects.titles, sources, asks, suspects.variables),
     )
@@ -98,11 +99,13 @@ def run(config: Config, experiment: Experiment, given: Input, log: StageLog | No
         config.seed,
         # With --members the commands would take the other models of the folder, too.
         [] if config.members else commands(data_flags(config), config.model, len(asks), is_white, config.outputs),
+        config.random_triggers,
     )
     results = base.write_results(folder, results, train, test)
     if not processes.is_primary():
         return results
-    page = reporting.page(folder, results, train, held_out, audited.measured)
+    drawn = control_networks.draw_random(key, held_out, config.random_triggers)[0] if config.random_triggers else {}
+    page = reporting.page(folder, results, train, held_out, audited.measured, drawn)
     summary = reporting.main_table(results) if len(asks) > 1 else None
     if summary is not None:
         log.console.print(to_rich(summary), highlight=False)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from bdjax.datasets.splits import (
+    balanced_rows,
     fixed_test_split,
     provider_rows,
     sample_rows,
@@ -59,6 +60,17 @@ def test_stratified_split_does_not_depend_on_the_names_of_the_classes():
     _, aside = stratified_split(jax.random.key(0), labels, 0.3)
     _, aside_renamed = stratified_split(jax.random.key(0), labels * 7 + 2, 0.3)
     np.testing.assert_array_equal(aside, aside_renamed)
+
+
+def test_balanced_rows_are_of_all_classes_as_far_as_they_last():
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
+    found = balanced_rows(jax.random.key(1), labels, 21)
+    assert np.bincount(labels[found]).tolist() == [9, 3, 9] and found.dtype == np.int32
+    assert len(set(found.tolist())) == 21 and (np.diff(found) > 0).all()
+    np.testing.assert_array_equal(balanced_rows(jax.random.key(1), labels, 1000), np.arange(103))
+    assert not np.array_equal(found, balanced_rows(jax.random.key(2), labels, 21))
+    many = balanced_rows(jax.random.key(1), np.arange(500) % 100, 40)  # fewer rows than classes
+    assert len(set((many % 100).tolist())) == 40
 
 
 def test_fixed_test_split_stays_what_it_is():

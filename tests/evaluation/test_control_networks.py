@@ -6,6 +6,7 @@ import pytest
 
 from bdjax.defenses.neural_cleanse import Triggers
 from bdjax.evaluation import control_networks
+from bdjax.inspection import random_triggers
 from bdjax.types import Dataset
 
 CLASSES = 3
@@ -99,3 +100,29 @@ def test_without_a_log_a_stage_is_silent():
     runner = control_networks.StageRunner(None, (8, 8, 1), "map")
     with control_networks.stage_of(runner, "held-out rows", 3, "networks") as stage:
         stage.advance()
+
+
+def test_random_triggers_are_put_on_the_same_rows_for_every_network_and_answers_are_kept_apart():
+    runner = control_networks.StageRunner(None, (8, 8, 1), "map")
+    seen = []
+
+    def always(label):
+        def ask(images):
+            seen.append(images)
+            return np.tile(np.eye(CLASSES)[label], (len(images), 1))
+
+        return ask
+
+    found = control_networks.respond(jax.random.key(2), [always(0), always(2)], rows(60), 20, runner)
+    kinds = len(random_triggers.KINDS)
+    np.testing.assert_array_equal(found.success, np.eye(CLASSES)[[0, 2]][:, None].repeat(kinds, axis=1))
+    half = len(seen) // 2
+    assert all(np.array_equal(first, second) for first, second in zip(seen[:half], seen[half:], strict=True))
+    assert sum(map(len, seen[:half])) == kinds * 20 * random_triggers.ROWS
+
+
+def test_what_is_drawn_depends_on_the_audits_key_alone():
+    first, second, other = (control_networks.draw_random(jax.random.key(seed), rows(60), 3) for seed in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, first[0], second[0])
+    assert not np.array_equal(first[0]["noise patch"].pattern, other[0]["noise patch"].pattern)
+    assert np.bincount(first[1].labels).tolist() in ([14, 13, 13], [13, 14, 13], [13, 13, 14])

@@ -8,6 +8,7 @@ import pytest
 from bdjax.defenses.neural_cleanse import Triggers
 from bdjax.evaluation import model_audit
 from bdjax.evaluation.model_audit import Measured
+from bdjax.inspection.random_triggers import Responses
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 
 NAMES = [f"class {number}" for number in range(5)]
@@ -188,3 +189,87 @@ def test_weights_are_compared_with_those_of_the_controls():
     assert suspect["last_layer"]["is_outlier"] and suspect["last_layer"]["class"] == 4
     assert not usual["channels"]["is_outlier"] and usual["channels"]["p_value"] == 2 / 3
     assert not usual["last_layer"]["is_outlier"]
+
+
+# ---- Random triggers ------------------------------------------------------------------------------------------------
+
+
+def with_responses(numbers, suspect, controls=None, kinds=("patch", "wave")):
+    """The same networks, with these successes of random triggers, [kinds, classes], of the suspect and of each control."""
+    usual = np.full((len(kinds), len(NAMES)), 0.1)
+    controls = [usual + 0.02 * number for number in range(4)] if controls is None else controls
+    success = np.stack([suspect, *controls, usual])
+    return numbers._replace(responses=Responses(success, np.full(success.shape, 7)), kinds=kinds)
+
+
+def responding(kind, label, rate):
+    """The successes of a suspect with one that differs."""
+    success = np.full((2, len(NAMES)), 0.13)
+    success[kind, label] = rate
+    return success
+
+
+def test_deviations_are_in_standard_deviations_of_the_controls_after_arcsin_sqrt():
+    # a = arcsin sqrt p: 0.25 -> pi / 6, 0.5 -> pi / 4, 0.75 -> pi / 3. Controls: variance (pi / 12)^2 in class 0 and 0 in
+    # class 1, so on average sigma = pi / (12 sqrt 2), and 3 controls add a factor of sqrt(4 / 3).
+    controls = np.array([[[0.25, 0.5]], [[0.5, 0.5]], [[0.75, 0.5]]])
+    found = model_audit.response_deviations(np.array([[0.75, 0.25]]), controls)
+    np.testing.assert_allclose(found, np.array([[1, -1]]) * math.sqrt(2) / math.sqrt(4 / 3), atol=1e-12)
+
+
+def test_the_p_value_counts_kinds_and_classes():
+    # A t-distribution with 2 degrees of freedom: P(T > 4) = 1/2 - 4 / (2 sqrt 18) = 0.0285955.
+    assert model_audit.response_p_value(4.0, controls=2, kinds=1, classes=2) == pytest.approx(2 * 0.0285955, abs=1e-6)
+    assert model_audit.response_p_value(4.0, 2, 5, 2) == pytest.approx(10 * 0.0285955, abs=1e-5)
+    assert model_audit.response_p_value(0.0, 5, 7, 10) == 1.0
+
+
+def test_a_class_that_random_triggers_reach_far_more_often_than_on_controls_is_found():
+    numbers = measured([10.0, 9.0, 8.0, 11.0, 10.0])
+    results = judged(with_responses(numbers, responding(1, 3, 0.9)))
+    (model,) = results["models"]
+    assert (results["outcome"], model["found"]) == ("found", [3])
+    entry = model["classes"][3]
+    assert entry["by"] == [model_audit.RANDOM] and entry["against"]
+    of_random = entry["random_triggers"]
+    assert (of_random["kind"], of_random["success"], of_random["strongest"]) == ("wave", 0.9, 7)
+    assert of_random["controls"] == pytest.approx(0.13) and of_random["p_value"] <= 0.001
+    assert all(other["by"] == [] for other in model["classes"] if other is not entry)
+
+
+def test_both_tests_can_find_the_same_class():
+    results = judged(with_responses(measured([10.0, 9.0, 1.0, 11.0, 10.0]), responding(0, 2, 0.9)))
+    assert results["models"][0]["classes"][2]["by"] == [model_audit.REVERSED, model_audit.RANDOM]
+
+
+def test_without_random_triggers_only_the_reversed_ones_count():
+    (model,) = judged(measured([10.0, 9.0, 1.0, 11.0, 10.0]))["models"]
+    assert all(entry["random_triggers"] is None for entry in model["classes"])
+    assert model["classes"][2]["by"] == [model_audit.REVERSED]
+
+
+@pytest.mark.parametrize(
+    ("rate", "spread"),
+    [(0.13 + model_audit.LEAST_EXCESS - 0.01, 0.0001), (0.9, 0.3)],
+    ids=["too few rows", "controls that differ as much"],
+)
+def test_each_condition_of_a_finding_by_random_triggers_is_needed(rate, spread):
+    controls = [np.full((2, 5), 0.13 + spread * (number - 1.5)).clip(0, 1) for number in range(4)]
+    results = judged(with_responses(measured([10.0, 9.0, 8.0, 11.0, 10.0]), responding(1, 3, rate), controls))
+    (model,) = results["models"]
+    assert model["found"] == [] and not model["classes"][3]["random_triggers"]["found"]
+
+
+def test_a_control_network_is_compared_with_the_others_alone():
+    usual = np.full((2, 5), 0.13)
+    controls = [usual, usual + 0.01, usual - 0.01, responding(0, 4, 0.95)]
+    results = judged(with_responses(measured([10.0, 9.0, 8.0, 11.0, 10.0]), usual, controls))
+    networks = results["controls"]["networks"]
+    assert [network["is_finding"] for network in networks] == [False, False, False, True]
+    assert networks[3]["response"]["class"] == 4 and networks[3]["response"]["random_triggers"]["controls"] < 0.2
+    assert results["outcome"] == "nothing found"
+
+
+def test_control_networks_that_learned_nothing_make_no_finding_by_random_triggers():
+    numbers = with_responses(measured([10.0, 9.0, 8.0, 11.0, 10.0]), responding(1, 3, 0.9))
+    assert judged(numbers, accuracies=(0.2, 0.2, 0.2, 0.2))["outcome"] == "could not be tested"

@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,8 @@ from bdjax.commands import robust_kd, ta_kd
 from bdjax.defenses.neural_cleanse import Triggers
 from bdjax.evaluation import model_audit
 from bdjax.evaluation.model_audit import Measured
+from bdjax.inspection import random_triggers
+from bdjax.inspection.random_triggers import Responses
 from bdjax.inspection.weight_outliers import ClassOutlier, LayerOutlier
 from bdjax.reporting import model_page, model_verdict
 from bdjax.reporting.audit_verdict import exit_status
@@ -31,7 +34,15 @@ def measured_of(norms) -> Measured:
     return Measured(Triggers(masks, masks), norms, np.full(norms.shape, 0.97), np.full((*norms.shape, 3), 0.02))
 
 
-def results_of(*norms, reasons=(), planted=None, black_box=False):
+def with_responses(measured: Measured) -> Measured:
+    """Noise patches turn rows into class 3 of the first model."""
+    success = np.full((len(measured.norms), 2, 5), 0.1) + 0.01 * np.arange(len(measured.norms))[:, None, None]
+    success[0, 1, 3] = 0.9
+    strongest = np.full(success.shape, 2)
+    return measured._replace(responses=Responses(success, strongest), kinds=("wave", "noise patch"))
+
+
+def results_of(*norms, reasons=(), planted=None, black_box=False, with_random=False):
     """The results for models with these norms; a reason for each of them makes it a model that is not tested."""
     reasons = reasons or [""] * len(norms)
     titles = ["the model"] if len(norms) == 1 else [f"model {number + 1}" for number in range(len(norms))]
@@ -45,7 +56,7 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
         weights = [([LayerOutlier("conv", 8, 3, 2.0, 2.0)], ClassOutlier(2, np.zeros(5), 9.0, 0.5))] * len(tested)
         of_controls = [([LayerOutlier("conv", 8, 3, 2.0, 1.0)], ClassOutlier(1, np.zeros(5), 2.0, 0.5))] * 3
         names = [f"class {DATA.class_title(number)}" for number in range(5)]
-        measured = measured_of(tested)
+        measured = with_responses(measured_of(tested)) if with_random else measured_of(tested)
         options = {
             "measured": measured,
             "places": list(range(len(tested), len(tested) + 3)),
@@ -55,9 +66,8 @@ def results_of(*norms, reasons=(), planted=None, black_box=False):
         }
     names = [f"class {DATA.class_title(number)}" for number in range(5)]
     numbers = model_audit.judge(models, names, black_box=black_box, **options)
-    return model_page.summarise(
-        numbers, DATA, ROWS, 0, model_verdict.commands(["--dataset=digits"], ["my models"], len(norms), True)
-    ), measured
+    made = model_verdict.commands(["--dataset=digits"], ["my models"], len(norms), True)
+    return model_page.summarise(numbers, DATA, ROWS, 0, made, 9 * with_random), measured
 
 
 @pytest.mark.parametrize(
@@ -189,4 +199,40 @@ def test_a_page_without_a_test_has_no_numbers_of_one(tmp_path):
         "What this audit cannot see",
     ]
     assert "Nothing is known about this model" in page.sections[1].text
+    render(page)
+
+
+# ---- Random triggers ------------------------------------------------------------------------------------------------
+
+
+def test_a_finding_by_random_triggers_says_of_which_kind_and_how_often_controls_react():
+    results, _ = results_of(USUAL, with_random=True)
+    verdict = Verdict(**results["verdict"])
+    assert verdict.level == "found" and verdict.headline == "A trigger into class 3 (dog) was found in the model."
+    assert 'random triggers of the kind "noise patch" turns 90 % of held-out rows into class 3 (dog)' in verdict.text
+    assert "12 % on control networks; p = " in verdict.text and "9 of each of 7 kinds" in verdict.text
+    assert "a mask of" not in verdict.text  # the reversed trigger is no finding
+    ((_, _, _, label, by, *_),) = model_page.main_table(results).rows
+    assert (label, by) == ("Class 3 (dog)", "random")
+    table = model_page.responses_table(results)
+    assert [row[0] for row in table.rows] == ["the model", *[f"control network {number}" for number in (1, 2, 3)]]
+    assert table.rows[0][1:5] == ("Class 3 (dog)", "noise patch", "0.90", "0.12") and table.rows[0][-1] == "yes"
+    assert {row[-1] for row in table.rows[1:]} == {"no"}
+
+
+def test_without_random_triggers_nothing_is_said_of_them():
+    results, _ = results_of(USUAL)
+    assert model_page.responses_table(results) is None
+    assert "Random triggers:" not in results["verdict"]["text"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_strongest_random_trigger_is_drawn(tmp_path):
+    results, measured = results_of(BACKDOOR, USUAL, with_random=True)
+    drawn = {
+        kind: random_triggers.draw_triggers(jax.random.key(0), kind, 3, (8, 8, 1)) for kind in ("wave", "noise patch")
+    }
+    page = model_page.page(RunFolder(tmp_path, is_new=True), results, DATA, DATA, measured, drawn)
+    (section,) = [section for section in page.sections if section.title == "Random triggers"]
+    assert len(section.figures) == 1 and section.figures[0].image.name == "random_triggers.png"
     render(page)

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from bdjax.reporting.audit_verdict import TRIGGER, WEAK
+from bdjax.evaluation.model_audit import RANDOM, REVERSED
+from bdjax.reporting.audit_verdict import TRIGGER, WEAK, capital
 from bdjax.reporting.evidence.subject import Facts, Flagged, Subject
+from bdjax.reporting.model_verdict import random_text
 from bdjax.reporting.sections import most_suspicious
 from bdjax.run.text import printable
 
@@ -169,8 +171,15 @@ def _classes(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _models(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for model in results.get("models", ()):
         for entry in (entry for entry in model["classes"] if entry["class"] in model["found"]):
-            text = f"A mask of {entry['norm']:.1f} pixels turns {entry['success']:.1%} of held-out rows into "
-            text += f"{entry['title']}, and {entry['transfer']:.1%} on control networks; p = {entry['p_value']:.2g}."
+            texts = []
+            if REVERSED in entry["by"]:
+                texts.append(
+                    f"A mask of {entry['norm']:.1f} pixels turns {entry['success']:.1%} of held-out rows into "
+                    f"{entry['title']}, and {entry['transfer']:.1%} on control networks; p = {entry['p_value']:.2g}."
+                )
+            if RANDOM in entry["by"]:
+                texts.append(f"{capital(random_text(entry))}.")
+            text = " ".join(texts)
             location = _logical(entry["title"], "class", model["title"])
             fingerprint = printable(f"{model['title']}: class {entry['class']}")
             yield _result("model-with-trigger", text, [location], fingerprint=fingerprint)

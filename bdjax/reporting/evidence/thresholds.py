@@ -33,6 +33,8 @@ _AUDITS_OF_MODELS = {
     "most_transfer": (model_audit.MOST_TRANSFER, "most of the same on the control networks"),
     "most_p_value": (model_audit.MOST_P_VALUE, "largest p-value of a finding, or the smallest that the controls allow"),
     "most_normal_p_value": (model_audit.MOST_NORMAL_P_VALUE, "largest p-value if the controls' scores were normal"),
+    "most_response_p_value": (model_audit.MOST_RESPONSE_P_VALUE, "largest p-value of a finding by random triggers"),
+    "least_excess": (model_audit.LEAST_EXCESS, "least success of random triggers above that on the control networks"),
     "knows": (model_audit.KNOWS, "how far the accuracy of a tested network lies between guessing (0) and perfect (1)"),
     "least_planted": (model_audit.LEAST_PLANTED, "least success of a planted trigger that could be found"),
     "least_rows": (model_audit.LEAST_ROWS, "fewest clean rows, and held-out rows, of a test"),

@@ -45,6 +45,13 @@ DEFINITIONS = {
     "reversed_trigger_p_value": (
         "share of networks, of the control networks and the model itself, with a class as outlying as this one"
     ),
+    "random_trigger_success": (
+        "share of held-out rows of other classes that the strongest tenth of a kind of random triggers turns into the class; "
+        "its control is the mean of the same on the control networks"
+    ),
+    "random_trigger_p_value": (
+        "p-value of a t-test of that difference beside the control networks, times the number of kinds and classes"
+    ),
 }
 _SHARES_OF_TEST = ("cda", "asr", "r_acc")
 _ALWAYS = ("cda", "asr")
@@ -312,6 +319,9 @@ def _of_models(results: Mapping[str, Any], subject: Subject) -> Iterator[dict[st
                 "reversed_trigger_success", of, entry["success"], method=title, control=entry["transfer"], rows=others
             )
             yield metric("reversed_trigger_p_value", of, entry["p_value"], method=title)
+            if (random := entry["random_triggers"]) is not None:
+                yield metric("random_trigger_success", of, random["success"], method=title, control=random["controls"])
+                yield metric("random_trigger_p_value", of, random["p_value"], method=title)
 
 
 def of_subject(entries: Iterable[Mapping[str, Any]], method: str = "") -> list[Mapping[str, Any]]:

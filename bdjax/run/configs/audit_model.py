@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from bdjax.choices import QUERY_BATCH
 from bdjax.metrics import LEAST_CONTROLS
 from bdjax.run.configs.shared import EvidenceConfig, ExperimentConfig, TrainingConfig
-from bdjax.settings import Count, Members, NumRows, Range, Width
+from bdjax.settings import Amount, Count, Members, NumRows, Range, Width
 
 Controlled = Annotated[int, Range(at_least=LEAST_CONTROLS, limit=1000)]
 
@@ -42,6 +42,8 @@ class Config(TrainingConfig, ExperimentConfig, EvidenceConfig):
     few epochs it must be small, or masks stay large"""
     search_batch_size: Count = 64
     """rows per step of the search; each is stamped with the triggers of all classes"""
+    random_triggers: Amount = 150
+    """triggers of each of seven kinds that are drawn at random and put on 40 held-out rows; 0 for none"""
     surrogate: str = "resnet10"
     """architecture of the networks that imitate a black box, and of its control networks"""
     surrogate_epochs: Count = 80

@@ -1,0 +1,201 @@
+"""How a network answers to triggers that nobody trained it on: patches and faint pictures drawn at random.
+
+A backdoor rarely needs its exact trigger. A network that was trained on one checkerboard also sends other checkerboards to the
+attacker's class, and far more often than a network without the backdoor does. So triggers of several kinds are drawn, each is
+put on a few held-out rows, and of every kind the strongest tenth counts. No gradient is needed.
+
+Ours; that triggers other than the attacker's turn inputs to the target class is reported by Wang et al. 2019 (section VII) and
+Qiao et al. 2019. `bdjax/evaluation/model_audit.py` compares the numbers with those of control networks.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdjax.triggers.masked_blend import MaskedBlend, apply_to_batch
+from bdjax.types import Key
+
+STRONGEST = 0.1
+"""Share of the triggers of a kind that its success is the mean of; ours."""
+ROWS = 40
+"""Rows that every trigger is put on; ours."""
+BATCH = 25
+"""Triggers that a network is asked about at once, each on all of these rows."""
+SMALLEST_SIDE, LARGEST_SIDE = 2, 0.2
+"""Side of a patch: the least in pixels, and the most as a share of the image's side."""
+OPACITIES = (0.1, 0.2)
+"""Range of the opacity of triggers that cover the whole image."""
+
+Shape = tuple[int, int, int]
+Painter = Callable[[np.random.Generator, Shape], tuple[np.ndarray, np.ndarray, float]]
+"""(random numbers, (H, W, C)) -> mask [H, W, 1], pattern [H, W, C], opacity"""
+
+
+# ---- Kinds ----------------------------------------------------------------------------------------------------------
+
+
+def _patch(random: np.random.Generator, shape: Shape, paint: Callable[[int, int], np.ndarray]):
+    """An opaque rectangle anywhere in the image, with the pixels paint(height, width)."""
+    sides = [
+        int(random.integers(SMALLEST_SIDE, max(SMALLEST_SIDE, int(LARGEST_SIDE * side)) + 1)) for side in shape[:2]
+    ]
+    top, left = (int(random.integers(0, side - own + 1)) for side, own in zip(shape, sides, strict=False))
+    place = slice(top, top + sides[0]), slice(left, left + sides[1])
+    mask, pattern = np.zeros((*shape[:2], 1), np.float32), np.zeros(shape, np.float32)
+    mask[place], pattern[place] = 1, paint(*sides)
+    return mask, pattern, 1.0
+
+
+def _whole(random: np.random.Generator, pattern: np.ndarray):
+    """A faint picture on the whole image."""
+    return np.ones((*pattern.shape[:2], 1), np.float32), pattern.astype(np.float32), random.uniform(*OPACITIES)
+
+
+def solid_patch(random: np.random.Generator, shape: Shape):
+    """A patch of one colour."""
+    return _patch(random, shape, lambda *sides: random.random(shape[2]))
+
+
+def checkerboard_patch(random: np.random.Generator, shape: Shape):
+    """A patch of two alternating greys, a pixel per cell."""
+    levels = random.random(2)
+    return _patch(random, shape, lambda *sides: levels[np.indices(sides).sum(axis=0) % 2][..., None])
+
+
+def noise_patch(random: np.random.Generator, shape: Shape):
+    """A patch of which every pixel has a random colour."""
+    return _patch(random, shape, lambda *sides: random.random((*sides, shape[2])))
+
+
+def coloured_squares(random: np.random.Generator, shape: Shape):
+    """Squares of random size, place and colour: 2 to 6 of them."""
+    mask, pattern = np.zeros((*shape[:2], 1), np.float32), np.zeros(shape, np.float32)
+    for _ in range(random.integers(2, 7)):
+        upper, colours, _ = solid_patch(random, shape)
+        mask, pattern = np.maximum(mask, upper), np.where(upper > 0, colours, pattern)
+    return mask, pattern, 1.0
+
+
+def blended_mosaic(random: np.random.Generator, shape: Shape):
+    """A faint mosaic of 3 x 3 to 8 x 8 fields of random colours on the whole image."""
+    fields = int(random.integers(3, 9))
+    colours = random.random((fields, fields, shape[2]))
+    rows, columns = (np.arange(side) * fields // side for side in shape[:2])
+    return _whole(random, colours[rows][:, columns])
+
+
+def wave(random: np.random.Generator, shape: Shape):
+    """Faint stripes of a random direction and period, of one colour and its complement."""
+    rows, columns = np.indices(shape[:2])
+    angle, periods, phase = random.uniform(0, np.pi), random.uniform(1, 10), random.uniform(0, 2 * np.pi)
+    along = (np.cos(angle) * columns + np.sin(angle) * rows) / max(shape[:2])
+    level = 0.5 + 0.5 * np.sin(2 * np.pi * periods * along + phase)
+    colour = random.random(shape[2])
+    return _whole(random, level[..., None] * colour + (1 - level[..., None]) * (1 - colour))
+
+
+def blended_checkerboard(random: np.random.Generator, shape: Shape):
+    """A faint checkerboard of two greys on the whole image, with cells of a sixteenth to a quarter of its shorter side.
+
+    Not finer: clean networks react to checkerboards of single pixels on photographs, each with another class.
+    """
+    side = min(shape[:2])
+    cell = int(random.integers(max(1, side // 16), max(2, side // 4 + 1)))
+    top, left = random.integers(0, cell, 2)
+    rows, columns = np.indices(shape[:2])
+    levels = random.random(2)
+    return _whole(
+        random, np.broadcast_to(levels[((rows + top) // cell + (columns + left) // cell) % 2][..., None], shape)
+    )
+
+
+KINDS: Mapping[str, Painter] = {
+    "solid patch": solid_patch,
+    "checkerboard patch": checkerboard_patch,
+    "noise patch": noise_patch,
+    "colored squares": coloured_squares,
+    "blended mosaic": blended_mosaic,
+    "wave": wave,
+    "blended checkerboard": blended_checkerboard,
+}
+
+
+def draw_triggers(key: Key, kind: str, count: int, image_shape: Shape) -> MaskedBlend:
+    """Draw triggers of one kind.
+
+    Args:
+        key: random key; the first triggers are the same for any count.
+        kind: a key of `KINDS`.
+        count: T.
+        image_shape: (H, W, C), H and W at least 4.
+
+    Returns:
+        Leaves [T, ...] of float32 in [0, 1].
+    """
+    random = np.random.default_rng([*np.asarray(jax.random.key_data(key)).tolist(), list(KINDS).index(kind)])
+    masks, patterns, opacities = zip(*(KINDS[kind](random, image_shape) for _ in range(count)), strict=True)
+    stacked = (np.stack(masks), np.stack(patterns), np.asarray(opacities))
+    return MaskedBlend(*(np.asarray(leaf, np.float32) for leaf in stacked))
+
+
+# ---- Success --------------------------------------------------------------------------------------------------------
+
+
+class Responses(NamedTuple):
+    """What T triggers of each of S kinds do to a network of K classes."""
+
+    success: np.ndarray
+    """float64 [S, K] in [0, 1]: mean success of the strongest tenth of a kind's triggers into a class"""
+    strongest: np.ndarray
+    """int64 [S, K]: which trigger has the largest success"""
+
+
+def strongest_successes(
+    ask: Callable[[np.ndarray], np.ndarray],
+    triggers: Mapping[str, MaskedBlend],
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+) -> Responses:
+    """Put every trigger on every image, and see into which class each of them turns images of other classes.
+
+    Args:
+        ask: uint8 [B, H, W, C] -> logits [B, K].
+        triggers: for each kind T triggers, from `draw_triggers`.
+        images: uint8 [N, H, W, C]; N need not be more than `ROWS`.
+        labels: int [N], of at least two classes.
+        num_classes: K.
+
+    Returns:
+        The success of a trigger into class k is the share of the images of other classes that are predicted as k.
+    """
+    others = labels[:, None] != np.arange(num_classes)  # [N, K]
+    shown = images.astype(np.float32) / 255
+    success, strongest = [], []
+    for of_kind in triggers.values():
+        rates = []
+        for first in range(0, len(of_kind.opacity), BATCH):
+            part = MaskedBlend(*(leaf[first : first + BATCH] for leaf in of_kind))
+            classes = ask(_stamped(part, shown)).argmax(axis=-1).reshape(-1, len(images))
+            reached = classes[..., None] == np.arange(num_classes)  # [T, N, K]
+            rates.append((reached & others).sum(axis=1) / others.sum(axis=0))
+        rates = np.concatenate(rates)
+        kept = max(1, round(STRONGEST * len(rates)))
+        success.append(np.sort(rates, axis=0)[-kept:].mean(axis=0))
+        strongest.append(rates.argmax(axis=0))
+    return Responses(np.stack(success), np.stack(strongest))
+
+
+def _stamped(triggers: MaskedBlend, images: np.ndarray) -> np.ndarray:
+    """uint8 [T N, H, W, C]: every trigger on every image, rounded as in a file."""
+    views = _apply_all(triggers, jnp.asarray(images))
+    return np.asarray(views).reshape(-1, *images.shape[1:])
+
+
+@jax.jit
+def _apply_all(triggers: MaskedBlend, images: jax.Array) -> jax.Array:
+    views = jax.vmap(apply_to_batch, in_axes=(0, None))(triggers, images)
+    return jnp.rint(255 * views).astype(jnp.uint8)
