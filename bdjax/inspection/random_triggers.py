@@ -116,7 +116,7 @@ KINDS: Mapping[str, Painter] = {
     "solid patch": solid_patch,
     "checkerboard patch": checkerboard_patch,
     "noise patch": noise_patch,
-    "colored squares": coloured_squares,
+    "coloured squares": coloured_squares,
     "blended mosaic": blended_mosaic,
     "wave": wave,
     "blended checkerboard": blended_checkerboard,

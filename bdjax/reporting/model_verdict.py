@@ -29,6 +29,8 @@ NO_PROOF = (
     "No test of this kind can show that a model has no backdoor: what was not found may be there, and an attacker who knows "
     "the test can avoid it."
 )
+LESS_ACCURATE = 0.05
+"""How much less accurate than the control networks a model is whose finding is doubted for that reason; ours."""
 MOST_MODELS = 4
 """Most models that a sentence names."""
 
@@ -97,7 +99,18 @@ def evidence_text(results: Entry, model: Entry) -> str:
         if RANDOM in entry["by"]:
             texts.append(random_text(entry))
     who = "The model" if len(results["models"]) == 1 else capital(model["title"])
-    return f"{who}: {'; '.join(texts)}. {support_text(model)}".strip()
+    return " ".join(filter(None, [f"{who}: {'; '.join(texts)}.", accuracy_text(results, model), support_text(model)]))
+
+
+def accuracy_text(results: Entry, model: Entry) -> str:
+    """A doubt about a finding in a model that is worse than the control networks; "" without one."""
+    lack = results["controls"]["accuracy"] - model["accuracy"]
+    if lack <= LESS_ACCURATE:
+        return ""
+    return (
+        f"But it predicts {100 * lack:.0f} percentage points fewer held-out rows correctly than the control networks do: a "
+        "network that is worse than they are may react more to any trigger, without a backdoor."
+    )
 
 
 def random_text(entry: Entry) -> str:

@@ -108,7 +108,7 @@ def test_a_run_on_teachers_has_the_table_that_its_report_makes_of_the_numbers(ru
 def test_an_audit_of_models_has_the_tables_that_its_report_makes_of_the_numbers(run: pathlib.Path) -> None:
     results = json.loads((run / "results.json").read_text())
     tables = (
-        *(model_page.main_table(results), *model_page.class_tables(results)),
+        *(model_page.main_table(results), model_page.responses_table(results), *model_page.class_tables(results)),
         *(model_page.controls_table(results), model_page.weights_table(results)),
     )
     assert "\n\n".join(to_markdown(table) for table in tables if table) + "\n" == (run / "table.md").read_text()

@@ -323,6 +323,7 @@ def test_no_other_method_stands_in_for_one_that_was_left_out(lfd, name):
     assert "the verdict has no asr of what the run is about" in lines[0].text
 
 
+NOISE = {"kind": "noise patch", "success": 0.8, "controls": 0.2, "p_value": 1e-5}
 SMALL = {
     "dataset": "photos",
     "attacks": [{"attack": name, "title": name.title()} for name in ("badnets", "blended", "sig", "wanet")],
@@ -339,6 +340,7 @@ SMALL = {
             "found": [1],
             "classes": [
                 {"class": name, "title": title, "norm": 9.0, "success": 0.99, "transfer": 0.1, "p_value": 0.01}
+                | {"by": ["reversed trigger", "random triggers"], "random_triggers": NOISE}
                 for name, title in enumerate(("cat", "dog"))
             ],
         },
@@ -383,6 +385,9 @@ def test_every_finding_has_its_rule_its_level_and_its_place():
     ]
     assert {rule for rule, *_ in found} == set(sarif.RULES)
     texts = [result["message"]["text"] for result in run["results"]]
+    first, second = texts[3].split(". ")
+    assert first.startswith("A mask of 9.0 pixels turns 99.0% of held-out rows into dog")
+    assert 'of the kind "noise patch" turns 80 %' in second and "20 % on control networks" in second
     assert texts[2].endswith("dog; the evidence is weak: many.") and "Badnets: the backdoor is kept." in texts[4]
     assert texts[-4:] == [
         "VBD: too few rows.",

@@ -220,6 +220,15 @@ def test_a_finding_by_random_triggers_says_of_which_kind_and_how_often_controls_
     assert {row[-1] for row in table.rows[1:]} == {"no"}
 
 
+@pytest.mark.parametrize(("accuracy", "doubted"), [(0.8, True), (0.88, False), (0.99, False)])
+def test_a_finding_in_a_network_worse_than_the_controls_is_doubted(accuracy, doubted):
+    results, _ = results_of(BACKDOOR)
+    results["models"][0]["accuracy"] = accuracy  # the controls have 0.9
+    text = model_verdict.verdict(results).text
+    assert ("10 percentage points fewer held-out rows correctly" in text) == doubted
+    assert ("may react more to any trigger" in text) == doubted
+
+
 def test_without_random_triggers_nothing_is_said_of_them():
     results, _ = results_of(USUAL)
     assert model_page.responses_table(results) is None
