@@ -381,6 +381,7 @@ class TestAuditModel:
         refused(
             "controls 1 is not a whole number of at least 2", bdjax.audit_model, victim, CLEAN, TEST, KEY, controls=1
         )
+        refused("random_triggers -1 is not a whole", bdjax.audit_model, victim, CLEAN, TEST, KEY, random_triggers=-1)
         refused("epochs", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_epochs=0)
         refused("patience", bdjax.audit_model, victim, CLEAN, TEST, KEY, search_patience=0)
 
@@ -419,7 +420,8 @@ class TestAuditModel:
         )
         training = {"epochs": 4, "batch_size": 32, "learning_rate": 1e-2}
         network = bdjax.train("vbd_4_4p", train, KEY, width=8, **training)
-        found = bdjax.audit_model(network, train, test, KEY, controls=2, search_epochs=2, training=training)
+        few = {"controls": 2, "search_epochs": 2, "random_triggers": 10}
+        found = bdjax.audit_model(network, train, test, KEY, **few, training=training)
         (model,) = found.numbers["models"]
         assert [entry["index"] for entry in model["classes"]] == [None, None]
         assert all(0 < entry["p_value"] <= 1 for entry in model["classes"]) and found.masks.shape == (2, 8, 8, 1)

@@ -18,6 +18,7 @@ from bdjax import commands
 from bdjax.api import Network
 from bdjax.commands import gate
 from bdjax.evaluation.teachers import write_folder
+from bdjax.inspection import random_triggers
 from bdjax.run import backend
 from tests.fixtures import evidence
 from tests.fixtures.served import served
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow
 STATUS = {"found": 3, "nothing found": 0, "could not be tested": 4}
 FEW = (
     *("--dataset=digits", "--preset=quick", "--controls=2", "--epochs=4", "--search-epochs=1"),
-    *("--search-rows=100", "--held-out-rows=100", "--layout=map", "--lowering=shifted"),
+    *("--search-rows=100", "--held-out-rows=100", "--random-triggers=20", "--layout=map", "--lowering=shifted"),
 )
 SURROGATE = ("--surrogate=vbd_4_4p", "--width=16", "--queries=2", "--surrogate-epochs=4")
 
@@ -67,6 +68,7 @@ def check_run(folder: pathlib.Path, status: int, *, black_box: bool) -> dict:
     assert results["outcome"] in [model["outcome"] for model in results["models"]]
     assert results["black_box"] == black_box and results["controls"]["count"] == 2
     for model in results["models"]:
+        assert all(entry["random_triggers"]["kind"] in random_triggers.KINDS for entry in model["classes"])
         assert len(model["classes"]) == 10 and (model["weights"] is None) == black_box
     planted = results["planted"]
     assert planted["title"] and 0 <= planted["success"] <= 1 and planted["numbers"]["class"] == planted["class"]
