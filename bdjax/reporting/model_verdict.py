@@ -240,8 +240,8 @@ def next_steps(results: Entry) -> list[str]:
     texts = []
     if results["outcome"] == "found":
         texts.append(
-            "Look at the triggers below. Do not use the model as it is, and find out where it came from. The reversed trigger is "
-            "rarely the attacker's: it is the smallest that has the same effect. A random trigger that works resembles the "
+            "Look at the triggers below. Do not use the model as it is, and find out where it came from. The reversed trigger "
+            "is rarely the attacker's: it is the smallest that has the same effect. A random trigger that works resembles the "
             "attacker's in some way, as far as the finding is no false alarm."
         )
     else:
