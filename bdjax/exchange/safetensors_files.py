@@ -23,6 +23,8 @@ from bdjax.datasets.files import open_file
 from bdjax.datasets.validation import one_line
 from bdjax.errors import InputError
 
+TENSORS = "model.safetensors"
+"""the weights in the folder of a saved model"""
 MAXIMUM_BYTES = 1 << 33
 """the largest file that is read"""
 _MAXIMUM_HEADER = 1 << 22
@@ -111,26 +113,28 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def refuse_early(texts: Iterable[str]) -> None:
-    """Refuse files that cannot be weights by their name, first bytes or header, before libraries are imported that
+    """Refuse files that cannot be weights by their name, first bytes, header or values, before libraries are imported that
     take longer than that.
 
     Args:
-        texts: as a command line names models, see `bdjax.exchange.opening`, which looks at everything again. What is not a
-            regular file is not looked at here.
+        texts: as a command line names models, see `bdjax.exchange.opening`, which looks at everything again. What is neither
+            a regular file nor the folder of a saved model is not looked at here.
 
     Raises:
-        InputError: a pickle, or a damaged safetensors file.
+        InputError: a pickle, a damaged safetensors file, or weights that are not finite.
     """
     for text in texts:
         named = NAMED.fullmatch(text)
         path = pathlib.Path(named["path"] if named else text)
         try:
             is_file = path.is_file()
+            is_saved = not is_file and (path / TENSORS).is_file()
         except (OSError, ValueError):  # a null byte, or a name that is too long
             continue
-        if is_file and named:
-            with opened(path):
-                pass
+        if is_saved or (is_file and named):
+            with opened(path / TENSORS if is_saved else path) as weights:
+                for name in weights.tensors:
+                    weights.read(name)
         elif is_file:
             refuse_pickle(path)
 

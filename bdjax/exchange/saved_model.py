@@ -33,7 +33,7 @@ from bdjax.settings import ImageSide, Width, mistake
 from bdjax.training import ensemble, processes
 from bdjax.types import Architecture, Model, PyTree
 
-TENSORS, ABOUT = "model.safetensors", "model.json"
+TENSORS, ABOUT = safetensors_files.TENSORS, "model.json"
 FORMAT, VERSION = "bdjax model", 1
 _MAXIMUM_JSON = 1 << 24
 _MAXIMUM_MEMBERS, _MAXIMUM_CLASSES = 10_000, 1_000_000

@@ -27,6 +27,7 @@ from bdjax.exchange import onnx_reader, saved_model
 from bdjax.models import make_model
 from bdjax.run.log import StageLog
 from bdjax.training import ensemble
+from bdjax.workflows import audited_models
 
 MOST_SECONDS = 3
 
@@ -179,3 +180,18 @@ def test_onnx_files(kind, capfd):
     content, message = GRAPHS[kind]
     pathlib.Path("suspect.onnx").write_bytes(content)
     assert message in refused(["--model=suspect.onnx"], capfd)
+
+
+def test_weights_that_are_not_finite_are_refused_before_the_data_is_read(good, monkeypatch):
+    def fail(*_):
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(audited_models, "load", fail)
+    data = changed((good / saved_model.TENSORS).read_bytes(), not_finite)
+    pathlib.Path("suspect.safetensors").write_bytes(data)
+    folder = pathlib.Path("folder")
+    folder.mkdir()
+    (folder / saved_model.TENSORS).write_bytes(data)
+    for text in ("suspect.safetensors:lenet", "folder"):
+        with pytest.raises(InputError, match="values that are not finite"):
+            audit_model.main(["--preset=quick", "--dataset=digits", "--output=run", f"--model={text}"], StageLog())
