@@ -4,8 +4,8 @@ A backdoor rarely needs its exact trigger. A network that was trained on one che
 attacker's class, and far more often than a network without the backdoor does. So triggers of several kinds are drawn, each is
 put on a few held-out rows, and of every kind the strongest tenth counts. No gradient is needed.
 
-Ours; that triggers other than the attacker's turn inputs to the target class is reported by Wang et al. 2019 (section VII) and
-Qiao et al. 2019. `bdjax/evaluation/model_audit.py` compares the numbers with those of control networks.
+Ours; that a backdoor reacts to many triggers beside the attacker's is where Qiao et al. 2019 (Defending Neural Backdoors via
+Generative Distribution Modeling) start, too. `bdjax/evaluation/model_audit.py` compares the numbers with those of control networks.
 """
 
 from collections.abc import Callable, Mapping
