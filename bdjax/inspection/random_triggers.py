@@ -5,7 +5,8 @@ attacker's class, and far more often than a network without the backdoor does. S
 put on a few held-out rows, and of every kind the strongest tenth counts. No gradient is needed.
 
 Ours; that a backdoor reacts to many triggers beside the attacker's is where Qiao et al. 2019 (Defending Neural Backdoors via
-Generative Distribution Modeling) start, too. `bdjax/evaluation/model_audit.py` compares the numbers with those of control networks.
+Generative Distribution Modeling) start, too. `bdjax/evaluation/model_audit.py` compares the numbers with those of control
+networks.
 """
 
 from collections.abc import Callable, Mapping
