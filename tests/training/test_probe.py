@@ -16,6 +16,12 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def plain_cpu(tmp_path, monkeypatch):
+    """What is worth timing does not depend on the instructions of the machine that runs the tests."""
+    monkeypatch.setattr(probe, "CPU_FACTS", tmp_path / "no facts")
+
+
 class Stopwatch:
     """Invented seconds, and a list of what was timed."""
 
