@@ -503,3 +503,13 @@ def test_other_files_that_pages_name_are_there():
         for code in INLINE_CODE.findall(prose(page)):
             if re.fullmatch(r"(bdjax|experiments|tests)/[\w/]+\.py", code) and "NAME" not in code:
                 assert (ROOT / code).is_file(), f"{name_of(page)}: {code} is not there"
+
+
+def test_nothing_lies_at_the_root_but_what_belongs_there():
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in found.stdout.splitlines()} == {
+        *(".ci", ".gitignore", "LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.cfg"),
+        *("bdjax", "docs", "experiments", "tests"),
+    }
