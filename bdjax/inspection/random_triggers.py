@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bdjax.triggers import patches
 from bdjax.triggers.masked_blend import MaskedBlend, apply_to_batch
+from bdjax.triggers.patches import ImageShape, Patch
 from bdjax.types import Key
 
 STRONGEST = 0.1
@@ -30,86 +32,82 @@ SMALLEST_SIDE, LARGEST_SIDE = 2, 0.2
 OPACITIES = (0.1, 0.2)
 """Range of the opacity of triggers that cover the whole image."""
 
-Shape = tuple[int, int, int]
-Painter = Callable[[np.random.Generator, Shape], tuple[np.ndarray, np.ndarray, float]]
-"""(random numbers, (H, W, C)) -> mask [H, W, 1], pattern [H, W, C], opacity"""
+Painter = Callable[[np.random.Generator, ImageShape], MaskedBlend]
 
 
 # ---- Kinds ----------------------------------------------------------------------------------------------------------
 
 
-def _patch(random: np.random.Generator, shape: Shape, paint: Callable[[int, int], np.ndarray]):
-    """An opaque rectangle anywhere in the image, with the pixels paint(height, width)."""
-    sides = [
-        int(random.integers(SMALLEST_SIDE, max(SMALLEST_SIDE, int(LARGEST_SIDE * side)) + 1)) for side in shape[:2]
-    ]
-    top, left = (int(random.integers(0, side - own + 1)) for side, own in zip(shape, sides, strict=False))
-    place = slice(top, top + sides[0]), slice(left, left + sides[1])
-    mask, pattern = np.zeros((*shape[:2], 1), np.float32), np.zeros(shape, np.float32)
-    mask[place], pattern[place] = 1, paint(*sides)
-    return mask, pattern, 1.0
+def _patch(generator: np.random.Generator, shape: ImageShape) -> Patch:
+    """A small rectangle anywhere in the image, where attackers' patches keep to its borders."""
+    height, width = (
+        int(generator.integers(SMALLEST_SIDE, max(SMALLEST_SIDE, int(LARGEST_SIDE * side)) + 1)) for side in shape[:2]
+    )
+    row, column = (
+        int(generator.integers(0, side - own + 1)) for side, own in zip(shape[:2], (height, width), strict=True)
+    )
+    return Patch(row, column, height, width)
 
 
-def _whole(random: np.random.Generator, pattern: np.ndarray):
+def _whole(generator: np.random.Generator, pattern: np.ndarray) -> MaskedBlend:
     """A faint picture on the whole image."""
-    return np.ones((*pattern.shape[:2], 1), np.float32), pattern.astype(np.float32), random.uniform(*OPACITIES)
+    mask = np.ones((*pattern.shape[:2], 1), np.float32)
+    return MaskedBlend(mask, pattern.astype(np.float32), np.float32(generator.uniform(*OPACITIES)))
 
 
-def solid_patch(random: np.random.Generator, shape: Shape):
+def solid_patch(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """A patch of one colour."""
-    return _patch(random, shape, lambda *sides: random.random(shape[2]))
+    patch = _patch(generator, shape)
+    return patches.paint_solid(shape, patch, generator.random(shape[2]))
 
 
-def checkerboard_patch(random: np.random.Generator, shape: Shape):
+def checkerboard_patch(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """A patch of two alternating greys, a pixel per cell."""
-    levels = random.random(2)
-    return _patch(random, shape, lambda *sides: levels[np.indices(sides).sum(axis=0) % 2][..., None])
+    levels = generator.random(2)
+    return patches.paint_checkerboard(shape, _patch(generator, shape), levels)
 
 
-def noise_patch(random: np.random.Generator, shape: Shape):
+def noise_patch(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """A patch of which every pixel has a random colour."""
-    return _patch(random, shape, lambda *sides: random.random((*sides, shape[2])))
+    patch = _patch(generator, shape)
+    return patches.paint(shape, patch, generator.random((patch.height, patch.width, shape[2])))
 
 
-def coloured_squares(random: np.random.Generator, shape: Shape):
+def coloured_squares(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """Squares of random size, place and colour: 2 to 6 of them."""
-    mask, pattern = np.zeros((*shape[:2], 1), np.float32), np.zeros(shape, np.float32)
-    for _ in range(random.integers(2, 7)):
-        upper, colours, _ = solid_patch(random, shape)
-        mask, pattern = np.maximum(mask, upper), np.where(upper > 0, colours, pattern)
-    return mask, pattern, 1.0
+    return patches.overlay([solid_patch(generator, shape) for _ in range(generator.integers(2, 7))])
 
 
-def blended_mosaic(random: np.random.Generator, shape: Shape):
+def blended_mosaic(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """A faint mosaic of 3 x 3 to 8 x 8 fields of random colours on the whole image."""
-    fields = int(random.integers(3, 9))
-    colours = random.random((fields, fields, shape[2]))
+    fields = int(generator.integers(3, 9))
+    colours = generator.random((fields, fields, shape[2]))
     rows, columns = (np.arange(side) * fields // side for side in shape[:2])
-    return _whole(random, colours[rows][:, columns])
+    return _whole(generator, colours[rows][:, columns])
 
 
-def wave(random: np.random.Generator, shape: Shape):
+def wave(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """Faint stripes of a random direction and period, of one colour and its complement."""
     rows, columns = np.indices(shape[:2])
-    angle, periods, phase = random.uniform(0, np.pi), random.uniform(1, 10), random.uniform(0, 2 * np.pi)
+    angle, periods, phase = generator.uniform(0, np.pi), generator.uniform(1, 10), generator.uniform(0, 2 * np.pi)
     along = (np.cos(angle) * columns + np.sin(angle) * rows) / max(shape[:2])
     level = 0.5 + 0.5 * np.sin(2 * np.pi * periods * along + phase)
-    colour = random.random(shape[2])
-    return _whole(random, level[..., None] * colour + (1 - level[..., None]) * (1 - colour))
+    colour = generator.random(shape[2])
+    return _whole(generator, level[..., None] * colour + (1 - level[..., None]) * (1 - colour))
 
 
-def blended_checkerboard(random: np.random.Generator, shape: Shape):
+def blended_checkerboard(generator: np.random.Generator, shape: ImageShape) -> MaskedBlend:
     """A faint checkerboard of two greys on the whole image, with cells of a sixteenth to a quarter of its shorter side.
 
     Not finer: clean networks react to checkerboards of single pixels on photographs, each with another class.
     """
     side = min(shape[:2])
-    cell = int(random.integers(max(1, side // 16), max(2, side // 4 + 1)))
-    top, left = random.integers(0, cell, 2)
+    cell = int(generator.integers(max(1, side // 16), max(2, side // 4 + 1)))
+    top, left = generator.integers(0, cell, 2)
     rows, columns = np.indices(shape[:2])
-    levels = random.random(2)
+    levels = generator.random(2)
     return _whole(
-        random, np.broadcast_to(levels[((rows + top) // cell + (columns + left) // cell) % 2][..., None], shape)
+        generator, np.broadcast_to(levels[((rows + top) // cell + (columns + left) // cell) % 2][..., None], shape)
     )
 
 
@@ -124,7 +122,7 @@ KINDS: Mapping[str, Painter] = {
 }
 
 
-def draw_triggers(key: Key, kind: str, count: int, image_shape: Shape) -> MaskedBlend:
+def draw_triggers(key: Key, kind: str, count: int, image_shape: ImageShape) -> MaskedBlend:
     """Draw triggers of one kind.
 
     Args:
@@ -136,10 +134,9 @@ def draw_triggers(key: Key, kind: str, count: int, image_shape: Shape) -> Masked
     Returns:
         Leaves [T, ...] of float32 in [0, 1].
     """
-    random = np.random.default_rng([*np.asarray(jax.random.key_data(key)).tolist(), list(KINDS).index(kind)])
-    masks, patterns, opacities = zip(*(KINDS[kind](random, image_shape) for _ in range(count)), strict=True)
-    stacked = (np.stack(masks), np.stack(patterns), np.asarray(opacities))
-    return MaskedBlend(*(np.asarray(leaf, np.float32) for leaf in stacked))
+    generator = np.random.default_rng([*np.asarray(jax.random.key_data(key)).tolist(), list(KINDS).index(kind)])
+    drawn = [KINDS[kind](generator, image_shape) for _ in range(count)]
+    return MaskedBlend(*(np.stack([np.asarray(leaf) for leaf in leaves]) for leaves in zip(*drawn, strict=True)))
 
 
 # ---- Success --------------------------------------------------------------------------------------------------------

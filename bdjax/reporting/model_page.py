@@ -79,7 +79,7 @@ def main_table(results: Entry) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for model in results["models"]:
         top = top_class(model)
-        by = " and ".join(SHORT[name] for name in top["by"]) if top and top["found"] else None
+        by = " and ".join(SHORT[name] for name in top["by"]) if top and top["class"] in model["found"] else None
         numbers = _numbers(top) if top else (None,) * 7
         rows.append((model["title"], model["outcome"], model["accuracy"], numbers[0], by, *numbers[1:]))
     header = ("model", "verdict", "CDA", "class", "by", "mask", "index", "score", "held-out", "controls", "p-value")
@@ -271,11 +271,16 @@ def key_numbers(results: Entry) -> dict[str, str]:
     if len(models) == 1:
         shown = {"CDA": f"{models[0]['accuracy']:.3f}"}
         if top := top_class(models[0]):
+            title, numbers = "class that came closest", (top["success"], top["transfer"], top["p_value"])
+            if models[0]["found"]:
+                title, of_random = "trigger found into", top["random_triggers"]
+                if REVERSED not in top["by"]:  # what was found are the random triggers
+                    numbers = of_random["success"], of_random["controls"], of_random["p_value"]
             shown |= {
-                "trigger found into" if models[0]["found"] else "class that came closest": top["title"],
-                "success on held-out rows": percent(top["success"]),
-                "on control networks": percent(top["transfer"]),
-                "p-value": f"{top['p_value']:.2g}",
+                title: top["title"],
+                "success on held-out rows": percent(numbers[0]),
+                "on control networks": percent(numbers[1]),
+                "p-value": f"{numbers[2]:.2g}",
             }
     if results["planted"]["success"] is not None:
         shown["planted trigger found"] = "yes" if results["planted"]["found"] else "no"
@@ -309,13 +314,12 @@ def trigger_figures(folder: RunFolder, results: Entry, held_out: Dataset, measur
                 "with the trigger",
             ]
         )
-    path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("triggers.png"))
-    more = f" {MOST_SHOWN} of {len(shown)}." if len(shown) > MOST_SHOWN else ""
     caption = (
         "Reversed triggers, grey where transparent; their masks; and a held-out row without and with the trigger. They are the "
-        f"smallest that the search found, not the attacker's own.{more}"
+        "smallest that the search found, not the attacker's own."
     )
-    return [Figure(path, caption, "Reversed triggers and masks of the models.")]
+    alt = "Reversed triggers and masks of the models."
+    return [_grid(folder, "triggers.png", images, captions, len(shown), caption, alt)]
 
 
 def random_trigger_figures(
@@ -326,7 +330,7 @@ def random_trigger_figures(
         (model, entry)
         for model in results["models"]
         for entry in model["classes"]
-        if entry["found"] and RANDOM in entry["by"]
+        if entry["class"] in model["found"] and RANDOM in entry["by"]
     ]
     if not shown:
         return []
@@ -338,10 +342,24 @@ def random_trigger_figures(
         stamped = np.asarray(masked_blend.apply(MaskedBlend(mask, pattern, opacity), image))
         images.append([enlarge(view, scale) for view in (on_grey(pattern, mask[..., 0]), image, stamped)])
         captions.append([f"{model['title']}: {entry['title']}", "held-out row", f"with the {of_random['kind']}"])
-    path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file("random_triggers.png"))
-    more = f" {MOST_SHOWN} of {len(shown)}." if len(shown) > MOST_SHOWN else ""
     caption = (
         "Of the random triggers of the kind that was found, the one with the largest success, grey where it changes nothing; "
-        f"and a held-out row without and with it. It is not the attacker's own trigger.{more}"
+        "and a held-out row without and with it. It is not the attacker's own trigger."
     )
-    return [Figure(path, caption, "Random triggers that turn held-out rows into a class.")]
+    alt = "Random triggers that turn held-out rows into a class."
+    return [_grid(folder, "random_triggers.png", images, captions, len(shown), caption, alt)]
+
+
+def _grid(
+    folder: RunFolder,
+    name: str,
+    images: Sequence[Sequence[np.ndarray]],
+    captions: Sequence[Sequence[str]],
+    count: int,
+    caption: str,
+    alt: str,
+) -> Figure:
+    """Rows of pictures, saved under this name; the caption says how many of `count` rows they are."""
+    path = plots.save(plots.image_grid(images, (), (), "", captions=captions), folder.file(name))
+    more = f" {MOST_SHOWN} of {count}." if count > MOST_SHOWN else ""
+    return Figure(path, f"{caption}{more}", alt)

@@ -16,10 +16,10 @@ from bdjax.reporting.sections import Entry
 from bdjax.run import command_line
 
 CANNOT_SEE = (
-    "Both tests look for a patch or faint picture that turns any image into one class. They cannot see triggers that "
+    "The tests look for a patch or faint picture that turns any image into one class. They cannot see triggers that "
     "differ from image to image (input-aware, warped), that only act on some classes, or that move each class to another "
     "(all-to-all), except by chance; they see large patterns and semantic triggers, such as an object in the scene, badly or "
-    "not at all. Random triggers find a backdoor only if it reacts to triggers that resemble its own."
+    "not at all. Random triggers, where they are drawn, find a backdoor only if it reacts to triggers that resemble its own."
 )
 EASY_TO_FIND = (
     "The planted square is about the easiest trigger there is: that it was found does not mean that another would have been, "

@@ -212,6 +212,9 @@ def test_a_finding_by_random_triggers_says_of_which_kind_and_how_often_controls_
     assert 'random triggers of the kind "noise patch" turns 90 % of held-out rows into class 3 (dog)' in verdict.text
     assert "12 % on control networks; p = " in verdict.text and "9 of each of 7 kinds" in verdict.text
     assert "a mask of" not in verdict.text  # the reversed trigger is no finding
+    numbers = model_page.key_numbers(results)
+    assert numbers["trigger found into"] == "class 3 (dog)"
+    assert (numbers["success on held-out rows"], numbers["on control networks"]) == ("90 %", "12 %")
     ((_, _, _, label, by, *_),) = model_page.main_table(results).rows
     assert (label, by) == ("Class 3 (dog)", "random")
     table = model_page.responses_table(results)
