@@ -20,6 +20,7 @@ from bdjax.models.layers import (
     convolve_3x3,
     convolve_depthwise,
     default_lowering,
+    gelu,
     global_max,
     layout_of,
     max_pool,
@@ -421,6 +422,39 @@ def test_the_gradient_of_relu_at_zero_is_zero():
     x = jnp.asarray([-1.0, 0.0, 2.0])
     np.testing.assert_array_equal(relu(x), [0, 0, 2])
     np.testing.assert_array_equal(jax.vmap(jax.grad(relu))(x), [0, 0, 1])
+
+
+def test_gelu_is_the_exact_one_and_so_is_its_gradient():
+    x = jnp.concatenate([jnp.linspace(-12, 12, 4001), jnp.zeros(1)])
+    y, (gradient,) = pulled_back(gelu, [x], jnp.ones_like(x))
+    expected, (expected_gradient,) = pulled_back(lambda x: jax.nn.gelu(x, approximate=False), [x], jnp.ones_like(x))
+    chex.assert_trees_all_close((y, gradient), (expected, expected_gradient), atol=1e-6, rtol=1e-6)
+    assert_slope(gelu, [draw(0, 3, 4)], draw(1, 3, 4))
+
+
+def test_gelu_keeps_nothing_for_its_gradient_but_its_input():
+    x = draw(0, 5, 4)
+    _, pull = jax.vjp(gelu, x)
+    kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size == x.size]
+    assert len(kept) == 1
+    chex.assert_trees_all_equal(kept[0], x)
+
+
+@pytest.mark.parametrize(("is_rounded", "summed"), [(True, "[1] x [0]"), (False, "[0] x [0]")])
+def test_products_are_of_the_kind_that_is_fast_for_their_dtype(is_rounded, summed):
+    x, kernel = draw(0, 4, 6, 6, 8), draw(1, 3, 3, 4, 5)
+
+    def gradient_by_input(x, kernel):
+        return jax.grad(lambda x: convolve_3x3(x, kernel, is_rounded).sum())(x)
+
+    products = [
+        line
+        for function in (lambda x, kernel: convolve_3x3(x, kernel, is_rounded), gradient_by_input)
+        for line in jax.jit(function).lower(x, kernel).as_text().splitlines()
+        if "dot_general" in line and "[1] x [1]" not in line  # the gradient by the kernel
+    ]
+    assert len(products) >= 2
+    assert all(f"contracting_dims = {summed}" in line for line in products)
 
 
 @pytest.mark.parametrize("axes", [(1, 2), (0, 2)])
