@@ -3,6 +3,7 @@
     python experiments/bench_ensemble.py                    # half an hour on two cores; on a GPU the preset gpu
     python experiments/bench_ensemble.py --preset=full      # the whole grid: hours on a CPU
     python experiments/bench_ensemble.py --members 7 --shapes 8x8x1 --widths 8 --forms 'map-*' alone '!*-native'
+    python experiments/bench_ensemble.py --model=speedrun --shapes 32x32x3 --widths 16 --members 2 --dataset=cifar10
 
 PyTorch is optional (`pip install -e '.[bench]'`). The same command resumes an interrupted run after the last finished setting.
 Everything is written to one folder (`--output`, by default below `runs/bench_ensemble/`).
@@ -19,13 +20,16 @@ import math
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
-from bdjax.benchmarking import interleave, report, settings
+from bdjax import datasets
+from bdjax.benchmarking import interleave, learning, report, settings
 from bdjax.choices import ComputeDtype
 from bdjax.errors import InputError
 from bdjax.models import operations
@@ -35,8 +39,9 @@ from bdjax.run import command_line
 from bdjax.run.checks import check_ranges
 from bdjax.run.folder import RunFolder, default_name, open_run
 from bdjax.run.log import StageLog
-from bdjax.settings import MOST, Count, Positive, Range, Width, check_choice
+from bdjax.settings import MOST, Amount, Count, InnerShare, Positive, Range, Width, check_choice
 from bdjax.training import memory
+from bdjax.types import Dataset
 
 Preset = Literal["quick", "full", "gpu"]
 
@@ -95,6 +100,15 @@ class Config:
     """seconds allowed for a contender's first epoch; a slower one is stopped and reported with this bound"""
     compile_limit: Positive = 300.0
     """seconds allowed for a contender's compilation"""
+    dataset: str = ""
+    """a dataset's name: also train the speed-run network on it by its recipe, in bdjax and in PyTorch, and report the time to
+    --target-accuracy"""
+    target_accuracy: InnerShare = 0.85
+    """accuracy on the test rows of --dataset, in (0, 1)"""
+    epochs: Count = 8
+    """epochs of the training on --dataset"""
+    train_rows: Amount = 0
+    """training rows of --dataset; 0 for all"""
     forms: tuple[str, ...] = ()
     """contenders to run, with wildcards, such as map-*, alone or pytorch-compiled; a leading ! excludes; by default all"""
     output: pathlib.Path | None = None
@@ -114,6 +128,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": {},
     "gpu": {"model": "resnet34", "rows": 2048, "compute_dtype": ("float32", "bfloat16")},
 }
+LEARNING_LIMIT = 1800.0
+"""Seconds allowed for an epoch of a whole training."""
 IGNORED = ("output",)
 """Fields that do not affect any number."""
 
@@ -201,6 +217,7 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
     log = log or StageLog()
     check(config)
     forms = settings.choose(settings.all_forms(has_gpu()), config.forms)
+    data = load(config) if config.dataset else None
     schedule = interleave.Schedule(config.rounds, config.seconds_per_turn, config.time_limit, config.compile_limit)
     folder = open_run(output_folder(config), config, experiment="bench_ensemble", ignore=IGNORED)
     results = read_results(folder)
@@ -228,6 +245,8 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
                 stage.detail = _best(entry)
             results["settings"].append(entry)
             write(folder, results)
+    if data is not None and "learning" not in results:
+        results["learning"] = learn(config, results["settings"], *data, log)
     write(folder, results)
     for table in tables(results):
         # Outside a terminal rich would squeeze twelve columns into eighty characters.
@@ -235,6 +254,46 @@ def run(config: Config, log: StageLog | None = None) -> dict[str, Any]:
         log.console.print(shown, highlight=False, markup=False, soft_wrap=not log.console.is_terminal)
     log.say(f"tables: {folder.path / 'table.md'}")
     return results
+
+
+def load(config: Config) -> tuple[Dataset, Dataset]:
+    """The training and test rows of `--dataset`.
+
+    Raises:
+        InputError: if there is no such dataset, or the speed-run network is not among the settings for its images.
+    """
+    train, test = datasets.load(config.dataset)
+    if config.train_rows > len(train):
+        raise InputError(f"--train-rows {config.train_rows}: {config.dataset} has {len(train)} training rows")
+    if config.train_rows:
+        train = train[np.random.default_rng(0).permutation(len(train))[: config.train_rows]]
+    shape, cores = train.images.shape[1:], settings.num_cores()
+    if not any(learning.is_measured({"setting": setting.key}, shape) for setting in grid(config)):
+        shape = "x".join(map(str, shape))
+        raise InputError(
+            f"--dataset {config.dataset} needs the speed-run network on such images, with a network for each core: "
+            f"--model=speedrun --shapes {shape} --widths 16 --members {cores}"
+        )
+    return train, test
+
+
+def learn(
+    config: Config, entries: Sequence[Mapping[str, Any]], train: Dataset, test: Dataset, log: StageLog
+) -> dict[str, Any]:
+    """Train the speed-run network to the end in both libraries: results.json's "learning"."""
+    measured = [entry for entry in entries if learning.is_measured(entry, train.images.shape[1:])]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "rows.npz"
+        learning.write_rows(path, train, test)
+        specs = learning.specifications(measured, path, config.epochs, len(train))
+        with log.stage("learning", total=len(specs) * config.epochs, unit="epochs") as stage:
+            outcomes = learning.race(specs, LEARNING_LIMIT, lambda name: stage.advance(1, name))
+    return {
+        "dataset": config.dataset,
+        "rows": len(train),
+        "target_accuracy": config.target_accuracy,
+        "contenders": outcomes,
+    }
 
 
 def measure(
@@ -322,9 +381,10 @@ def read_results(folder: RunFolder) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error}); remove it to start again") from error
 
 
-def tables(results: Mapping[str, Any]) -> tuple[Table, Table]:
-    """The summary table and the table of every contender."""
-    return report.summary_table(results), report.details_table(results)
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """The summary table, the table of every contender, and of the time to an accuracy if that was measured."""
+    found = [report.summary_table(results), report.details_table(results)]
+    return [*found, learning.table(results["learning"])] if "learning" in results else found
 
 
 def write(folder: RunFolder, results: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from bdjax.models import make_model
 from bdjax.run import backend
 from bdjax.training import ensemble
 from bdjax.training.member import Rows, TrainConfig, make_epoch
-from bdjax.training.stages import cross_entropy_of
+from bdjax.training.stages import cross_entropy_of, prepare
 
 
 class Training:
@@ -25,10 +25,15 @@ class Training:
         model = make_model(spec["model"], spec["num_classes"], spec["width"], spec["lowering"], spec["compute_dtype"])
         # A factor of 1 keeps the learning rate constant, as in PyTorch: labels are random, so the loss never improves.
         config = TrainConfig(
-            epochs=1, batch_size=spec["batch_size"], learning_rate=spec["learning_rate"], plateau_factor=1.0
+            epochs=spec.get("epochs", 1),
+            batch_size=spec["batch_size"],
+            learning_rate=spec["learning_rate"],
+            plateau_factor=1.0,
+            augmentation=spec.get("augmentation", "none"),
         )
         config = replace(config, **spec["recipe"])
         self.images = spec["members"] * len(labels)
+        self.predict_members = ensemble.make_predict(model, spec["layout"], config.evaluation_batch_size)
         spread = ensemble.spread_members(spec["members"])
 
         def rows(count: int) -> Rows:
@@ -36,9 +41,12 @@ class Training:
             return spread.place(Rows(index, {"labels": np.asarray(labels, np.int32)[index]}))
 
         keys = jax.random.split(jax.random.key(0), spec["members"])
-        shape = images.shape[1:]
-        self.states = spread.place(ensemble.init_states(model, shape, config, keys))
-        self.shared = (rows(len(labels)), rows(0), spread.replicate(jnp.asarray(images)))
+        train, pool = rows(len(labels)), spread.replicate(jnp.asarray(images))
+        states = ensemble.init_states(model, images.shape[1:], config, keys)
+        if spec.get("data"):
+            states = states._replace(variables=prepare(model, states.variables, pool, np.asarray(train.index)))
+        self.states = spread.place(states)
+        self.shared = (train, rows(0), pool)
         self.run = ensemble.compile_members(
             make_epoch(model, cross_entropy_of(config), config), spec["layout"], spread, num_shared=1, donate=True
         )
@@ -54,6 +62,10 @@ class Training:
         """Train all members on every row once and return the number of images, M n."""
         self.states = jax.block_until_ready(self.run(self.states, *self.shared))
         return self.images
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The most likely class of each image by each member, int [M, n], from uint8 [n, H, W, C]."""
+        return np.argmax(np.asarray(self.predict_members(self.states.variables, images)), axis=2)
 
     def peak_bytes(self) -> int | None:
         """Peak memory on a GPU; None on a CPU, where the memory of the process is measured instead."""

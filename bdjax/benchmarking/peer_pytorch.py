@@ -15,6 +15,10 @@ from torch.nn import functional
 
 FORMS = ("contiguous", "channels-last", "compiled", "compiled-graphs")
 """The last two are also channels-last; graphs are CUDA graphs."""
+TRIANGLE = (0.2, 0.23, 0.07)
+"""As `TrainConfig.triangle`."""
+STARTED_ON, EVALUATED_AT_ONCE = 2000, 500
+"""Images that the whitening is computed from, and test images in a batch."""
 
 
 class Block(nn.Module):
@@ -85,6 +89,21 @@ class SpeedrunNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.blocks(functional.gelu(self.whitening(x))).amax((2, 3)) / 9)
 
+    @torch.no_grad()
+    def start(self, images: torch.Tensor) -> None:
+        """The start of `bdjax/models/speedrun.py`: whiten patches of these images, float [N, C, H, W]; pass on inputs."""
+        mean, deviation = images.mean((0, 2, 3)), images.std((0, 2, 3), correction=0) + 1e-4
+        standard = (images - mean[:, None, None]) / deviation[:, None, None]
+        patches = functional.unfold(standard, 2).transpose(1, 2).flatten(0, 1)  # ordered by channel, row, column
+        values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (vectors / (values + 5e-4).sqrt()).T.reshape(-1, len(mean), 2, 2)
+        kernel = torch.cat([filters, -filters]) / deviation[:, None, None]
+        self.whitening.weight.copy_(kernel)
+        self.whitening.bias.copy_(-(kernel * mean[:, None, None]).sum((1, 2, 3)))
+        for layer in self.blocks:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.dirac_(layer.weight[: layer.in_channels])
+
 
 def _fixed_norm(features: int) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(features, eps=1e-12, momentum=0.4)
@@ -115,8 +134,9 @@ def synchronize(device: torch.device) -> None:
 class Training:
     """Epochs of one model, on uint8 images that stay on the device.
 
-    The optimiser is fused, PyTorch's fastest version. Its rate is constant, which changes no time. Only the training step is
-    computed: no running loss, no accuracy.
+    The optimiser is fused, PyTorch's fastest version. Only the training step is computed: no running loss, no accuracy. On
+    images that mean nothing the rate is constant, which changes no time. If the specification names "data", the network starts
+    like ours, and its schedule and augmentation are those of the recipe.
     """
 
     def __init__(self, spec: Mapping[str, Any], images: Any, labels: Any) -> None:
@@ -127,7 +147,7 @@ class Training:
         self.device = find_device(spec["threads"])
         if form == "compiled-graphs" and self.device.type != "cuda":
             raise RuntimeError("CUDA graphs need a GPU")
-        torch.manual_seed(0)
+        torch.manual_seed(spec.get("seed", 0))
         self.batch_size = spec["batch_size"]
         # Channels-last rows are gathered as NHWC and permuted at no cost: an NCHW view of them is channels-last.
         self.is_channels_last = form != "contiguous"
@@ -137,6 +157,8 @@ class Training:
         colors = images.shape[3]
         if spec["kind"] == "speedrun":
             network = SpeedrunNet(spec["blocks"], spec["num_classes"], colors)
+            if spec.get("data"):
+                network.start(torch.from_numpy(images[:STARTED_ON]).permute(0, 3, 1, 2).float().div(255.0))
         else:
             network = ResNet(spec["kind"], spec["blocks"], spec["width"], spec["num_classes"], colors)
         network = network.to(
@@ -145,6 +167,9 @@ class Training:
         self.network = network.train()
         self.smoothing = spec["recipe"].get("label_smoothing", 0.0)
         self.optimiser = _optimiser(network, spec["recipe"], spec["learning_rate"])
+        self.peaks = [group["lr"] for group in self.optimiser.param_groups]
+        self.is_learning = bool(spec.get("data"))
+        self.steps, self.total_steps = 0, spec.get("epochs", 1) * -(-len(labels) // self.batch_size)
         is_half = spec["compute_dtype"] == "bfloat16"
         self.precision = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if is_half else nullcontext
         self.loss = self._loss
@@ -160,13 +185,22 @@ class Training:
 
     def step(self, rows: torch.Tensor) -> None:
         """One step of the optimiser on these rows of the pool, int64 [B]."""
-        loss = self.loss(self.pool[rows], self.labels[rows])
+        images = self.pool[rows]
+        if self.is_learning:
+            images = _shifted_and_mirrored(images, self.is_channels_last)
+            share = _triangle(self.steps / self.total_steps)
+            for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
+                group["lr"] = peak * share
+        self.steps += 1
+        loss = self.loss(images, self.labels[rows])
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
 
     def compile(self) -> float:
-        """Compile time: the seconds by which the first step is slower than a later step."""
+        """Compile time: the seconds by which the first step is slower than a later step; nothing if these steps count."""
+        if self.is_learning:
+            return 0.0
         rows = torch.arange(self.batch_size, device=self.device)
         seconds = []
         for _ in range(3):
@@ -184,9 +218,43 @@ class Training:
         synchronize(self.device)
         return len(self.labels)
 
+    @torch.no_grad()
+    def predict(self, images: Any) -> Any:
+        """The most likely class of each image, int [1, n], from uint8 [n, H, W, C]."""
+        self.network.eval()
+        batches = torch.from_numpy(images).permute(0, 3, 1, 2).split(EVALUATED_AT_ONCE)
+        predicted = [self.network(batch.to(self.device).float().div(255.0)).argmax(1).cpu() for batch in batches]
+        self.network.train()
+        return torch.cat(predicted).numpy()[None]
+
     def peak_bytes(self) -> int | None:
         """Peak memory on a GPU; None on a CPU, where the memory of the process is measured instead."""
         return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+
+def _triangle(progress: float) -> float:
+    """The schedule "triangle" of `bdjax/training/member.py`: a share of the peak rate."""
+    first, peak, last = TRIANGLE
+    if progress < peak:
+        return first + (1 - first) * progress / peak
+    return 1 - (1 - last) * (progress - peak) / (1 - peak)
+
+
+def _shifted_and_mirrored(images: torch.Tensor, is_channels_last: bool) -> torch.Tensor:
+    """The augmentation "reflect_flip": uint8 [N, H, W, C], or [N, C, H, W] if not channels-last."""
+    images = images if is_channels_last else images.permute(0, 2, 3, 1)
+    count, height, width, _ = images.shape
+    device, margin = images.device, max(1, height // 16)
+    rows, columns = (
+        torch.randint(-margin, margin + 1, (count, 1), device=device) + torch.arange(length, device=device)
+        for length in (height, width)
+    )
+    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    rows, columns = (
+        last - (last - place.abs()).abs() for place, last in ((rows, height - 1), (columns, width - 1))
+    )  # mirrored at the border, without repeating it
+    images = images[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return images if is_channels_last else images.permute(0, 3, 1, 2).contiguous()
 
 
 def _optimiser(network: nn.Module, recipe: Mapping[str, Any], learning_rate: float) -> torch.optim.Optimizer:

@@ -1,8 +1,8 @@
 """A process that runs one contender in turns: `python -m bdjax.benchmarking.worker`.
 
 Requests and replies are lines of JSON. The first line is the specification; then come `{"do": "compile"}`, `{"do": "turn",
-"seconds": s}` and `{"do": "memory"}`. Each gets one line in reply; a reply with "error" is the last. The worker ends when
-standard input does. Between turns it sleeps in `readline` and uses no processor time.
+"seconds": s}`, `{"do": "accuracy"}` and `{"do": "memory"}`. Each gets one line in reply; a reply with "error" is the last. The
+worker ends when standard input does. Between turns it sleeps in `readline` and uses no processor time.
 """
 
 import importlib
@@ -40,18 +40,31 @@ def make_contender(spec: Mapping[str, Any]) -> Any:
     module = importlib.import_module(f"bdjax.benchmarking.{'peer_pytorch' if is_pytorch else 'contenders'}")
     if spec["task"] == "matmul":
         return module.Matmul(spec)
+    if spec.get("data"):
+        with np.load(spec["data"], allow_pickle=False) as rows:
+            return module.Training(spec, rows["images"], rows["labels"])
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (spec["rows"], *spec["shape"]), dtype=np.uint8)
     labels = random.integers(0, spec["num_classes"], spec["rows"], dtype=np.int32)
     return module.Training(spec, images, labels)
 
 
+def accuracies(contender: Any, spec: Mapping[str, Any]) -> list[float]:
+    """The share of the test rows that each model predicts correctly."""
+    if isinstance(contender, PerCore):
+        return contender.accuracies()
+    with np.load(spec["data"], allow_pickle=False) as rows:
+        images, labels = rows["test_images"], rows["test_labels"]
+    predicted = contender.predict(images)
+    return np.mean(predicted == labels, axis=1).tolist()
+
+
 class PerCore:
     """As many copies of a contender as cores, each in a separate process with its own model, all running at once."""
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
-        single = {**spec, "processes": 1}
-        self.workers = [interleave.Worker(single, own_session=False) for _ in range(spec["processes"])]
+        singles = [{**spec, "processes": 1, "seed": number} for number in range(spec["processes"])]
+        self.workers = [interleave.Worker(single, own_session=False) for single in singles]
         self._receive("versions")
 
     def _receive(self, name: str) -> list[Any]:
@@ -69,6 +82,10 @@ class PerCore:
     def epoch(self) -> int:
         """Run an epoch in each process; returns the images of all of them."""
         return sum(self._request("work", do="turn", seconds=0.0))
+
+    def accuracies(self) -> list[float]:
+        """Of the models of all processes."""
+        return [accuracy for of_process in self._request("accuracies", do="accuracy") for accuracy in of_process]
 
     def peak_bytes(self) -> int:
         """Peak memory of all processes together."""
@@ -105,7 +122,8 @@ def serve(requests: TextIO, replies: TextIO) -> None:
         replies.flush()
 
     try:
-        contender = make_contender(json.loads(requests.readline()))
+        spec = json.loads(requests.readline())
+        contender = make_contender(spec)
         versions = {name: sys.modules[name].__version__ for name in ("jax", "torch") if name in sys.modules}
         reply(versions=versions)
         while line := requests.readline():
@@ -114,6 +132,8 @@ def serve(requests: TextIO, replies: TextIO) -> None:
                 reply(compile_seconds=contender.compile())
             elif request["do"] == "turn":
                 reply(**take_turn(contender, request["seconds"]))
+            elif request["do"] == "accuracy":
+                reply(accuracies=accuracies(contender, spec))
             else:
                 reply(peak_mebibytes=peak_mebibytes(contender))
     except (UnavailableError, interleave.FailedError) as error:

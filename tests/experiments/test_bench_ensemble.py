@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bdjax.benchmarking import contenders, interleave, report, settings, worker
+from bdjax.benchmarking import contenders, interleave, learning, report, settings, worker
 from bdjax.errors import InputError
 from bdjax.models import count_parameters, make_model, operations
 from bdjax.models.resnet import BLOCKS
@@ -92,6 +92,9 @@ class FakeWorker:
             return {"compile_seconds": 0.5}
         if request["do"] == "memory":
             return {"peak_mebibytes": 20.0}
+        if request["do"] == "accuracy":
+            self.epochs = getattr(self, "epochs", 0) + 1
+            return {"accuracies": [0.2 * self.epochs] * 2}
         if self.spec.get("name") in self.broken:
             raise interleave.FailedError("ValueError: no such layout")
         if limit < 0.02:
@@ -242,6 +245,10 @@ def test_a_process_that_fails_or_is_too_slow_is_ended():
         ({"forms": ("map-*", "tensorflow")}, "--forms 'tensorflow' matches none of vmap-native"),
         ({"forms": ("alone", "!alone")}, "excludes every contender"),
         ({"preset": "slow"}, "--preset 'slow' is not one of quick, full, gpu"),
+        ({"target_accuracy": 1.0}, "--target-accuracy 1.0 is not above 0 and below 1"),
+        ({"dataset": "digits"}, "--dataset digits needs the speed-run network on such images"),
+        ({"dataset": "digits", "train_rows": 5000}, "--train-rows 5000: digits has 1438 training rows"),
+        ({"dataset": "nothing"}, "nothing"),
     ],
 )
 def test_invalid_flags_give_an_error_of_one_line(tmp_path, changes, message):
@@ -333,6 +340,123 @@ def test_without_pytorch_its_contenders_are_unavailable(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(worker.UnavailableError, match="^PyTorch is not installed$"):
         worker.make_contender(settings.describe(SETTING, "pytorch-contiguous"))
+
+
+# ---- Whole trainings ------------------------------------------------------------------------------------------------
+
+LEARNING = {"model": "speedrun", "shapes": ("8x8x1",), "dataset": "digits", "train_rows": 64, "epochs": 5}
+
+
+def test_the_fastest_form_of_each_library_is_trained_to_the_end(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "num_cores", lambda: 2)
+    specs = []
+    monkeypatch.setattr(
+        FakeWorker, "__init__", lambda self, spec, *_, **__: (setattr(self, "spec", spec), specs.append(spec))[0]
+    )
+    results = bench_ensemble.main(flags(output=tmp_path / "run", **LEARNING))
+    learned = results["learning"]
+    assert (learned["dataset"], learned["rows"], learned["target_accuracy"]) == ("digits", 64, 0.85)
+    assert list(learned["contenders"]) == ["map-shifted, float32", "pytorch-contiguous, float32"]
+    for outcome in learned["contenders"].values():
+        assert outcome["status"] == "done" and len(outcome["epochs"]) == 5
+        spec = outcome["specification"]
+        assert (spec["rows"], spec["epochs"], spec["augmentation"]) == (64, 5, "reflect_flip")
+        assert learning.seconds_to(outcome, 0.85) == pytest.approx(5 * 0.02)
+    table = (tmp_path / "run" / "table.md").read_text()
+    assert "**Time to an accuracy of 0.85**" in table and "on 64 rows of digits" in table
+    started = len(specs)
+    assert bench_ensemble.main(flags(output=tmp_path / "run", **LEARNING)) == results
+    assert len(specs) == started
+
+
+def test_a_contender_that_fails_does_not_end_the_training_of_the_others(workers):
+    workers.broken.add("alone")
+    specs = {name: settings.describe(SETTING, name) | {"epochs": 2} for name in ("alone", "map-shifted")}
+    outcomes = learning.race(specs, 60.0)
+    assert (outcomes["alone"]["status"], outcomes["alone"]["epochs"]) == ("failed", [])
+    assert outcomes["map-shifted"]["status"] == "done" and len(outcomes["map-shifted"]["epochs"]) == 2
+    learned = {"dataset": "digits", "rows": 8, "target_accuracy": 0.3, "contenders": outcomes}
+    failed, done = learning.table(learned).rows
+    assert failed == ("alone", None, 0, None, None, None, None, None, "0.5", "ValueError: no such layout")
+    assert done == ("map-shifted", 2, 2, "0.400", "0.400", "0", 800, "0", "0.5", "")
+
+
+def test_the_time_to_an_accuracy_is_to_the_end_of_the_first_epoch_that_has_it():
+    outcome = {"epochs": [{"seconds": 2.0, "accuracies": [0.9, 0.5]}, {"seconds": 3.0, "accuracies": [0.9, 0.7]}]}
+    assert learning.seconds_to(outcome, 0.7) == 2.0
+    assert learning.seconds_to(outcome, 0.8) == 5.0
+    assert learning.seconds_to(outcome, 0.9) is None
+
+
+def spec_of_halves(tmp_path: pathlib.Path, form: str, epochs: int = 4) -> dict[str, Any]:
+    """Rows whose upper half is bright in class 1, and the lower half in class 0."""
+    random = np.random.default_rng(0)
+    labels = (np.arange(480) % 2).astype(np.int32)
+    images = random.integers(0, 60, (480, 12, 12, 3), dtype=np.uint8)
+    images[labels == 1, :6] += 150
+    images[labels == 0, 6:] += 150
+    path = tmp_path / "rows.npz"
+    np.savez(path, images=images, labels=labels, test_images=images[:32], test_labels=labels[:32])
+    setting = dataclasses.replace(SETTING, model="speedrun", shape=(12, 12, 3), width=4, batch_size=16, rows=480)
+    return settings.describe(setting, form) | {"data": str(path), "epochs": epochs, "augmentation": "reflect_flip"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["map-shifted", "pytorch-channels-last"])
+def test_a_worker_learns_the_rows_of_a_file(tmp_path, form):
+    if form.startswith("pytorch") and not HAS_TORCH:
+        pytest.skip("PyTorch is not installed")
+    requests = {"do": "turn", "seconds": 0.0}, {"do": "accuracy"}
+    spec = spec_of_halves(tmp_path, form)
+    answers = replies(spec, *requests * spec["epochs"])
+    members = spec["members"]
+    assert [answer["work"] for answer in answers[1::2]] == [480 * members] * spec["epochs"]
+    last = answers[-1]["accuracies"]
+    assert len(last) == members and min(last) > 0.9
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_the_peer_starts_and_is_scheduled_as_ours(tmp_path):
+    from bdjax.benchmarking import peer_pytorch
+    from bdjax.models import speedrun
+    from bdjax.training.member import triangle_at
+
+    spec = spec_of_halves(tmp_path, "pytorch-contiguous")
+    with np.load(spec["data"]) as rows:
+        images, labels = rows["images"], rows["labels"]
+    peer = peer_pytorch.Training(spec, images, labels)
+    model = make_model("speedrun", settings.NUM_CLASSES, 4, "native")
+    ours = speedrun.whiten(model.init(jax.random.key(0), (12, 12, 3)), jnp.asarray(images, jnp.float32) / 255)
+    whitened = ours["batch_stats"]["whitening"]
+    x = np.random.default_rng(1).random((2, 12, 12, 3), dtype=np.float32)
+    expected = jax.lax.conv_general_dilated(
+        x, whitened["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    expected = np.asarray(expected) + np.asarray(whitened["offset"])
+    found = peer.network.whitening(peer_pytorch.torch.tensor(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    # The order and the signs of eigenvectors are arbitrary; both signs are filters.
+    moments = [np.sort(np.abs(values).reshape(-1, 24).mean(axis=0)) for values in (expected, found.detach().numpy())]
+    np.testing.assert_allclose(*moments, rtol=2e-2)
+    config = TrainConfig(1, 16)
+    for progress in (0.0, 0.1, 0.23, 0.5, 1.0):
+        assert peer_pytorch._triangle(progress) == pytest.approx(
+            float(triangle_at(jnp.float32(progress), config)), abs=1e-6
+        )
+    kernel = peer.network.blocks[0].weight.detach().numpy()
+    np.testing.assert_array_equal(kernel[:4, :4, 1, 1], np.eye(4))
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="PyTorch is not installed")
+def test_the_peer_shifts_and_mirrors_as_ours():
+    from bdjax.benchmarking import peer_pytorch
+
+    torch = peer_pytorch.torch
+    image = np.arange(32 * 32, dtype=np.int64).reshape(32, 32, 1)
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    shifted = [padded[i : i + 32, j : j + 32] for i in range(5) for j in range(5)]
+    expected = {each.tobytes() for view in shifted for each in (view, np.ascontiguousarray(view[:, ::-1]))}
+    found = peer_pytorch._shifted_and_mirrored(torch.tensor(image).repeat(2000, 1, 1, 1), True).numpy()
+    assert {np.ascontiguousarray(each).tobytes() for each in found} == expected
 
 
 # ---- The tables -----------------------------------------------------------------------------------------------------
