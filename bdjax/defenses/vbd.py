@@ -593,7 +593,7 @@ VBD = Defense(
             "least_steps": 600,
             "batch_size": 64,
             "detector_rows": "held_back",
-            "most_detector_rows": 2400,
+            "most_detector_rows": 7200,
             "detector_epochs": 8,
             "least_detector_steps": 200,
             "detector_batch_size": 64,
