@@ -64,7 +64,7 @@ GROUPS = {
         "How it is computed; results differ by rounding only.",
         """
         layout lowering compute_dtype member_group suspects_at_once teacher_batch query_batch probe_seconds members
-        rows rounds seconds_per_turn time_limit compile_limit forms executor workers gpus
+        rows rounds seconds_per_turn time_limit compile_limit target_accuracy forms executor workers gpus
         """,
     ),
     "limits": _group(
