@@ -84,9 +84,10 @@ def race(
         of its networks.
     """
     workers = {name: interleave.Worker(spec) for name, spec in specs.items()}
-    outcomes: dict[str, dict[str, Any]] = {
-        name: {"status": "done", "specification": dict(spec), "epochs": []} for name, spec in specs.items()
-    }
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name, spec in specs.items():
+        recorded = {field: value for field, value in spec.items() if field != "data"}  # a temporary file
+        outcomes[name] = {"status": "done", "specification": recorded, "epochs": []}
 
     def attempt(name: str, action: Callable[[interleave.Worker], Mapping[str, Any]]) -> Mapping[str, Any] | None:
         if name not in workers:
