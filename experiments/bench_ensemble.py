@@ -285,9 +285,10 @@ def learn(
     with tempfile.TemporaryDirectory() as scratch:
         path = pathlib.Path(scratch) / "rows.npz"
         learning.write_rows(path, train, test)
-        specs = learning.specifications(measured, path, config.epochs, len(train))
-        with log.stage("learning", total=len(specs) * config.epochs, unit="epochs") as stage:
-            outcomes = learning.race(specs, LEARNING_LIMIT, lambda name: stage.advance(1, name))
+        specs = learning.specifications(measured, path, config.epochs, train)
+        total = len(specs) * config.epochs
+        with interleave.WorkerPool() as pool, log.stage("learning", total=total, unit="epochs") as stage:
+            outcomes = pool.learn(specs, LEARNING_LIMIT, on_epoch=lambda name: stage.advance(1, name))
     return {
         "dataset": config.dataset,
         "rows": len(train),

@@ -200,6 +200,48 @@ class WorkerPool:
         self._end_others({json.dumps(spec, sort_keys=True) for spec in keep})
         return outcomes
 
+    def learn(
+        self,
+        specs: Mapping[str, Mapping[str, Any]],
+        limit: float,
+        *,
+        on_epoch: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, dict[str, Any]]:
+        """Train contenders to the end, an epoch of each in turn, and measure their accuracy after each epoch.
+
+        Args:
+            specs: name -> specification, with "data" and "epochs".
+            limit: seconds allowed for compilation, and for an epoch.
+            on_epoch: called with a contender's name before each of its epochs.
+
+        Returns:
+            name -> outcome, as from `race`, without turns; with the "specification" and the finished "epochs", each with its
+            "seconds" of training, "work" in images and the "accuracies" of its networks.
+        """
+        keys = {name: json.dumps(spec, sort_keys=True) for name, spec in specs.items()}
+        epochs: dict[str, list[dict[str, Any]]] = {name: [] for name in specs}
+        self._end_others(set())
+        for name, key in keys.items():
+            self._workers[key] = Worker(specs[name])
+            self._known[key] = {"status": "done", "limit": limit}
+        for key in keys.values():
+            self._attempt(key, "slow to start", START_LIMIT)
+        for key in keys.values():
+            self._attempt(key, "slow to compile", limit, do="compile")
+        for number in range(max((spec["epochs"] for spec in specs.values()), default=0)):
+            for name in rotate([name for name, key in keys.items() if key in self._workers], number):
+                on_epoch(name)
+                turn = self._attempt(keys[name], "slow", limit, remember=False, do="turn", seconds=0.0)
+                right = self._attempt(keys[name], "slow", limit, remember=False, do="accuracy")
+                if turn is not None and right is not None:
+                    epochs[name].append(turn | right)
+        outcomes = {}
+        for name, spec in specs.items():
+            recorded = {field: value for field, value in spec.items() if field != "data"}  # a temporary file
+            outcomes[name] = {**self._known[keys[name]], "specification": recorded, "epochs": epochs[name]}
+        self._end_others(set())
+        return outcomes
+
     def _attempt(
         self, key: str, slow: str, limit: float, *, remember: bool = True, **request: Any
     ) -> dict[str, Any] | None:

@@ -5,17 +5,15 @@ by the fastest form of each library, and its accuracy on the test rows is measur
 """
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bdjax.benchmarking import interleave, report, settings
+from bdjax import datasets
+from bdjax.benchmarking import report, settings
 from bdjax.reporting.tables import Table
 from bdjax.types import Dataset
-
-AUGMENTATION = "reflect_flip"
-"""Of the recipe "speedrun"."""
 
 
 def write_rows(path: pathlib.Path, train: Dataset, test: Dataset) -> None:
@@ -40,7 +38,7 @@ def is_measured(entry: Mapping[str, Any], shape: Sequence[int]) -> bool:
 
 
 def specifications(
-    entries: Sequence[Mapping[str, Any]], path: pathlib.Path, epochs: int, rows: int
+    entries: Sequence[Mapping[str, Any]], path: pathlib.Path, epochs: int, train: Dataset
 ) -> dict[str, dict[str, Any]]:
     """The fastest form of either library, as measured, as a worker's specification of a whole training.
 
@@ -48,11 +46,17 @@ def specifications(
         entries: of results.json, for which `is_measured`; several if there are several dtypes.
         path: the file of `write_rows`.
         epochs: of the training.
-        rows: training rows.
+        train: the training rows.
 
     Returns:
         "<form>, <dtype>" -> specification, the engine's first.
     """
+    learning = {
+        "data": str(path),
+        "epochs": epochs,
+        "augmentation": "reflect_flip" if datasets.traits(train.name).flips else "reflect",
+        "num_classes": train.num_classes,
+    }
     found = {}
     for belongs in (report.is_engine, report.is_pytorch):
         measured = [
@@ -62,62 +66,9 @@ def specifications(
         ]
         if measured:
             _, form, of_entry = max(measured, key=lambda candidate: candidate[0])
-            setting = settings.Setting(**of_entry | {"shape": tuple(of_entry["shape"]), "rows": rows})
-            learning = {"data": str(path), "epochs": epochs, "augmentation": AUGMENTATION}
+            setting = settings.Setting(**of_entry | {"shape": tuple(of_entry["shape"]), "rows": len(train)})
             found[f"{form}, {setting.compute_dtype}"] = settings.describe(setting, form) | learning
     return found
-
-
-def race(
-    specs: Mapping[str, Mapping[str, Any]], limit: float, on_epoch: Callable[[str], None] = lambda name: None
-) -> dict[str, dict[str, Any]]:
-    """Train each contender to the end, an epoch of each in turn.
-
-    Args:
-        specs: name -> specification, with "epochs".
-        limit: seconds that an epoch, or compiling it, may take.
-        on_epoch: called with a contender's name before each of its epochs.
-
-    Returns:
-        name -> outcome: "status" ("done", "slow", or "failed" with the "reason"), the "specification", and as far as it got
-        "versions", "compile_seconds" and "epochs", each with its "seconds" of training, "work" in images and the "accuracies"
-        of its networks.
-    """
-    workers = {name: interleave.Worker(spec) for name, spec in specs.items()}
-    outcomes: dict[str, dict[str, Any]] = {}
-    for name, spec in specs.items():
-        recorded = {field: value for field, value in spec.items() if field != "data"}  # a temporary file
-        outcomes[name] = {"status": "done", "specification": recorded, "epochs": []}
-
-    def attempt(name: str, action: Callable[[interleave.Worker], Mapping[str, Any]]) -> Mapping[str, Any] | None:
-        if name not in workers:
-            return None
-        try:
-            return action(workers[name])
-        except interleave.TooLongError:
-            outcomes[name]["status"] = "slow"
-        except interleave.FailedError as error:
-            outcomes[name] |= {"status": "failed", "reason": str(error)}
-        workers.pop(name).end()
-        return None
-
-    try:
-        for name in specs:
-            outcomes[name] |= attempt(name, lambda worker: worker.receive(interleave.START_LIMIT)) or {}
-        for name in specs:
-            outcomes[name] |= attempt(name, lambda worker: worker.request(limit, do="compile")) or {}
-        for number in range(max((spec["epochs"] for spec in specs.values()), default=0)):
-            for name in interleave.rotate(list(specs), number):
-                if name in workers:
-                    on_epoch(name)
-                turn = attempt(name, lambda worker: worker.request(limit, do="turn", seconds=0.0))
-                right = attempt(name, lambda worker: worker.request(limit, do="accuracy"))
-                if turn and right:
-                    outcomes[name]["epochs"].append({**turn, **right})
-    finally:
-        for worker in workers.values():
-            worker.end()
-    return outcomes
 
 
 def seconds_to(outcome: Mapping[str, Any], target: float) -> float | None:
@@ -150,7 +101,7 @@ def table(learned: Mapping[str, Any]) -> Table:
                 round(sum(epoch["work"] for epoch in epochs) / total) if epochs else None,
                 None if seconds is None else f"{seconds:.0f}",
                 None if compiling is None else f"{compiling:.1f}",
-                "" if outcome["status"] == "done" else outcome.get("reason", "an epoch takes too long"),
+                report.remark(outcome),
             )
         )
     return Table(
@@ -171,5 +122,6 @@ def table(learned: Mapping[str, Any]) -> Table:
         f"The speed-run network by its recipe on {learned['rows']:,} rows of {learned['dataset']}, with augmentation, by the "
         "fastest form of each library in the first table. Accuracy on the test rows after the last epoch, mean and lowest of "
         "the networks that are trained at once. Seconds are those of training alone: s to the accuracy is to the end of the "
-        "first epoch whose mean accuracy is that high. The contenders take turns, an epoch each.",
+        "first epoch whose mean accuracy is that high. The contenders take turns, an epoch each; PyTorch compiles, if at all, "
+        "in its first.",
     )

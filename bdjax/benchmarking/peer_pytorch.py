@@ -168,7 +168,7 @@ class Training:
         self.smoothing = spec["recipe"].get("label_smoothing", 0.0)
         self.optimiser = _optimiser(network, spec["recipe"], spec["learning_rate"])
         self.peaks = [group["lr"] for group in self.optimiser.param_groups]
-        self.is_learning = bool(spec.get("data"))
+        self.is_learning, self.augmentation = bool(spec.get("data")), spec.get("augmentation", "none")
         self.steps, self.total_steps = 0, spec.get("epochs", 1) * -(-len(labels) // self.batch_size)
         is_half = spec["compute_dtype"] == "bfloat16"
         self.precision = (lambda: torch.autocast(self.device.type, torch.bfloat16)) if is_half else nullcontext
@@ -187,7 +187,7 @@ class Training:
         """One step of the optimiser on these rows of the pool, int64 [B]."""
         images = self.pool[rows]
         if self.is_learning:
-            images = _shifted_and_mirrored(images, self.is_channels_last)
+            images = _augmented(images, self.augmentation, self.is_channels_last)
             share = _triangle(self.steps / self.total_steps)
             for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
                 group["lr"] = peak * share
@@ -240,8 +240,8 @@ def _triangle(progress: float) -> float:
     return 1 - (1 - last) * (progress - peak) / (1 - peak)
 
 
-def _shifted_and_mirrored(images: torch.Tensor, is_channels_last: bool) -> torch.Tensor:
-    """The augmentation "reflect_flip": uint8 [N, H, W, C], or [N, C, H, W] if not channels-last."""
+def _augmented(images: torch.Tensor, kind: str, is_channels_last: bool) -> torch.Tensor:
+    """The augmentations "reflect" and "reflect_flip": uint8 [N, H, W, C], or [N, C, H, W] if not channels-last."""
     images = images if is_channels_last else images.permute(0, 2, 3, 1)
     count, height, width, _ = images.shape
     device, margin = images.device, max(1, height // 16)
@@ -249,7 +249,8 @@ def _shifted_and_mirrored(images: torch.Tensor, is_channels_last: bool) -> torch
         torch.randint(-margin, margin + 1, (count, 1), device=device) + torch.arange(length, device=device)
         for length in (height, width)
     )
-    columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    if kind.endswith("flip"):
+        columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
     rows, columns = (
         last - (last - place.abs()).abs() for place, last in ((rows, height - 1), (columns, width - 1))
     )  # mirrored at the border, without repeating it

@@ -81,8 +81,8 @@ def _matmul(kernel: jax.Array, inputs: tuple[int, ...], x: jax.Array) -> jax.Arr
     """The product of a kernel, as a matrix, and [C, H, W, N] -> float32 [O, H, W, N].
 
     XLA has two kinds of products on a CPU, and chooses by which axis of the matrix is summed over. For bfloat16 the kind with
-    the outputs first is faster (1.5 times at 192 x 192 x 6272), for float32 the other, so the matrix is written either way.
-    Transposing the matrix would not do: XLA folds that into the product.
+    the outputs first is faster (192 x 192 x 6272 on a core with AVX-512: 0.9 and 2.0 ms), for float32 the other (2.1 and
+    1.9 ms), so the matrix is written either way. Transposing the matrix would not do: XLA folds that into the product.
 
     Args:
         kernel: float, four axes.

@@ -248,7 +248,7 @@ def test_a_process_that_fails_or_is_too_slow_is_ended():
         ({"target_accuracy": 1.0}, "--target-accuracy 1.0 is not above 0 and below 1"),
         ({"dataset": "digits"}, "--dataset digits needs the speed-run network on such images"),
         ({"dataset": "digits", "train_rows": 5000}, "--train-rows 5000: digits has 1438 training rows"),
-        ({"dataset": "nothing"}, "nothing"),
+        ({"dataset": "nothing"}, "'nothing': no such dataset"),
     ],
 )
 def test_invalid_flags_give_an_error_of_one_line(tmp_path, changes, message):
@@ -360,7 +360,8 @@ def test_the_fastest_form_of_each_library_is_trained_to_the_end(workers, tmp_pat
     for outcome in learned["contenders"].values():
         assert outcome["status"] == "done" and len(outcome["epochs"]) == 5
         spec = outcome["specification"]
-        assert (spec["rows"], spec["epochs"], spec["augmentation"]) == (64, 5, "reflect_flip") and "data" not in spec
+        assert (spec["rows"], spec["epochs"], spec["num_classes"]) == (64, 5, 10) and "data" not in spec
+        assert spec["augmentation"] == "reflect"  # a mirrored digit is another
         assert learning.seconds_to(outcome, 0.85) == pytest.approx(5 * 0.02)
     table = (tmp_path / "run" / "table.md").read_text()
     assert "**Time to an accuracy of 0.85**" in table and "on 64 rows of digits" in table
@@ -372,7 +373,9 @@ def test_the_fastest_form_of_each_library_is_trained_to_the_end(workers, tmp_pat
 def test_a_contender_that_fails_does_not_end_the_training_of_the_others(workers):
     workers.broken.add("alone")
     specs = {name: settings.describe(SETTING, name) | {"epochs": 2} for name in ("alone", "map-shifted")}
-    outcomes = learning.race(specs, 60.0)
+    with interleave.WorkerPool() as pool:
+        outcomes = pool.learn(specs, 60.0)
+        assert not pool._workers
     assert (outcomes["alone"]["status"], outcomes["alone"]["epochs"]) == ("failed", [])
     assert outcomes["map-shifted"]["status"] == "done" and len(outcomes["map-shifted"]["epochs"]) == 2
     learned = {"dataset": "digits", "rows": 8, "target_accuracy": 0.3, "contenders": outcomes}
@@ -454,9 +457,10 @@ def test_the_peer_shifts_and_mirrors_as_ours():
     image = np.arange(32 * 32, dtype=np.int64).reshape(32, 32, 1)
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)), mode="reflect")
     shifted = [padded[i : i + 32, j : j + 32] for i in range(5) for j in range(5)]
-    expected = {each.tobytes() for view in shifted for each in (view, np.ascontiguousarray(view[:, ::-1]))}
-    found = peer_pytorch._shifted_and_mirrored(torch.tensor(image).repeat(2000, 1, 1, 1), True).numpy()
-    assert {np.ascontiguousarray(each).tobytes() for each in found} == expected
+    views = {"reflect": shifted, "reflect_flip": shifted + [np.ascontiguousarray(view[:, ::-1]) for view in shifted]}
+    for kind, expected in views.items():
+        found = peer_pytorch._augmented(torch.tensor(image).repeat(2000, 1, 1, 1), kind, True).numpy()
+        assert {np.ascontiguousarray(each).tobytes() for each in found} == {each.tobytes() for each in expected}
 
 
 # ---- The tables -----------------------------------------------------------------------------------------------------
