@@ -4,6 +4,7 @@ A contender that was too slow is not left out, but reported with an upper bound 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -251,7 +252,10 @@ def throughput(results: Mapping[str, Any]) -> Figure:
         panel.xaxis.set_minor_locator(NullLocator())
         # Names are never parsed as formulas here, and matplotlib writes powers of ten as formulas.
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        panel.yaxis.set_minor_formatter(FuncFormatter(_minor_label))
+        low, high = panel.get_ylim()
+        # Less than a decade may have no tick at a power of ten, and none at twice or five times that.
+        labelled = "25" if high >= 10 * low else "123456789"
+        panel.yaxis.set_minor_formatter(FuncFormatter(partial(_minor_label, labelled)))
         panel.grid(axis="y", which="both", color="#e6e8eb", linewidth=0.8)
         panel.set_axisbelow(True)
     for panel in panels[: len(families) : columns]:
@@ -268,8 +272,8 @@ def throughput(results: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _minor_label(value: float, _: int) -> str:
-    return f"{value:,g}" if f"{value:e}"[0] in "25" else ""
+def _minor_label(labelled: str, value: float, _: int) -> str:
+    return f"{value:,g}" if f"{value:e}"[0] in labelled else ""
 
 
 def _draw_contender(panel: Axes, name: str, entries: Sequence[Mapping[str, Any]]) -> Any:

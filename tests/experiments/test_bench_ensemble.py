@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from bdjax.benchmarking import contenders, interleave, learning, report, settings, worker
@@ -495,6 +496,23 @@ def test_tables_have_medians_ratios_and_bounds():
     assert rows["pytorch-compiled"][3] is None and rows["pytorch-compiled"][-1] == "no compiler"
     figure = report.throughput(results)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["resnet10 width 2 at 4x4x1"]
+
+
+@pytest.mark.parametrize("speeds", [(2400, 4600), (300, 900), (40, 70000)], ids=str)
+def test_the_speeds_of_the_picture_can_be_read(speeds):
+    entries = [made_up(2), made_up(7)]
+    for entry in entries:
+        entry["contenders"] = {
+            name: {"status": "done", "turns": [{"seconds": 1.0, "work": speed}]}
+            for name, speed in zip(("map-shifted", "alone"), speeds, strict=True)
+        }
+    figure = report.throughput({"settings": entries})
+    FigureCanvasAgg(figure).draw()
+    axis = figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    read = [tick for tick in ticks if tick.label1.get_text() and low <= tick.get_loc() <= high]
+    assert len(read) >= 2
 
 
 # ---- The peer -------------------------------------------------------------------------------------------------------
